@@ -1,0 +1,45 @@
+# Two commands do everything on a fresh machine:
+#   make quickstart   install, then run the whole job on the embedded model (CPU, offline, minutes)
+#   make test         install with the test extra, then run the tests
+# An environment of your own: make test VENV=/path/to/venv PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+
+# Without an NVIDIA GPU the CPU build of torch is taken: the default one brings gigabytes of CUDA libraries.
+ifeq ($(shell uname -s)-$(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu),Linux-)
+TORCH ?= --retries 0 --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
+else
+TORCH ?= torch==2.13.0
+endif
+
+.PHONY: quickstart test lint slow
+quickstart: $(STAMP)
+	$(BIN)/recover run recipes/quickstart.yaml
+
+test: $(STAMP)-test
+	$(BIN)/python -m pytest
+
+slow: $(STAMP)-test
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $(TORCH)
+	touch $@
+
+# DS_BUILD_OPS=0: no CUDA extension is compiled at installation.
+$(STAMP): $(VENV)/.torch pyproject.toml
+	DS_BUILD_OPS=0 $(BIN)/pip install -q -e .
+	touch $@
+
+$(STAMP)-test: $(STAMP) pyproject.toml
+	DS_BUILD_OPS=0 $(BIN)/pip install -q -e ".[test]"
+	touch $@
