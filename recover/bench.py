@@ -1,0 +1,111 @@
+"""What the stages of one run share in memory: the tokenizer, the tasks, and one twin, loaded when first needed.
+
+Stages hand results to each other through files only. The twin is built anew from what the stage before wrote,
+so what is measured, trained and exported is what lies on disk.
+"""
+
+from __future__ import annotations
+
+import gc
+from functools import cached_property
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recover import dist
+from recover.artifacts import read_json
+from recover.errors import ArtifactError, RecipeError
+from recover.recipe import Recipe
+from recover.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from recover.measure.tasks import Task
+    from recover.models.twin import Twin
+
+
+class Bench:
+    """The recipe, its run directory, and the loaded things that stages ask for."""
+
+    def __init__(self, recipe: Recipe, directory: RunDirectory) -> None:
+        self.recipe = recipe
+        self.directory = directory
+        self._twin: tuple[str, Twin] | None = None
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        from recover.models.load import load_tokenizer
+
+        return load_tokenizer(self.recipe.model)
+
+    @cached_property
+    def tasks(self) -> list[Task]:
+        from recover.measure.tasks import load_task
+
+        return [load_task(source) for source in self.recipe.measure.tasks]
+
+    def dense(self) -> Twin:
+        """The dense model alone: a twin whose two views are equal."""
+        return self._build("dense")
+
+    def pruned(self) -> Twin:
+        """The twin of the plan that stage `prune` wrote, without adapters."""
+        return self._build("pruned")
+
+    def recovered(self) -> Twin:
+        """The pruned twin with the adapter of the epoch that generated best."""
+        return self._build("recovered")
+
+    def release(self) -> None:
+        """Forget the twin; its memory is free when the caller holds no reference either."""
+        self._twin = None
+        gc.collect()
+
+    def _build(self, view: str) -> Twin:
+        if self._twin is not None and self._twin[0] == view:
+            return self._twin[1]
+        self.release()
+        from recover.models.load import check_fit, load_model
+        from recover.models.twin import Twin
+        from recover.prune.plan import Plan, load_plan
+
+        model = load_model(self.recipe.model)
+        check_fit(model, self.tokenizer)
+        model.to(dist.device()).eval()
+        if view == "dense":
+            twin = Twin(model, Plan.none(model.config.num_hidden_layers))
+        else:
+            plan, masks = load_plan(self.directory.prune)
+            twin = Twin(model, plan, masks)
+        if view == "recovered":
+            twin.load_lora(self.best_adapter())
+        self._twin = (view, twin)
+        return twin
+
+    def probe_prompts(self) -> list[str]:
+        """Prompts to probe with: the recipe's file, else those of the generate tasks, in turn; `probe.samples` of them."""
+        leaf = self.recipe.probe
+        if leaf.prompts is not None:
+            from recover.train.sources import read_rows
+
+            prompts = [row.column("prompt") for row in read_rows(leaf.prompts)]
+        else:
+            lists = [[item.prompt for item in task.items] for task in self.tasks if task.kind == "generate"]
+            prompts = [prompt for row in zip_longest(*lists) for prompt in row if prompt is not None]
+        if not prompts:
+            raise RecipeError("probe.prompts: no prompts to probe with: name a JSONL file, or add a generate task to measure.tasks")
+        return prompts[: leaf.samples]
+
+    def best_adapter(self) -> Path:
+        """Folder of the adapter that `recover/best.json` names.
+
+        Raises:
+            ArtifactError: the folder is gone.
+        """
+        best: dict[str, Any] = read_json(self.directory.recover / "best.json")
+        folder = self.directory.recover / best["folder"]
+        if not folder.is_dir():
+            raise ArtifactError(f"{folder}: the best adapter is gone, though best.json names it. Run stage recover again.")
+        return folder
+

@@ -1,0 +1,53 @@
+"""Every error a user can cause, each with the exit code of the command line.
+
+A message says where, what was found, what was expected, what to do. `assert` stays for our own invariants.
+"""
+
+
+class RecoverError(Exception):
+    """Something the user can mend; printed without a traceback."""
+
+    exit_code = 1
+
+
+class RecipeError(RecoverError, ValueError):
+    """The recipe, or an override on the command line, asks for what cannot work."""
+
+    exit_code = 2
+
+
+class ModelError(RecoverError, ValueError):
+    """The model or its tokenizer cannot be loaded, or is of a kind that is not supported."""
+
+
+class DataError(RecoverError, ValueError):
+    """A data source is missing, empty, or holds a row of the wrong shape."""
+
+
+class PruneError(RecoverError, ValueError):
+    """Pruning cannot do what the recipe asks on this model."""
+
+
+class TrainingError(RecoverError, RuntimeError):
+    """Recovery stopped: a non-finite loss, or processes that disagree."""
+
+
+class ExportError(RecoverError, RuntimeError):
+    """The exported checkpoint is not what was trained."""
+
+
+class ArtifactError(RecoverError, RuntimeError):
+    """A file of the run directory is missing, corrupt, or was written by something else."""
+
+
+class StopRequested(RecoverError):
+    """SIGTERM or SIGINT arrived; what was done stays done."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by signal {signal_number}; what was done is kept, the same command goes on")
+        self.signal_number = signal_number
+        self.exit_code = 128 + signal_number
+
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        # Exceptions are rebuilt from their message; this one travels between processes and is made from a number.
+        return type(self), (self.signal_number,)

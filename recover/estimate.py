@@ -1,0 +1,103 @@
+"""What a run will cost, from the recipe and the model's configuration alone: sizes, tokens, time, memory.
+
+Every figure is an estimate and says so; refusals are exact. Weights are not loaded.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from recover import dist
+from recover.errors import RecipeError
+from recover.models.load import Description
+from recover.recipe import Depth, Recipe
+
+# A LoRA budget recovers about so much (peers' figures, docs/theory.md): beyond it the plan warns, and goes on.
+DEPTH_WALL = 0.30
+SPARSITY_WALL = 0.55
+
+# Share of the measured matrix rate that a whole training step reaches.
+STEP_EFFICIENCY = 0.35
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def refuse(recipe: Recipe, model: Description) -> None:
+    """Raise RecipeError, naming the field, for what cannot work on this model."""
+    prune = recipe.prune
+    if isinstance(prune, Depth):
+        dropped = prune.count if prune.blocks is None else len(prune.blocks)
+        if dropped is not None and dropped >= model.blocks:
+            raise RecipeError(f"prune: {dropped} blocks to drop, the model has {model.blocks}: keep at least one")
+        outside = [block for block in prune.blocks or () if not 0 < block < model.blocks]
+        if outside:
+            raise RecipeError(
+                f"prune.blocks: {outside} cannot be dropped: blocks are 1 to {model.blocks - 1} here "
+                "(block 0 stays: positions are read off its cache)"
+            )
+    if recipe.recover.length > (model.context or recipe.recover.length):
+        raise RecipeError(f"recover.length: {recipe.recover.length} tokens, the model's context is {model.context}")
+    if recipe.recover.batch_size % dist.world_size():
+        raise RecipeError(f"recover.batch_size: {recipe.recover.batch_size} is not a multiple of {dist.world_size()} processes")
+
+
+def warnings(recipe: Recipe, model: Description) -> list[str]:
+    """What will probably disappoint, said before hours are spent."""
+    found = []
+    prune = recipe.prune
+    if isinstance(prune, Depth):
+        share = (prune.count or len(prune.blocks or ())) / model.blocks
+        if share > DEPTH_WALL:
+            found.append(f"{share:.0%} of the blocks go: LoRA budgets recover about {DEPTH_WALL:.0%}; expect generation to stay below dense")
+    elif prune.fraction > SPARSITY_WALL:
+        found.append(f"{prune.fraction:.0%} of the weights go: LoRA budgets recover about {SPARSITY_WALL:.0%}")
+    if not isinstance(prune, Depth):
+        found.append("masked weights are stored as zeros: the file is as large and stock kernels are as fast as dense")
+    return found
+
+
+def matrix_rate() -> float:
+    """FLOP/s of one matrix product on this device, measured in about 0.3 s."""
+    import torch
+
+    device = dist.device()
+    size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
+    left = torch.randn(size, size, device=device, dtype=dtype)
+    left @ left
+    started, products = time.perf_counter(), 0
+    while time.perf_counter() - started < 0.3:
+        (left @ left)[0, 0].item()
+        products += 1
+    return products * 2 * size**3 / (time.perf_counter() - started)
+
+
+def estimate(recipe: Recipe, model: Description, rate: float) -> dict[str, Any]:
+    """Sizes, tokens, seconds and bytes that the run will need, per process where it says so.
+
+    A distillation step costs 2 FLOP per weight and token for the dense pass, 2 for the pruned forward and 2 for its
+    backward (frozen weights have no gradient of their own).
+    """
+    dropped = 0.0
+    if isinstance(recipe.prune, Depth):
+        dropped = (recipe.prune.count or len(recipe.prune.blocks or ())) / model.blocks
+    pruned = model.parameters - dropped * (model.parameters - model.embedding_parameters)
+    element = ELEMENT_BYTES[recipe.model.dtype]
+    tokens = recipe.recover.tokens
+    flops = tokens * (2 * model.parameters + 4 * pruned)
+    seconds = flops / (rate * STEP_EFFICIENCY * dist.world_size())
+    micro = recipe.recover.micro_batch_size or recipe.recover.batch_size // dist.world_size()
+    rows = micro * recipe.recover.length
+    activations = rows * model.width * model.blocks * 14 * element
+    chunk = min(rows, recipe.recover.loss.chunk) * model.vocabulary * 4 * 4
+    return {
+        "parameters_dense": model.parameters,
+        "parameters_pruned": round(pruned),
+        "file_bytes_dense": model.parameters * element,
+        "file_bytes_pruned": round(pruned * element),
+        "teacher_tokens": tokens,
+        "training_flops": flops,
+        "training_seconds": seconds,
+        "memory_bytes_per_process": round(model.parameters * element + activations + chunk),
+        "matrix_rate_flops": rate,
+        "processes": dist.world_size(),
+    }

@@ -1,0 +1,53 @@
+"""Files that a recipe names: where they lie, whatever folder the command is given from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+# Fields that name files, or a hub id.
+FIELDS = (
+    "model.source",
+    "model.tokenizer",
+    "prune.calibration.data",
+    "probe.prompts",
+    "recover.data.*.prompts",
+    "recover.data.*.source",
+    "measure.tasks.*",
+)
+SUFFIXES = {".jsonl", ".json", ".txt", ".parquet", ".yaml", ".yml", ".gguf", ".gz"}
+
+
+def place_files(tree: dict[str, Any], folder: Path, *, within: str = "") -> None:
+    """Make relative files in an unchecked recipe absolute, as seen from `folder`.
+
+    `within` limits it to one dotted field and what is below. A hub id and `embedded:NAME` stay what they are.
+    """
+    given = within.split(".") if within else []
+    for field in FIELDS:
+        steps = field.split(".")
+        if all(step in ("*", key) for step, key in zip(steps, given, strict=False)):
+            _place(tree, [*given[: len(steps)], *steps[len(given) :]], folder)
+
+
+def _place(node: Any, steps: list[str], folder: Path) -> None:
+    step, *rest = steps
+    keys: list[Any] = []
+    if isinstance(node, list):
+        keys = [index for index in range(len(node)) if step in ("*", str(index))]
+    elif isinstance(node, dict) and step in node:
+        keys = [step]
+    for key in keys:
+        if rest:
+            _place(node[key], rest, folder)
+        elif isinstance(node[key], str):
+            node[key] = _absolute(node[key], folder)
+
+
+def _absolute(name: str, folder: Path) -> str:
+    if not name or name.startswith("embedded:"):
+        return name
+    path = os.path.abspath(os.path.join(folder, os.path.expanduser(name)))
+    file_like = name.startswith((".", "/", "~")) or os.path.splitext(name)[1] in SUFFIXES
+    return path if file_like or os.path.exists(path) else name

@@ -1,0 +1,105 @@
+"""Where the files of one run lie, who may write them, and which stages are done and with what they were made.
+
+A stage is done when its stamp, written last, holds the same recipe leaves and inputs as are asked for now.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from recover import console, strict_json
+from recover.artifacts import DONE, explained, read_json, settle, write_json
+from recover.errors import ArtifactError
+
+SHOWN_CHANGES = 3  # in the reason why a stage is stale
+
+
+class RunDirectory:
+    """Where the files of one run lie (the README of checkpoints/ shows the layout), and which stages are done."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root = Path(root)
+        self.recipe, self.env = root / "recipe.yaml", root / "env.json"
+        self.plan, self.dense, self.prune = root / "plan", root / "dense", root / "prune"
+        self.before, self.recover, self.after = root / "before", root / "recover", root / "after"
+        self.deploy, self.report = root / "deploy", root / "report"
+        self.epochs, self.verify, self.speed = root / "epochs.jsonl", root / "verify.json", root / "speed.json"
+        self.report_json, self.report_md = root / "report.json", root / "report.md"
+        self.report_html = root / "report.html"
+
+    def folder(self, stage: str) -> Path:
+        """Where a stage writes, and where its stamp lies."""
+        return self.root / {"export": "deploy"}.get(stage, stage)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold this run for writing, alone; what an earlier crash left is settled first.
+
+        Raises:
+            ArtifactError: another process holds it, by its id, or the folder cannot be written.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            file = open(self.root / ".lock", "a+")  # noqa: SIM115  closed below; the lock lives as long as it is open
+        except OSError as error:
+            raise explained(error, self.root) from error
+        with file:
+            self._hold(file)
+            settle(self.root)
+            yield
+
+    def _hold(self, file: Any) -> None:
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise ArtifactError(f"{self.root}: process {holder} works on this run; wait for it, or stop it") from None
+        except OSError as error:
+            console.warn(f"{self.root}: no lock can be held here ({error.strerror}); let no second run write to it")
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+
+    def done(self, stage: str) -> dict[str, Any] | None:
+        """The stamp of a finished stage, else None: `stage`, `finished` (a time, new at each run), `fingerprint`."""
+        path = self.folder(stage) / DONE
+        if not path.exists():
+            return None
+        stamp = read_json(path)
+        if not isinstance(stamp, dict) or not isinstance(stamp.get("fingerprint"), dict):
+            raise ArtifactError(f"{path}: not a stamp; delete it, and the stage is done again")
+        return stamp
+
+    def mark_done(self, stage: str, fingerprint: dict[str, Any]) -> None:
+        """Stamp a stage as done with all that it was made from; the last thing it writes."""
+        finished = datetime.now(UTC).isoformat()
+        write_json(self.folder(stage) / DONE, {"stage": stage, "finished": finished, "fingerprint": fingerprint})
+
+    def unmark(self, stage: str) -> None:
+        """Take the stamp away before the stage is worked on again."""
+        (self.folder(stage) / DONE).unlink(missing_ok=True)
+
+    def stale_reason(self, stage: str, fingerprint: dict[str, Any]) -> str | None:
+        """Why a stage must be done (again), as `prune.count: 4 -> 5`, or None."""
+        stamp = self.done(stage)
+        if stamp is None:
+            return "not done yet"
+        before = dict(strict_json.leaves(stamp["fingerprint"]))
+        now = dict(strict_json.leaves(strict_json.plain(fingerprint)))
+        changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        if not changed:
+            return None
+        shown = [
+            f"{name}: {before.get(name, 'absent')} -> {now.get(name, 'absent')}".replace('"', "")
+            for name in changed[:SHOWN_CHANGES]
+        ]
+        more = len(changed) - SHOWN_CHANGES
+        return "; ".join(shown) + (f"; and {more} more" if more > 0 else "")

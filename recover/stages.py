@@ -1,0 +1,121 @@
+"""The stages of a run, in order; each reads files, writes files, and is done when its stamp is written last.
+
+    plan -> dense -> prune -> before -> recover -> after -> export -> report
+
+`run` skips what is done and says why a stage is not: the field of the recipe, or the input, that changed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from recover import console, dist
+from recover.bench import Bench
+from recover.errors import RecipeError
+from recover.inputs import digests
+from recover.recipe import Recipe
+from recover.run_directory import RunDirectory
+from recover.signals import graceful_stop
+
+# Leaves of the recipe that each stage reads, and the stages whose files it reads.
+LEAVES: dict[str, tuple[str, ...]] = {
+    "plan": ("name", "seed", "model", "prune", "probe", "recover", "measure", "export"),
+    "dense": ("seed", "model", "measure"),
+    "prune": ("seed", "model", "prune"),
+    "before": ("seed", "model", "prune", "probe", "measure"),
+    "recover": ("seed", "model", "prune", "probe", "measure", "recover"),
+    "after": ("seed", "model", "prune", "probe", "measure", "recover"),
+    "export": ("seed", "name", "model", "prune", "recover", "export"),
+    "report": ("name",),
+}
+READS: dict[str, tuple[str, ...]] = {
+    "plan": (),
+    "dense": (),
+    "prune": (),
+    "before": ("dense", "prune"),
+    "recover": ("dense", "prune"),
+    "after": ("dense", "prune", "recover"),
+    "export": ("prune", "recover"),
+    "report": ("dense", "prune", "before", "recover", "after", "export"),
+}
+STAGES = tuple(LEAVES)
+ALWAYS = ("plan", "report")  # seconds of work: done again at every run, so that they are never out of date
+
+
+def run(recipe: Recipe, root: Path, *, until: str = "report", start: str | None = None) -> RunDirectory:
+    """Bring the run up to date through stage `until`, and give back its directory.
+
+    A stage that is done and not stale is skipped; from `start` on every stage is done again.
+
+    Raises:
+        RecoverError: one of its kinds, by what went wrong; stages that were done stay done.
+    """
+    for stage in filter(None, (until, start)):
+        if stage not in STAGES:
+            raise RecipeError(f"no stage {stage!r}; stages are {', '.join(STAGES)}")
+    dist.start()
+    directory = RunDirectory(root / recipe.name)
+    with graceful_stop(), directory.lock() if dist.is_main() else nullcontext():
+        bench = Bench(recipe, directory)
+        for stage in STAGES[: STAGES.index(until) + 1]:
+            forced = start is not None and STAGES.index(stage) >= STAGES.index(start)
+            _bring_up_to_date(stage, bench, forced=forced)
+    return directory
+
+
+def _bring_up_to_date(stage: str, bench: Bench, *, forced: bool) -> None:
+    # Decided on one process: the others must not read a stamp that is just being written.
+    marks, reason = dist.on_main(lambda: _marks_and_reason(stage, bench, forced))
+    if reason is None:
+        console.say(f"[dim]{stage:8}[/dim] done")
+        return
+    console.heading(f"{stage}: {reason}")
+    started = time.perf_counter()
+    if dist.is_main():
+        bench.directory.unmark(stage)
+    _work(stage)(bench)
+    dist.barrier()
+    if dist.is_main():
+        bench.directory.mark_done(stage, marks)
+    console.say(f"{stage} took {time.perf_counter() - started:.1f} s")
+
+
+def _marks_and_reason(stage: str, bench: Bench, forced: bool) -> tuple[dict[str, Any], str | None]:
+    marks = fingerprint(stage, bench.recipe, bench.directory)
+    if stage in ALWAYS:
+        return marks, "always brought up to date"
+    if forced:
+        return marks, "asked for"
+    return marks, bench.directory.stale_reason(stage, marks)
+
+
+def fingerprint(stage: str, recipe: Recipe, directory: RunDirectory) -> dict[str, Any]:
+    """All that a stage is made from: recipe leaves, digests of input files, and which run of each stage it reads."""
+    resolved = recipe.model_dump(mode="json")
+    leaves = {leaf: resolved[leaf] for leaf in LEAVES[stage]}
+    stamps = {name: (directory.done(name) or {}).get("finished") for name in READS[stage]}
+    return {**leaves, "inputs": digests(leaves), "stages": stamps}
+
+
+def _work(stage: str) -> Callable[[Bench], None]:
+    from recover import work
+
+    return getattr(work, stage)
+
+
+def status(root: Path) -> list[dict[str, Any]]:
+    """For each stage of a run directory: done or not, when, and why it is stale against its own recipe."""
+    from recover.recipe import load_recipe
+
+    directory = RunDirectory(root)
+    recipe = load_recipe(directory.recipe)
+    rows = []
+    for stage in STAGES:
+        stamp = directory.done(stage)
+        reason = None if stage in ALWAYS else directory.stale_reason(stage, fingerprint(stage, recipe, directory))
+        rows.append({"stage": stage, "done": stamp is not None, "finished": (stamp or {}).get("finished"), "stale": reason})
+    return rows

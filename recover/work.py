@@ -1,0 +1,195 @@
+"""The work of each stage: what it reads, what it calls, what it writes. Stages and their order are in `stages.py`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recover import console, dist, provenance
+from recover.artifacts import append_jsonl, read_json, read_jsonl, write_json, write_text
+from recover.bench import Bench
+from recover.errors import RecipeError
+from recover.estimate import estimate, matrix_rate, refuse, warnings
+from recover.recipe import dump_recipe
+
+if TYPE_CHECKING:
+    from recover.models.twin import Twin
+
+
+def plan(bench: Bench) -> None:
+    """Refuse what cannot work and say what the rest will cost, before any weight is loaded."""
+    from recover.models.load import describe
+
+    recipe, directory = bench.recipe, bench.directory
+    model = describe(recipe.model)
+    refuse(recipe, model)
+    bench.check_inputs()
+    figures = estimate(recipe, model, matrix_rate())
+    if not dist.is_main():
+        return
+    write_text(directory.recipe, dump_recipe(recipe))
+    write_json(directory.env, provenance.environment())
+    write_json(directory.plan / "estimate.json", figures)
+    console.table("plan (estimates)", ["what", "dense", "pruned"], _plan_rows(figures))
+    for line in warnings(recipe, model):
+        console.warn(line)
+
+
+def _plan_rows(figures: dict[str, Any]) -> list[list[str]]:
+    return [
+        ["parameters", f"{figures['parameters_dense']:,}", f"{figures['parameters_pruned']:,}"],
+        ["file", _megabytes(figures["file_bytes_dense"]), _megabytes(figures["file_bytes_pruned"])],
+        ["teacher-scored tokens", "", f"{figures['teacher_tokens']:,}"],
+        ["training time", "", f"about {figures['training_seconds']:,.0f} s"],
+        ["memory per process", "", f"about {_megabytes(figures['memory_bytes_per_process'])}"],
+    ]
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def dense(bench: Bench) -> None:
+    """Measure the dense model; its texts are the reference of every later stage."""
+    record, generations = _measure(bench, bench.dense(), reference=None)
+    if dist.is_main():
+        write_json(bench.directory.dense / "generations.json", generations)
+        write_json(bench.directory.dense / "measure.json", record)
+
+
+def prune(bench: Bench) -> None:
+    """Choose what goes, and write the plan and its masks."""
+    dist.on_main(lambda: _prune(bench))
+    bench.release()
+
+
+def _prune(bench: Bench) -> None:
+    from recover.prune.calibrate import calibration_batches
+    from recover.prune.methods import PRUNERS
+    from recover.prune.plan import save_plan
+
+    leaf = bench.recipe.prune
+    calibration = getattr(leaf, "calibration", None)
+    batches = calibration_batches(calibration, bench.tokenizer, bench.recipe.seed) if calibration else []
+    plan, masks = PRUNERS[leaf.kind](bench.dense(), leaf, batches)
+    save_plan(plan, masks, bench.directory.prune)
+    console.say(plan.summary())
+
+
+def before(bench: Bench) -> None:
+    """Probe and measure the pruned model as it is, untrained."""
+    _probe_and_measure(bench, bench.pruned(), bench.directory.before)
+
+
+def recover(bench: Bench) -> None:
+    """Distil; after each epoch measure generation again, and keep the epoch that generates best."""
+    from recover.probe.probe import final_drift
+    from recover.train.trainer import recover as train
+
+    recipe, directory = bench.recipe, bench.directory
+    twin = bench.pruned()
+    reference = read_json(directory.dense / "generations.json")
+    prompts = bench.probe_prompts()
+
+    def after_epoch(epoch: int, train_record: dict[str, Any]) -> float:
+        record, _ = _measure(bench, twin, reference=reference, limit=recipe.measure.epoch_limit, quick=True)
+        drift = final_drift(twin, bench.tokenizer, prompts, recipe.probe)
+        score = record["headline"]["generation"]
+        line = {"epoch": epoch, **train_record, "measure": record, "drift": drift, "score": score}
+        if dist.is_main():
+            append_jsonl(directory.epochs, line)
+        return score
+
+    train(twin, bench.tokenizer, recipe.recover, directory.recover, after_epoch, recipe.seed)
+    bench.release()
+
+
+def after(bench: Bench) -> None:
+    """Probe and measure the recovered model, from the adapter on disk."""
+    _probe_and_measure(bench, bench.recovered(), bench.directory.after)
+
+
+def export(bench: Bench) -> None:
+    """Write the checkpoint to ship, and verify it in a fresh process."""
+    dist.on_main(lambda: _export(bench))
+    bench.release()
+    dist.on_main(lambda: _speed(bench))
+
+
+def _export(bench: Bench) -> None:
+    import torch
+
+    from recover.export.merge import merge
+    from recover.export.verify import verify, write_expected
+    from recover.export.write import write_checkpoint
+
+    recipe, directory = bench.recipe, bench.directory
+    dtype = getattr(torch, recipe.export.dtype or recipe.model.dtype)
+    twin = bench.recovered()
+    merged = merge(twin, dtype).to(dist.device()).eval()
+    text, record = _card_and_record(bench)
+    write_checkpoint(
+        merged, bench.tokenizer, directory.deploy, card=text, record=record, max_shard_size=recipe.export.max_shard_size
+    )
+    expected = directory.root / "expected.safetensors"
+    write_expected(expected, twin, merged, bench.sample_ids())
+    verify(directory.deploy, expected, directory.prune / "plan.json", directory.verify)
+    expected.unlink()
+
+
+def _speed(bench: Bench) -> None:
+    """Dense and deployed, both as stock models: through the twin, dense would pay for adapters that it does not have."""
+    from transformers import AutoModelForCausalLM
+
+    from recover.measure.speed import size_and_speed
+    from recover.models.load import load_model
+
+    models = {
+        "dense": lambda: load_model(bench.recipe.model),
+        "deployed": lambda: AutoModelForCausalLM.from_pretrained(bench.directory.deploy, dtype="auto"),
+    }
+    figures = {name: size_and_speed(load().to(dist.device()).eval()) for name, load in models.items()}
+    write_json(bench.directory.speed, {**figures, "machine": provenance.machine()})
+
+
+def _card_and_record(bench: Bench) -> tuple[str, dict[str, Any]]:
+    """The model card's text, and recover.json: where every figure of it comes from."""
+    from recover.export.card import card
+
+    recipe, directory = bench.recipe, bench.directory
+    folders = {"dense": directory.dense, "pruned": directory.before, "recovered": directory.after}
+    headlines = {name: read_json(folder / "measure.json")["headline"] for name, folder in folders.items()}
+    best = read_json(directory.recover / "best.json")
+    environment = provenance.environment()
+    facts = {
+        "teacher-scored tokens": f"{best['tokens']:,} (kept: epoch {best['epoch']})",
+        "seed": recipe.seed,
+        "versions": ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version),
+    }
+    record = {"recipe": recipe.model_dump(mode="json"), "headlines": headlines, "best": best, "environment": environment}
+    return card(recipe, read_json(directory.prune / "plan.json"), headlines, facts), record
+
+
+def report(bench: Bench) -> None:
+    """Collect the files of the run into report.json, report.md and report.html."""
+    if not dist.is_main():
+        return
+    from recover.report.collect import collect
+    from recover.report.render import render
+
+    root = bench.directory.root
+    for path in render(root, collect(root)):
+        console.say(f"wrote {path}")
+
+
+def _probe_and_measure(bench: Bench, twin: Twin, folder: Path) -> None:
+    from recover.probe.probe import probe, summary
+
+    records = [record.to_json() for record in probe(twin, bench.tokenizer, bench.probe_prompts(), bench.recipe.probe)]
+    record, generations = _measure(bench, twin, reference=read_json(bench.directory.dense / "generations.json"))
+    if dist.is_main():
+        write_text(folder / "probe.jsonl", "".join(f"{line}\n" for line in records))
+        write_json(folder / "probe.json", summary(records))
+        write_json(folder / "generations.json", generations)
+        write_json(folder / "measure.json", record)

@@ -1,0 +1,356 @@
+"""The command line: help that costs nothing, errors in one line with their exit code, and what reaches the stages."""
+
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+import recover
+from recover import artifacts, console, provenance, stages, strict_json
+from recover.cli import app
+from recover.errors import PruneError, StopRequested
+from recover.recipe import Recipe, dump_recipe, load_recipe
+from recover.run_directory import RunDirectory
+
+COMMANDS = ("run", "plan", "prune", "probe", "train", "export", "report", "show", "compare")
+STAGE_OF = {
+    "run": "report",
+    "plan": "plan",
+    "prune": "prune",
+    "probe": "before",
+    "train": "recover",
+    "export": "export",
+}
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200", "TERM": "dumb"})
+
+
+@pytest.fixture
+def recipe_path(tmp_path: Path) -> Path:
+    path = tmp_path / "my.yaml"
+    tree = {
+        "name": "small",
+        "model": {"source": "org/model"},
+        "prune": {"kind": "depth", "blocks": [1, 2]},
+        "recover": {"data": [{"kind": "dense", "prompts": "prompts.jsonl"}]},
+        "measure": {"tasks": ["task.yaml"]},
+    }
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, Path, dict[str, Any]]]:
+    """What `stages.run` is called with: the stages have tests of their own, they take minutes."""
+    calls: list[tuple[Recipe, Path, dict[str, Any]]] = []
+    monkeypatch.setattr(stages, "run", lambda recipe, root, **how: calls.append((recipe, root, how)))
+    return calls
+
+
+def python(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "200", **env},
+        cwd=Path(__file__).parent.parent,
+        check=False,
+    )
+
+
+WITHOUT_TORCH = """
+import sys
+from recover.cli import main
+sys.argv = ["recover", *{arguments!r}]
+try:
+    main()
+except SystemExit as end:
+    print("exit code", end.code)
+print("torch" in sys.modules, "transformers" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["run", "--help"], 0),
+        (["--version"], 0),
+        (["run", "nothing.yaml"], 2),
+        (["show", "nowhere"], 1),
+    ],
+)
+def test_torch_is_not_imported_before_it_is_needed(arguments: list[str], code: int) -> None:
+    done = python("-c", WITHOUT_TORCH.format(arguments=arguments))
+    assert done.stdout.splitlines()[-2:] == [f"exit code {code}", "False False"], done.stderr
+
+
+def test_help_lists_the_commands() -> None:
+    text = call("--help").output
+    assert [command for command in COMMANDS if not re.search(rf"│ {command} ", text)] == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_examples_that_parse(command: str, recipe_path: Path, asked: list[Any]) -> None:
+    result = call(command, "--help")
+    assert result.exit_code == 0 and "Examples" in result.output
+    lines = [line.strip() for line in result.output.partition("Examples")[2].splitlines() if line.strip()]
+    assert lines and all(f"recover {command} " in line for line in lines)
+    if command in STAGE_OF:
+        for line in lines:
+            if not line.startswith("accelerate"):
+                words = line.replace("recipes/quickstart.yaml", str(recipe_path)).split(" ", 2)[2]
+                # Overrides are checked against a recipe that prunes by count.
+                outcome = call(
+                    command, *shlex.split(words), "prune={kind: depth, blocks: [1]}" if "count" in words else "seed=1"
+                )
+                assert outcome.exit_code == 0, outcome.output
+
+
+def test_run_help_shows_how_to_override() -> None:
+    text = call("run", "--help").output
+    assert "recover run recipes/quickstart.yaml prune.count=3 recover.lr=1e-3" in text and "KEY=VALUE" in text
+
+
+@pytest.mark.parametrize(("command", "stage"), STAGE_OF.items())
+def test_each_command_runs_up_to_its_stage(command: str, stage: str, recipe_path: Path, asked: list[Any]) -> None:
+    assert call(command, str(recipe_path), "recover.lr=1e-3", "--runs", "elsewhere").exit_code == 0
+    ((recipe, root, how),) = asked
+    assert recipe.recover.lr == 1e-3 and root == Path("elsewhere") and how == {"until": stage, "start": None}
+    assert stage in stages.STAGES
+
+
+def test_from_and_fresh(recipe_path: Path, asked: list[Any]) -> None:
+    call("run", str(recipe_path), "--from", "recover")
+    call("run", str(recipe_path), "--fresh")
+    assert [how["start"] for _, _, how in asked] == ["recover", "plan"]
+    both = call("run", str(recipe_path), "--fresh", "--from", "recover")
+    assert both.exit_code == 2 and "give one of them" in both.stderr and len(asked) == 2
+
+
+def test_an_unknown_stage_is_refused(recipe_path: Path, tmp_path: Path) -> None:
+    result = call("run", str(recipe_path), "--from", "dens", "--runs", str(tmp_path / "runs"))
+    assert result.exit_code == 2 and "error: no stage 'dens'" in result.stderr
+
+
+ERRORS = [
+    (PruneError("prune.count: 40 blocks, the model has 30"), 1),
+    (StopRequested(15), 143),
+    (StopRequested(2), 130),
+    (KeyboardInterrupt(), 130),
+]
+
+
+@pytest.mark.parametrize(("error", "code"), ERRORS, ids=[repr(error) for error, _ in ERRORS])
+def test_errors_are_one_line_and_their_exit_code(
+    error: BaseException, code: int, recipe_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(stages, "run", fail)
+    result = call("run", str(recipe_path))
+    assert result.exit_code == code and result.stdout == ""
+    assert result.stderr == ("" if isinstance(error, KeyboardInterrupt) else f"error: {error}\n")
+    monkeypatch.setenv("RANK", "1")
+    other = call("run", str(recipe_path))
+    assert other.exit_code == code and other.output == ""
+
+
+def test_our_own_mistakes_keep_their_traceback(recipe_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(stages, "run", fail)
+    assert isinstance(call("run", str(recipe_path)).exception, ZeroDivisionError)
+
+
+def test_recipe_errors_reach_the_shell(recipe_path: Path) -> None:
+    done = python("-m", "recover", "run", str(recipe_path), "prune.blcks=[1]", "recover.lr=[dim]")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        "error: override 'prune.blcks=[1]': prune.blcks: unknown field. Did you mean 'blocks'?",
+        "override 'recover.lr=[dim]': recover.lr: found [\"dim\"]: it should be a valid number",
+    ]
+
+
+def measured(generation: float | None) -> dict[str, Any]:
+    task = {"kind": "generate", "items": 10, "exact_match": generation, "interval95": None, "samples": []}
+    return {"tasks": {"sums": task}, "headline": {"generation": generation, "choice": None, "perplexity": 12.5}}
+
+
+@pytest.fixture
+def run_directory(recipe_path: Path, tmp_path: Path) -> RunDirectory:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1 + 1"}\n')
+    (tmp_path / "task.yaml").write_text("name: sums\n")
+    run = RunDirectory(tmp_path / "runs" / "small")
+    recipe = load_recipe(recipe_path)
+    artifacts.write_text(run.recipe, dump_recipe(recipe))
+    artifacts.write_json(run.dense / "measure.json", measured(0.75))
+    artifacts.write_json(run.before / "measure.json", measured(0.125))
+    run.mark_done("dense", stages.fingerprint("dense", recipe, run))
+    run.mark_done("prune", {**stages.fingerprint("prune", recipe, run), "seed": 7})
+    for epoch, score in ((1, 0.5), (2, 0.625), (3, 0.25)):
+        artifacts.append_jsonl(
+            run.epochs, {"epoch": epoch, "step": epoch, "tokens": 100, "seconds": 1.0, "score": score}
+        )
+    return run
+
+
+def test_show(run_directory: RunDirectory) -> None:
+    result = call("show", str(run_directory.root))
+    assert result.exit_code == 0, result.output
+    text = result.stdout
+    assert re.search(r"dense +done +\d{4}-", text) and re.search(r"before +open", text)
+    assert re.search(r"prune +stale +\d.* seed: 7 -> 0", text)
+    assert re.search(r"dense +0\.75 .*12\.5", text) and re.search(r"pruned +0\.125 ", text)
+    assert "best epoch: 2, score 0.625, of 3" in text
+
+
+def test_compare(run_directory: RunDirectory, tmp_path: Path) -> None:
+    other = run_directory.root.parent / "other"
+    artifacts.write_text(other / "recipe.yaml", run_directory.recipe.read_text().replace("name: small", "name: other"))
+    page = tmp_path / "all.html"
+    result = call("compare", str(run_directory.root), str(other), "--html", str(page))
+    assert result.exit_code == 0 and result.stderr == "", result.output
+    assert re.search(r"small +16\.7% +– ", result.stdout) and re.search(r"other +– +– ", result.stdout)
+    assert page.exists() and str(page) in result.stdout
+    artifacts.write_text(other / "recipe.yaml", (other / "recipe.yaml").read_text().replace("org/model", "org/else"))
+    assert "different dense models" in call("compare", str(run_directory.root), str(other)).stderr
+
+
+def test_report(run_directory: RunDirectory) -> None:
+    result = call("report", str(run_directory.root))
+    assert result.exit_code == 0, result.output
+    assert json.loads(run_directory.report_json.read_text())["name"] == "small"
+    assert run_directory.report_html.exists() and run_directory.report_md.exists()
+
+
+@pytest.mark.parametrize("command", ["report", "show", "compare"])
+def test_what_is_no_run_directory_is_said_with_what_is_beside_it(command: str, run_directory: RunDirectory) -> None:
+    result = call(command, str(run_directory.root.parent / "smal"))
+    assert result.exit_code == 1 and "not a run directory, it has no recipe.yaml; beside it are small" in result.stderr
+
+
+def test_version() -> None:
+    assert call("--version").output == f"recover {recover.__version__}\n"
+
+
+class Clock:
+    """Time that passes only when told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(console, "_clock", lambda: self.now)
+
+    def items(self, count: int, seconds: float) -> Any:
+        for item in range(count):
+            self.now += seconds
+            yield item
+
+
+def test_short_loops_are_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(console.track(Clock(monkeypatch).items(10, 0.1), "short")) == list(range(10))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_long_loops_say_count_rate_and_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items = Clock(monkeypatch).items(10, 2.0)
+    assert sum(1 for _ in console.track(items, "long [a/b]", total=10, unit="samples")) == 10
+    assert capsys.readouterr().err.splitlines() == [
+        "long [a/b]: 3/10 samples, 0.5 samples/s, 14 s left",
+        "long [a/b]: 6/10 samples, 0.5 samples/s, 8.0 s left",
+        "long [a/b]: 9/10 samples, 0.5 samples/s, 2.0 s left",
+        "long [a/b]: 10/10 samples, 0.5 samples/s, took 20 s",
+    ]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_loops_in_loops_share_one_live_display_that_is_gone_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, clock = Terminal(), Clock(monkeypatch)
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    for _ in console.track(clock.items(3, 2.0), "outer", total=3):
+        for inner in console.track(clock.items(5, 2.0), "inner"):
+            if inner == 3:
+                break
+    with pytest.raises(PruneError):
+        for _ in console.track(clock.items(3, 2.0), "failing"):
+            raise PruneError("inside")
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
+    assert "outer: 3/3 it, 0.1 it/s, took 30 s" in plain and plain.count("inner: 3 it") == 3
+    assert console._shown == []
+
+
+def test_other_processes_say_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert len(list(console.track(Clock(monkeypatch).items(10, 2.0), "long"))) == 10
+    console.say("a")
+    console.heading("b")
+    console.warn("c")
+    console.error("d")
+    console.table("e", ["f"], [["g"]])
+    assert capsys.readouterr() == ("", "")
+
+
+def test_text_comes_out_as_it_went_in(capsys: pytest.CaptureFixture[str]) -> None:
+    long = "x" * 500
+    console.say(f"[dim]styled[/dim] {long}")
+    console.say("not markup: [/INST] :smile:")
+    console.heading("[b]")
+    console.warn("[c]")
+    console.table("[d]", ["[e]", "n"], [["[f]", 1234567], [None, 0.123456]])
+    out, err = capsys.readouterr()
+    assert out.startswith(f"styled {long}\nnot markup: [/INST] :smile:\n\n[b]\n") and err == "warning: [c]\n"
+    assert all(text in out for text in ("[d]", "[e]", "[f]", "1,234,567", "0.1235", "–"))
+
+
+def test_durations_are_said_as_people_do() -> None:
+    assert [console.duration(seconds) for seconds in (0.44, 12.4, 59.7, 200, 7500)] == [
+        "0.4 s", "12 s", "1 min 0 s", "3 min 20 s", "2 h 5 min",
+    ]  # fmt: skip
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+    return subprocess.run(["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_revision_is_of_this_checkout_and_of_no_other(tmp_path: Path) -> None:
+    package, vendored = tmp_path / "package", tmp_path / "venv" / "package"
+    for folder in (package, vendored):
+        folder.mkdir(parents=True)
+    assert provenance.git_revision(package) is None
+    git(tmp_path, "init", "-q")
+    (package / "a.py").write_text("")
+    git(tmp_path, "add", "package")
+    git(tmp_path, "commit", "-qm", "first")
+    commit = git(tmp_path, "rev-parse", "HEAD").strip()
+    assert provenance.git_revision(package) == {"commit": commit, "changed": False}
+    (package / "a.py").write_text("1")
+    assert provenance.git_revision(package) == {"commit": commit, "changed": True}
+    assert provenance.git_revision(vendored) is None
+
+
+def test_the_environment_is_a_record() -> None:
+    found = provenance.environment()
+    assert json.loads(strict_json.dumps(found)) == found
+    assert found["recover"] == recover.__version__ and found["versions"]["torch"] and found["processes"] == 1
+    assert found["machine"]["cores"] >= 1 and found["machine"]["memory_bytes"] > 2**20 and found["argv"][0] == "recover"
