@@ -1,0 +1,119 @@
+"""Where the parts of each supported architecture are: one row of `ARCHS` a model type.
+
+Nothing else in `recover` names a module.
+
+Shapes: V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from recover.errors import ModelError
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def _no_scale(config: PretrainedConfig) -> float:
+    return 1.0
+
+
+def _no_softcap(config: PretrainedConfig) -> float | None:
+    return None
+
+
+def _final_softcap(config: PretrainedConfig) -> float | None:
+    return config.final_logit_softcapping
+
+
+@dataclasses.dataclass(frozen=True)
+class Arch:
+    """Names inside one architecture, from the causal LM down.
+
+    logits = softcap(scale * (norm(h) W^T + bias)). `pre_norm`: each sublayer has one norm, in front of it.
+    """
+
+    model_type: str
+    blocks: str = "model.layers"
+    attention: str = "self_attn"
+    mlp: str = "mlp"
+    norm: str = "model.norm"
+    head: str = "lm_head"
+    embed: str = "model.embed_tokens"
+    attention_linears: tuple[str, ...] = ATTENTION
+    mlp_linears: tuple[str, ...] = MLP
+    logit_scale: Callable[[PretrainedConfig], float] = _no_scale
+    softcap: Callable[[PretrainedConfig], float | None] = _no_softcap
+    pre_norm: bool = True
+
+
+ARCHS: dict[str, Arch] = {
+    arch.model_type: arch
+    for arch in (
+        Arch("llama"),
+        Arch("mistral"),
+        Arch("qwen2"),
+        Arch("qwen3"),
+        Arch("gemma2", softcap=_final_softcap, pre_norm=False),
+        Arch("gemma3_text", softcap=_final_softcap, pre_norm=False),
+        Arch("phi3", attention_linears=("qkv_proj", "o_proj"), mlp_linears=("gate_up_proj", "down_proj")),
+        Arch("smollm3"),
+        Arch("olmo2", pre_norm=False),
+        Arch("granite", logit_scale=lambda config: 1.0 / config.logits_scaling),
+    )
+}
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The causal LM itself, unwrapped if peft holds it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value, operator]
+
+
+def arch_of(model: PretrainedConfig | nn.Module) -> Arch:
+    """The row of this model or config; raises ModelError that shows the row to add."""
+    config: Any = model if isinstance(model, PretrainedConfig) else base_of(model).config
+    return arch_of_type(config.model_type)
+
+
+def arch_of_type(model_type: str) -> Arch:
+    """The row of a config's `model_type`; raises ModelError that shows the row to add."""
+    if model_type not in ARCHS:
+        raise ModelError(
+            f"model type '{model_type}' is not supported; supported: {', '.join(ARCHS)}. If its modules are "
+            "named as in Llama, add this row to ARCHS in recover/models/arch.py, a tiny config to tests/tiny.py, and "
+            f"run the tests: Arch({model_type!r}),"
+        )
+    return ARCHS[model_type]
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """The decoder blocks, in dense order."""
+    return base_of(model).get_submodule(arch_of(model).blocks)  # type: ignore[return-value]
+
+
+def final_norm_of(model: nn.Module) -> nn.Module:
+    """The norm between the last block and the head."""
+    return base_of(model).get_submodule(arch_of(model).norm)
+
+
+def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear layer of every block, by its module name in the stock model (also where peft has wrapped it)."""
+    arch, base = arch_of(model), base_of(model)
+    sites = [f"{arch.attention}.{name}" for name in arch.attention_linears]
+    sites += [f"{arch.mlp}.{name}" for name in arch.mlp_linears]
+    names = [f"{arch.blocks}.{i}.{site}" for i in range(len(blocks_of(model))) for site in sites]
+    modules = {name: base.get_submodule(name) for name in names}
+    return {name: getattr(module, "base_layer", module) for name, module in modules.items()}  # type: ignore[misc]
+
+
+def head_of(model: nn.Module) -> tuple[Tensor, Tensor | None, float, float | None]:
+    """(weight_VD, bias_V, scale, softcap): z = scale * (h W^T + bias), then softcap * tanh(z / softcap) if any."""
+    arch, base = arch_of(model), base_of(model)
+    head: Any = base.get_submodule(arch.head)
+    return head.weight, head.bias, float(arch.logit_scale(base.config)), arch.softcap(base.config)

@@ -1,0 +1,155 @@
+"""A recipe's model and tokenizer, loaded whole or refused by name: nothing is filled in at random or guessed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from recover import console, recipe
+from recover.errors import ModelError
+from recover.models.arch import arch_of_type
+from recover.models.source import check_weights, config_source, explained, locate, read_config
+
+LISTED = 3  # tensors named in a message
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What a model is, from its config alone. `parameters` counts tied ones once; `bytes` is for the recipe's dtype."""
+
+    model_type: str
+    blocks: int
+    width: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    context: int | None
+    tied: bool
+    parameters: int
+    embedding_parameters: int
+    bytes: int
+
+
+def describe(leaf: recipe.Model) -> Description:
+    """Sizes of the model without loading a weight (a GGUF file is converted first). Raises ModelError."""
+    config = _config(leaf)
+    with torch.device("meta"), explained(leaf.source):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=leaf.trust_remote_code)
+    embeddings = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Description(
+        model_type=config.model_type,
+        blocks=config.num_hidden_layers,
+        width=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        vocabulary=config.vocab_size,
+        context=getattr(config, "max_position_embeddings", None),
+        tied=bool(config.tie_word_embeddings),
+        parameters=parameters,
+        embedding_parameters=sum(embeddings.values()),
+        bytes=parameters * getattr(torch, leaf.dtype).itemsize,
+    )
+
+
+def load_model(leaf: recipe.Model) -> PreTrainedModel:
+    """The dense model in eval mode and the recipe's dtype, every tensor read from a checked file and finite.
+
+    Raises ModelError naming the file: missing, corrupt or unsafe files, pickle weights, an unsupported type, tensors
+    that are missing, left over or not finite.
+    """
+    config = _config(leaf)
+    folder = locate(leaf)
+    check_weights(folder)
+    with explained(str(folder)):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, leaf.dtype),
+            attn_implementation=_attention(leaf, config),
+            trust_remote_code=leaf.trust_remote_code,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    model, info = loaded
+    _check_complete(folder, info)
+    _check_finite(folder, model)
+    return model.eval()
+
+
+def load_tokenizer(leaf: recipe.Model) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, which has an end-of-sequence token and a padding token. Raises ModelError."""
+    folder = locate(leaf, leaf.tokenizer)
+    with explained(f"{folder}: tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=leaf.trust_remote_code, local_files_only=True
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"{folder}: the tokenizer has no end-of-sequence token, so generation would never end; "
+            "set 'eos_token' in tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Every id that the tokenizer can give has a row in the embedding (more rows are fine), or raise ModelError."""
+    vocabulary = model.config.vocab_size
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= vocabulary:
+        raise ModelError(
+            f"the tokenizer gives id {largest} ({token!r}), the model's vocabulary ends at {vocabulary - 1}: "
+            "this tokenizer belongs to another model; check model.tokenizer"
+        )
+
+
+def _config(leaf: recipe.Model) -> PretrainedConfig:
+    """The config of a supported type, which is checked before transformers sees it and before weights are fetched."""
+    arch_of_type(read_config(leaf)["model_type"])
+    source = config_source(leaf)
+    with explained(source):
+        return AutoConfig.from_pretrained(source, revision=leaf.revision, trust_remote_code=leaf.trust_remote_code)
+
+
+def _attention(leaf: recipe.Model, config: PretrainedConfig) -> str:
+    stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if leaf.attention == "sdpa" and not stock._supports_sdpa:
+        console.warn(f"model.attention: {stock.__name__} has no 'sdpa'; 'eager' is used")
+        return "eager"
+    return leaf.attention
+
+
+def _check_complete(folder: Path, info: dict[str, Any]) -> None:
+    """transformers fills missing tensors with random numbers and leaves unknown ones out, with a warning only."""
+    for key, words in (
+        ("missing_keys", "are missing from the weights"),
+        ("unexpected_keys", "belong to no part of it"),
+    ):
+        names = sorted(info[key])
+        if names:
+            raise ModelError(
+                f"{folder}: config.json and weights do not belong together: {len(names)} tensors {words}, "
+                f"such as {', '.join(names[:LISTED])}"
+            )
+
+
+def _check_finite(folder: Path, model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and not torch.isfinite(torch.stack(parameter.aminmax())).all():
+            raise ModelError(
+                f"{folder}: {name} holds NaN or infinite values: fetch the model again, or load in float32"
+            )

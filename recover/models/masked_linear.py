@@ -1,0 +1,161 @@
+"""Linear layers whose weight is seen through a mask: y = x ((W + s B A) * keep)^T + bias, W never changed.
+
+The naive form keeps the masked weight of every layer alive for backward, a second copy of the model. Here the effective
+weight is made again in backward, and masks are packed, 1 bit a weight.
+
+Shapes: O out features, I in features, R rank, M input rows (all leading dimensions of x as one).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclasses.dataclass
+class Switch:
+    """Which view a twin shows. One object, read by every switched module at each forward."""
+
+    dense: bool = False
+    fold: bool = False  # keep the effective weights between forward passes, while gradients are off
+    tuples: bool = False  # stock blocks return tuples (Granite in transformers 5.3); block 0, never closed, finds out
+
+
+class Factors(NamedTuple):
+    """A low-rank update s B A."""
+
+    a_RI: Tensor
+    b_OR: Tensor
+    scaling: float
+
+
+def pack(keep_OI: Tensor) -> Tensor:
+    """The mask as a row of uint8, 8 entries a byte, first entry in the highest bit (as `numpy.packbits`)."""
+    flat = keep_OI.flatten().to(torch.uint8)
+    eights = F.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    return (eights << _shifts(keep_OI.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
+    """The bool mask of `shape` that `pack` was given."""
+    count = 1
+    for size in shape:
+        count *= size
+    bits = packed.unsqueeze(-1).bitwise_right_shift(_shifts(packed.device)).bitwise_and_(1)
+    return bits.view(torch.bool).flatten()[:count].view(shape)
+
+
+def _shifts(device: torch.device) -> Tensor:
+    return torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
+
+
+def effective_weight(weight_OI: Tensor | None, keep_packed: Tensor, factors: Factors | None = None) -> Tensor:
+    """(W + s B A) * keep with every masked entry exactly 0: W's dtype without factors, float32 or wider with them.
+
+    The one expression that training, generation and merge share: a merge in float32, cast once, is what was trained.
+    """
+    if factors is None:
+        assert weight_OI is not None, "neither a weight nor factors"
+        return weight_OI.masked_fill(~unpack(keep_packed, weight_OI.shape), 0)
+    wide = torch.promote_types(factors.a_RI.dtype, torch.float32)
+    low_rank_OI = (factors.b_OR.to(wide) @ factors.a_RI.to(wide)).mul_(factors.scaling)
+    if weight_OI is not None:
+        low_rank_OI = weight_OI + low_rank_OI
+    return low_rank_OI.masked_fill_(~unpack(keep_packed, low_rank_OI.shape), 0)
+
+
+class _MaskedLoraLinear(torch.autograd.Function):
+    """Saves its inputs only; W gets no gradient (it is the dense model's, and frozen)."""
+
+    @staticmethod
+    def forward(ctx, x, weight_OI, keep_packed, a_RI, b_OR, scaling, bias_O):  # type: ignore[override]
+        ctx.save_for_backward(x, weight_OI, keep_packed, a_RI, b_OR)
+        ctx.scaling = scaling
+        factors = None if a_RI is None else Factors(a_RI, b_OR, scaling)
+        # Autocast would round W + s B A before the mask; merge does not, and the two must agree.
+        with torch.autocast(x.device.type, enabled=False):
+            weight = effective_weight(weight_OI, keep_packed, factors).to(x.dtype)
+            return F.linear(x, weight, bias_O)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):  # type: ignore[override]
+        x, weight_OI, keep_packed, a_RI, b_OR = ctx.saved_tensors
+        factors = None if a_RI is None else Factors(a_RI, b_OR, ctx.scaling)
+        dx = da_RI = db_OR = dbias_O = None
+        with torch.autocast(x.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                dx = dy @ effective_weight(weight_OI, keep_packed, factors).to(dy.dtype)
+            dy_MO = dy.flatten(0, -2)
+            if factors is not None and (ctx.needs_input_grad[3] or ctx.needs_input_grad[4]):
+                da_RI, db_OR = _factor_gradients(dy_MO, x.flatten(0, -2), keep_packed, factors)
+            if ctx.needs_input_grad[6]:
+                dbias_O = dy_MO.sum(0)
+        return dx, None, None, da_RI, db_OR, None, dbias_O
+
+
+def _factor_gradients(dy_MO: Tensor, x_MI: Tensor, keep_packed: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
+    a_RI, b_OR, scaling = factors
+    wide = torch.promote_types(a_RI.dtype, torch.float32)
+    dweight_OI = (dy_MO.T @ x_MI.to(dy_MO.dtype)).to(wide)
+    dweight_OI = dweight_OI.masked_fill_(~unpack(keep_packed, dweight_OI.shape), 0).mul_(scaling)
+    da_RI = b_OR.to(wide).T @ dweight_OI
+    db_OR = dweight_OI @ a_RI.to(wide).T
+    return da_RI.to(a_RI.dtype), db_OR.to(b_OR.dtype)
+
+
+def masked_lora_linear(
+    x: Tensor,
+    weight_OI: Tensor | None,
+    keep_packed: Tensor,
+    a_RI: Tensor | None,
+    b_OR: Tensor | None,
+    scaling: float = 1.0,
+    bias_O: Tensor | None = None,
+) -> Tensor:
+    """Equal to `F.linear(x, (weight + scaling * b @ a) * keep, bias)`, as are the gradients of x, a, b, bias.
+
+    Nothing of the weight's size but the weight itself is kept for backward; `weight` gets no gradient. Without `a` and
+    `b` the update is left out; without `weight` only the masked update is applied (LoRA dropout needs the two apart).
+    """
+    return _MaskedLoraLinear.apply(x, weight_OI, keep_packed, a_RI, b_OR, scaling, bias_O)  # type: ignore[return-value]
+
+
+class MaskedLinear(nn.Linear):
+    """An `nn.Linear` that a switch shows dense or masked. Made in place: weight, bias and their names are untouched."""
+
+    keep_packed: Tensor
+    switch: Switch
+    folded: Tensor | None
+
+    @classmethod
+    def convert(cls, linear: nn.Linear, keep_OI: Tensor, switch: Switch) -> MaskedLinear:
+        """Turn this very module into a masked one; on a masked one, replace its mask."""
+        assert type(linear) in (nn.Linear, cls), f"a linear layer of type {type(linear)} would lose its own forward"
+        assert keep_OI.dtype == torch.bool and keep_OI.shape == (linear.out_features, linear.in_features), keep_OI.shape
+        masked: Any = linear
+        masked.__class__ = cls
+        # Not persistent: a state dict stays the stock model's.
+        masked.register_buffer("keep_packed", pack(keep_OI).to(linear.weight.device), persistent=False)
+        masked.switch, masked.folded = switch, None
+        return masked
+
+    @property
+    def keep(self) -> Tensor:
+        """The mask, bool (O, I), true = survives."""
+        return unpack(self.keep_packed, (self.out_features, self.in_features))
+
+    def forward(self, input: Tensor, factors: Factors | None = None) -> Tensor:
+        """x W^T in the dense view, x ((W + s B A) * keep)^T in the pruned one; plus bias in both."""
+        if self.switch.dense:
+            return F.linear(input, self.weight, self.bias)
+        if self.switch.fold and not torch.is_grad_enabled():
+            if self.folded is None:
+                self.folded = effective_weight(self.weight, self.keep_packed, factors).to(input.dtype)
+            return F.linear(input, self.folded, self.bias)
+        a_RI, b_OR, scaling = factors or (None, None, 1.0)
+        return masked_lora_linear(input, self.weight, self.keep_packed, a_RI, b_OR, scaling, self.bias)

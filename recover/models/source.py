@@ -1,0 +1,203 @@
+"""Where a model's files are, and that they are what they say: checked before any library acts on them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from recover import artifacts, console, dist, recipe
+from recover.errors import ModelError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+# Config keys with which a file could make transformers fetch and run code.
+FORBIDDEN = ("_attn_implementation", "_experts_implementation", "trust_remote_code")
+
+
+def kind_of(source: str) -> str:
+    """`folder`, `gguf` or `hub`; raises ModelError for a path that is not there and for what is no hub id."""
+    path = Path(source).expanduser()
+    if source.startswith("embedded:") or path.is_dir():
+        return "folder"
+    if path.suffix == ".gguf" and path.is_file():
+        return "gguf"
+    if path.exists():
+        raise ModelError(f"{source}: not a folder and not a .gguf file; expected one of them, or a hub id")
+    looks_like_path = source.startswith((".", "/", "~")) or path.suffix == ".gguf" or source.count("/") > 1
+    if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        raise ModelError(f"{source}: no such folder or .gguf file, and not a hub id (owner/name): check model.source")
+    return "hub"
+
+
+def locate(leaf: recipe.Model, source: str | None = None) -> Path:
+    """A local folder in the stock layout: downloaded or converted first if need be. Raises ModelError, RecipeError.
+
+    With several processes all must call this together: the main one downloads or converts, the others find the result.
+    """
+    source = source or leaf.source
+    kind = kind_of(source)
+    if kind == "folder":
+        is_embedded = source.startswith("embedded:")
+        return recipe.embedded(source.removeprefix("embedded:")) if is_embedded else Path(source).expanduser()
+    with dist.main_first():
+        return _convert(Path(source).expanduser()) if kind == "gguf" else _download(leaf, source)
+
+
+def _download(leaf: recipe.Model, source: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + ["*.py"] * leaf.trust_remote_code
+    with explained(source):
+        folder = snapshot_download(
+            source, revision=leaf.revision, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
+        )
+    return Path(folder)
+
+
+def config_source(leaf: recipe.Model) -> str:
+    """Where the config can be read without fetching weights: a hub id, or a local folder."""
+    return leaf.source if kind_of(leaf.source) == "hub" else str(locate(leaf))
+
+
+def read_config(leaf: recipe.Model) -> dict[str, Any]:
+    """The raw config, no weights touched; raises ModelError if it is missing, corrupt or could run code."""
+    from transformers import PretrainedConfig
+
+    source = config_source(leaf)
+    path = Path(source) / "config.json"
+    if kind_of(source) == "folder":
+        config = _read_json(path)
+    else:
+        with explained(source):
+            config, _ = PretrainedConfig.get_config_dict(source, revision=leaf.revision)
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ModelError(f"{path}: has no 'model_type'; expected the config of a causal language model")
+    forbidden = sorted({key for key in _keys(config) if key.startswith(FORBIDDEN)})
+    if forbidden:
+        raise ModelError(f"{path}: holds {forbidden}, which can make transformers run foreign code; remove them first")
+    return config
+
+
+def _keys(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from _keys(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _keys(inner)
+
+
+def check_weights(folder: Path) -> None:
+    """Every safetensors file of the folder is there, whole and inside it; raises ModelError naming the file."""
+    if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
+        for name, keys in _shards(folder / INDEX).items():
+            missing = sorted(set(keys) - set(_tensors(folder / name)))
+            if missing:
+                raise ModelError(f"{folder / name}: lacks {missing[0]}, which {INDEX} lists; fetch the model again")
+    elif (folder / WEIGHTS).is_file():
+        _tensors(folder / WEIGHTS)
+    else:
+        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+        if pickles:
+            raise ModelError(
+                f"{folder}: its weights are pickle files ({pickles[0]}), which can run code; expected {WEIGHTS}. "
+                "If you trust them: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+            )
+        raise ModelError(f"{folder / WEIGHTS}: missing, and there is no {INDEX} either; expected the model's weights")
+
+
+def _shards(index: Path) -> dict[str, list[str]]:
+    content = _read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelError(f"{index}: has no 'weight_map' from tensor names to files; fetch the model again")
+    shards: dict[str, list[str]] = {}
+    for key, name in weight_map.items():
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(f"{index}: '{key}' points to '{name}'; expected a .safetensors file in the same folder")
+        shards.setdefault(name, []).append(key)
+    return shards
+
+
+def _tensors(path: Path) -> list[str]:
+    """Names of the tensors in a file whose header is sound and whose length is what the header says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: missing; fetch the model again") from error
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: corrupt or cut short ({error}); fetch the model again") from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: missing; expected a model folder with config.json and {WEIGHTS}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON ({error}); fetch the model again") from error
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $RECOVER_CACHE, or ~/.cache/recover."""
+    return Path(os.environ.get("RECOVER_CACHE") or Path.home() / ".cache" / "recover")
+
+
+def _convert(path: Path) -> Path:
+    """The GGUF file as a stock folder in float32, made once for each sha256: it takes half a minute."""
+    folder = cache_folder() / "gguf" / artifacts.sha256(path)
+    if not folder.is_dir():
+        console.say(f"converting {path.name} to safetensors, once, into {folder}")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+        try:
+            _write_stock(path, scratch)
+            artifacts.publish(scratch, folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _write_stock(path: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    with explained(str(path)):
+        read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        # transformers flags it as quantized: save_pretrained would raise, and peft and trainers branch on the flag.
+        config = type(read.config).from_dict(
+            {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
+        )
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        plain.load_state_dict(read.state_dict())
+        plain.generation_config = read.generation_config
+        plain.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+
+
+@contextmanager
+def explained(where: str) -> Iterator[None]:
+    """What a library raises about files becomes a ModelError that says which model; our own errors pass."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from safetensors import SafetensorError
+
+    kinds = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
+    try:
+        yield
+    except ModelError:
+        raise
+    except (*kinds, HfHubHTTPError, HFValidationError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise ModelError(f"{where}: cannot be loaded ({type(error).__name__}: {reason})") from error

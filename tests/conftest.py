@@ -1,0 +1,30 @@
+"""Fixtures shared by all tests: nothing reaches a hub, one thread, a tiny Llama."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from tiny import tiny
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_llama():
+    """A LlamaForCausalLM: float32, eval, 6 blocks, width 64, 4 heads / 2 kv, vocabulary 256."""
+    return tiny("llama")
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

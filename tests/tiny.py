@@ -1,0 +1,72 @@
+"""Tiny random models of every supported family, for tests: same code paths as the real ones, seconds on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+COMMON = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.1,
+}
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+# name -> (model type, what differs from COMMON). Sliding windows are shorter than the test prompts.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama_tied": ("llama", {"tie_word_embeddings": True, "attention_bias": True}),
+    "mistral": ("mistral", {"head_dim": 16, "sliding_window": None}),
+    "mistral_sliding": ("mistral", {"head_dim": 16, "sliding_window": 8}),
+    "qwen2": ("qwen2", {}),
+    "qwen2_sliding": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "gemma2": ("gemma2", {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}),
+    "gemma3_text": (
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 16,
+            "layer_types": [SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL],
+        },
+    ),
+    "phi3": ("phi3", {"original_max_position_embeddings": 256}),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 3}),
+    "olmo2": ("olmo2", {}),
+    "granite": ("granite", {"logits_scaling": 3.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0}),
+}
+
+
+def tiny_config(family: str, **overrides: Any) -> Any:
+    """The config of one family at tiny size."""
+    model_type, differences = FAMILIES[family]
+    return AutoConfig.for_model(model_type, **{**COMMON, **differences, **overrides})
+
+
+def tiny(family: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A causal LM of this family in float32 and eval mode, the same for the same seed; `overrides` go to the config."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(tiny_config(family, **overrides), dtype=torch.float32)
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):  # stock init is 1 and 0: mistakes there would not show
+                torch.nn.init.normal_(parameter, mean=parameter.data.mean().item(), std=0.1)
+    return model.eval()
+
+
+def ids(batch: int = 2, tokens: int = 20, *, vocabulary: int = 256, seed: int = 1) -> torch.Tensor:
+    """Random token ids (B, T), none of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, vocabulary, (batch, tokens), generator=generator)
