@@ -1,0 +1,203 @@
+"""Calibration: text cut into equal samples, and what the model's linear layers see on it.
+
+Shapes: B batch, T tokens, I in features.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import LongTensor, Tensor, nn
+
+from recover import console
+from recover.errors import DataError, PruneError
+from recover.recipe import Calibration, embedded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def calibration_batches(leaf: Calibration, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[LongTensor]:
+    """Up to `leaf.samples` samples of `leaf.length` tokens, in batches (B, T); the same seed gives the same ones.
+
+    Documents are shuffled, joined by EOS and cut; every sample starts with BOS where the tokenizer puts one (models
+    trained with a BOS have unlike activations without). Warns when the text gives fewer samples; raises DataError when
+    it is shorter than one sample.
+    """
+    bos = _bos(tokenizer)
+    body = leaf.length - len(bos)
+    ids: list[int] = []
+    for text in _shuffled(read_texts(leaf), seed):
+        ids += _tokens(tokenizer, text)
+        if len(ids) >= leaf.samples * body:
+            break
+    count = min(leaf.samples, len(ids) // body)
+    found = f"calibration.data {leaf.data}: {len(ids):,} tokens in all"
+    if count == 0:
+        raise DataError(f"{found}, one sample needs {leaf.length}. Give more text or a smaller calibration.length")
+    if count < leaf.samples:
+        console.warn(f"{found}: {count} samples of {leaf.length} and not calibration.samples: {leaf.samples}")
+    samples = torch.tensor([bos + ids[i * body : (i + 1) * body] for i in range(count)], dtype=torch.long)
+    return list(samples.split(leaf.batch_size))  # type: ignore[arg-type]
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The BOS id as a list, empty when the tokenizer starts no text with one."""
+    bos: Any = tokenizer.bos_token_id
+    first: Any = tokenizer("a")["input_ids"]
+    return [bos] if bos is not None and list(first)[:1] == [bos] else []
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # verbose=False: a document longer than the context is no mistake here, it is cut into samples
+    ids: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    eos: Any = tokenizer.eos_token_id
+    return [*ids] if eos is None else [*ids, eos]
+
+
+def _shuffled(texts: Sequence[str], seed: int) -> Iterator[str]:
+    """Texts in an order that depends on the seed alone, read one by one (a large data set is not read whole)."""
+    order = list(range(len(texts)))
+    random.Random(seed).shuffle(order)
+    return (texts[index] for index in order)
+
+
+def read_texts(leaf: Calibration) -> Sequence[str]:
+    """The documents behind `leaf.data`: lines of a JSONL, a text file as one, or a column of a hub or parquet data set.
+
+    Raises DataError naming the file and line, or the column, that is wrong.
+    """
+    path = embedded(leaf.data.removeprefix("embedded:")) if leaf.data.startswith("embedded:") else Path(leaf.data)
+    try:
+        if path.suffix in (".jsonl", ".json"):
+            return _read_jsonl(path, leaf.column)
+        if path.suffix in (".txt", ".md"):
+            return [path.read_text(encoding="utf-8-sig")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"calibration.data {path}: cannot be read as UTF-8 text ({error})") from error
+    return _read_dataset(leaf)
+
+
+def _read_jsonl(path: Path, column: str) -> list[str]:
+    texts = []
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise DataError(f"{path}:{number}: not JSON ({error}); a JSONL file holds one object a line") from error
+            if not isinstance(row, dict) or not isinstance(row.get(column), str):
+                found = sorted(row) if isinstance(row, dict) else type(row).__name__
+                raise DataError(f"{path}:{number}: no text in column '{column}', found {found}: set calibration.column")
+            texts.append(row[column])
+    return texts
+
+
+class _Column(Sequence):
+    """One text column of a data set, read row by row."""
+
+    def __init__(self, rows: Any, column: str) -> None:
+        self.rows, self.column = rows, column
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index][self.column]
+
+
+def _read_dataset(leaf: Calibration) -> Sequence[str]:
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    where = f"calibration.data {leaf.data}"
+    try:
+        if leaf.data.endswith(".parquet"):
+            rows: Any = datasets.load_dataset("parquet", data_files=leaf.data, split="train")
+        else:
+            rows = datasets.load_dataset(leaf.data, split=leaf.split)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise DataError(f"{where}: neither a local text file nor a data set that loads ({error})") from error
+    if leaf.column not in rows.column_names:
+        raise DataError(f"{where}: no column '{leaf.column}', found {rows.column_names}: set calibration.column")
+    return _Column(rows, leaf.column)
+
+
+def check_context(model: PreTrainedModel, batches: Sequence[Tensor]) -> None:
+    """Raise PruneError when samples are longer than the model's context: activations there mean nothing."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    length = batches[0].shape[1] if batches else 0
+    if context is not None and length > context:
+        raise PruneError(f"calibration.length: {length} tokens, the model's context is {context}: give at most that")
+
+
+def calibration_record(leaf: Calibration | None, batches: Sequence[Tensor]) -> dict[str, Any]:
+    """What scores were measured on, for `plan.calibration`; empty when on nothing."""
+    if leaf is None:
+        return {}
+    samples = sum(len(ids_BT) for ids_BT in batches)
+    return {"data": leaf.data, "samples": samples, "tokens": sum(ids_BT.numel() for ids_BT in batches)}
+
+
+class _Enough(Exception):
+    """Ends a forward pass whose rest is not needed."""
+
+
+@torch.no_grad()
+def input_norms(
+    model: PreTrainedModel,
+    linears: dict[str, nn.Linear],
+    batches: Iterable[LongTensor],
+    *,
+    last: nn.Module | None = None,
+) -> dict[str, Tensor]:
+    """||x_i|| over all tokens of `batches` for every input feature of each linear layer (fp32, on the layer's device).
+
+    Seen by hooks inside a full forward pass, so masks, positions and attention variants are the model's own. With
+    `last`, a pass ends once that module has run. Raises PruneError when a layer sees a value that is not finite, or is
+    never run.
+    """
+    squares: dict[str, Tensor] = {}
+
+    def add(name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            square_I = args[0].detach().reshape(-1, args[0].shape[-1]).float().square().sum(0).double()
+            squares[name] = squares[name] + square_I if name in squares else square_I
+
+        return hook
+
+    def stop(*_: Any) -> None:
+        raise _Enough
+
+    handles = [linear.register_forward_pre_hook(add(name)) for name, linear in linears.items()]
+    if last is not None:
+        handles.append(last.register_forward_hook(stop))
+    try:
+        for ids_BT in batches:
+            _run(model, ids_BT)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: _norm(name, squares.get(name)) for name in linears}
+
+
+def _run(model: PreTrainedModel, ids_BT: Tensor) -> None:
+    with suppress(_Enough):
+        # One position of logits: the head is not needed, and full logits would be the largest tensor of the pass.
+        model(input_ids=ids_BT.to(model.device), use_cache=False, logits_to_keep=1)
+
+
+def _norm(name: str, square_I: Tensor | None) -> Tensor:
+    if square_I is None:
+        raise PruneError(f"{name}: never run in a forward pass, so it has no activations to score its weights by")
+    if not square_I.isfinite().all():
+        raise PruneError(f"{name}: sees inputs that are not finite. Check the weights, or use model.dtype: float32")
+    return square_I.sqrt().float()
