@@ -1,0 +1,59 @@
+"""How a pruned model's text falls apart, counted on lists of token ids: it loops, or it leaves the dense model's text.
+
+repetition([5, 6, 5, 6, 5, 6], n=2)   # 0.6: three of the five pairs were seen before
+first_divergence([7, 8, 9], [7, 8, 1])  # 2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Ids = Sequence[int]
+
+
+def ngrams(ids: Ids, n: int) -> list[tuple[int, ...]]:
+    """Every run of `n` consecutive ids, in order; none when the text is shorter than `n`."""
+    return [tuple(ids[start : start + n]) for start in range(len(ids) - n + 1)]
+
+
+def repetition(ids: Ids, n: int = 4) -> float:
+    """Share of the n-grams that occurred before in the same text: 0 = none, towards 1 = a loop. Short texts give 0.
+
+    The complement of `distinct_n` (seq-rep-n of Welleck et al., "Neural Text Generation with Unlikelihood Training").
+    """
+    return 1.0 - distinct_n(ids, n)
+
+
+def distinct_n(ids: Ids, n: int = 2) -> float:
+    """Distinct n-grams over all n-grams of one text: 1 = nothing repeats; texts shorter than `n` give 1."""
+    grams = ngrams(ids, n)
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def longest_repeat(ids: Ids) -> int:
+    """Length in tokens of the longest run that occurs twice, overlaps included: m tokens of a loop of k give m - k.
+
+    If a run occurs twice so does each shorter one, so the length is found by bisection.
+    """
+    low, high = 0, max(len(ids) - 1, 0)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if repetition(ids, middle) > 0 else (low, middle - 1)
+    return low
+
+
+def first_divergence(a: Ids, b: Ids) -> int | None:
+    """Position of the first token that differs, or None if the two texts are equal.
+
+    If one is the beginning of the other, they part where the shorter one ends.
+    """
+    for position, (token_a, token_b) in enumerate(zip(a, b, strict=False)):
+        if token_a != token_b:
+            return position
+    return None if len(a) == len(b) else min(len(a), len(b))
+
+
+def agreement(a: Ids, b: Ids) -> float:
+    """Share of positions with the same token, out of the longer text's positions; two empty texts agree fully."""
+    longest = max(len(a), len(b))
+    return sum(x == y for x, y in zip(a, b, strict=False)) / longest if longest else 1.0

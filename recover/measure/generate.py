@@ -1,0 +1,146 @@
+"""Greedy or sampled text from any causal LM, in padded batches, order kept, the model left as it was found.
+
+Legend: B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from recover import console
+from recover.errors import DataError
+from recover.measure.prompts import batches_by_length, encode_prompt, left_pad
+from recover.recipe import Sampling
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a model wrote. `ids` hold the end token when it `ended`; without one it ran into the limit."""
+
+    ids: list[int]
+    text: str
+    ended: bool
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    chat: bool | None = None,
+    title: str = "generate",
+) -> list[Generation]:
+    """One text per prompt, in the order of the prompts: greedy, or sampled from `seed`.
+
+    Greedy texts do not depend on how prompts fall into batches (up to rounding at ties); sampled ones do. The model's
+    own generation settings (repetition penalty, top-k, ...) are set aside: what is measured is the model.
+    `chat`: wrap prompts in the chat template; None = if the tokenizer has one.
+
+    Raises:
+        DataError: a prompt leaves no room for `max_new_tokens` in the model's context.
+    """
+    prompts_ids = [encode_prompt(tokenizer, prompt, chat=chat) for prompt in prompts]
+    _check_room(model, prompts, prompts_ids, max_new_tokens, title)
+    inner: Any = stock(model)
+    settings = _settings(end_ids(inner, tokenizer), tokenizer.pad_token_id, max_new_tokens, sampling)
+    batches = batches_by_length([len(ids) for ids in prompts_ids], batch_size)
+    written: dict[int, Generation] = {}
+    with torch.no_grad(), evaluating(inner), _generating_by(inner, settings), _forked_random_state(inner):
+        for number, batch in enumerate(console.track(batches, title, unit="batch")):
+            torch.manual_seed(seed + number)
+            ids_BT, mask_BT = left_pad([prompts_ids[item] for item in batch], settings.pad_token_id, inner.device)
+            output_BT = inner.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=settings)
+            rows = output_BT[:, ids_BT.shape[1] :].tolist()
+            written.update(zip(batch, _until_end(rows, tokenizer, settings.eos_token_id), strict=True))
+    return [written[item] for item in range(len(prompts))]
+
+
+def _check_room(
+    model: PreTrainedModel, prompts: Sequence[str], prompts_ids: list[list[int]], max_new_tokens: int, title: str
+) -> None:
+    context = context_of(model)
+    for prompt, ids in zip(prompts, prompts_ids, strict=True):
+        if context is not None and len(ids) + max_new_tokens > context:
+            raise DataError(
+                f"{title}: the prompt {prompt[:60]!r} has {len(ids)} tokens; with max_new_tokens {max_new_tokens} that "
+                f"exceeds the model's context of {context}: shorten the prompt, or lower max_new_tokens"
+            )
+
+
+def stock(model: Any) -> PreTrainedModel:
+    """The transformers model inside a PeftModel (its LoRA layers stay in place), or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def context_of(model: Any) -> int | None:
+    """Positions that the model was made for, or None if its config names no limit."""
+    return getattr(stock(model).config.get_text_config(), "max_position_embeddings", None)
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a text: the tokenizer's EOS and those of the model's generation settings (end of turn)."""
+    named = model.generation_config.eos_token_id if model.generation_config is not None else None
+    listed = named if isinstance(named, list) else [named]
+    return sorted({token for token in [*listed, tokenizer.eos_token_id] if isinstance(token, int)})
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Dropout off; afterwards every module is back in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _settings(ends: list[int], pad: Any, max_new_tokens: int, sampling: Sampling | None) -> GenerationConfig:
+    """Plain greedy or plain nucleus sampling; top-k, whose default in transformers is 50, is off."""
+    drawn: dict[str, Any] = {"do_sample": False}
+    if sampling is not None:
+        drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    pad = pad if pad is not None else (ends or [0])[0]
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad, use_cache=True, **drawn
+    )
+
+
+@contextmanager
+def _generating_by(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """Our settings in place of the model's: `generate` fills every field left unset from the model's own."""
+    own = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@contextmanager
+def _forked_random_state(model: PreTrainedModel) -> Iterator[None]:
+    """Sampling leaves the random state of the run untouched: training goes on as if nothing had been measured."""
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def _until_end(
+    rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, ends: list[int] | None
+) -> Iterator[Generation]:
+    """Rows cut after their first end token; what follows it is padding."""
+    for row in rows:
+        end = next((position for position, token in enumerate(row) if token in (ends or ())), None)
+        ids = row if end is None else row[: end + 1]
+        yield Generation(ids, str(tokenizer.decode(ids, skip_special_tokens=True)), end is not None)

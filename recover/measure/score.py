@@ -1,0 +1,63 @@
+"""Is a written answer right, and how sure is the mean of many: pure functions on text and numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+RESAMPLES = 2000
+_NUMBER = re.compile(r"[$€£]?(-?)[$€£]?(\d[\d,]*)(?:\.(\d+))?%?")
+
+
+def extract(text: str, pattern: str | None) -> str | None:
+    """The last match of `pattern` (its first group, if it has one), or None; without a pattern the whole text.
+
+    The last one, because an answer that is reasoned out ends with its result.
+    """
+    if pattern is None:
+        return text
+    matches = list(re.finditer(pattern, text, re.IGNORECASE))
+    return matches[-1].group(1 if matches[-1].re.groups else 0) if matches else None
+
+
+def normal(text: str) -> str:
+    """Text as it is compared: case, outer punctuation, runs of white space and ways to write a number do not count."""
+    text = " ".join(text.casefold().split()).strip(" .,;:!?\"'*`")
+    number = _NUMBER.fullmatch(text)
+    if not number:
+        return text
+    sign, whole, fraction = number.groups()
+    fraction = (fraction or "").rstrip("0")
+    return sign + whole.replace(",", "") + (f".{fraction}" if fraction else "")
+
+
+def is_right(answer: str | None, targets: Sequence[str], *, contains: bool = False) -> bool:
+    """Whether the answer equals one of the targets or, with `contains`, holds one as a run of whole words."""
+    if answer is None:
+        return False
+    found, wanted = normal(answer), [normal(target) for target in targets]
+    if contains:
+        return any(re.search(rf"(?<!\w){re.escape(target)}(?!\w)", found) for target in wanted)
+    return found in wanted
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean; never called without values, since a task has at least one item."""
+    return float(np.mean(np.asarray(values, dtype=np.float64)))
+
+
+def interval95(values: Sequence[float]) -> list[float]:
+    """Percentile bootstrap 95% interval of the mean over items, from a fixed seed: [low, high]."""
+    array_N = np.asarray(values, dtype=np.float64)
+    drawn_RN = np.random.default_rng(0).integers(len(array_N), size=(RESAMPLES, len(array_N)))
+    low, high = np.percentile(array_N[drawn_RN].mean(axis=1), [2.5, 97.5])
+    return [float(low), float(high)]
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Mean, p10, p50 and p90."""
+    array_N = np.asarray(values, dtype=np.float64)
+    p10, p50, p90 = np.percentile(array_N, [10, 50, 90])
+    return {"mean": float(array_N.mean()), "p10": float(p10), "p50": float(p50), "p90": float(p90)}

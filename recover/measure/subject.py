@@ -1,0 +1,49 @@
+"""A model under measurement: it writes and it judges, its items dealt out among all processes and gathered in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from recover import dist
+from recover.measure.generate import Generation, generate
+from recover.measure.likelihood import Continuation, log_likelihoods
+from recover.recipe import Measure, Sampling
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in the view it is in, and how it is measured. An error on one process is raised on all."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    leaf: Measure
+    seed: int = 0
+
+    def writes(
+        self, prompts: Sequence[str], *, max_new_tokens: int, sampling: Sampling | None, chat: bool | None, title: str
+    ) -> list[Generation]:
+        """One text per prompt (`generate`), the same list on every process."""
+        mine = dist.everywhere(
+            lambda: generate(
+                self.model,
+                self.tokenizer,
+                dist.shard(prompts),
+                max_new_tokens=max_new_tokens,
+                batch_size=self.leaf.batch_size,
+                sampling=sampling,
+                seed=self.seed,
+                chat=chat,
+                title=title,
+            )
+        )
+        return dist.gather(mine)
+
+    def expects(self, rows: Sequence[Continuation], *, title: str) -> list[float]:
+        """Log-likelihood of each row (`log_likelihoods`), the same list on every process."""
+        mine = dist.everywhere(
+            lambda: log_likelihoods(self.model, dist.shard(rows), batch_size=self.leaf.batch_size, title=title)
+        )
+        return dist.gather(mine)

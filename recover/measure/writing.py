@@ -1,0 +1,113 @@
+"""The record of a generate task: is the answer right, how does the text look, how far is it the dense model's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from recover.errors import DataError
+from recover.measure import collapse
+from recover.measure.generate import Generation
+from recover.measure.score import extract, interval95, is_right, mean, quantiles
+from recover.measure.subject import Subject
+from recover.measure.task_file import GenerateFile, Question
+from recover.recipe import Sampling
+
+Record = dict[str, Any]
+Generations = dict[str, list[dict[str, Any]]]  # task -> one {"ids", "text"} per item, greedy
+
+
+def measure_writing(
+    subject: Subject, file: GenerateFile, items: Sequence[Question], reference: Generations | None
+) -> tuple[Record, list[Generation], int]:
+    """(record, greedy texts, number of tokens written, sampled ones included).
+
+    Raises:
+        DataError: a prompt does not fit the model's context, or `reference` lacks items of this task.
+    """
+    dense_ids = _reference_ids(reference, file.name, len(items))
+    greedy = _written(subject, file, items, None)
+    drawn = _written(subject, file, items, subject.leaf.sampling) if subject.leaf.sampling else []
+    right = _rights(file, items, greedy)
+    record = {
+        "kind": "generate",
+        "items": len(items),
+        "exact_match": mean(right),
+        "interval95": interval95(right),
+        "sampled_exact_match": mean(_rights(file, items, drawn)) if drawn else None,
+        **shape(greedy),
+        **against(dense_ids, [each.ids for each in greedy]),
+        "samples": _samples(file, items, greedy, right)[: subject.leaf.samples],
+    }
+    return record, greedy, sum(len(each.ids) for each in [*greedy, *drawn])
+
+
+def shape(written: Sequence[Generation]) -> Record:
+    """How texts look, whatever they say: loops, length in tokens, whether they end (`truncated`: how many do not)."""
+    return {
+        "repetition": mean([collapse.repetition(each.ids) for each in written]),
+        "distinct_2": mean([collapse.distinct_n(each.ids, 2) for each in written]),
+        "longest_repeat": mean([collapse.longest_repeat(each.ids) for each in written]),
+        "ended": mean([each.ended for each in written]),
+        "length": mean([len(each.ids) for each in written]),
+        "truncated": sum(not each.ended for each in written),
+    }
+
+
+def against(dense_ids: Sequence[list[int]] | None, written_ids: Sequence[list[int]]) -> Record:
+    """How far texts are the dense model's, token by token; one that never parts from it parts at its end."""
+    if dense_ids is None:
+        return {"agreement": None, "first_divergence": None, "exact_text": None}
+    pairs = list(zip(dense_ids, written_ids, strict=True))
+    parted = [collapse.first_divergence(dense, written) for dense, written in pairs]
+    positions = [len(written) if at is None else at for at, written in zip(parted, written_ids, strict=True)]
+    return {
+        "agreement": mean([collapse.agreement(dense, written) for dense, written in pairs]),
+        "first_divergence": quantiles(positions),
+        "exact_text": mean([at is None for at in parted]),
+    }
+
+
+def _reference_ids(reference: Generations | None, task: str, count: int) -> list[list[int]] | None:
+    if reference is None:
+        return None
+    rows = reference.get(task, [])
+    if len(rows) < count:
+        raise DataError(f"task {task}: {count} items, but the dense model's texts hold {len(rows)}: measure it again")
+    return [row["ids"] for row in rows[:count]]
+
+
+def _written(
+    subject: Subject, file: GenerateFile, items: Sequence[Question], sampling: Sampling | None
+) -> list[Generation]:
+    return subject.writes(
+        [item.prompt for item in items],
+        max_new_tokens=min(file.max_new_tokens or subject.leaf.max_new_tokens, subject.leaf.max_new_tokens),
+        sampling=sampling,
+        chat=file.wraps,
+        title=f"task {file.name}{', sampled' if sampling else ''}",
+    )
+
+
+def _rights(file: GenerateFile, items: Sequence[Question], written: Sequence[Generation]) -> list[float]:
+    """1.0 where the answer is right, else 0.0. The pattern reads targets too, so that a worked solution can be one."""
+    rights = []
+    for item, each in zip(items, written, strict=True):
+        targets = [extract(target, file.answer) or target for target in item.targets]
+        rights.append(float(is_right(extract(each.text, file.answer), targets, contains=file.match == "contains")))
+    return rights
+
+
+def _samples(
+    file: GenerateFile, items: Sequence[Question], written: Sequence[Generation], right: Sequence[float]
+) -> list[Record]:
+    return [
+        {
+            "prompt": item.prompt,
+            "text": each.text,
+            "answer": extract(each.text, file.answer),
+            "expected": item.targets[0],
+            "correct": bool(correct),
+        }
+        for item, each, correct in zip(items, written, right, strict=True)
+    ]

@@ -1,0 +1,248 @@
+"""What is measured on tasks: choices and perplexity against a plain loop, scores against hand counts."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from task_folder import CHOICE, GENERATE, make_task
+from tiny import tiny
+from words import word_tokenizer
+
+from recover.errors import DataError, ModelError
+from recover.measure.generate import Generation
+from recover.measure.score import extract, interval95, is_right, normal
+from recover.measure.tasks import load_task, measure
+from recover.measure.writing import against, shape
+from recover.recipe import Measure, Sampling
+
+LEAF = Measure(tasks=("x",), max_new_tokens=6, batch_size=3, sampling=None, samples=2)
+NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
+
+
+def test_choice_picks_the_option_of_highest_likelihood(tmp_path):
+    model, tokenizer = tiny(), word_tokenizer(bos=True)
+    options = ["w7", "w8 w9", "w200 w201 w202", "w33"]
+    prompts = [f"w{number} w5" for number in range(10, 22)]
+    with torch.no_grad():
+        scores = [
+            [
+                sum(
+                    float(model(torch.tensor([ids])).logits[0].log_softmax(-1)[at - 1, ids[at]])
+                    for at in range(3, len(ids))
+                )
+                for ids in (tokenizer(f"{prompt} {option}")["input_ids"] for option in options)
+            ]
+            for prompt in prompts
+        ]
+    best = [row.index(max(row)) for row in scores]
+    rows = [
+        {"q": prompt, "options": options, "label": label if item % 3 else (label + 1) % 4}
+        for item, (prompt, label) in enumerate(zip(prompts, best, strict=True))
+    ]
+    record, texts = measure(model, tokenizer, [load_task(make_task(tmp_path, rows, **CHOICE))], LEAF)
+    task = record["tasks"]["task"]
+    assert (task["kind"], task["items"], texts) == ("choice", 12, {})
+    assert task["accuracy"] == pytest.approx(8 / 12) == record["headline"]["choice"]
+    assert [sample["text"] for sample in task["samples"]] == [options[best[0]], options[best[1]]]
+    margins = [
+        row[item["label"]] - max(score for at, score in enumerate(row) if at != item["label"])
+        for row, item in zip(scores, rows, strict=True)
+    ]
+    assert task["margin"] == pytest.approx(sum(margins) / 12, abs=1e-4)
+    assert record["headline"]["generation"] is None and record["headline"]["perplexity"] is None
+
+
+def test_a_model_without_preferences_is_never_right(tmp_path):
+    model = tiny()
+    model.lm_head.weight.data.zero_()
+    rows = [{"q": "w5", "options": ["w7", "w8"], "label": label} for label in (0, 1)]
+    record, _ = measure(model, word_tokenizer(), [load_task(make_task(tmp_path, rows, **CHOICE))], LEAF)
+    assert record["tasks"]["task"]["accuracy"] == 0.0 == record["tasks"]["task"]["margin"]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_perplexity_of_a_uniform_model_is_its_vocabulary(tmp_path, bos):
+    model = tiny()
+    model.lm_head.weight.data.zero_()
+    path = make_task(tmp_path, [{"text": "w5 w6 w7"}, {"text": "w9 w8"}], kind="perplexity")
+    record, _ = measure(model, word_tokenizer(bos=bos), [load_task(path)], LEAF)
+    assert record["tasks"]["task"]["tokens"] == (5 if bos else 3)
+    assert record["headline"]["perplexity"] == pytest.approx(256, rel=1e-5)
+
+
+def test_perplexity_is_e_to_the_mean_loss_over_all_tokens(tmp_path):
+    model, tokenizer = tiny(), word_tokenizer()
+    texts = ["w5 w6 w7 w8 w9 w10", "w9 w8 w7"]
+    path = make_task(tmp_path, [{"body": text} for text in texts], kind="perplexity", text="body", length=4)
+    record, _ = measure(model, tokenizer, [load_task(path)], LEAF)
+    nats, count = 0.0, 0
+    for text in texts:
+        ids = torch.tensor([tokenizer(text)["input_ids"][:4]])
+        with torch.no_grad():
+            nats += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    assert record["tasks"]["task"]["tokens"] == count == 5
+    assert record["headline"]["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-5)
+
+
+def written_by(model, prompts, *, limit=6):
+    from recover.measure.generate import generate
+
+    return generate(model, word_tokenizer(), prompts, max_new_tokens=limit, batch_size=4)
+
+
+def test_generate_task_counts_right_answers_and_compares_with_the_dense_texts(tmp_path):
+    model, prompts = tiny(), [f"w{number} w4" for number in range(10, 18)]
+    texts = written_by(model, prompts)
+    rows = [
+        {"q": prompt, "answer": re.findall(r"w\d+", each.text)[-1] if item < 6 else "w3 w3 w3"}
+        for item, (prompt, each) in enumerate(zip(prompts, texts, strict=True))
+    ]
+    path = make_task(tmp_path, rows, **GENERATE, answer=r"w\d+")
+    record, generations = measure(model, word_tokenizer(), [load_task(path)], LEAF)
+    task = record["tasks"]["task"]
+    assert task["exact_match"] == 0.75 == record["headline"]["generation"] and task["items"] == 8
+    assert task["agreement"] is task["first_divergence"] is task["exact_text"] is task["sampled_exact_match"] is None
+    assert len(task["samples"]) == 2 and task["samples"][0]["correct"] is True
+    assert generations == {"task": [{"ids": each.ids, "text": each.text} for each in texts]}
+
+    same, _ = measure(model, word_tokenizer(), [load_task(path)], LEAF, reference=generations, limit=5)
+    assert (same["tasks"]["task"]["agreement"], same["tasks"]["task"]["exact_text"]) == (1.0, 1.0)
+    assert same["tasks"]["task"]["items"] == 5 and same["tasks"]["task"]["first_divergence"]["mean"] == 6.0
+
+    other, _ = measure(tiny(seed=1), word_tokenizer(), [load_task(path)], LEAF, reference=generations)
+    assert other["tasks"]["task"]["agreement"] < 0.5 and other["tasks"]["task"]["exact_text"] == 0.0
+    short = {"task": generations["task"][:3]}
+    with pytest.raises(DataError, match="task task: 8 items, but the dense model's texts hold 3"):
+        measure(model, word_tokenizer(), [load_task(path)], LEAF, reference=short)
+
+
+def test_measuring_twice_gives_the_same_record_and_json_can_hold_it(tmp_path):
+    rows = [{"q": f"w{number}", "answer": "w4"} for number in range(10, 17)]
+    task = load_task(make_task(tmp_path, rows, **GENERATE))
+    leaf = LEAF.model_copy(update={"sampling": Sampling()})
+    first, second = (measure(tiny(), word_tokenizer(), [task], leaf, seed=3)[0] for _ in range(2))
+    for record in (first, second):
+        assert record.pop("seconds") > 0 and record.pop("tokens_per_second") > 0
+    assert json.dumps(first, allow_nan=False) == json.dumps(second, allow_nan=False)
+    assert first["tasks"]["task"]["sampled_exact_match"] is not None
+
+
+def test_a_task_may_lower_the_token_limit_but_not_raise_it(tmp_path):
+    for own, expected in ((2, 2), (50, 6), (None, 6)):
+        path = make_task(tmp_path, [{"q": "w5", "answer": "w4"}], **GENERATE, max_new_tokens=own)
+        record, _ = measure(tiny(), word_tokenizer(), [load_task(path)], LEAF)
+        assert record["tasks"]["task"]["length"] == expected
+
+
+def test_the_shape_of_texts():
+    found = shape([Generation([4, 4, 4, 4, 4, 4], "", False), Generation([5, 6, 7, 2], "", True)])
+    assert found["truncated"] == 1 and found["ended"] == 0.5 and found["length"] == 5.0
+    assert found["repetition"] == pytest.approx((2 / 3 + 0) / 2) and found["distinct_2"] == pytest.approx((0.2 + 1) / 2)
+    assert found["longest_repeat"] == 2.5
+
+
+def test_a_text_that_never_parts_counts_as_parting_at_its_end():
+    found = against([[1, 2, 3], [1, 2, 3]], [[1, 2, 3], [1, 9]])
+    assert found["first_divergence"]["mean"] == 2.0 and found["exact_text"] == 0.5
+    assert found["agreement"] == pytest.approx((1 + 1 / 3) / 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "targets", "pattern", "contains", "right"),
+    [
+        ("so 17 + 25 = 42.", ["42"], NUMBER, False, True),
+        ("42, no: 41", ["42"], NUMBER, False, False),
+        ("It costs $1,200.00", ["1200"], r"\$[\d,.]+", False, True),
+        ("none", ["42"], NUMBER, False, False),
+        ("  Paris. ", ["paris"], None, False, True),
+        ("It is Paris, of course", ["Paris", "Lyon"], None, True, True),
+        ("It is Parisian", ["Paris"], None, True, False),
+        ("Lake H2O!", ["H2O"], None, True, True),
+        ("the answer is (B) I think", ["b"], r"\(([A-D])\)", False, True),
+    ],
+)
+def test_answers(text, targets, pattern, contains, right):
+    assert is_right(extract(text, pattern), targets, contains=contains) is right
+
+
+def test_numbers_are_compared_as_numbers():
+    assert normal("1,200.50") == normal("$1200.5") == "1200.5"
+    assert normal("-3.0") == "-3" != normal("3")
+    assert normal("Blue  Whale!") == "blue whale"
+
+
+def test_a_worked_solution_can_be_the_target(tmp_path):
+    rows = [{"q": "w5", "answer": "3 + 4 = 7 #### 7"}]
+    file = load_task(make_task(tmp_path, rows, **{**GENERATE, "answer": NUMBER})).file
+    from recover.measure.task_file import Question
+    from recover.measure.writing import _rights
+
+    assert _rights(file, [Question("", (rows[0]["answer"],))], [Generation([], "it is 7", True)]) == [1.0]
+
+
+def test_interval95_covers_the_mean_and_shrinks_with_items():
+    values = [1.0, 0.0, 1.0, 1.0] * 25
+    low, high = interval95(values)
+    exact = 1.96 * math.sqrt(0.75 * 0.25 / 100)
+    assert low == pytest.approx(0.75 - exact, abs=0.02) and high == pytest.approx(0.75 + exact, abs=0.02)
+    assert interval95(values) == [low, high]
+    assert interval95([1.0, 1.0]) == [1.0, 1.0]
+
+
+def test_items_that_do_not_fit_and_models_that_give_nan_are_refused(tmp_path):
+    model, tokenizer = tiny(), word_tokenizer()
+    rows = [{"q": "w5 " * 300, "options": ["w6", "w7"], "label": 0}]
+    with pytest.raises(DataError, match="task long: an item has 301 tokens, the model's context is 256"):
+        measure(model, tokenizer, [load_task(make_task(tmp_path, rows, name="long", **CHOICE))], LEAF)
+    model.lm_head.weight.data[3] = float("nan")
+    path = make_task(tmp_path, [{"text": "w5 w6 w7"}], kind="perplexity")
+    with pytest.raises(ModelError, match="task task: the model gives log-probabilities that are not finite"):
+        measure(model, tokenizer, [load_task(path)], LEAF)
+    with pytest.raises(DataError, match="task one: no text has two tokens"):
+        measure(model, tokenizer, [load_task(make_task(tmp_path, [{"text": "w5"}], "one", kind="perplexity"))], LEAF)
+
+
+TWO = """
+import json, sys
+sys.path.insert(0, "tests")
+from tiny import tiny
+from words import word_tokenizer
+from recover import dist
+from recover.measure.tasks import load_task, measure
+from recover.recipe import Measure
+
+dist.start()
+leaf = Measure(tasks=("x",), max_new_tokens=6, batch_size=3, sampling=None, samples=2)
+record, texts = measure(tiny(), word_tokenizer(), [load_task(path) for path in sys.argv[1:]], leaf)
+try:
+    measure(tiny(max_position_embeddings=10), word_tokenizer(), [load_task(sys.argv[1])], leaf)
+except Exception as error:
+    record["failure"] = f"{type(error).__name__}: {error}"
+print(json.dumps([record, texts]))
+dist.stop()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does_and_fail_together(tmp_path):
+    from test_dist import launch
+
+    written = [{"q": " ".join(["w9"] * (1 + item % 5)), "answer": "w4"} for item in range(7)]  # only some are too long
+    chosen = [{"q": f"w{item + 5}", "options": ["w6 w7", "w8", "w9"], "label": item % 3} for item in range(5)]
+    paths = [make_task(tmp_path, written, "written", **GENERATE), make_task(tmp_path, chosen, "chosen", **CHOICE)]
+    record, texts = measure(tiny(), word_tokenizer(), [load_task(path) for path in paths], LEAF)
+    running = launch("-c", TWO, *paths, CUDA_VISIBLE_DEVICES="")
+    for process in running:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        found, found_texts = json.loads(out.splitlines()[-1])
+        assert found_texts == texts and found["headline"] == pytest.approx(record["headline"], nan_ok=True)
+        assert found["failure"].startswith("DataError: task written: the prompt")
+        for name, task in record["tasks"].items():
+            for key, value in task.items():
+                assert found["tasks"][name][key] == (
+                    pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
+                )
