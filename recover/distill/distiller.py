@@ -1,0 +1,165 @@
+"""Both passes of a twin and the loss, inside one forward of whatever wraps the model.
+
+Legend: B batch, T tokens, N scored tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
+
+from recover.distill.loss import LossSums, distillation_loss
+from recover.models.arch import head_of
+from recover.models.masked_linear import MaskedLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from recover.models.twin import Twin
+    from recover.recipe import Loss
+
+IGNORED = -100  # a label that carries no loss, as everywhere in transformers
+
+
+def scored_rows(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows_N, labels_N): positions in the flat (B * T) order whose next token carries loss, and those next tokens.
+
+    The position before a scored token is the one that predicts it, so column 0 of the labels never counts.
+    """
+    next_BT = torch.full_like(labels_BT, IGNORED)
+    next_BT[:, :-1] = labels_BT[:, 1:]
+    next_M = next_BT.flatten()
+    rows_N = (next_M != IGNORED).nonzero().squeeze(1)
+    return rows_N, next_M[rows_N]
+
+
+def scored_tokens(labels_BT: Tensor) -> Tensor:
+    """How many tokens of a batch carry loss, as a tensor on its device: what a sum of losses is divided by."""
+    return (labels_BT[:, 1:] != IGNORED).sum()
+
+
+class Distiller:
+    """`model(..., distill=distiller)` is the distillation loss of the twin's pruned view against its dense view.
+
+    Blocks that both views share in front of the first difference (a dropped block, a mask or an adapter) run once:
+    their output in the dense pass is what the pruned pass goes on from. Build it after the adapters are on.
+    """
+
+    def __init__(self, twin: Twin, leaf: Loss) -> None:
+        self.twin = twin
+        self.leaf = leaf
+        self.shared_blocks = _shared_blocks(twin)
+
+    def run(
+        self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor
+    ) -> ModelOutput:
+        """Sums over the scored tokens: `loss` (the only one with gradient), kl, variance, reverse_kl, ce, and `tokens`.
+
+        Only rows that `labels` score reach the head; what stands in the others changes neither value nor gradient.
+        """
+        rows_N, labels_N = scored_rows(labels)
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        with _half_precision_adapters(model):
+            h_dense_ND, prefix_BTD = self._dense_pass(model, batch, rows_N)
+            h_pruned_ND = self._pruned_pass(model, batch, rows_N, prefix_BTD)
+        sums = self._loss(model, h_pruned_ND, h_dense_ND, labels_N)
+        return ModelOutput(
+            loss=sums.total,
+            kl=sums.kl,
+            variance=sums.variance,
+            reverse_kl=sums.reverse_kl,
+            ce=sums.ce,
+            tokens=sums.tokens,
+        )
+
+    def _loss(self, model: PreTrainedModel, h_pruned_ND: Tensor, h_dense_ND: Tensor, labels_N: Tensor) -> LossSums:
+        # Gathered before the weight is touched: at a first touch of a weight that ZeRO-3 has shared out, DeepSpeed
+        # would take it for a parameter of the whole model, and gather it in every backward too.
+        head: Any = model.get_output_embeddings()
+        with gathered(*head.parameters(recurse=False)):
+            weight_VD, bias_V, scale, softcap = head_of(model)
+            return distillation_loss(
+                h_pruned_ND,
+                h_dense_ND,
+                weight_VD,
+                self.leaf,
+                labels_N=labels_N,
+                bias_V=bias_V,
+                scale=scale,
+                softcap=softcap,
+                chunk=self.leaf.chunk,
+            )
+
+    def _dense_pass(self, model: Any, batch: dict[str, Any], rows_N: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(h_ND after the final norm, what the last shared block put out, if any block is shared)."""
+        caught: list[Tensor] = []
+        with self.twin.dense(), self._last_shared_block(lambda _block, _args, output: caught.append(output)):
+            h_ND = _hidden_states(model, batch, rows_N)
+        return h_ND, caught[0] if caught else None
+
+    def _pruned_pass(self, model: Any, batch: dict[str, Any], rows_N: Tensor, prefix_BTD: Tensor | None) -> Tensor:
+        """h_ND after the final norm, with gradient, from where the two views part."""
+        if prefix_BTD is None:
+            return _hidden_states(model, batch, rows_N)
+        shared, first = self.twin.blocks[: self.shared_blocks], self.twin.blocks[self.shared_blocks]
+        for block in shared:
+            block.gradient_checkpointing = False  # nothing in them is to be run again in backward
+        # Reentrant checkpointing gives no gradient at all to a block none of whose inputs asks for one.
+        prefix_BTD = prefix_BTD.detach().requires_grad_(bool(getattr(first, "gradient_checkpointing", False)))
+        skipped = {*self.twin.closed_blocks, *range(1, self.shared_blocks)}
+        # A hook on the last shared block, not on the first one after it: checkpointing runs that one again in backward,
+        # when hooks and closed blocks are as they were, but from the input it was given here.
+        with self.twin.closed(skipped), self._last_shared_block(lambda _block, _args, _output: prefix_BTD):
+            return _hidden_states(model, batch, rows_N)
+
+    @contextmanager
+    def _last_shared_block(self, hook: Any) -> Iterator[None]:
+        if self.shared_blocks == 0:
+            yield
+            return
+        handle = self.twin.blocks[self.shared_blocks - 1].register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _shared_blocks(twin: Twin) -> int:
+    """How many blocks, from the first on, are the same in both views whatever the adapters learn."""
+    for index, block in enumerate(twin.blocks):
+        masked = any(isinstance(module, MaskedLinear) for module in block.modules())
+        trained = any(parameter.requires_grad for parameter in block.parameters())
+        if masked or trained or index in twin.closed_blocks:
+            return index
+    return 0  # nothing differs anywhere: no block to go on from
+
+
+def _hidden_states(model: Any, batch: dict[str, Any], rows_N: Tensor) -> Tensor:
+    """Rows of the hidden state after the final norm; the head is not run."""
+    return model.base_model(**batch).last_hidden_state.flatten(0, 1).index_select(0, rows_N)
+
+
+def _half_precision_adapters(model: nn.Module) -> Any:
+    """Under a half-precision model, multiply by the float32 adapters in its dtype; they stay float32 for the optimizer.
+
+    Done here and not by the trainer, so that it is the same with DeepSpeed (which switches autocast off) and without.
+    """
+    dtype = next(model.parameters()).dtype
+    if dtype not in (torch.bfloat16, torch.float16):
+        return nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, dtype=dtype)
+
+
+def gathered(*parameters: Tensor) -> Any:
+    """Whole parameters inside, where ZeRO-3 keeps only a share of each on a process."""
+    shared = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not shared:
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters(shared)

@@ -1,0 +1,163 @@
+"""Around optimizer steps: progress, checkpoints, and after each epoch the measurement that decides what is kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from recover import console, dist
+from recover.artifacts import read_json, write_json
+from recover.errors import TrainingError
+from recover.train.checkpoints import publish_adapter, seal
+from recover.train.stopping import Stop
+from recover.train.totals import Totals
+
+AfterEpoch = Callable[[int, dict[str, Any]], float | None]
+
+
+class Progress(TrainerCallback):
+    """A line every few seconds: step, loss terms, rate, time left."""
+
+    def __init__(self, totals: Totals) -> None:
+        self.totals = totals
+        self.first_step = self.first_tokens = 0
+        self.started = self.last_line = 0.0
+
+    def on_train_begin(self, args, state, control, **_: Any) -> None:
+        self.first_step, self.first_tokens = state.global_step, self.totals.tokens
+        self.started = self.last_line = time.perf_counter()
+        self.paused = self.totals.seconds
+
+    def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        now = time.perf_counter()
+        if not logs or "loss" not in logs or now - self.last_line < console.LINE_SECONDS:
+            return
+        self.last_line = now
+        done, seconds = state.global_step - self.first_step, self.totals.elapsed() - self.paused
+        left = seconds / done * (state.max_steps - state.global_step)
+        rate = (self.totals.tokens - self.first_tokens) / seconds
+        terms = ", ".join(
+            f"{name} {logs[name]:.4g}" for name in ("loss", "kl", "variance", "reverse_kl", "ce") if logs.get(name)
+        )
+        console.say(
+            f"step {state.global_step}/{state.max_steps}: {terms}, {rate:,.0f} tokens/s, {console.duration(left)} left"
+        )
+
+
+class Epochs(TrainerCallback):
+    """Saves what a resume needs, and after each epoch publishes the adapter, measures it, and keeps record of the best.
+
+    The highest score wins, and the first of equal ones. Where the measurement gives no score, the lowest training
+    loss wins. After a resume from an epoch's end that was not measured yet, it is measured before the first step.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        ends: list[int],
+        save_steps: int | None,
+        patience: int | None,
+        engine: str,
+        totals: Totals,
+        stop: Stop,
+        after_epoch: AfterEpoch,
+        generating: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.folder, self.ends, self.save_steps, self.patience = folder, ends, save_steps, patience
+        self.engine, self.totals, self.stop = engine, totals, stop
+        self.after_epoch, self.generating = after_epoch, generating
+        self.records: list[dict[str, Any]] = dist.on_main(self._read)
+
+    def _read(self) -> list[dict[str, Any]]:
+        path = self.folder / "best.json"
+        return read_json(path)["epochs"] if path.exists() else []
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The record of the epoch to keep."""
+        return max(self.records, key=_merit)
+
+    def on_train_begin(self, args, state, control, model=None, **_: Any) -> Any:
+        _check_adapter_dtype(model)
+        self.records = [record for record in self.records if record["step"] <= state.global_step]
+        if state.global_step in self.ends[len(self.records) :]:
+            self._end_epoch(state, control, model)
+        self.totals.start_clock()
+        return control
+
+    def on_step_end(self, args, state, control, **_: Any) -> Any:
+        due = self.save_steps is not None and state.global_step % self.save_steps == 0
+        control.should_save = due or state.global_step in self.ends or bool(self.stop.agreed)
+        control.should_training_stop = control.should_training_stop or bool(self.stop.agreed)
+        return control
+
+    def on_save(self, args, state, control, model=None, **_: Any) -> Any:
+        self.totals.stop_clock()
+        seal(
+            Path(args.output_dir) / f"checkpoint-{state.global_step}",
+            {"engine": self.engine, "totals": self.totals.to_json()},
+        )
+        if state.global_step in self.ends and not self.stop.agreed:
+            self._end_epoch(state, control, model)
+        self.totals.start_clock()
+        return control
+
+    def _end_epoch(self, state: Any, control: Any, model: Any) -> None:
+        epoch = self.ends.index(state.global_step) + 1
+        publish_adapter(model, self.folder / f"epoch-{epoch}")
+        train = {**self.totals.read_epoch(), "lr": _last_learning_rate(state)}
+        context = {
+            "step": state.global_step,
+            "tokens": self.totals.tokens,
+            "seconds": self.totals.seconds,
+            "train": train,
+        }
+        devices = [dist.device()] if torch.cuda.is_available() else []
+        with self.stop.immediately(), torch.random.fork_rng(devices=devices), self.generating():
+            score = dist.broadcast(self.after_epoch(epoch, context))
+        record = {
+            "epoch": epoch,
+            "step": state.global_step,
+            "folder": f"epoch-{epoch}",
+            "score": score,
+            "loss": train["loss"],
+        }
+        self.records.append(record)
+        self._write_best()
+        kept = " (best so far)" if self.best is record else ""
+        shown = "no score" if score is None else f"score {score:.4g}"
+        console.say(f"epoch {epoch}/{len(self.ends)}: loss {train['loss']:.4g}, kl {train['kl']:.4g}, {shown}{kept}")
+        waited = epoch - self.best["epoch"]
+        if self.patience is not None and waited >= self.patience and epoch < len(self.ends):
+            console.say(f"no better generation for {waited} epochs (recover.patience): stopping here")
+            control.should_training_stop = True
+
+    def _write_best(self) -> None:
+        if dist.is_main():
+            write_json(self.folder / "best.json", {**self.best, "epochs": self.records})
+
+
+def _merit(record: dict[str, Any]) -> tuple[float, float]:
+    """`max` takes the first of equal ones; a score, where there is one, decides alone."""
+    return (-record["loss"], 0.0) if record["score"] is None else (record["score"], 0.0)
+
+
+def _last_learning_rate(state: Any) -> float | None:
+    return next((entry["learning_rate"] for entry in reversed(state.log_history) if "learning_rate" in entry), None)
+
+
+def _check_adapter_dtype(model: Any) -> None:
+    found = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    if found - {torch.float32}:
+        raise TrainingError(
+            f"the adapters were cast to {', '.join(sorted(map(str, found)))} by DeepSpeed's bf16 or fp16 mode, "
+            "and small updates would be "
+            "rounded away; set 'bf16': {'enabled': false} in its JSON (the model itself may well be bfloat16)"
+        )

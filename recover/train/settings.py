@@ -1,0 +1,105 @@
+"""From the recipe to the trainer's arguments, and what is refused on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from recover.errors import TrainingError
+from recover.recipe import Recover
+
+if TYPE_CHECKING:
+    from trl.trainer.sft_config import SFTConfig
+
+SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+@dataclass(frozen=True)
+class BatchSplit:
+    """`processes` x `micro` sequences at once, `accumulation` times a step."""
+
+    processes: int
+    micro: int
+    accumulation: int
+
+
+def split_batch(leaf: Recover, processes: int) -> BatchSplit:
+    """How the sequences of one optimizer step fall to processes and micro-batches.
+
+    Raises:
+        TrainingError: they do not come out even (the loss would be right, but some process would be idle).
+    """
+    share, rest = divmod(leaf.batch_size, processes)
+    if rest or share == 0:
+        near = max(1, round(leaf.batch_size / processes)) * processes
+        raise TrainingError(
+            f"recover.batch_size: {leaf.batch_size} sequences a step cannot be dealt out evenly to {processes} "
+            f"processes; give a multiple of {processes}, such as {near}"
+        )
+    micro = leaf.micro_batch_size or share
+    if share % micro:
+        raise TrainingError(
+            f"recover.micro_batch_size: {micro} does not divide the {share} sequences that each of {processes} "
+            f"processes gets of recover.batch_size {leaf.batch_size}; give a divisor of {share}"
+        )
+    return BatchSplit(processes, micro, share // micro)
+
+
+def epoch_ends(steps: int, epochs: int) -> list[int]:
+    """The optimizer steps after which an epoch ends; the last one is `steps`."""
+    return [round(steps * epoch / epochs) for epoch in range(1, epochs + 1)]
+
+
+def training_arguments(leaf: Recover, split: BatchSplit, steps: int, seed: int, folder: Path) -> SFTConfig:
+    """Arguments of trl's trainer. What it would save, log, report or show by itself is off: our callbacks do that."""
+    from trl.trainer.sft_config import SFTConfig
+
+    on_gpu = torch.cuda.is_available()
+    precision: dict[str, Any] = {
+        # The distiller multiplies half-precision models by float32 adapters itself, with and without DeepSpeed alike.
+        "bf16": False,
+        "fp16": False,
+        "use_cpu": not on_gpu,
+        # Without it, on a CPU with DeepSpeed, every process would take itself for the only one.
+        "ddp_backend": "gloo" if split.processes > 1 and not on_gpu else None,
+        "ddp_find_unused_parameters": False,
+    }
+    # The one field goes by two names, and each version of transformers warns of the other.
+    known = {field.name for field in dataclasses.fields(SFTConfig)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    memory: dict[str, Any] = {name: leaf.gradient_checkpointing}
+    if leaf.gradient_checkpointing:
+        memory[f"{name}_kwargs"] = {"use_reentrant": False}
+    quiet: dict[str, Any] = {
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "save_total_limit": 2,  # the newest, and the one before: it still verifies if a crash tears the newest
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # would hide a NaN and wait for the device at every step
+    }
+    return SFTConfig(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=split.micro,
+        gradient_accumulation_steps=split.accumulation,
+        learning_rate=leaf.lr,
+        lr_scheduler_type=SCHEDULERS[leaf.scheduler],
+        warmup_steps=math.ceil(leaf.warmup * steps),
+        weight_decay=leaf.weight_decay,
+        max_grad_norm=leaf.max_grad_norm,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        dataloader_pin_memory=on_gpu,
+        seed=seed,
+        **precision,
+        **memory,
+        **quiet,
+    )

@@ -1,0 +1,218 @@
+"""Sources of text, read row by row, and turned into token ids with the part that is to be learnt marked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recover.errors import DataError
+from recover.measure.prompts import encode_prompt
+from recover.recipe import GivenText, embedded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_LISTED = 8
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a source; `where` names it in messages (`file:line`)."""
+
+    where: str
+    value: dict[str, Any]
+
+    def column(self, name: str, kind: type = str) -> Any:
+        """The value in a column, of this type and not empty.
+
+        Raises:
+            DataError: it is not there, of another type, or empty.
+        """
+        found = self.value.get(name)
+        if name not in self.value:
+            raise DataError(f"{self.where}: no column '{name}', found {sorted(self.value)[:MAX_LISTED]}")
+        if not isinstance(found, kind) or not found:
+            shown = "nothing" if not found else type(found).__name__
+            raise DataError(f"{self.where}: column '{name}' must hold {kind.__name__}, not empty; found {shown}")
+        return found
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A token sequence, and for each token 1 if it is to be learnt (completion) or 0 (prompt)."""
+
+    ids: list[int]
+    mask: list[int]
+
+    def scored(self, scored: str) -> int:
+        """How many tokens carry loss: those marked, or all; the first token has nothing that predicts it."""
+        return len(self.ids) - 1 if scored == "all" else sum(self.mask[1:])
+
+    def cut(self, length: int) -> Sample:
+        """The first `length` tokens."""
+        return Sample(self.ids[:length], self.mask[:length])
+
+
+def read_rows(source: str, split: str = "train") -> Sequence[Row]:
+    """All rows of a JSONL, parquet or text file (one row), or of a hub data set; `embedded:NAME` for shipped files.
+
+    Raises:
+        DataError: it cannot be read, a line is no JSON object (by file and line), or there is no row.
+    """
+    path = embedded(source.removeprefix("embedded:")) if source.startswith("embedded:") else Path(source)
+    try:
+        if path.suffix in (".jsonl", ".json"):
+            rows = _jsonl_rows(path)
+        elif path.suffix in (".txt", ".md"):
+            rows = [Row(f"{path}:1", {"text": path.read_text(encoding="utf-8-sig")})]
+        else:
+            rows = _dataset_rows(source, split)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{source}: cannot be read as UTF-8 text: {error}") from error
+    if not rows:
+        raise DataError(f"{source}: no rows; expected at least one")
+    return rows
+
+
+def _jsonl_rows(path: Path) -> list[Row]:
+    rows = []
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise DataError(f"{path}:{number}: not JSON ({error}); a JSONL file holds one object a line") from error
+            if not isinstance(value, dict):
+                raise DataError(f"{path}:{number}: expected a JSON object, found {type(value).__name__}")
+            rows.append(Row(f"{path}:{number}", value))
+    return rows
+
+
+class _DatasetRows(Sequence[Row]):
+    """Rows of a `datasets` data set, read one by one."""
+
+    def __init__(self, source: str, rows: Any) -> None:
+        self.source, self.rows = source, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return Row(f"{self.source}, row {index}", self.rows[index])
+
+
+def _dataset_rows(source: str, split: str) -> Sequence[Row]:
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        if source.endswith(".parquet"):
+            return _DatasetRows(source, datasets.load_dataset("parquet", data_files=source, split="train"))
+        return _DatasetRows(source, datasets.load_dataset(source, split=split))
+    except (OSError, ValueError, DatasetsError) as error:
+        raise DataError(
+            f"{source}: neither a local file nor a data set that loads, split '{split}' ({error})"
+        ) from error
+
+
+def read_prompts(source: str) -> list[Row]:
+    """Rows with a non-empty `prompt`."""
+    rows = list(read_rows(source))
+    for row in rows:
+        row.column("prompt")
+    return rows
+
+
+def samples_of(row: Row, leaf: GivenText, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Sample]:
+    """What one row of given text holds: a conversation, a prompt with its completion, or a text in pieces of `length`.
+
+    Conversations and prompts go through the chat template where the tokenizer has one. What is left without a token to
+    learn within `length` is left out, so the list may be empty.
+
+    Raises:
+        DataError: a column is missing or of the wrong shape, by file and line.
+    """
+    columns = leaf.columns
+    if "messages" in columns:
+        samples = [_conversation(row, row.column(columns["messages"], list), tokenizer)]
+    elif "prompt" in columns and "completion" in columns:
+        samples = [_answer(row, row.column(columns["prompt"]), row.column(columns["completion"]), tokenizer)]
+    elif "text" in columns:
+        samples = _pieces(row.column(columns["text"]), tokenizer, length)
+    else:
+        raise DataError(
+            f"{leaf.source}: columns {sorted(columns)} name nothing to learn from; "
+            "expected 'text', 'messages', or 'prompt' and 'completion'"
+        )
+    return [cut for sample in samples if (cut := sample.cut(length)).scored("completion") > 0]
+
+
+def _pieces(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Sample]:
+    # verbose=False: a text longer than the context is no mistake here
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+        ids.append(tokenizer.eos_token_id)
+    pieces = [ids[start : start + length] for start in range(0, len(ids), length)]
+    return [Sample(piece, [1] * len(piece)) for piece in pieces]
+
+
+def _answer(row: Row, prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> Sample:
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        return _conversation(row, messages, tokenizer)
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    ids = list(tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"])
+    if tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    return Sample(prompt_ids + ids, [0] * len(prompt_ids) + [1] * len(ids))
+
+
+def _conversation(row: Row, messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> Sample:
+    """Every answer of the assistant is learnt; only the last one where the template later shows earlier ones anew."""
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise DataError(
+                f"{row.where}: a message must be an object with 'role' and 'content', found {message!r:.80}"
+            )
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{row.where}: messages need a chat template, and the tokenizer has none: use 'prompt' and 'completion'"
+        )
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers or answers[0] == 0:
+        raise DataError(f"{row.where}: a conversation needs an assistant's answer after another's message")
+    texts = _turns(messages, answers, tokenizer) or _turns(messages, answers[-1:], tokenizer)
+    if texts is None:
+        raise DataError(
+            f"{row.where}: the chat template does not show a conversation as the prompt followed by the answer"
+        )
+    ids: list[int] = []
+    mask: list[int] = []
+    for turn, text in enumerate(texts):
+        piece = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        ids += piece
+        mask += [turn % 2] * len(piece)
+    return Sample(ids, mask)
+
+
+def _turns(messages: list[Any], answers: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
+    """The rendered text cut around each answer: prompt, answer, prompt, answer, ...; None if it does not nest."""
+    ends = [""]
+    for answer in answers:
+        for upto, ask in ((answer, True), (answer + 1, False)):
+            ends.append(_rendered(tokenizer, messages[:upto], ask))
+    if any(not later.startswith(earlier) for earlier, later in pairwise(ends)):
+        return None
+    return [later[len(earlier) :] for earlier, later in pairwise(ends)]
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Any], ask: bool) -> str:
+    return str(
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask, enable_thinking=False)
+    )

@@ -1,0 +1,64 @@
+"""Sums of the loss terms over tokens, all processes together: for the log, for an epoch, and across a resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+TERMS = ("loss", "kl", "variance", "reverse_kl", "ce")
+
+
+@dataclasses.dataclass
+class Totals:
+    """`tokens` and `seconds` since the first step; `step` and `epoch`: sums since the last reading."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    step: dict[str, float] = dataclasses.field(default_factory=dict)
+    epoch: dict[str, float] = dataclasses.field(default_factory=dict)
+    clock: float | None = dataclasses.field(default=None, repr=False)
+
+    def add(self, sums: dict[str, float]) -> None:
+        """Count one micro-step; `sums` holds TERMS and `tokens`."""
+        for window in (self.step, self.epoch):
+            for name, value in sums.items():
+                window[name] = window.get(name, 0.0) + value
+        self.tokens += round(sums["tokens"])
+
+    def start_clock(self) -> None:
+        """Training goes on from here."""
+        self.clock = time.perf_counter()
+
+    def stop_clock(self) -> None:
+        """What follows (saving, measuring) is no training time."""
+        if self.clock is not None:
+            self.seconds += time.perf_counter() - self.clock
+        self.clock = None
+
+    def elapsed(self) -> float:
+        """Seconds of training up to now."""
+        return self.seconds + (0.0 if self.clock is None else time.perf_counter() - self.clock)
+
+    def read_step(self) -> dict[str, float]:
+        """Means per token of each term since the last call."""
+        means, self.step = _means(self.step), {}
+        return means
+
+    def read_epoch(self) -> dict[str, float]:
+        """Means per token of each term over the epoch, which begins anew."""
+        means, self.epoch = _means(self.epoch), {}
+        return means
+
+    def to_json(self) -> dict[str, Any]:
+        """What a resumed run goes on from."""
+        return {"tokens": self.tokens, "seconds": self.seconds, "epoch": self.epoch}
+
+    def restore(self, value: dict[str, Any]) -> None:
+        """Take over what `to_json` gave."""
+        self.tokens, self.seconds, self.epoch = value["tokens"], value["seconds"], dict(value["epoch"])
+
+
+def _means(sums: dict[str, float]) -> dict[str, float]:
+    tokens = max(sums.get("tokens", 0.0), 1.0)
+    return {name: sums.get(name, 0.0) / tokens for name in TERMS}

@@ -1,0 +1,112 @@
+"""The law of distribution: losses, gradients and parameters do not depend on how a step is cut up, on any engine.
+
+Two processes are started once for all engines: starting costs more than training.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import two_processes
+from safetensors.torch import load_file
+
+TESTS = Path(__file__).parent
+# Another order of additions moves fp32 gradients by 1e-6 relative; one AdamW step is as large as lr whatever the
+# gradient, so a parameter whose gradient is near 0 may move by more.
+LOSS, GRADIENT, PARAMETER = 1e-6, 1e-5, 5e-5
+
+
+def launched(command, folder, timeout=300):
+    """The command's result; its end is shown if it failed."""
+    paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
+    return result
+
+
+def torchrun(folder, *variants):
+    script = str(TESTS / "two_processes.py")
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        script,
+        str(folder),
+        *variants,
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process, all eight sequences of a step at once."""
+    folder = tmp_path_factory.mktemp("alone")
+    two_processes.write_text(folder)
+    return two_processes.run(folder, "alone")
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """Two processes, each engine in turn: name of the variant -> what it did."""
+    folder = tmp_path_factory.mktemp("together")
+    two_processes.write_text(folder)
+    variants = ["plain", "plain:2", "plain:1", "zero2", "zero3", "zero3:2"]
+    launched(torchrun(folder, *variants), folder)
+    return {variant: torch.load(folder / f"{variant}.pt") for variant in variants} | {"folder": folder}
+
+
+def assert_same_course(found, expected):
+    assert len(found["losses"]) == len(expected["losses"]) == two_processes.STEPS
+    assert found["losses"] == pytest.approx(expected["losses"], abs=LOSS, rel=LOSS)
+    for ours, theirs in zip(found["gradients"], expected["gradients"], strict=True):
+        flat, truth = (torch.cat([gradient.flatten() for gradient in step]) for step in (ours, theirs))
+        assert truth.norm() > 1e-3
+        assert ((flat - truth).norm() / truth.norm()).item() < GRADIENT
+    for ours, theirs in zip(found["parameters"], expected["parameters"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=PARAMETER)
+
+
+@pytest.mark.parametrize("micro", [4, 2, 1])
+def test_accumulation_changes_nothing(alone, micro, tmp_path):
+    two_processes.write_text(tmp_path)
+    assert_same_course(two_processes.run(tmp_path, "cut", micro_batch_size=micro), alone)
+
+
+@pytest.mark.parametrize("variant", ["plain", "plain:2", "plain:1", "zero2", "zero3", "zero3:2"])
+def test_two_processes_do_what_one_does(alone, together, variant):
+    assert_same_course(together[variant], alone)
+
+
+@pytest.mark.parametrize("variant", ["plain", "zero2", "zero3"])
+def test_the_adapter_on_disk_is_what_was_trained(alone, together, variant):
+    found = together[variant]
+    assert Path(found["best"]).name == "epoch-2"
+    on_disk = load_file(Path(found["best"]) / "adapter_model.safetensors")
+    trained = {tuple(parameter.shape): 0 for parameter in found["parameters"]}
+    assert len(on_disk) == len(found["parameters"]) and {tuple(value.shape) for value in on_disk.values()} == set(
+        trained
+    )
+    total = sum(value.double().sum() for value in on_disk.values())
+    torch.testing.assert_close(total, sum(value.double().sum() for value in found["parameters"]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["plain", "zero2", "zero3"])
+def test_every_engine_generates_the_same_after_each_epoch(alone, together, variant):
+    assert together[variant]["texts"] == alone["texts"] and len(alone["texts"]) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_accelerate_launch_with_our_files(alone, stage, tmp_path):
+    two_processes.write_text(tmp_path)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"launch/cpu_zero{stage}.yaml"]
+    launched([*command, str(TESTS / "two_processes.py"), str(tmp_path), f"zero{stage}"], tmp_path)
+    assert_same_course(torch.load(tmp_path / f"zero{stage}.pt"), alone)

@@ -1,0 +1,148 @@
+"""One recovery of a tiny twin, with every gradient caught; as a script under a launcher, on each engine in turn.
+
+torchrun --standalone --nproc_per_node 2 tests/two_processes.py FOLDER plain zero2 zero3
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from byte_tokenizer import byte_tokenizer
+from tiny import tiny
+from transformers import TrainerCallback
+
+from recover import dist
+from recover.measure.generate import generate
+from recover.models.twin import Twin
+from recover.prune.plan import Plan
+from recover.recipe import Recover
+from recover.train.trainer import RecoverTrainer, recover
+
+LAUNCH = Path(__file__).parent.parent / "launch"
+STEPS = 3
+
+
+def leaf(folder: Path, **changes) -> Recover:
+    """Uneven lengths, prompts masked: processes and micro-batches hold unlike numbers of scored tokens."""
+    source = folder / "given.jsonl"
+    fields = {
+        "data": [{"kind": "given", "source": str(source), "columns": {"prompt": "p", "completion": "c"}}],
+        "epochs": 2,
+        "tokens": 760,
+        "length": 64,
+        "batch_size": 8,
+        "lr": 1e-2,
+        "max_grad_norm": 1e9,
+        "lora": {"rank": 4},
+        "loss": {"kl": 1.0, "variance": 0.2, "ce": 0.1, "temperature": 2.0},
+    }
+    return Recover.model_validate({**fields, **changes})
+
+
+def write_text(folder: Path) -> None:
+    rows = [{"p": f"say {i}: ", "c": "ab" * (1 + (7 * i) % 25)} for i in range(60)]
+    (folder / "given.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+class Catch(TrainerCallback):
+    """Gradients of each step before it is taken, and parameters after the last one, whole, on every engine."""
+
+    def __init__(self) -> None:
+        self.gradients: list[list[torch.Tensor]] = []
+        self.losses: list[float] = []
+        self.parameters: list[torch.Tensor] = []
+        self.engine = None
+
+    def on_train_begin(self, args, state, control, model=None, **_):
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if self.engine is not None:
+            engine, step = self.engine(), self.engine().step
+
+            def caught(*arguments, **named):
+                if engine.is_gradient_accumulation_boundary():
+                    from deepspeed.utils import safe_get_full_grad
+
+                    self.gradients.append([safe_get_full_grad(p).cpu().clone() for p in self.trained])
+                return step(*arguments, **named)
+
+            engine.step = caught
+
+    def on_pre_optimizer_step(self, args, state, control, **_):
+        if self.engine is None:
+            self.gradients.append([parameter.grad.clone() for parameter in self.trained])
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if "kl" in logs:
+            self.losses.append(logs["loss"])
+
+    def on_train_end(self, args, state, control, **_):
+        if self.engine is None:
+            self.parameters = [parameter.detach().clone() for parameter in self.trained]
+            return
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        self.parameters = [safe_get_full_fp32_param(parameter).cpu().clone() for parameter in self.trained]
+
+
+def run(folder: Path, name: str, **changes) -> dict:
+    """Losses, gradients and parameters of a whole `recover` of this leaf, and what it wrote."""
+    catch = Catch()
+    with caught_by(catch):
+        twin = Twin(tiny(), Plan("depth", 6, (2, 4)))
+        tokenizer = byte_tokenizer()
+        texts: list[str] = []
+
+        def after_epoch(epoch: int, context: dict) -> float:
+            mine = generate(twin.model, tokenizer, dist.shard(["one", "two", "six"]), max_new_tokens=5, batch_size=4)
+            texts.extend(dist.gather([generation.text for generation in mine]))
+            return float(epoch)
+
+        best = recover(twin, tokenizer, leaf(folder, **changes), folder / name, after_epoch, seed=5)
+    return {
+        "losses": catch.losses,
+        "gradients": catch.gradients,
+        "parameters": catch.parameters,
+        "texts": texts,
+        "best": str(best),
+    }
+
+
+@contextmanager
+def caught_by(catch: Catch):
+    """Inside, every RecoverTrainer carries the callback."""
+    init = RecoverTrainer.__init__
+
+    def with_callback(trainer, *arguments, **named):
+        init(trainer, *arguments, **named)
+        if trainer.is_deepspeed_enabled:
+            catch.engine = lambda: trainer.deepspeed
+        trainer.add_callback(catch)
+
+    RecoverTrainer.__init__ = with_callback
+    try:
+        yield
+    finally:
+        RecoverTrainer.__init__ = init
+
+
+def main(folder: Path, variants: list[str]) -> None:
+    torch.set_num_threads(1)
+    for variant in variants:
+        engine, _, micro = variant.partition(":")
+        if engine.startswith("zero"):
+            os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+            os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(LAUNCH / f"{engine}.json")
+        dist.start()
+        result = run(folder, variant, **({"micro_batch_size": int(micro)} if micro else {}))
+        if dist.is_main():
+            torch.save(result, folder / f"{variant}.pt")
+    dist.stop()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
