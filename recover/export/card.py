@@ -1,0 +1,73 @@
+"""The model card of an exported checkpoint: what it is, what it kept of dense, how it was made. Numbers come from the run's files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from recover.recipe import Recipe, dump_recipe
+
+FIGURES = {
+    "generation": "generation (exact match)",
+    "choice": "choice (accuracy)",
+    "perplexity": "perplexity (lower is better)",
+}
+
+
+def card(
+    recipe: Recipe, plan: dict[str, Any], headlines: dict[str, dict[str, float | None]], facts: dict[str, Any]
+) -> str:
+    """Markdown with the header that model hubs read.
+
+    `headlines`: dense, pruned and recovered, each as `recover.measure.tasks.headline` gives it.
+    `facts`: shown as they are, one a line (tokens, seconds, seed, versions).
+    """
+    source = recipe.model.source
+    base = "" if source.startswith(("/", ".", "embedded:")) or source.endswith(".gguf") else f"base_model: {source}\n"
+    lines = [
+        f"---\n{base}library_name: transformers\npipeline_tag: text-generation\ntags: [pruned, distilled, recover]\n---",
+        f"# {recipe.name}",
+        f"A pruned and recovered version of `{_shown(source)}`. {_what_was_pruned(plan)}",
+        "It loads as any checkpoint of its class does: `AutoModelForCausalLM.from_pretrained(folder)`.",
+        "## Figures\n\nGenerative and non-generative figures are apart: one average over both would hide a collapse.",
+        _table(headlines),
+        "## How it was made\n\n" + "\n".join(f"- {name}: {value}" for name, value in facts.items()),
+        "## Limits\n\nOnly the tasks of the recipe were measured; other domains, languages and longer texts may have "
+        "suffered unseen. Licence and intended use are those of the dense model.",
+        f"## Recipe\n\n```yaml\n{dump_recipe(recipe).rstrip()}\n```",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def _shown(source: str) -> str:
+    """The source without the folders of the machine it was made on."""
+    return source.rsplit("/", 1)[-1] if source.startswith("/") else source
+
+
+def _what_was_pruned(plan: dict[str, Any]) -> str:
+    if plan["dropped"]:
+        return (
+            f"Blocks {', '.join(map(str, plan['dropped']))} of {plan['blocks']} were dropped: "
+            f"{plan['parameters_dense']:,} parameters became {plan['parameters_pruned']:,}."
+        )
+    weights = sum(mask["shape"][0] * mask["shape"][1] for mask in plan["masks"].values())
+    zeros = sum(mask["zeros"] for mask in plan["masks"].values())
+    patterns = ", ".join(sorted({mask["pattern"] for mask in plan["masks"].values()}))
+    return (
+        f"{zeros:,} of {weights:,} weights in the blocks' linear layers are zero ({zeros / weights:.1%}, {patterns}). "
+        "They are stored as ordinary dense tensors: no smaller and no faster in stock kernels."
+    )
+
+
+def _table(headlines: dict[str, dict[str, float | None]]) -> str:
+    rows = ["| | " + " | ".join(headlines) + " |", "|---|" + "---:|" * len(headlines)]
+    for key, title in FIGURES.items():
+        values = [headline.get(key) for headline in headlines.values()]
+        if any(value is not None for value in values):
+            rows.append(f"| {title} | " + " | ".join(_number(key, value) for value in values) + " |")
+    return "\n".join(rows)
+
+
+def _number(key: str, value: float | None) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value:.2f}" if key == "perplexity" else f"{value:.1%}"

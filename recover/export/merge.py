@@ -1,0 +1,152 @@
+"""A stock model out of a twin: dropped blocks gone, LoRA merged, masked weights exactly zero.
+
+Shapes: O out features, I in features, R rank.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from recover import console
+from recover.errors import ExportError
+from recover.models.masked_linear import Factors, MaskedLinear, effective_weight
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from recover.models.twin import Twin
+
+# Lists of a config that are as long as they like, and may by chance be as long as the model is deep.
+NOT_PER_BLOCK = re.compile(r"architectures|.*token_ids?|.*_ids|id2label|label2id")
+
+
+def merge(twin: Twin, dtype: torch.dtype) -> PreTrainedModel:
+    """The pruned view as a stock model of `dtype` on the CPU, in eval mode: `save_pretrained` gives a stock checkpoint.
+
+    W' = (W + s B A) * keep is computed in fp32 and cast once (merged in bf16, logits were off by 0.047 of 5.25). Blocks
+    are removed and what counts blocks is renumbered. Weights that do not change share memory with the twin where device
+    and dtype allow it: a merge needs one copy more at most, and never the whole model in fp32.
+
+    Raises ExportError when a masked weight is not zero, a weight is not finite in `dtype`, or LoRA sits on a dropped
+    block.
+    """
+    import accelerate
+    from transformers import AutoModelForCausalLM
+
+    config = pruned_config(twin.base.config, twin.plan.kept)
+    _warn_of_irregular_attention(twin.base.config, config)
+    # Parameters on `meta`, buffers (rotary frequencies are in no state dict) made by the constructor as anywhere else.
+    with accelerate.init_empty_weights():
+        stock = AutoModelForCausalLM.from_config(config, attn_implementation=twin.base.config._attn_implementation)
+    names = _dense_names(stock, twin)
+    state = {}
+    for name, dense_name in console.track(names.items(), "merge", unit="tensor"):
+        state[name] = _merged(twin, dense_name, dtype)
+    stock.load_state_dict(state, strict=True, assign=True)
+    stock.tie_weights()
+    stock.generation_config = copy.deepcopy(twin.base.generation_config)
+    return stock.requires_grad_(False).eval()
+
+
+def pruned_config(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfig:
+    """The config of a model that holds only the blocks `kept` (dense numbering) of a model with this config.
+
+    Every list with one entry a block is indexed by `kept` (`layer_types`, SmolLM3's `no_rope_layers`);
+    `max_window_layers` (Qwen2: blocks from there on slide) counts the kept blocks below it. Left stale, a checkpoint
+    does not load, or loads with other attention.
+    """
+    values = config.to_dict()
+    blocks = values["num_hidden_layers"]
+    for name, value in values.items():
+        if isinstance(value, list) and len(value) == blocks and not NOT_PER_BLOCK.fullmatch(name):
+            values[name] = [value[block] for block in kept]
+    if isinstance(values.get("max_window_layers"), int):
+        values["max_window_layers"] = sum(block < values["max_window_layers"] for block in kept)
+    values["num_hidden_layers"] = len(kept)
+    values["use_cache"] = True  # training may have switched it off
+    for stale in ("quantization_config", "sparsity_config", "transformers_version"):
+        values.pop(stale, None)  # of how the dense weights were stored; vLLM refuses a sparsity_config
+    return type(config).from_dict(values)
+
+
+def _warn_of_irregular_attention(dense: PretrainedConfig, pruned: PretrainedConfig) -> None:
+    """transformers reads the list of layer types; readers that know a period only (llama.cpp, Gemma) misread others."""
+    before, after = getattr(dense, "layer_types", None) or [], getattr(pruned, "layer_types", None) or []
+    period = next((p for p in range(1, len(before)) if before[p:] == before[:-p]), len(before))
+    if period < len(before) and after != (before[:period] * len(after))[: len(after)]:
+        text = f"the kept blocks no longer alternate attention every {period} blocks as {dense.model_type} does"
+        console.warn(f"export: {text}: llama.cpp may misread them")
+
+
+def _dense_names(stock: PreTrainedModel, twin: Twin) -> dict[str, str]:
+    """For each tensor of the stock model, its name in the dense model: the same, but for the block's number."""
+    block = re.compile(re.escape(twin.arch.blocks) + r"\.(\d+)\.(.*)")
+    names = {}
+    for name in stock.state_dict():
+        match = block.fullmatch(name)
+        names[name] = f"{twin.arch.blocks}.{twin.plan.kept[int(match[1])]}.{match[2]}" if match else name
+    _refuse_lora_elsewhere(twin, set(names.values()))
+    return names
+
+
+def _refuse_lora_elsewhere(twin: Twin, merged: set[str]) -> None:
+    wrapped = [name for name, module in twin.base.named_modules() if hasattr(module, "base_layer")]
+    lost = [name for name in wrapped if f"{name}.weight" not in merged]
+    if lost:
+        raise ExportError(
+            f"LoRA sits on {lost[0]} and {len(lost) - 1} other layers that the pruned model does not have"
+        )
+
+
+def _merged(twin: Twin, name: str, dtype: torch.dtype) -> Tensor:
+    """One tensor of the pruned view, cast once, on the CPU."""
+    path, _, leaf = name.rpartition(".")
+    module: Any = twin.base.get_submodule(path)
+    linear = getattr(module, "base_layer", module)
+    tensor = getattr(linear, leaf).detach()
+    if leaf == "weight" and isinstance(linear, nn.Linear):
+        tensor = _effective(linear, _factors(module, name))
+    merged = (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu()
+    if not merged.isfinite().all():
+        raise ExportError(f"{name}: not finite in {dtype}: export in a wider dtype, or look at the training log")
+    if leaf == "weight" and isinstance(linear, MaskedLinear):
+        _certify(name, merged, linear, twin)
+    return merged
+
+
+def _effective(linear: nn.Linear, factors: Factors | None) -> Tensor:
+    weight_OI = linear.weight.detach()
+    if isinstance(linear, MaskedLinear):
+        return effective_weight(weight_OI, linear.keep_packed, factors)
+    if factors is None:
+        return weight_OI
+    return weight_OI.float() + (factors.b_OR.float() @ factors.a_RI.float()) * factors.scaling
+
+
+def _factors(module: Any, name: str) -> Factors | None:
+    """The active adapter of a LoRA layer, None for a layer without; raises ExportError unless there is just one."""
+    if not hasattr(module, "base_layer"):
+        return None
+    active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
+    if module.merged or module.disable_adapters or len(active) != 1:
+        merged = module.merged_adapters
+        raise ExportError(f"{name}: expected one active, unmerged adapter, found {active} (merged: {merged})")
+    adapter = active[0]
+    return Factors(
+        module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach(), module.scaling[adapter]
+    )
+
+
+def _certify(name: str, merged_OI: Tensor, linear: MaskedLinear, twin: Twin) -> None:
+    record = twin.plan.masks[name.removesuffix(".weight")]
+    keep_OI = linear.keep.cpu()
+    alive = int(merged_OI.masked_fill(keep_OI, 0).count_nonzero())
+    pruned = keep_OI.numel() - int(keep_OI.sum())
+    if alive or pruned != record.zeros:
+        raise ExportError(f"{name}: {alive} of {pruned} pruned weights are not zero; the plan prunes {record.zeros}")

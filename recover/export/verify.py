@@ -1,0 +1,233 @@
+"""Whether a deploy folder is the model that was trained, checked by a fresh process that knows no class of ours.
+
+    python -m recover.export.verify FOLDER --expected FILE.safetensors --plan PLAN.json --out VERIFY.json
+
+Shapes: B batch, T tokens, V vocabulary, S decoding steps, O out features, I in features.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recover import artifacts
+from recover.errors import ArtifactError, ExportError, RecoverError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from recover.models.twin import Twin
+
+# Tolerated differences of logits, in units of the model's own rounding: the largest change of a logit when the same
+# weights are computed with in wider arithmetic. How far rounding carries depends on dtype, depth and weights (measured:
+# 3e-7 to 0.8 of the largest logit), what a right export is off by does not: at most 2.4 units against the training view
+# and 1.4 with a cache, over 13 families, 6 and 24 blocks, three dtypes, two sizes of adapter.
+TRAINED = 5.0  # W + s B A was rounded once to the exported dtype, and sums are in another order
+CACHED = 4.0  # the same weights, one token at a time
+RELOADED = 1.0  # the same weights on the same device
+
+NEW_TOKENS = 16
+FLAGS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+
+
+def write_expected(path: Path, twin: Twin, merged: PreTrainedModel, ids_BT: Tensor) -> None:
+    """Record what the folder must reproduce on these ids: fp32 logits of the training view and of the merged model."""
+    import safetensors.torch
+    import torch
+
+    with torch.no_grad():
+        trained_BTV = twin.model(input_ids=ids_BT.to(twin.model.device), use_cache=False).logits.float().cpu()
+        merged_BTV = merged(input_ids=ids_BT.to(merged.device), use_cache=False).logits.float().cpu()
+    tensors = {"input_ids": ids_BT.cpu().clone(), "trained": trained_BTV, "merged": merged_BTV}
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    # Kernels of another device round otherwise: the checking process has to use the one that the merged model was on.
+    artifacts.write_bytes(path, safetensors.torch.save(contiguous, {"device": str(merged.device)}))
+
+
+def verify(folder: Path, expected: Path, plan: Path, out: Path) -> dict[str, Any]:
+    """Check `folder` in a fresh process and give the record that it wrote to `out` (verify.json).
+
+    Checked: hashes; keys; finite weights; zeros against the plan's certificates; logits against the training view and
+    the merged model; logits of generation with a KV cache against one pass without. Raises ExportError naming
+    everything that differs.
+    """
+    options = ["--expected", str(expected), "--plan", str(plan), "--out", str(out)]
+    command = [sys.executable, "-m", "recover.export.verify", str(folder), *options]
+    out.unlink(missing_ok=True)
+    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)
+    if not out.is_file():
+        raise ExportError(f"{folder}: verification ended with {done.returncode} and no record:\n{done.stderr[-2000:]}")
+    record = artifacts.read_json(out)
+    if done.returncode or not record["ok"]:
+        raise ExportError(f"{folder}: is not the model that was trained: {'; '.join(record['problems'])}")
+    return record
+
+
+def _environment() -> dict[str, str]:
+    """One process, no rendezvous; offline, because the folder must be enough."""
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    ours = {k: v for k, v in os.environ.items() if k not in launcher and not k.startswith("ACCELERATE_")}
+    path = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    return {**ours, "PYTHONPATH": os.pathsep.join(filter(None, path)), "HF_HUB_OFFLINE": "1"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The fresh process: writes the record, gives 0 if all is as it must be."""
+    parser = argparse.ArgumentParser(prog="python -m recover.export.verify", description="Verify an exported folder.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument(
+        "--expected", type=Path, required=True, help="safetensors: input_ids, logits trained and merged"
+    )
+    parser.add_argument("--plan", type=Path, required=True, help="plan.json, with the certificates of the masks")
+    parser.add_argument("--out", type=Path, required=True, help="where the record is written")
+    options = parser.parse_args(arguments)
+    try:
+        record = check(options.folder, options.expected, options.plan)
+    except RecoverError as error:
+        record = {"ok": False, "problems": [str(error)]}
+    artifacts.write_json(options.out, record)
+    return 0 if record["ok"] else 1
+
+
+def check(folder: Path, expected: Path, plan: Path) -> dict[str, Any]:
+    """All checks on one folder; `problems` names what failed.
+
+    Raises ArtifactError when a hash differs, ExportError when the folder does not load.
+    """
+    artifacts.check_manifest(folder)
+    tensors, device = _expected(expected)
+    certificates = artifacts.read_json(plan)["masks"]
+    manifest = artifacts.read_json(folder / artifacts.MANIFEST)["files"]
+    model, problems = _load(folder, device)
+    record = {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "blocks": model.config.num_hidden_layers,
+        "parameters": model.num_parameters(),
+        "zeros": _zeros(model, certificates, problems),
+        **_logits(model, tensors, problems),
+        "files": {name: entry["sha256"] for name, entry in manifest.items()},
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors")},
+    }
+    return {"ok": not problems, "problems": problems, **record}
+
+
+def _expected(path: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors that `write_expected` recorded, on the device it recorded."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            device = (file.metadata() or {}).get("device", "cpu")
+            return {name: file.get_tensor(name).to(device) for name in ("input_ids", "trained", "merged")}, device
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path}: holds no expected logits ({error}); run the stage export again") from error
+
+
+def _load(folder: Path, device: str) -> tuple[PreTrainedModel, list[str]]:
+    """The folder as anyone loads it, and what is wrong with its keys and weights."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # whatever a foreign loader raises: the folder does not load
+        raise ExportError(f"{folder}: stock transformers cannot load it: {type(error).__name__}: {error}") from error
+    model, info = loaded
+    problems = [f"{flag.replace('_', ' ')}: {sorted(map(str, info[flag]))[:4]}" for flag in FLAGS if info.get(flag)]
+    problems += [f"{name}: not finite" for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if model.generation_config.eos_token_id is None:
+        problems.append("generation_config.json: no eos_token_id, so generation would never stop")
+    return model.to(device).eval(), problems
+
+
+def _zeros(model: PreTrainedModel, certificates: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Every certified weight has at least the zeros of its certificate, in its pattern."""
+    weights = dict(model.named_parameters())
+    found = total = 0
+    for name, certificate in certificates.items():
+        zero_OI = weights[f"{name}.weight"] == 0
+        zeros = int(zero_OI.sum())
+        found, total = found + zeros, total + zero_OI.numel()
+        if zeros < certificate["zeros"]:
+            problems.append(f"{name}.weight: {zeros} zeros, its certificate says {certificate['zeros']}")
+        problems += _pattern_problems(name, zero_OI, certificate["pattern"])
+    certified = sum(certificate["zeros"] for certificate in certificates.values())
+    share = found / total if total else 0.0
+    return {"weights": len(certificates), "certified": certified, "found": found, "share": share}
+
+
+def _pattern_problems(name: str, zero_OI: Tensor, pattern: str) -> list[str]:
+    if ":" not in pattern:
+        return []
+    n, m = map(int, pattern.split(":"))
+    alive = int((~zero_OI).reshape(-1, m).sum(1).max())
+    return [f"{name}.weight: {alive} of {m} consecutive inputs are not zero, not {pattern}"] if alive > n else []
+
+
+def _logits(model: Any, tensors: dict[str, Tensor], problems: list[str]) -> dict[str, Any]:
+    """All comparisons of logits. Afterwards the model is on the CPU, and in a wider dtype."""
+    import torch
+
+    ids_BT, start = tensors["input_ids"], max(1, tensors["input_ids"].shape[1] // 2)
+    logits_BTV = _forward(model, ids_BT)
+    text_BT, cached_SV = _generate(model, ids_BT[:1, :start])
+    whole_SV = _forward(model, text_BT[:, :-1])[0, start - 1 :]
+    wide = model.to(device="cpu", dtype=torch.float64 if model.dtype == torch.float32 else torch.float32)
+    unit = float((_forward(wide, ids_BT.cpu()) - logits_BTV.cpu()).abs().max())
+    trained = _difference(logits_BTV, tensors["trained"], TRAINED * unit, "logits and the training view", problems)
+    merged = _difference(logits_BTV, tensors["merged"], RELOADED * unit, "logits and the merged model", problems)
+    cached = _difference(cached_SV, whole_SV, CACHED * unit, "logits with and without a KV cache", problems)
+    return {
+        "rounding": unit,
+        "logits_max_difference": trained,
+        "logits_max_difference_reload": merged,
+        "cache": {"steps": len(cached_SV), "logits_max_difference": cached},
+        "generated": text_BT[0, start:].tolist(),
+    }
+
+
+def _forward(model: Any, ids_BT: Tensor) -> Tensor:
+    import torch
+
+    with torch.no_grad():
+        return model(input_ids=ids_BT, use_cache=False).logits.float()
+
+
+def _generate(model: Any, prompt_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Greedy decoding with a KV cache: the text, and the logits that each new token was read off.
+
+    Logits are compared and not tokens, which mostly agree even where positions are wrong.
+    """
+    import torch
+
+    output = model.generate(
+        prompt_BT,
+        attention_mask=torch.ones_like(prompt_BT),
+        do_sample=False,
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return output.sequences, torch.cat(output.logits).float()
+
+
+def _difference(found: Tensor, expected: Tensor, tolerance: float, what: str, problems: list[str]) -> float:
+    """Largest absolute difference; a problem if it is more than `tolerance`, or no number."""
+    if found.shape != expected.shape:
+        problems.append(f"{what}: shapes {tuple(found.shape)} and {tuple(expected.shape)}")
+        return float("inf")
+    largest = float((found - expected).abs().max())
+    if not largest <= tolerance:  # `not <=`: NaN is a problem too
+        problems.append(f"{what} differ by {largest:.3g}, tolerated is {tolerance:.3g}")
+    return largest
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

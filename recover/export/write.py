@@ -1,0 +1,81 @@
+"""A folder that any stock tool loads: weights, config, tokenizer, card, provenance, hashes; whole, or not there."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recover import artifacts, console
+from recover.errors import ExportError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CARD = "README.md"
+RECORD = "recover.json"
+
+
+def write_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    card: str,
+    record: dict[str, Any],
+    max_shard_size: str = "5GB",
+) -> Path:
+    """Publish `model` (a stock model, from `merge`) under `folder` in one rename, replacing what is there.
+
+    Raises ExportError for a model whose class stock transformers does not have, and for one without an end-of-text
+    token (it would never stop); ArtifactError, with path and bytes, when the disk is full.
+    """
+    _refuse_custom_class(model)
+    model.generation_config = _generation_config(model, tokenizer)
+    beside = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir(parents=True)
+        model.save_pretrained(beside, max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(beside)
+        artifacts.write_text(beside / CARD, card)
+        artifacts.write_json(beside / RECORD, record)
+        artifacts.publish(beside, folder)
+    except OSError as error:
+        size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        raise artifacts.explained(error, folder, size) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+def _refuse_custom_class(model: PreTrainedModel) -> None:
+    import transformers
+
+    cls = type(model)
+    if getattr(transformers, cls.__name__, None) is not cls:
+        raise ExportError(
+            f"{cls.__module__}.{cls.__name__}: not a class of stock transformers; expected what merge() gives"
+        )
+
+
+def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The dense model's generation config, completed (EOS, PAD, cache on) and such that `save_pretrained` takes it."""
+    generation: Any = copy.deepcopy(model.generation_config)
+    if generation.eos_token_id is None:
+        generation.eos_token_id = model.config.eos_token_id
+    if generation.eos_token_id is None:
+        generation.eos_token_id = tokenizer.eos_token_id
+    if generation.eos_token_id is None:
+        raise ExportError("neither the model nor its tokenizer has an end-of-text token: set the tokenizer's eos_token")
+    if generation.pad_token_id is None:
+        generation.pad_token_id = tokenizer.pad_token_id
+    generation.use_cache = True
+    try:
+        generation.validate(strict=True)
+    except ValueError as error:
+        # Some published configs hold a temperature beside do_sample: false, which transformers loads but does not save.
+        console.warn(f"export: generation_config holds sampling options, so do_sample becomes true ({error})")
+        generation.do_sample = True
+    return generation
