@@ -1,0 +1,193 @@
+"""The whole truth of a run as one JSON-able dict, read from the files of its run directory.
+
+A file that is not there yet is a stage not done: its place in the result is None and `missing` names it.
+Nothing is invented.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from recover import artifacts, strict_yaml
+from recover.errors import ArtifactError, RecipeError
+from recover.report import drift, measures, samples, verdict, words
+
+SCHEMA = 1
+MODELS = ("dense", "pruned", "recovered")
+MEASURE_FOLDER = {"dense": "dense", "pruned": "before", "recovered": "after"}
+DRIFT_FOLDER = {"pruned": "before", "recovered": "after"}
+
+# Fewer items than this in a task, and an interval is too wide to tell good from fair.
+FEW_ITEMS = 200
+
+# What a missing file leaves unknown.
+CONSEQUENCES = {
+    "dense/measure.json": "the dense model is not measured",
+    "before/measure.json": "the pruned model is not measured",
+    "after/measure.json": "the recovered model is not measured",
+    "before/probe.json": "drift of the pruned model is not measured",
+    "after/probe.json": "drift of the recovered model is not measured",
+    "prune/plan.json": "nothing was pruned yet",
+    "epochs.jsonl": "no epoch of recovery was finished",
+    "verify.json": "the exported checkpoint is not verified",
+    "speed.json": "size and speed of the exported checkpoint are not measured",
+}
+
+
+def collect(root: Path) -> dict[str, Any]:
+    """Everything that the run at `root` has measured so far; the value is JSON-able and free of NaN.
+
+    Raises ArtifactError if `root` holds no recipe.yaml, or if a file of the run is corrupt.
+    """
+    recipe = _recipe(root)
+    records = {model: _json(root / folder / "measure.json") for model, folder in MEASURE_FOLDER.items()}
+    plan = _json(root / "prune" / "plan.json")
+    epochs = _epochs(root / "epochs.jsonl")
+    headline = measures.headline(records)
+    data = {
+        "schema": SCHEMA,
+        "name": recipe.get("name") or root.name,
+        "recipe": recipe,
+        "missing": [
+            {"file": file, "means": text} for file, text in CONSEQUENCES.items() if not (root / file).is_file()
+        ],
+        "provenance": {"env": _json(root / "env.json"), "deployed": _json(root / "deploy" / "recover.json")},
+        "plan": _plan_summary(plan),
+        "estimate": _json(root / "plan" / "estimate.json"),
+        "headline": headline,
+        "measures": measures.rows(records),
+        "drift": {model: _drift(root / folder) for model, folder in DRIFT_FOLDER.items()},
+        "epochs": epochs,
+        "tokens": _tokens_used(epochs),
+        "speed": _json(root / "speed.json"),
+        "verify": _json(root / "verify.json"),
+        "samples": samples.side_by_side(records),
+        "divergence": samples.divergence(records),
+    }
+    data["verdict"] = verdict.verdict(headline)
+    data["title"], data["summary"] = verdict.title(data), verdict.summary(data)
+    data["limits"] = known_limits(data)
+    return words.jsonable(data)
+
+
+def _recipe(root: Path) -> dict[str, Any]:
+    path = root / "recipe.yaml"
+    if not path.is_file():
+        raise ArtifactError(
+            f"{path}: not found, so {root} is not a run directory. Give the folder that `recover run` wrote"
+        )
+    try:
+        return strict_yaml.read(path)
+    except RecipeError as error:
+        raise ArtifactError(f"{error}. It was written by stage plan: run that stage again") from error
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    """The record in the file, None if there is no file; raises ArtifactError if it is not a JSON object."""
+    if not path.is_file():
+        return None
+    value = artifacts.read_json(path)
+    if not isinstance(value, dict):
+        raise ArtifactError(
+            f"{path}: expected a JSON object, found {type(value).__name__}. Run the stage that writes it again"
+        )
+    return value
+
+
+def _drift(folder: Path) -> dict[str, Any] | None:
+    summary = _json(folder / "probe.json")
+    return None if summary is None else drift.normalise(summary)
+
+
+def _epochs(path: Path) -> list[dict[str, Any]]:
+    """One record an epoch with its headline figures; the last written wins, since a resumed run may repeat an epoch."""
+    if not path.is_file():
+        return []
+    latest = {record["epoch"]: record for record in artifacts.read_jsonl(path)}
+    rows = []
+    for epoch, record in sorted(latest.items()):
+        measured, train = record.get("measure") or {}, record.get("train") or {}
+        rows.append(
+            {
+                **{key: record.get(key) for key in ("step", "tokens", "seconds", "score")},
+                "epoch": epoch,
+                "train": train,
+                "headline": measured.get("headline") or {},
+                "items": {name: task.get("items") for name, task in (measured.get("tasks") or {}).items()},
+                "drift": drift.final_figures(record.get("drift") or {}),
+            }
+        )
+    return _one_best(rows)
+
+
+def _one_best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Marks the first epoch of the highest score, the one that is kept (a record written earlier cannot know it)."""
+    scores = {row["epoch"]: score for row in rows if (score := words.finite(row["score"])) is not None}
+    best = max(scores, key=lambda epoch: (scores[epoch], -epoch), default=None)
+    return [{**row, "best": row["epoch"] == best} for row in rows]
+
+
+def _tokens_used(epochs: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Tokens behind the checkpoint that is kept, and over the whole training (both counted from its start)."""
+    if not epochs:
+        return None
+    best = next((row for row in epochs if row["best"]), epochs[-1])
+    return {"kept": best["tokens"], "all": epochs[-1]["tokens"], "epoch": best["epoch"], "epochs": len(epochs)}
+
+
+def _plan_summary(plan: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The plan, its masks summed up per module instead of listed."""
+    if plan is None:
+        return None
+    masks = plan.get("masks") or {}
+    weights = sum(mask["shape"][0] * mask["shape"][1] for mask in masks.values())
+    zeros = sum(mask["zeros"] for mask in masks.values())
+    modules = [
+        {"module": name, "sparsity": mask["zeros"] / (mask["shape"][0] * mask["shape"][1])}
+        for name, mask in masks.items()
+    ]
+    return {
+        **{key: value for key, value in plan.items() if key != "masks"},
+        "modules": modules,
+        "sparsity": zeros / weights if weights else None,
+        "patterns": sorted({mask["pattern"] for mask in masks.values()}),
+    }
+
+
+def known_limits(data: dict[str, Any]) -> list[str]:
+    """What a reader must not conclude from this report, each line true of this very run."""
+    limits = []
+    small = sorted(
+        {
+            row["task"]
+            for row in data["measures"]
+            if row["main"] and row["better"] == "higher" and 0 < (row["items"] or 0) < FEW_ITEMS
+        }
+    )
+    if small:
+        limits.append(f"Fewer than {FEW_ITEMS} items: {', '.join(small)}. Read the intervals, not the points.")
+    limits.append(
+        "Intervals are 95% bootstrap intervals over items. They do not hold the spread over training seeds: "
+        "this is one run with one seed."
+    )
+    if data["verdict"]["recovered"]["retrieval"]["grade"] == "not measured":
+        limits.append("Retrieval was not measured. A small embedding drift is no proof that a ranking stays as it was.")
+    if data["headline"]["dense"] and data["headline"]["dense"]["choice"]:
+        limits.append(
+            "Choice ranks given options by likelihood. It is no evidence that the model can write the same answer, and "
+            "a model at chance level keeps a share of dense that looks better than it is."
+        )
+    epoch_items = (data["epochs"][-1]["items"] if data["epochs"] else {}) or {}
+    full = {row["task"]: row["items"] for row in data["measures"] if row["main"]}
+    if any(items and full.get(task) and items < full[task] for task, items in epoch_items.items()):
+        limits.append("Epochs were measured on fewer items than the final figures, so their points scatter more.")
+    if data["plan"] and data["plan"]["modules"]:
+        limits.append(
+            "Masked weights are stored as zeros: on stock kernels the file is as large and the speed the same as dense."
+        )
+    limits.append(
+        "Only the listed tasks were measured. Text in other domains, other languages and longer answers may have "
+        "suffered unseen."
+    )
+    return limits

@@ -1,0 +1,171 @@
+"""Pictures of what was pruned: the scores that chose the blocks, or the share of zeros in every linear layer."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from recover.report import words
+from recover.report.figure import Figure, is_narrow
+from recover.report.svg import Canvas, Linear, Log
+
+_MODULE = re.compile(r"^(?:.*\.)?(\d+)\.(.+)$")  # block number and the site inside it, from a module's name
+SHADES = 5
+
+
+def pruned(data: dict[str, Any]) -> Figure:
+    """Scores per block for a depth plan, a map of zeros for masks."""
+    plan = data["plan"]
+    if not plan:
+        return Figure("plan", "What was pruned", "Not measured: nothing was pruned yet.")
+    if plan["modules"]:
+        return _sparsity_map(plan)
+    if plan.get("dropped"):
+        return _depth(plan)
+    return Figure("plan", "What was pruned", "The plan drops no block and no weight.")
+
+
+def _rounds(plan: dict[str, Any]) -> dict[int, dict[int, float]]:
+    """Round -> block -> score. A candidate of several blocks counts at its first."""
+    found: dict[int, dict[int, float]] = {}
+    for record in plan.get("scores") or ():
+        score = words.finite(record.get("score"))
+        if score is not None and record.get("blocks") and record.get("round"):
+            found.setdefault(record["round"], {})[record["blocks"][0]] = score
+    return found
+
+
+def _chosen(plan: dict[str, Any]) -> dict[int, int]:
+    """Block -> the round that chose it."""
+    return {
+        block: record["round"]
+        for record in plan.get("scores") or ()
+        if record.get("chosen")
+        for block in record["blocks"]
+    }
+
+
+def _depth(plan: dict[str, Any]) -> Figure:
+    title = f"Which {len(plan['dropped'])} of {plan['blocks']} blocks were dropped"
+    rounds, chosen = _rounds(plan), _chosen(plan)
+    by = next((record["by"] for record in plan.get("scores") or () if record.get("by")), None)
+
+    def draw(width: float) -> str:
+        height = 86.0 if not rounds else 330.0
+        canvas = Canvas(width, height, f"Dropped blocks: {', '.join(map(str, plan['dropped']))} of {plan['blocks']}")
+        x = Linear(-0.5, plan["blocks"] - 0.5, 50, width - (8 if is_narrow(width) else 70))
+        _strip(canvas, plan, x, height - 76)
+        if rounds:
+            _score_lines(canvas, rounds, chosen, plan, x)
+        return canvas.render()
+
+    see = "Crossed cells are gone; the model runs the others in order."
+    if rounds:
+        meaning = "mean KL to dense if that block goes too" if by == "kl" else f"the score {by}"
+        lines = "Each line is one round of the search" if len(rounds) > 1 else "The line is the one round of the search"
+        see = f"{lines}: {meaning}, lower is cheaper. Discs mark the block each round dropped. {see}"
+    table = [
+        (
+            block,
+            f"dropped{f' in round {chosen[block]}' if block in chosen else ''}" if block in plan["dropped"] else "kept",
+            *(words.number(scores[block]) if block in scores else "–" for scores in rounds.values()),
+        )
+        for block in range(plan["blocks"])
+    ]
+    return Figure("plan", title, see, draw, ("block", "", *(f"round {number}" for number in rounds)), table)
+
+
+def _strip(canvas: Canvas, plan: dict[str, Any], x: Linear, top: float) -> None:
+    """One cell a block, numbered, the dropped ones hollow and crossed out."""
+    each = x(1) - x(0)
+    every = max(1, -(-18 // max(int(each), 1)))
+    gap = min(4.0, each / 6)
+    for block in range(plan["blocks"]):
+        gone, left = block in plan["dropped"], x(block - 0.5) + gap / 2
+        tip = f"block {block}: {'dropped' if gone else 'kept'}"
+        canvas.rect(left, top, each - gap, 30, "cell-gone" if gone else "cell-kept", radius=min(4, each / 5), tip=tip)
+        if gone:
+            canvas.marker(left + (each - gap) / 2, top + 15, min(6, each / 4), "cross")
+        if block % every == 0:
+            canvas.text(left + (each - gap) / 2, top + 48, str(block), "tick", anchor="middle")
+    canvas.text((x.start + x.stop) / 2, top + 68, "block", "note", anchor="middle")
+
+
+def _score_lines(
+    canvas: Canvas, rounds: dict[int, dict[int, float]], chosen: dict[int, int], plan: dict[str, Any], x: Linear
+) -> None:
+    y = Log.around([score for scores in rounds.values() for score in scores.values()], 236, 16)
+    canvas.axis_y(y, x.start, x.stop)
+    shown = list(rounds)
+    for index, number in enumerate(shown):
+        scores = rounds[number]
+        strength = 1 + round((SHADES - 1) * index / max(len(shown) - 1, 1)) if len(shown) > 1 else SHADES
+        canvas.path(
+            [(x(block), y(score)) for block, score in sorted(scores.items())], f"stroke-pruned thin shade-{strength}"
+        )
+        for block, score in scores.items():
+            picked = chosen.get(block) == number
+            css = "fill-pruned rim" if picked else f"fill-pruned shade-{strength}"
+            canvas.dot(
+                x(block),
+                y(score),
+                6 if picked else 2.2,
+                css,
+                tip=f"round {number}, block {block}: {words.number(score)}",
+            )
+        last = max(scores)
+        if x.stop + 60 < canvas.width and (len(shown) <= 6 or number in (shown[0], shown[-1])):
+            canvas.text(x(last) + 10, y(scores[last]) + 4, f"round {number}", "tick")
+
+
+def _sparsity_map(plan: dict[str, Any]) -> Figure:
+    cells: dict[tuple[str, int], float] = {}
+    for module in plan["modules"]:
+        match = _MODULE.match(module["module"])
+        site, block = (match.group(2), int(match.group(1))) if match else (module["module"], 0)
+        cells[site, block] = module["sparsity"]
+    sites = list(dict.fromkeys(site for site, _ in cells))
+    last = max(block for _, block in cells)
+    low, high = min(cells.values()), max(cells.values())
+
+    def draw(width: float) -> str:
+        left = 92.0 if is_narrow(width) else 130.0
+        canvas = Canvas(
+            width,
+            30 * len(sites) + 48,
+            f"Map of zeros per linear layer, from {words.percent(low)} to {words.percent(high)}",
+        )
+        x = Linear(-0.5, last + 0.5, left, width)
+        each = x(1) - x(0)
+        for row, site in enumerate(sites):
+            canvas.text(left - 8, row * 30 + 19, site.rpartition(".")[2], "tick", anchor="end")
+            for block in range(last + 1):
+                if (site, block) in cells:
+                    share = cells[site, block]
+                    tip = f"block {block}, {site}: {words.percent(share, 1)} zeros"
+                    canvas.rect(
+                        x(block - 0.5) + 1,
+                        row * 30 + 2,
+                        each - 2,
+                        26,
+                        f"fill-pruned shade-{_shade(share)}",
+                        radius=2,
+                        tip=tip,
+                    )
+                    if each >= 36:
+                        canvas.text(x(block), row * 30 + 19, words.percent(share, 0), "inside", anchor="middle")
+        every = max(1, -(-18 // max(int(each), 1)))
+        for block in range(0, last + 1, every):
+            canvas.text(x(block), 30 * len(sites) + 18, str(block), "tick", anchor="middle")
+        canvas.text((x.start + x.stop) / 2, 30 * len(sites) + 40, "block", "note", anchor="middle")
+        return canvas.render()
+
+    span = f"from {words.percent(low, 1)} to {words.percent(high, 1)}"
+    see = f"Share of weights that are zero in each linear layer: {span}, a stronger colour means more zeros."
+    table = [(block, site, words.percent(share, 1)) for (site, block), share in cells.items()]
+    return Figure("plan", "Where the zeros are", see, draw, ("block", "layer", "zeros"), table)
+
+
+def _shade(share: float) -> int:
+    """1 (few zeros) to SHADES (all)."""
+    return min(SHADES, 1 + int(share * SHADES))

@@ -1,0 +1,130 @@
+"""Three columns - dense, pruned, recovered - for every measure, and the headline figures behind the verdict."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from recover.report import words
+
+USES = ("generation", "choice", "retrieval")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of a task's record: how to word it and which way is better (`same`: as near to dense as can be).
+
+    `main` figures are those of verdicts; `against_dense` ones compare with dense, which has none itself.
+    """
+
+    key: str
+    label: str
+    form: str
+    better: str
+    main: bool = False
+    against_dense: bool = False
+
+
+METRICS: dict[str, tuple[Metric, ...]] = {
+    "generate": (
+        Metric("exact_match", "exact match", "percent", "higher", main=True),
+        Metric("sampled_exact_match", "exact match, sampled", "percent", "higher"),
+        Metric("exact_text", "texts equal to dense", "percent", "higher", against_dense=True),
+        Metric("agreement", "tokens equal to dense", "percent", "higher", against_dense=True),
+        Metric("ended", "answers that end", "percent", "higher"),
+        Metric("repetition", "repeated 4-grams", "percent", "lower"),
+        Metric("longest_repeat", "longest repeat, tokens", "number", "lower"),
+        Metric("distinct_2", "distinct 2-grams", "percent", "same"),
+        Metric("length", "length, tokens", "number", "same"),
+        Metric("truncated", "cut at the limit, texts", "count", "lower"),
+    ),
+    "choice": (
+        Metric("accuracy", "accuracy", "percent", "higher", main=True),
+        Metric("accuracy_normalised", "accuracy, by length", "percent", "higher"),
+        Metric("margin", "margin, nats", "number", "higher"),
+    ),
+    "perplexity": (Metric("perplexity", "perplexity", "number", "lower", main=True),),
+    "retrieval": (Metric("score", "ranking score", "percent", "higher", main=True),),
+}
+USE_OF_KIND = {"generate": "generation", "choice": "choice", "retrieval": "retrieval"}
+
+Records = dict[str, dict[str, Any] | None]
+
+
+def rows(records: Records) -> list[dict[str, Any]]:
+    """One row a task and metric, in the order of the tasks; a cell is None where the model was not measured.
+
+    A metric that no model has is left out; `kept` is the share of dense, for main figures of which more is better.
+    """
+    found = []
+    for name, kind in _tasks(records).items():
+        for metric in METRICS.get(kind, ()):
+            cells = {model: _cell(record, name, metric) for model, record in records.items()}
+            if not any(cells.values()):
+                continue
+            items = next((_task(record, name).get("items") for record in records.values() if _task(record, name)), None)
+            kept = {model: _kept(cells[model], cells["dense"], metric) for model in ("pruned", "recovered")}
+            found.append({"task": name, "kind": kind, "items": items, **asdict(metric), **cells, "kept": kept})
+    return found
+
+
+def _tasks(records: Records) -> dict[str, str]:
+    """Name -> kind of every task that some model was measured on."""
+    return {name: task["kind"] for record in records.values() if record for name, task in record["tasks"].items()}
+
+
+def _task(record: dict[str, Any] | None, name: str) -> dict[str, Any]:
+    return (record or {}).get("tasks", {}).get(name) or {}
+
+
+def _cell(record: dict[str, Any] | None, name: str, metric: Metric) -> dict[str, Any] | None:
+    task = _task(record, name)
+    value = words.finite(task.get(metric.key))
+    if value is None:
+        return None
+    return {"value": value, "interval": _interval(task) if metric.main else None}
+
+
+def _interval(task: dict[str, Any]) -> list[float] | None:
+    bounds = [words.finite(bound) for bound in task.get("interval95") or ()]
+    return [bound for bound in bounds if bound is not None] if len(bounds) == 2 and None not in bounds else None
+
+
+def _kept(cell: dict[str, Any] | None, dense: dict[str, Any] | None, metric: Metric) -> float | None:
+    if cell is None or dense is None or not metric.main or metric.better != "higher" or dense["value"] <= 0:
+        return None
+    return cell["value"] / dense["value"]
+
+
+def headline(records: Records) -> dict[str, dict[str, Any] | None]:
+    """Per model: {use: {value, interval, chance, tasks, items} | None, "perplexity": f | None}; None = not measured."""
+    return {model: None if record is None else _headline(record) for model, record in records.items()}
+
+
+def _headline(record: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = dict.fromkeys(USES)
+    for kind, use in USE_OF_KIND.items():
+        found[use] = _mean_of_tasks(
+            {name: task for name, task in record["tasks"].items() if task["kind"] == kind}, METRICS[kind][0].key
+        )
+    found["perplexity"] = words.finite((record.get("headline") or {}).get("perplexity"))
+    return found
+
+
+def _mean_of_tasks(tasks: dict[str, Any], key: str) -> dict[str, Any] | None:
+    """Mean over tasks, each weighing the same. Items of different tasks are independent: half-widths add as squares."""
+    values = {name: value for name, task in tasks.items() if (value := words.finite(task.get(key))) is not None}
+    if not values:
+        return None
+    n, mean = len(values), sum(values.values()) / len(values)
+    bounds = {name: _interval(tasks[name]) for name in values}
+    known = [(values[name], bound) for name, bound in bounds.items() if bound]
+    interval = None
+    if len(known) == n:
+        below = sum((value - bound[0]) ** 2 for value, bound in known) ** 0.5 / n
+        above = sum((bound[1] - value) ** 2 for value, bound in known) ** 0.5 / n
+        interval = [max(0.0, mean - below), min(1.0, mean + above)]
+    chances = [words.finite(tasks[name].get("chance")) for name in values]
+    chance = None if None in chances else sum(c for c in chances if c is not None) / n
+    items = sum(tasks[name].get("items") or 0 for name in values)
+    return {"value": mean, "interval": interval, "chance": chance, "tasks": sorted(values), "items": items}

@@ -1,0 +1,267 @@
+"""The files of a report, from what `collect` gave: report.json (everything), report.md, one self-contained report.html.
+
+The page makes no request of any kind: styles, pictures and script are inside it, and its content policy forbids the
+rest. Model text is data: it is escaped, and markup that slipped through could not run, since the policy names the one
+script by its hash.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recover import strict_yaml
+from recover.artifacts import write_json, write_text
+from recover.report import verdict, words
+from recover.report.figure import Figure
+from recover.report.figures import figures
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+QUESTIONS = (
+    ("generation", "Can it write answers?"),
+    ("choice", "Can it pick among given options?"),
+    ("retrieval", "Can it rank documents?"),
+)
+SIGNS = {"yes": "✓", "with care": "~", "no": "✗", "cannot tell": "", "not measured": ""}
+SECTIONS = (
+    ("measures", "What was measured"),
+    ("samples", "What the models write"),
+    ("recovery", "How generation came back"),
+    ("damage", "Where the damage sits"),
+    ("pruned", "What was pruned"),
+    ("deploy", "What you deploy"),
+    ("limits", "What it does not tell"),
+    ("origin", "How it was made"),
+)
+DRIFT_NAMES = {
+    "embedding": "embedding, 1 − cos",
+    "logit": "logit, 1 − cos",
+    "probability": "probability, 1 − cos",
+    "kl": "KL(dense ‖ model), nats",
+    "reverse_kl": "KL(model ‖ dense), nats",
+    "kl_predicted": "KL as predicted by Var/(2T²)",
+}
+SIZES = (
+    ("parameters", "parameters", "count"),
+    ("file_bytes", "file", "bytes"),
+    ("kv_bytes_per_token", "KV cache per token", "bytes"),
+    ("prefill_tokens_per_second", "prefill, tokens/s", "number"),
+    ("decode_tokens_per_second", "decoding, tokens/s", "number"),
+    ("peak_memory_bytes", "peak memory", "bytes"),
+)
+
+
+def render(root: Path, data: dict[str, Any]) -> list[Path]:
+    """Write report.json, report.md and report.html into `root`, each whole or not at all; gives their paths."""
+    view = _view(data)
+    html, markdown = environment(escape=True), environment(escape=False)
+    paths = [root / "report.json", root / "report.md", root / "report.html"]
+    write_json(paths[0], data)
+    write_text(paths[1], markdown.get_template("report.md.j2").render(view))
+    write_text(paths[2], page(html, "report.html.j2", view))
+    return paths
+
+
+def page(templates: Environment, template: str, view: dict[str, Any]) -> str:
+    """One HTML file with the shared style and script inside it."""
+    from markupsafe import Markup
+
+    script = (TEMPLATES / "script.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    style = templates.get_template("style.css").render()
+    assets = {"style": Markup(style), "script": Markup(script), "script_sha256": digest}
+    return templates.get_template(template).render(view, **assets)
+
+
+def environment(*, escape: bool) -> Environment:
+    """Templates with the filters of the report; an undefined name is an error, not an empty string."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    found = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=escape, undefined=StrictUndefined)
+    found.filters |= {
+        "percent": words.percent,
+        "share": verdict.share,
+        "cell": cell,
+        "cellmd": table_cell,
+        "fence": fence,
+        "figure": figure_cell,
+    }
+    return found
+
+
+def cell(value: float, form: str) -> str:
+    """A figure as tables show it: percentages with one digit, so that columns line up."""
+    return words.percent(value, 1) if form == "percent" else words.shown(value, form)
+
+
+def figure_cell(figure: dict[str, Any] | None, form: str, reference: bool = False) -> str:
+    """A figure with its interval in brackets; a dash where the model is the reference of the figure itself."""
+    if figure is None:
+        return "–" if reference else words.NOT_MEASURED
+    interval = figure["interval"]
+    bounds = f" [{cell(interval[0], form)}, {cell(interval[1], form)}]" if interval else ""
+    return f"{cell(figure['value'], form)}{bounds}"
+
+
+def table_cell(value: Any) -> str:
+    """Text that cannot break out of a cell of a markdown table."""
+    return " ".join(str(value).split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+
+def fence(text: str) -> str:
+    """Text in a markdown code fence longer than any run of backticks inside it."""
+    longest = max((len(run) for run in "".join(c if c == "`" else " " for c in text).split()), default=0)
+    ticks = "`" * max(3, longest + 1)
+    return f"{ticks}text\n{text}\n{ticks}"
+
+
+def _view(data: dict[str, Any]) -> dict[str, Any]:
+    """What the templates need beside the data, worded."""
+    return {
+        "data": data,
+        "figures": {key: drawn(figure) for key, figure in figures(data).items()},
+        "models": ("dense", "pruned", "recovered"),
+        "questions": QUESTIONS,
+        "signs": SIGNS,
+        "sections": SECTIONS,
+        "facts": _facts(data),
+        "recovery": _recovery(data),
+        "drift_rows": _drift_rows(data),
+        "temperature_rows": _temperature_rows(data),
+        "divergence_rows": _divergence_rows(data),
+        "floor": _floor(data),
+        "size_rows": _size_rows(data),
+        "measured_on": words.machine((data["speed"] or {}).get("machine")),
+        "verified": _verified(data),
+        "recipe": strict_yaml.dump(data["recipe"]),
+        "provenance": json.dumps(data["provenance"], indent=2, ensure_ascii=False),
+    }
+
+
+def drawn(figure: Figure) -> dict[str, Any]:
+    """The figure for a template, its SVG drawn and marked as markup (Canvas escapes all text in it)."""
+    from markupsafe import Markup
+
+    words_of = {
+        name: getattr(figure, name) for name in ("key", "title", "see", "columns", "rows", "legend", "measured")
+    }
+    return {**words_of, "wide": Markup(figure.wide), "narrow": Markup(figure.narrow)}
+
+
+def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
+    recipe, plan, env, tokens = data["recipe"], data["plan"], data["provenance"]["env"] or {}, data["tokens"]
+    facts = [("dense model", str((recipe.get("model") or {}).get("source", words.NOT_MEASURED)))]
+    if plan:
+        blocks = f", blocks {', '.join(map(str, plan['dropped']))}" if plan.get("dropped") else ""
+        facts.append(("pruned by", f"{plan['kind']}{blocks}"))
+    if plan and plan.get("parameters_dense"):
+        dense, pruned = words.count(plan["parameters_dense"]), words.count(plan["parameters_pruned"])
+        facts.append(("parameters", f"{dense} → {pruned}"))
+    if tokens:
+        kept = f"{words.count(tokens['kept'])} tokens, epoch {tokens['epoch']} of {tokens['epochs']} kept"
+        facts.append(("recovered with", kept))
+    if env.get("machine"):
+        facts.append(("on", words.machine(env["machine"])))
+    return facts
+
+
+def _recovery(data: dict[str, Any]) -> str:
+    rows = data["epochs"]
+    if not rows:
+        return "Not measured: no epoch of recovery was finished."
+    tokens, seconds = data["tokens"], rows[-1]["seconds"]
+    time = f" in {words.duration(seconds)}" if words.finite(seconds) else ""
+    return (
+        f"LoRA distillation from the dense model, {len(rows)} epoch{'s' if len(rows) > 1 else ''}, "
+        f"{words.count(tokens['all'])} tokens{time}. "
+        f"Epoch {tokens['epoch']} generated best and is the one that is exported."
+    )
+
+
+def _drift_rows(data: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    finals = [(data["drift"][model] or {}).get("final") or {} for model in ("pruned", "recovered")]
+    rows = []
+    for key, name in DRIFT_NAMES.items():
+        if any(key in final for final in finals):
+            rows.append(
+                (name, [words.number((final.get(key) or {}).get(q)) for final in finals for q in ("p50", "p99")])
+            )
+    for key, name in (("top1", "same most likely token"), ("top5", "common tokens among the first five")):
+        if any(key in final for final in finals):
+            means = [words.percent((final.get(key) or {}).get("mean"), 1) for final in finals]
+            rows.append((f"{name} (mean)", [means[0], "–", means[1], "–"]))
+    return rows
+
+
+def _temperature_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
+    """KL and probability drift (median) at each temperature: no sign is assumed, damage can grow or fall with T."""
+    found: dict[float, list[str]] = {}
+    for place, model in enumerate(("pruned", "recovered")):
+        for row in (data["drift"][model] or {}).get("temperatures") or ():
+            cells = found.setdefault(row["temperature"], [words.NOT_MEASURED] * 4)
+            cells[2 * place : 2 * place + 2] = [
+                words.number((row.get(k) or {}).get("p50")) for k in ("kl", "probability")
+            ]
+    return [(f"{temperature:g}", *cells) for temperature, cells in sorted(found.items())]
+
+
+def _divergence_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Per generative task: token by which half, and nine tenths, of the texts left dense; tokens equal to dense."""
+    rows = []
+    for row in data["divergence"]:
+        cells: list[str] = []
+        for model in ("pruned", "recovered"):
+            figures_of = row[model] or {}
+            first = figures_of.get("first") or {}
+            cells += [words.number(first.get("p50")), words.number(first.get("p90"))]
+            cells.append(words.percent(figures_of.get("agreement"), 1))
+        rows.append((row["task"], *cells))
+    return rows
+
+
+def _floor(data: dict[str, Any]) -> str:
+    """How large a drift rounding alone makes, from the probe's comparison of each view with itself."""
+    floors = [
+        words.finite(((data["drift"][model] or {}).get("identity") or {}).get("kl_max"))
+        for model in ("pruned", "recovered")
+    ]
+    known = [floor for floor in floors if floor is not None]
+    if not known:
+        return "What rounding alone makes was not measured."
+    floor = words.number(max(known))
+    return (
+        f"Each model against itself, with a KV cache and without: KL at most {floor}. Drift of that size is rounding."
+    )
+
+
+def _size_rows(data: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    dense, deployed = ((data["speed"] or {}).get(side) or {} for side in ("dense", "deployed"))
+    rows = []
+    for key, name, form in SIZES:
+        before, after = words.finite(dense.get(key)), words.finite(deployed.get(key))
+        if before is not None or after is not None:
+            ratio = f"×{after / before:.2f}" if before and after is not None else "–"
+            rows.append((name, words.shown(before, form), words.shown(after, form), ratio))
+    return rows
+
+
+def _verified(data: dict[str, Any]) -> str:
+    check = data["verify"]
+    if check is None:
+        return "The exported checkpoint is not verified."
+    if not check.get("ok"):
+        problems = "; ".join(map(str, check.get("problems") or ["no reason recorded"]))
+        return f"The exported checkpoint FAILED its verification: {problems}."
+    difference = words.number(check.get("logits_max_difference"))
+    cached = words.number((check.get("cache") or {}).get("logits_max_difference"))
+    return (
+        f"The exported checkpoint was loaded in a fresh process by stock transformers: its logits differ from the "
+        f"trained model's by at most {difference}, and with a KV cache from without by at most {cached}."
+    )

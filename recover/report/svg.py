@@ -1,0 +1,156 @@
+"""A canvas that writes SVG for an HTML page: colours are classes of the page's stylesheet, so both themes share it.
+
+Every text and attribute is escaped here; nothing else in the package builds SVG by hand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+from recover.report import words
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Maps lo..hi onto pixels start..stop."""
+
+    lo: float
+    hi: float
+    start: float
+    stop: float
+
+    def __call__(self, value: float) -> float:
+        return self.start + (value - self.lo) / ((self.hi - self.lo) or 1.0) * (self.stop - self.start)
+
+    def ticks(self, about: int = 5) -> list[float]:
+        """Round values inside lo..hi, `about` of them."""
+        span = (self.hi - self.lo) or 1.0
+        step = 10.0 ** math.floor(math.log10(span / about))
+        step *= next(k for k in (1, 2, 5, 10) if span / (step * k) <= about)
+        first = math.ceil(self.lo / step - 1e-9)
+        return [round(k * step, 12) for k in range(first, math.floor(self.hi / step + 1e-9) + 1)]
+
+
+@dataclass(frozen=True)
+class Log:
+    """Maps lo..hi onto pixels start..stop by powers of ten; what is not above `lo` sits on `start`, the line 'zero'."""
+
+    lo: float
+    hi: float
+    start: float
+    stop: float
+    zero: bool = False
+
+    @classmethod
+    def around(cls, values: Iterable[float], start: float, stop: float, smallest: float = 1e-8) -> Log:
+        """From the decade below every value to just above; one decade more if a value is zero or under `smallest`."""
+        found = list(values)
+        positive = [value for value in found if value > smallest]
+        zero = len(positive) < len(found)
+        lo = math.floor(math.log10(min(positive, default=1e-3)) + 1e-9) - int(zero)
+        hi = max(max(positive, default=1.0) * 1.2, 10.0 ** (lo + 1 + int(zero)))
+        return cls(10.0**lo, hi, start, stop, zero)
+
+    def __call__(self, value: float) -> float:
+        share = math.log10(max(value, self.lo) / self.lo) / math.log10(self.hi / self.lo)
+        return self.start + share * (self.stop - self.start)
+
+    def ticks(self, about: int = 6) -> list[float]:
+        """Powers of ten; the lowest is left out when it stands for zero."""
+        lo, hi = math.ceil(math.log10(self.lo) - 1e-9), math.floor(math.log10(self.hi) + 1e-9)
+        every = max(1, math.ceil((hi - lo) / about))
+        return [10.0**k for k in range(lo + int(self.zero), hi + 1) if (hi - k) % every == 0]
+
+
+@dataclass
+class Canvas:
+    """Collects shapes; `render` gives one `<svg>` element that fills its container's width."""
+
+    width: float
+    height: float
+    label: str
+    parts: list[str] = field(default_factory=list)
+
+    def _add(self, tag: str, css: str, inside: str = "", **attributes: object) -> None:
+        written = "".join(
+            f' {name.rstrip("_").replace("_", "-")}="{_value(value)}"' for name, value in attributes.items()
+        )
+        self.parts.append(f'<{tag} class="{escape(css)}"{written}>{inside}</{tag}>')
+
+    def line(self, x1: float, y1: float, x2: float, y2: float, css: str) -> None:
+        self._add("line", css, x1=x1, y1=y1, x2=x2, y2=y2)
+
+    def rect(
+        self, x: float, y: float, width: float, height: float, css: str, *, radius: float = 0, tip: str = ""
+    ) -> None:
+        self._add("rect", css, _title(tip), x=x, y=y, width=max(width, 0.0), height=max(height, 0.0), rx=radius)
+
+    def dot(self, x: float, y: float, radius: float, css: str, *, tip: str = "") -> None:
+        self._add("circle", css, _title(tip), cx=x, cy=y, r=radius)
+
+    def text(self, x: float, y: float, content: str, css: str = "tick", *, anchor: str = "start") -> None:
+        self._add("text", css, escape(content), x=x, y=y, text_anchor=anchor)
+
+    def path(self, points: Sequence[Point], css: str) -> None:
+        """A line through the points (nothing for fewer than two)."""
+        if len(points) > 1:
+            self._add("path", css, d="M" + "L".join(f"{_value(x)} {_value(y)}" for x, y in points))
+
+    def area(self, upper: Sequence[Point], lower: Sequence[Point], css: str) -> None:
+        """The surface between two lines over the same x."""
+        if len(upper) > 1:
+            self._add(
+                "path", css, d="M" + "L".join(f"{_value(x)} {_value(y)}" for x, y in [*upper, *reversed(lower)]) + "Z"
+            )
+
+    def marker(self, x: float, y: float, size: float, css: str) -> None:
+        """A cross."""
+        self.line(x - size, y - size, x + size, y + size, css)
+        self.line(x - size, y + size, x + size, y - size, css)
+
+    def axis_y(self, scale: Linear | Log, left: float, right: float, form: str = "number", about: int = 5) -> None:
+        """Hairlines across the panel with their values on the left."""
+        for tick in scale.ticks(about):
+            y = scale(tick)
+            self.line(left, y, right, y, "grid")
+            self.text(left - 7, y + 4, axis_label(tick, form), "tick", anchor="end")
+        if isinstance(scale, Log) and scale.zero:
+            self.line(left, scale.start, right, scale.start, "grid dashed")
+            self.text(left - 7, scale.start + 4, "zero", "tick", anchor="end")
+
+    def axis_x(self, scale: Linear | Log, baseline: float, form: str = "number", about: int = 6) -> None:
+        """Values under the panel."""
+        for tick in scale.ticks(about):
+            self.line(scale(tick), baseline, scale(tick), baseline + 4, "axis")
+            self.text(scale(tick), baseline + 17, axis_label(tick, form), "tick", anchor="middle")
+
+    def render(self) -> str:
+        size = f'viewBox="0 0 {_value(self.width)} {_value(self.height)}"'
+        return f'<svg {size} role="img" aria-label="{escape(self.label)}">{"".join(self.parts)}</svg>'
+
+
+def axis_label(tick: float, form: str) -> str:
+    """Short wording of an axis value."""
+    if form == "percent":
+        return words.percent(tick, 0)
+    if form == "number" and tick and not 0.001 <= abs(tick) < 10_000:
+        exponent = math.log10(abs(tick))
+        if abs(exponent - round(exponent)) < 1e-9:
+            return words.number(tick).removeprefix("1.0×")
+    return words.shown(tick, form)
+
+
+def _title(tip: str) -> str:
+    return f"<title>{escape(tip)}</title>" if tip else ""
+
+
+def _value(value: object) -> str:
+    if isinstance(value, int | float):
+        assert math.isfinite(value), "a shape lies at no finite place"
+        return f"{value:.1f}".removesuffix(".0")
+    return escape(str(value))

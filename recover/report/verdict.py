@@ -1,0 +1,179 @@
+"""Fit for choice? for generation? for retrieval? - answered from numbers, with the number beside every answer.
+
+All thresholds of the report are here. A grade is read off the share of the dense model's score that is kept:
+
+    yes          kept >= 95%, and the interval rules out less than 80%
+    with care    kept >= 80%, or >= 95% with an interval that reaches below 80%
+    no           kept < 80%
+    cannot tell  dense itself is within 5 points of nothing (of chance, where a task states its chance level)
+    not measured no task of that use was run
+
+Where a choice task states its chance level, the share is of what dense does above chance.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from recover.report import words
+from recover.report.measures import USES
+
+KEPT_YES = 0.95
+KEPT_CARE = 0.80
+DENSE_FLOOR = 0.05
+
+THRESHOLDS = {"yes": KEPT_YES, "with care": KEPT_CARE, "dense floor": DENSE_FLOOR}
+TASK_WORD = {"generation": "generative", "choice": "choice", "retrieval": "retrieval"}
+
+
+def verdict(headline: dict[str, Any]) -> dict[str, Any]:
+    """{pruned|recovered: {use: {grade, reason, value, dense, kept, interval, certain}}, thresholds}."""
+    answers = {
+        model: {use: judge(_figure(headline, model, use), _figure(headline, "dense", use), use) for use in USES}
+        for model in ("pruned", "recovered")
+    }
+    return {**answers, "thresholds": THRESHOLDS}
+
+
+def _figure(headline: dict[str, Any], model: str, use: str) -> dict[str, Any] | None:
+    return (headline.get(model) or {}).get(use)
+
+
+def grade_of(kept: float, lower: float | None) -> str:
+    """The grade of a share kept whose interval reaches down to `lower` (None: no interval is known)."""
+    if kept >= KEPT_YES and (lower is None or lower >= KEPT_CARE):
+        return "yes"
+    return "with care" if kept >= KEPT_CARE else "no"
+
+
+def judge(figure: dict[str, Any] | None, dense: dict[str, Any] | None, use: str) -> dict[str, Any]:
+    """One answer for one model and use, with the figures it is read off."""
+    if figure is None or dense is None:
+        whom = " on this model" if dense else " on the dense model" if figure else ""
+        return _no_answer("not measured", f"No {TASK_WORD[use]} task was run{whom}.", figure, dense)
+    chance = dense["chance"] or 0.0
+    if dense["value"] - chance < DENSE_FLOOR:
+        level = f"chance ({words.percent(chance)})" if chance else "zero"
+        reason = f"Dense itself scores {words.percent(dense['value'])}, near {level}: nothing to keep."
+        return _no_answer("cannot tell", reason, figure, dense)
+    skill = (figure["value"] - chance) / (dense["value"] - chance)
+    interval = figure["interval"] and [(bound - chance) / (dense["value"] - chance) for bound in figure["interval"]]
+    grade = grade_of(skill, interval[0] if interval else None)
+    ends = {grade_of(bound, None) for bound in interval or ()}
+    return {
+        "grade": grade,
+        "reason": _reason(figure, dense, skill, interval, chance),
+        "value": figure["value"],
+        "dense": dense["value"],
+        "kept": figure["value"] / dense["value"],
+        "graded_share": skill,
+        "interval": interval,
+        "certain": ends <= {grade},
+    }
+
+
+def _no_answer(grade: str, reason: str, figure: dict[str, Any] | None, dense: dict[str, Any] | None) -> dict[str, Any]:
+    return {
+        "grade": grade,
+        "reason": reason,
+        "value": figure["value"] if figure else None,
+        "dense": dense["value"] if dense else None,
+        "kept": None,
+        "graded_share": None,
+        "interval": None,
+        "certain": True,
+    }
+
+
+def _reason(
+    figure: dict[str, Any], dense: dict[str, Any], skill: float, interval: list[float] | None, chance: float
+) -> str:
+    """The figures in one sentence, and what the interval leaves open."""
+    what = f"of what dense does above chance ({words.percent(chance)})" if chance else "of dense"
+    text = f"{words.percent(figure['value'], 1)} against {words.percent(dense['value'], 1)}: {share(skill)} {what}"
+    if not interval:
+        return f"{text}; no interval is known."
+    lowest, highest = grade_of(interval[0], None), grade_of(interval[1], None)
+    text += f", interval {share(interval[0])} to {share(interval[1])}"
+    return f"{text}." if lowest == highest else f"{text}, which reaches from “{lowest}” to “{highest}”."
+
+
+def share(kept: float) -> str:
+    """A share of dense in whole percent, with a digit more where rounding would hide its side of a threshold."""
+    close = any(abs(kept - threshold) < 0.01 and kept != threshold for threshold in (KEPT_YES, KEPT_CARE))
+    return words.percent(kept, 1 if close else None)
+
+
+def title(data: dict[str, Any]) -> str:
+    """The finding in one line, for the top of the page."""
+    pruned, recovered = (data["verdict"][model]["generation"]["kept"] for model in ("pruned", "recovered"))
+    if pruned is None:
+        return "Generation is not measured yet"
+    fell = (
+        f"Generation fell to {share(pruned)} of dense"
+        if pruned < KEPT_YES
+        else f"Generation stood at {share(pruned)} of dense"
+    )
+    if recovered is None:
+        return fell
+    if recovered - pruned >= 0.01:
+        return (
+            f"{fell} and came back to {share(recovered)}"
+            if pruned < KEPT_YES
+            else f"{fell} and rose to {share(recovered)}"
+        )
+    same = abs(recovered - pruned) < 0.01
+    return f"{fell} and stayed there" if same else f"{fell}, then {share(recovered)} after recovery"
+
+
+def summary(data: dict[str, Any]) -> str:
+    """What was done and what it did, in one sentence made of measured figures."""
+    return f"{_what_was_pruned(data)} {_what_pruning_left(data['verdict']['pruned'])}; {_what_recovery_did(data)}."
+
+
+def _what_was_pruned(data: dict[str, Any]) -> str:
+    plan = data["plan"]
+    if not plan:
+        return "Pruning"
+    dropped = plan.get("dropped") or []
+    if dropped:
+        return f"Dropping {len(dropped)} of {plan['blocks']} blocks"
+    if plan["sparsity"]:
+        pattern = [pattern for pattern in plan["patterns"] if pattern != "unstructured"]
+        by = ", ".join([plan["kind"], *pattern])
+        return f"Setting {words.percent(plan['sparsity'])} of the block weights to zero ({by})"
+    return "Pruning nothing"
+
+
+def _what_pruning_left(answers: dict[str, Any]) -> str:
+    parts = [
+        (use, answers[use]["kept"]) for use in ("choice", "generation", "retrieval") if answers[use]["kept"] is not None
+    ]
+    if not parts:
+        return "has not been measured yet"
+    first, *others = [f"{use} at {share(kept)}" for use, kept in parts]
+    return "left " + " and ".join([f"{first} of dense", *others])
+
+
+def _what_recovery_did(data: dict[str, Any]) -> str:
+    before, after = (data["verdict"][model]["generation"] for model in ("pruned", "recovered"))
+    if after["kept"] is None:
+        return (
+            "recovery has not been measured yet"
+            if data["headline"]["recovered"] is None
+            else "generation after recovery has no measure"
+        )
+    tokens = data["tokens"] and words.finite(data["tokens"]["kept"])
+    means = f"{words.count(tokens)} tokens of distillation" if tokens else "distillation"
+    to = share(after["kept"])
+    if before["kept"] is None:
+        return f"after {means} generation stands at {to}"
+    if abs(after["kept"] - before["kept"]) < 0.01:
+        return f"{means} left generation at {to}"
+    if after["kept"] < before["kept"]:
+        return f"{means} lowered generation to {to}"
+    return (
+        f"{means} brought generation back to {to}"
+        if after["kept"] >= KEPT_YES
+        else f"{means} raised generation to {to}"
+    )

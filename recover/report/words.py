@@ -1,0 +1,142 @@
+"""How numbers and model text are worded in reports: one place, so that page, markdown and pictures say the same.
+
+Nothing here invents a value: None, NaN and infinity all become "not measured".
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+NOT_MEASURED = "not measured"
+
+# Control characters, and the marks that reorder text: a right-to-left override from a model would turn the page around.
+_INVISIBLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
+
+
+def finite(value: Any) -> float | None:
+    """The value as a float, or None if it is not a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def jsonable(value: Any) -> Any:
+    """The same value with NaN and infinity as None, and all text in it `clean`."""
+    if isinstance(value, dict):
+        return {clean(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, str):
+        return clean(value)
+    return value
+
+
+def percent(value: Any, digits: int | None = None) -> str:
+    """A share as a percentage: whole numbers from 10% to 99%, one digit near the ends, or `digits` digits."""
+    share = finite(value)
+    if share is None:
+        return NOT_MEASURED
+    if digits is None:
+        digits = 1 if (0 < abs(share) < 0.0995 or 0.99 < share < 0.9995) else 0
+    return f"{100 * share:.{digits}f}%"
+
+
+def number(value: Any) -> str:
+    """Three significant digits, with thousands separated and small numbers as powers of ten."""
+    x = finite(value)
+    if x is None:
+        return NOT_MEASURED
+    if x == 0 or 0.001 <= abs(x) < 1000:
+        return f"{x:.3g}"
+    if abs(x) >= 1e7 or abs(x) < 0.001:
+        mantissa, exponent = f"{x:.1e}".split("e")
+        return f"{mantissa}×10{_superscript(int(exponent))}"
+    return f"{x:,.0f}"
+
+
+def _superscript(exponent: int) -> str:
+    return str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def count(value: Any) -> str:
+    """A count in short form: 950, 200k, 1.6M, 7B."""
+    x = finite(value)
+    if x is None:
+        return NOT_MEASURED
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(x) >= size * 0.9995:
+            return f"{x / size:.3g}{unit}"
+    return f"{x:.0f}"
+
+
+def size(value: Any) -> str:
+    """Bytes in decimal units."""
+    x = finite(value)
+    if x is None:
+        return NOT_MEASURED
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(x) >= scale * 0.9995:
+            return f"{x / scale:.3g} {unit}"
+    return f"{x:.0f} B"
+
+
+def duration(value: Any) -> str:
+    """Seconds as the two largest units that matter."""
+    x = finite(value)
+    if x is None:
+        return NOT_MEASURED
+    if x < 10:
+        return f"{x:.1f} s"
+    if x < 90:
+        return f"{x:.0f} s"
+    minutes = round(x / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def machine(record: Any) -> str:
+    """A machine in a few words: its GPUs if it has some, else processor and cores."""
+    if not isinstance(record, dict):
+        return NOT_MEASURED if record is None else str(record)
+    names = [str(gpu.get("name")) for gpu in record.get("gpus") or ()]
+    if names:
+        return ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
+    return f"{record.get('processor') or 'CPU'}, {record.get('cores')} cores"
+
+
+FORMATS = {"percent": percent, "number": number, "count": count, "bytes": size, "seconds": duration}
+
+
+def shown(value: Any, form: str) -> str:
+    """The value worded by one of FORMATS."""
+    return FORMATS[form](value)
+
+
+def clean(text: Any) -> str:
+    """Model text safe to lay out: invisible and reordering characters become a visible mark. Templates escape it."""
+    return _INVISIBLE.sub("\N{REPLACEMENT CHARACTER}", str(text).encode("utf-8", "replace").decode("utf-8"))
+
+
+def first_difference(dense: str, other: str) -> int | None:
+    """Index of the first word of `other` that dense does not have at that place; None if word for word equal.
+
+    If `other` is a beginning of `dense`, that is its number of words: it stopped there.
+    """
+    a, b = dense.split(), other.split()
+    for index, (left, right) in enumerate(zip(a, b, strict=False)):
+        if left != right:
+            return index
+    return None if len(a) == len(b) else min(len(a), len(b))
+
+
+def split_at_word(text: str, index: int | None) -> tuple[str, str, str]:
+    """(text before the word, the word, text after), white space kept; the word is empty if the text ends before it."""
+    if index is None:
+        return text, "", ""
+    for position, match in enumerate(re.finditer(r"\S+", text)):
+        if position == index:
+            return text[: match.start()], match.group(), text[match.end() :]
+    return text, "", ""

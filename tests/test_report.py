@@ -1,0 +1,306 @@
+"""The report says what the files say: nothing invented, nothing hidden, nothing that a model wrote is ever run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from report_page import Page, rewrite
+from report_run import BLOCKS, DROPPED, STEPS, build_run
+
+from recover.errors import ArtifactError
+from recover.report import drift, samples, svg, verdict, words
+from recover.report.collect import collect
+from recover.report.figures import figures
+from recover.report.render import fence, render, table_cell
+
+EVERYTHING = (
+    *("env.json", "plan/estimate.json", "dense/measure.json", "before/measure.json", "after/measure.json"),
+    *("prune/plan.json", "before/probe.json", "before/probe.jsonl", "after/probe.json", "after/probe.jsonl"),
+    *("epochs.jsonl", "verify.json", "speed.json", "deploy/recover.json"),
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_run(tmp_path_factory.mktemp("runs"))
+
+
+# What the numbers say.
+
+
+def test_summary_is_made_of_the_measured_figures(run: Path) -> None:
+    data = collect(run)
+    assert data["summary"] == (
+        "Dropping 4 of 16 blocks left choice at 96% of dense and generation at 13%; "
+        "134k tokens of distillation brought generation back to 97%."
+    )
+    assert data["title"] == "Generation fell to 13% of dense and came back to 97%"
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [
+        (0.13, "left generation at 13%"),
+        (0.05, "lowered generation to 5.1%"),
+        (0.50, "raised generation to 51%"),
+        (0.99, "brought generation back to 100%"),
+    ],
+)
+def test_summary_does_not_praise_a_recovery_that_did_not_happen(tmp_path: Path, after: float, said: str) -> None:
+    run = build_run(tmp_path)
+
+    def set_score(record: dict) -> None:
+        record["tasks"]["sums"] |= {"exact_match": after, "interval95": [after, after]}
+
+    rewrite(run / "after/measure.json", set_score)
+    assert collect(run)["summary"].endswith(f"134k tokens of distillation {said}.")
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "grade", "certain"),
+    [
+        (0.96, [0.955, 0.97], "yes", True),
+        (0.96, [0.90, 0.99], "yes", False),
+        (0.96, [0.70, 1.00], "with care", False),  # the interval does not rule out 'no'
+        (0.95, None, "yes", True),
+        (0.9499, [0.94, 0.9499], "with care", True),
+        (0.80, [0.80, 0.85], "with care", True),
+        (0.7999, [0.75, 0.7999], "no", True),
+        (0.70, [0.50, 0.90], "no", False),
+        (0.0, [0.0, 0.0], "no", True),
+    ],
+)
+def test_grades_at_their_thresholds(value: float, interval: list | None, grade: str, certain: bool) -> None:
+    figure = {"value": value, "interval": interval, "chance": None}
+    dense = {"value": 1.0, "interval": [1.0, 1.0], "chance": None}
+    answer = verdict.judge(figure, dense, "generation")
+    assert (answer["grade"], answer["certain"]) == (grade, certain)
+    assert f"{100 * value:.1f}% against 100.0%" in answer["reason"]
+
+
+def test_nothing_to_keep_is_no_verdict() -> None:
+    figure = {"value": 0.26, "interval": None, "chance": 0.25}
+    assert verdict.judge(figure, {**figure, "value": 0.28}, "choice")["grade"] == "cannot tell"
+    without_chance = {"value": 0.01, "interval": None, "chance": None}
+    assert verdict.judge(without_chance, {**without_chance, "value": 0.02}, "generation")["grade"] == "cannot tell"
+
+
+def test_chance_is_taken_off_where_it_is_known() -> None:
+    pruned, dense = ({"value": value, "interval": None, "chance": 0.25} for value in (0.55, 0.65))
+    answer = verdict.judge(pruned, dense, "choice")
+    assert answer["graded_share"] == pytest.approx(0.30 / 0.40)
+    assert answer["kept"] == pytest.approx(0.55 / 0.65)
+    assert answer["grade"] == "no"
+
+
+def test_retrieval_is_never_pretended(run: Path) -> None:
+    data = collect(run)
+    for model in ("pruned", "recovered"):
+        assert data["verdict"][model]["retrieval"]["grade"] == "not measured"
+    assert any("Retrieval was not measured" in line for line in data["limits"])
+
+
+def test_headline_interval_of_several_tasks_is_narrower_than_of_each(tmp_path: Path) -> None:
+    run = build_run(tmp_path)
+
+    def twice(record: dict) -> None:
+        record["tasks"]["sums again"] = record["tasks"]["sums"] | {"exact_match": 0.33, "interval95": [0.27, 0.39]}
+
+    rewrite(run / "before/measure.json", twice)
+    figure = collect(run)["headline"]["pruned"]["generation"]
+    assert figure["value"] == pytest.approx((0.13 + 0.33) / 2)
+    assert figure["interval"][1] - figure["value"] == pytest.approx(math.hypot(0.05, 0.06) / 2)
+
+
+def test_best_epoch_is_the_first_of_the_highest_score(tmp_path: Path) -> None:
+    run = build_run(tmp_path)
+    lines = (run / "epochs.jsonl").read_text().splitlines()
+    again = json.loads(lines[2]) | {"score": 0.97}  # epoch 3, written again by a resumed run, now as good as epoch 4
+    (run / "epochs.jsonl").write_text("\n".join([*lines, json.dumps(again)]) + "\n")
+    epochs = collect(run)["epochs"]
+    assert [row["epoch"] for row in epochs] == [1, 2, 3, 4, 5, 6]
+    assert [row["epoch"] for row in epochs if row["best"]] == [3]
+
+
+def test_drift_keeps_the_last_layers_tail_and_one_lens(tmp_path: Path) -> None:
+    run = build_run(tmp_path)
+
+    def with_raw_lens(summary: dict) -> None:
+        summary["blocks"] += [block | {"lens": "raw"} for block in summary["blocks"]]
+
+    rewrite(run / "before/probe.json", with_raw_lens)
+    found = collect(run)["drift"]["pruned"]
+    assert [row["block"] for row in found["blocks"]] == list(range(BLOCKS))
+    assert {row["block"] for row in found["blocks"] if row["closed"]} == set(DROPPED)
+    assert len(found["steps"]) == STEPS
+    assert found["final"]["kl"]["p99"] > found["final"]["kl"]["p50"] > 0
+    assert [row["temperature"] for row in found["temperatures"]] == [0.5, 1.0, 2.0]
+
+
+# What is not there.
+
+
+@pytest.mark.parametrize("missing", EVERYTHING)
+def test_any_missing_file_is_said_and_nothing_breaks(tmp_path: Path, missing: str) -> None:
+    run = build_run(tmp_path, without=(missing,))
+    data = collect(run)
+    paths = render(run, data)
+    Page(paths[2].read_text(encoding="utf-8"))
+    named = {gap["file"] for gap in data["missing"]}
+    optional = {"env.json", "plan/estimate.json", "before/probe.jsonl", "after/probe.jsonl", "deploy/recover.json"}
+    assert named == set() if missing in optional else named == {missing}
+
+
+def test_a_run_that_has_only_its_recipe(tmp_path: Path) -> None:
+    run = build_run(tmp_path, without=EVERYTHING)
+    data = collect(run)
+    assert data["title"] == "Generation is not measured yet"
+    assert data["summary"] == "Pruning has not been measured yet; recovery has not been measured yet."
+    assert data["headline"] == {"dense": None, "pruned": None, "recovered": None}
+    assert not any(figure.measured for figure in figures(data).values())
+    text = render(run, data)[2].read_text(encoding="utf-8")
+    assert "Not measured" in text
+    assert not Page(text).all("svg")
+
+
+def test_unfinished_run_shows_no_figure_of_the_recovered_model(tmp_path: Path) -> None:
+    run = build_run(tmp_path, without=("after/measure.json", "after/probe.json", "epochs.jsonl"))
+    data = collect(run)
+    assert data["summary"].endswith("generation at 13%; recovery has not been measured yet.")
+    assert all(row["recovered"] is None and row["kept"]["recovered"] is None for row in data["measures"])
+    assert "97%" not in render(run, data)[1].read_text(encoding="utf-8").split("## What was measured")[0]
+
+
+def test_not_a_run_directory(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="not a run directory"):
+        collect(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["dense/measure.json", "prune/plan.json", "recipe.yaml"])
+def test_corrupt_file_is_named(tmp_path: Path, file: str) -> None:
+    run = build_run(tmp_path)
+    (run / file).write_text('{"a": [1, ')
+    with pytest.raises(ArtifactError, match=file.replace(".", r"\.")):
+        collect(run)
+
+
+def test_a_record_of_the_wrong_shape_is_named(tmp_path: Path) -> None:
+    run = build_run(tmp_path)
+    (run / "speed.json").write_text("[]")
+    with pytest.raises(ArtifactError, match=r"speed\.json: expected a JSON object, found list"):
+        collect(run)
+
+
+# Texts side by side.
+
+
+@pytest.mark.parametrize(
+    ("dense", "other", "index", "parts"),
+    [
+        ("a b c", "a b c", None, ("a b c", "", "")),
+        ("a b c", "a x c", 1, ("a ", "x", " c")),
+        ("a b c", "a b", 2, ("a b", "", "")),
+        ("a b", "a  b\nc", 2, ("a  b\n", "c", "")),
+        ("", "a", 0, ("", "a", "")),
+        ("", "", None, ("", "", "")),
+    ],
+)
+def test_first_word_that_differs(dense: str, other: str, index: int | None, parts: tuple[str, str, str]) -> None:
+    assert words.first_difference(dense, other) == index
+    assert words.split_at_word(other, index) == parts
+    assert "".join(parts) == other
+
+
+def test_texts_are_matched_by_prompt_not_by_place() -> None:
+    def record(*samples: tuple[str, str]) -> dict:
+        listed = [{"prompt": prompt, "text": text, "correct": True} for prompt, text in samples]
+        return {"tasks": {"t": {"kind": "generate", "samples": listed}}}
+
+    rows = samples.side_by_side(
+        {"dense": record(("p", "1"), ("q", "2")), "pruned": record(("q", "3")), "recovered": None}
+    )
+    assert [(row["prompt"], row["pruned"] and row["pruned"]["text"]) for row in rows] == [("p", None), ("q", "3")]
+
+
+# Words and pictures.
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (words.percent(None), "not measured"),
+        (words.percent(math.nan), "not measured"),
+        (words.percent(0.0), "0%"),
+        (words.percent(0.004), "0.4%"),
+        (words.percent(0.9949), "99.5%"),
+        (words.percent(1.0), "100%"),
+        (words.number(0), "0"),
+        (words.number(12345.6), "12,346"),
+        (words.number(2.4e-7), "2.4×10⁻⁷"),
+        (words.number(math.inf), "not measured"),
+        (words.count(200_000), "200k"),
+        (words.count(1_600_000), "1.6M"),
+        (words.size(105_600_000), "106 MB"),
+        (words.duration(320), "5 min"),
+        (words.duration(7300), "2 h 02 min"),
+        (words.machine({"gpus": [{"name": "H200"}, {"name": "H200"}]}), "2 × H200"),
+        (verdict.share(0.9466), "94.7%"),  # never rounded over a threshold
+        (verdict.share(0.97), "97%"),
+        (table_cell("a|b\nc"), "a\\|b c"),
+        (fence("x ```` y"), "`````text\nx ```` y\n`````"),
+    ],
+)
+def test_wording(shown: str, expected: str) -> None:
+    assert shown == expected
+
+
+def test_log_scale_holds_zero_and_every_value() -> None:
+    values = [0.0, 3e-12, 2e-4, 0.7]
+    scale = svg.Log.around(values, 200.0, 10.0)
+    assert scale.zero and scale(0.0) == scale(3e-12) == 200.0
+    places = [scale(value) for value in values]
+    assert places == sorted(places, reverse=True) and min(places) >= 10.0
+    assert scale(1e-4) < 200.0 and all(10.0 <= scale(tick) < 200.0 for tick in scale.ticks())
+
+
+@pytest.mark.parametrize(("lo", "hi"), [(0.0, 1.0), (0.0, 47.0), (0.0, 0.07), (-0.5, 15.5), (3.0, 3.0)])
+def test_linear_ticks_are_few_round_and_inside(lo: float, hi: float) -> None:
+    ticks = svg.Linear(lo, hi, 0.0, 100.0).ticks(5)
+    assert len(ticks) <= 6 and all(lo - 1e-9 <= tick <= hi + 1e-9 for tick in ticks)
+
+
+def test_pictures_survive_one_block_one_step_one_epoch(tmp_path: Path) -> None:
+    run = build_run(tmp_path)
+    for part in ("before", "after"):
+        rewrite(
+            run / part / "probe.json",
+            lambda summary: summary.update(blocks=summary["blocks"][:1], steps=summary["steps"][:1]),
+        )
+    (run / "epochs.jsonl").write_text((run / "epochs.jsonl").read_text().splitlines()[0] + "\n")
+    Page(render(run, collect(run))[2].read_text(encoding="utf-8"))
+
+
+def test_drift_reads_what_the_probe_writes() -> None:
+    from recover.probe.records import Block, Divergence, Final, Identity, Step, summary
+
+    spread = {"mean": 0.2, "p50": 0.1, "p90": 0.4, "p99": 0.9, "max": 1.0}
+    names = ("embedding", "logit", "probability", "kl", "reverse_kl", "kl_predicted", "top1", "top5")
+    records = [
+        Final(1.0, 4, 32, dict.fromkeys(names, spread)),
+        *(Block(2, True, lens, spread, spread, spread, spread) for lens in ("final_norm", "raw")),
+        Step(0, {"kl": spread, "kl_predicted": spread, "n": 4}, {"kl": spread, "total": spread, "diverged": 0.25}, {}),
+        Divergence(4, spread, 0.5, [3, None]),
+        Identity(1e-12, 0.0, {"kl": 0.0}, {"kl": 1e-12}),
+    ]
+    found = drift.normalise(summary(records))
+    assert set(found["final"]) == set(names)
+    assert found["blocks"] == [
+        {"block": 2, "closed": True, **dict.fromkeys(("embedding", "logit", "probability", "kl"), spread)}
+    ]
+    assert found["steps"][0]["teacher_forced"]["kl_predicted"] == spread
+    assert found["steps"][0]["free_running"] == {"kl": spread, "diverged": 0.25}
+    assert found["identity"]["kl_max"] == 1e-12 and found["prompts"] == 4
+    assert found["temperatures"][0]["temperature"] == 1.0
