@@ -10,19 +10,23 @@ import gc
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from recover import dist
-from recover.artifacts import read_json
-from recover.errors import ArtifactError, RecipeError
-from recover.recipe import Recipe
+from recover.artifacts import check_manifest, read_json
+from recover.errors import RecipeError
+from recover.recipe import DenseText, Recipe
 from recover.run_directory import RunDirectory
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from recover.measure.tasks import Task
     from recover.models.twin import Twin
+
+
+SAMPLE_ROWS = 4  # of sample_ids
 
 
 class Bench:
@@ -79,7 +83,10 @@ class Bench:
             plan, masks = load_plan(self.directory.prune)
             twin = Twin(model, plan, masks)
         if view == "recovered":
-            twin.load_lora(self.best_adapter())
+            from recover.train.checkpoints import read_adapter
+
+            read_adapter(twin.add_lora(self.recipe.recover.lora), self.best_adapter())
+            twin.model.eval()
         self._twin = (view, twin)
         return twin
 
@@ -87,25 +94,47 @@ class Bench:
         """Prompts to probe with: the recipe's file, else those of the generate tasks, in turn; `probe.samples` of them."""
         leaf = self.recipe.probe
         if leaf.prompts is not None:
-            from recover.train.sources import read_rows
+            from recover.train.sources import read_prompts
 
-            prompts = [row.column("prompt") for row in read_rows(leaf.prompts)]
+            prompts = [row.column("prompt") for row in read_prompts(leaf.prompts)]
         else:
             lists = [[item.prompt for item in task.items] for task in self.tasks if task.kind == "generate"]
             prompts = [prompt for row in zip_longest(*lists) for prompt in row if prompt is not None]
         if not prompts:
-            raise RecipeError("probe.prompts: no prompts to probe with: name a JSONL file, or add a generate task to measure.tasks")
+            raise RecipeError(
+                "probe.prompts: no prompts to probe with: name a JSONL file, or add a generate task to measure.tasks"
+            )
         return prompts[: leaf.samples]
 
     def best_adapter(self) -> Path:
         """Folder of the adapter that `recover/best.json` names.
 
         Raises:
-            ArtifactError: the folder is gone.
+            ArtifactError: the folder is gone, or a file of it is not what was written.
         """
-        best: dict[str, Any] = read_json(self.directory.recover / "best.json")
-        folder = self.directory.recover / best["folder"]
-        if not folder.is_dir():
-            raise ArtifactError(f"{folder}: the best adapter is gone, though best.json names it. Run stage recover again.")
+        folder = self.directory.recover / read_json(self.directory.recover / "best.json")["folder"]
+        check_manifest(folder)
         return folder
 
+    def sample_ids(self) -> Tensor:
+        """A few token ids (B, T) on which an export must give the logits of the model that was measured."""
+        import torch
+
+        from recover.measure.prompts import encode_prompt
+
+        rows = [encode_prompt(self.tokenizer, prompt) for prompt in self.probe_prompts()[:SAMPLE_ROWS]]
+        length = min(map(len, rows))
+        return torch.tensor([row[:length] for row in rows])
+
+    def check_inputs(self) -> None:
+        """Read every file that the run will need, so that a bad one is refused before hours are spent.
+
+        Raises:
+            DataError: a task, prompts or text cannot be used, by file and line.
+        """
+        from recover.train.sources import read_prompts
+
+        assert self.tasks and self.probe_prompts()
+        for source in self.recipe.recover.data:
+            if isinstance(source, DenseText):
+                read_prompts(source.prompts)

@@ -38,7 +38,9 @@ def refuse(recipe: Recipe, model: Description) -> None:
     if recipe.recover.length > (model.context or recipe.recover.length):
         raise RecipeError(f"recover.length: {recipe.recover.length} tokens, the model's context is {model.context}")
     if recipe.recover.batch_size % dist.world_size():
-        raise RecipeError(f"recover.batch_size: {recipe.recover.batch_size} is not a multiple of {dist.world_size()} processes")
+        raise RecipeError(
+            f"recover.batch_size: {recipe.recover.batch_size} is not a multiple of {dist.world_size()} processes"
+        )
 
 
 def warnings(recipe: Recipe, model: Description) -> list[str]:
@@ -48,7 +50,9 @@ def warnings(recipe: Recipe, model: Description) -> list[str]:
     if isinstance(prune, Depth):
         share = (prune.count or len(prune.blocks or ())) / model.blocks
         if share > DEPTH_WALL:
-            found.append(f"{share:.0%} of the blocks go: LoRA budgets recover about {DEPTH_WALL:.0%}; expect generation to stay below dense")
+            found.append(
+                f"{share:.0%} of the blocks go: LoRA budgets recover about {DEPTH_WALL:.0%}; expect generation to stay below dense"
+            )
     elif prune.fraction > SPARSITY_WALL:
         found.append(f"{prune.fraction:.0%} of the weights go: LoRA budgets recover about {SPARSITY_WALL:.0%}")
     if not isinstance(prune, Depth):

@@ -50,7 +50,7 @@ def _version(package: str) -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """System, processor, cores this process may use, memory in bytes, and each GPU's name and memory; torch is imported."""
+    """System, processor, usable cores, memory in bytes, and each GPU's name and memory; imports torch."""
     return {
         "system": f"{platform.system()} {platform.release()}",
         "processor": _processor(),

@@ -271,7 +271,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(mapping: Mapping[str, Any], where: str, origins: Mapping[str, str] | None = None) -> Recipe:
-    """The recipe in a mapping; RecipeError has a line for each wrong field: where it was set (`origins`, else `where`)."""
+    """The recipe in a mapping; RecipeError has a line for each wrong field and its place (`origins`, `where`)."""
     try:
         return Recipe.model_validate(mapping)
     except ValidationError as error:

@@ -117,5 +117,7 @@ def status(root: Path) -> list[dict[str, Any]]:
     for stage in STAGES:
         stamp = directory.done(stage)
         reason = None if stage in ALWAYS else directory.stale_reason(stage, fingerprint(stage, recipe, directory))
-        rows.append({"stage": stage, "done": stamp is not None, "finished": (stamp or {}).get("finished"), "stale": reason})
+        rows.append(
+            {"stage": stage, "done": stamp is not None, "finished": (stamp or {}).get("finished"), "stale": reason}
+        )
     return rows

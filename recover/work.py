@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recover import console, dist, provenance
+from recover import console, dist, provenance, strict_json
 from recover.artifacts import append_jsonl, read_json, read_jsonl, write_json, write_text
 from recover.bench import Bench
-from recover.errors import RecipeError
 from recover.estimate import estimate, matrix_rate, refuse, warnings
 from recover.recipe import dump_recipe
 
 if TYPE_CHECKING:
     from recover.models.twin import Twin
+    from recover.prune.plan import Plan
 
 
 def plan(bench: Bench) -> None:
@@ -52,10 +52,7 @@ def _megabytes(size: float) -> str:
 
 def dense(bench: Bench) -> None:
     """Measure the dense model; its texts are the reference of every later stage."""
-    record, generations = _measure(bench, bench.dense(), reference=None)
-    if dist.is_main():
-        write_json(bench.directory.dense / "generations.json", generations)
-        write_json(bench.directory.dense / "measure.json", record)
+    _measure(bench, bench.dense(), bench.directory.dense, reference=None)
 
 
 def prune(bench: Bench) -> None:
@@ -74,7 +71,16 @@ def _prune(bench: Bench) -> None:
     batches = calibration_batches(calibration, bench.tokenizer, bench.recipe.seed) if calibration else []
     plan, masks = PRUNERS[leaf.kind](bench.dense(), leaf, batches)
     save_plan(plan, masks, bench.directory.prune)
-    console.say(plan.summary())
+    console.say(_pruned(plan))
+
+
+def _pruned(plan: Plan) -> str:
+    if plan.dropped:
+        return (
+            f"dropped blocks {', '.join(map(str, plan.dropped))} of {plan.blocks}: "
+            f"{plan.parameters_dense:,} -> {plan.parameters_pruned:,} parameters"
+        )
+    return f"{plan.sparsity:.2%} of the weights of {len(plan.masks)} linear layers are zero"
 
 
 def before(bench: Bench) -> None:
@@ -84,25 +90,54 @@ def before(bench: Bench) -> None:
 
 def recover(bench: Bench) -> None:
     """Distil; after each epoch measure generation again, and keep the epoch that generates best."""
-    from recover.probe.probe import final_drift
     from recover.train.trainer import recover as train
 
     recipe, directory = bench.recipe, bench.directory
     twin = bench.pruned()
+    untrained = read_json(directory.before / "measure.json")["headline"]["generation"]
+    bench.release()  # it will carry adapters that no later stage asked for
+    train(
+        twin,
+        bench.tokenizer,
+        recipe.recover,
+        directory.recover,
+        _after_epoch(bench, twin),
+        recipe.seed,
+        baseline_score=untrained,
+    )
+
+
+def _after_epoch(bench: Bench, twin: Twin) -> Callable[[int, dict[str, Any]], float | None]:
+    """Measure what was trained so far, note it in epochs.jsonl, and give the score that decides."""
+    from recover.measure.tasks import measure
+    from recover.probe.probe import final_drift
+
+    recipe, directory = bench.recipe, bench.directory
+    limit = recipe.measure.epoch_limit or recipe.measure.limit
     reference = read_json(directory.dense / "generations.json")
-    prompts = bench.probe_prompts()
 
-    def after_epoch(epoch: int, train_record: dict[str, Any]) -> float:
-        record, _ = _measure(bench, twin, reference=reference, limit=recipe.measure.epoch_limit, quick=True)
-        drift = final_drift(twin, bench.tokenizer, prompts, recipe.probe)
-        score = record["headline"]["generation"]
-        line = {"epoch": epoch, **train_record, "measure": record, "drift": drift, "score": score}
+    def score(epoch: int, context: dict[str, Any]) -> float | None:
+        with twin.folded():
+            record, _ = measure(
+                twin.model,
+                bench.tokenizer,
+                bench.tasks,
+                recipe.measure,
+                reference=reference,
+                limit=limit,
+                seed=recipe.seed,
+            )
+            drift = final_drift(twin, bench.tokenizer, bench.probe_prompts(), recipe.probe)
+        value = record["headline"]["generation"]
         if dist.is_main():
-            append_jsonl(directory.epochs, line)
-        return score
+            if epoch == 1:
+                directory.epochs.unlink(missing_ok=True)  # of a training that was begun anew
+            append_jsonl(
+                directory.epochs, {"epoch": epoch, **context, "measure": record, "drift": drift, "score": value}
+            )
+        return value
 
-    train(twin, bench.tokenizer, recipe.recover, directory.recover, after_epoch, recipe.seed)
-    bench.release()
+    return score
 
 
 def after(bench: Bench) -> None:
@@ -139,7 +174,7 @@ def _export(bench: Bench) -> None:
 
 
 def _speed(bench: Bench) -> None:
-    """Dense and deployed, both as stock models: through the twin, dense would pay for adapters that it does not have."""
+    """Dense and deployed as stock models: through the twin, dense would pay for adapters that it does not have."""
     from transformers import AutoModelForCausalLM
 
     from recover.measure.speed import size_and_speed
@@ -160,14 +195,20 @@ def _card_and_record(bench: Bench) -> tuple[str, dict[str, Any]]:
     recipe, directory = bench.recipe, bench.directory
     folders = {"dense": directory.dense, "pruned": directory.before, "recovered": directory.after}
     headlines = {name: read_json(folder / "measure.json")["headline"] for name, folder in folders.items()}
-    best = read_json(directory.recover / "best.json")
+    best = read_json(directory.recover / "best.json")["epoch"]
+    kept = [record for record in read_jsonl(directory.epochs) if record["epoch"] == best][-1]
     environment = provenance.environment()
     facts = {
-        "teacher-scored tokens": f"{best['tokens']:,} (kept: epoch {best['epoch']})",
+        "teacher-scored tokens": f"{kept['tokens']:,} (epoch {kept['epoch']}, the one that generates best)",
         "seed": recipe.seed,
         "versions": ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version),
     }
-    record = {"recipe": recipe.model_dump(mode="json"), "headlines": headlines, "best": best, "environment": environment}
+    record = {
+        "recipe": recipe.model_dump(mode="json"),
+        "headlines": headlines,
+        "kept": kept,
+        "environment": environment,
+    }
     return card(recipe, read_json(directory.prune / "plan.json"), headlines, facts), record
 
 
@@ -186,10 +227,24 @@ def report(bench: Bench) -> None:
 def _probe_and_measure(bench: Bench, twin: Twin, folder: Path) -> None:
     from recover.probe.probe import probe, summary
 
-    records = [record.to_json() for record in probe(twin, bench.tokenizer, bench.probe_prompts(), bench.recipe.probe)]
-    record, generations = _measure(bench, twin, reference=read_json(bench.directory.dense / "generations.json"))
+    with twin.folded():
+        records = [
+            record.to_json() for record in probe(twin, bench.tokenizer, bench.probe_prompts(), bench.recipe.probe)
+        ]
+        if dist.is_main():
+            write_text(folder / "probe.jsonl", "".join(f"{strict_json.dumps(record)}\n" for record in records))
+            write_json(folder / "probe.json", summary(records))
+        _measure(bench, twin, folder, reference=read_json(bench.directory.dense / "generations.json"))
+
+
+def _measure(bench: Bench, twin: Twin, folder: Path, *, reference: dict[str, Any] | None) -> None:
+    from recover.measure.tasks import measure
+
+    record, generations = measure(
+        twin.model, bench.tokenizer, bench.tasks, bench.recipe.measure, reference=reference, seed=bench.recipe.seed
+    )
     if dist.is_main():
-        write_text(folder / "probe.jsonl", "".join(f"{line}\n" for line in records))
-        write_json(folder / "probe.json", summary(records))
         write_json(folder / "generations.json", generations)
         write_json(folder / "measure.json", record)
+        shown = {name: value for name, value in record["headline"].items() if value is not None}
+        console.say(", ".join(f"{name} {value:.4g}" for name, value in shown.items()))

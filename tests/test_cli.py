@@ -1,6 +1,5 @@
 """The command line: help that costs nothing, errors in one line with their exit code, and what reaches the stages."""
 
-import io
 import json
 import os
 import re
@@ -15,7 +14,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 import recover
-from recover import artifacts, console, provenance, stages, strict_json
+from recover import artifacts, stages
 from recover.cli import app
 from recover.errors import PruneError, StopRequested
 from recover.recipe import Recipe, dump_recipe, load_recipe
@@ -245,112 +244,3 @@ def test_what_is_no_run_directory_is_said_with_what_is_beside_it(command: str, r
 
 def test_version() -> None:
     assert call("--version").output == f"recover {recover.__version__}\n"
-
-
-class Clock:
-    """Time that passes only when told to."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 100.0
-        monkeypatch.setattr(console, "_clock", lambda: self.now)
-
-    def items(self, count: int, seconds: float) -> Any:
-        for item in range(count):
-            self.now += seconds
-            yield item
-
-
-def test_short_loops_are_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(console.track(Clock(monkeypatch).items(10, 0.1), "short")) == list(range(10))
-    assert capsys.readouterr() == ("", "")
-
-
-def test_long_loops_say_count_rate_and_time_left(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    items = Clock(monkeypatch).items(10, 2.0)
-    assert sum(1 for _ in console.track(items, "long [a/b]", total=10, unit="samples")) == 10
-    assert capsys.readouterr().err.splitlines() == [
-        "long [a/b]: 3/10 samples, 0.5 samples/s, 14 s left",
-        "long [a/b]: 6/10 samples, 0.5 samples/s, 8.0 s left",
-        "long [a/b]: 9/10 samples, 0.5 samples/s, 2.0 s left",
-        "long [a/b]: 10/10 samples, 0.5 samples/s, took 20 s",
-    ]
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_loops_in_loops_share_one_live_display_that_is_gone_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal, clock = Terminal(), Clock(monkeypatch)
-    monkeypatch.setattr("sys.stderr", terminal)
-    monkeypatch.setenv("TERM", "xterm")
-    for _ in console.track(clock.items(3, 2.0), "outer", total=3):
-        for inner in console.track(clock.items(5, 2.0), "inner"):
-            if inner == 3:
-                break
-    with pytest.raises(PruneError):
-        for _ in console.track(clock.items(3, 2.0), "failing"):
-            raise PruneError("inside")
-    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
-    assert "outer: 3/3 it, 0.1 it/s, took 30 s" in plain and plain.count("inner: 3 it") == 3
-    assert console._shown == []
-
-
-def test_other_processes_say_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("RANK", "1")
-    assert len(list(console.track(Clock(monkeypatch).items(10, 2.0), "long"))) == 10
-    console.say("a")
-    console.heading("b")
-    console.warn("c")
-    console.error("d")
-    console.table("e", ["f"], [["g"]])
-    assert capsys.readouterr() == ("", "")
-
-
-def test_text_comes_out_as_it_went_in(capsys: pytest.CaptureFixture[str]) -> None:
-    long = "x" * 500
-    console.say(f"[dim]styled[/dim] {long}")
-    console.say("not markup: [/INST] :smile:")
-    console.heading("[b]")
-    console.warn("[c]")
-    console.table("[d]", ["[e]", "n"], [["[f]", 1234567], [None, 0.123456]])
-    out, err = capsys.readouterr()
-    assert out.startswith(f"styled {long}\nnot markup: [/INST] :smile:\n\n[b]\n") and err == "warning: [c]\n"
-    assert all(text in out for text in ("[d]", "[e]", "[f]", "1,234,567", "0.1235", "–"))
-
-
-def test_durations_are_said_as_people_do() -> None:
-    assert [console.duration(seconds) for seconds in (0.44, 12.4, 59.7, 200, 7500)] == [
-        "0.4 s", "12 s", "1 min 0 s", "3 min 20 s", "2 h 5 min",
-    ]  # fmt: skip
-
-
-def git(folder: Path, *arguments: str) -> str:
-    identity = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
-    return subprocess.run(["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
-
-
-def test_the_revision_is_of_this_checkout_and_of_no_other(tmp_path: Path) -> None:
-    package, vendored = tmp_path / "package", tmp_path / "venv" / "package"
-    for folder in (package, vendored):
-        folder.mkdir(parents=True)
-    assert provenance.git_revision(package) is None
-    git(tmp_path, "init", "-q")
-    (package / "a.py").write_text("")
-    git(tmp_path, "add", "package")
-    git(tmp_path, "commit", "-qm", "first")
-    commit = git(tmp_path, "rev-parse", "HEAD").strip()
-    assert provenance.git_revision(package) == {"commit": commit, "changed": False}
-    (package / "a.py").write_text("1")
-    assert provenance.git_revision(package) == {"commit": commit, "changed": True}
-    assert provenance.git_revision(vendored) is None
-
-
-def test_the_environment_is_a_record() -> None:
-    found = provenance.environment()
-    assert json.loads(strict_json.dumps(found)) == found
-    assert found["recover"] == recover.__version__ and found["versions"]["torch"] and found["processes"] == 1
-    assert found["machine"]["cores"] >= 1 and found["machine"]["memory_bytes"] > 2**20 and found["argv"][0] == "recover"

@@ -1,6 +1,7 @@
 """Imports go downwards: read from the source with `ast`, held against the table. No module is imported here."""
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,6 +95,7 @@ def ours(name: str) -> str | None:
     return name if name in MODULES else name.rpartition(".")[0]
 
 
+@functools.cache
 def imported(module: str, *, deferred: bool = True) -> set[str]:
     names = imports(ast.parse(MODULES[module].read_text()), deferred=deferred)
     return {name for name in map(ours, names) if name not in (None, "recover")}
