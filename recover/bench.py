@@ -12,7 +12,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recover import dist
 from recover.artifacts import check_manifest, read_json
 from recover.errors import RecipeError
 from recover.recipe import DenseText, Recipe
@@ -70,13 +69,13 @@ class Bench:
         if self._twin is not None and self._twin[0] == view:
             return self._twin[1]
         self.release()
-        from recover.models.load import check_fit, load_model
+        from recover.models.load import check_fit, load_model, ready
         from recover.models.twin import Twin
         from recover.prune.plan import Plan, load_plan
 
         model = load_model(self.recipe.model)
         check_fit(model, self.tokenizer)
-        model.to(dist.device()).eval()
+        ready(model)
         if view == "dense":
             twin = Twin(model, Plan.none(model.config.num_hidden_layers))
         else:
@@ -91,7 +90,7 @@ class Bench:
         return twin
 
     def probe_prompts(self) -> list[str]:
-        """Prompts to probe with: the recipe's file, else those of the generate tasks, in turn; `probe.samples` of them."""
+        """The recipe's prompts, else those of the generate tasks in turn; the first `probe.samples` of them."""
         leaf = self.recipe.probe
         if leaf.prompts is not None:
             from recover.train.sources import read_prompts

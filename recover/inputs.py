@@ -1,4 +1,4 @@
-"""Which files on disk a recipe stands on, and what they hold: a changed file makes a stage stale as a changed field does."""
+"""The files a recipe stands on, and what they hold: a changed file makes a stage stale as a changed field does."""
 
 from __future__ import annotations
 

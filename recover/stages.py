@@ -17,6 +17,7 @@ from recover import console, dist
 from recover.bench import Bench
 from recover.errors import RecipeError
 from recover.inputs import digests
+from recover.quiet import quiet_libraries
 from recover.recipe import Recipe
 from recover.run_directory import RunDirectory
 from recover.signals import graceful_stop
@@ -57,6 +58,7 @@ def run(recipe: Recipe, root: Path, *, until: str = "report", start: str | None 
     for stage in filter(None, (until, start)):
         if stage not in STAGES:
             raise RecipeError(f"no stage {stage!r}; stages are {', '.join(STAGES)}")
+    quiet_libraries()
     dist.start()
     directory = RunDirectory(root / recipe.name)
     with graceful_stop(), directory.lock() if dist.is_main() else nullcontext():

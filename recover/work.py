@@ -110,11 +110,14 @@ def recover(bench: Bench) -> None:
 def _after_epoch(bench: Bench, twin: Twin) -> Callable[[int, dict[str, Any]], float | None]:
     """Measure what was trained so far, note it in epochs.jsonl, and give the score that decides."""
     from recover.measure.tasks import measure
-    from recover.probe.probe import final_drift
+    from recover.probe.probe import dense_trajectories, final_drift
 
     recipe, directory = bench.recipe, bench.directory
-    limit = recipe.measure.epoch_limit or recipe.measure.limit
+    limits = [value for value in (recipe.measure.epoch_limit, recipe.measure.limit) if value is not None]
+    limit = min(limits, default=None)
     reference = read_json(directory.dense / "generations.json")
+    prompts = bench.probe_prompts()
+    trajectories = dense_trajectories(twin, bench.tokenizer, prompts, recipe.probe)
 
     def score(epoch: int, context: dict[str, Any]) -> float | None:
         with twin.folded():
@@ -127,7 +130,7 @@ def _after_epoch(bench: Bench, twin: Twin) -> Callable[[int, dict[str, Any]], fl
                 limit=limit,
                 seed=recipe.seed,
             )
-            drift = final_drift(twin, bench.tokenizer, bench.probe_prompts(), recipe.probe)
+            drift = final_drift(twin, bench.tokenizer, prompts, recipe.probe, trajectories=trajectories)
         value = record["headline"]["generation"]
         if dist.is_main():
             if epoch == 1:
@@ -158,11 +161,12 @@ def _export(bench: Bench) -> None:
     from recover.export.merge import merge
     from recover.export.verify import verify, write_expected
     from recover.export.write import write_checkpoint
+    from recover.models.load import ready
 
     recipe, directory = bench.recipe, bench.directory
     dtype = getattr(torch, recipe.export.dtype or recipe.model.dtype)
     twin = bench.recovered()
-    merged = merge(twin, dtype).to(dist.device()).eval()
+    merged = ready(merge(twin, dtype))
     text, record = _card_and_record(bench)
     write_checkpoint(
         merged, bench.tokenizer, directory.deploy, card=text, record=record, max_shard_size=recipe.export.max_shard_size
@@ -178,13 +182,13 @@ def _speed(bench: Bench) -> None:
     from transformers import AutoModelForCausalLM
 
     from recover.measure.speed import size_and_speed
-    from recover.models.load import load_model
+    from recover.models.load import load_model, ready
 
     models = {
         "dense": lambda: load_model(bench.recipe.model),
         "deployed": lambda: AutoModelForCausalLM.from_pretrained(bench.directory.deploy, dtype="auto"),
     }
-    figures = {name: size_and_speed(load().to(dist.device()).eval()) for name, load in models.items()}
+    figures = {name: size_and_speed(ready(load())) for name, load in models.items()}
     write_json(bench.directory.speed, {**figures, "machine": provenance.machine()})
 
 

@@ -20,6 +20,7 @@ FLOORS = {
     "recover.signals": 0,
     "recover.provenance": 0,
     "recover.places": 0,
+    "recover.quiet": 0,
     "recover.problems": 0,
     "recover.strict_json": 0,
     "recover.strict_yaml": 0,

@@ -81,6 +81,17 @@ def test_grades_at_their_thresholds(value: float, interval: list | None, grade: 
     assert f"{100 * value:.1f}% against 100.0%" in answer["reason"]
 
 
+def test_half_a_recovery_does_not_come_back_and_no_width_is_no_certainty(tmp_path: Path) -> None:
+    run = build_run(tmp_path)
+    rewrite(
+        run / "before/measure.json", lambda record: record["tasks"]["sums"].update(exact_match=0.0, interval95=[0, 0])
+    )
+    rewrite(run / "after/measure.json", lambda record: record["tasks"]["sums"].update(exact_match=0.66))
+    data = collect(run)
+    assert data["title"] == "Generation fell to 0% of dense and rose to 67%"
+    assert any(line.startswith("Intervals without width (sums)") for line in data["limits"])
+
+
 def test_nothing_to_keep_is_no_verdict() -> None:
     figure = {"value": 0.26, "interval": None, "chance": 0.25}
     assert verdict.judge(figure, {**figure, "value": 0.28}, "choice")["grade"] == "cannot tell"

@@ -26,13 +26,21 @@ def write_rows(path: Path, rows: Iterable[dict[str, object]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def recovery_prompts(*, stories: int, others: int) -> list[str]:
+    """Train-side prompts for the dense model to answer: so many of stories, so many of facts and tales, shuffled."""
+    found = dict.fromkeys(prompt for prompt, _ in islice(documents("prompts", stories=0.45, tales=0.05), 12_000))
+    asked = [prompt for prompt in found if prompt.endswith("\n")][:stories]
+    rest = [prompt for prompt in found if not prompt.endswith("\n")][:others]
+    return random.Random(ITEMS_SEED).sample(asked + rest, len(asked) + len(rest))
+
+
 def task_rows() -> dict[str, list[dict[str, object]]]:
     """Every task file's rows. The first three are held out; `prompts` and `calibration` are on the training side."""
     stories, tales, facts = held_out_stories(ITEMS_SEED, 260), held_out_tales(ITEMS_SEED, 120), fact_items(ITEMS_SEED)
     choices = [("fact", item) for item in facts[:200]] + [("tale", item) for item in tales[:100]]
     random.Random(ITEMS_SEED).shuffle(choices)
     texts = [one.prompt + one.solution for one in stories[200:]] + [item.text for item in tales[100:] + facts[200:220]]
-    prompts = dict.fromkeys(prompt for prompt, _ in islice(documents("prompts", stories=0.3, tales=0.03), 4200))
+    prompts = recovery_prompts(stories=2600, others=3000)
     # What a model is pruned by is general text, not the work that breaks: no story with its solution is in it.
     calibration = islice(documents("calibration", stories=0.0, tales=0.1), 256)
     return {

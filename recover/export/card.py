@@ -1,4 +1,4 @@
-"""The model card of an exported checkpoint: what it is, what it kept of dense, how it was made. Numbers come from the run's files."""
+"""The model card of an exported checkpoint: what it is, what it kept of dense, how it was made."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def card(
     source = recipe.model.source
     base = "" if source.startswith(("/", ".", "embedded:")) or source.endswith(".gguf") else f"base_model: {source}\n"
     lines = [
-        f"---\n{base}library_name: transformers\npipeline_tag: text-generation\ntags: [pruned, distilled, recover]\n---",
+        f"---\n{base}library_name: transformers\npipeline_tag: text-generation\ntags: [pruned, recover]\n---",
         f"# {recipe.name}",
         f"A pruned and recovered version of `{_shown(source)}`. {_what_was_pruned(plan)}",
         "It loads as any checkpoint of its class does: `AutoModelForCausalLM.from_pretrained(folder)`.",

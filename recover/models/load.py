@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from recover import console, recipe
+from recover import console, dist, recipe
 from recover.errors import ModelError
 from recover.models.arch import arch_of_type
 from recover.models.source import check_weights, config_source, explained, locate, read_config
@@ -86,6 +86,12 @@ def load_model(leaf: recipe.Model) -> PreTrainedModel:
     model, info = loaded
     _check_complete(folder, info)
     _check_finite(folder, model)
+    return model.eval()
+
+
+def ready(model: PreTrainedModel) -> PreTrainedModel:
+    """The model on this process's device, in evaluation mode."""
+    torch.nn.Module.to(model, dist.device())
     return model.eval()
 
 

@@ -74,7 +74,7 @@ def _bars(canvas: Canvas, data: dict[str, Any], use: str, left: float, right: fl
     items = next(figure["items"] for model in MODELS if (figure := _value(data, model, use)))
     canvas.text(left, top + 16, use.capitalize(), "panel")
     canvas.text(left, top + 35, f"{SUBTITLES[use]}, {items} items", "note")
-    x = Linear(0.0, 1.0, left + 92, right - 60)
+    x = Linear(0.0, 1.0, left + 92, right - 68)
     for index, model in enumerate(MODELS):
         y = top + HEAD + index * ROW
         _row_label(canvas, model, left, y)
@@ -115,7 +115,7 @@ def _perplexity(canvas: Canvas, perplexity: dict[str, float | None], left: float
     canvas.text(left, top + 16, "Perplexity", "panel")
     canvas.text(left, top + 35, "log scale, lower is better", "note")
     known = [value for value in perplexity.values() if value]
-    x = Log(min(known) / 1.25, max(known) * 1.25, left + 92, right - 60)
+    x = Log(min(known) / 1.25, max(known) * 1.25, left + 92, right - 68)
     for index, model in enumerate(MODELS):
         y, value = top + HEAD + index * ROW, perplexity[model]
         _row_label(canvas, model, left, y)

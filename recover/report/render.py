@@ -157,7 +157,7 @@ def drawn(figure: Figure) -> dict[str, Any]:
 
 def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
     recipe, plan, env, tokens = data["recipe"], data["plan"], data["provenance"]["env"] or {}, data["tokens"]
-    facts = [("dense model", str((recipe.get("model") or {}).get("source", words.NOT_MEASURED)))]
+    facts = [("dense model", _shown_source(str((recipe.get("model") or {}).get("source", words.NOT_MEASURED))))]
     if plan:
         blocks = f", blocks {', '.join(map(str, plan['dropped']))}" if plan.get("dropped") else ""
         facts.append(("pruned by", f"{plan['kind']}{blocks}"))
@@ -170,6 +170,11 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
     if env.get("machine"):
         facts.append(("on", words.machine(env["machine"])))
     return facts
+
+
+def _shown_source(source: str) -> str:
+    """A hub id as it is; of a local path only the last part, since folders of one machine tell others nothing."""
+    return Path(source).name if Path(source).is_absolute() else source
 
 
 def _recovery(data: dict[str, Any]) -> str:
@@ -191,23 +196,26 @@ def _drift_rows(data: dict[str, Any]) -> list[tuple[str, list[str]]]:
     for key, name in DRIFT_NAMES.items():
         if any(key in final for final in finals):
             rows.append(
-                (name, [words.number((final.get(key) or {}).get(q)) for final in finals for q in ("p50", "p99")])
+                (
+                    name,
+                    [words.number((final.get(key) or {}).get(q)) for final in finals for q in ("mean", "p50", "p99")],
+                )
             )
     for key, name in (("top1", "same most likely token"), ("top5", "common tokens among the first five")):
         if any(key in final for final in finals):
             means = [words.percent((final.get(key) or {}).get("mean"), 1) for final in finals]
-            rows.append((f"{name} (mean)", [means[0], "–", means[1], "–"]))
+            rows.append((name, [means[0], "–", "–", means[1], "–", "–"]))
     return rows
 
 
 def _temperature_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
-    """KL and probability drift (median) at each temperature: no sign is assumed, damage can grow or fall with T."""
+    """KL and probability drift (means) at each temperature: no sign is assumed, damage can grow or fall with T."""
     found: dict[float, list[str]] = {}
     for place, model in enumerate(("pruned", "recovered")):
         for row in (data["drift"][model] or {}).get("temperatures") or ():
             cells = found.setdefault(row["temperature"], [words.NOT_MEASURED] * 4)
             cells[2 * place : 2 * place + 2] = [
-                words.number((row.get(k) or {}).get("p50")) for k in ("kl", "probability")
+                words.number((row.get(k) or {}).get("mean")) for k in ("kl", "probability")
             ]
     return [(f"{temperature:g}", *cells) for temperature, cells in sorted(found.items())]
 

@@ -117,11 +117,8 @@ def title(data: dict[str, Any]) -> str:
     if recovered is None:
         return fell
     if recovered - pruned >= 0.01:
-        return (
-            f"{fell} and came back to {share(recovered)}"
-            if pruned < KEPT_YES
-            else f"{fell} and rose to {share(recovered)}"
-        )
+        rose = "came back" if pruned < KEPT_YES <= recovered else "rose"
+        return f"{fell} and {rose} to {share(recovered)}"
     same = abs(recovered - pruned) < 0.01
     return f"{fell} and stayed there" if same else f"{fell}, then {share(recovered)} after recovery"
 

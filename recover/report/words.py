@@ -42,7 +42,7 @@ def percent(value: Any, digits: int | None = None) -> str:
         return NOT_MEASURED
     if digits is None:
         digits = 1 if (0 < abs(share) < 0.0995 or 0.99 < share < 0.9995) else 0
-    return f"{100 * share:.{digits}f}%"
+    return f"{100 * share + math.copysign(1e-9, share):.{digits}f}%"  # 66.5 is 67, as readers round
 
 
 def number(value: Any) -> str:

@@ -1,0 +1,170 @@
+"""Whole runs on the embedded model, cut small: each kind of pruning, a run that does nothing, a stop, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from recover import stages
+from recover.artifacts import read_json, read_jsonl
+from recover.errors import DataError, ModelError, RecipeError, RecoverError
+from recover.recipe import load_recipe
+from recover.run_directory import RunDirectory
+
+QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+SMALL = (
+    "measure.limit=6",
+    "measure.max_new_tokens=24",
+    "measure.sampling=null",
+    "probe.samples=2",
+    "probe.steps=4",
+    "recover.tokens=600",
+    "recover.epochs=2",
+    "recover.batch_size=4",
+)
+CALIBRATION = "{data: 'embedded:tasks/calibration.jsonl', samples: 2, length: 64}"
+
+
+def run(root: Path, *overrides: str, **options: Any) -> RunDirectory:
+    return stages.run(load_recipe(QUICKSTART, [*SMALL, *overrides]), root, **options)
+
+
+@pytest.mark.parametrize(
+    ("prune", "blocks", "zeros"),
+    [
+        ("{kind: depth, blocks: [3, 11]}", 10, 0.0),
+        (f"{{kind: depth, count: 1, score: angular, calibration: {CALIBRATION}}}", 11, 0.0),
+        (f"{{kind: wanda, pattern: '2:4', calibration: {CALIBRATION}}}", 12, 0.5),
+        ("{kind: magnitude, sparsity: 0.25}", 12, 0.25),
+    ],
+    ids=["depth", "depth-angular", "wanda-2:4", "magnitude"],
+)
+def test_a_run_ends_in_a_checkpoint_that_stock_classes_load(tmp_path, prune, blocks, zeros):
+    directory = run(tmp_path, f"prune={prune}")
+    assert [row["stale"] for row in stages.status(directory.root)] == [None] * len(stages.STAGES)
+    assert read_json(directory.verify)["ok"]
+    model = AutoModelForCausalLM.from_pretrained(directory.deploy, dtype=torch.float32)
+    assert type(model).__module__.startswith("transformers.models.llama")
+    assert len(model.model.layers) == model.config.num_hidden_layers == blocks
+    linears = [module for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)]
+    found = sum(int((linear.weight == 0).sum()) for linear in linears) / sum(x.weight.numel() for x in linears)
+    assert found == pytest.approx(zeros, abs=0.005)
+    prompt = AutoTokenizer.from_pretrained(directory.deploy)("Lisbon is a city in", return_tensors="pt")
+    assert model.generate(**prompt, max_new_tokens=4).shape[1] > prompt["input_ids"].shape[1]
+    epochs = read_jsonl(directory.epochs)
+    assert [record["epoch"] for record in epochs] == [1, 2]
+    best = max(epochs, key=lambda record: (record["score"], -record["epoch"]))
+    assert read_json(directory.recover / "best.json")["epoch"] == best["epoch"]
+    report = read_json(directory.report_json)
+    assert report["missing"] == [] and report["headline"]["recovered"]["generation"] is not None
+
+
+def test_a_second_run_does_nothing_and_a_changed_field_is_named(tmp_path, capsys):
+    depth = "prune={kind: depth, blocks: [3]}"
+    directory = run(tmp_path, depth, until="before")
+    stamp = directory.done("before")
+    run(tmp_path, depth, until="before")
+    assert directory.done("before") == stamp
+    capsys.readouterr()
+    run(tmp_path, "prune={kind: depth, blocks: [5]}", until="prune")
+    assert "prune.blocks.0: 3 -> 5" in capsys.readouterr().out
+    assert read_json(directory.prune / "plan.json")["dropped"] == [5]
+    stale = {row["stage"]: row["stale"] for row in stages.status(directory.root)}
+    assert stale["dense"] is None and "prune" in stale["before"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_training_goes_on_where_it_was(tmp_path, number, capsys):
+    overrides = ["recover.tokens=6000", "recover.save_steps=5", "prune={kind: depth, blocks: [3]}"]
+    command = [sys.executable, "-m", "recover", "run", str(QUICKSTART), "--runs", str(tmp_path), *SMALL, *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        checkpoints = tmp_path / "quickstart" / "recover" / "checkpoints"
+        deadline = time.monotonic() + 240
+        while not list(checkpoints.glob("checkpoint-*/recover.json")):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+            time.sleep(0.2)
+        process.send_signal(number)
+        output = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + number, output
+    assert "Traceback" not in output
+    directory = RunDirectory(tmp_path / "quickstart")
+    assert directory.done("before") is not None and directory.done("recover") is None
+    run(tmp_path, *overrides, until="recover")
+    output = capsys.readouterr().out
+    assert "going on from checkpoint-" in output and "dense    done" in output
+    assert directory.done("recover") is not None
+
+
+def broken_model(folder: Path, **config: Any) -> Path:
+    """A copy of the embedded model with changes to its config."""
+    from recover.recipe import embedded
+
+    folder.mkdir()
+    for path in embedded("fable-2m").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, **config}))
+    return folder
+
+
+def truncated(folder: Path) -> Path:
+    path = broken_model(folder) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    return folder
+
+
+def not_finite(folder: Path) -> Path:
+    path = broken_model(folder) / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    tensors["model.norm.weight"][0] = float("nan")
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    return folder
+
+
+BAD_MODELS = {
+    "unknown type": (lambda folder: broken_model(folder, model_type="made_up"), "made_up"),
+    "truncated weights": (truncated, "model.safetensors"),
+    "weights that are NaN": (not_finite, "norm"),
+    "a tokenizer with more ids": (lambda folder: broken_model(folder, vocab_size=512), "512"),
+    "no folder": (lambda folder: folder, "model"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_a_bad_model_is_refused_by_name(tmp_path, case):
+    make, named = BAD_MODELS[case]
+    with pytest.raises(ModelError, match=named):
+        run(tmp_path / "runs", f"model.source={make(tmp_path / 'model')}", until="dense")
+    assert RunDirectory(tmp_path / "runs" / "quickstart").done("dense") is None
+
+
+@pytest.mark.parametrize(
+    ("override", "kind", "named"),
+    [
+        ("prune={kind: depth, blocks: [1,2,3,4,5,6,7,8,9,10,11,0]}", RecipeError, "12"),
+        (f"prune={{kind: depth, count: 12, calibration: {CALIBRATION}}}", RecipeError, "12"),
+        ("prune={kind: depth, blocks: [0]}", RecipeError, "block 0"),
+        ("recover.length=4096", RecipeError, "recover.length"),
+        ("measure.tasks=[nowhere.yaml]", RecoverError, "nowhere.yaml"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_weights_are_loaded(tmp_path, override, kind, named):
+    with pytest.raises(kind, match=named):
+        run(tmp_path, override, until="plan")
+
+
+def test_an_empty_data_set_is_refused_at_plan(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"empty\.jsonl"):
+        run(tmp_path, f"recover.data.0.prompts={tmp_path / 'empty.jsonl'}", until="plan")
