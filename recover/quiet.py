@@ -1,4 +1,4 @@
-"""Libraries speak once, in our words: their bars and notices that a user can do nothing about are kept off the screen."""
+"""Libraries speak in our words: bars and notices that a user can do nothing about are kept off the screen."""
 
 from __future__ import annotations
 
