@@ -76,7 +76,7 @@ def test_a_second_run_does_nothing_and_a_changed_field_is_named(tmp_path, capsys
     assert directory.done("before") == stamp
     capsys.readouterr()
     run(tmp_path, "prune={kind: depth, blocks: [5]}", until="prune")
-    assert "prune.blocks.0: 3 -> 5" in capsys.readouterr().out
+    assert "prune.blocks: [3] -> [5]" in capsys.readouterr().out
     assert read_json(directory.prune / "plan.json")["dropped"] == [5]
     stale = {row["stage"]: row["stale"] for row in stages.status(directory.root)}
     assert stale["dense"] is None and "prune" in stale["before"]
@@ -132,11 +132,19 @@ def not_finite(folder: Path) -> Path:
     return folder
 
 
+def larger_tokenizer(folder: Path) -> Path:
+    tokenizer = AutoTokenizer.from_pretrained(broken_model(folder))
+    tokenizer.add_tokens(["<spare>"])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 BAD_MODELS = {
     "unknown type": (lambda folder: broken_model(folder, model_type="made_up"), "made_up"),
     "truncated weights": (truncated, "model.safetensors"),
     "weights that are NaN": (not_finite, "norm"),
-    "a tokenizer with more ids": (lambda folder: broken_model(folder, vocab_size=512), "512"),
+    "a tokenizer with more ids": (larger_tokenizer, "1024"),
+    "weights of another size": (lambda folder: broken_model(folder, vocab_size=512), "model: cannot be loaded"),
     "no folder": (lambda folder: folder, "model"),
 }
 
