@@ -129,11 +129,11 @@ class Bench:
         """Read every file that the run will need, so that a bad one is refused before hours are spent.
 
         Raises:
-            DataError: a task, prompts or text cannot be used, by file and line.
+            DataError: a task or a prompt cannot be used, by file and line.
         """
-        from recover.train.sources import read_prompts
+        from recover.train.data import fitting_prompts
 
         assert self.tasks and self.probe_prompts()
         for source in self.recipe.recover.data:
             if isinstance(source, DenseText):
-                read_prompts(source.prompts)
+                fitting_prompts(source, self.recipe.recover.length, self.tokenizer)

@@ -41,7 +41,7 @@ def _plan_rows(figures: dict[str, Any]) -> list[list[str]]:
         ["parameters", f"{figures['parameters_dense']:,}", f"{figures['parameters_pruned']:,}"],
         ["file", _megabytes(figures["file_bytes_dense"]), _megabytes(figures["file_bytes_pruned"])],
         ["teacher-scored tokens", "", f"{figures['teacher_tokens']:,}"],
-        ["training time", "", f"about {figures['training_seconds']:,.0f} s"],
+        ["training time", "", f"at least {figures['training_seconds']:,.0f} s"],
         ["memory per process", "", f"about {_megabytes(figures['memory_bytes_per_process'])}"],
     ]
 

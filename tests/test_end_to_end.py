@@ -106,6 +106,27 @@ def test_a_stopped_training_goes_on_where_it_was(tmp_path, number, capsys):
     assert directory.done("recover") is not None
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", ["cpu_zero2", "cpu_zero3"])
+def test_two_processes_under_deepspeed_do_the_whole_job_as_one_does(tmp_path, launch):
+    one = run(tmp_path / "one")
+    config = QUICKSTART.parent.parent / "launch" / f"{launch}.yaml"
+    launcher = ["accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
+    job = ["-m", "recover", "run", str(QUICKSTART), "--runs", str(tmp_path / "two"), *SMALL]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    root = QUICKSTART.parent.parent  # the launch files name their JSON from here
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, *job], env=environment, cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = RunDirectory(tmp_path / "two" / "quickstart")
+    assert read_json(one.before / "probe.json") == read_json(two.before / "probe.json")
+    losses = [[record["train"]["loss"] for record in read_jsonl(directory.epochs)] for directory in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    headlines = [read_json(directory.after / "measure.json")["headline"] for directory in (one, two)]
+    assert headlines[0] == pytest.approx(headlines[1], rel=1e-5)
+
+
 def broken_model(folder: Path, **config: Any) -> Path:
     """A copy of the embedded model with changes to its config."""
     from recover.recipe import embedded
@@ -165,6 +186,7 @@ def test_a_bad_model_is_refused_by_name(tmp_path, case):
         ("prune={kind: depth, blocks: [0]}", RecipeError, "block 0"),
         ("recover.length=4096", RecipeError, "recover.length"),
         ("measure.tasks=[nowhere.yaml]", RecoverError, "nowhere.yaml"),
+        ("recover.length=20", DataError, "leaves none of recover.length 20"),
     ],
 )
 def test_what_cannot_work_is_refused_before_weights_are_loaded(tmp_path, override, kind, named):

@@ -123,6 +123,23 @@ def _repeated(samples: list[Sample], tokens: int, budget: int, name: str, scored
     return samples
 
 
+def fitting_prompts(source: DenseText, length: int, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """The source's prompts, each of which leaves room for an answer within `length` tokens.
+
+    Raises:
+        DataError: one does not, or a row holds no prompt, by file and line.
+    """
+    prompts = read_prompts(source.prompts)
+    for row in prompts:
+        found = len(encode_prompt(tokenizer, row.value["prompt"], chat=source.chat))
+        if found >= length:
+            raise DataError(
+                f"{row.where}: the prompt has {found} tokens, which leaves none of recover.length "
+                f"{length} for an answer: shorten it or raise recover.length"
+            )
+    return prompts
+
+
 class _Writer:
     """Text that the dense model writes from prompts, round after round, each round with other random draws."""
 
@@ -130,8 +147,7 @@ class _Writer:
         self, source: DenseText, leaf: Recover, twin: Twin, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path
     ) -> None:
         self.source, self.leaf, self.twin, self.tokenizer, self.seed = source, leaf, twin, tokenizer, seed
-        self.prompts = read_prompts(source.prompts)
-        self._check_lengths()
+        self.prompts = fitting_prompts(source, leaf.length, tokenizer)
         self.path = folder / f"dense-{self._fingerprint()}.jsonl"
 
     def write(self, budget: int) -> list[Sample]:
@@ -202,15 +218,6 @@ class _Writer:
 
     def _encode(self, prompt: str) -> list[int]:
         return encode_prompt(self.tokenizer, prompt, chat=self.source.chat)
-
-    def _check_lengths(self) -> None:
-        for row in self.prompts:
-            found = len(self._encode(row.value["prompt"]))
-            if found >= self.leaf.length:
-                raise DataError(
-                    f"{row.where}: the prompt has {found} tokens, which leaves none of recover.length "
-                    f"{self.leaf.length} for an answer: shorten it or raise recover.length"
-                )
 
     def _fingerprint(self) -> str:
         """Of all that the text depends on, the dense weights among it."""
