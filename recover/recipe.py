@@ -41,20 +41,20 @@ class Model(Leaf):
     """The dense model: a hub id, a local folder, a GGUF file, or `embedded:NAME` (shipped with the package)."""
 
     source: str
-    revision: str | None = None
+    revision: str | None = Field(default=None, description="of a hub model: branch, tag or commit")
     tokenizer: str | None = Field(default=None, description="where the tokenizer lies, if not beside the model")
     dtype: Dtype = "float32"
     attention: Literal["sdpa", "eager"] = "sdpa"
-    trust_remote_code: bool = False
+    trust_remote_code: bool = Field(default=False, description="run code that a hub model brings; said aloud when on")
 
 
 class Calibration(Leaf):
     """Text on which scores are measured: a JSONL (`text` column), a text file, or a hub data set."""
 
     data: str
-    split: str = "train"
+    split: str = Field(default="train", description="of a hub data set")
     column: str = "text"
-    samples: int = Field(default=64, ge=1)
+    samples: int = Field(default=64, ge=1, description="sequences of `length` tokens")
     length: int = Field(default=512, ge=8, description="tokens a sample, capped here and not by the model's context")
     batch_size: int = Field(default=8, ge=1)
 
@@ -64,10 +64,10 @@ class Depth(Leaf):
 
     kind: Literal["depth"]
     unit: Literal["block"] = "block"
-    count: int | None = Field(default=None, ge=1)
-    blocks: tuple[int, ...] | None = None
+    count: int | None = Field(default=None, ge=1, description="how many go, chosen by `score`")
+    blocks: tuple[int, ...] | None = Field(default=None, description="which go, from 0; block 0 stays")
     score: Literal["kl", "angular", "block_influence"] = "kl"
-    contiguous: bool = False
+    contiguous: bool = Field(default=False, description="drop one run of neighbours")
     calibration: Calibration | None = None
 
     @model_validator(mode="after")
@@ -166,16 +166,19 @@ class Lora(Leaf):
     rank: int = Field(default=16, ge=1)
     alpha: float | None = Field(default=None, gt=0, description="default: 2 x rank")
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    blocks: Literal["all", "after_cut"] = "all"
+    blocks: Literal["all", "after_cut"] = Field(
+        default="all",
+        description="after_cut: only behind the first dropped block; what lies before runs once for both views",
+    )
 
 
 class Loss(Leaf):
     """Weights of the terms; T = temperature; every term is multiplied by T^2 but CE (Hinton's convention)."""
 
-    kl: float = Field(default=1.0, ge=0)
-    variance: float = Field(default=0.0, ge=0)
-    reverse_kl: float = Field(default=0.0, ge=0)
-    ce: float = Field(default=0.0, ge=0)
+    kl: float = Field(default=1.0, ge=0, description=r"KL(dense \|\| pruned)")
+    variance: float = Field(default=0.0, ge=0, description="Var_p(dz) / 2T^2, its second-order form")
+    reverse_kl: float = Field(default=0.0, ge=0, description=r"KL(pruned \|\| dense)")
+    ce: float = Field(default=0.0, ge=0, description="cross-entropy on the text itself")
     temperature: float = Field(default=1.0, gt=0)
     scored: Literal["completion", "all"] = Field(default="completion", description="which positions carry loss")
     chunk: int = Field(default=1024, ge=1, description="token positions scored at once; a matter of memory only")
@@ -192,7 +195,7 @@ class Loss(Leaf):
 class Recover(Leaf):
     """LoRA distillation from the dense model; the checkpoint that generates best is kept."""
 
-    epochs: int = Field(default=3, ge=1)
+    epochs: int = Field(default=3, ge=1, description="equal parts of the tokens; generation is measured after each")
     tokens: int = Field(default=200_000, ge=1, description="teacher-scored tokens over all epochs")
     data: tuple[Data, ...] = Field(min_length=1)
     length: int = Field(default=512, ge=8, description="longest sequence, in tokens")
@@ -207,7 +210,7 @@ class Recover(Leaf):
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(default=False, description="less memory, about a third more time")
     patience: int | None = Field(
         default=None, ge=1, description="stop after so many epochs without better generation; default: never"
     )
@@ -229,9 +232,9 @@ class Measure(Leaf):
     epoch_limit: int | None = Field(
         default=None, ge=1, description="items of each task after each epoch; default: as `limit`"
     )
-    max_new_tokens: int = Field(default=128, ge=1)
+    max_new_tokens: int = Field(default=128, ge=1, description="texts cut here are counted in the report")
     batch_size: int = Field(default=64, ge=1)
-    sampling: Sampling | None = Sampling()
+    sampling: Sampling | None = Field(default=Sampling(), description="measured beside greedy; null: not at all")
     samples: int = Field(default=3, ge=0, description="texts shown in the report")
 
 
@@ -243,8 +246,8 @@ class Export(Leaf):
 class Recipe(Leaf):
     """One complete run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(default=0, ge=0)
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run directory")
+    seed: int = Field(default=0, ge=0, description="of calibration, written text, training order and sampling")
     model: Model
     prune: Prune
     probe: Probe = Probe()

@@ -14,7 +14,6 @@ from recover.recipe import dump_recipe
 
 if TYPE_CHECKING:
     from recover.models.twin import Twin
-    from recover.prune.plan import Plan
 
 
 def plan(bench: Bench) -> None:
@@ -71,16 +70,7 @@ def _prune(bench: Bench) -> None:
     batches = calibration_batches(calibration, bench.tokenizer, bench.recipe.seed) if calibration else []
     plan, masks = PRUNERS[leaf.kind](bench.dense(), leaf, batches)
     save_plan(plan, masks, bench.directory.prune)
-    console.say(_pruned(plan))
-
-
-def _pruned(plan: Plan) -> str:
-    if plan.dropped:
-        return (
-            f"dropped blocks {', '.join(map(str, plan.dropped))} of {plan.blocks}: "
-            f"{plan.parameters_dense:,} -> {plan.parameters_pruned:,} parameters"
-        )
-    return f"{plan.sparsity:.2%} of the weights of {len(plan.masks)} linear layers are zero"
+    console.say(plan.summary())
 
 
 def before(bench: Bench) -> None:

@@ -284,3 +284,10 @@ def test_any_text_is_a_recipe_or_a_recipe_error(
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(RecipeError):
         load_recipe(path, overrides)
+
+
+def test_the_reference_page_is_of_these_fields(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "dev"))
+    import recipe_reference
+
+    assert recipe_reference.page() == recipe_reference.PAGE.read_text(encoding="utf-8")

@@ -1,0 +1,79 @@
+"""Write docs/recipe.md, the reference of every recipe field, from the models in recover/recipe.py."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from recover import recipe
+
+PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"
+HEAD = """# Recipe reference
+
+Every field of a recipe, from `recover/recipe.py` (`python dev/recipe_reference.py` writes this page; a test holds it).
+Fields without a default must be given. Relative files are looked up from the recipe's folder; `embedded:NAME` is
+shipped with the package. On the command line any field is set as
+`recover run RECIPE recover.lr=1e-3 recover.data.0.share=2`.
+"""
+LEAVES = [recipe.Recipe, recipe.Model, recipe.Depth, recipe.Magnitude, recipe.Wanda, recipe.Calibration, recipe.Probe]
+LEAVES += [recipe.Recover, recipe.DenseText, recipe.GivenText, recipe.Lora, recipe.Loss]
+LEAVES += [recipe.Measure, recipe.Sampling, recipe.Export]
+
+
+def shown_type(annotation: Any) -> str:
+    """An annotation as a user would say it."""
+    if isinstance(annotation, types.NoneType) or annotation is type(None):
+        return "null"
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return shown_type(arguments[0])
+    if origin is typing.Literal:
+        return " or ".join(f"`{value}`" for value in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(shown_type(part) for part in arguments)
+    if origin is tuple:
+        return f"list of {shown_type(arguments[0])}"
+    if origin is dict:
+        return "mapping"
+    return {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}.get(
+        annotation.__name__, f"[{annotation.__name__}](#{annotation.__name__.lower()})"
+    )
+
+
+def shown_default(field: Any) -> str:
+    """The default, or a dash where the field must be given."""
+    if field.default is PydanticUndefined:
+        return "-"
+    value = field.default
+    if isinstance(value, BaseModel):
+        return "as below"
+    if isinstance(value, tuple):
+        return f"`{list(value)}`"
+    return "`null`" if value is None else f"`{value}`"
+
+
+def rows(leaf: type[BaseModel]) -> Iterator[str]:
+    """One line of a table for each field."""
+    for name, field in leaf.model_fields.items():
+        annotation = field.annotation
+        yield f"| `{name}` | {shown_type(annotation)} | {shown_default(field)} | {field.description or ''} |"
+
+
+def page() -> str:
+    """The whole page."""
+    parts = [HEAD]
+    for leaf in LEAVES:
+        about = (leaf.__doc__ or "").strip() or (leaf.__mro__[1].__doc__ or "").strip()
+        table = ["| field | value | default | meaning |", "|---|---|---|---|", *rows(leaf)]
+        parts.append("\n".join([f"## {leaf.__name__}\n\n{about}\n", *table]) + "\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
