@@ -67,6 +67,7 @@ def judge(figure: dict[str, Any] | None, dense: dict[str, Any] | None, use: str)
         "dense": dense["value"],
         "kept": figure["value"] / dense["value"],
         "graded_share": skill,
+        "chance": chance,
         "interval": interval,
         "certain": ends <= {grade},
     }
@@ -80,6 +81,7 @@ def _no_answer(grade: str, reason: str, figure: dict[str, Any] | None, dense: di
         "dense": dense["value"] if dense else None,
         "kept": None,
         "graded_share": None,
+        "chance": None,
         "interval": None,
         "certain": True,
     }
