@@ -21,6 +21,7 @@ FLOORS = {
     "recover.provenance": 0,
     "recover.places": 0,
     "recover.quiet": 0,
+    "recover.json_lines": 0,
     "recover.problems": 0,
     "recover.strict_json": 0,
     "recover.strict_yaml": 0,

@@ -10,7 +10,6 @@ answer: '-?\\d[\\d,.]*'         # the last match in the model's text is its answ
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from recover import strict_yaml
 from recover.errors import DataError, RecipeError
+from recover.json_lines import json_lines
 from recover.problems import explain
 from recover.recipe import Leaf, embedded
 
@@ -163,22 +163,12 @@ def _rows(file: TaskFile, folder: Path) -> Iterator[tuple[str, Row]]:
         return
     path = folder / file.data
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: JSON texts may hold U+2028 as it is
+        for where, row in json_lines(path):
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: found {type(row).__name__}, expected one JSON object a line")
+            yield where, row
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: the items of task {file.name} cannot be read: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield f"{path}:{number}", _json_object(line, f"{path}:{number}")
-
-
-def _json_object(line: str, where: str) -> Row:
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error}); a JSONL file holds one object a line") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: found {type(row).__name__}, expected one JSON object a line")
-    return row
 
 
 def _hub_rows(file: TaskFile) -> Iterator[tuple[str, Row]]:

@@ -5,7 +5,6 @@ Shapes: B batch, T tokens, I in features.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -17,6 +16,7 @@ from torch import LongTensor, Tensor, nn
 
 from recover import console
 from recover.errors import DataError, PruneError
+from recover.json_lines import json_lines
 from recover.recipe import Calibration, embedded
 
 if TYPE_CHECKING:
@@ -86,18 +86,11 @@ def read_texts(leaf: Calibration) -> Sequence[str]:
 
 def _read_jsonl(path: Path, column: str) -> list[str]:
     texts = []
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise DataError(f"{path}:{number}: not JSON ({error}); a JSONL file holds one object a line") from error
-            if not isinstance(row, dict) or not isinstance(row.get(column), str):
-                found = sorted(row) if isinstance(row, dict) else type(row).__name__
-                raise DataError(f"{path}:{number}: no text in column '{column}', found {found}: set calibration.column")
-            texts.append(row[column])
+    for where, row in json_lines(path):
+        if not isinstance(row, dict) or not isinstance(row.get(column), str):
+            found = sorted(row) if isinstance(row, dict) else type(row).__name__
+            raise DataError(f"{where}: no text in column '{column}', found {found}: set calibration.column")
+        texts.append(row[column])
     return texts
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recover.errors import DataError
+from recover.json_lines import json_lines
 from recover.measure.prompts import encode_prompt
 from recover.recipe import GivenText, embedded
 
@@ -66,7 +66,7 @@ def read_rows(source: str, split: str = "train") -> Sequence[Row]:
     path = embedded(source.removeprefix("embedded:")) if source.startswith("embedded:") else Path(source)
     try:
         if path.suffix in (".jsonl", ".json"):
-            rows = _jsonl_rows(path)
+            rows = [_row(where, value) for where, value in json_lines(path)]
         elif path.suffix in (".txt", ".md"):
             rows = [Row(f"{path}:1", {"text": path.read_text(encoding="utf-8-sig")})]
         else:
@@ -78,20 +78,10 @@ def read_rows(source: str, split: str = "train") -> Sequence[Row]:
     return rows
 
 
-def _jsonl_rows(path: Path) -> list[Row]:
-    rows = []
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise DataError(f"{path}:{number}: not JSON ({error}); a JSONL file holds one object a line") from error
-            if not isinstance(value, dict):
-                raise DataError(f"{path}:{number}: expected a JSON object, found {type(value).__name__}")
-            rows.append(Row(f"{path}:{number}", value))
-    return rows
+def _row(where: str, value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return Row(where, value)
 
 
 class _DatasetRows(Sequence[Row]):

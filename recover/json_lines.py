@@ -1,0 +1,31 @@
+"""A user's JSONL file, line by line. (Files of a run: `artifacts.read_jsonl`, which forgives a torn end.)"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from recover.errors import DataError
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """("file:line", value) of each line that is not blank; a byte order mark is passed over.
+
+    What a value must be is the caller's to say.
+
+    Raises:
+        DataError: a line is not JSON, by file and line.
+        OSError, UnicodeDecodeError: the file cannot be read; callers say what it was wanted for.
+    """
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                value = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise DataError(f"{where}: not JSON ({error}); a JSONL file holds one object a line") from error
+            yield where, value
