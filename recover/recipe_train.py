@@ -1,0 +1,94 @@
+"""The part of a recipe that says how the pruned model is recovered: text, adapters, loss, training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from recover.leaf import Leaf
+
+
+class DenseText(Leaf):
+    """Text that the dense model writes itself, from prompts (JSONL, `prompt` column)."""
+
+    kind: Literal["dense"]
+    prompts: str
+    share: float = Field(default=1.0, gt=0, description="part of the tokens, relative to the other sources")
+    temperature: float = Field(default=1.0, ge=0, description="0 = greedy")
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_new_tokens: int = Field(default=256, ge=1)
+    chat: bool | None = Field(
+        default=None, description="wrap prompts in the chat template; default: if the tokenizer has one"
+    )
+    batch_size: int = Field(default=64, ge=1)
+
+
+class GivenText(Leaf):
+    """A `datasets` source: hub id, `.jsonl`, `.parquet` or `.txt` file."""
+
+    kind: Literal["given"]
+    source: str
+    split: str = "train"
+    columns: dict[Literal["text", "prompt", "completion", "messages"], str] = Field(default={"text": "text"})
+    share: float = Field(default=1.0, gt=0)
+
+
+Data = Annotated[DenseText | GivenText, Field(discriminator="kind")]
+
+
+class Lora(Leaf):
+    rank: int = Field(default=16, ge=1)
+    alpha: float | None = Field(default=None, gt=0, description="default: 2 x rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    blocks: Literal["all", "after_cut"] = Field(
+        default="all",
+        description="after_cut: only behind the first dropped block; what lies before runs once for both views",
+    )
+
+
+class Loss(Leaf):
+    """Weights of the terms; T = temperature; every term is multiplied by T^2 but CE (Hinton's convention)."""
+
+    kl: float = Field(default=1.0, ge=0, description=r"KL(dense \|\| pruned)")
+    variance: float = Field(default=0.0, ge=0, description="Var_p(dz) / 2T^2, its second-order form")
+    reverse_kl: float = Field(default=0.0, ge=0, description=r"KL(pruned \|\| dense)")
+    ce: float = Field(default=0.0, ge=0, description="cross-entropy on the text itself")
+    temperature: float = Field(default=1.0, gt=0)
+    scored: Literal["completion", "all"] = Field(default="completion", description="which positions carry loss")
+    chunk: int = Field(default=1024, ge=1, description="token positions scored at once; a matter of memory only")
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> Loss:
+        if self.kl + self.variance + self.reverse_kl + self.ce == 0:
+            raise ValueError("all loss weights are 0: nothing would be learnt")
+        if self.variance > 0 and self.kl + self.reverse_kl + self.ce == 0:
+            raise ValueError("variance alone is blind to tokens that the student raises: give 'kl' a weight beside it")
+        return self
+
+
+class Recover(Leaf):
+    """LoRA distillation from the dense model; the checkpoint that generates best is kept."""
+
+    epochs: int = Field(default=3, ge=1, description="equal parts of the tokens; generation is measured after each")
+    tokens: int = Field(default=200_000, ge=1, description="teacher-scored tokens over all epochs")
+    data: tuple[Data, ...] = Field(min_length=1)
+    length: int = Field(default=512, ge=8, description="longest sequence, in tokens")
+    batch_size: int = Field(default=16, ge=1, description="sequences per optimizer step, over all processes")
+    micro_batch_size: int | None = Field(
+        default=None, ge=1, description="sequences a process holds at once; default: all of its share"
+    )
+    lora: Lora = Lora()
+    loss: Loss = Loss()
+    lr: float = Field(default=2e-4, gt=0)
+    warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps")
+    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    gradient_checkpointing: bool = Field(default=False, description="less memory, about a third more time")
+    patience: int | None = Field(
+        default=None, ge=1, description="stop after so many epochs without better generation; default: never"
+    )
+    save_steps: int | None = Field(
+        default=None, ge=1, description="steps between checkpoints to resume from; default: each epoch"
+    )
