@@ -79,8 +79,7 @@ class Bench:
         if view == "dense":
             twin = Twin(model, Plan.none(model.config.num_hidden_layers))
         else:
-            plan, masks = load_plan(self.directory.prune)
-            twin = Twin(model, plan, masks)
+            twin = Twin(model, *load_plan(self.directory.prune))
         if view == "recovered":
             from recover.train.checkpoints import read_adapter
 

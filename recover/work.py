@@ -68,8 +68,8 @@ def _prune(bench: Bench) -> None:
     leaf = bench.recipe.prune
     calibration = getattr(leaf, "calibration", None)
     batches = calibration_batches(calibration, bench.tokenizer, bench.recipe.seed) if calibration else []
-    plan, masks = PRUNERS[leaf.kind](bench.dense(), leaf, batches)
-    save_plan(plan, masks, bench.directory.prune)
+    plan, masks, weights = PRUNERS[leaf.kind](bench.dense(), leaf, batches)
+    save_plan(plan, masks, bench.directory.prune, weights)
     console.say(plan.summary())
 
 
@@ -168,17 +168,15 @@ def _export(bench: Bench) -> None:
 
 
 def _speed(bench: Bench) -> None:
-    """Dense and deployed as stock models: through the twin, dense would pay for adapters that it does not have."""
-    from transformers import AutoModelForCausalLM
+    """Dense and deployed as stock models, by turns: through the twin, dense would pay for adapters it does not have."""
+    from recover.measure.speed import compare_speed
+    from recover.models.load import load_model
 
-    from recover.measure.speed import size_and_speed
-    from recover.models.load import load_model, ready
-
-    models = {
-        "dense": lambda: load_model(bench.recipe.model),
-        "deployed": lambda: AutoModelForCausalLM.from_pretrained(bench.directory.deploy, dtype="auto"),
-    }
-    figures = {name: size_and_speed(ready(load())) for name, load in models.items()}
+    leaf = bench.recipe.model
+    # The same leaf for both, so that they differ in nothing but what was pruned: attention kernel, loader, checks.
+    there = {"source": str(bench.directory.deploy), "revision": None, "dtype": bench.recipe.export.dtype or leaf.dtype}
+    dense, deployed = load_model(leaf), load_model(leaf.model_copy(update=there))
+    figures = compare_speed(dense, deployed, dist.device())
     write_json(bench.directory.speed, {**figures, "machine": provenance.machine()})
 
 

@@ -45,7 +45,7 @@ def depth_twin(family: str = "llama", **overrides) -> Twin:
 
 def masked_twin(pattern: str = "2:4", family: str = "llama", **overrides) -> Twin:
     leaf = recipe.Magnitude(kind="magnitude", pattern=pattern, sparsity=None if ":" in pattern else 0.5)  # type: ignore[arg-type]
-    plan, masks = PRUNERS["magnitude"](Twin(tiny(family, **overrides), Plan.none(6)), leaf, [])
+    plan, masks, _ = PRUNERS["magnitude"](Twin(tiny(family, **overrides), Plan.none(6)), leaf, [])
     return trained(Twin(tiny(family, **overrides), plan, masks))
 
 
@@ -164,10 +164,10 @@ def test_merge_refuses_lora_on_a_dropped_block_two_adapters_and_weights_that_ove
 def test_config_lists_are_renumbered_and_others_left_alone():
     config = tiny("qwen2_sliding").config
     config.eos_token_id = [2, 3, 4, 5, 6, 7]  # as long as the model is deep, and yet not one a block
-    pruned = pruned_config(config, (0, 1, 3, 5))
+    pruned = pruned_config(config, Plan("depth", 6, dropped=(2, 4)))
     assert pruned.eos_token_id == [2, 3, 4, 5, 6, 7] and pruned.num_hidden_layers == 4
     assert pruned.layer_types == [config.layer_types[i] for i in (0, 1, 3, 5)] and pruned.max_window_layers == 2
-    smollm = pruned_config(tiny("smollm3").config, (0, 1, 3, 4))
+    smollm = pruned_config(tiny("smollm3").config, Plan("depth", 6, dropped=(2, 5)))
     assert smollm.no_rope_layers == [tiny("smollm3").config.no_rope_layers[i] for i in (0, 1, 3, 4)]
     assert config.num_hidden_layers == 6 and "sparsity_config" not in pruned.to_dict()
 

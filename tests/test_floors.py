@@ -31,11 +31,17 @@ FLOORS = {
     "recover.recipe_prune": 1,
     "recover.recipe_train": 1,
     "recover.report": 1,
+    "recover.memory": 1,
     # F2: tensors in, tensors out
     "recover.models.masked_linear": 2,
+    "recover.models.own_linear": 2,
+    "recover.models.pairing": 2,
+    "recover.models.site": 2,
     "recover.prune.scores": 2,
     "recover.probe.spaces": 2,
     "recover.distill.loss": 2,
+    "recover.distill.loss_terms": 2,
+    "recover.distill.loss_kernel": 2,
     "recover.measure.collapse": 2,
     # F3: models, and below them the plan that a twin is built from
     "recover.prune.plan": 2.5,
@@ -55,8 +61,11 @@ FLOORS = {
     "recover.bench": 6,
     "recover.work": 6,
     "recover.stages": 6,
+    "recover.diagnose": 6,
     # F7: command line
     "recover.cli": 7,
+    "recover.commands_gguf": 7,
+    "recover.commands_probe": 7,
     "recover.__main__": 7,
 }
 

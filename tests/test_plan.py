@@ -27,14 +27,14 @@ def test_depth_plan_round_trip(tmp_path):
     scores = [{"round": 1, "blocks": [3], "score": 0.25, "by": "kl", "chosen": True}]
     plan = Plan("depth", 6, dropped=(4, 3), scores=scores, parameters_dense=10, parameters_pruned=8, nonzero=8)
     save_plan(plan, {}, tmp_path)
-    assert load_plan(tmp_path) == (plan, {})
+    assert load_plan(tmp_path) == (plan, {}, {})
     assert plan.dropped == (3, 4) and plan.kept == (0, 1, 2, 5)
 
 
 def test_masked_plan_round_trip(tmp_path):
     plan, masks = masked_plan()
     save_plan(plan, masks, tmp_path)
-    found, found_masks = load_plan(tmp_path)
+    found, found_masks, _ = load_plan(tmp_path)
     assert found == plan and found_masks.keys() == masks.keys()
     assert all(torch.equal(found_masks[name], masks[name]) for name in masks)
     assert plan.sparsity == sum(int((~keep).sum()) for keep in masks.values()) / (63 + 32)
@@ -43,7 +43,7 @@ def test_masked_plan_round_trip(tmp_path):
 def test_masks_of_an_earlier_plan_do_not_stay(tmp_path):
     save_plan(*masked_plan(), tmp_path)
     save_plan(Plan.none(4), {}, tmp_path)
-    assert load_plan(tmp_path) == (Plan.none(4), {}) and not (tmp_path / MASKS).exists()
+    assert load_plan(tmp_path) == (Plan.none(4), {}, {}) and not (tmp_path / MASKS).exists()
 
 
 def test_every_flipped_bit_of_the_masks_is_found(tmp_path):
@@ -132,7 +132,7 @@ def test_a_mask_without_its_certificate_is_our_own_mistake(tmp_path):
 
 def test_summary_says_what_goes():
     assert Plan("depth", 6, dropped=(2,), parameters_dense=10, nonzero=8).summary() == (
-        "depth: blocks 2 of 6 dropped; 8 of 10 weights left (80.0%)"
+        "depth: blocks 2 dropped, of 6 blocks; 8 of 10 weights left (80.0%)"
     )
     assert masked_plan()[0].summary().startswith("wanda: ")
     assert Plan.none(3).summary() == "nothing pruned: 3 blocks"

@@ -34,7 +34,7 @@ def dense_twin(model) -> Twin:
 def drop(model, twin_batches, **leaf) -> Plan:
     if "count" in leaf:
         leaf["calibration"] = CALIBRATION
-    plan, masks = PRUNERS["depth"](dense_twin(model), Depth(kind="depth", **leaf), twin_batches)
+    plan, masks, _ = PRUNERS["depth"](dense_twin(model), Depth(kind="depth", **leaf), twin_batches)
     assert masks == {}
     return plan
 
@@ -232,7 +232,7 @@ def inputs_by_masking(model, masks, batches, block: int) -> dict[str, torch.Tens
 def test_wanda_is_the_textbook_formula_with_pruned_blocks_feeding_later_ones(family, pattern, sparsity, batches):
     reference = tiny(family)
     leaf = Wanda(kind="wanda", pattern=pattern, sparsity=sparsity, calibration=CALIBRATION)
-    plan, masks = PRUNERS["wanda"](dense_twin(tiny(family)), leaf, batches)
+    plan, masks, _ = PRUNERS["wanda"](dense_twin(tiny(family)), leaf, batches)
     done: dict[str, torch.Tensor] = {}
     for block in range(6):
         found = {}
@@ -254,7 +254,7 @@ def test_wanda_is_the_textbook_formula_with_pruned_blocks_feeding_later_ones(fam
 @pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.3), ("2:4", None)])
 def test_magnitude_keeps_the_largest_weights_of_every_row(tiny_llama, pattern, sparsity):
     leaf = Magnitude(kind="magnitude", pattern=pattern, sparsity=sparsity)
-    plan, masks = PRUNERS["magnitude"](dense_twin(tiny_llama), leaf, [])
+    plan, masks, _ = PRUNERS["magnitude"](dense_twin(tiny_llama), leaf, [])
     for name, linear in linears_of(tiny_llama).items():
         assert torch.equal(masks[name], keep_by_loop(linear.weight.detach().abs(), pattern, leaf.fraction)), name
     assert plan.kind == "magnitude" and plan.dropped == () and plan.calibration == {}

@@ -16,6 +16,8 @@ from transformers.utils.generic import ModelOutput
 from recover.distill.loss import LossSums, distillation_loss
 from recover.models.arch import head_of
 from recover.models.masked_linear import MaskedLinear
+from recover.models.own_linear import OwnLinear
+from recover.models.site import Site
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,7 +113,7 @@ class Distiller:
             block.gradient_checkpointing = False  # nothing in them is to be run again in backward
         # Reentrant checkpointing gives no gradient at all to a block none of whose inputs asks for one.
         prefix_BTD = prefix_BTD.detach().requires_grad_(bool(getattr(first, "gradient_checkpointing", False)))
-        skipped = {*self.twin.closed_blocks, *range(1, self.shared_blocks)}
+        skipped: set[int | Site] = {*self.twin.closed_sites, *range(1, self.shared_blocks)}
         # A hook on the last shared block, not on the first one after it: checkpointing runs that one again in backward,
         # when hooks and closed blocks are as they were, but from the input it was given here.
         with self.twin.closed(skipped), self._last_shared_block(lambda _block, _args, _output: prefix_BTD):
@@ -132,9 +134,9 @@ class Distiller:
 def _shared_blocks(twin: Twin) -> int:
     """How many blocks, from the first on, are the same in both views whatever the adapters learn."""
     for index, block in enumerate(twin.blocks):
-        masked = any(isinstance(module, MaskedLinear) for module in block.modules())
+        pruned = any(isinstance(module, MaskedLinear | OwnLinear) for module in block.modules())
         trained = any(parameter.requires_grad for parameter in block.parameters())
-        if masked or trained or index in twin.closed_blocks:
+        if pruned or trained or any(site.block == index for site in twin.closed_sites):
             return index
     return 0  # nothing differs anywhere: no block to go on from
 

@@ -1,4 +1,4 @@
-"""A stock model out of a twin: dropped blocks gone, LoRA merged, masked weights exactly zero.
+"""A stock model out of a twin: what is dropped is gone, LoRA merged, masked weights exactly zero.
 
 Shapes: O out features, I in features, R rank.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,12 +14,16 @@ from torch import Tensor, nn
 
 from recover import console
 from recover.errors import ExportError
+from recover.models.arch import part_of
 from recover.models.masked_linear import Factors, MaskedLinear, effective_weight
+from recover.models.own_linear import pruned_tensor
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from recover.models.pairing import Packed
     from recover.models.twin import Twin
+    from recover.prune.plan import Plan
 
 # Lists of a config that are as long as they like, and may by chance be as long as the model is deep.
 NOT_PER_BLOCK = re.compile(r"architectures|.*token_ids?|.*_ids|id2label|label2id")
@@ -39,37 +42,40 @@ def merge(twin: Twin, dtype: torch.dtype) -> PreTrainedModel:
     import accelerate
     from transformers import AutoModelForCausalLM
 
-    config = pruned_config(twin.base.config, twin.plan.kept)
+    config = pruned_config(twin.base.config, twin.plan)
     _warn_of_irregular_attention(twin.base.config, config)
     # Parameters on `meta`, buffers (rotary frequencies are in no state dict) made by the constructor as anywhere else.
     with accelerate.init_empty_weights():
         stock = AutoModelForCausalLM.from_config(config, attn_implementation=twin.base.config._attn_implementation)
     names = _dense_names(stock, twin)
     state = {}
-    for name, dense_name in console.track(names.items(), "merge", unit="tensor"):
-        state[name] = _merged(twin, dense_name, dtype)
+    for name, (dense_name, zeroed) in console.track(names.items(), "merge", unit="tensor"):
+        tensor = _merged(twin, dense_name, dtype)
+        state[name] = torch.zeros_like(tensor) if zeroed else tensor
     stock.load_state_dict(state, strict=True, assign=True)
     stock.tie_weights()
     stock.generation_config = copy.deepcopy(twin.base.generation_config)
     return stock.requires_grad_(False).eval()
 
 
-def pruned_config(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfig:
-    """The config of a model that holds only the blocks `kept` (dense numbering) of a model with this config.
+def pruned_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig:
+    """The config of the exported model: that of the dense one, for the blocks and sizes that the plan leaves.
 
-    Every list with one entry a block is indexed by `kept` (`layer_types`, SmolLM3's `no_rope_layers`);
-    `max_window_layers` (Qwen2: blocks from there on slide) counts the kept blocks below it. Left stale, a checkpoint
-    does not load, or loads with other attention.
+    Every list with one entry a block (`layer_types`, SmolLM3's `no_rope_layers`) is indexed by the dense block that
+    each exported block's attention comes from; `max_window_layers` (Qwen2: blocks from there on slide) counts those
+    below it. Left stale, a checkpoint does not load, or loads with other attention.
     """
+    sources = [packed.source for packed in plan.packed]
     values = config.to_dict()
     blocks = values["num_hidden_layers"]
     for name, value in values.items():
         if isinstance(value, list) and len(value) == blocks and not NOT_PER_BLOCK.fullmatch(name):
-            values[name] = [value[block] for block in kept]
+            values[name] = [value[block] for block in sources]
     if isinstance(values.get("max_window_layers"), int):
-        values["max_window_layers"] = sum(block < values["max_window_layers"] for block in kept)
-    values["num_hidden_layers"] = len(kept)
+        values["max_window_layers"] = sum(block < values["max_window_layers"] for block in sources)
+    values["num_hidden_layers"] = len(sources)
     values["use_cache"] = True  # training may have switched it off
+    values.update(plan.config)
     for stale in ("quantization_config", "sparsity_config", "transformers_version"):
         values.pop(stale, None)  # of how the dense weights were stored; vLLM refuses a sparsity_config
     return type(config).from_dict(values)
@@ -84,15 +90,32 @@ def _warn_of_irregular_attention(dense: PretrainedConfig, pruned: PretrainedConf
         console.warn(f"export: {text}: llama.cpp may misread them")
 
 
-def _dense_names(stock: PreTrainedModel, twin: Twin) -> dict[str, str]:
-    """For each tensor of the stock model, its name in the dense model: the same, but for the block's number."""
+def _dense_names(stock: PreTrainedModel, twin: Twin) -> dict[str, tuple[str, bool]]:
+    """For each tensor of the stock model, the dense one it is made of, and whether it is zeroed.
+
+    Sublayers come from the dense blocks that the plan packs together. Of a missing sublayer only the last linear is
+    zeroed: then it adds nothing, whatever the rest of it holds.
+    """
     block = re.compile(re.escape(twin.arch.blocks) + r"\.(\d+)\.(.*)")
     names = {}
     for name in stock.state_dict():
         match = block.fullmatch(name)
-        names[name] = f"{twin.arch.blocks}.{twin.plan.kept[int(match[1])]}.{match[2]}" if match else name
-    _refuse_lora_elsewhere(twin, set(names.values()))
+        names[name] = _inside(twin, twin.plan.packed[int(match[1])], match[2]) if match else (name, False)
+    _refuse_lora_elsewhere(twin, {dense for dense, zeroed in names.values() if not zeroed})
     return names
+
+
+def _inside(twin: Twin, packed: Packed, inside: str) -> tuple[str, bool]:
+    arch = twin.arch
+    part = part_of(arch, inside)
+    kept = packed.attention if part == "attention" else packed.mlp
+    last = (
+        f"{arch.attention}.{arch.attention_linears[-1]}"
+        if part == "attention"
+        else f"{arch.mlp}.{arch.mlp_linears[-1]}"
+    )
+    zeroed = kept is None and inside.rpartition(".")[0] == last
+    return f"{arch.blocks}.{packed.source if kept is None else kept}.{inside}", zeroed
 
 
 def _refuse_lora_elsewhere(twin: Twin, merged: set[str]) -> None:
@@ -109,7 +132,7 @@ def _merged(twin: Twin, name: str, dtype: torch.dtype) -> Tensor:
     path, _, leaf = name.rpartition(".")
     module: Any = twin.base.get_submodule(path)
     linear = getattr(module, "base_layer", module)
-    tensor = getattr(linear, leaf).detach()
+    tensor = pruned_tensor(linear, leaf)
     if leaf == "weight" and isinstance(linear, nn.Linear):
         tensor = _effective(linear, _factors(module, name))
     merged = (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu()
@@ -121,7 +144,7 @@ def _merged(twin: Twin, name: str, dtype: torch.dtype) -> Tensor:
 
 
 def _effective(linear: nn.Linear, factors: Factors | None) -> Tensor:
-    weight_OI = linear.weight.detach()
+    weight_OI = pruned_tensor(linear, "weight")
     if isinstance(linear, MaskedLinear):
         return effective_weight(weight_OI, linear.keep_packed, factors)
     if factors is None:

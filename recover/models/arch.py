@@ -8,6 +8,7 @@ Shapes: V vocabulary, D width.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +16,12 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from recover.errors import ModelError
+from recover.models.site import Part, Site
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
+AROUND_ATTENTION = ("input_layernorm", "post_attention_layernorm")
+AROUND_MLP = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
 def _no_scale(config: PretrainedConfig) -> float:
@@ -36,7 +40,8 @@ def _final_softcap(config: PretrainedConfig) -> float | None:
 class Arch:
     """Names inside one architecture, from the causal LM down.
 
-    logits = softcap(scale * (norm(h) W^T + bias)). `pre_norm`: each sublayer has one norm, in front of it.
+    logits = softcap(scale * (norm(h) W^T + bias)). The last linear of a sublayer writes to the residual stream. Each
+    norm of a block belongs to one sublayer, before or behind it, and goes where the sublayer goes.
     """
 
     model_type: str
@@ -50,7 +55,8 @@ class Arch:
     mlp_linears: tuple[str, ...] = MLP
     logit_scale: Callable[[PretrainedConfig], float] = _no_scale
     softcap: Callable[[PretrainedConfig], float | None] = _no_softcap
-    pre_norm: bool = True
+    attention_norms: tuple[str, ...] = ("input_layernorm",)
+    mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
 
 
 ARCHS: dict[str, Arch] = {
@@ -60,11 +66,15 @@ ARCHS: dict[str, Arch] = {
         Arch("mistral"),
         Arch("qwen2"),
         Arch("qwen3"),
-        Arch("gemma2", softcap=_final_softcap, pre_norm=False),
-        Arch("gemma3_text", softcap=_final_softcap, pre_norm=False),
+        Arch("gemma2", softcap=_final_softcap, attention_norms=AROUND_ATTENTION, mlp_norms=AROUND_MLP),
+        Arch("gemma3_text", softcap=_final_softcap, attention_norms=AROUND_ATTENTION, mlp_norms=AROUND_MLP),
         Arch("phi3", attention_linears=("qkv_proj", "o_proj"), mlp_linears=("gate_up_proj", "down_proj")),
         Arch("smollm3"),
-        Arch("olmo2", pre_norm=False),
+        Arch(
+            "olmo2",
+            attention_norms=("post_attention_layernorm",),
+            mlp_norms=("post_feedforward_layernorm",),
+        ),
         Arch("granite", logit_scale=lambda config: 1.0 / config.logits_scaling),
     )
 }
@@ -110,6 +120,25 @@ def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
     names = [f"{arch.blocks}.{i}.{site}" for i in range(len(blocks_of(model))) for site in sites]
     modules = {name: base.get_submodule(name) for name in names}
     return {name: getattr(module, "base_layer", module) for name, module in modules.items()}  # type: ignore[misc]
+
+
+def site_of(arch: Arch, name: str) -> Site:
+    """The sublayer that a linear layer (by its module name) belongs to."""
+    match = re.match(re.escape(arch.blocks) + rf"\.(\d+)\.({arch.attention}|{arch.mlp})\.", name)
+    assert match, name
+    return Site(int(match[1]), "attention" if match[2] == arch.attention else "mlp")
+
+
+def part_of(arch: Arch, inside: str) -> Part:
+    """The sublayer that a tensor or module belongs to, by its name inside the block."""
+    first = inside.partition(".")[0]
+    if first == arch.attention or first in arch.attention_norms:
+        return "attention"
+    if first == arch.mlp or first in arch.mlp_norms:
+        return "mlp"
+    raise ModelError(
+        f"{arch.model_type}: '{inside}' of a block belongs to no sublayer: complete its row in recover/models/arch.py"
+    )
 
 
 def head_of(model: nn.Module) -> tuple[Tensor, Tensor | None, float, float | None]:

@@ -32,8 +32,10 @@ class Description:
     model_type: str
     blocks: int
     width: int
+    intermediate: int
     heads: int
     kv_heads: int
+    head_size: int
     vocabulary: int
     context: int | None
     tied: bool
@@ -53,8 +55,10 @@ def describe(leaf: recipe.Model) -> Description:
         model_type=config.model_type,
         blocks=config.num_hidden_layers,
         width=config.hidden_size,
+        intermediate=config.intermediate_size,
         heads=config.num_attention_heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocabulary=config.vocab_size,
         context=getattr(config, "max_position_embeddings", None),
         tied=bool(config.tie_word_embeddings),

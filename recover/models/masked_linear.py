@@ -129,20 +129,31 @@ class MaskedLinear(nn.Linear):
     """An `nn.Linear` that a switch shows dense or masked. Made in place: weight, bias and their names are untouched."""
 
     keep_packed: Tensor
+    own_weight: Tensor | None
     switch: Switch
     folded: Tensor | None
 
     @classmethod
-    def convert(cls, linear: nn.Linear, keep_OI: Tensor, switch: Switch) -> MaskedLinear:
-        """Turn this very module into a masked one; on a masked one, replace its mask."""
+    def convert(cls, linear: nn.Linear, keep_OI: Tensor, switch: Switch, own_OI: Tensor | None = None) -> MaskedLinear:
+        """Turn this very module into a masked one; on a masked one, replace its mask.
+
+        With `own_OI` the pruned view has that weight under its mask and not the dense one (SparseGPT rewrites weights).
+        """
         assert type(linear) in (nn.Linear, cls), f"a linear layer of type {type(linear)} would lose its own forward"
         assert keep_OI.dtype == torch.bool and keep_OI.shape == (linear.out_features, linear.in_features), keep_OI.shape
         masked: Any = linear
         masked.__class__ = cls
         # Not persistent: a state dict stays the stock model's.
         masked.register_buffer("keep_packed", pack(keep_OI).to(linear.weight.device), persistent=False)
+        own_OI = None if own_OI is None else own_OI.to(linear.weight.device, linear.weight.dtype)
+        masked.register_buffer("own_weight", own_OI, persistent=False)
         masked.switch, masked.folded = switch, None
         return masked
+
+    @property
+    def seen(self) -> Tensor:
+        """The weight (O, I) that the pruned view has under its mask, before adapters."""
+        return self.weight if self.own_weight is None else self.own_weight
 
     @property
     def keep(self) -> Tensor:
@@ -155,7 +166,7 @@ class MaskedLinear(nn.Linear):
             return F.linear(input, self.weight, self.bias)
         if self.switch.fold and not torch.is_grad_enabled():
             if self.folded is None:
-                self.folded = effective_weight(self.weight, self.keep_packed, factors).to(input.dtype)
+                self.folded = effective_weight(self.seen, self.keep_packed, factors).to(input.dtype)
             return F.linear(input, self.folded, self.bias)
         a_RI, b_OR, scaling = factors or (None, None, 1.0)
-        return masked_lora_linear(input, self.weight, self.keep_packed, a_RI, b_OR, scaling, self.bias)
+        return masked_lora_linear(input, self.seen, self.keep_packed, a_RI, b_OR, scaling, self.bias)

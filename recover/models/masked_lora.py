@@ -65,7 +65,7 @@ class MaskedLora(SwitchedLora):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What peft adds to W to merge: (W + s B A) * keep - W, exactly -W where the mask is closed."""
         weight_OI = self.base_layer.weight.data
-        effective_OI = effective_weight(weight_OI, self.base_layer.keep_packed, self._factors(adapter))
+        effective_OI = effective_weight(self.base_layer.seen, self.base_layer.keep_packed, self._factors(adapter))
         return (effective_OI - weight_OI).to(weight_OI.dtype)
 
 

@@ -3,14 +3,12 @@
 The pruned view is the resting state, because activation checkpointing runs the model again in backward, in whatever
 view it then shows; dense is a short excursion without gradients. Both views need the dense model's memory once.
 
-Shapes: B batch, T tokens, D width.
 """
 
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +18,11 @@ from transformers import PreTrainedModel
 
 from recover import recipe
 from recover.errors import ModelError
-from recover.models.arch import Arch, arch_of, base_of, blocks_of, linears_of
+from recover.models.arch import Arch, arch_of, base_of, blocks_of, linears_of, site_of
+from recover.models.closing import close_sites, closed_sites, make_closable, named_as, switch_class
 from recover.models.masked_linear import MaskedLinear, Switch
+from recover.models.pruned_view import check_fit, see_pruned
+from recover.models.site import Site, sites_of, whole_blocks
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -39,21 +40,23 @@ class Twin:
     are the teacher. Raises ModelError when the plan does not fit the model.
     """
 
-    def __init__(self, model: PreTrainedModel, plan: Plan, masks: dict[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: Plan,
+        masks: dict[str, Tensor] | None = None,
+        weights: dict[str, Tensor] | None = None,
+    ) -> None:
         self.model: Any = model
         self.plan = plan
         self.arch: Arch = arch_of(model)
         self.switch = Switch()
-        _check_fit(model, plan, masks or {})
+        check_fit(model, plan, masks or {}, weights or {})
         model.requires_grad_(False)
-        linears = linears_of(model)
-        for name, keep_OI in (masks or {}).items():
-            MaskedLinear.convert(linears[name], keep_OI, self.switch)
-        for index, block in enumerate(self.blocks):
-            _switch_class(block, _closable(type(block)))
-            block.switch, block.closed, block.index = self.switch, False, index
-        _switch_class(model, _distilling(type(model)))
-        self.close(set(plan.dropped))
+        see_pruned(model, masks or {}, weights or {}, self.switch)
+        make_closable(self.blocks, self.arch, self.switch)
+        switch_class(model, _distilling(type(model)))
+        self.close(plan.dropped_sites)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -67,8 +70,13 @@ class Twin:
 
     @property
     def closed_blocks(self) -> tuple[int, ...]:
-        """Blocks that the pruned view leaves out at this moment."""
-        return tuple(i for i, block in enumerate(self.blocks) if block.closed)
+        """Whole blocks that the pruned view leaves out at this moment."""
+        return whole_blocks(self.closed_sites)
+
+    @property
+    def closed_sites(self) -> frozenset[Site]:
+        """Sublayers that the pruned view leaves out at this moment, those of whole blocks too."""
+        return closed_sites(self.blocks, self.arch)
 
     @contextmanager
     def dense(self) -> Iterator[PreTrainedModel]:
@@ -88,22 +96,18 @@ class Twin:
             for module in training:
                 module.training = True
 
-    def close(self, blocks: Set[int]) -> None:
-        """Leave out exactly these blocks in the pruned view. Raises ModelError for block 0 and for unknown blocks."""
-        wrong = sorted(i for i in blocks if not 0 < i < len(self.blocks))
-        if wrong:
-            raise ModelError(
-                f"blocks {wrong} cannot be dropped: expected blocks from 1 to {len(self.blocks) - 1} "
-                "(block 0 tells the position of a token under a KV cache, and stays)"
-            )
-        for i, block in enumerate(self.blocks):
-            block.closed = i in blocks
+    def close(self, what: Iterable[int | Site]) -> None:
+        """Leave out exactly these blocks and sites in the pruned view; a number is a whole block.
+
+        Raises ModelError for the attention of block 0 and for blocks that are not there.
+        """
+        close_sites(self.blocks, self.arch, sites_of(what))
 
     @contextmanager
-    def closed(self, blocks: Set[int]) -> Iterator[None]:
-        """Leave out exactly these blocks instead of the plan's, for scoring candidates; restored on exceptions."""
-        before = set(self.closed_blocks)
-        self.close(blocks)
+    def closed(self, what: Iterable[int | Site]) -> Iterator[None]:
+        """Leave out exactly these instead of the plan's, for scoring candidates; restored on exceptions."""
+        before = self.closed_sites
+        self.close(what)
         try:
             yield
         finally:
@@ -150,8 +154,8 @@ class Twin:
 
         if self.model is not self.base:
             raise ModelError("this twin has adapters already; expected one set: load the model anew")
-        blocks = self._lora_blocks(leaf)
-        targets = [name for name in linears_of(self.model) if self._block_index(name) in blocks]
+        sites = self._lora_sites(leaf)
+        targets = [name for name in linears_of(self.model) if site_of(self.arch, name) in sites]
         config = LoraConfig(
             r=leaf.rank,
             lora_alpha=leaf.alpha or 2 * leaf.rank,  # type: ignore[arg-type]
@@ -161,75 +165,19 @@ class Twin:
         )
         return self.adopt(get_peft_model(self.base, config))  # type: ignore[arg-type]
 
-    def _lora_blocks(self, leaf: recipe.Lora) -> set[int]:
-        kept = set(self.plan.kept)
+    def _lora_sites(self, leaf: recipe.Lora) -> frozenset[Site]:
+        dropped = self.plan.dropped_sites
+        kept = sites_of(range(self.plan.blocks)) - dropped
         if leaf.blocks == "all":
             return kept
-        if not self.plan.dropped:
+        if not dropped:
             raise ModelError("lora.blocks: 'after_cut' needs dropped blocks, and this plan drops none; use 'all'")
-        after = {i for i in kept if i > self.plan.dropped[0]}
+        after = frozenset(site for site in kept if site > min(dropped))
         if not after:
             raise ModelError(
                 "lora.blocks: 'after_cut' leaves no block: the last blocks are the dropped ones; use 'all'"
             )
         return after
-
-    def _block_index(self, name: str) -> int:
-        match = re.match(re.escape(self.arch.blocks) + r"\.(\d+)\.", name)
-        assert match, name
-        return int(match[1])
-
-
-def _check_fit(model: PreTrainedModel, plan: Plan, masks: dict[str, Tensor]) -> None:
-    linears, blocks = linears_of(model), blocks_of(model)
-    if plan.blocks != len(blocks):
-        raise ModelError(f"the plan is for {plan.blocks} blocks, this model has {len(blocks)}: prune this model anew")
-    differing = sorted(set(plan.masks) ^ set(masks))
-    if differing:
-        raise ModelError(f"the plan names {len(plan.masks)} masks, {len(masks)} are given; differing: {differing[:4]}")
-    for name, keep_OI in masks.items():
-        if name not in linears:
-            raise ModelError(f"mask '{name}' belongs to no linear layer of this {model.config.model_type} model")
-        shape = (linears[name].out_features, linears[name].in_features)
-        if tuple(keep_OI.shape) != shape:
-            raise ModelError(f"mask '{name}' has shape {tuple(keep_OI.shape)}, its layer {shape}")
-
-
-def _switch_class(module: nn.Module, new: type) -> None:
-    if hasattr(module, "switch"):
-        raise ModelError("this model already belongs to a twin; load it anew, or use that twin")
-    module.__class__ = new
-
-
-@functools.cache
-def _closable(stock: type[nn.Module]) -> type[nn.Module]:
-    """The stock block class, able to hand its input on untouched. Same name: transformers matches some by name."""
-
-    class Closable(stock):
-        switch: Switch
-        closed: bool
-        index: int
-
-        def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self.switch.dense or not self.closed:
-                output = super().forward(hidden_states, *args, **kwargs)
-                self.switch.tuples = isinstance(output, tuple)
-                return output
-            _trace(kwargs.get("past_key_values"), hidden_states, self.index)
-            return (hidden_states,) if self.switch.tuples else hidden_states
-
-    return _named_as(Closable, stock)
-
-
-def _trace(cache: Any, h_BTD: Tensor, index: int) -> None:
-    """Count a closed block's tokens in the KV cache, at one number a token.
-
-    transformers reads lengths and mask sizes off the first layer of each attention type; were that layer closed and
-    empty, every kept layer of its type would get masks of the wrong size.
-    """
-    if cache is not None:
-        mark_B1T1 = h_BTD[:, None, :, :1].detach()
-        cache.update(mark_B1T1, mark_B1T1, index)
 
 
 @functools.cache
@@ -252,9 +200,4 @@ def _distilling(stock: type[nn.Module]) -> type[nn.Module]:
             others = {name: v for name, v in kwargs.items() if v is not None and name not in {*batch, *_OUTPUT_OPTIONS}}
             return distill.run(self, **batch, **others)
 
-    return _named_as(Distilling, stock)
-
-
-def _named_as(new: type, stock: type) -> type:
-    new.__name__, new.__qualname__, new.__module__ = stock.__name__, stock.__qualname__, stock.__module__
-    return new
+    return named_as(Distilling, stock)

@@ -17,7 +17,7 @@ from recover import console
 from recover.errors import PruneError
 from recover.models.arch import blocks_of
 from recover.prune.calibrate import calibration_record, check_context
-from recover.prune.plan import Plan
+from recover.prune.plan import Plan, Pruned
 from recover.prune.scores import angular_distance, block_influence
 from recover.prune.views import block_inputs, final_hidden, kl_sum
 from recover.recipe import Depth
@@ -38,7 +38,7 @@ ROW_SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def prune_depth(twin: Twin, leaf: Depth, batches: list[LongTensor]) -> tuple[Plan, dict[str, Tensor]]:
+def prune_depth(twin: Twin, leaf: Depth, batches: list[LongTensor]) -> Pruned:
     """The plan that drops `leaf.blocks`, or the `leaf.count` blocks that matter least by `leaf.score`; no masks.
 
     Every candidate of every round is in `plan.scores`: `{round, blocks, score, by, chosen}`. Raises PruneError for a
@@ -52,7 +52,7 @@ def prune_depth(twin: Twin, leaf: Depth, batches: list[LongTensor]) -> tuple[Pla
         assert leaf.count is not None, "the recipe holds either blocks or a count"
         dropped, scores = _chosen(twin, leaf.score, leaf.contiguous, _checked(leaf.count, blocks), batches)
     _refuse_no_effect(twin, dropped, batches)
-    return _plan(twin, dropped, scores, calibration_record(leaf.calibration, batches)), {}
+    return Pruned(_plan(twin, dropped, scores, calibration_record(leaf.calibration, batches)), {}, {})
 
 
 def _checked(count: int, blocks: int) -> int:

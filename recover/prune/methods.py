@@ -1,8 +1,8 @@
 """The pruning methods by recipe `kind`. A new method is a function and a row here.
 
 Each takes a twin whose two views are equal (`Twin(model, Plan.none(blocks))`), its leaf of the recipe and the
-calibration batches (B, T), leaves the twin as it was, and gives the plan with its masks. Raises PruneError for what
-cannot work on this model.
+calibration batches (B, T), leaves the twin as it was, and gives the plan with its masks and weights. Raises PruneError
+for what cannot work on this model.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch import LongTensor, Tensor
+from torch import LongTensor
 
 from recover.prune.depth import prune_depth
-from recover.prune.plan import Plan
+from recover.prune.plan import Pruned
 from recover.prune.sparsity import prune_magnitude, prune_wanda
 
 if TYPE_CHECKING:
     from recover.models.twin import Twin
 
-Pruner = Callable[["Twin", Any, list[LongTensor]], tuple[Plan, dict[str, Tensor]]]
+Pruner = Callable[["Twin", Any, list[LongTensor]], Pruned]
 
 PRUNERS: dict[str, Pruner] = {
     "depth": prune_depth,

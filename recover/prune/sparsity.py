@@ -18,7 +18,7 @@ from recover.errors import PruneError
 from recover.models.arch import blocks_of, linears_of
 from recover.models.masked_linear import effective_weight, pack
 from recover.prune.calibrate import calibration_record, check_context, input_norms
-from recover.prune.plan import Kind, MaskRecord, Plan
+from recover.prune.plan import Kind, MaskRecord, Plan, Pruned
 from recover.prune.scores import keep_n_m, keep_unstructured, magnitude_score, wanda_score
 from recover.recipe import Magnitude, Sparsity, Wanda
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from recover.models.twin import Twin
 
 
-def prune_magnitude(twin: Twin, leaf: Magnitude, batches: list[LongTensor]) -> tuple[Plan, dict[str, Tensor]]:
+def prune_magnitude(twin: Twin, leaf: Magnitude, batches: list[LongTensor]) -> Pruned:
     """Masks that keep the largest weights of each output row of each linear layer in the blocks; no text is read."""
     masks = {}
     for name, linear in console.track(linears_of(twin.model).items(), "magnitude", unit="layer"):
         masks[name] = _keep(name, magnitude_score(linear.weight.detach()), leaf)
-    return _plan(twin, "magnitude", leaf, masks, {}), masks
+    return Pruned(_plan(twin, "magnitude", leaf, masks, {}), masks, {})
 
 
-def prune_wanda(twin: Twin, leaf: Wanda, batches: list[LongTensor]) -> tuple[Plan, dict[str, Tensor]]:
+def prune_wanda(twin: Twin, leaf: Wanda, batches: list[LongTensor]) -> Pruned:
     """Masks that keep the weights of highest |W| * ||x|| of every output row, block after block.
 
     What a block's layers see is measured with all blocks before it already masked, as the pruned model will run.
@@ -51,7 +51,7 @@ def prune_wanda(twin: Twin, leaf: Wanda, batches: list[LongTensor]) -> tuple[Pla
                 keep_OI = _keep(name, wanda_score(linear.weight.detach(), norms[name]), leaf)
                 mask(linear, keep_OI)
                 masks[name] = keep_OI
-    return _plan(twin, "wanda", leaf, masks, calibration_record(leaf.calibration, batches)), masks
+    return Pruned(_plan(twin, "wanda", leaf, masks, calibration_record(leaf.calibration, batches)), masks, {})
 
 
 def _keep(name: str, score_OI: Tensor, leaf: Sparsity) -> Tensor:

@@ -1,0 +1,134 @@
+"""Blocks and sublayers that can be closed: a closed one does nothing to the residual stream, and is not run.
+
+A closed block hands its input on; a closed sublayer gives 0, which the block adds (norms behind a sublayer, as in Gemma
+and OLMo 2, turn 0 into 0). Either equals the model without it, bit for bit.
+
+Shapes: B batch, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recover.errors import ModelError
+from recover.models.arch import Arch
+from recover.models.masked_linear import Switch
+from recover.models.site import PARTS, Part, Site, whole_blocks
+
+
+def make_closable(blocks: Iterable[nn.Module], arch: Arch, switch: Switch) -> None:
+    """Let every block, its attention and its MLP follow `switch` and be closed; all start open. Names stay the same."""
+    for index, block in enumerate(blocks):
+        for module, make in (
+            (block, _closable_block),
+            (_sublayer(block, arch, "attention"), _closable_attention),
+            (_sublayer(block, arch, "mlp"), _closable_mlp),
+        ):
+            stock: Any = module
+            switch_class(stock, make(type(stock)))
+            stock.switch, stock.closed, stock.index = switch, False, index
+
+
+def close_sites(blocks: Any, arch: Arch, sites: frozenset[Site]) -> None:
+    """Close exactly these sites. Raises ModelError for the attention of block 0 and for blocks that are not there."""
+    wrong = sorted({site.block for site in sites if not 0 <= site.block < len(blocks) or site == Site(0, "attention")})
+    if wrong:
+        raise ModelError(
+            f"blocks {wrong} cannot be dropped: expected blocks from 1 to {len(blocks) - 1} "
+            "(the attention of block 0 tells the position of a token under a KV cache, and stays)"
+        )
+    whole = set(whole_blocks(sites))
+    for index, block in enumerate(blocks):
+        block.closed = index in whole
+        for part in PARTS:
+            _sublayer(block, arch, part).closed = Site(index, part) in sites
+
+
+def closed_sites(blocks: Any, arch: Arch) -> frozenset[Site]:
+    """The sites that are closed at this moment."""
+    return frozenset(
+        Site(index, part) for index, block in enumerate(blocks) for part in PARTS if _sublayer(block, arch, part).closed
+    )
+
+
+def switch_class(module: nn.Module, new: type) -> None:
+    """Give the module a class that knows the twin's views. Raises ModelError if it has one already."""
+    if hasattr(module, "switch"):
+        raise ModelError("this model already belongs to a twin; load it anew, or use that twin")
+    module.__class__ = new
+
+
+def named_as(new: type, stock: type) -> type:
+    """The new class under the stock one's name: transformers matches some by name."""
+    new.__name__, new.__qualname__, new.__module__ = stock.__name__, stock.__qualname__, stock.__module__
+    return new
+
+
+def _sublayer(block: nn.Module, arch: Arch, part: Part) -> Any:
+    return block.get_submodule(arch.attention if part == "attention" else arch.mlp)
+
+
+@functools.cache
+def _closable_block(stock: type[nn.Module]) -> type[nn.Module]:
+    class Closable(stock):
+        switch: Switch
+        closed: bool
+        index: int
+
+        def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self.switch.dense or not self.closed:
+                output = super().forward(hidden_states, *args, **kwargs)
+                self.switch.tuples = isinstance(output, tuple)
+                return output
+            _trace(kwargs.get("past_key_values"), hidden_states, self.index)
+            return (hidden_states,) if self.switch.tuples else hidden_states
+
+    return named_as(Closable, stock)
+
+
+@functools.cache
+def _closable_attention(stock: type[nn.Module]) -> type[nn.Module]:
+    class Closable(stock):
+        switch: Switch
+        closed: bool
+        index: int
+
+        def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self.switch.dense or not self.closed:
+                return super().forward(hidden_states, *args, **kwargs)
+            _trace(kwargs.get("past_key_values"), hidden_states, self.index)
+            return torch.zeros_like(hidden_states), None
+
+    return named_as(Closable, stock)
+
+
+@functools.cache
+def _closable_mlp(stock: type[nn.Module]) -> type[nn.Module]:
+    class Closable(stock):
+        switch: Switch
+        closed: bool
+
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return (
+                super().forward(hidden_states)
+                if self.switch.dense or not self.closed
+                else torch.zeros_like(hidden_states)
+            )
+
+    return named_as(Closable, stock)
+
+
+def _trace(cache: Any, h_BTD: Tensor, index: int) -> None:
+    """Count a closed attention's tokens in the KV cache, at one number a token.
+
+    transformers reads lengths and mask sizes off the first layer of each attention type; were that layer closed and
+    empty, every kept layer of its type would get masks of the wrong size.
+    """
+    if cache is not None:
+        mark_B1T1 = h_BTD[:, None, :, :1].detach()
+        cache.update(mark_B1T1, mark_B1T1, index)
