@@ -1,0 +1,291 @@
+"""What is written as GGUF is the checkpoint in llama.cpp's terms; what it would compute otherwise is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf_checkpoint import LLAMA31, ROWS, VARIANTS, checkpoint, words
+from safetensors.torch import load_file, save_file
+from tiny import ids, tiny
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from recover import recipe
+from recover.errors import ArtifactError, ExportError, ModelError
+from recover.export.gguf import write_gguf
+
+gguf = pytest.importorskip("gguf", reason="GGUF files need the extra 'gguf'")
+
+
+def read(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """Metadata and tensors (as float32) by the reader of the package `gguf`."""
+    reader = gguf.GGUFReader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {t.name: gguf.quants.dequantize(t.data, t.tensor_type).reshape(t.shape[::-1]) for t in reader.tensors}
+    return fields, tensors
+
+
+def row_in_checkpoint(row: int, width: int) -> int:
+    """The reference: llama.cpp turns rows 2p and 2p + 1 of a head as a pair, transformers rows p and p + width / 2."""
+    head, inside = divmod(row, width)
+    pair, second = divmod(inside, 2)
+    return head * width + pair + second * (width // 2)
+
+
+def changed(folder: Path, name: str, **fields) -> None:
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+RENAMED = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "model.layers": "blk",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.": "attn_",
+    "mlp.": "ffn_",
+    "_proj": "",
+}
+
+
+def renamed(name: str) -> str:
+    for old, new in RENAMED.items():
+        name = name.replace(old, new)
+    return name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_tensor_is_the_checkpoints_with_rotary_rows_where_llama_cpp_has_them(variant, tmp_path):
+    folder = checkpoint(tmp_path / "deploy", variant)
+    _, tensors = read(write_gguf(folder, tmp_path / "out.gguf"))
+    state = load_file(folder / "model.safetensors")
+    extra = {"rope_freqs.weight"} if variant == "llama_rope3" else set()
+    assert {renamed(name) for name in state} | extra == set(tensors)
+    width = 32 if variant in ("mistral", "qwen3") else 16
+    for name, tensor in state.items():
+        expected = tensor.numpy()
+        if ("q_proj" in name or "k_proj" in name) and "qwen" not in variant:
+            expected = np.stack([expected[row_in_checkpoint(row, width)] for row in range(len(expected))])
+        assert np.array_equal(tensors[renamed(name)], expected), name
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("float32", "F32"), ("float16", "F16"), ("bfloat16", "BF16")])
+def test_matrices_are_cast_once_and_vectors_are_float32(dtype, kind, tmp_path):
+    folder = checkpoint(tmp_path / "deploy", "qwen2")
+    path = write_gguf(folder, tmp_path / "out.gguf", dtype)
+    kinds = {tensor.name: (len(tensor.shape), tensor.tensor_type.name) for tensor in gguf.GGUFReader(path).tensors}
+    assert {found for dims, found in kinds.values() if dims == 2} == {kind}
+    assert {found for dims, found in kinds.values() if dims == 1} == {"F32"}
+    state, (_, tensors) = load_file(folder / "model.safetensors"), read(path)
+    for name, tensor in state.items():
+        expected = tensor.to(getattr(torch, dtype)).float() if tensor.dim() > 1 else tensor
+        assert np.array_equal(tensors[renamed(name)], expected.numpy()), name
+
+
+def test_the_dtype_is_the_checkpoints_unless_asked_for(tmp_path):
+    path = write_gguf(recipe.embedded("fable-2m"), tmp_path / "fable.gguf")
+    assert read(path)[0]["general.file_type"] == 32  # mostly bfloat16
+    with pytest.raises(ExportError, match="float64 has no GGUF form here; expected one of float32, float16, bfloat16"):
+        write_gguf(recipe.embedded("fable-2m"), path, "float64")
+
+
+def test_metadata_of_a_llama(tmp_path):
+    folder = checkpoint(tmp_path / "deploy")
+    (folder / "recover.json").write_text(json.dumps({"recipe": {"name": "my-run"}}))
+    fields, _ = read(write_gguf(folder, tmp_path / "out.gguf"))
+    expected = {
+        "general.architecture": "llama",
+        "general.name": "my-run",
+        "general.file_type": 0,
+        "llama.block_count": 6,
+        "llama.context_length": 256,
+        "llama.embedding_length": 64,
+        "llama.feed_forward_length": 96,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.key_length": 16,
+        "llama.attention.value_length": 16,
+        "llama.rope.dimension_count": 16,
+        "llama.rope.freq_base": 10000.0,
+        "llama.attention.layer_norm_rms_epsilon": np.float32(1e-6),
+        "llama.vocab_size": ROWS,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.eot_token_id": 9,
+        "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_eos_token": False,
+        "tokenizer.chat_template": words().chat_template,
+    }
+    assert {name: fields.get(name) for name in expected} == expected
+    assert "tokenizer.ggml.unknown_token_id" not in fields and "llama.rope.scaling.type" not in fields
+
+
+def test_the_vocabulary_has_a_token_for_each_row_and_the_merges_in_order(tmp_path):
+    fields, _ = read(write_gguf(checkpoint(tmp_path / "deploy"), tmp_path / "out.gguf"))
+    tokenizer = words()
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    assert tokens[:1024] == tokenizer.convert_ids_to_tokens(range(1024)) and len(set(tokens)) == ROWS == len(types)
+    assert types[:3] == [3, 3, 3] and set(types[3:1024]) == {1} and set(types[1024:]) == {5}
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    assert [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]] == [tuple(pair) for pair in merges]
+
+
+@pytest.mark.parametrize(
+    ("stops", "config", "expected"),
+    [(0, 7, [0, 2, None]), (None, 7, [7, 2, None]), ([5, 2, 8], 7, [5, 2, 8]), ([5, 6, 8, 9], 7, [5, 6, 8])],
+)
+def test_texts_end_where_generate_ends_them(stops, config, expected, tmp_path, capsys):
+    folder = checkpoint(tmp_path / "deploy")
+    changed(folder, "generation_config.json", eos_token_id=stops)
+    changed(folder, "config.json", eos_token_id=config)
+    fields, _ = read(write_gguf(folder, tmp_path / "out.gguf"))
+    assert [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")] == expected
+    assert ("llama.cpp has place for 3" in capsys.readouterr().err) is (stops == [5, 6, 8, 9])
+
+
+def test_rope_of_llama_3_1_is_a_tensor_of_factors_and_a_linear_one_a_number(tmp_path):
+    folder = checkpoint(tmp_path / "deploy", "llama_rope3")
+    _, tensors = read(write_gguf(folder, tmp_path / "out.gguf"))
+    plain = tiny("llama").model.rotary_emb.inv_freq.double()
+    scaled = tiny("llama", rope_parameters=LLAMA31).model.rotary_emb.inv_freq.double()
+    factors = torch.from_numpy(tensors["rope_freqs.weight"].copy()).double()
+    assert torch.allclose(plain / factors, scaled, rtol=1e-6) and 1 < factors[2] < 8  # between the two plateaus
+    folder = checkpoint(tmp_path / "linear", "llama_linear")
+    fields, tensors = read(write_gguf(folder, tmp_path / "out.gguf"))
+    assert (fields["llama.rope.scaling.type"], fields["llama.rope.scaling.factor"]) == ("linear", 2.0)
+    assert "rope_freqs.weight" not in tensors
+
+
+@pytest.mark.parametrize(
+    ("family", "slides"),
+    [
+        ("mistral", {"sliding_window": 8}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}),
+    ],
+)
+def test_a_sliding_window_ends_the_context_and_is_warned_of(family, slides, tmp_path, capsys):
+    folder = checkpoint(tmp_path / "deploy", family, **slides)
+    fields, _ = read(write_gguf(folder, tmp_path / "out.gguf"))
+    assert fields[f"{fields['general.architecture']}.context_length"] == 8
+    assert "attention slides over 8 tokens, and llama.cpp attends to all" in capsys.readouterr().err
+
+
+def test_shards_are_read_and_transformers_reads_the_file_back(tmp_path):
+    folder = checkpoint(tmp_path / "deploy")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size="100KB")
+    (folder / "model.safetensors").unlink()
+    path = write_gguf(folder, tmp_path / "out.gguf")
+    read_back = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).state_dict()
+    expected = model.state_dict()
+    assert read_back.keys() == expected.keys()
+    assert all(torch.equal(read_back[name], expected[name]) for name in expected)
+
+
+def test_other_families_and_options_are_refused_by_name(tmp_path):
+    out = tmp_path / "out.gguf"
+    tiny("gemma2").save_pretrained(tmp_path / "gemma2")
+    with pytest.raises(ExportError, match="model type 'gemma2' is not written as GGUF; expected llama, mistral, qwen2"):
+        write_gguf(tmp_path / "gemma2", out)
+    folder = checkpoint(tmp_path / "deploy")
+    with pytest.raises(ExportError, match=r"out\.bin: expected a file name that ends in \.gguf"):
+        write_gguf(folder, tmp_path / "out.bin")
+    for fields, message in (
+        ({"hidden_act": "gelu"}, "hidden_act is gelu; GGUF is written for silu"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type is dynamic"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            r"partial_rotary_factor is 0\.5; GGUF is written for 1\.0",
+        ),
+        ({"attention_bias": True}, r"the weights lack model\.layers\.0\.self_attn\.k_proj\.bias \(24 such tensors\)"),
+    ):
+        shutil.copytree(folder, tmp_path / "changed", dirs_exist_ok=True)
+        changed(tmp_path / "changed", "config.json", **fields)
+        with pytest.raises(ExportError, match=message):
+            write_gguf(tmp_path / "changed", out)
+    assert not out.exists()
+
+
+def test_tensors_without_a_place_and_values_that_overflow_are_refused(tmp_path):
+    out = tmp_path / "out.gguf"
+    folder = checkpoint(tmp_path / "biased", "qwen3", attention_bias=True)
+    message = r"llama\.cpp's 'qwen3' has no place for model\.layers\.0\.self_attn\.k_proj\.bias \(24 such tensors\)"
+    with pytest.raises(ExportError, match=message):
+        write_gguf(folder, out)
+    folder = checkpoint(tmp_path / "deploy")
+    state = load_file(folder / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e6
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    write_gguf(folder, out)
+    before = out.read_bytes()
+    with pytest.raises(ExportError, match=r"blk\.1\.ffn_up\.weight: not finite in float16"):
+        write_gguf(folder, out, "float16")
+    assert out.read_bytes() == before and sorted(path.name for path in tmp_path.iterdir()) == [
+        "biased",
+        "deploy",
+        out.name,
+    ]
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"model\.safetensors: missing"):
+        write_gguf(folder, out)
+
+
+def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ExportError, match=r"GGUF files need the package 'gguf' .*: pip install 'recover\[gguf\]'"):
+        write_gguf(recipe.embedded("fable-2m"), tmp_path / "out.gguf")
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    folder, out = checkpoint(tmp_path / "deploy"), tmp_path / "out.gguf"
+    out.write_bytes(b"old")
+
+    def full(*_paths):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(ArtifactError, match=r"out\.gguf: disk full: [\d,]+ bytes to write, [\d,]+ bytes free"):
+        write_gguf(folder, out)
+    assert out.read_bytes() == b"old" and sorted(path.name for path in tmp_path.iterdir()) == ["deploy", "out.gguf"]
+
+
+def test_the_command_writes_the_file_and_says_so(tmp_path):
+    import typer
+
+    from recover.commands_gguf import gguf as command
+
+    app = typer.Typer()
+    app.command()(command)
+    folder = str(recipe.embedded("fable-2m"))
+    done = CliRunner().invoke(app, [folder, str(tmp_path / "fable.gguf"), "--dtype", "float16"])
+    assert done.exit_code == 0 and "fable.gguf (3.6 MiB)" in done.stdout
+    assert read(tmp_path / "fable.gguf")[0]["general.file_type"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_llama_cpp_computes_what_transformers_does(variant, tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp is not here: pip install llama-cpp-python")
+    folder = checkpoint(tmp_path / "deploy", variant)
+    path = write_gguf(folder, tmp_path / "out.gguf")
+    cache = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, "flash_attn": False}
+    client = llama_cpp.Llama(str(path), n_ctx=256, n_threads=1, logits_all=True, verbose=False, **cache)
+    prompt = ids(1, 200, vocabulary=1024)
+    client.eval(prompt[0].tolist())
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(prompt).logits[0].numpy()
+    found = client.scores[:200]
+    assert np.abs(found - logits).max() < 2e-5 * np.abs(logits).max(), np.abs(found - logits).max()
