@@ -5,10 +5,11 @@ Every figure is an estimate and says so; refusals are exact. Weights are not loa
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any
 
-from recover import dist
+from recover import dist, memory
 from recover.errors import RecipeError
 from recover.models.load import Description
 from recover.recipe import Depth, Recipe
@@ -19,6 +20,7 @@ SPARSITY_WALL = 0.55
 
 # Share of the measured matrix rate that a whole training step reaches.
 STEP_EFFICIENCY = 0.35
+PROMPT_TOKENS = 256  # of a measured prompt: tasks are not read here
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -58,6 +60,29 @@ def warnings(recipe: Recipe, model: Description) -> list[str]:
     return found
 
 
+def _shape(model: Description) -> memory.Shape:
+    return memory.Shape(**{field.name: getattr(model, field.name) for field in dataclasses.fields(memory.Shape)})
+
+
+def _training(recipe: Recipe, model: Description) -> memory.Training:
+    """What decides the memory of this recipe without DeepSpeed (which takes less: `launch/README.md`)."""
+    leaf, prune = recipe.recover, recipe.prune
+    depth = isinstance(prune, Depth)
+    micro = leaf.micro_batch_size or leaf.batch_size // dist.world_size()
+    texts = min(recipe.measure.max_new_tokens + PROMPT_TOKENS, model.context or 2**31)
+    return memory.Training(
+        tokens=micro * leaf.length,
+        rank=leaf.lora.rank,
+        chunk=leaf.loss.chunk,
+        checkpointing=leaf.gradient_checkpointing,
+        element=ELEMENT_BYTES[recipe.model.dtype],
+        kept_blocks=model.blocks - (prune.count or len(prune.blocks or ())) if depth else model.blocks,
+        masked=not depth,
+        cached=recipe.measure.batch_size * texts,
+        processes=dist.world_size(),
+    )
+
+
 def matrix_rate() -> float:
     """FLOP/s of one matrix product on this device, measured in about 0.3 s."""
     import torch
@@ -87,10 +112,6 @@ def estimate(recipe: Recipe, model: Description, rate: float) -> dict[str, Any]:
     tokens = recipe.recover.tokens
     flops = tokens * (2 * model.parameters + 4 * pruned)
     seconds = flops / (rate * STEP_EFFICIENCY * dist.world_size())
-    micro = recipe.recover.micro_batch_size or recipe.recover.batch_size // dist.world_size()
-    rows = micro * recipe.recover.length
-    activations = rows * model.width * model.blocks * 14 * element
-    chunk = min(rows, recipe.recover.loss.chunk) * model.vocabulary * 4 * 4
     return {
         "parameters_dense": model.parameters,
         "parameters_pruned": round(pruned),
@@ -99,7 +120,7 @@ def estimate(recipe: Recipe, model: Description, rate: float) -> dict[str, Any]:
         "teacher_tokens": tokens,
         "training_flops": flops,
         "training_seconds": seconds,
-        "memory_bytes_per_process": round(model.parameters * element + activations + chunk),
+        "memory_bytes_per_process": memory.peak_bytes(_shape(model), _training(recipe, model)),
         "matrix_rate_flops": rate,
         "processes": dist.world_size(),
     }

@@ -205,21 +205,33 @@ def _greedy_scores() -> list[dict[str, Any]]:
 
 
 def _speed(kind: str) -> dict[str, Any]:
+    rates = {"prefill_tokens_per_second": 5200.0, "decode_tokens_per_second": 310.0}
     dense = {
         "parameters": 26_400_000,
         "file_bytes": 105_600_000,
         "kv_bytes_per_token": 16_384,
-        "prefill_tokens_per_second": 5200.0,
-        "decode_tokens_per_second": 310.0,
+        "dtype": "bfloat16",
         "peak_memory_bytes": None,
     }
     smaller = {"parameters": 21_100_000, "file_bytes": 84_400_000, "kv_bytes_per_token": 12_288}
-    faster = {"prefill_tokens_per_second": 6700.0, "decode_tokens_per_second": 398.0}
+    gain = 1.28 if kind == "depth" else 1.01
     return {
-        "dense": dense,
-        "deployed": {**dense, **(smaller | faster if kind == "depth" else {})},
+        "dense": {**dense, **_rates(rates)},
+        "deployed": {
+            **dense,
+            **(smaller if kind == "depth" else {}),
+            **_rates({rate: value * gain for rate, value in rates.items()}),
+        },
+        "ratio": {rate: {"value": gain, "interval": [gain * 0.96, gain * 1.05]} for rate in rates},
+        "repeats": 9,
+        "same_shapes": kind != "depth",
+        "workload": {"batch_size": 8, "prompt_length": 128, "steps": 32},
         "machine": MACHINE,
     }
+
+
+def _rates(values: dict[str, float]) -> dict[str, Any]:
+    return {**values, "interval": {rate: [value * 0.97, value * 1.02] for rate, value in values.items()}}
 
 
 def _spread(middle: float) -> dict[str, float]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from recover.artifacts import write_text
-from recover.report import render, verdict, words
+from recover.report import render, speeds, verdict, words
 from recover.report.collect import collect
 from recover.report.figure import Figure, is_narrow, panels
 from recover.report.svg import Canvas, Linear
@@ -16,16 +17,30 @@ ROW = 46
 USES = ("generation", "choice", "retrieval")
 MODELS = ("pruned", "recovered")
 
+# What differs between runs -> what a reader must then not do.
+APART = {
+    "measure": "These runs were measured by different rules (recipe field measure): their shares answer different "
+    "questions.",
+    "timed_on": "These runs were timed on different machines, or with different prompts: set their ratios side by "
+    "side, not their tokens/s.",
+}
+
 
 def compare(roots: Sequence[Path]) -> dict[str, Any]:
-    """{"runs": one summary a run, "best": name or None, "same_dense": all from the same dense model?}; JSON-able.
+    """{"runs": one summary a run, "best": name or None, "apart": what must not be set side by side}; JSON-able.
 
-    A run that is not finished is compared by what it has. Raises ArtifactError as `collect` does.
+    `same_dense` says whether all start from the same dense model. A run that is not finished is compared by what it
+    has. Raises ArtifactError as `collect` does.
     """
     runs = [_run(collect(root)) for root in roots]
     runs.sort(key=lambda run: _order(run["kept"]["recovered"]["generation"], run["kept"]["pruned"]["generation"]))
     best = runs[0]["name"] if runs and runs[0]["kept"]["recovered"]["generation"] is not None else None
-    return {"runs": runs, "best": best, "same_dense": len({run["model"] for run in runs}) <= 1}
+    return {
+        "runs": runs,
+        "best": best,
+        "same_dense": len({run["model"] for run in runs}) <= 1,
+        "apart": [words_ for key, words_ in APART.items() if len({run[key] for run in runs if run[key]}) > 1],
+    }
 
 
 def _order(*kept: float | None) -> tuple[float, ...]:
@@ -34,8 +49,7 @@ def _order(*kept: float | None) -> tuple[float, ...]:
 
 
 def _run(data: dict[str, Any]) -> dict[str, Any]:
-    plan, speed = data["plan"] or {}, data["speed"] or {}
-    dense, deployed = speed.get("dense") or {}, speed.get("deployed") or {}
+    plan, speed = data["plan"] or {}, data["speed"]
     return {
         "name": data["name"],
         "model": str((data["recipe"].get("model") or {}).get("source")),
@@ -45,12 +59,24 @@ def _run(data: dict[str, Any]) -> dict[str, Any]:
         "dropped": plan.get("dropped"),
         "sparsity": plan.get("sparsity"),
         "parameters": _ratio(plan.get("parameters_pruned"), plan.get("parameters_dense")),
-        "decoding": _ratio(deployed.get("decode_tokens_per_second"), dense.get("decode_tokens_per_second")),
+        "decoding": speeds.value(speed, "decode_tokens_per_second"),
+        "speed": speed,
+        "measure": _one_text(_rules(data["recipe"].get("measure") or {})),
+        "timed_on": _one_text([words.machine(speed.get("machine")), speed.get("workload")]) if speed else None,
         "tokens": (data["tokens"] or {}).get("kept"),
         "kept": {model: {use: data["verdict"][model][use]["kept"] for use in USES} for model in MODELS},
         "grades": {model: {use: data["verdict"][model][use]["grade"] for use in USES} for model in MODELS},
         "perplexity": {model: (figures or {}).get("perplexity") for model, figures in data["headline"].items()},
     }
+
+
+def _rules(measure: dict[str, Any]) -> dict[str, Any]:
+    """Without the fields that change no figure."""
+    return {key: value for key, value in measure.items() if key not in ("batch_size", "samples", "epoch_limit")}
+
+
+def _one_text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def _ratio(value: Any, of: Any) -> float | None:
@@ -66,6 +92,8 @@ def render_compare(data: dict[str, Any], path: Path) -> Path:
         "drawn": render.drawn(_figure(data)),
         "columns": COLUMNS,
         "rows": [_row(run) for run in data["runs"]],
+        "speed_columns": SPEED_COLUMNS,
+        "speed_rows": [speed_row(run) for run in data["runs"]],
     }
     write_text(path, render.page(html, "compare.html.j2", view))
     return path
@@ -87,8 +115,30 @@ def _row(run: dict[str, Any]) -> list[tuple[str, float | None]]:
         (words.count(run["tokens"]), run["tokens"]),
         *((verdict.share(share) if share is not None else words.NOT_MEASURED, share) for share in kept),
         (words.number(run["perplexity"]["recovered"]), run["perplexity"]["recovered"]),
-        (f"×{run['decoding']:.2f}" if run["decoding"] is not None else words.NOT_MEASURED, run["decoding"]),
+        (speeds.gain(run["speed"], "decode_tokens_per_second"), run["decoding"]),
     ]
+
+
+SPEED_COLUMNS = (
+    "run",
+    "parameters",
+    "file",
+    "KV per token",
+    "prefill, tokens/s",
+    "ratio",
+    "decoding, tokens/s",
+    "ratio",
+)
+
+
+def speed_row(run: dict[str, Any]) -> list[str]:
+    """One run of the table of sizes and speeds, dense → deployed, both timed in one run; in words."""
+    cells = [run["name"]]
+    for key in ("parameters", "file_bytes", "kv_bytes_per_token", *speeds.RATES):
+        cells.append(speeds.change(run["speed"], key))
+        if key in speeds.RATES:
+            cells.append(speeds.ratio(run["speed"], key))
+    return cells
 
 
 def _pruned_by(run: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from recover import strict_yaml
 from recover.artifacts import write_json, write_text
-from recover.report import verdict, words
+from recover.report import speeds, verdict, words
 from recover.report.figure import Figure
 from recover.report.figures import figures
 
@@ -48,14 +48,6 @@ DRIFT_NAMES = {
     "reverse_kl": "KL(model ‖ dense), nats",
     "kl_predicted": "KL as predicted by Var/(2T²)",
 }
-SIZES = (
-    ("parameters", "parameters", "count"),
-    ("file_bytes", "file", "bytes"),
-    ("kv_bytes_per_token", "KV cache per token", "bytes"),
-    ("prefill_tokens_per_second", "prefill, tokens/s", "number"),
-    ("decode_tokens_per_second", "decoding, tokens/s", "number"),
-    ("peak_memory_bytes", "peak memory", "bytes"),
-)
 
 
 def render(root: Path, data: dict[str, Any]) -> list[Path]:
@@ -137,7 +129,8 @@ def _view(data: dict[str, Any]) -> dict[str, Any]:
         "temperature_rows": _temperature_rows(data),
         "divergence_rows": _divergence_rows(data),
         "floor": _floor(data),
-        "size_rows": _size_rows(data),
+        "size_rows": speeds.rows(data["speed"]),
+        "speed_notes": speeds.notes(data["speed"]),
         "measured_on": words.machine((data["speed"] or {}).get("machine")),
         "verified": _verified(data),
         "recipe": strict_yaml.dump(data["recipe"]),
@@ -247,17 +240,6 @@ def _floor(data: dict[str, Any]) -> str:
     return (
         f"Each model against itself, with a KV cache and without: KL at most {floor}. Drift of that size is rounding."
     )
-
-
-def _size_rows(data: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    dense, deployed = ((data["speed"] or {}).get(side) or {} for side in ("dense", "deployed"))
-    rows = []
-    for key, name, form in SIZES:
-        before, after = words.finite(dense.get(key)), words.finite(deployed.get(key))
-        if before is not None or after is not None:
-            ratio = f"×{after / before:.2f}" if before and after is not None else "–"
-            rows.append((name, words.shown(before, form), words.shown(after, form), ratio))
-    return rows
 
 
 def _verified(data: dict[str, Any]) -> str:

@@ -1,0 +1,146 @@
+"""How much memory of a GPU a recovery takes, from the model's shape: arithmetic alone, no torch.
+
+One copy of the weights serves as teacher and student (`models/twin.py`). The bytes of activations are those that
+autograd keeps in recover's own step, counted tensor by tensor; `tests/test_memory.py` holds them against a real step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 2**30
+
+# Per logit of a chunk: two sides in fp32, the gradient, and what the fused terms need (measured: 12.4, H200).
+LOGIT_BYTES = 13
+RUNTIME_BYTES = 3 * GIB // 2  # CUDA context, NCCL, cuBLAS: not the model's, and on every GPU
+USABLE = 0.95  # of a GPU's memory: the allocator leaves gaps
+
+# launch/*.json: DeepSpeed sets aside a bucket of so many float32 gradients, two of them in ZeRO-2.
+BUCKET = 20_000_000
+LIVE_PARAMETERS = 1_000_000_000  # that ZeRO-3 holds whole at a time (stage3_max_live_parameters)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model decides its memory; `parameters` counts tied ones once."""
+
+    parameters: int
+    blocks: int
+    width: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Training:
+    """What of a recipe and a launch decides its memory. `tokens` and `cached` are those of one process.
+
+    tokens: sequences at once x their length. cached: tokens in the KV cache while generation is measured.
+    element: bytes of a weight. zero: DeepSpeed's stage, 0 without it. offload: the shares lie in host memory.
+    """
+
+    tokens: int
+    rank: int = 16
+    chunk: int = 1024
+    checkpointing: bool = False
+    element: int = 2
+    kept_blocks: int | None = None
+    masked: bool = False
+    cached: int = 16_384
+    processes: int = 1
+    zero: int = 0
+    offload: bool = False
+
+
+def adapter_parameters(shape: Shape, rank: int, blocks: int) -> int:
+    """Of LoRA on all seven linears of so many blocks: rank x (in + out) of each."""
+    query, kv = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+    attention = 2 * (shape.width + query) + 2 * (shape.width + kv)
+    return blocks * rank * (attention + 3 * (shape.width + shape.intermediate))
+
+
+def block_bytes_per_token(shape: Shape, rank: int, element: int) -> int:
+    """Bytes that autograd keeps for a block and token, without checkpointing.
+
+    D width, Q and K the widths of all query and KV heads, F intermediate, R rank, A heads. In half precision: both
+    norms' fp32 inputs 8 D; a copy for the adapter of each linear 10 D + 2 Q (that of `down` is 2 F); q, k, v and the
+    attention's output 4 Q + 4 K; in the MLP 6 F; adapters 14 R; softmax sums 4 A. In fp32 the adapters share their
+    inputs: 16 D + 8 Q + 8 K + 16 F + 28 R + 4 A.
+    """
+    query, kv = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+    if element == 4:
+        kept = 16 * shape.width + 8 * query + 8 * kv + 16 * shape.intermediate + 28 * rank
+    else:
+        kept = 18 * shape.width + 6 * query + 4 * kv + 8 * shape.intermediate + 14 * rank
+    return kept + 4 * shape.heads + 8
+
+
+def kv_bytes_per_token(shape: Shape, element: int) -> int:
+    """Of the KV cache, all blocks."""
+    return 2 * shape.blocks * shape.kv_heads * shape.head_size * element
+
+
+def training_parts(shape: Shape, training: Training) -> dict[str, int]:
+    """Bytes on one GPU at the height of a training step, by what they are for.
+
+    Adapters are float32 with gradient and two Adam moments, 16 bytes a parameter, and a half-precision copy to multiply
+    by; DeepSpeed adds a float32 master copy, and shares out all of it (ZeRO-3), or gradients, moments and master copy.
+    """
+    share = 1 / training.processes if training.zero == 3 else 1.0
+    kept = shape.blocks if training.kept_blocks is None else training.kept_blocks
+    block = block_bytes_per_token(shape, training.rank, training.element)
+    stored = shape.width * training.element if training.checkpointing else block
+    live = min(shape.parameters, LIVE_PARAMETERS) * training.element if training.zero == 3 else 0
+    return {
+        "weights": round(0 if training.offload else shape.parameters * training.element * share),
+        "masks": shape.parameters // 8 if training.masked else 0,
+        "adapters": round(adapter_parameters(shape, training.rank, kept) * _adapter_bytes(training)),
+        # One more block: what is computed again, or the gradients of the block that backward is in.
+        "activations": training.tokens * (kept * stored + block),
+        "loss": min(training.tokens, training.chunk) * shape.vocabulary * LOGIT_BYTES,
+        "engine": live + {0: 0, 2: 8, 3: 4}[training.zero] * BUCKET,
+        "runtime": RUNTIME_BYTES,
+    }
+
+
+def _adapter_bytes(training: Training) -> float:
+    copy = 2 if training.element == 2 else 0
+    buckets = 4 if training.processes > 1 and training.zero == 0 else 0  # DDP's own
+    return {
+        0: 16 + copy + buckets,
+        2: 8 + copy + 16 / training.processes,
+        3: copy + (0 if training.offload else 20 / training.processes),
+    }[training.zero]
+
+
+def measuring_bytes(shape: Shape, training: Training) -> int:
+    """Bytes on one GPU while a model is measured: each process holds it whole, whatever the launch file shares out."""
+    weights = shape.parameters * training.element
+    shared = training_parts(shape, training)["weights"] if training.zero == 3 else 0  # the engine's, in between epochs
+    return weights + shared + training.cached * kv_bytes_per_token(shape, training.element) + RUNTIME_BYTES
+
+
+def peak_bytes(shape: Shape, training: Training) -> int:
+    """The larger of training and measuring, on one GPU."""
+    return max(sum(training_parts(shape, training).values()), measuring_bytes(shape, training))
+
+
+# Launch file and checkpointing, from the least trouble to the most.
+CHOICES = (
+    ("gpu", 0, False, False),
+    ("gpu", 0, True, False),
+    ("zero3", 3, True, False),
+    ("zero3_offload", 3, True, True),
+)
+
+
+def launch_for(shape: Shape, gpu_bytes: int, tokens: int, processes: int = 8) -> str:
+    """The launch file for GPUs of this memory, "+ checkpointing" if it takes that; "none" if nothing fits."""
+    for name, zero, checkpointing, offload in CHOICES:
+        training = Training(tokens, checkpointing=checkpointing, processes=processes, zero=zero, offload=offload)
+        if peak_bytes(shape, training) <= USABLE * gpu_bytes:
+            return f"{name} + checkpointing" if checkpointing and zero == 0 else name
+    return "none"

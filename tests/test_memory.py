@@ -1,0 +1,114 @@
+"""The memory arithmetic against tensors that a real step keeps, and against figures measured on a GPU."""
+
+import pytest
+import torch
+from tiny import tiny
+
+from recover import memory
+from recover.distill.distiller import Distiller
+from recover.memory import GIB, Shape, Training, training_parts
+from recover.models.twin import Twin
+from recover.prune.plan import Plan
+from recover.recipe import Lora, Loss
+
+TOKENS, RANK = 2 * 40, 5  # no other size of a test is either
+
+
+def shape(**changes):
+    fields = {"blocks": 6, "width": 64, "intermediate": 96, "heads": 4, "kv_heads": 2, "head_size": 16}
+    return Shape(**{"parameters": 0, "vocabulary": 256, **fields, **changes})
+
+
+def twin_of(shape, dtype):
+    sizes = {"hidden_size": shape.width, "intermediate_size": shape.intermediate, "head_dim": shape.head_size}
+    heads = {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads}
+    model = tiny(num_hidden_layers=shape.blocks, **sizes, **heads).to(dtype)
+    twin = Twin(model, Plan("depth", shape.blocks, (2, 4)))
+    twin.add_lora(Lora(rank=RANK))
+    return twin
+
+
+def kept_bytes(twin, *, checkpointing=False):
+    """Bytes of the tensors that autograd keeps in one step of the distiller, each storage once, weights left out."""
+    if checkpointing:
+        twin.base.gradient_checkpointing_enable({"use_reentrant": False})
+        twin.base.enable_input_require_grads()
+    twin.model.train()
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*twin.model.parameters(), *twin.model.buffers()]}
+    found = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        factor = RANK in tensor.shape and TOKENS not in tensor.shape  # a half-precision copy of an adapter's matrix
+        if storage.data_ptr() not in own and not factor:
+            found[storage.data_ptr()] = storage  # the storage itself: its address must not be used again
+        return tensor
+
+    ids = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        twin.model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, distill=Distiller(twin, Loss(chunk=32))
+        )
+    return sum(storage.nbytes() for storage in found.values())
+
+
+@pytest.mark.parametrize(("dtype", "element"), [(torch.bfloat16, 2), (torch.float32, 4)], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"width": 128}, {"intermediate": 192}, {"heads": 8}, {"kv_heads": 4}, {"head_size": 32}],
+    ids=lambda changes: next(iter(changes), "plain"),
+)
+def test_a_block_keeps_as_much_as_the_formula_says(changes, dtype, element):
+    six, eight = (shape(**changes, blocks=blocks) for blocks in (6, 8))
+    found = (kept_bytes(twin_of(eight, dtype)) - kept_bytes(twin_of(six, dtype))) / 2 / TOKENS
+    assert found == pytest.approx(memory.block_bytes_per_token(six, RANK, element), rel=0.002)
+
+
+def test_with_checkpointing_a_block_keeps_its_input():
+    six, eight = (twin_of(shape(blocks=blocks), torch.bfloat16) for blocks in (6, 8))
+    found = (kept_bytes(eight, checkpointing=True) - kept_bytes(six, checkpointing=True)) / 2 / TOKENS
+    parts = [training_parts(shape(blocks=blocks), Training(TOKENS, rank=RANK, checkpointing=True)) for blocks in (6, 8)]
+    assert found == (parts[1]["activations"] - parts[0]["activations"]) / 2 / TOKENS
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+def test_adapters_and_cache_are_counted_as_they_are(family):
+    model = tiny(family)
+    described = shape(head_size=model.config.head_dim)
+    twin = Twin(model, Plan("depth", 6, (2,)))
+    twin.add_lora(Lora(rank=RANK))
+    trained = sum(parameter.numel() for parameter in twin.model.parameters() if parameter.requires_grad)
+    assert trained == memory.adapter_parameters(described, RANK, blocks=5)
+    assert memory.kv_bytes_per_token(described, 4) == 2 * 6 * 2 * 16 * 4
+
+
+QWEN_7B = Shape(7_615_616_512, 28, 3584, 18944, 28, 4, 128, 152_064)
+
+
+@pytest.mark.parametrize(
+    ("kept", "checkpointing", "measured"), [(21, False, 50), (21, True, 18), (4, False, 22), (4, True, 17)]
+)
+def test_within_a_fifth_of_what_one_h200_showed(kept, checkpointing, measured):
+    """Qwen2.5-7B's shape, 8,192 tokens; a step whose adapters shared their inputs, so the formula lies above it."""
+    training = Training(8192, kept_blocks=kept, checkpointing=checkpointing)
+    parts = training_parts(QWEN_7B, training)
+    total = (sum(parts.values()) - parts["runtime"]) / GIB  # the allocator's own figure has no context in it
+    assert measured * 0.97 < total < measured * 1.2
+
+
+def test_sharing_out_takes_memory_off_training_but_not_off_measuring():
+    plain = Training(2048, checkpointing=True, processes=8)
+    stages = {zero: Training(2048, checkpointing=True, processes=8, zero=zero) for zero in (2, 3)}
+    offload = Training(2048, checkpointing=True, processes=8, zero=3, offload=True)
+    totals = [training_parts(QWEN_7B, each) for each in (plain, stages[2], stages[3], offload)]
+    assert totals[1]["adapters"] < totals[0]["adapters"] and totals[1]["weights"] == totals[0]["weights"]
+    assert totals[2]["weights"] == pytest.approx(totals[0]["weights"] / 8) and totals[3]["weights"] == 0
+    whole = QWEN_7B.parameters * 2
+    assert all(memory.peak_bytes(QWEN_7B, each) > whole for each in (plain, *stages.values(), offload))
+    assert memory.launch_for(QWEN_7B, int(0.9 * whole), 128) == "none"
+
+
+def test_more_of_anything_never_takes_less():
+    base = Training(2048)
+    more = [Training(4096), Training(2048, rank=64), Training(2048, chunk=2048), Training(2048, masked=True)]
+    assert all(memory.peak_bytes(QWEN_7B, each) > memory.peak_bytes(QWEN_7B, base) for each in more)
