@@ -10,7 +10,8 @@ import errno
 import hashlib
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -173,7 +174,10 @@ def settle(root: Path) -> None:
     for old in list(root.rglob(f".*{REPLACED}")):
         _settle_one(old)
     for path in list(root.rglob(f".*{TEMPORARY}")):
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _settle_one(old: Path) -> None:
@@ -215,6 +219,15 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def explaining(path: Path) -> Iterator[None]:
+    """Inside, an OSError becomes the ArtifactError that names `path`: for writing that others do for us."""
+    try:
+        yield
+    except OSError as error:
+        raise explained(error, path) from error
 
 
 def explained(error: OSError, path: Path, size: int | None = None) -> ArtifactError:

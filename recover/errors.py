@@ -41,7 +41,7 @@ class ArtifactError(RecoverError, RuntimeError):
 
 
 class StopRequested(RecoverError):
-    """SIGTERM or SIGINT arrived; what was done stays done."""
+    """SIGTERM, SIGINT or the like arrived; what was done stays done."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by signal {signal_number}; what was done is kept, the same command goes on")

@@ -10,13 +10,13 @@ from types import FrameType
 
 from recover.errors import StopRequested
 
-# HUP: the terminal was closed; TERM: a scheduler or launcher asks; INT: control-C.
-STOPPING = (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()))
+# HUP: the terminal was closed; TERM: a scheduler or launcher asks; INT: control-C; USR1: a scheduler's warning ahead.
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 
 
 @contextmanager
 def graceful_stop() -> Iterator[None]:
-    """Inside, the first SIGINT, SIGTERM or SIGHUP raises StopRequested in the main thread; a second one kills.
+    """Inside, the first SIGINT, SIGTERM, SIGHUP or SIGUSR1 raises StopRequested in the main thread; a second one kills.
 
     The handlers of before are put back on exit. Does nothing outside the main thread, where Python takes no handlers.
     """

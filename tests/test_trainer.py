@@ -150,7 +150,7 @@ def test_a_broken_checkpoint_is_passed_over(tmp_path, at_step, monkeypatch, caps
     monkeypatch.undo()
     checkpoints = sorted((broken / "recover/checkpoints").iterdir())
     assert [path.name for path in checkpoints] == ["checkpoint-2", "checkpoint-3"]
-    state = checkpoints[-1] / "optimizer.pt"
+    state = checkpoints[-1] / "trained.safetensors"
     state.write_bytes(state.read_bytes()[:-40])
     found = adapter(go(broken, save_steps=1))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -179,19 +179,13 @@ def test_a_measurement_that_fails_is_done_again_and_no_step_is(folder):
     assert seen == [(1, 2), (1, 2), (2, 3)]
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step(folder, at_step):
+def test_a_model_that_is_not_finite_stops_with_a_diagnosis(folder, at_step):
     twin = depth_twin()
-    poisoned = []
-
-    def poison():
-        poisoned.append(twin.base.model.norm.weight.data.clone())
-        twin.base.model.norm.weight.data.fill_(float("nan"))
-
-    at_step(2, poison)
-    with pytest.raises(TrainingError, match="step 2: the loss is not finite"):
+    at_step(2, lambda: twin.base.model.norm.weight.data.fill_(float("nan")))
+    with pytest.raises(TrainingError, match=r"step 3: the loss is not finite \(.*kl nan.*model\.norm\.weight; load it"):
         go(folder, twin)
-    assert poisoned
     assert all(parameter.isfinite().all() for parameter in twin.model.parameters() if parameter.requires_grad)
+    assert read_json(folder / "recover/training.json")["skipped"] == 2
 
 
 def test_patience_stops_and_says_so(folder, capsys):

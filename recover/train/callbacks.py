@@ -13,8 +13,9 @@ from transformers import TrainerCallback
 
 from recover import console, dist
 from recover.artifacts import read_json, write_json
-from recover.errors import TrainingError
-from recover.train.checkpoints import publish_adapter, seal
+from recover.errors import ArtifactError, TrainingError
+from recover.train.checkpoints import publish_adapter
+from recover.train.course import Course
 from recover.train.stopping import Stop
 from recover.train.totals import Totals
 
@@ -26,21 +27,24 @@ class Progress(TrainerCallback):
 
     def __init__(self, totals: Totals) -> None:
         self.totals = totals
-        self.first_step = self.first_tokens = 0
+        self.done = self.first_tokens = 0
         self.started = self.last_line = 0.0
 
     def on_train_begin(self, args, state, control, **_: Any) -> None:
-        self.first_step, self.first_tokens = state.global_step, self.totals.tokens
+        self.done, self.first_tokens = 0, self.totals.tokens
         self.started = self.last_line = time.perf_counter()
         self.paused = self.totals.seconds
 
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **_: Any) -> None:
         now = time.perf_counter()
-        if not logs or "loss" not in logs or now - self.last_line < console.LINE_SECONDS:
+        if not logs or "loss" not in logs:
+            return
+        self.done += 1  # counted, as a step may be taken more than once
+        if now - self.last_line < console.LINE_SECONDS:
             return
         self.last_line = now
-        done, seconds = state.global_step - self.first_step, self.totals.elapsed() - self.paused
-        left = seconds / done * (state.max_steps - state.global_step)
+        seconds = self.totals.elapsed() - self.paused
+        left = seconds / self.done * (state.max_steps - state.global_step)
         rate = (self.totals.tokens - self.first_tokens) / seconds
         terms = ", ".join(
             f"{name} {logs[name]:.4g}" for name in ("loss", "kl", "variance", "reverse_kl", "ce") if logs.get(name)
@@ -55,6 +59,7 @@ class Epochs(TrainerCallback):
 
     The highest score wins, and the first of equal ones. Where the measurement gives no score, the lowest training
     loss wins. After a resume from an epoch's end that was not measured yet, it is measured before the first step.
+    Where too many steps in a row were skipped, it goes back to a checkpoint, and the trainer starts over from there.
     """
 
     def __init__(
@@ -64,20 +69,23 @@ class Epochs(TrainerCallback):
         ends: list[int],
         save_steps: int | None,
         patience: int | None,
-        engine: str,
-        totals: Totals,
+        course: Course,
         stop: Stop,
         after_epoch: AfterEpoch,
         generating: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self.folder, self.ends, self.save_steps, self.patience = folder, ends, save_steps, patience
-        self.engine, self.totals, self.stop = engine, totals, stop
+        self.course, self.totals, self.stop = course, course.totals, stop
         self.after_epoch, self.generating = after_epoch, generating
         self.records: list[dict[str, Any]] = dist.on_main(self._read)
 
     def _read(self) -> list[dict[str, Any]]:
         path = self.folder / "best.json"
-        return read_json(path)["epochs"] if path.exists() else []
+        try:
+            return read_json(path)["epochs"] if path.exists() else []
+        except (ArtifactError, KeyError, TypeError) as error:
+            console.warn(f"{path}: {error}; epochs measured before do not count")
+            return []
 
     @property
     def best(self) -> dict[str, Any]:
@@ -86,6 +94,8 @@ class Epochs(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **_: Any) -> Any:
         _check_adapter_dtype(model)
+        state.max_steps = self.ends[-1]  # without the room for starting over
+        self.course.begin()
         self.records = [record for record in self.records if record["step"] <= state.global_step]
         if state.global_step in self.ends[len(self.records) :]:
             self._end_epoch(state, control, model)
@@ -93,17 +103,24 @@ class Epochs(TrainerCallback):
         return control
 
     def on_step_end(self, args, state, control, **_: Any) -> Any:
-        due = self.save_steps is not None and state.global_step % self.save_steps == 0
+        skips = self.course.skips
+        if skips.too_many(last_step=state.global_step == self.ends[-1]):
+            return self._start_over(state, control)
+        due = self.save_steps is not None and state.global_step % self.save_steps == 0 and skips.row == 0
         control.should_save = due or state.global_step in self.ends or bool(self.stop.agreed)
         control.should_training_stop = control.should_training_stop or bool(self.stop.agreed)
         return control
 
-    def on_save(self, args, state, control, model=None, **_: Any) -> Any:
+    def _start_over(self, state: Any, control: Any) -> Any:
         self.totals.stop_clock()
-        seal(
-            Path(args.output_dir) / f"checkpoint-{state.global_step}",
-            {"engine": self.engine, "totals": self.totals.to_json()},
-        )
+        self.course.go_back()
+        self.records = [record for record in self.records if record["step"] <= state.global_step]
+        # The trainer's next epoch begins with the text of the step that is now the next one.
+        control.should_epoch_stop, control.should_training_stop, control.should_save = True, False, False
+        self.totals.start_clock()
+        return control
+
+    def on_save(self, args, state, control, model=None, **_: Any) -> Any:
         if state.global_step in self.ends and not self.stop.agreed:
             self._end_epoch(state, control, model)
         self.totals.start_clock()
@@ -112,11 +129,13 @@ class Epochs(TrainerCallback):
     def _end_epoch(self, state: Any, control: Any, model: Any) -> None:
         epoch = self.ends.index(state.global_step) + 1
         publish_adapter(model, self.folder / f"epoch-{epoch}")
-        train = {**self.totals.read_epoch(), "lr": _last_learning_rate(state)}
+        train = {**self.totals.read_epoch(), "lr": self.totals.lr}
         context = {
             "step": state.global_step,
             "tokens": self.totals.tokens,
             "seconds": self.totals.seconds,
+            "skipped": self.course.skips.skipped,
+            "rollbacks": self.course.skips.rollbacks,
             "train": train,
         }
         devices = [dist.device()] if torch.cuda.is_available() else []
@@ -147,10 +166,6 @@ class Epochs(TrainerCallback):
 def _merit(record: dict[str, Any]) -> tuple[float, float]:
     """`max` takes the first of equal ones; a score, where there is one, decides alone."""
     return (-record["loss"], 0.0) if record["score"] is None else (record["score"], 0.0)
-
-
-def _last_learning_rate(state: Any) -> float | None:
-    return next((entry["learning_rate"] for entry in reversed(state.log_history) if "learning_rate" in entry), None)
 
 
 def _check_adapter_dtype(model: Any) -> None:

@@ -1,9 +1,12 @@
-"""Files of a training run: adapters, checkpoints to resume from, and which of them can be trusted.
+"""Files of a training run: adapters, and checkpoints to go on from, each whole or not there.
 
-recover/epoch-1/ ...     adapter_model.safetensors, adapter_config.json, MANIFEST.json
-recover/best.json        the epoch that generated best, and the score of each
-recover/checkpoints/     what a resume needs; gone once the training is finished
-recover/data/            text that the dense model wrote
+recover/epoch-1/ ...       adapter_model.safetensors, adapter_config.json, MANIFEST.json
+recover/best.json          the epoch that generated best, and the score of each
+recover/training.json      which training this is, whether it is finished, and which steps were skipped
+recover/checkpoints.jsonl  a line for each checkpoint once it is whole: step, digest of its manifest, bytes
+recover/checkpoints/       what a resume needs; gone once the training is finished
+    checkpoint-20/         trained.safetensors, state.json, MANIFEST.json
+recover/data/              text that the dense model wrote
 """
 
 from __future__ import annotations
@@ -13,31 +16,47 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recover import console, dist
-from recover.artifacts import check_manifest, publish, read_json, write_json, write_manifest
+from recover.artifacts import (
+    MANIFEST,
+    append_jsonl,
+    check_manifest,
+    explaining,
+    publish,
+    read_json,
+    read_jsonl,
+    sha256,
+    write_bytes,
+    write_json,
+)
 from recover.distill.distiller import gathered
-from recover.errors import ArtifactError, TrainingError
+from recover.errors import ArtifactError
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import Tensor
 
 WEIGHTS = "adapter_model.safetensors"
-STATE = "recover.json"
+TRAINED, STATE = "trained.safetensors", "state.json"
+KEPT = 2  # the newest, and the one before: whoever finds the newest broken goes on from it
 
 
 def write_adapter(model: PeftModel, folder: Path) -> None:
     """Write the adapter's two files into `folder`. All processes must call it (ZeRO-3 gathers the adapter)."""
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     with gathered(*trained.values()):
-        if dist.is_main():
-            values = {name: parameter.detach().cpu().clone() for name, parameter in trained.items()}
-            state = get_peft_model_state_dict(model, state_dict=values, save_embedding_layers=False)
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: value.contiguous() for name, value in state.items()}, folder / WEIGHTS, {"format": "pt"})
-            model.peft_config["default"].save_pretrained(str(folder))
-    dist.barrier()
+        values = {name: p.detach().cpu().clone() for name, p in trained.items()} if dist.is_main() else {}
+    dist.on_main(lambda: _write_adapter(model, values, folder))
+
+
+def _write_adapter(model: PeftModel, values: dict[str, Tensor], folder: Path) -> None:
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save
+
+    state = get_peft_model_state_dict(model, state_dict=values, save_embedding_layers=False)
+    data = save({name: value.contiguous() for name, value in state.items()}, {"format": "pt"})
+    with explaining(folder):
+        write_bytes(folder / WEIGHTS, data)
+        model.peft_config["default"].save_pretrained(str(folder))
 
 
 def publish_adapter(model: PeftModel, folder: Path) -> None:
@@ -67,41 +86,89 @@ def read_adapter(model: PeftModel, folder: Path) -> None:
         )
 
 
-def seal(checkpoint: Path, state: dict[str, Any]) -> None:
-    """Vouch for a checkpoint that all processes have finished: without this last step it is not resumed from."""
-    dist.barrier()
-    if dist.is_main():
-        write_json(checkpoint / STATE, state)
-        write_manifest(checkpoint)
-    dist.barrier()
+class Checkpoints:
+    """The checkpoints of one training, known by `fingerprint`. Only the main process may call it."""
 
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder, self.lines, self.fingerprint = folder / "checkpoints", folder / "checkpoints.jsonl", fingerprint
+        self.broken: set[Path] = set()
 
-def newest_checkpoint(folder: Path, engine: str) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint whose every file is as it was written, and its state; broken ones are named, and deleted.
+    def save(self, step: int, values: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Publish a checkpoint: written beside, synced, with a manifest, renamed, listed; then old ones go.
 
-    Raises:
-        TrainingError: it was written by another number of processes, or another DeepSpeed stage, whose shards do
-            not fit.
-    """
-    return dist.on_main(lambda: _newest(folder, engine))
+        Raises:
+            ArtifactError: it could not be written; what was there before is as it was.
+        """
+        from safetensors.torch import save
 
-
-def _newest(folder: Path, engine: str) -> tuple[Path, dict[str, Any]] | None:
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
+        checkpoint = self.folder / f"checkpoint-{step}"
+        beside = checkpoint.with_name(f".{checkpoint.name}.tmp")
+        shutil.rmtree(beside, ignore_errors=True)
         try:
-            check_manifest(checkpoint)
-            state = read_json(checkpoint / STATE)
-        except ArtifactError as error:
-            console.warn(f"not resuming from {checkpoint.name}: {error}")
-            shutil.rmtree(checkpoint)
-            continue
-        if state["engine"] != engine and "zero" in state["engine"] + engine:
-            raise TrainingError(
-                f"{checkpoint}: written by {state['engine']}, and this is {engine}: DeepSpeed's shards do not fit. "
-                f"Launch as before, or delete {folder} to begin anew"
-            )
-        return checkpoint, state
-    return None
+            write_bytes(beside / TRAINED, save(values))
+            write_json(beside / STATE, {**state, "step": step, "fingerprint": self.fingerprint})
+            publish(beside, checkpoint)
+        except ArtifactError:
+            shutil.rmtree(beside, ignore_errors=True)  # a full disk needs the room
+            raise
+        self.broken.discard(checkpoint)
+        size = sum(path.stat().st_size for path in checkpoint.iterdir())
+        line = {"step": step, "manifest": sha256(checkpoint / MANIFEST), "bytes": size, "good": state["row"] == 0}
+        append_jsonl(self.lines, line)
+        self._retain()
+
+    def newest(self, *, good: bool = False) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint that is as it was written, and its state; what is passed over is named, and why.
+
+        `good`: only of a moment when the step before was in order.
+        """
+        listed = self._listed()
+        for checkpoint in self._present():
+            try:
+                state = self._checked(checkpoint, listed)
+            except ArtifactError as error:
+                if not checkpoint.exists():  # an old one that a training has just put away: there are newer ones
+                    return self.newest(good=good)
+                if checkpoint not in self.broken:
+                    console.warn(f"not resuming from {checkpoint.name}: {error}")
+                self.broken.add(checkpoint)
+                continue
+            if not good or state["row"] == 0:
+                return checkpoint, state
+        return None
+
+    def _checked(self, checkpoint: Path, listed: dict[int, dict[str, Any]]) -> dict[str, Any]:
+        check_manifest(checkpoint)
+        line = listed.get(_step(checkpoint))  # none: a crash came after the rename, and it is whole all the same
+        if line is not None and line.get("manifest") != sha256(checkpoint / MANIFEST):
+            raise ArtifactError(f"{checkpoint}: its manifest is not the one that {self.lines.name} lists")
+        state = read_json(checkpoint / STATE)
+        if state["fingerprint"] != self.fingerprint or state["step"] != _step(checkpoint):
+            raise ArtifactError(f"{checkpoint}: of another training or step; expected this one's")
+        return state
+
+    def _listed(self) -> dict[int, dict[str, Any]]:
+        """Step -> its last line; nothing where the list cannot be read: then the manifests vouch alone."""
+        if not self.lines.exists():
+            return {}
+        try:
+            return {line["step"]: line for line in read_jsonl(self.lines)}
+        except (ArtifactError, TypeError, KeyError) as error:
+            console.warn(f"{self.lines}: cannot be read ({error}); checkpoints are held against their manifests alone")
+            self.lines.unlink(missing_ok=True)
+            return {}
+
+    def _present(self) -> list[Path]:
+        """Newest first."""
+        return sorted(self.folder.glob("checkpoint-*"), key=_step, reverse=True)
+
+    def _retain(self) -> None:
+        """Keep the newest ones, and the newest from a moment when all was in order; broken ones do not count."""
+        listed = self._listed()
+        whole = [checkpoint for checkpoint in self._present() if checkpoint not in self.broken]
+        good = [checkpoint for checkpoint in whole if listed.get(_step(checkpoint), {}).get("good")]
+        for checkpoint in {*self._present()} - {*whole[:KEPT], *good[:KEPT]}:
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _step(checkpoint: Path) -> int:
@@ -109,26 +176,40 @@ def _step(checkpoint: Path) -> int:
     return int(number) if number.isdigit() else -1
 
 
-def begin(folder: Path, fingerprint: str) -> None:
-    """Clear away what an earlier training left, unless this is the same one and it did not finish."""
-    dist.on_main(lambda: _begin(folder, fingerprint))
+def begin(folder: Path, fingerprint: str) -> dict[str, Any]:
+    """What training.json says of this training's past; what an earlier, another one left is cleared away."""
+    return dist.on_main(lambda: _begin(folder, fingerprint))
 
 
-def _begin(folder: Path, fingerprint: str) -> None:
+def _begin(folder: Path, fingerprint: str) -> dict[str, Any]:
+    new = {"fingerprint": fingerprint, "finished": False, "skipped": 0, "rollbacks": 0, "findings": []}
     stamp = folder / "training.json"
-    if stamp.exists() and read_json(stamp) == {"fingerprint": fingerprint, "finished": False}:
-        return
-    for old in [folder / "checkpoints", *folder.glob("epoch-*")]:
-        shutil.rmtree(old, ignore_errors=True)
-    (folder / "best.json").unlink(missing_ok=True)
-    write_json(stamp, {"fingerprint": fingerprint, "finished": False})
+    if stamp.exists():
+        try:
+            found = {**new, **read_json(stamp)}
+        except (ArtifactError, TypeError) as error:
+            console.warn(f"{error}; the checkpoints will say which training it was")
+            if Checkpoints(folder, fingerprint).newest() is not None:
+                write_json(stamp, new)
+                return new
+        else:
+            if found["fingerprint"] == fingerprint and found["finished"] is False:
+                return found
+    with explaining(folder):
+        for old in [folder / "checkpoints", *folder.glob("epoch-*")]:
+            shutil.rmtree(old, ignore_errors=True)
+        for name in ("best.json", "checkpoints.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+    write_json(stamp, new)
+    return new
 
 
-def finish(folder: Path, fingerprint: str) -> None:
-    """Mark the training as finished and delete what only a resume would need."""
+def note(folder: Path, fingerprint: str, counts: dict[str, Any], *, finished: bool = False) -> None:
+    """Put the counts of skipped steps into training.json; once `finished`, what only a resume would need goes."""
 
-    def close() -> None:
-        write_json(folder / "training.json", {"fingerprint": fingerprint, "finished": True})
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    def write() -> None:
+        write_json(folder / "training.json", {"fingerprint": fingerprint, "finished": finished, **counts})
+        if finished:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
-    dist.on_main(close)
+    dist.on_main(write)

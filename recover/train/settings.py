@@ -55,8 +55,13 @@ def epoch_ends(steps: int, epochs: int) -> list[int]:
     return [round(steps * epoch / epochs) for epoch in range(1, epochs + 1)]
 
 
-def training_arguments(leaf: Recover, split: BatchSplit, steps: int, seed: int, folder: Path) -> SFTConfig:
-    """Arguments of trl's trainer. What it would save, log, report or show by itself is off: our callbacks do that."""
+def training_arguments(
+    leaf: Recover, split: BatchSplit, steps: int, seed: int, folder: Path, *, passes: int = 1
+) -> SFTConfig:
+    """Arguments of trl's trainer. What it would save, log, report or show by itself is off: our callbacks do that.
+
+    `passes`: how often the trainer may start over the text, for which it must expect so many times the steps.
+    """
     from trl.trainer.sft_config import SFTConfig
 
     on_gpu = torch.cuda.is_available()
@@ -79,14 +84,13 @@ def training_arguments(leaf: Recover, split: BatchSplit, steps: int, seed: int, 
         "report_to": "none",
         "disable_tqdm": True,
         "save_strategy": "no",
-        "save_total_limit": 2,  # the newest, and the one before: it still verifies if a crash tears the newest
         "logging_strategy": "steps",
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # would hide a NaN and wait for the device at every step
     }
     return SFTConfig(
         output_dir=str(folder),
-        max_steps=steps,
+        max_steps=steps * passes,
         per_device_train_batch_size=split.micro,
         gradient_accumulation_steps=split.accumulation,
         learning_rate=leaf.lr,

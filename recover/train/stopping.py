@@ -12,6 +12,10 @@ from recover.errors import StopRequested
 from recover.signals import STOPPING
 
 
+class Interrupted(Exception):
+    """Raised out of a step that was begun and has changed nothing yet; on every process at the same micro-step."""
+
+
 class Stop:
     """`requested`: the number of the signal this process got, or 0; `agreed`: one that all processes know of, or 0.
 

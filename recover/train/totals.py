@@ -11,20 +11,35 @@ TERMS = ("loss", "kl", "variance", "reverse_kl", "ce")
 
 @dataclasses.dataclass
 class Totals:
-    """`tokens` and `seconds` since the first step; `step` and `epoch`: sums since the last reading."""
+    """`tokens` and `seconds` since the first step; `step` and `epoch`: sums since the last reading.
+
+    Micro-steps wait until their optimizer step is made (`commit`) or skipped (`discard`).
+    """
 
     tokens: int = 0
     seconds: float = 0.0
     step: dict[str, float] = dataclasses.field(default_factory=dict)
     epoch: dict[str, float] = dataclasses.field(default_factory=dict)
+    waiting: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    lr: float | None = None  # of the last step
     clock: float | None = dataclasses.field(default=None, repr=False)
 
     def add(self, sums: dict[str, float]) -> None:
-        """Count one micro-step; `sums` holds TERMS and `tokens`."""
-        for window in (self.step, self.epoch):
-            for name, value in sums.items():
-                window[name] = window.get(name, 0.0) + value
-        self.tokens += round(sums["tokens"])
+        """Count one micro-step, once its optimizer step is made; `sums` holds TERMS and `tokens`."""
+        self.waiting.append(sums)
+
+    def commit(self) -> None:
+        """The optimizer step of the micro-steps added last is made."""
+        for sums in self.waiting:
+            for window in (self.step, self.epoch):
+                for name, value in sums.items():
+                    window[name] = window.get(name, 0.0) + value
+            self.tokens += round(sums["tokens"])
+        self.discard()
+
+    def discard(self) -> None:
+        """The optimizer step of the micro-steps added last was not made: they never were."""
+        self.waiting = []
 
     def start_clock(self) -> None:
         """Training goes on from here."""
@@ -52,11 +67,13 @@ class Totals:
 
     def to_json(self) -> dict[str, Any]:
         """What a resumed run goes on from."""
-        return {"tokens": self.tokens, "seconds": self.seconds, "epoch": self.epoch}
+        return {"tokens": self.tokens, "seconds": self.seconds, "epoch": self.epoch, "lr": self.lr}
 
     def restore(self, value: dict[str, Any]) -> None:
         """Take over what `to_json` gave."""
         self.tokens, self.seconds, self.epoch = value["tokens"], value["seconds"], dict(value["epoch"])
+        self.lr, self.step = value["lr"], {}
+        self.discard()
 
 
 def _means(sums: dict[str, float]) -> dict[str, float]:

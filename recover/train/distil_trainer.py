@@ -1,0 +1,243 @@
+"""trl's trainer with the distillation loss in place of its own, and our own checkpoints.
+
+Everything is a sum until one place divides: by the scored tokens of the whole optimizer step, over all micro-
+batches and processes. So gradients do not depend on how a step is cut into micro-batches or dealt out to processes.
+
+Legend: B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PrinterCallback, ProgressCallback
+from trl.trainer.sft_trainer import SFTTrainer
+
+from recover import dist
+from recover.distill.distiller import Distiller, scored_tokens
+from recover.errors import TrainingError
+from recover.recipe import Recover
+from recover.train.data import collator
+from recover.train.skipping import norm_is_finite
+from recover.train.stopping import Interrupted, Stop
+from recover.train.totals import TERMS
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from recover.models.twin import Twin
+    from recover.train.course import Course
+
+
+class RecoverTrainer(SFTTrainer):
+    """`twin.model` learns, by `distiller`, from rows of `build_dataset`, in their order.
+
+    A step whose loss or gradient is not finite, on whichever process, changes no parameter on any: `course` counts it.
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of all micro-batches of the step
+
+    def __init__(
+        self,
+        twin: Twin,
+        tokenizer: PreTrainedTokenizerBase,
+        leaf: Recover,
+        rows: Dataset,
+        *,
+        args: Any,
+        steps: int,
+        course: Course,
+        stop: Stop,
+    ) -> None:
+        pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        super().__init__(
+            model=twin.model,
+            args=args,
+            train_dataset=rows,
+            processing_class=tokenizer,
+            data_collator=collator(pad or 0, leaf.loss.scored),
+        )
+        self.adapted: Any = twin.model
+        self.distiller = Distiller(twin, leaf.loss)
+        self.steps, self.rows_a_step = steps, leaf.batch_size
+        self.course = course
+        self.stop = stop
+        # trl patches the model object with a forward of its own head; ours never takes it, and a twin outlives its
+        # training.
+        vars(twin.base).pop("forward", None)
+        # Kept, it would have the model's special tokens rewritten to match, and a copy saved with each checkpoint.
+        self.processing_class = None
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        if self.accelerator.num_processes != dist.world_size():
+            raise TrainingError(
+                f"{dist.world_size()} processes were launched, and accelerate sees {self.accelerator.num_processes}: "
+                "each would train alone on the same data. Launch with one of the files in launch/"
+            )
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one optimizer step, and the scored tokens in them, over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.course.begin_step()
+        tokens = torch.zeros((), dtype=torch.int64, device=device)
+        for batch in batches:
+            tokens += scored_tokens(batch["labels"]).to(device)
+        return batches, self.accelerator.reduce(tokens, "sum")
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """One micro-batch forward and backward; after the last one of a step, whether the step may be made."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        in_order = self.course.skips.found is None
+        if self.accelerator.sync_gradients:
+            self._judge_step()
+        return loss if in_order else torch.zeros_like(loss)  # transformers adds it to a sum of its own
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """This micro-batch's part of the mean loss per token, as autograd must see it."""
+        assert num_items_in_batch is not None and not return_outputs
+        sums = model(**inputs, distill=self.distiller)
+        self._count(sums)
+        # Gradients are averaged over processes, by DDP and DeepSpeed alike, and this is a sum over them.
+        scale = self.accelerator.num_processes / num_items_in_batch.clamp_min(1)
+        # Where one process met a NaN, every gradient of the step is to be one: DeepSpeed then skips it by itself.
+        return sums["loss"] * (scale if self.course.skips.found is None else scale * math.nan)
+
+    def _count(self, sums: dict[str, Tensor]) -> None:
+        """Add to the totals of all processes; learn on the way whether any met a NaN or was asked to stop."""
+        names = [*TERMS, "tokens"]
+        values = [sums[name].detach().double() for name in names]
+        values.append(torch.full_like(values[0], self.stop.requested))
+        summed: Any = self.accelerator.reduce(torch.stack(values), "sum")
+        *numbers, stop = summed.tolist()
+        if stop:
+            self.stop.agreed = self.stop.requested or signal.SIGTERM
+            if not self.accelerator.sync_gradients:
+                raise Interrupted  # a step of many micro-batches may outlast the time until we are killed
+        total = dict(zip(names, numbers, strict=True))
+        if all(map(math.isfinite, numbers)):
+            self.course.totals.add(total)
+            return
+        shown = ", ".join(f"{name} {value:g}" for name, value in total.items() if not math.isfinite(value))
+        self.course.skips.found = f"the loss is not finite ({shown})"
+
+    def _judge_step(self) -> None:
+        """Before an optimizer step: is its gradient finite on every process? If not it is thrown away.
+
+        DeepSpeed has made its step by now, or has seen that the norm is not finite and left it out.
+        """
+        skips, engine = self.course.skips, self.zero_engine
+        if engine is None:
+            trained = [parameter for parameter in self.adapted.parameters() if parameter.requires_grad]
+            undone, in_order = True, norm_is_finite(trained)
+        else:
+            norm = engine.get_global_grad_norm()
+            undone = self.accelerator.optimizer_step_was_skipped
+            in_order = not undone and (norm is None or math.isfinite(norm))
+        bad: Any = self.accelerator.reduce(torch.tensor(float(not in_order), device=self.args.device), "sum")
+        if bad.item() and skips.found is None:
+            skips.found = "the gradient is not finite, though the loss is"
+        wrong = skips.found is not None
+        self.course.end_step(undone=undone)
+        if wrong:
+            self.adapted.zero_grad(set_to_none=True)  # a step without gradients changes nothing, moments included
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Losses as means per token over all processes; of a skipped step, only that it was."""
+        if "loss" in logs:
+            set_rate(self.lr_scheduler, self.state.global_step)  # DeepSpeed holds it back at a step that it skips
+            self.course.totals.lr = logs["learning_rate"]
+            if self.course.skips.row:
+                logs = {"learning_rate": logs["learning_rate"], "skipped": self.course.skips.skipped}
+            else:
+                logs = {**logs, **self.course.totals.read_step()}
+        super().log(logs, start_time)
+
+    def stand_at(self, step: int) -> None:
+        """Go on as if `step` optimizer steps had been made: the step's number, the learning rate; text follows."""
+        self.state.global_step = self._globalstep_last_logged = step
+        set_rate(self.lr_scheduler, step)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """For the steps of the training, without the room that the trainer has for starting over."""
+        return super().create_scheduler(self.steps, optimizer)
+
+    def _save_checkpoint(self, *_: Any, **__: Any) -> None:
+        """All that a resume needs is in ours; transformers' cannot go to another number of processes."""
+        self.course.save()
+
+    def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
+        # In training order, from the step that is next: drawn ones would have to be brought back to their state.
+        return RowsToCome(self)
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None: checkpoints here are for resuming only."""
+
+    def _send_telemetry(self) -> None:
+        """None: a training run makes no network request of its own."""
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: transformers' estimate walks all parameters at each step and knows neither view of the twin."""
+        return 0
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Inside, every process holds the whole model, outside of the engine: what generation needs."""
+        if not self.is_zero3:
+            yield
+            return
+        from deepspeed.runtime.zero import GatheredParameters
+        from trl.models.utils import add_hooks, remove_hooks
+
+        engine: Any = self.model_wrapped
+        with GatheredParameters(list(engine.parameters())):
+            remove_hooks(engine)
+            try:
+                yield
+            finally:
+                add_hooks(engine)
+
+    @property
+    def is_zero3(self) -> bool:
+        """Whether parameters are dealt out over the processes."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        return plugin is not None and plugin.zero_stage == 3
+
+    @property
+    def zero_engine(self) -> Any:
+        """DeepSpeed's engine, or None."""
+        return self.model_wrapped if self.is_deepspeed_enabled else None
+
+    @property
+    def engine(self) -> str:
+        """In words, for who reads a checkpoint."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        return "plain" if plugin is None else f"DeepSpeed zero{plugin.zero_stage}"
+
+
+class RowsToCome(torch.utils.data.Sampler):
+    """Numbers of the rows from the trainer's next step on, each time it is gone through."""
+
+    def __init__(self, trainer: RecoverTrainer) -> None:
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.trainer.state.global_step * self.trainer.rows_a_step, len(self)))
+
+    def __len__(self) -> int:
+        return self.trainer.steps * self.trainer.rows_a_step
+
+
+def set_rate(scheduler: Any, step: int) -> None:
+    """The learning rate that a straight training has after `step` optimizer steps, skipped ones included."""
+    schedule = getattr(scheduler, "scheduler", scheduler)
+    rates = [base * rate(step) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    schedule.last_epoch, schedule._last_lr = step, rates
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

@@ -1,0 +1,309 @@
+"""A tiny real training in a process of its own, and ways to hurt it: killed, signalled, its disk broken, NaN put in.
+
+The process is a fork of this one, so that thousands of trials do not import torch each time.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import two_processes
+from byte_tokenizer import byte_tokenizer
+from safetensors.torch import load_file
+from tiny import tiny
+
+from recover import artifacts
+from recover.errors import RecoverError
+from recover.models.twin import Twin
+from recover.prune.plan import Plan
+from recover.run_directory import RunDirectory
+from recover.signals import graceful_stop
+from recover.train.distil_trainer import RecoverTrainer
+from recover.train.trainer import recover
+
+OPTIONS = {"lora": {"rank": 4, "dropout": 0.2}, "save_steps": 1, "micro_batch_size": 4}
+CRASHED = 70  # exit code of a process that met an error that is none of ours
+
+
+def train(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """The whole of it, as `recover run` calls it: lock, handlers, training; the best adapter's folder."""
+    with graceful_stop(), RunDirectory(folder).lock():
+        two_processes.write_text(folder)
+        twin = Twin(tiny().to(dtype), Plan("depth", 6, (2, 4)))
+        leaf = two_processes.leaf(folder, **{**OPTIONS, **changes})
+        return recover(twin, byte_tokenizer(), leaf, folder / "recover", lambda epoch, _: float(epoch), seed=3)
+
+
+def start(work: Callable[[], Any], log: Path) -> int:
+    """Do `work` in a fork, which exits as the command line would; its process id."""
+    process = os.fork()
+    if process:
+        return process
+    code = CRASHED
+    try:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        sys.stdout = sys.stderr = open(descriptor, "w", buffering=1, closefd=False)  # noqa: SIM115
+        torch.set_num_threads(1)
+        work()
+        code = 0
+    except RecoverError as error:
+        print(f"{type(error).__name__}: {error}")
+        code = error.exit_code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def end(process: int) -> int:
+    """Wait for it; its exit code, negative for the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def run(folder: Path, work: Callable[[], Any] | None = None, **changes: Any) -> tuple[int, str]:
+    """Exit code and output of one process that trains (or works) to its end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder.with_name(f"{folder.name}.log")
+    log.unlink(missing_ok=True)
+    code = end(start(work or (lambda: train(folder, **changes)), log))
+    return code, log.read_text()
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """What the training of this folder published last."""
+    last = sorted((folder / "recover").glob("epoch-*"))[-1]
+    artifacts.check_manifest(last)
+    return load_file(last / "adapter_model.safetensors")
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def goes_on(folder: Path, expected: dict[str, torch.Tensor], **changes: Any) -> str | None:
+    """Run the same command again; None if it ends with the bits of the straight run, else what was wrong."""
+    code, output = run(folder, **changes)
+    if code != 0:
+        return f"exit code {code}: {output[-1500:]}"
+    if not same(adapter(folder), expected):
+        return f"other weights: {output[-1500:]}"
+    left = [path.name for path in folder.rglob(".*") if path.name != ".lock"]
+    return f"left over: {left}" if left else None
+
+
+def interrupted(folder: Path, numbers: list[int], after: float, between: float = 0.0, **changes: Any) -> int:
+    """Start a training and send it these signals; its exit code."""
+    folder.mkdir(parents=True, exist_ok=True)
+    process = start(lambda: train(folder, **changes), folder.with_name(f"{folder.name}.log"))
+    time.sleep(after)
+    for number in numbers:
+        with suppress(ProcessLookupError):
+            os.kill(process, number)
+        time.sleep(between)
+    return end(process)
+
+
+class Disk:
+    """Counts what changes files; at call `at` it kills this process with SIGKILL, or raises `error`.
+
+    A write that is killed leaves half of its bytes. `room`: bytes that may be written until the disk is full.
+    """
+
+    CHANGING = ("replace", "fsync", "unlink", "rmdir", "mkdir")
+
+    def __init__(self, at: int = 0, error: int | None = None, room: int | None = None) -> None:
+        self.at, self.error, self.room, self.calls, self.written = at, error, room, 0, 0
+
+    def step(self) -> bool:
+        """True if this call is the one."""
+        self.calls += 1
+        if self.calls == self.at and self.error is not None:
+            raise OSError(self.error, os.strerror(self.error))
+        return self.calls == self.at
+
+    def wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.step():
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    def open(self, path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if not set(mode) & set("wa+"):
+            return builtins.open(path, mode, *args, **kwargs)
+        if self.step():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Writing(builtins.open(path, mode, *args, **kwargs), self)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        held = {name: getattr(os, name) for name in self.CHANGING}
+        try:
+            for name, function in held.items():
+                setattr(os, name, self.wrapped(function))
+            artifacts.open = self.open  # type: ignore[attr-defined]
+            yield
+        finally:
+            for name, function in held.items():
+                setattr(os, name, function)
+            del artifacts.open  # type: ignore[attr-defined]
+
+
+class Writing:
+    """An open file whose write can be torn, or meet a full disk."""
+
+    def __init__(self, file: Any, disk: Disk) -> None:
+        self.file, self.disk = file, disk
+
+    def write(self, data: bytes) -> int:
+        if self.disk.step():
+            self.file.write(data[: len(data) // 2])
+            self.file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.disk.written += len(data)
+        if self.disk.room is not None and self.disk.written > self.disk.room:
+            self.file.write(data[: max(0, len(data) - (self.disk.written - self.disk.room))])
+            self.file.flush()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.file.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def __enter__(self) -> Writing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+def on_disk(folder: Path, disk: Disk, **changes: Any) -> tuple[int, str]:
+    """One training on this disk."""
+
+    def work() -> None:
+        with disk.installed():
+            train(folder, **changes)
+
+    return run(folder, work)
+
+
+def disk_calls(folder: Path, **changes: Any) -> tuple[int, int]:
+    """(calls that change files, bytes written) in a training to its end."""
+    disk, note = Disk(), folder.with_name("disk_calls.txt")
+
+    def work() -> None:
+        with disk.installed():
+            train(folder, **changes)
+        note.write_text(f"{disk.calls} {disk.written}")
+
+    code, output = run(folder, work)
+    assert code == 0, output
+    calls, written = note.read_text().split()
+    shutil.rmtree(folder)
+    return int(calls), int(written)
+
+
+def count_micro_steps(action: Callable[[RecoverTrainer, int], None]) -> None:
+    """`action(trainer, n)` before micro-step n (from 1) of this process; for good: call it in a fork."""
+    compute_loss, count = RecoverTrainer.compute_loss, [0]
+
+    def counted(trainer: RecoverTrainer, *args: Any, **kwargs: Any) -> Any:
+        count[0] += 1
+        action(trainer, count[0])
+        return compute_loss(trainer, *args, **kwargs)
+
+    RecoverTrainer.compute_loss = counted  # type: ignore[method-assign]
+
+
+def stopped_at(folder: Path, micro_step: int, **changes: Any) -> tuple[int, str]:
+    """One training that gets SIGTERM within this micro-step."""
+
+    def stop(_trainer: RecoverTrainer, number: int) -> None:
+        if number == micro_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def work() -> None:
+        count_micro_steps(stop)
+        train(folder, **changes)
+
+    return run(folder, work)
+
+
+def once(module: torch.nn.Module, value: float) -> None:
+    """The module's next output is `value` throughout the first sequence, the ones after it are not."""
+
+    def poison(_module: Any, _args: Any, output: Any) -> Any:
+        handle.remove()
+        first = output[0] if isinstance(output, tuple) else output
+        first = first.clone()
+        first[0] = value
+        return (first, *output[1:]) if isinstance(output, tuple) else first
+
+    handle = module.register_forward_hook(poison)
+
+
+def poison_loss(trainer: RecoverTrainer, value: float) -> None:
+    run_distiller = trainer.distiller.run
+
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
+        trainer.distiller.run = run_distiller  # type: ignore[method-assign]
+        out = run_distiller(*args, **kwargs)
+        out["loss"] = out["loss"] + value
+        return out
+
+    trainer.distiller.run = poisoned  # type: ignore[method-assign]
+
+
+def poison_gradient(trainer: RecoverTrainer, value: float) -> None:
+    parameter = next(p for p in trainer.adapted.parameters() if p.requires_grad)
+
+    def poisoned(gradient: torch.Tensor) -> torch.Tensor:
+        handle.remove()
+        return torch.full_like(gradient, value)
+
+    handle = parameter.register_hook(poisoned)
+
+
+def poison_teacher(trainer: RecoverTrainer, value: float) -> None:
+    """A dropped block runs in the dense view only."""
+    once(trainer.distiller.twin.blocks[2].mlp, value)
+
+
+# Where a NaN comes from -> puts one there, once, in the next micro-step.
+POISONS: dict[str, Callable[[RecoverTrainer, float], None]] = {
+    "loss": poison_loss,
+    "gradient": poison_gradient,
+    "teacher": poison_teacher,
+    "hidden state": lambda trainer, value: once(trainer.distiller.twin.blocks[5].mlp, value),
+    "input embedding": lambda trainer, value: once(trainer.distiller.twin.base.get_input_embeddings(), value),
+}
+
+
+def poisoned_at(folder: Path, where: str, value: float, micro_steps: range, **changes: Any) -> tuple[int, str]:
+    """One training with a value put in at each of these micro-steps; parameters must be finite at every step."""
+
+    def act(trainer: RecoverTrainer, number: int) -> None:
+        assert all(p.isfinite().all() for p in trainer.adapted.parameters() if p.requires_grad), "poisoned parameters"
+        if number in micro_steps:
+            POISONS[where](trainer, value)
+
+    def work() -> None:
+        count_micro_steps(act)
+        train(folder, **changes)
+
+    return run(folder, work)
