@@ -58,6 +58,11 @@ class Probe(Leaf):
     samples: int = Field(default=32, ge=1)
     steps: int = Field(default=48, ge=1, description="decoding steps along the dense model's own trajectory")
     temperatures: tuple[float, ...] = (0.5, 1.0, 2.0)
+    seeds: tuple[int, ...] = Field(default=(), description="of texts drawn at T = 1, measured beside the greedy ones")
+    sublayers: bool = Field(default=True, description="what each attention and MLP does, closed or replaced by itself")
+    layer_positions: int = Field(
+        default=2048, ge=1, description="of each batch, at most so many positions enter figures of blocks and sublayers"
+    )
     batch_size: int = Field(default=16, ge=1)
 
     @field_validator("temperatures")

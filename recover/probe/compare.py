@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from recover.errors import ModelError
+from recover.models.site import Site
 from recover.probe import spaces
+from recover.probe.sublayers import CLOSED, REPLACED, Transition
 from recover.probe.views import LENSES, Lens, Pair, States
 
 # Logits of one view held at once; some ten times as many numbers live while they are compared. On a CPU they should
@@ -58,15 +60,19 @@ class Comparison:
     def _final(self, h_dense_ND: Tensor, h_pruned_ND: Tensor, rows: Rows, temperatures: list[float]) -> dict:
         z_dense_NV = finite_logits(self.dense, h_dense_ND, rows, "dense view")
         z_pruned_NV = finite_logits(self.pruned, h_pruned_ND, rows, "pruned view")
-        shared = spaces.state_drift(h_dense_ND, h_pruned_ND) | spaces.logit_drift(z_dense_NV, z_pruned_NV)
+        states = spaces.state_drift(h_dense_ND, h_pruned_ND) if self.pair.one_width else {}
+        shared = states | spaces.logit_drift(z_dense_NV, z_pruned_NV)
         table = {(None, name): value for name, value in shared.items()}
         for t in temperatures:
             table |= {(t, name): value for name, value in spaces.probability_drift(z_dense_NV, z_pruned_NV, t).items()}
         return table
 
     def blocks(self, dense: States, pruned: States, rows: Rows) -> dict[tuple[int, str], Table]:
-        """Drift at the output of every block that both views have, through both lenses, T = 1."""
-        numbers = [number for number in dense.blocks if number in pruned.blocks]
+        """Drift at the output of every block that both views have, through both lenses, T = 1.
+
+        None for two models of different width, whose hidden states have nothing in common.
+        """
+        numbers = [number for number in dense.blocks if number in pruned.blocks and self.pair.one_width]
         return {
             (number, lens): self._block(dense.blocks[number], pruned.blocks[number], rows, number, lens)
             for number in numbers
@@ -85,9 +91,44 @@ class Comparison:
 
         return self._by_chunks(compare, h_dense_ND, h_pruned_ND, rows)
 
+    def sublayers(self, found: dict[Site, Transition], rows: Rows) -> dict[tuple[Site, str, str], Table]:
+        """Drift that each sublayer makes when it alone is closed, or replaced by the pruned one; keys end in the lens.
+
+        Both states go through the dense model's norm and head. Figures are those of `spaces.sublayer_drift`.
+        """
+        return {
+            (site, what, lens): self._sublayer(found[site].after_ND, changed_ND, rows, f"{site} {what}, {lens} lens,")
+            for site in found
+            for what, changed_ND in ((CLOSED, found[site].before_ND), (REPLACED, found[site].replaced_ND))
+            for lens in LENSES
+        }
+
+    def _sublayer(self, after_ND: Tensor, changed_ND: Tensor, rows: Rows, where: str) -> Table:
+        lens = where.split()[-2]
+
+        def compare(after_ND: Tensor, changed_ND: Tensor, rows: Rows) -> Table:
+            after_ND, changed_ND = self.dense.states(after_ND, lens), self.dense.states(changed_ND, lens)
+            z_after_NV = finite_logits(self.dense, after_ND, rows, f"dense view at {where}")
+            same = torch.equal(after_ND, changed_ND)  # most sublayers of a depth-pruned model: half the work
+            z_changed_NV = (
+                z_after_NV if same else finite_logits(self.dense, changed_ND, rows, f"pruned view at {where}")
+            )
+            return spaces.sublayer_drift(after_ND, changed_ND, z_after_NV, z_changed_NV)
+
+        return self._by_chunks(compare, after_ND, changed_ND, rows)
+
     def kl(self, h_dense_ND: Tensor, h_pruned_ND: Tensor, rows: Rows) -> Tensor:
         """KL(dense || pruned) of each row, from states after the final norm."""
         return self._kl(self.dense, h_dense_ND, self.pruned, h_pruned_ND, rows)
+
+    def expected(self, lens: Lens, h_ND: Tensor, target_N: Tensor, rows: Rows, name: str) -> Tensor:
+        """log p of each row's target token, in nats, at T = 1."""
+
+        def compare(h_ND: Tensor, target_N: Tensor, rows: Rows) -> Table:
+            log_p_NV = spaces.log_probabilities(finite_logits(lens, h_ND, rows, f"{name} view"))
+            return {"log_p": log_p_NV.gather(-1, target_N[:, None]).squeeze(-1)}
+
+        return self._by_chunks(compare, h_ND, target_N, rows)["log_p"]
 
     def self_drift(self, view: str, once_ND: Tensor, again_ND: Tensor, rows: Rows) -> dict[str, float]:
         """The largest drift between two readings of one view: no more than rounding, if nothing is wrong."""

@@ -1,61 +1,48 @@
 """Where and when a pruned view leaves the dense one: at the last layer, block by block, step by step, and on its own.
 
-Both views are run along the dense model's greedy trajectory (teacher-forced: the direct error of pruning), then along
-the pruned view's own (free-running: what compounds through the context). What is measured: docs/theory.md.
+Both views are run along the dense model's trajectory (teacher-forced: the direct error of pruning), then along the
+pruned view's own (free-running: what compounds through the context). What is measured: docs/theory.md.
 
 Shapes: B batch, S decoding steps, N scored positions, D width.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from recover import console, dist, recipe
+from recover.errors import DataError
 from recover.measure.collapse import first_divergence
 from recover.models.twin import Twin
 from recover.probe.compare import Comparison, Rows, Table
-from recover.probe.records import Block, Divergence, Final, Identity, Record, Step, summary
-from recover.probe.spaces import quantiles, ratio
-from recover.probe.trajectory import Batch, Trajectory, along, batches_of, encode, end_tokens, greedy
-from recover.probe.views import Pair
+from recover.probe.findings import Finding, Free, final_record, join, positions_of, prompts_of, records_of
+from recover.probe.records import Record, summary
+from recover.probe.store import Store
+from recover.probe.sublayers import transitions
+from recover.probe.trajectory import (
+    Batch,
+    Trajectory,
+    along,
+    batches_of,
+    check_ids,
+    encode,
+    end_tokens,
+    given,
+    greedy,
+    sampled,
+    thinned,
+)
+from recover.probe.views import Pair, States
 
-__all__ = ["dense_trajectories", "final_drift", "probe", "summary"]
-
-RATIOS = ("embedding", "logit", "probability", "kl")
-STEP_METRICS = ("kl", "kl_predicted", "reverse_kl", "embedding", "logit", "probability", "top1")
-STEP_METRICS_OF_T = ("kl", "kl_predicted", "probability")
+__all__ = ["dense_trajectories", "final_drift", "findings", "positions_of", "probe", "records_of", "summary", "texts"]
 
 Prompts = list[str] | list[list[int]]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-@dataclasses.dataclass(frozen=True)
-class Free:
-    """One batch on the pruned view's own trajectory, whose scored positions are M; K are those scored in both."""
-
-    step_M: Tensor
-    kl_M: Tensor
-    step_K: Tensor
-    total_K: Tensor
-    direct_K: Tensor
-    first: list[int | None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """All figures of one batch, one value a scored position: what processes exchange."""
-
-    rows: Rows
-    final: dict[float, Table]
-    blocks: dict[tuple[int, str], Table]
-    free: Free
-    identity: dict[str, dict[str, float]]
 
 
 def probe(twin: Twin | Pair, tokenizer: Any, prompts: Prompts, leaf: recipe.Probe) -> list[Record]:
@@ -65,20 +52,55 @@ def probe(twin: Twin | Pair, tokenizer: Any, prompts: Prompts, leaf: recipe.Prob
     among the temperatures.
 
     Raises:
-        DataError: no prompts, a prompt without tokens, or one too long for the model.
+        DataError: no prompts, a prompt without tokens, or one too long for either model.
         ModelError: logits that are not finite, naming the prompt; two views of different vocabularies.
     """
+    return records_of(Pair.of(twin), findings(twin, tokenizer, prompts, leaf))
+
+
+def findings(
+    twin: Twin | Pair, tokenizer: Any, prompts: Prompts, leaf: recipe.Probe, *, store: Store | None = None
+) -> list[Finding]:
+    """The figures of every position behind the records of `probe`, batch by batch; raises as `probe` does.
+
+    `store`: where batches are kept as they are done, and found again.
+    """
     pair = Pair.of(twin)
-    comparison, temperatures = Comparison(pair), sorted({*leaf.temperatures, 1.0})
-    ends = end_tokens(pair.dense, tokenizer)
+    comparison, ends = Comparison(pair), end_tokens(pair.dense, tokenizer)
+    if not ends:
+        console.warn(f"probe: neither model nor tokenizer names an end token: texts run on to {leaf.steps} tokens")
 
     def examine(batch: Batch) -> Finding:
-        dense = greedy(pair.dense, batch, steps=leaf.steps, ends=ends)
-        own = greedy(pair.pruned, batch, steps=leaf.steps, ends=ends)
-        return _examine(comparison, dense, own, temperatures)
+        return _examine(comparison, batch, leaf, ends)
 
-    batches = _batches(pair, tokenizer, prompts, leaf)
-    return _records(pair, dist.gather(_work(batches, examine, "probe")))
+    return dist.gather(_work(_batches(pair, tokenizer, prompts, leaf), examine, "probe", store))
+
+
+def texts(
+    twin: Twin | Pair, ids: Sequence[list[int]], leaf: recipe.Probe, *, store: Store | None = None
+) -> list[Finding]:
+    """Teacher-forced figures along texts as they are given, in token ids: each token after the first is a position.
+
+    Raises:
+        DataError: no texts, one of less than two tokens, or too long for either model.
+        ModelError: as `probe`.
+    """
+    pair = Pair.of(twin)
+    comparison = Comparison(pair)
+    short = [number for number, row in enumerate(ids) if len(row) < 2]
+    if short or not ids:
+        what = f"text {short[0]} has less than two tokens" if short else "no texts"
+        raise DataError(f"probe: {what}: there is nothing to predict")
+    for view in (pair.dense, pair.pruned):
+        check_ids(list(ids), view, steps=0)
+    device = next(pair.dense.model.parameters()).device
+    starts = range(0, len(ids), leaf.batch_size)
+
+    def examine(start: int) -> Finding:
+        trajectory = given(list(ids[start : start + leaf.batch_size]), start, device)
+        return _forced(comparison, trajectory, leaf)[0]
+
+    return dist.gather(_work(list(starts), examine, "probe of texts", store))
 
 
 def dense_trajectories(twin: Twin | Pair, tokenizer: Any, prompts: Prompts, leaf: recipe.Probe) -> list[Trajectory]:
@@ -106,50 +128,94 @@ def final_drift(
     mine = dense_trajectories(pair, tokenizer, prompts, leaf) if trajectories is None else trajectories
 
     def examine(trajectory: Trajectory) -> tuple[Rows, Table]:
-        rows = _rows(trajectory)
-        dense, pruned = (along(view, trajectory, with_blocks=False) for view in (pair.dense, pair.pruned))
+        rows = _rows(trajectory, trajectory.scored_BS)
+        dense, pruned = (along(view, trajectory) for view in (pair.dense, pair.pruned))
         return rows, comparison.final(dense.final_ND, pruned.final_ND, rows, [1.0])[1.0]
 
-    findings = dist.gather(dist.everywhere(lambda: [examine(trajectory) for trajectory in mine]))
-    table = _join([table for _, table in findings])
-    return _final(1.0, table, _prompts([rows for rows, _ in findings])).to_json()
+    found = dist.gather(dist.everywhere(lambda: [examine(trajectory) for trajectory in mine]))
+    table = join([table for _, table in found])
+    return final_record(1.0, table, prompts_of([rows for rows, _ in found])).to_json()
 
 
 def _batches(pair: Pair, tokenizer: Any, prompts: Prompts, leaf: recipe.Probe) -> list[Batch]:
     ids = encode(tokenizer, prompts[: leaf.samples])
+    check_ids(ids, pair.pruned, steps=leaf.steps)
     return batches_of(ids, pair.dense, size=leaf.batch_size, steps=leaf.steps)
 
 
-def _work(items: list[Item], function: Callable[[Item], Result], description: str) -> list[Result]:
-    """This process's share of the results; a failure on one process is raised on all."""
-    mine = dist.shard(items)
-    return dist.everywhere(lambda: [function(item) for item in console.track(mine, description, unit="batch")])
+def _work(
+    items: list[Item], function: Callable[[Item], Any], description: str, store: Store | None = None
+) -> list[Any]:
+    """This process's share of the results, kept in `store` if there is one; a failure on one is raised on all."""
+    mine = dist.shard(list(enumerate(items)))
+
+    def do(number: int, item: Item) -> Any:
+        found = None if store is None else store.get(number)
+        if found is None:
+            found = function(item)
+            if store is not None:
+                store.put(number, found)
+        return found
+
+    return dist.everywhere(lambda: [do(*numbered) for numbered in console.track(mine, description, unit="batch")])
 
 
-def _rows(trajectory: Trajectory) -> Rows:
-    at = trajectory.scored_BS.cpu().nonzero()
+def _rows(trajectory: Trajectory, mark_BS: Tensor) -> Rows:
+    at = mark_BS.cpu().nonzero()
     return Rows(torch.tensor(trajectory.batch.prompts)[at[:, 0]], at[:, 1])
 
 
-def _examine(comparison: Comparison, dense: Trajectory, own: Trajectory, temperatures: list[float]) -> Finding:
-    """Four full forwards: each view along each trajectory, `dense` and the pruned view's `own`."""
-    pair, rows, own_rows = comparison.pair, _rows(dense), _rows(own)
-    dense_states, pruned_states = along(pair.dense, dense), along(pair.pruned, dense)
-    final = comparison.final(dense_states.final_ND, pruned_states.final_ND, rows, temperatures)
-    blocks = comparison.blocks(dense_states, pruned_states, rows)
-    own_dense_ND = along(pair.dense, own, with_blocks=False).final_ND
-    own_ND = along(pair.pruned, own, with_blocks=False).final_ND
-    kl_M = comparison.kl(own_dense_ND, own_ND, own_rows)
+def _examine(comparison: Comparison, batch: Batch, leaf: recipe.Probe, ends: list[int]) -> Finding:
+    pair = comparison.pair
+    dense, own = (greedy(view, batch, steps=leaf.steps, ends=ends) for view in (pair.dense, pair.pruned))
+    forced, dense_states, _ = _forced(comparison, dense, leaf)
+    free, own_states = _free(comparison, dense, own, dense_states, forced.final[1.0]["kl"])
+    identity = {
+        "dense": comparison.self_drift("dense", dense_states.final_ND, dense.cached_ND, forced.rows),
+        "pruned": comparison.self_drift("pruned", own_states.final_ND, own.cached_ND, _rows(own, own.scored_BS)),
+    }
+    drawn = {seed: _drawn(comparison, batch, leaf, ends, seed) for seed in leaf.seeds}
+    return Finding(forced.rows, forced.final, forced.blocks, forced.sublayers, free, drawn, identity)
+
+
+def _forced(comparison: Comparison, trajectory: Trajectory, leaf: recipe.Probe) -> tuple[Finding, States, States]:
+    """Both views along one trajectory: the figures, and each view's states."""
+    pair, rows = comparison.pair, _rows(trajectory, trajectory.scored_BS)
+    layers_BS = thinned(trajectory.scored_BS, leaf.layer_positions)
+    layer_rows = _rows(trajectory, layers_BS)
+    dense, pruned = (along(view, trajectory, blocks_BS=layers_BS) for view in (pair.dense, pair.pruned))
+    final = comparison.final(dense.final_ND, pruned.final_ND, rows, sorted({*leaf.temperatures, 1.0}))
+    blocks = comparison.blocks(dense, pruned, layer_rows)
+    dense.blocks.clear()
+    pruned.blocks.clear()
+    sublayers = {}
+    if leaf.sublayers and pair.one_width:
+        sublayers = comparison.sublayers(transitions(pair, trajectory, layers_BS), layer_rows)
+    return Finding(rows, final, blocks, sublayers), dense, pruned
+
+
+def _free(
+    comparison: Comparison, dense: Trajectory, own: Trajectory, dense_states: States, direct_N: Tensor
+) -> tuple[Free, States]:
+    """The pruned view on its own trajectory `own`, and its states there; `direct_N`: KL along the dense one."""
+    pair, rows, own_rows = comparison.pair, _rows(dense, dense.scored_BS), _rows(own, own.scored_BS)
+    own_states = along(pair.pruned, own)
+    kl_M = comparison.kl(along(pair.dense, own).final_ND, own_states.final_ND, own_rows)
     in_both, in_own = _common(dense.scored_BS, own.scored_BS)
     common = rows[in_both.cpu()]
-    total_K = comparison.kl(dense_states.final_ND[in_both], own_ND[in_own], common)
+    total_K = comparison.kl(dense_states.final_ND[in_both], own_states.final_ND[in_own], common)
     first = [first_divergence(a, b) for a, b in zip(dense.tokens(), own.tokens(), strict=True)]
-    free = Free(own_rows.step_N, kl_M, common.step_N, total_K, final[1.0]["kl"][in_both.cpu()], first)
-    identity = {
-        "dense": comparison.self_drift("dense", dense_states.final_ND, dense.cached_ND, rows),
-        "pruned": comparison.self_drift("pruned", own_ND, own.cached_ND, own_rows),
-    }
-    return Finding(rows, final, blocks, free, identity)
+    direct_K = direct_N[in_both.cpu()]
+    return Free(rows.step_N, direct_N, own_rows.step_N, kl_M, common.step_N, total_K, direct_K, first), own_states
+
+
+def _drawn(comparison: Comparison, batch: Batch, leaf: recipe.Probe, ends: list[int], seed: int) -> Free:
+    pair = comparison.pair
+    dense, own = (sampled(view, batch, steps=leaf.steps, ends=ends, seed=seed) for view in (pair.dense, pair.pruned))
+    states = along(pair.dense, dense)
+    rows = _rows(dense, dense.scored_BS)
+    direct_N = comparison.kl(states.final_ND, along(pair.pruned, dense).final_ND, rows)
+    return _free(comparison, dense, own, states, direct_N)[0]
 
 
 def _common(first_BS: Tensor, second_BS: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,75 +225,3 @@ def _common(first_BS: Tensor, second_BS: Tensor) -> tuple[Tensor, Tensor]:
     for mark_BS in both_BS:
         mark_BS[:, :steps] = first_BS[:, :steps] & second_BS[:, :steps]
     return both_BS[0][first_BS], both_BS[1][second_BS]
-
-
-def _records(pair: Pair, findings: list[Finding]) -> list[Record]:
-    """All batches put together, in the order final, block, step, divergence, identity."""
-    prompts = _prompts([finding.rows for finding in findings])
-    final = {t: _join([finding.final[t] for finding in findings]) for t in findings[0].final}
-    blocks = {key: _join([finding.blocks[key] for finding in findings]) for key in findings[0].blocks}
-    return [
-        *(_final(t, table, prompts) for t, table in final.items()),
-        *(
-            Block(number, number in pair.closed, lens, **_quantiles(table, tuple(table)))
-            for (number, lens), table in blocks.items()
-        ),
-        *_steps(final, findings),
-        _divergence([first for finding in findings for first in finding.free.first]),
-        _identity([finding.identity for finding in findings]),
-    ]
-
-
-def _join(tables: list[Table]) -> Table:
-    return {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
-
-
-def _prompts(rows: list[Rows]) -> int:
-    return len(torch.cat([part.prompt_N for part in rows]).unique())
-
-
-def _quantiles(table: Table, names: tuple[str, ...], keep_N: Tensor | None = None) -> dict[str, Any]:
-    return {name: quantiles(table[name] if keep_N is None else table[name][keep_N]) for name in names}
-
-
-def _final(temperature: float, table: Table, prompts: int) -> Final:
-    metrics = _quantiles(table, tuple(table))
-    metrics |= {f"{name}_ratio": quantiles(ratio(table[f"{name}_predicted"], table[name])) for name in RATIOS}
-    return Final(temperature, prompts, len(table["kl"]), metrics)
-
-
-def _steps(final: dict[float, Table], findings: list[Finding]) -> list[Step]:
-    step_N = torch.cat([finding.rows.step_N for finding in findings])
-    free = [finding.free for finding in findings]
-    step_M, kl_M = torch.cat([part.step_M for part in free]), torch.cat([part.kl_M for part in free])
-    step_K, total_K = torch.cat([part.step_K for part in free]), torch.cat([part.total_K for part in free])
-    gap_K = total_K - torch.cat([part.direct_K for part in free])
-    first = [place for part in free for place in part.first]
-    steps = []
-    for step in range(int(max(step_N.max(), step_M.max())) + 1):
-        here_N, here_M, here_K = step_N == step, step_M == step, step_K == step
-        forced = _quantiles(final[1.0], STEP_METRICS, here_N) | {"n": int(here_N.sum())}
-        running = {
-            "kl": quantiles(kl_M[here_M]),
-            "total": quantiles(total_K[here_K]),
-            "gap": quantiles(gap_K[here_K]),
-            "diverged": sum(place is not None and place <= step for place in first) / len(first),
-            "n": int(here_M.sum()),
-        }
-        others = {str(t): _quantiles(table, STEP_METRICS_OF_T, here_N) for t, table in final.items() if t != 1.0}
-        steps.append(Step(step, forced, running, others))
-    return steps
-
-
-def _divergence(first: list[int | None]) -> Divergence:
-    places = [place for place in first if place is not None]
-    never = first.count(None) / len(first)
-    return Divergence(len(first), quantiles(torch.tensor(places, dtype=torch.float64)), never, first)
-
-
-def _identity(batches: list[dict[str, dict[str, float]]]) -> Identity:
-    dense, pruned = (
-        {name: max(batch[view][name] for batch in batches) for name in ("kl", "embedding")}
-        for view in ("dense", "pruned")
-    )
-    return Identity(max(dense["kl"], pruned["kl"]), max(dense["embedding"], pruned["embedding"]), dense, pruned)

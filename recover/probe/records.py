@@ -25,7 +25,8 @@ class _Record:
 class Final(_Record):
     """Teacher-forced drift at the last layer over all scored positions of all prompts, at one temperature.
 
-    `metrics` has every metric of the three spaces, and the ratios predicted / exact (`kl_ratio` is Var_p / (2 KL T^2)).
+    `metrics` has every metric of the three spaces, and of each prediction its error (predicted - exact) and its ratio
+    (predicted / exact; `kl_ratio` is Var_p / (2 KL T^2)).
     """
 
     probe: ClassVar[str] = "final"
@@ -52,6 +53,27 @@ class Block(_Record):
     closed: bool
     lens: str
     embedding: Quantiles
+    logit: Quantiles
+    probability: Quantiles
+    kl: Quantiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Sublayer(_Record):
+    """One sublayer (`part`: attention or mlp; dense numbering) closed, or replaced by the pruned one, all else dense.
+
+    Drift right behind it, T = 1, seen through the dense norm and head (`lens`). `parallel` and `orthogonal` are the
+    parts of the change along and across the dense state, in its lengths: `parallel` may be negative.
+    """
+
+    probe: ClassVar[str] = "sublayer"
+    block: int
+    part: str
+    counterfactual: str
+    lens: str
+    embedding: Quantiles
+    parallel: Quantiles
+    orthogonal: Quantiles
     logit: Quantiles
     probability: Quantiles
     kl: Quantiles
@@ -87,6 +109,67 @@ class Divergence(_Record):
 
 
 @dataclasses.dataclass(frozen=True)
+class Sampled(_Record):
+    """As `Step` and `Divergence`, for texts drawn at T = 1 from one seed: both views draw with the same random numbers.
+
+    `teacher_forced.kl`, and `kl`, `total`, `gap` of `free_running`, are over all positions; `steps` has them by step.
+    """
+
+    probe: ClassVar[str] = "sampled"
+    seed: int
+    prompts: int
+    teacher_forced: dict[str, Any]
+    free_running: dict[str, Any]
+    first: Quantiles
+    never: float
+    steps: list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice(_Record):
+    """A choice task in both views: the subspace of its option tokens, the whole vocabulary at the same positions, and
+    the options' full log-likelihoods beside them.
+
+    `items`: all; `subspace`: those whose options part at one place, each with a token of its own; what is said of
+    tokens is of these. `mass`: total probability of the option tokens: where it is small, what the subspace
+    says is weak evidence. `rank_changed`: share of items whose options stand in another order.
+    """
+
+    probe: ClassVar[str] = "choice"
+    task: str
+    items: int
+    subspace: int
+    drift: dict[str, Quantiles]
+    vocabulary: dict[str, Quantiles]
+    mass: dict[str, Quantiles]
+    margin: dict[str, Quantiles]
+    accuracy: dict[str, float | None]
+    same_choice: float | None
+    rank_changed: float | None
+    likelihood: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrieval(_Record):
+    """Pooled hidden states (after the final norm) as embeddings: does the pruned view rank documents as the dense one?
+
+    `embedding`: 1 - cos of a text's two embeddings. `rank_correlation`: Spearman's, of a query's document scores.
+    `ndcg`: of the pruned ranking, the dense ranking being right; `relevance`: nDCG of each view where the file says
+    which documents are relevant.
+    """
+
+    probe: ClassVar[str] = "retrieval"
+    pooling: str
+    queries: int
+    documents: int
+    embedding: Quantiles
+    rank_correlation: Quantiles
+    ndcg: Quantiles
+    top1: float
+    relevance: dict[str, Quantiles] | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Identity(_Record):
     """Each view against itself, cached decoding against one full forward: the largest drift that rounding alone makes.
 
@@ -100,7 +183,7 @@ class Identity(_Record):
     pruned: dict[str, float]
 
 
-Record = Final | Block | Step | Divergence | Identity
+Record = Final | Block | Sublayer | Step | Divergence | Sampled | Choice | Retrieval | Identity
 
 
 def summary(records: Sequence[Record | dict[str, Any]]) -> dict[str, Any]:
@@ -121,7 +204,11 @@ def summary(records: Sequence[Record | dict[str, Any]]) -> dict[str, Any]:
         "final": finals.get(1.0),
         "temperatures": list(finals.values()),
         "blocks": of("block"),
+        "sublayers": of("sublayer"),
         "steps": of("step"),
         "divergence": divergence,
+        "sampled": of("sampled"),
+        "choices": of("choice"),
+        "retrieval": of("retrieval"),
         "identity": next(iter(of("identity")), None),
     }

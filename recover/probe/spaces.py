@@ -186,6 +186,19 @@ def lens_drift(z_dense_NV: Tensor, z_pruned_NV: Tensor) -> dict[str, Tensor]:
     }
 
 
+def sublayer_drift(
+    h_dense_ND: Tensor, h_changed_ND: Tensor, z_dense_NV: Tensor, z_changed_NV: Tensor
+) -> dict[str, Tensor]:
+    """Drift at one place of the residual stream in all three spaces, and its parts along and across the dense state."""
+    h_dense_ND, h_changed_ND = h_dense_ND.double(), h_changed_ND.double()
+    parallel_N, orthogonal_N = parallel_and_orthogonal(h_dense_ND, h_changed_ND)
+    return {
+        "embedding": one_minus_cosine(h_dense_ND, h_changed_ND),
+        "parallel": parallel_N,
+        "orthogonal": orthogonal_N,
+    } | lens_drift(z_dense_NV, z_changed_NV)
+
+
 def ratio(predicted_N: Tensor, exact_N: Tensor) -> Tensor:
     """predicted / exact, over the rows whose exact drift is more than rounding (their number may be 0)."""
     meant_N = exact_N > NEGLIGIBLE

@@ -8,6 +8,8 @@ Shapes: B batch, T prompt tokens, S decoding steps, N scored positions (to each 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,7 +33,8 @@ class Batch:
 class Trajectory:
     """Greedy tokens from each prompt; `scored_BS` is true up to and including the end token, or to the last step.
 
-    `cached_ND` are the states after the final norm from which the scored tokens were read, decoding with the cache.
+    `cached_ND` are the states after the final norm from which the scored tokens were read, decoding with the cache
+    (none for a text that was given).
     """
 
     batch: Batch
@@ -75,6 +78,13 @@ def batches_of(ids: list[list[int]], view: View, *, size: int, steps: int) -> li
     Raises:
         DataError: a prompt and `steps` tokens do not fit the model's context, or an id is outside its vocabulary.
     """
+    check_ids(ids, view, steps=steps)
+    device = next(view.model.parameters()).device
+    return [pad(start, ids[start : start + size], device) for start in range(0, len(ids), size)]
+
+
+def check_ids(ids: list[list[int]], view: View, *, steps: int) -> None:
+    """Raises DataError, naming the first prompt that with `steps` more tokens is too long, or has a token too high."""
     config = base_of(view.model).config
     for number, row in enumerate(ids):
         if len(row) + steps > config.max_position_embeddings:
@@ -87,11 +97,10 @@ def batches_of(ids: list[list[int]], view: View, *, size: int, steps: int) -> li
                 f"probe: prompt {number} holds a token outside 0..{config.vocab_size - 1}: "
                 "the tokenizer belongs to another model"
             )
-    device = next(view.model.parameters()).device
-    return [_pad(start, ids[start : start + size], device) for start in range(0, len(ids), size)]
 
 
-def _pad(first: int, rows: list[list[int]], device: torch.device) -> Batch:
+def pad(first: int, rows: list[list[int]], device: torch.device) -> Batch:
+    """The rows as one batch, padded on the left; `first` is the number of the first one."""
     length = max(map(len, rows))
     ids = [[0] * (length - len(row)) + row for row in rows]  # which id pads is of no matter: the mask hides it
     mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
@@ -114,11 +123,37 @@ def positions(mask_BT: Tensor) -> Tensor:
 
 def greedy(view: View, batch: Batch, *, steps: int, ends: list[int]) -> Trajectory:
     """Up to `steps` most likely tokens, one cached forward each; no penalty, whatever the generation config says."""
+    return _decode(view, batch, steps, ends, lambda z_BV, step: z_BV.argmax(-1))
+
+
+def sampled(view: View, batch: Batch, *, steps: int, ends: list[int], seed: int) -> Trajectory:
+    """As `greedy`, but tokens are drawn from softmax(z), by noise that depends on seed, prompt and step alone.
+
+    So equal views write equal texts, near views nearly equal ones, and batches and processes make no difference.
+    (argmax of z + Gumbel noise is a draw from softmax(z).)
+    """
+
+    def draw(z_BV: Tensor, step: int) -> Tensor:
+        noise_BV = torch.stack([_exponential(seed, prompt, step, z_BV.shape[-1]) for prompt in batch.prompts])
+        return (z_BV.float() - noise_BV.to(z_BV.device).log()).argmax(-1)
+
+    return _decode(view, batch, steps, ends, draw)
+
+
+def _exponential(seed: int, prompt: int, step: int, size: int) -> Tensor:
+    key = hashlib.sha256(f"{seed} {prompt} {step}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:7]))
+    return torch.empty(size).exponential_(generator=generator)
+
+
+def _decode(
+    view: View, batch: Batch, steps: int, ends: list[int], choose: Callable[[Tensor, int], Tensor]
+) -> Trajectory:
     stop = torch.tensor(ends, device=batch.ids_BT.device)
     ids_BT, mask_BT = batch.ids_BT, batch.mask_BT
     alive_B = torch.ones(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
     cache, tokens, scored, states = None, [], [], []
-    with running(view) as model, hidden_states(view, lambda h_BTD: h_BTD[:, -1], with_blocks=False) as seen:
+    with running(view) as model, hidden_states(view, lambda h_BTD: h_BTD[:, -1]) as seen:
         while len(tokens) < steps and alive_B.any():
             place_BT = positions(mask_BT)[:, -ids_BT.shape[1] :]
             output = model(
@@ -129,7 +164,7 @@ def greedy(view: View, batch: Batch, *, steps: int, ends: list[int]) -> Trajecto
                 use_cache=True,
                 logits_to_keep=1,
             )
-            token_B, cache = output.logits[:, -1].argmax(-1), output.past_key_values
+            token_B, cache = choose(output.logits[:, -1], len(tokens)), output.past_key_values
             tokens.append(token_B)
             scored.append(alive_B)
             states.append(seen.final_ND)
@@ -139,17 +174,56 @@ def greedy(view: View, batch: Batch, *, steps: int, ends: list[int]) -> Trajecto
     return Trajectory(batch, torch.stack(tokens, 1), scored_BS, torch.stack(states, 1)[scored_BS])
 
 
-def along(view: View, trajectory: Trajectory, *, with_blocks: bool = True) -> States:
-    """The view's states at each scored position of any view's trajectory, by one full forward without a cache."""
-    batch, tokens_BS, scored_BS = trajectory.batch, trajectory.tokens_BS, trajectory.scored_BS
+def given(rows: list[list[int]], first: int, device: torch.device, *, starts: list[int] | None = None) -> Trajectory:
+    """Texts as they are; each token from `starts` on is scored, by default each after the first one.
+
+    `first`: the number of the first text in the whole list.
+    """
+    starts = starts or [1] * len(rows)
+    ends = [row[start:] for row, start in zip(rows, starts, strict=True)]
+    length = max(map(len, ends))
+    tokens = [end + [0] * (length - len(end)) for end in ends]  # causal: what stands behind is not read
+    scored = [[True] * len(end) + [False] * (length - len(end)) for end in ends]
+    batch = pad(first, [row[:start] for row, start in zip(rows, starts, strict=True)], device)
+    return Trajectory(
+        batch, torch.tensor(tokens, device=device), torch.tensor(scored, device=device), torch.empty(0, device=device)
+    )
+
+
+def whole(trajectory: Trajectory) -> tuple[Tensor, Tensor]:
+    """(ids_BT, mask_BT) of prompt and trajectory, less its last token: no further one is predicted from it."""
+    batch, tokens_BS = trajectory.batch, trajectory.tokens_BS
     ids_BT = torch.cat([batch.ids_BT, tokens_BS[:, :-1]], 1)
-    mask_BT = torch.cat([batch.mask_BT, torch.ones_like(tokens_BS[:, :-1])], 1)
-    first = batch.ids_BT.shape[1] - 1  # the last token of the prompt predicts the first of the trajectory
+    return ids_BT, torch.cat([batch.mask_BT, torch.ones_like(tokens_BS[:, :-1])], 1)
 
-    def select(h_BTD: Tensor) -> Tensor:
-        return h_BTD[:, first:][scored_BS]
 
-    with running(view) as model, hidden_states(view, select, with_blocks=with_blocks) as seen:
+def marked(trajectory: Trajectory, mark_BS: Tensor) -> Tensor:
+    """The columns of `whole` from which the tokens marked are predicted, as a mask (B, T)."""
+    before = trajectory.batch.ids_BT.shape[1] - 1  # the last token of the prompt predicts the first of the trajectory
+    return torch.cat([mark_BS.new_zeros(len(mark_BS), before), mark_BS], 1)
+
+
+def thinned(mark_BS: Tensor, count: int) -> Tensor:
+    """At most `count` of the positions marked, evenly spread."""
+    places = mark_BS.flatten().nonzero().squeeze(-1)
+    if len(places) <= count:
+        return mark_BS
+    chosen = places[torch.linspace(0, len(places) - 1, count, dtype=torch.float64).round().long().to(places.device)]
+    return torch.zeros_like(mark_BS.flatten()).index_fill_(0, chosen, True).view_as(mark_BS)
+
+
+def along(view: View, trajectory: Trajectory, *, blocks_BS: Tensor | None = None) -> States:
+    """The view's states at each scored position of any view's trajectory, by one full forward without a cache.
+
+    `blocks_BS`: the positions at which states of the blocks are kept too.
+    """
+    ids_BT, mask_BT = whole(trajectory)
+    final_BT = marked(trajectory, trajectory.scored_BS)
+    of_blocks = None
+    if blocks_BS is not None:
+        blocks_BT = marked(trajectory, blocks_BS)
+        of_blocks = lambda h_BTD: h_BTD[blocks_BT]  # noqa: E731
+    with running(view) as model, hidden_states(view, lambda h_BTD: h_BTD[final_BT], of_blocks=of_blocks) as seen:
         model(
             input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions(mask_BT), use_cache=False, logits_to_keep=1
         )

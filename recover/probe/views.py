@@ -8,14 +8,15 @@ Shapes: B batch, T tokens, N kept tokens, D width, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from recover.models.arch import blocks_of, final_norm_of, head_of
+from recover.errors import ModelError
+from recover.models.arch import arch_of, base_of, blocks_of, final_norm_of, head_of
 from recover.models.twin import Twin
 
 FINAL_NORM, RAW = "final_norm", "raw"
@@ -54,6 +55,33 @@ class Pair:
         pruned = View("pruned", pair.model, pair.folded, numbers)
         return cls(View("dense", pair.model, pair.dense, numbers), pruned, frozenset(pair.closed_blocks))
 
+    @classmethod
+    def of_models(cls, dense: nn.Module, other: nn.Module, numbers: Sequence[int] | None = None) -> Pair:
+        """Two models by themselves, of one vocabulary; `numbers[i]`: the dense block that the other's block i is.
+
+        Raises ModelError for a mapping that does not fit, and for two depths without one.
+        """
+        blocks, others = len(blocks_of(dense)), len(blocks_of(other))
+        if numbers is None and blocks != others:
+            raise ModelError(
+                f"the dense model has {blocks} blocks, the other one {others}: say which {others} of the dense blocks "
+                f"0 to {blocks - 1} they stand for (in order, such as 0,1,3,...)"
+            )
+        numbers = tuple(range(blocks) if numbers is None else numbers)
+        if len(numbers) != others or list(numbers) != sorted(set(numbers)) or not set(numbers) <= set(range(blocks)):
+            raise ModelError(
+                f"the mapping {list(numbers)} does not fit: expected {others} numbers, each larger than the one "
+                f"before, from 0 to {blocks - 1}"
+            )
+        missing = frozenset(range(blocks)) - set(numbers)
+        return cls(View.of_model("dense", dense), View.of_model("pruned", other, numbers), missing)
+
+    @property
+    def one_width(self) -> bool:
+        """Whether hidden states of the two views can be compared at all."""
+        first, second = (base_of(view.model).config.hidden_size for view in (self.dense, self.pruned))
+        return first == second
+
 
 @contextmanager
 def running(view: View) -> Iterator[Any]:
@@ -77,13 +105,19 @@ class States:
 
 
 @contextmanager
-def hidden_states(view: View, select: Callable[[Tensor], Tensor], *, with_blocks: bool = True) -> Iterator[States]:
-    """Every forward inside the body fills the States given here with the rows that `select` (BTD -> ND) keeps."""
+def hidden_states(
+    view: View, select: Callable[[Tensor], Tensor], *, of_blocks: Callable[[Tensor], Tensor] | None = None
+) -> Iterator[States]:
+    """Every forward inside the body fills the States given here with the rows that `select` (BTD -> ND) keeps.
+
+    `of_blocks` selects those of the blocks' outputs; None: they are not kept.
+    """
     states = States(torch.empty(0), {})
 
     def keep_block(number: int) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            states.blocks[number] = select(output[0] if isinstance(output, tuple) else output)
+            assert of_blocks is not None
+            states.blocks[number] = of_blocks(output[0] if isinstance(output, tuple) else output)
 
         return hook
 
@@ -92,7 +126,7 @@ def hidden_states(view: View, select: Callable[[Tensor], Tensor], *, with_blocks
 
     with ExitStack() as stack:
         stack.callback(final_norm_of(view.model).register_forward_hook(keep_final).remove)
-        if with_blocks:
+        if of_blocks is not None:
             for number, block in zip(view.numbers, blocks_of(view.model), strict=True):
                 stack.callback(block.register_forward_hook(keep_block(number)).remove)
         yield states
@@ -106,25 +140,45 @@ class Lens:
     """
 
     def __init__(self, view: View) -> None:
-        weight_VD, bias_V, self.scale, self.softcap = head_of(view.model)
         self.norm = final_norm_of(view.model)
-        self.vocabulary = weight_VD.shape[0]
-        # Half precision is widened once on a CPU; CUDA multiplies it into float32 logits as it is.
-        self.weight_VD = weight_VD.detach() if weight_VD.is_cuda else _wide(weight_VD.detach())
-        self.bias_V = None if bias_V is None else _wide(bias_V.detach())
+        self.project, self.vocabulary, self.scale, self.softcap = _projection(view.model)
 
     def states(self, h_ND: Tensor, lens: str) -> Tensor:
         """What the head is given: the normalised state under `final_norm`, the state itself under `raw`."""
         return self.norm(h_ND) if lens == FINAL_NORM else h_ND
 
     def logits(self, h_ND: Tensor) -> Tensor:
-        """z = softcap(scale * (h W^T + bias)), never rounded below float32."""
-        z_NV = _matmul_wide(h_ND, self.weight_VD)
-        if self.bias_V is not None:
-            z_NV = z_NV + self.bias_V
+        """z = softcap(scale * (h W^T + bias)), never rounded below float32 (but by a quantized head itself)."""
+        z_NV = self.project(h_ND)
         if self.scale != 1:
             z_NV = z_NV * self.scale
         return z_NV if self.softcap is None else self.softcap * torch.tanh(z_NV / self.softcap)
+
+
+Projection = Callable[[Tensor], Tensor]
+
+
+def _projection(model: nn.Module) -> tuple[Projection, int, float, float | None]:
+    """(h_ND -> z_NV before scale and softcap, V, scale, softcap)."""
+    arch, base = arch_of(model), base_of(model)
+    head = base.get_submodule(arch.head)
+    if not _is_plain(getattr(head, "weight", None)):  # quantized: only its own kernel can read it
+        scale, softcap = float(arch.logit_scale(base.config)), arch.softcap(base.config)
+        return lambda h_ND: _wide(head(h_ND)), base.config.vocab_size, scale, softcap
+    weight_VD, bias_V, scale, softcap = head_of(model)
+    # Half precision is widened once on a CPU; CUDA multiplies it into float32 logits as it is.
+    weight_VD = weight_VD.detach() if weight_VD.is_cuda else _wide(weight_VD.detach())
+    wide_V = None if bias_V is None else _wide(bias_V.detach())
+
+    def project(h_ND: Tensor) -> Tensor:
+        z_NV = _matmul_wide(h_ND, weight_VD)
+        return z_NV if wide_V is None else z_NV + wide_V
+
+    return project, weight_VD.shape[0], scale, softcap
+
+
+def _is_plain(weight: Any) -> bool:
+    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.element_size() > 1
 
 
 def _wide(x: Tensor) -> Tensor:

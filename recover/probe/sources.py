@@ -1,0 +1,98 @@
+"""Two checkpoints as a pair to probe: any of what `model.source` may be, and quantized ones, of one tokenizer."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from recover import dist, recipe
+from recover.errors import ModelError
+from recover.models.arch import arch_of_type
+from recover.models.load import check_fit, load_model, load_tokenizer, ready
+from recover.models.source import check_weights, explained, locate, read_config
+from recover.probe.views import Pair
+
+# quant_method of a checkpoint -> the package that reads it (a GGUF file is converted, and needs none of them)
+PACKAGES = {"awq": "gptqmodel", "gptq": "gptqmodel", "bitsandbytes": "bitsandbytes", "torchao": "torchao"}
+SHOWN = 3  # tokens named in a message
+
+
+def load_pair(
+    dense: recipe.Model, other: recipe.Model, numbers: Sequence[int] | None = None
+) -> tuple[Pair, PreTrainedTokenizerBase]:
+    """Both models on this process's device, and the dense one's tokenizer; `numbers` as in `Pair.of_models`.
+
+    Raises ModelError: a model cannot be loaded, needs a package that is not there, or the two differ in tokenizer, in
+    vocabulary, or in depth without a mapping.
+    """
+    tokenizer = load_tokenizer(dense)
+    check_tokenizers(tokenizer, load_tokenizer(other), other.source)
+    first, second = load_any(dense), load_any(other)
+    for model in (first, second):
+        check_fit(model, tokenizer)
+    return Pair.of_models(first, second, numbers), tokenizer
+
+
+def load_any(leaf: recipe.Model) -> PreTrainedModel:
+    """The model on this process's device, as `load_model` has it, or with the quantization that its config names.
+
+    Raises ModelError as `load_model` does, and for a quantization whose package is not installed or unknown here.
+    """
+    config = read_config(leaf)
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return ready(load_model(leaf))
+    _check_package(leaf.source, str(dict(quantization).get("quant_method")))
+    arch_of_type(config["model_type"])
+    folder = locate(leaf)
+    check_weights(folder)
+    with explained(str(folder)):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, leaf.dtype),
+            attn_implementation=leaf.attention,
+            trust_remote_code=leaf.trust_remote_code,
+            use_safetensors=True,
+            local_files_only=True,
+            device_map={"": dist.device()},  # quantized weights are not moved afterwards
+            output_loading_info=True,
+        )
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{folder}: config.json and weights do not belong together: {len(missing)} tensors are missing from the "
+            f"weights, such as {', '.join(missing[:SHOWN])}"
+        )
+    return model.eval()
+
+
+def _check_package(source: str, method: str) -> None:
+    if method not in PACKAGES:
+        raise ModelError(
+            f"{source}: quantized with '{method}'; expected one of {', '.join(PACKAGES)}, a GGUF file, or none"
+        )
+    package = PACKAGES[method]
+    if importlib.util.find_spec(package) is None:
+        raise ModelError(
+            f"{source}: quantized with '{method}', which the package '{package}' reads, and it is not installed: "
+            f"pip install {package}"
+        )
+
+
+def check_tokenizers(
+    dense: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, source: str = "the other model"
+) -> None:
+    """Every id means one token in both (either may have tokens added at the end), or raise ModelError."""
+    first, second = ({number: token for token, number in each.get_vocab().items()} for each in (dense, other))
+    differing = [number for number in sorted(first.keys() & second.keys()) if first[number] != second[number]]
+    if differing:
+        shown = ", ".join(f"{number} is {first[number]!r} and {second[number]!r}" for number in differing[:SHOWN])
+        raise ModelError(
+            f"{source}: another tokenizer than the dense model's: {len(differing)} ids are different tokens ({shown}); "
+            "expected two checkpoints of one tokenizer"
+        )

@@ -1,0 +1,223 @@
+"""What each sublayer does to the residual stream, and what would stand behind it were it closed or replaced.
+
+A counterfactual changes one sublayer and nothing else: its input, and the context that its KV cache remembers, stay the
+dense model's. So one forward of the dense model and one of the other, whose blocks are given the dense stream in place
+of their own, show every counterfactual at once; each cache then holds keys and values of dense states, at every step.
+
+Shapes: B batch, T tokens, N kept tokens, D width, S decoding steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recover.errors import ModelError
+from recover.models.arch import arch_of, blocks_of
+from recover.models.site import PARTS, Site
+from recover.probe.trajectory import Trajectory, marked, positions, whole
+from recover.probe.views import Pair, View, running
+
+CLOSED, REPLACED = "closed", "pruned"
+COUNTERFACTUALS = (CLOSED, REPLACED)
+
+
+@dataclasses.dataclass
+class Stream:
+    """The residual stream of one block: in front of attention, between the sublayers, and behind the MLP."""
+
+    entering: Tensor
+    middle: Tensor
+    leaving: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Transition:
+    """The stream at one sublayer of the dense model: `before_ND`, which is also what stands behind it if it is closed,
+    `after_ND`, and `replaced_ND`: behind it with the other view's sublayer in its place, at the same input and context.
+    """
+
+    before_ND: Tensor
+    after_ND: Tensor
+    replaced_ND: Tensor
+
+
+def transitions(
+    pair: Pair, trajectory: Trajectory, mark_BS: Tensor, *, chunk: int | None = None
+) -> dict[Site, Transition]:
+    """Every sublayer (dense numbering) at the positions marked, in the order of `trajectory`'s rows.
+
+    `chunk`: so many tokens a forward, with a KV cache of each view between them; the figures do not depend on it.
+    """
+    ids_BT, mask_BT = whole(trajectory)
+    mark_BT = marked(trajectory, mark_BS)
+    length = ids_BT.shape[1]
+    spans = [slice(start, min(start + (chunk or length), length)) for start in range(0, length, chunk or length)]
+    dense, other = _Reader(pair.dense, ids_BT, mask_BT), _Reader(pair.pruned, ids_BT, mask_BT)
+    parts = []
+    for span in spans:
+        here_BT = mark_BT[:, span]
+        streams = dense.read(span, None, _all)
+        rows = other.read(span, streams, lambda h_BTD, here_BT=here_BT: h_BTD[here_BT])
+        parts.append(_transitions(streams, rows, here_BT))
+    if len(parts) == 1:
+        return parts[0]
+    order_N = _order(mark_BT, spans)
+    return {
+        site: Transition(*(torch.cat([getattr(part[site], name) for part in parts])[order_N] for name in _FIELDS))
+        for site in parts[0]
+    }
+
+
+def _all(h_BTD: Tensor) -> Tensor:
+    return h_BTD
+
+
+_FIELDS = [field.name for field in dataclasses.fields(Transition)]
+
+
+def _order(mark_BT: Tensor, spans: list[slice]) -> Tensor:
+    """From rows gathered span by span to rows text by text."""
+    places = [mark_BT[:, span].nonzero() + mark_BT.new_tensor([0, span.start], dtype=torch.long) for span in spans]
+    at = torch.cat(places)
+    return torch.argsort(at[:, 0] * mark_BT.shape[1] + at[:, 1])
+
+
+def _transitions(dense: dict[int, Stream], other: dict[int, Stream], mark_BT: Tensor) -> dict[Site, Transition]:
+    """`dense` is whole, `other` holds rows. A block that `other` lacks hands its input on untouched."""
+    found = {}
+    for number, here in dense.items():
+        entering_ND, middle_ND, leaving_ND = (x[mark_BT] for x in (here.entering, here.middle, here.leaving))
+        there = other.get(number)
+        middle, leaving = (entering_ND, middle_ND) if there is None else (there.middle, there.leaving)
+        found[Site(number, "attention")] = Transition(entering_ND, middle_ND, middle)
+        found[Site(number, "mlp")] = Transition(middle_ND, leaving_ND, leaving)
+    return found
+
+
+class _Reader:
+    """One view reads a text span by span, with a cache of its own."""
+
+    def __init__(self, view: View, ids_BT: Tensor, mask_BT: Tensor) -> None:
+        self.view, self.ids_BT, self.mask_BT = view, ids_BT, mask_BT
+        self.cache: Any = None
+
+    def read(self, span: slice, given: dict[int, Stream] | None, keep: Callable[[Tensor], Tensor]) -> dict[int, Stream]:
+        """What `keep` keeps of the streams over this span; with `given`, each sublayer is given that one instead."""
+        mask_BT = self.mask_BT[:, : span.stop]
+        with running(self.view) as model, _recording(self.view, given, keep) as streams:
+            output = model(
+                input_ids=self.ids_BT[:, span],
+                attention_mask=mask_BT,
+                position_ids=positions(mask_BT)[:, span],
+                past_key_values=self.cache,
+                use_cache=span.stop < self.ids_BT.shape[1] or self.cache is not None,
+                logits_to_keep=1,
+            )
+        self.cache = output.past_key_values
+        return streams
+
+
+@contextmanager
+def _recording(
+    view: View, given: dict[int, Stream] | None, keep: Callable[[Tensor], Tensor]
+) -> Iterator[dict[int, Stream]]:
+    """Forwards inside the body fill the streams given here, but for a twin's closed blocks: they are not run."""
+    streams: dict[int, Stream] = {}
+    with ExitStack() as stack:
+        for number, block in zip(view.numbers, blocks_of(view.model), strict=True):
+            seen = _watch(stack, block, view, keep, None if given is None else given[number])
+            stack.callback(block.register_forward_hook(_store(streams, number, seen, keep)).remove)
+        yield streams
+
+
+def _watch(
+    stack: ExitStack, block: nn.Module, view: View, keep: Callable[[Tensor], Tensor], given: Stream | None
+) -> dict[str, Tensor]:
+    """What is seen of the block's forward until it leaves: `entering`, and `middle` unless the block is not run."""
+    seen: dict[str, Tensor] = {}
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        seen.clear()
+        h_BTD = args[0] if args else kwargs["hidden_states"]
+        if given is not None:
+            h_BTD = given.entering.clone()  # never the dense record itself: what follows may write to it
+        seen["entering"] = keep(h_BTD)
+        return ((h_BTD, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": h_BTD})
+
+    def between(h_BTD: Tensor) -> None:
+        seen["middle"] = keep(h_BTD)
+        if given is not None:
+            h_BTD.copy_(given.middle)  # in place: the block adds the MLP to this very tensor
+
+    stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+    _at_middle(stack, block, view, seen, between)
+    return seen
+
+
+def _store(
+    streams: dict[int, Stream], number: int, seen: dict[str, Tensor], keep: Callable[[Tensor], Tensor]
+) -> Callable[..., None]:
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if "middle" in seen:
+            streams[number] = Stream(**seen, leaving=keep(output[0] if isinstance(output, tuple) else output))
+
+    return leave
+
+
+def _at_middle(
+    stack: ExitStack, block: nn.Module, view: View, seen: dict[str, Tensor], act: Callable[[Tensor], None]
+) -> None:
+    """Call `act` with the stream between the sublayers: the input of what is run first of the MLP and its norms."""
+    arch = arch_of(view.model)
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if "middle" not in seen:
+            act(args[0])
+
+    for name in (arch.mlp, *arch.mlp_norms):
+        stack.callback(block.get_submodule(name).register_forward_pre_hook(hook).remove)
+
+
+def without(view: View, site: Site) -> View:
+    """The view with one sublayer (dense numbering) closed: it runs, so that its cache stays right, and adds nothing.
+
+    Raises ModelError for a block that the view does not have.
+    """
+    if site.block not in view.numbers or site.part not in PARTS:
+        raise ModelError(f"{site}: the {view.name} view has the blocks {list(view.numbers)}; expected one of them")
+
+    @contextmanager
+    def enter() -> Iterator[Any]:
+        with view.enter() as inside, ExitStack() as stack:
+            _close(stack, blocks_of(view.model)[view.numbers.index(site.block)], view, site)
+            yield inside
+
+    return View(f"{view.name} without {site}", view.model, enter, view.numbers)
+
+
+def _close(stack: ExitStack, block: nn.Module, view: View, site: Site) -> None:
+    seen: dict[str, Tensor] = {}
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.clear()
+        seen["entering"] = args[0] if args else kwargs["hidden_states"]
+
+    def between(h_BTD: Tensor) -> None:
+        if site.part == "attention":
+            h_BTD.copy_(seen["entering"])
+        seen["middle"] = h_BTD.clone()
+
+    def leave(module: nn.Module, args: Any, output: Any) -> Any:
+        if site.part == "attention" or "middle" not in seen:
+            return output
+        return (seen["middle"], *output[1:]) if isinstance(output, tuple) else seen["middle"]
+
+    stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+    stack.callback(block.register_forward_hook(leave).remove)
+    _at_middle(stack, block, view, seen, between)
