@@ -129,25 +129,42 @@ def broadcast(value: Value) -> Value:
     return box[0]
 
 
+# Set while a function runs on the main process alone: the others wait for its value, and would take another broadcast
+# for it.
+_alone = False
+
+
 def on_main(function: Callable[[], Value]) -> Value:
     """Run on the main process alone; its value is returned, or its exception raised, on every process."""
     if not _group():
         return function()
     if not is_main():
         return _open(broadcast(b""))
+    global _alone
+    if _alone:
+        return function()
+    _alone = True
     try:
         value = function()
         packed = pickle.dumps((value, None))
     except BaseException as error:
         broadcast(_pack(error))
         raise
+    finally:
+        _alone = False
     broadcast(packed)
     return value
 
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """The main process goes through the body before the others enter it; if it fails there, they fail with it."""
+    """The main process goes through the body before the others enter it; if it fails there, they fail with it.
+
+    Inside `on_main` there are no others to wait.
+    """
+    if _alone:
+        yield
+        return
     if not is_main():
         _open(broadcast(b""))
         yield

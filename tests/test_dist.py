@@ -34,6 +34,7 @@ def work() -> dict[str, Any]:
     }
 
     found["on_main"] = dist.on_main(lambda: {"from": dist.rank()})
+    found["on_main_nested"] = dist.on_main(lambda: [go_first(), dist.on_main(lambda: "inner")])
     found["on_main_unpicklable"] = failure(lambda: dist.on_main(lambda: threading.Lock()))
     found["on_main_failure"] = failure(lambda: dist.on_main(lambda: refuse(PruneError("prune.count: too many"))))
     found["on_main_stop"] = failure(lambda: dist.on_main(lambda: refuse(StopRequested(15))))
@@ -63,6 +64,11 @@ def work() -> dict[str, Any]:
     dist.stop()
     dist.stop()
     return found
+
+
+def go_first() -> str:
+    with dist.main_first():
+        return "first"
 
 
 class Strange(Exception):
@@ -136,6 +142,7 @@ def test_each_knows_who_it_is(processes: list[dict[str, Any]]) -> None:
 def test_on_main_runs_there_and_answers_everywhere(processes: list[dict[str, Any]]) -> None:
     assert both(processes, "on_main") == [{"from": 0}] * 2
     assert both(processes, "after") == ["still in step"] * 2
+    assert both(processes, "on_main_nested") == [["first", "inner"]] * 2  # what waits for others waits for no one there
 
 
 def test_a_failure_on_main_is_raised_everywhere(processes: list[dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from recover.recipe import Recipe, dump_recipe
+from recover.report import cuts
 
 FIGURES = {
     "generation": "generation (exact match)",
@@ -44,11 +45,11 @@ def _shown(source: str) -> str:
 
 
 def _what_was_pruned(plan: dict[str, Any]) -> str:
-    if plan["dropped"]:
-        return (
-            f"Blocks {', '.join(map(str, plan['dropped']))} of {plan['blocks']} were dropped: "
-            f"{plan['parameters_dense']:,} parameters became {plan['parameters_pruned']:,}."
-        )
+    became = f"{plan['parameters_dense']:,} parameters became {plan['parameters_pruned']:,}."
+    if sites := cuts.sites(plan):
+        return f"Of {plan['blocks']} blocks were dropped: {sites}. {became}"
+    if plan["kind"] == "width":
+        return f"Every block is narrower ({cuts.sizes(plan)}). {became}"
     weights = sum(mask["shape"][0] * mask["shape"][1] for mask in plan["masks"].values())
     zeros = sum(mask["zeros"] for mask in plan["masks"].values())
     patterns = ", ".join(sorted({mask["pattern"] for mask in plan["masks"].values()}))

@@ -149,6 +149,9 @@ def _read_json(path: Path) -> Any:
         raise ModelError(f"{path}: cannot be read as JSON ({error}); fetch the model again") from error
 
 
+CONVERSION = 2  # raised when the same GGUF file gives another folder than before
+
+
 def cache_folder() -> Path:
     """Where converted models are kept: $RECOVER_CACHE, or ~/.cache/recover."""
     return Path(os.environ.get("RECOVER_CACHE") or Path.home() / ".cache" / "recover")
@@ -156,7 +159,7 @@ def cache_folder() -> Path:
 
 def _convert(path: Path) -> Path:
     """The GGUF file as a stock folder in float32, made once for each sha256: it takes half a minute."""
-    folder = cache_folder() / "gguf" / artifacts.sha256(path)
+    folder = cache_folder() / "gguf" / f"{artifacts.sha256(path)}-{CONVERSION}"
     if not folder.is_dir():
         console.say(f"converting {path.name} to safetensors, once, into {folder}")
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -184,7 +187,24 @@ def _write_stock(path: Path, folder: Path) -> None:
         plain.load_state_dict(read.state_dict())
         plain.generation_config = read.generation_config
         plain.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        _split_digits(tokenizer, path)
+        tokenizer.save_pretrained(folder)
+
+
+def _split_digits(tokenizer: Any, path: Path) -> None:
+    """Undo what transformers forgets of a GGUF: that texts are split as `tokenizer.ggml.pre` names it.
+
+    SmolLM's tokenizer splits off every digit first. Without, blanks and newlines before a digit get other tokens than
+    the model was trained on (found by comparing with llama.cpp; transformers pull request 42908).
+    """
+    from gguf import GGUFReader
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    field = GGUFReader(path).fields.get("tokenizer.ggml.pre")
+    if field is not None and field.contents() == "smollm":
+        splitter = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+        tokenizer.backend_tokenizer.pre_tokenizer = splitter
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from recover.report import words
+from recover.report import cuts, words
 from recover.report.drift import SPACES
 from recover.report.figure import Figure, is_narrow, panels
 from recover.report.svg import Canvas, Linear, Log
@@ -36,7 +36,8 @@ def blocks(data: dict[str, Any]) -> Figure:
     curves = _drift(data, "blocks")
     if not curves:
         return Figure(key, title, "Not measured: no probe recorded the blocks.")
-    dropped = set((data["plan"] or {}).get("dropped") or ()) | {
+    plan = data["plan"] or {}
+    dropped = (cuts.gone(plan, "attention") & cuts.gone(plan, "mlp")) | {
         row["block"] for rows in curves.values() for row in rows if row["closed"]
     }
     last = max(max(row["block"] for rows in curves.values() for row in rows), *dropped, 1)

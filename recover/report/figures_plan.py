@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from recover.report import words
+from recover.report import cuts, words
 from recover.report.figure import Figure, is_narrow
 from recover.report.svg import Canvas, Linear, Log
 
@@ -20,18 +20,21 @@ def pruned(data: dict[str, Any]) -> Figure:
         return Figure("plan", "What was pruned", "Not measured: nothing was pruned yet.")
     if plan["modules"]:
         return _sparsity_map(plan)
-    if plan.get("dropped"):
+    if cuts.sites(plan):
         return _depth(plan)
+    if plan.get("kind") == "width":
+        return Figure("plan", "What was pruned", f"Every block is narrower, by the same measure: {cuts.sizes(plan)}.")
     return Figure("plan", "What was pruned", "The plan drops no block and no weight.")
 
 
 def _rounds(plan: dict[str, Any]) -> dict[int, dict[int, float]]:
-    """Round -> block -> score. A candidate of several blocks counts at its first."""
+    """Round -> block -> score, the lowest of its candidates. A candidate of several blocks counts at its first."""
     found: dict[int, dict[int, float]] = {}
     for record in plan.get("scores") or ():
         score = words.finite(record.get("score"))
         if score is not None and record.get("blocks") and record.get("round"):
-            found.setdefault(record["round"], {})[record["blocks"][0]] = score
+            scores, block = found.setdefault(record["round"], {}), record["blocks"][0]
+            scores[block] = min(score, scores.get(block, score))
     return found
 
 
@@ -46,13 +49,17 @@ def _chosen(plan: dict[str, Any]) -> dict[int, int]:
 
 
 def _depth(plan: dict[str, Any]) -> Figure:
-    title = f"Which {len(plan['dropped'])} of {plan['blocks']} blocks were dropped"
+    title = f"Which of {plan['blocks']} blocks were dropped"
+    if not plan["dropped"] or cuts.gone(plan, "attention") != cuts.gone(plan, "mlp"):
+        title = f"Which sublayers of {plan['blocks']} blocks were dropped"
+    elif len(plan["dropped"]) > 1:
+        title = f"Which {len(plan['dropped'])} of {plan['blocks']} blocks were dropped"
     rounds, chosen = _rounds(plan), _chosen(plan)
     by = next((record["by"] for record in plan.get("scores") or () if record.get("by")), None)
 
     def draw(width: float) -> str:
         height = 86.0 if not rounds else 330.0
-        canvas = Canvas(width, height, f"Dropped blocks: {', '.join(map(str, plan['dropped']))} of {plan['blocks']}")
+        canvas = Canvas(width, height, f"Dropped: {cuts.sites(plan)}, of {plan['blocks']} blocks")
         x = Linear(-0.5, plan["blocks"] - 0.5, 50, width - (8 if is_narrow(width) else 70))
         _strip(canvas, plan, x, height - 76)
         if rounds:
@@ -67,7 +74,7 @@ def _depth(plan: dict[str, Any]) -> Figure:
     table = [
         (
             block,
-            f"dropped{f' in round {chosen[block]}' if block in chosen else ''}" if block in plan["dropped"] else "kept",
+            _fate(plan, block, chosen),
             *(words.number(scores[block]) if block in scores else "–" for scores in rounds.values()),
         )
         for block in range(plan["blocks"])
@@ -75,17 +82,30 @@ def _depth(plan: dict[str, Any]) -> Figure:
     return Figure("plan", title, see, draw, ("block", "", *(f"round {number}" for number in rounds)), table)
 
 
+def _fate(plan: dict[str, Any], block: int, chosen: dict[int, int]) -> str:
+    gone = [part for part in ("attention", "mlp") if block in cuts.gone(plan, part)]
+    if not gone:
+        return "kept"
+    what = "" if len(gone) == 2 else f"{'MLP' if gone == ['mlp'] else 'attention'} "
+    return f"{what}dropped{f' in round {chosen[block]}' if block in chosen else ''}"
+
+
 def _strip(canvas: Canvas, plan: dict[str, Any], x: Linear, top: float) -> None:
-    """One cell a block, numbered, the dropped ones hollow and crossed out."""
+    """One cell a block, attention above MLP, numbered; what is dropped is hollow and crossed out."""
     each = x(1) - x(0)
     every = max(1, -(-18 // max(int(each), 1)))
     gap = min(4.0, each / 6)
     for block in range(plan["blocks"]):
-        gone, left = block in plan["dropped"], x(block - 0.5) + gap / 2
-        tip = f"block {block}: {'dropped' if gone else 'kept'}"
-        canvas.rect(left, top, each - gap, 30, "cell-gone" if gone else "cell-kept", radius=min(4, each / 5), tip=tip)
-        if gone:
-            canvas.marker(left + (each - gap) / 2, top + 15, min(6, each / 4), "cross")
+        left = x(block - 0.5) + gap / 2
+        lost = [part for part in ("attention", "mlp") if block in cuts.gone(plan, part)]
+        halves = [(part, offset, 14) for part, offset in (("attention", 0), ("mlp", 16))]
+        for part, offset, height in halves if len(lost) == 1 else [("block", 0, 30)]:
+            gone = bool(lost) and part in (*lost, "block")
+            tip = f"block {block}{'' if part == 'block' else f', {part}'}: {'dropped' if gone else 'kept'}"
+            css = "cell-gone" if gone else "cell-kept"
+            canvas.rect(left, top + offset, each - gap, height, css, radius=min(4, each / 5), tip=tip)
+            if gone:
+                canvas.marker(left + (each - gap) / 2, top + offset + height / 2, min(6, each / 4, height / 3), "cross")
         if block % every == 0:
             canvas.text(left + (each - gap) / 2, top + 48, str(block), "tick", anchor="middle")
     canvas.text((x.start + x.stop) / 2, top + 68, "block", "note", anchor="middle")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from recover import strict_yaml
 from recover.artifacts import write_json, write_text
-from recover.report import speeds, verdict, words
+from recover.report import cuts, speeds, verdict, words
 from recover.report.figure import Figure
 from recover.report.figures import figures
 
@@ -152,8 +152,8 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
     recipe, plan, env, tokens = data["recipe"], data["plan"], data["provenance"]["env"] or {}, data["tokens"]
     facts = [("dense model", _shown_source(str((recipe.get("model") or {}).get("source", words.NOT_MEASURED))))]
     if plan:
-        blocks = f", blocks {', '.join(map(str, plan['dropped']))}" if plan.get("dropped") else ""
-        facts.append(("pruned by", f"{plan['kind']}{blocks}"))
+        what = cuts.sites(plan) or cuts.sizes(plan)
+        facts.append(("pruned by", f"{plan['kind']}{f', {what}' if what else ''}"))
     if plan and plan.get("parameters_dense"):
         dense, pruned = words.count(plan["parameters_dense"]), words.count(plan["parameters_pruned"])
         facts.append(("parameters", f"{dense} → {pruned}"))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from recover.report import words
+from recover.report import cuts, words
 from recover.report.measures import USES
 
 KEPT_YES = 0.95
@@ -127,21 +127,7 @@ def title(data: dict[str, Any]) -> str:
 
 def summary(data: dict[str, Any]) -> str:
     """What was done and what it did, in one sentence made of measured figures."""
-    return f"{_what_was_pruned(data)} {_what_pruning_left(data['verdict']['pruned'])}; {_what_recovery_did(data)}."
-
-
-def _what_was_pruned(data: dict[str, Any]) -> str:
-    plan = data["plan"]
-    if not plan:
-        return "Pruning"
-    dropped = plan.get("dropped") or []
-    if dropped:
-        return f"Dropping {len(dropped)} of {plan['blocks']} blocks"
-    if plan["sparsity"]:
-        pattern = [pattern for pattern in plan["patterns"] if pattern != "unstructured"]
-        by = ", ".join([plan["kind"], *pattern])
-        return f"Setting {words.percent(plan['sparsity'])} of the block weights to zero ({by})"
-    return "Pruning nothing"
+    return f"{cuts.subject(data['plan'])} {_what_pruning_left(data['verdict']['pruned'])}; {_what_recovery_did(data)}."
 
 
 def _what_pruning_left(answers: dict[str, Any]) -> str:

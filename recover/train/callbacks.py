@@ -136,6 +136,7 @@ class Epochs(TrainerCallback):
             "seconds": self.totals.seconds,
             "skipped": self.course.skips.skipped,
             "rollbacks": self.course.skips.rollbacks,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
             "train": train,
         }
         devices = [dist.device()] if torch.cuda.is_available() else []

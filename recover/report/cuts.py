@@ -1,0 +1,43 @@
+"""What was pruned, in words: the plan as a headline, a card line and a list of sublayers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from recover.report import words
+
+GONE = {"dropped": "blocks", "dropped_attention": "attention of", "dropped_mlp": "MLP of"}  # field of a plan -> words
+
+
+def subject(plan: dict[str, Any] | None) -> str:
+    """What was done, as the subject of a sentence: "Dropping 3 of 30 blocks"."""
+    if not plan:
+        return "Pruning"
+    parts = []
+    for field, what in (("dropped", "blocks"), ("dropped_attention", "attentions"), ("dropped_mlp", "MLPs")):
+        if blocks := plan.get(field):
+            parts.append(f"{len(blocks)} of {plan['blocks']} {what}")
+    if parts:
+        return f"Dropping {' and '.join(parts)}"
+    if plan.get("kind") == "width":
+        return f"Narrowing every block ({sizes(plan)})"
+    if plan["sparsity"]:
+        pattern = [pattern for pattern in plan["patterns"] if pattern != "unstructured"]
+        by = ", ".join([plan["kind"], *pattern])
+        return f"Setting {words.percent(plan['sparsity'])} of the block weights to zero ({by})"
+    return "Pruning nothing"
+
+
+def sites(plan: dict[str, Any]) -> str:
+    """Which sublayers go: "blocks 3, 4; MLP of 7"; empty if the plan drops none."""
+    return "; ".join(f"{what} {', '.join(map(str, plan[field]))}" for field, what in GONE.items() if plan.get(field))
+
+
+def sizes(plan: dict[str, Any]) -> str:
+    """The config fields that a width plan changes, with their new values."""
+    return ", ".join(f"{name} {value:,}" for name, value in (plan.get("config") or {}).items())
+
+
+def gone(plan: dict[str, Any], part: str) -> set[int]:
+    """Blocks whose `part` (attention or mlp) goes, with the block or alone."""
+    return {*(plan.get("dropped") or ()), *(plan.get(f"dropped_{part}") or ())}
