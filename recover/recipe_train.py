@@ -48,22 +48,36 @@ class Lora(Leaf):
 
 
 class Loss(Leaf):
-    """Weights of the terms; T = temperature; every term is multiplied by T^2 but CE (Hinton's convention)."""
+    """Weights of the terms; T = temperature; every term is multiplied by T^2 but CE (Hinton's convention).
+
+    p, q: probabilities of the dense and of the pruned model. Close to the dense model a variance beside KL does what a
+    larger learning rate does: compare it with that.
+    """
 
     kl: float = Field(default=1.0, ge=0, description=r"KL(dense \|\| pruned)")
     variance: float = Field(default=0.0, ge=0, description="Var_p(dz) / 2T^2, its second-order form")
+    variance_r: float = Field(
+        default=0.0, ge=0, description="Var_r(dz) / 2T^2, r = p^2 normalised: second-order form of 1 - cos(p, q)"
+    )
     reverse_kl: float = Field(default=0.0, ge=0, description=r"KL(pruned \|\| dense)")
+    jsd: float = Field(
+        default=0.0, ge=0, description=r"Jensen-Shannon: b KL(p \|\| m) + (1 - b) KL(q \|\| m), m = b p + (1 - b) q"
+    )
+    jsd_beta: float = Field(default=0.5, gt=0, lt=1, description="b of `jsd`, the weight of the dense side")
     ce: float = Field(default=0.0, ge=0, description="cross-entropy on the text itself")
     temperature: float = Field(default=1.0, gt=0)
     scored: Literal["completion", "all"] = Field(default="completion", description="which positions carry loss")
-    chunk: int = Field(default=1024, ge=1, description="token positions scored at once; a matter of memory only")
+    chunk: int = Field(default=2048, ge=1, description="most token positions scored at once; a matter of memory only")
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> Loss:
-        if self.kl + self.variance + self.reverse_kl + self.ce == 0:
+        sees_all = self.kl + self.reverse_kl + self.jsd + self.ce
+        blind = [name for name in ("variance", "variance_r") if getattr(self, name) > 0]
+        if sees_all == 0 and not blind:
             raise ValueError("all loss weights are 0: nothing would be learnt")
-        if self.variance > 0 and self.kl + self.reverse_kl + self.ce == 0:
-            raise ValueError("variance alone is blind to tokens that the student raises: give 'kl' a weight beside it")
+        if sees_all == 0:
+            alone = " and ".join(blind) + (" alone is" if len(blind) == 1 else " alone are")
+            raise ValueError(f"{alone} blind to tokens that the student raises: give 'kl' a weight beside it")
         return self
 
 

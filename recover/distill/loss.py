@@ -1,39 +1,29 @@
 """The distillation loss, over hidden states and the shared head, without ever holding all logits.
 
-Legend: N scored tokens, C tokens of one chunk, D width, V vocabulary. With T the temperature, y dense and z pruned
-logits:
+Legend: N scored tokens, C tokens of one chunk, D width, V vocabulary.
 
-    p = softmax(y / T)    q = softmax(z / T)    u = (z - y) / T    v = u - E_p[u]    KL = log E_p[e^v]
-
-| term             | value per token          | gradient with respect to z / T      |
-|------------------|--------------------------|-------------------------------------|
-| kl               | KL(p || q)               | q - p                               |
-| variance         | Var_p(z - y) / (2 T^2)   | p v                                 |
-| reverse_kl       | KL(q || p)               | q (v - KL - reverse_kl)             |
-| ce (T = 1)       | -log softmax(z)[label]   | softmax(z) - onehot(label)  (w.r.t. z) |
-
-The first three are multiplied by T^2 in the total (Hinton, Vinyals, Dean 2015, section 2), so that a gradient's
-size does not depend on T; the sums reported beside it are the plain values of the table. Formulas: arXiv 2603.24652
-(theorem 3 for the variance).
-
-Why q - p is formed from expm1: it is the difference of nearly equal numbers, and the better the pruned model gets,
-the more of it a subtraction would lose. For the same reason logits are fp32 straight out of the product, also for
-bf16 weights.
+The head is frozen, so the gradient with respect to a hidden state can be formed in the forward pass, chunk by chunk of
+tokens: three products (dense logits, pruned logits, gradient times W), between them one elementwise pass over both
+logits, and nothing is kept for backward but the gradient (N, D). A gradient of W is never formed. The formulas stand in
+`loss_terms`; on a GPU `loss_kernel` is their fused form. Logits are fp32 straight out of the product, also for bf16
+weights: rounded to bf16, they would cost the gradient the more, the closer the pruned model is to the dense one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from recover.distill.loss_terms import TERMS, Lost, loss_terms
+
 if TYPE_CHECKING:
     from recover.recipe import Loss
-
-TERMS = ("total", "kl", "variance", "reverse_kl", "ce")
 
 
 @dataclass(frozen=True)
@@ -76,13 +66,19 @@ class Head:
         """What `pull_back` takes: the weight's dtype, where nothing comes between the product and the logits."""
         return self.weight_VD.dtype if self.softcap is None and self.scale == 1.0 else z_dtype
 
-    def pull_back(self, g_CV: Tensor, slope_CV: Tensor | None) -> Tensor:
-        """The gradient with respect to the hidden state, from that with respect to the logits (overwritten)."""
+    def pull_back(self, g_CV: Tensor, slope_CV: Tensor | None, lost: Lost | None) -> Tensor:
+        """The gradient with respect to the hidden state, from that with respect to the logits (overwritten).
+
+        `lost` is put back into it: the product takes no more than bf16, and few tokens carry most of a gradient.
+        """
         if slope_CV is not None:
             g_CV *= slope_CV
         if self.scale != 1.0:
             g_CV *= self.scale
-        return torch.mm(g_CV.to(self.weight_VD.dtype), self.weight_VD)
+        gradient_CD = _product(g_CV.to(self.weight_VD.dtype), self.weight_VD)
+        if lost is not None:
+            gradient_CD.addcmul_(self.weight_VD[lost.column_C].to(gradient_CD.dtype), lost.error_C[:, None])
+        return gradient_CD
 
 
 def distillation_loss(
@@ -95,13 +91,14 @@ def distillation_loss(
     bias_V: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
-    chunk: int = 1024,
+    chunk: int = 2048,
 ) -> LossSums:
     """Sums of the loss over N tokens; its gradient reaches `h_pruned_ND` and nothing else (the head is frozen).
 
-    Equals, chunk by chunk and without holding (N, V): softmax both sides' logits, apply the table above, add up.
-    The result does not depend on `chunk`. Nothing waits for the device. Hidden states are those after the final
-    norm, of scored rows only: a row that is not to be scored must be left out, not masked. N may be 0.
+    Equals, without holding (N, V): softmax both sides' logits, apply the table of `loss_terms`, add up. `chunk` is how
+    many tokens' logits are held at most; the result does not depend on it. Nothing waits for the device. Hidden states
+    are those after the final norm, of scored rows only: a row that is not to be scored must be left out, not masked.
+    N may be 0.
     """
     if weights.ce > 0 and labels_N is None:
         raise ValueError("loss.ce has a weight, so the labels of the scored tokens are needed")
@@ -117,100 +114,81 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h_pruned_ND, h_dense_ND, head, weights, labels_N, chunk):
-        wants_gradient = ctx.needs_input_grad[0]
-        dtype = torch.promote_types(h_pruned_ND.dtype, torch.float32)
-        wants = head.gradient_dtype(z_dtype=dtype) if wants_gradient else None
-        terms = _terms_on(h_pruned_ND.device.type)
-        sums = torch.zeros(len(TERMS), dtype=torch.float64, device=h_pruned_ND.device)
-        gradient_ND = torch.empty_like(h_pruned_ND) if wants_gradient else None
-        for start in range(0, len(h_pruned_ND), chunk):
-            rows = slice(start, start + chunk)
-            y_CV, _ = head.logits(h_dense_ND[rows])
-            z_CV, slope_CV = head.logits(h_pruned_ND[rows])
+        # Kept wide: backward multiplies it, and rounding to bf16 both before and after would double the error.
+        wide = torch.promote_types(h_pruned_ND.dtype, torch.float32)
+        sums_5 = torch.zeros(len(TERMS), dtype=torch.float64, device=h_pruned_ND.device)
+        gradient_ND = torch.empty_like(h_pruned_ND, dtype=wide) if ctx.needs_input_grad[0] else None
+        step = rows_at_once(chunk, head.weight_VD)
+        for start in range(0, len(h_pruned_ND), step):
+            rows = slice(start, start + step)
             labels_C = None if labels_N is None else labels_N[rows]
-            values_5C, g_CV = terms(y_CV, z_CV, labels_C, *_scalars(weights), wants)
-            sums += values_5C.sum(dim=1, dtype=torch.float64)
-            if gradient_ND is not None:
-                gradient_ND[rows] = head.pull_back(g_CV, slope_CV)
+            into_CD = None if gradient_ND is None else gradient_ND[rows]
+            sums_5 += _chunk_sums(h_pruned_ND[rows], h_dense_ND[rows], head, weights, labels_C, into_CD)
         ctx.save_for_backward(gradient_ND)
-        out = tuple(value.clone() for value in sums.to(dtype))
+        ctx.dtype = h_pruned_ND.dtype
+        out = tuple(value.clone() for value in sums_5.to(wide))
         ctx.mark_non_differentiable(*out[1:])
         return out
 
     @staticmethod
     def backward(ctx, upstream, *_):
         (gradient_ND,) = ctx.saved_tensors
-        # in bf16 the factor itself would be rounded by 0.2 %
-        wide = torch.promote_types(gradient_ND.dtype, torch.float32)
-        return (gradient_ND.to(wide) * upstream).to(gradient_ND.dtype), None, None, None, None, None
+        return (gradient_ND * upstream).to(ctx.dtype), None, None, None, None, None
 
 
-def _scalars(weights: Loss) -> tuple[float, float, float, float, float]:
-    return weights.kl, weights.variance, weights.reverse_kl, weights.ce, weights.temperature
+def _chunk_sums(
+    h_pruned_CD: Tensor,
+    h_dense_CD: Tensor,
+    head: Head,
+    weights: Loss,
+    labels_C: Tensor | None,
+    gradient_CD: Tensor | None,
+) -> Tensor:
+    """Sums of TERMS over one chunk; writes `gradient_CD`. A function of its own so that no two chunks' logits live."""
+    y_CV, _ = head.logits(h_dense_CD)
+    z_CV, slope_CV = head.logits(h_pruned_CD)
+    dtype = None if gradient_CD is None else head.gradient_dtype(z_CV.dtype)
+    values_5C, g_CV, lost = _terms_for(z_CV)(y_CV, z_CV, labels_C, weights, dtype)
+    if gradient_CD is not None and g_CV is not None:
+        gradient_CD.copy_(head.pull_back(g_CV, slope_CV, lost))
+    return values_5C.sum(dim=1, dtype=torch.float64)
 
 
-def _terms(y_CV, z_CV, labels_C, kl_weight, variance_weight, reverse_weight, ce_weight, temperature, dtype):
-    """Per token the five values of TERMS (5, C), and unless `dtype` is None the total's gradient by z (C, V), in it."""
-    t = temperature
-    y_CV = y_CV / t
-    u_CV = z_CV / t - y_CV
-    log_sum_C1 = y_CV.logsumexp(-1, keepdim=True)
-    log_p_CV = y_CV - log_sum_C1
-    p_CV = log_p_CV.exp()
-    mean_u_C1 = (p_CV * u_CV).sum(-1, keepdim=True)
-    v_CV = u_CV - mean_u_C1
-    rough_kl_C1 = (z_CV / t).logsumexp(-1, keepdim=True) - log_sum_C1 - mean_u_C1
-    variance_C = 0.5 * (p_CV * v_CV.square()).sum(-1)
-    kl_C1, rise_CV, shift_C1 = _kl(p_CV, log_p_CV, v_CV, rough_kl_C1)
-    kl_C = kl_C1.squeeze(-1)
-    # q - p = e^-KL (p e^v - p) + p (e^-KL - 1), with p e^v - p = rise e^shift: no two nearly equal numbers are
-    # subtracted.
-    difference_CV = rise_CV * (shift_C1 - kl_C1).exp() + p_CV * torch.expm1(-kl_C1)
-    log_ratio_CV = v_CV - kl_C1
-    q_CV = p_CV + difference_CV
-    # sum of p (e^x (x - 1) + 1) with x = log q/p
-    reverse_C = (q_CV * log_ratio_CV - difference_CV).sum(-1).clamp_min(0)
-    total_C = t * t * (kl_weight * kl_C + variance_weight * variance_C + reverse_weight * reverse_C)
-    log_q1_CV, ce_C = None, torch.zeros_like(kl_C)
-    if labels_C is not None:
-        log_q1_CV = z_CV - z_CV.logsumexp(-1, keepdim=True)
-        ce_C = -log_q1_CV.gather(-1, labels_C[:, None]).squeeze(-1)
-        total_C = total_C + ce_weight * ce_C
-    values_5C = torch.stack([total_C, kl_C, variance_C, reverse_C, ce_C])
-    if dtype is None:
-        return values_5C, None
-    # T^2 of the convention, 1/T of the chain rule
-    g_CV = t * (kl_weight * difference_CV + variance_weight * p_CV * v_CV)
-    if reverse_weight > 0:
-        g_CV = g_CV + t * reverse_weight * q_CV * (log_ratio_CV - reverse_C[:, None])
-    if labels_C is not None and log_q1_CV is not None and ce_weight > 0:
-        minus_one_C1 = torch.full_like(kl_C1, -1.0)
-        g_CV = g_CV + ce_weight * log_q1_CV.exp().scatter_add(-1, labels_C[:, None], minus_one_C1)
-    return values_5C, g_CV.to(dtype)
+def rows_at_once(chunk: int, weight_VD: Tensor) -> int:
+    """At most `chunk`; on a GPU as many as suit its multiprocessors."""
+    if not weight_VD.is_cuda:
+        return chunk
+    processors = torch.cuda.get_device_properties(weight_VD.device).multi_processor_count
+    return _rows_for(chunk, weight_VD.shape[1], processors)
 
 
-def _kl(p_CV: Tensor, log_p_CV: Tensor, v_CV: Tensor, rough_kl_C1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """KL >= 0 per token as log E_p[e^v], with the two parts of p e^v - p = rise e^shift.
+def _rows_for(chunk: int, width: int, processors: int) -> int:
+    """At most `chunk` rows, as many as leave the fewest multiprocessors idle in the last product.
 
-    Any shift gives the same; about KL itself it keeps logits as large as 1e4 from overflowing (p e^v <= e^KL), and
-    where KL is small 0 loses nothing. The rough KL is a difference of large sums: to choose by, not to report.
-    e^v is taken by expm1 where v is small, and through log p where it is large, as there p may have underflown.
+    That one has few tiles of output, (C, D), and long sums, V: at D 3584, 1152 rows take 126 of an H200's 132
+    multiprocessors once, and 2048 rows take 224 of them in two rounds. Tiles of 128 x 256, as in its fastest products.
     """
-    log_pe_CV = log_p_CV + v_CV
-    shift_C1 = torch.where(rough_kl_C1 > 1, rough_kl_C1, 0.0)
-    small_CV = p_CV * torch.expm1(v_CV.clamp_max(1)) * (-shift_C1).exp()
-    large_CV = (log_pe_CV - shift_C1).exp() - p_CV * (-shift_C1).exp()
-    rise_CV = torch.where(v_CV < 1, small_CV, large_CV)
-    # E_p[v] = 0: taking p v off each term changes nothing but makes every term >= 0, so that nothing cancels.
-    total_C1 = (rise_CV - p_CV * v_CV * (-shift_C1).exp()).sum(-1, keepdim=True).clamp_min(0)
-    kl_C1 = shift_C1 + torch.log1p(total_C1 + torch.expm1(-shift_C1))
-    return kl_C1, rise_CV, shift_C1
+    columns = -(-width // 256)
+
+    def busy(tiles: int) -> float:
+        rounds = -(-tiles * columns // processors)
+        return tiles * columns / (rounds * processors)
+
+    return 128 * max(range(1, chunk // 128 + 1), key=busy) if chunk >= 128 else chunk
+
+
+def _terms_for(z_CV: Tensor) -> Callable[..., tuple[Tensor, Tensor | None, Lost | None]]:
+    """The formulas, as one fused kernel where there is one: a GPU with Triton, and fp32."""
+    if z_CV.is_cuda and z_CV.dtype is torch.float32 and _has_triton():
+        from recover.distill.loss_kernel import fused_loss_terms
+
+        return fused_loss_terms
+    return lambda *arguments: (*loss_terms(*arguments), None)
 
 
 @lru_cache
-def _terms_on(device_type: str):
-    """`_terms`, fused on a GPU: eager, it would move each logit through memory some twenty times instead of two."""
-    return torch.compile(_terms) if device_type == "cuda" else _terms
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
