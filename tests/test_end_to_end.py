@@ -91,7 +91,7 @@ def test_a_stopped_training_goes_on_where_it_was(tmp_path, number, capsys):
     with subprocess.Popen(command, env=environment, **pipes) as process:
         checkpoints = tmp_path / "quickstart" / "recover" / "checkpoints"
         deadline = time.monotonic() + 240
-        while not list(checkpoints.glob("checkpoint-*/recover.json")):
+        while not list(checkpoints.glob("checkpoint-[1-9]*/MANIFEST.json")):
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
             time.sleep(0.2)
         process.send_signal(number)
