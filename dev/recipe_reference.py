@@ -21,8 +21,9 @@ Fields without a default must be given. Relative files are looked up from the re
 shipped with the package. On the command line any field is set as
 `recover run RECIPE recover.lr=1e-3 recover.data.0.share=2`.
 """
-LEAVES = [recipe.Recipe, recipe.Model, recipe.Depth, recipe.Magnitude, recipe.Wanda, recipe.Calibration, recipe.Probe]
-LEAVES += [recipe.Recover, recipe.DenseText, recipe.GivenText, recipe.Lora, recipe.Loss]
+LEAVES = [recipe.Recipe, recipe.Model, recipe.Depth, recipe.Magnitude, recipe.Wanda, recipe.Width, recipe.Calibration]
+LEAVES += [recipe.SparseGpt]
+LEAVES += [recipe.Probe, recipe.Recover, recipe.DenseText, recipe.GivenText, recipe.Lora, recipe.Loss]
 LEAVES += [recipe.Measure, recipe.Sampling, recipe.Export]
 
 

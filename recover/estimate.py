@@ -10,12 +10,13 @@ import time
 from typing import Any
 
 from recover import dist, memory
-from recover.errors import RecipeError
+from recover.errors import PruneError, RecipeError
+from recover.estimate_depth import depth_warnings, refuse_depth, share_gone, share_unstored
 from recover.models.load import Description
-from recover.recipe import Depth, Recipe
+from recover.recipe import Depth, Recipe, Sparsity, Width
 
 # A LoRA budget recovers about so much (peers' figures, docs/theory.md): beyond it the plan warns, and goes on.
-DEPTH_WALL = 0.30
+WIDTH_WALL = 0.30
 SPARSITY_WALL = 0.55
 
 # Share of the measured matrix rate that a whole training step reaches.
@@ -28,15 +29,9 @@ def refuse(recipe: Recipe, model: Description) -> None:
     """Raise RecipeError, naming the field, for what cannot work on this model."""
     prune = recipe.prune
     if isinstance(prune, Depth):
-        dropped = prune.count if prune.blocks is None else len(prune.blocks)
-        if dropped is not None and dropped >= model.blocks:
-            raise RecipeError(f"prune: {dropped} blocks to drop, the model has {model.blocks}: keep at least one")
-        outside = [block for block in prune.blocks or () if not 0 < block < model.blocks]
-        if outside:
-            raise RecipeError(
-                f"prune.blocks: {outside} cannot be dropped: blocks are 1 to {model.blocks - 1} here "
-                "(block 0 stays: positions are read off its cache)"
-            )
+        refuse_depth(prune, model)
+    if isinstance(prune, Width):
+        _refuse_width(prune, model)
     if recipe.recover.length > (model.context or recipe.recover.length):
         raise RecipeError(f"recover.length: {recipe.recover.length} tokens, the model's context is {model.context}")
     if recipe.recover.batch_size % dist.world_size():
@@ -45,17 +40,48 @@ def refuse(recipe: Recipe, model: Description) -> None:
         )
 
 
+def _refuse_width(leaf: Width, model: Description) -> None:
+    """What pruning itself would refuse, after the dense model was measured for nothing."""
+    from transformers import CONFIG_MAPPING
+
+    from recover.prune.width import narrowed
+
+    sizes: Any = {
+        "hidden_size": model.width,
+        "intermediate_size": model.intermediate,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_size,
+    }
+    try:
+        narrowed(CONFIG_MAPPING[model.model_type](**sizes), leaf)
+    except PruneError as error:
+        raise RecipeError(str(error)) from None
+
+
+def _width_weights(leaf: Width, model: Description) -> tuple[int, int]:
+    """Of the weights in all blocks, those that go, and those that stay in the linears that are cut."""
+    neuron = 3 * model.width
+    group = 2 * model.head_size * model.width * (model.heads // model.kv_heads + 1)
+    neurons, groups = leaf.neurons(model.intermediate), leaf.kv_groups or 0
+    gone = (model.intermediate - neurons) * neuron + groups * group
+    stay = (neurons * neuron if leaf.mlp else 0) + ((model.kv_heads - groups) * group if groups else 0)
+    return gone * model.blocks, stay * model.blocks
+
+
 def warnings(recipe: Recipe, model: Description) -> list[str]:
     """What will probably disappoint, said before hours are spent."""
     found = []
     prune = recipe.prune
     if isinstance(prune, Depth):
-        share = (prune.count or len(prune.blocks or ())) / model.blocks
-        if share > DEPTH_WALL:
-            found.append(f"{share:.0%} of the blocks go: LoRA budgets recover about {DEPTH_WALL:.0%}")
+        found += depth_warnings(prune, model)
+    elif isinstance(prune, Width):
+        share = _width_weights(prune, model)[0] / (model.parameters - model.embedding_parameters)
+        if share > WIDTH_WALL:
+            found.append(f"{share:.0%} of the blocks' weights go: LoRA budgets recover about {WIDTH_WALL:.0%}")
     elif prune.fraction > SPARSITY_WALL:
         found.append(f"{prune.fraction:.0%} of the weights go: LoRA budgets recover about {SPARSITY_WALL:.0%}")
-    if not isinstance(prune, Depth):
+    if isinstance(prune, Sparsity):
         found.append("masked weights are stored as zeros: the file is as large and stock kernels are as fast as dense")
     return found
 
@@ -67,7 +93,6 @@ def _shape(model: Description) -> memory.Shape:
 def _training(recipe: Recipe, model: Description) -> memory.Training:
     """What decides the memory of this recipe without DeepSpeed (which takes less: `launch/README.md`)."""
     leaf, prune = recipe.recover, recipe.prune
-    depth = isinstance(prune, Depth)
     micro = leaf.micro_batch_size or leaf.batch_size // dist.world_size()
     texts = min(recipe.measure.max_new_tokens + PROMPT_TOKENS, model.context or 2**31)
     return memory.Training(
@@ -76,8 +101,9 @@ def _training(recipe: Recipe, model: Description) -> memory.Training:
         chunk=leaf.loss.chunk,
         checkpointing=leaf.gradient_checkpointing,
         element=ELEMENT_BYTES[recipe.model.dtype],
-        kept_blocks=model.blocks - (prune.count or len(prune.blocks or ())) if depth else model.blocks,
-        masked=not depth,
+        kept_blocks=round(model.blocks * (1 - share_gone(prune, model))) if isinstance(prune, Depth) else model.blocks,
+        masked=isinstance(prune, Sparsity),
+        own=_width_weights(prune, model)[1] if isinstance(prune, Width) else 0,
         cached=recipe.measure.batch_size * texts,
         processes=dist.world_size(),
     )
@@ -104,19 +130,22 @@ def estimate(recipe: Recipe, model: Description, rate: float) -> dict[str, Any]:
     A distillation step costs 2 FLOP per weight and token for the dense pass, 2 for the pruned forward and 2 for its
     backward (frozen weights have no gradient of their own).
     """
-    dropped = 0.0
+    stored = pruned = model.parameters
     if isinstance(recipe.prune, Depth):
-        dropped = (recipe.prune.count or len(recipe.prune.blocks or ())) / model.blocks
-    pruned = model.parameters - dropped * (model.parameters - model.embedding_parameters)
+        inside = model.parameters - model.embedding_parameters
+        pruned -= share_gone(recipe.prune, model) * inside
+        stored -= share_unstored(recipe.prune, model) * inside
+    if isinstance(recipe.prune, Width):
+        pruned = stored = model.parameters - _width_weights(recipe.prune, model)[0]
     element = ELEMENT_BYTES[recipe.model.dtype]
     tokens = recipe.recover.tokens
     flops = tokens * (2 * model.parameters + 4 * pruned)
     seconds = flops / (rate * STEP_EFFICIENCY * dist.world_size())
     return {
         "parameters_dense": model.parameters,
-        "parameters_pruned": round(pruned),
+        "parameters_pruned": round(stored),
         "file_bytes_dense": model.parameters * element,
-        "file_bytes_pruned": round(pruned * element),
+        "file_bytes_pruned": round(stored * element),
         "teacher_tokens": tokens,
         "training_flops": flops,
         "training_seconds": seconds,

@@ -39,6 +39,7 @@ class Training:
     """What of a recipe and a launch decides its memory. `tokens` and `cached` are those of one process.
 
     tokens: sequences at once x their length. cached: tokens in the KV cache while generation is measured.
+    own: weights that the pruned view has beside the dense ones.
     element: bytes of a weight. zero: DeepSpeed's stage, 0 without it. offload: the shares lie in host memory.
     """
 
@@ -49,6 +50,7 @@ class Training:
     element: int = 2
     kept_blocks: int | None = None
     masked: bool = False
+    own: int = 0
     cached: int = 16_384
     processes: int = 1
     zero: int = 0
@@ -97,6 +99,7 @@ def training_parts(shape: Shape, training: Training) -> dict[str, int]:
     return {
         "weights": round(0 if training.offload else shape.parameters * training.element * share),
         "masks": shape.parameters // 8 if training.masked else 0,
+        "own": training.own * training.element,  # buffers: ZeRO-3 does not share them out
         "adapters": round(adapter_parameters(shape, training.rank, kept) * _adapter_bytes(training)),
         # One more block: what is computed again, or the gradients of the block that backward is in.
         "activations": training.tokens * (kept * stored + block),
@@ -120,7 +123,8 @@ def measuring_bytes(shape: Shape, training: Training) -> int:
     """Bytes on one GPU while a model is measured: each process holds it whole, whatever the launch file shares out."""
     weights = shape.parameters * training.element
     shared = training_parts(shape, training)["weights"] if training.zero == 3 else 0  # the engine's, in between epochs
-    return weights + shared + training.cached * kv_bytes_per_token(shape, training.element) + RUNTIME_BYTES
+    own = training.own * training.element
+    return weights + own + shared + training.cached * kv_bytes_per_token(shape, training.element) + RUNTIME_BYTES
 
 
 def peak_bytes(shape: Shape, training: Training) -> int:

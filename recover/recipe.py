@@ -17,10 +17,11 @@ from recover.errors import RecipeError
 from recover.leaf import Dtype, Leaf
 from recover.places import place_files
 from recover.problems import explain
-from recover.recipe_prune import Calibration, Depth, Magnitude, Prune, Sparsity, Wanda
+from recover.recipe_prune import Calibrated, Calibration, Depth, Magnitude, Prune, SparseGpt, Sparsity, Wanda, Width
 from recover.recipe_train import Data, DenseText, GivenText, Lora, Loss, Recover
 
 __all__ = [
+    "Calibrated",
     "Calibration",
     "Data",
     "DenseText",
@@ -33,8 +34,10 @@ __all__ = [
     "Magnitude",
     "Prune",
     "Recover",
+    "SparseGpt",
     "Sparsity",
     "Wanda",
+    "Width",
 ]
 
 
@@ -90,6 +93,9 @@ class Measure(Leaf):
     batch_size: int = Field(default=64, ge=1)
     sampling: Sampling | None = Field(default=Sampling(), description="measured beside greedy; null: not at all")
     samples: int = Field(default=3, ge=0, description="texts shown in the report")
+    allow_code_execution: bool = Field(
+        default=False, description="let `code` tasks run what the model writes, locked away in a process of its own"
+    )
 
 
 class Export(Leaf):

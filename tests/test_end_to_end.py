@@ -45,8 +45,25 @@ def run(root: Path, *overrides: str, **options: Any) -> RunDirectory:
         (f"{{kind: depth, count: 1, score: angular, calibration: {CALIBRATION}}}", 11, 0.0),
         (f"{{kind: wanda, pattern: '2:4', calibration: {CALIBRATION}}}", 12, 0.5),
         ("{kind: magnitude, sparsity: 0.25}", 12, 0.25),
+        (f"{{kind: sparsegpt, pattern: '4:8', calibration: {CALIBRATION}}}", 12, 0.5),
+        ("{kind: depth, unit: sublayer, sites: ['mlp:3', 'attention:4']}", 11, 0.0),
+        (f"{{kind: width, mlp: 0.25, multiple: 8, calibration: {CALIBRATION}}}", 12, 0.0),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in (
+                (f"{{kind: depth, count: 2, contiguous: true, calibration: {CALIBRATION}}}", 10, 0.0),
+                (f"{{kind: depth, count: 2, score: taylor, calibration: {CALIBRATION}}}", 10, 0.0),
+                (f"{{kind: depth, count: 1, score: perplexity, repair: linear, calibration: {CALIBRATION}}}", 11, 0.0),
+                (f"{{kind: depth, count: 1, score: variance, repair: rescale, calibration: {CALIBRATION}}}", 11, 0.0),
+                (f"{{kind: depth, unit: attention, count: 2, calibration: {CALIBRATION}}}", 12, None),
+                (f"{{kind: depth, unit: mlp, count: 2, calibration: {CALIBRATION}}}", 12, None),
+                (f"{{kind: wanda, sparsity: 0.5, allocation: owl, calibration: {CALIBRATION}}}", 12, 0.5),
+                (f"{{kind: wanda, sparsity: 0.3, allocation: kl, calibration: {CALIBRATION}}}", 12, 0.3),
+                (f"{{kind: sparsegpt, sparsity: 0.5, calibration: {CALIBRATION}}}", 12, 0.5),
+                (f"{{kind: width, mlp: 0.25, score: fluctuation, multiple: 8, calibration: {CALIBRATION}}}", 12, 0.0),
+            )
+        ),
     ],
-    ids=["depth", "depth-angular", "wanda-2:4", "magnitude"],
 )
 def test_a_run_ends_in_a_checkpoint_that_stock_classes_load(tmp_path, prune, blocks, zeros):
     directory = run(tmp_path, f"prune={prune}")
@@ -54,10 +71,11 @@ def test_a_run_ends_in_a_checkpoint_that_stock_classes_load(tmp_path, prune, blo
     assert read_json(directory.verify)["ok"]
     model = AutoModelForCausalLM.from_pretrained(directory.deploy, dtype=torch.float32)
     assert type(model).__module__.startswith("transformers.models.llama")
-    assert len(model.model.layers) == model.config.num_hidden_layers == blocks
+    assert len(model.model.layers) == model.config.num_hidden_layers
+    assert model.config.num_hidden_layers == blocks or (zeros is None and model.config.num_hidden_layers <= blocks)
     linears = [module for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)]
     found = sum(int((linear.weight == 0).sum()) for linear in linears) / sum(x.weight.numel() for x in linears)
-    assert found == pytest.approx(zeros, abs=0.005)
+    assert zeros is None or found == pytest.approx(zeros, abs=0.005)
     prompt = AutoTokenizer.from_pretrained(directory.deploy)("Lisbon is a city in", return_tensors="pt")
     assert model.generate(**prompt, max_new_tokens=4).shape[1] > prompt["input_ids"].shape[1]
     epochs = read_jsonl(directory.epochs)

@@ -58,19 +58,30 @@ FLOORS = {
     # F6: stages
     "recover.inputs": 6,
     "recover.estimate": 6,
+    "recover.estimate_depth": 6,
     "recover.bench": 6,
     "recover.work": 6,
     "recover.stages": 6,
     "recover.diagnose": 6,
+    "recover.measuring": 6,
     # F7: command line
     "recover.cli": 7,
-    "recover.commands_gguf": 7,
-    "recover.commands_probe": 7,
+    "recover.commands_gguf": 6.5,
+    "recover.commands_measure": 6.5,
+    "recover.commands_probe": 6.5,
+    "recover.commands_report": 6.5,
+    "recover.commands_run": 6.5,
     "recover.__main__": 7,
 }
 
 HEAVY = {"torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "datasets", "tokenizers", "safetensors"}
-LIGHT = {"recover.cli", "recover.__main__", "recover.stages"}  # beside F0 and F1
+LIGHT = {
+    "recover.cli",
+    "recover.__main__",
+    "recover.stages",
+    "recover.measuring",
+    "recover.commands_measure",
+}  # beside F0 and F1
 
 MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path

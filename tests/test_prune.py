@@ -13,8 +13,8 @@ from tiny import ids, tiny
 from recover.errors import DataError, PruneError
 from recover.models.arch import blocks_of, linears_of
 from recover.models.twin import Twin
-from recover.prune import depth
-from recover.prune.calibrate import calibration_batches, input_norms
+from recover.prune import depth_search
+from recover.prune.calibrate import calibration_batches
 from recover.prune.methods import PRUNERS
 from recover.prune.plan import MaskRecord, Plan
 from recover.recipe import Calibration, Depth, Magnitude, Wanda
@@ -122,7 +122,7 @@ def test_similarity_scores_equal_the_formula_on_the_residual_stream(tiny_llama, 
 
 
 def test_deep_models_try_only_the_blocks_of_least_influence(tiny_llama, batches, monkeypatch):
-    monkeypatch.setattr(depth, "CANDIDATES", 3)
+    monkeypatch.setattr(depth_search, "CANDIDATES", 3)
     plan = drop(tiny_llama, batches, count=1, score="kl")
     influence = table(plan, 0)
     least = sorted(influence, key=lambda span: influence[span])[:3]
@@ -194,7 +194,7 @@ def test_broken_weights_are_named(tiny_llama, batches):
     with pytest.raises(PruneError, match=r"prune: the kl score of blocks .* is nan"):
         drop(copy.deepcopy(tiny_llama), batches, count=1)
     with pytest.raises(PruneError, match=r"model\.layers\.2\.mlp\.down_proj: sees inputs that are not finite"):
-        input_norms(tiny_llama, linears_of(tiny_llama), batches)
+        PRUNERS["wanda"](dense_twin(tiny_llama), Wanda(kind="wanda", sparsity=0.5, calibration=CALIBRATION), batches)
 
 
 def keep_by_loop(score_OI: torch.Tensor, pattern: str, fraction: float) -> torch.Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from recover.models.pairing import pack_sites, zeroed_partners
+from recover.models.site import PARTS, Site
 from recover.recipe import Recipe, dump_recipe
 from recover.report import cuts
 
@@ -47,7 +49,7 @@ def _shown(source: str) -> str:
 def _what_was_pruned(plan: dict[str, Any]) -> str:
     became = f"{plan['parameters_dense']:,} parameters became {plan['parameters_pruned']:,}."
     if sites := cuts.sites(plan):
-        return f"Of {plan['blocks']} blocks were dropped: {sites}. {became}"
+        return f"Of {plan['blocks']} blocks were dropped: {sites}. {became}{_zeroed(plan)}"
     if plan["kind"] == "width":
         return f"Every block is narrower ({cuts.sizes(plan)}). {became}"
     weights = sum(mask["shape"][0] * mask["shape"][1] for mask in plan["masks"].values())
@@ -57,6 +59,15 @@ def _what_was_pruned(plan: dict[str, Any]) -> str:
         f"{zeros:,} of {weights:,} weights in the blocks' linear layers are zero ({zeros / weights:.1%}, {patterns}). "
         "They are stored as ordinary dense tensors: no smaller and no faster in stock kernels."
     )
+
+
+def _zeroed(plan: dict[str, Any]) -> str:
+    """What a depth plan stores for nothing, if anything."""
+    kept = {
+        Site(block, part) for part in PARTS for block in range(plan["blocks"]) if block not in cuts.gone(plan, part)
+    }
+    zeroed = zeroed_partners(pack_sites(kept))
+    return f" Of these, {zeroed} sublayers are zeroed partners of lone ones: they add nothing." if zeroed else ""
 
 
 def _table(headlines: dict[str, dict[str, float | None]]) -> str:

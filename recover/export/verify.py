@@ -102,14 +102,15 @@ def check(folder: Path, expected: Path, plan: Path) -> dict[str, Any]:
     """
     artifacts.check_manifest(folder)
     tensors, device = _expected(expected)
-    certificates = artifacts.read_json(plan)["masks"]
+    planned = artifacts.read_json(plan)
     manifest = artifacts.read_json(folder / artifacts.MANIFEST)["files"]
     model, problems = _load(folder, device)
+    problems += _size_problems(model, planned)
     record = {
         "dtype": str(model.dtype).removeprefix("torch."),
         "blocks": model.config.num_hidden_layers,
         "parameters": model.num_parameters(),
-        "zeros": _zeros(model, certificates, problems),
+        "zeros": _zeros(model, planned["masks"], problems),
         **_logits(model, tensors, problems),
         "files": {name: entry["sha256"] for name, entry in manifest.items()},
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors")},
@@ -144,6 +145,21 @@ def _load(folder: Path, device: str) -> tuple[PreTrainedModel, list[str]]:
     if model.generation_config.eos_token_id is None:
         problems.append("generation_config.json: no eos_token_id, so generation would never stop")
     return model.to(device).eval(), problems
+
+
+def _size_problems(model: PreTrainedModel, planned: dict[str, Any]) -> list[str]:
+    """Sizes that pruning changed are those of the plan, in the config and in the weights that it names."""
+    problems = []
+    for name, value in planned.get("config", {}).items():
+        found = getattr(model.config, name, None)
+        if found != value:
+            problems.append(f"config.json: {name} is {found}, the plan says {value}")
+    weights = dict(model.named_parameters())
+    for name, shape in planned.get("weights", {}).items() if planned.get("config") else ():
+        found = tuple(weights[name].shape) if name in weights else None
+        if found != tuple(shape):
+            problems.append(f"{name}: shape {found}, the plan says {tuple(shape)}")
+    return problems
 
 
 def _zeros(model: PreTrainedModel, certificates: dict[str, Any], problems: list[str]) -> dict[str, Any]:

@@ -57,6 +57,7 @@ class Arch:
     softcap: Callable[[PretrainedConfig], float | None] = _no_softcap
     attention_norms: tuple[str, ...] = ("input_layernorm",)
     mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
+    kv_groups_stay: str = ""  # why width pruning cannot remove KV groups, empty where it can
 
 
 ARCHS: dict[str, Arch] = {
@@ -68,12 +69,18 @@ ARCHS: dict[str, Arch] = {
         Arch("qwen3"),
         Arch("gemma2", softcap=_final_softcap, attention_norms=AROUND_ATTENTION, mlp_norms=AROUND_MLP),
         Arch("gemma3_text", softcap=_final_softcap, attention_norms=AROUND_ATTENTION, mlp_norms=AROUND_MLP),
-        Arch("phi3", attention_linears=("qkv_proj", "o_proj"), mlp_linears=("gate_up_proj", "down_proj")),
+        Arch(
+            "phi3",
+            attention_linears=("qkv_proj", "o_proj"),
+            mlp_linears=("gate_up_proj", "down_proj"),
+            kv_groups_stay="q, k and v are one linear, cut by head counts of the config, which both views share",
+        ),
         Arch("smollm3"),
         Arch(
             "olmo2",
             attention_norms=("post_attention_layernorm",),
             mlp_norms=("post_feedforward_layernorm",),
+            kv_groups_stay="its q_norm and k_norm take all heads together, so that removing one changes the others",
         ),
         Arch("granite", logit_scale=lambda config: 1.0 / config.logits_scaling),
     )

@@ -27,6 +27,11 @@ class Packed(NamedTuple):
         return block
 
 
+def zeroed_partners(packed: Iterable[Packed]) -> int:
+    """How many sublayers of the exported blocks are stored as zeros, for want of a partner."""
+    return sum(part is None for block in packed for part in block)
+
+
 def pack_sites(kept: Iterable[Site]) -> tuple[Packed, ...]:
     """The fewest blocks that run the kept sites in their order: attention opens a block, an MLP joins the open one."""
     packed: list[Packed] = []

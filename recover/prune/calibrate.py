@@ -1,18 +1,17 @@
-"""Calibration: text cut into equal samples, and what the model's linear layers see on it.
+"""Calibration: text cut into equal samples.
 
-Shapes: B batch, T tokens, I in features.
+Shapes: B batch, T tokens.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import LongTensor, Tensor, nn
+from torch import LongTensor, Tensor
 
 from recover import console
 from recover.errors import DataError, PruneError
@@ -138,59 +137,3 @@ def calibration_record(leaf: Calibration | None, batches: Sequence[Tensor]) -> d
         return {}
     samples = sum(len(ids_BT) for ids_BT in batches)
     return {"data": leaf.data, "samples": samples, "tokens": sum(ids_BT.numel() for ids_BT in batches)}
-
-
-class _Enough(Exception):
-    """Ends a forward pass whose rest is not needed."""
-
-
-@torch.no_grad()
-def input_norms(
-    model: PreTrainedModel,
-    linears: dict[str, nn.Linear],
-    batches: Iterable[LongTensor],
-    *,
-    last: nn.Module | None = None,
-) -> dict[str, Tensor]:
-    """||x_i|| over all tokens of `batches` for every input feature of each linear layer (fp32, on the layer's device).
-
-    Seen by hooks inside a full forward pass, so masks, positions and attention variants are the model's own. With
-    `last`, a pass ends once that module has run. Raises PruneError when a layer sees a value that is not finite, or is
-    never run.
-    """
-    squares: dict[str, Tensor] = {}
-
-    def add(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            square_I = args[0].detach().reshape(-1, args[0].shape[-1]).float().square().sum(0).double()
-            squares[name] = squares[name] + square_I if name in squares else square_I
-
-        return hook
-
-    def stop(*_: Any) -> None:
-        raise _Enough
-
-    handles = [linear.register_forward_pre_hook(add(name)) for name, linear in linears.items()]
-    if last is not None:
-        handles.append(last.register_forward_hook(stop))
-    try:
-        for ids_BT in batches:
-            _run(model, ids_BT)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: _norm(name, squares.get(name)) for name in linears}
-
-
-def _run(model: PreTrainedModel, ids_BT: Tensor) -> None:
-    with suppress(_Enough):
-        # One position of logits: the head is not needed, and full logits would be the largest tensor of the pass.
-        model(input_ids=ids_BT.to(model.device), use_cache=False, logits_to_keep=1)
-
-
-def _norm(name: str, square_I: Tensor | None) -> Tensor:
-    if square_I is None:
-        raise PruneError(f"{name}: never run in a forward pass, so it has no activations to score its weights by")
-    if not square_I.isfinite().all():
-        raise PruneError(f"{name}: sees inputs that are not finite. Check the weights, or use model.dtype: float32")
-    return square_I.sqrt().float()

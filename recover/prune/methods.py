@@ -14,7 +14,8 @@ from torch import LongTensor
 
 from recover.prune.depth import prune_depth
 from recover.prune.plan import Pruned
-from recover.prune.sparsity import prune_magnitude, prune_wanda
+from recover.prune.sparsity import prune_magnitude, prune_sparsegpt, prune_wanda
+from recover.prune.width import prune_width
 
 if TYPE_CHECKING:
     from recover.models.twin import Twin
@@ -25,4 +26,6 @@ PRUNERS: dict[str, Pruner] = {
     "depth": prune_depth,
     "magnitude": prune_magnitude,
     "wanda": prune_wanda,
+    "sparsegpt": prune_sparsegpt,
+    "width": prune_width,
 }

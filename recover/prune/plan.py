@@ -23,7 +23,7 @@ from torch import Tensor
 from recover import artifacts
 from recover.errors import ArtifactError
 from recover.models.masked_linear import pack, unpack
-from recover.models.pairing import Packed, pack_sites
+from recover.models.pairing import Packed, pack_sites, zeroed_partners
 from recover.models.site import Site, sites_of
 
 PLAN = "plan.json"
@@ -48,7 +48,7 @@ class MaskRecord:
     def of(cls, keep_OI: Tensor, pattern: str) -> MaskRecord:
         """The record that this mask fulfils."""
         out_features, in_features = keep_OI.shape
-        return cls((out_features, in_features), keep_OI.numel() - int(keep_OI.sum()), pattern)
+        return cls((out_features, in_features), keep_OI.numel() - int(torch.count_nonzero(keep_OI)), pattern)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,9 @@ class Plan:
         if self.kind == "depth":
             gone = {"blocks": self.dropped, "attention of": self.dropped_attention, "MLP of": self.dropped_mlp}
             parts = [f"{what} {', '.join(map(str, blocks))}" for what, blocks in gone.items() if blocks]
-            return f"depth: {'; '.join(parts)} dropped, of {self.blocks} blocks; {left}"
+            zeroed = zeroed_partners(self.packed)
+            stored = f"; {zeroed} zeroed partners stored beside lone sublayers" if zeroed else ""
+            return f"depth: {'; '.join(parts)} dropped, of {self.blocks} blocks; {left}{stored}"
         if self.kind == "width":
             sizes = ", ".join(f"{name} {value:,}" for name, value in self.config.items())
             return f"width: {sizes}; {left}"

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from recover.errors import PruneError
 
+RANKED_BY_PAIRS = 32  # groups of N:M up to this size are ranked by comparing each pair, in M passes over the scores
+
 
 def cosine(a_ND: Tensor, b_ND: Tensor) -> Tensor:
     """cos(a, b) of each row within [-1, 1], in fp64 (in bf16 every 1 - cos near 0 is 0); a zero row gives 0."""
@@ -56,9 +58,24 @@ def keep_unstructured(score_OI: Tensor, fraction: float) -> Tensor:
 
     The lowest scores go, on ties the lowest index.
     """
-    keep_OI = torch.ones_like(score_OI, dtype=torch.bool)
-    lowest = torch.argsort(score_OI, dim=1, stable=True)[:, : round(fraction * score_OI.shape[1])]
-    return keep_OI.scatter_(1, lowest, False)
+    return keep_highest(score_OI, round(fraction * score_OI.shape[1]))
+
+
+def keep_highest(score_OI: Tensor, gone: int) -> Tensor:
+    """A mask with exactly `gone` zeros in every row: the lowest scores, on ties the lowest index.
+
+    Selection and not sorting, and nothing waits for the device: a threshold a row, then ties by counting.
+    """
+    if gone == 0:
+        return torch.ones_like(score_OI, dtype=torch.bool)
+    if score_OI.shape[0] == 1:  # one long row: a parallel sort beats the selection, which runs row by row
+        threshold_O1 = score_OI.sort(dim=1).values[:, gone - 1 : gone]
+    else:
+        threshold_O1 = score_OI.kthvalue(gone, dim=1, keepdim=True).values
+    below_OI = score_OI < threshold_O1
+    tied_OI = score_OI == threshold_O1
+    room_O1 = gone - below_OI.sum(1, keepdim=True, dtype=torch.int32)
+    return ~(below_OI | (tied_OI & (tied_OI.cumsum(1, dtype=torch.int32) <= room_O1)))
 
 
 def keep_n_m(score_OI: Tensor, n: int, m: int) -> Tensor:
@@ -70,6 +87,11 @@ def keep_n_m(score_OI: Tensor, n: int, m: int) -> Tensor:
     if in_features % m:
         raise PruneError(f"pattern {n}:{m} needs whole groups of {m} inputs, found {in_features}: use 'unstructured'")
     score_OGM = score_OI.reshape(out_features, in_features // m, m)
-    keep_OGM = torch.ones_like(score_OGM, dtype=torch.bool)
-    lowest = torch.argsort(score_OGM, dim=2, stable=True)[..., : m - n]
-    return keep_OGM.scatter_(2, lowest, False).reshape(out_features, in_features)
+    if m > RANKED_BY_PAIRS:
+        return keep_highest(score_OGM.reshape(-1, m), m - n).reshape(out_features, in_features)
+    rank_OGM = torch.zeros_like(score_OGM, dtype=torch.uint8)  # how many of its group an entry beats
+    for other in range(m):
+        score_OG1 = score_OGM[..., other : other + 1]
+        rank_OGM += score_OGM > score_OG1
+        rank_OGM[..., other + 1 :] += score_OGM[..., other + 1 :] == score_OG1
+    return (rank_OGM >= m - n).reshape(out_features, in_features)

@@ -1,37 +1,45 @@
-"""Which weights become zero: by magnitude, or by magnitude times input norm (Wanda); equally many in every output row.
+"""Which weights become zero: by magnitude, by magnitude times input norm (Wanda), or as others make up (SparseGPT).
 
-Shapes: O out features, I in features, B batch, T tokens.
+Shapes: O out features, I in features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import LongTensor, Tensor, nn
-from torch.nn.utils import parametrize
 
 from recover import console
 from recover.errors import PruneError
 from recover.models.arch import blocks_of, linears_of
-from recover.models.masked_linear import effective_weight, pack
-from recover.prune.calibrate import calibration_record, check_context, input_norms
+from recover.prune.calibrate import calibration_record
 from recover.prune.plan import Kind, MaskRecord, Plan, Pruned
+from recover.prune.ratios import block_fractions
 from recover.prune.scores import keep_n_m, keep_unstructured, magnitude_score, wanda_score
-from recover.recipe import Magnitude, Sparsity, Wanda
+from recover.prune.sparsegpt import COLUMNS, Replays, choose_n_m, choose_share, inverse_factor, rewrite
+from recover.prune.stream import Stream, check_finite, gram, norms, squares, working_device
+from recover.recipe import Calibrated, Magnitude, SparseGpt, Sparsity, Wanda
 
 if TYPE_CHECKING:
     from recover.models.twin import Twin
 
+# For the linear layers of one block, what their inputs summed up to and the block's sparsity: masks and new weights.
+Decide = Callable[[Mapping[str, nn.Linear], Mapping[str, Tensor], float], tuple[dict[str, Tensor], dict[str, Tensor]]]
+
 
 def prune_magnitude(twin: Twin, leaf: Magnitude, batches: list[LongTensor]) -> Pruned:
     """Masks that keep the largest weights of each output row of each linear layer in the blocks; no text is read."""
-    masks = {}
-    for name, linear in console.track(linears_of(twin.model).items(), "magnitude", unit="layer"):
-        masks[name] = _keep(name, magnitude_score(linear.weight.detach()), leaf)
-    return Pruned(_plan(twin, "magnitude", leaf, masks, {}), masks, {})
+    linears, masks, records = linears_of(twin.model), {}, {}
+    _check_patterns(linears, leaf, [leaf.fraction] * len(blocks_of(twin.model)))
+    device = working_device(twin.model.device)
+    for name, linear in console.track(linears.items(), "magnitude", unit="layer"):
+        score_OI = _finite(name, magnitude_score(linear.weight.detach().to(device)))
+        keep_OI = _keep(score_OI, leaf, leaf.fraction)
+        records[name] = MaskRecord.of(keep_OI, leaf.pattern)
+        masks[name] = keep_OI.cpu()
+    return Pruned(_plan(twin, "magnitude", records, {}), masks, {})
 
 
 def prune_wanda(twin: Twin, leaf: Wanda, batches: list[LongTensor]) -> Pruned:
@@ -40,68 +48,145 @@ def prune_wanda(twin: Twin, leaf: Wanda, batches: list[LongTensor]) -> Pruned:
     What a block's layers see is measured with all blocks before it already masked, as the pruned model will run.
     Source: Sun et al., arXiv 2306.11695, section 3 and algorithm 1.
     """
-    check_context(twin.model, batches)
-    masks: dict[str, Tensor] = {}
-    with _masking() as mask:
-        for block in console.track(blocks_of(twin.model), "wanda", unit="block"):
-            names = {id(module) for module in block.modules()}
-            linears = {name: linear for name, linear in linears_of(twin.model).items() if id(linear) in names}
-            norms = input_norms(twin.model, linears, batches, last=block)
-            for name, linear in linears.items():
-                keep_OI = _keep(name, wanda_score(linear.weight.detach(), norms[name]), leaf)
-                mask(linear, keep_OI)
-                masks[name] = keep_OI
-    return Pruned(_plan(twin, "wanda", leaf, masks, calibration_record(leaf.calibration, batches)), masks, {})
+
+    def decide(
+        linears: Mapping[str, nn.Linear], sums: Mapping[str, Tensor], fraction: float
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        masks, weights = {}, {}
+        for name, norm_I in norms(sums).items():
+            weight_OI = linears[name].weight.detach()
+            masks[name] = _keep(_finite(name, wanda_score(weight_OI, norm_I)), leaf, fraction)
+            weights[name] = weight_OI.masked_fill(~masks[name], 0)
+        return masks, weights
+
+    found = _blockwise(twin, leaf, batches, squares, decide)
+    return Pruned(_plan(twin, "wanda", found.records, found.calibration), found.masks, {})
 
 
-def _keep(name: str, score_OI: Tensor, leaf: Sparsity) -> Tensor:
-    """The mask for these scores; raises PruneError naming the layer where the pattern does not fit."""
-    if not score_OI.isfinite().all():
-        raise PruneError(f"{name}: scores are not finite. Check the weights, or use model.dtype: float32")
-    if leaf.pattern == "unstructured":
-        inputs = score_OI.shape[1]
-        gone = round(leaf.fraction * inputs)
+def prune_sparsegpt(twin: Twin, leaf: SparseGpt, batches: list[LongTensor]) -> Pruned:
+    """Masks, and weights of which those that are left make up for those that go, block after block.
+
+    A layer's output error on the calibration text is made small, with all blocks before it already pruned. `weights`
+    are of the model's dtype, zero where masked. Source: Frantar and Alistarh, arXiv 2301.00774. Raises PruneError where
+    a layer's Hessian cannot be inverted.
+    """
+    replays = Replays() if working_device(twin.model.device).type == "cuda" else None
+
+    def decide(
+        linears: Mapping[str, nn.Linear], sums: Mapping[str, Tensor], fraction: float
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        check_finite(sums)
+        masks, weights = {}, {}
+        for names in _sharing(sums):
+            group = {name: linears[name].weight.detach() for name in names}
+            found = _sparsegpt(group, sums[names[0]], leaf, fraction, replays)
+            for name, (keep_OI, weight_OI) in found.items():
+                masks[name], weights[name] = keep_OI, weight_OI
+        return {name: masks[name] for name in linears}, {name: weights[name] for name in linears}
+
+    found = _blockwise(twin, leaf, batches, gram, decide)
+    own = {f"{name}.weight": weight_OI for name, weight_OI in found.weights.items()}
+    return Pruned(_plan(twin, "sparsegpt", found.records, found.calibration, own), found.masks, own)
+
+
+class _Found(NamedTuple):
+    """Of all layers, in main memory: masks, their certificates, new weights; and what they were measured on."""
+
+    masks: dict[str, Tensor]
+    records: dict[str, MaskRecord]
+    weights: dict[str, Tensor]
+    calibration: dict[str, Any]
+
+
+def _blockwise(
+    twin: Twin, leaf: Calibrated, batches: list[LongTensor], measure: Callable[[Tensor], Tensor], decide: Decide
+) -> _Found:
+    """Masks and new weights, decided block by block; only SparseGPT's weights are more than masked, and kept."""
+    fractions, allocation = block_fractions(twin, leaf, batches)
+    _check_patterns(linears_of(twin.model), leaf, fractions)
+    stream = Stream(twin, batches)
+    found = _Found({}, {}, {}, calibration_record(leaf.calibration, batches) | allocation)
+    last = len(fractions) - 1
+    with torch.no_grad():
+        for index in console.track(range(len(fractions)), leaf.kind, unit="block"):
+            with stream.resident(index) as linears:
+                kept, made = decide(linears, stream.measure(index, measure), fractions[index])
+                if index != last:
+                    stream.advance(index, made)
+            for name, keep_OI in kept.items():
+                found.records[name] = MaskRecord.of(keep_OI, leaf.pattern)  # counted where it is fast
+                found.masks[name] = keep_OI.cpu()
+                if leaf.kind == "sparsegpt":
+                    found.weights[name] = made[name].cpu()
+    return found
+
+
+def _sparsegpt(
+    weights: Mapping[str, Tensor], hessian_II: Tensor, leaf: Sparsity, fraction: float, replays: Replays | None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """(mask, new weight) of each of these layers, which share the input behind `hessian_II`."""
+    names, sizes = list(weights), [len(weight_OI) for weight_OI in weights.values()]
+    where = names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
+    weight_IO = torch.cat([weight_OI.float() for weight_OI in weights.values()]).T.contiguous()
+    inputs = len(weight_IO)
+    factor_II = inverse_factor(hessian_II, where)
+    if leaf.n_m is None:
+        choose, group, step = choose_share(fraction, inputs, sizes), COLUMNS, COLUMNS
+    else:
+        group = leaf.n_m[1]
+        choose, step = choose_n_m(*leaf.n_m), group * max(1, COLUMNS // group)
+    keep_IO = rewrite(weight_IO, factor_II, choose, group=group, step=step, replays=replays)
+    if not bool(weight_IO.sum().isfinite()):
+        raise PruneError(f"{where}: weights are not finite. Check the model, or use model.dtype: float32")
+    kept = zip(keep_IO.split(sizes, dim=1), weight_IO.split(sizes, dim=1), strict=True)
+    dtype = weights[names[0]].dtype
+    made = [(keep.T.contiguous(), weight.T.to(dtype).contiguous()) for keep, weight in kept]
+    return dict(zip(names, made, strict=True))
+
+
+def _sharing(sums: Mapping[str, Tensor]) -> list[list[str]]:
+    """Names of layers in groups of one and the same sum."""
+    groups: dict[int, list[str]] = {}
+    for name, total in sums.items():
+        groups.setdefault(id(total), []).append(name)
+    return list(groups.values())
+
+
+def _check_patterns(linears: Mapping[str, nn.Linear], leaf: Sparsity, fractions: list[float]) -> None:
+    """Raise PruneError naming the first layer that the pattern or sparsity does not fit, before any pass."""
+    per_block = len(linears) // len(fractions)
+    for place, (name, linear) in enumerate(linears.items()):
+        inputs = linear.in_features
+        if leaf.n_m is not None:
+            if inputs % leaf.n_m[1]:
+                found = f"{name}: pattern {leaf.pattern} needs whole groups of {leaf.n_m[1]} inputs, found {inputs}"
+                raise PruneError(f"{found}: use 'unstructured'")
+            continue
+        fraction = fractions[place // per_block]
+        gone = round(fraction * inputs)
         if not 0 < gone < inputs:
-            found = f"{name}: prune.sparsity {leaf.fraction} rounds to {gone} of its {inputs} inputs"
+            found = f"{name}: prune.sparsity {fraction:.4g} rounds to {gone} of its {inputs} inputs"
             raise PruneError(f"{found}: expected at least one pruned and one left")
-        return keep_unstructured(score_OI, leaf.fraction).cpu()
-    n, m = map(int, leaf.pattern.split(":"))
-    try:
-        return keep_n_m(score_OI, n, m).cpu()
-    except PruneError as error:
-        raise PruneError(f"{name}: {error}") from error
 
 
-class _Masked(nn.Module):
-    """A parametrization that shows a weight with its pruned entries at 0."""
-
-    def __init__(self, keep_OI: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("keep_packed", pack(keep_OI), persistent=False)
-
-    def forward(self, weight_OI: Tensor) -> Tensor:
-        return effective_weight(weight_OI, self.keep_packed)  # type: ignore[arg-type]
+def _finite(name: str, score_OI: Tensor) -> Tensor:
+    if not bool(score_OI.sum(dtype=torch.float64).isfinite()):
+        raise PruneError(f"{name}: scores are not finite. Check the weights, or use model.dtype: float32")
+    return score_OI
 
 
-@contextmanager
-def _masking() -> Iterator[Callable[[nn.Linear, Tensor], Any]]:
-    """Gives a function that masks a layer until the end of the block; weights are then the same objects as before."""
-    done: list[nn.Linear] = []
-
-    def mask(linear: nn.Linear, keep_OI: Tensor) -> None:
-        parametrize.register_parametrization(linear, "weight", _Masked(keep_OI.to(linear.weight.device)), unsafe=True)
-        done.append(linear)
-
-    try:
-        with torch.no_grad():
-            yield mask
-    finally:
-        for linear in done:
-            parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
+def _keep(score_OI: Tensor, leaf: Sparsity, fraction: float) -> Tensor:
+    """The mask for these scores, on their device."""
+    return keep_unstructured(score_OI, fraction) if leaf.n_m is None else keep_n_m(score_OI, *leaf.n_m)
 
 
-def _plan(twin: Twin, kind: Kind, leaf: Sparsity, masks: dict[str, Tensor], calibration: dict[str, Any]) -> Plan:
-    records = {name: MaskRecord.of(keep_OI, leaf.pattern) for name, keep_OI in masks.items()}
+def _plan(
+    twin: Twin,
+    kind: Kind,
+    records: dict[str, MaskRecord],
+    calibration: dict[str, Any],
+    weights: Mapping[str, Tensor] | None = None,
+) -> Plan:
     parameters = sum(parameter.numel() for parameter in twin.model.parameters())
     return Plan(
         kind=kind,
@@ -111,4 +196,5 @@ def _plan(twin: Twin, kind: Kind, leaf: Sparsity, masks: dict[str, Tensor], cali
         parameters_pruned=parameters,
         nonzero=parameters - sum(record.zeros for record in records.values()),
         calibration=calibration,
+        weights={name: tuple(weight_OI.shape) for name, weight_OI in (weights or {}).items()},
     )

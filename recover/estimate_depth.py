@@ -1,0 +1,70 @@
+"""What dropping blocks and sublayers takes from a model, and what of it cannot work, from the configuration alone."""
+
+from __future__ import annotations
+
+from recover.errors import PruneError, RecipeError
+from recover.models.arch import arch_of_type
+from recover.models.load import Description
+from recover.models.pairing import pack_sites, zeroed_partners
+from recover.models.site import PARTS, sites_of
+from recover.prune.depth import check_sites
+from recover.prune.depth_search import named_sites
+from recover.prune.repair import refuse_norm_behind
+from recover.recipe import Depth
+
+DEPTH_WALL = 0.30  # share of the blocks' weights that a LoRA budget recovers (peers' figures, docs/theory.md)
+
+
+def refuse_depth(leaf: Depth, model: Description) -> None:
+    """Raise RecipeError for what pruning itself would refuse, after the dense model was measured for nothing."""
+    try:
+        check_sites(leaf, model.blocks)
+        if leaf.repair != "none":
+            refuse_norm_behind(arch_of_type(model.model_type), leaf.repair)
+    except PruneError as error:
+        raise RecipeError(str(error)) from None
+
+
+def share_gone(leaf: Depth, model: Description) -> float:
+    """Of the weights in all blocks, the share no longer run; a count of sublayers is taken for an even mixture."""
+    attention = 2 * model.width * model.head_size * (model.heads + model.kv_heads)
+    mlp = 3 * model.width * model.intermediate
+    weights = {"attention": attention, "mlp": mlp, "block": attention + mlp, "sublayer": (attention + mlp) / 2}
+    if leaf.unit == "sublayer" and leaf.sites:
+        gone = sum(weights[site.part] for site in named_sites(leaf))
+    else:
+        gone = leaf.units * weights[leaf.unit]
+    return gone / (model.blocks * (attention + mlp))
+
+
+def share_unstored(leaf: Depth, model: Description) -> float:
+    """Of all blocks, the share that the exported model is known to do without."""
+    if leaf.unit == "block":
+        return leaf.units / model.blocks
+    if leaf.unit == "sublayer" and leaf.sites:
+        return 1 - len(pack_sites(sites_of(range(model.blocks)) - named_sites(leaf))) / model.blocks
+    return 0.0  # attention (MLP) alone: every MLP (attention) left needs a block; chosen sublayers: nobody knows yet
+
+
+def depth_warnings(leaf: Depth, model: Description) -> list[str]:
+    """What will probably disappoint, said before hours are spent."""
+    found, share = [], share_gone(leaf, model)
+    if share > DEPTH_WALL:
+        what = "blocks" if leaf.unit == "block" else "blocks' weights"
+        found.append(f"{share:.0%} of the {what} go: LoRA budgets recover about {DEPTH_WALL:.0%}")
+    if leaf.unit in PARTS:
+        found.append(
+            f"{leaf.units} sublayers of one kind go: a zeroed partner is stored in place of each, and the file is "
+            "as large as dense (prune.unit: sublayer or block saves space)"
+        )
+    elif leaf.unit == "sublayer":
+        found.append(_partners(leaf, model))
+    return found
+
+
+def _partners(leaf: Depth, model: Description) -> str:
+    if not leaf.sites:
+        most = min(leaf.units // 2, model.blocks - 1)
+        return f"sublayers that go pair up as it happens: the file shrinks by {most} blocks at most, by none at worst"
+    packed = pack_sites(sites_of(range(model.blocks)) - named_sites(leaf))
+    return f"{len(packed)} of {model.blocks} blocks are stored, with {zeroed_partners(packed)} zeroed partners"

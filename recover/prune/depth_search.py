@@ -1,0 +1,118 @@
+"""Which sites go: candidates, rounds, and the records of both that a plan keeps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import LongTensor
+
+from recover.errors import PruneError
+from recover.models.arch import blocks_of
+from recover.models.site import PARTS, Site, sites_of
+from recover.prune.depth_scores import Score, Span, score_of
+from recover.recipe import Depth
+
+if TYPE_CHECKING:
+    from recover.models.twin import Twin
+
+# Every round of a search that closes sites runs the model once per candidate. In a model with more units than this,
+# only so many candidates, those of lowest block influence, are run (or twice the count, if that is more).
+CANDIDATES = 40
+NAMES = {"block": "blocks", "attention": "attentions", "mlp": "MLPs", "sublayer": "sublayers"}
+CLOSING = ("kl", "variance", "perplexity")
+
+
+class Choice(NamedTuple):
+    """What goes, and every candidate of every round: `{round, blocks, parts, score, by, chosen}`."""
+
+    sites: frozenset[Site]
+    scores: list[dict[str, Any]]
+
+
+def units_of(unit: str, blocks: int) -> list[Span]:
+    """Every unit that may go, in the order in which the model runs them: all without the attention of block 0."""
+    if unit == "block":
+        return [tuple(Site(block, part) for part in PARTS) for block in range(1, blocks)]
+    sites = [Site(block, part) for block in range(blocks) for part in PARTS if unit in ("sublayer", part)]
+    return [(site,) for site in sites if site != Site(0, "attention")]
+
+
+def named_sites(leaf: Depth) -> frozenset[Site]:
+    """What `leaf.blocks` or `leaf.sites` names; nothing if the recipe gives a count."""
+    if leaf.unit == "block":
+        return sites_of(leaf.blocks or ())
+    if leaf.unit == "sublayer":
+        pairs = (text.split(":") for text in leaf.sites or ())
+        return frozenset(Site(int(block), "attention" if part == "attention" else "mlp") for part, block in pairs)
+    return frozenset(Site(block, leaf.unit) for block in leaf.blocks or ())
+
+
+def choose(twin: Twin, leaf: Depth, batches: list[LongTensor]) -> Choice:
+    """The `leaf.count` units that matter least by `leaf.score`; on ties the first. Raises PruneError without text."""
+    assert leaf.count is not None
+    if not batches:
+        raise PruneError(f"prune.score: '{leaf.score}' is measured on text: give prune.calibration")
+    units = units_of(leaf.unit, len(blocks_of(twin.model)))
+    if leaf.contiguous:
+        units = _runs(units, leaf.count)
+        return _once(score_of(twin, leaf.score, batches), leaf, units, 1, [])
+    before: list[dict[str, Any]] = []
+    if leaf.score in CLOSING and len(units) >= CANDIDATES:
+        pool = min(max(CANDIDATES, 2 * leaf.count), len(units))
+        units, before = _least_influence(twin, units, pool, batches)
+    score = score_of(twin, leaf.score, batches)
+    return _greedy(score, leaf, units, before) if leaf.rounds else _once(score, leaf, units, leaf.count, before)
+
+
+def _runs(units: list[Span], length: int) -> list[Span]:
+    """All runs of `length` neighbours."""
+    return [sum(units[start : start + length], ()) for start in range(len(units) - length + 1)]
+
+
+def _least_influence(
+    twin: Twin, units: list[Span], pool: int, batches: list[LongTensor]
+) -> tuple[list[Span], list[dict[str, Any]]]:
+    """The units that a search tries, and the scores (round 0) that kept the others out of it."""
+    values = score_of(twin, "block_influence", batches)(units, frozenset(), f"influence of {len(units)} candidates")
+    records = [_record(0, unit, value, "block_influence") for unit, value in zip(units, values, strict=True)]
+    kept = _lowest(records, pool)
+    return [units[index] for index in kept], records
+
+
+def _once(score: Score, leaf: Depth, spans: list[Span], count: int, before: list[dict[str, Any]]) -> Choice:
+    """The `count` spans of lowest score, each scored alone."""
+    values = score(spans, frozenset(), f"{leaf.score} of {len(spans)} candidates")
+    records = [_record(1, span, value, leaf.score) for span, value in zip(spans, values, strict=True)]
+    kept = _lowest(records, count)
+    return Choice(frozenset(site for index in kept for site in spans[index]), before + records)
+
+
+def _greedy(score: Score, leaf: Depth, units: list[Span], records: list[dict[str, Any]]) -> Choice:
+    """Close the unit of lowest score on top of those already closed, `leaf.count` times."""
+    assert leaf.count is not None
+    closed: frozenset[Site] = frozenset()
+    for number in range(1, leaf.count + 1):
+        tried = [unit for unit in units if unit[0] not in closed]
+        values = score(tried, closed, f"drop {number} of {leaf.count}")
+        found = [_record(number, unit, value, leaf.score) for unit, value in zip(tried, values, strict=True)]
+        closed |= frozenset(tried[_lowest(found, 1)[0]])
+        records = records + found
+    return Choice(closed, records)
+
+
+def _record(number: int, span: Span, score: float, by: str) -> dict[str, Any]:
+    blocks, parts = list(dict.fromkeys(site.block for site in span)), [str(site) for site in span]
+    if not math.isfinite(score):
+        where = f"prune: the {by} score of blocks {blocks} ({', '.join(parts)}) is {score}"
+        raise PruneError(f"{where}. Check the weights, or use model.dtype: float32")
+    return {"round": number, "blocks": blocks, "parts": parts, "score": score, "by": by, "chosen": False}
+
+
+def _lowest(records: Sequence[dict[str, Any]], count: int) -> list[int]:
+    """Mark the `count` records of lowest score as chosen (on ties the first); their indices, ascending."""
+    lowest = sorted(range(len(records)), key=lambda index: records[index]["score"])[:count]
+    for index in lowest:
+        records[index]["chosen"] = True
+    return sorted(lowest)

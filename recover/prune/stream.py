@@ -1,0 +1,251 @@
+"""The calibration text carried through the model once, block by block: each sees what the pruned ones before it give.
+
+Nothing of a block's call is guessed. One pass in which every block hands its input on shows the arguments that each of
+them gets (masks, positions), which do not depend on hidden states; then each block is called with its own.
+
+Shapes: B batch, T tokens, D width, N tokens (B * T), I in features, O out features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import LongTensor, Tensor, nn
+
+from recover.errors import PruneError
+from recover.models.arch import blocks_of, linears_of
+from recover.prune.calibrate import check_context
+
+if TYPE_CHECKING:
+    from recover.models.twin import Twin
+
+HIDDEN_SHARE = 0.25  # of the accelerator's free memory: hidden states that take more stay in main memory
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with beside the hidden states
+
+
+class Stream:
+    """The residual stream of all calibration batches at the input of one block, and the means to go on to the next.
+
+    Work is done on the model's device; if that is the CPU and there is an accelerator, there, with one block on it at a
+    time. Raises PruneError without batches, and for samples longer than the model's context.
+    """
+
+    def __init__(self, twin: Twin, batches: Sequence[LongTensor]) -> None:
+        if not batches:
+            raise PruneError("prune.calibration: no text; scores are measured on text: give at least one sample")
+        check_context(twin.model, batches)
+        self.blocks = blocks_of(twin.model)
+        self.linears = [_inside(block, linears_of(twin.model)) for block in self.blocks]
+        self.device = working_device(twin.model.device)
+        self.hidden, self.calls = _entrance(twin, batches, self.device)
+
+    @contextmanager
+    def resident(self, index: int) -> Iterator[dict[str, nn.Linear]]:
+        """The linear layers of one block by name, the block being on the working device; it is put back unchanged."""
+        tensors = [*self.blocks[index].parameters(), *self.blocks[index].buffers()]
+        before = [tensor.data for tensor in tensors]
+        try:
+            for tensor in tensors:
+                tensor.data = tensor.data.to(self.device)
+            yield self.linears[index]
+        finally:
+            for tensor, data in zip(tensors, before, strict=True):
+                tensor.data = data
+
+    def measure(self, index: int, measure: Callable[[Tensor], Tensor], *, advance: bool = False) -> dict[str, Tensor]:
+        """Sum over batches of `measure(x_NI)` for the inputs of each linear layer of the block.
+
+        Layers that are given the same tensor share one sum. With `advance` the block's outputs become the stream;
+        without, a pass ends when the last layer's input is known. Raises PruneError for a layer that is never run.
+        """
+        watch = _Watch(self.linears[index], measure, stop=not advance)
+        with watch:
+            self._run(index, advance=advance)
+        return watch.sums()
+
+    def advance(self, index: int, weights: Mapping[str, Tensor]) -> None:
+        """Go through the block with these weights (O, I) in the place of its own."""
+        before = {name: self.linears[index][name].weight.data for name in weights}
+        try:
+            for name, weight_OI in weights.items():
+                self.linears[index][name].weight.data = weight_OI
+            self._run(index, advance=True)
+        finally:
+            for name, weight_OI in before.items():
+                self.linears[index][name].weight.data = weight_OI
+
+    @torch.no_grad()
+    def _run(self, index: int, *, advance: bool) -> None:
+        for batch, hidden_BTD in enumerate(self.hidden):
+            arguments, options = self.calls[batch][index]
+            with suppress(_Enough):
+                output = self.blocks[index](hidden_BTD.to(self.device), *arguments, **options)
+                if advance:
+                    output_BTD = output[0] if isinstance(output, tuple) else output
+                    self.hidden[batch] = output_BTD.to(hidden_BTD.device)
+
+
+def working_device(device: torch.device) -> torch.device:
+    """Where to compute for a model on `device`: there, or on the accelerator if the model is in main memory."""
+    return torch.device("cuda") if device.type == "cpu" and torch.cuda.is_available() else device
+
+
+def _inside(block: nn.Module, linears: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
+    modules = {id(module) for module in block.modules()}
+    return {name: linear for name, linear in linears.items() if id(linear) in modules}
+
+
+@torch.no_grad()
+def _entrance(twin: Twin, batches: Sequence[LongTensor], device: torch.device) -> tuple[list[Tensor], list[list[Call]]]:
+    """Hidden states at the input of the first block, and every block's arguments, batch by batch."""
+    placed = _Placed(device)
+    hidden: list[Tensor] = []
+    calls: list[list[Call]] = []
+
+    def see(_module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if not calls[-1]:
+            hidden.append(arguments[0])
+        calls[-1].append((placed.tree(arguments[1:]), placed.tree(options)))
+
+    with _handing_on(twin, batches[0]) as blocks:
+        handles = [block.register_forward_pre_hook(see, with_kwargs=True) for block in blocks]
+        try:
+            for ids_BT in batches:
+                calls.append([])
+                twin.model(input_ids=ids_BT.to(twin.model.device), use_cache=False, logits_to_keep=1)
+                placed.forget_sources()
+        finally:
+            for handle in handles:
+                handle.remove()
+    bytes_in_all = sum(hidden_BTD.nbytes for hidden_BTD in hidden)
+    if device.type == "cpu" or bytes_in_all > HIDDEN_SHARE * torch.cuda.mem_get_info(device)[0]:
+        return hidden, calls
+    return [hidden_BTD.to(device) for hidden_BTD in hidden], calls
+
+
+@contextmanager
+def _handing_on(twin: Twin, ids_BT: LongTensor) -> Iterator[nn.ModuleList]:
+    """Every block closed, the first too: what forbids that is a KV cache, and here there is none.
+
+    The first block runs once on one token, since a closed block learns from an open one what an output looks like.
+    """
+    blocks, before = blocks_of(twin.model), twin.closed_sites
+    try:
+        twin.close(range(1, len(blocks)))
+        twin.model(input_ids=ids_BT[:1, :1].to(twin.model.device), use_cache=False)
+        for block in blocks:
+            block.closed = True  # type: ignore[assignment]
+        yield blocks
+    finally:
+        twin.close(before)
+
+
+class _Placed:
+    """Argument tensors on the working device; equal ones, of other blocks and batches, are held once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.held: list[Tensor] = []
+        self.sources: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def tree(self, value: Any) -> Any:
+        """The value with every tensor in it placed."""
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if isinstance(value, dict):
+            return {key: self.tree(part) for key, part in value.items()}
+        if type(value) in (tuple, list):
+            return type(value)(self.tree(part) for part in value)
+        return value
+
+    def forget_sources(self) -> None:
+        """End of a batch: its tensors' identities may be given to others."""
+        self.sources.clear()
+
+    def _tensor(self, tensor: Tensor) -> Tensor:
+        if id(tensor) not in self.sources:
+            moved = tensor.to(self.device)
+            same = (held for held in self.held if held.dtype == moved.dtype and torch.equal(held, moved))
+            found = next(same, None)
+            if found is None:
+                self.held.append(found := moved)
+            self.sources[id(tensor)] = (tensor, found)
+        return self.sources[id(tensor)][1]
+
+
+class _Enough(Exception):
+    """Ends a block's pass whose rest is not needed."""
+
+
+class _Watch:
+    """Hooks that sum up what the linear layers of a block see; layers fed with one tensor are measured once."""
+
+    def __init__(self, linears: Mapping[str, nn.Linear], measure: Callable[[Tensor], Tensor], *, stop: bool) -> None:
+        self.linears, self.measure, self.stop = linears, measure, stop
+        self.totals: dict[str, Tensor] = {}
+        self.first: dict[str, str] = {}  # layer -> the layer that is measured for it
+        self.seen: dict[str, Tensor] = {}  # in this pass
+
+    def __enter__(self) -> None:
+        self.handles = [linear.register_forward_pre_hook(self._hook(name)) for name, linear in self.linears.items()]
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.seen = {}
+
+    def sums(self) -> dict[str, Tensor]:
+        """The sum of each layer, the very same tensor for layers that share one."""
+        missing = [name for name in self.linears if name not in self.first]
+        if missing:
+            raise PruneError(f"{missing[0]}: never run in a forward pass, so it has no activations to score by")
+        return {name: self.totals[first] for name, first in self.first.items()}
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, inputs: self._see(name, inputs[0])
+
+    def _see(self, name: str, x: Tensor) -> None:
+        if name in self.seen:  # a new pass
+            self.seen = {}
+        self.first.setdefault(name, next((other for other, seen in self.seen.items() if seen is x), name))
+        self.seen[name] = x
+        if self.first[name] == name:
+            measured = self.measure(x.detach().reshape(-1, x.shape[-1]))
+            self.totals[name] = self.totals[name].add_(measured) if name in self.totals else measured
+        else:
+            assert self.seen[self.first[name]] is x, f"{name}: shares its input in one pass and not in another"
+        if len(self.seen) == len(self.linears):
+            self.seen = {}
+            if self.stop:
+                raise _Enough
+
+
+def squares(x_NI: Tensor) -> Tensor:
+    """Sum over tokens of x_i^2 (I), in fp32 within a batch and fp64 over batches."""
+    return torch.linalg.vector_norm(x_NI, dim=0, dtype=torch.float32).double().square()
+
+
+def gram(x_NI: Tensor) -> Tensor:
+    """x^T x (I, I) with fp32 sums; half precision inputs are multiplied exactly where the device can."""
+    if x_NI.device.type == "cuda" and x_NI.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(x_NI.T, x_NI, out_dtype=torch.float32)
+    x_NI = x_NI.float()
+    return x_NI.T @ x_NI
+
+
+def norms(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """||x_i|| (I, fp32) from the sums of `squares`; raises PruneError where they are not finite."""
+    check_finite(sums)
+    return {name: square_I.sqrt().float() for name, square_I in sums.items()}
+
+
+def check_finite(sums: Mapping[str, Tensor]) -> None:
+    """Raise PruneError naming the first layer whose sum is not finite; the device is waited for once."""
+    finite = torch.stack([total.sum().isfinite() for total in sums.values()]).tolist()
+    for name, fine in zip(sums, finite, strict=True):
+        if not fine:
+            raise PruneError(f"{name}: sees inputs that are not finite. Check the weights, or use model.dtype: float32")

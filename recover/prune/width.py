@@ -1,0 +1,248 @@
+"""Narrower blocks: neurons of the MLP and whole KV groups (a KV head with all its query heads) are cut out.
+
+Every block loses equally many, chosen within the block, so that stock classes load the result. The weights that are
+left are the pruned view's own (`models/own_linear.py`), held beside the dense ones, which stay for the teacher. They
+are buffers that no state dict holds: under ZeRO-3 each process has all of them, unlike the dense weights.
+
+Shapes: O out features, I in features, U units (neurons or KV groups), K kept units.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import LongTensor, Tensor, nn
+
+from recover import console
+from recover.errors import PruneError
+from recover.models.arch import Arch, arch_of, blocks_of, linears_of
+from recover.models.site import Part, Site
+from recover.prune.calibrate import calibration_record, check_context
+from recover.prune.plan import Plan, Pruned
+from recover.prune.width_scores import Outgoing, highest, unit_scores
+from recover.recipe import Width
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from recover.models.twin import Twin
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What of a config says how wide a block is."""
+
+    neurons: int
+    heads: int
+    groups: int
+    head_size: int
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> Sizes:
+        """The sizes of every block of a model with this config."""
+        heads = config.num_attention_heads
+        return cls(
+            neurons=config.intermediate_size,
+            heads=heads,
+            groups=getattr(config, "num_key_value_heads", None) or heads,
+            head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        )
+
+    def without(self, groups: int) -> Sizes:
+        """As many KV groups fewer, each with its query heads: how many of those share a KV head stays the same."""
+        left = self.groups - groups
+        return dataclasses.replace(self, groups=left, heads=self.heads // self.groups * left)
+
+
+def narrowed(config: PretrainedConfig, leaf: Width) -> dict[str, int]:
+    """The fields of the config that this leaf changes. Raises PruneError, naming the field, for what cannot work.
+
+    With fewer heads `head_dim` has to be said: most configs take hidden size / heads where it is missing.
+    """
+    dense = Sizes.of(config)
+    fields = {} if leaf.mlp is None else {"intermediate_size": _neurons_left(dense.neurons, leaf)}
+    if leaf.kv_groups is not None:
+        fields |= _heads_left(config, dense, leaf.kv_groups)
+    return fields
+
+
+def _neurons_left(neurons: int, leaf: Width) -> int:
+    left = leaf.neurons(neurons)
+    if not 0 < left < neurons:
+        found = f"prune.mlp: {leaf.mlp} of {neurons:,} neurons, in multiples of {leaf.step(neurons)}, leaves {left:,}"
+        raise PruneError(f"{found}: expected at least one removed and one left; give a smaller prune.multiple")
+    return left
+
+
+def _heads_left(config: PretrainedConfig, dense: Sizes, groups: int) -> dict[str, int]:
+    reason = arch_of(config).kv_groups_stay
+    if reason:
+        raise PruneError(f"prune.kv_groups: {config.model_type} keeps its KV groups: {reason}. Use prune.mlp alone")
+    if not 0 < groups < dense.groups:
+        raise PruneError(f"prune.kv_groups: {groups} of {dense.groups} KV groups to remove: keep at least one")
+    fields = _head_fields(dense.without(groups))
+    refusal = _refusal(config, fields)
+    if refusal:
+        works = [n for n in range(1, dense.groups) if not _refusal(config, _head_fields(dense.without(n)))]
+        found = f"prune.kv_groups: {groups} of {dense.groups} leaves {fields['num_attention_heads']} heads"
+        raise PruneError(
+            f"{found}, and no stock {config.model_type} model can have so many ({refusal}). "
+            f"Works here: {', '.join(map(str, works)) or 'none'}"
+        )
+    return fields
+
+
+def _head_fields(sizes: Sizes) -> dict[str, int]:
+    return {
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.groups,
+        "head_dim": sizes.head_size,
+    }
+
+
+def _refusal(config: PretrainedConfig, fields: dict[str, int]) -> str:
+    """Why the stock config class does not take these sizes, empty if it does (Llama, Gemma: heads divide the width)."""
+    try:
+        type(config).from_dict({**config.to_dict(), **fields})
+    except Exception as error:  # a foreign class: each version of transformers raises its own type
+        return str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ").rstrip(".")
+    return ""
+
+
+class _Removal(NamedTuple):
+    """In one kind of sublayer, `left` of `units` stay; `head` is the run of channels that one activation has."""
+
+    part: Part
+    units: int
+    left: int
+    head: int
+
+
+def prune_width(twin: Twin, leaf: Width, batches: list[LongTensor]) -> Pruned:
+    """A plan with fewer neurons and KV groups in every block, those of the lowest score in it, and the weights left.
+
+    `plan.scores` has one record a block and sublayer: how many units went, and their share of the block's score. Raises
+    PruneError for sizes that no stock model can have, for families whose KV groups cannot go, without calibration text.
+    """
+    model = twin.model
+    if not batches:
+        raise PruneError(f"prune.score: '{leaf.score}' is measured on text: give prune.calibration")
+    check_context(model, batches)
+    config = narrowed(model.config, leaf)
+    _say_rounded(leaf, model.config, config)
+    _warn_of_head_size(model.config, config)
+    removals = list(_removals(Sizes.of(model.config), config))
+    places = {site: last for removal in removals for site, last in _last_linears(twin, removal)}
+    scores = unit_scores(model, {str(site): place for site, place in places.items()}, batches, leaf.score)
+    weights: dict[str, Tensor] = {}
+    records = []
+    for block in range(len(blocks_of(model))):
+        for removal in removals:
+            score_U = scores[str(Site(block, removal.part))]
+            kept_K = highest(score_U, removal.left)
+            weights |= _sliced(twin, block, removal, kept_K)
+            records.append(_record(block, removal, score_U, kept_K, leaf.score))
+    return Pruned(_plan(twin, config, records, weights, calibration_record(leaf.calibration, batches)), {}, weights)
+
+
+def _say_rounded(leaf: Width, dense: PretrainedConfig, config: dict[str, int]) -> None:
+    left, neurons = config.get("intermediate_size"), dense.intermediate_size
+    if left is not None and leaf.mlp is not None:
+        step = f"the nearest multiple of {leaf.step(neurons)}"
+        console.say(f"prune.mlp {leaf.mlp}: {left:,} of {neurons:,} neurons stay ({1 - left / neurons:.1%} go), {step}")
+
+
+def _warn_of_head_size(dense: PretrainedConfig, config: dict[str, int]) -> None:
+    """transformers reads a `head_dim` that the class has no field for; other readers need not."""
+    size = config.get("head_dim")
+    if size is not None and getattr(dense, "head_dim", None) is None:
+        left = f"{config['num_attention_heads']} heads of {size}"
+        text = f"prune.kv_groups: {left} left, and {dense.model_type} configs rarely say 'head_dim'"
+        console.warn(f"{text}: readers that take hidden size / heads instead (older vLLM) will refuse the export")
+
+
+def _removals(dense: Sizes, config: dict[str, int]) -> Iterator[_Removal]:
+    if "num_key_value_heads" in config:
+        yield _Removal("attention", dense.groups, config["num_key_value_heads"], dense.head_size)
+    if "intermediate_size" in config:
+        yield _Removal("mlp", dense.neurons, config["intermediate_size"], 1)
+
+
+def _names(arch: Arch, block: int, part: Part) -> list[str]:
+    """The linears of a sublayer, the one that writes to the residual stream last."""
+    inside = arch.attention if part == "attention" else arch.mlp
+    linears = arch.attention_linears if part == "attention" else arch.mlp_linears
+    return [f"{arch.blocks}.{block}.{inside}.{name}" for name in linears]
+
+
+def _last_linears(twin: Twin, removal: _Removal) -> Iterator[tuple[Site, Outgoing]]:
+    linears = linears_of(twin.model)
+    for block in range(len(blocks_of(twin.model))):
+        last = _names(twin.arch, block, removal.part)[-1]
+        yield Site(block, removal.part), Outgoing(linears[last], removal.units, removal.head)
+
+
+def _sliced(twin: Twin, block: int, removal: _Removal, kept_K: Tensor) -> dict[str, Tensor]:
+    """The parameters of a sublayer that change: rows of all its linears but the last, columns of that."""
+    linears, weights = linears_of(twin.model), {}
+    *into, last = _names(twin.arch, block, removal.part)
+    for name in into:
+        rows_K = _features(linears[name].out_features, removal, kept_K)
+        weights |= {f"{name}.{leaf}": tensor[rows_K] for leaf, tensor in _tensors(linears[name])}
+    columns_K = _features(linears[last].in_features, removal, kept_K)
+    weights[f"{last}.weight"] = linears[last].weight.detach().cpu()[:, columns_K].contiguous()
+    return weights
+
+
+def _tensors(linear: nn.Linear) -> list[tuple[str, Tensor]]:
+    return [(leaf, parameter.detach().cpu()) for leaf, parameter in linear.named_parameters(recurse=False)]
+
+
+def _features(features: int, removal: _Removal, kept_K: Tensor) -> Tensor:
+    """Which of a linear's features belong to the kept units.
+
+    In attention a unit is a run of neighbours, as `repeat_kv` has it: KV head g serves the query heads from g * n on.
+    In an MLP it is one feature of each of the fused parts (Phi-3: gate and up in one matrix, one after the other).
+    """
+    each, rest = divmod(features, removal.units)
+    assert not rest, f"{features} features are not {removal.units} equal units"
+    if removal.part == "mlp":
+        return torch.cat([kept_K + part * removal.units for part in range(each)])
+    return (kept_K.unsqueeze(1) * each + torch.arange(each)).flatten()
+
+
+def _record(block: int, removal: _Removal, score_U: Tensor, kept_K: Tensor, by: str) -> dict[str, Any]:
+    """Neurons are too many to list one by one; of a few KV groups all scores are kept."""
+    total = float(score_U.sum())
+    share = 1 - float(score_U[kept_K].sum()) / total if total else 0.0
+    record: dict[str, Any] = {"block": block, "part": removal.part, "by": by, "units": removal.units}
+    record |= {"removed": removal.units - removal.left, "share_of_score": share}
+    if removal.part == "attention":
+        record |= {"groups": score_U.tolist(), "kept": kept_K.tolist()}
+    return record
+
+
+def _plan(
+    twin: Twin,
+    config: dict[str, int],
+    records: list[dict[str, Any]],
+    weights: dict[str, Tensor],
+    calibration: dict[str, Any],
+) -> Plan:
+    parameters = dict(twin.model.named_parameters())
+    dense = sum(parameter.numel() for parameter in parameters.values())
+    pruned = dense - sum(parameters[name].numel() - weight.numel() for name, weight in weights.items())
+    return Plan(
+        kind="width",
+        blocks=len(blocks_of(twin.model)),
+        scores=records,
+        parameters_dense=dense,
+        parameters_pruned=pruned,
+        nonzero=pruned,
+        calibration=calibration,
+        weights={name: tuple(weight.shape) for name, weight in weights.items()},
+        config=config,
+    )

@@ -1,0 +1,105 @@
+"""What tests of width share: narrowed twins, and a reference that slices nothing and scores one unit at a time."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import torch
+from tiny import ids, tiny
+
+from recover import recipe
+from recover.models.arch import blocks_of
+from recover.models.twin import Twin
+from recover.prune.plan import Plan, Pruned
+from recover.prune.width import prune_width
+
+NEURONS, HEAD, SHARED = 96, 16, 2  # of every tiny model; SHARED query heads on a KV head
+MLP_ONLY = {"phi3", "olmo2"}
+
+
+def leaf(**fields) -> recipe.Width:
+    return recipe.Width(kind="width", calibration=recipe.Calibration(data="text"), **fields)
+
+
+def batches() -> list[torch.Tensor]:
+    return [ids(2, 24, seed=7), ids(3, 24, seed=8)]
+
+
+def widths(family: str) -> dict:
+    return {"mlp": 0.4} if family in MLP_ONLY else {"mlp": 0.4, "kv_groups": 1}
+
+
+def prune(model, **fields) -> Pruned:
+    return prune_width(Twin(copy.deepcopy(model), Plan.none(6)), leaf(**fields), batches())
+
+
+@functools.cache
+def case(family: str):
+    """(dense model, what pruning gave): shared, so copied before use."""
+    dense = tiny(family)
+    return dense, prune(dense, **widths(family))
+
+
+def width_twin(family: str) -> Twin:
+    dense, pruned = case(family)
+    return Twin(copy.deepcopy(dense), *pruned)
+
+
+def inputs_of_last(model, block: int, name: str, tokens: torch.Tensor) -> torch.Tensor:
+    """What the last linear of a sublayer sees."""
+    seen = []
+    linear = blocks_of(model)[block].get_submodule(name)
+    handle = linear.register_forward_pre_hook(lambda _module, args: seen.append(args[0].double()))
+    with torch.no_grad():
+        model(input_ids=tokens, use_cache=False)
+    handle.remove()
+    return seen[0]
+
+
+def lowest(scores: list[float], count: int) -> set[int]:
+    return set(sorted(range(len(scores)), key=lambda unit: (scores[unit], unit))[:count])
+
+
+def neuron_score(model, block: int, neuron: int, by: str, seen: list[torch.Tensor]) -> float:
+    """By the papers' formulas, neuron by neuron."""
+    if by == "activation":
+        means = [float(sample[:, neuron].abs().mean()) for x in seen for sample in x]
+        return sum(mean**2 for mean in means) ** 0.5
+    column = blocks_of(model)[block].mlp.down_proj.weight[:, neuron].double()
+    return float(torch.cat([x[..., neuron].flatten() for x in seen]).var() * (column @ column))
+
+
+def group_score(model, block: int, group: int, by: str, seen: list[torch.Tensor]) -> float:
+    total = 0.0
+    for head in range(group * SHARED, (group + 1) * SHARED):
+        channels = range(head * HEAD, (head + 1) * HEAD)
+        if by == "activation":
+            means = [float(sample[:, list(channels)].norm(dim=-1).mean()) for x in seen for sample in x]
+            total += sum(mean**2 for mean in means) ** 0.5
+        else:
+            weight = blocks_of(model)[block].self_attn.o_proj.weight.double()
+            columns = [
+                float(torch.cat([x[..., c].flatten() for x in seen]).var() * weight[:, c].norm() ** 2) for c in channels
+            ]
+            total += sum(columns)
+    return total
+
+
+def silenced(model, by: str = "activation", neurons: int = 40, groups: int = 1):
+    """The model with the lowest units' outgoing columns at 0: what they compute reaches nobody. Nothing is sliced."""
+    quiet = copy.deepcopy(model)
+    with torch.no_grad():
+        for block, layer in enumerate(blocks_of(quiet)):
+            seen = [inputs_of_last(model, block, "mlp.down_proj", tokens) for tokens in batches()]
+            gone = lowest([neuron_score(model, block, n, by, seen) for n in range(NEURONS)], neurons)
+            layer.mlp.down_proj.weight[:, sorted(gone)] = 0
+            seen = [inputs_of_last(model, block, "self_attn.o_proj", tokens) for tokens in batches()]
+            for group in lowest([group_score(model, block, g, by, seen) for g in range(2)], groups):
+                layer.self_attn.o_proj.weight[:, group * SHARED * HEAD : (group + 1) * SHARED * HEAD] = 0
+    return quiet
+
+
+@torch.no_grad()
+def logits(model, tokens=None) -> torch.Tensor:
+    return model(input_ids=ids(2, 24) if tokens is None else tokens, use_cache=False).logits
