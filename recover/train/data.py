@@ -163,9 +163,11 @@ class _Writer:
             else:
                 title = f"dense model writes ({tokens:,} of {budget:,} tokens)"
                 rows = self._write_chunk(self._next_prompts(len(samples), tokens, budget), chunk, title)
-            new = [self._sample(*row) for row in rows]
-            samples += new
-            tokens += sum(sample.scored(self.leaf.loss.scored) for sample in new)
+            for row in rows:
+                samples.append(self._sample(*row))
+                tokens += samples[-1].scored(self.leaf.loss.scored)
+                if tokens >= budget:
+                    break  # a large batch may have written far more than was asked for
             chunk += 1
         return samples
 
