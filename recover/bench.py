@@ -44,9 +44,11 @@ class Bench:
 
     @cached_property
     def tasks(self) -> list[Task]:
-        from recover.measure.tasks import load_task
+        from recover.measure.tasks import check_allowed, load_task
 
-        return [load_task(source) for source in self.recipe.measure.tasks]
+        tasks = [load_task(source) for source in self.recipe.measure.tasks]
+        check_allowed(tasks, self.recipe.measure)
+        return tasks
 
     def dense(self) -> Twin:
         """The dense model alone: a twin whose two views are equal."""

@@ -20,7 +20,10 @@ from recover.errors import PruneError, StopRequested
 from recover.recipe import Recipe, dump_recipe, load_recipe
 from recover.run_directory import RunDirectory
 
-COMMANDS = ("run", "plan", "prune", "probe", "train", "export", "report", "show", "compare")
+COMMANDS = (
+    *("run", "plan", "prune", "probe", "train", "export", "report", "show", "compare"),
+    *("measure", "diagnose", "gguf"),
+)
 STAGE_OF = {
     "run": "report",
     "plan": "plan",

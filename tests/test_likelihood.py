@@ -6,7 +6,7 @@ from tiny import tiny
 from words import word_tokenizer
 
 from recover.errors import DataError
-from recover.measure.likelihood import Continuation, log_likelihoods, option_rows
+from recover.measure.likelihood import Continuation, log_likelihoods, option_log_likelihoods, option_rows
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "mistral_sliding"])
@@ -20,6 +20,47 @@ def test_log_likelihoods_equal_a_loop_over_single_texts(family):
             expected.append(sum(float(logp_TV[at - 1, row.ids[at]]) for at in range(row.start, len(row.ids))))
     for batch_size in (1, 4):
         assert log_likelihoods(model, rows, batch_size=batch_size) == pytest.approx(expected, rel=1e-5)
+
+
+def options(lengths, *, start, seed):
+    prompt = torch.randint(3, 250, (start,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [Continuation([*prompt, *range(5 + seed, 5 + seed + length)], start) for length in lengths]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2_sliding", "mistral_sliding", "smollm3"])
+def test_what_options_share_is_read_once_and_changes_nothing(family, monkeypatch):
+    model = tiny(family)
+    groups = [
+        options([1, 1, 1, 1], start=12, seed=1),
+        options([4, 1, 7], start=3, seed=2),
+        options([2, 5], start=17, seed=3),
+    ]
+    expected = [log_likelihoods(model, group, batch_size=1) for group in groups]
+    for batch_size, at_once in ((1, 2**27), (64, 2**27), (64, 1)):
+        monkeypatch.setattr("recover.measure.likelihood.LOGITS_AT_ONCE", at_once)
+        found = option_log_likelihoods(model, groups, batch_size=batch_size)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours == pytest.approx(theirs, rel=2e-5)
+
+
+def test_a_prompt_with_options_of_one_token_is_read_once():
+    model, groups, seen = tiny(), [options([1, 1, 1, 1], start=9, seed=1), options([1, 3], start=5, seed=2)], []
+    forward = model.forward
+
+    def counted(*args, **kwargs):
+        seen.append(kwargs["input_ids"].shape)
+        return forward(*args, **kwargs)
+
+    model.forward = counted
+    option_log_likelihoods(model, groups, batch_size=64)
+    assert seen == [(2, 9), (1, 2)]  # both prompts; then what the one long option has beyond its first token
+
+
+def test_attention_that_our_masks_do_not_serve_reads_every_row_by_itself():
+    model, groups = tiny(), [options([2, 3], start=6, seed=4)]
+    expected = option_log_likelihoods(model, groups, batch_size=2)
+    model.config.layer_types = ["linear_attention"]
+    assert option_log_likelihoods(model, groups, batch_size=2)[0] == pytest.approx(expected[0], rel=1e-5)
 
 
 def test_a_small_memory_budget_changes_nothing(monkeypatch):

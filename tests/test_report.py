@@ -81,7 +81,7 @@ def test_grades_at_their_thresholds(value: float, interval: list | None, grade: 
     assert f"{100 * value:.1f}% against 100.0%" in answer["reason"]
 
 
-def test_half_a_recovery_does_not_come_back_and_no_width_is_no_certainty(tmp_path: Path) -> None:
+def test_half_a_recovery_does_not_come_back_and_intervals_are_explained(tmp_path: Path) -> None:
     run = build_run(tmp_path)
     rewrite(
         run / "before/measure.json", lambda record: record["tasks"]["sums"].update(exact_match=0.0, interval95=[0, 0])
@@ -89,7 +89,20 @@ def test_half_a_recovery_does_not_come_back_and_no_width_is_no_certainty(tmp_pat
     rewrite(run / "after/measure.json", lambda record: record["tasks"]["sums"].update(exact_match=0.66))
     data = collect(run)
     assert data["title"] == "Generation fell to 0% of dense and rose to 67%"
-    assert any(line.startswith("Intervals without width (sums)") for line in data["limits"])
+    assert any("Wilson's where an item is right or wrong, else by bootstrap" in line for line in data["limits"])
+
+
+def test_generation_is_the_mean_of_texts_and_programs(tmp_path: Path) -> None:
+    run = build_run(tmp_path)
+    code = {"kind": "code", "items": 10, "pass_at_1": 0.2, "interval95": [0.05, 0.5], "samples": []}
+    rewrite(run / "dense/measure.json", lambda record: record["tasks"].update(humaneval=code))
+    data = collect(run)
+    found = data["headline"]["dense"]["generation"]
+    sums = next(row for row in data["measures"] if row["task"] == "sums" and row["main"])
+    assert found["tasks"] == ["humaneval", "sums"] and found["value"] == pytest.approx(
+        (0.2 + sums["dense"]["value"]) / 2
+    )
+    assert any(row["task"] == "humaneval" and row["key"] == "pass_at_1" for row in data["measures"])
 
 
 def test_nothing_to_keep_is_no_verdict() -> None:

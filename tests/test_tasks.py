@@ -4,6 +4,7 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from task_folder import CHOICE, GENERATE, make_task
@@ -12,7 +13,7 @@ from words import word_tokenizer
 
 from recover.errors import DataError, ModelError
 from recover.measure.generate import Generation
-from recover.measure.score import extract, interval95, is_right, normal
+from recover.measure.score import extract, interval95, is_right, normal, wilson95
 from recover.measure.tasks import load_task, measure
 from recover.measure.writing import against, shape
 from recover.recipe import Measure, Sampling
@@ -138,8 +139,8 @@ def test_a_task_may_lower_the_token_limit_but_not_raise_it(tmp_path):
 
 
 def test_the_shape_of_texts():
-    found = shape([Generation([4, 4, 4, 4, 4, 4], "", False), Generation([5, 6, 7, 2], "", True)])
-    assert found["truncated"] == 1 and found["ended"] == 0.5 and found["length"] == 5.0
+    found = shape([Generation([4, 4, 4, 4, 4, 4], "", False), Generation([5, 6, 7, 2], "", True)], [1.0, 1.0])
+    assert found["truncated"] == 1 == found["truncated_right"] and found["ended"] == 0.5 and found["length"] == 5.0
     assert found["repetition"] == pytest.approx((2 / 3 + 0) / 2) and found["distinct_2"] == pytest.approx((0.2 + 1) / 2)
     assert found["longest_repeat"] == 2.5
 
@@ -177,7 +178,7 @@ def test_numbers_are_compared_as_numbers():
 def test_a_worked_solution_can_be_the_target(tmp_path):
     rows = [{"q": "w5", "answer": "3 + 4 = 7 #### 7"}]
     file = load_task(make_task(tmp_path, rows, **{**GENERATE, "answer": NUMBER})).file
-    from recover.measure.task_file import Question
+    from recover.measure.task_kinds import Question
     from recover.measure.writing import _rights
 
     assert _rights(file, [Question("", (rows[0]["answer"],))], [Generation([], "it is 7", True)]) == [1.0]
@@ -189,7 +190,21 @@ def test_interval95_covers_the_mean_and_shrinks_with_items():
     exact = 1.96 * math.sqrt(0.75 * 0.25 / 100)
     assert low == pytest.approx(0.75 - exact, abs=0.02) and high == pytest.approx(0.75 + exact, abs=0.02)
     assert interval95(values) == [low, high]
-    assert interval95([1.0, 1.0]) == [1.0, 1.0]
+    shares = [0.1, 0.5, 0.9, 0.4] * 25  # not right or wrong: by bootstrap
+    low, high = interval95(shares)
+    exact = 1.96 * np.std(shares) / 10
+    assert low == pytest.approx(0.475 - exact, abs=0.01) and high == pytest.approx(0.475 + exact, abs=0.01)
+
+
+@pytest.mark.parametrize(("right", "items"), [(0, 20), (20, 20), (1, 3), (150, 200)])
+def test_the_interval_of_shares_solves_wilsons_equation_and_has_width_at_the_ends(right, items):
+    """Its ends are the p from which the found share is 1.96 standard errors away."""
+    found = wilson95(right, items)
+    for end in found:
+        if 0 < end < 1:
+            assert abs(right / items - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / items), rel=1e-6)
+    assert 0 <= found[0] <= right / items <= found[1] <= 1 and found[1] - found[0] > 0.05
+    assert found == interval95([1.0] * right + [0.0] * (items - right))
 
 
 def test_items_that_do_not_fit_and_models_that_give_nan_are_refused(tmp_path):

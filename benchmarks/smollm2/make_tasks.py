@@ -2,7 +2,7 @@
 
     python benchmarks/smollm2/make_tasks.py
 
-Held out for measurement: sums.jsonl, facts.jsonl, arc_easy.jsonl, text.jsonl. For pruning and recovery:
+Held out for measurement: sums.jsonl, facts.jsonl, arc_easy.jsonl, text.jsonl, passages.jsonl. For pruning and recovery:
 calibration.jsonl, sums_prompts.jsonl, broad_prompts.jsonl. No article, question or pair of numbers is on both sides.
 """
 
@@ -60,6 +60,7 @@ def main() -> None:
     taken = {article["title"] for article in held_out}
     rest = [article for article in articles if article["title"] not in taken]
     _write(out / "text.jsonl", held_out)
+    _write(out / "passages.jsonl", _passages(held_out))
     _write(out / "calibration.jsonl", rest[:CALIBRATION_TEXTS])
     _write(out / "broad_prompts.jsonl", _broad_prompts(rest[CALIBRATION_TEXTS:]))
 
@@ -88,6 +89,12 @@ def _articles(path: Path) -> list[Row]:
     ]
     random.Random(0).shuffle(articles)
     return articles
+
+
+def _passages(articles: list[Row]) -> list[Row]:
+    """The last sentence of each article, and what stands before it."""
+    cut = [article["text"].removesuffix(".").rpartition(". ") for article in articles]
+    return [{"query": f"{last}.", "document": f"{before}."} for before, _, last in cut if before]
 
 
 def _broad_prompts(articles: list[Row]) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Greedy or sampled text from any causal LM, in padded batches, order kept, the model left as it was found.
+"""Greedy or sampled text from any causal LM, order kept, the model left as it was found.
 
 Legend: B batch, T tokens.
 """
@@ -15,6 +15,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from recover import console
 from recover.errors import DataError
+from recover.measure.decode import Writing, write
+from recover.measure.kv import fits
 from recover.measure.prompts import batches_by_length, encode_prompt, left_pad
 from recover.recipe import Sampling
 
@@ -43,7 +45,8 @@ def generate(
     """One text per prompt, in the order of the prompts: greedy, or sampled from `seed`.
 
     Greedy texts do not depend on how prompts fall into batches (up to rounding at ties); sampled ones do. The model's
-    own generation settings (repetition penalty, top-k, ...) are set aside: what is measured is the model.
+    own generation settings (repetition penalty, top-k, ...) are set aside: what is measured is the model. Written in
+    slots (`decode.write`) where the model's cache allows it, else by transformers' `generate` (`plain`).
     `chat`: wrap prompts in the chat template; None = if the tokenizer has one.
 
     Raises:
@@ -52,17 +55,42 @@ def generate(
     prompts_ids = [encode_prompt(tokenizer, prompt, chat=chat) for prompt in prompts]
     _check_room(model, prompts, prompts_ids, max_new_tokens, title)
     inner: Any = stock(model)
-    settings = _settings(end_ids(inner, tokenizer), tokenizer.pad_token_id, max_new_tokens, sampling)
-    batches = batches_by_length([len(ids) for ids in prompts_ids], batch_size)
+    how = writing(inner, tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size, sampling=sampling)
+    writer = write if fits(inner) else plain
     written: dict[int, Generation] = {}
-    with torch.no_grad(), evaluating(inner), _generating_by(inner, settings), _forked_random_state(inner):
-        for number, batch in enumerate(console.track(batches, title, unit="batch")):
-            torch.manual_seed(seed + number)
-            ids_BT, mask_BT = left_pad([prompts_ids[item] for item in batch], settings.pad_token_id, inner.device)
-            output_BT = inner.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=settings)
-            rows = output_BT[:, ids_BT.shape[1] :].tolist()
-            written.update(zip(batch, _until_end(rows, tokenizer, settings.eos_token_id), strict=True))
+    with torch.no_grad(), evaluating(inner), _forked_random_state(inner):
+        torch.manual_seed(seed)
+        texts = writer(inner, prompts_ids, how)
+        for item, ids in console.track(texts, title, total=len(prompts), unit="text"):
+            text = str(tokenizer.decode(ids, skip_special_tokens=True))
+            written[item] = Generation(ids, text, ids[-1] in how.ends)
     return [written[item] for item in range(len(prompts))]
+
+
+def writing(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    sampling: Sampling | None = None,
+) -> Writing:
+    """How this model's texts are written: plain greedy, or plain nucleus sampling."""
+    ends = end_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else (ends or [0])[0]
+    return Writing(max_new_tokens, tuple(ends), pad, batch_size, sampling)
+
+
+def plain(
+    model: PreTrainedModel, prompts_ids: Sequence[Sequence[int]], how: Writing
+) -> Iterator[tuple[int, list[int]]]:
+    """As `write`, by transformers' own `generate` in padded batches: for models whose cache is not ours to keep."""
+    inner: Any = model
+    for batch in batches_by_length([len(ids) for ids in prompts_ids], how.rows):
+        ids_BT, mask_BT = left_pad([prompts_ids[item] for item in batch], how.pad, model.device)
+        with _generating_by(model, _settings(how)):
+            output_BT = inner.generate(input_ids=ids_BT, attention_mask=mask_BT)
+        yield from zip(batch, _until_end(output_BT[:, ids_BT.shape[1] :].tolist(), how.ends), strict=True)
 
 
 def _check_room(
@@ -106,14 +134,13 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _settings(ends: list[int], pad: Any, max_new_tokens: int, sampling: Sampling | None) -> GenerationConfig:
-    """Plain greedy or plain nucleus sampling; top-k, whose default in transformers is 50, is off."""
+def _settings(how: Writing) -> GenerationConfig:
+    """Top-k, whose default in transformers is 50, is off."""
     drawn: dict[str, Any] = {"do_sample": False}
-    if sampling is not None:
-        drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-    pad = pad if pad is not None else (ends or [0])[0]
+    if how.sampling is not None:
+        drawn = {"do_sample": True, "temperature": how.sampling.temperature, "top_p": how.sampling.top_p, "top_k": 0}
     return GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad, use_cache=True, **drawn
+        max_new_tokens=how.limit, eos_token_id=list(how.ends) or None, pad_token_id=how.pad, use_cache=True, **drawn
     )
 
 
@@ -136,11 +163,8 @@ def _forked_random_state(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-def _until_end(
-    rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, ends: list[int] | None
-) -> Iterator[Generation]:
+def _until_end(rows: list[list[int]], ends: Sequence[int]) -> Iterator[list[int]]:
     """Rows cut after their first end token; what follows it is padding."""
     for row in rows:
-        end = next((position for position, token in enumerate(row) if token in (ends or ())), None)
-        ids = row if end is None else row[: end + 1]
-        yield Generation(ids, str(tokenizer.decode(ids, skip_special_tokens=True)), end is not None)
+        end = next((position for position, token in enumerate(row) if token in ends), None)
+        yield row if end is None else row[: end + 1]

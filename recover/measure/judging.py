@@ -12,7 +12,7 @@ from recover.measure.likelihood import Continuation, option_rows
 from recover.measure.prompts import text_ids
 from recover.measure.score import interval95, mean
 from recover.measure.subject import Subject
-from recover.measure.task_file import Choice, ChoiceFile, PerplexityFile
+from recover.measure.task_kinds import Choice, ChoiceFile, PerplexityFile
 
 Record = dict[str, Any]
 
@@ -81,11 +81,11 @@ def perplexity(nats: float) -> float:
 
 def _option_scores(subject: Subject, file: ChoiceFile, items: Sequence[Choice]) -> list[list[float]]:
     """Per item one log-likelihood per option, in nats."""
-    rows: list[Continuation] = []
-    for item in items:
-        rows += option_rows(subject.tokenizer, item.prompt, item.options, separator=file.separator, chat=file.wraps)
-    scores = iter(subject.expects(rows, title=f"task {file.name}"))
-    return [[next(scores) for _ in item.options] for item in items]
+    groups = [
+        option_rows(subject.tokenizer, item.prompt, item.options, separator=file.separator, chat=file.wraps)
+        for item in items
+    ]
+    return subject.chooses(groups, title=f"task {file.name}")
 
 
 def _samples(items: Sequence[Choice], scores: Sequence[Sequence[float]]) -> list[Record]:

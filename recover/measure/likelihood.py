@@ -1,6 +1,6 @@
 """Log-likelihood of given text under a model: options of a choice, and whole texts for perplexity.
 
-Legend: B batch, T tokens, N scored tokens, V vocabulary.
+Legend: B batch, T tokens, N scored tokens, V vocabulary, G groups of rows with one prompt, R rows.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recover import console
 from recover.errors import DataError, ModelError
 from recover.measure.generate import context_of, evaluating, stock
+from recover.measure.kv import Appending, fits, masks, read
 from recover.measure.prompts import batches_by_length, left_pad, prompt_text, text_ids, uses_chat
 
 LOGITS_AT_ONCE = 2**27  # elements of a (rows x scored tokens x vocabulary) tensor: 512 MiB in fp32
@@ -83,14 +84,87 @@ def log_likelihoods(
     with torch.no_grad(), evaluating(model):
         for batch in console.track(batches, title, unit="batch"):
             sums.update(zip(batch, _batch_sums(model, [rows[item] for item in batch]), strict=True))
-    if not all(map(math.isfinite, sums.values())):
-        raise ModelError(f"{title}: the model gives log-probabilities that are not finite; its weights may hold NaN")
+    _check_finite(list(sums.values()), title)
     return [sums[item] for item in range(len(rows))]
+
+
+def option_log_likelihoods(
+    model: PreTrainedModel, groups: Sequence[Sequence[Continuation]], *, batch_size: int, title: str = "score"
+) -> list[list[float]]:
+    """As `log_likelihoods`, for groups of `option_rows`: what the rows of a group share is read once.
+
+    An option of one token costs no more than the prompt. Equal to the rows one by one, up to rounding.
+    """
+    if not fits(stock(model)):
+        flat = iter(
+            log_likelihoods(model, [row for group in groups for row in group], batch_size=batch_size, title=title)
+        )
+        return [[next(flat) for _ in group] for group in groups]
+    _check_context(model, [row for group in groups for row in group], title)
+    model = stock(model)
+    most = max((len(group) for group in groups), default=1)
+    batches = batches_by_length([group[0].start for group in groups], max(1, batch_size // most))
+    sums: dict[int, list[float]] = {}
+    with torch.no_grad(), evaluating(model):
+        for batch in console.track(batches, title, unit="batch"):
+            sums.update(zip(batch, _group_sums(model, [groups[item] for item in batch]), strict=True))
+    _check_finite([each for group in sums.values() for each in group], title)
+    return [sums[item] for item in range(len(groups))]
+
+
+def _group_sums(model: PreTrainedModel, groups: list[Sequence[Continuation]]) -> list[list[float]]:
+    ids_GT, mask_GT = left_pad([group[0].ids[: group[0].start] for group in groups], 0, model.device)
+    output, cache, at_GT = read(model, ids_GT, mask_GT, logits_to_keep=1)
+    first_GV = output.logits[:, -1].float().log_softmax(-1)
+    rows = [(number, row) for number, group in enumerate(groups) for row in group]
+    number_R = torch.tensor([number for number, _ in rows], device=model.device)
+    first_R = first_GV[number_R, torch.tensor([row.ids[row.start] for _, row in rows], device=model.device)]
+    sums = first_R.tolist()
+    longer = [index for index, (_, row) in enumerate(rows) if row.tokens > 1]
+    for part in _within_memory(longer, [row for _, row in rows], model.config.get_text_config().vocab_size):
+        rest = _rest_sums(model, [rows[index][1] for index in part], number_R[part], (cache, at_GT, mask_GT))
+        for index, value in zip(part, rest, strict=True):
+            sums[index] += value
+    found = iter(sums)
+    return [[next(found) for _ in group] for group in groups]
+
+
+def _rest_sums(
+    model: PreTrainedModel,
+    rows: list[Continuation],
+    number_R: torch.Tensor,
+    prompts: tuple[Appending, torch.Tensor, torch.Tensor],
+) -> list[float]:
+    """The sums over all scored tokens but the first, on the caches of the rows' prompts."""
+    cache, at_GT, mask_GT = prompts
+    tails = [torch.tensor(row.ids[row.start :], device=model.device) for row in rows]
+    tail_RN = torch.nn.utils.rnn.pad_sequence(tails, batch_first=True)
+    step_N = torch.arange(tail_RN.shape[1] - 1, device=model.device)
+    at_RN = mask_GT[number_R].sum(-1)[:, None] + step_N
+    key_at = torch.cat([at_GT[number_R], at_RN], dim=1)
+    is_key = torch.cat([mask_GT[number_R].bool(), torch.ones_like(at_RN, dtype=torch.bool)], dim=1)
+    logits_RNV = model(
+        input_ids=tail_RN[:, :-1],  # padding on the right: no token before it sees it
+        attention_mask=masks(model, at_RN, key_at, is_key),
+        position_ids=at_RN,
+        past_key_values=cache.rows(number_R),
+        use_cache=True,
+    ).logits
+    sums = [
+        -torch.nn.functional.cross_entropy(logits_NV[: len(tail) - 1].float(), tail[1:], reduction="sum")
+        for logits_NV, tail in zip(logits_RNV, tails, strict=True)
+    ]
+    return torch.stack(sums).tolist()
+
+
+def _check_finite(sums: Sequence[float], title: str) -> None:
+    if not all(map(math.isfinite, sums)):
+        raise ModelError(f"{title}: the model gives log-probabilities that are not finite; its weights may hold NaN")
 
 
 def _within_memory(batch: list[int], rows: Sequence[Continuation], vocabulary: int) -> list[list[int]]:
     """The batch in parts whose logits stay within LOGITS_AT_ONCE, of one row at least."""
-    widest = max(rows[item].tokens for item in batch) + 1
+    widest = max((rows[item].tokens for item in batch), default=0) + 1
     size = max(1, LOGITS_AT_ONCE // (widest * vocabulary))
     return [batch[start : start + size] for start in range(0, len(batch), size)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from math import sqrt
 
 import numpy as np
 
@@ -49,11 +50,25 @@ def mean(values: Sequence[float]) -> float:
 
 
 def interval95(values: Sequence[float]) -> list[float]:
-    """Percentile bootstrap 95% interval of the mean over items, from a fixed seed: [low, high]."""
+    """95% interval of the mean over items, [low, high]: Wilson's where each is right or wrong, else by bootstrap.
+
+    Resampling items that are all right can only give 100% again; Wilson's interval (1927) keeps its width there: n of n
+    right leave [n / (n + 3.84), 1].
+    """
     array_N = np.asarray(values, dtype=np.float64)
+    if np.isin(array_N, (0.0, 1.0)).all():
+        return wilson95(int(array_N.sum()), len(array_N))
     drawn_RN = np.random.default_rng(0).integers(len(array_N), size=(RESAMPLES, len(array_N)))
     low, high = np.percentile(array_N[drawn_RN].mean(axis=1), [2.5, 97.5])
     return [float(low), float(high)]
+
+
+def wilson95(right: int, items: int) -> list[float]:
+    """The shares p for which `right` of `items` lies within 1.96 standard errors, sqrt(p (1 - p) / items), of p."""
+    share, z2 = right / items, 1.959964**2
+    middle = (share + z2 / (2 * items)) / (1 + z2 / items)
+    half = sqrt(z2 * (share * (1 - share) / items + z2 / (4 * items**2))) / (1 + z2 / items)
+    return [0.0 if right == 0 else middle - half, 1.0 if right == items else middle + half]
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recover import dist
+from recover.measure.embed import embeddings
 from recover.measure.generate import Generation, generate
-from recover.measure.likelihood import Continuation, log_likelihoods
+from recover.measure.likelihood import Continuation, log_likelihoods, option_log_likelihoods
 from recover.recipe import Measure, Sampling
 
 
@@ -45,5 +47,26 @@ class Subject:
         """Log-likelihood of each row (`log_likelihoods`), the same list on every process."""
         mine = dist.everywhere(
             lambda: log_likelihoods(self.model, dist.shard(rows), batch_size=self.leaf.batch_size, title=title)
+        )
+        return dist.gather(mine)
+
+    def chooses(self, groups: Sequence[Sequence[Continuation]], *, title: str) -> list[list[float]]:
+        """Log-likelihood of each row of each group (`option_log_likelihoods`), the same list on every process."""
+        mine = dist.everywhere(
+            lambda: option_log_likelihoods(self.model, dist.shard(groups), batch_size=self.leaf.batch_size, title=title)
+        )
+        return dist.gather(mine)
+
+    def embeds(self, texts: Sequence[str], *, length: int, title: str) -> list[np.ndarray]:
+        """One unit vector per text (`embeddings`), the same list on every process."""
+        mine = dist.everywhere(
+            lambda: embeddings(
+                self.model,
+                self.tokenizer,
+                dist.shard(texts),
+                length=length,
+                batch_size=self.leaf.batch_size,
+                title=title,
+            )
         )
         return dist.gather(mine)

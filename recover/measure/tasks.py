@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from recover.errors import RecipeError
+from recover.measure.coding import measure_code
+from recover.measure.generate import Generation
 from recover.measure.judging import measure_choice, measure_perplexity, perplexity
+from recover.measure.retrieving import measure_retrieval
 from recover.measure.score import mean
 from recover.measure.subject import Subject
-from recover.measure.task_file import ChoiceFile, PerplexityFile, Task, load_task
+from recover.measure.task_file import Task, load_task
+from recover.measure.task_kinds import ChoiceFile, CodeFile, PerplexityFile, RetrievalFile
 from recover.measure.writing import Generations, Record, measure_writing
 from recover.recipe import Measure
 
-__all__ = ["Task", "headline", "load_task", "measure"]
+__all__ = ["Task", "check_allowed", "headline", "load_task", "measure"]
 
 
 def measure(
@@ -38,23 +44,22 @@ def measure(
 
     Raises:
         DataError: an item does not fit the model's context, or `reference` lacks items of a task.
+        RecipeError: a task would run code, which the leaf does not allow.
     """
     start = time.perf_counter()
+    check_allowed(tasks, leaf)
     subject = Subject(model, tokenizer, leaf, seed)
     records: dict[str, Record] = {}
     texts: Generations = {}
     tokens, writing_seconds = 0, 0.0
     for task in tasks:
         items = task.items[: limit or leaf.limit]
-        if isinstance(task.file, ChoiceFile):
-            records[task.name] = measure_choice(subject, task.file, items)
-        elif isinstance(task.file, PerplexityFile):
-            records[task.name] = measure_perplexity(subject, task.file, items)
-        else:
-            began = time.perf_counter()
-            records[task.name], written, count = measure_writing(subject, task.file, items, reference)
+        began = time.perf_counter()
+        records[task.name], written = _measured(subject, task, items, reference)
+        if written is not None:
+            greedy, count = written
             writing_seconds, tokens = writing_seconds + time.perf_counter() - began, tokens + count
-            texts[task.name] = [{"ids": each.ids, "text": each.text} for each in written]
+            texts[task.name] = [{"ids": each.ids, "text": each.text} for each in greedy]
     record = {
         "tasks": records,
         "headline": headline(records),
@@ -64,15 +69,50 @@ def measure(
     return record, texts
 
 
+def check_allowed(tasks: Sequence[Task], leaf: Measure) -> None:
+    """Raises RecipeError if a task would run code that the model writes, and nobody has allowed that."""
+    for task in tasks:
+        if task.kind == "code" and not leaf.allow_code_execution:
+            raise RecipeError(
+                f"task {task.name}: it runs programs that the model writes, locked away but on this machine; to allow "
+                "that, set measure.allow_code_execution: true, or give --allow-code-execution"
+            )
+
+
+def _measured(
+    subject: Subject, task: Task, items: Sequence[Any], reference: Generations | None
+) -> tuple[Record, tuple[list[Generation], int] | None]:
+    """(record, (greedy texts, tokens written) if it writes) of one task."""
+    file = task.file
+    if isinstance(file, ChoiceFile):
+        return measure_choice(subject, file, items), None
+    if isinstance(file, PerplexityFile):
+        return measure_perplexity(subject, file, items), None
+    if isinstance(file, RetrievalFile):
+        return measure_retrieval(subject, file, items), None
+    if isinstance(file, CodeFile):
+        record, greedy, count = measure_code(subject, file, items)
+    else:
+        record, greedy, count = measure_writing(subject, file, items, reference)
+    return record, (greedy, count)
+
+
 def headline(records: dict[str, Record]) -> dict[str, float | None]:
-    """One number per kind of `record["tasks"]`: mean exact match, mean accuracy, pooled perplexity; None = no such."""
-    written = [each["exact_match"] for each in records.values() if each["kind"] == "generate"]
-    chosen = [each["accuracy"] for each in records.values() if each["kind"] == "choice"]
+    """One number per use, from `record["tasks"]`; None = not measured.
+
+    generation: mean exact match and pass@1; choice: mean accuracy; retrieval: mean nDCG@10; perplexity: pooled.
+    """
     expected = [each for each in records.values() if each["kind"] == "perplexity"]
     tokens = sum(each["tokens"] for each in expected)
     nats = sum(each["nats_per_token"] * each["tokens"] for each in expected)
     return {
-        "generation": mean(written) if written else None,
-        "choice": mean(chosen) if chosen else None,
+        "generation": _mean_of(records, {"generate": "exact_match", "code": "pass_at_1"}),
+        "choice": _mean_of(records, {"choice": "accuracy"}),
+        "retrieval": _mean_of(records, {"retrieval": "score"}),
         "perplexity": perplexity(nats / tokens) if tokens else None,
     }
+
+
+def _mean_of(records: dict[str, Record], keys: dict[str, str]) -> float | None:
+    values = [each[keys[each["kind"]]] for each in records.values() if each["kind"] in keys]
+    return mean(values) if values else None

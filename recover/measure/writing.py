@@ -10,7 +10,7 @@ from recover.measure import collapse
 from recover.measure.generate import Generation
 from recover.measure.score import extract, interval95, is_right, mean, quantiles
 from recover.measure.subject import Subject
-from recover.measure.task_file import GenerateFile, Question
+from recover.measure.task_kinds import CodeFile, GenerateFile, Question
 from recover.recipe import Sampling
 
 Record = dict[str, Any]
@@ -26,8 +26,9 @@ def measure_writing(
         DataError: a prompt does not fit the model's context, or `reference` lacks items of this task.
     """
     dense_ids = _reference_ids(reference, file.name, len(items))
-    greedy = _written(subject, file, items, None)
-    drawn = _written(subject, file, items, subject.leaf.sampling) if subject.leaf.sampling else []
+    prompts = [item.prompt for item in items]
+    greedy = written(subject, file, prompts, None)
+    drawn = written(subject, file, prompts, subject.leaf.sampling) if subject.leaf.sampling else []
     right = _rights(file, items, greedy)
     record = {
         "kind": "generate",
@@ -35,22 +36,26 @@ def measure_writing(
         "exact_match": mean(right),
         "interval95": interval95(right),
         "sampled_exact_match": mean(_rights(file, items, drawn)) if drawn else None,
-        **shape(greedy),
+        **shape(greedy, right),
         **against(dense_ids, [each.ids for each in greedy]),
         "samples": _samples(file, items, greedy, right)[: subject.leaf.samples],
     }
     return record, greedy, sum(len(each.ids) for each in [*greedy, *drawn])
 
 
-def shape(written: Sequence[Generation]) -> Record:
-    """How texts look, whatever they say: loops, length in tokens, whether they end (`truncated`: how many do not)."""
+def shape(texts: Sequence[Generation], right: Sequence[float]) -> Record:
+    """How texts look, whatever they say: loops, length in tokens, whether they end.
+
+    `truncated`: how many do not; `truncated_right`: how many of those count as right all the same.
+    """
     return {
-        "repetition": mean([collapse.repetition(each.ids) for each in written]),
-        "distinct_2": mean([collapse.distinct_n(each.ids, 2) for each in written]),
-        "longest_repeat": mean([collapse.longest_repeat(each.ids) for each in written]),
-        "ended": mean([each.ended for each in written]),
-        "length": mean([len(each.ids) for each in written]),
-        "truncated": sum(not each.ended for each in written),
+        "repetition": mean([collapse.repetition(each.ids) for each in texts]),
+        "distinct_2": mean([collapse.distinct_n(each.ids, 2) for each in texts]),
+        "longest_repeat": mean([collapse.longest_repeat(each.ids) for each in texts]),
+        "ended": mean([each.ended for each in texts]),
+        "length": mean([len(each.ids) for each in texts]),
+        "truncated": sum(not each.ended for each in texts),
+        "truncated_right": sum(bool(ok) and not each.ended for each, ok in zip(texts, right, strict=True)),
     }
 
 
@@ -77,11 +82,12 @@ def _reference_ids(reference: Generations | None, task: str, count: int) -> list
     return [row["ids"] for row in rows[:count]]
 
 
-def _written(
-    subject: Subject, file: GenerateFile, items: Sequence[Question], sampling: Sampling | None
+def written(
+    subject: Subject, file: GenerateFile | CodeFile, prompts: Sequence[str], sampling: Sampling | None
 ) -> list[Generation]:
+    """One text per prompt, as the task file asks for it."""
     return subject.writes(
-        [item.prompt for item in items],
+        prompts,
         max_new_tokens=min(file.max_new_tokens or subject.leaf.max_new_tokens, subject.leaf.max_new_tokens),
         sampling=sampling,
         chat=file.wraps,

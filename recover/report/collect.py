@@ -167,15 +167,9 @@ def known_limits(data: dict[str, Any]) -> list[str]:
     )
     if small:
         limits.append(f"Fewer than {FEW_ITEMS} items: {', '.join(small)}. Read the intervals, not the points.")
-    flat = _without_width(data["measures"])
-    if flat:
-        limits.append(
-            f"Intervals without width ({', '.join(flat)}) come from items that were all right or all wrong. That is "
-            "no certainty: with n such items the true share may still be off by 3/n."
-        )
     limits.append(
-        "Intervals are 95% bootstrap intervals over items. They do not hold the spread over training seeds: "
-        "this is one run with one seed."
+        "Intervals are 95% intervals over items: Wilson's where an item is right or wrong, else by bootstrap. They do "
+        "not hold the spread over training seeds: this is one run with one seed."
     )
     if data["verdict"]["recovered"]["retrieval"]["grade"] == "not measured":
         limits.append("Retrieval was not measured. A small embedding drift is no proof that a ranking stays as it was.")
@@ -197,15 +191,3 @@ def known_limits(data: dict[str, Any]) -> list[str]:
         "suffered unseen."
     )
     return limits
-
-
-def _without_width(rows: list[dict[str, Any]]) -> list[str]:
-    """Tasks with a bootstrap interval of no width: resampling equal items can only give the same mean again."""
-    return sorted(
-        {
-            row["task"]
-            for row in rows
-            for model in MODELS
-            if row[model] and row[model]["interval"] and row[model]["interval"][0] == row[model]["interval"][1]
-        }
-    )

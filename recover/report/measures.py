@@ -44,9 +44,18 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         Metric("margin", "margin, nats", "number", "higher"),
     ),
     "perplexity": (Metric("perplexity", "perplexity", "number", "lower", main=True),),
-    "retrieval": (Metric("score", "ranking score", "percent", "higher", main=True),),
+    "code": (
+        Metric("pass_at_1", "programs that pass their tests", "percent", "higher", main=True),
+        Metric("ended", "answers that end", "percent", "higher"),
+        Metric("length", "length, tokens", "number", "same"),
+        Metric("truncated", "cut at the limit, texts", "count", "lower"),
+    ),
+    "retrieval": (
+        Metric("score", "ranking score", "percent", "higher", main=True),
+        Metric("accuracy", "relevant document first", "percent", "higher"),
+    ),
 }
-USE_OF_KIND = {"generate": "generation", "choice": "choice", "retrieval": "retrieval"}
+USE_OF_KIND = {"generate": "generation", "code": "generation", "choice": "choice", "retrieval": "retrieval"}
 
 Records = dict[str, dict[str, Any] | None]
 
@@ -103,17 +112,21 @@ def headline(records: Records) -> dict[str, dict[str, Any] | None]:
 
 def _headline(record: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = dict.fromkeys(USES)
-    for kind, use in USE_OF_KIND.items():
-        found[use] = _mean_of_tasks(
-            {name: task for name, task in record["tasks"].items() if task["kind"] == kind}, METRICS[kind][0].key
-        )
+    for use in USES:
+        tasks = {name: task for name, task in record["tasks"].items() if USE_OF_KIND.get(task["kind"]) == use}
+        found[use] = _mean_of_tasks(tasks)
     found["perplexity"] = words.finite((record.get("headline") or {}).get("perplexity"))
     return found
 
 
-def _mean_of_tasks(tasks: dict[str, Any], key: str) -> dict[str, Any] | None:
+def _main(task: dict[str, Any]) -> float | None:
+    """The first figure of the task's kind."""
+    return words.finite(task.get(METRICS[task["kind"]][0].key))
+
+
+def _mean_of_tasks(tasks: dict[str, Any]) -> dict[str, Any] | None:
     """Mean over tasks, each weighing the same. Items of different tasks are independent: half-widths add as squares."""
-    values = {name: value for name, task in tasks.items() if (value := words.finite(task.get(key))) is not None}
+    values = {name: value for name, task in tasks.items() if (value := _main(task)) is not None}
     if not values:
         return None
     n, mean = len(values), sum(values.values()) / len(values)

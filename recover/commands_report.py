@@ -1,0 +1,114 @@
+"""Commands that read run directories: report, show, compare. `cli.py` gives them their place and their errors."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from recover import console
+from recover.errors import ArtifactError
+from recover.run_directory import RunDirectory
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run directory, such as checkpoints/quickstart.")]
+RunPaths = Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Run directories.")]
+
+
+def report(run_dirs: RunPaths) -> None:
+    """Write report.json, report.md and report.html of finished or half-finished runs again."""
+    from recover.report.collect import collect
+    from recover.report.render import render
+
+    for directory in map(_existing, run_dirs):
+        render(directory.root, collect(directory.root))
+        console.say(str(directory.report_html))
+
+
+def show(run_dir: RunPath) -> None:
+    """Say which stages of a run are done, why one would be done again, the best epoch, and the headline figures."""
+    from recover import stages
+    from recover.report.collect import collect
+
+    directory = _existing(run_dir)
+    console.table(
+        str(directory.root), ["stage", "state", "finished", "why"], map(_state, stages.status(directory.root))
+    )
+    data = collect(directory.root)
+    console.table("headline", ["model", *FIGURES], [[model, *_figures(data, model)] for model in data["headline"]])
+    for epoch in data["epochs"]:
+        if epoch["best"]:
+            console.say(f"best epoch: {epoch['epoch']}, score {epoch['score']:.4g}, of {len(data['epochs'])}")
+
+
+def compare(
+    run_dirs: RunPaths,
+    html: Annotated[Path | None, typer.Option("--html", help="Write it as a page with a picture, too.")] = None,
+) -> None:
+    """Put runs side by side, best recovered generation first; tasks as a share of what the dense model reaches."""
+    from recover.report import compare as comparison
+
+    data = comparison.compare([_existing(path).root for path in run_dirs])
+    columns = ["run", "generation", "after recovery", "choice", "after recovery", "perplexity", "weights"]
+    console.table("pruned, and after recovery", columns, map(_compared, data["runs"]))
+    console.table("dense → deployed", comparison.SPEED_COLUMNS, map(comparison.speed_row, data["runs"]))
+    for line in data["apart"]:
+        console.warn(line)
+    if not data["same_dense"]:
+        console.warn("these runs start from different dense models: their shares have different wholes")
+    if html is not None:
+        console.say(str(comparison.render_compare(data, html)))
+
+
+def _compared(run: dict[str, Any]) -> list[str | None]:
+    kept = [run["kept"][model][use] for use in ("generation", "choice") for model in ("pruned", "recovered")]
+    perplexity = run["perplexity"]["recovered"]
+    return [
+        run["name"],
+        *(_percent(share) for share in kept),
+        None if perplexity is None else f"{perplexity:.4g}",
+        _percent(run["parameters"]),
+    ]
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{share:.1%}"
+
+
+FIGURES = ("generation", "choice", "retrieval", "perplexity")
+
+
+def _figures(data: dict[str, Any], model: str) -> list[float | None]:
+    headline = data["headline"][model] or {}
+    values = (headline.get(name) for name in FIGURES)
+    return [value["value"] if isinstance(value, dict) else value for value in values]
+
+
+def _state(row: dict[str, Any]) -> list[str]:
+    if not row["done"]:
+        return [row["stage"], "open", "", ""]
+    finished = datetime.fromisoformat(row["finished"]).astimezone().strftime("%Y-%m-%d %H:%M")
+    return [row["stage"], "stale" if row["stale"] else "done", finished, row["stale"] or ""]
+
+
+def _existing(path: Path) -> RunDirectory:
+    directory = RunDirectory(path)
+    if not directory.recipe.is_file():
+        beside = sorted(found.parent.as_posix() for found in path.absolute().parent.glob("*/recipe.yaml"))
+        there = f"; beside it are {', '.join(Path(name).name for name in beside)}" if beside else ""
+        raise ArtifactError(f"{path}: not a run directory, it has no recipe.yaml{there}")
+    return directory
+
+
+COMMANDS = {
+    report: (
+        "recover report checkpoints/quickstart",
+        "recover report checkpoints/*",
+    ),
+    show: ("recover show checkpoints/quickstart",),
+    compare: (
+        "recover compare checkpoints/drop2 checkpoints/drop4",
+        "recover compare checkpoints/* --html all.html",
+    ),
+}

@@ -1,0 +1,64 @@
+"""The record of a code task: the model writes a program, and its tests are run, locked away."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from recover import dist
+from recover.measure.generate import Generation
+from recover.measure.sandbox import Outcome, isolation, run_programs
+from recover.measure.score import interval95, mean
+from recover.measure.subject import Subject
+from recover.measure.task_items import program
+from recover.measure.task_kinds import CodeFile, Problem
+from recover.measure.writing import shape, written
+
+Record = dict[str, Any]
+
+FENCED = re.compile(r"```(?:python3?|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+
+
+def measure_code(subject: Subject, file: CodeFile, items: Sequence[Problem]) -> tuple[Record, list[Generation], int]:
+    """(record, greedy texts, number of tokens written). `pass_at_1`: share of problems whose one program passes.
+
+    Whether running such code is allowed at all is asked before (`check_allowed`).
+    """
+    greedy = written(subject, file, [item.prompt for item in items], None)
+    programs = [program(file, item, code_of(each.text, file.stop)) for item, each in zip(items, greedy, strict=True)]
+    outcomes = _run(programs, file.seconds)
+    passed = [float(each.passed) for each in outcomes]
+    record = {
+        "kind": "code",
+        "items": len(items),
+        "pass_at_1": mean(passed),
+        "interval95": interval95(passed),
+        "isolation": isolation()[0],
+        **shape(greedy, passed),
+        "samples": _samples(items, greedy, outcomes)[: subject.leaf.samples],
+    }
+    return record, greedy, sum(len(each.ids) for each in greedy)
+
+
+def code_of(text: str, stop: Sequence[str]) -> str:
+    """The first fenced block of a text, else the text up to the first of `stop`."""
+    fenced = FENCED.search(text)
+    if fenced:
+        return fenced.group(1)
+    ends = [place for place in (text.find(each) for each in stop) if place >= 0]
+    return text[: min(ends, default=len(text))]
+
+
+def _run(programs: Sequence[str], seconds: float) -> list[Outcome]:
+    """The outcomes, the same on every process; each runs its share on its share of the cores."""
+    workers = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return dist.gather(dist.everywhere(lambda: run_programs(dist.shard(programs), workers=workers, seconds=seconds)))
+
+
+def _samples(items: Sequence[Problem], greedy: Sequence[Generation], outcomes: Sequence[Outcome]) -> list[Record]:
+    return [
+        {"prompt": item.prompt, "text": each.text, "answer": outcome.reason or "passes", "correct": outcome.passed}
+        for item, each, outcome in zip(items, greedy, outcomes, strict=True)
+    ]

