@@ -63,5 +63,12 @@ def test_each_half_of_a_block_is_shown_by_itself():
     assert [row[2] for row in figure.rows][1:4] == ["0.1", "0.2", "0.3"]  # the cheaper half of each block
 
 
+def test_a_repair_is_said_with_what_it_brought():
+    kept = {"kind": "linear", "kept": True, "kl_before": 0.341, "kl_after": 0.217}
+    assert cuts.repair({"repair": kept}) == "linear, KL 0.341 → 0.217 on held-out text, before training"
+    assert cuts.repair({"repair": {**kept, "kept": False}}) == "linear was tried and left out"
+    assert cuts.repair({"repair": {}}) == cuts.repair({}) == ""
+
+
 def test_a_width_plan_is_said_in_words():
     assert "intermediate_size 1,152" in pruned({"plan": WIDTH}).see

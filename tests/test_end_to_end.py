@@ -42,15 +42,15 @@ def run(root: Path, *overrides: str, **options: Any) -> RunDirectory:
     ("prune", "blocks", "zeros"),
     [
         ("{kind: depth, blocks: [3, 11]}", 10, 0.0),
-        (f"{{kind: depth, count: 1, score: angular, calibration: {CALIBRATION}}}", 11, 0.0),
         (f"{{kind: wanda, pattern: '2:4', calibration: {CALIBRATION}}}", 12, 0.5),
-        ("{kind: magnitude, sparsity: 0.25}", 12, 0.25),
         (f"{{kind: sparsegpt, pattern: '4:8', calibration: {CALIBRATION}}}", 12, 0.5),
         ("{kind: depth, unit: sublayer, sites: ['mlp:3', 'attention:4']}", 11, 0.0),
         (f"{{kind: width, mlp: 0.25, multiple: 8, calibration: {CALIBRATION}}}", 12, 0.0),
         *(
             pytest.param(*row, marks=pytest.mark.slow)
             for row in (
+                ("{kind: magnitude, sparsity: 0.25}", 12, 0.25),
+                (f"{{kind: depth, count: 1, score: angular, calibration: {CALIBRATION}}}", 11, 0.0),
                 (f"{{kind: depth, count: 2, contiguous: true, calibration: {CALIBRATION}}}", 10, 0.0),
                 (f"{{kind: depth, count: 2, score: taylor, calibration: {CALIBRATION}}}", 10, 0.0),
                 (f"{{kind: depth, count: 1, score: perplexity, repair: linear, calibration: {CALIBRATION}}}", 11, 0.0),

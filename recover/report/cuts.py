@@ -38,6 +38,16 @@ def sizes(plan: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:,}" for name, value in (plan.get("config") or {}).items())
 
 
+def repair(plan: dict[str, Any]) -> str:
+    """What a closed-form repair brought, or that it was left out; empty if none was asked for."""
+    found = plan.get("repair")
+    if not found:
+        return ""
+    before, after = (words.number(found[f"kl_{when}"]) for when in ("before", "after"))
+    brought = f"KL {before} → {after} on held-out text, before training"
+    return f"{found['kind']}, {brought}" if found["kept"] else f"{found['kind']} was tried and left out"
+
+
 def gone(plan: dict[str, Any], part: str) -> set[int]:
     """Blocks whose `part` (attention or mlp) goes, with the block or alone."""
     return {*(plan.get("dropped") or ()), *(plan.get(f"dropped_{part}") or ())}

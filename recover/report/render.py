@@ -154,6 +154,8 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
     if plan:
         what = cuts.sites(plan) or cuts.sizes(plan)
         facts.append(("pruned by", f"{plan['kind']}{f', {what}' if what else ''}"))
+        if repair := cuts.repair(plan):
+            facts.append(("repaired at the cut", repair))
     if plan and plan.get("parameters_dense"):
         dense, pruned = words.count(plan["parameters_dense"]), words.count(plan["parameters_pruned"])
         facts.append(("parameters", f"{dense} → {pruned}"))
