@@ -40,9 +40,9 @@ METHODS = {
     "magnitude-50": "kind: magnitude, sparsity: 0.5",
     "wanda-50": "kind: wanda, sparsity: 0.5",
     "wanda-50-owl": "kind: wanda, sparsity: 0.5, allocation: owl",
-    "wanda-2:4": "kind: wanda, pattern: '2:4'",
+    "wanda-2of4": "kind: wanda, pattern: '2:4'",
     "sparsegpt-50": "kind: sparsegpt, sparsity: 0.5",
-    "sparsegpt-2:4": "kind: sparsegpt, pattern: '2:4'",
+    "sparsegpt-2of4": "kind: sparsegpt, pattern: '2:4'",
 }
 
 
@@ -93,23 +93,22 @@ def run_all(options: argparse.Namespace, deadline: float) -> None:
 
 
 def start(name: str, options: argparse.Namespace) -> subprocess.Popen:
-    folder = name.replace(":", "")
     calibration = _calibration(options.recipe)
     pruning = METHODS[name] if name.startswith("magnitude") else f"{METHODS[name]}, calibration: {calibration}"
     overrides = [
-        f"name={folder}",
+        f"name={name}",
         f"prune={{{pruning}}}",
         f"recover.tokens={options.tokens}",
         f"recover.epochs={options.epochs}",
         *options.set,
     ]
-    log = (options.out / f"{folder}.log").open("w")
+    log = (options.out / f"{name}.log").open("w")
     command = [sys.executable, "-m", "recover", "run", str(options.recipe), "--runs", str(options.out), *overrides]
     return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 
 def _calibration(recipe: Path) -> str:
-    leaf = load_recipe(recipe).prune.calibration
+    leaf = getattr(load_recipe(recipe).prune, "calibration", None)
     if leaf is None:
         sys.exit(f"{recipe}: its prune.calibration is what every method is scored on, and it has none")
     return leaf.model_dump_json()
@@ -122,7 +121,6 @@ def text_is_written(run: Path) -> bool:
 
 def lend(first: Path, other: Path) -> None:
     """The dense model's figures and texts, as the other run would make them itself."""
-    other = other.with_name(other.name.replace(":", ""))
     for part in ("dense", "recover/data"):
         if not (other / part).exists():
             shutil.copytree(first / part, other / part)
@@ -130,7 +128,7 @@ def lend(first: Path, other: Path) -> None:
 
 def read_row(out: Path, name: str) -> dict[str, Any] | None:
     """What the run wrote; None if it did not get as far as the figures after recovery."""
-    run = out / name.replace(":", "")
+    run = out / name
     needed = [run / "prune" / "plan.json", run / "before" / "measure.json", run / "after" / "measure.json"]
     if not all(path.exists() for path in needed):
         return None
@@ -162,7 +160,7 @@ def time_all(recipe: Path, out: Path, rows: dict[str, dict[str, Any]]) -> None:
     leaf = load_recipe(recipe).model
     dense = load_model(leaf)
     for name, row in rows.items():
-        deploy = out / name.replace(":", "") / "deploy"
+        deploy = out / name / "deploy"
         if row["parameters"] == 1 or not deploy.exists():
             continue
         pruned = load_model(leaf.model_copy(update={"source": str(deploy), "revision": None}))

@@ -9,7 +9,7 @@ Shapes: B batch, T tokens, D width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,13 +24,10 @@ from recover.models.site import PARTS, Part, Site, whole_blocks
 def make_closable(blocks: Iterable[nn.Module], arch: Arch, switch: Switch) -> None:
     """Let every block, its attention and its MLP follow `switch` and be closed; all start open. Names stay the same."""
     for index, block in enumerate(blocks):
-        for module, make in (
-            (block, _closable_block),
-            (_sublayer(block, arch, "attention"), _closable_attention),
-            (_sublayer(block, arch, "mlp"), _closable_mlp),
-        ):
+        attention, mlp = (_sublayer(block, arch, part) for part in PARTS)
+        for module, kind in ((block, _Block), (attention, _Attention), (mlp, _Mlp)):
             stock: Any = module
-            switch_class(stock, make(type(stock)))
+            switch_class(stock, functools.partial(_closable, kind))
             stock.switch, stock.closed, stock.index = switch, False, index
 
 
@@ -56,11 +53,11 @@ def closed_sites(blocks: Any, arch: Arch) -> frozenset[Site]:
     )
 
 
-def switch_class(module: nn.Module, new: type) -> None:
-    """Give the module a class that knows the twin's views. Raises ModelError if it has one already."""
+def switch_class(module: nn.Module, knowing: Callable[[type], type]) -> None:
+    """Give the module a class that knows the twin's views, made of its own. Raises ModelError if it has one already."""
     if hasattr(module, "switch"):
         raise ModelError("this model already belongs to a twin; load it anew, or use that twin")
-    module.__class__ = new
+    module.__class__ = knowing(type(module))
 
 
 def named_as(new: type, stock: type) -> type:
@@ -73,54 +70,50 @@ def _sublayer(block: nn.Module, arch: Arch, part: Part) -> Any:
     return block.get_submodule(arch.attention if part == "attention" else arch.mlp)
 
 
+class _Closable:
+    """Goes before a stock class: runs it, unless the pruned view has it closed; then only `nothing` is given."""
+
+    switch: Switch
+    closed: bool
+    index: int
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.switch.dense or not self.closed:
+            stock: Any = super()
+            return self.opened(stock.forward(hidden_states, *args, **kwargs))
+        return self.nothing(hidden_states, kwargs.get("past_key_values"))
+
+    def opened(self, output: Any) -> Any:
+        return output
+
+    def nothing(self, h_BTD: Tensor, cache: Any) -> Any:
+        raise NotImplementedError
+
+
+class _Block(_Closable):
+    def opened(self, output: Any) -> Any:
+        self.switch.tuples = isinstance(output, tuple)
+        return output
+
+    def nothing(self, h_BTD: Tensor, cache: Any) -> Any:
+        _trace(cache, h_BTD, self.index)
+        return (h_BTD,) if self.switch.tuples else h_BTD
+
+
+class _Attention(_Closable):
+    def nothing(self, h_BTD: Tensor, cache: Any) -> Any:
+        _trace(cache, h_BTD, self.index)
+        return torch.zeros_like(h_BTD), None
+
+
+class _Mlp(_Closable):
+    def nothing(self, h_BTD: Tensor, cache: Any) -> Any:
+        return torch.zeros_like(h_BTD)
+
+
 @functools.cache
-def _closable_block(stock: type[nn.Module]) -> type[nn.Module]:
-    class Closable(stock):
-        switch: Switch
-        closed: bool
-        index: int
-
-        def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self.switch.dense or not self.closed:
-                output = super().forward(hidden_states, *args, **kwargs)
-                self.switch.tuples = isinstance(output, tuple)
-                return output
-            _trace(kwargs.get("past_key_values"), hidden_states, self.index)
-            return (hidden_states,) if self.switch.tuples else hidden_states
-
-    return named_as(Closable, stock)
-
-
-@functools.cache
-def _closable_attention(stock: type[nn.Module]) -> type[nn.Module]:
-    class Closable(stock):
-        switch: Switch
-        closed: bool
-        index: int
-
-        def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self.switch.dense or not self.closed:
-                return super().forward(hidden_states, *args, **kwargs)
-            _trace(kwargs.get("past_key_values"), hidden_states, self.index)
-            return torch.zeros_like(hidden_states), None
-
-    return named_as(Closable, stock)
-
-
-@functools.cache
-def _closable_mlp(stock: type[nn.Module]) -> type[nn.Module]:
-    class Closable(stock):
-        switch: Switch
-        closed: bool
-
-        def forward(self, hidden_states: Tensor) -> Tensor:
-            return (
-                super().forward(hidden_states)
-                if self.switch.dense or not self.closed
-                else torch.zeros_like(hidden_states)
-            )
-
-    return named_as(Closable, stock)
+def _closable(kind: type[_Closable], stock: type[nn.Module]) -> type[nn.Module]:
+    return named_as(type(kind.__name__, (kind, stock), {}), stock)
 
 
 def _trace(cache: Any, h_BTD: Tensor, index: int) -> None:

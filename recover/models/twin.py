@@ -55,7 +55,7 @@ class Twin:
         model.requires_grad_(False)
         see_pruned(model, masks or {}, weights or {}, self.switch)
         make_closable(self.blocks, self.arch, self.switch)
-        switch_class(model, _distilling(type(model)))
+        switch_class(model, _distilling)
         self.close(plan.dropped_sites)
 
     @property
