@@ -54,7 +54,8 @@ def named_sites(leaf: Depth) -> frozenset[Site]:
     if leaf.unit == "sublayer":
         pairs = (text.split(":") for text in leaf.sites or ())
         return frozenset(Site(int(block), "attention" if part == "attention" else "mlp") for part, block in pairs)
-    return frozenset(Site(block, leaf.unit) for block in leaf.blocks or ())
+    part = "attention" if leaf.unit == "attention" else "mlp"  # a pair is never named
+    return frozenset(Site(block, part) for block in leaf.blocks or ())
 
 
 def choose(twin: Twin, leaf: Depth, batches: list[LongTensor]) -> Choice:
