@@ -198,7 +198,7 @@ def measure_all(
     from recover.measure.tasks import measure
 
     path, done = options.out / "measured.jsonl", measured_so_far(options.out, settings)
-    if not done:
+    if not path.exists() or not read_jsonl(path):
         append_jsonl(path, {"settings": settings})
     waiting = [blocks for blocks in [[], *(plan["blocks"] for plan in plans)] if tuple(blocks) not in done]
     tasks = [task for task in bench.tasks if task.kind in ("generate", "code", "choice")]
