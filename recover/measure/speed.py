@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from recover.models.arch import head_size_of, kv_heads_of
+
 SIDES = ("dense", "deployed")
 RATES = ("prefill_tokens_per_second", "decode_tokens_per_second")
 
@@ -31,9 +33,7 @@ Turn = Callable[[], tuple[float, ...]]
 
 def kv_bytes_per_token(config: Any, element_bytes: int) -> int:
     """Bytes that the KV cache grows by for each token: 2 (K and V) x blocks x KV heads x head size."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head_size * element_bytes
+    return 2 * config.num_hidden_layers * kv_heads_of(config) * head_size_of(config) * element_bytes
 
 
 def take_turns(

@@ -19,27 +19,20 @@ from transformers import (
 
 from recover import console, dist, recipe
 from recover.errors import ModelError
-from recover.models.arch import arch_of_type
+from recover.memory import Shape
+from recover.models.arch import arch_of_type, head_size_of, kv_heads_of
 from recover.models.source import check_weights, config_source, explained, locate, read_config
 
 LISTED = 3  # tensors named in a message
 
 
 @dataclasses.dataclass(frozen=True)
-class Description:
-    """What a model is, from its config alone. `parameters` counts tied ones once; `bytes` is for the recipe's dtype."""
+class Description(Shape):
+    """What a model is, from its config alone; `bytes` is for the recipe's dtype."""
 
     model_type: str
-    blocks: int
-    width: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    vocabulary: int
     context: int | None
     tied: bool
-    parameters: int
     embedding_parameters: int
     bytes: int
 
@@ -57,8 +50,8 @@ def describe(leaf: recipe.Model) -> Description:
         width=config.hidden_size,
         intermediate=config.intermediate_size,
         heads=config.num_attention_heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        kv_heads=kv_heads_of(config),
+        head_size=head_size_of(config),
         vocabulary=config.vocab_size,
         context=getattr(config, "max_position_embeddings", None),
         tied=bool(config.tie_word_embeddings),
