@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from recover.measure.generate import context_of
 from recover.models.arch import head_size_of, kv_heads_of
 
 SIDES = ("dense", "deployed")
@@ -88,7 +89,7 @@ def compare_speed(
     them. Both models stay on the device if they fit; else each goes there for its turns.
     """
     models = dict(zip(SIDES, (dense, deployed), strict=True))
-    prompt_length = min(prompt_length, max(8, min(map(_context, models.values())) - steps))
+    prompt_length = min(prompt_length, max(8, min(context_of(model) or 2**31 for model in models.values()) - steps))
     vocabulary = min(model.config.vocab_size for model in models.values())
     generator = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(0, vocabulary, (batch_size, prompt_length), generator=generator).to(device)
@@ -120,10 +121,6 @@ def compare_speed(
         "same_shapes": _shapes(dense) == _shapes(deployed),
         "workload": {"batch_size": batch_size, "prompt_length": prompt_length, "steps": steps},
     }
-
-
-def _context(model: PreTrainedModel) -> int:
-    return getattr(model.config, "max_position_embeddings", None) or 2**31
 
 
 def _shapes(model: nn.Module) -> list[tuple[torch.Size, torch.dtype]]:
