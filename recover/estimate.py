@@ -5,7 +5,6 @@ Every figure is an estimate and says so; refusals are exact. Weights are not loa
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from typing import Any
 
@@ -86,10 +85,6 @@ def warnings(recipe: Recipe, model: Description) -> list[str]:
     return found
 
 
-def _shape(model: Description) -> memory.Shape:
-    return memory.Shape(**{field.name: getattr(model, field.name) for field in dataclasses.fields(memory.Shape)})
-
-
 def _training(recipe: Recipe, model: Description) -> memory.Training:
     """What decides the memory of this recipe without DeepSpeed (which takes less: `launch/README.md`)."""
     leaf, prune = recipe.recover, recipe.prune
@@ -149,7 +144,7 @@ def estimate(recipe: Recipe, model: Description, rate: float) -> dict[str, Any]:
         "teacher_tokens": tokens,
         "training_flops": flops,
         "training_seconds": seconds,
-        "memory_bytes_per_process": memory.peak_bytes(_shape(model), _training(recipe, model)),
+        "memory_bytes_per_process": memory.peak_bytes(model, _training(recipe, model)),
         "matrix_rate_flops": rate,
         "processes": dist.world_size(),
     }

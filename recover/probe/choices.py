@@ -70,14 +70,11 @@ def choice_drift(twin: Twin | Pair, items: Sequence[Asked], *, task: str = "choi
         raise DataError(f"task {task}: no items to choose in")
     for view in (pair.dense, pair.pruned):
         check_ids([list(option) for item in items for option in item.options], view, steps=0)
-    batches = _batches(items, batch_size)
-    mine = dist.everywhere(
-        lambda: [
-            _answers(comparison, batch)
-            for batch in console.track(dist.shard(batches), f"choices of {task}", unit="batch")
-        ]
+    found = dist.over(
+        _batches(items, batch_size),
+        lambda mine: [_answers(comparison, batch) for batch in console.track(mine, f"choices of {task}", unit="batch")],
     )
-    return _record(task, [answer for answers in dist.gather(mine) for answer in answers])
+    return _record(task, [answer for answers in found for answer in answers])
 
 
 def _batches(items: Sequence[Asked], size: int) -> list[list[tuple[int, Asked]]]:

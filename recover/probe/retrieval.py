@@ -91,10 +91,9 @@ def retrieval_drift(
 
 
 def _embed(view: View, batches: list[Batch], texts: list[str]) -> dict[str, Tensor]:
-    mine = dist.everywhere(
-        lambda: [_pooled(view, batch) for batch in console.track(dist.shard(batches), f"embed, {view.name}")]
+    parts = dist.over(
+        batches, lambda mine: [_pooled(view, batch) for batch in console.track(mine, f"embed, {view.name}")]
     )
-    parts = dist.gather(mine)
     found = {pooling: torch.cat([part[pooling] for part in parts]) for pooling in POOLINGS}
     for value_ED in found.values():
         bad_E = ~torch.isfinite(value_ED).all(-1)

@@ -15,7 +15,7 @@ from recover.errors import PruneError
 from recover.models.arch import arch_of, blocks_of, part_of
 from recover.models.site import PARTS, Site, whole_blocks
 from recover.prune.calibrate import calibration_record, check_context
-from recover.prune.depth_search import NAMES, Choice, choose, named_sites, units_of
+from recover.prune.depth_search import NAMES, Choice, choose, most_units, named_sites
 from recover.prune.plan import Plan, Pruned
 from recover.prune.repair import refuse_repair, repaired
 from recover.recipe import Depth
@@ -51,7 +51,7 @@ def check_sites(leaf: Depth, blocks: int) -> frozenset[Site]:
     """The sites that the recipe names, none with a count. Raises PruneError for what is not there or has to stay."""
     if leaf.listed is not None:
         return _listed(leaf, blocks)
-    there = len(units_of(leaf.unit, blocks))
+    there = most_units(leaf.unit, blocks)
     if leaf.units > there:
         has = f"the model has {blocks}" if leaf.unit == "block" else f"the model has {blocks} blocks"
         raise PruneError(

@@ -18,7 +18,7 @@ from torch import LongTensor, Tensor, nn
 
 from recover import console
 from recover.errors import PruneError
-from recover.models.arch import Arch, arch_of, blocks_of, linears_of
+from recover.models.arch import Arch, arch_of, blocks_of, head_size_of, kv_heads_of, linears_of
 from recover.models.site import Part, Site
 from recover.prune.calibrate import calibration_record, check_context
 from recover.prune.plan import Plan, Pruned
@@ -43,12 +43,11 @@ class Sizes:
     @classmethod
     def of(cls, config: PretrainedConfig) -> Sizes:
         """The sizes of every block of a model with this config."""
-        heads = config.num_attention_heads
         return cls(
             neurons=config.intermediate_size,
-            heads=heads,
-            groups=getattr(config, "num_key_value_heads", None) or heads,
-            head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            heads=config.num_attention_heads,
+            groups=kv_heads_of(config),
+            head_size=head_size_of(config),
         )
 
     def without(self, groups: int) -> Sizes:
