@@ -64,11 +64,11 @@ def follow(twin: Twin, texts: Texts, *, whole: bool) -> dict[str, Any]:
 def _follow(comparison: Comparison, dense: Trajectory, texts: Texts, *, whole: bool) -> dict[str, Any]:
     pair, rows = comparison.pair, _rows(dense, dense.scored_BS)
     layers_BS = thinned(dense.scored_BS, POSITIONS) if whole else None
-    states = [along(view, dense, blocks_BS=layers_BS) for view in (pair.dense, pair.pruned)]
-    found: dict[str, Any] = {"forced": _table(comparison, states[0].final_ND, states[1].final_ND, rows)}
+    states, others = (along(view, dense, blocks_BS=layers_BS) for view in (pair.dense, pair.pruned))
+    found: dict[str, Any] = {"forced": _table(comparison, states.final_ND, others.final_ND, rows)}
     if layers_BS is None:
         return found
-    found["blocks"] = comparison.blocks(*states, _rows(dense, layers_BS))
+    found["blocks"] = comparison.blocks(states, others, _rows(dense, layers_BS))
     own = greedy(pair.pruned, dense.batch, steps=texts.steps, ends=texts.ends)
     own_rows = _rows(own, own.scored_BS)
     read_dense, read_own = (along(view, own).final_ND for view in (pair.dense, pair.pruned))
@@ -76,7 +76,7 @@ def _follow(comparison: Comparison, dense: Trajectory, texts: Texts, *, whole: b
     key_N, key_M = (each.prompt_N * BIG + each.step_N for each in (rows, own_rows))
     in_dense, in_own = torch.isin(key_N, key_M), torch.isin(key_M, key_N)
     device = read_own.device
-    total = states[0].final_ND[in_dense.to(device)], read_own[in_own.to(device)]
+    total = states.final_ND[in_dense.to(device)], read_own[in_own.to(device)]
     found["total"] = _table(comparison, *total, rows[in_dense])
     found["first"] = [first_divergence(a, b) for a, b in zip(dense.tokens(), own.tokens(), strict=True)]
     return found

@@ -63,6 +63,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of rows.jsonl, paper.md and the figures")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="such as attention-8, mlp-4, block-3, wanda-2of4")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row that would not end by then")
+    parser.add_argument("--tasks", nargs="+", help="task files (default: the recipe's; with SmolLM2's, retrieval too)")
     parser.add_argument("--items", type=int, help="items of each task (default: all)")
     parser.add_argument("--samples", type=int, default=128, help="prompts that drift is followed on (%(default)s)")
     parser.add_argument("--steps", type=int, default=64, help="decoding steps of each (%(default)s)")
@@ -100,7 +101,7 @@ def _settings(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": recipe.model.source,
         "dtype": recipe.model.dtype,
-        "tasks": list(recipe.measure.tasks),
+        "tasks": [Path(task).name for task in _tasks(recipe, options)],
         "seed": recipe.seed,
     } | {name: getattr(options, name) for name in names}
 
@@ -127,7 +128,7 @@ class Work:
         self.plans = Plans(self.twin, calibration, calibration_batches(calibration, self.tokenizer, recipe.seed))
         changes = {"sampling": None, "samples": 0, "batch_size": options.batch_size, "limit": options.items}
         self.leaf, self.seed = recipe.measure.model_copy(update=changes), recipe.seed
-        self.tasks = [load_task(source) for source in _tasks(recipe)]
+        self.tasks = [load_task(source) for source in _tasks(recipe, options)]
         choice = next((task for task in self.tasks if task.kind == "choice"), None)
         self.asked = asked_of(self.tokenizer, choice, options.items) if choice else []
         self.texts = Texts(
@@ -174,17 +175,20 @@ class Work:
         return choices(self.twin, self.asked, batch_size=self.options.batch_size) if self.asked else None
 
 
-def _tasks(recipe: Recipe) -> list[str]:
-    """The recipe's tasks, and SmolLM2's retrieval beside them."""
-    passages = SMOLLM2 / "tasks" / "passages.yaml"
-    beside = any(Path(source).parent == passages.parent for source in recipe.measure.tasks)
-    return [*recipe.measure.tasks, *([str(passages)] if beside else [])]
+def _tasks(recipe: Recipe, options: argparse.Namespace) -> list[str]:
+    """The tasks asked for, else the recipe's and SmolLM2's retrieval beside its own."""
+    beside = [str(SMOLLM2 / "tasks" / "passages.yaml")] if _is_smollm2(recipe) else []
+    return options.tasks or [*recipe.measure.tasks, *beside]
+
+
+def _is_smollm2(recipe: Recipe) -> bool:
+    return any(Path(source).parent == SMOLLM2 / "tasks" for source in recipe.measure.tasks)
 
 
 def _prompts(recipe: Recipe, options: argparse.Namespace, tasks: list[Any]) -> list[str]:
     """Prompts with long answers, so that late steps have texts left."""
     broad = SMOLLM2 / "data" / "broad_prompts.jsonl"
-    path = options.prompts or (broad if len(_tasks(recipe)) > len(recipe.measure.tasks) else recipe.probe.prompts)
+    path = options.prompts or (broad if _is_smollm2(recipe) else recipe.probe.prompts)
     if path is not None:
         return [row.column("prompt") for row in read_prompts(str(path))]
     return [item.prompt for task in tasks if task.kind == "generate" for item in task.items]

@@ -110,7 +110,9 @@ def quantized(twin: Twin) -> dict[str, Tensor]:
     Round to nearest on a symmetric grid, -8 to 7 steps of max|w| / 7, one step for a group of inputs: the plainest
     4-bit quantization there is, without AWQ's scaling by activations, so a worse one.
     """
-    return {f"{name}.weight": round_to_4_bits(linear.weight.detach()) for name, linear in linears_of(twin.model).items()}
+    return {
+        f"{name}.weight": round_to_4_bits(linear.weight.detach()) for name, linear in linears_of(twin.model).items()
+    }
 
 
 def round_to_4_bits(weight_OI: Tensor) -> Tensor:
@@ -125,7 +127,8 @@ def round_to_4_bits(weight_OI: Tensor) -> Tensor:
 def showing(twin: Twin, pruned: Pruned) -> Iterator[None]:
     """The twin's pruned view is this one inside, and afterwards the dense model again: nothing is loaded anew."""
     linears = linears_of(twin.model)
-    see_pruned(twin.model, pruned.masks, pruned.weights, twin.switch)
+    masks = {name: keep_OI.to(twin.model.device) for name, keep_OI in pruned.masks.items()}  # packed where it is fast
+    see_pruned(twin.model, masks, pruned.weights, twin.switch)
     try:
         with twin.closed(pruned.plan.dropped_sites), twin.folded():
             yield

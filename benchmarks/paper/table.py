@@ -32,7 +32,7 @@ def title(row: dict[str, Any]) -> str:
     if row["count"]:
         name = NAMES[row["family"]].removesuffix("s") if row["count"] == 1 else NAMES[row["family"]]
         return f"{row['count']} {name}"
-    return WANDA.get(row["row"]) or NAMES.get(row["row"], row["row"])
+    return (WANDA | NAMES).get(row["row"], row["row"])
 
 
 def scored(tasks: dict[str, Any]) -> dict[str, tuple[float, list[float]]]:
@@ -59,7 +59,7 @@ def _cells(row: dict[str, Any], tasks: list[str]) -> list[str]:
     found, final, asked = scored(row["tasks"]), row["drift"]["final"], row["choice"] or {}
     cells = [title(row), _spans(row["dropped"]), f"{row['nonzero']:.1%}"]
     cells += [_percent(*found[name]) if name in found else "–" for name in tasks]
-    cells.append(_number(row["headline"]["perplexity"], 1))
+    cells.append(_number(row["headline"]["perplexity"]))
     cells += [_number(final[name]["mean"]) for name in ("kl", "kl_predicted", "embedding", "logit", "probability")]
     cells.append(f"{final['top1']['mean']:.1%}")
     cells.append(_number(_own(row)))
@@ -80,8 +80,11 @@ def _percent(value: float, interval: list[float]) -> str:
     return f"{value:.1%} [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
 
 
-def _number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:,.{digits}f}"
+def _number(value: float | None) -> str:
+    """Three digits, and what is no more than rounding as 0."""
+    if value is None:
+        return "–"
+    return "0" if abs(value) < 1e-8 else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _spans(blocks: list[int]) -> str:
