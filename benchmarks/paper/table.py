@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 FAMILIES = ("dense", "attention", "mlp", "block", "wanda", "int4")
-NAMES = {"attention": "attention", "mlp": "MLP", "block": "blocks", "int4": "int4, rounded to nearest"}
-WANDA = {"wanda-50": "Wanda 50%", "wanda-4of8": "Wanda 4:8", "wanda-2of4": "Wanda 2:4"}
+NAMES: dict[str, str] = {"attention": "attention", "mlp": "MLP", "block": "blocks", "int4": "int4, rounded to nearest"}
+WANDA: dict[str, str] = {"wanda-50": "Wanda 50%", "wanda-4of8": "Wanda 4:8", "wanda-2of4": "Wanda 2:4"}
 COLUMNS = (
     "KL",
     "Var_p/2",
@@ -32,7 +32,7 @@ def title(row: dict[str, Any]) -> str:
     if row["count"]:
         name = NAMES[row["family"]].removesuffix("s") if row["count"] == 1 else NAMES[row["family"]]
         return f"{row['count']} {name}"
-    return (WANDA | NAMES).get(row["row"], row["row"])
+    return str((WANDA | NAMES).get(row["row"], row["row"]))
 
 
 def scored(tasks: dict[str, Any]) -> dict[str, tuple[float, list[float]]]:
