@@ -131,7 +131,7 @@ def test_every_figure_is_a_file_of_its_own_and_shows_each_row(tmp_path: Path):
         style = "".join(root.itertext())
         used = set(re.findall(r'class="([^"]+)"', file.read_text()))
         for name in {name for css in used for name in css.split() if "-" in name}:
-            assert f".{name} " in style, f"{file.stem}: {name} has no rule"
+            assert re.search(rf"\.{name}\b", style), f"{file.stem}: {name} has no rule"
     table = markdown(list(reversed(rows)))
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [
         "dense",
