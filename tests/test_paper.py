@@ -135,8 +135,8 @@ def test_every_figure_is_a_file_of_its_own_and_shows_each_row(tmp_path: Path):
     table = markdown(list(reversed(rows)))
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [
         "dense",
-        "2 MLP",
-        "4 MLP",
+        "2 MLPs",
+        "4 MLPs",
         "int4, rounded to nearest",
     ]
 

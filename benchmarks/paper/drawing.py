@@ -30,6 +30,7 @@ text { font-family: FONT; font-size: 13px; fill: var(--ink); font-variant-numeri
 .paper { fill: var(--paper) } .grid { stroke: var(--hair) } .axis { stroke: var(--soft) } .gone { fill: var(--hair) }
 .grid.dashed, .dashed { stroke-dasharray: 5 4 } .line { fill: none; stroke-width: 2; stroke-linejoin: round }
 .thin { fill: none; stroke-width: 1.3 } .rim { stroke: var(--paper); stroke-width: 1.2 }
+.ink-soft { fill: var(--soft) } .small { font-size: 12px }
 .diagonal { stroke: var(--soft); stroke-dasharray: 3 3 }
 """
 

@@ -20,7 +20,14 @@ USES = {"generate": ("generation", "orange"), "choice": ("choice", "teal"), "ret
 SPACES = {"embedding": ("h", "teal"), "logit": ("z", "blue"), "probability": ("p", "orange")}
 FAMILY_COLOURS = {"attention": "blue", "mlp": "orange", "block": "teal", "wanda": "purple", "int4": "grey"}
 SHORT = {"wanda-50": "50%", "wanda-4of8": "4:8", "wanda-2of4": "2:4", "int4": "int4"}
-SMALLEST = 1e-8  # below it a drift is rounding
+OPTION_KEY = {
+    "attention": "attentions dropped",
+    "mlp": "MLPs dropped",
+    "block": "blocks dropped",
+    "wanda": "Wanda",
+    "int4": "rounded to 4 bits",
+}
+SMALLEST = 1e-6  # what is below is drawn as zero
 
 
 def write_figures(rows: list[Row], out: Path) -> list[Path]:
@@ -65,7 +72,7 @@ def scores(rows: list[Row]) -> Canvas | None:
     """Choice, retrieval and generation against what is dropped, and under masks and 4 bits."""
     families = [family for family in COUNTED if len(_series(rows, family)) > 1]
     others = [row for row in rows if row["row"] in SHORT]
-    panels = grid(len(families) + bool(others), 2, 210, left=48, right=84)
+    panels = grid(len(families) + bool(others), 2, 210, left=48, right=118)
     if not panels:
         return None
     canvas = canvas_for(panels, "Generation, choice and retrieval against the number of dropped sublayers or blocks")
@@ -75,9 +82,9 @@ def scores(rows: list[Row]) -> Canvas | None:
         frame(
             canvas, panel, x, y, (COUNTED[family], f"{NAMES[family]} dropped (of {_blocks(rows)})", "score"), "percent"
         )
-        _chance(canvas, panel, rows[0], y)
+        labels = _chance(canvas, panel, rows[0], y)
         points = {kind: [(x(row["count"]), uses(row)[kind]) for row in series] for kind in uses(series[0])}
-        _score_lines(canvas, panel, points, y)
+        _score_lines(canvas, panel, points, y, labels)
     if others:
         _weights_panel(canvas, panels[-1], rows, others)
     return canvas
@@ -89,15 +96,19 @@ def _blocks(rows: list[Row]) -> str:
     return f"{lengths[0]}" if lengths else "all"
 
 
-def _chance(canvas: Canvas, panel: Panel, row: Row, y: Linear) -> None:
-    for record in row["tasks"].values():
-        if record["kind"] == "choice" and record.get("chance"):
-            canvas.line(panel.left, y(record["chance"]), panel.right, y(record["chance"]), "stroke-teal thin dashed")
-            canvas.text(panel.left + 4, y(record["chance"]) + 14, "chance, choice", "note")
+def _chance(canvas: Canvas, panel: Panel, row: Row, y: Linear) -> list[tuple[float, str, str]]:
+    """A line where a choice by chance would be, and its label."""
+    chances = [record["chance"] for record in row["tasks"].values() if record["kind"] == "choice"]
+    if not chances:
+        return []
+    level = y(sum(chances) / len(chances))
+    canvas.line(panel.left, level, panel.right, level, "stroke-teal thin dashed")
+    return [(level, "choice by chance", "soft small")]
 
 
-def _score_lines(canvas: Canvas, panel: Panel, points: dict[str, list[Any]], y: Linear) -> None:
-    labels = []
+def _score_lines(
+    canvas: Canvas, panel: Panel, points: dict[str, list[Any]], y: Linear, labels: list[tuple[float, str, str]]
+) -> None:
     for kind, line in points.items():
         name, colour = USES[kind]
         canvas.area(
@@ -117,14 +128,14 @@ def _weights_panel(canvas: Canvas, panel: Panel, rows: list[Row], others: list[R
     canvas.text(panel.left, panel.top - 26, "Weights set to zero (Wanda) or rounded", "panel")
     canvas.text(panel.left, panel.top - 9, "score", "note")
     canvas.axis_y(y, panel.left, panel.right, "percent")
-    _chance(canvas, panel, rows[0], y)
+    labels = _chance(canvas, panel, rows[0], y)
     for place, row in enumerate(shown):
         canvas.text(x(place), panel.bottom + 17, SHORT.get(row["row"], "dense"), "tick", anchor="middle")
         for shift, (kind, (value, low, high)) in enumerate(uses(row).items()):
             at, colour = x(place) + 14 * (shift - 1), USES[kind][1]
             canvas.line(at, y(low), at, y(high), f"stroke-{colour} thin")
             canvas.dot(at, y(value), 4, f"fill-{colour} rim", tip=f"{USES[kind][0]} {value:.1%}")
-    labels = [(y(value), *USES[kind]) for kind, (value, _, _) in uses(shown[-1]).items()]
+    labels += [(y(value), *USES[kind]) for kind, (value, _, _) in uses(shown[-1]).items()]
     end_labels(canvas, panel.right + 10, labels, panel.top, panel.bottom)
 
 
@@ -203,7 +214,7 @@ def steps(rows: list[Row], metric: str, words: str, predictor: str) -> Canvas | 
     for panel, row in zip(panels, probed, strict=True):
         found = row["drift"]["steps"]
         x = Linear(0, max(len(found[way]["n"]) for way in ways) - 1, panel.left, panel.right)
-        y = Log.around(values, panel.bottom, panel.top, 1e-6)
+        y = Log.around(values, panel.bottom, panel.top, SMALLEST)
         frame(canvas, panel, x, y, (_dropped(row), "decoding step", f"mean over texts{unit}"), "number")
         for way, (colour, _) in ways.items():
             for name, style in ((names[1], "thin dashed"), (names[0], "line")):
@@ -217,7 +228,7 @@ def options(rows: list[Row]) -> Canvas | None:
     asked = [row for row in rows if row["choice"] and row["choice"]["subspace"] and row["family"] != "dense"]
     if not asked:
         return None
-    panels = grid(2, 2, 330, left=60, right=96)
+    panels = grid(2, 2, 330, left=60, right=56)
     canvas = canvas_for(panels, "Drift within the answer options against drift over the whole vocabulary")
     for panel, (metric, words) in zip(panels, (("kl", "KL, nats"), ("probability", "1 − cos(p, q)")), strict=True):
         at = {
@@ -242,10 +253,15 @@ def _option_points(canvas: Canvas, panel: Panel, asked: list[Row], at: dict[str,
         for row in series:
             canvas.dot(*at[row["row"]], 4, f"fill-{colour} rim", tip=title(row))
     ends = [row for index, row in enumerate(asked) if row["family"] not in COUNTED or _is_last(asked, index)]
-    places = apart([at[row["row"]][1] for row in ends], 15.0, panel.top, panel.bottom)
+    places = apart([at[row["row"]][1] for row in ends], 13.0, panel.top, panel.bottom)
     for row, place in zip(ends, places, strict=True):
-        words = title(row).split(",")[0]
-        canvas.text(at[row["row"]][0] + 9, place + 4, words, f"ink-{FAMILY_COLOURS[row['family']]}")
+        words = SHORT.get(row["row"], str(row["count"]))
+        canvas.text(at[row["row"]][0] + 8, place + 4, words, f"ink-{FAMILY_COLOURS[row['family']]} small")
+    there = [family for family in FAMILY_COLOURS if any(row["family"] == family for row in asked)]
+    for place, family in enumerate(there):
+        y = panel.top + 14 + 18 * place
+        canvas.dot(panel.left + 14, y - 4, 4, f"fill-{FAMILY_COLOURS[family]}")
+        canvas.text(panel.left + 24, y, OPTION_KEY[family], f"ink-{FAMILY_COLOURS[family]}")
 
 
 def _is_last(asked: list[Row], index: int) -> bool:

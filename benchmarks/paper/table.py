@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 FAMILIES = ("dense", "attention", "mlp", "block", "wanda", "int4")
-NAMES: dict[str, str] = {"attention": "attention", "mlp": "MLP", "block": "blocks", "int4": "int4, rounded to nearest"}
+NAMES: dict[str, str] = {
+    "attention": "attentions",
+    "mlp": "MLPs",
+    "block": "blocks",
+    "int4": "int4, rounded to nearest",
+}
 WANDA: dict[str, str] = {"wanda-50": "Wanda 50%", "wanda-4of8": "Wanda 4:8", "wanda-2of4": "Wanda 2:4"}
 COLUMNS = (
     "KL",
@@ -49,7 +54,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     """The table; what was not measured is a dash."""
     rows = ordered(rows)
     tasks = list(scored(rows[0]["tasks"]))
-    head = ["", "blocks touched", "non-zero", *tasks, "perplexity", *COLUMNS]
+    head = ["", "in blocks", "non-zero", *tasks, "perplexity", *COLUMNS]
     lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
     lines += ["| " + " | ".join(_cells(row, tasks)) + " |" for row in rows]
     return "\n".join(lines) + "\n"
