@@ -7,8 +7,8 @@
 A star and no full cross: each variant differs from the first, `kl`, in one thing, a few in two. All train for one
 epoch, on the same text per seed, from the same plan. A seed decides the text that the dense model writes, its order and
 the adapters' beginnings; the pairs of a table row share all three. Adam does not see a loss's scale but for clipping,
-so `jsd` is taken four times over: near the dense model it is a quarter of KL. Given text is that of the calibration, all
-of it scored; where it holds fewer tokens than asked for it is read again, which the worker's log says.
+so `jsd` is taken four times over: near the dense model it is a quarter of KL. Given text is that of the calibration,
+all of it scored; where it holds fewer tokens than asked for it is read again, which the worker's log says.
 
 `after_cut` trains on as many tokens in less time, so it stands twice: at equal tokens, and with the tokens that took
 about equal time. Seconds are those of one of `--jobs` workers that share the GPU: compare them, do not quote them.

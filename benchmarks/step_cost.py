@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +47,10 @@ class Shape:
         }
 
 
+SEVEN = Shape(blocks=28, width=3584, intermediate=18_944, heads=28, kv_heads=4, vocabulary=152_064, dropped=(16, 24))
+SMALL = Shape(blocks=6, width=64, intermediate=160, heads=4, kv_heads=2, vocabulary=512, dropped=(3, 5))
+
+
 def flops(shape: Shape, batch: tuple[int, ...], rank: int, passes: tuple[int, int, int]) -> float:
     """Floating-point operations of a step: blocks run (dense, forward, backward), head twice forward and once back.
 
@@ -84,3 +90,26 @@ def shares(step: Callable[[], Any]) -> list[str]:
 def group_of(kernel: str) -> str:
     name = kernel.lower()
     return next(group for group, words in GROUPS.items() if any(word in name for word in words))
+
+
+def seconds(step: Callable[[], Any], cuda: bool) -> float:
+    if not cuda:
+        started = time.perf_counter()
+        step()
+        return time.perf_counter() - started
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def matrix_rate(device: torch.device) -> float:
+    """FLOP/s of a bare product of random values."""
+    cuda = device.type == "cuda"
+    size, dtype = (8192, torch.bfloat16) if cuda else (512, torch.float32)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    for _ in range(3):
+        torch.mm(a, b)
+    return 2 * size**3 / statistics.median(seconds(lambda: torch.mm(a, b), cuda) for _ in range(10))
