@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recover import console, dist, provenance, strict_json
+from recover import __version__, console, dist, provenance, strict_json
 from recover.artifacts import append_jsonl, read_json, read_jsonl, write_json, write_text
 from recover.bench import Bench
 from recover.estimate import estimate, matrix_rate, refuse, warnings
 from recover.recipe import dump_recipe
 
 if TYPE_CHECKING:
+    from torch import LongTensor
+
     from recover.models.twin import Twin
 
 
@@ -63,14 +66,40 @@ def prune(bench: Bench) -> None:
 def _prune(bench: Bench) -> None:
     from recover.prune.calibrate import calibration_batches
     from recover.prune.methods import PRUNERS
+    from recover.prune.parts import Parts
     from recover.prune.plan import save_plan
 
     leaf = bench.recipe.prune
     calibration = getattr(leaf, "calibration", None)
     batches = calibration_batches(calibration, bench.tokenizer, bench.recipe.seed) if calibration else []
-    plan, masks, weights = PRUNERS[leaf.kind](bench.dense(), leaf, batches)
+    twin = bench.dense()
+    parts = Parts(bench.directory.prune / "parts", _pruned_from(bench, twin, batches))
+    plan, masks, weights = PRUNERS[leaf.kind](twin, leaf, batches, parts)
     save_plan(plan, masks, bench.directory.prune, weights)
+    parts.remove()
     console.say(plan.summary())
+
+
+def _pruned_from(bench: Bench, twin: Twin, batches: list[LongTensor]) -> dict[str, Any]:
+    """All that the bits of a pruning depend on: parts that were made from anything else are of no use."""
+    import torch
+    import transformers
+
+    from recover.train.data import weights_fingerprint
+
+    text = hashlib.sha256()
+    for ids_BT in batches:
+        text.update(f"{tuple(ids_BT.shape)}".encode() + ids_BT.numpy().tobytes())
+    device = twin.model.device
+    return {
+        "prune": bench.recipe.prune.model_dump(mode="json"),
+        "calibration": text.hexdigest(),
+        "weights": weights_fingerprint(twin),
+        "dtype": bench.recipe.model.dtype,
+        "attention": twin.base.config._attn_implementation,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": {"recover": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
 
 
 def before(bench: Bench) -> None:

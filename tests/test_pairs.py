@@ -42,6 +42,14 @@ def pruned(model, batches, **fields) -> Plan:
     return PRUNERS["depth"](twin, pair_leaf(**fields), batches).plan
 
 
+def weak_in_the_middle(model):
+    """The MLP of block 1 and the attention of block 2 add next to nothing, what then are neighbours a little more."""
+    for block, attention, mlp in ((1, 0.2, 0.02), (2, 0.02, 0.2)):
+        model.model.layers[block].self_attn.o_proj.weight.data *= attention
+        model.model.layers[block].mlp.down_proj.weight.data *= mlp
+    return model
+
+
 def stored(blocks: int, gone) -> int:
     return len(pack_sites(sites_of(range(blocks)) - set(gone)))
 
@@ -86,8 +94,10 @@ def exported_kl(model, gone, batches) -> float:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_each_drop_is_the_best_pair_that_saves_a_block(family, batches):
-    sliding = {} if family == "llama" else {"layer_types": ["sliding_attention", "full_attention"] * 2}
-    model, blocks = tiny(family, seed=0, num_hidden_layers=4, **sliding), 4
+    if family == "llama":
+        model, blocks = weak_in_the_middle(tiny(num_hidden_layers=4)), 4
+    else:
+        model, blocks = tiny(family, num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2), 4
     plan = pruned(copy.deepcopy(model), batches, count=3)
     left, gone = sites_of(range(blocks)) - {FIRST}, set()
     for number in (1, 2, 3):
@@ -102,6 +112,8 @@ def test_each_drop_is_the_best_pair_that_saves_a_block(family, batches):
         ]
         gone |= set(best)
     assert plan.dropped_sites == gone
+    apart = ["attention:1", "mlp:2"]  # neighbours only because what lay between them went first
+    assert (apart in [r["parts"] for r in plan.scores if r["chosen"]]) == (family == "llama")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +151,7 @@ def test_the_export_has_a_block_less_for_each_pair(leaf, candidates, count, batc
 
 def test_few_candidates_are_those_of_least_influence_and_neighbours_made_by_drops(batches, monkeypatch):
     monkeypatch.setattr(depth_search, "CANDIDATES", 6)
-    plan = pruned(tiny(), batches, count=3)
+    plan = pruned(weak_in_the_middle(tiny()), batches, count=3)
     influence = [r for r in plan.scores if r["round"] == 0]
     assert len(influence) == len(pairs_of(6)) and {r["by"] for r in influence} == {"block_influence"}
     pool = {tuple(r["parts"]) for r in sorted(influence, key=lambda r: r["score"])[:6]}
@@ -147,6 +159,7 @@ def test_few_candidates_are_those_of_least_influence_and_neighbours_made_by_drop
     first, *later = [{tuple(r["parts"]) for r in plan.scores if r["round"] == n} for n in (1, 2, 3)]
     assert first == pool
     assert all(tried - pool == tried - dense for tried in later)
+    assert later[0] - pool == {("attention:1", "mlp:2")}
     assert all(len(tried - dense) <= number for number, tried in enumerate(later, 1))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import LongTensor
@@ -13,6 +14,7 @@ from recover.models.arch import blocks_of
 from recover.models.site import PARTS, Site, sites_of
 from recover.prune.depth_scores import Score, Span, score_of
 from recover.prune.pairs import lowest_apart, pairs_of
+from recover.prune.parts import NOWHERE, Part, Parts
 from recover.recipe import Depth
 
 if TYPE_CHECKING:
@@ -58,8 +60,11 @@ def named_sites(leaf: Depth) -> frozenset[Site]:
     return frozenset(Site(block, part) for block in leaf.blocks or ())
 
 
-def choose(twin: Twin, leaf: Depth, batches: list[LongTensor]) -> Choice:
-    """The `leaf.count` units that matter least by `leaf.score`; on ties the first. Raises PruneError without text."""
+def choose(twin: Twin, leaf: Depth, batches: list[LongTensor], parts: Parts = NOWHERE) -> Choice:
+    """The `leaf.count` units that matter least by `leaf.score`; on ties the first. Raises PruneError without text.
+
+    Each round of a search is one of the `parts`: those that are there are not measured again.
+    """
     assert leaf.count is not None
     if not batches:
         raise PruneError(f"prune.score: '{leaf.score}' is measured on text: give prune.calibration")
@@ -70,9 +75,11 @@ def choose(twin: Twin, leaf: Depth, batches: list[LongTensor]) -> Choice:
     before: list[dict[str, Any]] = []
     if leaf.score in CLOSING and len(units) >= CANDIDATES:
         pool = min(max(CANDIDATES, 2 * leaf.count), len(units))
-        units, before = _least_influence(twin, units, pool, batches)
+        units, before = _least_influence(twin, units, pool, batches, parts)
     score = score_of(twin, leaf.score, batches)
-    return _greedy(twin, score, leaf, units, before) if leaf.rounds else _once(score, leaf, units, leaf.count, before)
+    if leaf.rounds:
+        return _greedy(twin, score, leaf, units, before, parts)
+    return _once(score, leaf, units, leaf.count, before)
 
 
 def _runs(leaf: Depth, units: list[Span]) -> list[Span]:
@@ -85,13 +92,18 @@ def _runs(leaf: Depth, units: list[Span]) -> list[Span]:
 
 
 def _least_influence(
-    twin: Twin, units: list[Span], pool: int, batches: list[LongTensor]
+    twin: Twin, units: list[Span], pool: int, batches: list[LongTensor], parts: Parts
 ) -> tuple[list[Span], list[dict[str, Any]]]:
     """The units that a search tries, and the scores (round 0) that kept the others out of it."""
-    values = score_of(twin, "block_influence", batches)(units, frozenset(), f"influence of {len(units)} candidates")
-    records = [_record(0, unit, value, "block_influence") for unit, value in zip(units, values, strict=True)]
-    kept = _lowest(records, pool)
-    return [units[index] for index in kept], records
+
+    def influence() -> Part:
+        values = score_of(twin, "block_influence", batches)(units, frozenset(), f"influence of {len(units)} candidates")
+        records = [_record(0, unit, value, "block_influence") for unit, value in zip(units, values, strict=True)]
+        _lowest(records, pool)
+        return Part(records)
+
+    records = parts.once("round 0", influence).value
+    return [units[index] for index in _chosen(records)], records
 
 
 def _once(score: Score, leaf: Depth, spans: list[Span], count: int, before: list[dict[str, Any]]) -> Choice:
@@ -105,17 +117,26 @@ def _once(score: Score, leaf: Depth, spans: list[Span], count: int, before: list
     return Choice(frozenset(site for index in kept for site in spans[index]), before + records)
 
 
-def _greedy(twin: Twin, score: Score, leaf: Depth, units: list[Span], records: list[dict[str, Any]]) -> Choice:
+def _greedy(
+    twin: Twin, score: Score, leaf: Depth, units: list[Span], records: list[dict[str, Any]], parts: Parts
+) -> Choice:
     """Close the unit of lowest score on top of those already closed, `leaf.count` times."""
     assert leaf.count is not None
     closed: frozenset[Site] = frozenset()
     for number in range(1, leaf.count + 1):
         tried = _left(twin, leaf, units, closed)
-        values = score(tried, closed, f"drop {number} of {leaf.count}")
-        found = [_record(number, unit, value, leaf.score) for unit, value in zip(tried, values, strict=True)]
-        closed |= frozenset(tried[_lowest(found, 1)[0]])
+        found = parts.once(f"round {number}", partial(_round, score, leaf, tried, closed, number)).value
+        closed |= frozenset(tried[_chosen(found)[0]])
         records = records + found
     return Choice(closed, records)
+
+
+def _round(score: Score, leaf: Depth, tried: list[Span], closed: frozenset[Site], number: int) -> Part:
+    """The records of one drop, its choice marked."""
+    values = score(tried, closed, f"drop {number} of {leaf.count}")
+    records = [_record(number, unit, value, leaf.score) for unit, value in zip(tried, values, strict=True)]
+    _lowest(records, 1)
+    return Part(records)
 
 
 def _left(twin: Twin, leaf: Depth, units: list[Span], closed: frozenset[Site]) -> list[Span]:
@@ -149,3 +170,8 @@ def _marked(records: Sequence[dict[str, Any]], chosen: list[int]) -> list[int]:
     for index in chosen:
         records[index]["chosen"] = True
     return chosen
+
+
+def _chosen(records: Sequence[dict[str, Any]]) -> list[int]:
+    """Indices of the records that are marked, ascending."""
+    return [index for index, record in enumerate(records) if record["chosen"]]

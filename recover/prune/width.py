@@ -21,6 +21,7 @@ from recover.errors import PruneError
 from recover.models.arch import Arch, arch_of, blocks_of, head_size_of, kv_heads_of, linears_of
 from recover.models.site import Part, Site
 from recover.prune.calibrate import calibration_record, check_context
+from recover.prune.parts import NOWHERE, Parts
 from recover.prune.plan import Plan, Pruned
 from recover.prune.width_scores import Outgoing, highest, unit_scores
 from recover.recipe import Width
@@ -120,7 +121,7 @@ class _Removal(NamedTuple):
     head: int
 
 
-def prune_width(twin: Twin, leaf: Width, batches: list[LongTensor]) -> Pruned:
+def prune_width(twin: Twin, leaf: Width, batches: list[LongTensor], parts: Parts = NOWHERE) -> Pruned:
     """A plan with fewer neurons and KV groups in every block, those of the lowest score in it, and the weights left.
 
     `plan.scores` has one record a block and sublayer: how many units went, and their share of the block's score. Raises
