@@ -155,6 +155,12 @@ def embedded(name: str) -> Path:
     raise RecipeError(f"embedded:{name}: not shipped with the package. There are: {', '.join(there) or 'none'}")
 
 
+def local_path(source: str) -> Path:
+    """Where a source lies that is no hub id: the shipped file of `embedded:NAME`, else the path that it is."""
+    name = source.removeprefix("embedded:")
+    return Path(source) if name == source else embedded(name)
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """YAML that `load_recipe` reads back as an equal recipe, defaults written out."""
     return strict_yaml.dump(recipe.model_dump(mode="json"))

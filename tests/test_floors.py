@@ -43,6 +43,7 @@ FLOORS = {
     "recover.distill.loss_terms": 2,
     "recover.distill.loss_kernel": 2,
     "recover.measure.collapse": 2,
+    "recover.measure.score": 2,
     # F3: models, and below them the plan that a twin is built from
     "recover.prune.plan": 2.5,
     "recover.models": 3,

@@ -150,7 +150,7 @@ def _record(task: str, answers: list[Answer]) -> Choice:
     figures: dict[str, dict[str, Any]] = {"drift": {}, "vocabulary": {}, "mass": {}}
     for group, names in (("drift", ("kl", "probability")), ("vocabulary", ("kl", "probability")), ("mass", VIEWS)):
         for name in names:
-            figures[group][name] = _quantiles([answer.subspace[f"{group}.{name}"] for answer in inside])  # type: ignore[index]
+            figures[group][name] = spaces.quantiles([answer.subspace[f"{group}.{name}"] for answer in inside])  # type: ignore[index]
     tokens = _scored([(answer.logits, answer.label) for answer in inside])
     return Choice(
         task,
@@ -170,7 +170,7 @@ def _scored(rows: list[tuple[dict[str, list[float]], int]]) -> dict[str, Any]:
     margins = {name: [margin(scores[name], label) for scores, label in rows] for name in VIEWS}
     orders = [[_order(scores[name]) for name in VIEWS] for scores, _ in rows]
     return {
-        "margin": {name: _quantiles(values) for name, values in margins.items()},
+        "margin": {name: spaces.quantiles(values) for name, values in margins.items()},
         "accuracy": {name: _mean([value > 0 for value in values]) for name, values in margins.items()},
         "same_choice": _mean([dense[0] == pruned[0] for dense, pruned in orders]),
         "rank_changed": _mean([dense != pruned for dense, pruned in orders]),
@@ -179,10 +179,6 @@ def _scored(rows: list[tuple[dict[str, list[float]], int]]) -> dict[str, Any]:
 
 def _order(scores: Sequence[float]) -> list[int]:
     return sorted(range(len(scores)), key=lambda option: -scores[option])
-
-
-def _quantiles(values: list[float]) -> dict[str, float | None]:
-    return spaces.quantiles(torch.tensor(values, dtype=torch.float64))
 
 
 def _mean(values: list[bool]) -> float | None:
