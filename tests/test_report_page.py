@@ -15,7 +15,8 @@ from report_run import build_run
 
 from recover.report import words
 from recover.report.collect import collect
-from recover.report.compare import compare, render_compare
+from recover.report.compare import compare
+from recover.report.compare_page import render_compare
 from recover.report.figures import DRAWINGS, figures
 from recover.report.render import render
 

@@ -250,16 +250,15 @@ def divergence(data: dict[str, Any]) -> Figure:
         ends = apart([y(curve[-1][1]) for curve in curves.values()], 16)
         for model, end in zip(curves, ends, strict=True):
             canvas.text(x.stop + 8, end + 4, model, f"label ink-{model}")
+        halves = {model: _half(curve) for model, curve in curves.items()}
         for row, (model, curve) in enumerate(curves.items()):
             line = [(x(step), y(share)) for step, share in curve]
             canvas.path(line, f"stroke-{model} line")
-            half = _half(curve)
+            half = halves[model]
             if half is not None:
                 canvas.line(x(half), y(0), x(half), y(0.5), f"stroke-{model} level")
-                # The first model says it below the line, the second above: they may cross it at the same token.
-                canvas.text(
-                    x(half) + 7, y(0.5) + (18 if row == 0 else -7), f"half by token {half}", f"value ink-{model}"
-                )
+                at = x(max(other for other in halves.values() if other is not None and other < half + 10)) + 8
+                canvas.text(at, y(0.5) - 7 - 18 * row, f"half by token {half}", f"value ink-{model}")
             for (step, share), (at, up) in zip(curve, line, strict=True):
                 canvas.dot(
                     at, up, 6, "hit", tip=f"{model}, token {step}: {words.percent(share)} of prompts still equal dense"

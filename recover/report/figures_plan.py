@@ -11,7 +11,7 @@ from recover.report.svg import Canvas, Linear, Log, apart
 
 _MODULE = re.compile(r"^(?:.*\.)?(\d+)\.(.+)$")  # block number and the site inside it, from a module's name
 SHADES = 5
-LANE = 230.0  # height of one panel of scores
+LANE, GAP = 220.0, 26.0  # height of one panel of scores, and what lies between two
 
 
 def pruned(data: dict[str, Any]) -> Figure:
@@ -70,12 +70,12 @@ def _depth(plan: dict[str, Any]) -> Figure:
     scores = [score for rounds in lanes.values() for found in rounds.values() for score in found.values()]
 
     def draw(width: float) -> str:
-        height = 86.0 + (LANE + 14) * len(lanes)
+        height = 86.0 + (LANE + GAP) * len(lanes)
         canvas = Canvas(width, height, f"Dropped: {cuts.sites(plan)}, of {plan['blocks']} blocks")
         x = Linear(-0.5, plan["blocks"] - 0.5, 50, width - (8 if is_narrow(width) else 70))
         for index, (lane, rounds) in enumerate(lanes.items()):
-            y = Log.around(scores, (index + 1) * (LANE + 14) - 6, index * (LANE + 14) + (34 if LANES[lane] else 16))
-            canvas.text(0, index * (LANE + 14) + 16, LANES[lane], "panel")
+            y = Log.around(scores, (index + 1) * (LANE + GAP) - 16, index * (LANE + GAP) + (34 if LANES[lane] else 16))
+            canvas.text(0, index * (LANE + GAP) + 16, LANES[lane], "panel")
             _score_lines(canvas, lane, rounds, chosen, x, y)
         _strip(canvas, plan, x, height - 76)
         return canvas.render()

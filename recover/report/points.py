@@ -14,25 +14,26 @@ FEW_TOKENS = 10.0  # a mean KL so many times the median is carried by few tokens
 
 def points(data: dict[str, Any]) -> list[Point]:
     """Questions with their answers, only those that this run can answer."""
-    found = [_where(data), _how(data), _when(data), _compounds(data), _gain(data)]
+    first = next(iter(data["drift"]))
+    found = [_where(data, first), _how(data, first), _when(data), _compounds(data), _gain(data)]
     return [point for point in found if point is not None]
 
 
-def _where(data: dict[str, Any]) -> Point | None:
+def _where(data: dict[str, Any], model: str) -> Point | None:
     """The sublayer whose replacement costs most KL by itself, or the block after which drift grows most."""
-    rows = by_model(data, "sublayers").get("pruned") or []
+    rows = by_model(data, "sublayers").get(model) or []
     costs = [(kl, row) for row in rows if row["counterfactual"] == "pruned" and (kl := mean_of(row["kl"])) is not None]
     kl, row = max(costs, key=lambda cost: cost[0], default=(0.0, None))
     if row is None or kl <= 0:
         return None
     part = PART_NAMES[row["part"]] if row["part"] == "mlp" else row["part"]
-    answer = f"The {part} of block {row['block']}: pruned alone, it brings a KL of {words.number(kl)} right behind it."
+    answer = f"The {part} of block {row['block']}: changed alone, it brings a KL of {words.number(kl)} right behind it."
     return ("Where does most of it come from?", answer, "figure-sublayers")
 
 
-def _how(data: dict[str, Any]) -> Point | None:
+def _how(data: dict[str, Any], model: str) -> Point | None:
     """Whether few tokens carry the damage."""
-    kl = ((data["drift"].get("pruned") or {}).get("final") or {}).get("kl")
+    kl = ((data["drift"][model] or {}).get("final") or {}).get("kl")
     mean, median = level(kl, "mean"), level(kl, "p50")
     if mean is None or median is None or mean <= 0:
         return None
@@ -45,12 +46,14 @@ def _how(data: dict[str, Any]) -> Point | None:
 def _when(data: dict[str, Any]) -> Point | None:
     """By which token half of the greedy texts have left dense."""
     parts = []
-    for model in ("pruned", "recovered"):
+    for model in data["drift"]:
         found = (data["drift"].get(model) or {}).get("divergence") or {}
         never, first = words.finite(found.get("never")), (found.get("first") or {}).get("p50")
         if never is None:
             continue
-        half = f"half by token {words.number(_half(found))}" if never < 0.5 else f"{words.percent(never)} never do"
+        half = (
+            f"half by token {words.number(half_parted(found))}" if never < 0.5 else f"{words.percent(never)} never do"
+        )
         parts.append(f"{model}, {half}" if first is not None or never >= 0.5 else "")
     answer = "; ".join(part for part in parts if part)
     return (
@@ -60,7 +63,7 @@ def _when(data: dict[str, Any]) -> Point | None:
     )
 
 
-def _half(found: dict[str, Any]) -> float | None:
+def half_parted(found: dict[str, Any]) -> float | None:
     """The token by which half of all texts have parted (the record's median is over those that did)."""
     each = [place for place in found.get("each") or () if place is not None]
     half = -(-int(found.get("prompts") or 0) // 2)

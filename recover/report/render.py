@@ -147,7 +147,7 @@ def drawn(figure: Figure) -> dict[str, Any]:
 
 def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
     recipe, plan, env, tokens = data["recipe"], data["plan"], data["provenance"]["env"] or {}, data["tokens"]
-    facts = [("dense model", _shown_source(str((recipe.get("model") or {}).get("source", words.NOT_MEASURED))))]
+    facts = [("dense model", shown_source(str((recipe.get("model") or {}).get("source", words.NOT_MEASURED))))]
     if plan:
         what = cuts.sites(plan) or cuts.sizes(plan)
         facts.append(("pruned by", f"{plan['kind']}{f', {what}' if what else ''}"))
@@ -164,7 +164,7 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
     return facts
 
 
-def _shown_source(source: str) -> str:
+def shown_source(source: str) -> str:
     """A hub id as it is; of a local path only the last part, since folders of one machine tell others nothing."""
     return Path(source).name if Path(source).is_absolute() else source
 
