@@ -61,7 +61,7 @@ def _dense_apart(runs: list[dict[str, Any]]) -> str:
     if len(groups) < 2:
         return ""
     who = "; ".join(f"{', '.join(names)}: {model}" for model, names in groups.items())
-    return f"These runs start from different dense models ({who}). Their shares have different wholes: no run is called the best."
+    return f"These runs start from different dense models ({who}). Their shares have different wholes: none is best."
 
 
 def _rules_apart(runs: list[dict[str, Any]]) -> str:
@@ -79,7 +79,8 @@ def _rules_apart(runs: list[dict[str, Any]]) -> str:
         f"{', '.join(names)}: " + ", ".join(f"{key} {_shown(json.loads(rule).get(key))}" for key in differ)
         for rule, names in groups.items()
     )
-    return f"These runs were measured by different rules ({who}). Their shares answer different questions: no run is called the best."
+    why = "Their shares answer different questions: none is best."
+    return f"These runs were measured by different rules ({who}). {why}"
 
 
 def _shown(value: Any) -> str:
@@ -103,7 +104,10 @@ def _level_apart(runs: list[dict[str, Any]]) -> str:
 def _timed_apart(runs: list[dict[str, Any]]) -> str:
     if len(_groups(runs, "timed_on")) < 2:
         return ""
-    return "These runs were timed on different machines, or with different prompts: set their ratios side by side, not their tokens/s."
+    return (
+        "These runs were timed on different machines, or with different prompts: set their ratios side by side, not "
+        "their tokens/s."
+    )
 
 
 def _order(*kept: float | None) -> tuple[float, ...]:

@@ -32,12 +32,12 @@ def render_compare(data: dict[str, Any], path: Path) -> Path:
 
 COLUMNS = (
     *("run", "pruned", "weights", "tokens", "generation, pruned", "generation, recovered"),
-    *("choice, pruned", "choice, recovered", "perplexity, pruned", "perplexity, recovered", "file", "decoding"),
+    *("choice, pruned", "choice, recovered", "perplexity", "file", "decoding"),
 )
 
 
 def row(run: dict[str, Any]) -> list[tuple[str, float | None, str]]:
-    """Cells as (wording, value to sort by, interval)."""
+    """Cells as (wording, value to sort by, what to make of it)."""
     file = speeds.value(run["speed"], "file_bytes")
     return [
         (run["name"], None, ""),
@@ -45,10 +45,24 @@ def row(run: dict[str, Any]) -> list[tuple[str, float | None, str]]:
         (words.percent(run["parameters"]), run["parameters"], ""),
         (words.count(run["tokens"]), run["tokens"], ""),
         *(_share(run, model, use) for use in ("generation", "choice") for model in MODELS),
-        *((words.number(run["perplexity"][model]), run["perplexity"][model], "") for model in MODELS),
+        _perplexity(run["perplexity"]),
         (f"×{file:.2f}" if file is not None else words.NOT_MEASURED, file, ""),
-        (speeds.gain(run["speed"], "decode_tokens_per_second"), run["decoding"], ""),
+        _decoding(run),
     ]
+
+
+def _perplexity(found: dict[str, float | None]) -> tuple[str, float | None, str]:
+    """Recovered, with the way there under it."""
+    way = " → ".join(words.number(found[model]) for model in ("dense", "pruned") if found[model] is not None)
+    return words.number(found["recovered"]), found["recovered"], f"{way} →" if way else ""
+
+
+def _decoding(run: dict[str, Any]) -> tuple[str, float | None, str]:
+    """The ratio, and under it what it means where it is no gain."""
+    said = speeds.gain(run["speed"], "decode_tokens_per_second")
+    if run["decoding"] is None or said.startswith("×"):
+        return said.partition(" [")[0], run["decoding"], ""
+    return f"×{run['decoding']:.2f}", run["decoding"], said
 
 
 def _share(run: dict[str, Any], model: str, use: str) -> tuple[str, float | None, str]:
@@ -148,9 +162,9 @@ def trade(data: dict[str, Any]) -> Figure | None:
         return canvas.render()
 
     see = (
-        "Height: generation kept. To the right: choice kept, and weights stored, as shares of dense. Each run goes from "
-        "its ring (pruned) to its disc (recovered). Best is the upper right of the first panel and the upper left of "
-        "the second."
+        "Height: generation kept. To the right: choice kept, and weights stored, as shares of dense. Each run goes "
+        "from its ring (pruned) to its disc (recovered). Best is the upper right of the first panel and the upper left "
+        "of the second."
     )
     columns = ("run", "weights", "choice, pruned", "choice, recovered", "generation, pruned", "generation, recovered")
     table = [

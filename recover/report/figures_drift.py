@@ -46,9 +46,12 @@ def blocks(data: dict[str, Any]) -> Figure:
 
     see = (
         "1 − cosine between the dense model's state and the other's after each block, on a log scale: line = mean "
-        "over tokens, band = up to the worst hundredth (a few broken tokens break a text, and a median hides them). "
-        "Shaded columns are dropped blocks. Adapters may move the blocks before the first of them, too."
+        "over tokens, band = up to the worst hundredth (a few broken tokens break a text, and a median hides them)."
     )
+    if dropped:
+        see += " Shaded columns are dropped blocks."
+    if "recovered" in curves:
+        see += " Adapters may move the blocks before the first cut, too."
     table = [
         (
             row["block"],
