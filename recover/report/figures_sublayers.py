@@ -41,7 +41,7 @@ def worth(data: dict[str, Any]) -> Figure | None:
         values = [value for levels in (closed, *replaced.values()) for value in levels.values()]
         for index, (part, (left, right)) in enumerate(zip(PARTS, places, strict=True)):
             top = index * 290.0 if stacked else 0.0
-            y = Log.around(values, top + 222, top + 36, NOTHING)
+            y = Log.around(values, top + 222, top + 48, NOTHING)
             x = Linear(-0.5, last + 0.5, left, right)
             _frame(canvas, PART_NAMES[part], x, y, last)
             _worths(canvas, part, closed, replaced, cuts.gone(data["plan"] or {}, part), x, y)
@@ -69,7 +69,7 @@ def _worst(model: str, levels: Levels) -> str:
 
 
 def _frame(canvas: Canvas, title: str, x: Linear, y: Linear | Log, last: int) -> None:
-    canvas.text(x.start - 50, y.stop - 20, title, "panel")
+    canvas.text(x.start - 50, y.stop - 32, title, "panel")
     canvas.axis_y(y, x.start, x.stop)
     every = max(1, -(-(last + 1) // 12))
     for block in range(0, last + 1, every):
@@ -111,10 +111,10 @@ def writes(data: dict[str, Any]) -> Figure | None:
         values = [0.0, *across.values(), *(abs(value) for value in along.values())]
         for index, (name, (left, right)) in enumerate(zip(PARTS, places, strict=True)):
             top = index * 290.0 if stacked else 0.0
-            x, y = Linear(-0.5, last + 0.5, left, right), Linear(0, max(values) * 1.05, top + 222, top + 54)
-            canvas.text(left - 50, top + 34, "solid: across · dashed: along", "note")
-            _frame(canvas, PART_NAMES[name], x, Linear(y.lo, y.hi, y.start, top + 46), last)
-            _written(canvas, name, along, across, x, Linear(y.lo, y.hi, y.start, top + 48))
+            x, y = Linear(-0.5, last + 0.5, left, right), Linear(0, max(values) * 1.05, top + 222, top + 52)
+            _frame(canvas, PART_NAMES[name], x, y, last)
+            canvas.text(left - 50, top + 38, "solid: across · dashed: along", "note")
+            _written(canvas, name, along, across, x, y)
         return canvas.render()
 
     see = (

@@ -153,8 +153,8 @@ def repair(data: dict[str, Any]) -> Table | None:
         return None
     rows = [
         (
-            str(cut["site"]).replace(":", " of block "),
-            ", ".join(str(site).replace(":", " ") for site in cut["dropped"]),
+            _site(cut["site"], " of block "),
+            ", ".join(_site(site, " ") for site in cut["dropped"]),
             *(words.number(cut.get(name)) for name in ("error_before", "error_after", "kl_before", "kl_after")),
             "kept" if cut["kept"] else "left out",
         )
@@ -167,6 +167,12 @@ def repair(data: dict[str, Any]) -> Table | None:
     )
     names = ("rewritten", "for the lost", "error before", "after", "KL before", "after", "verdict")
     return Table("repair", "What the repair did", caption, tuple((name, "") for name in names), rows, numbers=2)
+
+
+def _site(site: str, between: str) -> str:
+    """`mlp:2` in words."""
+    part, _, block = str(site).partition(":")
+    return f"{'MLP' if part == 'mlp' else part}{between}{block}"
 
 
 def skipped(data: dict[str, Any]) -> Table | None:
