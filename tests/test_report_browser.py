@@ -108,7 +108,7 @@ def test_figures_are_sorted_as_numbers_as_they_are_worded(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1100])
+@pytest.mark.parametrize("width", [360, 780, 1100])
 def test_pages_are_quiet_legible_and_fit(
     browser: Browser, files: dict[str, Path], kind: str, width: int, dark: bool
 ) -> None:

@@ -84,6 +84,10 @@ def _rules_apart(runs: list[dict[str, Any]]) -> str:
 
 
 def _shown(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, dict):
+        return " ".join(f"{key} {_shown(part)}" for key, part in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
