@@ -10,6 +10,7 @@ import typer
 
 from recover import (
     __version__,
+    commands_forecast,
     commands_gguf,
     commands_measure,
     commands_probe,
@@ -80,6 +81,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     **{command.__name__: (command, lines) for command, lines in commands_report.COMMANDS.items()},
     "measure": (commands_measure.measure, commands_measure.EXAMPLES),
     "diagnose": (commands_probe.probe_pair, commands_probe.EXAMPLES),
+    "forecast": (commands_forecast.forecast, commands_forecast.EXAMPLES),
     "gguf": (commands_gguf.gguf, commands_gguf.EXAMPLES),
 }
 for name, (command, lines) in COMMANDS.items():
