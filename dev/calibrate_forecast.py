@@ -57,6 +57,27 @@ def show(runs: list[Run]) -> None:
         for part in PARTS:
             for figure in ("generation", "choice", "perplexity", "kl"):
                 line(model, [run for run in runs if model in (None, run.model)], part, figure)
+    advised(runs, 1 / 3)
+
+
+def advised(runs: list[Run], part: float) -> None:
+    """What each run would have been advised by the others, beside what generation came to."""
+    print("\n| run left out | model | trial | generation | expected | interval | came | advice |")
+    print("|---|---|---:|---:|---:|---:|---:|---|")
+    for run in runs:
+        state = law.trial_of(run, part)
+        if state is None:
+            continue
+        trial = advice.Trial(run.model, run.parameters, run.tokens, advice.STEPS, run.before, state)
+        found = advice.forecast(trial, [other for other in runs if other is not run])
+        row = found["classes"].get("generation")
+        came = f"{run.after.shares['generation']:.0%}"
+        shown = ["", "", ""]
+        if row is not None:
+            low, high = row["interval"]
+            shown = [f"{row['trial']:.0%}", f"{row['expected']:.0%}", f"{low:.0%} to {high:.0%}"]
+        cells = [run.name, run.model, f"{trial.part:.0%}", *shown, came, found["advice"]]
+        print("| " + " | ".join([*cells, "; ".join(found["outside"])]) + " |")
 
 
 def line(model: str | None, runs: list[Run], part: float, figure: str) -> None:
@@ -66,7 +87,8 @@ def line(model: str | None, runs: list[Run], part: float, figure: str) -> None:
     found = advice.errors(runs, part, figure, by_model=by_model)
     if found["runs"] < 2:
         return
-    shown = " | ".join(f"{found['mean_absolute'][form]:.3f}" for form in law.FORMS)
+    wrong = [found["mean_absolute"].get(form) for form in law.FORMS]
+    shown = " | ".join("" if value is None else f"{value:.3f}" for value in wrong)
     hits, total = law.held(found["form"], known, figure, by_model=by_model)
     whose = model or "another model (left out)"
     print(f"| {whose} | {part:.0%} | {figure} | {found['runs']} | {shown} | {found['form']} | {hits} of {total} |")

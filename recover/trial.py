@@ -36,7 +36,9 @@ def forecast(recipe: Recipe, root: Path, *, part: float = PART, calibration: Seq
     Raises:
         RecoverError: one of its kinds, as `stages.run`; ArtifactError: a calibration run is not finished.
     """
-    known = [*known_runs(), *map(runs.read_run, calibration)]
+    asked = runs.making(recipe.model_dump(mode="json"))
+    # A run that was made already, the same as this one, would tell its own end.
+    known = [row for row in (*known_runs(), *map(runs.read_run, calibration)) if row.made() != asked]
     directory = run(recipe, root, until="before")
     with graceful_stop():
         trial(Bench(recipe, directory), part)

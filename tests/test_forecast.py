@@ -17,7 +17,7 @@ from recover.cli import app
 from recover.errors import ArtifactError
 from recover.forecast import advice, law, told
 from recover.forecast.known import known_runs, write_runs
-from recover.forecast.runs import Run, State, from_json, model_name, read_run
+from recover.forecast.runs import Run, State, from_json, making, model_name, read_run
 from recover.recipe import load_recipe
 from recover.trial import PART, trial_leaf
 
@@ -76,7 +76,8 @@ def test_what_a_left_out_run_came_to_does_not_enter_its_own_forecast(form):
     known = law.cases([replace(run, name=str(i)) for i, run in enumerate(runs)], "generation", 1 / 3)
     errors = law.errors(form, known, "generation")
     for index, case in enumerate(known):
-        changed = [*known[:index], replace(case, end=0.123), *known[index + 1 :]]
+        lost = replace(case, end=0.123, kl=(case.kl[0], 9.0), points=((9.0, 0.9), (0.1, 0.1)))
+        changed = [*known[:index], lost, *known[index + 1 :]]
         moved = law.errors(form, changed, "generation")[index]
         assert moved - errors[index] == pytest.approx(0.123 - case.end, abs=1e-12)
 
@@ -99,6 +100,8 @@ cases = st.builds(
     before=st.floats(0, 1.2),
     start=st.floats(0, 1.2),
     end=st.floats(0, 1.2),
+    kl=st.tuples(st.floats(0.01, 2), st.floats(0.01, 2)),
+    points=st.lists(st.tuples(st.floats(0.01, 2), st.floats(0, 1.2)), min_size=2, max_size=4).map(tuple),
 )
 
 
@@ -108,15 +111,20 @@ def test_more_at_the_trial_or_more_tokens_never_forecast_less(known, case, more,
         guess = law.predict(form, known, case, "generation")
         assert law.predict(form, known, replace(case, start=case.start + more), "generation") >= guess - 1e-9
         assert law.predict(form, known, replace(case, stretch=case.stretch + longer), "generation") >= guess - 1e-9
+        nearer = replace(case, kl=(case.kl[0] / (1 + more), case.kl[1]))
+        assert law.predict(form, known, nearer, "generation") >= guess - 1e-9
 
 
 @given(st.lists(cases, min_size=2, max_size=12), cases, st.sampled_from(["generation", "kl"]))
 def test_an_interval_holds_its_forecast_and_ignores_the_end(known, case, figure):
-    for form in law.FORMS:
+    for form in law.forms(figure):
         found = law.expected(form, known, case, figure, by_model=False)
         guess, low, high = found
         assert low <= guess <= high and low >= 0
-        assert law.expected(form, known, replace(case, end=math.nan), figure, by_model=False) == found
+        assert (
+            law.expected(form, known, replace(case, end=math.nan, kl=(case.kl[0], math.nan)), figure, by_model=False)
+            == found
+        )
 
 
 def test_intervals_hold_new_runs_about_as_often_as_they_say():
@@ -132,6 +140,20 @@ def test_intervals_hold_new_runs_about_as_often_as_they_say():
         _, low, high = law.expected("slope", known, case, "generation", by_model=False)
         inside.append(low <= case.end <= high)
     assert mean(inside) == pytest.approx(law.COVERED, abs=0.06)
+
+
+def test_a_curve_that_was_put_in_is_found():
+    def run(name: str, kl: float) -> Run:
+        def state(tokens: int, kl: float) -> State:
+            return State(tokens, kl, {"generation": sigmoid(-1.2 - 1.7 * math.log(kl))})
+
+        way = (state(TOKENS // 3, kl), state(TOKENS * 2 // 3, kl * 2**-0.3))
+        return replace(made(name), before=state(0, 2 * kl), on_the_way=way, after=state(TOKENS, kl * 3**-0.3))
+
+    known = law.cases([run(str(i), 0.2 + 0.05 * i) for i in range(5)], "generation", 1 / 3)
+    assert law.curve(known, "generation") == pytest.approx((-1.2, 1.7), rel=1e-6)
+    (case,) = law.cases([run("new", 0.33)], "generation", 1 / 3)
+    assert law.predict("curve", known, case, "generation") == pytest.approx(case.end, rel=1e-6)
 
 
 def test_runs_that_were_not_measured_near_the_trial_do_not_count():
@@ -258,6 +280,7 @@ def test_a_run_directory_is_read_as_shares_of_dense_above_chance(tmp_path):
     assert run.on_the_way == (State(5000, 0.5, pytest.approx({"generation": 0.6, "choice": 0.8, "perplexity": 0.5})),)
     assert run.after == State(10_000, 0.25, pytest.approx({"generation": 0.8, "choice": 1.0, "perplexity": 0.8}))
     assert (run.command, run.revision) == ("recover run recipes/x.yaml", "abc")
+    assert run.made() == making(load_recipe(QUICKSTART).model_dump(mode="json"))
     assert run.items == {"generation": 100, "choice": 80}
 
 

@@ -61,7 +61,7 @@ class Trial:
         """The figure as the law takes it; its end is not known."""
         before, after = law.value(self.before, figure), law.value(self.after, figure)
         assert before is not None and after is not None
-        return law.Case(self.model, -math.log(self.part), before, after, math.nan)
+        return law.Case(self.model, -math.log(self.part), before, after, math.nan, kl=(self.after.kl, math.nan))
 
 
 def forecast(trial: Trial, runs: Sequence[Run]) -> dict[str, Any]:
@@ -151,7 +151,9 @@ def _answer(trial: Trial, basis: Sequence[Run], use: str, *, seen: bool, trusted
     if len(known) < RUNS:
         return f"{words.percent(after)} of dense after the trial; {len(known)} calibration runs measured it"
     form = _form(use, seen=seen)
-    kept, low, high = law.expected(form, known, trial.case(use), use, by_model=not seen)
+    case = trial.case(use)
+    kept, low, high = law.expected(form, known, case, use, by_model=not seen)
+    reached = law.reach(form, known, case, use, GO, by_model=not seen)
     hits, total = law.held(form, known, use, by_model=not seen)
     tested = f"that held the outcome of {hits} of {total} calibration runs left out" if total else "not tested"
     return {
@@ -163,6 +165,7 @@ def _answer(trial: Trial, basis: Sequence[Run], use: str, *, seen: bool, trusted
         "form": form,
         "runs": len(known),
         "held": [hits, total],
+        "reach_go": [reached, len(known)],
         "reason": (
             f"{words.percent(before)} of dense before, {words.percent(after)} after the trial; expected "
             f"{words.percent(kept)}, interval {words.percent(low)} to {words.percent(high)}, {tested}."
@@ -180,17 +183,18 @@ def _figure(trial: Trial, basis: Sequence[Run], figure: str, *, seen: bool) -> d
     if law.value(trial.after, figure) is None or law.value(trial.before, figure) is None or len(known) < RUNS:
         return None
     case = trial.case(figure)
-    kept, low, high = law.expected(_form(figure, seen=seen), known, case, figure, by_model=not seen)
-    return {"before": case.before, "trial": case.start, "expected": kept, "interval": [low, high]}
+    form = _form(figure, seen=seen)
+    kept, low, high = law.expected(form, known, case, figure, by_model=not seen)
+    return {"before": case.before, "trial": case.start, "expected": kept, "interval": [low, high], "form": form}
 
 
 def errors(runs: Sequence[Run], part: float, figure: str, *, by_model: bool) -> dict[str, Any]:
     """Mean absolute error of each form over runs left out, in shares (of KL: in ln KL), and the form in use."""
     known = law.cases(runs, figure, part)
-    found = {form: law.errors(form, known, figure, by_model=by_model) for form in law.FORMS}
+    found = {form: law.errors(form, known, figure, by_model=by_model) for form in law.forms(figure)}
     return {
         "form": _form(figure, seen=not by_model),
-        "runs": len(found["slope"]),
+        "runs": len(law.left_out(known, by_model=by_model)),
         "mean_absolute": {form: mean(map(abs, missed)) if missed else None for form, missed in found.items()},
     }
 
@@ -207,4 +211,6 @@ def _advice(answer: dict[str, Any] | None, unknown: str | None, why_not: list[st
         return "go", f"{span}: all of it at or above {words.percent(GO)}."
     if high < GO:
         return "no-go", f"{span}: all of it below {words.percent(GO)}. Prune less, or give more tokens."
-    return "cannot tell", f"{span}: on both sides of {words.percent(GO)}."
+    reached, total = answer["reach_go"]
+    odds = f"by the errors of {reached} of {total} calibration runs it comes to {words.percent(GO)} or more"
+    return "cannot tell", f"{span}, on both sides of {words.percent(GO)}: {odds}."

@@ -1,14 +1,16 @@
-"""How a share of dense, and the KL, go on from a trial to the end of the recovery: at most one parameter, from runs.
+"""How a share of dense, and the KL, go on from a trial to the end of the recovery: few parameters, taken from runs.
 
 T tokens in all, t tokens of the trial; s the share of dense before recovery (s0), after the trial, at the end:
 
-    before    s(T) = s0                     recovery changes nothing
-    stays     s(T) = s(t)                   the trial has brought all that comes
-    halfway   s(T) = (s(t) + 1) / 2         half of what is missing comes
-    slope     z(T) = z(t) + d ln(T / t)     z = logit(s); d: the median over calibration runs
+    before    s(T) = s0                         recovery changes nothing
+    stays     s(T) = s(t)                       the trial has brought all that comes
+    halfway   s(T) = (s(t) + 1) / 2             half of what is missing comes
+    slope     z(T) = z(t) + d ln(T / t)         z = logit(s); d: the median over calibration runs
+    curve     z(T) = a - c ln KL(T), c >= 0     a, c: least squares over all that is known of the runs; KL(T) by `slope`
 
-For KL, `slope` is a power law in tokens, KL(T) = KL(t) (T / t)^-b, and `halfway` halves it. A median, for one run that
-went astray must not bend the forecast. `CHOSEN` says which form serves which figure: the least wrong one.
+For KL itself, `slope` is a power law in tokens, KL(T) = KL(t) (T / t)^-b, and `halfway` halves it. A median, for one
+run that went astray must not bend the forecast. `CHOSEN` says which form is used: chosen once, by the errors over all
+runs of the package (docs/results.md); to choose it anew by the few runs of each model was worse.
 
 Every error is leave-one-out: a run is forecast by the others alone. What is said of a model that no calibration run is
 of is judged by leaving out one model: its runs are forecast by runs of other models.
@@ -19,12 +21,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from statistics import median
+from statistics import mean, median
 
 from recover.forecast.runs import Run, State
 
-FORMS = ("before", "stays", "halfway", "slope")
-# Figure -> the form for a model that has calibration runs, and for one that has none.
+FORMS = ("before", "stays", "halfway", "slope", "curve")
+# Figure -> the form for a model with calibration runs of its own, and for one without: no parameters, models differ.
 CHOSEN = {
     "generation": ("slope", "halfway"),
     "choice": ("before", "before"),
@@ -32,6 +34,7 @@ CHOSEN = {
     "perplexity": ("slope", "stays"),
     "kl": ("slope", "stays"),
 }
+SCALED = ("slope", "curve")  # forms that move along a straight line on the scale of `there`
 COVERED = 0.8  # of the runs left out, the part whose outcome an interval is made to hold
 EDGE = 0.01  # shares are kept so far from 0 and 1 before the logit: less than tasks of 100 items can tell
 NEAR = 2.0  # a run is used if it was measured at this part of its tokens, up to this factor
@@ -39,13 +42,18 @@ NEAR = 2.0  # a run is used if it was measured at this part of its tokens, up to
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One figure of one run: `before` recovery, `start` after the trial, `end`; `stretch` is ln(T / t)."""
+    """One figure of one run: `before` recovery, `start` after the trial, `end`; `stretch` is ln(T / t).
+
+    `kl`: after the trial and at the end. `points`: KL and figure wherever the run was measured.
+    """
 
     model: str
     stretch: float
     before: float
     start: float
     end: float
+    kl: tuple[float, float]
+    points: tuple[tuple[float, float], ...] = ()
 
 
 def value(state: State, figure: str) -> float | None:
@@ -70,9 +78,12 @@ def cases(runs: Sequence[Run], figure: str, part: float) -> list[Case]:
         state = trial_of(run, part)
         if state is None:
             continue
-        three = [value(each, figure) for each in (run.before, state, run.after)]
-        if None not in three:
-            found.append(Case(run.model, math.log(run.tokens / state.tokens), *(x for x in three if x is not None)))
+        three = [x for each in (run.before, state, run.after) if (x := value(each, figure)) is not None]
+        if len(three) == 3:
+            passed = [(each.kl, value(each, figure)) for each in (run.before, *run.on_the_way, run.after)]
+            points = tuple((kl, x) for kl, x in passed if x is not None)
+            stretch = math.log(run.tokens / state.tokens)
+            found.append(Case(run.model, stretch, *three, kl=(state.kl, run.after.kl), points=points))
     return found
 
 
@@ -90,7 +101,7 @@ def back(figure: str, z: float) -> float:
 
 
 def steepness(case: Case, figure: str) -> float:
-    """What the case gained on the scale of `slope` for each e-fold of tokens."""
+    """What the case gained on that scale for each e-fold of tokens."""
     return (there(figure, case.end) - there(figure, case.start)) / case.stretch
 
 
@@ -101,17 +112,35 @@ def typical(known: Sequence[Case], figure: str) -> float:
     return min(found, 0.0) if figure == "kl" else max(found, 0.0)
 
 
+def curve(known: Sequence[Case], figure: str) -> tuple[float, float]:
+    """(a, c) of `curve` by least squares over every point of every run; c is not below 0."""
+    points = [(there("kl", kl), there(figure, share)) for case in known for kl, share in case.points]
+    x, y = mean(x for x, _ in points), mean(y for _, y in points)
+    square = sum((each - x) ** 2 for each, _ in points)
+    c = -sum((one - x) * two for one, two in points) / square if square > 0 else 0.0
+    return y + max(c, 0.0) * x, max(c, 0.0)
+
+
 def predict(form: str, known: Sequence[Case], case: Case, figure: str) -> float:
-    """The figure at the end, by one form; `case.end` is not looked at, and `known` by `slope` alone."""
+    """The figure at the end, by one form; nothing of the end of `case` is looked at."""
     if form == "before":
         return case.before
     if form == "stays":
         return case.start
     if form == "halfway":
         return case.start / 2 if figure == "kl" else max(case.start, (case.start + 1) / 2)
+    if form == "curve":
+        a, c = curve(known, figure)
+        falls = typical([dataclasses.replace(each, start=each.kl[0], end=each.kl[1]) for each in known], "kl")
+        return back(figure, a - c * (there("kl", case.kl[0]) + falls * case.stretch))
     moved = back(figure, there(figure, case.start) + typical(known, figure) * case.stretch)
     # A share beyond the edges of the scale is not pulled back to them.
     return max(moved, case.start) if figure != "kl" and not EDGE < case.start < 1 - EDGE else moved
+
+
+def forms(figure: str) -> tuple[str, ...]:
+    """The forms that can forecast a figure."""
+    return FORMS[:-1] if figure == "kl" else FORMS
 
 
 def left_out(known: Sequence[Case], *, by_model: bool) -> list[tuple[Case, list[Case]]]:
@@ -124,16 +153,17 @@ def left_out(known: Sequence[Case], *, by_model: bool) -> list[tuple[Case, list[
 
 
 def miss(form: str, guess: float, case: Case, figure: str) -> float:
-    """Outcome minus forecast where the interval is made: for `slope` by e-fold of tokens on its scale, else plain."""
-    if form == "slope":
-        return (there(figure, case.end) - there(figure, guess)) / case.stretch
-    return math.log(max(case.end, 1e-9) / max(guess, 1e-9)) if figure == "kl" else case.end - guess
+    """Outcome minus forecast where the interval is made: for `slope` by e-fold of tokens on its scale, for `curve` on
+    its scale, else plain (of KL: ln KL)."""
+    if form in SCALED:
+        return (there(figure, case.end) - there(figure, guess)) / (case.stretch if form == "slope" else 1)
+    return there("kl", case.end) - there("kl", guess) if figure == "kl" else case.end - guess
 
 
 def moved_by(form: str, guess: float, off: float, stretch: float, figure: str) -> float:
     """The figure that was missed by `off`: the inverse of `miss`."""
-    if form == "slope":
-        return back(figure, there(figure, guess) + off * stretch)
+    if form in SCALED:
+        return back(figure, there(figure, guess) + off * (stretch if form == "slope" else 1))
     return guess * math.exp(off) if figure == "kl" else max(guess + off, 0.0)
 
 
@@ -148,41 +178,61 @@ def errors(form: str, known: Sequence[Case], figure: str, *, by_model: bool = Fa
 def ends(missed: Sequence[float]) -> tuple[float, float]:
     """The span that holds `COVERED` of what was missed, and 0; the extremes where there are fewer than 9.
 
-    Ranks are those of a conformal interval, (n + 1) alpha / 2: one more outcome falls inside as often as is said.
+    Ranks are those of a conformal interval, (n + 1) alpha / 2, in between by interpolation.
     """
-    ordered = sorted(missed)
-    cut = max(math.floor((len(ordered) + 1) * (1 - COVERED) / 2 + 1e-9) - 1, 0)
-    return min(ordered[cut], 0.0), max(ordered[-1 - cut], 0.0)
+    ordered, last = sorted(missed), len(missed) - 1
+    rank = min(max((len(ordered) + 1) * (1 - COVERED) / 2 - 1, 0.0), last / 2)
+    below, part = int(rank), rank - int(rank)
+    above = min(below + 1, last)
+    low = ordered[below] + part * (ordered[above] - ordered[below])
+    high = ordered[last - below] + part * (ordered[last - above] - ordered[last - below])
+    return min(low, 0.0), max(high, 0.0)
+
+
+def missed(form: str, known: Sequence[Case], figure: str, *, by_model: bool) -> list[tuple[str, float]]:
+    """Model and `miss` of every case, each forecast without itself.
+
+    A model without runs gets a form without parameters: with those, no forecast has seen its own outcome.
+    """
+    assert form not in SCALED or not by_model
+    pairs = [(case, known) for case in known] if by_model else left_out(known, by_model=False)
+    return [(case.model, miss(form, predict(form, others, case, figure), case, figure)) for case, others in pairs]
 
 
 def spread(form: str, known: Sequence[Case], figure: str, *, by_model: bool) -> tuple[float, float]:
-    """How far below and above its forecast an outcome may end; for a model without runs the widest span of any model.
-
-    Such a model gets a form without parameters: with those, no run's forecast has seen its own outcome.
-    """
-    assert form != "slope" or not by_model
-    missed: dict[str, list[float]] = {}
-    for case, others in [(case, known) for case in known] if by_model else left_out(known, by_model=False):
-        group = case.model if by_model else ""
-        missed.setdefault(group, []).append(miss(form, predict(form, others, case, figure), case, figure))
-    spans = [ends(each) for each in missed.values()]
+    """How far below and above its forecast an outcome may end; for a model without runs, the widest span of a model."""
+    found = missed(form, known, figure, by_model=by_model)
+    groups = {model for model, _ in found} if by_model else {None}
+    spans = [ends([off for model, off in found if group in (None, model)]) for group in groups]
     return min(low for low, _ in spans), max(high for _, high in spans)
 
 
 def expected(
     form: str, known: Sequence[Case], case: Case, figure: str, *, by_model: bool
 ) -> tuple[float, float, float]:
-    """The figure at the end, and the lower and upper end of its interval. `case.end` is not looked at."""
+    """The figure at the end, and the lower and upper end of its interval; nothing of the end of `case` is looked at.
+
+    A share's upper end is not above all that any run came to, nor above dense.
+    """
     guess = predict(form, known, case, figure)
     offs = spread(form, known, figure, by_model=by_model)
     low, high = sorted(moved_by(form, guess, off, case.stretch, figure) for off in offs)
+    if figure != "kl":
+        high = min(high, max(1.0, *(each.end for each in known)))
     return guess, min(low, guess), max(high, guess)
+
+
+def reach(form: str, known: Sequence[Case], case: Case, figure: str, goal: float, *, by_model: bool) -> int:
+    """How many of the calibration runs, missed as they were, would put the share of `case` at `goal` or above."""
+    guess = predict(form, known, case, figure)
+    offs = [off for _, off in missed(form, known, figure, by_model=by_model)]
+    return sum(moved_by(form, guess, off, case.stretch, figure) >= goal for off in offs)
 
 
 def held(form: str, known: Sequence[Case], figure: str, *, by_model: bool) -> tuple[int, int]:
     """Of how many cases left out the interval held the outcome, and of how many there was one.
 
-    The case left out takes no part in its interval: that is made of errors among the others.
+    The case left out takes no part in its interval either: that is made of errors among the others.
     """
     hits = total = 0
     for case, others in left_out(known, by_model=by_model):

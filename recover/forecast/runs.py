@@ -53,6 +53,10 @@ class Run:
     command: str
     revision: str | None
 
+    def made(self) -> dict[str, Any]:
+        """As `making` gives it for a recipe."""
+        return {"model": self.model, "prune": self.prune, "settings": self.settings}
+
     def to_json(self) -> dict[str, Any]:
         """As plain values; `from_json` reads it back as an equal one."""
         return dataclasses.asdict(self) | {"on_the_way": [dataclasses.asdict(state) for state in self.on_the_way]}
@@ -87,6 +91,16 @@ def model_name(source: str) -> str:
     return re.sub(r"(\.I?Q\d\w*|\.[BF]F?(16|32))?\.gguf$", "", name, flags=re.IGNORECASE)
 
 
+def making(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Model, pruning and training of a recipe as a `Run` states them: what makes two runs one and the same."""
+    leaf = recipe["recover"]
+    return {
+        "model": model_name(recipe["model"]["source"]),
+        "prune": {name: value for name, value in recipe["prune"].items() if name != "calibration" and value},
+        "settings": {name: leaf[name] for name in SETTINGS} | {"rank": leaf["lora"]["rank"]},
+    }
+
+
 def read_run(root: Path) -> Run:
     """The run in a directory that `recover run` has brought through stage `after`.
 
@@ -108,10 +122,8 @@ def read_run(root: Path) -> Run:
     ended = measures.headline({"after": after})["after"] or {}
     return Run(
         name=recipe["name"],
-        model=model_name(recipe["model"]["source"]),
+        **making(recipe),
         parameters=plan["parameters_dense"],
-        prune={name: value for name, value in recipe["prune"].items() if name != "calibration" and value},
-        settings={name: recipe["recover"][name] for name in SETTINGS} | {"rank": recipe["recover"]["lora"]["rank"]},
         tokens=total,
         before=read_state(root / "before", dense, 0),
         on_the_way=on_the_way,
