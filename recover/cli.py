@@ -30,6 +30,7 @@ app = typer.Typer(
     epilog="[bold]Examples[/bold]\n\n"
     "  recover run recipes/quickstart.yaml            all of it, in minutes on a CPU\n\n"
     "  recover plan recipes/quickstart.yaml           what it will cost, before any weight is loaded\n\n"
+    "  recover forecast recipes/quickstart.yaml       what recovery will probably bring, from a short trial\n\n"
     "  recover show checkpoints/quickstart            which stages are done, and what came out\n\n"
     "  recover measure ORG/NAME --tasks my_task.yaml  any checkpoint, no recipe\n\n"
     "  accelerate launch --config_file launch/gpu.yaml -m recover run recipes/quickstart.yaml",

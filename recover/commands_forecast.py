@@ -10,6 +10,7 @@ import typer
 from recover import dist
 from recover.commands_run import Overrides, RecipePath, Runs
 from recover.errors import RecipeError
+from recover.forecast.advice import PART
 from recover.recipe import load_recipe
 
 LEAST, MOST = 0.02, 0.5
@@ -31,7 +32,7 @@ def forecast(
     recipe: RecipePath,
     overrides: Overrides = None,
     runs: Runs = Path("checkpoints"),
-    part: Part = 0.2,
+    part: Part = PART,
     calibrate: Calibrate = None,
 ) -> None:
     """Say what recovery will probably bring: prune, a short trial, go, no-go or cannot tell.

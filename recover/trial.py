@@ -25,10 +25,10 @@ from recover.stages import fingerprint, run
 if TYPE_CHECKING:
     from recover.models.twin import Twin
 
-PART = 0.2  # of the tokens, where nothing else is asked for
 
-
-def forecast(recipe: Recipe, root: Path, *, part: float = PART, calibration: Sequence[Path] = ()) -> dict[str, Any]:
+def forecast(
+    recipe: Recipe, root: Path, *, part: float = advice.PART, calibration: Sequence[Path] = ()
+) -> dict[str, Any]:
     """Bring the run through stage `before`, make its trial if that is not done, and write and give its forecast.
 
     `calibration`: directories of finished runs that count beside those of the package.

@@ -19,7 +19,7 @@ from recover.forecast import advice, law, told
 from recover.forecast.known import known_runs, write_runs
 from recover.forecast.runs import Run, State, from_json, making, model_name, read_run
 from recover.recipe import load_recipe
-from recover.trial import PART, trial_leaf
+from recover.trial import trial_leaf
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 TOKENS = 90_000
@@ -198,6 +198,8 @@ def test_advice_is_read_off_the_interval_and_the_threshold(z, d, expected):
     assert low < high
     assert found["advice"] == expected, found["reason"]
     told_by_hand = "go" if low >= 0.8 else "no-go" if high < 0.8 else "cannot tell"
+    fit = {"go": "with care", "no-go": "no", "cannot tell": "cannot tell"}[expected]
+    assert found["classes"]["generation"]["grade"] == fit
     assert expected == told_by_hand and found["thresholds"]["go"] == 0.8
 
 
@@ -329,7 +331,7 @@ def test_a_trial_begins_at_the_rates_of_the_recovery(tmp_path, scheduler, within
         return found
 
     leaf = load_recipe(QUICKSTART, [f"recover.scheduler={scheduler}"]).recover
-    whole, beginning = rates(leaf, 200), rates(trial_leaf(leaf, PART), round(200 * PART))
+    whole, beginning = rates(leaf, 200), rates(trial_leaf(leaf, advice.PART), round(200 * advice.PART))
     assert len(beginning) == 40 and beginning[:11] == pytest.approx(whole[:11])
     assert beginning == pytest.approx(whole[:40], rel=within)
 

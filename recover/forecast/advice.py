@@ -19,6 +19,7 @@ from recover.report import words
 from recover.report.measures import USES
 from recover.report.verdict import KEPT_CARE, KEPT_YES, grade_of
 
+PART = 0.2  # of the tokens are the trial's, where nothing else is asked for
 GO = KEPT_CARE
 RUNS = 5  # fewer calibration runs than this and nothing is said
 OWN_RUNS = 5  # so many runs of the same model, and only they are looked at
@@ -159,7 +160,7 @@ def _answer(trial: Trial, basis: Sequence[Run], use: str, *, seen: bool, trusted
     return {
         "expected": kept,
         "interval": [low, high],
-        "grade": grade_of(kept, low) if trusted else "cannot tell",
+        "grade": _grade(low, high) if trusted else "cannot tell",
         "before": before,
         "trial": after,
         "form": form,
@@ -171,6 +172,12 @@ def _answer(trial: Trial, basis: Sequence[Run], use: str, *, seen: bool, trusted
             f"{words.percent(kept)}, interval {words.percent(low)} to {words.percent(high)}, {tested}."
         ),
     }
+
+
+def _grade(low: float, high: float) -> str:
+    """The grade that the whole interval has, `with care` also where it reaches `yes`; else it cannot be told."""
+    worst, best = grade_of(low, None), grade_of(high, None)
+    return "cannot tell" if worst == "no" != best else worst
 
 
 def _form(figure: str, *, seen: bool) -> str:

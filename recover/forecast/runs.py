@@ -137,9 +137,8 @@ def read_run(root: Path) -> Run:
 def _portable(argv: list[str]) -> str:
     """The command without what belongs to one machine: where runs were put, and folders above the repository's."""
     kept = [word for before, word in zip(["", *argv], argv, strict=False) if "--runs" not in (before, word)]
-    return re.sub(
-        r"(?<![\w.:])/(?:[^/\s\"',]+/)*?(?=(?:benchmarks|recipes)/|[^/\s\"',]+(?:[\s\"',}]|$))", "", " ".join(kept)
-    )
+    text = re.sub(r"(?<![\w.:/])[\w./-]*/(?=(?:benchmarks|recipes)/)", "", " ".join(kept))
+    return re.sub(r"(?<![\w.:])/(?:[^/\s\"',]+/)*(?=[^/\s\"',]+)", "", text)
 
 
 def _environment(root: Path) -> dict[str, Any]:
