@@ -32,6 +32,7 @@ FLOORS = {
     "recover.recipe_train": 1,
     "recover.report": 1,
     "recover.memory": 1,
+    "recover.forecast": 1.5,
     # F2: tensors in, tensors out
     "recover.models.masked_linear": 2,
     "recover.models.own_linear": 2,
@@ -63,10 +64,12 @@ FLOORS = {
     "recover.bench": 6,
     "recover.work": 6,
     "recover.stages": 6,
+    "recover.trial": 6,
     "recover.diagnose": 6,
     "recover.measuring": 6,
     # F7: command line
     "recover.cli": 7,
+    "recover.commands_forecast": 6.5,
     "recover.commands_gguf": 6.5,
     "recover.commands_measure": 6.5,
     "recover.commands_probe": 6.5,

@@ -64,6 +64,7 @@ def collect(root: Path) -> dict[str, Any]:
         "tokens": _tokens_used(epochs),
         "speed": _json(root / "speed.json"),
         "verify": _json(root / "verify.json"),
+        "forecast": _json(root / "forecast.json"),
         "samples": samples.side_by_side(records),
         "divergence": samples.divergence(records),
     }

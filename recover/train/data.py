@@ -34,12 +34,21 @@ CHUNK_BATCHES = 8  # batches that are written, and saved, at a time
 WINDOW_STEPS = 8  # optimizer steps whose sequences are sorted by length: less padding, still a random order
 
 
-def build_dataset(leaf: Recover, twin: Twin, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path) -> Dataset:
+def build_dataset(
+    leaf: Recover,
+    twin: Twin,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    folder: Path,
+    *,
+    planned: int | None = None,
+) -> Dataset:
     """Rows `input_ids` and `completion_mask` in training order: whole steps, about `leaf.tokens` scored tokens.
 
     Each source gives its share of the tokens. What the dense model writes is saved to `folder` as it is written,
     under a name made from all that it depends on; the same call reads it back and goes on from there. Same
-    arguments, same rows.
+    arguments, same rows. `planned`: tokens of a recovery that this is the beginning of; its text is then the first of
+    what that one would write, so that one reads it back and is as if this had not been.
 
     Raises:
         DataError: a source cannot be read or holds nothing to learn (by file and line), or there is too little for
@@ -52,7 +61,8 @@ def build_dataset(leaf: Recover, twin: Twin, tokenizer: PreTrainedTokenizerBase,
     for number, source in enumerate(leaf.data):
         budget = round(leaf.tokens * source.share / shares)
         if isinstance(source, DenseText):
-            samples += _Writer(source, leaf, twin, tokenizer, seed + number, folder).write(budget)
+            writer = _Writer(source, leaf, twin, tokenizer, seed + number, folder)
+            samples += writer.write(budget, round((planned or leaf.tokens) * source.share / shares))
         else:
             samples += _given(source, leaf, tokenizer, seed + number, budget)
     needed = leaf.batch_size * leaf.epochs
@@ -150,8 +160,11 @@ class _Writer:
         self.prompts = fitting_prompts(source, leaf.length, tokenizer)
         self.path = folder / f"dense-{self._fingerprint()}.jsonl"
 
-    def write(self, budget: int) -> list[Sample]:
-        """Samples with at least `budget` scored tokens; what an earlier call saved is read, not written again."""
+    def write(self, budget: int, planned: int) -> list[Sample]:
+        """Samples with at least `budget` scored tokens; what an earlier call saved is read, not written again.
+
+        How much is written at a time is decided for `planned` tokens, since it decides what is drawn.
+        """
         samples: list[Sample] = []
         tokens = chunk = 0
         saved = dist.on_main(lambda: read_jsonl(self.path) if self.path.exists() else [])
@@ -162,7 +175,7 @@ class _Writer:
                 rows = saved[chunk]["rows"]
             else:
                 title = f"dense model writes ({tokens:,} of {budget:,} tokens)"
-                rows = self._write_chunk(self._next_prompts(len(samples), tokens, budget), chunk, title)
+                rows = self._write_chunk(self._next_prompts(len(samples), tokens, planned), chunk, title)
             for row in rows:
                 samples.append(self._sample(*row))
                 tokens += samples[-1].scored(self.leaf.loss.scored)

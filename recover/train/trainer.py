@@ -37,6 +37,8 @@ def recover(
     after_epoch: AfterEpoch,
     seed: int,
     baseline_score: float | None = None,
+    *,
+    trial_of: tuple[int, Path] | None = None,
 ) -> Path:
     """Train LoRA on `twin`; the folder of the adapter that scored best after an epoch (`best.json` names it).
 
@@ -46,6 +48,7 @@ def recover(
 
     Called again with the same arguments after a stop or crash, it goes on from the newest checkpoint that verifies,
     on any number of processes. Steps that are not finite are skipped and counted in `training.json`.
+    `trial_of`: tokens and text folder of the recovery that this is the beginning of (`build_dataset`).
     Under DeepSpeed ZeRO-3 the twin cannot be used afterwards: its weights stay dealt out.
 
     Raises:
@@ -57,7 +60,8 @@ def recover(
         raise TrainingError("model.dtype: float16 cannot be trained (gradients underflow): use bfloat16 or float32")
     fingerprint = _fingerprint(twin, leaf, seed)
     past = begin(run_folder, fingerprint)
-    rows = build_dataset(leaf, twin, tokenizer, seed, run_folder / "data")
+    planned, texts = trial_of or (None, run_folder / "data")
+    rows = build_dataset(leaf, twin, tokenizer, seed, texts, planned=planned)
     steps = len(rows) // leaf.batch_size
     torch.manual_seed(seed)
     twin.add_lora(leaf.lora)
