@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from recover import memory
 from recover.distill.loss_terms import TERMS, Lost, loss_terms
-from recover.memory import rows_for
 
 if TYPE_CHECKING:
     from recover.recipe import Loss
@@ -160,7 +160,7 @@ def rows_at_once(chunk: int, weight_VD: Tensor) -> int:
     if not weight_VD.is_cuda:
         return chunk
     processors = torch.cuda.get_device_properties(weight_VD.device).multi_processor_count
-    return rows_for(chunk, weight_VD.shape[1], processors)
+    return memory.rows_for(chunk, weight_VD.shape[1], processors)
 
 
 def _terms_for(z_CV: Tensor) -> Callable[..., tuple[Tensor, Tensor | None, Lost | None]]:
