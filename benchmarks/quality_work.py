@@ -253,7 +253,8 @@ class Workbench:
         device, chunk = twin.base.device, self.recipe.recover.loss.chunk
         pad: Any = self.tokenizer.pad_token_id
         collate, distiller = collator(pad, "all"), Distiller(twin, Loss(chunk=chunk))
-        texts = [(task.file, text) for task in self.tasks if task.kind == "perplexity" for text in task.items]
+        chosen = [task for task in self.tasks if task.kind == "perplexity"]
+        texts = [(task.file, text) for task in chosen for text in task.items[: self.recipe.measure.limit]]
         rows = []
         for file, text in texts:
             ids = text_ids(self.tokenizer, text, special=True)[: getattr(file, "length", 512)]

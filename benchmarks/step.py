@@ -36,6 +36,8 @@ from step_cost import SEVEN, SMALL, flops, matrix_rate, seconds, shares
 from step_models import RANK, Bench, Built
 from torch import Tensor, nn
 
+PEERS = {"trl": "trl's", "liger_kernel": "Liger's"}  # package -> word of the rows that need it
+
 
 @dataclass(frozen=True)
 class Row:
@@ -48,34 +50,34 @@ class Row:
 
 
 def rows_of(bench: Bench) -> list[Row]:
-    """The default row first: ratios are to it."""
+    """The first is what ratios are to; those that matter most come first, as time may end."""
     first, end = bench.shape.dropped
-    dropped, all_, after = range(first, end), bench.shape.blocks, bench.shape.blocks - end
-    kept = all_ - len(dropped)
+    cut, all_, after = range(first, end), bench.shape.blocks, bench.shape.blocks - end
+    kept = all_ - len(cut)
     plain, ours = bench.plain, bench.recover
-    both = f"{kept} of {all_} blocks"
-    found = [
-        Row(f"plain, {both}", "cut", (all_, kept, kept), lambda: plain("kl", dropped=dropped)),
-        Row("... with trl's GKD loss", "cut", (all_, kept, kept), lambda: plain("trl", dropped=dropped)),
-        Row("... with Liger's fused loss", "cut", (all_, kept, kept), lambda: plain("liger", dropped=dropped)),
-        Row("... checkpointed", "cut", (all_, kept, kept), lambda: plain("kl", dropped=dropped, checkpointing=True)),
-        Row(f"recover, {both}", "cut", (all_, kept, kept), lambda: ours(dropped=dropped)),
-        Row("... checkpointed", "cut", (all_, kept, kept), lambda: ours(dropped=dropped, checkpointing=True)),
-        Row("... dense states", "cut", (0, kept, kept), lambda: ours(dropped=dropped, known="dense")),
-        Row("... after the cut", "cut", (all_, after, after), lambda: ours(dropped=dropped, blocks="after_cut")),
+    whole, short, known = (all_, kept, kept), (all_, after, after), (0, after, after)
+    rows = [
+        Row("plain", "cut", whole, lambda: plain("kl", dropped=cut)),
+        Row("recover", "cut", whole, lambda: ours(dropped=cut)),
+        Row("recover, after the cut", "cut", short, lambda: ours(dropped=cut, blocks="after_cut")),
         Row(
-            "... after the cut, dense states and prefix",
+            "recover, after the cut, states and prefix known",
             "cut",
-            (0, after, after),
-            lambda: ours(dropped=dropped, blocks="after_cut", known="all"),
+            known,
+            lambda: ours(dropped=cut, blocks="after_cut", known="all"),
         ),
-        Row(f"plain, {all_} blocks", "whole", (all_, all_, all_), lambda: plain("kl", dropped=())),
-        Row(f"recover, {all_} blocks", "whole", (all_, all_, all_), lambda: ours(dropped=())),
+        Row("recover, states known", "cut", (0, kept, kept), lambda: ours(dropped=cut, known="dense")),
+        Row("plain, Liger's fused loss", "cut", whole, lambda: plain("liger", dropped=cut)),
+        Row("plain, trl's GKD loss", "cut", whole, lambda: plain("trl", dropped=cut)),
+        Row("plain, nothing dropped", "whole", (all_, all_, all_), lambda: plain("kl", dropped=())),
+        Row("recover, nothing dropped", "whole", (all_, all_, all_), lambda: ours(dropped=())),
+        Row("plain, checkpointed", "cut", whole, lambda: plain("kl", dropped=cut, checkpointing=True)),
+        Row("recover, checkpointed", "cut", whole, lambda: ours(dropped=cut, checkpointing=True)),
+        Row("recover, inputs copied as in peft", "cut", whole, lambda: ours(dropped=cut, copied=True)),
     ]
-    missing = {"trl": "trl's", "liger_kernel": "Liger"}
-    absent = [word for package, word in missing.items() if importlib.util.find_spec(package) is None]
-    absent += ["Liger"] if bench.device.type == "cpu" else []
-    return [row for row in found if not any(word in row.name for word in absent)]
+    absent = [word for package, word in PEERS.items() if importlib.util.find_spec(package) is None]
+    absent += [PEERS["liger_kernel"]] if bench.device.type == "cpu" else []
+    return [row for row in rows if not any(word in row.name for word in absent)]
 
 
 def measured(bench: Bench, row: Row, repeats: int, *, profile: bool) -> dict[str, Any]:

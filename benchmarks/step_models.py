@@ -13,11 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from peft.tuners import lora
 from step_cost import Shape
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from recover.distill.distiller import Distiller
+from recover.models.masked_lora import lora_layers
 from recover.models.twin import Twin
 from recover.prune.plan import Plan
 from recover.recipe import Lora, Loss
@@ -76,10 +78,19 @@ class Bench:
         return Built(student, run)
 
     def recover(
-        self, *, dropped: Sequence[int], blocks: Any = "all", checkpointing: bool = False, known: str = "nothing"
+        self,
+        *,
+        dropped: Sequence[int],
+        blocks: Any = "all",
+        checkpointing: bool = False,
+        known: str = "nothing",
+        copied: bool = False,
     ) -> Built:
         twin = Twin(self.dense(), Plan("depth" if dropped else "none", self.shape.blocks, tuple(dropped)))
         twin.add_lora(Lora(rank=RANK, blocks=blocks))
+        for layer in lora_layers(twin.model) if copied else ():
+            cast: Any = lora.Linear._cast_input_dtype
+            layer._cast_input_dtype = cast.__get__(layer)
         prepare(twin.model, checkpointing)
         distiller = Distiller(twin, Loss(chunk=self.chunk))
         options: dict[str, Any] = {"distill": distiller}

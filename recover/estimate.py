@@ -12,7 +12,7 @@ from recover import dist, memory
 from recover.errors import PruneError, RecipeError
 from recover.estimate_depth import depth_warnings, refuse_depth, share_gone, share_unstored
 from recover.models.load import Description
-from recover.recipe import Depth, Recipe, Sparsity, Width
+from recover.recipe import Depth, Prune, Recipe, SparseGpt, Sparsity, Width
 
 # A LoRA budget recovers about so much (peers' figures, docs/theory.md): beyond it the plan warns, and goes on.
 WIDTH_WALL = 0.30
@@ -98,10 +98,24 @@ def _training(recipe: Recipe, model: Description) -> memory.Training:
         element=ELEMENT_BYTES[recipe.model.dtype],
         kept_blocks=round(model.blocks * (1 - share_gone(prune, model))) if isinstance(prune, Depth) else model.blocks,
         masked=isinstance(prune, Sparsity),
-        own=_width_weights(prune, model)[1] if isinstance(prune, Width) else 0,
+        own=_own_weights(prune, model),
         cached=recipe.measure.batch_size * texts,
         processes=dist.world_size(),
     )
+
+
+def _own_weights(prune: Prune, model: Description) -> int:
+    """Weights that the pruned view holds beside the dense ones; of a repair at most so many, as cuts are not known."""
+    if isinstance(prune, Width):
+        return _width_weights(prune, model)[1]
+    query = model.heads * model.head_size
+    if isinstance(prune, SparseGpt):
+        attention = 2 * query + 2 * model.kv_heads * model.head_size
+        return model.blocks * model.width * (attention + 3 * model.intermediate)
+    if isinstance(prune, Depth) and prune.repair != "none":
+        cuts = 1 if prune.contiguous else prune.units
+        return cuts * model.width * max(query, model.intermediate)
+    return 0
 
 
 def matrix_rate() -> float:

@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from peft.tuners import lora
 from tiny import ids, tiny
 
 from recover.distill.distiller import Distiller, scored_rows, scored_tokens
+from recover.models.masked_lora import SwitchedLora
 from recover.models.twin import Twin
 from recover.prune.plan import MaskRecord, Plan
 from recover.recipe import Lora, Loss
@@ -138,6 +140,26 @@ def test_bf16_gradients_point_where_float32_ones_do():
     scramble(half, 7)
     flat = [torch.cat([g.flatten() for g in gradients(forward(twin).loss, twin)]) for twin in (exact, half)]
     assert torch.cosine_similarity(*flat, dim=0) > 0.999
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adapters_that_share_their_input_compute_what_pefts_own_do(monkeypatch, dtype, dropout):
+    """peft widens each adapter's input to float32, and autocast rounds it back: a copy, and the same numbers."""
+    found = []
+    for cast in (SwitchedLora._cast_input_dtype, lora.Linear._cast_input_dtype):
+        monkeypatch.setattr(SwitchedLora, "_cast_input_dtype", cast)
+        twin = Twin(tiny().to(dtype), Plan("depth", 6, DROPPED))
+        twin.add_lora(Lora(rank=4, dropout=dropout))
+        scramble(twin, 7)
+        torch.manual_seed(3)
+        out = forward(twin)
+        found.append((out.loss, gradients(out.loss, twin)))
+    (loss, ours), (other, theirs) = found
+    assert torch.equal(loss, other)
+    # What comes back to a shared input is added up in half precision, and not always in the same order.
+    flat = [torch.cat([gradient.flatten() for gradient in each]).double() for each in (ours, theirs)]
+    assert (flat[0] - flat[1]).norm() < torch.finfo(dtype).eps / 2 * flat[1].norm()
 
 
 def test_masked_twins_learn_inside_their_mask():

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from recover import memory
 from recover.distill.loss_terms import TERMS, Lost, loss_terms
 
 if TYPE_CHECKING:
@@ -159,22 +160,7 @@ def rows_at_once(chunk: int, weight_VD: Tensor) -> int:
     if not weight_VD.is_cuda:
         return chunk
     processors = torch.cuda.get_device_properties(weight_VD.device).multi_processor_count
-    return _rows_for(chunk, weight_VD.shape[1], processors)
-
-
-def _rows_for(chunk: int, width: int, processors: int) -> int:
-    """At most `chunk` rows, as many as leave the fewest multiprocessors idle in the last product.
-
-    That one has few tiles of output, (C, D), and long sums, V: at D 3584, 1152 rows take 126 of an H200's 132
-    multiprocessors once, and 2048 rows take 224 of them in two rounds. Tiles of 128 x 256, as in its fastest products.
-    """
-    columns = -(-width // 256)
-
-    def busy(tiles: int) -> float:
-        rounds = -(-tiles * columns // processors)
-        return tiles * columns / (rounds * processors)
-
-    return 128 * max(range(1, chunk // 128 + 1), key=busy) if chunk >= 128 else chunk
+    return memory.rows_for(chunk, weight_VD.shape[1], processors)
 
 
 def _terms_for(z_CV: Tensor) -> Callable[..., tuple[Tensor, Tensor | None, Lost | None]]:
