@@ -81,6 +81,20 @@ class Loss(Leaf):
         return self
 
 
+class Cache(Leaf):
+    """Hidden states of the dense model on disk: training then leaves the dense pass out, and the loss is the same.
+
+    `plan` says how large they get. They are filled before training and known by their text, so they pay where text is
+    read again: other seeds, learning rates or prunings, a resumed run.
+    """
+
+    folder: str = Field(description="where they lie; several runs may share it, at the same time too")
+    prefix: bool = Field(
+        default=False,
+        description="also what the shared blocks put out, which then are not run; needs `lora.blocks` after_cut",
+    )
+
+
 class Recover(Leaf):
     """LoRA distillation from the dense model; the checkpoint that generates best is kept."""
 
@@ -106,3 +120,12 @@ class Recover(Leaf):
     save_steps: int | None = Field(
         default=None, ge=1, description="steps between checkpoints to resume from; default: each epoch"
     )
+    cache: Cache | None = Field(
+        default=None, description="the dense model's states on disk; null: computed in each step"
+    )
+
+    @model_validator(mode="after")
+    def _prefix_is_shared(self) -> Recover:
+        if self.cache is not None and self.cache.prefix and self.lora.blocks != "after_cut":
+            raise ValueError("cache.prefix: both views share no block unless lora.blocks is 'after_cut'")
+        return self

@@ -59,6 +59,7 @@ FLOORS = {
     "recover.inputs": 6,
     "recover.estimate": 6,
     "recover.estimate_depth": 6,
+    "recover.estimate_cache": 6,
     "recover.bench": 6,
     "recover.work": 6,
     "recover.stages": 6,

@@ -5,8 +5,9 @@ Legend: B batch, T tokens, N scored tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,6 +46,17 @@ def scored_tokens(labels_BT: Tensor) -> Tensor:
     return (labels_BT[:, 1:] != IGNORED).sum()
 
 
+@dataclass(frozen=True)
+class DenseStates:
+    """What a step needs of the dense view: `h_ND` after the final norm at the scored rows, in the flat (B * T) order.
+
+    `prefix_BTD`: what the last block that both views share put out (anything where there is padding); None: unknown.
+    """
+
+    h_ND: Tensor
+    prefix_BTD: Tensor | None = None
+
+
 class Distiller:
     """`model(..., distill=distiller)` is the distillation loss of the twin's pruned view against its dense view.
 
@@ -58,18 +70,26 @@ class Distiller:
         self.shared_blocks = _shared_blocks(twin)
 
     def run(
-        self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor,
+        states: Callable[[], DenseStates] | None = None,
     ) -> ModelOutput:
         """Sums over the scored tokens: `loss` (the only one with gradient), kl, variance, reverse_kl, ce, and `tokens`.
 
         Only rows that `labels` score reach the head; what stands in the others changes neither value nor gradient.
+        `states` gives what is known of the dense view, on any device, asked for when it is needed: then the dense pass
+        is left out, and with a prefix the shared blocks too. Equal to the bit if `dense_states` of this batch made it.
         """
         rows_N, labels_N = scored_rows(labels)
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         with _half_precision_adapters(model):
-            h_dense_ND, prefix_BTD = self._dense_pass(model, batch, rows_N)
-            h_pruned_ND = self._pruned_pass(model, batch, rows_N, prefix_BTD)
-        sums = self._loss(model, h_pruned_ND, h_dense_ND, labels_N)
+            dense = self._dense_pass(model, batch, rows_N) if states is None else _on_device(states(), input_ids.device)
+            assert len(dense.h_ND) == len(rows_N), "the states of another batch"
+            h_pruned_ND = self._pruned_pass(model, batch, rows_N, dense.prefix_BTD)
+        sums = self._loss(model, h_pruned_ND, dense.h_ND, labels_N)
         return ModelOutput(
             loss=sums.total,
             kl=sums.kl,
@@ -78,6 +98,15 @@ class Distiller:
             ce=sums.ce,
             tokens=sums.tokens,
         )
+
+    def dense_states(
+        self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor
+    ) -> DenseStates:
+        """The dense pass of a batch alone: what `run` computes itself where it is given no `states`."""
+        rows_N, _ = scored_rows(labels)
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        with _half_precision_adapters(model):
+            return self._dense_pass(model, batch, rows_N)
 
     def _loss(self, model: PreTrainedModel, h_pruned_ND: Tensor, h_dense_ND: Tensor, labels_N: Tensor) -> LossSums:
         # Gathered before the weight is touched: at a first touch of a weight that ZeRO-3 has shared out, DeepSpeed
@@ -97,26 +126,30 @@ class Distiller:
                 chunk=self.leaf.chunk,
             )
 
-    def _dense_pass(self, model: Any, batch: dict[str, Any], rows_N: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(h_ND after the final norm, what the last shared block put out, if any block is shared)."""
+    def _dense_pass(self, model: Any, batch: dict[str, Any], rows_N: Tensor) -> DenseStates:
         caught: list[Tensor] = []
         with self.twin.dense(), self._last_shared_block(lambda _block, _args, output: caught.append(output)):
             h_ND = _hidden_states(model, batch, rows_N)
-        return h_ND, caught[0] if caught else None
+        return DenseStates(h_ND, caught[0] if caught else None)
 
     def _pruned_pass(self, model: Any, batch: dict[str, Any], rows_N: Tensor, prefix_BTD: Tensor | None) -> Tensor:
         """h_ND after the final norm, with gradient, from where the two views part."""
-        if prefix_BTD is None:
+        if self.shared_blocks == 0:
             return _hidden_states(model, batch, rows_N)
-        shared, first = self.twin.blocks[: self.shared_blocks], self.twin.blocks[self.shared_blocks]
+        shared, after = self.twin.blocks[: self.shared_blocks], self.twin.blocks[self.shared_blocks]
         for block in shared:
             block.gradient_checkpointing = False  # nothing in them is to be run again in backward
         # Reentrant checkpointing gives no gradient at all to a block none of whose inputs asks for one.
-        prefix_BTD = prefix_BTD.detach().requires_grad_(bool(getattr(first, "gradient_checkpointing", False)))
-        skipped: set[int | Site] = {*self.twin.closed_sites, *range(1, self.shared_blocks)}
+        wanted = bool(getattr(after, "gradient_checkpointing", False))
         # A hook on the last shared block, not on the first one after it: checkpointing runs that one again in backward,
         # when hooks and closed blocks are as they were, but from the input it was given here.
-        with self.twin.closed(skipped), self._last_shared_block(lambda _block, _args, _output: prefix_BTD):
+        if prefix_BTD is None:
+            with _detached(shared[0]), self._last_shared_block(lambda _b, _a, h: h.detach().requires_grad_(wanted)):
+                return _hidden_states(model, batch, rows_N)
+        prefix_BTD = prefix_BTD.detach().requires_grad_(wanted)
+        skipped: set[int | Site] = {*self.twin.closed_sites, *range(1, self.shared_blocks)}
+        with self.twin.closed(skipped), self._last_shared_block(lambda _b, _a, _h: prefix_BTD):
+            shared[0].closed = True  # by hand: as a site it may not be, which is for the KV cache, and here is none
             return _hidden_states(model, batch, rows_N)
 
     @contextmanager
@@ -129,6 +162,21 @@ class Distiller:
             yield
         finally:
             handle.remove()
+
+
+@contextmanager
+def _detached(block: nn.Module) -> Iterator[None]:
+    """Inside, no gradient is asked for in front of this block (with checkpointing, embeddings would ask for one)."""
+    handle = block.register_forward_pre_hook(lambda _block, inputs: (inputs[0].detach(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _on_device(states: DenseStates, device: torch.device) -> DenseStates:
+    prefix_BTD = None if states.prefix_BTD is None else states.prefix_BTD.to(device, non_blocking=True)
+    return DenseStates(states.h_ND.to(device, non_blocking=True), prefix_BTD)
 
 
 def _shared_blocks(twin: Twin) -> int:
