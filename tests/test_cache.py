@@ -1,7 +1,9 @@
 """Laws of the states on disk: training from them is training without them, and what is not theirs is refused."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +14,16 @@ from test_distiller import batch, depth_twin, gradients, trained
 from tiny import tiny
 from twins import masked_twin
 
+from recover import estimate_cache, stages
 from recover.artifacts import read_json
 from recover.distill import cache as caching
 from recover.distill.cache import StateCache, about, row_key
 from recover.distill.distiller import DenseStates, Distiller, scored_rows
-from recover.errors import ArtifactError
+from recover.errors import ArtifactError, RecipeError
+from recover.models.load import describe
 from recover.models.twin import Twin
 from recover.prune.plan import Plan
-from recover.recipe import Cache, Loss, Recover
+from recover.recipe import Cache, Loss, Recover, load_recipe
 from recover.train import caching as training
 from recover.train.caching import TrainingStates, text_rows
 from recover.train.data import collator
@@ -328,9 +332,41 @@ def test_a_prefix_needs_shared_blocks():
         Recover.model_validate({"data": data, "cache": {"folder": "x", "prefix": True}})
 
 
-def test_left_over_temporary_files_go_only_when_old(tmp_path):
-    import os
+QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+PREFIX = "{folder: states, prefix: true}"
 
+
+def plan_of(folder, cache, *more):
+    overrides = [f"recover.cache={cache}", "recover.lora.blocks=after_cut", "recover.tokens=1000", *more]
+    recipe = load_recipe(QUICKSTART, overrides)
+    stages.run(recipe, folder, until="plan")
+    return recipe, read_json(folder / recipe.name / "plan/estimate.json")["cache_bytes"]
+
+
+def test_plan_says_what_it_takes_on_disk(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipe, both = plan_of(tmp_path, PREFIX)
+    width = describe(recipe.model).width
+    assert recipe.recover.cache.folder == str(tmp_path / "states")  # there is none yet, and it is a folder all the same
+    assert both == 2 * 1000 * width * 4 and "dense states on disk" in capsys.readouterr().out
+    assert plan_of(tmp_path, "{folder: states}")[1] == 1000 * width * 4
+    capsys.readouterr()
+    assert plan_of(tmp_path, "null")[1] == 0 and "dense states on disk" not in capsys.readouterr().out
+
+
+def test_plan_refuses_a_full_disk_but_counts_what_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    free = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(estimate_cache.shutil, "disk_usage", lambda _: free)
+    with pytest.raises(RecipeError, match=r"recover\.cache\.folder: .* has 0 of them and 1,000,000 free: make room"):
+        plan_of(tmp_path, PREFIX, "recover.tokens=100_000")
+    (tmp_path / "states/0123").mkdir(parents=True)
+    with open(tmp_path / "states/0123/x.safetensors", "wb") as file:
+        file.truncate(10**9)
+    plan_of(tmp_path, PREFIX, "recover.tokens=100_000")
+
+
+def test_left_over_temporary_files_go_only_when_old(tmp_path):
     cache = StateCache(tmp_path, {"a": 1})
     cache.write({row_key([1], [0]): torch.ones(1, 2)})
     old, new = (cache.folder / f".{name}.safetensors.7.tmp" for name in ("old", "new"))
