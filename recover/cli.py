@@ -15,6 +15,7 @@ from recover import (
     commands_probe,
     commands_report,
     commands_run,
+    commands_teacher,
     console,
 )
 from recover.errors import RecoverError
@@ -80,6 +81,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     **{command.__name__: (command, lines) for command, lines in commands_report.COMMANDS.items()},
     "measure": (commands_measure.measure, commands_measure.EXAMPLES),
     "diagnose": (commands_probe.probe_pair, commands_probe.EXAMPLES),
+    "teacher": (commands_teacher.teacher, commands_teacher.EXAMPLES),
     "gguf": (commands_gguf.gguf, commands_gguf.EXAMPLES),
 }
 for name, (command, lines) in COMMANDS.items():

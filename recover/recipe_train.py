@@ -34,7 +34,19 @@ class GivenText(Leaf):
     share: float = Field(default=1.0, gt=0)
 
 
-Data = Annotated[DenseText | GivenText, Field(discriminator="kind")]
+class TeacherText(Leaf):
+    """Text with what a teacher that is not at hand said of it: JSONL, which `recover teacher` writes.
+
+    A row: `input_ids`; `completion_mask`, 1 for each token that is learnt (default: all); and for each of those but a
+    first token `top_ids` and `top_logprobs`, the k likeliest tokens and their log-probabilities at temperature 1, k the
+    same throughout. What is left of the probability is one class more. The tokenizer must be the model's own.
+    """
+
+    kind: Literal["teacher"]
+    source: str
+
+
+Data = Annotated[DenseText | GivenText | TeacherText, Field(discriminator="kind")]
 
 
 class Lora(Leaf):
@@ -123,6 +135,26 @@ class Recover(Leaf):
     cache: Cache | None = Field(
         default=None, description="the dense model's states on disk; null: computed in each step"
     )
+
+    @property
+    def teacher(self) -> TeacherText | None:
+        """The file that stands in for the dense view, if one does."""
+        return next((source for source in self.data if isinstance(source, TeacherText)), None)
+
+    @model_validator(mode="after")
+    def _teacher_knows_little(self) -> Recover:
+        if self.teacher is None:
+            return self
+        unknown = [name for name in ("variance", "variance_r", "reverse_kl", "jsd") if getattr(self.loss, name) > 0]
+        if unknown or self.loss.temperature != 1:
+            what = " and ".join(f"loss.{name}" for name in unknown or ["temperature"])
+            raise ValueError(f"{what}: needs the whole distribution, and a teacher's file has its top k: use kl and ce")
+        if len(self.data) > 1 or self.cache is not None or self.loss.scored == "all":
+            raise ValueError(
+                "data: a teacher's file stands alone: it says what is learnt (no loss.scored all), in place of the "
+                "dense view (no recover.cache), and of all text (no other source)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _prefix_is_shared(self) -> Recover:

@@ -25,7 +25,7 @@ from recover.models.twin import Twin
 from recover.prune.plan import Plan
 from recover.recipe import Cache, Loss, Recover, load_recipe
 from recover.train import caching as training
-from recover.train.caching import TrainingStates, text_rows
+from recover.train.caching import TrainingStates, text_rows, with_states
 from recover.train.data import collator
 from recover.train.trainer import recover
 
@@ -145,7 +145,7 @@ def test_what_is_read_is_what_was_computed(tmp_path):
     for numbers, same in ((range(2, 4), True), ([6], True), ([5, 0, 3], False)):
         data = COLLATE([rows[number] for number in numbers])
         expected = states.distiller.dense_states(states.distiller.twin.base, **data)
-        found = again.reading(COLLATE)([rows[number] for number in numbers])["states"]()
+        found = with_states(COLLATE, again.read)([rows[number] for number in numbers])["states"]()
         real = data["attention_mask"].bool()
         for one, other in ((found.h_ND, expected.h_ND), (found.prefix_BTD[real], expected.prefix_BTD[real])):
             assert torch.equal(one, other) if same else torch.allclose(one, other, rtol=1e-5, atol=1e-5)
@@ -248,7 +248,7 @@ def test_a_shard_that_goes_while_training_is_named(tmp_path):
     rows = text(2)
     states = states_of(tmp_path, prefix=False)
     states.fill(rows, COLLATE, 2)
-    batch = states.reading(COLLATE)
+    batch = with_states(COLLATE, states.read)
     shards(tmp_path)[0].unlink()
     with pytest.raises(ArtifactError, match=r"safetensors: gone\. Run the same command again"):
         batch(rows)["states"]()

@@ -42,6 +42,7 @@ FLOORS = {
     "recover.distill.loss": 2,
     "recover.distill.loss_terms": 2,
     "recover.distill.loss_kernel": 2,
+    "recover.distill.loss_topk": 2,
     "recover.measure.collapse": 2,
     # F3: models, and below them the plan that a twin is built from
     "recover.prune.plan": 2.5,
@@ -65,6 +66,7 @@ FLOORS = {
     "recover.stages": 6,
     "recover.diagnose": 6,
     "recover.measuring": 6,
+    "recover.teaching": 6,
     # F7: command line
     "recover.cli": 7,
     "recover.commands_gguf": 6.5,
@@ -72,6 +74,7 @@ FLOORS = {
     "recover.commands_probe": 6.5,
     "recover.commands_report": 6.5,
     "recover.commands_run": 6.5,
+    "recover.commands_teacher": 6.5,
     "recover.__main__": 7,
 }
 

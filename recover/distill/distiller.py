@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from recover.distill.loss import LossSums, distillation_loss
+from recover.distill.loss_topk import TopK
 from recover.models.arch import head_of
 from recover.models.masked_linear import MaskedLinear
 from recover.models.own_linear import OwnLinear
@@ -56,6 +57,11 @@ class DenseStates:
     h_ND: Tensor
     prefix_BTD: Tensor | None = None
 
+    def to(self, device: torch.device) -> DenseStates:
+        """On this device."""
+        prefix_BTD = None if self.prefix_BTD is None else self.prefix_BTD.to(device, non_blocking=True)
+        return DenseStates(self.h_ND.to(device, non_blocking=True), prefix_BTD)
+
 
 class Distiller:
     """`model(..., distill=distiller)` is the distillation loss of the twin's pruned view against its dense view.
@@ -75,21 +81,23 @@ class Distiller:
         input_ids: Tensor,
         attention_mask: Tensor | None,
         labels: Tensor,
-        states: Callable[[], DenseStates] | None = None,
+        states: Callable[[], DenseStates | TopK] | None = None,
     ) -> ModelOutput:
         """Sums over the scored tokens: `loss` (the only one with gradient), kl, variance, reverse_kl, ce, and `tokens`.
 
         Only rows that `labels` score reach the head; what stands in the others changes neither value nor gradient.
         `states` gives what is known of the dense view, on any device, asked for when it is needed: then the dense pass
         is left out, and with a prefix the shared blocks too. Equal to the bit if `dense_states` of this batch made it.
+        Or it gives what another teacher said of the scored rows.
         """
         rows_N, labels_N = scored_rows(labels)
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         with _half_precision_adapters(model):
-            dense = self._dense_pass(model, batch, rows_N) if states is None else _on_device(states(), input_ids.device)
-            assert len(dense.h_ND) == len(rows_N), "the states of another batch"
-            h_pruned_ND = self._pruned_pass(model, batch, rows_N, dense.prefix_BTD)
-        sums = self._loss(model, h_pruned_ND, dense.h_ND, labels_N)
+            known = self._dense_pass(model, batch, rows_N) if states is None else states().to(input_ids.device)
+            teacher, prefix_BTD = (known, None) if isinstance(known, TopK) else (known.h_ND, known.prefix_BTD)
+            assert len(teacher) == len(rows_N), "the states of another batch"
+            h_pruned_ND = self._pruned_pass(model, batch, rows_N, prefix_BTD)
+        sums = self._loss(model, h_pruned_ND, teacher, labels_N)
         return ModelOutput(
             loss=sums.total,
             kl=sums.kl,
@@ -108,7 +116,7 @@ class Distiller:
         with _half_precision_adapters(model):
             return self._dense_pass(model, batch, rows_N)
 
-    def _loss(self, model: PreTrainedModel, h_pruned_ND: Tensor, h_dense_ND: Tensor, labels_N: Tensor) -> LossSums:
+    def _loss(self, model: PreTrainedModel, h_pruned_ND: Tensor, teacher: Tensor | TopK, labels_N: Tensor) -> LossSums:
         # Gathered before the weight is touched: at a first touch of a weight that ZeRO-3 has shared out, DeepSpeed
         # would take it for a parameter of the whole model, and gather it in every backward too.
         head: Any = model.get_output_embeddings()
@@ -116,7 +124,7 @@ class Distiller:
             weight_VD, bias_V, scale, softcap = head_of(model)
             return distillation_loss(
                 h_pruned_ND,
-                h_dense_ND,
+                teacher,
                 weight_VD,
                 self.leaf,
                 labels_N=labels_N,
@@ -172,11 +180,6 @@ def _detached(block: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _on_device(states: DenseStates, device: torch.device) -> DenseStates:
-    prefix_BTD = None if states.prefix_BTD is None else states.prefix_BTD.to(device, non_blocking=True)
-    return DenseStates(states.h_ND.to(device, non_blocking=True), prefix_BTD)
 
 
 def _shared_blocks(twin: Twin) -> int:

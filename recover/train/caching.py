@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,32 +142,31 @@ class TrainingStates:
             if row.prefix not in self.prefix.where:
                 fresh[1][row.prefix] = prefix_TD[: row.tokens].clone()
 
-    def reading(self, collate: Collate) -> Collate:
-        """As `collate`, with `states`, what the distiller asks for: read by a thread while steps are made."""
-        reader = ThreadPoolExecutor(1, "dense-states")
-
-        def collated(rows: list[dict[str, Any]]) -> dict[str, Any]:
-            batch = collate(rows)
-            read = partial(self.read, text_rows(batch), tokens=batch["input_ids"].shape[1])
-            return {**batch, "states": reader.submit(read).result}
-
-        return collated
-
-    def read(self, rows: Sequence[TextRow], *, tokens: int) -> DenseStates:
-        """Of a batch of these rows, padded to `tokens`; in pinned memory where there is a GPU.
+    def read(self, rows: Sequence[TextRow]) -> DenseStates:
+        """Of a batch of these rows, as `with_states` asks; in pinned memory where there is a GPU.
 
         Raises:
             ArtifactError: a shard is damaged or gone, or a row is not there.
         """
-        h_ND = torch.cat(self.dense.read([row.dense for row in rows]))
+        h_ND = pinned(torch.cat(self.dense.read([row.dense for row in rows])))
         if self.prefix is None:
-            return DenseStates(_pinned(h_ND))
-        prefix_BTD = pad_sequence(self.prefix.read([row.prefix for row in rows]), batch_first=True)
-        assert prefix_BTD.shape[1] == tokens, "a batch is as long as its longest row"
-        return DenseStates(_pinned(h_ND), _pinned(prefix_BTD))
+            return DenseStates(h_ND)
+        return DenseStates(h_ND, pinned(pad_sequence(self.prefix.read([row.prefix for row in rows]), batch_first=True)))
 
 
-def _pinned(tensor: Tensor) -> Tensor:
+def with_states(collate: Collate, read: Callable[[Sequence[TextRow]], Any]) -> Collate:
+    """As `collate`, with `states`, which the distiller asks for: read by a thread while steps are made."""
+    reader = ThreadPoolExecutor(1, "states")
+
+    def collated(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = collate(rows)
+        return {**batch, "states": reader.submit(read, text_rows(batch)).result}
+
+    return collated
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """In memory that a GPU copies from while it computes, where there is one."""
     return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 

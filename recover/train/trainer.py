@@ -12,7 +12,7 @@ import torch
 from recover import console, dist
 from recover.errors import StopRequested, TrainingError
 from recover.recipe import Recover
-from recover.train.caching import TrainingStates
+from recover.train.caching import TrainingStates, with_states
 from recover.train.callbacks import AfterEpoch, Epochs, Progress
 from recover.train.checkpoints import begin, note
 from recover.train.course import Course
@@ -21,6 +21,7 @@ from recover.train.distil_trainer import RecoverTrainer
 from recover.train.settings import epoch_ends, split_batch, training_arguments
 from recover.train.skipping import ROLLBACKS
 from recover.train.stopping import Interrupted, stop_between_steps
+from recover.train.teacher_file import TeacherStates
 from recover.train.totals import Totals
 
 if TYPE_CHECKING:
@@ -72,7 +73,10 @@ def recover(
             states = TrainingStates(leaf.cache, trainer.distiller)
             with stop.immediately():
                 states.fill(rows, trainer.data_collator, split.micro)
-            trainer.data_collator = states.reading(trainer.data_collator)
+            trainer.data_collator = with_states(trainer.data_collator, states.read)
+        elif leaf.teacher is not None:
+            teacher = TeacherStates(leaf.teacher, run_folder / "data")
+            trainer.data_collator = with_states(trainer.data_collator, teacher.read)
         epochs = Epochs(
             folder=run_folder,
             ends=epoch_ends(steps, leaf.epochs),
