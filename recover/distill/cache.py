@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 import safetensors
 import safetensors.torch
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor
 
-from recover import provenance
 from recover.artifacts import TEMPORARY, explained, read_json, sha256, write_bytes, write_json
 from recover.errors import ArtifactError
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 ABOUT, SUFFIX = "about.json", ".safetensors"
 SHARD_BYTES = 128 * 2**20
 FORGOTTEN_SECONDS = 3600  # a temporary file as old as this belongs to no process that still writes
-LIBRARIES = ("torch", "transformers")  # versions that may change a rounding
 
 NOT_MATHS = ("_name_or_path", "transformers_version", "architectures")  # of a config
 MEND = "Delete it and run the same command: its rows are computed again"
@@ -60,7 +59,6 @@ def about(twin: Twin) -> dict[str, Any]:
     """
     config = {name: value for name, value in twin.base.config.to_dict().items() if name not in NOT_MATHS}
     device = next(twin.base.parameters()).device
-    versions = provenance.environment()["versions"]
     return {
         "weights": _weights_sha256(twin),
         "config": config,
@@ -68,7 +66,7 @@ def about(twin: Twin) -> dict[str, Any]:
         "dtype": str(twin.base.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "float32_products": torch.get_float32_matmul_precision(),
-        "libraries": {name: versions[name] for name in LIBRARIES},
+        "libraries": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
 
 

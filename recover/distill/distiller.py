@@ -136,7 +136,7 @@ class Distiller:
 
     def _dense_pass(self, model: Any, batch: dict[str, Any], rows_N: Tensor) -> DenseStates:
         caught: list[Tensor] = []
-        with self.twin.dense(), self._last_shared_block(lambda _block, _args, output: caught.append(output)):
+        with self.twin.dense(), self._last_shared_block(caught.append):
             h_ND = _hidden_states(model, batch, rows_N)
         return DenseStates(h_ND, caught[0] if caught else None)
 
@@ -152,19 +152,26 @@ class Distiller:
         # A hook on the last shared block, not on the first one after it: checkpointing runs that one again in backward,
         # when hooks and closed blocks are as they were, but from the input it was given here.
         if prefix_BTD is None:
-            with _detached(shared[0]), self._last_shared_block(lambda _b, _a, h: h.detach().requires_grad_(wanted)):
+            with _detached(shared[0]), self._last_shared_block(lambda h: h.detach().requires_grad_(wanted)):
                 return _hidden_states(model, batch, rows_N)
         prefix_BTD = prefix_BTD.detach().requires_grad_(wanted)
         skipped: set[int | Site] = {*self.twin.closed_sites, *range(1, self.shared_blocks)}
-        with self.twin.closed(skipped), self._last_shared_block(lambda _b, _a, _h: prefix_BTD):
-            shared[0].closed = True  # by hand: as a site it may not be, which is for the KV cache, and here is none
+        with self.twin.closed(skipped), self._last_shared_block(lambda _h: prefix_BTD):
+            # By hand: as a site it may not be, which is for the KV cache, and here is none.
+            shared[0].closed = self.twin.switch.tuples is not None
             return _hidden_states(model, batch, rows_N)
 
     @contextmanager
-    def _last_shared_block(self, hook: Any) -> Iterator[None]:
+    def _last_shared_block(self, use: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+        """Inside, what the last shared block puts out is given to `use`, and replaced by what that returns, if any."""
         if self.shared_blocks == 0:
             yield
             return
+
+        def hook(_block: nn.Module, _inputs: Any, output: Any) -> Any:
+            new = use(output[0] if isinstance(output, tuple) else output)
+            return (new,) if new is not None and isinstance(output, tuple) else new
+
         handle = self.twin.blocks[self.shared_blocks - 1].register_forward_hook(hook)
         try:
             yield
