@@ -16,6 +16,7 @@ from recover import (
     commands_probe,
     commands_report,
     commands_run,
+    commands_teacher,
     console,
 )
 from recover.errors import RecoverError
@@ -83,6 +84,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     "measure": (commands_measure.measure, commands_measure.EXAMPLES),
     "diagnose": (commands_probe.probe_pair, commands_probe.EXAMPLES),
     "forecast": (commands_forecast.forecast, commands_forecast.EXAMPLES),
+    "teacher": (commands_teacher.teacher, commands_teacher.EXAMPLES),
     "gguf": (commands_gguf.gguf, commands_gguf.EXAMPLES),
 }
 for name, (command, lines) in COMMANDS.items():

@@ -10,6 +10,7 @@ from typing import Any
 
 from recover import dist, memory
 from recover.errors import PruneError, RecipeError
+from recover.estimate_cache import ELEMENT_BYTES, cache_bytes, refuse_cache
 from recover.estimate_depth import depth_warnings, refuse_depth, share_gone, share_unstored
 from recover.models.load import Description
 from recover.recipe import Depth, Prune, Recipe, SparseGpt, Sparsity, Width
@@ -21,7 +22,6 @@ SPARSITY_WALL = 0.55
 # Share of the measured matrix rate that a whole training step reaches.
 STEP_EFFICIENCY = 0.35
 PROMPT_TOKENS = 256  # of a measured prompt: tasks are not read here
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def refuse(recipe: Recipe, model: Description) -> None:
@@ -31,6 +31,7 @@ def refuse(recipe: Recipe, model: Description) -> None:
         refuse_depth(prune, model)
     if isinstance(prune, Width):
         _refuse_width(prune, model)
+    refuse_cache(recipe, model)
     if recipe.recover.length > (model.context or recipe.recover.length):
         raise RecipeError(f"recover.length: {recipe.recover.length} tokens, the model's context is {model.context}")
     if recipe.recover.batch_size % dist.world_size():
@@ -159,6 +160,7 @@ def estimate(recipe: Recipe, model: Description, rate: float) -> dict[str, Any]:
         "training_flops": flops,
         "training_seconds": seconds,
         "memory_bytes_per_process": memory.peak_bytes(model, _training(recipe, model)),
+        "cache_bytes": cache_bytes(recipe, model),
         "matrix_rate_flops": rate,
         "processes": dist.world_size(),
     }

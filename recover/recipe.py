@@ -18,9 +18,10 @@ from recover.leaf import Dtype, Leaf
 from recover.places import place_files
 from recover.problems import explain
 from recover.recipe_prune import Calibrated, Calibration, Depth, Magnitude, Prune, SparseGpt, Sparsity, Wanda, Width
-from recover.recipe_train import Data, DenseText, GivenText, Lora, Loss, Recover
+from recover.recipe_train import Cache, Data, DenseText, GivenText, Lora, Loss, Recover, TeacherText
 
 __all__ = [
+    "Cache",
     "Calibrated",
     "Calibration",
     "Data",
@@ -36,6 +37,7 @@ __all__ = [
     "Recover",
     "SparseGpt",
     "Sparsity",
+    "TeacherText",
     "Wanda",
     "Width",
 ]

@@ -34,7 +34,19 @@ class GivenText(Leaf):
     share: float = Field(default=1.0, gt=0)
 
 
-Data = Annotated[DenseText | GivenText, Field(discriminator="kind")]
+class TeacherText(Leaf):
+    """Text with what a teacher that is not at hand said of it: JSONL, which `recover teacher` writes.
+
+    A row: `input_ids`; `completion_mask`, 1 for each token that is learnt (default: all); and for each of those but a
+    first token `top_ids` and `top_logprobs`, the k likeliest tokens and their log-probabilities at temperature 1, k the
+    same throughout. What is left of the probability is one class more. The tokenizer must be the model's own.
+    """
+
+    kind: Literal["teacher"]
+    source: str
+
+
+Data = Annotated[DenseText | GivenText | TeacherText, Field(discriminator="kind")]
 
 
 class Lora(Leaf):
@@ -81,6 +93,20 @@ class Loss(Leaf):
         return self
 
 
+class Cache(Leaf):
+    """Hidden states of the dense model on disk: training then leaves the dense pass out, and the loss is the same.
+
+    `plan` says how large they get. They are filled before training and known by their text, so they pay where text is
+    read again: other seeds, learning rates or prunings, a resumed run.
+    """
+
+    folder: str = Field(description="where they lie; several runs may share it, at the same time too")
+    prefix: bool = Field(
+        default=False,
+        description="also what the shared blocks put out, which then are not run; needs `lora.blocks` after_cut",
+    )
+
+
 class Recover(Leaf):
     """LoRA distillation from the dense model; the checkpoint that generates best is kept."""
 
@@ -106,3 +132,32 @@ class Recover(Leaf):
     save_steps: int | None = Field(
         default=None, ge=1, description="steps between checkpoints to resume from; default: each epoch"
     )
+    cache: Cache | None = Field(
+        default=None, description="the dense model's states on disk; null: computed in each step"
+    )
+
+    @property
+    def teacher(self) -> TeacherText | None:
+        """The file that stands in for the dense view, if one does."""
+        return next((source for source in self.data if isinstance(source, TeacherText)), None)
+
+    @model_validator(mode="after")
+    def _teacher_knows_little(self) -> Recover:
+        if self.teacher is None:
+            return self
+        unknown = [name for name in ("variance", "variance_r", "reverse_kl", "jsd") if getattr(self.loss, name) > 0]
+        if unknown or self.loss.temperature != 1:
+            what = " and ".join(f"loss.{name}" for name in unknown or ["temperature"])
+            raise ValueError(f"{what}: needs the whole distribution, and a teacher's file has its top k: use kl and ce")
+        if len(self.data) > 1 or self.cache is not None or self.loss.scored == "all":
+            raise ValueError(
+                "data: a teacher's file stands alone: it says what is learnt (no loss.scored all), in place of the "
+                "dense view (no recover.cache), and of all text (no other source)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _prefix_is_shared(self) -> Recover:
+        if self.cache is not None and self.cache.prefix and self.lora.blocks != "after_cut":
+            raise ValueError("cache.prefix: both views share no block unless lora.blocks is 'after_cut'")
+        return self

@@ -39,12 +39,14 @@ def plan(bench: Bench) -> None:
 
 
 def _plan_rows(figures: dict[str, Any]) -> list[list[str]]:
+    cached = [["dense states on disk", f"at least {_megabytes(figures['cache_bytes'])}", ""]]
     return [
         ["parameters", f"{figures['parameters_dense']:,}", f"{figures['parameters_pruned']:,}"],
         ["file", _megabytes(figures["file_bytes_dense"]), _megabytes(figures["file_bytes_pruned"])],
         ["teacher-scored tokens", "", f"{figures['teacher_tokens']:,}"],
         ["training time", "", f"at least {figures['training_seconds']:,.0f} s"],
         ["memory per process", "", f"about {_megabytes(figures['memory_bytes_per_process'])}"],
+        *(cached if figures["cache_bytes"] else []),
     ]
 
 

@@ -43,6 +43,7 @@ FLOORS = {
     "recover.distill.loss": 2,
     "recover.distill.loss_terms": 2,
     "recover.distill.loss_kernel": 2,
+    "recover.distill.loss_topk": 2,
     "recover.measure.collapse": 2,
     "recover.measure.score": 2,
     # F3: models, and below them the plan that a twin is built from
@@ -61,12 +62,14 @@ FLOORS = {
     "recover.inputs": 6,
     "recover.estimate": 6,
     "recover.estimate_depth": 6,
+    "recover.estimate_cache": 6,
     "recover.bench": 6,
     "recover.work": 6,
     "recover.stages": 6,
     "recover.trial": 6,
     "recover.diagnose": 6,
     "recover.measuring": 6,
+    "recover.teaching": 6,
     # F7: command line
     "recover.cli": 7,
     "recover.commands_forecast": 6.5,
@@ -75,6 +78,7 @@ FLOORS = {
     "recover.commands_probe": 6.5,
     "recover.commands_report": 6.5,
     "recover.commands_run": 6.5,
+    "recover.commands_teacher": 6.5,
     "recover.__main__": 7,
 }
 

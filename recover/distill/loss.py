@@ -22,6 +22,7 @@ from torch import Tensor
 
 from recover import memory
 from recover.distill.loss_terms import TERMS, Lost, loss_terms
+from recover.distill.loss_topk import TopK, topk_terms
 
 if TYPE_CHECKING:
     from recover.recipe import Loss
@@ -84,7 +85,7 @@ class Head:
 
 def distillation_loss(
     h_pruned_ND: Tensor,
-    h_dense_ND: Tensor,
+    h_dense_ND: Tensor | TopK,
     head_VD: Tensor,
     weights: Loss,
     *,
@@ -99,13 +100,14 @@ def distillation_loss(
     Equals, without holding (N, V): softmax both sides' logits, apply the table of `loss_terms`, add up. `chunk` is how
     many tokens' logits are held at most; the result does not depend on it. Nothing waits for the device. Hidden states
     are those after the final norm, of scored rows only: a row that is not to be scored must be left out, not masked.
-    N may be 0.
+    N may be 0. In place of the dense hidden states there may stand what a teacher gave the likeliest tokens.
     """
     if weights.ce > 0 and labels_N is None:
         raise ValueError("loss.ce has a weight, so the labels of the scored tokens are needed")
     head = Head(head_VD.detach(), None if bias_V is None else bias_V.detach(), scale, softcap)
+    dense = h_dense_ND if isinstance(h_dense_ND, TopK) else h_dense_ND.detach()
     with torch.autocast(h_pruned_ND.device.type, enabled=False):
-        sums = _ChunkedLoss.apply(h_pruned_ND, h_dense_ND.detach(), head, weights, labels_N, chunk)
+        sums = _ChunkedLoss.apply(h_pruned_ND, dense, head, weights, labels_N, chunk)
     tokens = torch.full((), len(h_pruned_ND), device=h_pruned_ND.device, dtype=torch.int64)
     return LossSums(*sums, tokens=tokens)
 
@@ -139,17 +141,21 @@ class _ChunkedLoss(torch.autograd.Function):
 
 def _chunk_sums(
     h_pruned_CD: Tensor,
-    h_dense_CD: Tensor,
+    h_dense_CD: Tensor | TopK,
     head: Head,
     weights: Loss,
     labels_C: Tensor | None,
     gradient_CD: Tensor | None,
 ) -> Tensor:
     """Sums of TERMS over one chunk; writes `gradient_CD`. A function of its own so that no two chunks' logits live."""
-    y_CV, _ = head.logits(h_dense_CD)
+    y_CV = None if isinstance(h_dense_CD, TopK) else head.logits(h_dense_CD)[0]
     z_CV, slope_CV = head.logits(h_pruned_CD)
     dtype = None if gradient_CD is None else head.gradient_dtype(z_CV.dtype)
-    values_5C, g_CV, lost = _terms_for(z_CV)(y_CV, z_CV, labels_C, weights, dtype)
+    lost = None
+    if isinstance(h_dense_CD, TopK):
+        values_5C, g_CV = topk_terms(z_CV, h_dense_CD, labels_C, weights, dtype)
+    else:
+        values_5C, g_CV, lost = _terms_for(z_CV)(y_CV, z_CV, labels_C, weights, dtype)
     if gradient_CD is not None and g_CV is not None:
         gradient_CD.copy_(head.pull_back(g_CV, slope_CV, lost))
     return values_5C.sum(dim=1, dtype=torch.float64)

@@ -21,8 +21,9 @@ from recover.artifacts import append_jsonl, read_jsonl
 from recover.errors import DataError
 from recover.measure.generate import generate
 from recover.measure.prompts import encode_prompt
-from recover.recipe import DenseText, GivenText, Recover, Sampling
+from recover.recipe import DenseText, GivenText, Recover, Sampling, TeacherText
 from recover.train.sources import Row, Sample, read_prompts, read_rows, samples_of
+from recover.train.teacher_file import teacher_samples
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -56,9 +57,10 @@ def build_dataset(
     """
     import datasets
 
-    samples: list[Sample] = []
-    shares = sum(source.share for source in leaf.data)
-    for number, source in enumerate(leaf.data):
+    samples: list[Sample] = [] if leaf.teacher is None else _of_teacher(leaf.teacher, leaf, twin, seed, folder)
+    sources = [source for source in leaf.data if not isinstance(source, TeacherText)]
+    shares = sum(source.share for source in sources)
+    for number, source in enumerate(sources):
         budget = round(leaf.tokens * source.share / shares)
         if isinstance(source, DenseText):
             writer = _Writer(source, leaf, twin, tokenizer, seed + number, folder)
@@ -117,6 +119,18 @@ def _given(
     if not samples:
         raise DataError(f"{source.source}: no row holds a token to learn within recover.length {leaf.length}")
     return _repeated(samples, tokens, budget, source.source, leaf.loss.scored)
+
+
+def _of_teacher(source: TeacherText, leaf: Recover, twin: Twin, seed: int, folder: Path) -> list[Sample]:
+    """Samples of a teacher's file, in random order, until their scored tokens reach `leaf.tokens`."""
+    samples = teacher_samples(source, leaf.length, twin.base.config.vocab_size, folder)
+    random.Random(seed).shuffle(samples)
+    tokens = 0
+    for number, sample in enumerate(samples):
+        if tokens >= leaf.tokens:
+            return samples[:number]
+        tokens += sample.scored(leaf.loss.scored)
+    return _repeated(samples, tokens, leaf.tokens, source.source, leaf.loss.scored)
 
 
 def _repeated(samples: list[Sample], tokens: int, budget: int, name: str, scored: str) -> list[Sample]:

@@ -12,6 +12,7 @@ import torch
 from recover import console, dist
 from recover.errors import StopRequested, TrainingError
 from recover.recipe import Recover
+from recover.train.caching import TrainingStates, with_states
 from recover.train.callbacks import AfterEpoch, Epochs, Progress
 from recover.train.checkpoints import begin, note
 from recover.train.course import Course
@@ -20,6 +21,7 @@ from recover.train.distil_trainer import RecoverTrainer
 from recover.train.settings import epoch_ends, split_batch, training_arguments
 from recover.train.skipping import ROLLBACKS
 from recover.train.stopping import Interrupted, stop_between_steps
+from recover.train.teacher_file import TeacherStates
 from recover.train.totals import Totals
 
 if TYPE_CHECKING:
@@ -71,6 +73,14 @@ def recover(
     with stop_between_steps() as stop:
         trainer = RecoverTrainer(twin, tokenizer, leaf, rows, args=args, steps=steps, course=course, stop=stop)
         course.follow(trainer)
+        if leaf.cache is not None:
+            states = TrainingStates(leaf.cache, trainer.distiller)
+            with stop.immediately():
+                states.fill(rows, trainer.data_collator, split.micro)
+            trainer.data_collator = with_states(trainer.data_collator, states.read)
+        elif leaf.teacher is not None:
+            teacher = TeacherStates(leaf.teacher, run_folder / "data")
+            trainer.data_collator = with_states(trainer.data_collator, teacher.read)
         epochs = Epochs(
             folder=run_folder,
             ends=epoch_ends(steps, leaf.epochs),
@@ -119,7 +129,12 @@ def _judge(best: dict[str, Any], baseline: float | None) -> None:
 def _fingerprint(twin: Twin, leaf: Recover, seed: int) -> str:
     """Of all that decides a training's course: another one must not go on from its checkpoints."""
     plan = {name: value for name, value in twin.plan.to_json().items() if name != "scores"}
-    described = {"leaf": leaf.model_dump(mode="json"), "seed": seed, "plan": plan, "weights": weights_fingerprint(twin)}
+    described = {
+        "leaf": leaf.model_dump(mode="json", exclude={"cache"}),
+        "seed": seed,
+        "plan": plan,
+        "weights": weights_fingerprint(twin),
+    }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
