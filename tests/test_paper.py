@@ -36,7 +36,7 @@ def _shown(twin: Twin) -> dict[str, Pruned]:
     return {
         "blocks": Pruned(Plan("depth", blocks, dropped=(2,), dropped_mlp=(3,)), {}, {}),
         "masks": Pruned(Plan.none(blocks), masks, {}),
-        "4 bits": Pruned(Plan.none(blocks), {}, quantized(twin)),
+        "4 bits": Pruned(Plan.none(blocks), {}, quantized(twin, 4)),
     }
 
 
@@ -80,13 +80,13 @@ def test_masks_and_4_bits_are_those_of_a_model_whose_weights_were_changed_by_han
 
 @pytest.mark.parametrize("inputs", [64, 96, 112])
 def test_4_bits_are_the_nearest_of_sixteen_values_of_each_group(inputs: int):
-    from plans import round_to_4_bits
+    from plans import rounded
 
     weight_OI = torch.randn(5, inputs, generator=torch.Generator().manual_seed(0))
-    found_OI = round_to_4_bits(weight_OI)
+    found_OI = rounded(weight_OI, 4)
     group = math.gcd(inputs, 64)
-    for row, rounded in zip(weight_OI.split(group, 1), found_OI.split(group, 1), strict=True):
-        for w_I, r_I in zip(row, rounded, strict=True):
+    for row, near in zip(weight_OI.split(group, 1), found_OI.split(group, 1), strict=True):
+        for w_I, r_I in zip(row, near, strict=True):
             grid_16 = torch.arange(-8, 8) * (w_I.abs().max() / 7)
             nearest_I = grid_16[(w_I[:, None] - grid_16[None]).abs().argmin(-1)]
             torch.testing.assert_close(r_I, nearest_I)
@@ -122,7 +122,7 @@ def test_every_figure_is_a_file_of_its_own_and_shows_each_row(tmp_path: Path):
     from figures import write_figures
     from table import markdown
 
-    rows = [_row("dense", "dense", 0), *(_row(f"mlp-{n}", "mlp", n) for n in (2, 4)), _row("int4", "int4", None)]
+    rows = [_row("dense", "dense", 0), *(_row(f"mlp-{n}", "mlp", n) for n in (2, 4)), _row("int4", "rounded", None)]
     files = write_figures(rows, tmp_path)
     assert [file.stem for file in files] == ["scores", "spaces", "blocks", "steps_kl", "steps_probability", "options"]
     for file in files:
@@ -137,7 +137,7 @@ def test_every_figure_is_a_file_of_its_own_and_shows_each_row(tmp_path: Path):
         "dense",
         "2 MLPs",
         "4 MLPs",
-        "int4, rounded to nearest",
+        "4 bits, to nearest",
     ]
 
 

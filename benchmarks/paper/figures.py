@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from drawing import Panel, apart, canvas_for, end_labels, frame, grid, key, standalone
-from table import NAMES, ordered, scored, title
+from table import NAMES, ordered, title, uses
 
 from recover.artifacts import write_text
 from recover.report.svg import Canvas, Linear, Log
@@ -18,14 +17,19 @@ Row = dict[str, Any]
 COUNTED = {"attention": "Attention dropped", "mlp": "MLP dropped", "block": "Whole blocks dropped"}
 USES = {"generate": ("generation", "orange"), "choice": ("choice", "teal"), "retrieval": ("retrieval", "blue")}
 SPACES = {"embedding": ("h", "teal"), "logit": ("z", "blue"), "probability": ("p", "orange")}
-FAMILY_COLOURS = {"attention": "blue", "mlp": "orange", "block": "teal", "wanda": "purple", "int4": "grey"}
-SHORT = {"wanda-50": "50%", "wanda-4of8": "4:8", "wanda-2of4": "2:4", "int4": "int4"}
+FAMILY_COLOURS = {"attention": "blue", "mlp": "orange", "block": "teal", "wanda": "purple", "rounded": "grey"}
+SHORT = {"wanda-50": "50%", "wanda-4of8": "4:8", "wanda-2of4": "2:4", "int4": "4 bits", "int6": "6 bits"}
+WAYS = {  # what the dense view and the other one have read
+    "forced": ("teal", "both on the dense text"),
+    "own": ("blue", "both on the other's"),
+    "total": ("orange", "each on its own"),
+}
 OPTION_KEY = {
     "attention": "attentions dropped",
     "mlp": "MLPs dropped",
     "block": "blocks dropped",
     "wanda": "Wanda",
-    "int4": "rounded to 4 bits",
+    "rounded": "rounded to nearest",
 }
 SMALLEST = 1e-6  # what is below is drawn as zero
 
@@ -53,19 +57,6 @@ def write_figures(rows: list[Row], out: Path) -> list[Path]:
 def _series(rows: list[Row], family: str) -> list[Row]:
     """The dense row and those of one family, by count."""
     return [row for row in rows if row["family"] in ("dense", family)]
-
-
-def uses(row: Row) -> dict[str, tuple[float, float, float]]:
-    """(score, low, high) of each use: the mean of its tasks, half widths of their 95% intervals added in squares."""
-    found = {}
-    for kind in USES:
-        values = [value for name, value in scored(row["tasks"]).items() if row["tasks"][name]["kind"] == kind]
-        if values:
-            mean = sum(value for value, _ in values) / len(values)
-            low = math.hypot(*(value - interval[0] for value, interval in values)) / len(values)
-            high = math.hypot(*(interval[1] - value for value, interval in values)) / len(values)
-            found[kind] = (mean, max(mean - low, 0.0), min(mean + high, 1.0))
-    return found
 
 
 def scores(rows: list[Row]) -> Canvas | None:
@@ -204,19 +195,18 @@ def steps(rows: list[Row], metric: str, words: str, predictor: str) -> Canvas | 
         return None
     panels = grid(len(probed), 3, 190, left=52, right=16, above=30)
     canvas = canvas_for(panels, f"{words} and {predictor} against the decoding step")
-    ways = {"forced": ("teal", "both read the dense text"), "total": ("orange", "each has read its own text")}
-    entries = [(f"stroke-{colour} line", f"{words}: {what}") for colour, what in ways.values()]
-    key(canvas, 20, [*entries, ("axis thin dashed", f"{predictor}, likewise")])
+    entries = [(f"stroke-{colour} line", f"{words}, {what}") for colour, what in WAYS.values()]
+    key(canvas, 20, [*entries, ("axis thin dashed", predictor)])
     names, unit = (metric, f"{metric}_predicted"), ", nats" if metric == "kl" else ""
     values = [
-        value for row in probed for way in ways for name in names for value in row["drift"]["steps"][way][name]["mean"]
+        value for row in probed for way in WAYS for name in names for value in row["drift"]["steps"][way][name]["mean"]
     ]
     for panel, row in zip(panels, probed, strict=True):
         found = row["drift"]["steps"]
-        x = Linear(0, max(len(found[way]["n"]) for way in ways) - 1, panel.left, panel.right)
+        x = Linear(0, max(len(found[way]["n"]) for way in WAYS) - 1, panel.left, panel.right)
         y = Log.around(values, panel.bottom, panel.top, SMALLEST)
         frame(canvas, panel, x, y, (_dropped(row), "decoding step", f"mean over texts{unit}"), "number")
-        for way, (colour, _) in ways.items():
+        for way, (colour, _) in WAYS.items():
             for name, style in ((names[1], "thin dashed"), (names[0], "line")):
                 line = found[way][name]["mean"]
                 canvas.path([(x(at), y(value)) for at, value in enumerate(line)], f"stroke-{colour} {style}")

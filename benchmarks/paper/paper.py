@@ -5,7 +5,7 @@
     python benchmarks/paper/paper.py --out checkpoints/paper --figures-only
 
 He et al., "Demystifying When Pruning Works via Representation Hierarchies", arXiv 2603.24652. One process loads the
-model once and shows it dense, with n attentions, MLPs or blocks dropped, with Wanda's masks, and in 4 bits. Each row
+model once and shows it dense, with n attentions, MLPs or blocks dropped, with Wanda's masks, in 4 and 6 bits. Each row
 measures generation, choice, retrieval and perplexity, the drift of hidden state, logits and probabilities along the
 dense model's texts, and drift among the options of a choice; some rows also go block by block and along their own
 texts. `rows.jsonl` grows by a row at a time: a call that finds some does the others. Nothing is trained.
@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from claims import claims
 from drift import Texts, asked_of, choices, follow
 from figures import write_figures
 from plans import PROBED, Plans, Row, rows_of, showing
@@ -50,7 +51,7 @@ def main() -> None:
     rows = read_jsonl(rows_file)
     if not rows:
         sys.exit(f"{rows_file}: no rows, nothing to draw")
-    table = markdown(rows)
+    table = f"{markdown(rows)}\n{claims(rows)}"
     write_text(options.out / "paper.md", table)
     for path in write_figures(rows, options.out):
         console.say(f"wrote {path}")
@@ -60,7 +61,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, nargs="?", default=RECIPE, help="its model, calibration, tasks and seed")
-    parser.add_argument("--out", type=Path, required=True, help="folder of rows.jsonl, paper.md and the figures")
+    parser.add_argument("--out", type=Path, required=True, help="folder of rows.jsonl, paper.md (tables) and figures")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="such as attention-8, mlp-4, block-3, wanda-2of4")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row that would not end by then")
     parser.add_argument("--tasks", nargs="+", help="task files (default: the recipe's; with SmolLM2's, retrieval too)")

@@ -30,7 +30,8 @@ WANDA: dict[str, dict[str, Any]] = {
     "wanda-2of4": {"pattern": "2:4"},
 }
 GROUPS = (64, 32, 16)  # inputs that share a step, the first that divides them; AWQ's 128 do not divide SmolLM2's 576
-PROBED = ("attention-8", "mlp-4", "block-3", "wanda-50", "wanda-4of8", "int4")
+ROUNDED = {"int4": 4, "int6": 6}  # bits
+PROBED = ("attention-8", "mlp-4", "block-3", "wanda-4of8", "int4", "int6")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def rows_of(blocks: int) -> list[Row]:
         for count in counts
         if count < len(units_of(unit, blocks))
     ]
-    others = [Row(name, "wanda") for name in WANDA] + [Row("int4", "int4")]
+    others = [Row(name, "wanda") for name in WANDA] + [Row(name, "rounded") for name in ROUNDED]
     every = [*counted, *others]
     first = [row for name in PROBED for row in every if row.name == name]
     even = [row for row in every if row not in first and (row.count or 0) % 2 == 0]
@@ -74,8 +75,8 @@ class Plans:
         if row.family == "wanda":
             leaf = Wanda(kind="wanda", calibration=self.calibration, **WANDA[row.name])
             return prune_wanda(self.twin, leaf, self.batches)
-        if row.family == "int4":
-            return Pruned(self._nothing, {}, quantized(self.twin))
+        if row.family == "rounded":
+            return Pruned(self._nothing, {}, quantized(self.twin, ROUNDED[row.name]))
         if not row.count:
             return Pruned(self._nothing, {}, {})
         chosen = tuple(sorted(self._order(row.family)[: row.count]))
@@ -104,23 +105,22 @@ class Plans:
         return self._orders[unit]
 
 
-def quantized(twin: Twin) -> dict[str, Tensor]:
-    """Weights of all linear layers of the blocks, rounded to 4 bits and back; embeddings and norms stay.
+def quantized(twin: Twin, bits: int) -> dict[str, Tensor]:
+    """Weights of all linear layers of the blocks, rounded to so many bits and back; embeddings and norms stay.
 
-    Round to nearest on a symmetric grid, -8 to 7 steps of max|w| / 7, one step for a group of inputs: the plainest
-    4-bit quantization there is, without AWQ's scaling by activations, so a worse one.
+    The plainest quantization there is, without AWQ's scaling by activations, and so a worse one at equal bits.
     """
-    return {
-        f"{name}.weight": round_to_4_bits(linear.weight.detach()) for name, linear in linears_of(twin.model).items()
-    }
+    linears = linears_of(twin.model)
+    return {f"{name}.weight": rounded(linear.weight.detach(), bits) for name, linear in linears.items()}
 
 
-def round_to_4_bits(weight_OI: Tensor) -> Tensor:
-    """The nearest weights of the grid, in the dtype that was given."""
+def rounded(weight_OI: Tensor, bits: int) -> Tensor:
+    """The nearest weights of a symmetric grid: for 4 bits -8 to 7 steps of max|w| / 7 of a group of inputs."""
     group = next(group for group in GROUPS if weight_OI.shape[1] % group == 0)
+    top = 2 ** (bits - 1) - 1
     grouped_OGI = weight_OI.float().unflatten(1, (-1, group))
-    step_OG1 = (grouped_OGI.abs().amax(-1, keepdim=True) / 7).clamp_min(torch.finfo(torch.float32).tiny)
-    return (grouped_OGI / step_OG1).round().clamp(-8, 7).mul(step_OG1).flatten(1).to(weight_OI.dtype)
+    step_OG1 = (grouped_OGI.abs().amax(-1, keepdim=True) / top).clamp_min(torch.finfo(torch.float32).tiny)
+    return (grouped_OGI / step_OG1).round().clamp(-top - 1, top).mul(step_OG1).flatten(1).to(weight_OI.dtype)
 
 
 @contextmanager

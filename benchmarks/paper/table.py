@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-FAMILIES = ("dense", "attention", "mlp", "block", "wanda", "int4")
+FAMILIES = ("dense", "attention", "mlp", "block", "wanda", "rounded")
 NAMES: dict[str, str] = {
     "attention": "attentions",
     "mlp": "MLPs",
@@ -12,6 +13,8 @@ NAMES: dict[str, str] = {
     "int4": "int4, rounded to nearest",
 }
 WANDA: dict[str, str] = {"wanda-50": "Wanda 50%", "wanda-4of8": "Wanda 4:8", "wanda-2of4": "Wanda 2:4"}
+ROUNDED: dict[str, str] = {"int4": "4 bits, to nearest", "int6": "6 bits, to nearest"}
+KINDS = {"generate": "exact_match", "choice": "accuracy", "retrieval": "score"}  # of a task -> its score
 COLUMNS = (
     "KL",
     "Var_p/2",
@@ -37,17 +40,29 @@ def title(row: dict[str, Any]) -> str:
     if row["count"]:
         name = NAMES[row["family"]].removesuffix("s") if row["count"] == 1 else NAMES[row["family"]]
         return f"{row['count']} {name}"
-    return str((WANDA | NAMES).get(row["row"], row["row"]))
+    return str((WANDA | ROUNDED).get(row["row"], row["row"]))
 
 
 def scored(tasks: dict[str, Any]) -> dict[str, tuple[float, list[float]]]:
     """(score, its 95% interval) of each task that has a share of right items."""
-    keys = {"generate": "exact_match", "choice": "accuracy", "retrieval": "score"}
     return {
-        name: (record[keys[record["kind"]]], record["interval95"])
+        name: (record[KINDS[record["kind"]]], record["interval95"])
         for name, record in tasks.items()
-        if record["kind"] in keys
+        if record["kind"] in KINDS
     }
+
+
+def uses(row: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
+    """(score, low, high) of each use: the mean of its tasks, half widths of their 95% intervals added in squares."""
+    found = {}
+    for kind in KINDS:
+        values = [value for name, value in scored(row["tasks"]).items() if row["tasks"][name]["kind"] == kind]
+        if values:
+            mean = sum(value for value, _ in values) / len(values)
+            low = math.hypot(*(value - interval[0] for value, interval in values)) / len(values)
+            high = math.hypot(*(interval[1] - value for value, interval in values)) / len(values)
+            found[kind] = (mean, max(mean - low, 0.0), min(mean + high, 1.0))
+    return found
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
