@@ -175,18 +175,37 @@ def test_half_of_all_texts_not_of_those_that_parted(each: list[int | None], half
     assert half_parted({"prompts": len(each), "each": each, "first": first}) == half
 
 
-def test_a_forecast_is_shown_beside_what_came_of_it(tmp_path: Path) -> None:
+def with_forecast(tmp_path: Path, **changed: object) -> dict:
     run = build_run(tmp_path)
-    classes = {"generation": {"expected": 0.9, "interval": [0.7, 1.0], "reason": "12 runs like it"}}
+    classes = {"generation": {"expected": 0.9, "interval": [0.7, 1.3], "reason": "12 runs like it"}}
     found = {"classes": classes, "runs": 12, "trial_tokens": 20_000, "advice": "go", "reason": "It is worth it."}
-    (run / "forecast.json").write_text(json.dumps(found))
+    (run / "forecast.json").write_text(json.dumps({**found, **changed}))
     data = collect(run)
+    for path in render(run, data)[1:]:
+        assert "It is worth it." in path.read_text(encoding="utf-8")
+    return data
+
+
+def test_a_forecast_is_shown_beside_what_came_of_it(tmp_path: Path) -> None:
+    data = with_forecast(tmp_path, not_forecast={"choice": "not measured", "retrieval": "not measured"})
     shown = forecast(data)
-    assert shown is not None and shown["word"] == "Go"
-    assert shown["rows"] == [("Generation", "90%", "70% to 100%", "97%", "12 runs like it")]
-    assert shown["basis"] == "It rests on 12 earlier runs and a trial of 20k tokens."
-    assert "It is worth it." in render(run, data)[2].read_text(encoding="utf-8")
-    assert forecast(data | {"forecast": None}) is None and forecast(data | {"forecast": {"classes": {}}}) is not None
+    assert shown is not None and shown["word"] == "go"
+    assert shown["figure"].rows == [("generation", "90%", "70% to 130%", "97%", "12 runs like it")]
+    assert "It rests on 12 earlier runs and a trial of 20k tokens." in shown["lines"]
+    assert "No forecast of choice and retrieval: not measured." in shown["lines"]
+    assert "<circle" in shown["figure"].wide and forecast(data | {"forecast": None}) is None
+
+
+def test_a_forecast_of_another_recipe_has_no_outcome(tmp_path: Path) -> None:
+    recipe = {"prune": {"kind": "depth", "count": 9}}
+    shown = forecast(with_forecast(tmp_path, recipe=recipe))
+    assert shown is not None and "another recipe (prune)" in shown["lines"][-1]
+    assert shown["figure"].rows[0][3] == "not measured" and "<circle" not in shown["figure"].wide
+
+
+def test_a_forecast_without_classes_still_says_its_advice(tmp_path: Path) -> None:
+    shown = forecast(with_forecast(tmp_path, classes={}, advice="cannot tell"))
+    assert shown is not None and shown["word"] == "cannot tell" and shown["figure"] is None
 
 
 # A diagnosis.

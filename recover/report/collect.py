@@ -60,7 +60,6 @@ def collect(root: Path) -> dict[str, Any]:
         "drift": {model: _drift(root / folder) for model, folder in DRIFT_FOLDER.items()},
         "epochs": epochs,
         "training": _json(root / "recover" / "training.json"),
-        "forecast": _json(root / "forecast.json"),
         "tokens": _tokens_used(epochs),
         "speed": _json(root / "speed.json"),
         "verify": _json(root / "verify.json"),

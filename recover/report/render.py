@@ -121,7 +121,7 @@ def _view(data: dict[str, Any]) -> dict[str, Any]:
         "sections": SECTIONS,
         "facts": _facts(data),
         "recovery": _recovery(data),
-        "forecast": forecast(data),
+        "forecast": _forecast(data),
         "points": points(data),
         "tables": tables(data),
         "training_notes": training.notes(data),
@@ -133,6 +133,11 @@ def _view(data: dict[str, Any]) -> dict[str, Any]:
         "recipe": strict_yaml.dump(data["recipe"]),
         "provenance": json.dumps(data["provenance"], indent=2, ensure_ascii=False),
     }
+
+
+def _forecast(data: dict[str, Any]) -> dict[str, Any] | None:
+    found = forecast(data)
+    return found and {**found, "figure": found["figure"] and drawn(found["figure"])}
 
 
 def drawn(figure: Figure) -> dict[str, Any]:
