@@ -132,6 +132,7 @@ class Bench:
         Raises:
             DataError: a task or a prompt cannot be used, by file and line.
         """
+        from recover.models.load import describe
         from recover.train.data import fitting_prompts
         from recover.train.teacher_file import check_teacher
 
@@ -140,4 +141,4 @@ class Bench:
             if isinstance(source, DenseText):
                 fitting_prompts(source, self.recipe.recover.length, self.tokenizer)
             if isinstance(source, TeacherText):
-                check_teacher(source, len(self.tokenizer))
+                check_teacher(source, describe(self.recipe.model).vocabulary)

@@ -11,7 +11,7 @@ from recover import console
 
 EXAMPLES = (
     "recover teacher ORG/LARGE text.jsonl teacher.jsonl --top 64 --dtype bfloat16",
-    "recover run recipes/my.yaml 'recover.data=[{kind: teacher, source: teacher.jsonl}]'",
+    "recover teacher embedded:fable-2m embedded:tasks/calibration.jsonl teacher.jsonl --top 16 --length 128",
 )
 Source = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a folder, a GGUF file, or embedded:NAME.")]
 Text = Annotated[
@@ -32,7 +32,8 @@ def teacher(
 ) -> None:
     """Write the likeliest tokens a model gives each position of a text: for distilling where it is not at hand.
 
-    The pruned model must have the same tokenizer. About 20 bytes a kept token.
+    A recipe takes it as recover.data=[{kind: teacher, source: OUT.jsonl}]; the pruned model must have the same
+    tokenizer. About 16 bytes for each token that is kept.
     """
     from recover import teaching
 

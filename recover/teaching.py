@@ -51,10 +51,11 @@ def write_teacher(
     samples = [sample for row in rows for sample in samples_of(row, _given(text, row), tokenizer, length)]
     loaded = load_any(leaf)
     check_fit(loaded, tokenizer)
-    if top > loaded.config.vocab_size:
-        raise RecipeError(f"--top: {top} tokens, the model has {loaded.config.vocab_size}")
+    tokens = len(tokenizer)  # a head may have more rows, for padding, and another model of the family fewer
+    if top > tokens:
+        raise RecipeError(f"--top: {top} tokens, the tokenizer has {tokens}")
     starts = console.track(range(0, len(samples), batch_size), "teacher reads", unit="batch")
-    done = (row for start in starts for row in teacher_rows(loaded, samples[start : start + batch_size], top))
+    done = (row for start in starts for row in teacher_rows(loaded, samples[start : start + batch_size], top, tokens))
     return _write(path, done)
 
 
@@ -66,8 +67,10 @@ def _given(text: str, row: Row) -> GivenText:
 
 
 @torch.no_grad()
-def teacher_rows(model: PreTrainedModel, samples: list[Sample], top: int) -> list[TeacherRow]:
-    """Each sample with the model's top k, which run over them in one batch."""
+def teacher_rows(
+    model: PreTrainedModel, samples: list[Sample], top: int, tokens: int | None = None
+) -> list[TeacherRow]:
+    """Each sample with the model's top k of the first `tokens`, in one batch."""
     rows = [{"input_ids": sample.ids, "completion_mask": sample.mask} for sample in samples]
     device = next(model.parameters()).device
     batch = {name: value.to(device) for name, value in collator(0, "completion")(rows).items()}
@@ -75,7 +78,7 @@ def teacher_rows(model: PreTrainedModel, samples: list[Sample], top: int) -> lis
     base: Any = model.base_model
     h_ND = base(**batch, use_cache=False).last_hidden_state.flatten(0, 1).index_select(0, rows_N)
     head = Head(*head_of(model))
-    chunks = [topk_of(head.logits(h_CD)[0], top) for h_CD in h_ND.split(CHUNK)]
+    chunks = [topk_of(head.logits(h_CD)[0], top, tokens) for h_CD in h_ND.split(CHUNK)]
     ids_NK, logp_NK = (torch.cat([getattr(chunk, name) for chunk in chunks]).cpu() for name in ("ids_NK", "logp_NK"))
     counts = [sample.scored("completion") for sample in samples]
     parts = zip(samples, ids_NK.split(counts), logp_NK.split(counts), strict=True)

@@ -1,6 +1,7 @@
 """Laws of a teacher's file: training from it is training from the teacher, and wrong rows are named."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ from byte_tokenizer import byte_tokenizer
 from safetensors.torch import load_file
 from tiny import tiny
 
+from recover import stages
 from recover.errors import DataError, RecipeError
 from recover.models.twin import Twin
 from recover.prune.plan import Plan
-from recover.recipe import GivenText, Recover, TeacherText
+from recover.recipe import GivenText, Recover, TeacherText, load_recipe
 from recover.teaching import teacher_rows, write_teacher
 from recover.train.sources import read_rows, samples_of
 from recover.train.teacher_file import (
@@ -95,6 +97,26 @@ def test_the_file_says_what_the_model_gives(folder):
     torch.testing.assert_close(row.top.logp_NK, expected.values, rtol=1e-5, atol=1e-5)
 
 
+def test_rows_of_the_head_that_are_no_tokens_count_as_tail(folder):
+    sample = given_samples(folder)[3]
+    (every,), (some,) = teacher_rows(tiny(), [sample], 256), teacher_rows(tiny(), [sample], 200, 200)
+    assert some.top.ids_NK.max() < 200 and some.top.logp_NK.exp().sum(1).max() < 0.999
+    order = every.top.ids_NK.argsort(1)[:, :200]
+    expected = every.top.logp_NK.gather(1, order)
+    torch.testing.assert_close(some.top.logp_NK.gather(1, some.top.ids_NK.argsort(1)), expected, rtol=0, atol=0)
+
+
+def test_plan_reads_the_whole_file(tmp_path):
+    path = tmp_path / "teacher.jsonl"
+    overrides = [f"recover.data=[{{kind: teacher, source: {path}}}]", "recover.loss={kl: 1.0}"]
+    path.write_text(json.dumps(GOOD) + "\n")
+    stages.run(load_recipe(QUICKSTART, overrides), tmp_path, until="plan")
+    path.write_text(json.dumps({**GOOD, "input_ids": [5, 10**6, 7]}) + "\n")
+    with pytest.raises(DataError, match=r"teacher\.jsonl:1: input_ids: from 5 to 1000000, the model has 0 to"):
+        stages.run(load_recipe(QUICKSTART, overrides), tmp_path, until="plan")
+
+
+QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 GOOD = {"input_ids": [5, 9, 7], "completion_mask": [0, 1, 1], "top_ids": [[9, 4], [7, 2]], "top_logprobs": [[-0.1, -2.5], [-1.0, -1.5]]}  # fmt: skip  # noqa: E501
 
 
@@ -162,6 +184,6 @@ def test_any_checkpoint_writes_one(tmp_path):
     assert (rows, tokens) == (2, sum(len(row.top) for row in found)) and {row.top.ids_NK.shape[1] for row in found} == {
         8
     }
-    with pytest.raises(RecipeError, match="--top: 1000000 tokens, the model has"):
+    with pytest.raises(RecipeError, match="--top: 1000000 tokens, the tokenizer has"):
         write_teacher("embedded:fable-2m", None, str(text), out, top=10**6, length=64, batch_size=2)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["teacher.jsonl", "text.jsonl"]

@@ -46,9 +46,9 @@ class TopK:
         return TopK(self.ids_NK.to(device, non_blocking=True), self.logp_NK.to(device, non_blocking=True))
 
 
-def topk_of(logits_NV: Tensor, k: int) -> TopK:
-    """The k likeliest tokens of each row, the likeliest first."""
-    logp_NK, ids_NK = logits_NV.log_softmax(-1).topk(k)
+def topk_of(logits_NV: Tensor, k: int, tokens: int | None = None) -> TopK:
+    """The k likeliest of the first `tokens` tokens (default: all) of each row, the likeliest first."""
+    logp_NK, ids_NK = logits_NV.log_softmax(-1)[:, :tokens].topk(k)
     return TopK(ids_NK, logp_NK)
 
 
