@@ -31,7 +31,9 @@ def main() -> None:
     options = parser.parse_args()
     if not options.show:
         found = {run.name: run for run in (known_runs() if options.add else [])}
-        found |= {run.name: run for run in map(named, options.runs) if run is not None}
+        for run in map(named, options.runs):
+            if run is not None and not repeats(run, list(found.values())):
+                found[run.name] = run
         write_runs(list(found.values()), PATH)
         print(f"{PATH}: {len(found)} runs")
     show(known_runs())
@@ -46,6 +48,18 @@ def named(given: str) -> Run | None:
         print(f"left out: {error}")
         return None
     return dataclasses.replace(run, name=name or Path(folder).name)
+
+
+def repeats(run: Run, runs: list[Run]) -> bool:
+    """Whether another run trained the same pruned model alike, which is said: it would tell how this one ends."""
+    for other in runs:
+        if other.name != run.name and (other.model, other.settings) == (run.model, run.settings):
+            figures = [(state.kl, state.shares["perplexity"]) for state in (other.before, run.before)]
+            same = max(abs(one / two - 1) for one, two in zip(*figures, strict=True))
+            if same < 1e-3:
+                print(f"left out: {run.name} is {other.name} over again")
+                return True
+    return False
 
 
 def show(runs: list[Run]) -> None:
