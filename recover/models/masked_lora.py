@@ -14,7 +14,9 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from recover.errors import ModelError
+from recover.models.lora_linear import lora_linear
 from recover.models.masked_linear import Factors, MaskedLinear, Switch, effective_weight, masked_lora_linear
+from recover.models.own_linear import OwnLinear
 
 
 class SwitchedLora(lora.Linear):
@@ -26,10 +28,40 @@ class SwitchedLora(lora.Linear):
     switch: Switch
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer in the dense view, peft's own forward in the pruned one."""
+        """The base layer in the dense view, with the update in the pruned one: in one step where `foldable` says so."""
         if self.switch.dense:
             return self.base_layer(x)
-        return super().forward(x, *args, **kwargs)
+        factors = None if args or kwargs else self.foldable(x)
+        if factors is None:
+            return super().forward(x, *args, **kwargs)
+        base: Any = self.base_layer
+        own = isinstance(base, OwnLinear)
+        weight_OI, bias_O = (base.own_weight, base.own_bias) if own else (base.weight, base.bias)
+        return lora_linear(x, weight_OI, bias_O, *factors)
+
+    def foldable(self, x: Tensor) -> Factors | None:
+        """The factors if all that peft's forward would do is a frozen linear layer and one update in x's dtype.
+
+        Else none: dropout, several adapters, weights that are trained or that ZeRO-3 gathers where their own layer
+        runs, hooks that wait for that layer, and dtypes that meet only by peft's casts.
+        """
+        base: Any = self.base_layer
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if len(names) != 1 or self.disable_adapters or self.merged or type(base) not in (nn.Linear, OwnLinear):
+            return None
+        lora_a, lora_b, dropout = (part[names[0]] for part in (self.lora_A, self.lora_B, self.lora_dropout))
+        if not isinstance(dropout, nn.Identity) or lora_b.bias is not None:
+            return None
+        if any(_watched(layer) for layer in (base, lora_a, lora_b)):
+            return None
+        frozen = not any(each.requires_grad for each in base.parameters())
+        factors = self._factors(names[0])
+        return factors if frozen and _one_dtype(x, base.weight.dtype, factors) else None
+
+    def _factors(self, adapter: str) -> Factors:
+        lora_a: Any = self.lora_A[adapter]
+        lora_b: Any = self.lora_B[adapter]
+        return Factors(lora_a.weight, lora_b.weight, self.scaling[adapter])
 
     def _cast_input_dtype(self, x: Any, dtype: torch.dtype) -> Any:
         """Under autocast the input as it is: the product casts it back, and each adapter would keep a copy of its own.
@@ -59,11 +91,6 @@ class MaskedLora(SwitchedLora):
             return None
         return self._factors(names[0])
 
-    def _factors(self, adapter: str) -> Factors:
-        lora_a: Any = self.lora_A[adapter]
-        lora_b: Any = self.lora_B[adapter]
-        return Factors(lora_a.weight, lora_b.weight, self.scaling[adapter])
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the class says; with LoRA dropout the update sees the dropped-out input, the weight the whole one."""
         if self.switch.dense:
@@ -79,6 +106,21 @@ class MaskedLora(SwitchedLora):
         weight_OI = self.base_layer.weight.data
         effective_OI = effective_weight(self.base_layer.seen, self.base_layer.keep_packed, self._factors(adapter))
         return (effective_OI - weight_OI).to(weight_OI.dtype)
+
+
+def _watched(layer: Any) -> bool:
+    """Whether a layer does more when called than its class says, or holds its weight only then."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return any(hooks) or "forward" in layer.__dict__ or hasattr(layer.weight, "ds_id")
+
+
+def _one_dtype(x: Tensor, weight: torch.dtype, factors: Factors) -> bool:
+    """Whether x and W are in the dtype that the products would be in, adapters being cast by autocast or in it too."""
+    if x.dtype != weight:
+        return False
+    if torch.is_autocast_enabled(x.device.type):
+        return x.dtype == torch.get_autocast_dtype(x.device.type)
+    return all(factor.dtype == x.dtype for factor in (factors.a_RI, factors.b_OR))
 
 
 def adopt_layer(layer: Any, switch: Switch) -> None:

@@ -1,0 +1,67 @@
+"""A frozen linear layer with LoRA as one step of autograd: y = x W^T + bias + s (x A^T) B^T.
+
+Made of separate layers, the update is read and written again by a product of its own, a scaling and a sum, and in
+backward by two more. Here both products add onto what W's gave (GEMM with beta = 1): a half and more of LoRA's traffic.
+
+Shapes: O out features, I in features, R rank, M input rows (all leading dimensions of x as one).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _LoraLinear(torch.autograd.Function):
+    """Saves x, x A^T and the factors as they were multiplied; W gets no gradient."""
+
+    @staticmethod
+    def forward(ctx, x, weight_OI, bias_O, a_RI, b_OR, scaling):  # type: ignore[override]
+        # By hand what autocast does, which would not touch a product in place.
+        with torch.autocast(x.device.type, enabled=False):
+            low_a_RI, low_b_OR = a_RI.to(x.dtype), b_OR.to(x.dtype)
+            y = F.linear(x, weight_OI, None if bias_O is None else bias_O.to(x.dtype))
+            h_MR = x.reshape(-1, x.shape[-1]) @ low_a_RI.T
+            y.view(-1, y.shape[-1]).addmm_(h_MR, low_b_OR.T, alpha=scaling)
+        ctx.save_for_backward(x, h_MR, weight_OI, low_a_RI, low_b_OR)
+        ctx.scaling, ctx.dtypes = scaling, (a_RI.dtype, b_OR.dtype)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):  # type: ignore[override]
+        x, h_MR, weight_OI, a_RI, b_OR = ctx.saved_tensors
+        dx = da_RI = db_OR = None
+        with torch.autocast(x.device.type, enabled=False):
+            dy_MO, x_MI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+            dh_MR = dy_MO @ b_OR
+            if ctx.needs_input_grad[0]:
+                dx = (dy_MO @ weight_OI).addmm_(dh_MR, a_RI, alpha=ctx.scaling).view(x.shape)
+            if ctx.needs_input_grad[3]:
+                da_RI = _wide_product(dh_MR.T, x_MI).mul_(ctx.scaling).to(ctx.dtypes[0])
+            if ctx.needs_input_grad[4]:
+                db_OR = _wide_product(dy_MO.T, h_MR).mul_(ctx.scaling).to(ctx.dtypes[1])
+        return dx, None, None, da_RI, db_OR, None
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in fp32 out of the accumulator (fp64 stays fp64): a gradient that float32 adapters keep unrounded."""
+    if a.dtype in (torch.float32, torch.float64):
+        return torch.mm(a, b)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())
+
+
+def lora_linear(
+    x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scaling: float
+) -> Tensor:
+    """Equal to `F.linear(x, weight, bias) + scaling * (x a^T) b^T`, as are the gradients of x, a and b.
+
+    With b = 0 equal to `F.linear(x, weight, bias)` bit for bit. Computed in x's dtype, which `weight` must have, inside
+    autocast too; the others are cast to it, and the gradients of a and b come in theirs. `weight` and `bias` get none.
+    Beside its inputs only x a^T is kept for backward, and the casts of a and b.
+    """
+    assert weight_OI.dtype == x.dtype, f"a weight of {weight_OI.dtype} on an input of {x.dtype}"
+    return _LoraLinear.apply(x, weight_OI, bias_O, a_RI, b_OR, scaling)  # type: ignore[return-value]
