@@ -67,13 +67,20 @@ def rows_of(bench: Bench) -> list[Row]:
             lambda: ours(dropped=cut, blocks="after_cut", known="all"),
         ),
         Row("recover, states known", "cut", (0, kept, kept), lambda: ours(dropped=cut, known="dense")),
+        Row("recover, LoRA added as in peft", "cut", whole, lambda: ours(dropped=cut, adapters="separate")),
+        Row(
+            "recover, states known, LoRA added as in peft",
+            "cut",
+            (0, kept, kept),
+            lambda: ours(dropped=cut, known="dense", adapters="separate"),
+        ),
         Row("plain, Liger's fused loss", "cut", whole, lambda: plain("liger", dropped=cut)),
         Row("plain, trl's GKD loss", "cut", whole, lambda: plain("trl", dropped=cut)),
         Row("plain, nothing dropped", "whole", (all_, all_, all_), lambda: plain("kl", dropped=())),
         Row("recover, nothing dropped", "whole", (all_, all_, all_), lambda: ours(dropped=())),
         Row("plain, checkpointed", "cut", whole, lambda: plain("kl", dropped=cut, checkpointing=True)),
         Row("recover, checkpointed", "cut", whole, lambda: ours(dropped=cut, checkpointing=True)),
-        Row("recover, inputs copied as in peft", "cut", whole, lambda: ours(dropped=cut, copied=True)),
+        Row("recover, inputs copied as in peft", "cut", whole, lambda: ours(dropped=cut, adapters="copied")),
     ]
     absent = [word for package, word in PEERS.items() if importlib.util.find_spec(package) is None]
     absent += [PEERS["liger_kernel"]] if bench.device.type == "cpu" else []

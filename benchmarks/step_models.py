@@ -84,13 +84,16 @@ class Bench:
         blocks: Any = "all",
         checkpointing: bool = False,
         known: str = "nothing",
-        copied: bool = False,
+        adapters: str = "folded",
     ) -> Built:
+        """`adapters`: "folded" as recover has them; "separate" products, as in peft; "copied": peft's inputs too."""
         twin = Twin(self.dense(), Plan("depth" if dropped else "none", self.shape.blocks, tuple(dropped)))
         twin.add_lora(Lora(rank=RANK, blocks=blocks))
-        for layer in lora_layers(twin.model) if copied else ():
-            cast: Any = lora.Linear._cast_input_dtype
-            layer._cast_input_dtype = cast.__get__(layer)
+        for layer in lora_layers(twin.model) if adapters != "folded" else ():
+            one: Any = layer
+            one.foldable = lambda _x: None
+            if adapters == "copied":
+                one._cast_input_dtype = lora.Linear._cast_input_dtype.__get__(layer)
         prepare(twin.model, checkpointing)
         distiller = Distiller(twin, Loss(chunk=self.chunk))
         options: dict[str, Any] = {"distill": distiller}
