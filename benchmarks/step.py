@@ -38,6 +38,13 @@ from torch import Tensor, nn
 
 PEERS = {"trl": "trl's", "liger_kernel": "Liger's"}  # package -> word of the rows that need it
 
+# What is left as transformers and peft have it, for what recover's own way is worth.
+STOCK = {
+    "stock blocks": ("blocks",),
+    "stock blocks and LoRA": ("blocks", "adapters"),
+    "stock blocks and LoRA, inputs copied": ("blocks", "adapters", "inputs"),
+}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -67,12 +74,15 @@ def rows_of(bench: Bench) -> list[Row]:
             lambda: ours(dropped=cut, blocks="after_cut", known="all"),
         ),
         Row("recover, states known", "cut", (0, kept, kept), lambda: ours(dropped=cut, known="dense")),
-        Row("recover, LoRA added as in peft", "cut", whole, lambda: ours(dropped=cut, adapters="separate")),
-        Row(
-            "recover, states known, LoRA added as in peft",
-            "cut",
-            (0, kept, kept),
-            lambda: ours(dropped=cut, known="dense", adapters="separate"),
+        *(
+            Row(
+                f"recover{what}, {name}",
+                "cut",
+                passes,
+                lambda known=known, stock=stock: ours(dropped=cut, known=known, stock=stock),
+            )
+            for what, known, passes in (("", "nothing", whole), (", states known", "dense", (0, kept, kept)))
+            for name, stock in STOCK.items()
         ),
         Row("plain, Liger's fused loss", "cut", whole, lambda: plain("liger", dropped=cut)),
         Row("plain, trl's GKD loss", "cut", whole, lambda: plain("trl", dropped=cut)),
@@ -80,7 +90,6 @@ def rows_of(bench: Bench) -> list[Row]:
         Row("recover, nothing dropped", "whole", (all_, all_, all_), lambda: ours(dropped=())),
         Row("plain, checkpointed", "cut", whole, lambda: plain("kl", dropped=cut, checkpointing=True)),
         Row("recover, checkpointed", "cut", whole, lambda: ours(dropped=cut, checkpointing=True)),
-        Row("recover, inputs copied as in peft", "cut", whole, lambda: ours(dropped=cut, adapters="copied")),
     ]
     absent = [word for package, word in PEERS.items() if importlib.util.find_spec(package) is None]
     absent += [PEERS["liger_kernel"]] if bench.device.type == "cpu" else []

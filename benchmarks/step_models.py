@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from recover.distill.distiller import Distiller
+from recover.models.lean import LeanMlp, LeanNorm
 from recover.models.masked_lora import lora_layers
 from recover.models.twin import Twin
 from recover.prune.plan import Plan
@@ -84,15 +85,19 @@ class Bench:
         blocks: Any = "all",
         checkpointing: bool = False,
         known: str = "nothing",
-        adapters: str = "folded",
+        stock: Sequence[str] = (),
     ) -> Built:
-        """`adapters`: "folded" as recover has them; "separate" products, as in peft; "copied": peft's inputs too."""
+        """`stock`: what is left as transformers and peft have it: "blocks", "adapters", "inputs" of adapters."""
         twin = Twin(self.dense(), Plan("depth" if dropped else "none", self.shape.blocks, tuple(dropped)))
         twin.add_lora(Lora(rank=RANK, blocks=blocks))
-        for layer in lora_layers(twin.model) if adapters != "folded" else ():
+        for module in twin.base.modules() if "blocks" in stock else ():
+            if isinstance(module, LeanMlp | LeanNorm):
+                module.__class__ = type(module).__bases__[1]
+        for layer in lora_layers(twin.model):
             one: Any = layer
-            one.foldable = lambda _x: None
-            if adapters == "copied":
+            if "adapters" in stock:
+                one.foldable = lambda _x: None
+            if "inputs" in stock:
                 one._cast_input_dtype = lora.Linear._cast_input_dtype.__get__(layer)
         prepare(twin.model, checkpointing)
         distiller = Distiller(twin, Loss(chunk=self.chunk))

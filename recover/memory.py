@@ -41,6 +41,7 @@ class Training:
 
     tokens: sequences at once x their length. cached: tokens in the KV cache while generation is measured.
     own: weights that the pruned view has beside the dense ones.
+    lean: norms and MLPs keep no more than they must (`models/lean.py`; never under masks or ZeRO-3).
     element: bytes of a weight. zero: DeepSpeed's stage, 0 without it. offload: the shares lie in host memory.
     """
 
@@ -56,6 +57,7 @@ class Training:
     processes: int = 1
     zero: int = 0
     offload: bool = False
+    lean: bool = True
 
 
 def rows_for(chunk: int, width: int, processors: int) -> int:
@@ -81,19 +83,19 @@ def adapter_parameters(shape: Shape, rank: int, blocks: int) -> int:
     return blocks * rank * (attention + 3 * (shape.width + shape.intermediate))
 
 
-def block_bytes_per_token(shape: Shape, rank: int, element: int) -> int:
+def block_bytes_per_token(shape: Shape, rank: int, element: int, *, lean: bool = True) -> int:
     """Bytes that autograd keeps for a block and token, without checkpointing.
 
-    D width, Q and K the widths of all query and KV heads, F intermediate, R rank, A heads. In half precision: both
-    norms' fp32 inputs 8 D; both norms' outputs, which the adapters behind them share, 4 D; q, k, v and the attention's
-    output 4 Q + 4 K; in the MLP 8 F; adapters 14 R; softmax sums 4 A. In fp32 16 D + 8 Q + 8 K + 16 F + 28 R + 4 A.
+    D width, Q and K the widths of all query and KV heads, F intermediate, R rank, A heads, E bytes of a number. Both
+    norms' inputs and outputs, which the adapters behind them share, 4 D E; q, k, v and the attention's output 2 Q E +
+    2 K E; gate and up 2 F E; adapters 7 R E; softmax sums 4 A. If not lean, norms keep fp32 inputs and one number a
+    row, and the MLP its activation and product, 2 F E more.
     """
     query, kv = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
-    if element == 4:
-        kept = 16 * shape.width + 8 * query + 8 * kv + 16 * shape.intermediate + 28 * rank
-    else:
-        kept = 12 * shape.width + 4 * query + 4 * kv + 8 * shape.intermediate + 14 * rank
-    return kept + 4 * shape.heads + 8
+    kept = element * (4 * shape.width + 2 * query + 2 * kv + 2 * shape.intermediate + 7 * rank) + 4 * shape.heads
+    if lean:
+        return kept
+    return kept + 2 * (4 - element) * shape.width + 8 + 2 * element * shape.intermediate
 
 
 def kv_bytes_per_token(shape: Shape, element: int) -> int:
@@ -109,7 +111,8 @@ def training_parts(shape: Shape, training: Training) -> dict[str, int]:
     """
     share = 1 / training.processes if training.zero == 3 else 1.0
     kept = shape.blocks if training.kept_blocks is None else training.kept_blocks
-    block = block_bytes_per_token(shape, training.rank, training.element)
+    lean = training.lean and not training.masked and training.zero != 3
+    block = block_bytes_per_token(shape, training.rank, training.element, lean=lean)
     stored = shape.width * training.element if training.checkpointing else block
     rows = rows_for(training.chunk, shape.width, PROCESSORS)
     live = min(shape.parameters, LIVE_PARAMETERS) * training.element if training.zero == 3 else 0

@@ -10,7 +10,7 @@ from tiny import ids, tiny
 from torch import nn
 from twins import fill_adapters, masked_twin
 
-from recover.models import masked_lora
+from recover.models import lean, masked_lora
 from recover.models.lora_linear import lora_linear
 from recover.models.masked_lora import MaskedLora, SwitchedLora, lora_layers
 from recover.models.twin import Twin
@@ -135,14 +135,12 @@ def test_what_is_kept_for_backward():
 
 @pytest.fixture
 def steps(monkeypatch):
-    """Weights of the layers that took one step, in order."""
+    """What was called for the layers that took one step, in order."""
     taken = []
 
-    def seen(x, weight_OI, *rest):
-        taken.append(weight_OI)
-        return lora_linear(x, weight_OI, *rest)
-
-    monkeypatch.setattr(masked_lora, "lora_linear", seen)
+    for module, name in ((masked_lora, "lora_linear"), (lean, "gated_lora_linear")):
+        step = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *inputs, step=step: taken.append(step) or step(*inputs))
     return taken
 
 

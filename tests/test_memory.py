@@ -66,10 +66,13 @@ def kept_bytes(twin, *, checkpointing=False):
     [{}, {"width": 128}, {"intermediate": 192}, {"heads": 8}, {"kv_heads": 4}, {"head_size": 32}],
     ids=lambda changes: next(iter(changes), "plain"),
 )
-def test_a_block_keeps_as_much_as_the_formula_says(changes, dtype, element):
+@pytest.mark.parametrize("lean", [True, False], ids=["lean", "stock"])
+def test_a_block_keeps_as_much_as_the_formula_says(changes, dtype, element, lean, monkeypatch):
+    if not lean:
+        monkeypatch.setattr("recover.models.lean.make_lean", lambda _model: None)
     six, eight = (shape(**changes, blocks=blocks) for blocks in (6, 8))
     found = (kept_bytes(twin_of(eight, dtype)) - kept_bytes(twin_of(six, dtype))) / 2 / TOKENS
-    assert found == pytest.approx(memory.block_bytes_per_token(six, RANK, element), rel=0.002)
+    assert found == pytest.approx(memory.block_bytes_per_token(six, RANK, element, lean=lean), rel=0.002)
 
 
 def test_with_checkpointing_a_block_keeps_its_input():
@@ -98,7 +101,7 @@ QWEN_7B = Shape(7_615_616_512, 28, 3584, 18944, 28, 4, 128, 152_064)
 )
 def test_within_a_fifth_of_what_one_h200_showed(kept, checkpointing, measured):
     """Qwen2.5-7B's shape, 8,192 tokens; a step whose adapters shared their inputs, so the formula lies above it."""
-    training = Training(8192, kept_blocks=kept, checkpointing=checkpointing)
+    training = Training(8192, kept_blocks=kept, checkpointing=checkpointing, lean=False)  # as they were then
     parts = training_parts(QWEN_7B, training)
     total = (sum(parts.values()) - parts["runtime"]) / GIB  # the allocator's own figure has no context in it
     assert measured * 0.97 < total < measured * 1.2

@@ -8,6 +8,9 @@ Shapes: O out features, I in features, R rank, M input rows (all leading dimensi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,31 +21,74 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight_OI, bias_O, a_RI, b_OR, scaling):  # type: ignore[override]
-        # By hand what autocast does, which would not touch a product in place.
-        with torch.autocast(x.device.type, enabled=False):
-            low_a_RI, low_b_OR = a_RI.to(x.dtype), b_OR.to(x.dtype)
-            y = F.linear(x, weight_OI, None if bias_O is None else bias_O.to(x.dtype))
-            h_MR = x.reshape(-1, x.shape[-1]) @ low_a_RI.T
-            y.view(-1, y.shape[-1]).addmm_(h_MR, low_b_OR.T, alpha=scaling)
-        ctx.save_for_backward(x, h_MR, weight_OI, low_a_RI, low_b_OR)
-        ctx.scaling, ctx.dtypes = scaling, (a_RI.dtype, b_OR.dtype)
-        return y
+        return _forward(ctx, x, (x,), weight_OI, bias_O, a_RI, b_OR, scaling)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
-        x, h_MR, weight_OI, a_RI, b_OR = ctx.saved_tensors
-        dx = da_RI = db_OR = None
-        with torch.autocast(x.device.type, enabled=False):
-            dy_MO, x_MI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-            dh_MR = dy_MO @ b_OR
-            if ctx.needs_input_grad[0]:
-                dx = (dy_MO @ weight_OI).addmm_(dh_MR, a_RI, alpha=ctx.scaling).view(x.shape)
-            if ctx.needs_input_grad[3]:
-                da_RI = _wide_product(dh_MR.T, x_MI).mul_(ctx.scaling).to(ctx.dtypes[0])
-            if ctx.needs_input_grad[4]:
-                db_OR = _wide_product(dy_MO.T, h_MR).mul_(ctx.scaling).to(ctx.dtypes[1])
+        x, *saved = ctx.saved_tensors
+        dx, da_RI, db_OR = _backward(ctx, dy, x, saved, wanted=(0, 3, 4))
         return dx, None, None, da_RI, db_OR, None
+
+
+class _GatedLoraLinear(torch.autograd.Function):
+    """The same for x = activation(gate) * up: what it is made of is saved, and it is made again in backward."""
+
+    @staticmethod
+    def forward(ctx, gate, up, activation, weight_OI, bias_O, a_RI, b_OR, scaling):  # type: ignore[override]
+        ctx.activation = activation
+        return _forward(ctx, activation(gate) * up, (gate, up), weight_OI, bias_O, a_RI, b_OR, scaling)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):  # type: ignore[override]
+        gate, up, *saved = ctx.saved_tensors
+        with torch.enable_grad():
+            gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
+            x = ctx.activation(gate) * up
+        dx, da_RI, db_OR = _backward(ctx, dy, x.detach(), saved, wanted=(0, 5, 6))
+        dgate, dup = (None, None) if dx is None else torch.autograd.grad(x, (gate, up), dx)
+        return dgate, dup, None, None, None, da_RI, db_OR, None
+
+
+def _forward(
+    ctx: Any,
+    x: Tensor,
+    made_of: tuple[Tensor, ...],
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    a_RI: Tensor,
+    b_OR: Tensor,
+    scaling: float,
+) -> Tensor:
+    # By hand what autocast does, which would not touch a product in place.
+    with torch.autocast(x.device.type, enabled=False):
+        low_a_RI, low_b_OR = a_RI.to(x.dtype), b_OR.to(x.dtype)
+        y = F.linear(x, weight_OI, None if bias_O is None else bias_O.to(x.dtype))
+        h_MR = x.reshape(-1, x.shape[-1]) @ low_a_RI.T
+        y.view(-1, y.shape[-1]).addmm_(h_MR, low_b_OR.T, alpha=scaling)
+    ctx.save_for_backward(*made_of, h_MR, weight_OI, low_a_RI, low_b_OR)
+    ctx.scaling, ctx.dtypes = scaling, (a_RI.dtype, b_OR.dtype)
+    return y
+
+
+def _backward(
+    ctx: Any, dy: Tensor, x: Tensor, saved: list[Tensor], wanted: tuple[int, int, int]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, A and B; `wanted`: which inputs they are, and none of those that need none."""
+    h_MR, weight_OI, a_RI, b_OR = saved
+    x_wanted, a_wanted, b_wanted = (ctx.needs_input_grad[number] for number in wanted)
+    dx = da_RI = db_OR = None
+    with torch.autocast(x.device.type, enabled=False):
+        dy_MO, x_MI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        dh_MR = dy_MO @ b_OR
+        if x_wanted:
+            dx = (dy_MO @ weight_OI).addmm_(dh_MR, a_RI, alpha=ctx.scaling).view(x.shape)
+        if a_wanted:
+            da_RI = _wide_product(dh_MR.T, x_MI).mul_(ctx.scaling).to(ctx.dtypes[0])
+        if b_wanted:
+            db_OR = _wide_product(dy_MO.T, h_MR).mul_(ctx.scaling).to(ctx.dtypes[1])
+    return dx, da_RI, db_OR
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
@@ -65,3 +111,21 @@ def lora_linear(
     """
     assert weight_OI.dtype == x.dtype, f"a weight of {weight_OI.dtype} on an input of {x.dtype}"
     return _LoraLinear.apply(x, weight_OI, bias_O, a_RI, b_OR, scaling)  # type: ignore[return-value]
+
+
+def gated_lora_linear(
+    gate: Tensor,
+    up: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    a_RI: Tensor,
+    b_OR: Tensor,
+    scaling: float,
+) -> Tensor:
+    """`lora_linear` of activation(gate) * up, bit for bit, and its gradients; kept for backward are gate and up alone.
+
+    Autograd by itself keeps activation(gate) and the product too: twice as much. Backward computes both again.
+    """
+    assert weight_OI.dtype == gate.dtype == up.dtype, (weight_OI.dtype, gate.dtype, up.dtype)
+    return _GatedLoraLinear.apply(gate, up, activation, weight_OI, bias_O, a_RI, b_OR, scaling)  # type: ignore[return-value]

@@ -34,10 +34,7 @@ class SwitchedLora(lora.Linear):
         factors = None if args or kwargs else self.foldable(x)
         if factors is None:
             return super().forward(x, *args, **kwargs)
-        base: Any = self.base_layer
-        own = isinstance(base, OwnLinear)
-        weight_OI, bias_O = (base.own_weight, base.own_bias) if own else (base.weight, base.bias)
-        return lora_linear(x, weight_OI, bias_O, *factors)
+        return lora_linear(x, *base_parameters(self), *factors)
 
     def foldable(self, x: Tensor) -> Factors | None:
         """The factors if all that peft's forward would do is a frozen linear layer and one update in x's dtype.
@@ -52,7 +49,7 @@ class SwitchedLora(lora.Linear):
         lora_a, lora_b, dropout = (part[names[0]] for part in (self.lora_A, self.lora_B, self.lora_dropout))
         if not isinstance(dropout, nn.Identity) or lora_b.bias is not None:
             return None
-        if any(_watched(layer) for layer in (base, lora_a, lora_b)):
+        if any(hooked(layer) or hasattr(layer.weight, "ds_id") for layer in (base, lora_a, lora_b)):
             return None
         frozen = not any(each.requires_grad for each in base.parameters())
         factors = self._factors(names[0])
@@ -108,10 +105,16 @@ class MaskedLora(SwitchedLora):
         return (effective_OI - weight_OI).to(weight_OI.dtype)
 
 
-def _watched(layer: Any) -> bool:
-    """Whether a layer does more when called than its class says, or holds its weight only then."""
+def base_parameters(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias below a LoRA layer, as the pruned view has them."""
+    base: Any = layer.base_layer
+    return (base.own_weight, base.own_bias) if isinstance(base, OwnLinear) else (base.weight, base.bias)
+
+
+def hooked(layer: Any) -> bool:
+    """Whether a call of this layer does more than its class's forward."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return any(hooks) or "forward" in layer.__dict__ or hasattr(layer.weight, "ds_id")
+    return any(hooks) or "forward" in layer.__dict__
 
 
 def _one_dtype(x: Tensor, weight: torch.dtype, factors: Factors) -> bool:

@@ -134,12 +134,14 @@ class Twin:
 
         Raises ModelError for a PeftModel of another model, and for anything but plain LoRA on linear layers.
         """
+        from recover.models.lean import make_lean
         from recover.models.masked_lora import adopt_layer, lora_layers
 
         if base_of(peft_model) is not self.base:
             raise ModelError("the PeftModel does not wrap this twin's model; expected PeftModel(twin.base, ...)")
         for layer in lora_layers(peft_model):
             adopt_layer(layer, self.switch)
+        make_lean(self.base)
         self.model = peft_model
         return peft_model
 
