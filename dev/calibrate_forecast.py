@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
@@ -114,7 +115,7 @@ def chances(runs: list[Run], part: float) -> None:
         for own in groups.values()
         for each in law.chances(form, law.cases(own, "generation", part), "generation", advice.GO, by_model=False)
     ]
-    for low, high in zip(BINS, BINS[1:], strict=False):
+    for low, high in pairwise(BINS):
         inside = [(said, came) for said, _, came in found if low <= said < high]
         if inside:
             said, came = mean(said for said, _ in inside), sum(came for _, came in inside)

@@ -232,7 +232,9 @@ def chance(form: str, known: Sequence[Case], case: Case, figure: str, goal: floa
     found = missed(form, known, figure, by_model=by_model)
     groups = sorted({model for model, _ in found}) if by_model else [None]
     return mean(
-        _odds([moved_by(form, guess, off, case.stretch, figure) >= goal for model, off in found if group in (None, model)])
+        _odds(
+            [moved_by(form, guess, off, case.stretch, figure) >= goal for model, off in found if group in (None, model)]
+        )
         for group in groups
     )
 
