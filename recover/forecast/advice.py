@@ -3,6 +3,8 @@
 go           the lower end of the interval of generation is at least 80% of dense (`with care` of the report)
 no-go        its upper end is below that
 cannot tell  the interval reaches over both sides, or the run is outside of what was calibrated
+
+Beside the three words stands the chance of 80%, which tells more where most runs end near it (docs/forecast.md).
 """
 
 from __future__ import annotations
