@@ -47,7 +47,7 @@ def _use(kind: str, names: tuple[str, ...]) -> Callable[[Rows], Iterator[str]]:
 
 def _paired(rows: Rows) -> Iterator[str]:
     """Accuracy less dense on the same questions. Only a changed choice changes it, which bounds its spread: 95%."""
-    for name in ("attention-8", "attention-10", "mlp-2", "mlp-4", "block-3", "block-6", *BITS):
+    for name in ("attention-8", "attention-10", "mlp-2", "mlp-4", "block-2", "block-6", *BITS):
         asked = rows[name]["choice"] if name in rows else None
         if asked:
             accuracy, changed = asked["likelihood"]["accuracy"], 1 - asked["likelihood"]["same_choice"]
