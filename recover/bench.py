@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from recover.artifacts import check_manifest, read_json
 from recover.errors import RecipeError
-from recover.recipe import DenseText, Recipe
+from recover.recipe import DenseText, PrunedText, Recipe
 from recover.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -136,5 +136,5 @@ class Bench:
 
         assert self.tasks and self.probe_prompts()
         for source in self.recipe.recover.data:
-            if isinstance(source, DenseText):
+            if isinstance(source, DenseText | PrunedText):
                 fitting_prompts(source, self.recipe.recover.length, self.tokenizer)

@@ -18,7 +18,7 @@ from recover.leaf import Dtype, Leaf
 from recover.places import place_files
 from recover.problems import explain
 from recover.recipe_prune import Calibrated, Calibration, Depth, Magnitude, Prune, SparseGpt, Sparsity, Wanda, Width
-from recover.recipe_train import Data, DenseText, GivenText, Lora, Loss, Recover
+from recover.recipe_train import Data, DenseText, GivenText, Lora, Loss, PrunedText, Recover
 
 __all__ = [
     "Calibrated",
@@ -33,6 +33,7 @@ __all__ = [
     "Loss",
     "Magnitude",
     "Prune",
+    "PrunedText",
     "Recover",
     "SparseGpt",
     "Sparsity",

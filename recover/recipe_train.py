@@ -24,6 +24,29 @@ class DenseText(Leaf):
     batch_size: int = Field(default=64, ge=1)
 
 
+class PrunedText(Leaf):
+    """Text that the pruned model writes itself while it learns, scored by the dense one: on-policy distillation
+    (GKD, arXiv 2306.13649). Mix it with other sources by `share`, which is GKD's lambda.
+    """
+
+    kind: Literal["pruned"]
+    prompts: str
+    share: float = Field(default=1.0, gt=0, description="part of the tokens, relative to the other sources")
+    start: float = Field(
+        default=0.0, ge=0, lt=1, description="part of the steps that is left to the other sources before it begins"
+    )
+    every: int = Field(
+        default=16, ge=1, description="steps whose texts are written at once: more is faster, and staler by so many"
+    )
+    temperature: float = Field(default=1.0, ge=0, description="0 = greedy")
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_new_tokens: int = Field(default=256, ge=1)
+    chat: bool | None = Field(
+        default=None, description="wrap prompts in the chat template; default: if the tokenizer has one"
+    )
+    batch_size: int = Field(default=64, ge=1)
+
+
 class GivenText(Leaf):
     """A `datasets` source: hub id, `.jsonl`, `.parquet` or `.txt` file."""
 
@@ -34,7 +57,7 @@ class GivenText(Leaf):
     share: float = Field(default=1.0, gt=0)
 
 
-Data = Annotated[DenseText | GivenText, Field(discriminator="kind")]
+Data = Annotated[DenseText | PrunedText | GivenText, Field(discriminator="kind")]
 
 
 class Lora(Leaf):
@@ -106,3 +129,17 @@ class Recover(Leaf):
     save_steps: int | None = Field(
         default=None, ge=1, description="steps between checkpoints to resume from; default: each epoch"
     )
+
+    @model_validator(mode="after")
+    def _begins_with_something(self) -> Recover:
+        """Before a pruned source's `start`, the other sources must fill the steps."""
+        whole = sum(source.share for source in self.data)
+        starts = [source.start if isinstance(source, PrunedText) else 0.0 for source in self.data]
+        for start in {*starts} - {0.0}:
+            there = sum(source.share for source, own in zip(self.data, starts, strict=True) if own < start) / whole
+            if there < start:
+                raise ValueError(
+                    f"data: text of kind 'pruned' starts after {start:.0%} of the steps, and the other sources hold "
+                    f"{there:.0%} of the tokens: lower its start or its share"
+                )
+        return self

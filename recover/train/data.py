@@ -2,7 +2,7 @@
 
 The whole budget is made of fresh text: an "epoch" of recovery is one part in `epochs` of it, between two
 measurements of generation, and no pass over the same text again (unless a given source is too short for its share:
-then it repeats, with a warning).
+then it repeats, with a warning). Text that the pruned model is to write (`on_policy.py`) has rows that hold its place.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,10 @@ import numpy as np
 from recover import console, dist
 from recover.artifacts import append_jsonl, read_jsonl
 from recover.errors import DataError
-from recover.measure.generate import generate
 from recover.measure.prompts import encode_prompt
-from recover.recipe import DenseText, GivenText, Recover, Sampling
+from recover.recipe import DenseText, GivenText, PrunedText, Recover
+from recover.train.order import training_order
+from recover.train.prompted import answered, in_rounds, write_together
 from recover.train.sources import Row, Sample, read_prompts, read_rows, samples_of
 
 if TYPE_CHECKING:
@@ -31,15 +32,15 @@ if TYPE_CHECKING:
     from recover.models.twin import Twin
 
 CHUNK_BATCHES = 8  # batches that are written, and saved, at a time
-WINDOW_STEPS = 8  # optimizer steps whose sequences are sorted by length: less padding, still a random order
 
 
 def build_dataset(leaf: Recover, twin: Twin, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path) -> Dataset:
     """Rows `input_ids` and `completion_mask` in training order: whole steps, about `leaf.tokens` scored tokens.
 
-    Each source gives its share of the tokens. What the dense model writes is saved to `folder` as it is written,
-    under a name made from all that it depends on; the same call reads it back and goes on from there. Same
-    arguments, same rows.
+    Each source gives its share of the tokens. Where the pruned model is to write, there are two more columns: `number`
+    of the row, and `writer`, the source whose text it is to hold (-1: it holds its own). What the dense model writes is
+    saved to `folder` as it is written, under a name made from all that it depends on; the same call reads it back and
+    goes on from there. Same arguments, same rows.
 
     Raises:
         DataError: a source cannot be read or holds nothing to learn (by file and line), or there is too little for
@@ -48,42 +49,56 @@ def build_dataset(leaf: Recover, twin: Twin, tokenizer: PreTrainedTokenizerBase,
     import datasets
 
     samples: list[Sample] = []
+    writers: list[int] = []
     shares = sum(source.share for source in leaf.data)
     for number, source in enumerate(leaf.data):
         budget = round(leaf.tokens * source.share / shares)
-        if isinstance(source, DenseText):
+        if isinstance(source, PrunedText):
+            samples += _places(source, leaf, twin, tokenizer, seed + number, folder, budget)
+        elif isinstance(source, DenseText):
             samples += _Writer(source, leaf, twin, tokenizer, seed + number, folder).write(budget)
         else:
             samples += _given(source, leaf, tokenizer, seed + number, budget)
+        writers += [number if isinstance(source, PrunedText) else -1] * (len(samples) - len(writers))
     needed = leaf.batch_size * leaf.epochs
     if len(samples) < needed:
         raise DataError(
             f"recover.tokens: {leaf.tokens:,} tokens make {len(samples)} sequences; {leaf.epochs} epochs of at least "
             f"one step of {leaf.batch_size} need {needed}: raise tokens, or lower batch_size or epochs"
         )
-    order = training_order([len(sample.ids) for sample in samples], leaf.batch_size, seed)
-    return datasets.Dataset.from_dict(
-        {
-            "input_ids": [np.asarray(samples[index].ids, dtype=np.int32) for index in order],
-            "completion_mask": [np.asarray(samples[index].mask, dtype=np.int8) for index in order],
-        }
-    )
+    starts = {index: leaf.data[number].start for index, number in enumerate(writers) if number >= 0}
+    order = training_order([len(sample.ids) for sample in samples], leaf.batch_size, seed, starts)
+    columns: dict[str, Any] = {
+        "input_ids": [np.asarray(samples[index].ids, dtype=np.int32) for index in order],
+        "completion_mask": [np.asarray(samples[index].mask, dtype=np.int8) for index in order],
+    }
+    if max(writers) >= 0:
+        columns |= {"number": list(range(len(order))), "writer": [writers[index] for index in order]}
+    return datasets.Dataset.from_dict(columns)
 
 
-def training_order(lengths: Sequence[int], batch_size: int, seed: int) -> list[int]:
-    """A random order of whole steps, each of sequences alike in length; up to `batch_size - 1` are left out."""
-    generator = random.Random(seed)
-    order = list(range(len(lengths)))
-    generator.shuffle(order)
-    order = order[: len(order) - len(order) % batch_size]
-    window = WINDOW_STEPS * batch_size
-    arranged: list[int] = []
-    for start in range(0, len(order), window):
-        by_length = sorted(order[start : start + window], key=lambda index: lengths[index])
-        steps = [by_length[first : first + batch_size] for first in range(0, len(by_length), batch_size)]
-        generator.shuffle(steps)
-        arranged += [index for step in steps for index in step]
-    return arranged
+def _places(
+    source: PrunedText,
+    leaf: Recover,
+    twin: Twin,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    folder: Path,
+    budget: int,
+) -> list[Sample]:
+    """As many samples as the dense model would need for `budget` scored tokens, judged by a first batch of its texts.
+
+    They hold the places of texts that the pruned model has yet to write: how many they are and how long must be known
+    before the first step, and the dense model's texts are what its own will come to resemble.
+    """
+    fields = source.model_dump(exclude={"kind", "start", "every"})
+    written = _Writer(DenseText(kind="dense", **fields), leaf, twin, tokenizer, seed, folder).first_batch()
+    samples: list[Sample] = []
+    tokens = 0
+    while tokens < budget:
+        samples.append(written[len(samples) % len(written)])
+        tokens += samples[-1].scored(leaf.loss.scored)
+    return samples
 
 
 def _given(
@@ -123,7 +138,7 @@ def _repeated(samples: list[Sample], tokens: int, budget: int, name: str, scored
     return samples
 
 
-def fitting_prompts(source: DenseText, length: int, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+def fitting_prompts(source: DenseText | PrunedText, length: int, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
     """The source's prompts, each of which leaves room for an answer within `length` tokens.
 
     Raises:
@@ -154,7 +169,7 @@ class _Writer:
         """Samples with at least `budget` scored tokens; what an earlier call saved is read, not written again."""
         samples: list[Sample] = []
         tokens = chunk = 0
-        saved = dist.on_main(lambda: read_jsonl(self.path) if self.path.exists() else [])
+        saved = self._saved()
         while tokens < budget:
             if self._exhausted(len(samples)):
                 return _repeated(samples, tokens, budget, self.source.prompts, self.leaf.loss.scored)
@@ -171,6 +186,15 @@ class _Writer:
             chunk += 1
         return samples
 
+    def first_batch(self) -> list[Sample]:
+        """What `write` begins with."""
+        saved = self._saved()
+        rows = saved[0]["rows"] if saved else self._write_chunk(self._next_prompts(0, 0, 1), 0, "dense model writes")
+        return [self._sample(*row) for row in rows]
+
+    def _saved(self) -> list[Any]:
+        return dist.on_main(lambda: read_jsonl(self.path) if self.path.exists() else [])
+
     def _exhausted(self, written: int) -> bool:
         """Greedy text is the same in every round, so there is only one."""
         return self.source.temperature == 0 and written >= len(self.prompts)
@@ -180,43 +204,21 @@ class _Writer:
         size = self.source.batch_size
         if written:
             size = min(CHUNK_BATCHES * size, max(1, round((budget - tokens) * written / tokens)))
-        chosen: list[Row] = []
-        while len(chosen) < size:
-            turn, position = divmod(written + len(chosen), len(self.prompts))
-            order = list(range(len(self.prompts)))
-            random.Random(self.seed * 7919 + turn).shuffle(order)
-            chosen += [self.prompts[index] for index in order[position : position + size - len(chosen)]]
+        chosen = in_rounds(self.prompts, written, size, self.seed)
         return chosen[: len(self.prompts) - written] if self.source.temperature == 0 else chosen
 
     def _write_chunk(self, prompts: list[Row], chunk: int, title: str) -> list[list[Any]]:
         """[prompt, ids] of each prompt, written by all processes together and saved by the main one."""
         texts = [row.value["prompt"] for row in prompts]
-        drawn = (
-            Sampling(temperature=self.source.temperature, top_p=self.source.top_p) if self.source.temperature else None
-        )
         with self.twin.dense() as dense:
-            mine = dist.everywhere(
-                lambda: generate(
-                    dense,
-                    self.tokenizer,
-                    dist.shard(texts),
-                    max_new_tokens=self.source.max_new_tokens,
-                    batch_size=self.source.batch_size,
-                    sampling=drawn,
-                    seed=_seed(self.seed, chunk, dist.rank()),
-                    chat=self.source.chat,
-                    title=title,
-                )
-            )
-        written = dist.gather([generation.ids for generation in mine])
+            written = write_together(dense, self.tokenizer, texts, self.source, (self.seed, chunk), title)
         rows = [[text, ids] for text, ids in zip(texts, written, strict=True)]
         dist.on_main(lambda: append_jsonl(self.path, {"chunk": chunk, "rows": rows}))
         return rows
 
     def _sample(self, prompt: str, ids: list[int]) -> Sample:
         """The ids that were generated, not their text tokenised again: the two often differ."""
-        prompt_ids = self._encode(prompt)
-        return Sample(prompt_ids + ids, [0] * len(prompt_ids) + [1] * len(ids)).cut(self.leaf.length)
+        return answered(self._encode(prompt), ids).cut(self.leaf.length)
 
     def _encode(self, prompt: str) -> list[int]:
         return encode_prompt(self.tokenizer, prompt, chat=self.source.chat)
@@ -241,11 +243,6 @@ def weights_fingerprint(twin: Twin) -> str:
             plain = name.replace(".base_layer", "")  # the same with adapters on it
             digest.update(f"{plain}{tuple(parameter.shape)}".encode() + some.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _seed(*parts: int) -> int:
-    """One seed out of several numbers, unlike for unlike numbers."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")
 
 
 def collator(pad: int, scored: str) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:

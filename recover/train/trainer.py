@@ -17,6 +17,7 @@ from recover.train.checkpoints import begin, note
 from recover.train.course import Course
 from recover.train.data import build_dataset, weights_fingerprint
 from recover.train.distil_trainer import RecoverTrainer
+from recover.train.on_policy import OnPolicy
 from recover.train.settings import epoch_ends, split_batch, training_arguments
 from recover.train.skipping import ROLLBACKS
 from recover.train.stopping import Interrupted, stop_between_steps
@@ -63,9 +64,12 @@ def recover(
     twin.add_lora(leaf.lora)
     totals = Totals()
     course = Course(run_folder, fingerprint, batch_size=leaf.batch_size, seed=seed, totals=totals, past=past)
+    own = OnPolicy(leaf, twin, tokenizer, rows, seed, run_folder, fingerprint) if "writer" in rows.features else None
     args = training_arguments(leaf, split, steps, seed, run_folder / "checkpoints", passes=1 + ROLLBACKS)
     with stop_between_steps() as stop:
-        trainer = RecoverTrainer(twin, tokenizer, leaf, rows, args=args, steps=steps, course=course, stop=stop)
+        trainer = RecoverTrainer(
+            twin, tokenizer, leaf, rows, args=args, steps=steps, course=course, stop=stop, on_policy=own
+        )
         course.follow(trainer)
         epochs = Epochs(
             folder=run_folder,
