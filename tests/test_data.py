@@ -106,8 +106,8 @@ def test_saved_text_is_read_and_a_torn_end_is_written_again(twin, tmp_path, monk
     lines = saved.read_bytes().splitlines(keepends=True)
     assert len(lines) > 2
     saved.write_bytes(b"".join(lines[:2]) + lines[2][:30])
-    calls, generate = [], data.generate
-    monkeypatch.setattr(data, "generate", lambda *a, **k: calls.append(1) or generate(*a, **k))
+    calls, write = [], data.write_together
+    monkeypatch.setattr(data, "write_together", lambda *a: calls.append(1) or write(*a))
     assert build(recipe_leaf, twin, tmp_path).to_dict() == whole
     assert len(calls) == len(lines) - 2
     build(recipe_leaf, twin, tmp_path)

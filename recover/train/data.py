@@ -66,7 +66,8 @@ def build_dataset(leaf: Recover, twin: Twin, tokenizer: PreTrainedTokenizerBase,
             f"recover.tokens: {leaf.tokens:,} tokens make {len(samples)} sequences; {leaf.epochs} epochs of at least "
             f"one step of {leaf.batch_size} need {needed}: raise tokens, or lower batch_size or epochs"
         )
-    starts = {index: leaf.data[number].start for index, number in enumerate(writers) if number >= 0}
+    later = {number: source.start for number, source in enumerate(leaf.data) if isinstance(source, PrunedText)}
+    starts = {index: later[number] for index, number in enumerate(writers) if number in later}
     order = training_order([len(sample.ids) for sample in samples], leaf.batch_size, seed, starts)
     columns: dict[str, Any] = {
         "input_ids": [np.asarray(samples[index].ids, dtype=np.int32) for index in order],

@@ -166,10 +166,8 @@ class _OwnText:
             self._say_what_is_missing(record["owed"])
         return record
 
-    def _fitted(
-        self, window: int, places: list[int], prompts: list[str], written: list[list[int]]
-    ) -> dict[str, Any]:
-        """The texts cut to the tokens planned up to here, long ones in the places of long ones, and tokens left over."""
+    def _fitted(self, window: int, places: list[int], prompts: list[str], written: list[list[int]]) -> dict[str, Any]:
+        """The texts cut to the tokens planned up to here, long ones where such were planned, and tokens left over."""
         scored = self.leaf.loss.scored
         earlier = dist.on_main(lambda: self._saved(window - 1)) if window > 0 else None
         budget = sum(self.planned[row].scored(scored) for row in places) + (earlier["owed"] if earlier else 0)
