@@ -6,7 +6,7 @@
 
 One pruning for all rows; each row is one recovery of the recipe, one epoch, from the same start. An arm `0.5,16,0.2`:
 half of every source of kind `dense` becomes kind `pruned` with the same prompts (drawn at --temperature), written every
-16 steps, after a fifth of the steps. Each such row is followed by the recipe's own text at so many tokens that it takes as long.
+16 steps, after a fifth of the steps. Each is followed by the recipe's own text at so many tokens that it takes as long.
 Time is that of writing and training, without measuring: seconds of the processor on a CPU (which others may share), of
 the clock on a GPU. `agreement` is the mean share of greedily written tokens that are the dense model's.
 """
