@@ -25,13 +25,13 @@ class DenseText(Leaf):
 
 
 class PrunedText(Leaf):
-    """Text that the pruned model writes itself while it learns, scored by the dense one: on-policy distillation
-    (GKD, arXiv 2306.13649). Mix it with other sources by `share`, which is GKD's lambda.
-    """
+    """Text that the pruned model writes while it learns, scored by the dense one: on-policy (GKD, arXiv 2306.13649)."""
 
     kind: Literal["pruned"]
     prompts: str
-    share: float = Field(default=1.0, gt=0, description="part of the tokens, relative to the other sources")
+    share: float = Field(
+        default=1.0, gt=0, description="part of the tokens, relative to the other sources; GKD's lambda"
+    )
     start: float = Field(
         default=0.0, ge=0, lt=1, description="part of the steps that is left to the other sources before it begins"
     )
@@ -129,6 +129,15 @@ class Recover(Leaf):
     save_steps: int | None = Field(
         default=None, ge=1, description="steps between checkpoints to resume from; default: each epoch"
     )
+
+    @model_validator(mode="after")
+    def _own_text_is_no_model(self) -> Recover:
+        if self.loss.ce > 0 and any(isinstance(source, PrunedText) for source in self.data):
+            raise ValueError(
+                "loss.ce: cross-entropy on text of kind 'pruned' would teach the pruned model its own mistakes: leave "
+                "it 0, or leave that text out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _begins_with_something(self) -> Recover:

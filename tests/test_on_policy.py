@@ -111,6 +111,11 @@ def test_what_was_written_is_trained_on_in_its_window(folder, caught):
     assert seen == len(written) > 20
 
 
+def test_cross_entropy_on_its_own_text_is_refused(folder):
+    with pytest.raises(ValidationError, match=r"loss\.ce: cross-entropy on text of kind 'pruned'"):
+        two_processes.leaf(folder, **{**own(folder), "loss": {"ce": 0.1}})
+
+
 def test_without_such_text_the_course_is_as_it_was():
     """The order that this seed gave before there was text with a start."""
     lengths = [(7 * i) % 11 for i in range(30)]

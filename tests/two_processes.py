@@ -50,7 +50,8 @@ def own_text(folder: Path, **changes) -> dict:
     """Changes of the leaf: half of the text is the pruned model's own, written for two steps at once."""
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"say {i}:"}) + "\n" for i in range(10)))
     source = {"kind": "pruned", "prompts": str(folder / "prompts.jsonl"), "max_new_tokens": 12, "batch_size": 8}
-    return {"data": [leaf(folder).data[0].model_dump(), {**source, "every": 2, **changes}]}
+    loss = {"kl": 1.0, "variance": 0.2, "temperature": 2.0}
+    return {"loss": loss, "data": [leaf(folder).data[0].model_dump(), {**source, "every": 2, **changes}]}
 
 
 def write_text(folder: Path) -> None:
