@@ -33,6 +33,7 @@ METHODS = {
     "blocks-angular": "kind: depth, count: 3, score: angular, contiguous: true",
     "blocks-influence": "kind: depth, count: 3, score: block_influence",
     "blocks-kl-repair": "kind: depth, count: 3, score: kl, repair: linear",
+    "pairs-kl": "kind: depth, unit: pair, count: 3, score: kl",
     "attention-kl": "kind: depth, unit: attention, count: 12, score: kl",
     "mlp-kl": "kind: depth, unit: mlp, count: 4, score: kl",
     "width-mlp": "kind: width, mlp: 0.125, multiple: 64",

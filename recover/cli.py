@@ -10,11 +10,13 @@ import typer
 
 from recover import (
     __version__,
+    commands_forecast,
     commands_gguf,
     commands_measure,
     commands_probe,
     commands_report,
     commands_run,
+    commands_teacher,
     console,
 )
 from recover.errors import RecoverError
@@ -29,6 +31,7 @@ app = typer.Typer(
     epilog="[bold]Examples[/bold]\n\n"
     "  recover run recipes/quickstart.yaml            all of it, in minutes on a CPU\n\n"
     "  recover plan recipes/quickstart.yaml           what it will cost, before any weight is loaded\n\n"
+    "  recover forecast recipes/quickstart.yaml       what recovery will probably bring, from a short trial\n\n"
     "  recover show checkpoints/quickstart            which stages are done, and what came out\n\n"
     "  recover measure ORG/NAME --tasks my_task.yaml  any checkpoint, no recipe\n\n"
     "  accelerate launch --config_file launch/gpu.yaml -m recover run recipes/quickstart.yaml",
@@ -80,6 +83,8 @@ COMMANDS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     **{command.__name__: (command, lines) for command, lines in commands_report.COMMANDS.items()},
     "measure": (commands_measure.measure, commands_measure.EXAMPLES),
     "diagnose": (commands_probe.probe_pair, commands_probe.EXAMPLES),
+    "forecast": (commands_forecast.forecast, commands_forecast.EXAMPLES),
+    "teacher": (commands_teacher.teacher, commands_teacher.EXAMPLES),
     "gguf": (commands_gguf.gguf, commands_gguf.EXAMPLES),
 }
 for name, (command, lines) in COMMANDS.items():

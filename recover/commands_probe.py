@@ -73,7 +73,7 @@ def probe_pair(
     numbers = None if blocks is None else _numbers("--blocks", blocks, int)
     found = diagnose.diagnose(first, second, wanted, leaf, out, numbers=numbers, parquet=parquet)
     diagnose.say(found)
-    console.say(f"wrote {out / 'probe.jsonl'}, {out / 'probe.json'}")
+    console.say(f"wrote {out / 'probe.jsonl'}, {out / 'probe.json'}; recover report {out} makes a page of them")
     dist.stop()
 
 

@@ -13,17 +13,44 @@ from recover.errors import ArtifactError
 from recover.run_directory import RunDirectory
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run directory, such as checkpoints/quickstart.")]
+Folders = Annotated[
+    list[Path], typer.Argument(metavar="FOLDER...", help="Run directories, or folders that `recover diagnose` wrote.")
+]
 RunPaths = Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Run directories.")]
 
 
-def report(run_dirs: RunPaths) -> None:
-    """Write report.json, report.md and report.html of finished or half-finished runs again."""
+def report(
+    run_dirs: Folders,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The page that compares several runs; default: beside the first.")
+    ] = None,
+) -> None:
+    """Write the report of each run again, finished or not, and a comparison of several; of a diagnosis, its page."""
     from recover.report.collect import collect
+    from recover.report.diagnosis import is_diagnosis, render_diagnosis
     from recover.report.render import render
 
-    for directory in map(_existing, run_dirs):
+    roots = []
+    for path in run_dirs:
+        if is_diagnosis(path):
+            console.say(str(render_diagnosis(path)))
+            continue
+        directory = _existing(path)
         render(directory.root, collect(directory.root))
         console.say(str(directory.report_html))
+        roots.append(directory.root)
+    if len(roots) > 1:
+        _compare_page(roots, out or roots[0].parent / "comparison.html")
+
+
+def _compare_page(roots: list[Path], path: Path) -> None:
+    from recover.report.compare import compare
+    from recover.report.compare_page import render_compare
+
+    data = compare(roots)
+    for line in data["apart"]:
+        console.warn(line)
+    console.say(str(render_compare(data, path)))
 
 
 def show(run_dir: RunPath) -> None:
@@ -47,18 +74,17 @@ def compare(
     html: Annotated[Path | None, typer.Option("--html", help="Write it as a page with a picture, too.")] = None,
 ) -> None:
     """Put runs side by side, best recovered generation first; tasks as a share of what the dense model reaches."""
-    from recover.report import compare as comparison
+    from recover.report import compare_page
+    from recover.report.compare import compare as compared
 
-    data = comparison.compare([_existing(path).root for path in run_dirs])
+    data = compared([_existing(path).root for path in run_dirs])
     columns = ["run", "generation", "after recovery", "choice", "after recovery", "perplexity", "weights"]
     console.table("pruned, and after recovery", columns, map(_compared, data["runs"]))
-    console.table("dense → deployed", comparison.SPEED_COLUMNS, map(comparison.speed_row, data["runs"]))
+    console.table("dense → deployed", compare_page.SPEED_COLUMNS, map(compare_page.speed_row, data["runs"]))
     for line in data["apart"]:
         console.warn(line)
-    if not data["same_dense"]:
-        console.warn("these runs start from different dense models: their shares have different wholes")
     if html is not None:
-        console.say(str(comparison.render_compare(data, html)))
+        console.say(str(compare_page.render_compare(data, html)))
 
 
 def _compared(run: dict[str, Any]) -> list[str | None]:
@@ -104,7 +130,8 @@ def _existing(path: Path) -> RunDirectory:
 COMMANDS = {
     report: (
         "recover report checkpoints/quickstart",
-        "recover report checkpoints/*",
+        "recover report checkpoints/drop2 checkpoints/drop4 checkpoints/wanda",
+        "recover report my-diagnosis",
     ),
     show: ("recover show checkpoints/quickstart",),
     compare: (

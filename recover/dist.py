@@ -21,6 +21,7 @@ from recover.errors import RecoverError, TrainingError
 if TYPE_CHECKING:
     import torch
 
+Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 TIMEOUT = timedelta(hours=2)  # one process may generate or merge for long while the others wait
@@ -230,6 +231,14 @@ def gather(results: Sequence[Value]) -> list[Value]:
     group.all_gather_object(parts, list(results))
     total = sum(map(len, parts))
     return [parts[index % len(parts)][index // len(parts)] for index in range(total)]
+
+
+def over(items: Sequence[Item], work: Callable[[list[Item]], Sequence[Value]]) -> list[Value]:
+    """What `work` gives for the items, one result each and in their order, the same on every process.
+
+    Each process works on its share; if one fails, all raise (`everywhere`).
+    """
+    return gather(everywhere(lambda: work(shard(items))))
 
 
 def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:

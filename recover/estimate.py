@@ -5,15 +5,15 @@ Every figure is an estimate and says so; refusals are exact. Weights are not loa
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from typing import Any
 
 from recover import dist, memory
 from recover.errors import PruneError, RecipeError
+from recover.estimate_cache import ELEMENT_BYTES, cache_bytes, refuse_cache
 from recover.estimate_depth import depth_warnings, refuse_depth, share_gone, share_unstored
 from recover.models.load import Description
-from recover.recipe import Depth, PrunedText, Recipe, Sparsity, Width
+from recover.recipe import Depth, Prune, PrunedText, Recipe, SparseGpt, Sparsity, Width
 
 # A LoRA budget recovers about so much (peers' figures, docs/theory.md): beyond it the plan warns, and goes on.
 WIDTH_WALL = 0.30
@@ -22,7 +22,6 @@ SPARSITY_WALL = 0.55
 # Share of the measured matrix rate that a whole training step reaches.
 STEP_EFFICIENCY = 0.35
 PROMPT_TOKENS = 256  # of a measured prompt: tasks are not read here
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def refuse(recipe: Recipe, model: Description) -> None:
@@ -32,6 +31,7 @@ def refuse(recipe: Recipe, model: Description) -> None:
         refuse_depth(prune, model)
     if isinstance(prune, Width):
         _refuse_width(prune, model)
+    refuse_cache(recipe, model)
     if recipe.recover.length > (model.context or recipe.recover.length):
         raise RecipeError(f"recover.length: {recipe.recover.length} tokens, the model's context is {model.context}")
     if recipe.recover.batch_size % dist.world_size():
@@ -86,10 +86,6 @@ def warnings(recipe: Recipe, model: Description) -> list[str]:
     return found
 
 
-def _shape(model: Description) -> memory.Shape:
-    return memory.Shape(**{field.name: getattr(model, field.name) for field in dataclasses.fields(memory.Shape)})
-
-
 def _training(recipe: Recipe, model: Description) -> memory.Training:
     """What decides the memory of this recipe without DeepSpeed (which takes less: `launch/README.md`)."""
     leaf, prune = recipe.recover, recipe.prune
@@ -104,10 +100,24 @@ def _training(recipe: Recipe, model: Description) -> memory.Training:
         element=ELEMENT_BYTES[recipe.model.dtype],
         kept_blocks=round(model.blocks * (1 - share_gone(prune, model))) if isinstance(prune, Depth) else model.blocks,
         masked=isinstance(prune, Sparsity),
-        own=_width_weights(prune, model)[1] if isinstance(prune, Width) else 0,
+        own=_own_weights(prune, model),
         cached=max(recipe.measure.batch_size * texts, own),
         processes=dist.world_size(),
     )
+
+
+def _own_weights(prune: Prune, model: Description) -> int:
+    """Weights that the pruned view holds beside the dense ones; of a repair at most so many, as cuts are not known."""
+    if isinstance(prune, Width):
+        return _width_weights(prune, model)[1]
+    query = model.heads * model.head_size
+    if isinstance(prune, SparseGpt):
+        attention = 2 * query + 2 * model.kv_heads * model.head_size
+        return model.blocks * model.width * (attention + 3 * model.intermediate)
+    if isinstance(prune, Depth) and prune.repair != "none":
+        cuts = 1 if prune.contiguous else prune.units
+        return cuts * model.width * max(query, model.intermediate)
+    return 0
 
 
 def matrix_rate() -> float:
@@ -150,7 +160,8 @@ def estimate(recipe: Recipe, model: Description, rate: float) -> dict[str, Any]:
         "teacher_tokens": tokens,
         "training_flops": flops,
         "training_seconds": seconds,
-        "memory_bytes_per_process": memory.peak_bytes(_shape(model), _training(recipe, model)),
+        "memory_bytes_per_process": memory.peak_bytes(model, _training(recipe, model)),
+        "cache_bytes": cache_bytes(recipe, model),
         "matrix_rate_flops": rate,
         "processes": dist.world_size(),
     }

@@ -29,7 +29,8 @@ def share_gone(leaf: Depth, model: Description) -> float:
     """Of the weights in all blocks, the share no longer run; a count of sublayers is taken for an even mixture."""
     attention = 2 * model.width * model.head_size * (model.heads + model.kv_heads)
     mlp = 3 * model.width * model.intermediate
-    weights = {"attention": attention, "mlp": mlp, "block": attention + mlp, "sublayer": (attention + mlp) / 2}
+    weights = {"attention": attention, "mlp": mlp, "sublayer": (attention + mlp) / 2}
+    weights |= dict.fromkeys(("block", "pair"), attention + mlp)
     if leaf.unit == "sublayer" and leaf.sites:
         gone = sum(weights[site.part] for site in named_sites(leaf))
     else:
@@ -39,7 +40,7 @@ def share_gone(leaf: Depth, model: Description) -> float:
 
 def share_unstored(leaf: Depth, model: Description) -> float:
     """Of all blocks, the share that the exported model is known to do without."""
-    if leaf.unit == "block":
+    if leaf.unit in ("block", "pair"):
         return leaf.units / model.blocks
     if leaf.unit == "sublayer" and leaf.sites:
         return 1 - len(pack_sites(sites_of(range(model.blocks)) - named_sites(leaf))) / model.blocks
@@ -55,7 +56,7 @@ def depth_warnings(leaf: Depth, model: Description) -> list[str]:
     if leaf.unit in PARTS:
         found.append(
             f"{leaf.units} sublayers of one kind go: a zeroed partner is stored in place of each, and the file is "
-            "as large as dense (prune.unit: sublayer or block saves space)"
+            "as large as dense (prune.unit: pair or block saves space)"
         )
     elif leaf.unit == "sublayer":
         found.append(_partners(leaf, model))
@@ -65,6 +66,7 @@ def depth_warnings(leaf: Depth, model: Description) -> list[str]:
 def _partners(leaf: Depth, model: Description) -> str:
     if not leaf.sites:
         most = min(leaf.units // 2, model.blocks - 1)
-        return f"sublayers that go pair up as it happens: the file shrinks by {most} blocks at most, by none at worst"
+        shrinks = f"the file shrinks by {most} blocks at most, by none at worst"
+        return f"sublayers that go pair up as it happens: {shrinks} (prune.unit: pair is sure to shrink it)"
     packed = pack_sites(sites_of(range(model.blocks)) - named_sites(leaf))
     return f"{len(packed)} of {model.blocks} blocks are stored, with {zeroed_partners(packed)} zeroed partners"

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from recover.artifacts import sha256
-from recover.recipe import embedded
+from recover.recipe import local_path
 
 HASHED_BYTES = 64 * 2**20  # larger files (weights) are known by size and time of change: hashing them costs minutes
 
@@ -34,7 +34,7 @@ def _files(value: Any) -> Iterator[Path]:
         for child in value:
             yield from _files(child)
     elif isinstance(value, str) and value:
-        path = embedded(value.removeprefix("embedded:")) if value.startswith("embedded:") else Path(value)
+        path = local_path(value)
         if path.is_absolute():
             yield from _files_at(path)
 

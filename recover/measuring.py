@@ -54,11 +54,11 @@ def measure_checkpoint(source: str, dtype: str | None, wanted: Wanted, leaf: Mea
         from recover.measure.harness import require
 
         require()
-    model_leaf = _model_leaf(source, dtype)
-    tokenizer = load_tokenizer(model_leaf)
-    model = load_any(model_leaf)
+    chosen = model_leaf(source, dtype)
+    tokenizer = load_tokenizer(chosen)
+    model = load_any(chosen)
     check_fit(model, tokenizer)
-    record: Record = {"model": source, "dtype": model_leaf.dtype, "settings": leaf.model_dump(mode="json")}
+    record: Record = {"model": source, "dtype": chosen.dtype, "settings": leaf.model_dump(mode="json")}
     if tasks:
         record |= measure(model, tokenizer, tasks, leaf)[0]
     if wanted.harness:
@@ -76,7 +76,7 @@ def _check_names(names: list[str]) -> None:
         raise RecipeError(f"--tasks: more than one task is called {twice[0]!r}: give each a name of its own")
 
 
-def _model_leaf(source: str, dtype: str | None) -> Model:
+def model_leaf(source: str, dtype: str | None) -> Model:
     """The model in the dtype that was asked for, else in the one its config names."""
     from recover.models.source import read_config
 

@@ -15,7 +15,9 @@ FIELDS = (
     "recover.data.*.prompts",
     "recover.data.*.source",
     "measure.tasks.*",
+    "recover.cache.folder",
 )
+FOLDERS = ("recover.cache.folder",)  # made where there is none; never a hub id
 SUFFIXES = {".jsonl", ".json", ".txt", ".parquet", ".yaml", ".yml", ".gguf", ".gz"}
 
 
@@ -28,10 +30,10 @@ def place_files(tree: dict[str, Any], folder: Path, *, within: str = "") -> None
     for field in FIELDS:
         steps = field.split(".")
         if all(step in ("*", key) for step, key in zip(steps, given, strict=False)):
-            _place(tree, [*given[: len(steps)], *steps[len(given) :]], folder)
+            _place(tree, [*given[: len(steps)], *steps[len(given) :]], folder, file=field in FOLDERS)
 
 
-def _place(node: Any, steps: list[str], folder: Path) -> None:
+def _place(node: Any, steps: list[str], folder: Path, *, file: bool) -> None:
     step, *rest = steps
     keys: list[Any] = []
     if isinstance(node, list):
@@ -40,14 +42,14 @@ def _place(node: Any, steps: list[str], folder: Path) -> None:
         keys = [step]
     for key in keys:
         if rest:
-            _place(node[key], rest, folder)
+            _place(node[key], rest, folder, file=file)
         elif isinstance(node[key], str):
-            node[key] = _absolute(node[key], folder)
+            node[key] = _absolute(node[key], folder, file=file)
 
 
-def _absolute(name: str, folder: Path) -> str:
+def _absolute(name: str, folder: Path, *, file: bool) -> str:
     if not name or name.startswith("embedded:"):
         return name
     path = os.path.abspath(os.path.join(folder, os.path.expanduser(name)))
-    file_like = name.startswith((".", "/", "~")) or os.path.splitext(name)[1] in SUFFIXES
+    file_like = file or name.startswith((".", "/", "~")) or os.path.splitext(name)[1] in SUFFIXES
     return path if file_like or os.path.exists(path) else name

@@ -18,9 +18,10 @@ from recover.leaf import Dtype, Leaf
 from recover.places import place_files
 from recover.problems import explain
 from recover.recipe_prune import Calibrated, Calibration, Depth, Magnitude, Prune, SparseGpt, Sparsity, Wanda, Width
-from recover.recipe_train import Data, DenseText, GivenText, Lora, Loss, PrunedText, Recover
+from recover.recipe_train import Cache, Data, DenseText, GivenText, Lora, Loss, PrunedText, Recover, TeacherText
 
 __all__ = [
+    "Cache",
     "Calibrated",
     "Calibration",
     "Data",
@@ -37,6 +38,7 @@ __all__ = [
     "Recover",
     "SparseGpt",
     "Sparsity",
+    "TeacherText",
     "Wanda",
     "Width",
 ]
@@ -154,6 +156,12 @@ def embedded(name: str) -> Path:
             return path
     there = sorted([path.name for path in root.glob("*")] + [path.stem for path in root.glob("tasks/*.yaml")])
     raise RecipeError(f"embedded:{name}: not shipped with the package. There are: {', '.join(there) or 'none'}")
+
+
+def local_path(source: str) -> Path:
+    """Where a source lies that is no hub id: the shipped file of `embedded:NAME`, else the path that it is."""
+    name = source.removeprefix("embedded:")
+    return Path(source) if name == source else embedded(name)
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -27,9 +27,10 @@ class Depth(Leaf):
     """Drop blocks or sublayers: `count` chosen by `score`, or the listed `blocks` (`sites` for `unit: sublayer`)."""
 
     kind: Literal["depth"]
-    unit: Literal["block", "attention", "mlp", "sublayer"] = Field(
+    unit: Literal["block", "attention", "mlp", "sublayer", "pair"] = Field(
         default="block",
-        description="what goes as one: a block, one sublayer of it, or (sublayer) attention and MLP apart",
+        description="what goes as one: a block, one sublayer of it, (sublayer) attention and MLP apart, or (pair) an "
+        "attention and an MLP next to it, of one block or of two: a block less is stored for each",
     )
     count: int | None = Field(default=None, ge=1, description="how many units go, chosen by `score`")
     blocks: tuple[int, ...] | None = Field(
@@ -51,6 +52,8 @@ class Depth(Leaf):
 
     @model_validator(mode="after")
     def _one_way_to_choose(self) -> Depth:
+        if self.unit == "pair" and (self.blocks is not None or self.sites is not None):
+            raise ValueError("unit: pair is chosen by 'count': list what goes as 'sites' with unit: sublayer")
         listed = "sites" if self.unit == "sublayer" else "blocks"
         other = "blocks" if self.unit == "sublayer" else "sites"
         if getattr(self, other) is not None:

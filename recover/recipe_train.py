@@ -57,7 +57,19 @@ class GivenText(Leaf):
     share: float = Field(default=1.0, gt=0)
 
 
-Data = Annotated[DenseText | PrunedText | GivenText, Field(discriminator="kind")]
+class TeacherText(Leaf):
+    """Text with what a teacher that is not at hand said of it: JSONL, which `recover teacher` writes.
+
+    A row: `input_ids`; `completion_mask`, 1 for each token that is learnt (default: all); and for each of those but a
+    first token `top_ids` and `top_logprobs`, the k likeliest tokens and their log-probabilities at temperature 1, k the
+    same throughout. What is left of the probability is one class more. The tokenizer must be the model's own.
+    """
+
+    kind: Literal["teacher"]
+    source: str
+
+
+Data = Annotated[DenseText | PrunedText | GivenText | TeacherText, Field(discriminator="kind")]
 
 
 class Lora(Leaf):
@@ -104,6 +116,20 @@ class Loss(Leaf):
         return self
 
 
+class Cache(Leaf):
+    """Hidden states of the dense model on disk: training then leaves the dense pass out, and the loss is the same.
+
+    `plan` says how large they get. They are filled before training and known by their text, so they pay where text is
+    read again: other seeds, learning rates or prunings, a resumed run.
+    """
+
+    folder: str = Field(description="where they lie; several runs may share it, at the same time too")
+    prefix: bool = Field(
+        default=False,
+        description="also what the shared blocks put out, which then are not run; needs `lora.blocks` after_cut",
+    )
+
+
 class Recover(Leaf):
     """LoRA distillation from the dense model; the checkpoint that generates best is kept."""
 
@@ -129,10 +155,58 @@ class Recover(Leaf):
     save_steps: int | None = Field(
         default=None, ge=1, description="steps between checkpoints to resume from; default: each epoch"
     )
+    cache: Cache | None = Field(
+        default=None, description="the dense model's states on disk; null: computed in each step"
+    )
+
+    @property
+    def teacher(self) -> TeacherText | None:
+        """The file that stands in for the dense view, if one does."""
+        return next((source for source in self.data if isinstance(source, TeacherText)), None)
+
+    @property
+    def pruned(self) -> list[PrunedText]:
+        """The sources that the pruned model writes itself."""
+        return [source for source in self.data if isinstance(source, PrunedText)]
+
+    @property
+    def starts(self) -> list[float]:
+        """Of each source, the part of the steps before its text comes."""
+        return [source.start if isinstance(source, PrunedText) else 0.0 for source in self.data]
+
+    @property
+    def shares(self) -> list[float]:
+        """Of each source; a teacher's file, which stands alone, has the whole."""
+        return [1.0 if isinstance(source, TeacherText) else source.share for source in self.data]
+
+    @property
+    def budgets(self) -> list[int]:
+        """Tokens of each source."""
+        return [round(self.tokens * share / sum(self.shares)) for share in self.shares]
+
+    @model_validator(mode="after")
+    def _teacher_knows_little(self) -> Recover:
+        if self.teacher is None:
+            return self
+        if self.pruned:
+            raise ValueError(
+                "data: text of kind 'pruned' is not in a teacher's file, which knows its own text only: leave one of "
+                "the two out"
+            )
+        unknown = [name for name in ("variance", "variance_r", "reverse_kl", "jsd") if getattr(self.loss, name) > 0]
+        if unknown or self.loss.temperature != 1:
+            what = " and ".join(f"loss.{name}" for name in unknown or ["temperature"])
+            raise ValueError(f"{what}: needs the whole distribution, and a teacher's file has its top k: use kl and ce")
+        if len(self.data) > 1 or self.cache is not None or self.loss.scored == "all":
+            raise ValueError(
+                "data: a teacher's file stands alone: it says what is learnt (no loss.scored all), in place of the "
+                "dense view (no recover.cache), and of all text (no other source)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _own_text_is_no_model(self) -> Recover:
-        if self.loss.ce > 0 and any(isinstance(source, PrunedText) for source in self.data):
+        if self.pruned and self.loss.ce > 0:
             raise ValueError(
                 "loss.ce: cross-entropy on text of kind 'pruned' would teach the pruned model its own mistakes: leave "
                 "it 0, or leave that text out"
@@ -140,12 +214,24 @@ class Recover(Leaf):
         return self
 
     @model_validator(mode="after")
+    def _cached_text_is_known(self) -> Recover:
+        if self.cache is None:
+            return self
+        if self.pruned:
+            raise ValueError(
+                "cache: is filled before the first step, and text of kind 'pruned' is written while the model learns: "
+                "leave recover.cache or that text out"
+            )
+        if self.cache.prefix and self.lora.blocks != "after_cut":
+            raise ValueError("cache.prefix: both views share no block unless lora.blocks is 'after_cut'")
+        return self
+
+    @model_validator(mode="after")
     def _begins_with_something(self) -> Recover:
         """Before a pruned source's `start`, the other sources must fill the steps."""
-        whole = sum(source.share for source in self.data)
-        starts = [source.start if isinstance(source, PrunedText) else 0.0 for source in self.data]
-        for start in {*starts} - {0.0}:
-            there = sum(source.share for source, own in zip(self.data, starts, strict=True) if own < start) / whole
+        for start in {*self.starts} - {0.0}:
+            others = sum(share for share, own in zip(self.shares, self.starts, strict=True) if own < start)
+            there = others / sum(self.shares)
             if there < start:
                 raise ValueError(
                     f"data: text of kind 'pruned' starts after {start:.0%} of the steps, and the other sources hold "

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recover import console, dist, provenance, strict_json
+from recover import __version__, console, dist, provenance, strict_json
 from recover.artifacts import append_jsonl, read_json, read_jsonl, write_json, write_text
 from recover.bench import Bench
 from recover.estimate import estimate, matrix_rate, refuse, warnings
 from recover.recipe import dump_recipe
 
 if TYPE_CHECKING:
+    from torch import LongTensor
+
     from recover.models.twin import Twin
 
 
@@ -36,12 +39,14 @@ def plan(bench: Bench) -> None:
 
 
 def _plan_rows(figures: dict[str, Any]) -> list[list[str]]:
+    cached = [["dense states on disk", f"at least {_megabytes(figures['cache_bytes'])}", ""]]
     return [
         ["parameters", f"{figures['parameters_dense']:,}", f"{figures['parameters_pruned']:,}"],
         ["file", _megabytes(figures["file_bytes_dense"]), _megabytes(figures["file_bytes_pruned"])],
         ["teacher-scored tokens", "", f"{figures['teacher_tokens']:,}"],
         ["training time", "", f"at least {figures['training_seconds']:,.0f} s"],
         ["memory per process", "", f"about {_megabytes(figures['memory_bytes_per_process'])}"],
+        *(cached if figures["cache_bytes"] else []),
     ]
 
 
@@ -63,14 +68,40 @@ def prune(bench: Bench) -> None:
 def _prune(bench: Bench) -> None:
     from recover.prune.calibrate import calibration_batches
     from recover.prune.methods import PRUNERS
+    from recover.prune.parts import Parts
     from recover.prune.plan import save_plan
 
     leaf = bench.recipe.prune
     calibration = getattr(leaf, "calibration", None)
     batches = calibration_batches(calibration, bench.tokenizer, bench.recipe.seed) if calibration else []
-    plan, masks, weights = PRUNERS[leaf.kind](bench.dense(), leaf, batches)
+    twin = bench.dense()
+    parts = Parts(bench.directory.prune / "parts", _pruned_from(bench, twin, batches))
+    plan, masks, weights = PRUNERS[leaf.kind](twin, leaf, batches, parts)
     save_plan(plan, masks, bench.directory.prune, weights)
+    parts.remove()
     console.say(plan.summary())
+
+
+def _pruned_from(bench: Bench, twin: Twin, batches: list[LongTensor]) -> dict[str, Any]:
+    """All that the bits of a pruning depend on: parts that were made from anything else are of no use."""
+    import torch
+    import transformers
+
+    from recover.train.dense_text import weights_fingerprint
+
+    text = hashlib.sha256()
+    for ids_BT in batches:
+        text.update(f"{tuple(ids_BT.shape)}".encode() + ids_BT.numpy().tobytes())
+    device = twin.model.device
+    return {
+        "prune": bench.recipe.prune.model_dump(mode="json"),
+        "calibration": text.hexdigest(),
+        "weights": weights_fingerprint(twin),
+        "dtype": bench.recipe.model.dtype,
+        "attention": twin.base.config._attn_implementation,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": {"recover": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
 
 
 def before(bench: Bench) -> None:
@@ -135,7 +166,11 @@ def _after_epoch(bench: Bench, twin: Twin) -> Callable[[int, dict[str, Any]], fl
 
 def after(bench: Bench) -> None:
     """Probe and measure the recovered model, from the adapter on disk."""
+    from recover.forecast.told import compare_outcome
+
     _probe_and_measure(bench, bench.recovered(), bench.directory.after)
+    if dist.is_main():
+        compare_outcome(bench.directory.root, bench.recipe.model_dump(mode="json"))
 
 
 def export(bench: Bench) -> None:

@@ -5,22 +5,21 @@ The process is a fork of this one, so that thousands of trials do not import tor
 
 from __future__ import annotations
 
-import builtins
-import errno
 import os
 import shutil
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import two_processes
 from byte_tokenizer import byte_tokenizer
+from faulty_disk import Disk
 from safetensors.torch import load_file
 from tiny import tiny
 
@@ -115,81 +114,6 @@ def interrupted(folder: Path, numbers: list[int], after: float, between: float =
             os.kill(process, number)
         time.sleep(between)
     return end(process)
-
-
-class Disk:
-    """Counts what changes files; at call `at` it kills this process with SIGKILL, or raises `error`.
-
-    A write that is killed leaves half of its bytes. `room`: bytes that may be written until the disk is full.
-    """
-
-    CHANGING = ("replace", "fsync", "unlink", "rmdir", "mkdir")
-
-    def __init__(self, at: int = 0, error: int | None = None, room: int | None = None) -> None:
-        self.at, self.error, self.room, self.calls, self.written = at, error, room, 0, 0
-
-    def step(self) -> bool:
-        """True if this call is the one."""
-        self.calls += 1
-        if self.calls == self.at and self.error is not None:
-            raise OSError(self.error, os.strerror(self.error))
-        return self.calls == self.at
-
-    def wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if self.step():
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return call
-
-    def open(self, path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        if not set(mode) & set("wa+"):
-            return builtins.open(path, mode, *args, **kwargs)
-        if self.step():
-            os.kill(os.getpid(), signal.SIGKILL)
-        return Writing(builtins.open(path, mode, *args, **kwargs), self)
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        held = {name: getattr(os, name) for name in self.CHANGING}
-        try:
-            for name, function in held.items():
-                setattr(os, name, self.wrapped(function))
-            artifacts.open = self.open  # type: ignore[attr-defined]
-            yield
-        finally:
-            for name, function in held.items():
-                setattr(os, name, function)
-            del artifacts.open  # type: ignore[attr-defined]
-
-
-class Writing:
-    """An open file whose write can be torn, or meet a full disk."""
-
-    def __init__(self, file: Any, disk: Disk) -> None:
-        self.file, self.disk = file, disk
-
-    def write(self, data: bytes) -> int:
-        if self.disk.step():
-            self.file.write(data[: len(data) // 2])
-            self.file.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.disk.written += len(data)
-        if self.disk.room is not None and self.disk.written > self.disk.room:
-            self.file.write(data[: max(0, len(data) - (self.disk.written - self.disk.room))])
-            self.file.flush()
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return self.file.write(data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
-
-    def __enter__(self) -> Writing:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
 
 
 def on_disk(folder: Path, disk: Disk, **changes: Any) -> tuple[int, str]:

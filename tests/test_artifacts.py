@@ -1,16 +1,14 @@
 """Files are whole or not there, whatever fails and wherever it fails; what is read back was checked."""
 
-import builtins
 import errno
 import math
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
+from faulty_disk import Disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,93 +21,23 @@ class Crash(BaseException):
     """The process is gone: nothing after it reaches the disk, clean-up included."""
 
 
-class Disk:
-    """Counts the calls that change files and fails at call `at`: once (`error`), or from there on for good (a crash).
-
-    A crash inside a write leaves half of its bytes, as a power loss may.
-    """
-
-    CHANGING = ("replace", "fsync", "unlink", "rmdir", "mkdir", "ftruncate")
-
-    def __init__(self, at: int, error: OSError | None = None) -> None:
-        self.at, self.error, self.calls = at, error, 0
-
-    def step(self) -> bool:
-        """Raise if it is time to; True if a crash comes with this very call."""
-        self.calls += 1
-        if self.error is not None and self.calls == self.at:
-            raise self.error
-        if self.error is None and self.calls > self.at:
-            raise Crash
-        return self.error is None and self.calls == self.at
-
-    def wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if self.step():
-                raise Crash
-            return function(*args, **kwargs)
-
-        return call
-
-    def open(self, path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        file = builtins.open(path, mode, *args, **kwargs)  # noqa: SIM115
-        if not set(mode) & set("wa+"):
-            return file
-        if self.step():
-            file.close()
-            raise Crash
-        return Writing(file, self)
-
-    @contextmanager
-    def failing(self) -> Iterator[None]:
-        with pytest.MonkeyPatch.context() as patch:
-            for name in self.CHANGING:
-                patch.setattr(os, name, self.wrapped(getattr(os, name)))
-            patch.setattr(artifacts, "open", self.open, raising=False)
-            yield
-
-
-class Writing:
-    """An open file whose write can be torn."""
-
-    def __init__(self, file: Any, disk: Disk) -> None:
-        self.file, self.disk = file, disk
-
-    def write(self, data: bytes) -> int:
-        if self.disk.step():
-            self.file.write(data[: len(data) // 2])
-            self.file.flush()
-            raise Crash
-        return self.file.write(data)
-
-    def truncate(self, size: int) -> int:
-        if self.disk.step():
-            raise Crash
-        return self.file.truncate(size)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
-
-    def __enter__(self) -> "Writing":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
+def crash() -> NoReturn:
+    raise Crash
 
 
 def every_failure(
     tmp_path: Path, prepare: Callable[[Path], None], work: Callable[[Path], None]
 ) -> Iterator[tuple[Path, bool]]:
     """Run `work` in a fresh folder for every call at which it can crash or err; yields folder and if it was done."""
-    errors = (None, OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "broken"))
+    errors = (None, errno.ENOSPC, errno.EIO)
     for kind, error in enumerate(errors):
         for at in range(1, 100):
             folder = tmp_path / f"{kind}-{at}"
             folder.mkdir()
             prepare(folder)
-            disk = Disk(at, error)
+            disk = Disk(at, error, die=crash)
             try:
-                with disk.failing():
+                with disk.installed():
                     work(folder)
                 done = True
             except (Crash, ArtifactError):
@@ -186,7 +114,7 @@ def test_a_stage_is_done_or_not_after_any_failure(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_named_with_the_bytes_needed(tmp_path: Path) -> None:
     opening = 2  # the first call makes the folder
-    with Disk(opening, OSError(errno.ENOSPC, "no space")).failing():
+    with Disk(opening, errno.ENOSPC).installed():
         with pytest.raises(ArtifactError, match=r"a\.bin: disk full: 1,234 bytes to write, [\d,]+ bytes free"):
             artifacts.write_bytes(tmp_path / "a.bin", b"x" * 1234)
 

@@ -22,7 +22,7 @@ from recover.run_directory import RunDirectory
 
 COMMANDS = (
     *("run", "plan", "prune", "probe", "train", "export", "report", "show", "compare"),
-    *("measure", "diagnose", "gguf"),
+    *("measure", "diagnose", "forecast", "teacher", "gguf"),
 )
 STAGE_OF = {
     "run": "report",

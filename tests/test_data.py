@@ -13,7 +13,7 @@ from recover.errors import DataError
 from recover.models.twin import Twin
 from recover.prune.plan import Plan
 from recover.recipe import GivenText, Recover
-from recover.train import data
+from recover.train import dense_text
 from recover.train.data import build_dataset, collator, training_order
 from recover.train.sources import Row, read_rows, samples_of
 
@@ -93,6 +93,26 @@ def test_greedy_text_is_what_the_dense_model_finds_most_likely(twin, tmp_path):
         assert best.tolist() == row["input_ids"][start:]
 
 
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_the_beginning_of_a_recovery_leaves_the_text_as_it_would_have_been(twin, tmp_path, temperature):
+    for name in ("with", "without"):
+        (tmp_path / name).mkdir()
+    sources = {name: prompts(tmp_path / name, count=40, temperature=temperature) for name in ("with", "without")}
+    beginning = leaf(sources["with"], tokens=30, batch_size=1)
+    whole = leaf(sources["with"], tokens=240)
+    rows = build_dataset(beginning, twin, byte_tokenizer(), 1, tmp_path / "with" / "data", planned=whole)
+    (saved,) = (tmp_path / "with" / "data").iterdir()
+    first = saved.read_text()
+    assert 30 <= scored(rows) < 30 + 8
+    texts_of = {}
+    for name, source in sources.items():
+        build(leaf(source, tokens=240), twin, tmp_path / name)
+        (path,) = (tmp_path / name / "data").iterdir()
+        texts_of[name] = (path.name, path.read_text())
+    assert texts_of["with"] == texts_of["without"]
+    assert texts_of["with"][1].startswith(first) and texts_of["with"][1] != first
+
+
 def test_greedy_text_is_repeated_with_a_warning(twin, tmp_path, capsys):
     rows = build(leaf(prompts(tmp_path, temperature=0), tokens=160), twin, tmp_path)
     assert len({tuple(row["input_ids"]) for row in rows}) <= 5 < len(rows)
@@ -106,8 +126,8 @@ def test_saved_text_is_read_and_a_torn_end_is_written_again(twin, tmp_path, monk
     lines = saved.read_bytes().splitlines(keepends=True)
     assert len(lines) > 2
     saved.write_bytes(b"".join(lines[:2]) + lines[2][:30])
-    calls, write = [], data.write_together
-    monkeypatch.setattr(data, "write_together", lambda *a: calls.append(1) or write(*a))
+    calls, write = [], dense_text.write_together
+    monkeypatch.setattr(dense_text, "write_together", lambda *a: calls.append(1) or write(*a))
     assert build(recipe_leaf, twin, tmp_path).to_dict() == whole
     assert len(calls) == len(lines) - 2
     build(recipe_leaf, twin, tmp_path)

@@ -57,6 +57,10 @@ def work() -> dict[str, Any]:
     found["gather"] = {
         str(count): dist.gather([f"item {item}" for item in dist.shard(range(count))]) for count in (0, 1, 2, 5)
     }
+    found["over"] = dist.over(range(5), lambda mine: [[item, dist.rank()] for item in mine])
+    found["over_failure"] = failure(
+        lambda: dist.over(range(2), lambda mine: 1 in mine and refuse(PruneError("item 1")))
+    )
     share = {"a": 0.1 + dist.rank(), "b": 1e16 if dist.is_main() else 1.0}
     found["sum"] = dist.sum_over_ranks(share if dist.is_main() else {**share, "late": 2})
     dist.barrier()
@@ -172,6 +176,11 @@ def test_values_travel_and_keep_their_order(processes: list[dict[str, Any]]) -> 
     assert both(processes, "broadcast") == [{"rank": 0}] * 2
     for found in both(processes, "gather"):
         assert found == {str(count): [f"item {item}" for item in range(count)] for count in (0, 1, 2, 5)}
+
+
+def test_items_are_dealt_out_and_results_come_back_in_order(processes: list[dict[str, Any]]) -> None:
+    assert both(processes, "over") == [[[0, 0], [1, 1], [2, 0], [3, 1], [4, 0]]] * 2
+    assert [error[:2] for error in both(processes, "over_failure")] == [["PruneError", "item 1"]] * 2
 
 
 def test_sums_are_of_all_and_equal_to_the_last_bit(processes: list[dict[str, Any]]) -> None:

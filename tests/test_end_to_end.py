@@ -55,6 +55,7 @@ def run(root: Path, *overrides: str, **options: Any) -> RunDirectory:
                 (f"{{kind: depth, count: 2, score: taylor, calibration: {CALIBRATION}}}", 10, 0.0),
                 (f"{{kind: depth, count: 1, score: perplexity, repair: linear, calibration: {CALIBRATION}}}", 11, 0.0),
                 (f"{{kind: depth, count: 1, score: variance, repair: rescale, calibration: {CALIBRATION}}}", 11, 0.0),
+                (f"{{kind: depth, unit: pair, count: 2, calibration: {CALIBRATION}}}", 10, 0.0),
                 (f"{{kind: depth, unit: attention, count: 2, calibration: {CALIBRATION}}}", 12, None),
                 (f"{{kind: depth, unit: mlp, count: 2, calibration: {CALIBRATION}}}", 12, None),
                 (f"{{kind: wanda, sparsity: 0.5, allocation: owl, calibration: {CALIBRATION}}}", 12, 0.5),

@@ -32,6 +32,7 @@ FLOORS = {
     "recover.recipe_train": 1,
     "recover.report": 1,
     "recover.memory": 1,
+    "recover.forecast": 1.5,
     # F2: tensors in, tensors out
     "recover.models.masked_linear": 2,
     "recover.models.own_linear": 2,
@@ -42,7 +43,9 @@ FLOORS = {
     "recover.distill.loss": 2,
     "recover.distill.loss_terms": 2,
     "recover.distill.loss_kernel": 2,
+    "recover.distill.loss_topk": 2,
     "recover.measure.collapse": 2,
+    "recover.measure.score": 2,
     # F3: models, and below them the plan that a twin is built from
     "recover.prune.plan": 2.5,
     "recover.models": 3,
@@ -59,18 +62,23 @@ FLOORS = {
     "recover.inputs": 6,
     "recover.estimate": 6,
     "recover.estimate_depth": 6,
+    "recover.estimate_cache": 6,
     "recover.bench": 6,
     "recover.work": 6,
     "recover.stages": 6,
+    "recover.trial": 6,
     "recover.diagnose": 6,
     "recover.measuring": 6,
+    "recover.teaching": 6,
     # F7: command line
     "recover.cli": 7,
+    "recover.commands_forecast": 6.5,
     "recover.commands_gguf": 6.5,
     "recover.commands_measure": 6.5,
     "recover.commands_probe": 6.5,
     "recover.commands_report": 6.5,
     "recover.commands_run": 6.5,
+    "recover.commands_teacher": 6.5,
     "recover.__main__": 7,
 }
 

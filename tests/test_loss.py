@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from recover.distill.loss import _rows_for, distillation_loss
+from recover.distill.loss import distillation_loss
 from recover.distill.loss_terms import TERMS, loss_terms
+from recover.memory import rows_for
 from recover.recipe import Loss
 
 N, D, V = 23, 16, 97
@@ -256,7 +257,7 @@ def test_a_recipe_with_variances_alone_is_refused(blind):
     [(2048, 3584, 132, 1152), (2048, 4096, 132, 1024), (2048, 2048, 132, 2048), (1024, 3584, 132, 1024), (7, 64, 8, 7)],
 )
 def test_rows_at_once_leave_few_multiprocessors_idle(chunk, width, processors, rows):
-    assert _rows_for(chunk, width, processors) == rows
+    assert rows_for(chunk, width, processors) == rows
 
 
 def test_the_benchmark_runs_and_its_errors_are_those_of_fp32(tmp_path, capsys):

@@ -2,14 +2,19 @@
 
 import pytest
 import torch
-from tiny import tiny
+from tiny import ids, tiny
 
 from recover import memory
 from recover.distill.distiller import Distiller
+from recover.estimate import estimate
 from recover.memory import GIB, Shape, Training, training_parts
+from recover.models.load import describe
+from recover.models.site import sites_of
 from recover.models.twin import Twin
 from recover.prune.plan import Plan
-from recover.recipe import Lora, Loss
+from recover.prune.repair import fitted
+from recover.prune.sparsity import prune_sparsegpt
+from recover.recipe import Lora, Loss, Model, parse_recipe
 
 TOKENS, RANK = 2 * 40, 5  # no other size of a test is either
 
@@ -44,10 +49,13 @@ def kept_bytes(twin, *, checkpointing=False):
             found[storage.data_ptr()] = storage  # the storage itself: its address must not be used again
         return tensor
 
-    ids = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(0))
+    tokens_BT = ids(2, 40)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         twin.model(
-            input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, distill=Distiller(twin, Loss(chunk=32))
+            input_ids=tokens_BT,
+            attention_mask=torch.ones_like(tokens_BT),
+            labels=tokens_BT,
+            distill=Distiller(twin, Loss(chunk=32)),
         )
     return sum(storage.nbytes() for storage in found.values())
 
@@ -109,6 +117,46 @@ def test_sharing_out_takes_memory_off_training_but_not_off_measuring():
 
 
 def test_more_of_anything_never_takes_less():
-    base = Training(2048)
+    base = Training(2048, chunk=1024)
     more = [Training(4096), Training(2048, rank=64), Training(2048, chunk=2048), Training(2048, masked=True)]
     assert all(memory.peak_bytes(QWEN_7B, each) > memory.peak_bytes(QWEN_7B, base) for each in more)
+
+
+def small_recipe(prune):
+    calibration = {"data": "org/text"}
+    return parse_recipe(
+        {
+            "name": "small",
+            "model": {"source": "org/model"},
+            "prune": {"calibration": calibration, **prune},
+            "recover": {"data": [{"kind": "dense", "prompts": "embedded:prompts"}], "length": 64},
+            "measure": {"tasks": ["embedded:sums"]},
+        },
+        "my.yaml",
+    )
+
+
+@pytest.fixture
+def description(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    return describe(Model(source=str(tmp_path)))
+
+
+def bytes_beside(prune, plain, description):
+    figures = [estimate(small_recipe(each), description, rate=1e9) for each in (prune, plain)]
+    return figures[0]["memory_bytes_per_process"] - figures[1]["memory_bytes_per_process"]
+
+
+def test_the_plan_stage_counts_the_weights_that_sparsegpt_rewrites(description):
+    prune = {"kind": "sparsegpt", "sparsity": 0.5}
+    plan = prune_sparsegpt(Twin(tiny(), Plan.none(6)), small_recipe(prune).prune, [ids(2, 24)]).plan
+    own = sum(torch.Size(shape).numel() for shape in plan.weights.values())
+    assert bytes_beside(prune, {"kind": "wanda", "sparsity": 0.5}, description) == 4 * own > 0
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_plan_stage_counts_the_weights_that_a_repair_rewrites(count, description):
+    plain = {"kind": "depth", "blocks": [2, 4][:count]}
+    weights, _ = fitted(Twin(tiny(), Plan.none(6)), sites_of((2,)), "linear", [ids(2, 24)], {}, 4, 6)
+    own = sum(weight.numel() for weight in weights.values())
+    assert bytes_beside({**plain, "repair": "linear"}, plain, description) == count * 4 * own > 0

@@ -14,8 +14,8 @@ from probe_reference import (
     LEAF,
     NO_TOKENIZER,
     STEPS,
-    assert_close,
-    close_to,
+    apart,
+    differences,
     dropping,
     endless,
     of,
@@ -45,11 +45,11 @@ def test_figures_do_not_depend_on_batches_or_chunks(both, monkeypatch):
     model = both[0]
     expected = json.dumps([record.to_json() for record in both[2]])
     monkeypatch.setattr(compare, "ELEMENTS", {"cpu": 1})
-    close_to(probe(dropping(copy.deepcopy(model)), NO_TOKENIZER, prompts(), LEAF), json.loads(expected))
+    assert apart(probe(dropping(copy.deepcopy(model)), NO_TOKENIZER, prompts(), LEAF), json.loads(expected)) == []
     monkeypatch.undo()
     for size in (1, 5):
         leaf = LEAF.model_copy(update={"batch_size": size})
-        close_to(probe(dropping(copy.deepcopy(model)), NO_TOKENIZER, prompts(), leaf), json.loads(expected))
+        assert apart(probe(dropping(copy.deepcopy(model)), NO_TOKENIZER, prompts(), leaf), json.loads(expected)) == []
 
 
 def test_final_drift_is_the_final_record_with_or_without_stored_trajectories(both):
@@ -69,7 +69,7 @@ def test_a_pair_of_two_models_gives_what_the_twin_gives(both):
     expected = [record.to_json() for record in records if not (isinstance(record, Block) and record.closed)]
     for record, other in zip(found, expected, strict=True):
         if record["probe"] != "identity":
-            assert_close(record, other, record["probe"])
+            assert differences(record, other, record["probe"]) == []
 
 
 def test_masks_count_as_zeros_in_the_weights():
@@ -84,7 +84,7 @@ def test_masks_count_as_zeros_in_the_weights():
     plan = Plan("magnitude", 6, masks={name: MaskRecord.of(keep, "unstructured")})
     twin = Twin(copy.deepcopy(dense), plan, {name: keep})
     assert isinstance(twin.base.get_submodule(name), MaskedLinear)
-    close_to(probe(twin, NO_TOKENIZER, prompts(2), LEAF), [record.to_json() for record in expected])
+    assert apart(probe(twin, NO_TOKENIZER, prompts(2), LEAF), [record.to_json() for record in expected]) == []
 
 
 def test_lora_changes_the_pruned_view_alone_and_the_model_is_left_as_it_was(both):
@@ -94,7 +94,7 @@ def test_lora_changes_the_pruned_view_alone_and_the_model_is_left_as_it_was(both
     training = [module.training for module in model.modules()]
     hooks = sum(len(module._forward_hooks) for module in model.modules())
     records = probe(twin, NO_TOKENIZER, prompts(), LEAF)
-    close_to(records, [record.to_json() for record in both[2]])  # B = 0, dropout off
+    assert apart(records, [record.to_json() for record in both[2]]) == []  # B = 0, dropout off
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

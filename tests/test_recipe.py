@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from recover import strict_yaml
 from recover.errors import RecipeError
-from recover.recipe import Depth, Recipe, dump_recipe, embedded, load_recipe, parse_recipe
+from recover.recipe import Depth, Recipe, dump_recipe, embedded, load_recipe, local_path, parse_recipe
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -185,6 +185,11 @@ def test_files_are_found_from_the_recipe_and_in_overrides_from_here(
     given_text, dense_text = recipe.recover.data
     assert given_text.source == "org/set" and dense_text.prompts == str(here / "q.jsonl")  # type: ignore[union-attr]
     assert recipe.measure.tasks == ("embedded:sums", str(recipes / "task.yaml"))
+
+
+def test_a_source_lies_where_it_says_or_in_the_package() -> None:
+    assert local_path("embedded:fable-2m") == embedded("fable-2m") and (embedded("fable-2m") / "config.json").is_file()
+    assert local_path("some/file.jsonl") == Path("some/file.jsonl")
 
 
 def test_what_is_not_embedded_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -11,11 +12,15 @@ from pathlib import Path
 
 import pytest
 from report_page import Page, rewrite
+from report_probes import probed, write_diagnosis
 from report_run import build_run
 
+from recover.commands_report import report
 from recover.report import words
 from recover.report.collect import collect
-from recover.report.compare import compare, render_compare
+from recover.report.compare import compare
+from recover.report.compare_page import render_compare
+from recover.report.diagnosis import render_diagnosis
 from recover.report.figures import DRAWINGS, figures
 from recover.report.render import render
 
@@ -78,13 +83,99 @@ def test_every_link_leads_somewhere_and_ids_are_unique(html: str) -> None:
 
 def test_every_figure_has_a_caption_a_label_and_its_numbers(html: str) -> None:
     found = re.findall(r"<figure.*?</figure>", html, re.DOTALL)
-    assert len(found) == len(DRAWINGS)
+    assert len(found) >= len(DRAWINGS)
     for figure in found:
         caption = re.search(r"<figcaption>(.+?)</figcaption>", figure, re.DOTALL)
         assert caption and len(caption.group(1)) > 30
         labels = re.findall(r'<svg [^>]*role="img" aria-label="([^"]+)"', figure)
         assert len(labels) == 2  # one for a page, one for a telephone
         assert re.search(r"<table.*<td", figure, re.DOTALL)
+
+
+def pages(folder: Path) -> dict[str, str]:
+    """One page of each kind, everything on them that can be there."""
+    runs = [build_run(folder, name=name) for name in ("one", "other")]
+    rewrite(runs[0] / "before/probe.json", probed)
+    paths = {"report": render(runs[0], collect(runs[0]))[2]}
+    paths["comparison"] = render_compare(compare(runs), folder / "comparison.html")
+    whole = json.loads((runs[0] / "before/probe.json").read_text())
+    paths["diagnosis"] = render_diagnosis(write_diagnosis(folder / "pair", whole))
+    return {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
+
+
+@pytest.fixture(scope="module")
+def every_page(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return pages(tmp_path_factory.mktemp("pages"))
+
+
+KINDS = ("report", "comparison", "diagnosis")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_page_can_be_read_aloud(every_page: dict[str, str], kind: str) -> None:
+    page = Page(every_page[kind])
+    assert page.all("html")[0]["lang"] == "en" and len(page.all("main")) == len(page.all("h1")) == 1
+    first = next((tag, attributes) for tag, attributes in page.tags if tag in ("a", "button"))
+    assert first == ("a", {"class": "skip", "href": "#main"}) and page.all("main")[0]["id"] == "main"
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and all(b <= a + 1 for a, b in itertools.pairwise(levels)), levels
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for name in ("aria-labelledby", "href"):
+        named = {(attributes[name] or "").removeprefix("#") for _, attributes in page.tags if name in attributes}
+        assert named <= set(ids), named - set(ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_table_has_a_caption_and_named_rows_and_columns(every_page: dict[str, str], kind: str) -> None:
+    found = re.findall(r"<table.*?</table>", every_page[kind], re.DOTALL)
+    assert found
+    for table in found:
+        assert re.search(r"<caption[^>]*>.{10,}?</caption>", table, re.DOTALL), table[:200]
+        heads = re.findall(r"<th\b([^>]*)>(.*?)</th>", table.split("</thead>")[0], re.DOTALL)
+        assert heads and all('scope="col"' in attributes and name.strip() for attributes, name in heads)
+        for row in re.findall(r"<tr[^>]*>(.*?)</tr>", table.split("</thead>")[1], re.DOTALL):
+            assert row.startswith('<th scope="row">') and len(re.findall(r"<t[hd]\b", row)) == len(heads)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_figure_says_what_to_see(every_page: dict[str, str], kind: str) -> None:
+    for figure in re.findall(r"<figure.*?</figure>", every_page[kind], re.DOTALL):
+        assert len(re.findall(r'<svg [^>]*role="img" aria-label="[^"]{12,}"', figure)) == 2
+        assert re.search(r"<figcaption>.{30,}?</figcaption>", figure, re.DOTALL) and "<td" in figure
+    bare = Page(every_page[kind]).all("svg")
+    assert all(svg.get("role") == "img" and svg.get("aria-label") for svg in bare)
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of #rrggbb, WCAG 2.2."""
+    parts = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+@pytest.mark.parametrize(
+    ("ink", "least"),
+    [("ink", 7.0), ("soft", 4.5), ("dense", 4.5), ("pruned", 4.5), ("recovered", 4.5), ("focus", 3.0)],
+)
+def test_text_stands_out_in_both_themes(html: str, ink: str, least: float, theme: int) -> None:
+    pairs = re.findall(r"--(\w+): light-dark\((#\w+), (#\w+)\)", html)
+    palette = {name: (light, dark)[theme] for name, light, dark in pairs}
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    for ground in ("paper", "card"):
+        assert contrast(palette[ink], palette[ground]) >= least, (ink, ground)
+
+
+def test_browsers_without_themes_get_the_light_one(html: str) -> None:
+    plain = dict(re.findall(r"--(\w+): (#\w+);", html.split("@supports")[0]))
+    light = {name: colour for name, colour, _ in re.findall(r"--(\w+): light-dark\((#\w+), (#\w+)\)", html)}
+    assert plain == light
 
 
 def test_only_our_script_may_run(html: str) -> None:
@@ -188,10 +279,49 @@ def test_compare_orders_by_recovered_generation_and_keeps_unfinished_runs(tmp_pa
     json.dumps(data, allow_nan=False)
     path = render_compare(data, tmp_path / "compare.html")
     page = Page(path.read_text(encoding="utf-8"))
-    assert len(page.all("figure")) == 1 and "not measured" in "".join(page.text)
+    ids = [attributes.get("id") for attributes in page.all("figure")]
+    assert ids == ["figure-compare", "figure-trade", "figure-courses"] and "not measured" in "".join(page.text)
 
 
 def test_compare_of_nothing_measured_names_no_winner(tmp_path: Path) -> None:
     data = compare([build_run(tmp_path, without=("dense/measure.json", "before/measure.json", "after/measure.json"))])
     assert data["best"] is None
     Page(render_compare(data, tmp_path / "compare.html").read_text(encoding="utf-8"))
+
+
+def test_runs_that_differ_are_not_ranked(tmp_path: Path) -> None:
+    runs = [build_run(tmp_path, name=name) for name in ("a", "b")]
+    recipe = runs[1] / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("embedded:facts", "harder.yaml"))
+    data = compare(runs)
+    assert data["best"] is None and data["same_dense"] and not data["comparable"]
+    assert "harder.yaml" in data["apart"][0] and "limit" not in data["apart"][0]
+    assert "cannot be ranked" in render_compare(data, tmp_path / "c.html").read_text(encoding="utf-8")
+    recipe.write_text(
+        recipe.read_text().replace("harder.yaml", "embedded:facts").replace("embedded:model", "other/model")
+    )
+    data = compare(runs)
+    assert data["best"] is None and not data["same_dense"] and "other/model" in data["apart"][0]
+
+
+def test_a_dense_model_that_scores_differently_is_pointed_out(tmp_path: Path) -> None:
+    runs = [build_run(tmp_path, name=name) for name in ("a", "b")]
+    assert compare(runs)["apart"] == []
+    rewrite(runs[1] / "dense/measure.json", lambda record: record["tasks"]["sums"].update(exact_match=0.9))
+    data = compare(runs)
+    assert data["best"] and data["comparable"] and "99.0% in a" in data["apart"][0]
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    names = [run["name"] for run in compare([build_run(tmp_path / part, name="same") for part in "xy"])["runs"]]
+    assert sorted(names) == ["same (x/same)", "same (y/same)"]
+
+
+def test_report_of_several_runs_writes_their_comparison(tmp_path: Path) -> None:
+    runs = [build_run(tmp_path, name=name) for name in ("a", "b")]
+    report(runs)
+    assert all((run / "report.html").is_file() for run in runs) and (tmp_path / "comparison.html").is_file()
+    report(runs[:1], out=tmp_path / "alone.html")
+    assert not (tmp_path / "alone.html").exists()
+    report([*runs, write_diagnosis(tmp_path / "pair", {})], out=tmp_path / "there.html")
+    assert (tmp_path / "there.html").is_file() and (tmp_path / "pair/report.html").is_file()

@@ -9,7 +9,8 @@ from words import word_tokenizer
 
 from recover.errors import ModelError
 from recover.measure.embed import embeddings
-from recover.measure.retrieving import chance_ndcg, ndcg
+from recover.measure.retrieving import chance_ndcg
+from recover.measure.score import ndcg
 from recover.measure.tasks import load_task, measure
 from recover.recipe import Measure
 

@@ -241,10 +241,11 @@ def test_quantiles_are_numpy_percentiles(count):
     expected = np.percentile(values.numpy(), [50, 90, 99, 100])
     assert [found[name] for name in ("p50", "p90", "p99", "max")] == pytest.approx(expected.tolist(), rel=1e-12)
     assert found["mean"] == pytest.approx(values.numpy().mean(), rel=1e-12)
+    assert spaces.quantiles(values.tolist()) == found
 
 
 def test_quantiles_of_nothing_are_none_and_of_nan_refused():
-    assert set(spaces.quantiles(torch.empty(0)).values()) == {None}
+    assert set(spaces.quantiles(torch.empty(0)).values()) == {None} == set(spaces.quantiles([]).values())
     with pytest.raises(AssertionError, match="non-finite"):
         spaces.quantiles(torch.tensor([1.0, float("nan")]))
 

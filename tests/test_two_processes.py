@@ -17,6 +17,7 @@ TESTS = Path(__file__).parent
 # Another order of additions moves fp32 gradients by 1e-6 relative; one AdamW step is as large as lr whatever the
 # gradient, so a parameter whose gradient is near 0 may move by more.
 LOSS, GRADIENT, PARAMETER = 1e-6, 1e-5, 5e-5
+FROM_STATES = ["zero2+dense", "zero3+prefix"]
 
 
 def launched(command, folder, timeout=300):
@@ -58,7 +59,7 @@ def together(tmp_path_factory):
     """Two processes, each engine in turn: name of the variant -> what it did."""
     folder = tmp_path_factory.mktemp("together")
     two_processes.write_text(folder)
-    variants = ["plain", "plain:2", "plain:1", "zero2", "zero3", "zero3:2"]
+    variants = ["plain", "plain:2", "plain:1", "zero2", "zero3", "zero3:2", *FROM_STATES]
     launched(torchrun(folder, *variants), folder)
     return {variant: torch.load(folder / f"{variant}.pt") for variant in variants} | {"folder": folder}
 
@@ -83,6 +84,16 @@ def test_accumulation_changes_nothing(alone, micro, tmp_path):
 @pytest.mark.parametrize("variant", ["plain", "plain:2", "plain:1", "zero2", "zero3", "zero3:2"])
 def test_two_processes_do_what_one_does(alone, together, variant):
     assert_same_course(together[variant], alone)
+
+
+@pytest.mark.parametrize("variant", FROM_STATES)
+def test_two_processes_train_from_states_on_disk(alone, together, variant, tmp_path):
+    """Filled by both; what the first variant filled, the others read."""
+    two_processes.write_text(tmp_path)
+    after_cut = {"lora": {"rank": 4, "blocks": "after_cut"}}
+    assert_same_course(
+        together[variant], two_processes.run(tmp_path, "x", **after_cut) if "prefix" in variant else alone
+    )
 
 
 @pytest.mark.parametrize("variant", ["plain", "zero2", "zero3"])

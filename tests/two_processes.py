@@ -59,6 +59,13 @@ def write_text(folder: Path) -> None:
     (folder / "given.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def cached(folder: Path, states: str) -> dict:
+    """What to change of the leaf for training from states on disk: "dense", or "prefix" with them."""
+    prefix = states == "prefix"
+    lora = {"lora": {"rank": 4, "blocks": "after_cut"}} if prefix else {}
+    return {"cache": {"folder": str(folder / "states"), "prefix": prefix}, **lora}
+
+
 class Catch(TrainerCallback):
     """Gradients of each step before it is taken, and parameters after the last one, whole, on every engine."""
 
@@ -143,14 +150,18 @@ def caught_by(catch: Catch):
 def main(folder: Path, variants: list[str]) -> None:
     torch.set_num_threads(1)
     for variant in variants:
-        engine, _, micro = variant.partition(":")
+        engine, _, states = variant.partition("+")
+        engine, _, micro = engine.partition(":")
         if engine.startswith("zero"):
             os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
             os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(LAUNCH / f"{engine}.json")
         dist.start()
         changes = {"micro_batch_size": int(micro)} if micro.isdigit() else {}
-        # Greedy: what is drawn depends on how prompts are dealt out.
-        result = run(folder, variant, **(own_text(folder, temperature=0) if micro == "own" else changes))
+        if micro == "own":
+            changes = own_text(folder, temperature=0)  # greedy: what is drawn depends on how prompts are dealt out
+        elif states:
+            changes |= cached(folder, states)
+        result = run(folder, variant, **changes)
         if dist.is_main():
             torch.save(result, folder / f"{variant}.pt")
     dist.stop()

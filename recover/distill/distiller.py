@@ -5,8 +5,9 @@ Legend: B batch, T tokens, N scored tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from recover.distill.loss import LossSums, distillation_loss
+from recover.distill.loss_topk import TopK
 from recover.models.arch import head_of
 from recover.models.masked_linear import MaskedLinear
 from recover.models.own_linear import OwnLinear
@@ -45,6 +47,22 @@ def scored_tokens(labels_BT: Tensor) -> Tensor:
     return (labels_BT[:, 1:] != IGNORED).sum()
 
 
+@dataclass(frozen=True)
+class DenseStates:
+    """What a step needs of the dense view: `h_ND` after the final norm at the scored rows, in the flat (B * T) order.
+
+    `prefix_BTD`: what the last block that both views share put out (anything where there is padding); None: unknown.
+    """
+
+    h_ND: Tensor
+    prefix_BTD: Tensor | None = None
+
+    def to(self, device: torch.device) -> DenseStates:
+        """On this device."""
+        prefix_BTD = None if self.prefix_BTD is None else self.prefix_BTD.to(device, non_blocking=True)
+        return DenseStates(self.h_ND.to(device, non_blocking=True), prefix_BTD)
+
+
 class Distiller:
     """`model(..., distill=distiller)` is the distillation loss of the twin's pruned view against its dense view.
 
@@ -58,18 +76,28 @@ class Distiller:
         self.shared_blocks = _shared_blocks(twin)
 
     def run(
-        self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor,
+        states: Callable[[], DenseStates | TopK] | None = None,
     ) -> ModelOutput:
         """Sums over the scored tokens: `loss` (the only one with gradient), kl, variance, reverse_kl, ce, and `tokens`.
 
         Only rows that `labels` score reach the head; what stands in the others changes neither value nor gradient.
+        `states` gives what is known of the dense view, on any device, asked for when it is needed: then the dense pass
+        is left out, and with a prefix the shared blocks too. Equal to the bit if `dense_states` of this batch made it.
+        Or it gives what another teacher said of the scored rows.
         """
         rows_N, labels_N = scored_rows(labels)
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         with _half_precision_adapters(model):
-            h_dense_ND, prefix_BTD = self._dense_pass(model, batch, rows_N)
+            known = self._dense_pass(model, batch, rows_N) if states is None else states().to(input_ids.device)
+            teacher, prefix_BTD = (known, None) if isinstance(known, TopK) else (known.h_ND, known.prefix_BTD)
+            assert len(teacher) == len(rows_N), "the states of another batch"
             h_pruned_ND = self._pruned_pass(model, batch, rows_N, prefix_BTD)
-        sums = self._loss(model, h_pruned_ND, h_dense_ND, labels_N)
+        sums = self._loss(model, h_pruned_ND, teacher, labels_N)
         return ModelOutput(
             loss=sums.total,
             kl=sums.kl,
@@ -79,7 +107,16 @@ class Distiller:
             tokens=sums.tokens,
         )
 
-    def _loss(self, model: PreTrainedModel, h_pruned_ND: Tensor, h_dense_ND: Tensor, labels_N: Tensor) -> LossSums:
+    def dense_states(
+        self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor
+    ) -> DenseStates:
+        """The dense pass of a batch alone: what `run` computes itself where it is given no `states`."""
+        rows_N, _ = scored_rows(labels)
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        with _half_precision_adapters(model):
+            return self._dense_pass(model, batch, rows_N)
+
+    def _loss(self, model: PreTrainedModel, h_pruned_ND: Tensor, teacher: Tensor | TopK, labels_N: Tensor) -> LossSums:
         # Gathered before the weight is touched: at a first touch of a weight that ZeRO-3 has shared out, DeepSpeed
         # would take it for a parameter of the whole model, and gather it in every backward too.
         head: Any = model.get_output_embeddings()
@@ -87,7 +124,7 @@ class Distiller:
             weight_VD, bias_V, scale, softcap = head_of(model)
             return distillation_loss(
                 h_pruned_ND,
-                h_dense_ND,
+                teacher,
                 weight_VD,
                 self.leaf,
                 labels_N=labels_N,
@@ -97,38 +134,59 @@ class Distiller:
                 chunk=self.leaf.chunk,
             )
 
-    def _dense_pass(self, model: Any, batch: dict[str, Any], rows_N: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(h_ND after the final norm, what the last shared block put out, if any block is shared)."""
+    def _dense_pass(self, model: Any, batch: dict[str, Any], rows_N: Tensor) -> DenseStates:
         caught: list[Tensor] = []
-        with self.twin.dense(), self._last_shared_block(lambda _block, _args, output: caught.append(output)):
+        with self.twin.dense(), self._last_shared_block(caught.append):
             h_ND = _hidden_states(model, batch, rows_N)
-        return h_ND, caught[0] if caught else None
+        return DenseStates(h_ND, caught[0] if caught else None)
 
     def _pruned_pass(self, model: Any, batch: dict[str, Any], rows_N: Tensor, prefix_BTD: Tensor | None) -> Tensor:
         """h_ND after the final norm, with gradient, from where the two views part."""
-        if prefix_BTD is None:
+        if self.shared_blocks == 0:
             return _hidden_states(model, batch, rows_N)
-        shared, first = self.twin.blocks[: self.shared_blocks], self.twin.blocks[self.shared_blocks]
+        shared, after = self.twin.blocks[: self.shared_blocks], self.twin.blocks[self.shared_blocks]
         for block in shared:
             block.gradient_checkpointing = False  # nothing in them is to be run again in backward
         # Reentrant checkpointing gives no gradient at all to a block none of whose inputs asks for one.
-        prefix_BTD = prefix_BTD.detach().requires_grad_(bool(getattr(first, "gradient_checkpointing", False)))
-        skipped: set[int | Site] = {*self.twin.closed_sites, *range(1, self.shared_blocks)}
+        wanted = bool(getattr(after, "gradient_checkpointing", False))
         # A hook on the last shared block, not on the first one after it: checkpointing runs that one again in backward,
         # when hooks and closed blocks are as they were, but from the input it was given here.
-        with self.twin.closed(skipped), self._last_shared_block(lambda _block, _args, _output: prefix_BTD):
+        if prefix_BTD is None:
+            with _detached(shared[0]), self._last_shared_block(lambda h: h.detach().requires_grad_(wanted)):
+                return _hidden_states(model, batch, rows_N)
+        prefix_BTD = prefix_BTD.detach().requires_grad_(wanted)
+        skipped: set[int | Site] = {*self.twin.closed_sites, *range(1, self.shared_blocks)}
+        with self.twin.closed(skipped), self._last_shared_block(lambda _h: prefix_BTD):
+            # By hand: as a site it may not be, which is for the KV cache, and here is none.
+            shared[0].closed = self.twin.switch.tuples is not None
             return _hidden_states(model, batch, rows_N)
 
     @contextmanager
-    def _last_shared_block(self, hook: Any) -> Iterator[None]:
+    def _last_shared_block(self, use: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+        """Inside, what the last shared block puts out is given to `use`, and replaced by what that returns, if any."""
         if self.shared_blocks == 0:
             yield
             return
+
+        def hook(_block: nn.Module, _inputs: Any, output: Any) -> Any:
+            new = use(output[0] if isinstance(output, tuple) else output)
+            return (new,) if new is not None and isinstance(output, tuple) else new
+
         handle = self.twin.blocks[self.shared_blocks - 1].register_forward_hook(hook)
         try:
             yield
         finally:
             handle.remove()
+
+
+@contextmanager
+def _detached(block: nn.Module) -> Iterator[None]:
+    """Inside, no gradient is asked for in front of this block (with checkpointing, embeddings would ask for one)."""
+    handle = block.register_forward_pre_hook(lambda _block, inputs: (inputs[0].detach(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _shared_blocks(twin: Twin) -> int:

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from recover import memory
 from recover.distill.loss_terms import TERMS, Lost, loss_terms
+from recover.distill.loss_topk import TopK, topk_terms
 
 if TYPE_CHECKING:
     from recover.recipe import Loss
@@ -83,7 +85,7 @@ class Head:
 
 def distillation_loss(
     h_pruned_ND: Tensor,
-    h_dense_ND: Tensor,
+    h_dense_ND: Tensor | TopK,
     head_VD: Tensor,
     weights: Loss,
     *,
@@ -98,13 +100,14 @@ def distillation_loss(
     Equals, without holding (N, V): softmax both sides' logits, apply the table of `loss_terms`, add up. `chunk` is how
     many tokens' logits are held at most; the result does not depend on it. Nothing waits for the device. Hidden states
     are those after the final norm, of scored rows only: a row that is not to be scored must be left out, not masked.
-    N may be 0.
+    N may be 0. In place of the dense hidden states there may stand what a teacher gave the likeliest tokens.
     """
     if weights.ce > 0 and labels_N is None:
         raise ValueError("loss.ce has a weight, so the labels of the scored tokens are needed")
     head = Head(head_VD.detach(), None if bias_V is None else bias_V.detach(), scale, softcap)
+    dense = h_dense_ND if isinstance(h_dense_ND, TopK) else h_dense_ND.detach()
     with torch.autocast(h_pruned_ND.device.type, enabled=False):
-        sums = _ChunkedLoss.apply(h_pruned_ND, h_dense_ND.detach(), head, weights, labels_N, chunk)
+        sums = _ChunkedLoss.apply(h_pruned_ND, dense, head, weights, labels_N, chunk)
     tokens = torch.full((), len(h_pruned_ND), device=h_pruned_ND.device, dtype=torch.int64)
     return LossSums(*sums, tokens=tokens)
 
@@ -138,17 +141,21 @@ class _ChunkedLoss(torch.autograd.Function):
 
 def _chunk_sums(
     h_pruned_CD: Tensor,
-    h_dense_CD: Tensor,
+    h_dense_CD: Tensor | TopK,
     head: Head,
     weights: Loss,
     labels_C: Tensor | None,
     gradient_CD: Tensor | None,
 ) -> Tensor:
     """Sums of TERMS over one chunk; writes `gradient_CD`. A function of its own so that no two chunks' logits live."""
-    y_CV, _ = head.logits(h_dense_CD)
+    y_CV = None if isinstance(h_dense_CD, TopK) else head.logits(h_dense_CD)[0]
     z_CV, slope_CV = head.logits(h_pruned_CD)
     dtype = None if gradient_CD is None else head.gradient_dtype(z_CV.dtype)
-    values_5C, g_CV, lost = _terms_for(z_CV)(y_CV, z_CV, labels_C, weights, dtype)
+    lost = None
+    if isinstance(h_dense_CD, TopK):
+        values_5C, g_CV = topk_terms(z_CV, h_dense_CD, labels_C, weights, dtype)
+    else:
+        values_5C, g_CV, lost = _terms_for(z_CV)(y_CV, z_CV, labels_C, weights, dtype)
     if gradient_CD is not None and g_CV is not None:
         gradient_CD.copy_(head.pull_back(g_CV, slope_CV, lost))
     return values_5C.sum(dim=1, dtype=torch.float64)
@@ -159,22 +166,7 @@ def rows_at_once(chunk: int, weight_VD: Tensor) -> int:
     if not weight_VD.is_cuda:
         return chunk
     processors = torch.cuda.get_device_properties(weight_VD.device).multi_processor_count
-    return _rows_for(chunk, weight_VD.shape[1], processors)
-
-
-def _rows_for(chunk: int, width: int, processors: int) -> int:
-    """At most `chunk` rows, as many as leave the fewest multiprocessors idle in the last product.
-
-    That one has few tiles of output, (C, D), and long sums, V: at D 3584, 1152 rows take 126 of an H200's 132
-    multiprocessors once, and 2048 rows take 224 of them in two rounds. Tiles of 128 x 256, as in its fastest products.
-    """
-    columns = -(-width // 256)
-
-    def busy(tiles: int) -> float:
-        rounds = -(-tiles * columns // processors)
-        return tiles * columns / (rounds * processors)
-
-    return 128 * max(range(1, chunk // 128 + 1), key=busy) if chunk >= 128 else chunk
+    return memory.rows_for(chunk, weight_VD.shape[1], processors)
 
 
 def _terms_for(z_CV: Tensor) -> Callable[..., tuple[Tensor, Tensor | None, Lost | None]]:

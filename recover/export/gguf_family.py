@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from recover import console
 from recover.errors import ExportError
+from recover.models.arch import head_size_of, kv_heads_of
 from recover.models.source import check_weights, explained
 
 if TYPE_CHECKING:
@@ -106,22 +107,17 @@ def _biased(config: PretrainedConfig) -> set[str]:
     return {*(ATTENTION.values() if config.attention_bias else ()), *(MLP.values() if config.mlp_bias else ())}
 
 
-def head_width(config: PretrainedConfig) -> int:
-    """Rows of one attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def add_sizes(writer: GGUFWriter, config: PretrainedConfig) -> None:
     """Put all that llama.cpp must know to compute the model into the metadata; rope factors are a tensor, see below."""
     from gguf import RopeScalingType
 
-    rope, head = config.rope_parameters, head_width(config)
+    rope, head = config.rope_parameters, head_size_of(config)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(_context(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_head_count_kv(kv_heads_of(config))
     writer.add_key_length(head)
     writer.add_value_length(head)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -151,7 +147,7 @@ def rope_factors(config: PretrainedConfig) -> Tensor | None:
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    rope, head = config.rope_parameters, head_width(config)
+    rope, head = config.rope_parameters, head_size_of(config)
     if rope["rope_type"] != "llama3":
         return None
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from recover.measure.score import interval95, mean
+from recover.measure.score import cumulated_gain, interval95, mean, ndcg
 from recover.measure.subject import Subject
 from recover.measure.task_kinds import RetrievalFile, Search
 
 Record = dict[str, Any]
-
-CUT = 10  # nDCG@10, as retrieval benchmarks have it
 
 
 def measure_retrieval(subject: Subject, file: RetrievalFile, items: Sequence[Search]) -> Record:
@@ -45,20 +42,9 @@ def _ranking(vectors: dict[str, np.ndarray], item: Search) -> list[int]:
     return sorted(range(len(near)), key=lambda at: (-near[at], at in item.relevant))
 
 
-def ndcg(relevant: Sequence[bool]) -> float:
-    """nDCG@10 of a ranking: sum of 1 / log2(1 + rank) over relevant ones, over the same for the best ranking."""
-    found = sum(_gain(rank) for rank, hit in enumerate(relevant[:CUT], 1) if hit)
-    return found / sum(_gain(rank) for rank in range(1, min(sum(relevant), CUT) + 1))
-
-
 def chance_ndcg(documents: int, relevant: int) -> float:
     """What a random ranking reaches in the mean."""
-    found = relevant / documents * sum(_gain(rank) for rank in range(1, min(documents, CUT) + 1))
-    return found / sum(_gain(rank) for rank in range(1, min(relevant, CUT) + 1))
-
-
-def _gain(rank: int) -> float:
-    return 1 / math.log2(1 + rank)
+    return relevant / documents * cumulated_gain([1] * documents) / cumulated_gain([1] * relevant)
 
 
 def _samples(items: Sequence[Search], rankings: Sequence[Sequence[int]]) -> list[Record]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from math import sqrt
+from math import log2, sqrt
 
 import numpy as np
 
 RESAMPLES = 2000
+CUT = 10  # nDCG@10, as retrieval benchmarks have it
 _NUMBER = re.compile(r"[$€£]?(-?)[$€£]?(\d[\d,]*)(?:\.(\d+))?%?")
 
 
@@ -76,3 +77,16 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
     array_N = np.asarray(values, dtype=np.float64)
     p10, p50, p90 = np.percentile(array_N, [10, 50, 90])
     return {"mean": float(array_N.mean()), "p10": float(p10), "p50": float(p50), "p90": float(p90)}
+
+
+def ndcg(gains: Sequence[float]) -> float:
+    """nDCG@10 of documents as ranked, by the gain of each: `cumulated_gain`, over that of the best ranking.
+
+    Järvelin and Kekäläinen, "Cumulated gain-based evaluation of IR techniques", with linear gain.
+    """
+    return cumulated_gain(gains) / cumulated_gain(sorted(gains, reverse=True))
+
+
+def cumulated_gain(gains: Sequence[float]) -> float:
+    """Sum of gain / log2(1 + rank) over the first ten."""
+    return sum(gain / log2(1 + rank) for rank, gain in enumerate(gains[:CUT], 1))

@@ -19,6 +19,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from recover.measure.generate import context_of
+from recover.models.arch import head_size_of, kv_heads_of
+
 SIDES = ("dense", "deployed")
 RATES = ("prefill_tokens_per_second", "decode_tokens_per_second")
 
@@ -31,9 +34,7 @@ Turn = Callable[[], tuple[float, ...]]
 
 def kv_bytes_per_token(config: Any, element_bytes: int) -> int:
     """Bytes that the KV cache grows by for each token: 2 (K and V) x blocks x KV heads x head size."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head_size * element_bytes
+    return 2 * config.num_hidden_layers * kv_heads_of(config) * head_size_of(config) * element_bytes
 
 
 def take_turns(
@@ -88,7 +89,7 @@ def compare_speed(
     them. Both models stay on the device if they fit; else each goes there for its turns.
     """
     models = dict(zip(SIDES, (dense, deployed), strict=True))
-    prompt_length = min(prompt_length, max(8, min(map(_context, models.values())) - steps))
+    prompt_length = min(prompt_length, max(8, min(context_of(model) or 2**31 for model in models.values()) - steps))
     vocabulary = min(model.config.vocab_size for model in models.values())
     generator = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(0, vocabulary, (batch_size, prompt_length), generator=generator).to(device)
@@ -120,10 +121,6 @@ def compare_speed(
         "same_shapes": _shapes(dense) == _shapes(deployed),
         "workload": {"batch_size": batch_size, "prompt_length": prompt_length, "steps": steps},
     }
-
-
-def _context(model: PreTrainedModel) -> int:
-    return getattr(model.config, "max_position_embeddings", None) or 2**31
 
 
 def _shapes(model: nn.Module) -> list[tuple[torch.Size, torch.dtype]]:

@@ -28,45 +28,35 @@ class Subject:
         self, prompts: Sequence[str], *, max_new_tokens: int, sampling: Sampling | None, chat: bool | None, title: str
     ) -> list[Generation]:
         """One text per prompt (`generate`), the same list on every process."""
-        mine = dist.everywhere(
-            lambda: generate(
+        return dist.over(
+            prompts,
+            lambda mine: generate(
                 self.model,
                 self.tokenizer,
-                dist.shard(prompts),
+                mine,
                 max_new_tokens=max_new_tokens,
                 batch_size=self.leaf.batch_size,
                 sampling=sampling,
                 seed=self.seed,
                 chat=chat,
                 title=title,
-            )
+            ),
         )
-        return dist.gather(mine)
 
     def expects(self, rows: Sequence[Continuation], *, title: str) -> list[float]:
         """Log-likelihood of each row (`log_likelihoods`), the same list on every process."""
-        mine = dist.everywhere(
-            lambda: log_likelihoods(self.model, dist.shard(rows), batch_size=self.leaf.batch_size, title=title)
-        )
-        return dist.gather(mine)
+        size = self.leaf.batch_size
+        return dist.over(rows, lambda mine: log_likelihoods(self.model, mine, batch_size=size, title=title))
 
     def chooses(self, groups: Sequence[Sequence[Continuation]], *, title: str) -> list[list[float]]:
         """Log-likelihood of each row of each group (`option_log_likelihoods`), the same list on every process."""
-        mine = dist.everywhere(
-            lambda: option_log_likelihoods(self.model, dist.shard(groups), batch_size=self.leaf.batch_size, title=title)
-        )
-        return dist.gather(mine)
+        size = self.leaf.batch_size
+        return dist.over(groups, lambda mine: option_log_likelihoods(self.model, mine, batch_size=size, title=title))
 
     def embeds(self, texts: Sequence[str], *, length: int, title: str) -> list[np.ndarray]:
         """One unit vector per text (`embeddings`), the same list on every process."""
-        mine = dist.everywhere(
-            lambda: embeddings(
-                self.model,
-                self.tokenizer,
-                dist.shard(texts),
-                length=length,
-                batch_size=self.leaf.batch_size,
-                title=title,
-            )
+        size = self.leaf.batch_size
+        return dist.over(
+            texts,
+            lambda mine: embeddings(self.model, self.tokenizer, mine, length=length, batch_size=size, title=title),
         )
-        return dist.gather(mine)

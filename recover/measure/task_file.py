@@ -22,7 +22,7 @@ from recover.measure.task_items import MAKERS, among_all
 from recover.measure.task_kinds import FILES, AnyFile, RetrievalFile
 from recover.measure.task_rows import column, rows_of
 from recover.problems import explain
-from recover.recipe import embedded
+from recover.recipe import local_path
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ def load_task(source: str) -> Task:
         RecipeError: there is no such file, or one of its fields is wrong.
         DataError: its data is not there, is empty, or has a row of the wrong shape; names file and line.
     """
-    name = source.removeprefix("embedded:")
-    path = Path(source) if name == source else embedded(name)
+    path = local_path(source)
     file = _read_file(path)
     items, seen = [], set()
     rows = rows_of(file.data, path.parent, subset=file.subset, split=file.split, arguments=file.arguments)

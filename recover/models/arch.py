@@ -109,6 +109,16 @@ def arch_of_type(model_type: str) -> Arch:
     return ARCHS[model_type]
 
 
+def kv_heads_of(config: PretrainedConfig) -> int:
+    """Key-value heads of a block: as many as query heads where the config names none."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def head_size_of(config: PretrainedConfig) -> int:
+    """Rows of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def blocks_of(model: nn.Module) -> nn.ModuleList:
     """The decoder blocks, in dense order."""
     return base_of(model).get_submodule(arch_of(model).blocks)  # type: ignore[return-value]

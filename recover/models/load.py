@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +20,22 @@ from transformers import (
 
 from recover import console, dist, recipe
 from recover.errors import ModelError
-from recover.models.arch import arch_of_type
+from recover.memory import Shape
+from recover.models.arch import arch_of_type, head_size_of, kv_heads_of
 from recover.models.source import check_weights, config_source, explained, locate, read_config
 
 LISTED = 3  # tensors named in a message
+# transformers fills missing tensors with random numbers and leaves unknown ones out, with a warning only.
+MISFITS = {"missing_keys": "are missing from the weights", "unexpected_keys": "belong to no part of it"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Description:
-    """What a model is, from its config alone. `parameters` counts tied ones once; `bytes` is for the recipe's dtype."""
+class Description(Shape):
+    """What a model is, from its config alone; `bytes` is for the recipe's dtype."""
 
     model_type: str
-    blocks: int
-    width: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    vocabulary: int
     context: int | None
     tied: bool
-    parameters: int
     embedding_parameters: int
     bytes: int
 
@@ -57,8 +53,8 @@ def describe(leaf: recipe.Model) -> Description:
         width=config.hidden_size,
         intermediate=config.intermediate_size,
         heads=config.num_attention_heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        kv_heads=kv_heads_of(config),
+        head_size=head_size_of(config),
         vocabulary=config.vocab_size,
         context=getattr(config, "max_position_embeddings", None),
         tied=bool(config.tie_word_embeddings),
@@ -76,20 +72,38 @@ def load_model(leaf: recipe.Model) -> PreTrainedModel:
     """
     config = _config(leaf)
     folder = locate(leaf)
+    with explained(str(folder)):
+        model = read_whole(leaf, folder, attn_implementation=_attention(leaf, config))
+    _check_finite(folder, model)
+    return model
+
+
+def read_whole(
+    leaf: recipe.Model, folder: Path, *, refused: Collection[str] = tuple(MISFITS), **options: Any
+) -> PreTrainedModel:
+    """The folder's model in eval mode, from checked files, by `from_pretrained` with these options.
+
+    Raises ModelError: files are missing, corrupt or unsafe, or config and weights misfit in one of the `refused` ways.
+    """
     check_weights(folder)
     with explained(str(folder)):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, leaf.dtype),
-            attn_implementation=_attention(leaf, config),
             trust_remote_code=leaf.trust_remote_code,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            **options,
         )
     model, info = loaded
-    _check_complete(folder, info)
-    _check_finite(folder, model)
+    for misfit in refused:
+        names = sorted(info[misfit])
+        if names:
+            raise ModelError(
+                f"{folder}: config.json and weights do not belong together: {len(names)} tensors {MISFITS[misfit]}, "
+                f"such as {', '.join(names[:LISTED])}"
+            )
     return model.eval()
 
 
@@ -141,20 +155,6 @@ def _attention(leaf: recipe.Model, config: PretrainedConfig) -> str:
         console.warn(f"model.attention: {stock.__name__} has no 'sdpa'; 'eager' is used")
         return "eager"
     return leaf.attention
-
-
-def _check_complete(folder: Path, info: dict[str, Any]) -> None:
-    """transformers fills missing tensors with random numbers and leaves unknown ones out, with a warning only."""
-    for key, words in (
-        ("missing_keys", "are missing from the weights"),
-        ("unexpected_keys", "belong to no part of it"),
-    ):
-        names = sorted(info[key])
-        if names:
-            raise ModelError(
-                f"{folder}: config.json and weights do not belong together: {len(names)} tensors {words}, "
-                f"such as {', '.join(names[:LISTED])}"
-            )
 
 
 def _check_finite(folder: Path, model: PreTrainedModel) -> None:

@@ -22,7 +22,8 @@ class Switch:
 
     dense: bool = False
     fold: bool = False  # keep the effective weights between forward passes, while gradients are off
-    tuples: bool = False  # stock blocks return tuples (Granite in transformers 5.3); block 0, never closed, finds out
+    # Stock blocks return tuples (Granite in transformers 5.3): an open block finds out, None until then.
+    tuples: bool | None = None
 
 
 class Factors(NamedTuple):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
@@ -29,6 +30,17 @@ class SwitchedLora(lora.Linear):
         if self.switch.dense:
             return self.base_layer(x)
         return super().forward(x, *args, **kwargs)
+
+    def _cast_input_dtype(self, x: Any, dtype: torch.dtype) -> Any:
+        """Under autocast the input as it is: the product casts it back, and each adapter would keep a copy of its own.
+
+        Same values: a half-precision input that peft widens to float32 comes back as it was. Unless dropout comes in
+        between, which scales more exactly in float32, and gives each adapter an input of its own anyway.
+        """
+        plain = all(isinstance(dropout, nn.Identity) for dropout in self.lora_dropout.values())
+        if plain and isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+            return x
+        return super()._cast_input_dtype(x, dtype)
 
 
 class MaskedLora(SwitchedLora):

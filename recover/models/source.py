@@ -44,8 +44,7 @@ def locate(leaf: recipe.Model, source: str | None = None) -> Path:
     source = source or leaf.source
     kind = kind_of(source)
     if kind == "folder":
-        is_embedded = source.startswith("embedded:")
-        return recipe.embedded(source.removeprefix("embedded:")) if is_embedded else Path(source).expanduser()
+        return recipe.local_path(source).expanduser()
     with dist.main_first():
         return _convert(Path(source).expanduser()) if kind == "gguf" else _download(leaf, source)
 

@@ -70,14 +70,11 @@ def choice_drift(twin: Twin | Pair, items: Sequence[Asked], *, task: str = "choi
         raise DataError(f"task {task}: no items to choose in")
     for view in (pair.dense, pair.pruned):
         check_ids([list(option) for item in items for option in item.options], view, steps=0)
-    batches = _batches(items, batch_size)
-    mine = dist.everywhere(
-        lambda: [
-            _answers(comparison, batch)
-            for batch in console.track(dist.shard(batches), f"choices of {task}", unit="batch")
-        ]
+    found = dist.over(
+        _batches(items, batch_size),
+        lambda mine: [_answers(comparison, batch) for batch in console.track(mine, f"choices of {task}", unit="batch")],
     )
-    return _record(task, [answer for answers in dist.gather(mine) for answer in answers])
+    return _record(task, [answer for answers in found for answer in answers])
 
 
 def _batches(items: Sequence[Asked], size: int) -> list[list[tuple[int, Asked]]]:
@@ -153,7 +150,7 @@ def _record(task: str, answers: list[Answer]) -> Choice:
     figures: dict[str, dict[str, Any]] = {"drift": {}, "vocabulary": {}, "mass": {}}
     for group, names in (("drift", ("kl", "probability")), ("vocabulary", ("kl", "probability")), ("mass", VIEWS)):
         for name in names:
-            figures[group][name] = _quantiles([answer.subspace[f"{group}.{name}"] for answer in inside])  # type: ignore[index]
+            figures[group][name] = spaces.quantiles([answer.subspace[f"{group}.{name}"] for answer in inside])  # type: ignore[index]
     tokens = _scored([(answer.logits, answer.label) for answer in inside])
     return Choice(
         task,
@@ -173,7 +170,7 @@ def _scored(rows: list[tuple[dict[str, list[float]], int]]) -> dict[str, Any]:
     margins = {name: [margin(scores[name], label) for scores, label in rows] for name in VIEWS}
     orders = [[_order(scores[name]) for name in VIEWS] for scores, _ in rows]
     return {
-        "margin": {name: _quantiles(values) for name, values in margins.items()},
+        "margin": {name: spaces.quantiles(values) for name, values in margins.items()},
         "accuracy": {name: _mean([value > 0 for value in values]) for name, values in margins.items()},
         "same_choice": _mean([dense[0] == pruned[0] for dense, pruned in orders]),
         "rank_changed": _mean([dense != pruned for dense, pruned in orders]),
@@ -182,10 +179,6 @@ def _scored(rows: list[tuple[dict[str, list[float]], int]]) -> dict[str, Any]:
 
 def _order(scores: Sequence[float]) -> list[int]:
     return sorted(range(len(scores)), key=lambda option: -scores[option])
-
-
-def _quantiles(values: list[float]) -> dict[str, float | None]:
-    return spaces.quantiles(torch.tensor(values, dtype=torch.float64))
 
 
 def _mean(values: list[bool]) -> float | None:

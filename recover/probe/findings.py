@@ -159,7 +159,7 @@ def _sampled(seed: int, free: Free) -> Sampled:
 def _divergence(first: list[int | None]) -> Divergence:
     places = [place for place in first if place is not None]
     never = first.count(None) / len(first)
-    return Divergence(len(first), quantiles(torch.tensor(places, dtype=torch.float64)), never, first)
+    return Divergence(len(first), quantiles(places), never, first)
 
 
 def _identity(batches: list[dict[str, dict[str, float]]]) -> Identity:

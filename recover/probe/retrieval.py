@@ -18,6 +18,7 @@ from torch import Tensor
 from recover import console, dist
 from recover.errors import DataError, ModelError
 from recover.json_lines import json_lines
+from recover.measure.score import ndcg
 from recover.models.twin import Twin
 from recover.probe import spaces
 from recover.probe.records import Retrieval
@@ -25,7 +26,6 @@ from recover.probe.trajectory import Batch, batches_of, check_ids, positions
 from recover.probe.views import Pair, View, hidden_states, running
 
 POOLINGS = ("last", "mean")
-CUT = 10  # nDCG@10, as retrieval benchmarks have it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +91,9 @@ def retrieval_drift(
 
 
 def _embed(view: View, batches: list[Batch], texts: list[str]) -> dict[str, Tensor]:
-    mine = dist.everywhere(
-        lambda: [_pooled(view, batch) for batch in console.track(dist.shard(batches), f"embed, {view.name}")]
+    parts = dist.over(
+        batches, lambda mine: [_pooled(view, batch) for batch in console.track(mine, f"embed, {view.name}")]
     )
-    parts = dist.gather(mine)
     found = {pooling: torch.cat([part[pooling] for part in parts]) for pooling in POOLINGS}
     for value_ED in found.values():
         bad_E = ~torch.isfinite(value_ED).all(-1)
@@ -132,7 +131,7 @@ def _pooled(view: View, batch: Batch) -> dict[str, Tensor]:
 def _record(
     pooling: str, queries: Sequence[Query], place: dict[str, int], dense_ED: Tensor, pruned_ED: Tensor
 ) -> Retrieval:
-    correlation, ndcg, first = [], [], []
+    correlation, order, first = [], [], []
     relevance: dict[str, list[float]] = {"dense": [], "pruned": []}
     for each in queries:
         rows = [place[text] for text in each.documents]
@@ -141,7 +140,7 @@ def _record(
             for name, x_ED in (("dense", dense_ED), ("pruned", pruned_ED))
         }
         correlation.append(rank_correlation(scores["dense"], scores["pruned"]))
-        ndcg.append(ndcg_of(scores["pruned"], gains_of(scores["dense"])))
+        order.append(ndcg_of(scores["pruned"], gains_of(scores["dense"])))
         first.append(int(scores["dense"].argmax() == scores["pruned"].argmax()))
         if each.relevant is not None:
             gain_G = torch.zeros(len(rows), dtype=torch.float64)
@@ -155,10 +154,10 @@ def _record(
         len(queries),
         sum(len(each.documents) for each in queries),
         spaces.quantiles(embedding_E),
-        _quantiles(correlation),
-        _quantiles(ndcg),
+        spaces.quantiles(correlation),
+        spaces.quantiles(order),
         sum(first) / len(first),
-        {name: _quantiles(values) for name, values in relevance.items()} if relevance["dense"] else None,
+        {name: spaces.quantiles(values) for name, values in relevance.items()} if relevance["dense"] else None,
     )
 
 
@@ -184,15 +183,5 @@ def gains_of(score_G: Tensor) -> Tensor:
 
 
 def ndcg_of(score_G: Tensor, gain_G: Tensor) -> float:
-    """nDCG@10 of the ranking by score: sum of gain / log2(rank + 1), over that of the best ranking.
-
-    Järvelin and Kekäläinen, "Cumulated gain-based evaluation of IR techniques", with linear gain.
-    """
-    discount_G = 1 / torch.log2(torch.arange(2, min(len(score_G), CUT) + 2, dtype=torch.float64))
-    order_G = torch.argsort(score_G, descending=True, stable=True)[:CUT]
-    best_G = torch.sort(gain_G, descending=True).values[:CUT]
-    return float((gain_G[order_G] @ discount_G) / (best_G @ discount_G))
-
-
-def _quantiles(values: list[float]) -> dict[str, float | None]:
-    return spaces.quantiles(torch.tensor(values, dtype=torch.float64))
+    """nDCG@10 of the ranking by score."""
+    return ndcg(gain_G[torch.argsort(score_G, descending=True, stable=True)].tolist())

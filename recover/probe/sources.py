@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recover import dist, recipe
 from recover.errors import ModelError
 from recover.models.arch import arch_of_type
-from recover.models.load import check_fit, load_model, load_tokenizer, ready
-from recover.models.source import check_weights, explained, locate, read_config
+from recover.models.load import check_fit, load_model, load_tokenizer, read_whole, ready
+from recover.models.source import locate, read_config
 from recover.probe.views import Pair
 
 # quant_method of a checkpoint -> the package that reads it (a GGUF file is converted, and needs none of them)
@@ -48,27 +46,13 @@ def load_any(leaf: recipe.Model) -> PreTrainedModel:
         return ready(load_model(leaf))
     _check_package(leaf.source, str(dict(quantization).get("quant_method")))
     arch_of_type(config["model_type"])
-    folder = locate(leaf)
-    check_weights(folder)
-    with explained(str(folder)):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, leaf.dtype),
-            attn_implementation=leaf.attention,
-            trust_remote_code=leaf.trust_remote_code,
-            use_safetensors=True,
-            local_files_only=True,
-            device_map={"": dist.device()},  # quantized weights are not moved afterwards
-            output_loading_info=True,
-        )
-    model, info = loaded
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"{folder}: config.json and weights do not belong together: {len(missing)} tensors are missing from the "
-            f"weights, such as {', '.join(missing[:SHOWN])}"
-        )
-    return model.eval()
+    return read_whole(
+        leaf,
+        locate(leaf),
+        refused=("missing_keys",),  # a quantizer may leave tensors behind that it does not read
+        attn_implementation=leaf.attention,
+        device_map={"": dist.device()},  # quantized weights are not moved afterwards
+    )
 
 
 def _check_package(source: str, method: str) -> None:

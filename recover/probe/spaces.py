@@ -13,6 +13,8 @@ Shapes: N kept tokens, F features of any kind (width or vocabulary), D width, V 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -205,9 +207,9 @@ def ratio(predicted_N: Tensor, exact_N: Tensor) -> Tensor:
     return predicted_N[meant_N] / exact_N[meant_N]
 
 
-def quantiles(values_N: Tensor) -> dict[str, float | None]:
+def quantiles(values_N: Tensor | Sequence[float]) -> dict[str, float | None]:
     """mean, p50, p90, p99 and max (linear interpolation), each None where there is no value: damage is in the tail."""
-    values_N = values_N.detach().double().flatten()
+    values_N = torch.as_tensor(values_N, dtype=torch.float64).detach().flatten()
     if not len(values_N):
         return dict.fromkeys(("mean", "p50", "p90", "p99", "max"))
     assert torch.isfinite(values_N).all(), "a non-finite value reached a summary: it must be refused where it arises"

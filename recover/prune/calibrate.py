@@ -16,7 +16,7 @@ from torch import LongTensor, Tensor
 from recover import console
 from recover.errors import DataError, PruneError
 from recover.json_lines import json_lines
-from recover.recipe import Calibration, embedded
+from recover.recipe import Calibration, local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,7 +72,7 @@ def read_texts(leaf: Calibration) -> Sequence[str]:
 
     Raises DataError naming the file and line, or the column, that is wrong.
     """
-    path = embedded(leaf.data.removeprefix("embedded:")) if leaf.data.startswith("embedded:") else Path(leaf.data)
+    path = local_path(leaf.data)
     try:
         if path.suffix in (".jsonl", ".json"):
             return _read_jsonl(path, leaf.column)

@@ -15,7 +15,8 @@ from recover.errors import PruneError
 from recover.models.arch import arch_of, blocks_of, part_of
 from recover.models.site import PARTS, Site, whole_blocks
 from recover.prune.calibrate import calibration_record, check_context
-from recover.prune.depth_search import NAMES, Choice, choose, named_sites, units_of
+from recover.prune.depth_search import NAMES, Choice, choose, most_units, named_sites
+from recover.prune.parts import NOWHERE, Parts
 from recover.prune.plan import Plan, Pruned
 from recover.prune.repair import refuse_repair, repaired
 from recover.recipe import Depth
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from recover.models.twin import Twin
 
 
-def prune_depth(twin: Twin, leaf: Depth, batches: list[LongTensor]) -> Pruned:
+def prune_depth(twin: Twin, leaf: Depth, batches: list[LongTensor], parts: Parts = NOWHERE) -> Pruned:
     """The plan that drops what `leaf` lists, or the `leaf.count` units that matter least by `leaf.score`; no masks.
 
     Every candidate of every round is in `plan.scores`: `{round, blocks, parts, score, by, chosen}`. With `leaf.repair`,
@@ -37,7 +38,7 @@ def prune_depth(twin: Twin, leaf: Depth, batches: list[LongTensor]) -> Pruned:
     if leaf.repair != "none":
         refuse_repair(twin, leaf.repair, batches)
     sites = check_sites(leaf, len(blocks_of(twin.model)))
-    choice = choose(twin, leaf, batches) if leaf.listed is None else Choice(sites, [])
+    choice = choose(twin, leaf, batches, parts) if leaf.listed is None else Choice(sites, [])
     _refuse_no_effect(twin, choice.sites, batches)
     weights, repair = {}, {}
     if leaf.repair != "none":
@@ -51,7 +52,7 @@ def check_sites(leaf: Depth, blocks: int) -> frozenset[Site]:
     """The sites that the recipe names, none with a count. Raises PruneError for what is not there or has to stay."""
     if leaf.listed is not None:
         return _listed(leaf, blocks)
-    there = len(units_of(leaf.unit, blocks))
+    there = most_units(leaf.unit, blocks)
     if leaf.units > there:
         has = f"the model has {blocks}" if leaf.unit == "block" else f"the model has {blocks} blocks"
         raise PruneError(

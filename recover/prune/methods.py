@@ -2,17 +2,18 @@
 
 Each takes a twin whose two views are equal (`Twin(model, Plan.none(blocks))`), its leaf of the recipe and the
 calibration batches (B, T), leaves the twin as it was, and gives the plan with its masks and weights. Raises PruneError
-for what cannot work on this model.
+for what cannot work on this model. What takes one step after another (the drops of a search, the blocks of Wanda and
+SparseGPT) is kept in `parts` and gone on with; magnitude and width are one pass, with nothing to keep on the way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import LongTensor
 
 from recover.prune.depth import prune_depth
+from recover.prune.parts import NOWHERE, Parts
 from recover.prune.plan import Pruned
 from recover.prune.sparsity import prune_magnitude, prune_sparsegpt, prune_wanda
 from recover.prune.width import prune_width
@@ -20,7 +21,12 @@ from recover.prune.width import prune_width
 if TYPE_CHECKING:
     from recover.models.twin import Twin
 
-Pruner = Callable[["Twin", Any, list[LongTensor]], Pruned]
+
+class Pruner(Protocol):
+    """One method."""
+
+    def __call__(self, twin: Twin, leaf: Any, batches: list[LongTensor], parts: Parts = NOWHERE) -> Pruned: ...
+
 
 PRUNERS: dict[str, Pruner] = {
     "depth": prune_depth,

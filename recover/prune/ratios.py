@@ -5,14 +5,17 @@ Shapes: B batch, T tokens, O out features, I in features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import LongTensor, Tensor
+from torch import LongTensor, Tensor, nn
 
 from recover import console
 from recover.errors import PruneError
+from recover.prune.parts import NOWHERE, Part, Parts
 from recover.prune.scores import keep_unstructured, wanda_score
 from recover.prune.stream import Stream, norms, squares
 from recover.prune.views import final_hidden, kl_rows, row_sum
@@ -25,11 +28,19 @@ OUTLIER = 5.0  # M of OWL: a score so many times its layer's mean is an outlier
 KL_TOKENS = 8192  # text on which `allocation: kl` runs the model once a block; at least one batch
 
 
-def block_fractions(twin: Twin, leaf: Calibrated, batches: Sequence[LongTensor]) -> tuple[list[float], dict[str, Any]]:
+def block_fractions(
+    twin: Twin, leaf: Calibrated, batches: Sequence[LongTensor], parts: Parts = NOWHERE
+) -> tuple[list[float], dict[str, Any]]:
     """The sparsity of every block, their mean over weights being the recipe's; and what to record of them."""
-    count = twin.plan.blocks
     if leaf.allocation == "uniform":
-        return [leaf.fraction] * count, {}
+        return [leaf.fraction] * twin.plan.blocks, {}
+    record = parts.once("allocation", lambda: Part(_allocated(twin, leaf, batches, parts))).value
+    return record["sparsity"], record
+
+
+def _allocated(twin: Twin, leaf: Calibrated, batches: Sequence[LongTensor], parts: Parts) -> dict[str, Any]:
+    """The record of an allocation: what it goes by, and the sparsity of every block."""
+    count = twin.plan.blocks
     stream = Stream(twin, batches)
     importance, sizes, norms_of = [], [], {}
     for index in console.track(range(count), f"dense pass for allocation '{leaf.allocation}'", unit="block"):
@@ -40,9 +51,9 @@ def block_fractions(twin: Twin, leaf: Calibrated, batches: Sequence[LongTensor])
         sizes.append(sum(linear.weight.numel() for linear in stream.linears[index].values()))
         norms_of |= {name: norm_I.cpu() for name, norm_I in found.items()}
     if leaf.allocation == "kl":
-        importance = _kl_alone(twin, leaf.fraction, stream, norms_of, batches)
+        importance = _kl_alone(twin, leaf.fraction, stream, norms_of, batches, parts)
     fractions = spread(importance, sizes, leaf.fraction, leaf.spread)
-    return fractions, {"allocation": leaf.allocation, "importance": importance, "sparsity": fractions}
+    return {"allocation": leaf.allocation, "importance": importance, "sparsity": fractions}
 
 
 def spread(importance: Sequence[float], sizes: Sequence[int], mean: float, most: float) -> list[float]:
@@ -64,26 +75,41 @@ def _outliers(scores: dict[str, Tensor]) -> float:
 
 @torch.no_grad()
 def _kl_alone(
-    twin: Twin, fraction: float, stream: Stream, norms_of: dict[str, Tensor], batches: Sequence[LongTensor]
+    twin: Twin,
+    fraction: float,
+    stream: Stream,
+    norms_of: dict[str, Tensor],
+    batches: Sequence[LongTensor],
+    parts: Parts,
 ) -> list[float]:
     """KL(dense || pruned) a token with Wanda on each block alone, on the first KL_TOKENS tokens."""
     some = list(batches[: max(1, KL_TOKENS // batches[0].numel())])
     dense = [final_hidden(twin, ids_BT) for ids_BT in some]
     tokens = sum(ids_BT.numel() for ids_BT in some)
-    found = []
-    for index in console.track(range(len(stream.blocks)), "KL of each block alone", unit="block"):
-        linears = stream.linears[index]
-        before = {name: linear.weight.data for name, linear in linears.items()}
-        try:
-            for name, linear in linears.items():
-                score_OI = wanda_score(linear.weight, norms_of[name].to(linear.weight.device))
-                linear.weight.data = linear.weight.masked_fill(~keep_unstructured(score_OI, fraction), 0)
+
+    def alone(linears: dict[str, nn.Linear]) -> Part:
+        with _masked(linears, fraction, norms_of):
             pairs = zip(some, dense, strict=True)
             total = sum(row_sum(twin, kl_rows, seen_ND, final_hidden(twin, ids)) for ids, seen_ND in pairs)
-            found.append(total / tokens)
-        finally:
-            for name, weight_OI in before.items():
-                linears[name].weight.data = weight_OI
-    if not all(torch.tensor(found).isfinite()):
-        raise PruneError(f"prune.allocation: KL of blocks alone is {found}. Check the weights")
-    return found
+        if not math.isfinite(total):
+            raise PruneError(
+                f"prune.allocation: KL of {next(iter(linears))}'s block alone is {total}. Check the weights"
+            )
+        return Part(total / tokens)
+
+    blocks = console.track(enumerate(stream.linears), "KL of each block alone", total=len(stream.linears), unit="block")
+    return [parts.once(f"KL of block {index} alone", lambda each=each: alone(each)).value for index, each in blocks]
+
+
+@contextmanager
+def _masked(linears: dict[str, nn.Linear], fraction: float, norms_of: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, these layers have their weights of lowest Wanda score zeroed."""
+    before = {name: linear.weight.data for name, linear in linears.items()}
+    try:
+        for name, linear in linears.items():
+            score_OI = wanda_score(linear.weight, norms_of[name].to(linear.weight.device))
+            linear.weight.data = linear.weight.masked_fill(~keep_unstructured(score_OI, fraction), 0)
+        yield
+    finally:
+        for name, weight_OI in before.items():
+            linears[name].weight.data = weight_OI

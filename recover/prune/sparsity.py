@@ -14,7 +14,9 @@ from torch import LongTensor, Tensor, nn
 from recover import console
 from recover.errors import PruneError
 from recover.models.arch import blocks_of, linears_of
+from recover.models.masked_linear import pack, unpack
 from recover.prune.calibrate import calibration_record
+from recover.prune.parts import NOWHERE, Part, Parts
 from recover.prune.plan import Kind, MaskRecord, Plan, Pruned
 from recover.prune.ratios import block_fractions
 from recover.prune.scores import keep_n_m, keep_unstructured, magnitude_score, wanda_score
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 Decide = Callable[[Mapping[str, nn.Linear], Mapping[str, Tensor], float], tuple[dict[str, Tensor], dict[str, Tensor]]]
 
 
-def prune_magnitude(twin: Twin, leaf: Magnitude, batches: list[LongTensor]) -> Pruned:
+def prune_magnitude(twin: Twin, leaf: Magnitude, batches: list[LongTensor], parts: Parts = NOWHERE) -> Pruned:
     """Masks that keep the largest weights of each output row of each linear layer in the blocks; no text is read."""
     linears, masks, records = linears_of(twin.model), {}, {}
     _check_patterns(linears, leaf, [leaf.fraction] * len(blocks_of(twin.model)))
@@ -42,7 +44,7 @@ def prune_magnitude(twin: Twin, leaf: Magnitude, batches: list[LongTensor]) -> P
     return Pruned(_plan(twin, "magnitude", records, {}), masks, {})
 
 
-def prune_wanda(twin: Twin, leaf: Wanda, batches: list[LongTensor]) -> Pruned:
+def prune_wanda(twin: Twin, leaf: Wanda, batches: list[LongTensor], parts: Parts = NOWHERE) -> Pruned:
     """Masks that keep the weights of highest |W| * ||x|| of every output row, block after block.
 
     What a block's layers see is measured with all blocks before it already masked, as the pruned model will run.
@@ -59,11 +61,11 @@ def prune_wanda(twin: Twin, leaf: Wanda, batches: list[LongTensor]) -> Pruned:
             weights[name] = weight_OI.masked_fill(~masks[name], 0)
         return masks, weights
 
-    found = _blockwise(twin, leaf, batches, squares, decide)
+    found = _blockwise(twin, leaf, batches, squares, decide, parts)
     return Pruned(_plan(twin, "wanda", found.records, found.calibration), found.masks, {})
 
 
-def prune_sparsegpt(twin: Twin, leaf: SparseGpt, batches: list[LongTensor]) -> Pruned:
+def prune_sparsegpt(twin: Twin, leaf: SparseGpt, batches: list[LongTensor], parts: Parts = NOWHERE) -> Pruned:
     """Masks, and weights of which those that are left make up for those that go, block after block.
 
     A layer's output error on the calibration text is made small, with all blocks before it already pruned. `weights`
@@ -84,7 +86,7 @@ def prune_sparsegpt(twin: Twin, leaf: SparseGpt, batches: list[LongTensor]) -> P
                 masks[name], weights[name] = keep_OI, weight_OI
         return {name: masks[name] for name in linears}, {name: weights[name] for name in linears}
 
-    found = _blockwise(twin, leaf, batches, gram, decide)
+    found = _blockwise(twin, leaf, batches, gram, decide, parts)
     own = {f"{name}.weight": weight_OI for name, weight_OI in found.weights.items()}
     return Pruned(_plan(twin, "sparsegpt", found.records, found.calibration, own), found.masks, own)
 
@@ -99,10 +101,18 @@ class _Found(NamedTuple):
 
 
 def _blockwise(
-    twin: Twin, leaf: Calibrated, batches: list[LongTensor], measure: Callable[[Tensor], Tensor], decide: Decide
+    twin: Twin,
+    leaf: Calibrated,
+    batches: list[LongTensor],
+    measure: Callable[[Tensor], Tensor],
+    decide: Decide,
+    parts: Parts,
 ) -> _Found:
-    """Masks and new weights, decided block by block; only SparseGPT's weights are more than masked, and kept."""
-    fractions, allocation = block_fractions(twin, leaf, batches)
+    """Masks and new weights, decided block by block; only SparseGPT's weights are more than masked, and kept.
+
+    Blocks that `parts` holds are not decided again: the text goes through them as it would have.
+    """
+    fractions, allocation = block_fractions(twin, leaf, batches, parts)
     _check_patterns(linears_of(twin.model), leaf, fractions)
     stream = Stream(twin, batches)
     found = _Found({}, {}, {}, calibration_record(leaf.calibration, batches) | allocation)
@@ -110,7 +120,12 @@ def _blockwise(
     with torch.no_grad():
         for index in console.track(range(len(fractions)), leaf.kind, unit="block"):
             with stream.resident(index) as linears:
-                kept, made = decide(linears, stream.measure(index, measure), fractions[index])
+                block = parts.find(f"block {index}")
+                if block is not None:
+                    kept, made = _unpacked(block, linears)
+                else:
+                    kept, made = decide(linears, stream.measure(index, measure), fractions[index])
+                    parts.keep(f"block {index}", _packed(kept, made if leaf.kind == "sparsegpt" else {}))
                 if index != last:
                     stream.advance(index, made)
             for name, keep_OI in kept.items():
@@ -119,6 +134,27 @@ def _blockwise(
                 if leaf.kind == "sparsegpt":
                     found.weights[name] = made[name].cpu()
     return found
+
+
+def _packed(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Part:
+    """What has to be kept of a block: masks, a bit a weight, and weights that are more than masked."""
+    return Part(
+        tensors={
+            **{f"{name}.mask": pack(keep_OI) for name, keep_OI in masks.items()},
+            **{f"{name}.weight": weight_OI for name, weight_OI in weights.items()},
+        }
+    )
+
+
+def _unpacked(part: Part, linears: Mapping[str, nn.Linear]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Masks and weights of a block as they were decided, on the device of its layers."""
+    masks, weights = {}, {}
+    for name, linear in linears.items():
+        own = linear.weight.detach()
+        masks[name] = unpack(part.tensors[f"{name}.mask"].to(own.device), own.shape)
+        rewritten = part.tensors.get(f"{name}.weight")
+        weights[name] = own.masked_fill(~masks[name], 0) if rewritten is None else rewritten.to(own.device)
+    return masks, weights
 
 
 def _sparsegpt(

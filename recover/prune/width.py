@@ -18,9 +18,10 @@ from torch import LongTensor, Tensor, nn
 
 from recover import console
 from recover.errors import PruneError
-from recover.models.arch import Arch, arch_of, blocks_of, linears_of
+from recover.models.arch import Arch, arch_of, blocks_of, head_size_of, kv_heads_of, linears_of
 from recover.models.site import Part, Site
 from recover.prune.calibrate import calibration_record, check_context
+from recover.prune.parts import NOWHERE, Parts
 from recover.prune.plan import Plan, Pruned
 from recover.prune.width_scores import Outgoing, highest, unit_scores
 from recover.recipe import Width
@@ -43,12 +44,11 @@ class Sizes:
     @classmethod
     def of(cls, config: PretrainedConfig) -> Sizes:
         """The sizes of every block of a model with this config."""
-        heads = config.num_attention_heads
         return cls(
             neurons=config.intermediate_size,
-            heads=heads,
-            groups=getattr(config, "num_key_value_heads", None) or heads,
-            head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            heads=config.num_attention_heads,
+            groups=kv_heads_of(config),
+            head_size=head_size_of(config),
         )
 
     def without(self, groups: int) -> Sizes:
@@ -121,7 +121,7 @@ class _Removal(NamedTuple):
     head: int
 
 
-def prune_width(twin: Twin, leaf: Width, batches: list[LongTensor]) -> Pruned:
+def prune_width(twin: Twin, leaf: Width, batches: list[LongTensor], parts: Parts = NOWHERE) -> Pruned:
     """A plan with fewer neurons and KV groups in every block, those of the lowest score in it, and the weights left.
 
     `plan.scores` has one record a block and sublayer: how many units went, and their share of the block's score. Raises

@@ -59,9 +59,11 @@ def collect(root: Path) -> dict[str, Any]:
         "measures": measures.rows(records),
         "drift": {model: _drift(root / folder) for model, folder in DRIFT_FOLDER.items()},
         "epochs": epochs,
+        "training": _json(root / "recover" / "training.json"),
         "tokens": _tokens_used(epochs),
         "speed": _json(root / "speed.json"),
         "verify": _json(root / "verify.json"),
+        "forecast": _json(root / "forecast.json"),
         "samples": samples.side_by_side(records),
         "divergence": samples.divergence(records),
     }

@@ -1,4 +1,4 @@
-"""Several runs side by side: one table, one picture, best recovered generation first."""
+"""Several runs side by side, best recovered generation first, and what must not be set side by side."""
 
 from __future__ import annotations
 
@@ -7,40 +7,111 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recover.artifacts import write_text
-from recover.report import render, speeds, verdict, words
+from recover.report import cuts, speeds, words
 from recover.report.collect import collect
-from recover.report.figure import Figure, is_narrow, panels
-from recover.report.svg import Canvas, Linear
 
-ROW = 46
+SAME = 0.02  # dense figures further apart than this were not measured alike
 USES = ("generation", "choice", "retrieval")
 MODELS = ("pruned", "recovered")
 
-# What differs between runs -> what a reader must then not do.
-APART = {
-    "measure": "These runs were measured by different rules (recipe field measure): their shares answer different "
-    "questions.",
-    "timed_on": "These runs were timed on different machines, or with different prompts: set their ratios side by "
-    "side, not their tokens/s.",
-}
-
 
 def compare(roots: Sequence[Path]) -> dict[str, Any]:
-    """{"runs": one summary a run, "best": name or None, "apart": what must not be set side by side}; JSON-able.
+    """{"runs": one summary a run, "best": name or None, "comparable", "same_dense", "apart"}; JSON-able.
 
-    `same_dense` says whether all start from the same dense model. A run that is not finished is compared by what it
-    has. Raises ArtifactError as `collect` does.
+    `apart` says in words what must not be set side by side, and why. Runs that start from different dense models, or
+    are measured by different rules, have no `best`. A run that is not finished is compared by what it has. Raises
+    ArtifactError as `collect` does.
     """
     runs = [_run(collect(root)) for root in roots]
+    _name_apart(runs, roots)
     runs.sort(key=lambda run: _order(run["kept"]["recovered"]["generation"], run["kept"]["pruned"]["generation"]))
-    best = runs[0]["name"] if runs and runs[0]["kept"]["recovered"]["generation"] is not None else None
+    same_dense = len({run["model"] for run in runs}) <= 1
+    comparable = same_dense and len({run["measure"] for run in runs}) <= 1
+    measured = bool(runs) and runs[0]["kept"]["recovered"]["generation"] is not None
     return {
         "runs": runs,
-        "best": best,
-        "same_dense": len({run["model"] for run in runs}) <= 1,
-        "apart": [words_ for key, words_ in APART.items() if len({run[key] for run in runs if run[key]}) > 1],
+        "best": runs[0]["name"] if measured and comparable else None,
+        "same_dense": same_dense,
+        "comparable": comparable,
+        "apart": [
+            line for line in (_dense_apart(runs), _rules_apart(runs), _level_apart(runs), _timed_apart(runs)) if line
+        ],
     }
+
+
+def _name_apart(runs: list[dict[str, Any]], roots: Sequence[Path]) -> None:
+    """Runs of one name are told apart by their folders."""
+    names = [run["name"] for run in runs]
+    for run, root in zip(runs, roots, strict=True):
+        if names.count(run["name"]) > 1:
+            run["name"] = f"{run['name']} ({root.absolute().parent.name}/{root.absolute().name})"
+
+
+def _groups(runs: list[dict[str, Any]], key: str) -> dict[str, list[str]]:
+    """Value -> names of the runs that have it, where it is known."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        if run[key]:
+            found.setdefault(run[key], []).append(run["name"])
+    return found
+
+
+def _dense_apart(runs: list[dict[str, Any]]) -> str:
+    groups = _groups(runs, "model")
+    if len(groups) < 2:
+        return ""
+    who = "; ".join(f"{', '.join(names)}: {model}" for model, names in groups.items())
+    return f"These runs start from different dense models ({who}). Their shares have different wholes: none is best."
+
+
+def _rules_apart(runs: list[dict[str, Any]]) -> str:
+    """Which fields of `measure` differ, and how."""
+    groups = _groups(runs, "measure")
+    if len(groups) < 2:
+        return ""
+    rules = [json.loads(rule) for rule in groups]
+    differ = [
+        key
+        for key in dict.fromkeys(key for rule in rules for key in rule)
+        if len({_one_text(rule.get(key)) for rule in rules}) > 1
+    ]
+    who = "; ".join(
+        f"{', '.join(names)}: " + ", ".join(f"{key} {_shown(json.loads(rule).get(key))}" for key in differ)
+        for rule, names in groups.items()
+    )
+    why = "Their shares answer different questions: none is best."
+    return f"These runs were measured by different rules ({who}). {why}"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, dict):
+        return " ".join(f"{key} {_shown(part)}" for key, part in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _level_apart(runs: list[dict[str, Any]]) -> str:
+    """The dense model should score the same wherever it is measured by the same rules."""
+    known = [(value, run["name"]) for run in runs if (value := run["dense"]["generation"]) is not None]
+    if not known or len(_groups(runs, "model")) > 1 or len(_groups(runs, "measure")) > 1:
+        return ""
+    low, high = min(known), max(known)
+    if high[0] - low[0] <= SAME:
+        return ""
+    return (
+        f"The same dense model scores {words.percent(low[0], 1)} in {low[1]} and {words.percent(high[0], 1)} in "
+        f"{high[1]}: the tasks, their items or the software differ."
+    )
+
+
+def _timed_apart(runs: list[dict[str, Any]]) -> str:
+    if len(_groups(runs, "timed_on")) < 2:
+        return ""
+    return (
+        "These runs were timed on different machines, or with different prompts: set their ratios side by side, not "
+        "their tokens/s."
+    )
 
 
 def _order(*kept: float | None) -> tuple[float, ...]:
@@ -52,22 +123,28 @@ def _run(data: dict[str, Any]) -> dict[str, Any]:
     plan, speed = data["plan"] or {}, data["speed"]
     return {
         "name": data["name"],
-        "model": str((data["recipe"].get("model") or {}).get("source")),
+        "model": _model(data["recipe"].get("model") or {}),
         "summary": data["summary"],
         "missing": [gap["means"] for gap in data["missing"]],
-        "pruned_by": plan.get("kind"),
-        "dropped": plan.get("dropped"),
-        "sparsity": plan.get("sparsity"),
+        "pruned": cuts.short(data["plan"]),
         "parameters": _ratio(plan.get("parameters_pruned"), plan.get("parameters_dense")),
         "decoding": speeds.value(speed, "decode_tokens_per_second"),
         "speed": speed,
         "measure": _one_text(_rules(data["recipe"].get("measure") or {})),
         "timed_on": _one_text([words.machine(speed.get("machine")), speed.get("workload")]) if speed else None,
         "tokens": (data["tokens"] or {}).get("kept"),
+        "epochs": [[row["tokens"], words.finite(row["headline"].get("generation"))] for row in data["epochs"]],
+        "dense": {use: ((data["headline"]["dense"] or {}).get(use) or {}).get("value") for use in USES},
+        "interval": {model: {use: data["verdict"][model][use]["interval"] for use in USES} for model in MODELS},
         "kept": {model: {use: data["verdict"][model][use]["kept"] for use in USES} for model in MODELS},
         "grades": {model: {use: data["verdict"][model][use]["grade"] for use in USES} for model in MODELS},
         "perplexity": {model: (figures or {}).get("perplexity") for model, figures in data["headline"].items()},
     }
+
+
+def _model(leaf: dict[str, Any]) -> str:
+    revision = leaf.get("revision")
+    return f"{leaf.get('source')}{f' at {revision}' if revision else ''}"
 
 
 def _rules(measure: dict[str, Any]) -> dict[str, Any]:
@@ -82,124 +159,3 @@ def _one_text(value: Any) -> str:
 def _ratio(value: Any, of: Any) -> float | None:
     value, of = words.finite(value), words.finite(of)
     return None if value is None or not of else value / of
-
-
-def render_compare(data: dict[str, Any], path: Path) -> Path:
-    """Write the comparison as one self-contained HTML page; gives its path."""
-    html = render.environment(escape=True)
-    view = {
-        "data": data,
-        "drawn": render.drawn(_figure(data)),
-        "columns": COLUMNS,
-        "rows": [_row(run) for run in data["runs"]],
-        "speed_columns": SPEED_COLUMNS,
-        "speed_rows": [speed_row(run) for run in data["runs"]],
-    }
-    write_text(path, render.page(html, "compare.html.j2", view))
-    return path
-
-
-COLUMNS = (
-    *("run", "pruned", "weights", "tokens", "generation, pruned", "generation, recovered"),
-    *("choice, pruned", "choice, recovered", "perplexity", "decoding"),
-)
-
-
-def _row(run: dict[str, Any]) -> list[tuple[str, float | None]]:
-    """Cells as (wording, value to sort by)."""
-    kept = [run["kept"][model][use] for use in ("generation", "choice") for model in MODELS]
-    return [
-        (run["name"], None),
-        (_pruned_by(run), None),
-        (words.percent(run["parameters"]), run["parameters"]),
-        (words.count(run["tokens"]), run["tokens"]),
-        *((verdict.share(share) if share is not None else words.NOT_MEASURED, share) for share in kept),
-        (words.number(run["perplexity"]["recovered"]), run["perplexity"]["recovered"]),
-        (speeds.gain(run["speed"], "decode_tokens_per_second"), run["decoding"]),
-    ]
-
-
-SPEED_COLUMNS = (
-    "run",
-    "parameters",
-    "file",
-    "KV per token",
-    "prefill, tokens/s",
-    "ratio",
-    "decoding, tokens/s",
-    "ratio",
-)
-
-
-def speed_row(run: dict[str, Any]) -> list[str]:
-    """One run of the table of sizes and speeds, dense → deployed, both timed in one run; in words."""
-    cells = [run["name"]]
-    for key in ("parameters", "file_bytes", "kv_bytes_per_token", *speeds.RATES):
-        cells.append(speeds.change(run["speed"], key))
-        if key in speeds.RATES:
-            cells.append(speeds.ratio(run["speed"], key))
-    return cells
-
-
-def _pruned_by(run: dict[str, Any]) -> str:
-    if run["dropped"]:
-        return f"{len(run['dropped'])} blocks"
-    return (
-        f"{run['pruned_by']} {words.percent(run['sparsity'])}"
-        if run["sparsity"]
-        else str(run["pruned_by"] or words.NOT_MEASURED)
-    )
-
-
-def _figure(data: dict[str, Any]) -> Figure:
-    """For each run, the way from pruned to recovered, as a share of dense."""
-    runs = data["runs"]
-    uses = [use for use in USES if any(run["kept"][model][use] is not None for run in runs for model in MODELS)]
-    title = "From pruned to recovered, as a share of dense"
-    if not uses:
-        return Figure("compare", title, "Not measured: no run has both a dense and a pruned measure.")
-    top = max(run["kept"][model][use] or 0.0 for run in runs for model in MODELS for use in uses)
-
-    def draw(width: float) -> str:
-        stacked = is_narrow(width)
-        height = 44 + ROW * len(runs) + 36
-        canvas = Canvas(
-            width, height * (len(uses) if stacked else 1), "Dot plot. " + " ".join(run["summary"] for run in runs)
-        )
-        places = [(0.0, width)] * len(uses) if stacked else panels(width, len(uses), gap=40)
-        for index, (use, (left, right)) in enumerate(zip(uses, places, strict=True)):
-            x = Linear(0.0, max(1.05, top * 1.05), left, right - 12)
-            _panel(canvas, runs, use, x, index * height if stacked else 0.0)
-        return canvas.render()
-
-    see = (
-        "Each line is one run, from the pruned model to the recovered one at the larger dot. The dashed line is dense."
-    )
-    table = [tuple(text for text, _ in _row(run)) for run in runs]
-    return Figure("compare", title, see, draw, COLUMNS, table, MODELS)
-
-
-def _panel(canvas: Canvas, runs: list[dict[str, Any]], use: str, x: Linear, top: float) -> None:
-    base = top + 40 + ROW * len(runs)
-    canvas.text(x.start, top + 16, use.capitalize(), "panel")
-    for tick in x.ticks(5):
-        canvas.line(x(tick), top + 34, x(tick), base, "grid")
-        canvas.text(x(tick), base + 18, words.percent(tick, 0), "tick", anchor="middle" if tick else "start")
-    canvas.line(x(1.0), top + 30, x(1.0), base, "reference")
-    for index, run in enumerate(runs):
-        y = top + 40 + ROW * index + 28
-        before, after = (run["kept"][model][use] for model in MODELS)
-        canvas.text(x.start, y - 12, run["name"], "note")
-        if before is not None and after is not None:
-            canvas.line(x(before), y, x(after), y, "stroke-recovered line")
-        for model, share, radius in (("pruned", before, 5), ("recovered", after, 7)):
-            if share is not None:
-                canvas.dot(
-                    x(max(share, 0.0)),
-                    y,
-                    radius,
-                    f"fill-{model} rim",
-                    tip=f"{run['name']}, {model}: {use} {verdict.share(share)} of dense",
-                )
-        if before is None and after is None:
-            canvas.text(x.start, y + 4, words.NOT_MEASURED, "note")

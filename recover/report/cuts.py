@@ -28,6 +28,23 @@ def subject(plan: dict[str, Any] | None) -> str:
     return "Pruning nothing"
 
 
+def short(plan: dict[str, Any] | None) -> str:
+    """In as few words as a narrow column holds: "2 of 12 blocks", "wanda 50%"."""
+    if not plan:
+        return words.NOT_MEASURED
+    counts = [
+        (len(plan.get(field) or ()), what)
+        for field, what in (("dropped", "blocks"), ("dropped_attention", "attentions"), ("dropped_mlp", "MLPs"))
+    ]
+    parts = [f"{number} {what}" for number, what in counts if number]
+    if parts:
+        return f"{' and '.join(parts)} of {plan['blocks']}"
+    if plan.get("sparsity"):
+        pattern = [pattern for pattern in plan["patterns"] if pattern != "unstructured"]
+        return " ".join([plan["kind"], *(pattern or [words.percent(plan["sparsity"])])])
+    return str(plan["kind"])
+
+
 def sites(plan: dict[str, Any]) -> str:
     """Which sublayers go: "blocks 3, 4; MLP of 7"; empty if the plan drops none."""
     return "; ".join(f"{what} {', '.join(map(str, plan[field]))}" for field, what in GONE.items() if plan.get(field))

@@ -45,12 +45,38 @@ def normalise(summary: dict[str, Any]) -> dict[str, Any]:
         ],
         "steps": [_step(step) for step in summary.get("steps") or ()],
         "divergence": summary.get("divergence") or None,
+        "sublayers": [
+            _sublayer(row) for row in summary.get("sublayers") or () if row.get("lens", "final_norm") == "final_norm"
+        ],
+        "sampled": [_sampled(row) for row in summary.get("sampled") or ()],
+        "choices": summary.get("choices") or [],
+        "retrieval": summary.get("retrieval") or [],
     }
 
 
 def _block(block: dict[str, Any]) -> dict[str, Any]:
     spaces = {name: spread(block.get(name)) for name in (*SPACES, "kl")}
     return {"block": block["block"], "closed": bool(block.get("closed")), **spaces}
+
+
+def _sublayer(row: dict[str, Any]) -> dict[str, Any]:
+    """One sublayer closed, or replaced by the other model's, all else dense: drift right behind it."""
+    figures = {name: spread(row.get(name)) for name in (*SPACES, "kl", "parallel", "orthogonal")}
+    return {"block": row["block"], "part": row["part"], "counterfactual": row["counterfactual"], **figures}
+
+
+def _sampled(row: dict[str, Any]) -> dict[str, Any]:
+    """Texts drawn from one seed: KL on either model's words over all positions, and the share that parted by step."""
+    forced, free = row.get("teacher_forced") or {}, row.get("free_running") or {}
+    parted = [(step["step"], words.finite((step.get("free_running") or {}).get("diverged"))) for step in row["steps"]]
+    return {
+        "seed": row["seed"],
+        "teacher_forced": spread(forced.get("kl")),
+        "free_running": spread(free.get("total")),
+        "first": spread(row.get("first")),
+        "never": words.finite(row.get("never")),
+        "diverged": [[step, share] for step, share in parted if share is not None],
+    }
 
 
 def _step(step: dict[str, Any]) -> dict[str, Any]:
@@ -62,3 +88,20 @@ def _step(step: dict[str, Any]) -> dict[str, Any]:
         "free_running": {"kl": spread(free.get("total")), "diverged": words.finite(free.get("diverged"))},
         "prompts": forced.get("n"),
     }
+
+
+def by_model(data: dict[str, Any], part: str) -> dict[str, list[dict[str, Any]]]:
+    """Model -> the listed rows of its probe, only models that have some."""
+    found = {model: (summary or {}).get(part) or [] for model, summary in data["drift"].items()}
+    return {model: rows for model, rows in found.items() if rows}
+
+
+def level(figure: dict[str, float | None] | None, quantile: str) -> float | None:
+    """One quantile of a figure; None where it was not measured."""
+    return None if figure is None else figure.get(quantile)
+
+
+def mean_of(figure: dict[str, float | None] | None) -> float | None:
+    """The mean, or the median where that is all there is."""
+    mean = level(figure, "mean")
+    return level(figure, "p50") if mean is None else mean

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from recover.report import figures_drift, figures_outcome, figures_plan
+from recover.report import figures_drift, figures_outcome, figures_plan, figures_sublayers, figures_text, figures_use
 from recover.report.figure import Figure
 
 DRAWINGS = (
@@ -16,9 +16,17 @@ DRAWINGS = (
     figures_outcome.divergence,
     figures_drift.predictors,
 )
+# Only where a probe has recorded them: an empty place would ask the reader for nothing.
+EXTRA = (
+    figures_sublayers.worth,
+    figures_sublayers.writes,
+    figures_text.sampled,
+    figures_text.temperatures,
+    figures_use.choices,
+)
 
 
 def figures(data: dict[str, Any]) -> dict[str, Figure]:
-    """Key -> figure, from what `collect` gave; a figure without data says why it has none."""
-    drawn = [drawing(data) for drawing in DRAWINGS]
-    return {figure.key: figure for figure in drawn}
+    """Key -> figure, from what `collect` gave. One of DRAWINGS without data says why; EXTRA are left out."""
+    drawn = [drawing(data) for drawing in (*DRAWINGS, *EXTRA)]
+    return {figure.key: figure for figure in drawn if figure is not None}

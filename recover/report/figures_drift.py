@@ -5,35 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from recover.report import cuts, words
-from recover.report.drift import SPACES
+from recover.report.drift import SPACES, by_model, level, mean_of
 from recover.report.figure import Figure, is_narrow, panels
 from recover.report.svg import Canvas, Linear, Log
 
-VIEWS = ("pruned", "recovered")
 SPACE_TITLES = {"embedding": "Embedding", "logit": "Logit", "probability": "Probability"}
 SPACE_NOTES = {"embedding": "hidden state h", "logit": "z = W h, centred", "probability": "softmax(z)"}
 IDENTICAL = 1e-10  # below it, 1 - cos is rounding
 
 
-def _drift(data: dict[str, Any], part: str) -> dict[str, list[dict[str, Any]]]:
-    """Model -> the listed rows of its probe, only models that have some."""
-    found = {model: (data["drift"][model] or {}).get(part) or [] for model in VIEWS}
-    return {model: rows for model, rows in found.items() if rows}
-
-
-def _level(spread: dict[str, float | None] | None, quantile: str) -> float | None:
-    return None if spread is None else spread.get(quantile)
-
-
-def _mean(spread: dict[str, float | None] | None) -> float | None:
-    mean = _level(spread, "mean")
-    return _level(spread, "p50") if mean is None else mean
-
-
 def blocks(data: dict[str, Any]) -> Figure:
     """1 - cos at the output of every block, in three spaces, before and after recovery; dropped blocks are marked."""
     key, title = "blocks", "Drift block by block, in three spaces"
-    curves = _drift(data, "blocks")
+    curves = by_model(data, "blocks")
     if not curves:
         return Figure(key, title, "Not measured: no probe recorded the blocks.")
     plan = data["plan"] or {}
@@ -47,12 +31,12 @@ def blocks(data: dict[str, Any]) -> Figure:
         for row in rows
         for space in SPACES
         for q in ("mean", "p99")
-        if (v := _level(row[space], q)) is not None
+        if (v := level(row[space], q)) is not None
     ]
 
     def draw(width: float) -> str:
         stacked = is_narrow(width)
-        canvas = Canvas(width, 3 * 290 if stacked else 300, _block_words(curves, dropped))
+        canvas = Canvas(width, 3 * 290 if stacked else 272, _block_words(curves, dropped))
         places = [(50.0, width - 8)] * 3 if stacked else panels(width, 3, gap=18, left=50)
         for index, (space, (left, right)) in enumerate(zip(SPACES, places, strict=True)):
             top = index * 290.0 if stacked else 0.0
@@ -62,15 +46,18 @@ def blocks(data: dict[str, Any]) -> Figure:
 
     see = (
         "1 − cosine between the dense model's state and the other's after each block, on a log scale: line = mean "
-        "over tokens, band = up to the worst hundredth (a few broken tokens break a text, and a median hides them). "
-        "Shaded columns are dropped blocks. Adapters may move the blocks before the first of them, too."
+        "over tokens, band = up to the worst hundredth (a few broken tokens break a text, and a median hides them)."
     )
+    if dropped:
+        see += " Shaded columns are dropped blocks."
+    if "recovered" in curves:
+        see += " Adapters may move the blocks before the first cut, too."
     table = [
         (
             row["block"],
             model,
             "dropped" if row["block"] in dropped else "",
-            *(words.number(_mean(row[space])) for space in SPACES),
+            *(words.number(mean_of(row[space])) for space in SPACES),
         )
         for model, rows in curves.items()
         for row in rows
@@ -80,7 +67,7 @@ def blocks(data: dict[str, Any]) -> Figure:
 
 def _block_words(curves: dict[str, Any], dropped: set[int]) -> str:
     ends = [
-        f"{model}: " + ", ".join(f"{space} {words.number(_mean(rows[-1][space]))}" for space in SPACES)
+        f"{model}: " + ", ".join(f"{space} {words.number(mean_of(rows[-1][space]))}" for space in SPACES)
         for model, rows in curves.items()
     ]
     gone = f" Dropped blocks: {', '.join(map(str, sorted(dropped)))}." if dropped else ""
@@ -98,8 +85,8 @@ def _block_panel(canvas: Canvas, curves: dict[str, Any], space: str, dropped: se
     canvas.axis_x(x, y.start, "count", 6 if x.hi > 6 else int(x.hi))
     canvas.text((left + right) / 2, y.start + 36, "block", "note", anchor="middle")
     for model, rows in curves.items():
-        line = [(row["block"], mean) for row in rows if (mean := _mean(row[space])) is not None]
-        upper = [(row["block"], high) for row in rows if (high := _level(row[space], "p99")) is not None]
+        line = [(row["block"], mean) for row in rows if (mean := mean_of(row[space])) is not None]
+        upper = [(row["block"], high) for row in rows if (high := level(row[space], "p99")) is not None]
         if len(upper) == len(line):
             # In a very skewed drift the mean lies above p99: the band is then empty, not upside down.
             band = [(b, max(high, mean)) for (b, high), (_, mean) in zip(upper, line, strict=True)]
@@ -118,7 +105,7 @@ def _block_panel(canvas: Canvas, curves: dict[str, Any], space: str, dropped: se
 def steps(data: dict[str, Any]) -> Figure:
     """KL along the text: on the dense model's own words, and on the words each model writes itself."""
     key, title = "steps", "KL to the dense model along the text"
-    curves = _drift(data, "steps")
+    curves = by_model(data, "steps")
     if not curves:
         return Figure(key, title, "Not measured: no probe recorded decoding steps.")
     lines = {
@@ -133,7 +120,7 @@ def steps(data: dict[str, Any]) -> Figure:
         stacked = is_narrow(width)
         canvas = Canvas(
             width,
-            len(lines) * 290 if stacked else 300,
+            len(lines) * 290 if stacked else 272,
             "Line charts. " + "; ".join(_kl_words(*item) for item in lines.items()),
         )
         places = [(50.0, width - 8)] * len(lines) if stacked else panels(width, len(lines), gap=34, left=50)
@@ -165,7 +152,7 @@ def steps(data: dict[str, Any]) -> Figure:
 
 
 def _kl_line(rows: list[dict[str, Any]], way: str) -> list[tuple[int, float]]:
-    known = [(row["step"], _mean(row[way]["kl"])) for row in rows]
+    known = [(row["step"], mean_of(row[way]["kl"])) for row in rows]
     return [(step, value) for step, value in known if value is not None]
 
 
@@ -193,7 +180,7 @@ def _kl_panel(canvas: Canvas, model: str, ways: dict[str, list[tuple[int, float]
 def predictors(data: dict[str, Any]) -> Figure:
     """The paper's second-order predictor of KL against exact KL, one dot a decoding step."""
     key, title = "predictors", "Can the cheap predictor be trusted?"
-    dots = {model: _predicted(rows) for model, rows in _drift(data, "steps").items()}
+    dots = {model: _predicted(rows) for model, rows in by_model(data, "steps").items()}
     dots = {model: pairs for model, pairs in dots.items() if pairs}
     if not dots:
         return Figure(key, title, "Not measured: the probe recorded no predicted KL beside the exact one.")
@@ -230,7 +217,8 @@ def predictors(data: dict[str, Any]) -> Figure:
 
 def _predicted(rows: list[dict[str, Any]]) -> list[tuple[int, float, float]]:
     known = [
-        (row["step"], _mean(row["teacher_forced"]["kl"]), _mean(row["teacher_forced"]["kl_predicted"])) for row in rows
+        (row["step"], mean_of(row["teacher_forced"]["kl"]), mean_of(row["teacher_forced"]["kl_predicted"]))
+        for row in rows
     ]
     return [
         (step, exact, predicted)

@@ -6,7 +6,7 @@ from typing import Any
 
 from recover.report import words
 from recover.report.figure import Figure, is_narrow, panels
-from recover.report.svg import Canvas, Linear, Log
+from recover.report.svg import Canvas, Linear, Log, apart
 
 MODELS = ("dense", "pruned", "recovered")
 ROW = 40  # pixels from bar to bar
@@ -232,7 +232,7 @@ def _epoch_loss(canvas: Canvas, rows: list[dict[str, Any]], left: float, right: 
 def divergence(data: dict[str, Any]) -> Figure:
     """Share of prompts whose free-running text is still the dense model's, step by step."""
     key, title = "divergence", "How long the text stays the dense model's"
-    curves = {model: _same_share(data, model) for model in ("pruned", "recovered")}
+    curves = {model: _same_share(data, model) for model in data["drift"]}
     curves = {model: curve for model, curve in curves.items() if curve}
     if not curves:
         return Figure(key, title, "Not measured: no probe recorded free-running text.")
@@ -247,14 +247,18 @@ def divergence(data: dict[str, Any]) -> Figure:
         canvas.axis_x(x, 240, "count")
         canvas.text((x.start + x.stop) / 2, 280, "tokens written", "note", anchor="middle")
         canvas.line(44, y(0.5), x.stop, y(0.5), "reference")
-        for model, curve in curves.items():
+        ends = apart([y(curve[-1][1]) for curve in curves.values()], 16)
+        for model, end in zip(curves, ends, strict=True):
+            canvas.text(x.stop + 8, end + 4, model, f"label ink-{model}")
+        halves = {model: _half(curve) for model, curve in curves.items()}
+        for row, (model, curve) in enumerate(curves.items()):
             line = [(x(step), y(share)) for step, share in curve]
             canvas.path(line, f"stroke-{model} line")
-            canvas.text(x.stop + 8, line[-1][1] + 4, model, f"label ink-{model}")
-            half = _half(curve)
+            half = halves[model]
             if half is not None:
                 canvas.line(x(half), y(0), x(half), y(0.5), f"stroke-{model} level")
-                canvas.text(x(half) + 7, y(0.5) - 7, f"half by token {half}", f"value ink-{model}")
+                at = x(max(other for other in halves.values() if other is not None and other < half + 10)) + 8
+                canvas.text(at, y(0.5) - 7 - 18 * row, f"half by token {half}", f"value ink-{model}")
             for (step, share), (at, up) in zip(curve, line, strict=True):
                 canvas.dot(
                     at, up, 6, "hit", tip=f"{model}, token {step}: {words.percent(share)} of prompts still equal dense"

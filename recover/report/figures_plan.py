@@ -7,10 +7,11 @@ from typing import Any
 
 from recover.report import cuts, words
 from recover.report.figure import Figure, is_narrow
-from recover.report.svg import Canvas, Linear, Log
+from recover.report.svg import Canvas, Linear, Log, apart
 
 _MODULE = re.compile(r"^(?:.*\.)?(\d+)\.(.+)$")  # block number and the site inside it, from a module's name
 SHADES = 5
+LANE, GAP = 220.0, 26.0  # height of one panel of scores, and what lies between two
 
 
 def pruned(data: dict[str, Any]) -> Figure:
@@ -27,21 +28,32 @@ def pruned(data: dict[str, Any]) -> Figure:
     return Figure("plan", "What was pruned", "The plan drops no block and no weight.")
 
 
-def _rounds(plan: dict[str, Any]) -> dict[int, dict[int, float]]:
-    """Round -> block -> score, the lowest of its candidates. A candidate of several blocks counts at its first."""
-    found: dict[int, dict[int, float]] = {}
+Rounds = dict[int, dict[int, float]]  # round -> block -> score
+LANES = {"block": "", "attention": "Attention", "mlp": "MLP"}
+
+
+def _lane(record: dict[str, Any]) -> str:
+    """What a candidate is made of: attentions alone, MLPs alone, or (whole blocks, runs of both) the block."""
+    parts = {str(part).partition(":")[0] for part in record.get("parts") or ()}
+    return parts.pop() if len(parts) == 1 and parts <= set(LANES) else "block"
+
+
+def _lanes(plan: dict[str, Any]) -> dict[str, Rounds]:
+    """Lane -> rounds, the lowest score of a block's candidates. A candidate of several blocks counts at its first."""
+    found: dict[str, Rounds] = {}
     for record in plan.get("scores") or ():
         score = words.finite(record.get("score"))
         if score is not None and record.get("blocks") and record.get("round"):
-            scores, block = found.setdefault(record["round"], {}), record["blocks"][0]
+            scores = found.setdefault(_lane(record), {}).setdefault(record["round"], {})
+            block = record["blocks"][0]
             scores[block] = min(score, scores.get(block, score))
-    return found
+    return {lane: found[lane] for lane in LANES if lane in found}
 
 
-def _chosen(plan: dict[str, Any]) -> dict[int, int]:
-    """Block -> the round that chose it."""
+def _chosen(plan: dict[str, Any]) -> dict[tuple[str, int], int]:
+    """(lane, block) -> the round that chose it."""
     return {
-        block: record["round"]
+        (_lane(record), block): record["round"]
         for record in plan.get("scores") or ()
         if record.get("chosen")
         for block in record["blocks"]
@@ -54,40 +66,68 @@ def _depth(plan: dict[str, Any]) -> Figure:
         title = f"Which sublayers of {plan['blocks']} blocks were dropped"
     elif len(plan["dropped"]) > 1:
         title = f"Which {len(plan['dropped'])} of {plan['blocks']} blocks were dropped"
-    rounds, chosen = _rounds(plan), _chosen(plan)
-    by = next((record["by"] for record in plan.get("scores") or () if record.get("by")), None)
+    lanes, chosen = _lanes(plan), _chosen(plan)
+    scores = [score for rounds in lanes.values() for found in rounds.values() for score in found.values()]
 
     def draw(width: float) -> str:
-        height = 86.0 if not rounds else 330.0
+        height = 86.0 + (LANE + GAP) * len(lanes)
         canvas = Canvas(width, height, f"Dropped: {cuts.sites(plan)}, of {plan['blocks']} blocks")
         x = Linear(-0.5, plan["blocks"] - 0.5, 50, width - (8 if is_narrow(width) else 70))
+        for index, (lane, rounds) in enumerate(lanes.items()):
+            y = Log.around(scores, (index + 1) * (LANE + GAP) - 16, index * (LANE + GAP) + (34 if LANES[lane] else 16))
+            canvas.text(0, index * (LANE + GAP) + 16, LANES[lane], "panel")
+            _score_lines(canvas, lane, rounds, chosen, x, y)
         _strip(canvas, plan, x, height - 76)
-        if rounds:
-            _score_lines(canvas, rounds, chosen, plan, x)
         return canvas.render()
 
+    columns, table = _depth_table(plan, lanes, chosen)
+    return Figure("plan", title, _depth_words(plan, lanes), draw, columns, table)
+
+
+def _depth_words(plan: dict[str, Any], lanes: dict[str, Rounds]) -> str:
     see = "Crossed cells are gone; the model runs the others in order."
-    if rounds:
-        meaning = "mean KL to dense if that block goes too" if by == "kl" else f"the score {by}"
-        lines = "Each line is one round of the search" if len(rounds) > 1 else "The line is the one round of the search"
-        see = f"{lines}: {meaning}, lower is cheaper. Discs mark the block each round dropped. {see}"
+    if not lanes:
+        return see
+    by = next((record["by"] for record in plan["scores"] if record.get("by") and record.get("round")), None)
+    unit = "block" if list(lanes) == ["block"] else "sublayer"
+    meaning = f"mean KL to dense if that {unit} goes too" if by == "kl" else f"the score {by}"
+    several = len({number for rounds in lanes.values() for number in rounds}) > 1
+    lines = "Each line is one round of the search" if several else "The line is the one round of the search"
+    beside = (
+        " Attention and MLP are drawn apart on one scale: a round drops the lowest point of both."
+        if len(lanes) > 1
+        else ""
+    )
+    return f"{lines}: {meaning}, lower is cheaper. Discs mark the {unit} each round dropped.{beside} {see}"
+
+
+def _depth_table(
+    plan: dict[str, Any], lanes: dict[str, Rounds], chosen: dict[tuple[str, int], int]
+) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+    named = [
+        (f"round {n}{f', {LANES[lane]}' if LANES[lane] else ''}", found)
+        for lane, rounds in lanes.items()
+        for n, found in rounds.items()
+    ]
     table = [
         (
             block,
             _fate(plan, block, chosen),
-            *(words.number(scores[block]) if block in scores else "–" for scores in rounds.values()),
+            *(words.number(found[block]) if block in found else "–" for _, found in named),
         )
         for block in range(plan["blocks"])
     ]
-    return Figure("plan", title, see, draw, ("block", "", *(f"round {number}" for number in rounds)), table)
+    return ("block", "", *(name for name, _ in named)), table
 
 
-def _fate(plan: dict[str, Any], block: int, chosen: dict[int, int]) -> str:
+def _fate(plan: dict[str, Any], block: int, chosen: dict[tuple[str, int], int]) -> str:
     gone = [part for part in ("attention", "mlp") if block in cuts.gone(plan, part)]
     if not gone:
         return "kept"
     what = "" if len(gone) == 2 else f"{'MLP' if gone == ['mlp'] else 'attention'} "
-    return f"{what}dropped{f' in round {chosen[block]}' if block in chosen else ''}"
+    rounds = sorted({number for (_, at), number in chosen.items() if at == block})
+    when = " and ".join(map(str, rounds))
+    return f"{what}dropped{f' in round {when}' if when else ''}"
 
 
 def _strip(canvas: Canvas, plan: dict[str, Any], x: Linear, top: float) -> None:
@@ -112,30 +152,27 @@ def _strip(canvas: Canvas, plan: dict[str, Any], x: Linear, top: float) -> None:
 
 
 def _score_lines(
-    canvas: Canvas, rounds: dict[int, dict[int, float]], chosen: dict[int, int], plan: dict[str, Any], x: Linear
+    canvas: Canvas, lane: str, rounds: Rounds, chosen: dict[tuple[str, int], int], x: Linear, y: Log
 ) -> None:
-    y = Log.around([score for scores in rounds.values() for score in scores.values()], 236, 16)
     canvas.axis_y(y, x.start, x.stop)
     shown = list(rounds)
     for index, number in enumerate(shown):
         scores = rounds[number]
         strength = 1 + round((SHADES - 1) * index / max(len(shown) - 1, 1)) if len(shown) > 1 else SHADES
-        canvas.path(
-            [(x(block), y(score)) for block, score in sorted(scores.items())], f"stroke-pruned thin shade-{strength}"
-        )
+        line = [(x(block), y(score)) for block, score in sorted(scores.items())]
+        canvas.path(line, f"stroke-pruned thin shade-{strength}")
         for block, score in scores.items():
-            picked = chosen.get(block) == number
+            picked = chosen.get((lane, block)) == number
             css = "fill-pruned rim" if picked else f"fill-pruned shade-{strength}"
-            canvas.dot(
-                x(block),
-                y(score),
-                6 if picked else 2.2,
-                css,
-                tip=f"round {number}, block {block}: {words.number(score)}",
+            tip = (
+                f"round {number}, {'' if lane == 'block' else f'{LANES[lane]} of '}block {block}: {words.number(score)}"
             )
-        last = max(scores)
-        if x.stop + 60 < canvas.width and (len(shown) <= 6 or number in (shown[0], shown[-1])):
-            canvas.text(x(last) + 10, y(scores[last]) + 4, f"round {number}", "tick")
+            canvas.dot(x(block), y(score), 6 if picked else 2.2, css, tip=tip)
+    if x.stop + 60 < canvas.width:
+        named = shown if len(shown) <= 6 else [shown[0], shown[-1]]
+        places = apart([y(rounds[number][max(rounds[number])]) for number in named], 14)
+        for number, place in zip(named, places, strict=True):
+            canvas.text(x(max(rounds[number])) + 10, place + 4, f"round {number}", "tick")
 
 
 def _sparsity_map(plan: dict[str, Any]) -> Figure:

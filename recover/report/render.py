@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from recover import strict_yaml
 from recover.artifacts import write_json, write_text
-from recover.report import cuts, speeds, verdict, words
+from recover.report import cuts, speeds, training, verdict, words
 from recover.report.figure import Figure
 from recover.report.figures import figures
+from recover.report.forecast import forecast
+from recover.report.points import points
+from recover.report.tables import tables
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -35,19 +38,12 @@ SECTIONS = (
     ("samples", "What the models write"),
     ("recovery", "How generation came back"),
     ("damage", "Where the damage sits"),
+    ("text", "What it does to a text"),
     ("pruned", "What was pruned"),
     ("deploy", "What you deploy"),
     ("limits", "What it does not tell"),
     ("origin", "How it was made"),
 )
-DRIFT_NAMES = {
-    "embedding": "embedding, 1 − cos",
-    "logit": "logit, 1 − cos",
-    "probability": "probability, 1 − cos",
-    "kl": "KL(dense ‖ model), nats",
-    "reverse_kl": "KL(model ‖ dense), nats",
-    "kl_predicted": "KL as predicted by Var/(2T²)",
-}
 
 
 def render(root: Path, data: dict[str, Any]) -> list[Path]:
@@ -125,10 +121,11 @@ def _view(data: dict[str, Any]) -> dict[str, Any]:
         "sections": SECTIONS,
         "facts": _facts(data),
         "recovery": _recovery(data),
-        "drift_rows": _drift_rows(data),
-        "temperature_rows": _temperature_rows(data),
-        "divergence_rows": _divergence_rows(data),
-        "floor": _floor(data),
+        "forecast": _forecast(data),
+        "points": points(data),
+        "tables": tables(data),
+        "training_notes": training.notes(data),
+        "floor": floor(data),
         "size_rows": speeds.rows(data["speed"]),
         "speed_notes": speeds.notes(data["speed"]),
         "measured_on": words.machine((data["speed"] or {}).get("machine")),
@@ -136,6 +133,11 @@ def _view(data: dict[str, Any]) -> dict[str, Any]:
         "recipe": strict_yaml.dump(data["recipe"]),
         "provenance": json.dumps(data["provenance"], indent=2, ensure_ascii=False),
     }
+
+
+def _forecast(data: dict[str, Any]) -> dict[str, Any] | None:
+    found = forecast(data)
+    return found and {**found, "figure": found["figure"] and drawn(found["figure"])}
 
 
 def drawn(figure: Figure) -> dict[str, Any]:
@@ -150,7 +152,7 @@ def drawn(figure: Figure) -> dict[str, Any]:
 
 def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
     recipe, plan, env, tokens = data["recipe"], data["plan"], data["provenance"]["env"] or {}, data["tokens"]
-    facts = [("dense model", _shown_source(str((recipe.get("model") or {}).get("source", words.NOT_MEASURED))))]
+    facts = [("dense model", shown_source(str((recipe.get("model") or {}).get("source", words.NOT_MEASURED))))]
     if plan:
         what = cuts.sites(plan) or cuts.sizes(plan)
         facts.append(("pruned by", f"{plan['kind']}{f', {what}' if what else ''}"))
@@ -167,7 +169,7 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
     return facts
 
 
-def _shown_source(source: str) -> str:
+def shown_source(source: str) -> str:
     """A hub id as it is; of a local path only the last part, since folders of one machine tell others nothing."""
     return Path(source).name if Path(source).is_absolute() else source
 
@@ -185,56 +187,9 @@ def _recovery(data: dict[str, Any]) -> str:
     )
 
 
-def _drift_rows(data: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    finals = [(data["drift"][model] or {}).get("final") or {} for model in ("pruned", "recovered")]
-    rows = []
-    for key, name in DRIFT_NAMES.items():
-        if any(key in final for final in finals):
-            rows.append(
-                (
-                    name,
-                    [words.number((final.get(key) or {}).get(q)) for final in finals for q in ("mean", "p50", "p99")],
-                )
-            )
-    for key, name in (("top1", "same most likely token"), ("top5", "common tokens among the first five")):
-        if any(key in final for final in finals):
-            means = [words.percent((final.get(key) or {}).get("mean"), 1) for final in finals]
-            rows.append((name, [means[0], "–", "–", means[1], "–", "–"]))
-    return rows
-
-
-def _temperature_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
-    """KL and probability drift (means) at each temperature: no sign is assumed, damage can grow or fall with T."""
-    found: dict[float, list[str]] = {}
-    for place, model in enumerate(("pruned", "recovered")):
-        for row in (data["drift"][model] or {}).get("temperatures") or ():
-            cells = found.setdefault(row["temperature"], [words.NOT_MEASURED] * 4)
-            cells[2 * place : 2 * place + 2] = [
-                words.number((row.get(k) or {}).get("mean")) for k in ("kl", "probability")
-            ]
-    return [(f"{temperature:g}", *cells) for temperature, cells in sorted(found.items())]
-
-
-def _divergence_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Per generative task: token by which half, and nine tenths, of the texts left dense; tokens equal to dense."""
-    rows = []
-    for row in data["divergence"]:
-        cells: list[str] = []
-        for model in ("pruned", "recovered"):
-            figures_of = row[model] or {}
-            first = figures_of.get("first") or {}
-            cells += [words.number(first.get("p50")), words.number(first.get("p90"))]
-            cells.append(words.percent(figures_of.get("agreement"), 1))
-        rows.append((row["task"], *cells))
-    return rows
-
-
-def _floor(data: dict[str, Any]) -> str:
+def floor(data: dict[str, Any]) -> str:
     """How large a drift rounding alone makes, from the probe's comparison of each view with itself."""
-    floors = [
-        words.finite(((data["drift"][model] or {}).get("identity") or {}).get("kl_max"))
-        for model in ("pruned", "recovered")
-    ]
+    floors = [words.finite(((summary or {}).get("identity") or {}).get("kl_max")) for summary in data["drift"].values()]
     known = [floor for floor in floors if floor is not None]
     if not known:
         return "What rounding alone makes was not measured."

@@ -145,6 +145,24 @@ def axis_label(tick: float, form: str) -> str:
     return words.shown(tick, form)
 
 
+def apart(places: Sequence[float], gap: float) -> list[float]:
+    """The places in their order, moved as little as keeps each `gap` from the next; of equal ones the first is higher.
+
+    Pool adjacent violators: places minus their rank times the gap must not fall.
+    """
+    order = sorted(range(len(places)), key=lambda index: places[index])
+    pools: list[tuple[float, int]] = []  # (sum, number) of what moves together
+    for rank, index in enumerate(order):
+        total, number = places[index] - rank * gap, 1
+        while pools and pools[-1][0] / pools[-1][1] > total / number:
+            before, members = pools.pop()
+            total, number = total + before, number + members
+        pools.append((total, number))
+    level = [total / number for total, number in pools for _ in range(number)]
+    found = dict(zip(order, (start + rank * gap for rank, start in enumerate(level)), strict=True))
+    return [found[index] for index in range(len(places))]
+
+
 def _title(tip: str) -> str:
     return f"<title>{escape(tip)}</title>" if tip else ""
 

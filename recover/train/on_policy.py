@@ -25,8 +25,8 @@ from recover.errors import ArtifactError, StopRequested
 from recover.measure.prompts import encode_prompt
 from recover.recipe import PrunedText, Recover
 from recover.train.checkpoints import PRUNED_TEXT
-from recover.train.data import collator, fitting_prompts
-from recover.train.prompted import answered, in_rounds, write_together
+from recover.train.data import collator
+from recover.train.prompted import answered, fitting_prompts, in_rounds, write_together
 from recover.train.sources import Sample
 from recover.train.stopping import Interrupted
 

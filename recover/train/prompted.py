@@ -8,12 +8,31 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from recover import dist
+from recover.errors import DataError
 from recover.measure.generate import generate
+from recover.measure.prompts import encode_prompt
 from recover.recipe import DenseText, PrunedText, Sampling
-from recover.train.sources import Row, Sample
+from recover.train.sources import Row, Sample, read_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def fitting_prompts(source: DenseText | PrunedText, length: int, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """The source's prompts, each of which leaves room for an answer within `length` tokens.
+
+    Raises:
+        DataError: one does not, or a row holds no prompt, by file and line.
+    """
+    prompts = read_prompts(source.prompts)
+    for row in prompts:
+        found = len(encode_prompt(tokenizer, row.value["prompt"], chat=source.chat))
+        if found >= length:
+            raise DataError(
+                f"{row.where}: the prompt has {found} tokens, which leaves none of recover.length "
+                f"{length} for an answer: shorten it or raise recover.length"
+            )
+    return prompts
 
 
 def in_rounds(prompts: Sequence[Row], first: int, count: int, seed: int) -> list[Row]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recover.errors import DataError
 from recover.json_lines import json_lines
 from recover.measure.prompts import encode_prompt
-from recover.recipe import GivenText, embedded
+from recover.recipe import GivenText, local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,7 +62,7 @@ def read_rows(source: str, split: str = "train") -> Sequence[Row]:
     Raises:
         DataError: it cannot be read, a line is no JSON object (by file and line), or there is no row.
     """
-    path = embedded(source.removeprefix("embedded:")) if source.startswith("embedded:") else Path(source)
+    path = local_path(source)
     try:
         if path.suffix in (".jsonl", ".json"):
             rows = [_row(where, value) for where, value in json_lines(path)]

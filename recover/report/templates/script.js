@@ -14,26 +14,37 @@ button.addEventListener("click", () => {
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", name);
 
+// Figures as the report words them: 12,346, 2.4×10⁻⁷, ×1.27 [1.2, 1.3], 97%, 190k, 6.35 MB.
+const SIZES = { k: 1e3, M: 1e6, B: 1e9, kB: 1e3, MB: 1e6, GB: 1e9 };
+const figure = (text) => {
+  const found = /^×?([+\-−]?[\d,]*\.?\d+)(?:×10([⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+))?(?: ?(kB|MB|GB|k|M|B|%))?(?= |$|\[)/.exec(text);
+  if (!found) return NaN;
+  const power = found[2] ? parseInt([...found[2]].map((c) => "⁻⁰¹²³⁴⁵⁶⁷⁸⁹".indexOf(c)).map((k) => (k ? k - 1 : "-")).join(""), 10) : 0;
+  return parseFloat(found[1].replaceAll(",", "").replace("−", "-")) * 10 ** power * (SIZES[found[3]] ?? 1);
+};
 const value = (row, column) => {
   const cell = row.cells[column];
   const number = parseFloat(cell.dataset.value ?? "");
-  return Number.isNaN(number) ? cell.textContent.trim() : number;
+  const text = cell.textContent.trim();
+  return Number.isNaN(number) ? (Number.isNaN(figure(text)) ? text : figure(text)) : number;
 };
-const compare = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : typeof a === "number" ? -1 : typeof b === "number" ? 1
-  : a.localeCompare(b, undefined, { numeric: true }));
+// Numbers first, then words, each in the direction asked for: what was not measured stays at the end.
+const compare = (a, b, down) => (typeof a !== typeof b ? (typeof a === "number" ? -1 : 1)
+  : (down ? -1 : 1) * (typeof a === "number" ? a - b : a.localeCompare(b, undefined, { numeric: true })));
 for (const table of document.querySelectorAll("table.sortable")) {
   [...table.tHead.rows[0].cells].forEach((head, column) => {
     if (!head.textContent.trim()) return;
+    head.setAttribute("aria-sort", "none");
     const press = document.createElement("button");
     press.type = "button";
     press.append(...head.childNodes);
     head.append(press);
     press.addEventListener("click", () => {
       const down = head.getAttribute("aria-sort") === "ascending";
-      for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
+      for (const other of table.tHead.rows[0].cells) other.setAttribute("aria-sort", "none");
       head.setAttribute("aria-sort", down ? "descending" : "ascending");
-      const rows = [...table.tBodies[0].rows].sort((a, b) => compare(value(a, column), value(b, column)));
-      table.tBodies[0].append(...(down ? rows.reverse() : rows));
+      const rows = [...table.tBodies[0].rows].sort((a, b) => compare(value(a, column), value(b, column), down));
+      table.tBodies[0].append(...rows);
     });
   });
 }

@@ -1,0 +1,270 @@
+"""What a worker of `quality.py` does: the plan, the dense model's text, and one training after the other."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from recover.recipe import Data, GivenText, Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from recover.models.twin import Twin
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What differs from the default: recipe fields; times the recipe's learning rate; times the tokens; given text."""
+
+    fields: tuple[str, ...] = ()
+    lr: float = 1.0
+    tokens: float = 1.0
+    given: bool = False
+
+
+def loss(**weights: float) -> tuple[str, ...]:
+    return tuple(f"recover.loss.{name}={weight}" for name, weight in {"kl": 0.0, **weights}.items())
+
+
+AFTER_CUT = ("recover.lora.blocks=after_cut",)
+VARIANTS = {
+    "kl": Variant(),
+    "kl + 1 var": Variant(loss(kl=1, variance=1)),
+    "ce": Variant(loss(ce=1)),
+    "kl, after_cut": Variant(AFTER_CUT),
+    "kl, lr x2": Variant(lr=2.0),
+    "kl + 3 var": Variant(loss(kl=1, variance=3)),
+    "reverse_kl": Variant(loss(reverse_kl=1)),
+    "jsd": Variant(loss(jsd=4)),
+    "kl, after_cut, tokens x1.6": Variant(AFTER_CUT, tokens=1.6),
+    "kl, lr x1.5": Variant(lr=1.5),
+    "kl + 0.3 var": Variant(loss(kl=1, variance=0.3)),
+    "kl, given text": Variant(given=True),
+    "ce, given text": Variant(loss(ce=1), given=True),
+    "kl + 1 var, after_cut": Variant((*loss(kl=1, variance=1), *AFTER_CUT)),
+}
+TEXTS_AT_ONCE = 1024  # that the dense model writes: the texts of all seeds may be written at the same time
+MOST_TOKENS = max(variant.tokens for variant in VARIANTS.values())
+
+
+class Task(NamedTuple):
+    """A piece of work for one worker; `needs` are kinds and seeds of tasks that must be done before."""
+
+    kind: str  # plan, text, untrained, train
+    seed: int = 0
+    variant: str = ""
+
+    @property
+    def needs(self) -> set[tuple[str, int]]:
+        if self.kind == "untrained":
+            return {("plan", 0)}
+        if self.kind != "train":
+            return set()
+        written = set() if VARIANTS[self.variant].given else {("text", self.seed)}
+        return {("plan", 0)} | written
+
+
+def tasks_for(options: argparse.Namespace, rows: Sequence[Row]) -> list[Task]:
+    """All work that has no row yet, in the order in which it is to be done."""
+    done = {(row["variant"], row["seed"]) for row in rows if row["tokens_asked"] in (None, options.tokens)}
+    trains = [Task("train", seed, name) for seed in range(options.seeds) for name in options.only]
+    trains = [task for task in trains if (task.variant, task.seed) not in done]
+    untrained = [] if ("pruned", 0) in done else [Task("untrained")]
+    if not trains and not untrained:
+        return []
+    seeds = sorted({task.seed for task in trains if not VARIANTS[task.variant].given})
+    return [Task("plan"), *(Task("text", seed) for seed in seeds), *untrained, *trains]
+
+
+def recipe_for(options: argparse.Namespace, variant: Variant, seed: int) -> Recipe:
+    base = load_recipe(options.recipe, options.set)
+    fields = [
+        *options.set,
+        "recover.epochs=1",
+        f"recover.tokens={round(options.tokens * variant.tokens)}",
+        f"recover.lr={base.recover.lr * variant.lr}",
+        f"seed={base.seed + seed}",
+        "measure.sampling=null",
+        *variant.fields,
+    ]
+    if variant.given:
+        calibration = getattr(base.prune, "calibration", None)
+        if calibration is None:
+            sys.exit(f"{options.recipe}: its prune.calibration is the given text, and it has none")
+        fields.append(f"recover.data=[{{kind: given, source: {json.dumps(calibration.data)}}}]")
+    recipe = load_recipe(options.recipe, fields)
+    sources = [_at_most(source) for source in recipe.recover.data]
+    return recipe.model_copy(update={"recover": recipe.recover.model_copy(update={"data": tuple(sources)})})
+
+
+def _at_most(source: Data) -> Data:
+    if isinstance(source, GivenText):
+        return source
+    return source.model_copy(update={"batch_size": min(source.batch_size, TEXTS_AT_ONCE)})
+
+
+def worker(connection: Connection, options: argparse.Namespace, number: int) -> None:
+    """A process: says that it is ready, does the tasks that it is sent, and sends back rows, or what went wrong."""
+    log = (options.out / f"worker-{number}.log").open("a", buffering=1)
+    sys.stdout = sys.stderr = log
+    bench = Workbench(options)
+    connection.send(([], None))
+    while True:
+        task = connection.recv()
+        started = time.monotonic()
+        try:
+            found: tuple[list[Row], str | None] = bench.work[task.kind](task), None
+        except Exception as error:  # reported as the task's result; the next task may be another matter
+            traceback.print_exc()
+            found = [], f"{type(error).__name__}: {str(error)[:300]}"
+        print(f"{task} took {time.monotonic() - started:.1f} s", flush=True)
+        bench.clear()
+        connection.send(found)
+
+
+class Workbench:
+    """The dense model, loaded once, and what the tasks of one process do with copies of it."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        from recover.measure.tasks import load_task
+        from recover.models.load import load_model, load_tokenizer, ready
+        from recover.quiet import quiet_libraries
+
+        quiet_libraries()
+        self.options, self.texts = options, options.out / "text"
+        self.recipe = recipe_for(options, Variant(), 0)
+        self.tokenizer = load_tokenizer(self.recipe.model)
+        self.model = ready(load_model(self.recipe.model))
+        self.tasks = [load_task(source) for source in self.recipe.measure.tasks]
+        self.trajectories: Any = None
+        self.work = {"plan": self.plan, "text": self.text, "untrained": self.untrained, "train": self.train}
+
+    @staticmethod
+    def clear() -> None:
+        import torch
+
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def twin(self, *, planned: bool = True) -> Twin:
+        """A fresh one, of a copy: nothing that a training did to a model reaches the next."""
+        from recover.models.twin import Twin
+        from recover.prune.plan import Plan, load_plan
+
+        model = copy.deepcopy(self.model)
+        return Twin(model, *load_plan(self.options.out / "prune")) if planned else Twin(model, Plan.none(self.blocks))
+
+    @property
+    def blocks(self) -> int:
+        return self.model.config.num_hidden_layers
+
+    def plan(self, _task: Task) -> list[Row]:
+        from recover.prune.calibrate import calibration_batches
+        from recover.prune.methods import PRUNERS
+        from recover.prune.plan import save_plan
+
+        leaf, folder = self.recipe.prune, self.options.out / "prune"
+        if not (folder / "plan.json").exists():
+            calibration = getattr(leaf, "calibration", None)
+            batches = calibration_batches(calibration, self.tokenizer, self.recipe.seed) if calibration else []
+            plan, masks, weights = PRUNERS[leaf.kind](self.twin(planned=False), leaf, batches)
+            save_plan(plan, masks, folder, weights)
+        return []
+
+    def text(self, task: Task) -> list[Row]:
+        """Written once per seed, enough for the variant that takes most: trainings find it under the same name."""
+        from recover.train.data import build_dataset
+
+        recipe = recipe_for(self.options, Variant(tokens=MOST_TOKENS), task.seed)
+        build_dataset(recipe.recover, self.twin(planned=False), self.tokenizer, recipe.seed, self.texts)
+        return []
+
+    def untrained(self, _task: Task) -> list[Row]:
+        twin = self.twin()
+        with twin.dense():
+            dense = self.measured(twin.base)
+        common = {"seed": 0, "tokens_asked": None}
+        return [{"variant": "dense", **common, **dense}, {"variant": "pruned", **common, **self.figures(twin)}]
+
+    def train(self, task: Task) -> list[Row]:
+        from recover.train.trainer import recover
+
+        recipe = recipe_for(self.options, VARIANTS[task.variant], task.seed)
+        twin, found = self.twin(), {}
+
+        def after_epoch(_epoch: int, context: dict[str, Any]) -> float | None:
+            found.update(context | self.figures(twin))
+            return found["generation"]
+
+        folder = self.options.out / "runs" / f"{task.variant}, seed {task.seed}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / "data").symlink_to(self.texts.resolve())
+        recover(twin, self.tokenizer, recipe.recover, folder, after_epoch, recipe.seed)
+        shutil.rmtree(folder)
+        named = {"variant": task.variant, "seed": task.seed, "tokens_asked": self.options.tokens}
+        return [{**named, "jobs": self.options.jobs, **found}]
+
+    def figures(self, twin: Twin) -> Row:
+        """Of the pruned view: what `measured` gives, KL along the dense model's own texts, losses on held-out text."""
+        from recover.probe.probe import dense_trajectories, final_drift
+
+        leaf, prompts = self.recipe.probe, self.prompts()
+        if self.trajectories is None:  # the dense model's, so the same for every twin
+            self.trajectories = dense_trajectories(twin, self.tokenizer, prompts, leaf)
+        with twin.folded():
+            drift = final_drift(twin, self.tokenizer, prompts, leaf, trajectories=self.trajectories)
+            return {"kl": drift["kl"]["mean"], "held_out": self.held_out(twin), **self.measured(twin.model)}
+
+    def prompts(self) -> list[str]:
+        lists = [[item.prompt for item in task.items] for task in self.tasks if task.kind == "generate"]
+        return [prompt for several in zip(*lists, strict=False) for prompt in several][: self.recipe.probe.samples]
+
+    def measured(self, model: Any) -> Row:
+        from recover.measure.tasks import measure
+        from recover.measuring import FIGURES
+
+        record, _ = measure(model, self.tokenizer, self.tasks, self.recipe.measure, seed=self.recipe.seed)
+        each = {name: task[FIGURES[task["kind"]][0]] for name, task in record["tasks"].items()}
+        return {**record["headline"], "tasks": each}
+
+    def held_out(self, twin: Twin) -> Row:
+        """Means per token of every term of the loss over the texts of the perplexity tasks."""
+        import torch
+
+        from recover.distill.distiller import Distiller
+        from recover.measure.generate import evaluating
+        from recover.measure.prompts import text_ids
+        from recover.recipe import Loss
+        from recover.train.data import collator
+
+        device, chunk = twin.base.device, self.recipe.recover.loss.chunk
+        pad: Any = self.tokenizer.pad_token_id
+        collate, distiller = collator(pad, "all"), Distiller(twin, Loss(chunk=chunk))
+        chosen = [task for task in self.tasks if task.kind == "perplexity"]
+        texts = [(task.file, text) for task in chosen for text in task.items[: self.recipe.measure.limit]]
+        rows = []
+        for file, text in texts:
+            ids = text_ids(self.tokenizer, text, special=True)[: getattr(file, "length", 512)]
+            rows.append({"input_ids": ids, "completion_mask": [1] * len(ids)})
+        sums: dict[str, float] = {}
+        with torch.no_grad(), evaluating(twin.model):
+            for start in range(0, len(rows), self.recipe.recover.batch_size):
+                batch = collate(rows[start : start + self.recipe.recover.batch_size])
+                found = twin.model(**{name: value.to(device) for name, value in batch.items()}, distill=distiller)
+                for name in ("kl", "variance", "reverse_kl", "ce", "tokens"):
+                    sums[name] = sums.get(name, 0.0) + float(found[name])
+        tokens = sums.pop("tokens")
+        return {name: value / tokens for name, value in sums.items()}

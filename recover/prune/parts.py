@@ -1,0 +1,154 @@
+"""What is done of an unfinished pruning, kept on disk: a second call goes on behind it and ends in the same bits.
+
+Kept is what was decided (masks, weights that were rewritten, scores and choices), not the calibration text's
+activations on the way: those of a 7B model are tens of GB a block, and one pass of the text through the finished
+blocks, a fraction of the work that decided them, gives them again bit by bit.
+
+A part is a line of `parts.jsonl` (name, value, digests), and a safetensors file if it has tensors. Lines are in the
+order in which they were made, each on top of those before, so one that is damaged takes those behind it along.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+from torch import Tensor
+
+from recover import artifacts, console, strict_json
+from recover.errors import ArtifactError
+
+LINES = "parts.jsonl"
+FORMAT = 1  # of these files, and of what is in them: raised when parts of before are of no use
+
+
+class Part(NamedTuple):
+    """One thing decided: plain data, and tensors by name on the CPU."""
+
+    value: Any = None
+    tensors: Mapping[str, Tensor] = {}
+
+
+class Parts:
+    """The parts under `folder`, made from exactly what `made_from` says; others are deleted with a warning.
+
+    Without a folder nothing is found and nothing is kept. Raises ArtifactError where the folder cannot be read or
+    written.
+    """
+
+    def __init__(self, folder: Path | None = None, made_from: Mapping[str, Any] | None = None) -> None:
+        self.folder = folder
+        self.lines: list[dict[str, Any]] = []
+        if folder is None:
+            return
+        header = {"format": FORMAT, "made_from": strict_json.plain(dict(made_from or {}))}
+        fault = self._read(folder, header)
+        if fault:
+            console.warn(f"{folder}: parts of an unfinished pruning: {fault}; {self._kept()}")
+        if fault or not self.lines:
+            lines = "".join(f"{strict_json.dumps(line)}\n" for line in [header, *self.lines])
+            artifacts.write_text(folder / LINES, lines)
+            used = {self._file(number) for number in range(len(self.lines))}
+            for path in set(folder.glob(self._file("*").name)) - used:
+                path.unlink(missing_ok=True)
+        if self.lines:
+            console.say(f"going on behind {self.lines[-1]['name']}: {len(self.lines)} parts are done")
+
+    def find(self, name: str) -> Part | None:
+        """The part of this name, if an earlier call made it."""
+        for number, line in enumerate(self.lines):
+            if line["name"] == name:
+                path = self._file(number)
+                return Part(line["value"], safetensors.torch.load_file(path) if line["sha256"] else {})
+        return None
+
+    def keep(self, name: str, part: Part) -> None:
+        """Put the part on disk, whole or not at all, behind those that are there."""
+        if self.folder is None:
+            return
+        assert self.find(name) is None, f"{name}: decided twice"
+        digest = None
+        if part.tensors:
+            data = safetensors.torch.save({key: tensor.cpu().contiguous() for key, tensor in part.tensors.items()})
+            artifacts.write_bytes(self._file(len(self.lines)), data)
+            digest = hashlib.sha256(data).hexdigest()
+        line = {"name": name, "value": strict_json.plain(part.value), "sha256": digest}
+        line["line_sha256"] = _digest(line)
+        artifacts.append_jsonl(self.folder / LINES, line)
+        self.lines.append(line)
+
+    def once(self, name: str, do: Callable[[], Part]) -> Part:
+        """The part of this name: the one that is there, or else what `do` gives, which is kept."""
+        found = self.find(name)
+        if found is None:
+            found = do()
+            self.keep(name, found)
+        return found
+
+    def remove(self) -> None:
+        """Delete all of them: what they were for is done."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.lines = []
+
+    def _read(self, folder: Path, header: dict[str, Any]) -> str:
+        """Fill `lines` with those that are whole; why there are no more of them, if that is a fault."""
+        if not (folder / LINES).exists():
+            return ""
+        try:
+            found = artifacts.read_jsonl(folder / LINES)
+        except ArtifactError as error:
+            return str(error)
+        if not found:
+            return ""
+        if found[0] != header:
+            return f"made from something else ({_difference(found[0], header)})"
+        for line in found[1:]:
+            fault = self._fault(line)
+            if fault:
+                return fault
+            self.lines.append(line)
+        return ""
+
+    def _fault(self, line: Any) -> str:
+        """What is wrong with the next line or its file."""
+        if not isinstance(line, dict) or line.get("line_sha256") != _digest(line):
+            return f"line {len(self.lines) + 2} of {LINES} is damaged"
+        path = self._file(len(self.lines))
+        if line["sha256"] and not path.exists():
+            return f"{path.name} is missing"
+        if line["sha256"] and artifacts.sha256(path) != line["sha256"]:
+            return f"{path.name} is damaged"
+        return ""
+
+    def _file(self, number: int | str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"part-{number}.safetensors"
+
+    def _kept(self) -> str:
+        if not self.lines:
+            return "all is done again"
+        return f"those up to {self.lines[-1]['name']} are used, the others done again"
+
+
+NOWHERE = Parts()
+
+
+def _digest(line: dict[str, Any]) -> str:
+    text = strict_json.dumps({key: line.get(key) for key in ("name", "value", "sha256")})
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _difference(found: Any, header: dict[str, Any]) -> str:
+    """The first fields in which two headers differ, and how."""
+    before, now = dict(strict_json.leaves(found)), dict(strict_json.leaves(header))
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    said = [
+        f"{name.removeprefix('made_from.')}: {before.get(name, 'absent')} -> {now.get(name, 'absent')}"
+        for name in changed[:3]
+    ]
+    return "; ".join(said).replace('"', "")

@@ -1,0 +1,97 @@
+"""The page of a diagnosis: two checkpoints held against each other by `recover diagnose`, without any run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from recover import artifacts
+from recover.artifacts import write_text
+from recover.errors import ArtifactError
+from recover.report import drift, render, words
+from recover.report.drift import mean_of
+from recover.report.figures import figures
+from recover.report.points import half_parted, points
+from recover.report.tables import tables
+
+SUMMARY = "probe.json"
+FIGURES = (
+    *("blocks", "sublayers", "writes", "steps", "divergence"),
+    *("sampled", "temperatures", "predictors", "choices"),
+)
+
+
+def is_diagnosis(folder: Path) -> bool:
+    """Whether the folder holds a probe's summary and is no run directory."""
+    return (folder / SUMMARY).is_file() and not (folder / "recipe.yaml").is_file()
+
+
+def render_diagnosis(folder: Path) -> Path:
+    """Write report.html into the folder of a diagnosis, one self-contained page; gives its path.
+
+    Raises ArtifactError if its summary is corrupt or of another kind.
+    """
+    data = collect_diagnosis(folder)
+    drawn = {key: render.drawn(each) for key, each in figures(data).items() if key in FIGURES and each.measured}
+    view = {
+        "data": data,
+        "figures": drawn,
+        "tables": tables(data),
+        "points": points(data),
+        "floor": render.floor(data),
+    }
+    html = render.environment(escape=True)
+    path = folder / "report.html"
+    write_text(path, render.page(html, "diagnosis.html.j2", view))
+    return path
+
+
+def collect_diagnosis(folder: Path) -> dict[str, Any]:
+    """What the templates and figures need, in the shape that `collect` gives of a run; the other model is `other`."""
+    path = folder / SUMMARY
+    summary = artifacts.read_json(path)
+    if not isinstance(summary, dict) or not isinstance(summary.get("final") or {}, dict):
+        raise ArtifactError(f"{path}: expected the summary of a probe. Run `recover diagnose` with another --out")
+    found = drift.normalise(summary)
+    data = {
+        "name": folder.absolute().name,
+        "dense": render.shown_source(str(summary.get("dense") or "dense")),
+        "other": render.shown_source(str(summary.get("other") or folder.absolute().name)),
+        "drift": {"other": found},
+        "facts": _facts(summary),
+        **dict.fromkeys(("plan", "training", "speed", "forecast")),
+        "divergence": [],
+        "epochs": [],
+        "headline": dict.fromkeys(("dense", "pruned", "recovered")),
+    }
+    data["title"] = _title(found)
+    return words.jsonable(data)
+
+
+def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    final = summary.get("final") or {}
+    facts = [("prompts or texts", words.count(summary.get("prompts")))] if summary.get("prompts") else []
+    if words.finite(final.get("positions")):
+        facts.append(("tokens scored", words.count(final["positions"])))
+    facts += [("choice", f"{row['task']}, {row['items']:,} items") for row in summary.get("choices") or ()]
+    facts += [("ranking", f"{row['queries']:,} queries") for row in (summary.get("retrieval") or ())[:1]]
+    return facts
+
+
+def _title(found: dict[str, Any]) -> str:
+    """The finding in one line, from what was probed."""
+    parted = found["divergence"] or {}
+    never = words.finite(parted.get("never"))
+    if never is not None:
+        if never == 1.0:
+            return "Every greedy text is the dense model's, token for token"
+        if never >= 0.5:
+            return f"{words.percent(never)} of greedy texts stay the dense model's to the end"
+        return f"Half of the greedy texts leave the dense model's by token {words.number(half_parted(parted))}"
+    kl = mean_of(found["final"].get("kl"))
+    if kl is not None:
+        return f"Mean KL to dense is {words.number(kl)} nats a token"
+    same = [(row.get("likelihood") or {}).get("same_choice") for row in found["choices"]]
+    if same and words.finite(same[0]) is not None:
+        return f"{words.percent(same[0], 1)} of choices are the dense model's"
+    return "Two models, held against each other"

@@ -1,0 +1,98 @@
+"""The page in one minute: at most one sentence for each question that a reader has, each read off a figure below it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from recover.report import speeds, words
+from recover.report.drift import by_model, level, mean_of
+from recover.report.figures_sublayers import PART_NAMES
+
+Point = tuple[str, str, str]  # question, answer, key of the figure or section that shows it
+FEW_TOKENS = 10.0  # a mean KL so many times the median is carried by few tokens
+
+
+def points(data: dict[str, Any]) -> list[Point]:
+    """Questions with their answers, only those that this run can answer."""
+    first = next(iter(data["drift"]))
+    found = [_where(data, first), _how(data, first), _when(data), _compounds(data), _gain(data)]
+    return [point for point in found if point is not None]
+
+
+def _where(data: dict[str, Any], model: str) -> Point | None:
+    """The sublayer whose replacement costs most KL by itself, or the block after which drift grows most."""
+    rows = by_model(data, "sublayers").get(model) or []
+    costs = [(kl, row) for row in rows if row["counterfactual"] == "pruned" and (kl := mean_of(row["kl"])) is not None]
+    kl, row = max(costs, key=lambda cost: cost[0], default=(0.0, None))
+    if row is None or kl <= 0:
+        return None
+    part = PART_NAMES[row["part"]] if row["part"] == "mlp" else row["part"]
+    answer = f"The {part} of block {row['block']}: changed alone, it brings a KL of {words.number(kl)} right behind it."
+    return ("Where does most of it come from?", answer, "figure-sublayers")
+
+
+def _how(data: dict[str, Any], model: str) -> Point | None:
+    """Whether few tokens carry the damage."""
+    kl = ((data["drift"][model] or {}).get("final") or {}).get("kl")
+    mean, median = level(kl, "mean"), level(kl, "p50")
+    if mean is None or median is None or mean <= 0:
+        return None
+    figures = f"mean KL {words.number(mean)}, median {words.number(median)}"
+    few = mean > FEW_TOKENS * median
+    answer = f"No, few tokens carry it: {figures}." if few else f"Yes, the damage is spread over the text: {figures}."
+    return ("Is every token hit?", answer, "table-last-layer")
+
+
+def _when(data: dict[str, Any]) -> Point | None:
+    """By which token half of the greedy texts have left dense."""
+    parts = []
+    for model in data["drift"]:
+        found = (data["drift"].get(model) or {}).get("divergence") or {}
+        never, first = words.finite(found.get("never")), (found.get("first") or {}).get("p50")
+        if never is None:
+            continue
+        half = (
+            f"half by token {words.number(half_parted(found))}" if never < 0.5 else f"{words.percent(never)} never do"
+        )
+        parts.append(f"{model}, {half}" if first is not None or never >= 0.5 else "")
+    answer = "; ".join(part for part in parts if part)
+    return (
+        ("When do texts leave the dense model's?", f"{answer[0].upper()}{answer[1:]}.", "figure-divergence")
+        if answer
+        else None
+    )
+
+
+def half_parted(found: dict[str, Any]) -> float | None:
+    """The token by which half of all texts have parted (the record's median is over those that did)."""
+    each = [place for place in found.get("each") or () if place is not None]
+    half = -(-int(found.get("prompts") or 0) // 2)
+    return sorted(each)[half - 1] if 0 < half <= len(each) else (found.get("first") or {}).get("p50")
+
+
+def _compounds(data: dict[str, Any]) -> Point | None:
+    """How much worse the model does on its own words than on the dense model's."""
+    parts = []
+    for model, rows in by_model(data, "steps").items():
+        pairs = [
+            (mean_of(row["teacher_forced"]["kl"]), mean_of(row["free_running"]["kl"]), row["prompts"] or 1)
+            for row in rows
+        ]
+        known = [(direct * n, own * n) for direct, own, n in pairs if direct is not None and own is not None]
+        direct, own = (sum(side) for side in zip(*known, strict=True)) if known else (0.0, 0.0)
+        if direct > 0:
+            parts.append(f"{model}, KL on its own words is ×{words.number(own / direct)} that on dense words")
+    answer = "; ".join(parts)
+    return ("Does it compound?", f"{answer[0].upper()}{answer[1:]}.", "figure-steps") if answer else None
+
+
+def _gain(data: dict[str, Any]) -> Point | None:
+    """What was bought with it."""
+    speed = data["speed"]
+    size = speeds.value(speed, "file_bytes")
+    if speed is None or size is None:
+        return None
+    rate = speeds.gain(speed, "decode_tokens_per_second")
+    faster = f"decoding {rate}" if rate.startswith("×") else f"decoding: {rate}"
+    file = "The file is as large as before" if round(size, 2) == 1 else f"A file ×{size:.2f} the size"
+    return ("What does it buy?", f"{file}; {faster}.", "deploy")

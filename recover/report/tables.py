@@ -1,0 +1,206 @@
+"""The tables of a report, in words: each has a caption that says what to see, and none is there without figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from recover.report import words
+from recover.report.drift import by_model, mean_of, spread
+
+DRIFT_NAMES = {
+    "embedding": "embedding, 1 − cos",
+    "logit": "logit, 1 − cos",
+    "probability": "probability, 1 − cos",
+    "kl": "KL(dense ‖ model), nats",
+    "reverse_kl": "KL(model ‖ dense), nats",
+    "kl_predicted": "KL as predicted by Var/(2T²)",
+}
+SHARES = (("top1", "same most likely token"), ("top5", "common tokens among the first five"))
+
+
+@dataclass(frozen=True)
+class Table:
+    """`columns` are (name, model whose colour it has or ""); the first cell of a row names it.
+
+    Cells from `numbers` on are figures, set to the right.
+    """
+
+    key: str
+    title: str
+    caption: str
+    columns: tuple[tuple[str, str], ...]
+    rows: list[tuple[Any, ...]]
+    numbers: int = 1
+
+
+def last_layer(data: dict[str, Any]) -> Table | None:
+    """Drift at the last layer, T = 1: mean, median and worst hundredth, of the models that were probed."""
+    finals = {model: found for model, summary in data["drift"].items() if (found := (summary or {}).get("final"))}
+    rows: list[tuple[Any, ...]] = []
+    for key, name in DRIFT_NAMES.items():
+        if any(key in final for final in finals.values()):
+            quantiles = [(final.get(key) or {}).get(q) for final in finals.values() for q in ("mean", "p50", "p99")]
+            rows.append((name, *map(words.number, quantiles)))
+    for key, name in SHARES:
+        if any(key in final for final in finals.values()):
+            means = [words.percent((final.get(key) or {}).get("mean"), 1) for final in finals.values()]
+            rows.append((name, *(cell for mean in means for cell in (mean, "–", "–"))))
+    if not rows:
+        return None
+    caption = (
+        "At the last layer, T = 1, on the dense model's own words: mean, median and worst hundredth of tokens. A "
+        "median far below the mean: few tokens carry the damage."
+    )
+    columns = [(name, model) for model in finals for name in (f"{model}, mean", "p50", "p99")]
+    return Table("last-layer", "Drift at the last layer", caption, (("figure", ""), *columns), rows)
+
+
+def divergence(data: dict[str, Any]) -> Table | None:
+    """Per generative task: token by which half, and nine tenths, of the texts left dense; tokens equal to dense."""
+    rows = []
+    for row in data["divergence"]:
+        cells: list[str] = []
+        for model in ("pruned", "recovered"):
+            figures_of = row[model] or {}
+            first = figures_of.get("first") or {}
+            cells += [words.number(first.get("p50")), words.number(first.get("p90"))]
+            cells.append(words.percent(figures_of.get("agreement"), 1))
+        rows.append((row["task"], *cells))
+    if not rows:
+        return None
+    caption = "On the tasks themselves: the token at which half, and nine tenths, of the greedy texts have left dense."
+    columns = [(name, model) for model in ("pruned", "recovered") for name in (f"{model}, p50", "p90", "tokens equal")]
+    return Table("divergence", "Where texts leave dense", caption, (("task", ""), *columns), rows)
+
+
+CHOICE_COLUMNS = (
+    *("task", "model", "items", "same choice", "order changed", "right, dense", "right, model"),
+    *("margin, dense", "margin, model", "mass, dense", "mass, model"),
+)
+
+
+def choices(data: dict[str, Any]) -> Table | None:
+    """Choice by full likelihood, and how much probability the option tokens have at all."""
+    rows = []
+    for model, listed in by_model(data, "choices").items():
+        for row in listed:
+            scored = row.get("likelihood") or {}
+            shares = [scored.get("same_choice"), scored.get("rank_changed")]
+            shares += [(scored.get("accuracy") or {}).get(view) for view in ("dense", "pruned")]
+            margins = [_mean((scored.get("margin") or {}).get(view)) for view in ("dense", "pruned")]
+            mass = [_mean((row.get("mass") or {}).get(view)) for view in ("dense", "pruned")]
+            cells = (*(words.percent(x, 1) for x in shares), *map(words.number, margins + mass))
+            rows.append((row["task"], model, words.count(row.get("items")), *cells))
+    if not rows:
+        return None
+    caption = (
+        "By full likelihood of the options. Margin: nats by which the right option leads the best wrong one; a thin "
+        "one is the next to tip. Mass: probability of all option tokens; where it is small, the disc above is weak "
+        "evidence."
+    )
+    return Table(
+        "choices-table", "Choice, by likelihood", caption, tuple((name, "") for name in CHOICE_COLUMNS), rows, numbers=2
+    )
+
+
+def retrieval(data: dict[str, Any]) -> Table | None:
+    """Does the other model rank documents as the dense one, by pooled hidden states?"""
+    found = by_model(data, "retrieval")
+    rows = [_retrieval_row(model, row) for model, listed in found.items() for row in listed]
+    if not rows:
+        return None
+    known = any(row.get("relevance") for listed in found.values() for row in listed)
+    names = [
+        "pooling",
+        "model",
+        "queries",
+        "embedding, 1 − cos",
+        "rank correlation",
+        "nDCG@10, dense's order",
+        "same first",
+    ]
+    if known:
+        names += ["nDCG@10, dense", "nDCG@10, model"]
+    caption = (
+        "Pooled hidden states as embeddings, mean over queries. Rank correlation (Spearman) and nDCG take the dense "
+        "model's ranking as the right one: 1 is the same order. A small embedding drift can still turn a ranking."
+    )
+    width = len(names)
+    return Table(
+        "retrieval",
+        "Ranking, by embeddings",
+        caption,
+        tuple((name, "") for name in names),
+        [row[:width] for row in rows],
+        numbers=2,
+    )
+
+
+def _retrieval_row(model: str, row: dict[str, Any]) -> tuple[Any, ...]:
+    figures = [_mean(row.get(name)) for name in ("embedding", "rank_correlation", "ndcg")]
+    relevance = row.get("relevance") or {}
+    judged = [words.number(_mean(relevance.get(view))) for view in ("dense", "pruned")]
+    cells = (*map(words.number, figures), words.percent(row.get("top1"), 1))
+    return (row["pooling"], model, words.count(row.get("queries")), *cells, *judged)
+
+
+def repair(data: dict[str, Any]) -> Table | None:
+    """What the closed-form repair of each cut did, in the order in which they were tried."""
+    found = (data["plan"] or {}).get("repair") or {}
+    cuts = found.get("cuts") or []
+    if not cuts:
+        return None
+    rows = [
+        (
+            _site(cut["site"], " of block "),
+            ", ".join(_site(site, " ") for site in cut["dropped"]),
+            *(words.number(cut.get(name)) for name in ("error_before", "error_after", "kl_before", "kl_after")),
+            "kept" if cut["kept"] else "left out",
+        )
+        for cut in cuts
+    ]
+    caption = (
+        f"Repair ({found['kind']}), fitted to {words.count(found.get('tokens_fitted'))} tokens and judged on "
+        f"{words.count(found.get('tokens_held_out'))} others: error of the stream behind the cut, and KL of the whole "
+        "model, each before → after. A repair that does not lower the KL is left out."
+    )
+    names = ("rewritten", "for the lost", "error before", "after", "KL before", "after", "verdict")
+    return Table("repair", "What the repair did", caption, tuple((name, "") for name in names), rows, numbers=2)
+
+
+def _site(site: str, between: str) -> str:
+    """`mlp:2` in words."""
+    part, _, block = str(site).partition(":")
+    return f"{'MLP' if part == 'mlp' else part}{between}{block}"
+
+
+def skipped(data: dict[str, Any]) -> Table | None:
+    """Steps of the training that were not finite, as far as they are on record."""
+    findings = (data["training"] or {}).get("findings") or []
+    if not findings:
+        return None
+    rows = [
+        (
+            f"{finding['step']:,}",
+            finding["found"],
+            "–".join(f"{number:,}" for number in finding["sequences"]),
+            ", ".join(finding["tensors"]) or "–",
+        )
+        for finding in findings
+    ]
+    caption = "Steps that changed nothing, the newest of them: what was not finite, and in which training sequences."
+    names = ("step", "found", "sequences", "not finite")
+    return Table("skipped", "Steps left out", caption, tuple((name, "") for name in names), rows, numbers=len(names))
+
+
+TABLES = (last_layer, divergence, choices, retrieval, repair, skipped)
+
+
+def tables(data: dict[str, Any]) -> dict[str, Table]:
+    """Key -> table, only those that have figures."""
+    return {table.key: table for make in TABLES if (table := make(data)) is not None}
+
+
+def _mean(value: Any) -> float | None:
+    return mean_of(spread(value))

@@ -1,0 +1,185 @@
+"""The file of a teacher that is not at hand: rows of text, and of each position that is learnt its top k. JSONL.
+
+{"input_ids": [5, 9, 7], "completion_mask": [0, 1, 1], "top_ids": [[9, 4], [7, 2]], "top_logprobs": [[-0.1, -2.5], ...]}
+
+Legend: N scored positions, K tokens known of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recover import console, dist
+from recover.artifacts import sha256
+from recover.distill.cache import SHARD_BYTES, Key, StateCache, row_key
+from recover.distill.loss_topk import TopK
+from recover.errors import DataError
+from recover.json_lines import json_lines
+from recover.recipe import TeacherText
+from recover.train.caching import TextRow, pinned
+from recover.train.sources import Sample
+
+SLACK = 1e-2  # of a sum of probabilities over 1, as rounded log-probabilities give
+
+
+@dataclass(frozen=True)
+class TeacherRow:
+    """A row of the file. `top`: of each token that is learnt, but a first one."""
+
+    sample: Sample
+    top: TopK
+
+    def cut(self, length: int) -> TeacherRow:
+        """The first `length` tokens."""
+        sample = self.sample.cut(length)
+        return TeacherRow(sample, self.top[slice(0, sample.scored("completion"))])
+
+    @property
+    def key(self) -> Key:
+        """As `text_rows` has it."""
+        positions = [index for index, learnt in enumerate(self.sample.mask[1:]) if learnt]
+        return row_key(self.sample.ids, positions)
+
+
+def read_teacher(source: TeacherText, vocabulary: int) -> Iterator[TeacherRow]:
+    """Rows of the file, one by one.
+
+    Raises:
+        DataError: the file cannot be read, or a row is not as it should be, by file and line.
+    """
+    width = None
+    try:
+        for where, value in json_lines(Path(source.source)):
+            row = _row(where, value, vocabulary)
+            found = row.top.ids_NK.shape[1]
+            if width is not None and len(row.top) and found != width:
+                raise DataError(f"{where}: {found} tokens a position, the rows before have {width}: one k for all")
+            width = found if len(row.top) else width
+            yield row
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{source.source}: cannot be read as JSONL: {error}") from error
+
+
+def _row(where: str, value: Any, vocabulary: int) -> TeacherRow:
+    try:
+        ids = torch.tensor(value["input_ids"], dtype=torch.int64)
+        mask = torch.tensor(value.get("completion_mask", [1] * len(ids)), dtype=torch.int64)
+        ids_NK = torch.tensor(value["top_ids"], dtype=torch.int64)
+        logp_NK = torch.tensor(value["top_logprobs"], dtype=torch.float32)
+    except KeyError as error:
+        raise DataError(f"{where}: no column {error}, expected input_ids, top_ids and top_logprobs") from None
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise DataError(f"{where}: expected lists of numbers of equal lengths ({error})") from None
+    if not len(ids_NK):
+        ids_NK, logp_NK = ids_NK.reshape(0, 0), logp_NK.reshape(0, 0)
+    problem = _problem(ids, mask, ids_NK, logp_NK, vocabulary)
+    if problem:
+        raise DataError(f"{where}: {problem}")
+    return TeacherRow(Sample(ids.tolist(), mask.tolist()), TopK(ids_NK, logp_NK))
+
+
+def _problem(ids: Tensor, mask: Tensor, ids_NK: Tensor, logp_NK: Tensor, vocabulary: int) -> str | None:
+    for name, numbers in (("input_ids", ids), ("top_ids", ids_NK)):
+        if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < vocabulary:
+            return f"{name}: from {int(numbers.min())} to {int(numbers.max())}, the model has 0 to {vocabulary - 1}"
+    if len(mask) != len(ids) or not set(mask.tolist()) <= {0, 1}:
+        return f"completion_mask: expected {len(ids)} numbers, 0 or 1"
+    count = int(mask[1:].sum())
+    if ids_NK.dim() != 2 or ids_NK.shape != logp_NK.shape or len(ids_NK) != count:
+        return (
+            f"top_ids and top_logprobs have shapes {tuple(ids_NK.shape)} and {tuple(logp_NK.shape)}: expected one list "
+            f"of k for each token that completion_mask marks, but a first one ({count})"
+        )
+    if len(ids_NK) and (ids_NK.sort(1).values.diff(dim=1) == 0).any():
+        return "top_ids: a token stands twice in a position"
+    if not bool((logp_NK <= SLACK).all()):
+        return f"top_logprobs: found {float(logp_NK.max())}: natural logarithms of probabilities are at most 0"
+    if len(ids_NK) and float(logp_NK.exp().sum(1).max()) > 1 + SLACK:
+        return f"top_logprobs: the probabilities of a position add up to {float(logp_NK.exp().sum(1).max()):.4g}"
+    return None
+
+
+def check_teacher(source: TeacherText, vocabulary: int) -> None:
+    """Raise DataError if a row of the file is not as it should be, or none has a token to learn."""
+    rows = console.track(read_teacher(source, vocabulary), f"checking {source.source}", unit="row")
+    if not sum(row.sample.scored("completion") for row in rows):
+        raise DataError(f"{source.source}: no row holds a token to learn")
+
+
+def top_cache(source: TeacherText, folder: Path) -> StateCache:
+    """Where the file's top k lie to be read in any order, checked shard by shard, below `folder`."""
+    about = {"states": "a teacher's top k", "file": dist.on_main(lambda: sha256(Path(source.source)))}
+    return StateCache(folder / "teacher", about)
+
+
+def teacher_samples(source: TeacherText, length: int, vocabulary: int, folder: Path) -> list[Sample]:
+    """The text of the file, cut to `length`; the top k go to `top_cache`. Rows with nothing to learn are left out.
+
+    Raises:
+        DataError: a row is not as it should be, by file and line. ArtifactError: the cache cannot be written.
+    """
+    return dist.on_main(lambda: _take_in(source, length, vocabulary, top_cache(source, folder)))
+
+
+def _take_in(source: TeacherText, length: int, vocabulary: int, cache: StateCache) -> list[Sample]:
+    samples: list[Sample] = []
+    fresh: dict[Key, Tensor] = {}
+    for row in console.track(read_teacher(source, vocabulary), f"reading {source.source}", unit="row"):
+        row = row.cut(length)
+        if not len(row.top):
+            continue
+        samples.append(row.sample)
+        if row.key not in cache.where:
+            fresh[row.key] = packed(row.top)
+        if sum(value.nbytes for value in fresh.values()) >= SHARD_BYTES:
+            cache.write(fresh)
+            fresh = {}
+    if fresh:
+        cache.write(fresh)
+    if not samples:
+        raise DataError(f"{source.source}: no row holds a token to learn within recover.length {length}")
+    return samples
+
+
+def packed(top: TopK) -> Tensor:
+    """Token numbers and the bits of the log-probabilities side by side, int32 (N, 2 K)."""
+    return torch.cat([top.ids_NK.int(), top.logp_NK.float().view(torch.int32)], dim=1)
+
+
+def unpacked(value_N2K: Tensor) -> TopK:
+    """What was packed."""
+    ids_NK, bits_NK = value_N2K.chunk(2, dim=1)
+    return TopK(ids_NK.contiguous(), bits_NK.contiguous().view(torch.float32))
+
+
+def file_row(row: TeacherRow) -> dict[str, Any]:
+    """The row as the file has it; log-probabilities to six digits, none so low that JSON has no number for it."""
+    logp = [[float(f"{max(value, -1e4):.6g}") for value in values] for values in row.top.logp_NK.tolist()]
+    return {
+        "input_ids": row.sample.ids,
+        "completion_mask": row.sample.mask,
+        "top_ids": row.top.ids_NK.tolist(),
+        "top_logprobs": logp,
+    }
+
+
+class TeacherStates:
+    """What a file says, for batches of its text in any order; `teacher_samples` has taken it in."""
+
+    def __init__(self, source: TeacherText, folder: Path) -> None:
+        self.cache = top_cache(source, folder)
+
+    def read(self, rows: Sequence[TextRow]) -> TopK:
+        """Of the scored positions of a batch of these rows, as `with_states` asks.
+
+        Raises:
+            ArtifactError: a shard is damaged or gone, or a row is not there.
+        """
+        top = unpacked(torch.cat(self.cache.read([row.dense for row in rows])))
+        return TopK(pinned(top.ids_NK), pinned(top.logp_NK))
