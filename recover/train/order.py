@@ -28,7 +28,7 @@ def training_order(
     order = order[: len(order) - len(order) % batch_size]
     window = WINDOW_STEPS * batch_size
     arranged: list[int] = []
-    for part in _parts(order, batch_size, starts or {}):
+    for part in _parts(order, batch_size, starts or {}, generator):
         for start in range(0, len(part), window):
             by_length = sorted(part[start : start + window], key=lambda index: lengths[index])
             steps = [by_length[first : first + batch_size] for first in range(0, len(by_length), batch_size)]
@@ -50,7 +50,7 @@ def taken(shares: Sequence[float], starts: Sequence[float], part: float) -> list
     return found
 
 
-def _parts(order: list[int], batch_size: int, starts: Mapping[int, float]) -> list[list[int]]:
+def _parts(order: list[int], batch_size: int, starts: Mapping[int, float], generator: random.Random) -> list[list[int]]:
     """`order` cut into whole steps at each start; what starts later is moved behind it."""
     steps, parts = len(order) // batch_size, []
     for start, end in pairwise([*sorted({0.0, *starts.values()}), 1.0]):
@@ -61,7 +61,8 @@ def _parts(order: list[int], batch_size: int, starts: Mapping[int, float]) -> li
                 f"recover.data: {len(part)} sequences are there for the steps between {start:.0%} and {end:.0%} of the "
                 f"training, {size} are needed: let text of kind 'pruned' start earlier, or give it a smaller share"
             )
-        taken = set(part)
-        order = [index for index in order if index not in taken]
+        gone = set(part)
+        order = [index for index in order if index not in gone]
+        generator.shuffle(order)  # else what had to wait would come all at once
         parts.append(part)
     return parts
