@@ -6,9 +6,12 @@
 
 One pruning for all rows; each row is one recovery of the recipe, one epoch, from the same start. An arm `0.5,16,0.2`:
 half of every source of kind `dense` becomes kind `pruned` with the same prompts (drawn at --temperature), written every
-16 steps, after a fifth of the steps. Each is followed by the recipe's own text at so many tokens that it takes as long.
-Time is that of writing and training, without measuring: seconds of the processor on a CPU (which others may share), of
-the clock on a GPU. `agreement` is the mean share of greedily written tokens that are the dense model's.
+16 steps, after a fifth of the steps. `off-policy, drawn` is the control: the dense model's text drawn at the same
+temperature, where the recipe has another. After these, at equal tokens, come both kinds of the dense model's text at so
+many tokens that they take as long as each arm. Time is that of writing and training, without measuring: seconds of the
+processor on a CPU (which others may share), of the clock on a GPU. `agreement` is the mean share of greedily written
+tokens that are the dense model's. `against off-policy`: generation, item by item, means over seeds; its 95% interval is
+over items, not over seeds. Several folders that hold rows are joined with --join.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from typing import Any
 
 import torch
 
+from recover.measure.score import interval95
 from recover.measure.tasks import load_task, measure
 from recover.models.load import load_model, load_tokenizer, ready
 from recover.models.twin import Twin
@@ -39,6 +43,7 @@ COLUMNS = ("generation", "choice", "perplexity", "agreement")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
+    parser.add_argument("--join", nargs="+", type=Path, help="make no row: the table of the rows in these folders")
     parser.add_argument("--out", type=Path, required=True, help="folder of the trainings and of the table")
     parser.add_argument("--tokens", type=int, default=60_000, help="scored tokens of a recovery (%(default)s)")
     parser.add_argument("--arms", nargs="+", default=["0.5"], metavar="SHARE[,EVERY[,START]]")
@@ -49,6 +54,9 @@ def main() -> None:
     options = parser.parse_args()
     began = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.join:
+        joined = [row for folder in options.join for row in json.loads((folder / "on_policy.json").read_text())]
+        return _finish(joined, options.out)
     fields = [f"recover.tokens={options.tokens}", "recover.epochs=1", *options.set]
     rows: list[dict[str, Any]] = []
     trial = Trial(load_recipe(options.recipe, fields), options.out)
@@ -60,24 +68,34 @@ def main() -> None:
                 continue
             if name.startswith("equal time"):
                 took = {row["row"]: row["seconds"] for row in rows if row.get("seed") == seed}
-                other = name.removeprefix("equal time: ")
-                if other not in took:
+                text, arm = name.removeprefix("equal time: ").split(" as long as ")
+                if not {text, arm} <= set(took):
                     continue
-                leaf = leaf.model_copy(update={"tokens": round(options.tokens * took[other] / took["off-policy"])})
+                leaf = leaf.model_copy(update={"tokens": round(options.tokens * took[arm] / took[text])})
             rows.append({"row": name, "seed": seed, **trial.recovered(leaf, seed)})
             (options.out / "on_policy.json").write_text(json.dumps(rows, indent=1))
             print(json.dumps(rows[-1]), flush=True)
+    _finish(rows, options.out)
+
+
+def _finish(rows: list[dict[str, Any]], out: Path) -> None:
     table = markdown(rows)
-    (options.out / "on_policy.md").write_text(table)
+    (out / "on_policy.md").write_text(table)
     print(table)
 
 
 def _rows(leaf: Recover, arms: list[str], temperature: float) -> list[tuple[str, Recover]]:
     """Name and leaf of the rows of one seed; those of equal time have their tokens still to be set."""
-    rows = [("off-policy", leaf)]
-    for arm in arms:
-        rows += [(f"on-policy {arm}", on_policy(leaf, arm, temperature)), (f"equal time: on-policy {arm}", leaf)]
-    return rows
+    off = {"off-policy": leaf}
+    drawn = [
+        source.model_copy(update={"temperature": temperature}) if isinstance(source, DenseText) else source
+        for source in leaf.data
+    ]
+    if drawn != list(leaf.data):
+        off["off-policy, drawn"] = leaf.model_copy(update={"data": tuple(drawn)})
+    on = {f"on-policy {arm}": on_policy(leaf, arm, temperature) for arm in arms}
+    rows = [*off.items(), *on.items()]
+    return rows + [(f"equal time: {text} as long as {arm}", dense) for arm in on for text, dense in off.items()]
 
 
 def on_policy(leaf: Recover, arm: str, temperature: float) -> Recover:
@@ -100,6 +118,7 @@ class Trial:
 
     def __init__(self, recipe: Recipe, out: Path) -> None:
         self.recipe, self.out = recipe, out
+        self.measured_by = recipe.measure.model_copy(update={"samples": 10**9, "sampling": None})  # each item's answer
         self.tokenizer = load_tokenizer(recipe.model)
         self.model = ready(load_model(recipe.model))
         self.tasks = [load_task(source) for source in recipe.measure.tasks]
@@ -145,10 +164,17 @@ class Trial:
     def _measure(self, twin: Twin) -> tuple[dict[str, Any], Any]:
         with twin.folded():
             record, texts = measure(
-                twin.model.eval(), self.tokenizer, self.tasks, self.recipe.measure, reference=self.reference
+                twin.model.eval(), self.tokenizer, self.tasks, self.measured_by, reference=self.reference
             )
+        right = [
+            float(sample["correct"])
+            for each in record["tasks"].values()
+            if each["kind"] == "generate"
+            for sample in each["samples"]
+        ]
         agreements = [each["agreement"] for each in record["tasks"].values() if each.get("agreement") is not None]
-        return {**record["headline"], "agreement": mean(agreements) if agreements else 1.0}, texts
+        figures = {**record["headline"], "agreement": mean(agreements) if agreements else 1.0, "right": right}
+        return figures, texts
 
 
 def clock() -> float:
@@ -157,10 +183,10 @@ def clock() -> float:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """Means over seeds, +- their standard deviation."""
+    """Means over seeds, +- their standard deviation; generation also against the recipe's own text."""
     lines = [
-        "| text | teacher tokens | seconds | " + " | ".join(COLUMNS) + " |",
-        "|---|" + "---:|" * (2 + len(COLUMNS)),
+        "| text | seeds | teacher tokens | seconds | " + " | ".join(COLUMNS) + " | against off-policy |",
+        "|---|" + "---:|" * (4 + len(COLUMNS)),
     ]
     for name in dict.fromkeys(row["row"] for row in rows):
         same = [row for row in rows if row["row"] == name]
@@ -168,8 +194,23 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             _spread([row.get(key) for row in same], form) for key, form in (("tokens", ",.0f"), ("seconds", ".0f"))
         ]
         cells += [_spread([row[key] for row in same], ".2f" if key == "perplexity" else ".1%") for key in COLUMNS]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        cells.append(_against([row for row in rows if row["row"] == "off-policy"], same))
+        lines.append(f"| {name} | {len(same)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _against(reference: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
+    """How much more of the items is right, over the seeds that both have, with its interval."""
+    seeds = {row.get("seed") for row in reference} & {row.get("seed") for row in rows}
+    if not seeds or rows[0]["row"] == "off-policy":
+        return ""
+    mine, theirs = (
+        [mean(item) for item in zip(*(row["right"] for row in some if row.get("seed") in seeds), strict=True)]
+        for some in (rows, reference)
+    )
+    gains = [after - before for after, before in zip(mine, theirs, strict=True)]
+    low, high = interval95(gains)
+    return f"{mean(gains):+.1%} [{low:+.1%}, {high:+.1%}]"
 
 
 def _spread(values: list[float | None], form: str) -> str:
