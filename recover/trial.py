@@ -138,4 +138,5 @@ def _standing(recipe: Recipe, directory: RunDirectory) -> advice.Trial:
         steps=record["step"],
         before=runs.read_state(directory.before, dense, 0),
         after=after,
+        own_text=bool(recipe.recover.pruned),
     )
