@@ -18,7 +18,7 @@ from recover.leaf import Dtype, Leaf
 from recover.places import place_files
 from recover.problems import explain
 from recover.recipe_prune import Calibrated, Calibration, Depth, Magnitude, Prune, SparseGpt, Sparsity, Wanda, Width
-from recover.recipe_train import Cache, Data, DenseText, GivenText, Lora, Loss, Recover, TeacherText
+from recover.recipe_train import Cache, Data, DenseText, GivenText, Lora, Loss, PrunedText, Recover, TeacherText
 
 __all__ = [
     "Cache",
@@ -34,6 +34,7 @@ __all__ = [
     "Loss",
     "Magnitude",
     "Prune",
+    "PrunedText",
     "Recover",
     "SparseGpt",
     "Sparsity",

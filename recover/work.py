@@ -87,7 +87,7 @@ def _pruned_from(bench: Bench, twin: Twin, batches: list[LongTensor]) -> dict[st
     import torch
     import transformers
 
-    from recover.train.data import weights_fingerprint
+    from recover.train.dense_text import weights_fingerprint
 
     text = hashlib.sha256()
     for ids_BT in batches:

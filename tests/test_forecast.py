@@ -28,6 +28,7 @@ OUTSIDE = {
     "a share above all": ({"after": {"shares": {"generation": 0.99}}}, "generation after the trial"),
     "far more tokens": ({"tokens": 20_000_000, "after": {"tokens": 6_700_000}}, "tokens"),
     "a longer way": ({"after": {"tokens": 18_000}}, "tokens over those of the trial"),
+    "text of the pruned model": ({"own_text": True}, "learnt from text of kind 'pruned'"),
     "a handful of steps": ({"steps": 3}, "steps"),
     "a model a thousand times larger": ({"parameters": 1_000_000}, "fewer than 5 calibration runs are of m"),
     "an unknown model": ({"model": "new"}, "fewer than 5 calibration runs are of new"),

@@ -54,6 +54,7 @@ class Trial:
     steps: int
     before: State
     after: State
+    own_text: bool = False  # it learns from text of the pruned model, which no calibration run is known to have done
 
     @property
     def part(self) -> float:
@@ -129,7 +130,7 @@ def outside(trial: Trial, runs: Sequence[Run], *, seen: bool) -> list[str]:
         "parameters": (float(trial.parameters), [float(run.parameters) for run in runs], "parameters"),
         "tokens": (float(trial.tokens), [float(run.tokens) for run in runs], "tokens"),
     }
-    found = []
+    found = ["recover.data: no calibration run learnt from text of kind 'pruned'"] if trial.own_text else []
     for name, (here, there, label) in ranges.items():
         low, high = min(there) / ROOM[name], max(there) * ROOM[name]
         if not low <= here <= high:
