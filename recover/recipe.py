@@ -69,6 +69,9 @@ class Probe(Leaf):
     layer_positions: int = Field(
         default=2048, ge=1, description="of each batch, at most so many positions enter figures of blocks and sublayers"
     )
+    items: int = Field(
+        default=100, ge=0, description="of each choice and retrieval task, the first ones, held against dense; 0: none"
+    )
     batch_size: int = Field(default=16, ge=1)
 
     @field_validator("temperatures")

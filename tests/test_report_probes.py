@@ -165,6 +165,29 @@ def test_points_are_read_off_the_figures(run: Path) -> None:
     assert "attention of block 2" in found["Where does most of it come from?"]
     assert "0.3" in found["Where does most of it come from?"]
     assert found["What does it buy?"] == "A file ×0.80 the size; decoding ×1.28 [1.23, 1.34]."
+    moved = found["Do the logits that choose move as much?"]
+    assert moved == "Pruned, KL 0.0625 among the options, 2.5 over all tokens there."
+
+
+def test_several_choice_tasks_count_by_their_items_and_rankings_are_named_by_task(tmp_path: Path) -> None:
+    run = build_run(tmp_path)
+    rewrite(run / "after/probe.json", probed)
+
+    def second(whole: dict) -> None:
+        other = {**whole["choices"][0], "task": "more", "subspace": 70}
+        none = {**other, "task": "longer", "subspace": 0, "drift": {}}
+        whole["choices"] += [{**other, "drift": {"kl": {"mean": 0.5625}}}, none]
+        whole["retrieval"] = [{**whole["retrieval"][0], "task": "letters"}]
+
+    rewrite(run / "after/probe.json", second)
+    data = collect(run)
+    found = {question: answer for question, answer, _ in points(data)}
+    moved = found["Do the logits that choose move as much?"]
+    assert (
+        moved == "Recovered, KL 0.163 among the options, 2.5 over all tokens there."
+    )  # (280 x 1/16 + 70 x 9/16) / 350
+    table = tables.tables(data)["retrieval"]
+    assert table.rows[0][0] == "letters, mean" and table.columns[0][0] == "task, pooling"
 
 
 @pytest.mark.parametrize(

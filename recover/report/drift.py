@@ -105,3 +105,9 @@ def mean_of(figure: dict[str, float | None] | None) -> float | None:
     """The mean, or the median where that is all there is."""
     mean = level(figure, "mean")
     return level(figure, "p50") if mean is None else mean
+
+
+def choice_kls(row: dict[str, Any]) -> tuple[float, float] | None:
+    """Mean KL (among the options, over the vocabulary); None where no item has options that part at one token."""
+    inside, outside = (mean_of(spread((row.get(group) or {}).get("kl"))) for group in ("drift", "vocabulary"))
+    return None if inside is None or outside is None else (inside, outside)
