@@ -160,6 +160,21 @@ def test_a_search_over_blocks_has_one_lane_with_the_lowest_candidate() -> None:
 # The page in short, and the forecast.
 
 
+def test_own_words_are_judged_by_both_models_on_them_and_not_by_how_far_texts_are_apart(tmp_path: Path) -> None:
+    run = build_run(tmp_path)
+
+    def steps(whole: dict) -> None:
+        for row in whole["steps"]:
+            row["teacher_forced"]["kl"]["mean"] = 0.25
+            row["free_running"] |= {"kl": {"mean": 0.5}, "total": {"mean": 11.0}}
+
+    for part in ("before", "after"):
+        rewrite(run / part / "probe.json", steps)
+    found = {question: answer for question, answer, _ in points(collect(run))}
+    each = "KL 0.5 on its own words and 0.25 on dense words"
+    assert found["Is it worse on its own words?"] == f"Pruned, {each}; recovered, {each}."
+
+
 def test_points_are_read_off_the_figures(run: Path) -> None:
     found = {question: answer for question, answer, _ in points(collect(run))}
     assert "attention of block 2" in found["Where does most of it come from?"]

@@ -80,12 +80,16 @@ def _sampled(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _step(step: dict[str, Any]) -> dict[str, Any]:
-    """Free-running KL is the probe's `total`: each view on its own words, so direct and compounded error together."""
+    """Free-running KL is the probe's `total`: each view on its own words; `both`: both read the words of this model."""
     forced, free = step.get("teacher_forced") or {}, step.get("free_running") or {}
     return {
         "step": step["step"],
         "teacher_forced": {name: spread(forced.get(name)) for name in STEP},
-        "free_running": {"kl": spread(free.get("total")), "diverged": words.finite(free.get("diverged"))},
+        "free_running": {
+            "kl": spread(free.get("total")),
+            "both": spread(free.get("kl")),
+            "diverged": words.finite(free.get("diverged")),
+        },
         "prompts": forced.get("n"),
     }
 
