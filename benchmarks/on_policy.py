@@ -55,8 +55,9 @@ def main() -> None:
     began = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.join:
-        joined = [row for folder in options.join for row in json.loads((folder / "on_policy.json").read_text())]
-        return _finish(joined, options.out)
+        rows = [row for folder in options.join for row in json.loads((folder / "on_policy.json").read_text())]
+        rows = [row for number, row in enumerate(rows) if row not in rows[:number]]  # dense and pruned are in each
+        return _finish(rows, options.out)
     fields = [f"recover.tokens={options.tokens}", "recover.epochs=1", *options.set]
     rows: list[dict[str, Any]] = []
     trial = Trial(load_recipe(options.recipe, fields), options.out)
