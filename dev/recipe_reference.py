@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 import typing
 from collections.abc import Iterator
@@ -71,7 +72,7 @@ def page() -> str:
     """The whole page."""
     parts = [HEAD]
     for leaf in LEAVES:
-        about = (leaf.__doc__ or "").strip() or (leaf.__mro__[1].__doc__ or "").strip()
+        about = inspect.cleandoc(leaf.__doc__ or leaf.__mro__[1].__doc__ or "")
         table = ["| field | value | default | meaning |", "|---|---|---|---|", *rows(leaf)]
         parts.append("\n".join([f"## {leaf.__name__}\n\n{about}\n", *table]) + "\n")
     return "\n".join(parts)

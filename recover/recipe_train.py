@@ -9,10 +9,10 @@ from pydantic import Field, model_validator
 from recover.leaf import Leaf
 
 
-class DenseText(Leaf):
-    """Text that the dense model writes itself, from prompts (JSONL, `prompt` column)."""
+class _Written(Leaf):
+    """What holds for text that a model writes from prompts (JSONL, `prompt` column), whichever writes it."""
 
-    kind: Literal["dense"]
+    kind: Literal["dense", "pruned"]
     prompts: str
     share: float = Field(default=1.0, gt=0, description="part of the tokens, relative to the other sources")
     temperature: float = Field(default=1.0, ge=0, description="0 = greedy")
@@ -24,27 +24,25 @@ class DenseText(Leaf):
     batch_size: int = Field(default=64, ge=1)
 
 
-class PrunedText(Leaf):
-    """Text that the pruned model writes while it learns, scored by the dense one: on-policy (GKD, arXiv 2306.13649)."""
+class DenseText(_Written):
+    """Text that the dense model writes itself, from prompts (JSONL, `prompt` column)."""
+
+    kind: Literal["dense"]
+
+
+class PrunedText(_Written):
+    """Text that the pruned model writes while it learns, scored by the dense one: on-policy (GKD, arXiv 2306.13649).
+
+    `share` is GKD's lambda.
+    """
 
     kind: Literal["pruned"]
-    prompts: str
-    share: float = Field(
-        default=1.0, gt=0, description="part of the tokens, relative to the other sources; GKD's lambda"
-    )
     start: float = Field(
         default=0.0, ge=0, lt=1, description="part of the steps that is left to the other sources before it begins"
     )
     every: int = Field(
         default=16, ge=1, description="steps whose texts are written at once: more is faster, and staler by so many"
     )
-    temperature: float = Field(default=1.0, ge=0, description="0 = greedy")
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    max_new_tokens: int = Field(default=256, ge=1)
-    chat: bool | None = Field(
-        default=None, description="wrap prompts in the chat template; default: if the tokenizer has one"
-    )
-    batch_size: int = Field(default=64, ge=1)
 
 
 class GivenText(Leaf):
