@@ -83,8 +83,8 @@ class Lora(Leaf):
 class Loss(Leaf):
     """Weights of the terms; T = temperature; every term is multiplied by T^2 but CE (Hinton's convention).
 
-    p, q: probabilities of the dense and of the pruned model. Close to the dense model a variance beside KL does what a
-    larger learning rate does: compare it with that.
+    p, q: probabilities of the dense and of the pruned model. No variance beside KL brought generation where tried
+    (docs/results.md); a larger learning rate did.
     """
 
     kl: float = Field(default=1.0, ge=0, description=r"KL(dense \|\| pruned)")
