@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from itertools import pairwise
 from pathlib import Path
+from statistics import mean
 
 from recover.errors import RecoverError
 from recover.forecast import advice, law
@@ -21,6 +23,7 @@ from recover.forecast.known import PATH, known_runs, write_runs
 from recover.forecast.runs import Run, read_run
 
 PARTS = (0.1, 0.2, 1 / 3)
+BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 def main() -> None:
@@ -72,12 +75,14 @@ def show(runs: list[Run]) -> None:
             for figure in ("generation", "choice", "perplexity", "kl"):
                 line(model, [run for run in runs if model in (None, run.model)], part, figure)
     advised(runs, 1 / 3)
+    chances(runs, 1 / 3)
 
 
 def advised(runs: list[Run], part: float) -> None:
     """What each run would have been advised by the others, beside what generation came to."""
-    print("\n| run left out | model | trial | generation | expected | interval | came | advice |")
-    print("|---|---|---:|---:|---:|---:|---:|---|")
+    print("\n| run left out | model | trial | generation | expected | interval | chance | came | advice |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|---|")
+    right = {"go": [], "no-go": [], "cannot tell": []}
     for run in runs:
         state = law.trial_of(run, part)
         if state is None:
@@ -85,13 +90,38 @@ def advised(runs: list[Run], part: float) -> None:
         trial = advice.Trial(run.model, run.parameters, run.tokens, advice.STEPS, run.before, state)
         found = advice.forecast(trial, [other for other in runs if other is not run])
         row = found["classes"].get("generation")
-        came = f"{run.after.shares['generation']:.0%}"
-        shown = ["", "", ""]
+        kept = run.after.shares["generation"]
+        right[found["advice"]].append((kept >= advice.GO) == (found["advice"] == "go"))
+        shown = [""] * 4
         if row is not None:
             low, high = row["interval"]
             shown = [f"{row['trial']:.0%}", f"{row['expected']:.0%}", f"{low:.0%} to {high:.0%}"]
-        cells = [run.name, run.model, f"{trial.part:.0%}", *shown, came, found["advice"]]
+            shown.append("" if row["chance"] is None else f"{row['chance']:.0%}")
+        cells = [run.name, run.model, f"{trial.part:.0%}", *shown, f"{kept:.0%}", found["advice"]]
         print("| " + " | ".join([*cells, "; ".join(found["outside"])]) + " |")
+    for word in ("go", "no-go"):
+        print(f"{word}: {len(right[word])}, right {sum(right[word])}")
+    print(f"cannot tell: {len(right['cannot tell'])}")
+
+
+def chances(runs: list[Run], part: float) -> None:
+    """How often runs came to the goal, by the chance they were given when left out; Brier scores by model."""
+    print(f"\n| chance of {advice.GO:.0%} | runs | mean chance | came to it |\n|---|---:|---:|---:|")
+    models = sorted({run.model for run in runs})
+    groups = {model: [run for run in runs if run.model == model] for model in models}
+    form = law.CHOSEN["generation"][0]
+    found = [
+        each
+        for own in groups.values()
+        for each in law.chances(form, law.cases(own, "generation", part), "generation", advice.GO, by_model=False)
+    ]
+    for low, high in pairwise(BINS):
+        inside = [(said, came) for said, _, came in found if low <= said < high]
+        if inside:
+            said, came = mean(said for said, _ in inside), sum(came for _, came in inside)
+            print(f"| {low:.0%} to {high:.0%} | {len(inside)} | {said:.0%} | {came} |")
+    for model, own in groups.items():
+        print(model, advice.brier(own, part, by_model=False))
 
 
 def line(model: str | None, runs: list[Run], part: float, figure: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 import typing
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ shipped with the package. On the command line any field is set as
 """
 LEAVES = [recipe.Recipe, recipe.Model, recipe.Depth, recipe.Magnitude, recipe.Wanda, recipe.Width, recipe.Calibration]
 LEAVES += [recipe.SparseGpt]
-LEAVES += [recipe.Probe, recipe.Recover, recipe.DenseText, recipe.GivenText, recipe.TeacherText]
+LEAVES += [recipe.Probe, recipe.Recover, recipe.DenseText, recipe.PrunedText, recipe.GivenText, recipe.TeacherText]
 LEAVES += [recipe.Lora, recipe.Loss, recipe.Cache]
 LEAVES += [recipe.Measure, recipe.Sampling, recipe.Export]
 
@@ -71,7 +72,7 @@ def page() -> str:
     """The whole page."""
     parts = [HEAD]
     for leaf in LEAVES:
-        about = (leaf.__doc__ or "").strip() or (leaf.__mro__[1].__doc__ or "").strip()
+        about = inspect.cleandoc(leaf.__doc__ or leaf.__mro__[1].__doc__ or "")
         table = ["| field | value | default | meaning |", "|---|---|---|---|", *rows(leaf)]
         parts.append("\n".join([f"## {leaf.__name__}\n\n{about}\n", *table]) + "\n")
     return "\n".join(parts)

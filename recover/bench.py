@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from recover.artifacts import check_manifest, read_json
 from recover.errors import RecipeError
-from recover.recipe import DenseText, Recipe, TeacherText
+from recover.recipe import DenseText, PrunedText, Recipe, TeacherText
 from recover.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -133,12 +133,12 @@ class Bench:
             DataError: a task or a prompt cannot be used, by file and line.
         """
         from recover.models.load import describe
-        from recover.train.data import fitting_prompts
+        from recover.train.prompted import fitting_prompts
         from recover.train.teacher_file import check_teacher
 
         assert self.tasks and self.probe_prompts()
         for source in self.recipe.recover.data:
-            if isinstance(source, DenseText):
+            if isinstance(source, DenseText | PrunedText):
                 fitting_prompts(source, self.recipe.recover.length, self.tokenizer)
             if isinstance(source, TeacherText):
                 check_teacher(source, describe(self.recipe.model).vocabulary)

@@ -24,7 +24,7 @@ Out = Annotated[Path, typer.Option("--out", help="Folder for the records; the sa
 Prompts = Annotated[Path | None, typer.Option("--prompts", help="JSONL with a `prompt` column: both models write on.")]
 Texts = Annotated[Path | None, typer.Option("--texts", help="JSONL with a `text` column: both models read it.")]
 Tasks = Annotated[
-    list[str] | None, typer.Option("--task", help="Choice task (YAML, or embedded:NAME); may be repeated.")
+    list[str] | None, typer.Option("--task", help="Choice or retrieval task (YAML, or embedded:NAME); may be repeated.")
 ]
 Pairs = Annotated[
     Path | None, typer.Option("--retrieval", help="JSONL with `query` and `documents` (and `relevant`): embedding use.")

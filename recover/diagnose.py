@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """What to probe with: JSONL with a `prompt` or a `text` column, choice tasks (YAML), retrieval pairs (JSONL).
+    """What to probe with: JSONL with a `prompt` or a `text` column, choice and retrieval tasks (YAML), retrieval pairs
+    (JSONL).
 
     `length`: tokens read of each text.
     """
@@ -89,11 +90,12 @@ def _read(wanted: Wanted) -> dict[str, Any]:
     """Everything that the files hold, checked."""
     from recover.measure.tasks import load_task
     from recover.probe.retrieval import read_queries
+    from recover.probe.tasks import KINDS
 
     tasks = [load_task(source) for source in wanted.tasks]
-    wrong = [task.name for task in tasks if task.kind != "choice"]
+    wrong = [task.name for task in tasks if task.kind not in KINDS]
     if wrong:
-        raise DataError(f"task {wrong[0]}: expected choice tasks; prompts are given as JSONL")
+        raise DataError(f"task {wrong[0]}: expected choice or retrieval tasks; prompts are given as JSONL")
     found = {
         "prompts": _column(wanted.prompts, "prompt"),
         "texts": _column(wanted.texts, "text"),
@@ -101,7 +103,7 @@ def _read(wanted: Wanted) -> dict[str, Any]:
         "queries": [] if wanted.retrieval is None else read_queries(wanted.retrieval),
     }
     if not any(found.values()):
-        raise DataError("nothing to probe with: give prompts, texts, choice tasks or retrieval pairs")
+        raise DataError("nothing to probe with: give prompts, texts, choice or retrieval tasks, or retrieval pairs")
     return found
 
 
@@ -145,6 +147,7 @@ def _probe(
     from recover.probe.probe import findings, positions_of, records_of, texts
     from recover.probe.retrieval import retrieval_drift
     from recover.probe.store import Store
+    from recover.probe.tasks import task_drift
 
     records: list[Record] = []
     found: dict[str, list[Finding]] = {}
@@ -156,22 +159,10 @@ def _probe(
         found["positions"] = findings(pair, tokenizer, rows["prompts"], leaf, store=store)
     if found:
         records += records_of(pair, found.get("positions", found.get("positions_texts", [])))
-    for task in rows["tasks"]:
-        records.append(_choices(pair, tokenizer, task, leaf))
+    records += task_drift(pair, tokenizer, rows["tasks"], batch_size=leaf.batch_size)
     if rows["queries"]:
         records += retrieval_drift(pair, tokenizer, rows["queries"], batch_size=leaf.batch_size)
     return records, {name: positions_of(each) for name, each in found.items()}
-
-
-def _choices(pair: Pair, tokenizer: Any, task: Any, leaf: recipe.Probe) -> Record:
-    from recover.measure.likelihood import option_rows
-    from recover.probe.choices import Asked, choice_drift
-
-    asked = []
-    for item in task.items:
-        rows = option_rows(tokenizer, item.prompt, item.options, separator=task.file.separator, chat=task.file.wraps)
-        asked.append(Asked(tuple(tuple(row.ids) for row in rows), rows[0].start, item.label))
-    return choice_drift(pair, asked, task=task.name, batch_size=leaf.batch_size)
 
 
 def _write_columns(path: Path, columns: dict[str, list[float]], *, parquet: bool) -> None:
@@ -202,9 +193,10 @@ def say(found: dict[str, Any]) -> None:
             f"{row['likelihood']['same_choice']:.1%}"
         )
     for row in found["retrieval"]:
+        of_task = f" {row['task']}" if row["task"] else ""
         console.say(
-            f"retrieval, {row['pooling']}: rank correlation {_shown(row['rank_correlation']['mean'])}, nDCG@10 against "
-            f"dense {_shown(row['ndcg']['mean'])}"
+            f"retrieval{of_task}, {row['pooling']}: rank correlation {_shown(row['rank_correlation']['mean'])}, "
+            f"nDCG@10 against dense {_shown(row['ndcg']['mean'])}"
         )
 
 

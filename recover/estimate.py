@@ -13,7 +13,7 @@ from recover.errors import PruneError, RecipeError
 from recover.estimate_cache import ELEMENT_BYTES, cache_bytes, refuse_cache
 from recover.estimate_depth import depth_warnings, refuse_depth, share_gone, share_unstored
 from recover.models.load import Description
-from recover.recipe import Depth, Prune, Recipe, SparseGpt, Sparsity, Width
+from recover.recipe import Depth, Prune, PrunedText, Recipe, SparseGpt, Sparsity, Width
 
 # A LoRA budget recovers about so much (peers' figures, docs/theory.md): beyond it the plan warns, and goes on.
 WIDTH_WALL = 0.30
@@ -90,6 +90,7 @@ def _training(recipe: Recipe, model: Description) -> memory.Training:
     """What decides the memory of this recipe without DeepSpeed (which takes less: `launch/README.md`)."""
     leaf, prune = recipe.recover, recipe.prune
     micro = leaf.micro_batch_size or leaf.batch_size // dist.world_size()
+    own = max((each.batch_size * leaf.length for each in leaf.data if isinstance(each, PrunedText)), default=0)
     texts = min(recipe.measure.max_new_tokens + PROMPT_TOKENS, model.context or 2**31)
     return memory.Training(
         tokens=micro * leaf.length,
@@ -100,7 +101,7 @@ def _training(recipe: Recipe, model: Description) -> memory.Training:
         kept_blocks=round(model.blocks * (1 - share_gone(prune, model))) if isinstance(prune, Depth) else model.blocks,
         masked=isinstance(prune, Sparsity),
         own=_own_weights(prune, model),
-        cached=recipe.measure.batch_size * texts,
+        cached=max(recipe.measure.batch_size * texts, own),
         processes=dist.world_size(),
     )
 

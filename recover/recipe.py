@@ -18,7 +18,7 @@ from recover.leaf import Dtype, Leaf
 from recover.places import place_files
 from recover.problems import explain
 from recover.recipe_prune import Calibrated, Calibration, Depth, Magnitude, Prune, SparseGpt, Sparsity, Wanda, Width
-from recover.recipe_train import Cache, Data, DenseText, GivenText, Lora, Loss, Recover, TeacherText
+from recover.recipe_train import Cache, Data, DenseText, GivenText, Lora, Loss, PrunedText, Recover, TeacherText
 
 __all__ = [
     "Cache",
@@ -34,6 +34,7 @@ __all__ = [
     "Loss",
     "Magnitude",
     "Prune",
+    "PrunedText",
     "Recover",
     "SparseGpt",
     "Sparsity",
@@ -67,6 +68,9 @@ class Probe(Leaf):
     sublayers: bool = Field(default=True, description="what each attention and MLP does, closed or replaced by itself")
     layer_positions: int = Field(
         default=2048, ge=1, description="of each batch, at most so many positions enter figures of blocks and sublayers"
+    )
+    items: int = Field(
+        default=100, ge=0, description="of each choice and retrieval task, the first ones, held against dense; 0: none"
     )
     batch_size: int = Field(default=16, ge=1)
 

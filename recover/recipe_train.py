@@ -9,10 +9,10 @@ from pydantic import Field, model_validator
 from recover.leaf import Leaf
 
 
-class DenseText(Leaf):
-    """Text that the dense model writes itself, from prompts (JSONL, `prompt` column)."""
+class _Written(Leaf):
+    """What holds for text that a model writes from prompts (JSONL, `prompt` column), whichever writes it."""
 
-    kind: Literal["dense"]
+    kind: Literal["dense", "pruned"]
     prompts: str
     share: float = Field(default=1.0, gt=0, description="part of the tokens, relative to the other sources")
     temperature: float = Field(default=1.0, ge=0, description="0 = greedy")
@@ -22,6 +22,27 @@ class DenseText(Leaf):
         default=None, description="wrap prompts in the chat template; default: if the tokenizer has one"
     )
     batch_size: int = Field(default=64, ge=1)
+
+
+class DenseText(_Written):
+    """Text that the dense model writes itself, from prompts (JSONL, `prompt` column)."""
+
+    kind: Literal["dense"]
+
+
+class PrunedText(_Written):
+    """Text that the pruned model writes while it learns, scored by the dense one: on-policy (GKD, arXiv 2306.13649).
+
+    `share` is GKD's lambda.
+    """
+
+    kind: Literal["pruned"]
+    start: float = Field(
+        default=0.0, ge=0, lt=1, description="part of the steps that is left to the other sources before it begins"
+    )
+    every: int = Field(
+        default=16, ge=1, description="steps whose texts are written at once: more is faster, and staler by so many"
+    )
 
 
 class GivenText(Leaf):
@@ -46,7 +67,7 @@ class TeacherText(Leaf):
     source: str
 
 
-Data = Annotated[DenseText | GivenText | TeacherText, Field(discriminator="kind")]
+Data = Annotated[DenseText | PrunedText | GivenText | TeacherText, Field(discriminator="kind")]
 
 
 class Lora(Leaf):
@@ -62,8 +83,8 @@ class Lora(Leaf):
 class Loss(Leaf):
     """Weights of the terms; T = temperature; every term is multiplied by T^2 but CE (Hinton's convention).
 
-    p, q: probabilities of the dense and of the pruned model. Close to the dense model a variance beside KL does what a
-    larger learning rate does: compare it with that.
+    p, q: probabilities of the dense and of the pruned model. No variance beside KL brought generation where tried
+    (docs/results.md); a larger learning rate did.
     """
 
     kl: float = Field(default=1.0, ge=0, description=r"KL(dense \|\| pruned)")
@@ -141,10 +162,35 @@ class Recover(Leaf):
         """The file that stands in for the dense view, if one does."""
         return next((source for source in self.data if isinstance(source, TeacherText)), None)
 
+    @property
+    def pruned(self) -> list[PrunedText]:
+        """The sources that the pruned model writes itself."""
+        return [source for source in self.data if isinstance(source, PrunedText)]
+
+    @property
+    def starts(self) -> list[float]:
+        """Of each source, the part of the steps before its text comes."""
+        return [source.start if isinstance(source, PrunedText) else 0.0 for source in self.data]
+
+    @property
+    def shares(self) -> list[float]:
+        """Of each source; a teacher's file, which stands alone, has the whole."""
+        return [1.0 if isinstance(source, TeacherText) else source.share for source in self.data]
+
+    @property
+    def budgets(self) -> list[int]:
+        """Tokens of each source."""
+        return [round(self.tokens * share / sum(self.shares)) for share in self.shares]
+
     @model_validator(mode="after")
     def _teacher_knows_little(self) -> Recover:
         if self.teacher is None:
             return self
+        if self.pruned:
+            raise ValueError(
+                "data: text of kind 'pruned' is not in a teacher's file, which knows its own text only: leave one of "
+                "the two out"
+            )
         unknown = [name for name in ("variance", "variance_r", "reverse_kl", "jsd") if getattr(self.loss, name) > 0]
         if unknown or self.loss.temperature != 1:
             what = " and ".join(f"loss.{name}" for name in unknown or ["temperature"])
@@ -157,7 +203,36 @@ class Recover(Leaf):
         return self
 
     @model_validator(mode="after")
-    def _prefix_is_shared(self) -> Recover:
-        if self.cache is not None and self.cache.prefix and self.lora.blocks != "after_cut":
+    def _own_text_is_no_model(self) -> Recover:
+        if self.pruned and self.loss.ce > 0:
+            raise ValueError(
+                "loss.ce: cross-entropy on text of kind 'pruned' would teach the pruned model its own mistakes: leave "
+                "it 0, or leave that text out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cached_text_is_known(self) -> Recover:
+        if self.cache is None:
+            return self
+        if self.pruned:
+            raise ValueError(
+                "cache: is filled before the first step, and text of kind 'pruned' is written while the model learns: "
+                "leave recover.cache or that text out"
+            )
+        if self.cache.prefix and self.lora.blocks != "after_cut":
             raise ValueError("cache.prefix: both views share no block unless lora.blocks is 'after_cut'")
+        return self
+
+    @model_validator(mode="after")
+    def _begins_with_something(self) -> Recover:
+        """Before a pruned source's `start`, the other sources must fill the steps."""
+        for start in {*self.starts} - {0.0}:
+            others = sum(share for share, own in zip(self.shares, self.starts, strict=True) if own < start)
+            there = others / sum(self.shares)
+            if there < start:
+                raise ValueError(
+                    f"data: text of kind 'pruned' starts after {start:.0%} of the steps, and the other sources hold "
+                    f"{there:.0%} of the tokens: lower its start or its share"
+                )
         return self

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ from recover.recipe import Recipe
 from recover.run_directory import RunDirectory
 from recover.signals import graceful_stop
 
-# Leaves of the recipe that each stage reads, and the stages whose files it reads.
+# Training reads these fields of the probe alone: what else is probed before and after asks for no training anew.
+DRIFT_OF_EPOCHS = ("probe.prompts", "probe.samples", "probe.steps", "probe.batch_size")
+# Leaves (or fields) of the recipe that each stage reads, and the stages whose files it reads.
 LEAVES: dict[str, tuple[str, ...]] = {
     "plan": ("name", "seed", "model", "prune", "probe", "recover", "measure", "export"),
     "dense": ("seed", "model", "measure"),
     "prune": ("seed", "model", "prune"),
     "before": ("seed", "model", "prune", "probe", "measure"),
-    "recover": ("seed", "model", "prune", "probe", "measure", "recover"),
+    "recover": ("seed", "model", "prune", *DRIFT_OF_EPOCHS, "measure", "recover"),
     "after": ("seed", "model", "prune", "probe", "measure", "recover"),
     "export": ("seed", "name", "model", "prune", "recover", "export"),
     "report": ("name",),
@@ -98,7 +101,7 @@ def _marks_and_reason(stage: str, bench: Bench, forced: bool) -> tuple[dict[str,
 def fingerprint(stage: str, recipe: Recipe, directory: RunDirectory) -> dict[str, Any]:
     """All that a stage is made from: recipe leaves, digests of input files, and which run of each stage it reads."""
     resolved = recipe.model_dump(mode="json")
-    leaves = {leaf: resolved[leaf] for leaf in LEAVES[stage]}
+    leaves = {leaf: reduce(lambda tree, name: tree[name], leaf.split("."), resolved) for leaf in LEAVES[stage]}
     stamps = {name: (directory.done(name) or {}).get("finished") for name in READS[stage]}
     return {**leaves, "inputs": digests(leaves), "stages": stamps}
 

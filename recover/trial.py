@@ -17,7 +17,7 @@ from recover.artifacts import read_json, write_json
 from recover.bench import Bench
 from recover.forecast import advice, runs
 from recover.forecast.known import known_runs
-from recover.recipe import Recipe, Recover
+from recover.recipe import Data, Recipe, Recover
 from recover.run_directory import RunDirectory
 from recover.signals import graceful_stop
 from recover.stages import fingerprint, run
@@ -70,21 +70,36 @@ def trial(bench: Bench, part: float) -> None:
             directory.folder("trial"),
             _measured(bench, twin),
             recipe.seed,
-            trial_of=(recipe.recover.tokens, directory.recover / "data"),
+            trial_of=(recipe.recover, directory.recover / "data"),
         )
         dist.on_main(lambda: directory.mark_done("trial", marks))
 
 
 def trial_leaf(leaf: Recover, part: float) -> Recover:
-    """The first `part` of this recovery, as a recovery of its own: one epoch, the same rates as far as it goes."""
+    """The first `part` of this recovery, as a recovery of its own: one epoch, the same rates as far as it goes.
+
+    Text of the pruned model begins at the same step, so a trial may end before.
+    """
     return leaf.model_copy(
         update={
             "tokens": round(leaf.tokens * part),
+            "data": _first_text(leaf, part) if leaf.pruned else leaf.data,
             "epochs": 1,
             "scheduler": "constant",
             "warmup": min(leaf.warmup / part, 1.0),
             "patience": None,
         }
+    )
+
+
+def _first_text(leaf: Recover, part: float) -> tuple[Data, ...]:
+    """The sources with the shares and starts that they have in the first `part` of the steps."""
+    from recover.train.order import taken
+
+    begun = taken(leaf.shares, leaf.starts, part)
+    return tuple(
+        source.model_copy(update={"share": share, **({"start": start / part} if start else {})})
+        for source, share, start in zip(leaf.data, begun, leaf.starts, strict=True)
     )
 
 
@@ -123,4 +138,5 @@ def _standing(recipe: Recipe, directory: RunDirectory) -> advice.Trial:
         steps=record["step"],
         before=runs.read_state(directory.before, dense, 0),
         after=after,
+        own_text=bool(recipe.recover.pruned),
     )

@@ -87,7 +87,7 @@ def _pruned_from(bench: Bench, twin: Twin, batches: list[LongTensor]) -> dict[st
     import torch
     import transformers
 
-    from recover.train.data import weights_fingerprint
+    from recover.train.dense_text import weights_fingerprint
 
     text = hashlib.sha256()
     for ids_BT in batches:
@@ -253,11 +253,15 @@ def report(bench: Bench) -> None:
 
 def _probe_and_measure(bench: Bench, twin: Twin, folder: Path) -> None:
     from recover.probe.probe import probe, summary
+    from recover.probe.tasks import task_drift
 
+    leaf, tokenizer = bench.recipe.probe, bench.tokenizer
+    # No items that nobody measures: a limit there is a limit here.
+    items = min(leaf.items, bench.recipe.measure.limit or leaf.items)
     with twin.folded():
-        records = [
-            record.to_json() for record in probe(twin, bench.tokenizer, bench.probe_prompts(), bench.recipe.probe)
-        ]
+        found = probe(twin, tokenizer, bench.probe_prompts(), leaf)
+        found += task_drift(twin, tokenizer, bench.tasks, items=items, batch_size=leaf.batch_size)
+        records = [record.to_json() for record in found]
         if dist.is_main():
             write_text(folder / "probe.jsonl", "".join(f"{strict_json.dumps(record)}\n" for record in records))
             write_json(folder / "probe.json", summary(records))

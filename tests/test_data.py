@@ -13,7 +13,7 @@ from recover.errors import DataError
 from recover.models.twin import Twin
 from recover.prune.plan import Plan
 from recover.recipe import GivenText, Recover
-from recover.train import data
+from recover.train import dense_text
 from recover.train.data import build_dataset, collator, training_order
 from recover.train.sources import Row, read_rows, samples_of
 
@@ -99,7 +99,8 @@ def test_the_beginning_of_a_recovery_leaves_the_text_as_it_would_have_been(twin,
         (tmp_path / name).mkdir()
     sources = {name: prompts(tmp_path / name, count=40, temperature=temperature) for name in ("with", "without")}
     beginning = leaf(sources["with"], tokens=30, batch_size=1)
-    rows = build_dataset(beginning, twin, byte_tokenizer(), 1, tmp_path / "with" / "data", planned=240)
+    whole = leaf(sources["with"], tokens=240)
+    rows = build_dataset(beginning, twin, byte_tokenizer(), 1, tmp_path / "with" / "data", planned=whole)
     (saved,) = (tmp_path / "with" / "data").iterdir()
     first = saved.read_text()
     assert 30 <= scored(rows) < 30 + 8
@@ -125,8 +126,8 @@ def test_saved_text_is_read_and_a_torn_end_is_written_again(twin, tmp_path, monk
     lines = saved.read_bytes().splitlines(keepends=True)
     assert len(lines) > 2
     saved.write_bytes(b"".join(lines[:2]) + lines[2][:30])
-    calls, generate = [], data.generate
-    monkeypatch.setattr(data, "generate", lambda *a, **k: calls.append(1) or generate(*a, **k))
+    calls, write = [], dense_text.write_together
+    monkeypatch.setattr(dense_text, "write_together", lambda *a: calls.append(1) or write(*a))
     assert build(recipe_leaf, twin, tmp_path).to_dict() == whole
     assert len(calls) == len(lines) - 2
     build(recipe_leaf, twin, tmp_path)

@@ -56,6 +56,7 @@ FLOORS = {
     "recover.distill": 4,
     "recover.measure": 4,
     "recover.export.merge": 4,
+    "recover.probe.tasks": 4.5,
     # F5: training, writing, verifying
     "recover.train": 5,
     "recover.export": 5,

@@ -141,6 +141,20 @@ def test_every_figure_is_a_file_of_its_own_and_shows_each_row(tmp_path: Path):
     ]
 
 
+def test_claims_are_figures_of_the_rows_and_those_without_rows_are_left_out():
+    from claims import claims
+
+    rows = [_row("dense", "dense", 0), *(_row(f"mlp-{n}", "mlp", n) for n in (2, 4)), _row("int4", "rounded", None)]
+    rows[1]["drift"]["final"] |= {"probability": {"mean": 0.9, "p50": 0.0}}  # a tail alone
+    said = {line.split("|")[1].strip(): line.split("|")[3].strip() for line in claims(rows).splitlines()[2:]}
+    paired = said["... choice against dense, points, on the same questions"]
+    assert "4 MLPs -10.0 ± 2.9, 10% of answers changed" in paired  # 1.96 sqrt((0.1 - 0.1²) / 400)
+    assert said["... at the last layer"] == "means: in 1 of 3 rows; medians: in 0 of 3 rows"
+    assert "4 MLPs 0.4 / 0.41 / – / –" in next(value for claim, value in said.items() if "grows" in claim)
+    assert "choice stands when attention goes" in said
+    assert not any("texts part" in claim for claim in said)
+
+
 def _row(name: str, family: str, count: int | None) -> dict:
     size = 0.1 * (count or 0)
     spread = {"mean": size, "p50": size}
@@ -163,5 +177,12 @@ def _row(name: str, family: str, count: int | None) -> dict:
             "arc": {"kind": "choice", "accuracy": 0.6, "interval95": [0.5, 0.7], "chance": 0.25},
         },
         "drift": drift,
-        "choice": {"subspace": 4, "drift": inside, "vocabulary": inside, "likelihood": {"same_choice": 0.9}},
+        "choice": {
+            "items": 400,
+            "subspace": 4,
+            "drift": inside,
+            "vocabulary": inside,
+            "mass": {"dense": spread},
+            "likelihood": {"same_choice": 0.9, "accuracy": {"dense": 0.6, "pruned": 0.5 if count else 0.6}},
+        },
     }

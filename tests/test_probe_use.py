@@ -217,6 +217,14 @@ def test_equal_models_rank_alike_exactly():
     assert retrieval_drift(Pair.of_models(dense, dense), Letters(), without)[0].relevance is None
 
 
+def test_of_each_text_so_many_tokens_are_read():
+    pair = Pair.of_models(endless(), moved(endless()))
+    cut = [Query(each.query[:8], tuple(text[:8] for text in each.documents), each.relevant) for each in QUERIES]
+    expected = retrieval_drift(pair, Letters(), cut, task="t")
+    assert retrieval_drift(pair, Letters(), QUERIES, task="t", length=8) == expected
+    assert retrieval_drift(pair, Letters(), QUERIES, task="t") != expected
+
+
 def test_rank_correlation_and_ndcg_are_those_worked_out_by_hand():
     x = torch.tensor([0.1, 0.4, 0.2, 0.9], dtype=torch.float64)
     assert rank_correlation(x, x.exp()) == pytest.approx(1) and rank_correlation(x, -x) == pytest.approx(-1)

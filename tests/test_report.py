@@ -311,11 +311,12 @@ def test_drift_reads_what_the_probe_writes() -> None:
     from recover.probe.records import Block, Divergence, Final, Identity, Step, summary
 
     spread = {"mean": 0.2, "p50": 0.1, "p90": 0.4, "p99": 0.9, "max": 1.0}
+    own = {**spread, "mean": 0.3}
     names = ("embedding", "logit", "probability", "kl", "reverse_kl", "kl_predicted", "top1", "top5")
     records = [
         Final(1.0, 4, 32, dict.fromkeys(names, spread)),
         *(Block(2, True, lens, spread, spread, spread, spread) for lens in ("final_norm", "raw")),
-        Step(0, {"kl": spread, "kl_predicted": spread, "n": 4}, {"kl": spread, "total": spread, "diverged": 0.25}, {}),
+        Step(0, {"kl": spread, "kl_predicted": spread, "n": 4}, {"kl": own, "total": spread, "diverged": 0.25}, {}),
         Divergence(4, spread, 0.5, [3, None]),
         Identity(1e-12, 0.0, {"kl": 0.0}, {"kl": 1e-12}),
     ]
@@ -325,6 +326,6 @@ def test_drift_reads_what_the_probe_writes() -> None:
         {"block": 2, "closed": True, **dict.fromkeys(("embedding", "logit", "probability", "kl"), spread)}
     ]
     assert found["steps"][0]["teacher_forced"]["kl_predicted"] == spread
-    assert found["steps"][0]["free_running"] == {"kl": spread, "diverged": 0.25}
+    assert found["steps"][0]["free_running"] == {"kl": spread, "both": own, "diverged": 0.25}
     assert found["identity"]["kl_max"] == 1e-12 and found["prompts"] == 4
     assert found["temperatures"][0]["temperature"] == 1.0

@@ -160,11 +160,49 @@ def test_a_search_over_blocks_has_one_lane_with_the_lowest_candidate() -> None:
 # The page in short, and the forecast.
 
 
+def test_own_words_are_judged_by_both_models_on_them_and_not_by_how_far_texts_are_apart(tmp_path: Path) -> None:
+    run = build_run(tmp_path)
+
+    def steps(whole: dict) -> None:
+        for row in whole["steps"]:
+            row["teacher_forced"]["kl"]["mean"] = 0.25
+            row["free_running"] |= {"kl": {"mean": 0.5}, "total": {"mean": 11.0}}
+
+    for part in ("before", "after"):
+        rewrite(run / part / "probe.json", steps)
+    found = {question: answer for question, answer, _ in points(collect(run))}
+    each = "KL 0.5 on its own words and 0.25 on dense words"
+    assert found["Is it worse on its own words?"] == f"Pruned, {each}; recovered, {each}."
+
+
 def test_points_are_read_off_the_figures(run: Path) -> None:
     found = {question: answer for question, answer, _ in points(collect(run))}
     assert "attention of block 2" in found["Where does most of it come from?"]
     assert "0.3" in found["Where does most of it come from?"]
     assert found["What does it buy?"] == "A file ×0.80 the size; decoding ×1.28 [1.23, 1.34]."
+    moved = found["Do the logits that choose move as much?"]
+    assert moved == "Pruned, KL 0.0625 among the options, 2.5 over all tokens there."
+
+
+def test_several_choice_tasks_count_by_their_items_and_rankings_are_named_by_task(tmp_path: Path) -> None:
+    run = build_run(tmp_path)
+    rewrite(run / "after/probe.json", probed)
+
+    def second(whole: dict) -> None:
+        other = {**whole["choices"][0], "task": "more", "subspace": 70}
+        none = {**other, "task": "longer", "subspace": 0, "drift": {}}
+        whole["choices"] += [{**other, "drift": {"kl": {"mean": 0.5625}}}, none]
+        whole["retrieval"] = [{**whole["retrieval"][0], "task": "letters"}]
+
+    rewrite(run / "after/probe.json", second)
+    data = collect(run)
+    found = {question: answer for question, answer, _ in points(data)}
+    moved = found["Do the logits that choose move as much?"]
+    assert (
+        moved == "Recovered, KL 0.163 among the options, 2.5 over all tokens there."
+    )  # (280 x 1/16 + 70 x 9/16) / 350
+    table = tables.tables(data)["retrieval"]
+    assert table.rows[0][0] == "letters, mean" and table.columns[0][0] == "task, pooling"
 
 
 @pytest.mark.parametrize(

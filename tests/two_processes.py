@@ -1,6 +1,8 @@
 """One recovery of a tiny twin, with every gradient caught; as a script under a launcher, on each engine in turn.
 
 torchrun --standalone --nproc_per_node 2 tests/two_processes.py FOLDER plain zero2 zero3
+
+`zero3:2`: two sequences at once; `zero3:own`: the pruned model writes some of the text itself.
 """
 
 from __future__ import annotations
@@ -42,6 +44,14 @@ def leaf(folder: Path, **changes) -> Recover:
         "loss": {"kl": 1.0, "variance": 0.2, "ce": 0.1, "temperature": 2.0},
     }
     return Recover.model_validate({**fields, **changes})
+
+
+def own_text(folder: Path, **changes) -> dict:
+    """Changes of the leaf: half of the text is the pruned model's own, written for two steps at once."""
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"say {i}:"}) + "\n" for i in range(10)))
+    source = {"kind": "pruned", "prompts": str(folder / "prompts.jsonl"), "max_new_tokens": 12, "batch_size": 8}
+    loss = {"kl": 1.0, "variance": 0.2, "temperature": 2.0}
+    return {"loss": loss, "data": [leaf(folder).data[0].model_dump(), {**source, "every": 2, **changes}]}
 
 
 def write_text(folder: Path) -> None:
@@ -146,8 +156,12 @@ def main(folder: Path, variants: list[str]) -> None:
             os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
             os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(LAUNCH / f"{engine}.json")
         dist.start()
-        changes = {"micro_batch_size": int(micro)} if micro else {}
-        result = run(folder, variant, **changes, **(cached(folder, states) if states else {}))
+        changes = {"micro_batch_size": int(micro)} if micro.isdigit() else {}
+        if micro == "own":
+            changes = own_text(folder, temperature=0)  # greedy: what is drawn depends on how prompts are dealt out
+        elif states:
+            changes |= cached(folder, states)
+        result = run(folder, variant, **changes)
         if dist.is_main():
             torch.save(result, folder / f"{variant}.pt")
     dist.stop()

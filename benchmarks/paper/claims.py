@@ -5,6 +5,7 @@ The paper's figures are read from its tables and vector figures (arXiv 2603.2465
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -44,6 +45,17 @@ def _use(kind: str, names: tuple[str, ...]) -> Callable[[Rows], Iterator[str]]:
     return here
 
 
+def _paired(rows: Rows) -> Iterator[str]:
+    """Accuracy less dense on the same questions. Only a changed choice changes it, which bounds its spread: 95%."""
+    for name in ("attention-8", "attention-10", "mlp-2", "mlp-4", "block-2", "block-6", *BITS):
+        asked = rows[name]["choice"] if name in rows else None
+        if asked:
+            accuracy, changed = asked["likelihood"]["accuracy"], 1 - asked["likelihood"]["same_choice"]
+            less = accuracy["pruned"] - accuracy["dense"]
+            half = 1.96 * math.sqrt(max(changed - less**2, 0.0) / asked["items"])
+            yield f"{title(rows[name])} {100 * less:+.1f} ± {100 * half:.1f}, {changed:.0%} of answers changed"
+
+
 def _cliff(rows: Rows) -> Iterator[str]:
     """The first count at which generation is at most half of the dense model's, and choice there."""
     for family in ("attention", "mlp", "block"):
@@ -73,6 +85,36 @@ def _hierarchy(rows: Rows) -> Iterator[str]:
             yield f"{title(rows[name])}: in {less} of {len(moved)} blocks"
 
 
+def _last(rows: Rows) -> Iterator[str]:
+    """In how many rows p drifts more than h at the last layer: by their means, and at the median position."""
+    finals = [row["drift"]["final"] for row in rows.values() if row["family"] != "dense"]
+    for tail, words in (("mean", "means"), ("p50", "medians")):
+        more = [final["probability"][tail] > final["embedding"][tail] for final in finals]
+        if more:
+            yield f"{words}: in {sum(more)} of {len(more)} rows"
+
+
+def _ranks(rows: Rows) -> Iterator[str]:
+    """Rank correlation of each space's drift with the scores of each use, over all rows but the dense one."""
+    others = [row for row in rows.values() if row["family"] != "dense"]
+    for use in uses(rows["dense"]) if len(others) > 2 else ():
+        scores = torch.tensor([uses(row)[use][0] for row in others])
+        found = []
+        for metric, short in (("embedding", "h"), ("logit", "z"), ("probability", "p"), ("kl", "KL")):
+            drift = torch.tensor([row["drift"]["final"][metric]["mean"] for row in others])
+            found.append(f"{short} {rank_correlation(drift, scores):.2f}")
+        yield f"{use}: {', '.join(found)}"
+
+
+def _growth(rows: Rows) -> Iterator[str]:
+    """The direct error at the first token, and early and late."""
+    for name in (*MOST, *BITS):
+        steps = rows[name]["drift"].get("steps", {}) if name in rows else {}
+        if "forced" in steps:
+            parts = [_mean(steps["forced"], "kl", *span) for span in ((0, 1), (1, 8), (8, STEPS), (STEPS, 64))]
+            yield f"{title(rows[name])} {' / '.join('–' if math.isnan(part) else f'{part:.3g}' for part in parts)}"
+
+
 def _options(rows: Rows) -> Iterator[str]:
     for name in (*MOST, *BITS):
         asked = rows[name]["choice"] if name in rows else None
@@ -97,10 +139,10 @@ def _steps(rows: Rows) -> Iterator[str]:
             )
 
 
-def _mean(steps: dict[str, Any], metric: str) -> float:
-    """Over all positions of the first STEPS steps."""
-    n, values = steps["n"][:STEPS], steps[metric]["mean"][:STEPS]
-    return sum(value * count for value, count in zip(values, n, strict=True)) / sum(n)
+def _mean(steps: dict[str, Any], metric: str, first: int = 0, end: int = STEPS) -> float:
+    """Over all positions of these steps; NaN where no text is so long."""
+    n, values = steps["n"][first:end], steps[metric]["mean"][first:end]
+    return sum(value * count for value, count in zip(values, n, strict=True)) / sum(n) if n else math.nan
 
 
 def _predictors(rows: Rows) -> Iterator[str]:
@@ -128,6 +170,7 @@ CLAIMS: tuple[tuple[str, str, Callable[[Rows], Iterator[str]]], ...] = (
         "Mistral-7B, 8 of 32: MMLU 62.1 to 62.0, five-task mean 69.3 to 69.8",
         _use("choice", ("attention-4", "attention-8", "attention-12")),
     ),
+    ("... choice against dense, points, on the same questions", "not reported", _paired),
     (
         "generation does not",
         "GSM8K 48.4 to 36.2, HumanEval 4.9 to 0",
@@ -151,11 +194,18 @@ CLAIMS: tuple[tuple[str, str, Callable[[Rows], Iterator[str]]], ...] = (
     ),
     ("h and z drift little, p more: 1 − cos h / z / p", "shown as cosines by layer", _spaces),
     ("... in every block", "p drifts less than h in 10 of 28 (means)", _hierarchy),
+    ("... at the last layer", "not reported", _last),
+    ("drift tells what is left: rank correlation with scores", "not reported", _ranks),
     ("the options' subspace drifts less than the vocabulary: KL", "shown for one question", _options),
     (
         "4 bits follow the dense text, pruning does not",
         f"{STEPS} steps, AWQ: KL .03, Var .13; Var of dropped attention 3.8, of Wanda 4:8 .9",
         _steps,
+    ),
+    (
+        f"the error grows along the text: KL, both on the dense text, steps 0 / 1-7 / 8-{STEPS - 1} / {STEPS}-63",
+        "shown by step",
+        _growth,
     ),
     ("variance under p and r predicts drift", "second-order theory", _predictors),
     ("texts part early", "not reported", _parting),

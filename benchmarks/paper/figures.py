@@ -21,8 +21,8 @@ FAMILY_COLOURS = {"attention": "blue", "mlp": "orange", "block": "teal", "wanda"
 SHORT = {"wanda-50": "50%", "wanda-4of8": "4:8", "wanda-2of4": "2:4", "int4": "4 bits", "int6": "6 bits"}
 WAYS = {  # what the dense view and the other one have read
     "forced": ("teal", "both on the dense text"),
-    "own": ("blue", "both on the other's"),
-    "total": ("orange", "each on its own"),
+    "own": ("blue", "both on the pruned text"),
+    "total": ("orange", "each on its own text"),
 }
 OPTION_KEY = {
     "attention": "attentions dropped",
@@ -32,6 +32,7 @@ OPTION_KEY = {
     "rounded": "rounded to nearest",
 }
 SMALLEST = 1e-6  # what is below is drawn as zero
+DOTTED = 12  # points of a line that are dots too; of more the line is enough
 
 
 def write_figures(rows: list[Row], out: Path) -> list[Path]:
@@ -42,7 +43,7 @@ def write_figures(rows: list[Row], out: Path) -> list[Path]:
         "spaces": spaces,
         "blocks": blocks,
         "steps_kl": lambda rows: steps(rows, "kl", "KL", "Var_p(dz) / 2"),
-        "steps_probability": lambda rows: steps(rows, "probability", "1 − cos(p, q)", "Var_r(dz) / 2"),
+        "steps_probability": lambda rows: steps(rows, "probability", "1 − cos p", "Var_r(dz) / 2"),
         "options": options,
     }
     written = []
@@ -182,7 +183,7 @@ def _space_lines(
     for space, line in lines.items():
         name, colour = SPACES[space]
         canvas.path([(x(at), y(value)) for at, value in line], f"stroke-{colour} line")
-        for at, value in line:
+        for at, value in line if len(line) <= DOTTED else ():
             canvas.dot(x(at), y(value), 2.5, f"fill-{colour}", tip=f"{space} {value:.3g} at {at}")
         labels.append((y(line[-1][1]), name, colour))
     end_labels(canvas, panel.right + 10, labels, panel.top, panel.bottom)
@@ -195,9 +196,10 @@ def steps(rows: list[Row], metric: str, words: str, predictor: str) -> Canvas | 
         return None
     panels = grid(len(probed), 3, 190, left=52, right=16, above=30)
     canvas = canvas_for(panels, f"{words} and {predictor} against the decoding step")
-    entries = [(f"stroke-{colour} line", f"{words}, {what}") for colour, what in WAYS.values()]
-    key(canvas, 20, [*entries, ("axis thin dashed", predictor)])
-    names, unit = (metric, f"{metric}_predicted"), ", nats" if metric == "kl" else ""
+    entries = [(f"stroke-{colour} line", what) for colour, what in WAYS.values()]
+    key(canvas, 20, [*entries, ("axis thin dashed", f"{predictor} of each")])
+    names = metric, f"{metric}_predicted"
+    beside = f"{words}, mean over texts{', nats' if metric == 'kl' else ''}"
     values = [
         value for row in probed for way in WAYS for name in names for value in row["drift"]["steps"][way][name]["mean"]
     ]
@@ -205,7 +207,7 @@ def steps(rows: list[Row], metric: str, words: str, predictor: str) -> Canvas | 
         found = row["drift"]["steps"]
         x = Linear(0, max(len(found[way]["n"]) for way in WAYS) - 1, panel.left, panel.right)
         y = Log.around(values, panel.bottom, panel.top, SMALLEST)
-        frame(canvas, panel, x, y, (_dropped(row), "decoding step", f"mean over texts{unit}"), "number")
+        frame(canvas, panel, x, y, (_dropped(row), "decoding step", beside), "number")
         for way, (colour, _) in WAYS.items():
             for name, style in ((names[1], "thin dashed"), (names[0], "line")):
                 line = found[way][name]["mean"]

@@ -39,6 +39,7 @@ from recover.train.sources import read_prompts
 HERE = Path(__file__).resolve().parents[1]
 SMOLLM2 = HERE / "smollm2"
 RECIPE = HERE.parent / "recipes" / "smollm2-135m-drop3.yaml"
+FORMERLY = {"int4": "rounded"}  # what a family was called in rows made before 6 bits stood beside 4
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def main() -> None:
     if not options.figures_only:
         options.out.mkdir(parents=True, exist_ok=True)
         run(options, rows_file, began)
-    rows = read_jsonl(rows_file)
+    rows = [row | {"family": FORMERLY.get(row["family"], row["family"])} for row in read_jsonl(rows_file)]
     if not rows:
         sys.exit(f"{rows_file}: no rows, nothing to draw")
     table = f"{markdown(rows)}\n{claims(rows)}"

@@ -6,12 +6,7 @@ import math
 from typing import Any
 
 FAMILIES = ("dense", "attention", "mlp", "block", "wanda", "rounded")
-NAMES: dict[str, str] = {
-    "attention": "attentions",
-    "mlp": "MLPs",
-    "block": "blocks",
-    "int4": "int4, rounded to nearest",
-}
+NAMES: dict[str, str] = {"attention": "attentions", "mlp": "MLPs", "block": "blocks"}
 WANDA: dict[str, str] = {"wanda-50": "Wanda 50%", "wanda-4of8": "Wanda 4:8", "wanda-2of4": "Wanda 2:4"}
 ROUNDED: dict[str, str] = {"int4": "4 bits, to nearest", "int6": "6 bits, to nearest"}
 KINDS = {"generate": "exact_match", "choice": "accuracy", "retrieval": "score"}  # of a task -> its score

@@ -3,6 +3,8 @@
 go           the lower end of the interval of generation is at least 80% of dense (`with care` of the report)
 no-go        its upper end is below that
 cannot tell  the interval reaches over both sides, or the run is outside of what was calibrated
+
+Beside the three words stands the chance of 80%, which tells more where most runs end near it (docs/forecast.md).
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ class Trial:
     steps: int
     before: State
     after: State
+    own_text: bool = False  # it learns from text of the pruned model, which no calibration run is known to have done
 
     @property
     def part(self) -> float:
@@ -93,6 +96,7 @@ def forecast(trial: Trial, runs: Sequence[Run]) -> dict[str, Any]:
             "same_model": seen,
             "names": [run.name for run in basis],
             "left_out": "run" if seen else "model",
+            "chance": brier(basis, trial.part, by_model=not seen),
             "errors": {figure: errors(basis, trial.part, figure, by_model=not seen) for figure in law.CHOSEN},
         },
         "outside": why_not,
@@ -126,7 +130,7 @@ def outside(trial: Trial, runs: Sequence[Run], *, seen: bool) -> list[str]:
         "parameters": (float(trial.parameters), [float(run.parameters) for run in runs], "parameters"),
         "tokens": (float(trial.tokens), [float(run.tokens) for run in runs], "tokens"),
     }
-    found = []
+    found = ["recover.data: no calibration run learnt from text of kind 'pruned'"] if trial.own_text else []
     for name, (here, there, label) in ranges.items():
         low, high = min(there) / ROOM[name], max(there) * ROOM[name]
         if not low <= here <= high:
@@ -154,7 +158,7 @@ def _answer(trial: Trial, basis: Sequence[Run], use: str, *, seen: bool, trusted
     form = _form(use, seen=seen)
     case = trial.case(use)
     kept, low, high = law.expected(form, known, case, use, by_model=not seen)
-    reached = law.reach(form, known, case, use, GO, by_model=not seen)
+    chance = law.chance(form, known, case, use, GO, by_model=not seen) if trusted else None
     hits, total = law.held(form, known, use, by_model=not seen)
     tested = f"that held the outcome of {hits} of {total} calibration runs left out" if total else "not tested"
     return {
@@ -166,7 +170,7 @@ def _answer(trial: Trial, basis: Sequence[Run], use: str, *, seen: bool, trusted
         "form": form,
         "runs": len(known),
         "held": [hits, total],
-        "reach_go": [reached, len(known)],
+        "chance": chance,
         "reason": (
             f"{words.percent(before)} of dense before, {words.percent(after)} after the trial; expected "
             f"{words.percent(kept)}, interval {words.percent(low)} to {words.percent(high)}, {tested}."
@@ -206,18 +210,34 @@ def errors(runs: Sequence[Run], part: float, figure: str, *, by_model: bool) -> 
     }
 
 
+def brier(runs: Sequence[Run], part: float, *, by_model: bool) -> dict[str, Any]:
+    """How good chances were for runs left out: the mean square of chance less outcome (0 or 1) for generation.
+
+    `base_rate`: that of saying for each run how many of the others came to the goal.
+    """
+    form, known = _form("generation", seen=not by_model), law.cases(runs, "generation", part)
+    found = law.chances(form, known, "generation", GO, by_model=by_model)
+    if not found:
+        return {"runs": 0, "brier": None, "base_rate": None}
+    return {
+        "runs": len(found),
+        "brier": mean((said - came) ** 2 for said, _, came in found),
+        "base_rate": mean((rate - came) ** 2 for _, rate, came in found),
+    }
+
+
 def _advice(answer: dict[str, Any] | None, unknown: str | None, why_not: list[str]) -> tuple[str, str]:
     if why_not:
         return "cannot tell", f"Outside of what was calibrated: {'; '.join(why_not)}."
     if answer is None:
         return "cannot tell", f"Generation: {unknown}."
     low, high = answer["interval"]
+    goal = words.percent(GO)
     span = f"generation is expected at {words.percent(answer['expected'])} of dense, interval {words.percent(low)} to "
     span += f"{words.percent(high)}"
+    chance = f"Chance of {goal} or more: {words.percent(answer['chance'])}."
     if low >= GO:
-        return "go", f"{span}: all of it at or above {words.percent(GO)}."
+        return "go", f"{span}: all of it at or above {goal}. {chance}"
     if high < GO:
-        return "no-go", f"{span}: all of it below {words.percent(GO)}. Prune less, or give more tokens."
-    reached, total = answer["reach_go"]
-    odds = f"by the errors of {reached} of {total} calibration runs it comes to {words.percent(GO)} or more"
-    return "cannot tell", f"{span}, on both sides of {words.percent(GO)}: {odds}."
+        return "no-go", f"{span}: all of it below {goal}. {chance} Prune less, or give more tokens."
+    return "cannot tell", f"{span}, on both sides of {goal}. {chance}"

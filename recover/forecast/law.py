@@ -10,7 +10,7 @@ T tokens in all, t tokens of the trial; s the share of dense before recovery (s0
 
 For KL itself, `slope` is a power law in tokens, KL(T) = KL(t) (T / t)^-b, and `halfway` halves it. A median, for one
 run that went astray must not bend the forecast. `CHOSEN` says which form is used: chosen once, by the errors over all
-runs of the package (docs/results.md); to choose it anew by the few runs of each model was worse.
+runs of the package (docs/forecast.md); to choose it anew by the few runs of each model was worse.
 
 Every error is leave-one-out: a run is forecast by the others alone. What is said of a model that no calibration run is
 of is judged by leaving out one model: its runs are forecast by runs of other models.
@@ -29,8 +29,8 @@ FORMS = ("before", "stays", "halfway", "slope", "curve")
 # Figure -> the form for a model with calibration runs of its own, and for one without: no parameters, models differ.
 CHOSEN = {
     "generation": ("slope", "halfway"),
-    "choice": ("before", "before"),
-    "retrieval": ("before", "before"),
+    "choice": ("slope", "halfway"),
+    "retrieval": ("slope", "halfway"),  # no run measured it: as choice, which reads the same spaces
     "perplexity": ("slope", "stays"),
     "kl": ("slope", "stays"),
 }
@@ -222,11 +222,40 @@ def expected(
     return guess, min(low, guess), max(high, guess)
 
 
-def reach(form: str, known: Sequence[Case], case: Case, figure: str, goal: float, *, by_model: bool) -> int:
-    """How many of the calibration runs, missed as they were, would put the share of `case` at `goal` or above."""
+def chance(form: str, known: Sequence[Case], case: Case, figure: str, goal: float, *, by_model: bool) -> float:
+    """The chance that the share of `case` comes to `goal` or above: of calibration runs, missed as they were.
+
+    (k + 1/2) / (n + 1) for k of n runs, so never 0 or 1 (the middle of what a conformal distribution allows); for a
+    model without runs the mean over models.
+    """
     guess = predict(form, known, case, figure)
-    offs = [off for _, off in missed(form, known, figure, by_model=by_model)]
-    return sum(moved_by(form, guess, off, case.stretch, figure) >= goal for off in offs)
+    found = missed(form, known, figure, by_model=by_model)
+    groups = sorted({model for model, _ in found}) if by_model else [None]
+    return mean(
+        _odds(
+            [moved_by(form, guess, off, case.stretch, figure) >= goal for model, off in found if group in (None, model)]
+        )
+        for group in groups
+    )
+
+
+def _odds(reached: Sequence[bool]) -> float:
+    return (sum(reached) + 0.5) / (len(reached) + 1)
+
+
+def chances(
+    form: str, known: Sequence[Case], figure: str, goal: float, *, by_model: bool
+) -> list[tuple[float, float, bool]]:
+    """Of every case left out: its chance, the part of the others that came to `goal`, and whether it came to it."""
+    return [
+        (
+            chance(form, others, case, figure, goal, by_model=by_model),
+            _odds([other.end >= goal for other in others]),
+            case.end >= goal,
+        )
+        for case, others in left_out(known, by_model=by_model)
+        if len(others) > 1
+    ]
 
 
 def held(form: str, known: Sequence[Case], figure: str, *, by_model: bool) -> tuple[int, int]:

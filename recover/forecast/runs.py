@@ -36,6 +36,7 @@ class State:
 class Run:
     """One run that was made to the end: `on_the_way` after each epoch but the last, `after` as it is shipped.
 
+    Shares on the way are as if all items had been measured then, not the first `measure.epoch_limit` (`on_all_items`).
     `tokens`: those of the whole recovery, also where an earlier epoch was kept. `items`: of the tasks of a use, at the
     end; `command` is how it was made.
     """
@@ -114,10 +115,11 @@ def read_run(root: Path) -> Run:
         raise ArtifactError(f"{root / 'epochs.jsonl'}: {len(epochs)} epochs; what was half-way needs at least 2")
     after = read_json(root / "after" / "measure.json")
     total = epochs[-1][1]["tokens"]
-    on_the_way = tuple(
-        State(record["tokens"], record["drift"]["kl"]["mean"], shares(record["measure"], dense))
-        for _, record in epochs[:-1]
-    )
+    passed = [
+        State(record["tokens"], record["drift"]["kl"]["mean"], shares(record["measure"], dense)) for _, record in epochs
+    ]
+    shipped, kept = read_state(root / "after", dense, total), max((record for _, record in epochs), key=_merit)
+    on_first = shares(kept["measure"], dense)
     environment = _environment(root)
     ended = measures.headline({"after": after})["after"] or {}
     return Run(
@@ -126,12 +128,30 @@ def read_run(root: Path) -> Run:
         parameters=plan["parameters_dense"],
         tokens=total,
         before=read_state(root / "before", dense, 0),
-        on_the_way=on_the_way,
-        after=read_state(root / "after", dense, total),
+        on_the_way=tuple(on_all_items(state, on_first, shipped.shares) for state in passed[:-1]),
+        after=shipped,
         items={use: ended[use]["items"] for use in measures.USES if ended.get(use)},
         command=_portable(environment.get("argv") or ["not kept;", "recipe as in this row"]),
         revision=(environment.get("git") or {}).get("commit"),
     )
+
+
+def on_all_items(state: State, on_first: dict[str, float], on_all: dict[str, float]) -> State:
+    """The state with shares as all items would give them, where an epoch was measured on the first ones only.
+
+    The model that was kept was measured on both; by what that made of its share, items that are easier or harder than
+    the rest are taken out of other epochs' shares. The first 50 of 400 questions can be easier by a quarter.
+    """
+    factors = {use: on_all[use] / share for use, share in on_first.items() if share > 0 and on_all.get(use, 0) > 0}
+    return dataclasses.replace(
+        state, shares={use: share * factors.get(use, 1.0) for use, share in state.shares.items()}
+    )
+
+
+def _merit(record: dict[str, Any]) -> float:
+    """By what recovery chooses the epoch that it keeps: the first one of the largest."""
+    score = record.get("score")
+    return -record["train"]["loss"] if score is None else score
 
 
 def _portable(argv: list[str]) -> str:

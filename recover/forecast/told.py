@@ -15,17 +15,24 @@ from recover.report import words
 def say(found: dict[str, Any]) -> None:
     """Print the forecast: a row a use, the advice, and what it stands on."""
     rows = [
-        [use, *map(words.percent, (row["before"], row["trial"], row["expected"])), _span(row["interval"]), row["grade"]]
+        [
+            use,
+            *map(words.percent, (row["before"], row["trial"], row["expected"])),
+            _span(row["interval"]),
+            None if row["chance"] is None else words.percent(row["chance"]),
+            row["grade"],
+        ]
         for use, row in found["classes"].items()
     ]
     if (perplexity := found["perplexity"]) is not None:
         shown = map(words.percent, (perplexity[name] for name in ("before", "trial", "expected")))
-        rows.append(["perplexity, dense over this", *shown, _span(perplexity["interval"]), None])
+        rows.append(["perplexity, dense over this", *shown, _span(perplexity["interval"]), None, None])
     if (kl := found["kl"]) is not None:
         shown = map(words.number, (kl[name] for name in ("before", "trial", "expected")))
-        rows.append(["KL, nats", *shown, " – ".join(map(words.number, kl["interval"])), None])
+        rows.append(["KL, nats", *shown, " – ".join(map(words.number, kl["interval"])), None, None])
     title = f"share of dense, forecast for {words.count(found['tokens'])} tokens"
-    console.table(title, ["", "before", "trial", "expected", "interval", "fit"], rows)
+    goal = f"chance of {words.percent(found['thresholds']['go'])}"
+    console.table(title, ["", "before", "trial", "expected", "interval", goal, "fit"], rows)
     for use, why in found["not_forecast"].items():
         console.say(f"{use}: no forecast: {why}")
     console.say(f"[bold]{found['advice']}[/bold]: {found['reason']}")
@@ -46,7 +53,17 @@ def stands_on(found: dict[str, Any]) -> str:
     )
     return (
         f"calibrated on {found['runs']} runs {whose}; generation of runs left out was missed by {100 * off:.0f} points "
-        f"in the mean ('{missed['form']}'; {against})"
+        f"in the mean ('{missed['form']}'; {against}){_chances(calibration['chance'])}"
+    )
+
+
+def _chances(found: dict[str, Any]) -> str:
+    """How good the chances were, after the sentence on errors."""
+    if found["brier"] is None:
+        return ""
+    return (
+        f"; Brier score of their chances {words.number(found['brier'])}, of the base rate "
+        f"{words.number(found['base_rate'])} (0: always right)"
     )
 
 

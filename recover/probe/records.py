@@ -155,7 +155,7 @@ class Retrieval(_Record):
 
     `embedding`: 1 - cos of a text's two embeddings. `rank_correlation`: Spearman's, of a query's document scores.
     `ndcg`: of the pruned ranking, the dense ranking being right; `relevance`: nDCG of each view where the file says
-    which documents are relevant.
+    which documents are relevant. `task`: None where the queries are of no task.
     """
 
     probe: ClassVar[str] = "retrieval"
@@ -167,6 +167,7 @@ class Retrieval(_Record):
     ndcg: Quantiles
     top1: float
     relevance: dict[str, Quantiles] | None
+    task: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

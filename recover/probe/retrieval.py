@@ -65,9 +65,17 @@ def _query(where: str, row: Any) -> Query:
 
 
 def retrieval_drift(
-    twin: Twin | Pair, tokenizer: Any, queries: Sequence[Query], *, batch_size: int = 16
+    twin: Twin | Pair,
+    tokenizer: Any,
+    queries: Sequence[Query],
+    *,
+    task: str | None = None,
+    length: int | None = None,
+    batch_size: int = 16,
 ) -> list[Retrieval]:
     """One record for each way of pooling (last token, mean), the same on every process.
+
+    `length`: tokens read of each text; None: all.
 
     Raises:
         DataError: no queries, or a text that is empty or too long for a model.
@@ -77,7 +85,7 @@ def retrieval_drift(
     if not queries:
         raise DataError("no queries to retrieve with")
     texts = list(dict.fromkeys(text for each in queries for text in (each.query, *each.documents)))
-    ids = [tokenizer(text).input_ids for text in texts]
+    ids = [tokenizer(text).input_ids[:length] for text in texts]
     if not all(ids):
         raise DataError(f"the text {texts[ids.index([])]!r} has no tokens: remove it")
     check_ids(ids, pair.pruned, steps=0)
@@ -85,7 +93,7 @@ def retrieval_drift(
     embedded = {view.name: _embed(view, batches, texts) for view in (pair.dense, pair.pruned)}
     place = {text: number for number, text in enumerate(texts)}
     return [
-        _record(pooling, queries, place, *(embedded[view.name][pooling] for view in (pair.dense, pair.pruned)))
+        _record(pooling, task, queries, place, *(embedded[view.name][pooling] for view in (pair.dense, pair.pruned)))
         for pooling in POOLINGS
     ]
 
@@ -129,7 +137,12 @@ def _pooled(view: View, batch: Batch) -> dict[str, Tensor]:
 
 
 def _record(
-    pooling: str, queries: Sequence[Query], place: dict[str, int], dense_ED: Tensor, pruned_ED: Tensor
+    pooling: str,
+    task: str | None,
+    queries: Sequence[Query],
+    place: dict[str, int],
+    dense_ED: Tensor,
+    pruned_ED: Tensor,
 ) -> Retrieval:
     correlation, order, first = [], [], []
     relevance: dict[str, list[float]] = {"dense": [], "pruned": []}
@@ -158,6 +171,7 @@ def _record(
         spaces.quantiles(order),
         sum(first) / len(first),
         {name: spaces.quantiles(values) for name, values in relevance.items()} if relevance["dense"] else None,
+        task,
     )
 
 

@@ -80,12 +80,16 @@ def _sampled(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _step(step: dict[str, Any]) -> dict[str, Any]:
-    """Free-running KL is the probe's `total`: each view on its own words, so direct and compounded error together."""
+    """Free-running KL is the probe's `total`: each view on its own words; `both`: both read the words of this model."""
     forced, free = step.get("teacher_forced") or {}, step.get("free_running") or {}
     return {
         "step": step["step"],
         "teacher_forced": {name: spread(forced.get(name)) for name in STEP},
-        "free_running": {"kl": spread(free.get("total")), "diverged": words.finite(free.get("diverged"))},
+        "free_running": {
+            "kl": spread(free.get("total")),
+            "both": spread(free.get("kl")),
+            "diverged": words.finite(free.get("diverged")),
+        },
         "prompts": forced.get("n"),
     }
 
@@ -105,3 +109,9 @@ def mean_of(figure: dict[str, float | None] | None) -> float | None:
     """The mean, or the median where that is all there is."""
     mean = level(figure, "mean")
     return level(figure, "p50") if mean is None else mean
+
+
+def choice_kls(row: dict[str, Any]) -> tuple[float, float] | None:
+    """Mean KL (among the options, over the vocabulary); None where no item has options that part at one token."""
+    inside, outside = (mean_of(spread((row.get(group) or {}).get("kl"))) for group in ("drift", "vocabulary"))
+    return None if inside is None or outside is None else (inside, outside)

@@ -132,9 +132,9 @@ def steps(data: dict[str, Any]) -> Figure:
         return canvas.render()
 
     see = (
-        "Solid: fed the dense model's words, so only the direct error of pruning. Dashed: fed its own words. "
-        "The shaded gap between them is error that compounds through the context. Mean KL(dense ‖ model) in nats, "
-        "log scale."
+        "Solid: both models are fed the dense model's words, so only the direct error of pruning. Dashed: each is fed "
+        "its own words. Where the dashed line leaves the solid one, texts part; where it is high they have, which says "
+        "nothing of how bad they are. Mean KL(dense ‖ model) in nats, log scale."
     )
     table = [
         (step, *(words.number(dict(ways[way]).get(step)) for ways in lines.values() for way in ways))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from recover.report import words
-from recover.report.drift import by_model, mean_of, spread
+from recover.report.drift import by_model, choice_kls
 from recover.report.figure import Figure, is_narrow
 from recover.report.svg import Canvas, Log
 
@@ -15,7 +15,7 @@ ROW = 52
 def choices(data: dict[str, Any]) -> Figure | None:
     """KL among the option tokens alone, renormalised, against KL over the whole vocabulary at the same places."""
     found = by_model(data, "choices")
-    shown = [(model, row, *kls) for model, listed in found.items() for row in listed if (kls := _kls(row))]
+    shown = [(model, row, *kls) for model, listed in found.items() for row in listed if (kls := choice_kls(row))]
     if not shown:
         return None
 
@@ -41,12 +41,6 @@ def choices(data: dict[str, Any]) -> Figure | None:
     columns = ("task", "model", "KL, options", "KL, vocabulary")
     table = [(row["task"], model, words.number(inside), words.number(outside)) for model, row, inside, outside in shown]
     return Figure("choices", "The few logits that choose, and all the others", see, draw, columns, table)
-
-
-def _kls(row: dict[str, Any]) -> tuple[float, float] | None:
-    """(among the options, over the vocabulary); None where no item has options that part at one token."""
-    inside, outside = (mean_of(spread((row.get(group) or {}).get("kl"))) for group in ("drift", "vocabulary"))
-    return None if inside is None or outside is None else (inside, outside)
 
 
 def _choice_words(model: str, row: dict[str, Any], inside: float, outside: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from recover.report import speeds, words
-from recover.report.drift import by_model, level, mean_of
+from recover.report.drift import by_model, choice_kls, level, mean_of
 from recover.report.figures_sublayers import PART_NAMES
 
 Point = tuple[str, str, str]  # question, answer, key of the figure or section that shows it
@@ -15,7 +15,7 @@ FEW_TOKENS = 10.0  # a mean KL so many times the median is carried by few tokens
 def points(data: dict[str, Any]) -> list[Point]:
     """Questions with their answers, only those that this run can answer."""
     first = next(iter(data["drift"]))
-    found = [_where(data, first), _how(data, first), _when(data), _compounds(data), _gain(data)]
+    found = [_where(data, first), _how(data, first), _when(data), _compounds(data), _chooses(data), _gain(data)]
     return [point for point in found if point is not None]
 
 
@@ -71,19 +71,34 @@ def half_parted(found: dict[str, Any]) -> float | None:
 
 
 def _compounds(data: dict[str, Any]) -> Point | None:
-    """How much worse the model does on its own words than on the dense model's."""
+    """Whether words are harder for the model where it wrote them itself.
+
+    How far the two texts are apart is no answer: once they have parted it is as far under any damage (docs/paper.md).
+    """
     parts = []
     for model, rows in by_model(data, "steps").items():
-        pairs = [
-            (mean_of(row["teacher_forced"]["kl"]), mean_of(row["free_running"]["kl"]), row["prompts"] or 1)
-            for row in rows
-        ]
-        known = [(direct * n, own * n) for direct, own, n in pairs if direct is not None and own is not None]
-        direct, own = (sum(side) for side in zip(*known, strict=True)) if known else (0.0, 0.0)
-        if direct > 0:
-            parts.append(f"{model}, KL on its own words is ×{words.number(own / direct)} that on dense words")
+        pairs = [(mean_of(row["teacher_forced"]["kl"]), mean_of(row["free_running"]["both"])) for row in rows]
+        known = [(direct, own) for direct, own in pairs if direct is not None and own is not None]
+        if known:
+            direct, own = (sum(side) / len(known) for side in zip(*known, strict=True))
+            parts.append(f"{model}, KL {words.number(own)} on its own words and {words.number(direct)} on dense words")
     answer = "; ".join(parts)
-    return ("Does it compound?", f"{answer[0].upper()}{answer[1:]}.", "figure-steps") if answer else None
+    return ("Is it worse on its own words?", f"{answer[0].upper()}{answer[1:]}.", "figure-steps") if answer else None
+
+
+def _chooses(data: dict[str, Any]) -> Point | None:
+    """Whether the few logits that choose moved less than all of them, over the items of all choice tasks."""
+    parts = []
+    for model, rows in by_model(data, "choices").items():
+        known = [(*kls, row.get("subspace") or 1) for row in rows if (kls := choice_kls(row)) is not None]
+        items = sum(n for *_, n in known)
+        if items:
+            inside, outside = (sum(kls[side] * kls[2] for kls in known) / items for side in (0, 1))
+            among = f"KL {words.number(inside)} among the options, {words.number(outside)} over all tokens there"
+            parts.append(f"{model}, {among}")
+    answer = "; ".join(parts)
+    question = "Do the logits that choose move as much?"
+    return (question, f"{answer[0].upper()}{answer[1:]}.", "figure-choices") if answer else None
 
 
 def _gain(data: dict[str, Any]) -> Point | None:

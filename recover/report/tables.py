@@ -110,9 +110,10 @@ def retrieval(data: dict[str, Any]) -> Table | None:
     rows = [_retrieval_row(model, row) for model, listed in found.items() for row in listed]
     if not rows:
         return None
+    of_tasks = any(row.get("task") for listed in found.values() for row in listed)
     known = any(row.get("relevance") for listed in found.values() for row in listed)
     names = [
-        "pooling",
+        "task, pooling" if of_tasks else "pooling",
         "model",
         "queries",
         "embedding, 1 − cos",
@@ -142,7 +143,8 @@ def _retrieval_row(model: str, row: dict[str, Any]) -> tuple[Any, ...]:
     relevance = row.get("relevance") or {}
     judged = [words.number(_mean(relevance.get(view))) for view in ("dense", "pruned")]
     cells = (*map(words.number, figures), words.percent(row.get("top1"), 1))
-    return (row["pooling"], model, words.count(row.get("queries")), *cells, *judged)
+    name = ", ".join(filter(None, (row.get("task"), row["pooling"])))
+    return (name, model, words.count(row.get("queries")), *cells, *judged)
 
 
 def repair(data: dict[str, Any]) -> Table | None:

@@ -7,6 +7,7 @@ recover/checkpoints.jsonl  a line for each checkpoint once it is whole: step, di
 recover/checkpoints/       what a resume needs; gone once the training is finished
     checkpoint-20/         trained.safetensors, state.json, MANIFEST.json
 recover/data/              text that the dense model wrote
+recover/pruned_text/       text that the pruned model wrote while it was trained (`on_policy.py`)
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapter_model.safetensors"
 TRAINED, STATE = "trained.safetensors", "state.json"
+PRUNED_TEXT = "pruned_text"
 KEPT = 2  # the newest, and the one before: whoever finds the newest broken goes on from it
 
 
@@ -196,7 +198,7 @@ def _begin(folder: Path, fingerprint: str) -> dict[str, Any]:
             if found["fingerprint"] == fingerprint and found["finished"] is False:
                 return found
     with explaining(folder):
-        for old in [folder / "checkpoints", *folder.glob("epoch-*")]:
+        for old in [folder / "checkpoints", folder / PRUNED_TEXT, *folder.glob("epoch-*")]:
             shutil.rmtree(old, ignore_errors=True)
         for name in ("best.json", "checkpoints.jsonl"):
             (folder / name).unlink(missing_ok=True)

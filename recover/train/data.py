@@ -2,27 +2,24 @@
 
 The whole budget is made of fresh text: an "epoch" of recovery is one part in `epochs` of it, between two
 measurements of generation, and no pass over the same text again (unless a given source is too short for its share:
-then it repeats, with a warning).
+then it repeats, with a warning). Text that the pruned model is to write (`on_policy.py`) has rows that hold its place.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recover import console, dist
-from recover.artifacts import append_jsonl, read_jsonl
+from recover import console
 from recover.errors import DataError
-from recover.measure.generate import generate
-from recover.measure.prompts import encode_prompt
-from recover.recipe import DenseText, GivenText, Recover, Sampling, TeacherText
-from recover.train.sources import Row, Sample, read_prompts, read_rows, samples_of
+from recover.recipe import DenseText, GivenText, PrunedText, Recover, TeacherText
+from recover.train.dense_text import DenseWriter, repeated
+from recover.train.order import training_order
+from recover.train.sources import Sample, read_rows, samples_of
 from recover.train.teacher_file import teacher_samples
 
 if TYPE_CHECKING:
@@ -30,9 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from recover.models.twin import Twin
-
-CHUNK_BATCHES = 8  # batches that are written, and saved, at a time
-WINDOW_STEPS = 8  # optimizer steps whose sequences are sorted by length: less padding, still a random order
 
 
 def build_dataset(
@@ -42,14 +36,15 @@ def build_dataset(
     seed: int,
     folder: Path,
     *,
-    planned: int | None = None,
+    planned: Recover | None = None,
 ) -> Dataset:
     """Rows `input_ids` and `completion_mask` in training order: whole steps, about `leaf.tokens` scored tokens.
 
-    Each source gives its share of the tokens. What the dense model writes is saved to `folder` as it is written,
-    under a name made from all that it depends on; the same call reads it back and goes on from there. Same
-    arguments, same rows. `planned`: tokens of a recovery that this is the beginning of; its text is then the first of
-    what that one would write, so that one reads it back and is as if this had not been.
+    Each source gives its share of the tokens. Where the pruned model is to write, there are two more columns: `number`
+    of the row, and `writer`, the source whose text it is to hold (-1: it holds its own). What the dense model writes is
+    saved to `folder` as it is written, under a name made from all that it depends on; the same call reads it back and
+    goes on from there. Same arguments, same rows. `planned`: the recovery that this is the beginning of; its text is
+    then the first of what that one would write, so that one reads it back and is as if this had not been.
 
     Raises:
         DataError: a source cannot be read or holds nothing to learn (by file and line), or there is too little for
@@ -57,45 +52,60 @@ def build_dataset(
     """
     import datasets
 
-    samples: list[Sample] = [] if leaf.teacher is None else _of_teacher(leaf.teacher, leaf, twin, seed, folder)
-    sources = [source for source in leaf.data if not isinstance(source, TeacherText)]
-    shares = sum(source.share for source in sources)
-    for number, source in enumerate(sources):
-        budget = round(leaf.tokens * source.share / shares)
-        if isinstance(source, DenseText):
-            writer = _Writer(source, leaf, twin, tokenizer, seed + number, folder)
-            samples += writer.write(budget, round((planned or leaf.tokens) * source.share / shares))
-        else:
+    samples: list[Sample] = []
+    writers: list[int] = []
+    budgets = zip(leaf.budgets, (planned or leaf).budgets, strict=True)
+    for number, (source, (budget, whole)) in enumerate(zip(leaf.data, budgets, strict=True)):
+        if isinstance(source, TeacherText):
+            samples += _of_teacher(source, leaf, twin, seed + number, folder)
+        elif isinstance(source, GivenText):
             samples += _given(source, leaf, tokenizer, seed + number, budget)
+        elif isinstance(source, DenseText):
+            samples += DenseWriter(source, leaf, twin, tokenizer, seed + number, folder).write(budget, whole)
+        else:
+            samples += _places(source, leaf, twin, tokenizer, seed + number, folder, budget)
+        writers += [number if isinstance(source, PrunedText) else -1] * (len(samples) - len(writers))
     needed = leaf.batch_size * leaf.epochs
     if len(samples) < needed:
         raise DataError(
             f"recover.tokens: {leaf.tokens:,} tokens make {len(samples)} sequences; {leaf.epochs} epochs of at least "
             f"one step of {leaf.batch_size} need {needed}: raise tokens, or lower batch_size or epochs"
         )
-    order = training_order([len(sample.ids) for sample in samples], leaf.batch_size, seed)
-    return datasets.Dataset.from_dict(
-        {
-            "input_ids": [np.asarray(samples[index].ids, dtype=np.int32) for index in order],
-            "completion_mask": [np.asarray(samples[index].mask, dtype=np.int8) for index in order],
-        }
-    )
+    starts = {index: leaf.starts[number] for index, number in enumerate(writers) if number >= 0}
+    order = training_order([len(sample.ids) for sample in samples], leaf.batch_size, seed, starts)
+    columns: dict[str, Any] = {
+        "input_ids": [np.asarray(samples[index].ids, dtype=np.int32) for index in order],
+        "completion_mask": [np.asarray(samples[index].mask, dtype=np.int8) for index in order],
+    }
+    if max(writers) >= 0:
+        columns |= {"number": list(range(len(order))), "writer": [writers[index] for index in order]}
+    return datasets.Dataset.from_dict(columns)
 
 
-def training_order(lengths: Sequence[int], batch_size: int, seed: int) -> list[int]:
-    """A random order of whole steps, each of sequences alike in length; up to `batch_size - 1` are left out."""
-    generator = random.Random(seed)
-    order = list(range(len(lengths)))
-    generator.shuffle(order)
-    order = order[: len(order) - len(order) % batch_size]
-    window = WINDOW_STEPS * batch_size
-    arranged: list[int] = []
-    for start in range(0, len(order), window):
-        by_length = sorted(order[start : start + window], key=lambda index: lengths[index])
-        steps = [by_length[first : first + batch_size] for first in range(0, len(by_length), batch_size)]
-        generator.shuffle(steps)
-        arranged += [index for step in steps for index in step]
-    return arranged
+def _places(
+    source: PrunedText,
+    leaf: Recover,
+    twin: Twin,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    folder: Path,
+    budget: int,
+) -> list[Sample]:
+    """As many samples as the dense model would need for `budget` scored tokens, judged by a first batch of its texts.
+
+    They hold the places of texts that the pruned model has yet to write: how many they are and how long must be known
+    before the first step, and the dense model's texts are what its own will come to resemble.
+    """
+    if not budget:
+        return []  # a trial that ends before its start
+    fields = source.model_dump(exclude={"kind", "start", "every"})
+    written = DenseWriter(DenseText(kind="dense", **fields), leaf, twin, tokenizer, seed, folder).first_batch()
+    samples: list[Sample] = []
+    tokens = 0
+    while tokens < budget:
+        samples.append(written[len(samples) % len(written)])
+        tokens += samples[-1].scored(leaf.loss.scored)
+    return samples
 
 
 def _given(
@@ -118,7 +128,7 @@ def _given(
         console.warn(f"{source.source}: {skipped} rows left out: no token to learn within recover.length {leaf.length}")
     if not samples:
         raise DataError(f"{source.source}: no row holds a token to learn within recover.length {leaf.length}")
-    return _repeated(samples, tokens, budget, source.source, leaf.loss.scored)
+    return repeated(samples, tokens, budget, source.source, leaf.loss.scored)
 
 
 def _of_teacher(source: TeacherText, leaf: Recover, twin: Twin, seed: int, folder: Path) -> list[Sample]:
@@ -130,149 +140,7 @@ def _of_teacher(source: TeacherText, leaf: Recover, twin: Twin, seed: int, folde
         if tokens >= leaf.tokens:
             return samples[:number]
         tokens += sample.scored(leaf.loss.scored)
-    return _repeated(samples, tokens, leaf.tokens, source.source, leaf.loss.scored)
-
-
-def _repeated(samples: list[Sample], tokens: int, budget: int, name: str, scored: str) -> list[Sample]:
-    """The samples again and again until `budget` scored tokens, with a warning if that is more than once."""
-    if tokens < budget:
-        console.warn(
-            f"{name}: holds {tokens:,} tokens to learn, its share is {budget:,}: read {budget / tokens:.1f} times over"
-        )
-    once = len(samples)
-    while tokens < budget:
-        sample = samples[len(samples) % once]
-        samples.append(sample)
-        tokens += sample.scored(scored)
-    return samples
-
-
-def fitting_prompts(source: DenseText, length: int, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-    """The source's prompts, each of which leaves room for an answer within `length` tokens.
-
-    Raises:
-        DataError: one does not, or a row holds no prompt, by file and line.
-    """
-    prompts = read_prompts(source.prompts)
-    for row in prompts:
-        found = len(encode_prompt(tokenizer, row.value["prompt"], chat=source.chat))
-        if found >= length:
-            raise DataError(
-                f"{row.where}: the prompt has {found} tokens, which leaves none of recover.length "
-                f"{length} for an answer: shorten it or raise recover.length"
-            )
-    return prompts
-
-
-class _Writer:
-    """Text that the dense model writes from prompts, round after round, each round with other random draws."""
-
-    def __init__(
-        self, source: DenseText, leaf: Recover, twin: Twin, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path
-    ) -> None:
-        self.source, self.leaf, self.twin, self.tokenizer, self.seed = source, leaf, twin, tokenizer, seed
-        self.prompts = fitting_prompts(source, leaf.length, tokenizer)
-        self.path = folder / f"dense-{self._fingerprint()}.jsonl"
-
-    def write(self, budget: int, planned: int) -> list[Sample]:
-        """Samples with at least `budget` scored tokens; what an earlier call saved is read, not written again.
-
-        How much is written at a time is decided for `planned` tokens, since it decides what is drawn.
-        """
-        samples: list[Sample] = []
-        tokens = chunk = 0
-        saved = dist.on_main(lambda: read_jsonl(self.path) if self.path.exists() else [])
-        while tokens < budget:
-            if self._exhausted(len(samples)):
-                return _repeated(samples, tokens, budget, self.source.prompts, self.leaf.loss.scored)
-            if chunk < len(saved):
-                rows = saved[chunk]["rows"]
-            else:
-                title = f"dense model writes ({tokens:,} of {budget:,} tokens)"
-                rows = self._write_chunk(self._next_prompts(len(samples), tokens, planned), chunk, title)
-            for row in rows:
-                samples.append(self._sample(*row))
-                tokens += samples[-1].scored(self.leaf.loss.scored)
-                if tokens >= budget:
-                    break  # a large batch may have written far more than was asked for
-            chunk += 1
-        return samples
-
-    def _exhausted(self, written: int) -> bool:
-        """Greedy text is the same in every round, so there is only one."""
-        return self.source.temperature == 0 and written >= len(self.prompts)
-
-    def _next_prompts(self, written: int, tokens: int, budget: int) -> list[Row]:
-        """The next prompts in the endless row of rounds: as many as the budget seems to need, a few batches at most."""
-        size = self.source.batch_size
-        if written:
-            size = min(CHUNK_BATCHES * size, max(1, round((budget - tokens) * written / tokens)))
-        chosen: list[Row] = []
-        while len(chosen) < size:
-            turn, position = divmod(written + len(chosen), len(self.prompts))
-            order = list(range(len(self.prompts)))
-            random.Random(self.seed * 7919 + turn).shuffle(order)
-            chosen += [self.prompts[index] for index in order[position : position + size - len(chosen)]]
-        return chosen[: len(self.prompts) - written] if self.source.temperature == 0 else chosen
-
-    def _write_chunk(self, prompts: list[Row], chunk: int, title: str) -> list[list[Any]]:
-        """[prompt, ids] of each prompt, written by all processes together and saved by the main one."""
-        texts = [row.value["prompt"] for row in prompts]
-        drawn = (
-            Sampling(temperature=self.source.temperature, top_p=self.source.top_p) if self.source.temperature else None
-        )
-        with self.twin.dense() as dense:
-            mine = dist.everywhere(
-                lambda: generate(
-                    dense,
-                    self.tokenizer,
-                    dist.shard(texts),
-                    max_new_tokens=self.source.max_new_tokens,
-                    batch_size=self.source.batch_size,
-                    sampling=drawn,
-                    seed=_seed(self.seed, chunk, dist.rank()),
-                    chat=self.source.chat,
-                    title=title,
-                )
-            )
-        written = dist.gather([generation.ids for generation in mine])
-        rows = [[text, ids] for text, ids in zip(texts, written, strict=True)]
-        dist.on_main(lambda: append_jsonl(self.path, {"chunk": chunk, "rows": rows}))
-        return rows
-
-    def _sample(self, prompt: str, ids: list[int]) -> Sample:
-        """The ids that were generated, not their text tokenised again: the two often differ."""
-        prompt_ids = self._encode(prompt)
-        return Sample(prompt_ids + ids, [0] * len(prompt_ids) + [1] * len(ids)).cut(self.leaf.length)
-
-    def _encode(self, prompt: str) -> list[int]:
-        return encode_prompt(self.tokenizer, prompt, chat=self.source.chat)
-
-    def _fingerprint(self) -> str:
-        """Of all that the text depends on, the dense weights among it."""
-        described = {
-            "source": self.source.model_dump(mode="json", exclude={"share", "prompts"}),
-            "prompts": [self._encode(row.value["prompt"]) for row in self.prompts],
-            "seed": self.seed,
-            "weights": weights_fingerprint(self.twin),
-        }
-        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def weights_fingerprint(twin: Twin) -> str:
-    """Hash of names, shapes and some values of every dense weight: tells models apart without reading all of them."""
-    digest = hashlib.sha256()
-    for name, parameter in twin.base.named_parameters():
-        if not parameter.requires_grad:
-            some = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].float().cpu()
-            plain = name.replace(".base_layer", "")  # the same with adapters on it
-            digest.update(f"{plain}{tuple(parameter.shape)}".encode() + some.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _seed(*parts: int) -> int:
-    """One seed out of several numbers, unlike for unlike numbers."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")
+    return repeated(samples, tokens, leaf.tokens, source.source, leaf.loss.scored)
 
 
 def collator(pad: int, scored: str) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:

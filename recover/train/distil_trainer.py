@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from recover.models.twin import Twin
     from recover.train.course import Course
+    from recover.train.on_policy import OnPolicy
 
 
 class RecoverTrainer(SFTTrainer):
@@ -55,6 +56,7 @@ class RecoverTrainer(SFTTrainer):
         steps: int,
         course: Course,
         stop: Stop,
+        on_policy: OnPolicy | None = None,
     ) -> None:
         pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         super().__init__(
@@ -62,13 +64,14 @@ class RecoverTrainer(SFTTrainer):
             args=args,
             train_dataset=rows,
             processing_class=tokenizer,
-            data_collator=collator(pad or 0, leaf.loss.scored),
+            data_collator=collator(pad or 0, leaf.loss.scored) if on_policy is None else on_policy.numbers,
         )
         self.adapted: Any = twin.model
         self.distiller = Distiller(twin, leaf.loss)
         self.steps, self.rows_a_step = steps, leaf.batch_size
         self.course = course
         self.stop = stop
+        self.on_policy = on_policy
         # trl patches the model object with a forward of its own head; ours never takes it, and a twin outlives its
         # training.
         vars(twin.base).pop("forward", None)
@@ -86,6 +89,8 @@ class RecoverTrainer(SFTTrainer):
         """The micro-batches of one optimizer step, and the scored tokens in them, over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.course.begin_step()
+        if self.on_policy is not None:
+            batches = self.on_policy.fill(batches, self)
         tokens = torch.zeros((), dtype=torch.int64, device=device)
         for batch in batches:
             tokens += scored_tokens(batch["labels"]).to(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,14 @@ import torch
 from recover import console, dist
 from recover.errors import StopRequested, TrainingError
 from recover.recipe import Recover
-from recover.train.caching import TrainingStates, with_states
+from recover.train.caching import TextRow, TrainingStates, with_states
 from recover.train.callbacks import AfterEpoch, Epochs, Progress
 from recover.train.checkpoints import begin, note
 from recover.train.course import Course
-from recover.train.data import build_dataset, weights_fingerprint
+from recover.train.data import build_dataset
+from recover.train.dense_text import weights_fingerprint
 from recover.train.distil_trainer import RecoverTrainer
+from recover.train.on_policy import OnPolicy
 from recover.train.settings import epoch_ends, split_batch, training_arguments
 from recover.train.skipping import ROLLBACKS
 from recover.train.stopping import Interrupted, stop_between_steps
@@ -40,7 +43,7 @@ def recover(
     seed: int,
     baseline_score: float | None = None,
     *,
-    trial_of: tuple[int, Path] | None = None,
+    trial_of: tuple[Recover, Path] | None = None,
 ) -> Path:
     """Train LoRA on `twin`; the folder of the adapter that scored best after an epoch (`best.json` names it).
 
@@ -50,7 +53,7 @@ def recover(
 
     Called again with the same arguments after a stop or crash, it goes on from the newest checkpoint that verifies,
     on any number of processes. Steps that are not finite are skipped and counted in `training.json`.
-    `trial_of`: tokens and text folder of the recovery that this is the beginning of (`build_dataset`).
+    `trial_of`: leaf and text folder of the recovery that this is the beginning of (`build_dataset`).
     Under DeepSpeed ZeRO-3 the twin cannot be used afterwards: its weights stay dealt out.
 
     Raises:
@@ -67,45 +70,65 @@ def recover(
     steps = len(rows) // leaf.batch_size
     torch.manual_seed(seed)
     twin.add_lora(leaf.lora)
-    totals = Totals()
-    course = Course(run_folder, fingerprint, batch_size=leaf.batch_size, seed=seed, totals=totals, past=past)
+    course = Course(run_folder, fingerprint, batch_size=leaf.batch_size, seed=seed, totals=Totals(), past=past)
+    own = OnPolicy(leaf, twin, tokenizer, rows, seed, run_folder, fingerprint) if "writer" in rows.features else None
     args = training_arguments(leaf, split, steps, seed, run_folder / "checkpoints", passes=1 + ROLLBACKS)
     with stop_between_steps() as stop:
-        trainer = RecoverTrainer(twin, tokenizer, leaf, rows, args=args, steps=steps, course=course, stop=stop)
-        course.follow(trainer)
-        if leaf.cache is not None:
-            states = TrainingStates(leaf.cache, trainer.distiller)
-            with stop.immediately():
-                states.fill(rows, trainer.data_collator, split.micro)
-            trainer.data_collator = with_states(trainer.data_collator, states.read)
-        elif leaf.teacher is not None:
-            teacher = TeacherStates(leaf.teacher, run_folder / "data")
-            trainer.data_collator = with_states(trainer.data_collator, teacher.read)
-        epochs = Epochs(
-            folder=run_folder,
-            ends=epoch_ends(steps, leaf.epochs),
-            save_steps=leaf.save_steps,
-            patience=leaf.patience,
-            course=course,
-            stop=stop,
-            after_epoch=after_epoch,
-            generating=trainer.generating,
+        trainer = RecoverTrainer(
+            twin, tokenizer, leaf, rows, args=args, steps=steps, course=course, stop=stop, on_policy=own
         )
-        trainer.add_callback(epochs)
-        trainer.add_callback(Progress(totals))
+        course.follow(trainer)
+        _read_states(trainer, leaf, rows, split.micro, texts)
         _announce(twin, rows, steps, split)
-        try:
-            trainer.train()
-        except Interrupted:
-            course.save(interrupted=True)
-        if stop.agreed:
-            raise StopRequested(stop.agreed)
+        epochs = _train(trainer, leaf, after_epoch, run_folder)
     _forget_deepspeed(trainer)
     _judge(epochs.best, baseline_score)
     note(run_folder, fingerprint, course.skips.to_json(), finished=True)
     if stop.requested:  # it came after the last step
         raise StopRequested(stop.requested)
     return run_folder / epochs.best["folder"]
+
+
+def _read_states(trainer: RecoverTrainer, leaf: Recover, rows: Dataset, micro: int, texts: Path) -> None:
+    """Where the dense view's states are on disk, batches come with them; those of a cache are filled first."""
+    read: Callable[[Sequence[TextRow]], Any]
+    if leaf.cache is not None:
+        states = TrainingStates(leaf.cache, trainer.distiller)
+        with trainer.stop.immediately():
+            states.fill(rows, trainer.data_collator, micro)
+        read = states.read
+    elif leaf.teacher is not None:
+        read = TeacherStates(leaf.teacher, texts).read
+    else:
+        return
+    trainer.data_collator = with_states(trainer.data_collator, read)
+
+
+def _train(trainer: RecoverTrainer, leaf: Recover, after_epoch: AfterEpoch, run_folder: Path) -> Epochs:
+    """To the end of the last epoch; what was found after each.
+
+    Raises:
+        StopRequested: stopped by a signal; a checkpoint is written.
+    """
+    epochs = Epochs(
+        folder=run_folder,
+        ends=epoch_ends(trainer.steps, leaf.epochs),
+        save_steps=leaf.save_steps,
+        patience=leaf.patience,
+        course=trainer.course,
+        stop=trainer.stop,
+        after_epoch=after_epoch,
+        generating=trainer.generating,
+    )
+    trainer.add_callback(epochs)
+    trainer.add_callback(Progress(trainer.course.totals))
+    try:
+        trainer.train()
+    except Interrupted:
+        trainer.course.save(interrupted=True)
+    if trainer.stop.agreed:
+        raise StopRequested(trainer.stop.agreed)
+    return epochs
 
 
 def _announce(twin: Twin, rows: Dataset, steps: int, split: Any) -> None:

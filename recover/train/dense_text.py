@@ -1,0 +1,132 @@
+"""Text that the dense model writes for a recovery, saved as it is written.
+
+recover/data/dense-<fingerprint>.jsonl   a line for each chunk: its number, and [prompt, ids] of each text
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recover import console, dist
+from recover.artifacts import append_jsonl, read_jsonl
+from recover.measure.prompts import encode_prompt
+from recover.recipe import DenseText, Recover
+from recover.train.prompted import answered, fitting_prompts, in_rounds, write_together
+from recover.train.sources import Row, Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from recover.models.twin import Twin
+
+CHUNK_BATCHES = 8  # batches that are written, and saved, at a time
+
+
+class DenseWriter:
+    """Text that the dense model writes from prompts, round after round, each round with other random draws."""
+
+    def __init__(
+        self, source: DenseText, leaf: Recover, twin: Twin, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path
+    ) -> None:
+        self.source, self.leaf, self.twin, self.tokenizer, self.seed = source, leaf, twin, tokenizer, seed
+        self.prompts = fitting_prompts(source, leaf.length, tokenizer)
+        self.path = folder / f"dense-{self._fingerprint()}.jsonl"
+
+    def write(self, budget: int, planned: int) -> list[Sample]:
+        """Samples with at least `budget` scored tokens; what an earlier call saved is read, not written again.
+
+        How much is written at a time is decided for `planned` tokens, since it decides what is drawn.
+        """
+        samples: list[Sample] = []
+        tokens = chunk = 0
+        saved = self._saved()
+        while tokens < budget:
+            if self._exhausted(len(samples)):
+                return repeated(samples, tokens, budget, self.source.prompts, self.leaf.loss.scored)
+            if chunk < len(saved):
+                rows = saved[chunk]["rows"]
+            else:
+                title = f"dense model writes ({tokens:,} of {budget:,} tokens)"
+                rows = self._write_chunk(self._next_prompts(len(samples), tokens, planned), chunk, title)
+            for row in rows:
+                samples.append(self._sample(*row))
+                tokens += samples[-1].scored(self.leaf.loss.scored)
+                if tokens >= budget:
+                    break  # a large batch may have written far more than was asked for
+            chunk += 1
+        return samples
+
+    def first_batch(self) -> list[Sample]:
+        """What `write` begins with."""
+        saved = self._saved()
+        rows = saved[0]["rows"] if saved else self._write_chunk(self._next_prompts(0, 0, 1), 0, "dense model writes")
+        return [self._sample(*row) for row in rows]
+
+    def _saved(self) -> list[Any]:
+        return dist.on_main(lambda: read_jsonl(self.path) if self.path.exists() else [])
+
+    def _exhausted(self, written: int) -> bool:
+        """Greedy text is the same in every round, so there is only one."""
+        return self.source.temperature == 0 and written >= len(self.prompts)
+
+    def _next_prompts(self, written: int, tokens: int, budget: int) -> list[Row]:
+        """The next prompts in the endless row of rounds: as many as the budget seems to need, a few batches at most."""
+        size = self.source.batch_size
+        if written:
+            size = min(CHUNK_BATCHES * size, max(1, round((budget - tokens) * written / tokens)))
+        chosen = in_rounds(self.prompts, written, size, self.seed)
+        return chosen[: len(self.prompts) - written] if self.source.temperature == 0 else chosen
+
+    def _write_chunk(self, prompts: list[Row], chunk: int, title: str) -> list[list[Any]]:
+        """[prompt, ids] of each prompt, written by all processes together and saved by the main one."""
+        texts = [row.value["prompt"] for row in prompts]
+        with self.twin.dense() as dense:
+            written = write_together(dense, self.tokenizer, texts, self.source, (self.seed, chunk), title)
+        rows = [[text, ids] for text, ids in zip(texts, written, strict=True)]
+        dist.on_main(lambda: append_jsonl(self.path, {"chunk": chunk, "rows": rows}))
+        return rows
+
+    def _sample(self, prompt: str, ids: list[int]) -> Sample:
+        """The ids that were generated, not their text tokenised again: the two often differ."""
+        return answered(self._encode(prompt), ids).cut(self.leaf.length)
+
+    def _encode(self, prompt: str) -> list[int]:
+        return encode_prompt(self.tokenizer, prompt, chat=self.source.chat)
+
+    def _fingerprint(self) -> str:
+        """Of all that the text depends on, the dense weights among it."""
+        described = {
+            "source": self.source.model_dump(mode="json", exclude={"share", "prompts"}),
+            "prompts": [self._encode(row.value["prompt"]) for row in self.prompts],
+            "seed": self.seed,
+            "weights": weights_fingerprint(self.twin),
+        }
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def repeated(samples: list[Sample], tokens: int, budget: int, name: str, scored: str) -> list[Sample]:
+    """The samples again and again until `budget` scored tokens, with a warning if that is more than once."""
+    if tokens < budget:
+        console.warn(
+            f"{name}: holds {tokens:,} tokens to learn, its share is {budget:,}: read {budget / tokens:.1f} times over"
+        )
+    once = len(samples)
+    while tokens < budget:
+        sample = samples[len(samples) % once]
+        samples.append(sample)
+        tokens += sample.scored(scored)
+    return samples
+
+
+def weights_fingerprint(twin: Twin) -> str:
+    """Hash of names, shapes and some values of every dense weight: tells models apart without reading all of them."""
+    digest = hashlib.sha256()
+    for name, parameter in twin.base.named_parameters():
+        if not parameter.requires_grad:
+            some = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].float().cpu()
+            plain = name.replace(".base_layer", "")  # the same with adapters on it
+            digest.update(f"{plain}{tuple(parameter.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,227 @@
+"""Text that the pruned model writes while it is trained, for the steps that come next: on-policy distillation.
+
+What is learnt from the dense model's text is learnt in the dense model's contexts. When the pruned model writes, it
+reads its own, errors and all; here it is taught what the dense model would do there (Agarwal et al., GKD, arXiv
+2306.13649). Texts are written for `every` steps at once, by the model as it is before the first of them: so they are
+at most `every - 1` steps old. Files, one for each writing:
+
+recover/pruned_text/1-000032.json   of source 1, written before step 33: [row, prompt, ids as trained on], what is owed
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from recover import console, dist
+from recover.artifacts import read_json, write_json
+from recover.errors import ArtifactError, StopRequested
+from recover.measure.prompts import encode_prompt
+from recover.recipe import PrunedText, Recover
+from recover.train.checkpoints import PRUNED_TEXT
+from recover.train.data import collator
+from recover.train.prompted import answered, fitting_prompts, in_rounds, write_together
+from recover.train.sources import Sample
+from recover.train.stopping import Interrupted
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from recover.models.twin import Twin
+    from recover.train.distil_trainer import RecoverTrainer
+
+SHORT = 0.02  # a smaller part of the tokens that is missing in the end is not worth a warning
+
+
+class OnPolicy:
+    """Puts the pruned model's own text into the rows of `build_dataset` that hold its place, step by step.
+
+    How many rows there are, and so steps and learning rates, is as planned; all texts up to a step hold at most as many
+    scored tokens as was planned up to there: else the longest are cut. A stopped training reads what it had written
+    again, one that went back to a checkpoint writes anew what came after it.
+    """
+
+    def __init__(
+        self,
+        leaf: Recover,
+        twin: Twin,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Dataset,
+        seed: int,
+        folder: Path,
+        fingerprint: str,
+    ) -> None:
+        pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.rows, self.collate = rows, collator(pad or 0, leaf.loss.scored)
+        self.writers: list[int] = list(rows["writer"])
+        self.sources = {
+            number: _OwnText(source, number, leaf, twin, tokenizer, rows, seed, folder / PRUNED_TEXT, fingerprint)
+            for number, source in enumerate(leaf.data)
+            if isinstance(source, PrunedText)
+        }
+
+    @staticmethod
+    def numbers(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """The collator to fetch batches with: loaders fetch ahead, when the text is not yet written."""
+        return {"numbers": torch.tensor([row["number"] for row in rows])}
+
+    def fill(self, batches: Sequence[dict[str, Any]], trainer: RecoverTrainer) -> list[dict[str, Any]]:
+        """The batches that the numbers stand for, at the trainer's step. All processes must call it.
+
+        Raises:
+            Interrupted: a signal came while the model wrote; nothing of the step is done.
+        """
+        for source in self.sources.values():
+            source.reach(trainer.state.global_step, trainer)
+        return [self.collate([self._row(number) for number in batch["numbers"].tolist()]) for batch in batches]
+
+    def _row(self, number: int) -> dict[str, Any]:
+        writer = self.writers[number]
+        if writer < 0:
+            return self.rows[number]
+        sample = self.sources[writer].texts[number]
+        return {"input_ids": sample.ids, "completion_mask": sample.mask}
+
+
+class _OwnText:
+    """What one source has the pruned model write; `texts` holds those of the present window, by row."""
+
+    def __init__(
+        self,
+        source: PrunedText,
+        number: int,
+        leaf: Recover,
+        twin: Twin,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Dataset,
+        seed: int,
+        folder: Path,
+        fingerprint: str,
+    ) -> None:
+        self.source, self.number, self.leaf, self.twin, self.tokenizer = source, number, leaf, twin, tokenizer
+        self.seed, self.folder, self.fingerprint = seed + number, folder, fingerprint
+        self.prompts = fitting_prompts(source, leaf.length, tokenizer)
+        # In training order: the texts that were planned for.
+        self.planned = {
+            row: Sample(rows[row]["input_ids"], rows[row]["completion_mask"])
+            for row, writer in enumerate(rows["writer"])
+            if writer == number
+        }
+        self.first = min(self.planned, default=0) // leaf.batch_size
+        self.window: int | None = None
+        self.texts: dict[int, Sample] = {}
+
+    def reach(self, step: int, trainer: RecoverTrainer) -> None:
+        """Have the texts of the window that `step` lies in: those at hand, those saved, or new ones."""
+        window = (step - self.first) // self.source.every
+        if window == self.window:
+            return
+        if self.window is not None and window < self.window:
+            dist.on_main(lambda: self._forget_after(window))
+        places = self._places(window)
+        record = dist.on_main(lambda: self._saved(window)) if places else {"rows": []}
+        if record is None:
+            record = self._write(window, places, trainer)
+        self.window = window
+        self.texts = {row: self._sample(prompt, ids) for row, prompt, ids in record["rows"]}
+
+    def _places(self, window: int) -> list[int]:
+        """Rows of the window that hold a place."""
+        start = (self.first + window * self.source.every) * self.leaf.batch_size
+        end = start + self.source.every * self.leaf.batch_size
+        return [row for row in self.planned if start <= row < end]
+
+    def _write(self, window: int, places: list[int], trainer: RecoverTrainer) -> dict[str, Any]:
+        began = time.perf_counter()
+        before = sum(row < places[0] for row in self.planned)
+        rows = in_rounds(self.prompts, before, len(places), self.seed)
+        prompts = [row.value["prompt"] for row in rows]
+        step = trainer.state.global_step
+        title = f"pruned model writes for steps {step + 1}-{step + self.source.every}"
+        try:
+            with trainer.stop.immediately(), trainer.generating(), self.twin.folded():
+                written = write_together(
+                    self.twin.model, self.tokenizer, prompts, self.source, (self.seed, window), title
+                )
+        except StopRequested as stop:
+            trainer.stop.agreed = stop.signal_number
+            raise Interrupted from None
+        ended = sum(len(ids) < self.source.max_new_tokens for ids in written)
+        record = {
+            "fingerprint": self.fingerprint,
+            "step": step,
+            "ended": ended / len(written),
+            "seconds": time.perf_counter() - began,
+            **self._fitted(window, places, prompts, written),
+        }
+        dist.on_main(lambda: write_json(self._path(window), record))
+        if places[-1] == max(self.planned):
+            self._say_what_is_missing(record["owed"])
+        return record
+
+    def _fitted(self, window: int, places: list[int], prompts: list[str], written: list[list[int]]) -> dict[str, Any]:
+        """The texts cut to the tokens planned up to here, long ones where such were planned, and tokens left over."""
+        scored = self.leaf.loss.scored
+        earlier = dist.on_main(lambda: self._saved(window - 1)) if window > 0 else None
+        budget = sum(self.planned[row].scored(scored) for row in places) + (earlier["owed"] if earlier else 0)
+        samples = [self._sample(prompt, ids) for prompt, ids in zip(prompts, written, strict=True)]
+        samples = cut_to(samples, budget, scored)
+        by_length = sorted(range(len(samples)), key=lambda index: len(samples[index].ids))
+        by_place = sorted(places, key=lambda row: len(self.planned[row].ids))
+        rows = [
+            [row, prompts[index], written[index][: sum(samples[index].mask)]]
+            for row, index in zip(by_place, by_length, strict=True)
+        ]
+        tokens = sum(sample.scored(scored) for sample in samples)
+        return {"rows": rows, "tokens": tokens, "tokens_written": sum(map(len, written)), "owed": budget - tokens}
+
+    def _sample(self, prompt: str, ids: list[int]) -> Sample:
+        return answered(encode_prompt(self.tokenizer, prompt, chat=self.source.chat), ids).cut(self.leaf.length)
+
+    def _say_what_is_missing(self, owed: int) -> None:
+        planned = sum(sample.scored(self.leaf.loss.scored) for sample in self.planned.values())
+        if owed > SHORT * planned:
+            console.warn(
+                f"recover.data.{self.number}: the pruned model's texts were shorter than the dense model's: {owed:,} "
+                f"of {planned:,} tokens are missing"
+            )
+
+    def _path(self, window: int) -> Path:
+        return self.folder / f"{self.number}-{self.first + window * self.source.every:06d}.json"
+
+    def _saved(self, window: int) -> dict[str, Any] | None:
+        path = self._path(window)
+        try:
+            record = read_json(path) if path.exists() else None
+        except ArtifactError as error:
+            console.warn(f"{error}; the model as it is now writes that text")
+            return None
+        return record if record is not None and record["fingerprint"] == self.fingerprint else None
+
+    def _forget_after(self, window: int) -> None:
+        """What was written after a moment that was gone back to was written by another model."""
+        last = self._path(max(window, 0)).name if window >= 0 else ""
+        for path in self.folder.glob(f"{self.number}-*.json"):
+            if path.name > last:
+                path.unlink()
+
+
+def cut_to(samples: Sequence[Sample], budget: int, scored: str) -> list[Sample]:
+    """The samples with the longest answers cut, all to one length, so that at most `budget` tokens are scored.
+
+    A token of each answer is left, even where that is more than `budget`.
+    """
+
+    def cut(longest: int) -> list[Sample]:
+        return [sample.cut(sample.mask.count(0) + longest) for sample in samples]
+
+    limits = range(1, max(sum(sample.mask) for sample in samples) + 1)
+    fitting = bisect_right(limits, budget, key=lambda limit: sum(sample.scored(scored) for sample in cut(limit)))
+    return cut(max(fitting, 1))

@@ -1,0 +1,68 @@
+"""The order in which sequences are trained on: random, whole steps, like lengths together."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+from recover.errors import DataError
+
+WINDOW_STEPS = 8  # optimizer steps whose sequences are sorted by length: less padding, still a random order
+
+
+def training_order(
+    lengths: Sequence[int], batch_size: int, seed: int, starts: Mapping[int, float] | None = None
+) -> list[int]:
+    """A random order of whole steps, each of sequences alike in length; up to `batch_size - 1` are left out.
+
+    `starts`: sequence -> part of the steps that it comes after.
+
+    Raises:
+        DataError: sequences without a start do not fill the steps before it.
+    """
+    generator = random.Random(seed)
+    order = list(range(len(lengths)))
+    generator.shuffle(order)
+    order = order[: len(order) - len(order) % batch_size]
+    window = WINDOW_STEPS * batch_size
+    arranged: list[int] = []
+    for part in _parts(order, batch_size, starts or {}, generator):
+        for start in range(0, len(part), window):
+            by_length = sorted(part[start : start + window], key=lambda index: lengths[index])
+            steps = [by_length[first : first + batch_size] for first in range(0, len(by_length), batch_size)]
+            generator.shuffle(steps)
+            arranged += [index for step in steps for index in step]
+    return arranged
+
+
+def taken(shares: Sequence[float], starts: Sequence[float], part: float) -> list[float]:
+    """Of sources with these shares and starts, how much of the whole lies in the first `part` of `training_order`."""
+    left = [share / sum(shares) for share in shares]
+    found = [0.0] * len(left)
+    for begin, end in pairwise(sorted({0.0, part, *(start for start in starts if start < part)})):
+        there = [number for number, start in enumerate(starts) if start <= begin]
+        drawn = (end - begin) / sum(left[number] for number in there)
+        for number in there:
+            found[number] += drawn * left[number]
+            left[number] *= 1 - drawn
+    return found
+
+
+def _parts(order: list[int], batch_size: int, starts: Mapping[int, float], generator: random.Random) -> list[list[int]]:
+    """`order` cut into whole steps at each start; what starts later is moved behind it."""
+    steps, parts = len(order) // batch_size, []
+    for start, end in pairwise([*sorted({0.0, *starts.values()}), 1.0]):
+        size = (math.ceil(end * steps) - math.ceil(start * steps)) * batch_size
+        part = [index for index in order if starts.get(index, 0.0) <= start][:size]
+        if len(part) < size:
+            raise DataError(
+                f"recover.data: {len(part)} sequences are there for the steps between {start:.0%} and {end:.0%} of the "
+                f"training, {size} are needed: let text of kind 'pruned' start earlier, or give it a smaller share"
+            )
+        gone = set(part)
+        order = [index for index in order if index not in gone]
+        generator.shuffle(order)  # else what had to wait would come all at once
+        parts.append(part)
+    return parts

@@ -1,0 +1,82 @@
+"""What a model writes after prompts, round after round of them, all processes together."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from recover import dist
+from recover.errors import DataError
+from recover.measure.generate import generate
+from recover.measure.prompts import encode_prompt
+from recover.recipe import DenseText, PrunedText, Sampling
+from recover.train.sources import Row, Sample, read_prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def fitting_prompts(source: DenseText | PrunedText, length: int, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """The source's prompts, each of which leaves room for an answer within `length` tokens.
+
+    Raises:
+        DataError: one does not, or a row holds no prompt, by file and line.
+    """
+    prompts = read_prompts(source.prompts)
+    for row in prompts:
+        found = len(encode_prompt(tokenizer, row.value["prompt"], chat=source.chat))
+        if found >= length:
+            raise DataError(
+                f"{row.where}: the prompt has {found} tokens, which leaves none of recover.length "
+                f"{length} for an answer: shorten it or raise recover.length"
+            )
+    return prompts
+
+
+def in_rounds(prompts: Sequence[Row], first: int, count: int, seed: int) -> list[Row]:
+    """`count` prompts from number `first` on, of an endless row of rounds, each of all prompts in another order."""
+    chosen: list[Row] = []
+    while len(chosen) < count:
+        turn, position = divmod(first + len(chosen), len(prompts))
+        order = list(range(len(prompts)))
+        random.Random(seed * 7919 + turn).shuffle(order)
+        chosen += [prompts[index] for index in order[position : position + count - len(chosen)]]
+    return chosen
+
+
+def write_together(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    source: DenseText | PrunedText,
+    seed: tuple[int, ...],
+    title: str,
+) -> list[list[int]]:
+    """The ids that the model writes after each prompt, dealt out to all processes and gathered on each."""
+    drawn = Sampling(temperature=source.temperature, top_p=source.top_p) if source.temperature else None
+    mine = dist.everywhere(
+        lambda: generate(
+            model,
+            tokenizer,
+            dist.shard(prompts),
+            max_new_tokens=source.max_new_tokens,
+            batch_size=source.batch_size,
+            sampling=drawn,
+            seed=one_seed(*seed, dist.rank()),
+            chat=source.chat,
+            title=title,
+        )
+    )
+    return dist.gather([generation.ids for generation in mine])
+
+
+def answered(prompt_ids: list[int], ids: list[int]) -> Sample:
+    """A prompt with what was written after it, which is learnt."""
+    return Sample(prompt_ids + ids, [0] * len(prompt_ids) + [1] * len(ids))
+
+
+def one_seed(*parts: int) -> int:
+    """One seed out of several numbers, unlike for unlike numbers."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")
