@@ -12,7 +12,7 @@ from twins import fill_adapters, masked_twin
 
 from recover.models import lean
 from recover.models.lean import LeanMlp, LeanNorm, make_lean
-from recover.models.lora_linear import gated_lora_linear, lora_linear
+from recover.models.lora_linear import PlainGate, gated_lora_linear, lora_linear
 from recover.models.twin import Twin
 from recover.prune.plan import Plan
 from recover.recipe import Lora
@@ -26,7 +26,7 @@ def twin_of(family, dtype=torch.float32, *, stock=False):
     twin = Twin(tiny(family).to(dtype), Plan("depth", 6, (2, 4)))
     with pytest.MonkeyPatch.context() as patch:
         if stock:
-            patch.setattr(lean, "make_lean", lambda _model: None)
+            patch.setattr(lean, "make_lean", lambda *_: None)
         twin.add_lora(Lora(rank=4))
     fill_adapters(twin)
     twin.model.train()
@@ -94,12 +94,12 @@ def test_the_gated_step_is_the_plain_one_of_the_product():
     up, weight, bias, a, b = problem()
     gate = problem(seed=1)[0]
     inputs = (gate, up, a, b)
-    ours = gated_lora_linear(gate, up, F.silu, weight, bias, a, b, 0.7)
+    ours = gated_lora_linear(gate, up, PlainGate(F.silu), weight, bias, a, b, 0.7)
     theirs = lora_linear(F.silu(gate) * up, weight, bias, a, b, 0.7)
     assert torch.equal(ours, theirs)
     upstream = torch.randn_like(ours)
     assert all(map(torch.equal, gradients(ours, inputs, upstream), gradients(theirs, inputs, upstream)))
-    step = lambda *t: gated_lora_linear(t[0], t[1], F.silu, weight, bias, *t[2:], 0.7)  # noqa: E731
+    step = lambda *t: gated_lora_linear(t[0], t[1], PlainGate(F.silu), weight, bias, *t[2:], 0.7)  # noqa: E731
     assert torch.autograd.gradcheck(step, inputs)
     assert torch.autograd.gradcheck(lambda a, b: step(gate.detach(), up.detach(), a, b), (a, b))
 
