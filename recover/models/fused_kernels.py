@@ -2,8 +2,8 @@
 """RMSNorm, the gate of an MLP and rotary embedding as Triton kernels: what is between two products, read once.
 
 They round where the stock modules round, so that in bfloat16 too values are the stock ones but for the order of a sum
-(norms) and the last bits of an exponential (gates); rotary is equal to the bit, forward and backward. Gradients of norms
-and gates are formed in fp32 and rounded once.
+(norms) and the last bits of an exponential (gates); rotary is equal to the bit, forward and backward. Gradients of
+norms and gates are formed in fp32 and rounded once.
 
 Import this module on a GPU only; `recover.models.fused` is what others call.
 
@@ -99,8 +99,7 @@ def rotate(
         each if each.stride(-1) == 1 else each.contiguous() for each in (q_BHTC, k_BHTC, cos_BTC, sin_BTC)
     )
     batch, heads, tokens, size = q_BHTC.shape
-    out = [torch.empty(batch, tokens, each.shape[1], size, dtype=each.dtype, device=each.device) for each in
-           (q_BHTC, k_BHTC)]  # fmt: skip
+    out = [each.new_empty(batch, tokens, each.shape[1], size) for each in (q_BHTC, k_BHTC)]
     half = size // 2
     with torch.cuda.device_of(q_BHTC):
         _rotary_kernel[(batch * tokens,)](
@@ -110,8 +109,6 @@ def rotate(
             sin_BTC,
             *out,
             tokens,
-            heads,
-            k_BHTC.shape[1],
             half,
             *q_BHTC.stride()[:3],
             *k_BHTC.stride()[:3],
@@ -119,7 +116,10 @@ def rotate(
             cos_BTC.stride(1),
             sin_BTC.stride(1),
             BACKWARD=backward,
-            HEADS=min(triton.next_power_of_2(heads), 32),
+            Q_HEADS=heads,
+            K_HEADS=k_BHTC.shape[1],
+            Q_TILE=min(triton.next_power_of_2(heads), 32),
+            K_TILE=min(triton.next_power_of_2(k_BHTC.shape[1]), 32),
             HALF=triton.next_power_of_2(half),
             num_warps=4,
             enable_fp_fusion=False,  # a fused product and sum would be rounded once where the stock ones are twice
@@ -212,14 +212,14 @@ def _product(a, b, out_ptr):
 
 @triton.jit
 def _turn(
-    x_ptr, y_ptr, heads, head_stride, half, cos, sin, cos2, sin2,
-    BACKWARD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    x_ptr, y_ptr, head_stride, half, cos, sin, cos2, sin2,
+    BACKWARD: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """All heads of one token; cos, sin belong to the first half of a head, cos2, sin2 to the second."""
     column = tl.arange(0, HALF)
-    for first in range(0, heads, HEADS):
-        head = (first + tl.arange(0, HEADS)).to(tl.int64)
-        inside = (head < heads)[:, None] & (column < half)[None, :]
+    for first in range(0, HEADS, TILE):
+        head = (first + tl.arange(0, TILE)).to(tl.int64)
+        inside = (head < HEADS)[:, None] & (column < half)[None, :]
         source = x_ptr + head[:, None] * head_stride + column[None, :]
         x = tl.load(source, mask=inside, other=0.0).to(tl.float32)
         x2 = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
@@ -236,9 +236,10 @@ def _turn(
 
 @triton.jit
 def _rotary_kernel(
-    q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, tokens, q_heads, k_heads, half,
+    q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, tokens, half,
     q_batch, q_head, q_token, k_batch, k_head, k_token, cos_batch, sin_batch, cos_token, sin_token,
-    BACKWARD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    BACKWARD: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr,
+    Q_TILE: tl.constexpr, K_TILE: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // tokens, row % tokens
@@ -250,7 +251,7 @@ def _rotary_kernel(
     sin = tl.load(sin_at, mask=inside, other=0.0).to(tl.float32)[None, :]
     cos2 = tl.load(cos_at + half, mask=inside, other=0.0).to(tl.float32)[None, :]
     sin2 = tl.load(sin_at + half, mask=inside, other=0.0).to(tl.float32)[None, :]
-    q_row, q_out = q_ptr + batch * q_batch + token * q_token, q_out_ptr + row * q_heads * (2 * half)
-    k_row, k_out = k_ptr + batch * k_batch + token * k_token, k_out_ptr + row * k_heads * (2 * half)
-    _turn(q_row, q_out, q_heads, q_head, half, cos, sin, cos2, sin2, BACKWARD, HEADS, HALF)
-    _turn(k_row, k_out, k_heads, k_head, half, cos, sin, cos2, sin2, BACKWARD, HEADS, HALF)
+    q_row, q_out = q_ptr + batch * q_batch + token * q_token, q_out_ptr + row * Q_HEADS * (2 * half)
+    k_row, k_out = k_ptr + batch * k_batch + token * k_token, k_out_ptr + row * K_HEADS * (2 * half)
+    _turn(q_row, q_out, q_head, half, cos, sin, cos2, sin2, BACKWARD, Q_HEADS, Q_TILE, HALF)
+    _turn(k_row, k_out, k_head, half, cos, sin, cos2, sin2, BACKWARD, K_HEADS, K_TILE, HALF)

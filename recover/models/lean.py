@@ -11,6 +11,7 @@ import ast
 import functools
 import inspect
 import textwrap
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,13 +41,13 @@ return self.weight * hidden_states.to(input_dtype)
 
 
 def make_lean(model: nn.Module, switch: Switch | None = None) -> None:
-    """Let norms, gated MLPs and attention below `model` follow `switch`. Names and parameters stay; again: no effect."""
+    """Let norms, gated MLPs and attention below `model` follow `switch`. Names and parameters stay; twice is once."""
     switch = switch or Switch()
     for module in model.modules():
         stock: Any = module
         kind = _kind(stock_class(module))
         if kind is not None and not isinstance(module, kind):
-            stock.__class__ = _lean(kind, type(module))
+            stock.__class__ = _lean(kind, type(module), stock_class(module))
             stock.switch = switch
 
 
@@ -90,13 +91,14 @@ class LeanNorm(nn.Module):
 class LeanAttention(nn.Module):
     """The stock forward, whose rotary embedding is one kernel where kernels may run."""
 
+    with_kernel: Callable[..., Any]
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         this: Any = self
         closed = this.closed and not this.switch.dense
         if closed or not this.switch.fused(this.training) or not fused.available(hidden_states.device):
             return super().forward(hidden_states, *args, **kwargs)
-        forward: Any = with_fused_rotary(stock_class(self))
-        return forward(self, hidden_states, *args, **kwargs)
+        return self.with_kernel(hidden_states, *args, **kwargs)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -130,5 +132,7 @@ def _kind(stock: type[nn.Module]) -> type[nn.Module] | None:
 
 
 @functools.cache
-def _lean(kind: type[nn.Module], stock: type[nn.Module]) -> type[nn.Module]:
-    return named_as(type(kind.__name__, (kind, stock), {}), stock)
+def _lean(kind: type[nn.Module], seen: type[nn.Module], stock: type[nn.Module]) -> type[nn.Module]:
+    """`kind` before the class that a module has, whose forward comes from `stock`."""
+    own = {"with_kernel": with_fused_rotary(stock)} if kind is LeanAttention else {}
+    return named_as(type(kind.__name__, (kind, seen), own), seen)

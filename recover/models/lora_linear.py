@@ -155,7 +155,7 @@ def gated_lora_linear(
     b_OR: Tensor,
     scaling: float,
 ) -> Tensor:
-    """`lora_linear` of `way.product(gate, up)`, bit for bit, and its gradients; gate and up alone are kept for backward.
+    """`lora_linear` of `way.product(gate, up)`, bit for bit, and its gradients; kept are gate and up alone.
 
     Autograd by itself keeps activation(gate) and the product too: twice as much. Backward computes both again.
     """
