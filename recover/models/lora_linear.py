@@ -60,7 +60,8 @@ class PlainGate:
         with torch.enable_grad():
             gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
             x = self.product(gate, up)
-        return x.detach(), *torch.autograd.grad(x, (gate, up), dx)
+        dgate, dup = torch.autograd.grad(x, (gate, up), dx)
+        return x.detach(), dgate, dup
 
 
 class _GatedLoraLinear(torch.autograd.Function):
