@@ -40,8 +40,7 @@ PEERS = {"trl": "trl's", "liger_kernel": "Liger's"}  # package -> word of the ro
 
 # What is left as transformers and peft have it, for what recover's own way is worth.
 STOCK = {
-    "stock blocks": ("blocks",),
-    "stock blocks and LoRA": ("blocks", "adapters"),
+    "eager kernels": ("kernels",),
     "stock blocks and LoRA, inputs copied": ("blocks", "adapters", "inputs"),
 }
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from recover.distill.distiller import Distiller
-from recover.models.lean import LeanMlp, LeanNorm
+from recover.models.lean import LeanAttention, LeanMlp, LeanNorm
 from recover.models.masked_lora import lora_layers
 from recover.models.twin import Twin
 from recover.prune.plan import Plan
@@ -87,12 +87,16 @@ class Bench:
         known: str = "nothing",
         stock: Sequence[str] = (),
     ) -> Built:
-        """`stock`: what is left as transformers and peft have it: "blocks", "adapters", "inputs" of adapters."""
+        """`stock`: what is left as transformers, peft or torch has it.
+
+        "blocks", "kernels" of blocks, "adapters", "inputs" of adapters.
+        """
         twin = Twin(self.dense(), Plan("depth" if dropped else "none", self.shape.blocks, tuple(dropped)))
         twin.add_lora(Lora(rank=RANK, blocks=blocks))
         for module in twin.base.modules() if "blocks" in stock else ():
-            if isinstance(module, LeanMlp | LeanNorm):
+            if isinstance(module, LeanMlp | LeanNorm | LeanAttention):
                 module.__class__ = type(module).__bases__[1]
+        twin.switch.kernels = "kernels" not in stock
         for layer in lora_layers(twin.model):
             one: Any = layer
             if "adapters" in stock:

@@ -20,6 +20,7 @@ from recover.distill import cache as caching
 from recover.distill.cache import StateCache, about, row_key
 from recover.distill.distiller import DenseStates, Distiller, scored_rows
 from recover.errors import ArtifactError, RecipeError
+from recover.models import fused
 from recover.models.load import describe
 from recover.models.twin import Twin
 from recover.prune.plan import Plan
@@ -289,6 +290,16 @@ def test_pruning_and_adapters_change_no_dense_state_but_other_libraries_may(monk
     assert others == [first] * 3
     monkeypatch.setattr(caching.transformers, "__version__", "9.9")
     assert about(twins[0])["libraries"] != first["libraries"]
+
+
+def test_states_that_fused_kernels_made_are_told_from_others(monkeypatch):
+    twin = depth_twin("after_cut")
+    eager = about(twin)
+    monkeypatch.setattr(fused, "available", lambda _device: True)
+    with_kernels = about(twin)
+    assert with_kernels != eager and with_kernels == {**eager, "kernels": fused.VERSION}
+    twin.switch.kernels = False
+    assert about(twin) == eager
 
 
 def returning_tuples(model):

@@ -34,6 +34,8 @@ FLOORS = {
     "recover.memory": 1,
     "recover.forecast": 1.5,
     # F2: tensors in, tensors out
+    "recover.models.fused": 2,
+    "recover.models.fused_kernels": 2,
     "recover.models.lora_linear": 2,
     "recover.models.masked_linear": 2,
     "recover.models.own_linear": 2,

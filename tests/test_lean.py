@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
 from test_lora_linear import gradients, problem
 from tiny import FAMILIES, ids, tiny
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
+from transformers.models.phi3.modeling_phi3 import Phi3Attention
 from twins import fill_adapters, masked_twin
 
-from recover.models import lean
-from recover.models.lean import LeanMlp, LeanNorm, make_lean
-from recover.models.lora_linear import gated_lora_linear, lora_linear
+from recover.models import lean, rotary
+from recover.models.lean import LeanAttention, LeanMlp, LeanNorm, make_lean
+from recover.models.lora_linear import PlainGate, gated_lora_linear, lora_linear
+from recover.models.masked_linear import Switch
+from recover.models.rotary import with_fused_rotary
 from recover.models.twin import Twin
 from recover.prune.plan import Plan
 from recover.recipe import Lora
@@ -20,13 +27,14 @@ from recover.recipe import Lora
 # Whose norms or MLPs are others. An upgrade of transformers that rewords one shows here, as more memory and time.
 OTHER_MLPS = {"phi3"}
 OTHER_NORMS = {"gemma2", "gemma3_text", "olmo2"}
+OTHER_ROTARY = {"phi3", "olmo2"}
 
 
 def twin_of(family, dtype=torch.float32, *, stock=False):
     twin = Twin(tiny(family).to(dtype), Plan("depth", 6, (2, 4)))
     with pytest.MonkeyPatch.context() as patch:
         if stock:
-            patch.setattr(lean, "make_lean", lambda _model: None)
+            patch.setattr(lean, "make_lean", lambda *_: None)
         twin.add_lora(Lora(rank=4))
     fill_adapters(twin)
     twin.model.train()
@@ -48,6 +56,7 @@ def test_families_are_known_by_what_their_modules_say(family):
     assert sum(isinstance(module, LeanMlp) for module in modules) == (0 if family in OTHER_MLPS else 6)
     norms = [module for module in modules if "RMSNorm" in type(module).__name__]
     assert len(norms) >= 13 and {isinstance(norm, LeanNorm) for norm in norms} == {family not in OTHER_NORMS}
+    assert sum(isinstance(module, LeanAttention) for module in modules) == (0 if family in OTHER_ROTARY else 6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -94,12 +103,12 @@ def test_the_gated_step_is_the_plain_one_of_the_product():
     up, weight, bias, a, b = problem()
     gate = problem(seed=1)[0]
     inputs = (gate, up, a, b)
-    ours = gated_lora_linear(gate, up, F.silu, weight, bias, a, b, 0.7)
+    ours = gated_lora_linear(gate, up, PlainGate(F.silu), weight, bias, a, b, 0.7)
     theirs = lora_linear(F.silu(gate) * up, weight, bias, a, b, 0.7)
     assert torch.equal(ours, theirs)
     upstream = torch.randn_like(ours)
     assert all(map(torch.equal, gradients(ours, inputs, upstream), gradients(theirs, inputs, upstream)))
-    step = lambda *t: gated_lora_linear(t[0], t[1], F.silu, weight, bias, *t[2:], 0.7)  # noqa: E731
+    step = lambda *t: gated_lora_linear(t[0], t[1], PlainGate(F.silu), weight, bias, *t[2:], 0.7)  # noqa: E731
     assert torch.autograd.gradcheck(step, inputs)
     assert torch.autograd.gradcheck(lambda a, b: step(gate.detach(), up.detach(), a, b), (a, b))
 
@@ -144,3 +153,70 @@ def test_a_second_time_does_nothing():
     before = [type(module) for module in twin.base.modules()]
     make_lean(twin.base)
     assert [type(module) for module in twin.base.modules()] == before
+
+
+@pytest.mark.parametrize("teaching", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "smollm3", "granite"])
+def test_without_a_gpu_no_view_changes_by_a_bit(family, teaching):
+    twin, stock = twin_of(family), tiny(family)
+    with twin.dense(teaching=teaching) as dense:
+        assert torch.equal(dense(ids()).logits, stock(ids()).logits)
+
+
+def test_kernels_run_for_training_only():
+    twin = twin_of("llama")
+    switch = twin.switch
+    assert switch.fused(training=True) and not switch.fused(training=False)
+    with twin.dense(teaching=True):
+        assert switch.fused(training=False)
+        with twin.dense():
+            assert not switch.fused(training=False)
+        assert switch.fused(training=False)
+    assert not switch.fused(training=False)
+    with pytest.raises(RuntimeError), twin.dense(teaching=True):
+        raise RuntimeError
+    assert switch == Switch(tuples=switch.tuples)
+    switch.kernels = False
+    assert not switch.fused(training=True)
+    with twin.dense(teaching=True):
+        assert not switch.fused(training=True)
+
+
+def test_rotary_is_replaced_for_lean_attention_alone():
+    stock = dict(vars(modeling_llama))
+    new = with_fused_rotary(LlamaAttention)
+    assert new is not None and new.__code__ is LlamaAttention.forward.__code__
+    assert {name for name, value in new.__globals__.items() if value is not stock[name]} == {"apply_rotary_pos_emb"}
+    assert dict(vars(modeling_llama)) == stock and twin_of("llama").base.model.layers[0].self_attn.with_kernel
+    tensors = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16), torch.randn(1, 5, 16), torch.randn(1, 5, 16)
+    ours, theirs = (each["apply_rotary_pos_emb"](*tensors) for each in (new.__globals__, stock))
+    assert all(map(torch.equal, ours, theirs))
+
+
+def attention_calling(function):
+    """A class with Llama's forward, whose rotary embedding is `function`."""
+    names = {**vars(modeling_llama), "apply_rotary_pos_emb": function}
+    return type("Other", (LlamaAttention,), {"forward": types.FunctionType(LlamaAttention.forward.__code__, names)})
+
+
+def copied(function, **names):
+    return types.FunctionType(function.__code__, {**vars(modeling_llama), **names}, argdefs=function.__defaults__)
+
+
+class Hub(torch.nn.Module):
+    """As the `kernels` package holds a function."""
+
+
+def test_rotary_is_known_behind_decorators_and_not_mistaken():
+    plain = modeling_llama.apply_rotary_pos_emb
+    hub = type("Func", (Hub,), {"forward": (lambda f: lambda self, *a, **k: f(*a, **k))(copied(plain))})()
+    decorated = functools.wraps(plain)(lambda *a, **k: plain(*a, **k))
+    for known in (copied(plain), decorated, hub):
+        assert with_fused_rotary(attention_calling(known)) is not None
+    hub.forward = plain  # what a kernel from the hub takes its place with
+    doubled = lambda q, k, cos, sin, unsqueeze_dim=1: (2 * q, k)  # noqa: E731
+    for other in (hub, doubled, None, print):
+        assert with_fused_rotary(attention_calling(other)) is None
+    assert with_fused_rotary(attention_calling(copied(plain, rotate_half=lambda x: x))) is None
+    assert with_fused_rotary(Phi3Attention) is None and with_fused_rotary(LlamaRMSNorm) is None
+    assert rotary._as_written("x = 1") is None

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from recover.artifacts import TEMPORARY, explained, read_json, sha256, write_bytes, write_json
 from recover.errors import ArtifactError
+from recover.models import fused
 
 if TYPE_CHECKING:
     from recover.models.twin import Twin
@@ -67,6 +68,7 @@ def about(twin: Twin) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "float32_products": torch.get_float32_matmul_precision(),
         "libraries": {"torch": torch.__version__, "transformers": transformers.__version__},
+        **({"kernels": fused.VERSION} if twin.switch.kernels and fused.available(device) else {}),
     }
 
 

@@ -136,7 +136,7 @@ class Distiller:
 
     def _dense_pass(self, model: Any, batch: dict[str, Any], rows_N: Tensor) -> DenseStates:
         caught: list[Tensor] = []
-        with self.twin.dense(), self._last_shared_block(caught.append):
+        with self.twin.dense(teaching=True), self._last_shared_block(caught.append):
             h_ND = _hidden_states(model, batch, rows_N)
         return DenseStates(h_ND, caught[0] if caught else None)
 

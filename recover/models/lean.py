@@ -1,6 +1,8 @@
-"""Norms and gated MLPs of stock blocks that keep less for backward: forward's values are the stock ones, bit for bit.
+"""Norms, gated MLPs and attention of stock blocks, as they are trained: less is kept for backward, less memory moved.
 
-Which modules: those whose stock `forward` reads word for word as below, whatever the family; others stay as they are.
+Forward's values are the stock ones, bit for bit, but where the fused kernels run: in training on a GPU (see
+`Switch.fused`), up to the order of a sum. Which modules: those whose stock `forward` reads word for word as below, and
+attention whose rotary embedding does, whatever the family; others stay as they are.
 """
 
 from __future__ import annotations
@@ -9,16 +11,20 @@ import ast
 import functools
 import inspect
 import textwrap
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
+from recover.models import fused
 from recover.models.closing import named_as, stock_class
-from recover.models.lora_linear import gated_lora_linear
-from recover.models.masked_linear import Factors
+from recover.models.lora_linear import PlainGate, gated_lora_linear
+from recover.models.masked_linear import Factors, Switch
 from recover.models.masked_lora import SwitchedLora, base_parameters, hooked
+from recover.models.rotary import with_fused_rotary
 
 MLP = """
 down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
@@ -34,13 +40,15 @@ return self.weight * hidden_states.to(input_dtype)
 """
 
 
-def make_lean(model: nn.Module) -> None:
-    """Let norms and gated MLPs below `model` keep less. Names and parameters stay; a second time does nothing."""
+def make_lean(model: nn.Module, switch: Switch | None = None) -> None:
+    """Let norms, gated MLPs and attention below `model` follow `switch`. Names and parameters stay; twice is once."""
+    switch = switch or Switch()
     for module in model.modules():
         stock: Any = module
         kind = _kind(stock_class(module))
         if kind is not None and not isinstance(module, kind):
-            stock.__class__ = _lean(kind, type(module))
+            stock.__class__ = _lean(kind, type(module), stock_class(module))
+            stock.switch = switch
 
 
 class LeanMlp(nn.Module):
@@ -48,28 +56,49 @@ class LeanMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         this: Any = self
-        down, activation = this.down_proj, this.act_fn
-        stock = this.switch.dense or this.closed or not torch.is_grad_enabled() or not isinstance(down, SwitchedLora)
-        if stock or hooked(down) or hooked(activation):
+        switch, down, activation = this.switch, this.down_proj, this.act_fn
+        kernels = switch.fused(this.training) and type(activation) in (nn.SiLU, SiLUActivation)
+        one_step = not switch.dense and torch.is_grad_enabled() and isinstance(down, SwitchedLora) and not hooked(down)
+        closed = this.closed and not switch.dense
+        if closed or hooked(activation) or not (one_step or (kernels and fused.available(x.device))):
             return super().forward(x)
         gate, up = this.gate_proj(x), this.up_proj(x)
-        factors: Factors | None = down.foldable(up) if gate.dtype == up.dtype else None
+        kernels = kernels and fused.fits(gate, up)
+        factors: Factors | None = down.foldable(up) if one_step and gate.dtype == up.dtype else None
         if factors is None:
-            return down(activation(gate) * up)
+            return down(fused.gated(gate, up) if kernels else activation(gate) * up)
         # Not called as a module: tools that follow modules do not expect one inside backward.
         weight_OI, bias_O = base_parameters(down)
-        return gated_lora_linear(gate, up, activation.forward, weight_OI, bias_O, *factors)
+        way = fused.FusedGate() if kernels else PlainGate(activation.forward)
+        return gated_lora_linear(gate, up, way, weight_OI, bias_O, *factors)
 
 
 class LeanNorm(nn.Module):
-    """Keeps its input as it came, and not in float32; its backward is that of torch's own norm, in one kernel."""
+    """Keeps its input as it came, and not in float32; forward and backward are one kernel each, or backward alone."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         this: Any = self
-        plain = this.weight.dtype == hidden_states.dtype and not this.weight.requires_grad
-        if not plain or hasattr(this.weight, "ds_id") or not (torch.is_grad_enabled() and hidden_states.requires_grad):
+        weight_D = this.weight
+        if weight_D.dtype != hidden_states.dtype or weight_D.requires_grad or hasattr(weight_D, "ds_id"):
             return super().forward(hidden_states)
-        return _RmsNorm.apply(hidden_states, this.weight, this.variance_epsilon, super().forward)  # type: ignore[return-value]
+        if this.switch.fused(this.training) and fused.fits_norm(hidden_states, weight_D):
+            return fused.rms_norm(hidden_states, weight_D, this.variance_epsilon)
+        if not (torch.is_grad_enabled() and hidden_states.requires_grad):
+            return super().forward(hidden_states)
+        return _RmsNorm.apply(hidden_states, weight_D, this.variance_epsilon, super().forward)  # type: ignore[return-value]
+
+
+class LeanAttention(nn.Module):
+    """The stock forward, whose rotary embedding is one kernel where kernels may run."""
+
+    with_kernel: Callable[..., Any]
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        this: Any = self
+        closed = this.closed and not this.switch.dense
+        if closed or not this.switch.fused(this.training) or not fused.available(hidden_states.device):
+            return super().forward(hidden_states, *args, **kwargs)
+        return self.with_kernel(hidden_states, *args, **kwargs)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -94,6 +123,8 @@ def _kind(stock: type[nn.Module]) -> type[nn.Module] | None:
     """What makes modules of this class lean, if anything does."""
     if not stock.__module__.startswith("transformers.models."):
         return None
+    if with_fused_rotary(stock) is not None:
+        return LeanAttention
     source = ast.parse(textwrap.dedent(inspect.getsource(stock.forward))).body[0]
     assert isinstance(source, ast.FunctionDef)
     said = ast.unparse(source.body)  # pyright: ignore[reportArgumentType]
@@ -101,5 +132,7 @@ def _kind(stock: type[nn.Module]) -> type[nn.Module] | None:
 
 
 @functools.cache
-def _lean(kind: type[nn.Module], stock: type[nn.Module]) -> type[nn.Module]:
-    return named_as(type(kind.__name__, (kind, stock), {}), stock)
+def _lean(kind: type[nn.Module], seen: type[nn.Module], stock: type[nn.Module]) -> type[nn.Module]:
+    """`kind` before the class that a module has, whose forward comes from `stock`."""
+    own = {"with_kernel": with_fused_rotary(stock)} if kind is LeanAttention else {}
+    return named_as(type(kind.__name__, (kind, seen), own), seen)

@@ -9,7 +9,8 @@ Shapes: O out features, I in features, R rank, M input rows (all leading dimensi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,28 +28,57 @@ class _LoraLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
         x, *saved = ctx.saved_tensors
-        dx, da_RI, db_OR = _backward(ctx, dy, x, saved, wanted=(0, 3, 4))
-        return dx, None, None, da_RI, db_OR, None
+        dx, dh_MR = _input_gradient(ctx, dy, saved, wanted=ctx.needs_input_grad[0])
+        dx = None if dx is None else dx.view(x.shape)
+        return dx, None, None, *_factor_gradients(ctx, dy, x, dh_MR, saved, wanted=(3, 4)), None
+
+
+class Gate(Protocol):
+    """How x is made of gate and up, and the gradients of both."""
+
+    def product(self, gate: Tensor, up: Tensor) -> Tensor:
+        """x."""
+        ...
+
+    def backward(self, gate: Tensor, up: Tensor, dx: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(x once more, gradient of gate, gradient of up); no gradients without dx, whose memory may be used."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlainGate:
+    """x = activation(gate) * up, by autograd."""
+
+    activation: Callable[[Tensor], Tensor]
+
+    def product(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.activation(gate) * up
+
+    def backward(self, gate: Tensor, up: Tensor, dx: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if dx is None:
+            return self.product(gate, up), None, None
+        with torch.enable_grad():
+            gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
+            x = self.product(gate, up)
+        dgate, dup = torch.autograd.grad(x, (gate, up), dx)
+        return x.detach(), dgate, dup
 
 
 class _GatedLoraLinear(torch.autograd.Function):
-    """The same for x = activation(gate) * up: what it is made of is saved, and it is made again in backward."""
+    """The same for an x made of gate and up: what it is made of is saved, and it is made again in backward."""
 
     @staticmethod
-    def forward(ctx, gate, up, activation, weight_OI, bias_O, a_RI, b_OR, scaling):  # type: ignore[override]
-        ctx.activation = activation
-        return _forward(ctx, activation(gate) * up, (gate, up), weight_OI, bias_O, a_RI, b_OR, scaling)
+    def forward(ctx, gate, up, way, weight_OI, bias_O, a_RI, b_OR, scaling):  # type: ignore[override]
+        ctx.way = way
+        return _forward(ctx, way.product(gate, up), (gate, up), weight_OI, bias_O, a_RI, b_OR, scaling)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
         gate, up, *saved = ctx.saved_tensors
-        with torch.enable_grad():
-            gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
-            x = ctx.activation(gate) * up
-        dx, da_RI, db_OR = _backward(ctx, dy, x.detach(), saved, wanted=(0, 5, 6))
-        dgate, dup = (None, None) if dx is None else torch.autograd.grad(x, (gate, up), dx)
-        return dgate, dup, None, None, None, da_RI, db_OR, None
+        dx, dh_MR = _input_gradient(ctx, dy, saved, wanted=any(ctx.needs_input_grad[:2]))
+        x, dgate, dup = ctx.way.backward(gate, up, None if dx is None else dx.view(gate.shape))
+        return dgate, dup, None, None, None, *_factor_gradients(ctx, dy, x, dh_MR, saved, wanted=(5, 6)), None
 
 
 def _forward(
@@ -72,23 +102,26 @@ def _forward(
     return y
 
 
-def _backward(
-    ctx: Any, dy: Tensor, x: Tensor, saved: list[Tensor], wanted: tuple[int, int, int]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, A and B; `wanted`: which inputs they are, and none of those that need none."""
-    h_MR, weight_OI, a_RI, b_OR = saved
-    x_wanted, a_wanted, b_wanted = (ctx.needs_input_grad[number] for number in wanted)
-    dx = da_RI = db_OR = None
-    with torch.autocast(x.device.type, enabled=False):
-        dy_MO, x_MI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+def _input_gradient(ctx: Any, dy: Tensor, saved: list[Tensor], *, wanted: bool) -> tuple[Tensor | None, Tensor]:
+    """Gradients of x (M, I), if wanted, and of x A^T (M, R), before scaling."""
+    _, weight_OI, a_RI, b_OR = saved
+    with torch.autocast(dy.device.type, enabled=False):
+        dy_MO = dy.reshape(-1, dy.shape[-1])
         dh_MR = dy_MO @ b_OR
-        if x_wanted:
-            dx = (dy_MO @ weight_OI).addmm_(dh_MR, a_RI, alpha=ctx.scaling).view(x.shape)
-        if a_wanted:
-            da_RI = _wide_product(dh_MR.T, x_MI).mul_(ctx.scaling).to(ctx.dtypes[0])
-        if b_wanted:
-            db_OR = _wide_product(dy_MO.T, h_MR).mul_(ctx.scaling).to(ctx.dtypes[1])
-    return dx, da_RI, db_OR
+        return (dy_MO @ weight_OI).addmm_(dh_MR, a_RI, alpha=ctx.scaling) if wanted else None, dh_MR
+
+
+def _factor_gradients(
+    ctx: Any, dy: Tensor, x: Tensor, dh_MR: Tensor, saved: list[Tensor], wanted: tuple[int, int]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of A and B; `wanted`: which inputs they are, and none of those that need none."""
+    h_MR, da_RI, db_OR = saved[0], None, None
+    with torch.autocast(x.device.type, enabled=False):
+        if ctx.needs_input_grad[wanted[0]]:
+            da_RI = _wide_product(dh_MR.T, x.reshape(-1, x.shape[-1])).mul_(ctx.scaling).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[wanted[1]]:
+            db_OR = _wide_product(dy.reshape(-1, dy.shape[-1]).T, h_MR).mul_(ctx.scaling).to(ctx.dtypes[1])
+    return da_RI, db_OR
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
@@ -116,16 +149,16 @@ def lora_linear(
 def gated_lora_linear(
     gate: Tensor,
     up: Tensor,
-    activation: Callable[[Tensor], Tensor],
+    way: Gate,
     weight_OI: Tensor,
     bias_O: Tensor | None,
     a_RI: Tensor,
     b_OR: Tensor,
     scaling: float,
 ) -> Tensor:
-    """`lora_linear` of activation(gate) * up, bit for bit, and its gradients; kept for backward are gate and up alone.
+    """`lora_linear` of `way.product(gate, up)`, bit for bit, and its gradients; kept are gate and up alone.
 
     Autograd by itself keeps activation(gate) and the product too: twice as much. Backward computes both again.
     """
     assert weight_OI.dtype == gate.dtype == up.dtype, (weight_OI.dtype, gate.dtype, up.dtype)
-    return _GatedLoraLinear.apply(gate, up, activation, weight_OI, bias_O, a_RI, b_OR, scaling)  # type: ignore[return-value]
+    return _GatedLoraLinear.apply(gate, up, way, weight_OI, bias_O, a_RI, b_OR, scaling)  # type: ignore[return-value]

@@ -79,20 +79,22 @@ class Twin:
         return closed_sites(self.blocks, self.arch)
 
     @contextmanager
-    def dense(self) -> Iterator[PreTrainedModel]:
+    def dense(self, *, teaching: bool = False) -> Iterator[PreTrainedModel]:
         """Show the untouched dense model: all blocks, no masks, no LoRA, no dropout, no gradient.
 
+        Its values are the stock model's to the bit; while `teaching` a training step, fused kernels may compute them.
         Nests; the view and each module's training flag are restored, on exceptions too.
         """
-        before, training = self.switch.dense, [module for module in self.base.modules() if module.training]
+        before = self.switch.dense, self.switch.teaching
+        training = [module for module in self.base.modules() if module.training]
         try:
-            self.switch.dense = True
+            self.switch.dense, self.switch.teaching = True, teaching
             for module in training:
                 module.training = False
             with torch.no_grad():
                 yield self.base
         finally:
-            self.switch.dense = before
+            self.switch.dense, self.switch.teaching = before
             for module in training:
                 module.training = True
 
@@ -141,7 +143,7 @@ class Twin:
             raise ModelError("the PeftModel does not wrap this twin's model; expected PeftModel(twin.base, ...)")
         for layer in lora_layers(peft_model):
             adopt_layer(layer, self.switch)
-        make_lean(self.base)
+        make_lean(self.base, self.switch)
         self.model = peft_model
         return peft_model
 
