@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from peft.tuners import lora
-from tiny import ids, tiny
+from tiny import FAMILIES, ids, tiny
 
-from recover.distill.distiller import Distiller, scored_rows, scored_tokens
+from recover.distill.distiller import Distiller, scored_rows, scored_tokens, without_mask
 from recover.models.masked_lora import SwitchedLora
 from recover.models.twin import Twin
 from recover.prune.plan import MaskRecord, Plan
@@ -217,3 +217,18 @@ def test_the_dense_weights_stay_untouched():
     assert torch.equal(logits, tiny()(input_ids=batch()["input_ids"]).logits)
     frozen = {name.replace(".base_layer", ""): value for name, value in twin.base.state_dict().items()}
     assert all(torch.equal(frozen[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_right_padding_needs_no_mask(family):
+    """Two views, loss and gradients: the same with the mask of the padding, and without one as in training."""
+    found = []
+    for change in (lambda data: data, without_mask):
+        twin = depth_twin("all", family=family, **({"sliding_window": 4} if "sliding" in family else {}))
+        out = forward(twin, **change(batch()))
+        found.append((out, gradients(out.loss, twin)))
+    (masked, expected), (plain, got) = found
+    for name in ("loss", "kl", "variance", "ce"):
+        torch.testing.assert_close(plain[name], masked[name], rtol=1e-4, atol=1e-4)
+    assert distance(got, expected) < 1e-3
+    assert not torch.equal(masked.loss, torch.zeros_like(masked.loss))

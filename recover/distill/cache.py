@@ -63,7 +63,7 @@ def about(twin: Twin) -> dict[str, Any]:
     return {
         "weights": _weights_sha256(twin),
         "config": config,
-        "attention": twin.base.config._attn_implementation,
+        "attention": f"{twin.base.config._attn_implementation}, no mask",
         "dtype": str(twin.base.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "float32_products": torch.get_float32_matmul_precision(),

@@ -47,6 +47,14 @@ def scored_tokens(labels_BT: Tensor) -> Tensor:
     return (labels_BT[:, 1:] != IGNORED).sum()
 
 
+def without_mask(batch: dict[str, Any]) -> dict[str, Any]:
+    """A right-padded batch as training gives it to a model: under causal attention no token sees padding behind it.
+
+    With a mask, attention leaves its causal kernel, and grouped KV heads are copied for each query head.
+    """
+    return {**batch, "attention_mask": None}
+
+
 @dataclass(frozen=True)
 class DenseStates:
     """What a step needs of the dense view: `h_ND` after the final norm at the scored rows, in the flat (B * T) order.

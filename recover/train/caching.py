@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from recover import console, dist
 from recover.distill.cache import SHARD_BYTES, Key, StateCache, about, row_key
-from recover.distill.distiller import IGNORED, DenseStates, Distiller
+from recover.distill.distiller import IGNORED, DenseStates, Distiller, without_mask
 from recover.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -131,7 +131,8 @@ class TrainingStates:
         """The dense pass of one batch; its rows that are missing go to `fresh`, one dictionary a cache."""
         model = self.distiller.twin.base
         device = next(model.parameters()).device
-        states = self.distiller.dense_states(model, **{name: value.to(device) for name, value in batch.items()})
+        on_device = {name: value.to(device) for name, value in batch.items()}
+        states = self.distiller.dense_states(model, **without_mask(on_device))
         rows = text_rows(batch)
         for row, h_ND in zip(rows, states.h_ND.cpu().split([row.scored for row in rows]), strict=True):
             if row.dense not in self.dense.where:

@@ -20,7 +20,7 @@ from transformers import PrinterCallback, ProgressCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
 from recover import dist
-from recover.distill.distiller import Distiller, scored_tokens
+from recover.distill.distiller import Distiller, scored_tokens, without_mask
 from recover.errors import TrainingError
 from recover.recipe import Recover
 from recover.train.data import collator
@@ -107,7 +107,7 @@ class RecoverTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """This micro-batch's part of the mean loss per token, as autograd must see it."""
         assert num_items_in_batch is not None and not return_outputs
-        sums = model(**inputs, distill=self.distiller)
+        sums = model(**without_mask(inputs), distill=self.distiller)
         self._count(sums)
         # Gradients are averaged over processes, by DDP and DeepSpeed alike, and this is a sum over them.
         scale = self.accelerator.num_processes / num_items_in_batch.clamp_min(1)
