@@ -316,7 +316,7 @@ def test_a_text_file_is_one_document_and_too_little_text_is_said(tmp_path, capsy
         (b'{"body": "a"}\n', r"text\.jsonl:1: no text in column 'text', found \['body'\]: set calibration.column"),
         (b'{"text": "a"\n', r"text\.jsonl:1: not JSON"),
         (b"[1]\n", r"text\.jsonl:1: no text in column 'text', found list"),
-        (b'{"text": "\xff"}\n', "cannot be read as UTF-8 text"),
+        (b'{"text": "\xff"}\n', "not UTF-8 text"),
         (b"[" * 100_000 + b"\n", r"text\.jsonl:1: not JSON"),
     ],
 )

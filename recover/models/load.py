@@ -120,6 +120,10 @@ def load_tokenizer(leaf: recipe.Model) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=leaf.trust_remote_code, local_files_only=True
         )
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise ModelError(
+            f"{folder}: holds no tokenizer (tokenizer.json or tokenizer.model): copy it there, or set model.tokenizer"
+        )
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"{folder}: the tokenizer has no end-of-sequence token, so generation would never end; "
@@ -143,8 +147,14 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
 
 def _config(leaf: recipe.Model) -> PretrainedConfig:
     """The config of a supported type, which is checked before transformers sees it and before weights are fetched."""
-    arch_of_type(read_config(leaf)["model_type"])
-    source = config_source(leaf)
+    source, raw = config_source(leaf), read_config(leaf)
+    arch_of_type(raw["model_type"])
+    if quantized := raw.get("quantization_config"):
+        raise ModelError(
+            f"{leaf.source}: quantized with '{quantized.get('quant_method')}', and quantized weights are neither "
+            "pruned nor trained here: give the checkpoint it was made from (`recover measure` and `recover diagnose` "
+            "take it as it is)"
+        )
     with explained(source):
         return AutoConfig.from_pretrained(source, revision=leaf.revision, trust_remote_code=leaf.trust_remote_code)
 
