@@ -27,7 +27,7 @@ def meant(path: Path) -> str:
     if not path.parent.is_dir():
         return ""
     there = {found.stem: found for found in path.parent.glob(f"*{path.suffix}")}
-    near = get_close_matches(path.stem, there, n=1)
+    near = get_close_matches(path.stem, there, n=1, cutoff=0.5)  # short names: one letter of two
     return f". Did you mean '{there[near[0]]}'?" if near else ""
 
 

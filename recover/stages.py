@@ -90,7 +90,8 @@ def _bring_up_to_date(stage: str, bench: Bench, *, forced: bool) -> None:
     dist.barrier()
     if dist.is_main():
         bench.directory.mark_done(stage, marks)
-    console.say(f"[dim]{stage} took {console.duration(time.perf_counter() - started)}[/dim]")
+    if stage != "report":  # whose last lines are the outcome of the run
+        console.say(f"[dim]{stage} took {console.duration(time.perf_counter() - started)}[/dim]")
 
 
 def _marks_and_reason(stage: str, bench: Bench, forced: bool) -> tuple[dict[str, Any], str | None]:

@@ -17,6 +17,7 @@ from recover.errors import ModelError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+HUB = " (no folder of this name is here, so a hub id)"
 # Config keys with which a file could make transformers fetch and run code.
 FORBIDDEN = ("_attn_implementation", "_experts_implementation", "trust_remote_code")
 
@@ -71,7 +72,7 @@ def _download(leaf: recipe.Model, source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + ["*.py"] * leaf.trust_remote_code
-    with explained(source):
+    with explained(source + HUB):
         folder = snapshot_download(
             source, revision=leaf.revision, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
         )
@@ -92,7 +93,7 @@ def read_config(leaf: recipe.Model) -> dict[str, Any]:
     if kind_of(source) == "folder":
         config = _read_json(path)
     else:
-        with explained(f"{source} (no folder of this name is here, so a hub id)"):
+        with explained(source + HUB):
             config, _ = PretrainedConfig.get_config_dict(source, revision=leaf.revision)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(f"{path}: has no 'model_type'; expected the config of a causal language model")
