@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from recover import recipe
+from recover.leaf import Leaf
 from recover.measure.task_kinds import FILES
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"
@@ -36,16 +37,17 @@ JSONL: one object a line. What each part of a recipe reads from a line, other co
 |---|---|---|
 | `prune.calibration.data` | `text` (or `column`) | `{"text": "Any text of the kind the model will meet."}` |
 | `recover.data`, kinds `dense` and `pruned`; `probe.prompts` | `prompt` | `{"prompt": "What is 12 times 12?"}` |
-| `recover.data`, kind `given` | as `columns` says | `{"prompt": "...", "completion": "..."}` with `columns: {prompt: prompt, completion: completion}`; \
-`{"messages": [{"role": "user", "content": "..."}, ...]}` with `{messages: messages}`; or `text` |
+| `recover.data`, kind `given` | as `columns` says, by default `text` | `{"text": "..."}` |
+| ... with `columns: {prompt: prompt, completion: completion}` | these | `{"prompt": "...", "completion": "..."}` |
+| ... with `columns: {messages: messages}` | `messages` | `{"messages": [{"role": "user", "content": "..."}, ...]}` |
 | a task's `data` | as the task says | below |
 
 Prompts go through the tokenizer's chat template where there is one; give the bare question.
 
 ## Tasks
 
-A task is a YAML file: what is asked, and what is right. Its `data` lies beside it (`.jsonl`, `.parquet`, `.arrow`, also
-packed with gzip), in an installed package (`package:NAME/path`), is made up (`reasoning_gym:NAME`), or is a hub data set.
+A task is a YAML file: what is asked, and what is right. Its `data` lies beside it (`.jsonl`, `.jsonl.gz`, `.parquet`,
+`.arrow`) or in an installed package (`package:NAME/path`), is made up (`reasoning_gym:NAME`), or is a hub data set.
 Generation is what recovery is judged by, so a recipe wants at least one `generate` (or `code`) task:
 
 ```yaml
@@ -64,7 +66,8 @@ data: quiz.jsonl              # {"question": "Fish live in", "options": ["trees"
 prompt: "{question}"
 ```
 
-The dense model must be able to do it: where it scores next to nothing (or chance), nothing can be lost, and `run` says so.
+The dense model must be able to do it: where it scores next to nothing (or chance), nothing can be lost, and `run`
+says so.
 """
 TASKS: list[type[BaseModel]] = [*FILES.values()]
 
@@ -116,9 +119,11 @@ def page() -> str:
 def sections(leaves: list[type[BaseModel]]) -> Iterator[str]:
     """A heading, what is promised, and the table, of each."""
     for leaf in leaves:
-        about = inspect.cleandoc(leaf.__doc__ or leaf.__mro__[1].__doc__ or "")
+        # What all leaves are is no news of one that says nothing itself.
+        about = inspect.cleandoc(next((each.__doc__ for each in leaf.__mro__ if each.__doc__), ""))
+        about = "" if about == inspect.cleandoc(Leaf.__doc__ or "") else f"{about}\n\n"
         table = ["| field | value | default | meaning |", "|---|---|---|---|", *rows(leaf)]
-        yield "\n".join([f"## {leaf.__name__}\n\n{about}\n", *table]) + "\n"
+        yield f"## {leaf.__name__}\n\n{about}" + "\n".join(table) + "\n"
 
 
 if __name__ == "__main__":

@@ -59,7 +59,9 @@ def diagnose(
     """
     from recover.probe.records import summary
     from recover.probe.sources import load_pair
+    from recover.quiet import quiet_libraries
 
+    quiet_libraries()
     rows = _read(wanted)
     pair, tokenizer = load_pair(dense, other, numbers or planned_blocks(other.source))
     key = _key(dense, other, wanted, leaf, pair)

@@ -191,12 +191,14 @@ def _export(bench: Bench) -> None:
     recipe, directory = bench.recipe, bench.directory
     dtype = getattr(torch, recipe.export.dtype or recipe.model.dtype)
     twin = bench.recovered()
+    console.say("[dim]merging and writing[/dim]")
     merged = ready(merge(twin, dtype))
     text, record = _card_and_record(bench)
     write_checkpoint(
         merged, bench.tokenizer, directory.deploy, card=text, record=record, max_shard_size=recipe.export.max_shard_size
     )
     expected = directory.root / "expected.safetensors"
+    console.say("[dim]verifying in a fresh process[/dim]")
     write_expected(expected, twin, merged, bench.sample_ids())
     verify(directory.deploy, expected, directory.prune / "plan.json", directory.verify)
     expected.unlink()
@@ -207,6 +209,7 @@ def _speed(bench: Bench) -> None:
     from recover.measure.speed import compare_speed
     from recover.models.load import load_model
 
+    console.say("[dim]timing dense and deployed by turns[/dim]")
     leaf = bench.recipe.model
     # The same leaf for both, so that they differ in nothing but what was pruned: attention kernel, loader, checks.
     there = {"source": str(bench.directory.deploy), "revision": None, "dtype": bench.recipe.export.dtype or leaf.dtype}

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from typer.testing import CliRunner, Result
 
 from recover.cli import app
 from recover.json_lines import unread
+from recover.models import load
+from recover.recipe import Model
 from recover.run_directory import RunDirectory
 
 RECIPE = """
@@ -175,3 +179,26 @@ def test_unread_says_why(tmp_path: Path) -> None:
     assert unread(gone, FileNotFoundError()) == f"{gone}: no such file. Did you mean '{tmp_path / 'prompts.jsonl'}'?"
     assert unread(tmp_path / "zz.jsonl", FileNotFoundError()) == f"{tmp_path / 'zz.jsonl'}: no such file"
     assert unread(gone, IsADirectoryError(21, "Is a directory")) == f"{gone}: cannot be read: Is a directory"
+
+
+def test_large_weights_are_announced(
+    mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leaf = Model(source=str(mine / "model"))
+    load.load_model(leaf)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(load, "SAID_BYTES", 1000)
+    load.load_model(leaf)
+    assert "reading " in (said := capsys.readouterr().out) and "GiB" in said
+
+
+def test_a_diagnosis_is_without_bars_of_libraries(mine: Path) -> None:
+    model = str(mine / "model")
+    done = subprocess.run(
+        [sys.executable, "-m", "recover", "diagnose", model, model, "--prompts", str(mine / "prompts.jsonl")]
+        + ["--samples", "2", "--steps", "2", "--out", str(mine / "out")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "Loading weights" not in done.stdout + done.stderr and "probe.json" in done.stdout

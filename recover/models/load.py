@@ -25,6 +25,7 @@ from recover.models.arch import arch_of_type, head_size_of, kv_heads_of
 from recover.models.source import check_weights, config_source, explained, locate, read_config
 
 LISTED = 3  # tensors named in a message
+SAID_BYTES = 2 * 2**30  # of weights: they take long enough to read that silence would look like a fault
 # transformers fills missing tensors with random numbers and leaves unknown ones out, with a warning only.
 MISFITS = {"missing_keys": "are missing from the weights", "unexpected_keys": "belong to no part of it"}
 
@@ -72,6 +73,9 @@ def load_model(leaf: recipe.Model) -> PreTrainedModel:
     """
     config = _config(leaf)
     folder = locate(leaf)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if size > SAID_BYTES:
+        console.say(f"[dim]reading {leaf.source}, {size / 2**30:,.1f} GiB[/dim]")
     with explained(str(folder)):
         model = read_whole(leaf, folder, attn_implementation=_attention(leaf, config))
     _check_finite(folder, model)
