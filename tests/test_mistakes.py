@@ -195,8 +195,10 @@ def test_large_weights_are_announced(
 def test_a_diagnosis_is_without_bars_of_libraries(mine: Path) -> None:
     model = str(mine / "model")
     done = subprocess.run(
-        [sys.executable, "-m", "recover", "diagnose", model, model, "--prompts", str(mine / "prompts.jsonl")]
-        + ["--samples", "2", "--steps", "2", "--out", str(mine / "out")],
+        [
+            *(sys.executable, "-m", "recover", "diagnose", model, model, "--prompts", str(mine / "prompts.jsonl")),
+            *("--samples", "2", "--steps", "2", "--out", str(mine / "out")),
+        ],
         capture_output=True,
         text=True,
         check=True,
