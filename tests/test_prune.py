@@ -337,5 +337,5 @@ def test_parquet_and_what_is_no_data_set(tmp_path):
         calibration_batches(calibration(path), byte_tokenizer(), seed=0)
     with pytest.raises(DataError, match="neither a local text file nor a data set that loads"):
         calibration_batches(calibration(tmp_path / "absent"), byte_tokenizer(), seed=0)
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match=r"absent.txt: no such file"):
         calibration_batches(calibration(tmp_path / "absent.txt"), byte_tokenizer(), seed=0)
