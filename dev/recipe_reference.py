@@ -13,6 +13,8 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from recover import recipe
+from recover.leaf import Leaf
+from recover.measure.task_kinds import FILES
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"
 HEAD = """# Recipe reference
@@ -27,6 +29,47 @@ LEAVES += [recipe.SparseGpt]
 LEAVES += [recipe.Probe, recipe.Recover, recipe.DenseText, recipe.PrunedText, recipe.GivenText, recipe.TeacherText]
 LEAVES += [recipe.Lora, recipe.Loss, recipe.Cache]
 LEAVES += [recipe.Measure, recipe.Sampling, recipe.Export]
+DATA = """## Data
+
+JSONL: one object a line. What each part of a recipe reads from a line, other columns being ignored:
+
+| part | columns | a line |
+|---|---|---|
+| `prune.calibration.data` | `text` (or `column`) | `{"text": "Any text of the kind the model will meet."}` |
+| `recover.data`, kinds `dense` and `pruned`; `probe.prompts` | `prompt` | `{"prompt": "What is 12 times 12?"}` |
+| `recover.data`, kind `given` | as `columns` says, by default `text` | `{"text": "..."}` |
+| ... with `columns: {prompt: prompt, completion: completion}` | these | `{"prompt": "...", "completion": "..."}` |
+| ... with `columns: {messages: messages}` | `messages` | `{"messages": [{"role": "user", "content": "..."}, ...]}` |
+| a task's `data` | as the task says | below |
+
+Prompts go through the tokenizer's chat template where there is one; give the bare question.
+
+## Tasks
+
+A task is a YAML file: what is asked, and what is right. Its `data` lies beside it (`.jsonl`, `.jsonl.gz`, `.parquet`,
+`.arrow`) or in an installed package (`package:NAME/path`), is made up (`reasoning_gym:NAME`), or is a hub data set.
+Generation is what recovery is judged by, so a recipe wants at least one `generate` (or `code`) task:
+
+```yaml
+name: sums                    # my_task.yaml
+kind: generate
+data: sums.jsonl              # {"question": "What is 12 times 12?", "answer": "144"}
+prompt: "{question}"          # columns in braces
+target: answer                # column: what is right; a text, a number, or a list of either
+answer: '-?\\d+'               # the last match in what the model writes is its answer; without this, all of the text
+```
+
+```yaml
+name: quiz
+kind: choice
+data: quiz.jsonl              # {"question": "Fish live in", "options": ["trees", "water"], "label": 1}
+prompt: "{question}"
+```
+
+The dense model must be able to do it: where it scores next to nothing (or chance), nothing can be lost, and `run`
+says so.
+"""
+TASKS: list[type[BaseModel]] = [*FILES.values()]
 
 
 def shown_type(annotation: Any) -> str:
@@ -70,12 +113,17 @@ def rows(leaf: type[BaseModel]) -> Iterator[str]:
 
 def page() -> str:
     """The whole page."""
-    parts = [HEAD]
-    for leaf in LEAVES:
-        about = inspect.cleandoc(leaf.__doc__ or leaf.__mro__[1].__doc__ or "")
+    return "\n".join([HEAD, *sections(LEAVES), DATA, *sections(TASKS)])
+
+
+def sections(leaves: list[type[BaseModel]]) -> Iterator[str]:
+    """A heading, what is promised, and the table, of each."""
+    for leaf in leaves:
+        # What all leaves are is no news of one that says nothing itself.
+        about = inspect.cleandoc(next((each.__doc__ for each in leaf.__mro__ if each.__doc__), ""))
+        about = "" if about == inspect.cleandoc(Leaf.__doc__ or "") else f"{about}\n\n"
         table = ["| field | value | default | meaning |", "|---|---|---|---|", *rows(leaf)]
-        parts.append("\n".join([f"## {leaf.__name__}\n\n{about}\n", *table]) + "\n")
-    return "\n".join(parts)
+        yield f"## {leaf.__name__}\n\n{about}" + "\n".join(table) + "\n"
 
 
 if __name__ == "__main__":

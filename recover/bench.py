@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from recover.artifacts import check_manifest, read_json
 from recover.errors import RecipeError
-from recover.recipe import DenseText, PrunedText, Recipe, TeacherText
+from recover.recipe import DenseText, GivenText, PrunedText, Recipe, TeacherText
 from recover.run_directory import RunDirectory
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import LongTensor, Tensor
     from transformers import PreTrainedTokenizerBase
 
     from recover.measure.tasks import Task
@@ -49,6 +49,14 @@ class Bench:
         tasks = [load_task(source) for source in self.recipe.measure.tasks]
         check_allowed(tasks, self.recipe.measure)
         return tasks
+
+    @cached_property
+    def calibration(self) -> list[LongTensor]:
+        """The recipe's calibration samples in batches (B, T); none where nothing is calibrated."""
+        from recover.prune.calibrate import calibration_batches
+
+        leaf = getattr(self.recipe.prune, "calibration", None)
+        return calibration_batches(leaf, self.tokenizer, self.recipe.seed) if leaf else []
 
     def dense(self) -> Twin:
         """The dense model alone: a twin whose two views are equal."""
@@ -130,14 +138,22 @@ class Bench:
         """Read every file that the run will need, so that a bad one is refused before hours are spent.
 
         Raises:
-            DataError: a task or a prompt cannot be used, by file and line.
+            DataError: a task, a prompt, calibration or given text cannot be used, by file and line.
+            ModelError: the weights of a local model are not there, or cut short.
         """
         from recover.models.load import describe
+        from recover.models.source import check_weights, kind_of, locate
         from recover.train.prompted import fitting_prompts
+        from recover.train.sources import check_given
         from recover.train.teacher_file import check_teacher
 
+        if kind_of(self.recipe.model.source) == "folder":
+            check_weights(locate(self.recipe.model))
         assert self.tasks and self.probe_prompts()
+        _ = self.calibration
         for source in self.recipe.recover.data:
+            if isinstance(source, GivenText):
+                check_given(source, self.tokenizer, self.recipe.recover.length)
             if isinstance(source, DenseText | PrunedText):
                 fitting_prompts(source, self.recipe.recover.length, self.tokenizer)
             if isinstance(source, TeacherText):

@@ -10,10 +10,11 @@ from pydantic import ValidationError
 
 from recover import console, dist
 from recover.errors import RecipeError
-from recover.recipe import Model, Probe
+from recover.recipe import Model, Probe, local_path
 
 EXAMPLES = (
-    "recover diagnose embedded:fable-2m checkpoints/quickstart/deploy --prompts prompts.jsonl --out drift",
+    "recover diagnose embedded:fable-2m checkpoints/quickstart/deploy --prompts embedded:tasks/prompts.jsonl "
+    "--out drift",
     "recover diagnose ORG/NAME name-q4.gguf --prompts prompts.jsonl --task mcq.yaml --dtype bfloat16 --out drift",
     "recover diagnose ORG/NAME ORG/SMALLER --blocks 0,1,2,5,6 --texts texts.jsonl --out drift",
 )
@@ -68,7 +69,8 @@ def probe_pair(
         seeds=_numbers("--seeds", seeds, int),
         temperatures=_numbers("--temperatures", temperatures, float),
     )
-    wanted = diagnose.Wanted(prompts, texts, task or (), retrieval, length)
+    given = [None if path is None else local_path(str(path)) for path in (prompts, texts, retrieval)]
+    wanted = diagnose.Wanted(given[0], given[1], task or (), given[2], length)
     first, second = (_leaf(Model, source=source, dtype=dtype) for source in (dense, other))
     numbers = None if blocks is None else _numbers("--blocks", blocks, int)
     found = diagnose.diagnose(first, second, wanted, leaf, out, numbers=numbers, parquet=parquet)

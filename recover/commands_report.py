@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from recover import console
+from recover import console, outcome
 from recover.errors import ArtifactError
 from recover.run_directory import RunDirectory
 
@@ -31,7 +31,7 @@ def report(
     from recover.report.render import render
 
     roots = []
-    for path in run_dirs:
+    for path in _folders(run_dirs):
         if is_diagnosis(path):
             console.say(str(render_diagnosis(path)))
             continue
@@ -63,10 +63,11 @@ def show(run_dir: RunPath) -> None:
         str(directory.root), ["stage", "state", "finished", "why"], map(_state, stages.status(directory.root))
     )
     data = collect(directory.root)
-    console.table("headline", ["model", *FIGURES], [[model, *_figures(data, model)] for model in data["headline"]])
+    outcome.table(data)
     for epoch in data["epochs"]:
         if epoch["best"]:
-            console.say(f"best epoch: {epoch['epoch']}, score {epoch['score']:.4g}, of {len(data['epochs'])}")
+            score = outcome.worded("generation", epoch["score"])
+            console.say(f"best epoch: {epoch['epoch']} of {len(data['epochs'])}, generation {score}")
 
 
 def compare(
@@ -77,7 +78,7 @@ def compare(
     from recover.report import compare_page
     from recover.report.compare import compare as compared
 
-    data = compared([_existing(path).root for path in run_dirs])
+    data = compared([_existing(path).root for path in _folders(run_dirs)])
     columns = ["run", "generation", "after recovery", "choice", "after recovery", "perplexity", "weights"]
     console.table("pruned, and after recovery", columns, map(_compared, data["runs"]))
     console.table("dense → deployed", compare_page.SPEED_COLUMNS, map(compare_page.speed_row, data["runs"]))
@@ -102,20 +103,16 @@ def _percent(share: float | None) -> str | None:
     return None if share is None else f"{share:.1%}"
 
 
-FIGURES = ("generation", "choice", "retrieval", "perplexity")
-
-
-def _figures(data: dict[str, Any], model: str) -> list[float | None]:
-    headline = data["headline"][model] or {}
-    values = (headline.get(name) for name in FIGURES)
-    return [value["value"] if isinstance(value, dict) else value for value in values]
-
-
 def _state(row: dict[str, Any]) -> list[str]:
     if not row["done"]:
         return [row["stage"], "open", "", ""]
     finished = datetime.fromisoformat(row["finished"]).astimezone().strftime("%Y-%m-%d %H:%M")
     return [row["stage"], "stale" if row["stale"] else "done", finished, row["stale"] or ""]
+
+
+def _folders(paths: list[Path]) -> list[Path]:
+    """What a shell makes of `checkpoints/*` holds files, too: they are passed over where there is a folder."""
+    return [path for path in paths if not path.is_file()] or paths
 
 
 def _existing(path: Path) -> RunDirectory:

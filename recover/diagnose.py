@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from recover import console, dist, inputs, recipe, strict_json
 from recover.artifacts import write_json, write_text
 from recover.errors import DataError
-from recover.json_lines import json_lines
+from recover.json_lines import json_lines, unread
 from recover.models.source import kind_of
 
 if TYPE_CHECKING:
@@ -59,7 +59,9 @@ def diagnose(
     """
     from recover.probe.records import summary
     from recover.probe.sources import load_pair
+    from recover.quiet import quiet_libraries
 
+    quiet_libraries()
     rows = _read(wanted)
     pair, tokenizer = load_pair(dense, other, numbers or planned_blocks(other.source))
     key = _key(dense, other, wanted, leaf, pair)
@@ -103,7 +105,7 @@ def _read(wanted: Wanted) -> dict[str, Any]:
         "queries": [] if wanted.retrieval is None else read_queries(wanted.retrieval),
     }
     if not any(found.values()):
-        raise DataError("nothing to probe with: give prompts, texts, choice or retrieval tasks, or retrieval pairs")
+        raise DataError("nothing to probe with: give --prompts, --texts, --task (choice or retrieval) or --retrieval")
     return found
 
 
@@ -118,7 +120,7 @@ def _column(path: Path | None, name: str) -> list[str]:
                 raise DataError(f"{where}: '{name}': found {value!r}, expected a text")
             values.append(value)
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
+        raise DataError(unread(path, error)) from None
     if not values:
         raise DataError(f"{path}: holds no rows, expected lines with a '{name}'")
     return values

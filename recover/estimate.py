@@ -9,11 +9,11 @@ import time
 from typing import Any
 
 from recover import dist, memory
-from recover.errors import PruneError, RecipeError
+from recover.errors import PruneError, RecipeError, TrainingError
 from recover.estimate_cache import ELEMENT_BYTES, cache_bytes, refuse_cache
 from recover.estimate_depth import depth_warnings, refuse_depth, share_gone, share_unstored
 from recover.models.load import Description
-from recover.recipe import Depth, Prune, PrunedText, Recipe, SparseGpt, Sparsity, Width
+from recover.recipe import Depth, Prune, PrunedText, Recipe, Recover, SparseGpt, Sparsity, Width
 
 # A LoRA budget recovers about so much (peers' figures, docs/theory.md): beyond it the plan warns, and goes on.
 WIDTH_WALL = 0.30
@@ -34,9 +34,22 @@ def refuse(recipe: Recipe, model: Description) -> None:
     refuse_cache(recipe, model)
     if recipe.recover.length > (model.context or recipe.recover.length):
         raise RecipeError(f"recover.length: {recipe.recover.length} tokens, the model's context is {model.context}")
-    if recipe.recover.batch_size % dist.world_size():
+    _refuse_batches(recipe.recover)
+
+
+def _refuse_batches(leaf: Recover) -> None:
+    """What training itself would refuse, after everything before it was done for nothing."""
+    from recover.train.settings import split_batch
+
+    try:
+        split_batch(leaf, dist.world_size())
+    except TrainingError as error:
+        raise RecipeError(str(error)) from None
+    needed = leaf.batch_size * leaf.epochs
+    if leaf.tokens < needed:  # a sequence has one scored token at least
         raise RecipeError(
-            f"recover.batch_size: {recipe.recover.batch_size} is not a multiple of {dist.world_size()} processes"
+            f"recover.tokens: {leaf.tokens:,} tokens are less than {leaf.epochs} epochs of one step of "
+            f"{leaf.batch_size} sequences: raise tokens, or lower batch_size or epochs"
         )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from recover.errors import DataError
+from recover.places import meant
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -29,3 +30,13 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             except (json.JSONDecodeError, RecursionError) as error:
                 raise DataError(f"{where}: not JSON ({error}); a JSONL file holds one object a line") from error
             yield where, value
+
+
+def unread(path: Path, error: Exception) -> str:
+    """Why a file could not be read, in one sentence, with the file beside it that was probably meant."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"{path}: not UTF-8 text: {error.reason} at byte {error.start}"
+    reason = getattr(error, "strerror", None) or str(error)
+    if not isinstance(error, FileNotFoundError):
+        return f"{path}: cannot be read: {reason}"
+    return f"{path}: no such file{meant(path)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,15 @@ FIELDS = (
 )
 FOLDERS = ("recover.cache.folder",)  # made where there is none; never a hub id
 SUFFIXES = {".jsonl", ".json", ".txt", ".parquet", ".yaml", ".yml", ".gguf", ".gz"}
+
+
+def meant(path: Path) -> str:
+    """`. Did you mean '...'?` of a file beside the path with its ending and nearly its name, or nothing."""
+    if not path.parent.is_dir():
+        return ""
+    there = {found.stem: found for found in path.parent.glob(f"*{path.suffix}")}
+    near = get_close_matches(path.stem, there, n=1, cutoff=0.5)  # short names: one letter of two
+    return f". Did you mean '{there[near[0]]}'?" if near else ""
 
 
 def place_files(tree: dict[str, Any], folder: Path, *, within: str = "") -> None:

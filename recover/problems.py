@@ -11,6 +11,16 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 LONGEST_SHOWN = 60  # characters of a wrong value
+# What pydantic says in Python's words -> in those of YAML.
+EXPECTED = {
+    "tuple_type": "it should be a list, as [a, b]",
+    "list_type": "it should be a list, as [a, b]",
+    "int_parsing": "it should be a whole number, as 200_000",
+    "int_type": "it should be a whole number",
+    "int_from_float": "it should be a whole number",
+    "float_parsing": "it should be a number, as 1e-3",
+    "bool_parsing": "it should be true or false",
+}
 
 
 def explain(error: ValidationError, root: type[BaseModel], where: str, origins: Mapping[str, str]) -> list[str]:
@@ -22,7 +32,7 @@ def explain(error: ValidationError, root: type[BaseModel], where: str, origins: 
             continue  # pydantic counts only items that are right; what is wrong with the others is said
         path, parent, here = _walk(root, problem["loc"])
         source = next((origins[key] for key in origins if f"{path}.".startswith(f"{key}.")), where)
-        sentence = _sentence(problem, path.rpartition(".")[2], parent, here, root)
+        sentence = _sentence(problem, path, parent, here, root)
         lines.append(f"{source}: {path}: {sentence}" if path else f"{source}: {sentence}")
     return lines
 
@@ -62,13 +72,14 @@ def _kinds(model: type[BaseModel]) -> tuple[Any, ...]:
 
 
 def _sentence(
-    problem: Any, name: str, parent: type[BaseModel], here: list[type[BaseModel]], root: type[BaseModel]
+    problem: Any, path: str, parent: type[BaseModel], here: list[type[BaseModel]], root: type[BaseModel]
 ) -> str:
     kind, context, found = problem["type"], problem.get("ctx", {}), problem["input"]
+    name = path.rpartition(".")[2]
     kinds = [option for model in here for option in _kinds(model)]
     match kind:
         case "extra_forbidden":
-            return f"unknown field. {_meant(name, parent, root)}"
+            return f"unknown field. {_meant(name, path, parent, root)}"
         case "missing":
             return "is missing" + _description(parent, name)
         case "union_tag_not_found":
@@ -84,11 +95,15 @@ def _sentence(
             return f"found {_shown(found)}: expected at least {context['min_length']}"
         case "model_type" | "model_attributes_type" | "dict_type":
             return f"found {_shown(found)}: expected fields, as 'name: value' on lines of their own"
-    expected = problem["msg"].replace("Input should", "it should").replace("String should", "it should")
+    expected = EXPECTED.get(kind) or problem["msg"].replace("Input should", "it should").replace("String", "it")
+    if kind == "string_pattern_mismatch" and name == "name":
+        expected = "it should be of letters, digits, '.', '_' and '-', and begin with a letter or digit"
     return f"found {_shown(found)}: {expected}{_quotes(kind, found)}"
 
 
-def _meant(name: str, model: type[BaseModel], root: type[BaseModel]) -> str:
+def _meant(name: str, path: str, model: type[BaseModel], root: type[BaseModel]) -> str:
+    if path in _paths(root):  # right for another kind of the same part: a guess would name the very field again
+        return f"Kind {', '.join(map(repr, _kinds(model)))} takes {', '.join(model.model_fields)}"
     if not get_close_matches(name, model.model_fields, n=1, cutoff=0.75):
         elsewhere = [path for path in _paths(root) if path.rpartition(".")[2] == name]
         if elsewhere:

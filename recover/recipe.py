@@ -6,6 +6,7 @@ recipe = load_recipe("recipes/quickstart.yaml", ["recover.lr=1e-3", "prune.count
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -106,7 +107,14 @@ class Measure(Leaf):
 
 class Export(Leaf):
     dtype: Dtype | None = Field(default=None, description="default: the model's")
-    max_shard_size: str = "5GB"
+    max_shard_size: str = Field(default="5GB", description="of one file of weights, such as 500MB")
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _size(cls, text: str) -> str:
+        if not re.fullmatch(r"\d+ ?[KMGT]B", text):
+            raise ValueError(f"found {text!r}: expected a number of KB, MB, GB or TB, such as 5GB")
+        return text
 
 
 class Recipe(Leaf):

@@ -17,6 +17,7 @@ from recover.artifacts import DONE, explained, read_json, settle, write_json
 from recover.errors import ArtifactError
 
 SHOWN_CHANGES = 3  # in the reason why a stage is stale
+NOT_DONE = "not done yet"
 
 
 class RunDirectory:
@@ -91,15 +92,22 @@ class RunDirectory:
         """Why a stage must be done (again), as `prune.count: 4 -> 5`, or None."""
         stamp = self.done(stage)
         if stamp is None:
-            return "not done yet"
+            return NOT_DONE
         before = dict(strict_json.leaves(stamp["fingerprint"]))
         now = dict(strict_json.leaves(strict_json.plain(fingerprint)))
         changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if not changed:
             return None
-        shown = [
-            f"{name}: {before.get(name, 'absent')} -> {now.get(name, 'absent')}".replace('"', "")
-            for name in changed[:SHOWN_CHANGES]
-        ]
+        shown = [_change(name, before, now) for name in changed[:SHOWN_CHANGES]]
         more = len(changed) - SHOWN_CHANGES
         return "; ".join(shown) + (f"; and {more} more" if more > 0 else "")
+
+
+def _change(name: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+    """One difference of two fingerprints in words; times of stages and digests of files say nothing to a reader."""
+    part, _, rest = name.partition(".")
+    if part == "stages":
+        return f"{rest} was done again"
+    if part == "inputs" and name in before and name in now:
+        return f"{rest} was changed"
+    return f"{name}: {before.get(name, 'absent')} -> {now.get(name, 'absent')}".replace('"', "")

@@ -20,7 +20,7 @@ from recover.errors import RecipeError
 from recover.inputs import digests
 from recover.quiet import quiet_libraries
 from recover.recipe import Recipe
-from recover.run_directory import RunDirectory
+from recover.run_directory import NOT_DONE, RunDirectory
 from recover.signals import graceful_stop
 
 # Training reads these fields of the probe alone: what else is probed before and after asks for no training anew.
@@ -48,6 +48,8 @@ READS: dict[str, tuple[str, ...]] = {
 }
 STAGES = tuple(LEAVES)
 ALWAYS = ("plan", "report")  # seconds of work: done again at every run, so that they are never out of date
+UP_TO_DATE = "always brought up to date"
+PLAIN = (NOT_DONE, UP_TO_DATE)  # reasons that go without saying
 
 
 def run(recipe: Recipe, root: Path, *, until: str = "report", start: str | None = None) -> RunDirectory:
@@ -76,9 +78,11 @@ def _bring_up_to_date(stage: str, bench: Bench, *, forced: bool) -> None:
     # Decided on one process: the others must not read a stamp that is just being written.
     marks, reason = dist.on_main(lambda: _marks_and_reason(stage, bench, forced))
     if reason is None:
-        console.say(f"[dim]{stage:8}[/dim] done")
+        console.say(f"[dim]{STAGES.index(stage) + 1}/{len(STAGES)} {stage:8}[/dim] done")
         return
-    console.heading(f"{stage}: {reason}")
+    console.heading(f"{STAGES.index(stage) + 1}/{len(STAGES)} {stage}{'' if reason in PLAIN else f', again: {reason}'}")
+    if stage == "recover" and reason not in PLAIN:
+        console.say("This replaces the recovery made before; with another name (name=OTHER) both are kept.")
     started = time.perf_counter()
     if dist.is_main():
         bench.directory.unmark(stage)
@@ -86,13 +90,14 @@ def _bring_up_to_date(stage: str, bench: Bench, *, forced: bool) -> None:
     dist.barrier()
     if dist.is_main():
         bench.directory.mark_done(stage, marks)
-    console.say(f"{stage} took {time.perf_counter() - started:.1f} s")
+    if stage != "report":  # whose last lines are the outcome of the run
+        console.say(f"[dim]{stage} took {console.duration(time.perf_counter() - started)}[/dim]")
 
 
 def _marks_and_reason(stage: str, bench: Bench, forced: bool) -> tuple[dict[str, Any], str | None]:
     marks = fingerprint(stage, bench.recipe, bench.directory)
     if stage in ALWAYS:
-        return marks, "always brought up to date"
+        return marks, UP_TO_DATE
     if forced:
         return marks, "asked for"
     return marks, bench.directory.stale_reason(stage, marks)

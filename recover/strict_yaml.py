@@ -6,13 +6,13 @@ PyYAML reads YAML 1.1, where `2:4` is the number 124, `no` is false and `1e-3` i
 from __future__ import annotations
 
 import re
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from recover.errors import RecipeError
+from recover.places import meant
 
 
 class _Loader(yaml.SafeLoader):
@@ -83,10 +83,14 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text("utf-8")
+    except FileNotFoundError as error:
+        raise RecipeError(f"{path}: {error.strerror}{meant(path)}") from None
+    except IsADirectoryError:
+        inside = path / "recipe.yaml"
+        hint = f". Did you mean '{inside}'?" if inside.is_file() else ""
+        raise RecipeError(f"{path}: a folder, expected a YAML file{hint}") from None
     except OSError as error:
-        near = get_close_matches(path.name, [found.name for found in path.parent.glob("*.yaml")], n=1)
-        meant = f". Did you mean '{path.with_name(near[0])}'?" if near else ""
-        raise RecipeError(f"{path}: {error.strerror}{meant}") from None
+        raise RecipeError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
     tree = load(text, str(path))

@@ -18,7 +18,7 @@ from recover.bench import Bench
 from recover.forecast import advice, runs
 from recover.forecast.known import known_runs
 from recover.recipe import Data, Recipe, Recover
-from recover.run_directory import RunDirectory
+from recover.run_directory import NOT_DONE, RunDirectory
 from recover.signals import graceful_stop
 from recover.stages import fingerprint, run
 
@@ -59,7 +59,7 @@ def trial(bench: Bench, part: float) -> None:
     if reason is None:
         console.say("[dim]trial   [/dim] done")
         return
-    console.heading(f"trial: {reason}")
+    console.heading("trial" if reason == NOT_DONE else f"trial, again: {reason}")
     with directory.lock() if dist.is_main() else nullcontext():
         twin = bench.pruned()
         bench.release()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recover import __version__, console, dist, provenance, strict_json
+from recover import __version__, console, dist, outcome, provenance, strict_json
 from recover.artifacts import append_jsonl, read_json, read_jsonl, write_json, write_text
 from recover.bench import Bench
 from recover.estimate import estimate, matrix_rate, refuse, warnings
@@ -39,24 +39,27 @@ def plan(bench: Bench) -> None:
 
 
 def _plan_rows(figures: dict[str, Any]) -> list[list[str]]:
-    cached = [["dense states on disk", f"at least {_megabytes(figures['cache_bytes'])}", ""]]
+    cached = [["dense states on disk", f"at least {_bytes(figures['cache_bytes'])}", ""]]
     return [
         ["parameters", f"{figures['parameters_dense']:,}", f"{figures['parameters_pruned']:,}"],
-        ["file", _megabytes(figures["file_bytes_dense"]), _megabytes(figures["file_bytes_pruned"])],
+        ["file", _bytes(figures["file_bytes_dense"]), _bytes(figures["file_bytes_pruned"])],
         ["teacher-scored tokens", "", f"{figures['teacher_tokens']:,}"],
-        ["training time", "", f"at least {figures['training_seconds']:,.0f} s"],
-        ["memory per process", "", f"about {_megabytes(figures['memory_bytes_per_process'])}"],
+        ["training time", "", f"at least {console.duration(figures['training_seconds'])}"],
+        ["memory per process", "", f"about {_bytes(figures['memory_bytes_per_process'])}"],
         *(cached if figures["cache_bytes"] else []),
     ]
 
 
-def _megabytes(size: float) -> str:
-    return f"{size / 2**20:,.1f} MiB"
+def _bytes(size: float) -> str:
+    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.1f} GiB"
 
 
 def dense(bench: Bench) -> None:
     """Measure the dense model; its texts are the reference of every later stage."""
     _measure(bench, bench.dense(), bench.directory.dense, reference=None)
+    if dist.is_main():
+        for line in outcome.blind(read_json(bench.directory.dense / "measure.json")):
+            console.warn(line)
 
 
 def prune(bench: Bench) -> None:
@@ -66,14 +69,11 @@ def prune(bench: Bench) -> None:
 
 
 def _prune(bench: Bench) -> None:
-    from recover.prune.calibrate import calibration_batches
     from recover.prune.methods import PRUNERS
     from recover.prune.parts import Parts
     from recover.prune.plan import save_plan
 
-    leaf = bench.recipe.prune
-    calibration = getattr(leaf, "calibration", None)
-    batches = calibration_batches(calibration, bench.tokenizer, bench.recipe.seed) if calibration else []
+    leaf, batches = bench.recipe.prune, bench.calibration
     twin = bench.dense()
     parts = Parts(bench.directory.prune / "parts", _pruned_from(bench, twin, batches))
     plan, masks, weights = PRUNERS[leaf.kind](twin, leaf, batches, parts)
@@ -191,12 +191,14 @@ def _export(bench: Bench) -> None:
     recipe, directory = bench.recipe, bench.directory
     dtype = getattr(torch, recipe.export.dtype or recipe.model.dtype)
     twin = bench.recovered()
+    console.say("[dim]merging and writing[/dim]")
     merged = ready(merge(twin, dtype))
     text, record = _card_and_record(bench)
     write_checkpoint(
         merged, bench.tokenizer, directory.deploy, card=text, record=record, max_shard_size=recipe.export.max_shard_size
     )
     expected = directory.root / "expected.safetensors"
+    console.say("[dim]verifying in a fresh process[/dim]")
     write_expected(expected, twin, merged, bench.sample_ids())
     verify(directory.deploy, expected, directory.prune / "plan.json", directory.verify)
     expected.unlink()
@@ -207,6 +209,7 @@ def _speed(bench: Bench) -> None:
     from recover.measure.speed import compare_speed
     from recover.models.load import load_model
 
+    console.say("[dim]timing dense and deployed by turns[/dim]")
     leaf = bench.recipe.model
     # The same leaf for both, so that they differ in nothing but what was pruned: attention kernel, loader, checks.
     there = {"source": str(bench.directory.deploy), "revision": None, "dtype": bench.recipe.export.dtype or leaf.dtype}
@@ -247,8 +250,9 @@ def report(bench: Bench) -> None:
     from recover.report.render import render
 
     root = bench.directory.root
-    for path in render(root, collect(root)):
-        console.say(f"wrote {path}")
+    data = collect(root)
+    render(root, data)
+    outcome.say(data, root)
 
 
 def _probe_and_measure(bench: Bench, twin: Twin, folder: Path) -> None:
@@ -277,5 +281,4 @@ def _measure(bench: Bench, twin: Twin, folder: Path, *, reference: dict[str, Any
     if dist.is_main():
         write_json(folder / "generations.json", generations)
         write_json(folder / "measure.json", record)
-        shown = {name: value for name, value in record["headline"].items() if value is not None}
-        console.say(", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+        console.say(outcome.figures(record["headline"]))

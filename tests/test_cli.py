@@ -216,8 +216,8 @@ def test_show(run_directory: RunDirectory) -> None:
     text = result.stdout
     assert re.search(r"dense +done +\d{4}-", text) and re.search(r"before +open", text)
     assert re.search(r"prune +stale +\d.* seed: 7 -> 0", text)
-    assert re.search(r"dense +0\.75 .*12\.5", text) and re.search(r"pruned +0\.125 ", text)
-    assert "best epoch: 2, score 0.625, of 3" in text
+    assert re.search(r"dense +75\.0% .*12\.5", text) and re.search(r"pruned +12\.5% ", text)
+    assert "best epoch: 2 of 3, generation 62.5%" in text
 
 
 def test_compare(run_directory: RunDirectory, tmp_path: Path) -> None:

@@ -235,9 +235,9 @@ def test_a_conversation_without_an_answer_is_named():
     ("content", "message"),
     [
         (b'{"text": "a"}\nnot json\n', r"s.jsonl:2: not JSON"),
-        (b'{"text": "a"}\n[1]\n', r"s.jsonl:2: expected a JSON object, found list"),
+        (b'{"text": "a"}\n[1]\n', r"s.jsonl:2: expected one JSON object a line \(JSONL\), found list"),
         (b"\n\n", r"s.jsonl: no rows"),
-        (b'{"text": "\xff"}\n', r"s.jsonl: cannot be read as UTF-8"),
+        (b'{"text": "\xff"}\n', r"s.jsonl: not UTF-8 text"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path, content, message):

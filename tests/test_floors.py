@@ -68,6 +68,7 @@ FLOORS = {
     "recover.estimate_depth": 6,
     "recover.estimate_cache": 6,
     "recover.bench": 6,
+    "recover.outcome": 6,
     "recover.work": 6,
     "recover.stages": 6,
     "recover.trial": 6,

@@ -112,7 +112,7 @@ def test_missing_file_and_bytes_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_bytes(b"name: \xff\xfe")
     with pytest.raises(RecipeError, match=r"bad\.yaml: not UTF-8: invalid start byte at byte 6"):
         load_recipe(tmp_path / "bad.yaml")
-    with pytest.raises(RecipeError, match="Is a directory"):
+    with pytest.raises(RecipeError, match="a folder, expected a YAML file"):
         load_recipe(tmp_path)
 
 

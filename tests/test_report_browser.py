@@ -163,3 +163,14 @@ def test_a_hostile_model_runs_nothing(browser: Browser, tmp_path: Path) -> None:
     page = render(run, collect(run))[2]
     browser.open(page)
     assert browser.evaluate("window.hit === undefined") and browser.requests == [page.absolute().as_uri()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [390, 700, 1100])
+def test_no_figure_cuts_a_word_off(browser: Browser, files: dict[str, Path], kind: str, width: int) -> None:
+    browser.open(files[kind], width=width)
+    cut = browser.evaluate("""[...document.querySelectorAll("svg text")].filter((text) => {
+      const [word, figure] = [text, text.closest("svg")].map((each) => each.getBoundingClientRect());
+      return word.width && (word.right > figure.right + 1 || word.left < figure.left - 1);
+    }).map((text) => text.textContent)""")
+    assert cut == []

@@ -48,10 +48,10 @@ RETRIEVAL = {"kind": "retrieval"}
         ([{"a": {"b": 1}, "q": "w"}], {**GENERATE, "target": "a.c"}, "task.jsonl:1: no column 'a.c'"),
         ([{"q": "w", "answer": "a"}], {**GENERATE, "once": "id"}, "task.jsonl:1: no column 'id'"),
         ([{}], {**GENERATE, "data": "package:nowhere_to_be/x.jsonl"}, "pip install nowhere_to_be"),
-        ([{}], {**GENERATE, "data": "package:recover/gone.jsonl"}, r"recover/gone.jsonl: the items .* cannot be read"),
+        ([{}], {**GENERATE, "data": "package:recover/gone.jsonl"}, r"recover/gone.jsonl: no such file"),
         ([{}], {"kind": "sing"}, "task.yaml: kind: found 'sing', expected one of generate, choice, code, retrieval"),
         ([{}], {**GENERATE, "answer": "(("}, "task.yaml: answer: not a regular expression"),
-        ([{}], {**GENERATE, "data": "gone.jsonl"}, "gone.jsonl: the items of the task cannot be read"),
+        ([{}], {**GENERATE, "data": "gone.jsonl"}, "gone.jsonl: no such file"),
     ],
 )
 def test_errors_name_file_and_line(tmp_path, rows, fields, message):

@@ -162,7 +162,7 @@ def test_a_wrong_row_is_named_by_file_and_line(tmp_path, changes, message):
 
 def test_a_file_without_anything_to_learn_is_refused(tmp_path):
     path = tmp_path / "teacher.jsonl"
-    with pytest.raises(DataError, match="cannot be read as JSONL"):
+    with pytest.raises(DataError, match=r"teacher.jsonl: no such file"):
         check_teacher(source(path), 256)
     path.write_text(
         json.dumps({"input_ids": [5, 9], "completion_mask": [1, 0], "top_ids": [], "top_logprobs": []}) + "\n"

@@ -49,7 +49,7 @@ def _shown(source: str) -> str:
 def _what_was_pruned(plan: dict[str, Any]) -> str:
     became = f"{plan['parameters_dense']:,} parameters became {plan['parameters_pruned']:,}."
     if sites := cuts.sites(plan):
-        return f"Of {plan['blocks']} blocks were dropped: {sites}. {became}{_zeroed(plan)}"
+        return f"Of its {plan['blocks']} blocks these are dropped: {sites}. {became}{_zeroed(plan)}"
     if plan["kind"] == "width":
         return f"Every block is narrower ({cuts.sizes(plan)}). {became}"
     weights = sum(mask["shape"][0] * mask["shape"][1] for mask in plan["masks"].values())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from recover import console
 from recover.errors import ExportError
 from recover.models.arch import head_size_of, kv_heads_of
-from recover.models.source import check_weights, explained
+from recover.models.source import check_weights, explained, whole_folder
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -60,7 +60,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     """
     from transformers import AutoConfig
 
-    check_weights(folder)
+    check_weights(whole_folder(folder))
     with explained(str(folder)):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if config.model_type not in FAMILIES:

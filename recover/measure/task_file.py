@@ -24,6 +24,8 @@ from recover.measure.task_rows import column, rows_of
 from recover.problems import explain
 from recover.recipe import local_path
 
+NO_TASK = {".jsonl", ".json", ".parquet", ".gz", ".arrow"}
+
 
 @dataclass(frozen=True)
 class Task:
@@ -69,10 +71,16 @@ def load_task(source: str) -> Task:
 
 
 def _read_file(path: Path) -> AnyFile:
+    if path.suffix in NO_TASK:
+        raise RecipeError(
+            f"{path}: data, not a task; expected a YAML file that names it as `data: {path.name}` and says what is "
+            "asked of it (docs/recipe.md, Tasks)"
+        )
     tree = strict_yaml.read(path)
     model = FILES.get(str(tree.get("kind")))
     if model is None:
-        raise RecipeError(f"{path}: kind: found {tree.get('kind')!r}, expected one of {', '.join(FILES)}")
+        found = f"found {tree['kind']!r}" if "kind" in tree else "is missing"
+        raise RecipeError(f"{path}: kind: {found}, expected one of {', '.join(FILES)}")
     try:
         return model.model_validate(tree)
     except ValidationError as error:

@@ -18,8 +18,8 @@ class TaskFile(Leaf):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     data: str = Field(description="a file beside the task, package:..., reasoning_gym:..., or a hub data set")
-    subset: str | None = None
-    split: str = "test"
+    subset: str | None = Field(None, description="of a hub data set")
+    split: str = Field("test", description="of a hub data set")
     arguments: dict[str, Any] = Field(default={}, description="of a reasoning_gym data set")
     once: str | None = Field(None, description="column whose value names an item: rows that repeat one are passed over")
     limit: int | None = Field(None, ge=1, description="items used, the first ones; default: all")
@@ -28,7 +28,7 @@ class TaskFile(Leaf):
 class PromptFile(TaskFile):
     """A task that asks with a prompt, `{column}`s filled in."""
 
-    prompt: str
+    prompt: str = Field(description="columns in braces: '{question}', '{doc[title]}'")
     chat: Literal["auto", "never"] = Field("auto", description="auto: the chat template, if the tokenizer has one")
 
     @property
@@ -41,9 +41,9 @@ class GenerateFile(PromptFile):
     """The model writes; its answer is the last match of `answer` (default: all of the text)."""
 
     kind: Literal["generate"]
-    target: str = "answer"
-    answer: str | None = None
-    match: Literal["exact", "contains"] = "exact"
+    target: str = Field("answer", description="column: what is right, a text, a number, or a list of either")
+    answer: str | None = Field(None, description="regular expression: its last match in the text is the answer")
+    match: Literal["exact", "contains"] = Field("exact", description="contains: the answer has a right one in it")
     max_new_tokens: int | None = Field(None, ge=1, description="default, and at most: the recipe's")
 
     @field_validator("answer")
@@ -61,7 +61,7 @@ class ChoiceFile(PromptFile):
 
     kind: Literal["choice"]
     options: str | tuple[str, ...] = Field("options", description="column of lists, or one column for each option")
-    target: str = "label"
+    target: str = Field("label", description="column: index of the right option, from 0")
     labels: str | None = Field(None, description="column of lists in which `target` stands, where it is no index")
     separator: str = Field(" ", description="between prompt and option, in plain text")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from recover.errors import DataError
-from recover.json_lines import json_lines
+from recover.json_lines import json_lines, unread
 
 Row = dict[str, Any]
 
@@ -60,7 +60,7 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Row]]:
                 raise DataError(f"{where}: found {type(row).__name__}, expected one JSON object a line")
             yield where, row
     except (OSError, UnicodeDecodeError, EOFError) as error:
-        raise DataError(f"{path}: the items of the task cannot be read: {error}") from None
+        raise DataError(f"data of the task: {unread(path, error)}") from None
 
 
 def _zipped_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -25,6 +25,7 @@ from recover.models.arch import arch_of_type, head_size_of, kv_heads_of
 from recover.models.source import check_weights, config_source, explained, locate, read_config
 
 LISTED = 3  # tensors named in a message
+SAID_BYTES = 2 * 2**30  # of weights: they take long enough to read that silence would look like a fault
 # transformers fills missing tensors with random numbers and leaves unknown ones out, with a warning only.
 MISFITS = {"missing_keys": "are missing from the weights", "unexpected_keys": "belong to no part of it"}
 
@@ -72,6 +73,9 @@ def load_model(leaf: recipe.Model) -> PreTrainedModel:
     """
     config = _config(leaf)
     folder = locate(leaf)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if size > SAID_BYTES:
+        console.say(f"[dim]reading {leaf.source}, {size / 2**30:,.1f} GiB[/dim]")
     with explained(str(folder)):
         model = read_whole(leaf, folder, attn_implementation=_attention(leaf, config))
     _check_finite(folder, model)
@@ -120,6 +124,10 @@ def load_tokenizer(leaf: recipe.Model) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=leaf.trust_remote_code, local_files_only=True
         )
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise ModelError(
+            f"{folder}: holds no tokenizer (tokenizer.json or tokenizer.model): copy it there, or set model.tokenizer"
+        )
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"{folder}: the tokenizer has no end-of-sequence token, so generation would never end; "
@@ -143,8 +151,14 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
 
 def _config(leaf: recipe.Model) -> PretrainedConfig:
     """The config of a supported type, which is checked before transformers sees it and before weights are fetched."""
-    arch_of_type(read_config(leaf)["model_type"])
-    source = config_source(leaf)
+    source, raw = config_source(leaf), read_config(leaf)
+    arch_of_type(raw["model_type"])
+    if quantized := raw.get("quantization_config"):
+        raise ModelError(
+            f"{leaf.source}: quantized with '{quantized.get('quant_method')}', and quantized weights are neither "
+            "pruned nor trained here: give the checkpoint it was made from (`recover measure` and `recover diagnose` "
+            "take it as it is)"
+        )
     with explained(source):
         return AutoConfig.from_pretrained(source, revision=leaf.revision, trust_remote_code=leaf.trust_remote_code)
 

@@ -17,6 +17,7 @@ from recover.errors import ModelError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+HUB = " (no folder of this name is here, so a hub id)"
 # Config keys with which a file could make transformers fetch and run code.
 FORBIDDEN = ("_attn_implementation", "_experts_implementation", "trust_remote_code")
 
@@ -32,7 +33,7 @@ def kind_of(source: str) -> str:
         raise ModelError(f"{source}: not a folder and not a .gguf file; expected one of them, or a hub id")
     looks_like_path = source.startswith((".", "/", "~")) or path.suffix == ".gguf" or source.count("/") > 1
     if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
-        raise ModelError(f"{source}: no such folder or .gguf file, and not a hub id (owner/name): check model.source")
+        raise ModelError(f"{source}: no such folder or .gguf file, and not a hub id (owner/name): check the name")
     return "hub"
 
 
@@ -44,16 +45,34 @@ def locate(leaf: recipe.Model, source: str | None = None) -> Path:
     source = source or leaf.source
     kind = kind_of(source)
     if kind == "folder":
-        return recipe.local_path(source).expanduser()
+        return whole_folder(recipe.local_path(source).expanduser())
     with dist.main_first():
         return _convert(Path(source).expanduser()) if kind == "gguf" else _download(leaf, source)
+
+
+def whole_folder(folder: Path) -> Path:
+    """The folder, which holds a model or a tokenizer; ModelError where it is something else that is taken for one."""
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such folder; expected a model folder with config.json and {WEIGHTS}")
+    if (folder / "config.json").is_file():
+        return folder
+    if (folder / "recipe.yaml").is_file():
+        deploy = folder / "deploy"
+        meant = f"its checkpoint is {deploy}" if deploy.is_dir() else "its checkpoint is not exported yet"
+        raise ModelError(f"{folder}: a run directory, not a model; {meant}")
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{folder}: a LoRA adapter, not a model; expected a whole checkpoint (of a run of ours: RUN/deploy; else "
+            "merge it into its model with peft's merge_and_unload, and save that)"
+        )
+    return folder
 
 
 def _download(leaf: recipe.Model, source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + ["*.py"] * leaf.trust_remote_code
-    with explained(source):
+    with explained(source + HUB):
         folder = snapshot_download(
             source, revision=leaf.revision, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
         )
@@ -74,10 +93,12 @@ def read_config(leaf: recipe.Model) -> dict[str, Any]:
     if kind_of(source) == "folder":
         config = _read_json(path)
     else:
-        with explained(source):
+        with explained(source + HUB):
             config, _ = PretrainedConfig.get_config_dict(source, revision=leaf.revision)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(f"{path}: has no 'model_type'; expected the config of a causal language model")
+    if config.get("is_encoder_decoder"):
+        raise ModelError(f"{source}: '{config['model_type']}' is an encoder-decoder model; expected a decoder alone")
     forbidden = sorted({key for key in _keys(config) if key.startswith(FORBIDDEN)})
     if forbidden:
         raise ModelError(f"{path}: holds {forbidden}, which can make transformers run foreign code; remove them first")

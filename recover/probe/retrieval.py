@@ -17,7 +17,7 @@ from torch import Tensor
 
 from recover import console, dist
 from recover.errors import DataError, ModelError
-from recover.json_lines import json_lines
+from recover.json_lines import json_lines, unread
 from recover.measure.score import ndcg
 from recover.models.twin import Twin
 from recover.probe import spaces
@@ -42,7 +42,7 @@ def read_queries(path: Path) -> list[Query]:
     try:
         found = [_query(where, row) for where, row in json_lines(path)]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
+        raise DataError(unread(path, error)) from None
     if not found:
         raise DataError(
             f"{path}: holds no rows, expected lines such as {{'query': '...', 'documents': ['...', '...']}}"

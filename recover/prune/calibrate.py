@@ -15,7 +15,7 @@ from torch import LongTensor, Tensor
 
 from recover import console
 from recover.errors import DataError, PruneError
-from recover.json_lines import json_lines
+from recover.json_lines import json_lines, unread
 from recover.recipe import Calibration, local_path
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def read_texts(leaf: Calibration) -> Sequence[str]:
         if path.suffix in (".txt", ".md"):
             return [path.read_text(encoding="utf-8-sig")]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"calibration.data {path}: cannot be read as UTF-8 text ({error})") from error
+        raise DataError(f"calibration.data: {unread(path, error)}") from error
     return _read_dataset(leaf)
 
 

@@ -67,7 +67,8 @@ def _decoding(run: dict[str, Any]) -> tuple[str, float | None, str]:
 
 def _share(run: dict[str, Any], model: str, use: str) -> tuple[str, float | None, str]:
     share = run["kept"][model][use]
-    return (words.NOT_MEASURED if share is None else verdict.share(share), share, run["grades"][model][use])
+    grade = run["grades"][model][use]
+    return (grade, None, "") if share is None else (verdict.share(share), share, grade)
 
 
 SPEED_COLUMNS = (
@@ -133,7 +134,7 @@ def _panel(canvas: Canvas, runs: list[dict[str, Any]], use: str, x: Linear, top:
                 tip = f"{run['name']}, {model}: {use} {verdict.share(share)} of dense"
                 canvas.dot(x(max(share, 0.0)), y, radius, f"fill-{model} rim", tip=tip)
         if before is None and after is None:
-            canvas.text(x.start, y + 4, words.NOT_MEASURED, "note")
+            canvas.text(x.start, y + 4, run["grades"]["recovered"][use], "note")
 
 
 def trade(data: dict[str, Any]) -> Figure | None:

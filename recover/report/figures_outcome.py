@@ -11,6 +11,7 @@ from recover.report.svg import Canvas, Linear, Log, apart
 MODELS = ("dense", "pruned", "recovered")
 ROW = 40  # pixels from bar to bar
 HEAD = 58  # pixels above the first bar
+HALF_WIDTH = 125.0  # pixels of "half by token 123"
 
 
 def hero(data: dict[str, Any]) -> Figure:
@@ -194,7 +195,7 @@ def _epoch_generation(canvas: Canvas, data: dict[str, Any], left: float, right: 
             canvas.dot(x(row["epoch"]), y(score), 11, "ring")
             canvas.text(
                 x(row["epoch"]),
-                y(score) + 28,
+                y(score) + (28 if score >= (y.lo + y.hi) / 2 else -18),  # away from the lines of dense and of pruned
                 f"kept: {words.percent(score)}",
                 "value ink-recovered",
                 anchor=_anchor(x, row["epoch"]),
@@ -257,8 +258,13 @@ def divergence(data: dict[str, Any]) -> Figure:
             half = halves[model]
             if half is not None:
                 canvas.line(x(half), y(0), x(half), y(0.5), f"stroke-{model} level")
-                at = x(max(other for other in halves.values() if other is not None and other < half + 10)) + 8
-                canvas.text(at, y(0.5) - 7 - 18 * row, f"half by token {half}", f"value ink-{model}")
+                # Right of its line, and of another's that would cross it; left where a narrow window would cut it off.
+                near = [
+                    x(other) for other in halves.values() if other is not None and 0 <= x(other) - x(half) < HALF_WIDTH
+                ]
+                fits = max(near) + 8 + HALF_WIDTH <= width
+                at, side = (max(near) + 8, "start") if fits else (x(half) - 8, "end")
+                canvas.text(at, y(0.5) - 7 - 18 * row, f"half by token {half}", f"value ink-{model}", anchor=side)
             for (step, share), (at, up) in zip(curve, line, strict=True):
                 canvas.dot(
                     at, up, 6, "hit", tip=f"{model}, token {step}: {words.percent(share)} of prompts still equal dense"

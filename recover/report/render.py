@@ -170,8 +170,14 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def shown_source(source: str) -> str:
-    """A hub id as it is; of a local path only the last part, since folders of one machine tell others nothing."""
-    return Path(source).name if Path(source).is_absolute() else source
+    """A hub id as it is; of a local path only the last part, since folders of one machine tell others nothing.
+
+    Of an export of ours the run's name, too: `deploy` alone is what all of them are called.
+    """
+    path = Path(source)
+    if path.name == "deploy" and path.parent.name:
+        return f"{path.parent.name}/deploy"
+    return path.name if path.is_absolute() else source
 
 
 def _recovery(data: dict[str, Any]) -> str:

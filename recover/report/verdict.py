@@ -21,6 +21,7 @@ from recover.report.measures import USES
 KEPT_YES = 0.95
 KEPT_CARE = 0.80
 DENSE_FLOOR = 0.05
+LOST_SHOWN = 0.05  # of dense: what recovery takes from another use is told from here on
 
 THRESHOLDS = {"yes": KEPT_YES, "with care": KEPT_CARE, "dense floor": DENSE_FLOOR}
 TASK_WORD = {"generation": "generative", "choice": "choice", "retrieval": "retrieval"}
@@ -110,7 +111,10 @@ def title(data: dict[str, Any]) -> str:
     """The finding in one line, for the top of the page."""
     pruned, recovered = (data["verdict"][model]["generation"]["kept"] for model in ("pruned", "recovered"))
     if pruned is None:
-        return "Generation is not measured yet"
+        answer = data["verdict"]["pruned"]["generation"]
+        if answer["grade"] == "cannot tell":
+            return f"Generation cannot be judged: dense itself scores {words.percent(answer['dense'])}"
+        return "Generation is not measured" if data["headline"]["recovered"] else "Generation is not measured yet"
     fell = (
         f"Generation fell to {share(pruned)} of dense"
         if pruned < KEPT_YES
@@ -135,7 +139,8 @@ def _what_pruning_left(answers: dict[str, Any]) -> str:
         (use, answers[use]["kept"]) for use in ("choice", "generation", "retrieval") if answers[use]["kept"] is not None
     ]
     if not parts:
-        return "has not been measured yet"
+        told = any(answers[use]["grade"] == "cannot tell" for use in answers)
+        return "was measured on tasks that dense itself cannot do" if told else "has not been measured yet"
     first, *others = [f"{use} at {share(kept)}" for use, kept in parts]
     return "left " + " and ".join([f"{first} of dense", *others])
 
@@ -143,11 +148,28 @@ def _what_pruning_left(answers: dict[str, Any]) -> str:
 def _what_recovery_did(data: dict[str, Any]) -> str:
     before, after = (data["verdict"][model]["generation"] for model in ("pruned", "recovered"))
     if after["kept"] is None:
-        return (
-            "recovery has not been measured yet"
-            if data["headline"]["recovered"] is None
-            else "generation after recovery has no measure"
-        )
+        if data["headline"]["recovered"] is None:
+            return "recovery has not been measured yet"
+        judged = "cannot be judged" if after["grade"] == "cannot tell" else "was not measured"
+        return f"generation after recovery {judged}"
+    return _what_became_of_generation(data, before, after) + _what_was_lost(data)
+
+
+def _what_was_lost(data: dict[str, Any]) -> str:
+    """What recovery took from other uses: a text that feeds one use may starve another."""
+    kept = [
+        (use, *(data["verdict"][model][use]["kept"] for model in ("pruned", "recovered")))
+        for use in ("choice", "retrieval")
+    ]
+    lost = [
+        f"{use} to {share(after)}"
+        for use, before, after in kept
+        if None not in (before, after) and before - after >= LOST_SHOWN
+    ]
+    return f" and lowered {' and '.join(lost)}" if lost else ""
+
+
+def _what_became_of_generation(data: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> str:
     tokens = data["tokens"] and words.finite(data["tokens"]["kept"])
     means = f"{words.count(tokens)} tokens of distillation" if tokens else "distillation"
     to = share(after["kept"])

@@ -152,7 +152,7 @@ class Epochs(TrainerCallback):
         self.records.append(record)
         self._write_best()
         kept = " (best so far)" if self.best is record else ""
-        shown = "no score" if score is None else f"score {score:.4g}"
+        shown = "generation not measured" if score is None else f"generation {score:.1%}"
         console.say(f"epoch {epoch}/{len(self.ends)}: loss {train['loss']:.4g}, kl {train['kl']:.4g}, {shown}{kept}")
         waited = epoch - self.best["epoch"]
         if self.patience is not None and waited >= self.patience and epoch < len(self.ends):

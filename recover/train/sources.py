@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from recover.errors import DataError
-from recover.json_lines import json_lines
+from recover.json_lines import json_lines, unread
 from recover.measure.prompts import encode_prompt
 from recover.recipe import GivenText, local_path
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_LISTED = 8
+CHECKED_ROWS = 8  # of given text, before any weight is loaded
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def read_rows(source: str, split: str = "train") -> Sequence[Row]:
         else:
             rows = _dataset_rows(source, split)
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{source}: cannot be read as UTF-8 text: {error}") from error
+        raise DataError(unread(path, error)) from error
     if not rows:
         raise DataError(f"{source}: no rows; expected at least one")
     return rows
@@ -79,7 +80,7 @@ def read_rows(source: str, split: str = "train") -> Sequence[Row]:
 
 def _row(where: str, value: Any) -> Row:
     if not isinstance(value, dict):
-        raise DataError(f"{where}: expected a JSON object, found {type(value).__name__}")
+        raise DataError(f"{where}: expected one JSON object a line (JSONL), found {type(value).__name__}")
     return Row(where, value)
 
 
@@ -140,6 +141,13 @@ def samples_of(row: Row, leaf: GivenText, tokenizer: PreTrainedTokenizerBase, le
             "expected 'text', 'messages', or 'prompt' and 'completion'"
         )
     return [cut for sample in samples if (cut := sample.cut(length)).scored("completion") > 0]
+
+
+def check_given(leaf: GivenText, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+    """Raise DataError as `samples_of` does for the first rows: a wrong column is in all of them."""
+    rows = read_rows(leaf.source, leaf.split)
+    for index in range(min(len(rows), CHECKED_ROWS)):
+        samples_of(rows[index], leaf, tokenizer, length)
 
 
 def _pieces(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Sample]:

@@ -20,7 +20,7 @@ from recover.artifacts import sha256
 from recover.distill.cache import SHARD_BYTES, Key, StateCache, row_key
 from recover.distill.loss_topk import TopK
 from recover.errors import DataError
-from recover.json_lines import json_lines
+from recover.json_lines import json_lines, unread
 from recover.recipe import TeacherText
 from recover.train.caching import TextRow, pinned
 from recover.train.sources import Sample
@@ -53,9 +53,9 @@ def read_teacher(source: TeacherText, vocabulary: int) -> Iterator[TeacherRow]:
     Raises:
         DataError: the file cannot be read, or a row is not as it should be, by file and line.
     """
-    width = None
+    width, path = None, Path(source.source)
     try:
-        for where, value in json_lines(Path(source.source)):
+        for where, value in json_lines(path):
             row = _row(where, value, vocabulary)
             found = row.top.ids_NK.shape[1]
             if width is not None and len(row.top) and found != width:
@@ -63,7 +63,7 @@ def read_teacher(source: TeacherText, vocabulary: int) -> Iterator[TeacherRow]:
             width = found if len(row.top) else width
             yield row
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{source.source}: cannot be read as JSONL: {error}") from error
+        raise DataError(unread(path, error)) from error
 
 
 def _row(where: str, value: Any, vocabulary: int) -> TeacherRow:

@@ -143,8 +143,8 @@ def _judge(best: dict[str, Any], baseline: float | None) -> None:
     score = best["score"]
     if baseline is not None and score is not None and score <= baseline:
         console.warn(
-            f"no epoch generates better than the pruned model before training (best {score:.4g}, before "
-            f"{baseline:.4g}); epoch {best['epoch']} is kept all the same. "
+            f"no epoch generates better than the pruned model before training (best {score:.1%}, before "
+            f"{baseline:.1%}); epoch {best['epoch']} is kept all the same. "
             "More tokens, other text (recover.data) or less pruning may help"
         )
 
