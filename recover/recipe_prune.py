@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from recover.leaf import Leaf
 
+CLOSING = ("kl", "variance", "perplexity")  # scores of depth pruning that are measured with the units really closed
 N_M = re.compile(r"([1-9]\d{0,3}):([1-9]\d{0,3})")
 
 
@@ -44,6 +45,12 @@ class Depth(Leaf):
     iterative: bool | None = Field(
         default=None, description="score anew after each drop; null: with kl, variance and perplexity"
     )
+    search: Literal["greedy", "swap", "beam"] = Field(
+        default="greedy",
+        description="drop by drop; (swap) then exchange one unit at a time while that lowers the score; (beam) carry "
+        "`beam` sets from drop to drop. Neither ends worse than greedy by `score`",
+    )
+    beam: int = Field(default=4, ge=2, description="sets that `search: beam` carries: so many times greedy's cost")
     repair: Literal["none", "rescale", "linear"] = Field(
         default="none",
         description="folded into the sublayer before each cut: a factor a channel, or a whole matrix (ReplaceMe)",
@@ -69,7 +76,19 @@ class Depth(Leaf):
             raise ValueError(f"'{listed}' must name at least one {what} and none twice, found {list(self.listed)}")
         if self.contiguous and self.iterative:
             raise ValueError("'contiguous' drops one run at once: there is no later round to be 'iterative' in")
+        self._refuse_search()
         return self
+
+    def _refuse_search(self) -> None:
+        if self.search == "greedy":
+            return
+        if self.count is None or not self.rounds or self.score not in CLOSING:
+            raise ValueError(
+                f"'search: {self.search}' compares whole sets: it needs a 'count', a score of {', '.join(CLOSING)}, "
+                "and drops one by one (without 'contiguous', nor 'iterative: false')"
+            )
+        if self.search == "swap" and self.unit == "pair":
+            raise ValueError("'search: swap' exchanges single units, and a pair may rest on others that are gone: beam")
 
     @property
     def listed(self) -> tuple[int, ...] | tuple[str, ...] | None:
@@ -86,7 +105,7 @@ class Depth(Leaf):
         """Whether what is left is scored anew after each drop."""
         if self.iterative is not None:
             return self.iterative
-        return self.score in ("kl", "variance", "perplexity") and not self.contiguous
+        return self.score in CLOSING and not self.contiguous
 
 
 class Sparsity(Leaf):
