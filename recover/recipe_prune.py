@@ -14,7 +14,11 @@ N_M = re.compile(r"([1-9]\d{0,3}):([1-9]\d{0,3})")
 
 
 class Calibration(Leaf):
-    """Text on which scores are measured: a JSONL (`text` column), a text file, or a hub data set."""
+    """Text on which scores are measured: a JSONL (`text` column), a text file, or a hub data set.
+
+    With `answer` each text is a prompt, and the dense model's own answer to it is measured on too. Prompts of the kind
+    that the recovered model is for choose better than text of another kind (docs/results.md).
+    """
 
     data: str
     split: str = Field(default="train", description="of a hub data set")
@@ -22,6 +26,9 @@ class Calibration(Leaf):
     samples: int = Field(default=64, ge=1, description="sequences of `length` tokens")
     length: int = Field(default=512, ge=8, description="tokens a sample, capped here and not by the model's context")
     batch_size: int = Field(default=8, ge=1)
+    answer: int | None = Field(
+        default=None, ge=1, description="most tokens that the dense model writes after each text, greedily; null: none"
+    )
 
 
 class Depth(Leaf):

@@ -66,15 +66,12 @@ def prune(bench: Bench) -> None:
 
 
 def _prune(bench: Bench) -> None:
-    from recover.prune.calibrate import calibration_batches
+    from recover.calibration import calibration
     from recover.prune.methods import PRUNERS
     from recover.prune.parts import Parts
     from recover.prune.plan import save_plan
 
-    leaf = bench.recipe.prune
-    calibration = getattr(leaf, "calibration", None)
-    batches = calibration_batches(calibration, bench.tokenizer, bench.recipe.seed) if calibration else []
-    twin = bench.dense()
+    leaf, batches, twin = bench.recipe.prune, calibration(bench), bench.dense()
     parts = Parts(bench.directory.prune / "parts", _pruned_from(bench, twin, batches))
     plan, masks, weights = PRUNERS[leaf.kind](twin, leaf, batches, parts)
     save_plan(plan, masks, bench.directory.prune, weights)

@@ -66,6 +66,7 @@ FLOORS = {
     "recover.estimate_depth": 6,
     "recover.estimate_cache": 6,
     "recover.bench": 6,
+    "recover.calibration": 6,
     "recover.work": 6,
     "recover.stages": 6,
     "recover.trial": 6,

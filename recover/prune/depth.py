@@ -30,8 +30,8 @@ def prune_depth(twin: Twin, leaf: Depth, batches: list[LongTensor], parts: Parts
     """The plan that drops what `leaf` lists, or the `leaf.count` units that matter least by `leaf.score`; no masks.
 
     Every candidate of every round is in `plan.scores`: `{round, blocks, parts, score, by, chosen}`, and after another
-    search than greedy `beside`: what was closed with it. With `leaf.repair`, the weights before each cut are rewritten if
-    that brings the logits nearer to the dense ones (`plan.repair`).
+    search than greedy `beside`, what was closed with it. With `leaf.repair`, the weights before each cut are rewritten
+    if that brings the logits nearer to the dense ones (`plan.repair`).
 
     Raises PruneError for a drop of everything, of the attention of block 0, of a block that is not there, for a drop
     that changes no logit, and for a repair that this model or so little text does not allow.
