@@ -40,9 +40,12 @@ def plan(bench: Bench) -> None:
 
 def _plan_rows(figures: dict[str, Any]) -> list[list[str]]:
     cached = [["dense states on disk", f"at least {_megabytes(figures['cache_bytes'])}", ""]]
+    passes, seconds = figures["search_passes"], figures["search_seconds"]
+    search = [["search for what goes", "", f"{passes:,} passes of calibration text, at least {seconds:,.0f} s"]]
     return [
         ["parameters", f"{figures['parameters_dense']:,}", f"{figures['parameters_pruned']:,}"],
         ["file", _megabytes(figures["file_bytes_dense"]), _megabytes(figures["file_bytes_pruned"])],
+        *(search if passes else []),
         ["teacher-scored tokens", "", f"{figures['teacher_tokens']:,}"],
         ["training time", "", f"at least {figures['training_seconds']:,.0f} s"],
         ["memory per process", "", f"about {_megabytes(figures['memory_bytes_per_process'])}"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from pydantic import ValidationError
 from tiny import ids, tiny
 
+from recover.estimate_depth import search_passes
 from recover.models.twin import Twin
 from recover.prune import depth_search
 from recover.prune.depth_records import Choice
@@ -107,6 +109,20 @@ def test_scores_of_a_real_model_are_those_of_the_whole_sets():
             blocks = {*record["blocks"], *(int(text.split(":")[1]) for text in record["beside"])}
             span = tuple(sorted(site for unit in spans if unit[0].block in blocks for site in unit))
             assert record["score"] == pytest.approx(whole([span], frozenset(), "one")[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("search", ["greedy", "swap", "beam"])
+def test_the_plan_says_how_many_candidates_a_search_closes(monkeypatch, search):
+    model: Any = SimpleNamespace(blocks=BLOCKS)
+    told = search_passes(leaf(search, beam=2), model)
+    closed = []
+    for seed in range(6):
+        table = Table(seed)
+        found_by(monkeypatch, table, search, beam=2)
+        closed.append(len(table.asked))
+    assert {"greedy": closed == [told] * 6, "swap": min(closed) == told, "beam": max(closed) <= told}[search]
+    assert search_passes(Depth(kind="depth", blocks=(1,)), model) == 0
+    assert search_passes(Depth(kind="depth", count=2, score="kl", contiguous=True, calibration=CALIBRATION), model) == 5
 
 
 @pytest.mark.parametrize(
