@@ -23,6 +23,7 @@ from recover.recipe import Calibration, Depth
 
 CALIBRATION = Calibration(data="given", samples=3, length=16, batch_size=2)
 BLOCKS = 7
+TEXT: Any = [ids(1, 8)]
 
 
 def leaf(search: str, **fields: Any) -> Depth:
@@ -46,7 +47,7 @@ class Table:
 def found_by(monkeypatch, table: Table, search: str, **fields: Any) -> tuple[frozenset[int], Choice]:
     monkeypatch.setattr(depth_search, "score_of", lambda *_: table)
     twin = Twin(tiny(num_hidden_layers=BLOCKS), Plan.none(BLOCKS))
-    choice = choose(twin, leaf(search, **fields), [ids(1, 8)])
+    choice = choose(twin, leaf(search, **fields), TEXT)
     return frozenset(site.block for site in choice.sites), choice
 
 
@@ -69,7 +70,7 @@ def test_beam_and_swap_end_no_worse_than_greedy_and_no_exchange_betters_a_swap(m
 
 def test_the_laws_above_are_not_empty(monkeypatch):
     """Among the tables are those where each search betters greedy."""
-    better = dict.fromkeys(("swap", "beam"), 0)
+    better: dict[str, int] = dict.fromkeys(("swap", "beam"), 0)
     for seed in range(12):
         table = Table(seed)
         value = {name: table.values[found_by(monkeypatch, table, name)[0]] for name in ("greedy", *better)}
@@ -92,14 +93,14 @@ def test_the_greedy_set_stays_in_a_beam_that_others_would_fill(monkeypatch):
     table.values |= {frozenset({2, 3}): 0.3, frozenset({2, 4}): 0.4, frozenset({1, 4, 5}): 0.1}
     monkeypatch.setattr(depth_search, "score_of", lambda *_: table)
     twin = Twin(tiny(num_hidden_layers=6), Plan.none(6))
-    choice = choose(twin, leaf("beam", beam=2), [ids(1, 8)])
+    choice = choose(twin, leaf("beam", beam=2), TEXT)
     assert {site.block for site in choice.sites} == {1, 4, 5}
 
 
 def test_scores_of_a_real_model_are_those_of_the_whole_sets():
     """By whichever way a set is reached, its score is that of all its blocks closed at once."""
-    model, batches = tiny(num_hidden_layers=5), list(ids(3, 16, seed=3).split(2))
-    twin = Twin(model, Plan.none(5))
+    batches: Any = list(ids(3, 16, seed=3).split(2))
+    twin = Twin(tiny(num_hidden_layers=5), Plan.none(5))
     spans = units_of("block", 5)
     whole = score_of(twin, "kl", batches)
     for search in ("swap", "beam"):
