@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from recover.models.twin import Twin
 
 ANSWER = 96  # tokens that the dense model writes to a prompt
-SEARCHES = ("greedy", "swap", "beam")
+SEARCHES: dict[str, dict[str, Any]] = {"greedy": {}, "swap": {"swap": True}, "beam": {"beam": 4}}
 ALL = "kl, own text"
 
 
@@ -39,10 +39,10 @@ def given_and_own(bench: Bench, leaf: Calibration, files: Sequence[Path]) -> dic
 
 
 def searched(twin: Twin, leaf: Depth, texts: dict[str, list[LongTensor]]) -> list[dict[str, Any]]:
-    """`{text, search, blocks, score, sets, seconds}` of all searches on given and on own text; of its parts, greedy."""
+    """`{text, search, blocks, score, seconds}` of all searches on given and on own text; of its parts, greedy."""
     found = []
     for name, batches in texts.items():
-        for search in SEARCHES if name in ("kl", ALL) else SEARCHES[:1]:
+        for search in SEARCHES if name in ("kl", ALL) else ["greedy"]:
             found.append(_searched(twin, leaf, search, name, batches))
             one = found[-1]
             print(f"{search} by {name}: {one['blocks']} {one['score']:.4f}, {one['seconds']:.1f} s", flush=True)
@@ -53,7 +53,8 @@ def _searched(twin: Twin, leaf: Depth, search: str, name: str, batches: list[Lon
     from recover.prune.depth_search import choose
 
     started = time.perf_counter()
-    own = leaf.model_copy(update={"score": "kl", "search": search, "contiguous": False, "iterative": None})
+    plain = {"score": "kl", "contiguous": False, "iterative": None, "beam": None, "swap": False}
+    own = leaf.model_copy(update=plain | SEARCHES[search])
     choice = choose(twin, own, batches)
     blocks = sorted({site.block for site in choice.sites})
     there = [record for record in choice.scores if record["chosen"] and record["round"] > 0]

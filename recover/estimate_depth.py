@@ -51,8 +51,8 @@ def share_unstored(leaf: Depth, model: Description) -> float:
 def search_passes(leaf: Depth, model: Description) -> int:
     """How many candidates a search closes, each for one pass of the calibration text; 0 without a search.
 
-    Exact for greedy (of pairs about), the most that a beam needs, and the fewest that exchanges need: one turn of the
-    members that betters nothing.
+    Exact for greedy (of pairs about), the most that a beam needs, and of exchanges the fewest: one turn of the members
+    that betters nothing.
     """
     if leaf.count is None or leaf.score not in CLOSING:
         return 0
@@ -64,9 +64,8 @@ def search_passes(leaf: Depth, model: Description) -> int:
     if not leaf.rounds:
         return there
     drops = [there - gone for gone in range(leaf.count)]
-    if leaf.search == "beam":
-        return drops[0] + leaf.beam * sum(drops[1:])
-    return sum(drops) + (leaf.count - 1) * (there - leaf.count) * (leaf.search == "swap")
+    exchanges = (leaf.count - 1) * (there - leaf.count) if leaf.swap else 0
+    return drops[0] + (leaf.beam or 1) * sum(drops[1:]) + exchanges
 
 
 def search_flops(leaf: Depth, model: Description) -> float:

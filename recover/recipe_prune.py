@@ -52,12 +52,15 @@ class Depth(Leaf):
     iterative: bool | None = Field(
         default=None, description="score anew after each drop; null: with kl, variance and perplexity"
     )
-    search: Literal["greedy", "swap", "beam"] = Field(
-        default="greedy",
-        description="drop by drop; (swap) then exchange one unit at a time while that lowers the score; (beam) carry "
-        "`beam` sets from drop to drop. Neither ends worse than greedy by `score`",
+    beam: int | None = Field(
+        default=None,
+        ge=2,
+        description="sets carried from drop to drop, greedy's among them, at so many times the cost; null: that alone",
     )
-    beam: int = Field(default=4, ge=2, description="sets that `search: beam` carries: so many times greedy's cost")
+    swap: bool = Field(
+        default=False,
+        description="after the drops, exchange one unit at a time for a better one until none lowers the score",
+    )
     repair: Literal["none", "rescale", "linear"] = Field(
         default="none",
         description="folded into the sublayer before each cut: a factor a channel, or a whole matrix (ReplaceMe)",
@@ -87,15 +90,17 @@ class Depth(Leaf):
         return self
 
     def _refuse_search(self) -> None:
-        if self.search == "greedy":
+        """A search of sets needs a score of sets, and drops."""
+        asked = "swap" if self.swap else "beam"
+        if not (self.swap or self.beam):
             return
         if self.count is None or not self.rounds or self.score not in CLOSING:
             raise ValueError(
-                f"'search: {self.search}' compares whole sets: it needs a 'count', a score of {', '.join(CLOSING)}, "
+                f"'{asked}' compares whole sets: it needs a 'count', a score of {', '.join(CLOSING)}, "
                 "and drops one by one (without 'contiguous', nor 'iterative: false')"
             )
-        if self.search == "swap" and self.unit == "pair":
-            raise ValueError("'search: swap' exchanges single units, and a pair may rest on others that are gone: beam")
+        if self.swap and self.unit == "pair":
+            raise ValueError("'swap' exchanges single units, and a pair may rest on others that are gone: give 'beam'")
 
     @property
     def listed(self) -> tuple[int, ...] | tuple[str, ...] | None:

@@ -42,11 +42,11 @@ KINDS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "sparsegpt 2:4": ({"kind": "sparsegpt", "pattern": "2:4"}, [f"block {n}" for n in range(4)]),
     "depth": ({"kind": "depth", "count": 2}, ["round 1", "round 2"]),
     "depth, swap": (
-        {"kind": "depth", "count": 2, "search": "swap"},
+        {"kind": "depth", "count": 2, "swap": True},
         ["round 1", "round 2", "exchange 1", "exchange 2"],
     ),
     "depth, beam": (
-        {"kind": "depth", "count": 2, "search": "beam", "beam": 2},
+        {"kind": "depth", "count": 2, "beam": 2},
         ["round 1", "round 2", "round 2, set 2"],
     ),
     "depth, few candidates": ({"kind": "depth", "unit": "pair", "count": 2}, ["round 0", "round 1", "round 2"]),

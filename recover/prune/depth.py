@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 def prune_depth(twin: Twin, leaf: Depth, batches: list[LongTensor], parts: Parts = NOWHERE) -> Pruned:
     """The plan that drops what `leaf` lists, or the `leaf.count` units that matter least by `leaf.score`; no masks.
 
-    Every candidate of every round is in `plan.scores`: `{round, blocks, parts, score, by, chosen}`, and after another
-    search than greedy `beside`, what was closed with it. With `leaf.repair`, the weights before each cut are rewritten
+    Every candidate of every round is in `plan.scores`: `{round, blocks, parts, score, by, chosen}`, and with `beam` or
+    `swap` also `beside`, what was closed with it. With `leaf.repair`, the weights before each cut are rewritten
     if that brings the logits nearer to the dense ones (`plan.repair`).
 
     Raises PruneError for a drop of everything, of the attention of block 0, of a block that is not there, for a drop

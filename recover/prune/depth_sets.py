@@ -1,8 +1,8 @@
 """Searches for the set of units whose closing costs least, scored together and not one by one.
 
-`greedy` adds the unit that costs least on top of those that are gone. `beam` carries several sets from drop to drop,
-the greedy one always among them, so it ends no worse. `swap` goes on from the greedy set: each member in turn gives way
-to the unit that fits the others best, until no single exchange lowers the score. No set is scored twice in a round of
+A greedy search adds the unit that costs least on top of those that are gone. A `beam` carries several sets from drop to
+drop, the greedy one always among them, so it ends no worse. `swap` goes on from there: each member in turn gives way to
+the unit that fits the others best, until no single exchange lowers the score. No set is scored twice in a round of
 drops, nor in all exchanges together.
 """
 
@@ -51,9 +51,9 @@ class SetSearch:
     records: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self) -> Choice:
-        """The set that `leaf.search` finds, and every record, those that brought in what goes marked as chosen."""
-        found, known = self._drops(self.leaf.beam if self.leaf.search == "beam" else 1)
-        if self.leaf.search == "swap":
+        """The set that the search finds, and every record, those that brought in what goes marked as chosen."""
+        found, known = self._drops(self.leaf.beam or 1)
+        if self.leaf.swap:
             found = self._exchanges(found, known)
         for step in found.steps:
             step.record["chosen"] = True
@@ -107,8 +107,8 @@ class SetSearch:
         scores = dict(zip(new, self.score(new, closed, said), strict=True)) if new else {}
         values = [scores[unit] if unit in scores else known[closed | set(unit)] for unit in units]
         records = [record_of(number, unit, value, self.leaf.score) for unit, value in zip(units, values, strict=True)]
-        if self.leaf.search == "greedy":
-            return Part(records)
+        if not (self.leaf.beam or self.leaf.swap):
+            return Part(records)  # it is clear what is closed: what was chosen before
         return Part([record | {"beside": [str(site) for site in sorted(closed)]} for record in records])
 
 
