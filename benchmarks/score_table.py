@@ -36,7 +36,7 @@ def _correlated(members: list[dict[str, Any]], use: str) -> dict[str, Any]:
     lost_P = -np.array([row[use] for row in members])
     drawn_RP = np.random.default_rng(0).integers(len(members), size=(RESAMPLES, len(members)))
     results, resampled = {}, {}
-    for name in SCORES:
+    for name in members[0]["scores"]:
         score_P = np.array([row["scores"][name] for row in members])
         resampled[name] = np.array([spearman(score_P[drawn_P], lost_P[drawn_P]) for drawn_P in drawn_RP])
         results[name] = {
@@ -71,16 +71,21 @@ def markdown(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         uses = [use for use in USES if use in found]
         lines += [f"| {group} ({found['plans']} plans) | " + " | ".join(f"{use} | minus kl" for use in uses) + " |"]
         lines += ["|---|" + "---:|" * (2 * len(uses))]
-        for name in SCORES:
+        for name in found[uses[0]] if uses else {}:
             each = [found[use][name] for use in uses]
             cells = [f"{one['spearman']:.2f} {_span(one['interval95'])} | {_span(one['minus_kl95'])}" for one in each]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
-    lines += ["| what goes | chosen by | generation | choice |", "|---|---|---:|---:|"]
+    texts = [name for name in next((row["scores"] for row in rows if row["scores"]), {}) if name.startswith("kl")]
+    lines += [
+        f"| what goes | chosen by | generation | choice | {' | '.join(texts)} |",
+        "|---|---|---:|---:|" + "---:|" * len(texts),
+    ]
     several = sorted((row for row in rows if row["group"] == "set"), key=lambda row: -(row["generation"] or 0))
     for row in [row for row in rows if row["group"] == "dense"] + several:
         named = ", ".join(map(str, row["blocks"])) or "nothing"
         cells = ["–" if row[use] is None else f"{row[use]:.1%}" for use in USES]
+        cells += [f"{row['scores'][name]:.3f}" if row["scores"] else "0" for name in texts]
         lines.append(f"| {named} | {', '.join(row['why'])} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

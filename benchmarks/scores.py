@@ -11,6 +11,13 @@ measured: kl, variance and perplexity with the whole set closed, angular over it
 block_influence as sums over its blocks, which is how each of them chooses. Then the recipe's tasks of generation and
 choice are measured with the plan's blocks closed, without training.
 
+With `--prompts FILE ...` the dense model writes a second calibration text, as much of it to each file; `--searches`
+adds the sets that greedy, swap and beam find by KL on either text, and `--sets 4,5,6` those that are named. Each text's
+KL is then a score of every plan. What is searched or named is measured first:
+
+    python benchmarks/scores.py recipes/smollm2-135m-drop3.yaml --out checkpoints/searches --seconds 130 --sets-only \\
+        --searches --scores kl --sets 4,5,6 --prompts benchmarks/smollm2/data/{broad,sums}_prompts.jsonl
+
 `scores.json` holds the plans and their scores, `measured.jsonl` a line a plan (the same command goes on where it
 stopped), `correlation.json` and `correlation.md` the result: Spearman's rank correlation of each score with what was
 lost (1: the score orders plans as they hurt), its 95% interval by bootstrap over plans, and the paired interval of its
@@ -29,6 +36,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from score_searches import given_and_own, score_on, searched
 from score_table import SCORES, USES, correlations, markdown
 
 from recover.artifacts import append_jsonl, read_json, read_jsonl, write_json, write_text
@@ -73,14 +81,25 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--random", type=int, default=12, help="random sets, half of them neighbours (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=512, help="rows at once when measuring (%(default)s)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="measure no further plan after this")
+    parser.add_argument("--scores", nargs="+", choices=SCORES, default=SCORES, help="beside kl (default: all)")
+    parser.add_argument("--searches", action="store_true", help="greedy, swap and beam by KL on every text")
+    parser.add_argument("--prompts", nargs="+", type=Path, default=[], help="the dense model writes a text to each")
+    parser.add_argument("--sets", nargs="+", type=numbers, default=[], metavar="B,B,B", help="sets to measure too")
+    parser.add_argument("--sets-only", action="store_true", help="no single blocks")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="recipe fields")
     return parser.parse_args()
+
+
+def numbers(text: str) -> list[int]:
+    """Blocks from `4,5,6`."""
+    return sorted(map(int, text.split(",")))
 
 
 def settings_of(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     """What figures depend on: those of other settings are not mixed with ours."""
     leaves = recipe.model_dump(mode="json", include={"seed", "model", "prune", "measure"})
-    return json.loads(json.dumps(leaves | {"items": options.items, "random": options.random}))
+    asked = {name: getattr(options, name) for name in ("items", "random", "scores", "searches", "sets", "sets_only")}
+    return json.loads(json.dumps(leaves | asked | {"prompts": [str(path) for path in options.prompts]}))
 
 
 def prepared(recipe: Recipe, options: argparse.Namespace) -> Bench:
@@ -106,30 +125,36 @@ def scored_plans(bench: Bench, settings: dict[str, Any], options: argparse.Names
         _check_same(path, found["settings"], settings)
         return found["plans"]
     from recover.models.arch import blocks_of
-    from recover.prune.calibrate import calibration_batches
 
     recipe, started = bench.recipe, time.perf_counter()
     leaf: Any = recipe.prune
-    batches = calibration_batches(leaf.calibration, bench.tokenizer, recipe.seed)
-    twin = bench.dense()
+    texts = given_and_own(bench, leaf.calibration, options.prompts)
+    batches, twin = texts["kl"], bench.dense()
     print(f"loaded in {time.perf_counter() - started:.1f} s", flush=True)
-    chosen, known = choices(twin, leaf, batches)
+    searches = searched(twin, leaf, texts) if options.searches else []
+    names = [name for name in SCORES if name in ("kl", *options.scores)]
+    chosen, known = choices(twin, leaf, batches, names)
+    found = [(one["blocks"], f"{one['search']} by {one['text']} ({one['score']:.3f})") for one in searches]
+    first = [*found, *((blocks, "named") for blocks in options.sets), *((what, name) for name, what in chosen.items())]
     sets = drawn(len(blocks_of(twin.model)), leaf.count, options.random, recipe.seed)
-    plans = in_turns(len(blocks_of(twin.model)), chosen, sets)
-    score_all(twin, plans, known, batches)
-    write_json(path, {"settings": settings, "seconds": time.perf_counter() - started, "plans": plans})
-    print(f"{len(plans)} plans scored, {time.perf_counter() - started:.1f} s", flush=True)
+    plans = in_turns(0 if options.sets_only else len(blocks_of(twin.model)), first, sets)
+    score_all(twin, plans, known, batches, names)
+    for name in [name for name in texts if name != "kl"]:
+        score_on(twin, plans, name, texts[name])
+    seconds = time.perf_counter() - started
+    write_json(path, {"settings": settings, "seconds": seconds, "searches": searches, "plans": plans})
+    print(f"{len(plans)} plans scored, {seconds:.1f} s", flush=True)
     return plans
 
 
 def choices(
-    twin: Twin, leaf: Depth, batches: list[LongTensor]
+    twin: Twin, leaf: Depth, batches: list[LongTensor], names: list[str]
 ) -> tuple[dict[str, list[int]], dict[str, dict[tuple[int, ...], float]]]:
     """What each score chooses, and the scores of single blocks and of whole sets that were found on the way."""
     from recover.prune.depth_search import choose
 
     chosen, known = {}, {}
-    for name in SCORES:
+    for name in names:
         # The angular distance is that of a run of neighbours (arXiv 2403.17887): it chooses one.
         own = leaf.model_copy(update={"score": name, "contiguous": name == "angular", "iterative": None})
         choice = choose(twin, own, batches)
@@ -153,13 +178,14 @@ def drawn(blocks: int, count: int, number: int, seed: int) -> list[list[int]]:
     return found
 
 
-def in_turns(blocks: int, chosen: dict[str, list[int]], sets: list[list[int]]) -> list[Plan]:
-    """Sets and single blocks by turns, singles spread over the depth: whatever a deadline leaves is a fair sample."""
+def in_turns(blocks: int, first: list[tuple[list[int], str]], sets: list[list[int]]) -> list[Plan]:
+    """Sets and single blocks by turns, singles spread over the depth: whatever a deadline leaves is a fair sample.
+
+    `first` are sets and why, `sets` the random ones. With 0 blocks there are no single ones.
+    """
     reasons: dict[tuple[int, ...], list[str]] = {}
-    for name, what in chosen.items():
-        reasons.setdefault(tuple(what), []).append(name)
-    for what in sets:
-        reasons.setdefault(tuple(what), []).append("random")
+    for what, why in [*first, *((what, "random") for what in sets)]:
+        reasons.setdefault(tuple(what), []).append(why)
     several = [{"blocks": list(what), "group": "set", "why": why} for what, why in reasons.items() if len(what) > 1]
     order = [block for start in range(3) for block in range(1 + start, blocks, 3)]
     single = [{"blocks": [block], "group": "single", "why": ["single"]} for block in order]
@@ -167,14 +193,19 @@ def in_turns(blocks: int, chosen: dict[str, list[int]], sets: list[list[int]]) -
 
 
 def score_all(
-    twin: Twin, plans: list[Plan], known: dict[str, dict[tuple[int, ...], float]], batches: list[LongTensor]
+    twin: Twin,
+    plans: list[Plan],
+    known: dict[str, dict[tuple[int, ...], float]],
+    batches: list[LongTensor],
+    names: list[str],
 ) -> None:
-    """Put the six scores into every plan."""
+    """Put the scores of these names into every plan."""
     from recover.models.site import sites_of
     from recover.prune.depth_scores import score_of
 
-    for name in SCORES:
-        wanted = [tuple(plan["blocks"]) for plan in plans if name not in SUMMED or len(plan["blocks"]) == 1]
+    for name in names:
+        wanted = [tuple(plan["blocks"]) for plan in plans if name not in SUMMED]
+        wanted += [(block,) for block in sorted({b for plan in plans for b in plan["blocks"]}) if name in SUMMED]
         missing = [blocks for blocks in wanted if blocks not in known[name]]
         if missing:
             spans = [tuple(sorted(sites_of(blocks))) for blocks in missing]
@@ -184,7 +215,7 @@ def score_all(
         blocks = tuple(plan["blocks"])
         plan["scores"] = {
             name: sum(known[name][block,] for block in blocks) if name in SUMMED else known[name][blocks]
-            for name in SCORES
+            for name in names
         }
 
 

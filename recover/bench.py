@@ -52,11 +52,16 @@ class Bench:
 
     @cached_property
     def calibration(self) -> list[LongTensor]:
-        """The recipe's calibration samples in batches (B, T); none where nothing is calibrated."""
-        from recover.prune.calibrate import calibration_batches
+        """Samples of the given calibration text in batches (B, T); none where there is none, or only prompts to it."""
+        from recover.prune.calibrate import calibration_batches, read_texts
 
         leaf = getattr(self.recipe.prune, "calibration", None)
-        return calibration_batches(leaf, self.tokenizer, self.recipe.seed) if leaf else []
+        if leaf is None:
+            return []
+        if leaf.answer is not None:
+            read_texts(leaf)  # to refuse it now; the answers take the dense model
+            return []
+        return calibration_batches(leaf, self.tokenizer, self.recipe.seed)
 
     def dense(self) -> Twin:
         """The dense model alone: a twin whose two views are equal."""

@@ -11,7 +11,7 @@ from typing import Any
 from recover import dist, memory
 from recover.errors import PruneError, RecipeError, TrainingError
 from recover.estimate_cache import ELEMENT_BYTES, cache_bytes, refuse_cache
-from recover.estimate_depth import depth_warnings, refuse_depth, share_gone, share_unstored
+from recover.estimate_depth import depth_warnings, refuse_depth, search_flops, search_passes, share_gone, share_unstored
 from recover.models.load import Description
 from recover.recipe import Depth, Prune, PrunedText, Recipe, Recover, SparseGpt, Sparsity, Width
 
@@ -155,7 +155,9 @@ def estimate(recipe: Recipe, model: Description, rate: float) -> dict[str, Any]:
     backward (frozen weights have no gradient of their own).
     """
     stored = pruned = model.parameters
+    passes = search = 0
     if isinstance(recipe.prune, Depth):
+        passes, search = search_passes(recipe.prune, model), search_flops(recipe.prune, model)
         inside = model.parameters - model.embedding_parameters
         pruned -= share_gone(recipe.prune, model) * inside
         stored -= share_unstored(recipe.prune, model) * inside
@@ -171,6 +173,8 @@ def estimate(recipe: Recipe, model: Description, rate: float) -> dict[str, Any]:
         "file_bytes_dense": model.parameters * element,
         "file_bytes_pruned": round(stored * element),
         "teacher_tokens": tokens,
+        "search_passes": passes,
+        "search_seconds": search / (rate * STEP_EFFICIENCY),  # by one process
         "training_flops": flops,
         "training_seconds": seconds,
         "memory_bytes_per_process": memory.peak_bytes(model, _training(recipe, model)),

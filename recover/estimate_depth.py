@@ -8,9 +8,10 @@ from recover.models.load import Description
 from recover.models.pairing import pack_sites, zeroed_partners
 from recover.models.site import PARTS, sites_of
 from recover.prune.depth import check_sites
-from recover.prune.depth_search import named_sites
+from recover.prune.depth_search import CANDIDATES, named_sites, units_of
 from recover.prune.repair import refuse_norm_behind
 from recover.recipe import Depth
+from recover.recipe_prune import CLOSING
 
 DEPTH_WALL = 0.30  # share of the blocks' weights that a LoRA budget recovers (peers' figures, docs/theory.md)
 
@@ -45,6 +46,36 @@ def share_unstored(leaf: Depth, model: Description) -> float:
     if leaf.unit == "sublayer" and leaf.sites:
         return 1 - len(pack_sites(sites_of(range(model.blocks)) - named_sites(leaf))) / model.blocks
     return 0.0  # attention (MLP) alone: every MLP (attention) left needs a block; chosen sublayers: nobody knows yet
+
+
+def search_passes(leaf: Depth, model: Description) -> int:
+    """How many candidates a search closes, each for one pass of the calibration text; 0 without a search.
+
+    Exact for greedy (of pairs about), the most that a beam needs, and of exchanges the fewest: one turn of the members
+    that betters nothing.
+    """
+    if leaf.count is None or leaf.score not in CLOSING:
+        return 0
+    there = len(units_of(leaf.unit, model.blocks))
+    if leaf.contiguous:
+        return there - leaf.count + 1
+    if there >= CANDIDATES:
+        there = min(max(CANDIDATES, 2 * leaf.count), there)
+    if not leaf.rounds:
+        return there
+    drops = [there - gone for gone in range(leaf.count)]
+    exchanges = (leaf.count - 1) * (there - leaf.count) if leaf.swap else 0
+    return drops[0] + (leaf.beam or 1) * sum(drops[1:]) + exchanges
+
+
+def search_flops(leaf: Depth, model: Description) -> float:
+    """FLOP of a search: of each candidate half the blocks, as the blocks before it need not run, and the head twice."""
+    if leaf.calibration is None:
+        return 0.0
+    inside = model.parameters - model.embedding_parameters
+    head = model.vocabulary * model.width
+    tokens = leaf.calibration.samples * leaf.calibration.length
+    return search_passes(leaf, model) * tokens * 2 * (inside / 2 + 2 * head)
 
 
 def depth_warnings(leaf: Depth, model: Description) -> list[str]:

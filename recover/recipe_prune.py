@@ -9,11 +9,16 @@ from pydantic import Field, field_validator, model_validator
 
 from recover.leaf import Leaf
 
+CLOSING = ("kl", "variance", "perplexity")  # scores of depth pruning that are measured with the units really closed
 N_M = re.compile(r"([1-9]\d{0,3}):([1-9]\d{0,3})")
 
 
 class Calibration(Leaf):
-    """Text on which scores are measured: a JSONL (`text` column), a text file, or a hub data set."""
+    """Text on which scores are measured: a JSONL (`text` column), a text file, or a hub data set.
+
+    With `answer` each text is a prompt, and the dense model's own answer to it is measured on too. Prompts of the kind
+    that the recovered model is for choose better than text of another kind (docs/results.md).
+    """
 
     data: str
     split: str = Field(default="train", description="of a hub data set")
@@ -21,6 +26,9 @@ class Calibration(Leaf):
     samples: int = Field(default=64, ge=1, description="sequences of `length` tokens")
     length: int = Field(default=512, ge=8, description="tokens a sample, capped here and not by the model's context")
     batch_size: int = Field(default=8, ge=1)
+    answer: int | None = Field(
+        default=None, ge=1, description="most tokens that the dense model writes after each text, greedily; null: none"
+    )
 
 
 class Depth(Leaf):
@@ -43,6 +51,15 @@ class Depth(Leaf):
     contiguous: bool = Field(default=False, description="drop one run of neighbours")
     iterative: bool | None = Field(
         default=None, description="score anew after each drop; null: with kl, variance and perplexity"
+    )
+    beam: int | None = Field(
+        default=None,
+        ge=2,
+        description="sets carried from drop to drop, greedy's among them, at so many times the cost; null: that alone",
+    )
+    swap: bool = Field(
+        default=False,
+        description="after the drops, exchange one unit at a time for a better one until none lowers the score",
     )
     repair: Literal["none", "rescale", "linear"] = Field(
         default="none",
@@ -69,7 +86,21 @@ class Depth(Leaf):
             raise ValueError(f"'{listed}' must name at least one {what} and none twice, found {list(self.listed)}")
         if self.contiguous and self.iterative:
             raise ValueError("'contiguous' drops one run at once: there is no later round to be 'iterative' in")
+        self._refuse_search()
         return self
+
+    def _refuse_search(self) -> None:
+        """A search of sets needs a score of sets, and drops."""
+        asked = "swap" if self.swap else "beam"
+        if not (self.swap or self.beam):
+            return
+        if self.count is None or not self.rounds or self.score not in CLOSING:
+            raise ValueError(
+                f"'{asked}' compares whole sets: it needs a 'count', a score of {', '.join(CLOSING)}, "
+                "and drops one by one (without 'contiguous', nor 'iterative: false')"
+            )
+        if self.swap and self.unit == "pair":
+            raise ValueError("'swap' exchanges single units, and a pair may rest on others that are gone: give 'beam'")
 
     @property
     def listed(self) -> tuple[int, ...] | tuple[str, ...] | None:
@@ -86,7 +117,7 @@ class Depth(Leaf):
         """Whether what is left is scored anew after each drop."""
         if self.iterative is not None:
             return self.iterative
-        return self.score in ("kl", "variance", "perplexity") and not self.contiguous
+        return self.score in CLOSING and not self.contiguous
 
 
 class Sparsity(Leaf):

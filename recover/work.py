@@ -40,9 +40,13 @@ def plan(bench: Bench) -> None:
 
 def _plan_rows(figures: dict[str, Any]) -> list[list[str]]:
     cached = [["dense states on disk", f"at least {_bytes(figures['cache_bytes'])}", ""]]
+    passes, seconds = figures["search_passes"], figures["search_seconds"]
+    least = console.duration(seconds)
+    search = [["search for what goes", "", f"{passes:,} passes of calibration text, at least {least}"]]
     return [
         ["parameters", f"{figures['parameters_dense']:,}", f"{figures['parameters_pruned']:,}"],
         ["file", _bytes(figures["file_bytes_dense"]), _bytes(figures["file_bytes_pruned"])],
+        *(search if passes else []),
         ["teacher-scored tokens", "", f"{figures['teacher_tokens']:,}"],
         ["training time", "", f"at least {console.duration(figures['training_seconds'])}"],
         ["memory per process", "", f"about {_bytes(figures['memory_bytes_per_process'])}"],
@@ -69,12 +73,12 @@ def prune(bench: Bench) -> None:
 
 
 def _prune(bench: Bench) -> None:
+    from recover.calibration import calibration
     from recover.prune.methods import PRUNERS
     from recover.prune.parts import Parts
     from recover.prune.plan import save_plan
 
-    leaf, batches = bench.recipe.prune, bench.calibration
-    twin = bench.dense()
+    leaf, batches, twin = bench.recipe.prune, calibration(bench), bench.dense()
     parts = Parts(bench.directory.prune / "parts", _pruned_from(bench, twin, batches))
     plan, masks, weights = PRUNERS[leaf.kind](twin, leaf, batches, parts)
     save_plan(plan, masks, bench.directory.prune, weights)

@@ -69,6 +69,7 @@ FLOORS = {
     "recover.estimate_cache": 6,
     "recover.bench": 6,
     "recover.outcome": 6,
+    "recover.calibration": 6,
     "recover.work": 6,
     "recover.stages": 6,
     "recover.trial": 6,

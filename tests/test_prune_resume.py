@@ -41,6 +41,14 @@ KINDS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "sparsegpt": ({"kind": "sparsegpt", "sparsity": 0.5}, [f"block {n}" for n in range(4)]),
     "sparsegpt 2:4": ({"kind": "sparsegpt", "pattern": "2:4"}, [f"block {n}" for n in range(4)]),
     "depth": ({"kind": "depth", "count": 2}, ["round 1", "round 2"]),
+    "depth, swap": (
+        {"kind": "depth", "count": 2, "swap": True},
+        ["round 1", "round 2", "exchange 1", "exchange 2"],
+    ),
+    "depth, beam": (
+        {"kind": "depth", "count": 2, "beam": 2},
+        ["round 1", "round 2", "round 2, set 2"],
+    ),
     "depth, few candidates": ({"kind": "depth", "unit": "pair", "count": 2}, ["round 0", "round 1", "round 2"]),
 }
 
@@ -100,7 +108,7 @@ def decided(monkeypatch) -> list[str]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_between_any_two_parts_it_goes_on_to_the_same_bits(kind, tmp_path, monkeypatch, capsys):
     recipe, names = KINDS[kind]
-    if kind == "depth":
+    if kind in ("depth", "depth, swap", "depth, beam"):
         monkeypatch.setattr(depth_search, "CANDIDATES", 40)
     expected = prune(recipe, None)
     assert same(prune(recipe, tmp_path / "whole"), expected)

@@ -157,6 +157,24 @@ def test_a_search_over_blocks_has_one_lane_with_the_lowest_candidate() -> None:
     assert list(lanes) == ["block"] and lanes["block"][1] == {1: 1.01, 2: 1.02, 3: 1.03}
 
 
+def test_of_several_sets_that_are_carried_the_candidate_that_was_chosen_is_drawn() -> None:
+    parts = ["attention:3", "mlp:3"]
+    records = [
+        {
+            "round": 2,
+            "blocks": [3],
+            "parts": parts,
+            "score": score,
+            "by": "kl",
+            "chosen": beside == 2,
+            "beside": [where],
+        }
+        for beside, score in ((1, 0.25), (2, 0.5), (4, 0.125))
+        for where in [f"mlp:{beside}"]
+    ]
+    assert figures_plan._lanes({"scores": records})["block"] == {2: {3: 0.5}}
+
+
 # The page in short, and the forecast.
 
 

@@ -247,11 +247,19 @@ class _Recorder:
                 self.step()
         except RuntimeError as error:
             torch.cuda.synchronize()
+            _end_recording_of_draws()
             console.warn(f"decoding goes on without a CUDA graph, several times slower: {str(error).splitlines()[0]}")
             self.records = False
             return
         self.graphs[visible] = graph
 
     def forget(self) -> None:
-        """The rows have moved: record again."""
+        """The rows have moved: record again, in new memory: a pool that no graph uses any more may not be used again."""
         self.graphs.clear()
+        self.pool = None
+
+
+def _end_recording_of_draws() -> None:
+    """A recording that failed leaves the random numbers' state as if it still ran, and every draw would be an error."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(generator.clone_state())

@@ -6,7 +6,8 @@ Shapes: B batch, T tokens.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,21 +22,24 @@ from recover.recipe import Calibration, local_path
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+FEWEST, MOST = 8, 256  # prompts that are answered at once
 
-def calibration_batches(leaf: Calibration, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[LongTensor]:
+Write = Callable[[list[str]], list[list[int]]]  # prompts -> the ids of each with its answer
+
+
+def calibration_batches(
+    leaf: Calibration, tokenizer: PreTrainedTokenizerBase, seed: int, write: Write | None = None
+) -> list[LongTensor]:
     """Up to `leaf.samples` samples of `leaf.length` tokens, in batches (B, T); the same seed gives the same ones.
 
     Documents are shuffled, joined by EOS and cut; every sample starts with BOS where the tokenizer puts one (models
-    trained with a BOS have unlike activations without). Warns when the text gives fewer samples; raises DataError when
-    it is shorter than one sample.
+    trained with a BOS have unlike activations without). With `leaf.answer` a document is a prompt and its answer by
+    `write`. Warns when the text gives fewer samples; raises DataError when it is shorter than one sample.
     """
+    assert (leaf.answer is None) == (write is None), "answers are asked for, and nothing writes them"
     bos = _bos(tokenizer)
     body = leaf.length - len(bos)
-    ids: list[int] = []
-    for text in _shuffled(read_texts(leaf), seed):
-        ids += _tokens(tokenizer, text)
-        if len(ids) >= leaf.samples * body:
-            break
+    ids = _joined(leaf, tokenizer, seed, leaf.samples * body, write)
     count = min(leaf.samples, len(ids) // body)
     found = f"calibration.data {leaf.data}: {len(ids):,} tokens in all"
     if count == 0:
@@ -44,6 +48,26 @@ def calibration_batches(leaf: Calibration, tokenizer: PreTrainedTokenizerBase, s
         console.warn(f"{found}: {count} samples of {leaf.length} and not calibration.samples: {leaf.samples}")
     samples = torch.tensor([bos + ids[i * body : (i + 1) * body] for i in range(count)], dtype=torch.long)
     return list(samples.split(leaf.batch_size))  # type: ignore[arg-type]
+
+
+def _joined(
+    leaf: Calibration, tokenizer: PreTrainedTokenizerBase, seed: int, wanted: int, write: Write | None
+) -> list[int]:
+    """The documents one after the other, until there are `wanted` ids or no more documents."""
+    ids: list[int] = []
+    texts = _shuffled(read_texts(leaf), seed)
+    while len(ids) < wanted:
+        if write is None or leaf.answer is None:
+            rows = [_tokens(tokenizer, text) for text in islice(texts, 1)]
+        else:
+            # As many as would do if every answer were of full length: more would be written for nothing.
+            some = min(max(FEWEST, (wanted - len(ids)) // leaf.answer), MOST)
+            prompts = list(islice(texts, some))
+            rows = [_ended(tokenizer, row) for row in write(prompts)] if prompts else []
+        if not rows:
+            break
+        ids += chain.from_iterable(rows)
+    return ids
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -56,8 +80,12 @@ def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     # verbose=False: a document longer than the context is no mistake here, it is cut into samples
     ids: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return _ended(tokenizer, [*ids])
+
+
+def _ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     eos: Any = tokenizer.eos_token_id
-    return [*ids] if eos is None else [*ids, eos]
+    return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]  # what a model wrote may hold it already
 
 
 def _shuffled(texts: Sequence[str], seed: int) -> Iterator[str]:
@@ -136,4 +164,5 @@ def calibration_record(leaf: Calibration | None, batches: Sequence[Tensor]) -> d
     if leaf is None:
         return {}
     samples = sum(len(ids_BT) for ids_BT in batches)
-    return {"data": leaf.data, "samples": samples, "tokens": sum(ids_BT.numel() for ids_BT in batches)}
+    record = {"data": leaf.data, "samples": samples, "tokens": sum(ids_BT.numel() for ids_BT in batches)}
+    return record | ({"answer": leaf.answer} if leaf.answer else {})

@@ -15,7 +15,8 @@ from recover.errors import PruneError
 from recover.models.arch import arch_of, blocks_of, part_of
 from recover.models.site import PARTS, Site, whole_blocks
 from recover.prune.calibrate import calibration_record, check_context
-from recover.prune.depth_search import NAMES, Choice, choose, most_units, named_sites
+from recover.prune.depth_records import Choice
+from recover.prune.depth_search import NAMES, choose, most_units, named_sites
 from recover.prune.parts import NOWHERE, Parts
 from recover.prune.plan import Plan, Pruned
 from recover.prune.repair import refuse_repair, repaired
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
 def prune_depth(twin: Twin, leaf: Depth, batches: list[LongTensor], parts: Parts = NOWHERE) -> Pruned:
     """The plan that drops what `leaf` lists, or the `leaf.count` units that matter least by `leaf.score`; no masks.
 
-    Every candidate of every round is in `plan.scores`: `{round, blocks, parts, score, by, chosen}`. With `leaf.repair`,
-    the weights before each cut are rewritten if that brings the logits nearer to the dense ones (`plan.repair`).
+    Every candidate of every round is in `plan.scores`: `{round, blocks, parts, score, by, chosen}`, and with `beam` or
+    `swap` also `beside`, what was closed with it. With `leaf.repair`, the weights before each cut are rewritten
+    if that brings the logits nearer to the dense ones (`plan.repair`).
 
     Raises PruneError for a drop of everything, of the attention of block 0, of a block that is not there, for a drop
     that changes no logit, and for a repair that this model or so little text does not allow.

@@ -1,21 +1,22 @@
-"""Which sites go: candidates, rounds, and the records of both that a plan keeps."""
+"""Which sites go: the candidates, and the search among them by the recipe's score."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from torch import LongTensor
 
 from recover.errors import PruneError
 from recover.models.arch import blocks_of
 from recover.models.site import PARTS, Site, sites_of
+from recover.prune.depth_records import Choice, chosen_of, lowest, marked, record_of
 from recover.prune.depth_scores import Score, Span, score_of
+from recover.prune.depth_sets import SetSearch
 from recover.prune.pairs import lowest_apart, pairs_of
 from recover.prune.parts import NOWHERE, Part, Parts
 from recover.recipe import Depth
+from recover.recipe_prune import CLOSING
 
 if TYPE_CHECKING:
     from recover.models.twin import Twin
@@ -24,14 +25,6 @@ if TYPE_CHECKING:
 # only so many candidates, those of lowest block influence, are run (or twice the count, if that is more).
 CANDIDATES = 40
 NAMES = {"block": "blocks", "attention": "attentions", "mlp": "MLPs", "sublayer": "sublayers", "pair": "pairs"}
-CLOSING = ("kl", "variance", "perplexity")
-
-
-class Choice(NamedTuple):
-    """What goes, and every candidate of every round: `{round, blocks, parts, score, by, chosen}`."""
-
-    sites: frozenset[Site]
-    scores: list[dict[str, Any]]
 
 
 def units_of(unit: str, blocks: int) -> list[Span]:
@@ -78,7 +71,7 @@ def choose(twin: Twin, leaf: Depth, batches: list[LongTensor], parts: Parts = NO
         units, before = _least_influence(twin, units, pool, batches, parts)
     score = score_of(twin, leaf.score, batches)
     if leaf.rounds:
-        return _greedy(twin, score, leaf, units, before, parts)
+        return SetSearch(score, leaf, partial(_left, twin, leaf, units), parts, list(before)).run()
     return _once(score, leaf, units, leaf.count, before)
 
 
@@ -98,45 +91,23 @@ def _least_influence(
 
     def influence() -> Part:
         values = score_of(twin, "block_influence", batches)(units, frozenset(), f"influence of {len(units)} candidates")
-        records = [_record(0, unit, value, "block_influence") for unit, value in zip(units, values, strict=True)]
-        _lowest(records, pool)
+        records = [record_of(0, unit, value, "block_influence") for unit, value in zip(units, values, strict=True)]
+        lowest(records, pool)
         return Part(records)
 
     records = parts.once("round 0", influence).value
-    return [units[index] for index in _chosen(records)], records
+    return [units[index] for index in chosen_of(records)], records
 
 
 def _once(score: Score, leaf: Depth, spans: list[Span], count: int, before: list[dict[str, Any]]) -> Choice:
     """The `count` spans of lowest score, each scored alone."""
     values = score(spans, frozenset(), f"{leaf.score} of {len(spans)} candidates")
-    records = [_record(1, span, value, leaf.score) for span, value in zip(spans, values, strict=True)]
+    records = [record_of(1, span, value, leaf.score) for span, value in zip(spans, values, strict=True)]
     if leaf.unit == "pair" and count > 1:
-        kept = _marked(records, lowest_apart(spans, values, count))
+        kept = marked(records, lowest_apart(spans, values, count))
     else:
-        kept = _lowest(records, count)
+        kept = lowest(records, count)
     return Choice(frozenset(site for index in kept for site in spans[index]), before + records)
-
-
-def _greedy(
-    twin: Twin, score: Score, leaf: Depth, units: list[Span], records: list[dict[str, Any]], parts: Parts
-) -> Choice:
-    """Close the unit of lowest score on top of those already closed, `leaf.count` times."""
-    assert leaf.count is not None
-    closed: frozenset[Site] = frozenset()
-    for number in range(1, leaf.count + 1):
-        tried = _left(twin, leaf, units, closed)
-        found = parts.once(f"round {number}", partial(_round, score, leaf, tried, closed, number)).value
-        closed |= frozenset(tried[_chosen(found)[0]])
-        records = records + found
-    return Choice(closed, records)
-
-
-def _round(score: Score, leaf: Depth, tried: list[Span], closed: frozenset[Site], number: int) -> Part:
-    """The records of one drop, its choice marked."""
-    values = score(tried, closed, f"drop {number} of {leaf.count}")
-    records = [_record(number, unit, value, leaf.score) for unit, value in zip(tried, values, strict=True)]
-    _lowest(records, 1)
-    return Part(records)
 
 
 def _left(twin: Twin, leaf: Depth, units: list[Span], closed: frozenset[Site]) -> list[Span]:
@@ -150,28 +121,3 @@ def _left(twin: Twin, leaf: Depth, units: list[Span], closed: frozenset[Site]) -
     there, dense = set(units), set(pairs_of(blocks))
     left = pairs_of(blocks, closed)
     return [pair for pair in left if pair in there or pair not in dense] or left
-
-
-def _record(number: int, span: Span, score: float, by: str) -> dict[str, Any]:
-    blocks, parts = list(dict.fromkeys(site.block for site in span)), [str(site) for site in span]
-    if not math.isfinite(score):
-        where = f"prune: the {by} score of blocks {blocks} ({', '.join(parts)}) is {score}"
-        raise PruneError(f"{where}. Check the weights, or use model.dtype: float32")
-    return {"round": number, "blocks": blocks, "parts": parts, "score": score, "by": by, "chosen": False}
-
-
-def _lowest(records: Sequence[dict[str, Any]], count: int) -> list[int]:
-    """Mark the `count` records of lowest score as chosen (on ties the first); their indices, ascending."""
-    lowest = sorted(range(len(records)), key=lambda index: records[index]["score"])[:count]
-    return _marked(records, sorted(lowest))
-
-
-def _marked(records: Sequence[dict[str, Any]], chosen: list[int]) -> list[int]:
-    for index in chosen:
-        records[index]["chosen"] = True
-    return chosen
-
-
-def _chosen(records: Sequence[dict[str, Any]]) -> list[int]:
-    """Indices of the records that are marked, ascending."""
-    return [index for index, record in enumerate(records) if record["chosen"]]

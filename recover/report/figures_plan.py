@@ -39,7 +39,10 @@ def _lane(record: dict[str, Any]) -> str:
 
 
 def _lanes(plan: dict[str, Any]) -> dict[str, Rounds]:
-    """Lane -> rounds, the lowest score of a block's candidates. A candidate of several blocks counts at its first."""
+    """Lane -> rounds, the lowest score of a block's candidates. A candidate of several blocks counts at its first.
+
+    In a search that carries several sets a block has a candidate on top of each: the one that was chosen is shown.
+    """
     found: dict[str, Rounds] = {}
     for record in plan.get("scores") or ():
         score = words.finite(record.get("score"))
@@ -47,6 +50,8 @@ def _lanes(plan: dict[str, Any]) -> dict[str, Rounds]:
             scores = found.setdefault(_lane(record), {}).setdefault(record["round"], {})
             block = record["blocks"][0]
             scores[block] = min(score, scores.get(block, score))
+    for record in [record for record in plan.get("scores") or () if record.get("chosen") and record.get("beside")]:
+        found[_lane(record)][record["round"]][record["blocks"][0]] = record["score"]
     return {lane: found[lane] for lane in LANES if lane in found}
 
 
