@@ -1,14 +1,18 @@
-"""Pruning a model that stays in main memory while an accelerator works on one block of it at a time."""
+"""What only an accelerator shows: pruning a model that stays in main memory, and writing by recorded steps."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from recover import console
+from recover.measure.decode import _end_recording_of_draws, write
+from recover.measure.generate import plain
 from recover.models.twin import Twin
 from recover.prune.methods import PRUNERS
 from recover.prune.plan import Plan
-from recover.recipe import Calibration, SparseGpt, Wanda
+from recover.recipe import Calibration, Sampling, SparseGpt, Wanda
+from tests.test_decode import ending_at, prompts, texts
 from tests.tiny import ids, tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no accelerator")
@@ -43,3 +47,22 @@ def test_a_model_in_main_memory_is_pruned_as_one_on_the_accelerator(leaf):
         assert weight_OI.device.type == "cpu"
         # where a near tie turned, whole rows make up for another weight: so the middle, not the largest difference
         assert (weight_OI - there.weights[name]).abs().median() < 1e-5
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=1.0)], ids=["greedy", "drawn"])
+def test_writing_records_its_steps_anew_when_rows_are_given_up(monkeypatch, sampling):
+    """Most rows end early, so steps are recorded for fewer rows; a recording that fails would only warn."""
+    monkeypatch.setattr(console, "warn", pytest.fail)
+    model, asked = ending_at(4.0).cuda(), prompts(96)
+    found = texts(write, model, asked, limit=60, rows=96, sampling=sampling)
+    assert len({len(written) for written in found.values()}) > 5
+    if sampling is None:
+        assert found == texts(plain, model, asked, limit=60, rows=96)
+
+
+def test_draws_go_on_behind_a_recording_that_failed():
+    torch.cuda.manual_seed(3)
+    expected = torch.rand(4, device="cuda")
+    torch.cuda.manual_seed(3)
+    _end_recording_of_draws()
+    assert torch.equal(torch.rand(4, device="cuda"), expected)

@@ -254,7 +254,7 @@ class _Recorder:
         self.graphs[visible] = graph
 
     def forget(self) -> None:
-        """The rows have moved: record again, in new memory: a pool that no graph uses any more may not be used again."""
+        """The rows have moved: record again. In new memory, as a pool that no graph uses may not be used again."""
         self.graphs.clear()
         self.pool = None
 
