@@ -53,7 +53,7 @@ def test_a_model_in_main_memory_is_pruned_as_one_on_the_accelerator(leaf):
 def test_writing_records_its_steps_anew_when_rows_are_given_up(monkeypatch, sampling):
     """Most rows end early, so steps are recorded for fewer rows; a recording that fails would only warn."""
     monkeypatch.setattr(console, "warn", pytest.fail)
-    model, asked = ending_at(4.0).cuda(), prompts(96)
+    model, asked = ending_at(2.0).cuda(), prompts(96)
     found = texts(write, model, asked, limit=60, rows=96, sampling=sampling)
     assert len({len(written) for written in found.values()}) > 5
     if sampling is None:

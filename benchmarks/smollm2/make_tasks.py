@@ -3,7 +3,7 @@
     python benchmarks/smollm2/make_tasks.py
 
 Held out for measurement: sums.jsonl, facts.jsonl, arc_easy.jsonl, text.jsonl, passages.jsonl. For pruning and recovery:
-calibration.jsonl, sums_prompts.jsonl, broad_prompts.jsonl. No article, question or pair of numbers is on both sides.
+calibration.jsonl, sums_prompts.jsonl, broad_prompts.jsonl, and both as prompts.jsonl. No article, question or pair of numbers is on both sides.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def main() -> None:
     out = parser.parse_args().out
     _write(out / "sums.jsonl", make_sums(HELD_OUT_SUMS, held_out=True, seed=0))
     prompts = make_sums(TRAINING_SUMS, held_out=False, seed=1)
-    _write(out / "sums_prompts.jsonl", ({"prompt": row["question"]} for row in prompts))
+    asked = [{"prompt": row["question"]} for row in prompts]
+    _write(out / "sums_prompts.jsonl", asked)
     _write(out / "facts.jsonl", make_facts())
     _write(out / "arc_easy.jsonl", _arc_easy(out / "raw" / "arc_easy_requests.jsonl.gz"))
     articles = _articles(out / "raw" / "summaries_en-us.json.gz")
@@ -62,7 +63,9 @@ def main() -> None:
     _write(out / "text.jsonl", held_out)
     _write(out / "passages.jsonl", _passages(held_out))
     _write(out / "calibration.jsonl", rest[:CALIBRATION_TEXTS])
-    _write(out / "broad_prompts.jsonl", _broad_prompts(rest[CALIBRATION_TEXTS:]))
+    broad = _broad_prompts(rest[CALIBRATION_TEXTS:])
+    _write(out / "broad_prompts.jsonl", broad)
+    _write(out / "prompts.jsonl", [*broad, *asked])
 
 
 def _arc_easy(path: Path) -> list[Row]:
