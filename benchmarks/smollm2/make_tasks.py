@@ -3,7 +3,8 @@
     python benchmarks/smollm2/make_tasks.py
 
 Held out for measurement: sums.jsonl, facts.jsonl, arc_easy.jsonl, text.jsonl, passages.jsonl. For pruning and recovery:
-calibration.jsonl, sums_prompts.jsonl, broad_prompts.jsonl, and both as prompts.jsonl. No article, question or pair of numbers is on both sides.
+calibration.jsonl, sums_prompts.jsonl, broad_prompts.jsonl, and both as prompts.jsonl. No article, question or pair of
+numbers is on both sides.
 """
 
 from __future__ import annotations
