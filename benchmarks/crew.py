@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 Row = dict[str, Any]
+GRACE_SECONDS = 5  # to end by itself
 
 
 class Task(Protocol):
@@ -100,10 +101,16 @@ class Crew:
         return rows
 
     def _stop(self) -> None:
-        for process in self.workers.values():
+        """A training that is asked to end does so between two steps, and its worker then finds that nobody listens."""
+        for connection, process in self.workers.items():
+            connection.close()
             process.terminate()
+        until = time.monotonic() + GRACE_SECONDS
         for process in self.workers.values():
-            process.join(10)
+            process.join(max(0.0, until - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join()
 
 
 def worker(
@@ -114,11 +121,7 @@ def worker(
     sys.stdout = sys.stderr = log
     at_work = bench(options)
     connection.send(([], None))
-    while True:
-        try:
-            task = connection.recv()
-        except EOFError:
-            return
+    while (task := _next_of(connection)) is not None:
         started = time.monotonic()
         try:
             found: tuple[list[Row], str | None] = at_work.do(task), None
@@ -127,7 +130,18 @@ def worker(
             found = [], f"{type(error).__name__}: {str(error)[:300]}"
         print(f"{task} took {time.monotonic() - started:.1f} s", flush=True)
         _clear()
-        connection.send(found)
+        try:
+            connection.send(found)
+        except OSError:
+            return
+
+
+def _next_of(connection: Connection) -> Any:
+    """The next task; None where nobody is left to send one."""
+    try:
+        return connection.recv()
+    except (EOFError, OSError):
+        return None
 
 
 def _clear() -> None:

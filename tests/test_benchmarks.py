@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import signal
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,6 +144,9 @@ class Counting:
             raise ValueError("what was wrong")
         if task.name == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if task.name == "deaf":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(60)
         before = self.done.read_text().split() if self.done.exists() else []
         with self.done.open("a") as file:
             file.write(task.name + "\n")
@@ -171,6 +175,19 @@ def test_a_crew_keeps_to_what_tasks_need_and_outlives_what_fails(options, capsys
     assert set(last["before"]) == {"first", "second"}
     said = capsys.readouterr().out
     assert "ValueError: what was wrong" in said and "exit code -9" in said and "1 tasks not done, 2 failed" in said
+
+
+def test_a_crew_ends_in_time_whatever_its_workers_do(options, monkeypatch, capsys):
+    import crew
+
+    monkeypatch.setattr(crew, "GRACE_SECONDS", 0.2)
+    options.jobs = 1
+    rows = []
+    crew_of_one = crew.Crew(Counting, options, [Piece("first"), Piece("deaf")])
+    processes = list(crew_of_one.workers.values())
+    crew_of_one.run(4, rows.append)
+    assert [row["name"] for row in rows] == ["first"] and not any(process.is_alive() for process in processes)
+    assert "1 tasks not done" in capsys.readouterr().out
 
 
 def test_rows_at_equal_time_wait_for_those_they_take_as_long_as(options):
