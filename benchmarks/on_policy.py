@@ -2,16 +2,17 @@
 
     python benchmarks/on_policy.py recipes/quickstart.yaml --out checkpoints/on_policy --tokens 60000 --seeds 0 1 2
     python benchmarks/on_policy.py recipes/smollm2-135m-drop3.yaml --out checkpoints/on_policy --tokens 150000 \\
-        --seconds 110 --set measure.limit=200         # one GPU, after benchmarks/smollm2/fetch.py and make_tasks.py
+        --jobs 6 --seeds 0 1 --set measure.limit=200  # one GPU, after benchmarks/smollm2/fetch.py and make_tasks.py
 
 One pruning for all rows; each row is one recovery of the recipe, one epoch, from the same start. An arm `0.5,16,0.2`:
 half of every source of kind `dense` becomes kind `pruned` with the same prompts (drawn at --temperature), written every
 16 steps, after a fifth of the steps. `off-policy, drawn` is the control: the dense model's text drawn at the same
 temperature, where the recipe has another. After these, at equal tokens, come both kinds of the dense model's text at so
 many tokens that they take as long as each arm. Time is that of writing and training, without measuring: seconds of the
-processor on a CPU (which others may share), of the clock on a GPU. `agreement` is the mean share of greedily written
-tokens that are the dense model's. `against off-policy`: generation, item by item, means over seeds; its 95% interval is
-over items, not over seeds. Several folders that hold rows are joined with --join.
+processor on a CPU (which others may share), of the clock on a GPU: there, with --jobs, of a GPU that others share, so
+take as many jobs as there are rows that need no other's seconds, and all of them run beside as many. `agreement` is the
+mean share of greedily written tokens that are the dense model's. `against off-policy`: generation, item by item, means
+over seeds; its 95% interval is over items, not over seeds. Several folders that hold rows are joined with --join.
 """
 
 from __future__ import annotations
@@ -23,13 +24,17 @@ import shutil
 import time
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from crew import Crew, Row
+from quality_work import at_most
 
+from recover.artifacts import write_json
 from recover.measure.score import interval95
 from recover.measure.tasks import load_task, measure
 from recover.models.load import load_model, load_tokenizer, ready
+from recover.models.source import locate
 from recover.models.twin import Twin
 from recover.prune.calibrate import calibration_batches
 from recover.prune.methods import PRUNERS
@@ -37,6 +42,7 @@ from recover.prune.plan import Plan, load_plan, save_plan
 from recover.recipe import DenseText, Recipe, Recover, load_recipe
 from recover.train.trainer import recover
 
+EQUAL_TIME = "equal time: "
 COLUMNS = ("generation", "choice", "perplexity", "agreement")
 
 
@@ -49,43 +55,79 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=["0.5"], metavar="SHARE[,EVERY[,START]]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--temperature", type=float, default=1.0, help="of the pruned model's text (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after this")
+    parser.add_argument("--jobs", type=int, default=1, help="workers that share the machine (%(default)s)")
+    parser.add_argument("--texts-at-once", type=int, default=768, help="that a model writes (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="leave nothing running after this")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="recipe fields of every row")
     options = parser.parse_args()
-    began = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.join:
         rows = [row for folder in options.join for row in json.loads((folder / "on_policy.json").read_text())]
         rows = [row for number, row in enumerate(rows) if row not in rows[:number]]  # dense and pruned are in each
         return _finish(rows, options.out)
-    fields = [f"recover.tokens={options.tokens}", "recover.epochs=1", *options.set]
-    rows: list[dict[str, Any]] = []
-    trial = Trial(load_recipe(options.recipe, fields), options.out)
-    rows.append({"row": "dense", **trial.dense_figures})
-    rows.append({"row": "pruned", **trial.measured(trial.twin())})
-    for seed in options.seeds:
-        for name, leaf in _rows(trial.recipe.recover, options.arms, options.temperature):
-            if time.monotonic() - began > options.seconds:
-                continue
-            if name.startswith("equal time"):
-                took = {row["row"]: row["seconds"] for row in rows if row.get("seed") == seed}
-                text, arm = name.removeprefix("equal time: ").split(" as long as ")
-                if not {text, arm} <= set(took):
-                    continue
-                leaf = leaf.model_copy(update={"tokens": round(options.tokens * took[arm] / took[text])})
-            rows.append({"row": name, "seed": seed, **trial.recovered(leaf, seed)})
-            (options.out / "on_policy.json").write_text(json.dumps(rows, indent=1))
-            print(json.dumps(rows[-1]), flush=True)
+    rows: list[Row] = []
+    keep_rows(options.out, rows)
+
+    def keep(row: Row) -> None:
+        rows.append(row)
+        keep_rows(options.out, rows)
+        print(json.dumps(row), flush=True)
+
+    recipe = recipe_for(options)
+    locate(recipe.model)  # a GGUF file is converted by one process, not by all
+    Crew(Trial, options, tasks_for(recipe.recover, options)).run(options.seconds, keep)
     _finish(rows, options.out)
 
 
-def _finish(rows: list[dict[str, Any]], out: Path) -> None:
+def recipe_for(options: argparse.Namespace) -> Recipe:
+    recipe = load_recipe(options.recipe, [f"recover.tokens={options.tokens}", "recover.epochs=1", *options.set])
+    return recipe.model_copy(update={"recover": at_most(recipe.recover, options.texts_at_once)})
+
+
+def keep_rows(out: Path, rows: list[Row]) -> None:
+    """Where a worker reads how long others took: whole at each moment."""
+    write_json(out / "on_policy.json", rows)
+
+
+class Task(NamedTuple):
+    """The plan with what needs no training, or the row of this name and seed."""
+
+    row: str
+    seed: int = 0
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return (self.row, self.seed)
+
+    @property
+    def as_long_as(self) -> tuple[str, str] | None:
+        """Of a row at equal time: whose text it is, and the row that it is to take as long as."""
+        if not self.row.startswith(EQUAL_TIME):
+            return None
+        text, arm = self.row.removeprefix(EQUAL_TIME).split(" as long as ")
+        return text, arm
+
+    @property
+    def needs(self) -> set[tuple[str, int]]:
+        return set() if self == PLAN else {PLAN.key, *((row, self.seed) for row in self.as_long_as or ())}
+
+
+PLAN = Task("plan")
+
+
+def tasks_for(leaf: Recover, options: argparse.Namespace) -> list[Task]:
+    """Seed by seed; workers that would wait for rows to take as long as begin with the next seed."""
+    names = list(_rows(leaf, options.arms, options.temperature))
+    return [PLAN, *(Task(name, seed) for seed in options.seeds for name in names)]
+
+
+def _finish(rows: list[Row], out: Path) -> None:
     table = markdown(rows)
     (out / "on_policy.md").write_text(table)
     print(table)
 
 
-def _rows(leaf: Recover, arms: list[str], temperature: float) -> list[tuple[str, Recover]]:
+def _rows(leaf: Recover, arms: list[str], temperature: float) -> dict[str, Recover]:
     """Name and leaf of the rows of one seed; those of equal time have their tokens still to be set."""
     off = {"off-policy": leaf}
     drawn = [
@@ -95,8 +137,8 @@ def _rows(leaf: Recover, arms: list[str], temperature: float) -> list[tuple[str,
     if drawn != list(leaf.data):
         off["off-policy, drawn"] = leaf.model_copy(update={"data": tuple(drawn)})
     on = {f"on-policy {arm}": on_policy(leaf, arm, temperature) for arm in arms}
-    rows = [*off.items(), *on.items()]
-    return rows + [(f"equal time: {text} as long as {arm}", dense) for arm in on for text, dense in off.items()]
+    equal = {f"{EQUAL_TIME}{text} as long as {arm}": dense for arm in on for text, dense in off.items()}
+    return off | on | equal
 
 
 def on_policy(leaf: Recover, arm: str, temperature: float) -> Recover:
@@ -117,29 +159,46 @@ def on_policy(leaf: Recover, arm: str, temperature: float) -> Recover:
 class Trial:
     """The dense model, its pruning, and what every row is measured with."""
 
-    def __init__(self, recipe: Recipe, out: Path) -> None:
-        self.recipe, self.out = recipe, out
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.out = options, options.out
+        self.recipe = recipe = recipe_for(options)
         self.measured_by = recipe.measure.model_copy(update={"samples": 10**9, "sampling": None})  # each item's answer
         self.tokenizer = load_tokenizer(recipe.model)
         self.model = ready(load_model(recipe.model))
         self.tasks = [load_task(source) for source in recipe.measure.tasks]
-        dense = Twin(copy.deepcopy(self.model), Plan.none(self.model.config.num_hidden_layers))
         self.reference: Any = None
-        self.dense_figures, self.reference = self._measure(dense)
-        if not (out / "prune" / "plan.json").exists():
-            leaf = recipe.prune
+        self.dense_figures, self.reference = self._measure(self._dense())
+
+    def do(self, task: Task) -> list[Row]:
+        if task == PLAN:
+            self._plan()
+            return [{"row": "dense", **self.dense_figures}, {"row": "pruned", **self.measured(self.twin())}]
+        leaf = _rows(self.recipe.recover, self.options.arms, self.options.temperature)[task.row]
+        if task.as_long_as is not None:
+            rows = json.loads((self.out / "on_policy.json").read_text())
+            took = {row["row"]: row["seconds"] for row in rows if row.get("seed") == task.seed}
+            text, arm = task.as_long_as
+            leaf = leaf.model_copy(update={"tokens": round(leaf.tokens * took[arm] / took[text])})
+        return [{"row": task.row, "seed": task.seed, **self.recovered(leaf, task)}]
+
+    def _dense(self) -> Twin:
+        return Twin(copy.deepcopy(self.model), Plan.none(self.model.config.num_hidden_layers))
+
+    def _plan(self) -> None:
+        leaf, folder = self.recipe.prune, self.out / "prune"
+        if not (folder / "plan.json").exists():
             calibration = getattr(leaf, "calibration", None)
-            batches = calibration_batches(calibration, self.tokenizer, recipe.seed) if calibration else []
-            plan, masks, weights = PRUNERS[leaf.kind](dense, leaf, batches)
-            save_plan(plan, masks, out / "prune", weights)
+            batches = calibration_batches(calibration, self.tokenizer, self.recipe.seed) if calibration else []
+            plan, masks, weights = PRUNERS[leaf.kind](self._dense(), leaf, batches)
+            save_plan(plan, masks, folder, weights)
 
     def twin(self) -> Twin:
         """The pruned model without adapters, as every row begins."""
         return Twin(copy.deepcopy(self.model), *load_plan(self.out / "prune"))
 
-    def recovered(self, leaf: Recover, seed: int) -> dict[str, Any]:
+    def recovered(self, leaf: Recover, task: Task) -> dict[str, Any]:
         """Figures after one recovery: its quality, teacher tokens and time."""
-        twin, folder, context = self.twin(), self.out / "training", {}
+        twin, folder, context = self.twin(), self.out / "training" / f"{task.row}, seed {task.seed}", {}
         shutil.rmtree(folder, ignore_errors=True)
         ended = []
 
@@ -148,7 +207,7 @@ class Trial:
             context.update(found)
 
         started = clock()
-        recover(twin, self.tokenizer, leaf, folder, after_epoch, seed)
+        recover(twin, self.tokenizer, leaf, folder, after_epoch, task.seed)
         written = [json.loads(path.read_text()) for path in folder.glob("pruned_text/*.json")]
         return {
             **self.measured(twin),

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+from crew import Row
+
 Figure = tuple[Callable[[Row], float | None], str, bool]  # where it stands, its format, whether more is better
 
 FIGURES: dict[str, Figure] = {
@@ -26,13 +27,13 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def markdown(rows: Sequence[Row], variants: Sequence[str]) -> str:
-    """Mean over seeds and standard deviation; then differences to the first variant, seed by seed."""
+    """Mean over seeds and standard deviation; then differences to the first variant, seed by seed, on the same text."""
     if not rows:
         return "no rows yet\n"
     by_name = {name: [row for row in rows if row["variant"] == name] for name in ["dense", "pruned", *variants]}
     by_name = {name: found for name, found in by_name.items() if found}
     figures = FIGURES | {name: _task(name) for name in rows[0]["tasks"] if _adds(name, rows)}
-    default = {row["seed"]: row for row in by_name.get(variants[0], [])}
+    default = by_name.get(variants[0], [])
     return "\n".join([*_means(by_name, figures), "", *_differences(by_name, figures, default, variants)]) + "\n"
 
 
@@ -70,21 +71,30 @@ def _spread(values: Sequence[float], form: str) -> str:
 
 
 def _differences(
-    by_name: dict[str, list[Row]], figures: dict[str, Any], default: dict[int, Row], variants: Sequence[str]
+    by_name: dict[str, list[Row]], figures: dict[str, Any], default: Sequence[Row], variants: Sequence[str]
 ) -> list[str]:
     """Per variant: mean [least, most] over the seeds it shares with the default, and on how many seeds it is better."""
     lines = [
-        f"Difference to `{variants[0]}` of the same seed, mean [least, most], and on how many seeds it is better:",
+        f"Difference to `{variants[0]}` of the same seed and text, mean [least, most], and how often it is better:",
         "",
         f"| variant | {' | '.join(figures)} |",
         "|---|" + "---:|" * len(figures),
     ]
     for name in variants[1:]:
-        pairs = [(row, default[row["seed"]]) for row in by_name.get(name, []) if row["seed"] in default]
+        pairs = [(row, other) for row in by_name.get(name, []) if (other := _like(row, default)) is not None]
         if pairs:
             cells = [_difference(pairs, *figure) for figure in figures.values()]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
+
+
+def _like(row: Row, default: Sequence[Row]) -> Row | None:
+    """Of the default's rows the one of the same seed that learnt from the same text; given text is every seed's."""
+    return next((other for other in default if other["seed"] == row["seed"] and _may_pair(row, other)), None)
+
+
+def _may_pair(row: Row, other: Row) -> bool:
+    return row.get("text") in (None, other.get("text"))
 
 
 def _difference(pairs: Sequence[tuple[Row, Row]], read: Callable[[Row], float | None], form: str, more: bool) -> str:

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
+import hashlib
 import json
 import shutil
 import sys
-import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from recover.recipe import Data, GivenText, Recipe, load_recipe
+from crew import Row
+
+from recover.recipe import DenseText, PrunedText, Recipe, Recover, load_recipe
 
 if TYPE_CHECKING:
     from recover.models.twin import Twin
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,11 @@ def loss(**weights: float) -> tuple[str, ...]:
     return tuple(f"recover.loss.{name}={weight}" for name, weight in {"kl": 0.0, **weights}.items())
 
 
+def fading(weight: float) -> tuple[str, ...]:
+    """KL, and beside it a variance whose weight has fallen to 0 after half of the steps."""
+    return (*loss(kl=1, variance=weight), "recover.loss.variance_until=0.5")
+
+
 AFTER_CUT = ("recover.lora.blocks=after_cut",)
 VARIANTS = {
     "kl": Variant(),
@@ -49,13 +52,16 @@ VARIANTS = {
     "jsd": Variant(loss(jsd=4)),
     "kl, after_cut, tokens x1.6": Variant(AFTER_CUT, tokens=1.6),
     "kl, lr x1.5": Variant(lr=1.5),
+    "kl, lr x3": Variant(lr=3.0),
+    "kl, lr x4": Variant(lr=4.0),
     "kl + 0.3 var": Variant(loss(kl=1, variance=0.3)),
     "kl, given text": Variant(given=True),
     "ce, given text": Variant(loss(ce=1), given=True),
     "kl + 1 var, after_cut": Variant((*loss(kl=1, variance=1), *AFTER_CUT)),
+    "kl + 1 var -> 0": Variant(fading(1)),
+    "kl + 3 var -> 0": Variant(fading(3)),
+    "kl + 1 var -> 0, lr x2": Variant(fading(1), lr=2.0),
 }
-TEXTS_AT_ONCE = 1024  # that the dense model writes: the texts of all seeds may be written at the same time
-MOST_TOKENS = max(variant.tokens for variant in VARIANTS.values())
 
 
 class Task(NamedTuple):
@@ -64,6 +70,10 @@ class Task(NamedTuple):
     kind: str  # plan, text, untrained, train
     seed: int = 0
     variant: str = ""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return (self.kind, self.seed)
 
     @property
     def needs(self) -> set[tuple[str, int]]:
@@ -104,33 +114,27 @@ def recipe_for(options: argparse.Namespace, variant: Variant, seed: int) -> Reci
             sys.exit(f"{options.recipe}: its prune.calibration is the given text, and it has none")
         fields.append(f"recover.data=[{{kind: given, source: {json.dumps(calibration.data)}}}]")
     recipe = load_recipe(options.recipe, fields)
-    sources = [_at_most(source) for source in recipe.recover.data]
-    return recipe.model_copy(update={"recover": recipe.recover.model_copy(update={"data": tuple(sources)})})
+    return recipe.model_copy(update={"recover": at_most(recipe.recover, options.texts_at_once)})
 
 
-def _at_most(source: Data) -> Data:
-    if isinstance(source, GivenText):
-        return source
-    return source.model_copy(update={"batch_size": min(source.batch_size, TEXTS_AT_ONCE)})
+def at_most(leaf: Recover, texts: int) -> Recover:
+    """The leaf with so many texts at most written at once: several workers may write at the same time."""
+    data = [
+        source.model_copy(update={"batch_size": min(source.batch_size, texts)})
+        if isinstance(source, DenseText | PrunedText)
+        else source
+        for source in leaf.data
+    ]
+    return leaf.model_copy(update={"data": tuple(data)})
 
 
-def worker(connection: Connection, options: argparse.Namespace, number: int) -> None:
-    """A process: says that it is ready, does the tasks that it is sent, and sends back rows, or what went wrong."""
-    log = (options.out / f"worker-{number}.log").open("a", buffering=1)
-    sys.stdout = sys.stderr = log
-    bench = Workbench(options)
-    connection.send(([], None))
-    while True:
-        task = connection.recv()
-        started = time.monotonic()
-        try:
-            found: tuple[list[Row], str | None] = bench.work[task.kind](task), None
-        except Exception as error:  # reported as the task's result; the next task may be another matter
-            traceback.print_exc()
-            found = [], f"{type(error).__name__}: {str(error)[:300]}"
-        print(f"{task} took {time.monotonic() - started:.1f} s", flush=True)
-        bench.clear()
-        connection.send(found)
+def text_id(folder: Path) -> str:
+    """Of the beginning of each text in a folder, which is what trainings of all budgets learn from."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.jsonl")):
+        with path.open("rb") as file:
+            digest.update(file.readline())
+    return digest.hexdigest()[:12]
 
 
 class Workbench:
@@ -148,15 +152,10 @@ class Workbench:
         self.model = ready(load_model(self.recipe.model))
         self.tasks = [load_task(source) for source in self.recipe.measure.tasks]
         self.trajectories: Any = None
-        self.work = {"plan": self.plan, "text": self.text, "untrained": self.untrained, "train": self.train}
 
-    @staticmethod
-    def clear() -> None:
-        import torch
-
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    def do(self, task: Task) -> list[Row]:
+        work = {"plan": self.plan, "text": self.text, "untrained": self.untrained, "train": self.train}
+        return work[task.kind](task)
 
     def twin(self, *, planned: bool = True) -> Twin:
         """A fresh one, of a copy: nothing that a training did to a model reaches the next."""
@@ -187,9 +186,14 @@ class Workbench:
         """Written once per seed, enough for the variant that takes most: trainings find it under the same name."""
         from recover.train.data import build_dataset
 
-        recipe = recipe_for(self.options, Variant(tokens=MOST_TOKENS), task.seed)
-        build_dataset(recipe.recover, self.twin(planned=False), self.tokenizer, recipe.seed, self.texts)
+        most = max(VARIANTS[name].tokens for name in self.options.only if not VARIANTS[name].given)
+        recipe = recipe_for(self.options, Variant(tokens=most), task.seed)
+        build_dataset(recipe.recover, self.twin(planned=False), self.tokenizer, recipe.seed, self.texts_of(task.seed))
         return []
+
+    def texts_of(self, seed: int) -> Path:
+        """The folder of what the dense model wrote for this seed."""
+        return self.texts / f"seed-{seed}"
 
     def untrained(self, _task: Task) -> list[Row]:
         twin = self.twin()
@@ -211,11 +215,13 @@ class Workbench:
         folder = self.options.out / "runs" / f"{task.variant}, seed {task.seed}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        (folder / "data").symlink_to(self.texts.resolve())
+        texts = self.texts_of(task.seed)
+        (folder / "data").symlink_to(texts.resolve())
         recover(twin, self.tokenizer, recipe.recover, folder, after_epoch, recipe.seed)
         shutil.rmtree(folder)
         named = {"variant": task.variant, "seed": task.seed, "tokens_asked": self.options.tokens}
-        return [{**named, "jobs": self.options.jobs, **found}]
+        learnt = None if VARIANTS[task.variant].given else text_id(texts)
+        return [{**named, "text": learnt, "jobs": self.options.jobs, **found}]
 
     def figures(self, twin: Twin) -> Row:
         """Of the pruned view: what `measured` gives, KL along the dense model's own texts, losses on held-out text."""

@@ -89,6 +89,12 @@ class Loss(Leaf):
 
     kl: float = Field(default=1.0, ge=0, description=r"KL(dense \|\| pruned)")
     variance: float = Field(default=0.0, ge=0, description="Var_p(dz) / 2T^2, its second-order form")
+    variance_until: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="part of the steps over which the weight `variance` falls linearly to 0; null: it stays as it is",
+    )
     variance_r: float = Field(
         default=0.0, ge=0, description="Var_r(dz) / 2T^2, r = p^2 normalised: second-order form of 1 - cos(p, q)"
     )
@@ -111,7 +117,18 @@ class Loss(Leaf):
         if sees_all == 0:
             alone = " and ".join(blind) + (" alone is" if len(blind) == 1 else " alone are")
             raise ValueError(f"{alone} blind to tokens that the student raises: give 'kl' a weight beside it")
+        if self.variance_until is not None and self.variance == 0:
+            raise ValueError(
+                "'variance_until' says when 'variance' ends, which is 0: give it a weight, or leave it out"
+            )
         return self
+
+    def at(self, share: float) -> Loss:
+        """The weights of a step before which this part of the steps was made: as here, but `variance` as far faded."""
+        if self.variance_until is None:
+            return self
+        left = max(0.0, 1.0 - share / self.variance_until)
+        return self.model_copy(update={"variance": self.variance * left, "variance_until": None})
 
 
 class Cache(Leaf):

@@ -17,7 +17,7 @@ from recover.artifacts import read_json, write_json
 from recover.bench import Bench
 from recover.forecast import advice, runs
 from recover.forecast.known import known_runs
-from recover.recipe import Data, Recipe, Recover
+from recover.recipe import Data, Loss, Recipe, Recover
 from recover.run_directory import NOT_DONE, RunDirectory
 from recover.signals import graceful_stop
 from recover.stages import fingerprint, run
@@ -87,9 +87,17 @@ def trial_leaf(leaf: Recover, part: float) -> Recover:
             "epochs": 1,
             "scheduler": "constant",
             "warmup": min(leaf.warmup / part, 1.0),
+            "loss": _loss_of_beginning(leaf.loss, part),
             "patience": None,
         }
     )
+
+
+def _loss_of_beginning(loss: Loss, part: float) -> Loss:
+    """The loss with a fading weight as far on, step by step, as in the whole; so it may end after the trial does."""
+    if loss.variance_until is None:
+        return loss
+    return loss.model_copy(update={"variance_until": loss.variance_until / part})
 
 
 def _first_text(leaf: Recover, part: float) -> tuple[Data, ...]:

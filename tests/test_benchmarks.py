@@ -2,7 +2,11 @@
 
 import argparse
 import math
+import os
+import signal
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -59,7 +63,8 @@ def test_the_flops_of_a_row_are_those_of_its_products(rows):
 
 @pytest.fixture
 def options(tmp_path):
-    return argparse.Namespace(only=["kl", "ce", "kl, given text"], seeds=2, tokens=1000, out=tmp_path)
+    only = ["kl", "ce", "kl, given text"]
+    return argparse.Namespace(only=only, seeds=2, tokens=1000, out=tmp_path, jobs=2)
 
 
 def test_quality_goes_seed_by_seed_and_does_nothing_twice(options):
@@ -77,12 +82,13 @@ def test_quality_goes_seed_by_seed_and_does_nothing_twice(options):
     assert len([task for task in work.tasks_for(options, other) if task.kind == "train"]) == 6
 
 
+def row(variant, seed, kl, generation, **more):
+    figures = {"kl": kl, "held_out": {"kl": kl, "variance": kl}, "generation": generation, "choice": None}
+    return {"variant": variant, "seed": seed, "perplexity": math.e, "tasks": {}, **figures, **more}
+
+
 def test_quality_compares_seed_by_seed():
     from quality_table import markdown
-
-    def row(variant, seed, kl, generation):
-        figures = {"kl": kl, "held_out": {"kl": kl, "variance": kl}, "generation": generation, "choice": None}
-        return {"variant": variant, "seed": seed, "perplexity": math.e, "tasks": {}, **figures}
 
     found = [row("kl", 0, 0.5, 0.4), row("kl", 1, 0.7, 0.6), row("ce", 1, 0.6, 0.3), row("ce", 0, 0.3, 0.5)]
     table = markdown(found, ["kl", "ce"])
@@ -90,3 +96,112 @@ def test_quality_compares_seed_by_seed():
     (ce,) = [line for line in table.splitlines() if line.startswith("| ce |") and "[" in line]
     cells = [cell.strip() for cell in ce.split("|")]
     assert cells[2] == "-0.1500 [-0.2000, -0.1000] 2/2" and cells[5] == "-10.0% [-30.0%, +10.0%] 1/2"
+
+
+def test_quality_compares_what_learnt_from_the_same_text():
+    from quality_table import markdown
+
+    found = [row("kl", 0, 0.5, 0.4, text="a"), row("kl", 0, 0.9, 0.4, text="b"), row("kl", 1, 0.7, 0.6, text="c")]
+    found += [row("ce", 0, 0.8, 0.3, text="b"), row("ce", 1, 0.6, 0.3, text="d")]  # of "d" there is no default
+    found.append(row("kl, given text", 1, 0.8, 0.3, text=None))
+    lines = [line for line in markdown(found, ["kl", "ce", "kl, given text"]).splitlines() if "[" in line]
+    (ce,) = [line for line in lines if line.startswith("| ce |")]
+    (given,) = [line for line in lines if line.startswith("| kl, given text |")]
+    assert "-0.1000 [-0.1000, -0.1000] 1/1" in ce and "+0.1000 [+0.1000, +0.1000] 0/1" in given
+
+
+def test_quality_tells_texts_apart_by_how_they_begin(tmp_path):
+    from quality_work import text_id
+
+    def written(name, *lines):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "dense-1.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        return text_id(tmp_path / name)
+
+    assert written("short", "one") == written("long", "one", "two") != written("other", "two")
+
+
+def test_quality_fades_the_variance_by_half(options):
+    from quality_work import VARIANTS
+
+    from recover.recipe import load_recipe
+
+    recipe = BENCHMARKS.parent / "recipes/smollm2-135m-drop3.yaml"
+    for name, weight in (("kl + 1 var -> 0", 1.0), ("kl + 3 var -> 0", 3.0)):
+        loss = load_recipe(recipe, VARIANTS[name].fields).recover.loss
+        assert loss.kl == 1.0
+        assert [loss.at(share).variance for share in (0.0, 0.25, 0.5, 1.0)] == [weight, weight / 2, 0.0, 0.0]
+
+
+class Counting:
+    """A bench without a model. Each task notes what was done when it began."""
+
+    def __init__(self, options):
+        self.done = options.out / "done"
+
+    def do(self, task):
+        if task.name == "bad":
+            raise ValueError("what was wrong")
+        if task.name == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if task.name == "deaf":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(60)
+        before = self.done.read_text().split() if self.done.exists() else []
+        with self.done.open("a") as file:
+            file.write(task.name + "\n")
+        return [{"name": task.name, "before": before}]
+
+
+class Piece(NamedTuple):
+    name: str
+    needs: frozenset = frozenset()
+
+    @property
+    def key(self):
+        return self.name
+
+
+def test_a_crew_keeps_to_what_tasks_need_and_outlives_what_fails(options, capsys):
+    from crew import Crew
+
+    pieces = [Piece("last", frozenset({"first", "second"})), Piece("bad"), Piece("never", frozenset({"bad"}))]
+    pieces += [Piece("first"), Piece("killed"), Piece("second")]
+    rows = []
+    Crew(Counting, options, pieces).run(60, rows.append)
+    assert [row["name"] for row in rows if row["name"] == "last"] == ["last"]
+    assert {row["name"] for row in rows} == {"first", "second", "last"}
+    (last,) = [row for row in rows if row["name"] == "last"]
+    assert set(last["before"]) == {"first", "second"}
+    said = capsys.readouterr().out
+    assert "ValueError: what was wrong" in said and "exit code -9" in said and "1 tasks not done, 2 failed" in said
+
+
+def test_a_crew_ends_in_time_whatever_its_workers_do(options, monkeypatch, capsys):
+    import crew
+
+    monkeypatch.setattr(crew, "GRACE_SECONDS", 0.2)
+    options.jobs = 1
+    rows = []
+    crew_of_one = crew.Crew(Counting, options, [Piece("first"), Piece("deaf")])
+    processes = list(crew_of_one.workers.values())
+    crew_of_one.run(4, rows.append)
+    assert [row["name"] for row in rows] == ["first"] and not any(process.is_alive() for process in processes)
+    assert "1 tasks not done" in capsys.readouterr().out
+
+
+def test_rows_at_equal_time_wait_for_those_they_take_as_long_as(options):
+    import on_policy
+
+    from recover.recipe import load_recipe
+
+    leaf = load_recipe(BENCHMARKS.parent / "recipes/smollm2-135m-drop3.yaml").recover
+    options.arms, options.temperature, options.seeds = ["0.5"], 1.0, [4, 7]
+    tasks = on_policy.tasks_for(leaf, options)
+    assert len(tasks) == 1 + 2 * 5 and tasks[0].needs == set()
+    assert {task.seed for task in tasks[1:6]} == {4}
+    keys = {task.key for task in tasks}
+    for task in tasks[1:]:
+        assert ("plan", 0) in task.needs <= keys
+        equal = task.row.startswith("equal time")
+        assert ("on-policy 0.5", task.seed) in task.needs if equal else task.needs == {("plan", 0)}

@@ -206,6 +206,20 @@ def test_sums_add_up_over_sequences():
     assert whole.tokens == scored_tokens(batch()["labels"]) == 8 + 5 + 8
 
 
+@pytest.mark.parametrize(("share", "weight"), [(0.0, 0.8), (0.1, 0.6), (0.3, 0.2), (0.4, 0.0), (0.9, 0.0)])
+def test_a_fading_weight_is_at_each_step_a_fixed_one(share, weight):
+    twin = depth_twin()
+    twin.model.train()
+    distiller = Distiller(twin, Loss(kl=1.0, variance=0.8, variance_until=0.4, ce=0.2))
+    distiller.stand_at(0.35)  # whatever was before
+    distiller.stand_at(share)
+    found = twin.model(**batch(), distill=distiller)
+    fixed = forward(twin, Loss(kl=1.0, variance=distiller.weights.variance, ce=0.2))
+    assert distiller.weights.variance == pytest.approx(weight, abs=1e-12)
+    assert all(torch.equal(found[name], fixed[name]) for name in ("loss", "kl", "variance"))
+    assert all(map(torch.equal, gradients(found.loss, twin), gradients(fixed.loss, twin)))
+
+
 def test_the_dense_weights_stay_untouched():
     twin = depth_twin()
     before = {name: value.clone() for name, value in tiny().state_dict().items()}

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from recover import artifacts
 from recover.cli import app
 from recover.forecast import advice, law, told
-from recover.recipe import load_recipe
+from recover.recipe import Loss, load_recipe
 from recover.trial import trial_leaf
 
 
@@ -106,6 +106,14 @@ def test_a_trial_begins_at_the_rates_of_the_recovery(tmp_path, scheduler, within
     whole, beginning = rates(leaf, 200), rates(trial_leaf(leaf, advice.PART), round(200 * advice.PART))
     assert len(beginning) == 40 and beginning[:11] == pytest.approx(whole[:11])
     assert beginning == pytest.approx(whole[:40], rel=within)
+
+
+def test_a_trial_fades_the_variance_as_the_whole_does():
+    loss = {"kl": 1.0, "variance": 0.8, "variance_until": 0.5}
+    leaf = load_recipe(QUICKSTART).recover.model_copy(update={"loss": Loss.model_validate(loss)})
+    first = trial_leaf(leaf, 0.2).loss
+    for step in range(40):
+        assert first.at(step / 40).variance == pytest.approx(leaf.loss.at(step / 200).variance)
 
 
 def test_a_part_that_is_none_is_refused(tmp_path):

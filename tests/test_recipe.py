@@ -68,6 +68,8 @@ MESSAGES: list[tuple[dict[str, Any], str]] = [
     (changed(recover={**SMALL["recover"], "lr": math.inf}), "my.yaml: recover.lr: found Infinity"),
     (changed(recover={**SMALL["recover"], "loss": {"kl": 0}}), "my.yaml: recover.loss: all loss weights are 0"),
     (changed(recover={**SMALL["recover"], "loss": {"kl": 0, "variance": 1}}), "variance alone is blind"),
+    (changed(recover={**SMALL["recover"], "loss": {"variance_until": 0.5}}), "recover.loss: 'variance_until' says when 'variance' ends, which is 0"),
+    (changed(recover={**SMALL["recover"], "loss": {"variance": 1, "variance_until": 0}}), "recover.loss.variance_until: found 0"),
     (changed(name="../elsewhere"), "my.yaml: name: found \"../elsewhere\""),
 ]  # fmt: skip
 

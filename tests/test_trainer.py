@@ -115,6 +115,22 @@ def stopped_at(at_step, folder, step, **changes):
     return caught.value
 
 
+def test_the_variance_fades_step_by_step(folder, monkeypatch):
+    logs, log = [], RecoverTrainer.log
+    monkeypatch.setattr(RecoverTrainer, "log", lambda trainer, *rest: log(trainer, *rest) or keep(trainer))
+
+    def keep(trainer):
+        logs.append(trainer.state.log_history[-1])
+
+    fading = {"kl": 1.0, "variance": 0.6, "variance_until": 0.75, "ce": 0.1, "temperature": 2.0}
+    go(folder, tokens=1000, loss=fading)
+    rows = [row for row in logs if "kl" in row]
+    assert len(rows) == 4
+    for row, weight in zip(rows, [0.6, 0.4, 0.2, 0.0], strict=True):
+        assert row["variance_weight"] == pytest.approx(weight, abs=1e-12) and row["variance"] > 1e-4
+        assert row["loss"] == pytest.approx(4 * (row["kl"] + weight * row["variance"]) + 0.1 * row["ce"], rel=1e-5)
+
+
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, at_step, monkeypatch, step):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
@@ -228,7 +244,8 @@ def test_a_masked_bfloat16_model_learns_with_float32_adapters(folder):
     plan = Plan("magnitude", 6, masks={name: MaskRecord.of(keep, "unstructured")})
     losses = []
     twin = Twin(tiny().to(torch.bfloat16), plan, {name: keep})
-    best = go(folder, twin, lambda _, context: losses.append(context["train"]["kl"]) or 1.0, lr=3e-3, tokens=1500)
+    options = {"lr": 3e-3, "tokens": 1500, "loss": {"kl": 1.0, "variance": 0.2, "ce": 0.1, "temperature": 2.0}}
+    best = go(folder, twin, lambda _, context: losses.append(context["train"]["kl"]) or 1.0, **options)
     assert {value.dtype for value in adapter(best).values()} == {torch.float32}
     assert losses[1] < losses[0]
 

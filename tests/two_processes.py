@@ -30,7 +30,10 @@ STEPS = 3
 
 
 def leaf(folder: Path, **changes) -> Recover:
-    """Uneven lengths, prompts masked: processes and micro-batches hold unlike numbers of scored tokens."""
+    """Uneven lengths, prompts masked: processes and micro-batches hold unlike numbers of scored tokens.
+
+    The loss differs from step to step.
+    """
     source = folder / "given.jsonl"
     fields = {
         "data": [{"kind": "given", "source": str(source), "columns": {"prompt": "p", "completion": "c"}}],
@@ -41,7 +44,7 @@ def leaf(folder: Path, **changes) -> Recover:
         "lr": 1e-2,
         "max_grad_norm": 1e9,
         "lora": {"rank": 4},
-        "loss": {"kl": 1.0, "variance": 0.2, "ce": 0.1, "temperature": 2.0},
+        "loss": {"kl": 1.0, "variance": 0.2, "variance_until": 0.5, "ce": 0.1, "temperature": 2.0},
     }
     return Recover.model_validate({**fields, **changes})
 

@@ -80,8 +80,12 @@ class Distiller:
 
     def __init__(self, twin: Twin, leaf: Loss) -> None:
         self.twin = twin
-        self.leaf = leaf
+        self.leaf = self.weights = leaf  # as the recipe has it, and as it is where the training stands
         self.shared_blocks = _shared_blocks(twin)
+
+    def stand_at(self, share: float) -> None:
+        """From here on the weights are those that hold after this part of a training's steps."""
+        self.weights = self.leaf.at(share)
 
     def run(
         self,
@@ -134,7 +138,7 @@ class Distiller:
                 h_pruned_ND,
                 teacher,
                 weight_VD,
-                self.leaf,
+                self.weights,
                 labels_N=labels_N,
                 bias_V=bias_V,
                 scale=scale,

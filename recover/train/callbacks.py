@@ -49,6 +49,8 @@ class Progress(TrainerCallback):
         terms = ", ".join(
             f"{name} {logs[name]:.4g}" for name in ("loss", "kl", "variance", "reverse_kl", "ce") if logs.get(name)
         )
+        if "variance_weight" in logs:
+            terms += f", weight of variance {logs['variance_weight']:.4g}"
         console.say(
             f"step {state.global_step}/{state.max_steps}: {terms}, {rate:,.0f} tokens/s, {console.duration(left)} left"
         )

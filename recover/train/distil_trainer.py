@@ -89,6 +89,8 @@ class RecoverTrainer(SFTTrainer):
         """The micro-batches of one optimizer step, and the scored tokens in them, over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.course.begin_step()
+        # Of the step's number alone, so a training that goes on, or back, has the weights of a straight one.
+        self.distiller.stand_at(self.state.global_step / self.steps)
         if self.on_policy is not None:
             batches = self.on_policy.fill(batches, self)
         tokens = torch.zeros((), dtype=torch.int64, device=device)
@@ -162,6 +164,8 @@ class RecoverTrainer(SFTTrainer):
                 logs = {"learning_rate": logs["learning_rate"], "skipped": self.course.skips.skipped}
             else:
                 logs = {**logs, **self.course.totals.read_step()}
+                if self.distiller.leaf.variance_until is not None:
+                    logs["variance_weight"] = self.distiller.weights.variance
         super().log(logs, start_time)
 
     def stand_at(self, step: int) -> None:
