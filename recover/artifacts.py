@@ -73,8 +73,8 @@ def read_json(path: Path) -> Any:
         raise ArtifactError(f"{path}: corrupt JSON ({error}); delete it, and its stage is done again") from None
 
 
-def append_jsonl(path: Path, record: Any) -> None:
-    """Add one line, synced to disk; a line torn by an earlier crash is cut off first."""
+def append_jsonl(path: Path, record: Any, *, synced: bool = True) -> None:
+    """Add one line, synced to disk unless told not to; a line torn by an earlier crash is cut off first."""
     path = Path(path)
     line = strict_json.dumps(record).encode() + b"\n"
     try:
@@ -83,7 +83,8 @@ def append_jsonl(path: Path, record: Any) -> None:
             file.truncate(_whole_lines(file))
             file.write(line)
             file.flush()
-            os.fsync(file.fileno())
+            if synced:
+                os.fsync(file.fileno())
     except OSError as error:
         raise explained(error, path, len(line)) from error
 

@@ -2,6 +2,7 @@
 
 recover/epoch-1/ ...       adapter_model.safetensors, adapter_config.json, MANIFEST.json
 recover/best.json          the epoch that generated best, and the score of each
+recover/steps.jsonl        a line for each optimizer step: loss and its terms, tokens, seconds
 recover/training.json      which training this is, whether it is finished, and which steps were skipped
 recover/checkpoints.jsonl  a line for each checkpoint once it is whole: step, digest of its manifest, bytes
 recover/checkpoints/       what a resume needs; gone once the training is finished
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapter_model.safetensors"
 TRAINED, STATE = "trained.safetensors", "state.json"
+STEPS = "steps.jsonl"
 PRUNED_TEXT = "pruned_text"
 KEPT = 2  # the newest, and the one before: whoever finds the newest broken goes on from it
 
@@ -200,7 +202,7 @@ def _begin(folder: Path, fingerprint: str) -> dict[str, Any]:
     with explaining(folder):
         for old in [folder / "checkpoints", folder / PRUNED_TEXT, *folder.glob("epoch-*")]:
             shutil.rmtree(old, ignore_errors=True)
-        for name in ("best.json", "checkpoints.jsonl"):
+        for name in ("best.json", "checkpoints.jsonl", STEPS):
             (folder / name).unlink(missing_ok=True)
     write_json(stamp, new)
     return new

@@ -23,6 +23,7 @@ from recover.train.distil_trainer import RecoverTrainer
 from recover.train.on_policy import OnPolicy
 from recover.train.settings import epoch_ends, split_batch, training_arguments
 from recover.train.skipping import ROLLBACKS
+from recover.train.step_log import StepLog
 from recover.train.stopping import Interrupted, stop_between_steps
 from recover.train.teacher_file import TeacherStates
 from recover.train.totals import Totals
@@ -122,6 +123,7 @@ def _train(trainer: RecoverTrainer, leaf: Recover, after_epoch: AfterEpoch, run_
     )
     trainer.add_callback(epochs)
     trainer.add_callback(Progress(trainer.course.totals))
+    trainer.add_callback(StepLog(run_folder, trainer.course.totals))
     try:
         trainer.train()
     except Interrupted:

@@ -1,0 +1,93 @@
+"""Laws of `steps.jsonl`: every step once, in order, whatever stopped the training or sent it back."""
+
+import json
+import os
+import signal
+
+import pytest
+import two_processes
+from byte_tokenizer import byte_tokenizer
+from tiny import tiny
+from transformers import TrainerCallback
+
+from recover.artifacts import read_jsonl
+from recover.errors import StopRequested
+from recover.models.twin import Twin
+from recover.prune.plan import Plan
+from recover.train.distil_trainer import RecoverTrainer
+from recover.train.totals import TERMS
+from recover.train.trainer import recover
+
+STEPS = two_processes.STEPS
+
+
+def go(folder, **changes):
+    two_processes.write_text(folder)
+    twin = Twin(tiny(), Plan("depth", 6, (2, 4)))
+    leaf = two_processes.leaf(folder, save_steps=1, **changes)
+    recover(twin, byte_tokenizer(), leaf, folder / "recover", lambda epoch, _: float(epoch), seed=3)
+    return folder / "recover" / "steps.jsonl"
+
+
+def stop_before_step(monkeypatch, number):
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step + 1 == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    init = RecoverTrainer.__init__
+
+    def with_stop(trainer, *arguments, **named):
+        init(trainer, *arguments, **named)
+        trainer.add_callback(Stop())
+
+    monkeypatch.setattr(RecoverTrainer, "__init__", with_stop)
+
+
+def untimed(lines):
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    return read_jsonl(go(tmp_path_factory.mktemp("straight")))
+
+
+def test_each_step_has_a_line_with_what_it_learnt(straight):
+    assert [line["step"] for line in straight] == [*range(1, STEPS + 1)]
+    assert all({*TERMS, "grad_norm", "lr", "variance_weight"} <= line.keys() for line in straight)
+    for name in ("tokens", "seconds"):
+        values = [line[name] for line in straight]
+        assert values == sorted(set(values)) and values[0] > 0
+    assert straight[-1]["loss"] != straight[0]["loss"]
+
+
+def test_a_stopped_training_writes_the_lines_of_a_straight_one(straight, tmp_path, monkeypatch):
+    stop_before_step(monkeypatch, 2)
+    with pytest.raises(StopRequested):
+        go(tmp_path)
+    monkeypatch.undo()
+    path = tmp_path / "recover" / "steps.jsonl"
+    stopped = len(read_jsonl(path))
+    assert 0 < stopped < STEPS
+    # As if it had been killed behind its last checkpoint, in the middle of a line.
+    with path.open("a") as file:
+        file.write(json.dumps({"step": stopped + 1, "loss": 9.0}) + '\n{"step": ')
+    assert untimed(read_jsonl(go(tmp_path))) == untimed(straight)
+
+
+def test_a_damaged_file_costs_its_lines_and_not_the_training(straight, tmp_path, monkeypatch, capsys):
+    stop_before_step(monkeypatch, 2)
+    with pytest.raises(StopRequested):
+        go(tmp_path)
+    monkeypatch.undo()
+    path = tmp_path / "recover" / "steps.jsonl"
+    done = len(read_jsonl(path))
+    path.write_text("{}\n")
+    assert untimed(read_jsonl(go(tmp_path))) == untimed(straight)[done:]
+    assert "the training curve begins anew" in " ".join(capsys.readouterr().err.split())
+
+
+def test_another_training_does_not_keep_them(straight, tmp_path):
+    go(tmp_path, tokens=1500)
+    assert untimed(read_jsonl(go(tmp_path))) == untimed(straight)
