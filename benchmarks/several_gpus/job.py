@@ -1,0 +1,153 @@
+"""The whole job on a real model: one GPU over seeds, then the same run under each file of launch/, stopped, moved.
+
+All variants start from one run directory whose text and pruning are done, so their trainings read the same tokens in
+the same order; what differs is who computes them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launching import ENGINES, Launch, lines, until, untrained_copy
+
+from recover.artifacts import read_json, read_jsonl
+from recover.recipe import load_recipe
+
+STOP_AFTER = 5  # steps
+
+
+@dataclass(frozen=True)
+class Variant:
+    """`then`: where it goes on after it was stopped; `fields`: of the recipe, over the first run's."""
+
+    name: str
+    launch: Launch
+    then: Launch | None = None
+    fields: tuple[str, ...] = ()
+
+
+class Job:
+    """The recipe with `fields` set over it, in run directories below `out`, on so many GPUs."""
+
+    def __init__(self, recipe: Path, fields: Sequence[str], out: Path, gpus: int) -> None:
+        self.recipe, self.fields, self.out, self.gpus = recipe, list(fields), out, gpus
+        loaded = load_recipe(recipe, self.fields)
+        self.name, self.seed, self.batch = loaded.name, loaded.seed, loaded.recover.batch_size
+
+    def variants(self) -> list[Variant]:
+        one = Launch("one", gpu=0)
+        found = [Variant(f"{self.gpus} x {engine}", Launch(engine, self.gpus)) for engine in ENGINES]
+        last = found[-1].launch
+        return [
+            *found,
+            Variant("one GPU, again", Launch("one", gpu=self.gpus - 1)),
+            Variant(
+                "one GPU, cut as on several",
+                one,
+                fields=(f"recover.micro_batch_size={self.batch // self.gpus}",),
+            ),
+            Variant(f"{self.gpus} x zero2, stopped, on one GPU", Launch("zero2", self.gpus), then=one),
+            Variant(f"one GPU, stopped, {self.gpus} x {last.engine}", one, then=last),
+        ]
+
+    def seeds(self, seeds: int) -> list[dict[str, Any]]:
+        """Whole runs on one GPU each, beside one another."""
+        from recover.models.source import locate
+
+        locate(load_recipe(self.recipe, self.fields).model)  # a GGUF file is converted by one process, not by all
+
+        def run(number: int) -> dict[str, Any]:
+            where, seed = f"seed-{number}", self.seed + number
+            launch = Launch("one", gpu=number % self.gpus if self.gpus > 1 else None)
+            return self.done(f"one GPU, seed {seed}", where, lambda: self.go(launch, where, (f"seed={seed}",)))
+
+        return self.beside([lambda number=number: run(number) for number in range(seeds)])
+
+    def moved(self) -> list[dict[str, Any]]:
+        """All variants, beside one another."""
+
+        def run(number: int, variant: Variant) -> dict[str, Any]:
+            where = f"variant-{number}"
+            untrained_copy(self.run_directory("seed-0"), self.run_directory(where))
+            return self.done(variant.name, where, lambda: self.do(variant, where))
+
+        jobs = enumerate(self.variants())
+        return self.beside([lambda number=number, variant=variant: run(number, variant) for number, variant in jobs])
+
+    def beside(self, work: Sequence[Callable[[], dict[str, Any]]]) -> list[dict[str, Any]]:
+        with ThreadPoolExecutor(len(work)) as pool:
+            return [future.result() for future in [pool.submit(each) for each in work]]
+
+    def run_directory(self, where: str) -> Path:
+        return self.out / where / self.name
+
+    def words(self, where: str, fields: Sequence[str]) -> list[str]:
+        return ["-m", "recover", "run", str(self.recipe), "--runs", str(self.out / where), *self.fields, *fields]
+
+    def go(self, launch: Launch, where: str, fields: Sequence[str] = ()) -> None:
+        launch.run(self.words(where, fields), self.out / f"{where}.log")
+
+    def do(self, variant: Variant, where: str) -> None:
+        if variant.then is None:
+            self.go(variant.launch, where, variant.fields)
+            return
+        steps = self.run_directory(where) / "recover" / "steps.jsonl"
+        process = variant.launch.start(self.words(where, variant.fields), self.out / f"{where}.log")
+        if not until(lambda: lines(steps) >= STOP_AFTER, process):
+            raise RuntimeError(f"{variant.name}: ended before step {STOP_AFTER}: exit code {process.poll()}")
+        os.kill(process.pid, signal.SIGTERM)
+        process.wait()
+        self.go(variant.then, where, variant.fields)
+
+    def done(self, name: str, where: str, work: Callable[[], None]) -> dict[str, Any]:
+        try:
+            work()
+        except RuntimeError as error:
+            return {"row": name, "error": str(error)}
+        run, log = self.run_directory(where), self.out / f"{where}.log"
+        kept = read_json(run / "recover" / "best.json")
+        return {
+            "row": name,
+            "steps": read_jsonl(run / "recover" / "steps.jsonl"),
+            "epochs": [
+                {"score": epoch["score"], "kl": epoch["drift"]["kl"]["mean"], "loss": epoch["train"]["loss"]}
+                for epoch in read_jsonl(run / "epochs.jsonl")
+            ],
+            "kept": kept["epoch"],
+            "dense": read_json(run / "dense" / "measure.json")["headline"],
+            "pruned": read_json(run / "before" / "measure.json")["headline"],
+            "recovered": read_json(run / "after" / "measure.json")["headline"],
+            "verified": read_json(run / "verify.json"),
+            "went_on": [line for line in log.read_text(errors="replace").splitlines() if "going on from" in line],
+        }
+
+
+def table(found: Sequence[dict[str, Any]]) -> list[str]:
+    """Step by step against the first row, whose text all but the other seeds' have."""
+    base = found[0].get("steps")
+    head = "| training | first loss | largest difference of a step's loss | of its gradient's norm | last loss | KL |"
+    lines = [f"{head} generation | choice | perplexity |", "|---|" + "---:|" * 8]
+    for row in found:
+        if "error" in row:
+            lines.append(f"| {row['row']} | {row['error'][-300:]!r} | | | | | | | |")
+            continue
+        steps, after = row["steps"], row["recovered"]
+        same = base is not None and "seed" not in row["row"].replace(found[0]["row"], "")
+        apart = [furthest(steps, base, name) for name in ("loss", "grad_norm")] if same else ["", ""]
+        cells = [row["row"], f"{steps[0]['loss']:.6g}", *apart, f"{steps[-1]['loss']:.4g}"]
+        cells += [f"{row['epochs'][row['kept'] - 1]['kl']:.4f}", f"{after['generation']:.1%}"]
+        cells += [f"{after['choice']:.1%}", f"{after['perplexity']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def furthest(steps: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]], name: str) -> str:
+    if len(steps) != len(base):
+        return f"{len(steps)} steps, not {len(base)}"
+    return f"{max(abs(a[name] - b[name]) / abs(b[name]) for a, b in zip(steps, base, strict=True)):.1e}"

@@ -1,0 +1,94 @@
+"""Tokens a second and memory of a 7B shape's training: one GPU, and several under each file of launch/, row by row."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launching import ENGINES, Launch
+
+from recover.artifacts import read_json
+
+SCRIPT = "benchmarks/several_gpus/training_rate.py"
+
+
+@dataclass(frozen=True)
+class Row:
+    """`options` of training_rate.py; efficiency is to the one-GPU row of the same ones."""
+
+    launch: Launch
+    options: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        one = self.launch.engine == "one"
+        return " ".join(["one GPU" if one else f"{self.launch.processes} x {self.launch.engine}", *self.options])
+
+
+ALL, CUT = (), ("--blocks", "after_cut")
+
+
+def rows(processes: int) -> list[Row]:
+    """Those that matter most come first, as time may end."""
+    found = []
+    for options in (ALL, CUT):
+        found.append(Row(Launch("one", gpu=0), options))
+        found += [Row(Launch(engine, processes), options) for engine in ("zero2", "zero3", "gpu") if engine in ENGINES]
+    return found
+
+
+def speed(out: Path, processes: int, seconds: float, more: Sequence[str]) -> list[dict[str, Any]]:
+    """Each row, as long as there is time; a row that fails is a result too. `more`: for all of training_rate.py."""
+    started = time.monotonic()
+    found: list[dict[str, Any]] = []
+    for number, row in enumerate(rows(processes)):
+        if time.monotonic() - started > seconds:
+            break
+        file = out / f"rate-{number}.json"
+        try:
+            row.launch.run([SCRIPT, "--out", str(file), *row.options, *more], out / f"rate-{number}.log")
+            found.append({"row": row.name, "options": row.options, **read_json(file)})
+        except RuntimeError as error:
+            found.append({"row": row.name, "options": row.options, "error": str(error)})
+        print(f"{time.monotonic() - started:5.0f} s: {row.name}", flush=True)
+    if time.monotonic() - started < seconds:
+        found += side_by_side(out, processes, more)
+    return found
+
+
+def side_by_side(out: Path, processes: int, more: Sequence[str]) -> list[dict[str, Any]]:
+    """Trainings that know nothing of one another, one a GPU, at once: what sharing the machine alone costs."""
+    files = [out / f"beside-{gpu}.json" for gpu in range(processes)]
+    started = [
+        Launch("one", gpu=gpu).start([SCRIPT, "--out", str(file), *more], file.with_suffix(".log"))
+        for gpu, file in enumerate(files)
+    ]
+    codes = [process.wait() for process in started]
+    return [
+        {"row": f"one GPU, number {gpu}, beside others", "options": ALL, **read_json(file)}
+        for gpu, (file, code) in enumerate(zip(files, codes, strict=True))
+        if code == os.EX_OK
+    ]
+
+
+def table(found: Sequence[dict[str, Any]]) -> list[str]:
+    alone = {row["options"]: row for row in found if row.get("processes") == 1 and "beside" not in row["row"]}
+    lines = [
+        "| training | tokens/s | x one GPU | efficiency | ms | peak GB a GPU | loss, step 1 |",
+        "|---|" + "---:|" * 6,
+    ]
+    for row in found:
+        if "error" in row:
+            lines.append(f"| {row['row']} | {row['error'][-200:]!r} | | | | | |")
+            continue
+        base = alone.get(row["options"])
+        times = None if base is None else row["tokens_per_second"] / base["tokens_per_second"]
+        peak = ", ".join(f"{value / 1e9:.1f}" for value in row["peak_bytes"])
+        shown = ["", ""] if times is None else [f"{times:.2f}", f"{times / row['processes']:.1%}"]
+        cells = [row["row"], f"{row['tokens_per_second']:,.0f}", *shown, f"{row['seconds'] * 1e3:,.0f}", peak]
+        lines.append(f"| {' | '.join(cells)} | {row['losses'][0]:.6g} |")
+    return lines

@@ -1,0 +1,140 @@
+"""One whole `recover` of a 7B shape with random weights, in each process of a launch: seconds a step, and memory.
+
+    python benchmarks/several_gpus/training_rate.py --out rate.json
+    accelerate launch --config_file launch/zero2.yaml benchmarks/several_gpus/training_rate.py --out rate.json
+
+The model is that of `benchmarks/step.py` (Qwen2.5-7B's shape, blocks 16 to 23 of 28 dropped, LoRA of rank 16, KL), but
+nothing is called by hand here: text from a file, trl's trainer, the engine, clipping, AdamW, checkpoints. Each process
+has `--batch` sequences of `--length` tokens at once, one micro-step a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import statistics
+import string
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the models of benchmarks/step.py
+
+from byte_tokenizer import byte_tokenizer
+from step_cost import SEVEN, SMALL
+from step_models import RANK, Bench
+from two_processes import caught_by
+
+from recover import dist
+from recover.artifacts import read_jsonl, write_json
+from recover.models.twin import Twin
+from recover.prune.plan import Plan
+from recover.recipe import Recover
+from recover.train.checkpoints import STEPS
+from recover.train.trainer import recover
+
+WARM_UP = 4  # steps that are not counted
+
+
+class Peak(TrainerCallback):
+    """Memory of the steps that are counted; building and dealing out the model is not among them."""
+
+    engine = None  # for `caught_by`
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not torch.cuda.is_available():
+            return
+        self.bytes = torch.cuda.max_memory_allocated()
+        if state.global_step == WARM_UP:
+            torch.cuda.reset_peak_memory_stats()
+
+
+def write_text(path: Path, sequences: int, length: int) -> None:
+    """Rows that are `length` tokens each of the byte tokenizer, its end token included, and all different."""
+    letters = random.Random(1)
+    rows = ("".join(letters.choices(string.ascii_lowercase + " ", k=length - 1)) for _ in range(sequences))
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+
+
+def leaf(options: argparse.Namespace, folder: Path) -> Recover:
+    sequences = options.batch * dist.world_size()
+    text = folder / "text.jsonl"
+    steps = WARM_UP + options.steps
+    dist.on_main(lambda: write_text(text, sequences * steps, options.length))
+    cache = {"none": None, "dense": {"folder": str(folder / "states")}}
+    cache["prefix"] = {"folder": str(folder / "states"), "prefix": True}
+    return Recover.model_validate(
+        {
+            "data": [{"kind": "given", "source": str(text)}],
+            "epochs": 1,
+            "tokens": sequences * steps * (options.length - 1),
+            "length": options.length,
+            "batch_size": sequences,
+            "micro_batch_size": options.batch,
+            "lora": {"rank": RANK, "blocks": options.blocks},
+            "loss": {"chunk": options.chunk},
+            "gradient_checkpointing": options.checkpointing,
+            "cache": cache[options.cache],
+        }
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--blocks", choices=["all", "after_cut"], default="all", help="where LoRA goes")
+    parser.add_argument("--cache", choices=["none", "dense", "prefix"], default="none", help="states read from disk")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--batch", type=int, default=4, help="sequences of a process (%(default)s)")
+    parser.add_argument("--length", type=int, default=2048, help="their tokens (%(default)s)")
+    parser.add_argument("--chunk", type=int, default=2048, help="recover's loss.chunk (%(default)s)")
+    parser.add_argument("--steps", type=int, default=8, help="that are counted (%(default)s)")
+    parser.add_argument("--tiny", action="store_true", help="a tiny shape: shows that it runs, not how fast")
+    options = parser.parse_args()
+    if options.tiny:
+        options.batch, options.length = 2, 48
+    started = time.monotonic()
+    dist.start()
+    folder = Path(dist.broadcast(tempfile.mkdtemp(prefix="rate-")))
+    bench = Bench(SMALL if options.tiny else SEVEN, dist.device(), options.batch, options.length, options.chunk)
+    first, end = bench.shape.dropped
+    twin = Twin(bench.dense(), Plan("depth", bench.shape.blocks, tuple(range(first, end))))
+    peak = Peak()
+    with caught_by(peak):
+        recover(twin, byte_tokenizer(), leaf(options, folder), folder / "run", lambda *_: None, seed=0)
+    peaks = dist.gather([peak.bytes])
+    if dist.is_main():
+        steps = read_jsonl(folder / "run" / STEPS)
+        write_json(options.out, figures(steps, peaks, options) | {"wall_seconds": time.monotonic() - started})
+        shutil.rmtree(folder)
+    dist.stop()
+
+
+def figures(steps: list[dict[str, Any]], peaks: list[int], options: argparse.Namespace) -> dict[str, Any]:
+    times = [after["seconds"] - before["seconds"] for before, after in pairwise(steps)][WARM_UP - 1 :]
+    seconds, tokens = statistics.median(times), options.batch * options.length * dist.world_size()
+    return {
+        "processes": dist.world_size(),
+        "tokens_per_second": tokens / seconds,
+        "seconds": seconds,
+        "times": times,
+        "peak_bytes": peaks,
+        "losses": [line["loss"] for line in steps],
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "torch": torch.__version__,
+    }
+
+
+if __name__ == "__main__":
+    main()
