@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from recover.artifacts import read_json, read_jsonl
 from recover.recipe import load_recipe
 
 STOP_AFTER = 5  # steps
+
+Row = dict[str, Any]
+Keep = Callable[[Row], None]  # is given each row as it comes
 
 
 @dataclass(frozen=True)
@@ -56,33 +59,30 @@ class Job:
             Variant(f"one GPU, stopped, {self.gpus} x {last.engine}", one, then=last),
         ]
 
-    def seeds(self, seeds: int) -> list[dict[str, Any]]:
+    def seeds(self, seeds: int, keep: Keep) -> None:
         """Whole runs on one GPU each, beside one another."""
         from recover.models.source import locate
 
         locate(load_recipe(self.recipe, self.fields).model)  # a GGUF file is converted by one process, not by all
 
-        def run(number: int) -> dict[str, Any]:
+        def run(number: int) -> Row:
             where, seed = f"seed-{number}", self.seed + number
-            launch = Launch("one", gpu=number % self.gpus if self.gpus > 1 else None)
+            launch = Launch("one", gpu=number % self.gpus)
             return self.done(f"one GPU, seed {seed}", where, lambda: self.go(launch, where, (f"seed={seed}",)))
 
-        return self.beside([lambda number=number: run(number) for number in range(seeds)])
+        beside([lambda number=number: run(number) for number in range(seeds)], keep)
 
-    def moved(self) -> list[dict[str, Any]]:
-        """All variants, beside one another."""
+    def moved(self, named: str, keep: Keep) -> None:
+        """Variants whose names hold `named`, beside one another, from the run of the first seed."""
 
-        def run(number: int, variant: Variant) -> dict[str, Any]:
+        def run(number: int, variant: Variant) -> Row:
             where = f"variant-{number}"
             untrained_copy(self.run_directory("seed-0"), self.run_directory(where))
             return self.done(variant.name, where, lambda: self.do(variant, where))
 
-        jobs = enumerate(self.variants())
-        return self.beside([lambda number=number, variant=variant: run(number, variant) for number, variant in jobs])
-
-    def beside(self, work: Sequence[Callable[[], dict[str, Any]]]) -> list[dict[str, Any]]:
-        with ThreadPoolExecutor(len(work)) as pool:
-            return [future.result() for future in [pool.submit(each) for each in work]]
+        keep(self.done(f"one GPU, seed {self.seed}", "seed-0", lambda: None))  # what the others are held against
+        chosen = [(number, variant) for number, variant in enumerate(self.variants()) if named in variant.name]
+        beside([lambda number=number, variant=variant: run(number, variant) for number, variant in chosen], keep)
 
     def run_directory(self, where: str) -> Path:
         return self.out / where / self.name
@@ -105,7 +105,7 @@ class Job:
         process.wait()
         self.go(variant.then, where, variant.fields)
 
-    def done(self, name: str, where: str, work: Callable[[], None]) -> dict[str, Any]:
+    def done(self, name: str, where: str, work: Callable[[], None]) -> Row:
         try:
             work()
         except RuntimeError as error:
@@ -128,8 +128,16 @@ class Job:
         }
 
 
-def table(found: Sequence[dict[str, Any]]) -> list[str]:
+def beside(work: Sequence[Callable[[], Row]], keep: Keep) -> None:
+    """Each in a thread; most of the work is in processes of its own."""
+    with ThreadPoolExecutor(len(work)) as pool:
+        for future in as_completed([pool.submit(each) for each in work]):
+            keep(future.result())
+
+
+def table(found: Sequence[Row]) -> list[str]:
     """Step by step against the first row, whose text all but the other seeds' have."""
+    found = sorted(found, key=lambda row: ("seed" not in row["row"], row["row"]))
     base = found[0].get("steps")
     head = "| training | first loss | largest difference of a step's loss | of its gradient's norm | last loss | KL |"
     lines = [f"{head} generation | choice | perplexity |", "|---|" + "---:|" * 8]

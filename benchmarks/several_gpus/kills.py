@@ -8,11 +8,10 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
-from job import Job, furthest
-from launching import ENGINES, Launch, lines, until, untrained_copy, workers
+from job import Job, Keep, Row, beside, furthest
+from launching import Launch, lines, until, untrained_copy, workers
 
 from recover.artifacts import check_manifest, read_json, read_jsonl
 from recover.errors import ArtifactError
@@ -22,27 +21,30 @@ EXIT_SECONDS = 60  # all processes must be gone by then
 RANDOM = random.Random(1)
 
 
-def kills(job: Job, trials: int) -> list[dict[str, Any]]:
+def kills(job: Job, trials: int, engines: Sequence[str], keep: Keep) -> None:
     """Each engine's trials one after the other, the engines beside one another; `job` stops at its recovery."""
     base = job.run_directory("kill")
     Launch("one", gpu=0).run(words(job, "kill"), job.out / "kill.log")
 
-    def engine(name: str) -> dict[str, Any]:
+    def engine(name: str) -> Row:
         launch = Launch(name, job.gpus)
         straight = untrained_copy(base, job.run_directory(f"kill-{name}"))
         launch.run(words(job, f"kill-{name}"), job.out / f"kill-{name}.log")
         steps = read_jsonl(straight / "recover" / "steps.jsonl")
-        found = [trial(job, launch, base, f"kill-{name}-{number}", steps) for number in range(trials)]
+        found: list[Row] = []
+        for number in range(trials):
+            found.append(trial(job, launch, base, f"kill-{name}-{number}", steps))
+            print(f"{name}: {found[-1]}", flush=True)
         return {"row": f"{job.gpus} x {name}", "trials": found, "steps": len(steps)}
 
-    return job.beside([lambda name=name: engine(name) for name in ENGINES])
+    beside([lambda name=name: engine(name) for name in engines], keep)
 
 
 def words(job: Job, where: str) -> list[str]:
     return ["train" if word == "run" else word for word in job.words(where, ())]
 
 
-def trial(job: Job, launch: Launch, base: Path, where: str, straight: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def trial(job: Job, launch: Launch, base: Path, where: str, straight: Sequence[Row]) -> Row:
     run, log = untrained_copy(base, job.run_directory(where)), job.out / f"{where}.log"
     steps = run / "recover" / "steps.jsonl"
     process = launch.start(words(job, where), log)
@@ -57,7 +59,7 @@ def trial(job: Job, launch: Launch, base: Path, where: str, straight: Sequence[d
     with suppress(Exception):
         process.wait(EXIT_SECONDS)
     _, alive = psutil.wait_procs(launched, max(0.0, EXIT_SECONDS - (time.monotonic() - killed)))
-    found: dict[str, Any] = {"after_step": after, "seconds_to_exit": time.monotonic() - killed, "alive": len(alive)}
+    found: Row = {"after_step": after, "seconds_to_exit": time.monotonic() - killed, "alive": len(alive)}
     for each in alive:
         each.kill()
     found["half_published"] = half_published(run / "recover")
@@ -84,7 +86,7 @@ def half_published(recover: Path) -> list[str]:
     return wrong if newest is not None else [*wrong, "no checkpoint verifies"]
 
 
-def table(found: Sequence[dict[str, Any]]) -> list[str]:
+def table(found: Sequence[Row]) -> list[str]:
     lines = ["| killed | trials | all gone within | whole | went on to the end | largest difference of a loss |"]
     lines.append("|---|---:|---:|---:|---:|---|")
     for row in found:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from job import Keep
 from launching import ON_GPUS, Launch
 
 SCRIPT = "tests/two_processes.py"
@@ -13,7 +14,7 @@ VARIANTS = ("plain", "plain:2", "zero2", "zero3", "zero3:2", "zero2+dense")
 AFTER_CUT = ("zero3+prefix", "plain+prefix")  # another model is trained: LoRA behind the cut only
 
 
-def law(out: Path, processes: int) -> list[dict[str, Any]]:
+def law(out: Path, processes: int, keep: Keep) -> None:
     """`processes` must divide the eight sequences of a step."""
     import two_processes
 
@@ -25,11 +26,9 @@ def law(out: Path, processes: int) -> list[dict[str, Any]]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     Launch("one").run([*launcher, SCRIPT, str(several), *VARIANTS, *AFTER_CUT], out / "law.log")
     alone = {name: torch.load(one / f"{name}.pt") for name in ("plain", "plain+prefix")}
-    return [
-        {"row": f"{processes} x {name}"}
-        | differences(torch.load(several / f"{name}.pt"), alone["plain+prefix" if name in AFTER_CUT else "plain"])
-        for name in (*VARIANTS, *AFTER_CUT)
-    ]
+    for name in (*VARIANTS, *AFTER_CUT):
+        base = alone["plain+prefix" if name in AFTER_CUT else "plain"]
+        keep({"row": f"{processes} x {name}"} | differences(torch.load(several / f"{name}.pt"), base))
 
 
 def differences(found: dict[str, Any], alone: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launching import ENGINES, Launch
+from job import Keep
+from launching import Launch
 
 from recover.artifacts import read_json
 
@@ -32,35 +33,32 @@ class Row:
 ALL, CUT = (), ("--blocks", "after_cut")
 
 
-def rows(processes: int) -> list[Row]:
-    """Those that matter most come first, as time may end."""
+def rows(processes: int, engines: Sequence[str]) -> list[Row]:
     found = []
     for options in (ALL, CUT):
         found.append(Row(Launch("one", gpu=0), options))
-        found += [Row(Launch(engine, processes), options) for engine in ("zero2", "zero3", "gpu") if engine in ENGINES]
+        found += [Row(Launch(engine, processes), options) for engine in engines]
     return found
 
 
-def speed(out: Path, processes: int, seconds: float, more: Sequence[str]) -> list[dict[str, Any]]:
+def speed(out: Path, processes: int, engines: Sequence[str], seconds: float, more: Sequence[str], keep: Keep) -> None:
     """Each row, as long as there is time; a row that fails is a result too. `more`: for all of training_rate.py."""
     started = time.monotonic()
-    found: list[dict[str, Any]] = []
-    for number, row in enumerate(rows(processes)):
+    for number, row in enumerate(rows(processes, engines)):
         if time.monotonic() - started > seconds:
             break
         file = out / f"rate-{number}.json"
         try:
             row.launch.run([SCRIPT, "--out", str(file), *row.options, *more], out / f"rate-{number}.log")
-            found.append({"row": row.name, "options": row.options, **read_json(file)})
+            keep({"row": row.name, "options": row.options, **read_json(file)})
         except RuntimeError as error:
-            found.append({"row": row.name, "options": row.options, "error": str(error)})
+            keep({"row": row.name, "options": row.options, "error": str(error)})
         print(f"{time.monotonic() - started:5.0f} s: {row.name}", flush=True)
     if time.monotonic() - started < seconds:
-        found += side_by_side(out, processes, more)
-    return found
+        side_by_side(out, processes, more, keep)
 
 
-def side_by_side(out: Path, processes: int, more: Sequence[str]) -> list[dict[str, Any]]:
+def side_by_side(out: Path, processes: int, more: Sequence[str], keep: Keep) -> None:
     """Trainings that know nothing of one another, one a GPU, at once: what sharing the machine alone costs."""
     files = [out / f"beside-{gpu}.json" for gpu in range(processes)]
     started = [
@@ -68,11 +66,9 @@ def side_by_side(out: Path, processes: int, more: Sequence[str]) -> list[dict[st
         for gpu, file in enumerate(files)
     ]
     codes = [process.wait() for process in started]
-    return [
-        {"row": f"one GPU, number {gpu}, beside others", "options": ALL, **read_json(file)}
-        for gpu, (file, code) in enumerate(zip(files, codes, strict=True))
-        if code == os.EX_OK
-    ]
+    for gpu, (file, code) in enumerate(zip(files, codes, strict=True)):
+        if code == os.EX_OK:
+            keep({"row": f"one GPU, number {gpu}, beside others", "options": ALL, **read_json(file)})
 
 
 def table(found: Sequence[dict[str, Any]]) -> list[str]:

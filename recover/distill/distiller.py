@@ -159,8 +159,11 @@ class Distiller:
         shared, after = self.twin.blocks[: self.shared_blocks], self.twin.blocks[self.shared_blocks]
         for block in shared:
             block.gradient_checkpointing = False  # nothing in them is to be run again in backward
-        # Reentrant checkpointing gives no gradient at all to a block none of whose inputs asks for one.
-        wanted = bool(getattr(after, "gradient_checkpointing", False))
+        # Neither reentrant checkpointing nor ZeRO-3, where it gathers blocks as a whole, gives all gradients to a block
+        # none of whose inputs asks for one.
+        wanted = getattr(after, "gradient_checkpointing", False) or any(
+            getattr(block, "_z3_leaf", False) for block in self.twin.blocks
+        )
         # A hook on the last shared block, not on the first one after it: checkpointing runs that one again in backward,
         # when hooks and closed blocks are as they were, but from the input it was given here.
         if prefix_BTD is None:

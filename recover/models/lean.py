@@ -79,7 +79,7 @@ class LeanNorm(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         this: Any = self
         weight_D = this.weight
-        if weight_D.dtype != hidden_states.dtype or weight_D.requires_grad or hasattr(weight_D, "ds_id"):
+        if weight_D.dtype != hidden_states.dtype or weight_D.requires_grad:
             return super().forward(hidden_states)
         if this.switch.fused(this.training) and fused.fits_norm(hidden_states, weight_D):
             return fused.rms_norm(hidden_states, weight_D, this.variance_epsilon)

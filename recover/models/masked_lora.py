@@ -39,8 +39,8 @@ class SwitchedLora(lora.Linear):
     def foldable(self, x: Tensor) -> Factors | None:
         """The factors if all that peft's forward would do is a frozen linear layer and one update in x's dtype.
 
-        Else none: dropout, several adapters, weights that are trained or that ZeRO-3 gathers where their own layer
-        runs, hooks that wait for that layer, and dtypes that meet only by peft's casts.
+        Else none: dropout, several adapters, weights that are trained, hooks that wait for one of the layers (as those
+        of ZeRO-3 do, where it gathers layer by layer), and dtypes that meet only by peft's casts.
         """
         base: Any = self.base_layer
         names = [name for name in self.active_adapters if name in self.lora_A]
@@ -49,7 +49,7 @@ class SwitchedLora(lora.Linear):
         lora_a, lora_b, dropout = (part[names[0]] for part in (self.lora_A, self.lora_B, self.lora_dropout))
         if not isinstance(dropout, nn.Identity) or lora_b.bias is not None:
             return None
-        if any(hooked(layer) or hasattr(layer.weight, "ds_id") for layer in (base, lora_a, lora_b)):
+        if any(map(hooked, (base, lora_a, lora_b))):
             return None
         frozen = not any(each.requires_grad for each in base.parameters())
         factors = self._factors(names[0])

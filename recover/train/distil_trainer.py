@@ -24,6 +24,7 @@ from recover.distill.distiller import Distiller, scored_tokens, without_mask
 from recover.errors import TrainingError
 from recover.recipe import Recover
 from recover.train.data import collator
+from recover.train.sharding import gather_by_block
 from recover.train.skipping import norm_is_finite
 from recover.train.stopping import Interrupted, Stop
 from recover.train.totals import TERMS
@@ -66,6 +67,8 @@ class RecoverTrainer(SFTTrainer):
             processing_class=tokenizer,
             data_collator=collator(pad or 0, leaf.loss.scored) if on_policy is None else on_policy.numbers,
         )
+        if self.is_zero3:
+            gather_by_block(twin)
         self.adapted: Any = twin.model
         self.distiller = Distiller(twin, leaf.loss)
         self.steps, self.rows_a_step = steps, leaf.batch_size
