@@ -183,9 +183,9 @@ def other_ways():
     def hooked(twin):
         twin.base.model.layers[1].mlp.up_proj.base_layer.register_forward_hook(lambda *_: None)
 
-    def gathered(twin):
+    def gathered(twin):  # as by DeepSpeed, layer by layer
         for layer in lora_layers(twin.model):
-            layer.lora_A["default"].weight.ds_id = 1
+            layer.lora_A["default"].register_forward_pre_hook(lambda *_: None)
 
     def trained(twin):
         twin.base.model.layers[1].mlp.up_proj.base_layer.weight.requires_grad_()

@@ -19,6 +19,7 @@ from tiny import FAMILIES, ids, tiny
 from twins import Distill, fill_adapters, masked_twin
 
 from recover import recipe
+from recover.models.masked_lora import hooked, lora_layers
 from recover.models.twin import Twin
 from recover.prune.plan import Plan
 from recover.train.sharding import gather_by_block
@@ -53,6 +54,7 @@ def check(masked: bool, reentrant: bool | None, blocks: str = "all", family: str
     optimizer = torch.optim.AdamW(adapters(sharded).values(), lr=1e-3)
     engine, *_ = deepspeed.initialize(model=sharded.model, optimizer=optimizer, config=CONFIG)
     assert all(p.numel() == 0 for p in sharded.model.parameters()), "a parameter is not sharded"
+    assert not any(map(hooked, lora_layers(sharded.model))), "a layer is gathered by itself"
     worst = 0.0
     for step in range(3):  # the second step runs along the trace that the first one recorded
         engine.backward(engine(input_ids=ids(), distill=Distill(sharded))["loss"])
