@@ -7,6 +7,7 @@ the same order; what differs is who computes them.
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -73,7 +74,7 @@ class Job:
         beside([lambda number=number: run(number) for number in range(seeds)], keep)
 
     def moved(self, named: str, keep: Keep) -> None:
-        """Variants whose names hold `named`, beside one another, from the run of the first seed."""
+        """Variants in whose names `named` is found, beside one another, from the run of the first seed."""
 
         def run(number: int, variant: Variant) -> Row:
             where = f"variant-{number}"
@@ -81,7 +82,7 @@ class Job:
             return self.done(variant.name, where, lambda: self.do(variant, where))
 
         keep(self.done(f"one GPU, seed {self.seed}", "seed-0", lambda: None))  # what the others are held against
-        chosen = [(number, variant) for number, variant in enumerate(self.variants()) if named in variant.name]
+        chosen = [(number, variant) for number, variant in enumerate(self.variants()) if re.search(named, variant.name)]
         beside([lambda number=number, variant=variant: run(number, variant) for number, variant in chosen], keep)
 
     def run_directory(self, where: str) -> Path:

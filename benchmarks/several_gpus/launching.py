@@ -24,7 +24,10 @@ OF_A_TRAINING = ("after", "deploy", "report", "report.html", "report.md", "repor
 
 @dataclass(frozen=True)
 class Launch:
-    """`engine`: "one" for one process without a launcher, else a file of launch/; `gpu`: the one that is seen."""
+    """`engine`: "one" for one process without a launcher, else a file of launch/; `gpu`: the one that is seen.
+
+    Numbers of GPUs begin anew behind the last one of the machine.
+    """
 
     engine: str
     processes: int = 1
@@ -43,8 +46,8 @@ class Launch:
         paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment.setdefault("OMP_NUM_THREADS", "1")
-        if self.gpu is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = str(self.gpu)
+        if self.gpu is not None and ON_GPUS:
+            environment["CUDA_VISIBLE_DEVICES"] = str(self.gpu % torch.cuda.device_count())
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
             return subprocess.Popen(

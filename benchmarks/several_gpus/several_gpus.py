@@ -51,7 +51,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES, help="of speed and kills")
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes/smollm2-135m-drop3.yaml", help="of the job")
     parser.add_argument("--seeds", type=int, default=3, help="of the job on one GPU (%(default)s)")
-    parser.add_argument("--named", default="", help="only variants of moved whose name holds this")
+    parser.add_argument("--named", default="", help="only variants of moved in whose name this regex is found")
     parser.add_argument("--trials", type=int, default=3, help="kills of each engine (%(default)s)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row of speed after this")
     parser.add_argument("--beside", action="store_true", help="parts beside one another; not for speed")
