@@ -37,10 +37,13 @@ class Variant:
 
 
 class Job:
-    """The recipe with `fields` set over it, in run directories below `out`, on so many GPUs."""
+    """The recipe with `fields` set over it, in run directories below `out`, on so many GPUs.
 
-    def __init__(self, recipe: Path, fields: Sequence[str], out: Path, gpus: int) -> None:
-        self.recipe, self.fields, self.out, self.gpus = recipe, list(fields), out, gpus
+    `command`: "run", or "train" for runs that end with their recovery.
+    """
+
+    def __init__(self, recipe: Path, fields: Sequence[str], out: Path, gpus: int, command: str = "run") -> None:
+        self.recipe, self.fields, self.out, self.gpus, self.command = recipe, list(fields), out, gpus, command
         loaded = load_recipe(recipe, self.fields)
         self.name, self.seed, self.batch = loaded.name, loaded.seed, loaded.recover.batch_size
 
@@ -89,7 +92,7 @@ class Job:
         return self.out / where / self.name
 
     def words(self, where: str, fields: Sequence[str]) -> list[str]:
-        return ["-m", "recover", "run", str(self.recipe), "--runs", str(self.out / where), *self.fields, *fields]
+        return ["-m", "recover", self.command, str(self.recipe), "--runs", str(self.out / where), *self.fields, *fields]
 
     def go(self, launch: Launch, where: str, fields: Sequence[str] = ()) -> None:
         launch.run(self.words(where, fields), self.out / f"{where}.log")
@@ -123,8 +126,8 @@ class Job:
             "kept": kept["epoch"],
             "dense": read_json(run / "dense" / "measure.json")["headline"],
             "pruned": read_json(run / "before" / "measure.json")["headline"],
-            "recovered": read_json(run / "after" / "measure.json")["headline"],
-            "verified": read_json(run / "verify.json"),
+            "recovered": read_json(run / "after" / "measure.json")["headline"] if self.command == "run" else None,
+            "verified": read_json(run / "verify.json") if self.command == "run" else None,
             "went_on": [line for line in log.read_text(errors="replace").splitlines() if "going on from" in line],
         }
 
@@ -141,17 +144,18 @@ def table(found: Sequence[Row]) -> list[str]:
     found = sorted(found, key=lambda row: ("seed" not in row["row"], row["row"]))
     base = found[0].get("steps")
     head = "| training | first loss | largest difference of a step's loss | of its gradient's norm | last loss | KL |"
-    lines = [f"{head} generation | choice | perplexity |", "|---|" + "---:|" * 8]
+    lines = [f"{head} generation by epoch | generation | choice | perplexity |", "|---|" + "---:|" * 9]
     for row in found:
         if "error" in row:
-            lines.append(f"| {row['row']} | {row['error'][-300:]!r} | | | | | | | |")
+            lines.append(f"| {row['row']} | {row['error'][-300:]!r} | | | | | | | | |")
             continue
         steps, after = row["steps"], row["recovered"]
         same = base is not None and "seed" not in row["row"].replace(found[0]["row"], "")
         apart = [furthest(steps, base, name) for name in ("loss", "grad_norm")] if same else ["", ""]
+        epochs = ", ".join(f"{epoch['score']:.1%}" for epoch in row["epochs"])
         cells = [row["row"], f"{steps[0]['loss']:.6g}", *apart, f"{steps[-1]['loss']:.4g}"]
-        cells += [f"{row['epochs'][row['kept'] - 1]['kl']:.4f}", f"{after['generation']:.1%}"]
-        cells += [f"{after['choice']:.1%}", f"{after['perplexity']:.2f}"]
+        cells += [f"{row['epochs'][row['kept'] - 1]['kl']:.4f}", epochs]
+        cells += [f"{after[name]:.4g}" if after else "" for name in ("generation", "choice", "perplexity")]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

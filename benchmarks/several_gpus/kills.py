@@ -22,14 +22,14 @@ RANDOM = random.Random(1)
 
 
 def kills(job: Job, trials: int, engines: Sequence[str], keep: Keep) -> None:
-    """Each engine's trials one after the other, the engines beside one another; `job` stops at its recovery."""
+    """Each engine's trials one after the other, the engines beside one another."""
     base = job.run_directory("kill")
-    Launch("one", gpu=0).run(words(job, "kill"), job.out / "kill.log")
+    Launch("one", gpu=0).run(job.words("kill", ()), job.out / "kill.log")
 
     def engine(name: str) -> Row:
         launch = Launch(name, job.gpus)
         straight = untrained_copy(base, job.run_directory(f"kill-{name}"))
-        launch.run(words(job, f"kill-{name}"), job.out / f"kill-{name}.log")
+        launch.run(job.words(f"kill-{name}", ()), job.out / f"kill-{name}.log")
         steps = read_jsonl(straight / "recover" / "steps.jsonl")
         found: list[Row] = []
         for number in range(trials):
@@ -40,14 +40,10 @@ def kills(job: Job, trials: int, engines: Sequence[str], keep: Keep) -> None:
     beside([lambda name=name: engine(name) for name in engines], keep)
 
 
-def words(job: Job, where: str) -> list[str]:
-    return ["train" if word == "run" else word for word in job.words(where, ())]
-
-
 def trial(job: Job, launch: Launch, base: Path, where: str, straight: Sequence[Row]) -> Row:
     run, log = untrained_copy(base, job.run_directory(where)), job.out / f"{where}.log"
     steps = run / "recover" / "steps.jsonl"
-    process = launch.start(words(job, where), log)
+    process = launch.start(job.words(where, ()), log)
     after = RANDOM.randint(1, max(1, len(straight) - 3))
     if not until(lambda: lines(steps) >= after, process):
         return {"problem": f"ended before step {after}: exit code {process.poll()}"}
@@ -64,7 +60,7 @@ def trial(job: Job, launch: Launch, base: Path, where: str, straight: Sequence[R
         each.kill()
     found["half_published"] = half_published(run / "recover")
     try:
-        launch.run(words(job, where), log)
+        launch.run(job.words(where, ()), log)
     except RuntimeError as error:
         return {**found, "problem": str(error)}
     went_on = [line for line in log.read_text(errors="replace").splitlines() if "going on from" in line]

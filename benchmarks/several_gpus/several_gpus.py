@@ -47,11 +47,13 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=["law", "speed", "seeds", "moved", "kills"])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--scratch", type=Path, help="folder of run directories and logs (default: in --out)")
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count() or 2, help="processes (%(default)s)")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES, help="of speed and kills")
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes/smollm2-135m-drop3.yaml", help="of the job")
     parser.add_argument("--seeds", type=int, default=3, help="of the job on one GPU (%(default)s)")
     parser.add_argument("--named", default="", help="only variants of moved in whose name this regex is found")
+    parser.add_argument("--training-only", action="store_true", help="seeds and moved end with their recovery")
     parser.add_argument("--trials", type=int, default=3, help="kills of each engine (%(default)s)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row of speed after this")
     parser.add_argument("--beside", action="store_true", help="parts beside one another; not for speed")
@@ -63,12 +65,13 @@ class Parts:
     """What each part does with the options, and how its rows are shown."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.scratch = options, options.out / "scratch"
+        self.options, self.scratch = options, (options.scratch or options.out / "scratch").resolve()
         self.more = ["--tiny"] if options.tiny else []
 
     def job(self) -> jobs.Job:
         recipe, fields = (QUICKSTART, TINY) if self.options.tiny else (self.options.recipe.resolve(), SMOLLM2)
-        return jobs.Job(recipe, fields, self.scratch / "job", self.options.gpus)
+        command = "train" if self.options.training_only else "run"
+        return jobs.Job(recipe, fields, self.scratch / "job", self.options.gpus, command)
 
     def do(self, part: str, keep: jobs.Keep) -> None:
         options = self.options
@@ -81,7 +84,8 @@ class Parts:
         elif part == "moved":
             self.job().moved(options.named, keep)
         else:
-            job = jobs.Job(QUICKSTART, TINY if options.tiny else EMBEDDED, self.scratch / "kills", options.gpus)
+            fields = TINY if options.tiny else EMBEDDED
+            job = jobs.Job(QUICKSTART, fields, self.scratch / "kills", options.gpus, "train")
             kills.kills(job, options.trials, options.engines, keep)
 
     def run(self, part: str) -> bool:
