@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 Trial = str | None  # what was wrong, or None
+LONG_SECONDS = 8  # a hand that takes longer is dealt before all shorter ones
 GRACE_SECONDS = 80  # for what was begun before the time was up
 
 
@@ -63,18 +64,21 @@ class Outcome:
 
 
 def hands(rows: dict[str, Row], share: float = 1.0) -> list[Hand]:
-    """What is dealt, in this order: the hands that take longest first, those of one row shuffled.
+    """What is dealt, in this order: what takes long first, so that it does not end last; then all rows in step.
 
-    So a row that the end of the time cuts short has tried a random part of its trials.
+    The hands of a row are shuffled. So where the time runs out, each row has tried about as large a part of its
+    trials, drawn at random.
     """
-    dealt: list[tuple[float, Hand]] = []
+    dealt: list[tuple[float, float, Hand]] = []
     for name, row in rows.items():
         draw = random.Random(name)
         numbers = sorted(draw.sample(range(row.times), min(row.times, max(1, round(row.times * share)))))
         parts = [tuple(numbers[at : at + row.hand]) for at in range(0, len(numbers), row.hand)]
         draw.shuffle(parts)
-        dealt += [(-row.seconds * row.processes * row.hand, Hand(name, part)) for part in parts]
-    return [hand for _, hand in sorted(dealt, key=lambda pair: pair[0])]
+        seconds = row.seconds * row.processes * row.hand
+        long = seconds if seconds > LONG_SECONDS else 0.0
+        dealt += [(-long, at / len(parts), Hand(name, part)) for at, part in enumerate(parts)]
+    return [hand for *_, hand in sorted(dealt, key=lambda one: one[:2])]
 
 
 @contextmanager
@@ -174,7 +178,7 @@ class Dealer:
                 try:
                     outcome = pipe.recv()
                 except EOFError:
-                    self.bury(pipe, started.pop(pipe, set()), keep)
+                    waiting[:0] = self.bury(pipe, started.pop(pipe, set()), keep)
                     if waiting and self.hired < 3 * self.jobs:
                         self.hire()
                     continue
@@ -199,12 +203,14 @@ class Dealer:
         self.processes.pop(pipe).join()
         del self.busy[pipe]
 
-    def bury(self, pipe: Connection, done: set[int], keep: Callable[[Outcome], None]) -> None:
-        """What the worker was at when it died counts as failed."""
+    def bury(self, pipe: Connection, done: set[int], keep: Callable[[Outcome], None]) -> list[Hand]:
+        """What the worker was at when it died counts as failed; what was behind it in its hand is to be dealt again."""
         hand = self.busy.pop(pipe)
         process = self.processes.pop(pipe)
         process.join()
         if hand is None:
             raise RuntimeError(f"a worker ended with {process.exitcode} before its first trial")
-        for number in [number for number in hand.numbers if number not in done][:1]:
+        left = [number for number in hand.numbers if number not in done]
+        for number in left[:1]:
             keep(Outcome(hand.row, number, f"trial {number}: its worker ended with {process.exitcode}", 0.0))
+        return [Hand(hand.row, tuple(left[1:]))] if left[1:] else []

@@ -57,10 +57,11 @@ def command(script: str, folder: Path, engine: str, processes: int, *more: str) 
     tests = Path(__file__).parent
     paths = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["GLOO_SOCKET_IFNAME"] = "lo"  # with --local_addr: no name of this machine is looked up
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"  # DeepSpeed might look for GPUs that CUDA_VISIBLE_DEVICES hides
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return [*torchrun, script, str(folder), engine, *more], environment
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1"]
+    return [*torchrun, "--nproc_per_node", str(processes), script, str(folder), engine, *more], environment
 
 
 def launch(folder: Path, engine: str, processes: int, *more: str, script: str = __file__) -> tuple[int, str]:
