@@ -18,6 +18,7 @@ from recover.artifacts import write_json
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "hypothesis")
 FAILURES = 20  # of a row, whose text is kept
+SHOWN = 300  # characters of a failure that are printed where a file keeps all of them
 WRITE_SECONDS = 3
 
 
@@ -61,7 +62,8 @@ class Report:
             self.measured[name][what] = max(value, self.measured[name].get(what, -math.inf))
         if outcome.problem is not None:
             self.failures[name].append(f"trial {outcome.number}: {outcome.problem}")
-            print(f"{name}: {self.failures[name][-1]}", file=sys.stderr, flush=True)
+            text = self.failures[name][-1]
+            print(f"{name}: {text if self.out is None else text[:SHOWN]}", file=sys.stderr, flush=True)
         if time.time() - self.written > WRITE_SECONDS:
             self.write()
 

@@ -58,6 +58,7 @@ def command(script: str, folder: Path, engine: str, processes: int, *more: str) 
     paths = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment["GLOO_SOCKET_IFNAME"] = "lo"  # with --local_addr: no name of this machine is looked up
+    environment["PYTHONFAULTHANDLER"] = "1"  # a process that aborts says where
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"  # DeepSpeed might look for GPUs that CUDA_VISIBLE_DEVICES hides
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1"]
