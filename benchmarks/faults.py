@@ -93,6 +93,7 @@ def main() -> None:
     rows = {name: ROWS[name] for name in options.rows}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         root = Path(name)
+        os.environ["TMPDIR"] = name  # launchers leave folders there
         if "R2" in rows:
             rows["R2"] = replace(rows["R2"], times=faulty.disk_calls(root / "calls")[0])
         report = Report(rows, options.out, {"jobs": options.jobs, "share": options.share}, started)
