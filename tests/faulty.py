@@ -29,6 +29,7 @@ from recover.models.twin import Twin
 from recover.prune.plan import Plan
 from recover.run_directory import RunDirectory
 from recover.signals import graceful_stop
+from recover.train.checkpoints import STEPS, Checkpoints
 from recover.train.distil_trainer import RecoverTrainer
 from recover.train.trainer import recover
 
@@ -69,8 +70,13 @@ def start(work: Callable[[], Any], log: Path) -> int:
 
 
 def end(process: int) -> int:
-    """Wait for it; its exit code, negative for the signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    """Wait for it; its exit code, negative for the signal that killed it. Whoever stops waiting kills it."""
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    except BaseException:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        raise
 
 
 def run(folder: Path, work: Callable[[], Any] | None = None, **changes: Any) -> tuple[int, str]:
@@ -82,9 +88,9 @@ def run(folder: Path, work: Callable[[], Any] | None = None, **changes: Any) -> 
     return code, log.read_text()
 
 
-def adapter(folder: Path) -> dict[str, torch.Tensor]:
+def adapter(folder: Path, stage: str = "recover") -> dict[str, torch.Tensor]:
     """What the training of this folder published last."""
-    last = sorted((folder / "recover").glob("epoch-*"))[-1]
+    last = sorted((folder / stage).glob("epoch-*"))[-1]
     artifacts.check_manifest(last)
     return load_file(last / "adapter_model.safetensors")
 
@@ -97,11 +103,27 @@ def goes_on(folder: Path, expected: dict[str, torch.Tensor], **changes: Any) -> 
     """Run the same command again; None if it ends with the bits of the straight run, else what was wrong."""
     code, output = run(folder, **changes)
     if code != 0:
-        return f"exit code {code}: {output[-1500:]}"
+        return f"exit code {code}: {output}"
     if not same(adapter(folder), expected):
-        return f"other weights: {output[-1500:]}"
+        return f"other weights: {output}"
+    steps = [line["step"] for line in artifacts.read_jsonl(folder / "recover" / STEPS)]
+    if steps != list(range(1, len(steps) + 1)):
+        return f"lines of steps {steps}: {output}"
     left = [path.name for path in folder.rglob(".*") if path.name != ".lock"]
     return f"left over: {left}" if left else None
+
+
+def newest_is_listed(recover: Path) -> str | None:
+    """Nothing that was published is lost: the newest that verifies is the newest of the list, or newer."""
+    if not (recover / "checkpoints.jsonl").exists() or not (recover / "checkpoints").exists():
+        return None
+    artifacts.settle(recover)
+    training = artifacts.read_json(recover / "training.json")
+    if training["finished"]:
+        return None
+    last = [line["step"] for line in artifacts.read_jsonl(recover / "checkpoints.jsonl")][-1:]
+    found = Checkpoints(recover, training["fingerprint"]).newest()
+    return None if not last or (found is not None and found[1]["step"] >= last[0]) else f"step {last[0]} was lost"
 
 
 def interrupted(folder: Path, numbers: list[int], after: float, between: float = 0.0, **changes: Any) -> int:

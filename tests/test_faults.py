@@ -12,6 +12,7 @@ import signal
 
 import faulty
 import faulty_launch
+import faulty_peers
 import pytest
 import torch
 
@@ -273,3 +274,12 @@ def test_another_number_of_processes_goes_on(tmp_path, engine, processes, then, 
 @pytest.mark.parametrize("engine", ["plain", "zero2", "zero3"])
 def test_a_nan_on_one_process_is_skipped_on_both(tmp_path, engine):
     assert faulty_launch.poisoned_together(tmp_path, engine) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["plain", "zero2", "zero3"])
+def test_all_end_soon_after_one_process_is_lost(tmp_path, engine):
+    problem, _ = faulty_peers.lost(tmp_path / "killed", engine, faulty_peers.killed(1, 1.5))
+    assert problem is None
+    problem, _ = faulty_peers.lost(tmp_path / "raised", engine, faulty_peers.raised, "0", "4")
+    assert problem is None
