@@ -15,7 +15,7 @@ from tiny import tiny
 from twins import masked_twin
 
 from recover import estimate_cache, stages
-from recover.artifacts import read_json
+from recover.artifacts import read_json, sha256
 from recover.distill import cache as caching
 from recover.distill.cache import StateCache, about, row_key
 from recover.distill.distiller import DenseStates, Distiller, scored_rows
@@ -243,6 +243,27 @@ def test_a_damaged_shard_that_is_deleted_is_written_again(tmp_path):
     path.unlink()
     states_of(tmp_path, prefix=False).fill(rows, COLLATE, 2)
     assert path.read_bytes() == whole
+
+
+def test_shards_are_checked_a_few_ahead_each_once_and_what_is_wrong_is_said_when_it_is_read(tmp_path, monkeypatch):
+    cache = StateCache(tmp_path, {"states": "some"})
+    keys = [bytes([number]) * 32 for number in range(12)]
+    for key in keys:
+        cache.write({key: torch.full((2, 3), float(key[0]))})
+    hashed = []
+    monkeypatch.setattr(caching, "sha256", lambda path: hashed.append(path) or sha256(path))
+    order = keys[::-1]
+    cache.expect(order)
+    paths = [cache.where[key][0] for key in order]
+    data = bytearray(paths[6].read_bytes())
+    data[-1] ^= 1
+    paths[6].write_bytes(data)
+    for number, key in enumerate(order[:6]):
+        assert torch.equal(cache.read([key])[0], torch.full((2, 3), float(key[0])))
+        cache._checker.submit(int).result()  # what was asked for by now is done
+        assert hashed == paths[: number + 1 + caching.CHECKED_AHEAD]
+    with pytest.raises(ArtifactError, match="damaged"):
+        cache.read([order[6]])
 
 
 def test_a_shard_that_goes_while_training_is_named(tmp_path):

@@ -16,7 +16,9 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 ABOUT, SUFFIX = "about.json", ".safetensors"
 SHARD_BYTES = 128 * 2**20
+CHECKED_AHEAD = 3  # shards: a check takes longer than a step may
 FORGOTTEN_SECONDS = 3600  # a temporary file as old as this belongs to no process that still writes
 
 NOT_MATHS = ("_name_or_path", "transformers_version", "architectures")  # of a config
@@ -94,7 +97,9 @@ class StateCache:
         self.folder = folder / hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
         self.where: dict[Key, tuple[Path, int, int]] = {}
         self._known: set[Path] = set()
-        self._checked: set[Path] = set()
+        self._order: dict[Path, int] = {}  # place of a shard in the order in which they will be read
+        self._checks: dict[Path, Future[None]] = {}
+        self._checker = ThreadPoolExecutor(1, "checks of shards")
         self._check_about()
         self.refresh()
 
@@ -148,15 +153,20 @@ class StateCache:
                 rows.append(shard.get_slice("states")[start:stop])
         return rows
 
+    def expect(self, keys: Iterable[Key]) -> None:
+        """Rows will be read in this order: a thread then checks shards a few ahead of the one that is read."""
+        paths = dict.fromkeys(self.where[key][0] for key in keys if key in self.where)
+        self._order = {path: place for place, path in enumerate(paths)}
+
     def _check(self, path: Path) -> None:
-        if path in self._checked:
-            return
-        if not path.exists():
-            raise ArtifactError(f"{path}: gone. Run the same command again: its rows are computed again")
-        found = sha256(path)
-        if found != path.stem:
-            raise ArtifactError(f"{path}: damaged: its sha256 is {found}. {MEND}")
-        self._checked.add(path)
+        """Wait until this shard is checked; have those that come next checked meanwhile."""
+        coming = [path]
+        if path in self._order:  # dictionaries keep their order
+            coming = list(islice(self._order, self._order[path], self._order[path] + 1 + CHECKED_AHEAD))
+        for each in coming:
+            if each not in self._checks:
+                self._checks[each] = self._checker.submit(_check_shard, each)
+        self._checks[path].result()
 
     def write(self, rows: dict[Key, Tensor]) -> None:
         """Add a shard of these rows' states, whole or not at all.
@@ -184,6 +194,14 @@ class StateCache:
     def bytes(self) -> int:
         """Of all shards, on disk."""
         return sum(path.stat().st_size for path in self._known)
+
+
+def _check_shard(path: Path) -> None:
+    if not path.exists():
+        raise ArtifactError(f"{path}: gone. Run the same command again: its rows are computed again")
+    found = sha256(path)
+    if found != path.stem:
+        raise ArtifactError(f"{path}: damaged: its sha256 is {found}. {MEND}")
 
 
 @contextmanager

@@ -76,22 +76,27 @@ class TrainingStates:
         """
         batches = [range(start, min(start + micro, len(rows))) for start in range(0, len(rows), micro)]
         batch_of = lambda numbers: collate([rows[number] for number in numbers])  # noqa: E731
-        todo = dist.on_main(lambda: self._todo(batches, batch_of))
+        todo, coming = dist.on_main(lambda: self._todo(batches, batch_of))
         if todo:
             dist.everywhere(lambda: self._fill(dist.shard(todo), batch_of, shard_bytes))
-        for cache in self._caches:
+        for cache, keys in zip(self._caches, zip(*coming, strict=True), strict=False):
             cache.refresh()
+            cache.expect(keys)
 
     @property
     def _caches(self) -> list[StateCache]:
         return [self.dense] if self.prefix is None else [self.dense, self.prefix]
 
-    def _todo(self, batches: list[range], batch_of: Callable[[range], Any]) -> list[range]:
-        """Batches of which a state is missing; refused if the disk cannot hold them."""
-        todo, positions, seen = [], 0, set()
+    def _todo(
+        self, batches: list[range], batch_of: Callable[[range], Any]
+    ) -> tuple[list[range], list[tuple[Key, Key]]]:
+        """Batches of which a state is missing, and the two keys of each row in order; a full disk is refused."""
+        todo, coming, positions, seen = [], [], 0, set()
         for numbers in console.track(batches, "looking up dense states", unit="batch"):
-            missing = self._missing(text_rows(batch_of(numbers)), seen)
+            rows = text_rows(batch_of(numbers))
+            missing = self._missing(rows, seen)
             positions += missing
+            coming += [(row.dense, row.prefix) for row in rows]
             todo += [numbers] if missing else []
         config = self.distiller.twin.base.config
         needed = positions * config.hidden_size * self.distiller.twin.base.dtype.itemsize
@@ -100,7 +105,7 @@ class TrainingStates:
             f"{_gigabytes(needed)} to compute in {len(todo):,} of {len(batches):,} batches"
         )
         _refuse_full(self.dense.folder, needed)
-        return todo
+        return todo, coming
 
     def _missing(self, rows: list[TextRow], seen: set[Key]) -> int:
         """Positions whose states are missing; `seen` are rows counted before."""
