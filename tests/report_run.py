@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from report_steps import steps
 
 BLOCKS, DROPPED, STEPS = 16, (6, 9, 10, 12), 48
 MACHINE = {"system": "Linux", "processor": "Small CPU", "cores": 2, "memory_bytes": 8_000_000_000, "gpus": []}
@@ -71,6 +72,7 @@ def build_run(root: Path, *, name: str = "tiny-drop4", kind: str = "depth", with
     for part in ("before", "after"):
         records, summary = _probe(part)
         files[f"{part}/probe.json"], files[f"{part}/probe.jsonl"] = summary, records
+    files["recover/steps.jsonl"] = steps()
     files["epochs.jsonl"] = [_epoch(epoch) for epoch in range(1, 7)]
     for path, value in files.items():
         if path not in without:

@@ -280,7 +280,9 @@ def test_compare_orders_by_recovered_generation_and_keeps_unfinished_runs(tmp_pa
     path = render_compare(data, tmp_path / "compare.html")
     page = Page(path.read_text(encoding="utf-8"))
     ids = [attributes.get("id") for attributes in page.all("figure")]
-    assert ids == ["figure-compare", "figure-trade", "figure-courses"] and "not measured" in "".join(page.text)
+    assert ids == ["figure-compare", "figure-trade", "figure-courses", "figure-losses"] and "not measured" in "".join(
+        page.text
+    )
 
 
 def test_compare_of_nothing_measured_names_no_winner(tmp_path: Path) -> None:

@@ -101,7 +101,6 @@ def test_skipped_steps_and_returns_are_said(tmp_path: Path, skipped: int, rollba
     run = build_run(tmp_path)
     finding = {"step": 12, "found": "the loss is not finite (kl nan)", "sequences": [89, 96], "tensors": []}
     record = {"skipped": skipped, "rollbacks": rollbacks, "findings": [finding] * skipped, "finished": True}
-    (run / "recover").mkdir()
     (run / "recover/training.json").write_text(json.dumps(record))
     data = collect(run)
     notes = training.notes(data)

@@ -14,6 +14,7 @@ from recover.artifacts import read_jsonl
 from recover.errors import StopRequested
 from recover.models.twin import Twin
 from recover.prune.plan import Plan
+from recover.report.curve import curve
 from recover.train.distil_trainer import RecoverTrainer
 from recover.train.totals import TERMS
 from recover.train.trainer import recover
@@ -21,11 +22,11 @@ from recover.train.trainer import recover
 STEPS = two_processes.STEPS
 
 
-def go(folder, **changes):
+def go(folder, after_epoch=lambda epoch, _: float(epoch), **changes):
     two_processes.write_text(folder)
     twin = Twin(tiny(), Plan("depth", 6, (2, 4)))
     leaf = two_processes.leaf(folder, save_steps=1, **changes)
-    recover(twin, byte_tokenizer(), leaf, folder / "recover", lambda epoch, _: float(epoch), seed=3)
+    recover(twin, byte_tokenizer(), leaf, folder / "recover", after_epoch, seed=3)
     return folder / "recover" / "steps.jsonl"
 
 
@@ -60,6 +61,29 @@ def test_each_step_has_a_line_with_what_it_learnt(straight):
         values = [line[name] for line in straight]
         assert values == sorted(set(values)) and values[0] > 0
     assert straight[-1]["loss"] != straight[0]["loss"]
+
+
+def test_the_curve_of_the_report_has_the_means_of_the_epochs(tmp_path):
+    epochs = []
+
+    def after_epoch(epoch, record):
+        epochs.append(record)
+        return float(epoch)
+
+    recipe = {"recover": two_processes.leaf(tmp_path).model_dump()}
+    found = curve(go(tmp_path, after_epoch), recipe)
+    assert found is not None and found["last_step"] == STEPS and found["tokens_per_second"] > 0
+    points = found["points"]
+    for name in ("loss", "kl", "variance", "ce"):
+        assert mean_per_token(points["tokens"], points[name]["mean"]) == pytest.approx(
+            mean_per_token([each["tokens"] for each in epochs], [each["train"][name] for each in epochs]), rel=1e-3
+        )
+    assert "reverse_kl" not in points  # it has no weight
+
+
+def mean_per_token(tokens, means):
+    parts = [up_to - before for before, up_to in zip([0, *tokens], tokens, strict=False)]
+    return sum(part * mean for part, mean in zip(parts, means, strict=True)) / tokens[-1]
 
 
 def test_a_stopped_training_writes_the_lines_of_a_straight_one(straight, tmp_path, monkeypatch):

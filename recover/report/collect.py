@@ -12,6 +12,7 @@ from typing import Any
 from recover import artifacts, strict_yaml
 from recover.errors import ArtifactError, RecipeError
 from recover.report import drift, measures, samples, verdict, words
+from recover.report.curve import curve
 
 SCHEMA = 1
 MODELS = ("dense", "pruned", "recovered")
@@ -60,6 +61,7 @@ def collect(root: Path) -> dict[str, Any]:
         "drift": {model: _drift(root / folder) for model, folder in DRIFT_FOLDER.items()},
         "epochs": epochs,
         "training": _json(root / "recover" / "training.json"),
+        "curve": curve(root / "recover" / "steps.jsonl", recipe),
         "tokens": _tokens_used(epochs),
         "speed": _json(root / "speed.json"),
         "verify": _json(root / "verify.json"),

@@ -134,12 +134,20 @@ def _run(data: dict[str, Any]) -> dict[str, Any]:
         "timed_on": _one_text([words.machine(speed.get("machine")), speed.get("workload")]) if speed else None,
         "tokens": (data["tokens"] or {}).get("kept"),
         "epochs": [[row["tokens"], words.finite(row["headline"].get("generation"))] for row in data["epochs"]],
+        "kl": _kl(data["curve"]),
         "dense": {use: ((data["headline"]["dense"] or {}).get(use) or {}).get("value") for use in USES},
         "interval": {model: {use: data["verdict"][model][use]["interval"] for use in USES} for model in MODELS},
         "kept": {model: {use: data["verdict"][model][use]["kept"] for use in USES} for model in MODELS},
         "grades": {model: {use: data["verdict"][model][use]["grade"] for use in USES} for model in MODELS},
         "perplexity": {model: (figures or {}).get("perplexity") for model, figures in data["headline"].items()},
     }
+
+
+def _kl(curve: dict[str, Any] | None) -> list[list[float]]:
+    """[tokens, mean KL per token] of each point of the training curve."""
+    points = curve["points"] if curve else {}
+    pairs = zip(points["tokens"], points["kl"]["mean"], strict=True) if "kl" in points else ()
+    return [[tokens, kl] for tokens, kl in pairs if kl is not None]
 
 
 def _model(leaf: dict[str, Any]) -> str:

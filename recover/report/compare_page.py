@@ -8,8 +8,9 @@ from typing import Any
 from recover.artifacts import write_text
 from recover.report import render, speeds, verdict, words
 from recover.report.compare import MODELS, USES
+from recover.report.compare_courses import courses, losses, names_at_edge
 from recover.report.figure import Figure, is_narrow, panels
-from recover.report.svg import Canvas, Linear, apart
+from recover.report.svg import Canvas, Linear
 
 ROW = 46
 
@@ -17,7 +18,7 @@ ROW = 46
 def render_compare(data: dict[str, Any], path: Path) -> Path:
     """Write the comparison as one self-contained HTML page; gives its path."""
     html = render.environment(escape=True)
-    drawn = [figure for figure in (ways(data), trade(data), courses(data)) if figure is not None]
+    drawn = [figure for figure in (ways(data), trade(data), courses(data), losses(data)) if figure is not None]
     view = {
         "data": data,
         "drawn": [render.drawn(figure) for figure in drawn],
@@ -211,60 +212,8 @@ def _scatter(
                 x(after[0]), y(after[1]), 6.5, "fill-recovered rim", tip=f"{name}, recovered: {_at(what, after)}"
             )
     ends = {name: last for name, (before, after) in places.items() if (last := after or before)}
-    _names(canvas, {name: (x(a), y(b)) for name, (a, b) in ends.items()}, x.stop)
-
-
-def _names(canvas: Canvas, ends: dict[str, Place], right: float) -> None:
-    """Names at the right edge, each tied to its point, none over another."""
-    heights = apart([y for _, y in ends.values()], 15)
-    for (name, (x, y)), height in zip(ends.items(), heights, strict=True):
-        canvas.line(x + 8, y, right + 6, height, "grid")
-        canvas.text(right + 9, height + 4, name if len(name) < 17 else f"{name[:15]}…", "note")
+    names_at_edge(canvas, {name: (x(a), y(b)) for name, (a, b) in ends.items()}, x.stop)
 
 
 def _at(what: str, point: Place) -> str:
     return f"{what} {verdict.share(point[0])}, generation {verdict.share(point[1])}"
-
-
-def courses(data: dict[str, Any]) -> Figure | None:
-    """Generation after each epoch against the tokens spent, all runs in one panel."""
-    lines = {run["name"]: _course(run) for run in data["runs"]}
-    lines = {name: line for name, line in lines.items() if len(line) > 1}
-    if not lines:
-        return None
-    most = max(tokens for line in lines.values() for tokens, _ in line)
-
-    def draw(width: float) -> str:
-        canvas = Canvas(width, 290, "Line chart. " + "; ".join(_course_words(*item) for item in lines.items()))
-        x, y = Linear(0, most, 44, width - 120), Linear(0, 1, 236, 18)
-        canvas.axis_y(y, 44, x.stop, "percent")
-        canvas.axis_x(x, 236, "count", 4 if is_narrow(width) else 6)
-        canvas.text((x.start + x.stop) / 2, 276, "tokens of distillation", "note", anchor="middle")
-        _names(canvas, {name: (x(line[-1][0]), y(line[-1][1])) for name, line in lines.items()}, x.stop)
-        for name, line in lines.items():
-            canvas.path([(x(tokens), y(score)) for tokens, score in line], "stroke-recovered line")
-            for number, (tokens, score) in enumerate(line):
-                css = "fill-recovered rim" if number else "fill-pruned rim"
-                tip = f"{name}, {words.count(tokens)} tokens: generation {words.percent(score)}"
-                canvas.dot(x(tokens), y(score), 4.5, css, tip=tip)
-        return canvas.render()
-
-    see = (
-        "Generation itself, not its share of dense, measured after each epoch; the first dot is the pruned model. A "
-        "line that still climbs at its end was stopped early. Epochs may be measured on fewer items than the end."
-    )
-    table = [
-        (name, words.count(tokens), words.percent(score, 1)) for name, line in lines.items() for tokens, score in line
-    ]
-    return Figure("courses", "What the tokens brought", see, draw, ("run", "tokens", "generation"), table)
-
-
-def _course(run: dict[str, Any]) -> list[tuple[float, float]]:
-    kept, dense = run["kept"]["pruned"]["generation"], run["dense"]["generation"]
-    start = [(0.0, kept * dense)] if kept is not None and dense is not None else []
-    return start + [(tokens, score) for tokens, score in run["epochs"] if tokens is not None and score is not None]
-
-
-def _course_words(name: str, line: list[tuple[float, float]]) -> str:
-    tokens, score = line[-1]
-    return f"{name}: from {words.percent(line[0][1])} to {words.percent(score)} in {words.count(tokens)} tokens"

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from recover.report import figures_drift, figures_outcome, figures_plan, figures_sublayers, figures_text, figures_use
+from recover.report import (
+    figures_curve,
+    figures_drift,
+    figures_outcome,
+    figures_plan,
+    figures_sublayers,
+    figures_text,
+    figures_use,
+)
 from recover.report.figure import Figure
 
 DRAWINGS = (
     figures_outcome.hero,
     figures_outcome.epochs,
+    figures_curve.training,
     figures_plan.pruned,
     figures_drift.blocks,
     figures_drift.steps,

@@ -1,0 +1,118 @@
+"""What a training learnt, in words: how far the loss fell, how fast, and what generation made of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from recover.report import words
+from recover.report.curve import weights
+
+TERM_NAMES = {
+    "loss": "loss",
+    "kl": "KL",
+    "variance": "variance",
+    "reverse_kl": "reverse KL",
+    "ce": "cross-entropy",
+    "variance_r": "variance over r",
+    "jsd": "Jensen-Shannon",
+}
+
+
+def learnt(data: dict[str, Any]) -> list[str]:
+    """Sentences, each made of measured figures; none where no step was made."""
+    if data["curve"] is None:
+        return []
+    found = [_fall(data), _last_epoch(data), _generation(data), _fades(data), _gap(data["curve"])]
+    return [sentence for sentence in found if sentence]
+
+
+def judged(data: dict[str, Any]) -> str:
+    """What tells whether the training still learns: the loss, or KL where the loss falls by fading alone."""
+    return "kl" if _until(data) and (data["curve"] or {"ends": {}})["ends"].get("kl") else "loss"
+
+
+def _fall(data: dict[str, Any]) -> str:
+    """From where to where, at what rate and in how much memory."""
+    found, name = data["curve"], judged(data)
+    first, last = found["ends"][name]
+    if first is None or last is None:
+        return "No step was in order: nothing was learnt."
+    pace = "".join(
+        part
+        for part in (
+            f", at {words.count(found['tokens_per_second'])} tokens/s" if found["tokens_per_second"] else "",
+            f", peak GPU memory {words.size(found['peak_memory_bytes'])}" if found["peak_memory_bytes"] else "",
+        )
+    )
+    what = TERM_NAMES[name]
+    steps = found["ends_steps"]
+    over = "(the first and the last step)" if steps == 1 else f"(means over the first and the last {steps:,} steps)"
+    if last < first:
+        how = f"{what} fell from {words.number(first)} to {words.number(last)} per token"
+    else:
+        how = f"{what} did not fall: {words.number(first)} per token, then {words.number(last)}"
+    return f"{how[0].upper()}{how[1:]} {over}{pace}."
+
+
+def _last_epoch(data: dict[str, Any]) -> str:
+    """Said where the last epoch brought no lower loss than the one before it."""
+    name = judged(data)
+    means = [mean for row in data["epochs"] if (mean := words.finite(row["train"].get(name))) is not None]
+    if len(means) < 2 or means[-1] < means[-2]:
+        return ""
+    before, last = words.number(means[-2]), words.number(means[-1])
+    return (
+        f"Over the last epoch {TERM_NAMES[name]} did not fall: its mean is {last}, that of the epoch before {before}."
+    )
+
+
+def _generation(data: dict[str, Any]) -> str:
+    """Said where the loss fell on while generation fell: after the epoch that is kept, or below the pruned model."""
+    rows = [row for row in data["epochs"] if words.finite(row["headline"].get("generation")) is not None]
+    best = next((row for row in rows if row["best"]), None)
+    if best is None:
+        return ""
+    last, name = rows[-1], judged(data)
+    before, after = (words.finite(row["train"].get(name)) for row in (best, last))
+    kept, score = (row["headline"]["generation"] for row in (best, last))
+    if score < kept and before is not None and after is not None and after < before:
+        return (
+            f"After epoch {best['epoch']}, which is kept, {TERM_NAMES[name]} fell on from {words.number(before)} to "
+            f"{words.number(after)} while generation fell from {words.percent(kept)} to {words.percent(score)}"
+            f"{_items(last)}."
+        )
+    return _below_pruned(data, best)
+
+
+def _below_pruned(data: dict[str, Any], best: dict[str, Any]) -> str:
+    pruned = ((data["headline"]["pruned"] or {}).get("generation") or {}).get("value")
+    first, last = data["curve"]["ends"][judged(data)]
+    score = best["headline"]["generation"]
+    if pruned is None or score >= pruned or first is None or last is None or last >= first:
+        return ""
+    return (
+        f"Generation did not follow: {words.percent(score)} after the best epoch{_items(best)}, and "
+        f"{words.percent(pruned)} before the training."
+    )
+
+
+def _items(row: dict[str, Any]) -> str:
+    """How many items an epoch's generation is measured on, since few tell little."""
+    known = [items for items in (row["items"] or {}).values() if items]
+    return f" (on {words.count(min(known))} items a task)" if known else ""
+
+
+def _until(data: dict[str, Any]) -> float | None:
+    return words.finite(((data["recipe"].get("recover") or {}).get("loss") or {}).get("variance_until"))
+
+
+def _fades(data: dict[str, Any]) -> str:
+    until = _until(data)
+    if not until or "variance" not in weights(data["recipe"]):
+        return ""
+    return f"The weight of the variance fades over {words.percent(until)} of the steps, and part of the loss with it."
+
+
+def _gap(found: dict[str, Any]) -> str:
+    first = found["first_step"]
+    return f"Of the steps before {first:,} no line is left." if first > 1 else ""
