@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import traceback
 from collections.abc import Callable
 from typing import Annotated, ParamSpec, TypeVar
 
@@ -42,6 +43,13 @@ app = typer.Typer(
 )
 
 
+LESS_MEMORY = (
+    "Less is taken in training by recover.micro_batch_size, recover.gradient_checkpointing and recover.loss.chunk, in "
+    "measuring by measure.batch_size and probe.batch_size, in pruning by prune.calibration.batch_size; `recover plan` "
+    "says how much. Stages that are done are kept"
+)
+
+
 def examples(*lines: str) -> str:
     """The end of a help page; a blank line keeps rich from joining two commands."""
     return "\n\n".join(["[bold]Examples[/bold]", *(f"  {line}" for line in lines)])
@@ -59,6 +67,12 @@ def says_errors(command: Callable[Arguments, Result]) -> Callable[Arguments, Res
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for that
+                raise
+            traceback.print_exc()
+            console.error(f"out of GPU memory: {str(error).partition('. ')[0]}. {LESS_MEMORY}")
+            raise typer.Exit(1) from None
 
     return guarded
 

@@ -178,6 +178,18 @@ def test_our_own_mistakes_keep_their_traceback(recipe_path: Path, monkeypatch: p
     assert isinstance(call("run", str(recipe_path)).exception, ZeroDivisionError)
 
 
+def test_out_of_memory_says_what_takes_less(recipe_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 28.00 MiB. GPU 0 has a total capacity of 1")
+
+    monkeypatch.setattr("recover.stages.run", full)
+    result = call("run", str(recipe_path))
+    assert result.exit_code == 1 and "Traceback" in result.stderr
+    assert "error: out of GPU memory: CUDA out of memory. Less is taken in training by" in result.stderr
+
+
 def test_recipe_errors_reach_the_shell(recipe_path: Path) -> None:
     done = python("-m", "recover", "run", str(recipe_path), "prune.blcks=[1]", "recover.lr=[dim]")
     assert (done.returncode, done.stdout) == (2, "")

@@ -6,6 +6,8 @@ from tiny import tiny
 from words import word_tokenizer
 
 from recover.errors import DataError
+from recover.measure import generate as generation
+from recover.measure.decode import write
 from recover.measure.generate import evaluating, generate
 from recover.measure.prompts import batches_by_length, encode_prompt
 from recover.recipe import Sampling
@@ -95,6 +97,28 @@ def test_sampling_draws_from_the_models_own_distribution():
     found_V = torch.bincount(torch.tensor([each.ids[0] for each in draws]), minlength=256) / 4000
     chance = (expected_V * (1 - expected_V) / 4000).sqrt().sum() * (2 / torch.pi) ** 0.5  # expected absolute error
     assert (found_V - expected_V).abs().sum() < 1.3 * chance
+
+
+def test_out_of_memory_what_is_left_is_written_by_fewer_at_once(monkeypatch, capsys):
+    model, tokenizer = biased_to_end(1.5), word_tokenizer()
+    prompts = [f"w{number} w{number + 1}" for number in range(3, 40)]
+    expected = generate(model, tokenizer, prompts, max_new_tokens=10, batch_size=1)
+    tried = []
+
+    def small(model, prompts_ids, how):
+        tried.append((how.rows, len(prompts_ids)))
+        for number, text in enumerate(write(model, prompts_ids, how)):
+            if number >= 5 and how.rows > 4:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 28.00 MiB")
+            yield text
+
+    monkeypatch.setattr(generation, "write", small)
+    assert generate(model, tokenizer, prompts, max_new_tokens=10, batch_size=64) == expected
+    assert tried == [(64, 37), (18, 32), (9, 27), (4, 22)]
+    assert "27 of 37 texts by 9 at once" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setattr(generation, "write", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(model, tokenizer, prompts, max_new_tokens=10, batch_size=2)
 
 
 def test_chat_template_is_used_when_there_is_one():

@@ -5,9 +5,10 @@ Legend: B batch, T tokens.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ def generate(
     Greedy texts do not depend on how prompts fall into batches (up to rounding at ties); sampled ones do. The model's
     own generation settings (repetition penalty, top-k, ...) are set aside: what is measured is the model. Written in
     slots (`decode.write`) where the model's cache allows it, else by transformers' `generate` (`plain`).
-    `chat`: wrap prompts in the chat template; None = if the tokenizer has one.
+    `chat`: wrap prompts in the chat template; None = if the tokenizer has one. Where `batch_size` texts at once do not
+    fit the GPU's memory, what is left is written by half as many, with a warning.
 
     Raises:
         DataError: a prompt leaves no room for `max_new_tokens` in the model's context.
@@ -60,11 +62,30 @@ def generate(
     written: dict[int, Generation] = {}
     with torch.no_grad(), evaluating(inner), _forked_random_state(inner):
         torch.manual_seed(seed)
-        texts = writer(inner, prompts_ids, how)
+        texts = _as_memory_allows(writer, inner, prompts_ids, how)
         for item, ids in console.track(texts, title, total=len(prompts), unit="text"):
             text = str(tokenizer.decode(ids, skip_special_tokens=True))
             written[item] = Generation(ids, text, ids[-1] in how.ends)
     return [written[item] for item in range(len(prompts))]
+
+
+def _as_memory_allows(writer: Any, model: Any, prompts_ids: list[list[int]], how: Writing) -> Iterator[Any]:
+    """As `writer`; out of memory it begins again with half as many rows, without the texts that have ended."""
+    left = dict(enumerate(prompts_ids))
+    while left:
+        items = list(left)
+        try:
+            for place, ids in writer(model, [left[item] for item in items], how):
+                del left[items[place]]
+                yield items[place], ids
+        except torch.OutOfMemoryError:
+            if how.rows == 1:
+                raise
+        if left:  # what the failed attempt held is free only here, behind its exception
+            how = replace(how, rows=max(1, min(how.rows, len(items)) // 2))
+            console.warn(f"out of GPU memory: {len(left):,} of {len(prompts_ids):,} texts by {how.rows} at once")
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 def writing(
