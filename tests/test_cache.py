@@ -1,5 +1,6 @@
 """Laws of the states on disk: training from them is training without them, and what is not theirs is refused."""
 
+import functools
 import json
 import os
 import shutil
@@ -332,8 +333,8 @@ def returning_tuples(model):
 
     for block in model.model.layers:
         stock = type(block)
-        wrapped = {"forward": lambda self, *args, stock=stock, **kwargs: (stock.forward(self, *args, **kwargs),)}
-        block.__class__ = type(stock.__name__, (stock,), wrapped)
+        forward = lambda self, *args, stock=stock, **kwargs: (stock.forward(self, *args, **kwargs),)  # noqa: E731
+        block.__class__ = type(stock.__name__, (stock,), {"forward": functools.wraps(stock.forward)(forward)})
     for module in (*model.model.layers[1:], model.model.norm):
         module.register_forward_pre_hook(unwrap)
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from test_lora_linear import gradients, problem
 from tiny import FAMILIES, ids, tiny
+from transformers import DynamicCache
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
 from transformers.models.phi3.modeling_phi3 import Phi3Attention
+from transformers.utils.deprecation import deprecate_kwarg
 from twins import fill_adapters, masked_twin
 
 from recover.models import lean, rotary
@@ -28,6 +31,8 @@ from recover.recipe import Lora
 OTHER_MLPS = {"phi3"}
 OTHER_NORMS = {"gemma2", "gemma3_text", "olmo2"}
 OTHER_ROTARY = {"phi3", "olmo2"}
+
+FORWARD = inspect.unwrap(LlamaAttention.forward)
 
 
 def twin_of(family, dtype=torch.float32, *, stock=False):
@@ -184,6 +189,8 @@ def test_rotary_is_replaced_for_lean_attention_alone():
     stock = dict(vars(modeling_llama))
     new = with_fused_rotary(LlamaAttention)
     assert new is not None and new.__code__ is LlamaAttention.forward.__code__
+    new = inspect.unwrap(new)  # from the decorator that renames keywords
+    assert new.__code__ is FORWARD.__code__
     assert {name for name, value in new.__globals__.items() if value is not stock[name]} == {"apply_rotary_pos_emb"}
     assert dict(vars(modeling_llama)) == stock and twin_of("llama").base.model.layers[0].self_attn.with_kernel
     tensors = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16), torch.randn(1, 5, 16), torch.randn(1, 5, 16)
@@ -194,7 +201,11 @@ def test_rotary_is_replaced_for_lean_attention_alone():
 def attention_calling(function):
     """A class with Llama's forward, whose rotary embedding is `function`."""
     names = {**vars(modeling_llama), "apply_rotary_pos_emb": function}
-    return type("Other", (LlamaAttention,), {"forward": types.FunctionType(LlamaAttention.forward.__code__, names)})
+    return with_forward(types.FunctionType(FORWARD.__code__, names, argdefs=FORWARD.__defaults__))
+
+
+def with_forward(forward):
+    return type("Other", (LlamaAttention,), {"forward": forward})
 
 
 def copied(function, **names):
@@ -218,3 +229,51 @@ def test_rotary_is_known_behind_decorators_and_not_mistaken():
     assert with_fused_rotary(attention_calling(copied(plain, rotate_half=lambda x: x))) is None
     assert with_fused_rotary(Phi3Attention) is None and with_fused_rotary(LlamaRMSNorm) is None
     assert rotary._as_written("x = 1") is None
+
+
+def renaming(*names):
+    """Llama's forward under transformers' decorator, once for each pair of names."""
+    forward = FORWARD
+    for old, new in names:
+        forward = deprecate_kwarg(old, "99.0", new_name=new)(forward)
+    return forward
+
+
+@pytest.mark.parametrize(
+    "names", [[], [("then", "hidden_states")], [("then", "hidden_states"), ("rope", "position_embeddings")]]
+)
+def test_a_forward_whose_keywords_are_renamed_is_known_and_takes_the_same_ones(names):
+    stock = renaming(*names)
+    new = with_fused_rotary(with_forward(stock))
+    assert new is not None and [*inspect.signature(new).parameters] == [*inspect.signature(stock).parameters]
+    model = tiny()
+    h_BTD = torch.randn(2, 5, 64)
+    given = {"hidden_states": h_BTD, "position_embeddings": model.model.rotary_emb(h_BTD, torch.arange(5)[None])}
+    for old, name in names:
+        with pytest.warns(FutureWarning, match=f"`{old}` is deprecated"):
+            new(model.model.layers[0].self_attn, **{old: given[name]}, **{k: v for k, v in given.items() if k != name})
+        given[old] = given.pop(name)
+    ours, theirs = (each(model.model.layers[0].self_attn, attention_mask=None, **given)[0] for each in (new, stock))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_attention_with_another_rotary_takes_the_cache_under_the_names_that_the_stock_one_takes(name):
+    model, h_BTD = tiny(), torch.randn(2, 5, 64)
+    place = model.model.rotary_emb(h_BTD, torch.arange(5)[None])
+    seen = []
+    for forward in (with_fused_rotary(LlamaAttention), LlamaAttention.forward):
+        cache = DynamicCache()
+        forward(model.model.layers[0].self_attn, h_BTD, place, None, **{name: cache})
+        seen.append(cache.get_seq_length())
+    assert seen[0] == seen[1] and (seen[0] == 5 or name == "cache")
+
+
+def test_a_decorator_that_is_not_known_is_refused():
+    other = functools.wraps(FORWARD)(lambda *a, **k: FORWARD(*a, **k))
+    for forward in (
+        other,
+        deprecate_kwarg("old", "99.0", new_name="hidden_states")(other),
+        renaming(("x", "y")).__get__(1),
+    ):
+        assert with_fused_rotary(with_forward(forward)) is None

@@ -26,6 +26,7 @@ from probe_reference import (
 )
 from tiny import ids
 from torch import nn
+from transformers import Cache
 
 from recover.models.arch import final_norm_of
 from recover.probe import spaces
@@ -186,7 +187,8 @@ def test_a_broken_cache_shows_as_identity_drift():
 
     def forget(module, args, kwargs):
         if kwargs["hidden_states"].shape[1] == 1:
-            kwargs["past_key_values"].layers[1].keys.mul_(0.5)
+            (cache,) = (each for each in kwargs.values() if isinstance(each, Cache))
+            cache.layers[1].keys.mul_(0.5)
 
     model.model.layers[1].self_attn.register_forward_pre_hook(forget, with_kwargs=True)
     record = of(probe(dropping(model), NO_TOKENIZER, prompts(2), LEAF), Identity)[0]

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from cached import cached
 from tiny import FAMILIES, tiny
 from transformers import AutoModelForCausalLM
 
@@ -68,10 +69,8 @@ def test_a_closed_sublayer_adds_nothing_and_the_dense_view_has_it(family):
 def test_a_closed_attention_keeps_the_cache_right(family):
     twin = sublayer_twin(family)
     with torch.no_grad():
-        cache = twin.model(input_ids=ids()[:, :11], use_cache=True).past_key_values
-        later = [
-            twin.model(input_ids=ids()[:, i : i + 1], past_key_values=cache, use_cache=True) for i in range(11, 20)
-        ]
+        before = cached(twin.model(input_ids=ids()[:, :11], use_cache=True))
+        later = [twin.model(input_ids=ids()[:, i : i + 1], use_cache=True, **before) for i in range(11, 20)]
     stepwise = torch.cat([output.logits for output in later], 1)
     torch.testing.assert_close(stepwise, logits(twin.model)[:, 11:], rtol=1e-4, atol=1e-4)
 

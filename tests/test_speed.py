@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from cached import cache_of
 from report_run import build_run
 from tiny import tiny
 from torch import nn
@@ -170,7 +171,7 @@ def test_a_masked_model_is_known_by_its_shapes(tiny_llama, quick):
 @pytest.mark.parametrize(("family", "heads", "size"), [("llama", 2, 16), ("qwen3", 2, 16), ("phi3", 2, 16)])
 def test_kv_bytes_are_those_of_the_cache_itself(family, heads, size):
     model = tiny(family)
-    cache = model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=True).past_key_values
+    cache = cache_of(model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=True))
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert kv_bytes_per_token(model.config, 4) * 5 == held
 

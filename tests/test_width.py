@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
+from cached import cache_of
 from narrow import MLP_ONLY, case, logits, prune, silenced, width_twin
 from peft import get_peft_model
 from tiny import FAMILIES, ids, tiny
@@ -95,7 +96,7 @@ def test_the_kv_cache_shrinks_with_the_groups():
     merged = merge(twin, torch.float32)
     assert kv_bytes_per_token(merged.config, 4) * 2 == kv_bytes_per_token(tiny().config, 4) == 2 * 6 * 2 * 16 * 4
     with torch.no_grad():
-        cache = twin.model(input_ids=ids(), use_cache=True).past_key_values
+        cache = cache_of(twin.model(input_ids=ids(), use_cache=True))
     assert cache.layers[0].keys.shape == (2, 1, 20, 16)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from cached import cached
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from recover.models.arch import linears_of
@@ -37,10 +38,10 @@ def removed(model: PreTrainedModel, dropped: tuple[int, ...]) -> PreTrainedModel
 @torch.no_grad()
 def stepwise(model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Logits through the KV cache: a prefill of 9 tokens, then 4 at once, then one at a time."""
-    logits, cache, seen = [], None, 0
+    logits, seen, before = [], 0, {}
     for until in (9, 13, *range(14, input_ids.shape[1] + 1)):
-        out = model(input_ids[:, seen:until], attention_mask=mask[:, :until], past_key_values=cache, use_cache=True)
-        cache, seen = out.past_key_values, until
+        out = model(input_ids[:, seen:until], attention_mask=mask[:, :until], use_cache=True, **before)
+        before, seen = cached(out), until
         logits.append(out.logits)
     return torch.cat(logits, dim=1)
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from recover import console
 from recover.measure.kv import Slots, masks, read
 from recover.measure.prompts import batches_by_length, left_pad
+from recover.models import kv_cache
 from recover.recipe import Sampling
 
 REFILL = 8  # a group of prompts is read when 1/8 of the rows are free: reading few at a time is slow
@@ -180,9 +181,9 @@ class _Writer:
             input_ids=self.token_B[:, None],
             attention_mask=masks(self.model, at_B1, key_at_1K),
             position_ids=at_B1,
-            past_key_values=self.slots,
             use_cache=True,
             logits_to_keep=1,
+            **kv_cache.taking(self.model, self.slots),
         ).logits[:, -1]
         token_B = self.how.draw(logits_BV.float()).masked_fill(self.done_B, self.how.pad)
         bin_B = self.count_B.masked_fill(self.done_B, self.how.limit)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from recover.models import kv_cache
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 MASKED_BY_US = {"sdpa", "eager"}  # attention that takes a mask of (B, 1, T, K)
 
@@ -130,7 +132,6 @@ def read(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, **options: Any
     at_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
     cache = Appending()
     mask = masks(model, at_BT, at_BT, mask_BT.bool())
-    output = model(
-        input_ids=ids_BT, attention_mask=mask, position_ids=at_BT, past_key_values=cache, use_cache=True, **options
-    )
+    options |= {"use_cache": True, **kv_cache.taking(model, cache)}
+    output = model(input_ids=ids_BT, attention_mask=mask, position_ids=at_BT, **options)
     return output, cache, at_BT

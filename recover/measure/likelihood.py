@@ -17,6 +17,7 @@ from recover.errors import DataError, ModelError
 from recover.measure.generate import context_of, evaluating, stock
 from recover.measure.kv import Appending, fits, masks, read
 from recover.measure.prompts import batches_by_length, left_pad, prompt_text, text_ids, uses_chat
+from recover.models import kv_cache
 
 LOGITS_AT_ONCE = 2**27  # elements of a (rows x scored tokens x vocabulary) tensor: 512 MiB in fp32
 
@@ -147,8 +148,8 @@ def _rest_sums(
         input_ids=tail_RN[:, :-1],  # padding on the right: no token before it sees it
         attention_mask=masks(model, at_RN, key_at, is_key),
         position_ids=at_RN,
-        past_key_values=cache.rows(number_R),
         use_cache=True,
+        **kv_cache.taking(model, cache.rows(number_R)),
     ).logits
     sums = [
         -torch.nn.functional.cross_entropy(logits_NV[: len(tail) - 1].float(), tail[1:], reduction="sum")

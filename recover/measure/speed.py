@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from recover.measure.generate import context_of
+from recover.models import kv_cache
 from recover.models.arch import head_size_of, kv_heads_of
 
 SIDES = ("dense", "deployed")
@@ -148,7 +149,7 @@ def _pass(model: PreTrainedModel, ids_BT: torch.Tensor, steps: int) -> tuple[flo
     filled = _now(ids_BT.device)
     for _ in range(steps):
         next_B1 = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=next_B1, past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=next_B1, use_cache=True, **kv_cache.taking(model, kv_cache.given_by(output)))
     return filled - started, _now(ids_BT.device) - filled
 
 

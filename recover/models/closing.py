@@ -16,13 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from recover.errors import ModelError
+from recover.models import kv_cache
 from recover.models.arch import Arch
 from recover.models.masked_linear import Switch
 from recover.models.site import PARTS, Part, Site, whole_blocks
 
 
 def make_closable(blocks: Iterable[nn.Module], arch: Arch, switch: Switch) -> None:
-    """Let every block, its attention and its MLP follow `switch` and be closed; all start open. Names stay the same."""
+    """Let every block, its attention and its MLP follow `switch` and be closed; all start open. Names stay the same.
+
+    Raises ModelError for a model that belongs to a twin, and for blocks that take no KV cache under a name known here.
+    """
     for index, block in enumerate(blocks):
         attention, mlp = (_sublayer(block, arch, part) for part in PARTS)
         for module, kind in ((block, _Block), (attention, _Attention), (mlp, _Mlp)):
@@ -86,7 +90,7 @@ class _Closable:
         if self.switch.dense or not self.closed:
             stock: Any = super()
             return self.opened(stock.forward(hidden_states, *args, **kwargs))
-        return self.nothing(hidden_states, kwargs.get("past_key_values"))
+        return self.nothing(hidden_states, kv_cache.among(kwargs))
 
     def opened(self, output: Any) -> Any:
         return output
@@ -118,6 +122,8 @@ class _Mlp(_Closable):
 
 @functools.cache
 def _closable(kind: type[_Closable], stock: type[nn.Module]) -> type[nn.Module]:
+    if kind is not _Mlp:
+        kv_cache.cache_name(stock)  # under a name unknown here, a closed one would leave no trace in the cache
     return named_as(type(kind.__name__, (kind, stock), {}), stock)
 
 

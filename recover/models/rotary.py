@@ -11,10 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from transformers.utils.deprecation import deprecate_kwarg
 
 from recover.models.fused import rotary_or
 
 NAME = "apply_rotary_pos_emb"
+
+RENAMING: Any = deprecate_kwarg("old", "1", new_name="new")(lambda new: new)  # all under it have one code
 
 ROTARY = """
 def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
@@ -38,9 +41,21 @@ def with_fused_rotary(stock: type[nn.Module]) -> Callable[..., Any] | None:
     """The forward of a stock attention with rotary by a kernel where that fits; None if it is not known what it calls.
 
     It is the stock code with another global, so nothing of transformers' modules is replaced, for nobody else either.
+    Of decorators, only transformers' `deprecate_kwarg` is known: it renames a keyword and runs the function, and the
+    new forward is under it too. Any other might do something before or after that a copy of the function would lack.
     """
-    forward: Any = vars(stock).get("forward")
-    if not isinstance(forward, types.FunctionType) or hasattr(forward, "__wrapped__"):
+    return _with_fused_rotary(vars(stock).get("forward"))
+
+
+def _with_fused_rotary(forward: Any) -> Callable[..., Any] | None:
+    if not isinstance(forward, types.FunctionType):
+        return None
+    if forward.__code__ is RENAMING.__code__:
+        inner = _with_fused_rotary(forward.__wrapped__)
+        if inner is None:
+            return None
+        return functools.wraps(inner)(_copied(forward, forward.__globals__, forward.__wrapped__, inner))
+    if hasattr(forward, "__wrapped__"):
         return None
     known = forward.__globals__
     rotary = _plain(known.get(NAME))
@@ -49,15 +64,19 @@ def with_fused_rotary(stock: type[nn.Module]) -> Callable[..., Any] | None:
     half = _plain(rotary.__globals__.get("rotate_half"))
     if half is None or _said(half) != _as_written(ROTATE_HALF):
         return None
-    new = types.FunctionType(
-        forward.__code__,
-        {**known, NAME: rotary_or(known[NAME])},
-        forward.__name__,
-        forward.__defaults__,
-        forward.__closure__,
-    )
-    new.__kwdefaults__ = forward.__kwdefaults__
-    return new
+    return _copied(forward, {**known, NAME: rotary_or(known[NAME])})
+
+
+def _copied(
+    function: types.FunctionType, known: dict[str, Any], old: Any = None, new: Any = None
+) -> Callable[..., Any]:
+    """The function with these globals; where it closes over `old`, over `new` instead."""
+    cells = function.__closure__ or ()
+    if old is not None:
+        cells = tuple(types.CellType(new) if cell.cell_contents is old else cell for cell in cells)
+    copy = types.FunctionType(function.__code__, known, function.__name__, function.__defaults__, cells)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def _plain(called: Any) -> types.FunctionType | None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from recover.errors import ModelError
+from recover.models import kv_cache
 from recover.models.arch import arch_of, blocks_of
 from recover.models.site import PARTS, Site
 from recover.probe.trajectory import Trajectory, marked, positions, whole
@@ -115,11 +116,11 @@ class _Reader:
                 input_ids=self.ids_BT[:, span],
                 attention_mask=mask_BT,
                 position_ids=positions(mask_BT)[:, span],
-                past_key_values=self.cache,
                 use_cache=span.stop < self.ids_BT.shape[1] or self.cache is not None,
                 logits_to_keep=1,
+                **kv_cache.taking(model, self.cache),
             )
-        self.cache = output.past_key_values
+        self.cache = kv_cache.given_by(output)
         return streams
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from recover.errors import DataError
+from recover.models import kv_cache
 from recover.models.arch import base_of
 from recover.probe.views import States, View, hidden_states, running
 
@@ -160,11 +161,11 @@ def _decode(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
                 position_ids=place_BT,
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **kv_cache.taking(model, cache),
             )
-            token_B, cache = choose(output.logits[:, -1], len(tokens)), output.past_key_values
+            token_B, cache = choose(output.logits[:, -1], len(tokens)), kv_cache.given_by(output)
             tokens.append(token_B)
             scored.append(alive_B)
             states.append(seen.final_ND)
