@@ -63,6 +63,8 @@ def start(work: Callable[[], Any], log: Path) -> int:
     except RecoverError as error:
         print(f"{type(error).__name__}: {error}")
         code = error.exit_code
+    except KeyboardInterrupt:  # before the handlers were in place; the command line says it so
+        code = 128 + signal.SIGINT
     except BaseException:
         traceback.print_exc()
     finally:
