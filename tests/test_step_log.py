@@ -45,6 +45,18 @@ def stop_before_step(monkeypatch, number):
     monkeypatch.setattr(RecoverTrainer, "__init__", with_stop)
 
 
+def stopped_early(folder, monkeypatch):
+    """The file of a training that was stopped, and how many steps it has."""
+    stop_before_step(monkeypatch, 2)
+    with pytest.raises(StopRequested):
+        go(folder)
+    monkeypatch.undo()
+    path = folder / "recover" / "steps.jsonl"
+    stopped = len(read_jsonl(path))
+    assert 0 < stopped < STEPS
+    return path, stopped
+
+
 def untimed(lines):
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
@@ -87,13 +99,7 @@ def mean_per_token(tokens, means):
 
 
 def test_a_stopped_training_writes_the_lines_of_a_straight_one(straight, tmp_path, monkeypatch):
-    stop_before_step(monkeypatch, 2)
-    with pytest.raises(StopRequested):
-        go(tmp_path)
-    monkeypatch.undo()
-    path = tmp_path / "recover" / "steps.jsonl"
-    stopped = len(read_jsonl(path))
-    assert 0 < stopped < STEPS
+    path, stopped = stopped_early(tmp_path, monkeypatch)
     # As if it had been killed behind its last checkpoint, in the middle of a line.
     with path.open("a") as file:
         file.write(json.dumps({"step": stopped + 1, "loss": 9.0}) + '\n{"step": ')
@@ -101,12 +107,7 @@ def test_a_stopped_training_writes_the_lines_of_a_straight_one(straight, tmp_pat
 
 
 def test_a_damaged_file_costs_its_lines_and_not_the_training(straight, tmp_path, monkeypatch, capsys):
-    stop_before_step(monkeypatch, 2)
-    with pytest.raises(StopRequested):
-        go(tmp_path)
-    monkeypatch.undo()
-    path = tmp_path / "recover" / "steps.jsonl"
-    done = len(read_jsonl(path))
+    path, done = stopped_early(tmp_path, monkeypatch)
     path.write_text("{}\n")
     assert untimed(read_jsonl(go(tmp_path))) == untimed(straight)[done:]
     assert "the training curve begins anew" in " ".join(capsys.readouterr().err.split())
