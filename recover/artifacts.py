@@ -130,14 +130,16 @@ def check_manifest(folder: Path) -> None:
     """Hold every file of `folder` against MANIFEST.json.
 
     Raises:
-        ArtifactError: a file is missing, changed, or not listed, each by name; or the manifest itself is corrupt.
+        ArtifactError: a file is missing, changed, or not listed, each by name; the manifest itself is corrupt; or the
+            folder cannot be read, as when another process deletes it at this moment.
     """
     folder = Path(folder)
     manifest = read_json(folder / MANIFEST)
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         raise ArtifactError(f"{folder / MANIFEST}: not a manifest")
-    present = {path.relative_to(folder).as_posix() for path in _listed(folder)}
+    with explaining(folder):
+        present = {path.relative_to(folder).as_posix() for path in _listed(folder)}
     problems = [f"{name} is not listed" for name in sorted(present - files.keys())]
     for name, entry in files.items():
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:

@@ -2,6 +2,7 @@
 
 import errno
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -220,3 +221,19 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
         path.write_bytes(flipped)
         with pytest.raises(ArtifactError):
             artifacts.check_manifest(tmp_path / "best")
+
+
+def test_a_folder_that_goes_while_it_is_checked_is_an_error_of_ours(tmp_path, monkeypatch):
+    """As when a training puts an old checkpoint away while `recover show` looks at it."""
+    artifacts.write_text(tmp_path / "old" / "a.txt", "a")
+    artifacts.write_manifest(tmp_path / "old")
+    read = artifacts.read_json
+
+    def then_gone(path: Path) -> Any:
+        value = read(path)
+        shutil.rmtree(path.parent)
+        return value
+
+    monkeypatch.setattr(artifacts, "read_json", then_gone)
+    with pytest.raises(ArtifactError, match="old"):
+        artifacts.check_manifest(tmp_path / "old")
