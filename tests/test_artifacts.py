@@ -227,13 +227,13 @@ def test_a_folder_that_goes_while_it_is_checked_is_an_error_of_ours(tmp_path, mo
     """As when a training puts an old checkpoint away while `recover show` looks at it."""
     artifacts.write_text(tmp_path / "old" / "a.txt", "a")
     artifacts.write_manifest(tmp_path / "old")
-    read = artifacts.read_json
+    listed = artifacts._listed
 
-    def then_gone(path: Path) -> Any:
-        value = read(path)
-        shutil.rmtree(path.parent)
-        return value
+    def gone_meanwhile(folder: Path) -> list[Path]:
+        assert listed(folder)
+        shutil.rmtree(folder)
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(folder))  # as a scan that has begun says
 
-    monkeypatch.setattr(artifacts, "read_json", then_gone)
-    with pytest.raises(ArtifactError, match="old"):
+    monkeypatch.setattr(artifacts, "_listed", gone_meanwhile)
+    with pytest.raises(ArtifactError, match="old: No such file"):
         artifacts.check_manifest(tmp_path / "old")
