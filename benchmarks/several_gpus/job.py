@@ -6,9 +6,7 @@ the same order; what differs is who computes them.
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -105,7 +103,7 @@ class Job:
         process = variant.launch.start(self.words(where, variant.fields), self.out / f"{where}.log")
         if not until(lambda: lines(steps) >= STOP_AFTER, process):
             raise RuntimeError(f"{variant.name}: ended before step {STOP_AFTER}: exit code {process.poll()}")
-        os.kill(process.pid, signal.SIGTERM)
+        process.terminate()
         process.wait()
         self.go(variant.then, where, variant.fields)
 

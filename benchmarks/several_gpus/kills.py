@@ -93,13 +93,7 @@ def table(found: Sequence[Row]) -> list[str]:
         whole = sum(not each["half_published"] for each in reached)
         ended = [each for each in reached if each.get("finished")]
         differences = ", ".join(sorted({each["loss"] for each in ended}))
-        cells = [
-            row["row"],
-            str(len(trials)),
-            f"{slowest:.0f} s ({gone} of {len(trials)})",
-            f"{whole}",
-            f"{len(ended)}",
-        ]
-        lines.append(f"| {' | '.join(cells)} | {differences} |")
+        times = f"{slowest:.0f} s ({gone} of {len(trials)})"
+        lines.append(f"| {row['row']} | {len(trials)} | {times} | {whole} | {len(ended)} | {differences} |")
         lines += [f"\n{each['problem']}" for each in trials if "problem" in each]
     return lines

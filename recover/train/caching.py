@@ -79,9 +79,9 @@ class TrainingStates:
         todo, coming = dist.on_main(lambda: self._todo(batches, batch_of))
         if todo:
             dist.everywhere(lambda: self._fill(dist.shard(todo), batch_of, shard_bytes))
-        for cache, keys in zip(self._caches, zip(*coming, strict=True), strict=False):
+        for place, cache in enumerate(self._caches):
             cache.refresh()
-            cache.expect(keys)
+            cache.expect(keys[place] for keys in coming)
 
     @property
     def _caches(self) -> list[StateCache]:
