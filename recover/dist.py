@@ -6,6 +6,7 @@ and what each does on its own through `everywhere`: both raise the failure on ev
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from math import fsum
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -68,7 +70,7 @@ def start() -> None:
     Raises:
         TrainingError: more processes on this machine than GPUs, or a group of another size than was launched.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+    if _deepspeed():
         _skip_deepspeed_compilation()
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched == 1:
@@ -90,6 +92,20 @@ def start() -> None:
     found = torch.distributed.get_world_size()
     if found != launched:
         raise TrainingError(f"{launched} processes were launched, the process group has {found}")
+
+
+def _deepspeed() -> bool:
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+
+
+def zero_stage() -> int:
+    """DeepSpeed's stage that `accelerate launch` was told; 0 without DeepSpeed."""
+    if not _deepspeed():
+        return 0
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file in ("", "none"):
+        return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+    return json.loads(Path(file).read_text()).get("zero_optimization", {}).get("stage", 0)
 
 
 def _skip_deepspeed_compilation() -> None:

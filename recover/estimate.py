@@ -34,15 +34,16 @@ def refuse(recipe: Recipe, model: Description) -> None:
     refuse_cache(recipe, model)
     if recipe.recover.length > (model.context or recipe.recover.length):
         raise RecipeError(f"recover.length: {recipe.recover.length} tokens, the model's context is {model.context}")
-    _refuse_batches(recipe.recover)
+    _refuse_training(recipe.recover)
 
 
-def _refuse_batches(leaf: Recover) -> None:
+def _refuse_training(leaf: Recover) -> None:
     """What training itself would refuse, after everything before it was done for nothing."""
-    from recover.train.settings import split_batch
+    from recover.train.settings import refuse_sharding_twice, split_batch
 
     try:
         split_batch(leaf, dist.world_size())
+        refuse_sharding_twice(leaf)
     except TrainingError as error:
         raise RecipeError(str(error)) from None
     needed = leaf.batch_size * leaf.epochs

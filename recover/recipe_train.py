@@ -164,6 +164,10 @@ class Recover(Leaf):
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     gradient_checkpointing: bool = Field(default=False, description="less memory, about a third more time")
+    shard_weights: bool = Field(
+        default=False,
+        description="while training, each process keeps a share of the frozen weights only, and reads blocks ahead",
+    )
     patience: int | None = Field(
         default=None, ge=1, description="stop after so many epochs without better generation; default: never"
     )

@@ -34,10 +34,25 @@ def test_rows_of_the_rate_are_as_long_as_they_count(tmp_path):
     samples = [sample for row in read_rows(str(path)) for sample in samples_of(row, leaf, byte_tokenizer(), 48)]
     assert [len(sample.ids) for sample in samples] == [48] * 5
     assert len({tuple(sample.ids) for sample in samples}) == 5
-    steps = [{"seconds": second, "loss": 1.0} for second in (9.0, 10.0, 11.0, 12.0, 14.0, 16.0, 19.0)]
-    options = argparse.Namespace(batch=2, length=48)
+    steps = [{"seconds": second, "loss": 1.0} for second in (9.0, 10.0, 11.0, 12.0, 14.0, 16.0, 19.0, 99.0)]
+    options = argparse.Namespace(batch=2, length=48, steps=3)  # the last one was profiled
     found = training_rate.figures(steps, [7], options)
     assert found["times"] == [2.0, 2.0, 3.0] and found["tokens_per_second"] == 2 * 48 / 2.0
+
+
+def test_a_profile_tells_computing_from_moving_and_from_nothing():
+    import step_profile
+
+    def event(name, start, duration, cat="kernel"):
+        return {"name": name, "ts": start, "dur": duration, "cat": cat}
+
+    events = [event("gemm", 0, 4000), event("gemm", 3000, 2000), event("ncclDevKernel_AllGather", 4000, 3000)]
+    events += [event("Memcpy PtoP (Device -> Device)", 9000, 1000, "gpu_memcpy"), event("gemm", 9500, 1500)]
+    events += [event("cudaLaunchKernel", 0, 11000, "cuda_runtime")]
+    found = step_profile.of_trace(events)
+    assert found["milliseconds"] == 11 and found["computing"] == 6.5 and found["between_gpus"] == 4
+    assert found["only_between_gpus"] == 2.5 and found["idle"] == 2 and found["kernels"] == 5
+    assert found["top"][0] == {"name": "gemm", "calls": 3, "milliseconds": 7.5}
 
 
 def test_a_copy_of_a_run_keeps_its_pruning_and_its_text_and_nothing_that_was_learnt(tmp_path):

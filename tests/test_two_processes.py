@@ -17,7 +17,8 @@ TESTS = Path(__file__).parent
 # Another order of additions moves fp32 gradients by 1e-6 relative; one AdamW step is as large as lr whatever the
 # gradient, so a parameter whose gradient is near 0 may move by more.
 LOSS, GRADIENT, PARAMETER = 1e-6, 1e-5, 5e-5
-FROM_STATES = ["zero2+dense", "zero3+prefix"]
+FROM_STATES = ["zero2+dense", "zero3+prefix", "zero2+shards+prefix"]
+SHARDED = ["plain+shards", "plain:2+shards", "zero2+shards+checkpointing"]
 
 
 def launched(command, folder, timeout=300):
@@ -59,7 +60,7 @@ def together(tmp_path_factory):
     """Two processes, each engine in turn: name of the variant -> what it did."""
     folder = tmp_path_factory.mktemp("together")
     two_processes.write_text(folder)
-    variants = ["plain", "plain:2", "plain:1", "zero2", "zero3", "zero3:2", *FROM_STATES]
+    variants = ["plain", "plain:2", "plain:1", "zero2", "zero3", "zero3:2", *SHARDED, *FROM_STATES]
     launched(torchrun(folder, *variants), folder)
     return {variant: torch.load(folder / f"{variant}.pt") for variant in variants} | {"folder": folder}
 
@@ -81,7 +82,7 @@ def test_accumulation_changes_nothing(alone, micro, tmp_path):
     assert_same_course(two_processes.run(tmp_path, "cut", micro_batch_size=micro), alone)
 
 
-@pytest.mark.parametrize("variant", ["plain", "plain:2", "plain:1", "zero2", "zero3", "zero3:2"])
+@pytest.mark.parametrize("variant", ["plain", "plain:2", "plain:1", "zero2", "zero3", "zero3:2", *SHARDED])
 def test_two_processes_do_what_one_does(alone, together, variant):
     assert_same_course(together[variant], alone)
 
@@ -96,7 +97,7 @@ def test_two_processes_train_from_states_on_disk(alone, together, variant, tmp_p
     )
 
 
-@pytest.mark.parametrize("variant", ["plain", "zero2", "zero3"])
+@pytest.mark.parametrize("variant", ["plain", "zero2", "zero3", "plain+shards"])
 def test_the_adapter_on_disk_is_what_was_trained(alone, together, variant):
     found = together[variant]
     assert Path(found["best"]).name == "epoch-2"
@@ -109,7 +110,7 @@ def test_the_adapter_on_disk_is_what_was_trained(alone, together, variant):
     torch.testing.assert_close(total, sum(value.double().sum() for value in found["parameters"]), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", ["plain", "zero2", "zero3"])
+@pytest.mark.parametrize("variant", ["plain", "zero2", "zero3", "plain+shards"])
 def test_every_engine_generates_the_same_after_each_epoch(alone, together, variant):
     assert together[variant]["texts"] == alone["texts"] and len(alone["texts"]) == 6
 

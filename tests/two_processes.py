@@ -2,7 +2,7 @@
 
 torchrun --standalone --nproc_per_node 2 tests/two_processes.py FOLDER plain zero2 zero3
 
-`zero3:2`: two sequences at once; `zero3:own`: the pruned model writes some of the text itself.
+`zero3:2`: two sequences at once; `zero3:own`: the pruned model writes some of the text itself; behind a +: `MORE`.
 """
 
 from __future__ import annotations
@@ -67,6 +67,14 @@ def cached(folder: Path, states: str) -> dict:
     prefix = states == "prefix"
     lora = {"lora": {"rank": 4, "blocks": "after_cut"}} if prefix else {}
     return {"cache": {"folder": str(folder / "states"), "prefix": prefix}, **lora}
+
+
+MORE = {
+    "dense": lambda folder: cached(folder, "dense"),
+    "prefix": lambda folder: cached(folder, "prefix"),
+    "shards": lambda _folder: {"shard_weights": True},
+    "checkpointing": lambda _folder: {"gradient_checkpointing": True},
+}  # behind a + of a variant's name
 
 
 class Catch(TrainerCallback):
@@ -153,7 +161,8 @@ def caught_by(catch: Catch):
 def main(folder: Path, variants: list[str]) -> None:
     torch.set_num_threads(1)
     for variant in variants:
-        engine, _, states = variant.partition("+")
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # of the variant before
+        engine, *more = variant.split("+")
         engine, _, micro = engine.partition(":")
         if engine.startswith("zero"):
             os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
@@ -162,8 +171,8 @@ def main(folder: Path, variants: list[str]) -> None:
         changes = {"micro_batch_size": int(micro)} if micro.isdigit() else {}
         if micro == "own":
             changes = own_text(folder, temperature=0)  # greedy: what is drawn depends on how prompts are dealt out
-        elif states:
-            changes |= cached(folder, states)
+        for name in more:
+            changes |= MORE[name](folder)
         result = run(folder, variant, **changes)
         if dist.is_main():
             torch.save(result, folder / f"{variant}.pt")

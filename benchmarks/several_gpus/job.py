@@ -19,6 +19,7 @@ from recover.artifacts import read_json, read_jsonl
 from recover.recipe import load_recipe
 
 STOP_AFTER = 5  # steps
+SHARDED = ("recover.shard_weights=true",)
 
 Row = dict[str, Any]
 Keep = Callable[[Row], None]  # is given each row as it comes
@@ -48,7 +49,7 @@ class Job:
     def variants(self) -> list[Variant]:
         one = Launch("one", gpu=0)
         found = [Variant(f"{self.gpus} x {engine}", Launch(engine, self.gpus)) for engine in ENGINES]
-        last = found[-1].launch
+        last, sharded = found[-1].launch, Launch("zero2", self.gpus)
         return [
             *found,
             Variant("one GPU, again", Launch("one", gpu=self.gpus - 1)),
@@ -59,6 +60,8 @@ class Job:
             ),
             Variant(f"{self.gpus} x zero2, stopped, on one GPU", Launch("zero2", self.gpus), then=one),
             Variant(f"one GPU, stopped, {self.gpus} x {last.engine}", one, then=last),
+            Variant(f"{sharded.processes} x zero2, weights sharded", sharded, fields=SHARDED),
+            Variant(f"one GPU, stopped, {sharded.processes} x zero2, weights sharded", one, sharded, SHARDED),
         ]
 
     def seeds(self, seeds: int, keep: Keep) -> None:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-from job import Job, Keep, Row, beside, furthest
+from job import SHARDED, Job, Keep, Row, beside, furthest
 from launching import Launch, lines, until, untrained_copy, workers
 
 from recover.artifacts import check_manifest, read_json, read_jsonl
@@ -22,28 +22,31 @@ RANDOM = random.Random(1)
 
 
 def kills(job: Job, trials: int, engines: Sequence[str], keep: Keep) -> None:
-    """Each engine's trials one after the other, the engines beside one another."""
+    """Each engine's trials one after the other, the engines beside one another; ZeRO-2 with shared weights too."""
     base = job.run_directory("kill")
     Launch("one", gpu=0).run(job.words("kill", ()), job.out / "kill.log")
 
-    def engine(name: str) -> Row:
+    def engine(name: str, fields: Sequence[str], where: str) -> Row:
         launch = Launch(name, job.gpus)
-        straight = untrained_copy(base, job.run_directory(f"kill-{name}"))
-        launch.run(job.words(f"kill-{name}", ()), job.out / f"kill-{name}.log")
+        straight = untrained_copy(base, job.run_directory(where))
+        launch.run(job.words(where, fields), job.out / f"{where}.log")
         steps = read_jsonl(straight / "recover" / "steps.jsonl")
         found: list[Row] = []
         for number in range(trials):
-            found.append(trial(job, launch, base, f"kill-{name}-{number}", steps))
-            print(f"{name}: {found[-1]}", flush=True)
-        return {"row": f"{job.gpus} x {name}", "trials": found, "steps": len(steps)}
+            found.append(trial(job, launch, base, f"{where}-{number}", steps, fields))
+            print(f"{where}: {found[-1]}", flush=True)
+        return {"row": " ".join([f"{job.gpus} x {name}", *fields]), "trials": found, "steps": len(steps)}
 
-    beside([lambda name=name: engine(name) for name in engines], keep)
+    work = [lambda name=name: engine(name, (), f"kill-{name}") for name in engines]
+    if "zero2" in engines:
+        work.append(lambda: engine("zero2", SHARDED, "kill-sharded"))
+    beside(work, keep)
 
 
-def trial(job: Job, launch: Launch, base: Path, where: str, straight: Sequence[Row]) -> Row:
+def trial(job: Job, launch: Launch, base: Path, where: str, straight: Sequence[Row], fields: Sequence[str] = ()) -> Row:
     run, log = untrained_copy(base, job.run_directory(where)), job.out / f"{where}.log"
     steps = run / "recover" / "steps.jsonl"
-    process = launch.start(job.words(where, ()), log)
+    process = launch.start(job.words(where, fields), log)
     after = RANDOM.randint(1, max(1, len(straight) - 3))
     if not until(lambda: lines(steps) >= after, process):
         return {"problem": f"ended before step {after}: exit code {process.poll()}"}
@@ -60,7 +63,7 @@ def trial(job: Job, launch: Launch, base: Path, where: str, straight: Sequence[R
         each.kill()
     found["half_published"] = half_published(run / "recover")
     try:
-        launch.run(job.words(where, ()), log)
+        launch.run(job.words(where, fields), log)
     except RuntimeError as error:
         return {**found, "problem": str(error)}
     went_on = [line for line in log.read_text(errors="replace").splitlines() if "going on from" in line]

@@ -10,8 +10,13 @@ from job import Keep
 from launching import ON_GPUS, Launch
 
 SCRIPT = "tests/two_processes.py"
-VARIANTS = ("plain", "plain:2", "zero2", "zero3", "zero3:2", "zero2+dense")
-AFTER_CUT = ("zero3+prefix", "plain+prefix")  # another model is trained: LoRA behind the cut only
+SHARDED = ("plain+shards", "zero2+shards", "zero2+shards+checkpointing")
+VARIANTS = ("plain", "plain:2", "zero2", "zero3", "zero3:2", "zero2+dense", *SHARDED)
+AFTER_CUT = (
+    "zero3+prefix",
+    "plain+prefix",
+    "zero2+shards+prefix",
+)  # another model is trained: LoRA behind the cut only
 
 
 def law(out: Path, processes: int, keep: Keep) -> None:

@@ -19,25 +19,34 @@ SCRIPT = "benchmarks/several_gpus/training_rate.py"
 
 @dataclass(frozen=True)
 class Row:
-    """`options` of training_rate.py; efficiency is to the one-GPU row of the same ones."""
+    """`options` of training_rate.py; efficiency is to the one-GPU row of the same ones, whose weights are whole."""
 
     launch: Launch
     options: tuple[str, ...] = ()
+    sharded: bool = False
 
     @property
     def name(self) -> str:
         one = self.launch.engine == "one"
-        return " ".join(["one GPU" if one else f"{self.launch.processes} x {self.launch.engine}", *self.options])
+        where = "one GPU" if one else f"{self.launch.processes} x {self.launch.engine}"
+        return " ".join([where, *self.options, *self.shards])
+
+    @property
+    def shards(self) -> list[str]:
+        return ["--shard-weights"] if self.sharded else []
 
 
 ALL, CUT = (), ("--blocks", "after_cut")
 
 
 def rows(processes: int, engines: Sequence[str]) -> list[Row]:
-    found = []
+    found: list[Row] = []
     for options in (ALL, CUT):
         found.append(Row(Launch("one", gpu=0), options))
-        found += [Row(Launch(engine, processes), options) for engine in engines]
+        for engine in engines:
+            found.append(Row(Launch(engine, processes), options))
+            if engine != "zero3":  # which shares out all weights by itself
+                found.append(Row(Launch(engine, processes), options, sharded=True))
     return found
 
 
@@ -49,7 +58,7 @@ def speed(out: Path, processes: int, engines: Sequence[str], seconds: float, mor
             break
         file = out / f"rate-{number}.json"
         try:
-            row.launch.run([SCRIPT, "--out", str(file), *row.options, *more], out / f"rate-{number}.log")
+            row.launch.run([SCRIPT, "--out", str(file), *row.options, *row.shards, *more], out / f"rate-{number}.log")
             keep({"row": row.name, "options": row.options, **read_json(file)})
         except RuntimeError as error:
             keep({"row": row.name, "options": row.options, "error": str(error)})

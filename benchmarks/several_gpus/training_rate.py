@@ -19,6 +19,7 @@ import string
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the models of be
 from byte_tokenizer import byte_tokenizer
 from step_cost import SEVEN, SMALL
 from step_models import RANK, Bench
+from step_profile import StepProfile
 from two_processes import caught_by
 
 from recover import dist
@@ -42,21 +44,16 @@ from recover.train.checkpoints import STEPS
 from recover.train.trainer import recover
 
 WARM_UP = 4  # steps that are not counted
+PROFILED = 2  # and these, at the end
 
 
-class Peak(TrainerCallback):
-    """Memory of the steps that are counted; building and dealing out the model is not among them."""
+class Counted(TrainerCallback):
+    """Memory is counted from the steps on that are; building and dealing out the model is not among them."""
 
     engine = None  # for `caught_by`
 
-    def __init__(self) -> None:
-        self.bytes = 0
-
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if not torch.cuda.is_available():
-            return
-        self.bytes = torch.cuda.max_memory_allocated()
-        if state.global_step == WARM_UP:
+        if state.global_step == WARM_UP and torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
 
@@ -70,7 +67,7 @@ def write_text(path: Path, sequences: int, length: int) -> None:
 def leaf(options: argparse.Namespace, folder: Path) -> Recover:
     sequences = options.batch * dist.world_size()
     text = folder / "text.jsonl"
-    steps = WARM_UP + options.steps
+    steps = WARM_UP + options.steps + PROFILED * options.profile
     dist.on_main(lambda: write_text(text, sequences * steps, options.length))
     cache = {"none": None, "dense": {"folder": str(folder / "states")}}
     cache["prefix"] = {"folder": str(folder / "states"), "prefix": True}
@@ -86,6 +83,7 @@ def leaf(options: argparse.Namespace, folder: Path) -> Recover:
             "loss": {"chunk": options.chunk},
             "gradient_checkpointing": options.checkpointing,
             "cache": cache[options.cache],
+            "shard_weights": options.shard_weights,
         }
     )
 
@@ -96,10 +94,12 @@ def main() -> None:
     parser.add_argument("--blocks", choices=["all", "after_cut"], default="all", help="where LoRA goes")
     parser.add_argument("--cache", choices=["none", "dense", "prefix"], default="none", help="states read from disk")
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--shard-weights", action="store_true", help="recover.shard_weights")
     parser.add_argument("--batch", type=int, default=4, help="sequences of a process (%(default)s)")
     parser.add_argument("--length", type=int, default=2048, help="their tokens (%(default)s)")
     parser.add_argument("--chunk", type=int, default=2048, help="recover's loss.chunk (%(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="that are counted (%(default)s)")
+    parser.add_argument("--profile", action="store_true", help="two steps more, and where process 0 spends their time")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape: shows that it runs, not how fast")
     options = parser.parse_args()
     if options.tiny:
@@ -110,19 +110,27 @@ def main() -> None:
     bench = Bench(SMALL if options.tiny else SEVEN, dist.device(), options.batch, options.length, options.chunk)
     first, end = bench.shape.dropped
     twin = Twin(bench.dense(), Plan("depth", bench.shape.blocks, tuple(range(first, end))))
-    peak = Peak()
-    with caught_by(peak):
-        recover(twin, byte_tokenizer(), leaf(options, folder), folder / "run", lambda *_: None, seed=0)
-    peaks = dist.gather([peak.bytes])
+    profile = StepProfile(WARM_UP + options.steps + 1)
+    contexts: list[dict[str, Any]] = []
+
+    def after_epoch(_epoch: int, context: dict[str, Any]) -> None:
+        contexts.append(context)
+
+    with caught_by(Counted()), caught_by(profile) if options.profile and dist.is_main() else nullcontext():
+        recover(twin, byte_tokenizer(), leaf(options, folder), folder / "run", after_epoch, seed=0)
+    peaks = dist.gather([contexts[-1]["peak_memory_bytes"] or 0])
     if dist.is_main():
         steps = read_jsonl(folder / "run" / STEPS)
-        write_json(options.out, figures(steps, peaks, options) | {"wall_seconds": time.monotonic() - started})
+        write_json(
+            options.out,
+            figures(steps, peaks, options) | {"profile": profile.found, "wall_seconds": time.monotonic() - started},
+        )
         shutil.rmtree(folder)
     dist.stop()
 
 
 def figures(steps: list[dict[str, Any]], peaks: list[int], options: argparse.Namespace) -> dict[str, Any]:
-    times = [after["seconds"] - before["seconds"] for before, after in pairwise(steps)][WARM_UP - 1 :]
+    times = [after["seconds"] - before["seconds"] for before, after in pairwise(steps)][WARM_UP - 1 :][: options.steps]
     seconds, tokens = statistics.median(times), options.batch * options.length * dist.world_size()
     return {
         "processes": dist.world_size(),

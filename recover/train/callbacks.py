@@ -75,10 +75,11 @@ class Epochs(TrainerCallback):
         stop: Stop,
         after_epoch: AfterEpoch,
         generating: Callable[[], AbstractContextManager[Any]],
+        peak_memory: Callable[[], int | None],
     ) -> None:
         self.folder, self.ends, self.save_steps, self.patience = folder, ends, save_steps, patience
         self.course, self.totals, self.stop = course, course.totals, stop
-        self.after_epoch, self.generating = after_epoch, generating
+        self.after_epoch, self.generating, self.peak_memory = after_epoch, generating, peak_memory
         self.records: list[dict[str, Any]] = dist.on_main(self._read)
 
     def _read(self) -> list[dict[str, Any]]:
@@ -138,7 +139,7 @@ class Epochs(TrainerCallback):
             "seconds": self.totals.seconds,
             "skipped": self.course.skips.skipped,
             "rollbacks": self.course.skips.rollbacks,
-            "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+            "peak_memory_bytes": self.peak_memory(),
             "train": train,
         }
         devices = [dist.device()] if torch.cuda.is_available() else []

@@ -102,7 +102,8 @@ class Course:
         Raises:
             TrainingError: it would not help, or did not: which steps, which text, which tensors.
         """
-        frozen = not_finite(frozen_weights(self.trainer.model))
+        with self.trainer.generating():  # where they are whole
+            frozen = not_finite(frozen_weights(self.trainer.model))
         found = dist.on_main(lambda: self.checkpoints.newest(good=True))
         if frozen or found is None or self.skips.rollbacks == ROLLBACKS:
             raise TrainingError(self._diagnosis(frozen, stranded=found is None))

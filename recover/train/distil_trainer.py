@@ -28,6 +28,7 @@ from recover.train.sharding import gather_by_block
 from recover.train.skipping import norm_is_finite
 from recover.train.stopping import Interrupted, Stop
 from recover.train.totals import TERMS
+from recover.train.weight_shards import WeightShards
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,6 +68,7 @@ class RecoverTrainer(SFTTrainer):
             processing_class=tokenizer,
             data_collator=collator(pad or 0, leaf.loss.scored) if on_policy is None else on_policy.numbers,
         )
+        self.shards: WeightShards | None = None
         if self.is_zero3:
             gather_by_block(twin)
         self.adapted: Any = twin.model
@@ -198,9 +200,24 @@ class RecoverTrainer(SFTTrainer):
         """Not counted: transformers' estimate walks all parameters at each step and knows neither view of the twin."""
         return 0
 
+    def share_out_weights(self) -> None:
+        """From here on this process holds its share of the frozen weights only. All processes must call it."""
+        if self.shards is None:
+            self.shards = WeightShards(self.distiller.twin.blocks)
+
+    def peak_memory(self) -> int | None:
+        """Most bytes that this process had on its GPU; None on a CPU."""
+        if not torch.cuda.is_available():
+            return None
+        return torch.cuda.max_memory_allocated() + (self.shards.bytes_elsewhere if self.shards else 0)
+
     @contextmanager
     def generating(self) -> Iterator[None]:
         """Inside, every process holds the whole model, outside of the engine: what generation needs."""
+        if self.shards is not None:
+            with self.shards.whole():
+                yield
+            return
         if not self.is_zero3:
             yield
             return

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from recover import dist
 from recover.errors import TrainingError
 from recover.recipe import Recover
 
@@ -48,6 +49,15 @@ def split_batch(leaf: Recover, processes: int) -> BatchSplit:
             f"processes gets of recover.batch_size {leaf.batch_size}; give a divisor of {share}"
         )
     return BatchSplit(processes, micro, share // micro)
+
+
+def refuse_sharding_twice(leaf: Recover) -> None:
+    """Raises TrainingError: weights were to be shared out by us, and by DeepSpeed too."""
+    if leaf.shard_weights and dist.zero_stage() == 3:
+        raise TrainingError(
+            "recover.shard_weights: DeepSpeed's ZeRO-3, which was launched, shares out all weights itself; launch with "
+            "launch/zero2.yaml or launch/gpu.yaml, which is faster, or leave shard_weights out"
+        )
 
 
 def epoch_ends(steps: int, epochs: int) -> list[int]:

@@ -21,12 +21,13 @@ from recover.train.data import build_dataset
 from recover.train.dense_text import weights_fingerprint
 from recover.train.distil_trainer import RecoverTrainer
 from recover.train.on_policy import OnPolicy
-from recover.train.settings import epoch_ends, split_batch, training_arguments
+from recover.train.settings import epoch_ends, refuse_sharding_twice, split_batch, training_arguments
 from recover.train.skipping import ROLLBACKS
 from recover.train.step_log import StepLog
 from recover.train.stopping import Interrupted, stop_between_steps
 from recover.train.teacher_file import TeacherStates
 from recover.train.totals import Totals
+from recover.train.weight_shards import SharedOut
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -62,6 +63,7 @@ def recover(
         ArtifactError: a checkpoint could not be written. StopRequested: stopped by a signal.
     """
     split = split_batch(leaf, dist.world_size())
+    refuse_sharding_twice(leaf)
     if next(twin.base.parameters()).dtype is torch.float16:
         raise TrainingError("model.dtype: float16 cannot be trained (gradients underflow): use bfloat16 or float32")
     fingerprint = _fingerprint(twin, leaf, seed)
@@ -82,6 +84,8 @@ def recover(
         _read_states(trainer, leaf, rows, split.micro, texts)
         _announce(twin, rows, steps, split)
         epochs = _train(trainer, leaf, after_epoch, run_folder)
+        if trainer.shards is not None:
+            trainer.shards.end()
     _forget_deepspeed(trainer)
     _judge(epochs.best, baseline_score)
     note(run_folder, fingerprint, course.skips.to_json(), finished=True)
@@ -120,7 +124,10 @@ def _train(trainer: RecoverTrainer, leaf: Recover, after_epoch: AfterEpoch, run_
         stop=trainer.stop,
         after_epoch=after_epoch,
         generating=trainer.generating,
+        peak_memory=trainer.peak_memory,
     )
+    if leaf.shard_weights and dist.world_size() > 1:
+        trainer.add_callback(SharedOut(trainer))
     trainer.add_callback(epochs)
     trainer.add_callback(Progress(trainer.course.totals))
     trainer.add_callback(StepLog(run_folder, trainer.course.totals))
@@ -155,7 +162,7 @@ def _fingerprint(twin: Twin, leaf: Recover, seed: int) -> str:
     """Of all that decides a training's course: another one must not go on from its checkpoints."""
     plan = {name: value for name, value in twin.plan.to_json().items() if name != "scores"}
     described = {
-        "leaf": leaf.model_dump(mode="json", exclude={"cache"}),
+        "leaf": leaf.model_dump(mode="json", exclude={"cache", "shard_weights"}),
         "seed": seed,
         "plan": plan,
         "weights": weights_fingerprint(twin),
