@@ -52,6 +52,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def local_world_size() -> int:
+    """How many processes there are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size())
+
+
 def is_main() -> bool:
     """True on the one process that prints and writes."""
     return rank() == 0

@@ -117,6 +117,7 @@ def _training(recipe: Recipe, model: Description) -> memory.Training:
         own=_own_weights(prune, model),
         cached=max(recipe.measure.batch_size * texts, own),
         processes=dist.world_size(),
+        sharded=dist.local_world_size() if leaf.shard_weights else 1,
     )
 
 

@@ -42,6 +42,7 @@ class Training:
     tokens: sequences at once x their length. cached: tokens in the KV cache while generation is measured.
     own: weights that the pruned view has beside the dense ones.
     lean: norms and MLPs keep no more than they must (`models/lean.py`; never under masks or ZeRO-3).
+    sharded: processes of a machine that share out the blocks' weights (`recover.shard_weights`); 1: whole on each.
     element: bytes of a weight. zero: DeepSpeed's stage, 0 without it. offload: the shares lie in host memory.
     """
 
@@ -55,6 +56,7 @@ class Training:
     own: int = 0
     cached: int = 16_384
     processes: int = 1
+    sharded: int = 1
     zero: int = 0
     offload: bool = False
     lean: bool = True
@@ -81,6 +83,12 @@ def adapter_parameters(shape: Shape, rank: int, blocks: int) -> int:
     query, kv = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
     attention = 2 * (shape.width + query) + 2 * (shape.width + kv)
     return blocks * rank * (attention + 3 * (shape.width + shape.intermediate))
+
+
+def matrix_parameters(shape: Shape) -> int:
+    """Of a block's seven linears."""
+    query, kv = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+    return shape.width * (2 * query + 2 * kv + 3 * shape.intermediate)
 
 
 def block_bytes_per_token(shape: Shape, rank: int, element: int, *, lean: bool = True) -> int:
@@ -116,15 +124,17 @@ def training_parts(shape: Shape, training: Training) -> dict[str, int]:
     stored = shape.width * training.element if training.checkpointing else block
     rows = rows_for(training.chunk, shape.width, PROCESSORS)
     live = min(shape.parameters, LIVE_PARAMETERS) * training.element if training.zero == 3 else 0
+    # Of a block, what other processes own; it is there for two blocks at a time.
+    away = round(matrix_parameters(shape) * training.element * (1 - 1 / training.sharded))
     return {
-        "weights": round(0 if training.offload else shape.parameters * training.element * share),
+        "weights": round(0 if training.offload else shape.parameters * training.element * share) - shape.blocks * away,
         "masks": shape.parameters // 8 if training.masked else 0,
         "own": training.own * training.element,  # buffers: ZeRO-3 does not share them out
         "adapters": round(adapter_parameters(shape, training.rank, kept) * _adapter_bytes(training)),
         # One more block: what is computed again, or the gradients of the block that backward is in.
         "activations": training.tokens * (kept * stored + block),
         "loss": min(training.tokens, rows) * shape.vocabulary * LOGIT_BYTES,
-        "engine": live + {0: 0, 2: 8, 3: 4}[training.zero] * BUCKET,
+        "engine": live + 2 * away + {0: 0, 2: 8, 3: 4}[training.zero] * BUCKET,
         "runtime": RUNTIME_BYTES,
     }
 
@@ -147,24 +157,39 @@ def measuring_bytes(shape: Shape, training: Training) -> int:
     return weights + own + shared + training.cached * kv_bytes_per_token(shape, training.element) + RUNTIME_BYTES
 
 
+def sharing_out_bytes(shape: Shape, training: Training) -> int:
+    """Bytes on one GPU while blocks are shared out, or made whole again for good: a share beside the whole weights."""
+    own = shape.blocks * matrix_parameters(shape) // training.sharded if training.sharded > 1 else 0
+    return (shape.parameters + own + training.own) * training.element + RUNTIME_BYTES
+
+
 def peak_bytes(shape: Shape, training: Training) -> int:
-    """The larger of training and measuring, on one GPU."""
-    return max(sum(training_parts(shape, training).values()), measuring_bytes(shape, training))
+    """The largest of training, measuring and what lies between them, on one GPU."""
+    training_bytes = sum(training_parts(shape, training).values())
+    return max(training_bytes, measuring_bytes(shape, training), sharing_out_bytes(shape, training))
 
 
-# Launch file and checkpointing, from the least trouble to the most.
+# Launch file, recover.shard_weights, checkpointing, offload, from the least trouble to the most.
 CHOICES = (
-    ("gpu", 0, False, False),
-    ("gpu", 0, True, False),
-    ("zero3", 3, True, False),
-    ("zero3_offload", 3, True, True),
+    ("gpu", 0, False, False, False),
+    ("gpu + shard_weights", 0, True, False, False),
+    ("gpu + checkpointing", 0, False, True, False),
+    ("gpu + both", 0, True, True, False),
+    ("zero3_offload", 3, False, True, True),
 )
 
 
 def launch_for(shape: Shape, gpu_bytes: int, tokens: int, processes: int = 8) -> str:
-    """The launch file for GPUs of this memory, "+ checkpointing" if it takes that; "none" if nothing fits."""
-    for name, zero, checkpointing, offload in CHOICES:
-        training = Training(tokens, checkpointing=checkpointing, processes=processes, zero=zero, offload=offload)
+    """The launch file for GPUs of this memory on one machine, "+" what it takes beside; "none" if nothing fits."""
+    for name, zero, sharded, checkpointing, offload in CHOICES:
+        training = Training(
+            tokens,
+            checkpointing=checkpointing,
+            processes=processes,
+            sharded=processes if sharded else 1,
+            zero=zero,
+            offload=offload,
+        )
         if peak_bytes(shape, training) <= USABLE * gpu_bytes:
-            return f"{name} + checkpointing" if checkpointing and zero == 0 else name
+            return name
     return "none"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -66,3 +68,13 @@ def test_draws_go_on_behind_a_recording_that_failed():
     torch.cuda.manual_seed(3)
     _end_recording_of_draws()
     assert torch.equal(torch.rand(4, device="cuda"), expected)
+
+
+def test_no_recorded_step_is_left_to_the_garbage_collector():
+    gc.collect()
+    gc.disable()
+    try:
+        texts(write, ending_at(2.0).cuda(), prompts(40), limit=20, rows=40)
+        assert not [thing for thing in gc.get_objects() if isinstance(thing, torch.cuda.CUDAGraph)]
+    finally:
+        gc.enable()

@@ -1,5 +1,7 @@
 """Decoding in slots: the ids of transformers' own `generate`, whatever the rows, refills and families."""
 
+import gc
+
 import pytest
 import torch
 from tiny import FAMILIES, tiny
@@ -110,8 +112,11 @@ def test_a_nucleus_holds_the_fewest_tokens_and_is_drawn_in_proportion():
 class Replayed:
     """A recorder as on a GPU: it looks at ended rows only every few steps, and the rows may not move unannounced."""
 
+    last = None
+
     def __init__(self, step):
         self.step, self.seen = step, set()
+        Replayed.last = self
 
     def run(self, visible, steps):
         self.seen.add(visible)
@@ -131,3 +136,30 @@ def test_steps_that_the_host_does_not_see_change_no_text(monkeypatch):
     monkeypatch.setattr(decode, "steps_unseen", lambda device: 5)
     monkeypatch.setattr(decode, "refills", lambda device: True)
     assert texts(write, model, asked, limit=12, rows=8) == expected
+    assert Replayed.last.seen == set()
+
+
+def test_what_a_writer_recorded_goes_when_its_reader_leaves(monkeypatch):
+    """And not when the garbage collector comes by, which breaks a recording that is being made."""
+    monkeypatch.setattr(decode, "may_record", lambda model: True)
+    monkeypatch.setattr(decode, "_Recorder", Replayed)
+    asked = prompts(4)
+    with torch.no_grad():
+        reader = write(ending_at(1.5), asked, Writing(rows=2, limit=12, ends=(2,), pad=0))
+        next(reader)
+    assert Replayed.last.seen
+    reader.close()
+    assert not Replayed.last.seen
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_the_collector_waits_for_a_recording(collects):
+    before = gc.isenabled()
+    try:
+        (gc.enable if collects else gc.disable)()
+        with pytest.raises(KeyError), decode._nothing_collected():
+            assert not gc.isenabled()
+            raise KeyError
+        assert gc.isenabled() == collects
+    finally:
+        (gc.enable if before else gc.disable)()

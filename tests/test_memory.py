@@ -119,6 +119,26 @@ def test_sharing_out_takes_memory_off_training_but_not_off_measuring():
     assert memory.launch_for(QWEN_7B, int(0.9 * whole), 128) == "none"
 
 
+def test_matrices_of_a_block_are_counted_as_they_are():
+    block = tiny("qwen2").model.layers[0]
+    assert memory.matrix_parameters(shape()) == sum(each.numel() for each in block.parameters() if each.dim() == 2)
+
+
+@pytest.mark.parametrize("processes", [2, 8])
+def test_shared_weights_take_what_others_own_off_training(processes):
+    plain, sharded = (Training(2048, processes=processes, sharded=each) for each in (1, processes))
+    away = memory.matrix_parameters(QWEN_7B) * 2 * (1 - 1 / processes)
+    totals = [sum(training_parts(QWEN_7B, each).values()) for each in (plain, sharded)]
+    assert totals[0] - totals[1] == pytest.approx((28 - 2) * away)
+    assert memory.measuring_bytes(QWEN_7B, sharded) == memory.measuring_bytes(QWEN_7B, plain)
+    # Two H100s, blocks 16 to 23 of 28 dropped, 8,192 tokens at once: 37.6 GB whole, 31.5 GB shared.
+    if processes == 2:
+        assert totals[0] - totals[1] == pytest.approx(37.6e9 - 31.5e9, rel=0.02)
+    # While they are shared out, a share lies beside the whole.
+    assert memory.sharing_out_bytes(QWEN_7B, sharded) > 2 * QWEN_7B.parameters + memory.RUNTIME_BYTES
+    assert memory.peak_bytes(QWEN_7B, sharded) >= memory.sharing_out_bytes(QWEN_7B, sharded)
+
+
 def test_more_of_anything_never_takes_less():
     base = Training(2048, chunk=1024)
     more = [Training(4096), Training(2048, rank=64), Training(2048, chunk=2048), Training(2048, masked=True)]

@@ -32,7 +32,7 @@ def launched(command, folder, timeout=300):
     return result
 
 
-def torchrun(folder, *variants):
+def torchrun(folder, *variants, processes=2):
     script = str(TESTS / "two_processes.py")
     return [
         sys.executable,
@@ -40,7 +40,7 @@ def torchrun(folder, *variants):
         "torch.distributed.run",
         "--standalone",
         "--nproc_per_node",
-        "2",
+        str(processes),
         script,
         str(folder),
         *variants,
@@ -122,3 +122,10 @@ def test_accelerate_launch_with_our_files(alone, stage, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"launch/cpu_zero{stage}.yaml"]
     launched([*command, str(TESTS / "two_processes.py"), str(tmp_path), f"zero{stage}"], tmp_path)
     assert_same_course(torch.load(tmp_path / f"zero{stage}.pt"), alone)
+
+
+@pytest.mark.slow
+def test_weights_are_shared_out_on_each_machine(alone, tmp_path):
+    two_processes.write_text(tmp_path)
+    launched(torchrun(tmp_path, "plain+shards+machines", processes=4), tmp_path)
+    assert_same_course(torch.load(tmp_path / "plain+shards+machines.pt"), alone)

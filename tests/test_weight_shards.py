@@ -8,7 +8,6 @@ import json
 
 import pytest
 import torch
-import torch.distributed
 from tiny import tiny
 
 from recover import dist
@@ -23,12 +22,48 @@ from recover.train.weight_shards import WeightShards
 IDS = torch.arange(24).view(2, 12) % 256
 
 
-@pytest.fixture
-def one_process(tmp_path):
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.stop()
+class Beside:
+    """Stands for `Machine`, for members that are twins of one process: what one owns, the others copy."""
+
+    def __init__(self, members):
+        self.members, self.member, self.memory = members, -1, {}
+
+    def __call__(self):
+        self.member += 1
+        return self
+
+    def shares(self, layout, device):
+        mine = [torch.empty(block[self.member], dtype=torch.uint8) for block in layout]
+        self.memory[self.member] = mine
+        return Copies(self.memory, mine)
+
+
+class Copies:
+    bytes_elsewhere = 0
+
+    def __init__(self, memory, mine):
+        self.memory, self.own = memory, mine
+
+    def mine(self, block):
+        return self.own[block]
+
+    def gather(self, block, places):
+        for member, place in places.items():
+            place.copy_(self.memory[member][block])
+        return self
+
+    def wait(self):
+        pass
+
+    publish = close = wait
+
+
+def shared_out(monkeypatch, *, dropped, members=2, **lora):
+    """The first of so many twins, and its shards; the others hold the rest of its weights."""
+    monkeypatch.setattr(weight_shards, "Machine", Beside(members))
+    twins = [twin_with_lora(*dropped, **lora) for _ in range(members)]
+    shards = [WeightShards(twin.blocks) for twin in twins]
+    return twins[0], shards[0]
 
 
 def twin_with_lora(*dropped, **lora):
@@ -44,7 +79,7 @@ def matrices(block):
 
 
 def here(twin):
-    """Numbers of the blocks whose weights are in memory."""
+    """Numbers of the blocks whose weights are all in memory."""
     return [
         number
         for number, block in enumerate(twin.blocks)
@@ -69,23 +104,24 @@ def watched(monkeypatch):
     """(event, block) as the blocks' memory comes and goes."""
     seen = []
     for name in ("gather", "release"):
-        own = getattr(weight_shards._Flat, name)
+        own = getattr(weight_shards._Block, name)
 
-        def method(flat, own=own, name=name):
-            before = flat._here
-            own(flat)
-            if flat._here != before:
-                seen.append((name, flat._block))
+        def method(weights, own=own, name=name):
+            before = weights._here
+            own(weights)
+            if weights._here != before:
+                seen.append((name, weights._number))
 
-        monkeypatch.setattr(weight_shards._Flat, name, method)
+        monkeypatch.setattr(weight_shards._Block, name, method)
     return seen
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("members", [2, 3])
 @pytest.mark.parametrize(("dropped", "blocks"), [((2, 4), "all"), ((2, 3), "after_cut"), ((), "all")])
-def test_values_and_gradients_are_those_of_whole_weights(one_process, dropped, blocks, checkpointing):
-    expected, found = (twin_with_lora(*dropped, blocks=blocks) for _ in range(2))
-    WeightShards(found.blocks)
+def test_values_and_gradients_are_those_of_whole_weights(monkeypatch, dropped, blocks, checkpointing, members):
+    expected = twin_with_lora(*dropped, blocks=blocks)
+    found, _ = shared_out(monkeypatch, dropped=dropped, blocks=blocks, members=members)
     assert here(found) == []
     for _ in range(3):  # nothing is known of the order in the first
         for a, b in zip(step(expected, checkpointing), step(found, checkpointing), strict=True):
@@ -93,9 +129,8 @@ def test_values_and_gradients_are_those_of_whole_weights(one_process, dropped, b
         assert len(here(found)) <= 2
 
 
-def test_two_blocks_at_most_are_there_and_the_next_one_comes_before_it_is_needed(one_process, watched):
-    twin = twin_with_lora(2, 4)
-    WeightShards(twin.blocks)
+def test_two_blocks_at_most_are_there_and_the_next_one_comes_before_it_is_needed(monkeypatch, watched):
+    twin, _ = shared_out(monkeypatch, dropped=(2, 4))
     step(twin)
     watched.clear()
     needed, there = [], []
@@ -113,19 +148,17 @@ def test_two_blocks_at_most_are_there_and_the_next_one_comes_before_it_is_needed
     assert [number for event, number in watched if event == "gather"] == [1, 2, 3, 4, 5, 0, 1, 3, 5, 3, 1, 0]
 
 
-def test_closed_blocks_are_not_gathered(one_process, watched):
-    twin = twin_with_lora(2, 4)
-    WeightShards(twin.blocks)
+def test_closed_blocks_are_not_gathered(monkeypatch, watched):
+    twin, _ = shared_out(monkeypatch, dropped=(2, 4))
     watched.clear()
     for _ in range(2):
         twin.model(IDS).logits.sum().backward()
     assert {number for event, number in watched if event == "gather"} == {0, 1, 3, 5}
 
 
-def test_whole_and_back(one_process):
-    twin = twin_with_lora(2, 4)
-    before = {name: value.clone() for name, value in twin.base.state_dict().items()}
-    shards = WeightShards(twin.blocks)
+def test_whole_and_back(monkeypatch):
+    before = {name: value.clone() for name, value in twin_with_lora(2, 4).base.state_dict().items()}
+    twin, shards = shared_out(monkeypatch, dropped=(2, 4))
     step(twin)
     with shards.whole():
         assert here(twin) == list(range(6))
@@ -140,16 +173,24 @@ def test_whole_and_back(one_process):
     step(twin)
 
 
-def test_what_is_shared_out(one_process):
-    """Matrices of one block alone that are not trained."""
-    twin = twin_with_lora(2)
-    twin.blocks[3].mlp.up_proj.base_layer.weight = twin.blocks[1].mlp.up_proj.base_layer.weight
-    WeightShards(twin.blocks)
-    gone = {name for name, parameter in twin.model.named_parameters() if not parameter.untyped_storage().nbytes()}
-    frozen = {name for name, parameter in twin.model.named_parameters() if not parameter.requires_grad}
-    assert gone == {
-        name for name in frozen if ".layers." in name and "norm" not in name and ".1.mlp.up_proj" not in name
-    } - {name for name in frozen if ".3.mlp.up_proj" in name}
+def test_each_matrix_of_a_block_has_one_owner_and_all_own_about_as_much(monkeypatch):
+    """Matrices that are not trained, and that one block alone has."""
+    monkeypatch.setattr(weight_shards, "Machine", Beside(2))
+    twins = [twin_with_lora(2) for _ in range(2)]
+    for twin in twins:
+        twin.blocks[3].mlp.up_proj.base_layer.weight = twin.blocks[1].mlp.up_proj.base_layer.weight
+        WeightShards(twin.blocks)
+    gone = [
+        {name for name, value in twin.model.named_parameters() if not value.untyped_storage().nbytes()}
+        for twin in twins
+    ]
+    frozen = {name for name, value in twins[0].model.named_parameters() if not value.requires_grad}
+    tied = ".1.mlp.up_proj.base_layer.weight"
+    alone = {name for name in frozen if ".layers." in name and "norm" not in name and tied not in name}
+    assert not gone[0] & gone[1]
+    assert gone[0] | gone[1] == alone
+    sizes = [sum(twins[0].model.get_parameter(name).numel() for name in each) for each in gone]
+    assert max(sizes) < 1.1 * min(sizes)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

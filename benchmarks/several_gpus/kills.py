@@ -6,11 +6,12 @@ import random
 import signal
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
-from job import SHARDED, Job, Keep, Row, beside, furthest
+from job import SHARDED, Job, Keep, Row, furthest
 from launching import Launch, lines, until, untrained_copy, workers
 
 from recover.artifacts import check_manifest, read_json, read_jsonl
@@ -26,21 +27,20 @@ def kills(job: Job, trials: int, engines: Sequence[str], keep: Keep) -> None:
     base = job.run_directory("kill")
     Launch("one", gpu=0).run(job.words("kill", ()), job.out / "kill.log")
 
-    def engine(name: str, fields: Sequence[str], where: str) -> Row:
+    def engine(name: str, fields: Sequence[str], where: str) -> None:
         launch = Launch(name, job.gpus)
         straight = untrained_copy(base, job.run_directory(where))
         launch.run(job.words(where, fields), job.out / f"{where}.log")
         steps = read_jsonl(straight / "recover" / "steps.jsonl")
-        found: list[Row] = []
         for number in range(trials):
-            found.append(trial(job, launch, base, f"{where}-{number}", steps, fields))
-            print(f"{where}: {found[-1]}", flush=True)
-        return {"row": " ".join([f"{job.gpus} x {name}", *fields]), "trials": found, "steps": len(steps)}
+            found = trial(job, launch, base, f"{where}-{number}", steps, fields)
+            keep({"row": " ".join([f"{job.gpus} x {name}", *fields]), "steps": len(steps), **found})
 
-    work = [lambda name=name: engine(name, (), f"kill-{name}") for name in engines]
+    work = [(name, (), f"kill-{name}") for name in engines]
     if "zero2" in engines:
-        work.append(lambda: engine("zero2", SHARDED, "kill-sharded"))
-    beside(work, keep)
+        work.append(("zero2", SHARDED, "kill-sharded"))
+    with ThreadPoolExecutor(len(work)) as pool:
+        list(pool.map(lambda each: engine(*each), work))
 
 
 def trial(job: Job, launch: Launch, base: Path, where: str, straight: Sequence[Row], fields: Sequence[str] = ()) -> Row:
@@ -88,8 +88,8 @@ def half_published(recover: Path) -> list[str]:
 def table(found: Sequence[Row]) -> list[str]:
     lines = ["| killed | trials | all gone within | whole | went on to the end | largest difference of a loss |"]
     lines.append("|---|---:|---:|---:|---:|---|")
-    for row in found:
-        trials = row["trials"]
+    for name in dict.fromkeys(row["row"] for row in found):
+        trials = [row for row in found if row["row"] == name]
         reached = [each for each in trials if "seconds_to_exit" in each]
         slowest = max((each["seconds_to_exit"] for each in reached), default=float("nan"))
         gone = sum(each["alive"] == 0 for each in reached)
@@ -97,6 +97,6 @@ def table(found: Sequence[Row]) -> list[str]:
         ended = [each for each in reached if each.get("finished")]
         differences = ", ".join(sorted({each["loss"] for each in ended}))
         times = f"{slowest:.0f} s ({gone} of {len(trials)})"
-        lines.append(f"| {row['row']} | {len(trials)} | {times} | {whole} | {len(ended)} | {differences} |")
+        lines.append(f"| {name} | {len(trials)} | {times} | {whole} | {len(ended)} | {differences} |")
         lines += [f"\n{each['problem']}" for each in trials if "problem" in each]
     return lines

@@ -29,11 +29,19 @@ def law(out: Path, processes: int, keep: Keep) -> None:
         two_processes.write_text(folder)
     Launch("one", gpu=0).run([SCRIPT, str(one), "plain", "plain+prefix"], out / "law.log")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    Launch("one").run([*launcher, SCRIPT, str(several), *VARIANTS, *AFTER_CUT], out / "law.log")
+    problem = None
+    try:
+        Launch("one").run([*launcher, SCRIPT, str(several), *VARIANTS, *AFTER_CUT], out / "law.log")
+    except RuntimeError as error:  # what was done before is shown all the same
+        problem = error
     alone = {name: torch.load(one / f"{name}.pt") for name in ("plain", "plain+prefix")}
     for name in (*VARIANTS, *AFTER_CUT):
+        if not (several / f"{name}.pt").exists():
+            continue
         base = alone["plain+prefix" if name in AFTER_CUT else "plain"]
         keep({"row": f"{processes} x {name}"} | differences(torch.load(several / f"{name}.pt"), base))
+    if problem is not None:
+        raise problem
 
 
 def differences(found: dict[str, Any], alone: dict[str, Any]) -> dict[str, Any]:

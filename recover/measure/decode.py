@@ -8,8 +8,10 @@ group, E end tokens.
 
 from __future__ import annotations
 
+import gc
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +116,14 @@ class _Writer:
         self.written_BS = torch.full((rows, self.how.limit + 1), self.how.pad, device=self.device)
 
     def texts(self) -> Iterator[tuple[int, list[int]]]:
+        try:
+            yield from self._texts()
+        finally:
+            if self.recorder:
+                # Now, and not when the collector comes by, which may be in the middle of another writer's recording.
+                self.recorder.forget()
+
+    def _texts(self) -> Iterator[tuple[int, list[int]]]:
         while True:
             live = sum(item is not None for item in self.items)
             free = len(self.items) - live
@@ -244,7 +254,7 @@ class _Recorder:
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: a data loader that pins memory in a thread of its own must not spoil the recording.
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            with _nothing_collected(), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 self.step()
         except RuntimeError as error:
             torch.cuda.synchronize()
@@ -255,9 +265,25 @@ class _Recorder:
         self.graphs[visible] = graph
 
     def forget(self) -> None:
-        """The rows have moved: record again. In new memory, as a pool that no graph uses may not be used again."""
+        """The rows have moved, or are done: nothing recorded holds. In new memory, should there be a next recording, as
+        a pool that no graph uses may not be used again."""
         self.graphs.clear()
         self.pool = None
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """A graph that anyone left to the collector and that goes during a recording breaks it, and the allocator with it.
+
+    torch only warns ("operation not permitted when stream is capturing"), and the process aborts when it ends.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _end_recording_of_draws() -> None:
