@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import traceback
 from collections.abc import Callable
 from typing import Annotated, ParamSpec, TypeVar
@@ -19,6 +20,7 @@ from recover import (
     commands_run,
     commands_teacher,
     console,
+    dist,
 )
 from recover.errors import RecoverError
 
@@ -107,4 +109,9 @@ for name, (command, lines) in COMMANDS.items():
 
 def main() -> None:
     """Entry point of `recover` and of `python -m recover`."""
-    app(prog_name="recover")
+    try:
+        app(prog_name="recover")
+    except SystemExit as ended:
+        if not isinstance(ended.code, int | None):
+            raise  # a sentence, for Python to print
+        dist.leave(ended.code or os.EX_OK)

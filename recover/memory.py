@@ -174,7 +174,7 @@ CHOICES = (
     ("gpu", 0, False, False, False),
     ("gpu + shard_weights", 0, True, False, False),
     ("gpu + checkpointing", 0, False, True, False),
-    ("gpu + both", 0, True, True, False),
+    ("gpu + shard_weights + checkpointing", 0, True, True, False),
     ("zero3_offload", 3, False, True, True),
 )
 

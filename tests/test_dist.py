@@ -202,6 +202,38 @@ def test_one_process_needs_no_group() -> None:
     dist.stop()
 
 
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("code", [0, 143])
+def test_a_process_leaves_with_its_code_and_all_it_has_said(world: int, code: int) -> None:
+    """With a thread that would keep the interpreter from ending, as the collectives' own may."""
+    script = f"""
+import atexit, sys, threading
+from recover import dist
+atexit.register(lambda: print("exit function"))
+if {world} > 1:
+    threading.Thread(target=threading.Event().wait).start()
+print("said", end=" ")
+print("error", file=sys.stderr)
+dist.leave({code})
+"""
+    environment = {**os.environ, "WORLD_SIZE": str(world)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (code, "said exit function\n", "error\n")
+
+
+@pytest.mark.parametrize(("words", "code"), [(["--version"], 0), (["run", "nowhere.yaml"], 2), (["nothing"], 2)])
+def test_the_command_of_a_launched_process_ends_with_its_code(words: list[str], code: int) -> None:
+    command = [sys.executable, "-m", "recover", *words]
+    found = [
+        subprocess.run(command, env={**os.environ, **extra}, capture_output=True, text=True, timeout=60, check=False)
+        for extra in ({}, {"WORLD_SIZE": "2", "RANK": "0"})
+    ]
+    assert [done.returncode for done in found] == [code, code]
+    assert found[0].stdout == found[1].stdout
+
+
 def test_before_the_group_is_up_the_environment_says_who(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")

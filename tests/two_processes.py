@@ -178,6 +178,7 @@ def main(folder: Path, variants: list[str]) -> None:
         if dist.is_main():
             torch.save(result, folder / f"{variant}.pt")
     dist.stop()
+    dist.leave(0)
 
 
 if __name__ == "__main__":

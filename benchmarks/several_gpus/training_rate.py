@@ -127,6 +127,7 @@ def main() -> None:
         )
         shutil.rmtree(folder)
     dist.stop()
+    dist.leave(0)
 
 
 def figures(steps: list[dict[str, Any]], peaks: list[int], options: argparse.Namespace) -> dict[str, Any]:
