@@ -6,16 +6,14 @@ On a CPU the same tables are of operators instead of kernels: they nest, so shar
 from __future__ import annotations
 
 import dataclasses
-import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity
+from trace_events import ON_GPU, events_of, gaps, longest, span
 
 from recover import console
 from recover.measure import decode
@@ -29,7 +27,7 @@ PHASES = {
 }
 TRACED_TOKENS = 64  # a text: a trace holds every kernel
 TOP = 14
-ON_DEVICE = {"cuda": {"kernel", "gpu_memcpy", "gpu_memset"}, "cpu": {"cpu_op"}}  # categories of a trace
+ON_DEVICE = {"cuda": ON_GPU, "cpu": {"cpu_op"}}  # categories of a trace
 LAUNCHES = ("cudaGraphLaunch", "cudaLaunchKernel", "cudaStreamSynchronize", "cudaMemcpyAsync")
 
 
@@ -97,11 +95,7 @@ def _trace(model: Any, prompts_ids: Sequence[list[int]], how: Writing) -> list[d
         for _ in write(model, prompts_ids, how):
             pass
         _now()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    return sorted((event for event in events if "dur" in event), key=lambda event: event["ts"])
+    return events_of(profiler)
 
 
 def _second_half(events: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
@@ -112,33 +106,19 @@ def _second_half(events: list[dict[str, Any]], device: str) -> list[dict[str, An
 
 def _summary(events: list[dict[str, Any]], device: str) -> dict[str, Any]:
     on_device = [event for event in events if event.get("cat") in ON_DEVICE[device]]
-    kernels: dict[str, list[float]] = {}
-    for event in on_device:
-        kernels.setdefault(event["name"], []).append(event["dur"])
-    gaps = _gaps(on_device)
-    span = max(event["ts"] + event["dur"] for event in on_device) - on_device[0]["ts"]
+    idle, whole = gaps(on_device), span(on_device)
     return {
-        "milliseconds": span / 1e3,
-        "busy": 1 - sum(gaps) / span,
+        "milliseconds": whole / 1e3,
+        "busy": 1 - sum(idle) / whole,
         "kernels": len(on_device),
-        "gaps_over_20_us": len([gap for gap in gaps if gap > 20]),
-        "milliseconds_in_them": sum(gap for gap in gaps if gap > 20) / 1e3,
+        "gaps_over_20_us": len([gap for gap in idle if gap > 20]),
+        "milliseconds_in_them": sum(gap for gap in idle if gap > 20) / 1e3,
         "launches": {name: sum(event["name"] == name for event in events) for name in LAUNCHES},
         "top": [
-            {"name": name, "calls": len(times), "us": sum(times) / len(times), "share": sum(times) / span}
-            for name, times in sorted(kernels.items(), key=lambda item: -sum(item[1]))[:TOP]
+            {"name": name, "calls": len(times), "us": sum(times) / len(times), "share": sum(times) / whole}
+            for name, times in longest(on_device, TOP)
         ],
     }
-
-
-def _gaps(on_device: list[dict[str, Any]]) -> list[float]:
-    """Microseconds in which nothing runs, between events sorted by start."""
-    gaps, end = [], on_device[0]["ts"]
-    for event in on_device:
-        if event["ts"] > end:
-            gaps.append(event["ts"] - end)
-        end = max(end, event["ts"] + event["dur"])
-    return gaps
 
 
 def _show(part: str, found: dict[str, Any]) -> None:

@@ -141,7 +141,7 @@ def leave(code: int) -> NoReturn:
     A thread of gloo may still hold the tensors of the last collective. If it lets go of them while the interpreter is
     being taken apart, C++ aborts the process ("terminate called without an active exception"), when all is done.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if world_size() == 1:
         sys.exit(code)
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -273,3 +273,4 @@ def test_outside_the_main_thread_signals_are_left_alone() -> None:
 
 if __name__ == "__main__":
     print(json.dumps(work()))
+    dist.leave(0)

@@ -22,6 +22,7 @@ FOLDER = ROOT / "benchmarks" / "several_gpus"
 
 @pytest.fixture(autouse=True)
 def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER.parent))
     monkeypatch.syspath_prepend(str(FOLDER))
 
 

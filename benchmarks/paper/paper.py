@@ -217,3 +217,4 @@ if __name__ == "__main__":
         sys.exit(str(error))
     finally:
         dist.stop()
+    dist.leave(0)

@@ -49,7 +49,7 @@ class Job:
     def variants(self) -> list[Variant]:
         one = Launch("one", gpu=0)
         found = [Variant(f"{self.gpus} x {engine}", Launch(engine, self.gpus)) for engine in ENGINES]
-        last, sharded = found[-1].launch, Launch("zero2", self.gpus)
+        last, zero2 = found[-1].launch, Launch("zero2", self.gpus)
         return [
             *found,
             Variant("one GPU, again", Launch("one", gpu=self.gpus - 1)),
@@ -58,10 +58,10 @@ class Job:
                 one,
                 fields=(f"recover.micro_batch_size={self.batch // self.gpus}",),
             ),
-            Variant(f"{self.gpus} x zero2, stopped, on one GPU", Launch("zero2", self.gpus), then=one),
+            Variant(f"{self.gpus} x zero2, stopped, on one GPU", zero2, then=one),
             Variant(f"one GPU, stopped, {self.gpus} x {last.engine}", one, then=last),
-            Variant(f"{sharded.processes} x zero2, weights sharded", sharded, fields=SHARDED),
-            Variant(f"one GPU, stopped, {sharded.processes} x zero2, weights sharded", one, sharded, SHARDED),
+            Variant(f"{self.gpus} x zero2, weights sharded", zero2, fields=SHARDED),
+            Variant(f"one GPU, stopped, {self.gpus} x zero2, weights sharded", one, zero2, SHARDED),
         ]
 
     def seeds(self, seeds: int, keep: Keep) -> None:

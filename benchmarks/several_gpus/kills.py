@@ -43,7 +43,7 @@ def kills(job: Job, trials: int, engines: Sequence[str], keep: Keep) -> None:
         list(pool.map(lambda each: engine(*each), work))
 
 
-def trial(job: Job, launch: Launch, base: Path, where: str, straight: Sequence[Row], fields: Sequence[str] = ()) -> Row:
+def trial(job: Job, launch: Launch, base: Path, where: str, straight: Sequence[Row], fields: Sequence[str]) -> Row:
     run, log = untrained_copy(base, job.run_directory(where)), job.out / f"{where}.log"
     steps = run / "recover" / "steps.jsonl"
     process = launch.start(job.words(where, fields), log)

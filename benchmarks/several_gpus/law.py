@@ -12,11 +12,8 @@ from launching import ON_GPUS, Launch
 SCRIPT = "tests/two_processes.py"
 SHARDED = ("plain+shards", "zero2+shards", "zero2+shards+checkpointing")
 VARIANTS = ("plain", "plain:2", "zero2", "zero3", "zero3:2", "zero2+dense", *SHARDED)
-AFTER_CUT = (
-    "zero3+prefix",
-    "plain+prefix",
-    "zero2+shards+prefix",
-)  # another model is trained: LoRA behind the cut only
+# Another model is trained: LoRA behind the cut only.
+AFTER_CUT = ("zero3+prefix", "plain+prefix", "zero2+shards+prefix")
 
 
 def law(out: Path, processes: int, keep: Keep) -> None:
@@ -29,19 +26,14 @@ def law(out: Path, processes: int, keep: Keep) -> None:
         two_processes.write_text(folder)
     Launch("one", gpu=0).run([SCRIPT, str(one), "plain", "plain+prefix"], out / "law.log")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    problem = None
     try:
         Launch("one").run([*launcher, SCRIPT, str(several), *VARIANTS, *AFTER_CUT], out / "law.log")
-    except RuntimeError as error:  # what was done before is shown all the same
-        problem = error
-    alone = {name: torch.load(one / f"{name}.pt") for name in ("plain", "plain+prefix")}
-    for name in (*VARIANTS, *AFTER_CUT):
-        if not (several / f"{name}.pt").exists():
-            continue
-        base = alone["plain+prefix" if name in AFTER_CUT else "plain"]
-        keep({"row": f"{processes} x {name}"} | differences(torch.load(several / f"{name}.pt"), base))
-    if problem is not None:
-        raise problem
+    finally:  # what was done before a failure is shown all the same
+        alone = {name: torch.load(one / f"{name}.pt") for name in ("plain", "plain+prefix")}
+        for name in (*VARIANTS, *AFTER_CUT):
+            base, done = alone["plain+prefix" if name in AFTER_CUT else "plain"], several / f"{name}.pt"
+            if done.exists():
+                keep({"row": f"{processes} x {name}"} | differences(torch.load(done), base))
 
 
 def differences(found: dict[str, Any], alone: dict[str, Any]) -> dict[str, Any]:

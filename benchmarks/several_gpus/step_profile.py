@@ -1,27 +1,25 @@
 """Where the time of a training step goes, on this process: kernels, transfers between GPUs, gaps, the host's part.
 
 The GPU's side is read off a trace. The host's is sampled beside it: what the threads that train were at, a thousand
-times a second, by the innermost function of each package and with the functions that it was called from.
+times a second: in which function, and within which others.
 """
 
 from __future__ import annotations
 
 import collections
-import json
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from trace_events import ON_GPU, Event, events_of, gaps, longest, span
 from transformers import TrainerCallback
 
-ON_GPU = {"kernel", "gpu_memcpy", "gpu_memset"}
 SAMPLE_SECONDS = 1e-3
 TOP = 25
 PACKAGES = ("deepspeed", "recover", "accelerate", "transformers", "trl", "peft", "torch")
@@ -100,58 +98,35 @@ class Sampler(threading.Thread):
 
 def name_of(frame: FrameType) -> str:
     parts = Path(frame.f_code.co_filename).parts
-    where = next((place for place, part in enumerate(parts) if part in PACKAGES), max(0, len(parts) - 2))
+    packages = [place for place, part in enumerate(parts) if part in PACKAGES]
+    where = packages[-1] if packages else max(0, len(parts) - 2)
     return f"{'/'.join(parts[where:])}:{frame.f_code.co_qualname}"
 
 
-def events_of(tracer: profile) -> list[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        tracer.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    return [event for event in events if "dur" in event]
-
-
-def of_trace(events: list[dict[str, Any]]) -> dict[str, Any]:
+def of_trace(events: Sequence[Event]) -> dict[str, Any]:
     """Milliseconds: `computing` and `between_gpus` as unions of intervals, `only_between_gpus` where no kernel runs."""
     gpu = [event for event in events if event.get("cat") in ON_GPU]
-    span = max(end(event) for event in gpu) - min(event["ts"] for event in gpu)
-    between = [event for event in gpu if is_between(event)]
-    computing = [event for event in gpu if not is_between(event)]
-    busy, moved, computed = covered(gpu), covered(between), covered(computing)
+    busy, moved = covered(gpu), covered([event for event in gpu if is_between(event)])
+    computed = covered([event for event in gpu if not is_between(event)])
     return {
-        "milliseconds": span / 1e3,
+        "milliseconds": span(gpu) / 1e3,
         "computing": computed / 1e3,
         "between_gpus": moved / 1e3,
         "only_between_gpus": (busy - computed) / 1e3,
-        "idle": (span - busy) / 1e3,
+        "idle": sum(gaps(gpu)) / 1e3,
         "kernels": len(gpu),
         "launches": collections.Counter(e["name"] for e in events if e.get("cat") == "cuda_runtime").most_common(8),
-        "top": top(gpu),
+        "top": [
+            {"name": name, "calls": len(times), "milliseconds": sum(times) / 1e3} for name, times in longest(gpu, TOP)
+        ],
     }
 
 
-def is_between(event: dict[str, Any]) -> bool:
+def is_between(event: Event) -> bool:
     name = event["name"]
     return name.startswith("nccl") or "PtoP" in name or "P2P" in name
 
 
-def end(event: dict[str, Any]) -> float:
-    return event["ts"] + event["dur"]
-
-
-def covered(events: Iterable[dict[str, Any]]) -> float:
+def covered(events: Sequence[Event]) -> float:
     """Microseconds in which at least one of them runs."""
-    total, until = 0.0, float("-inf")
-    for event in sorted(events, key=lambda event: event["ts"]):
-        total += max(0.0, end(event) - max(until, event["ts"]))
-        until = max(until, end(event))
-    return total
-
-
-def top(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    times: dict[str, list[float]] = {}
-    for event in events:
-        times.setdefault(event["name"][:110], []).append(event["dur"])
-    longest = sorted(times.items(), key=lambda item: -sum(item[1]))[:TOP]
-    return [{"name": name, "calls": len(each), "milliseconds": sum(each) / 1e3} for name, each in longest]
+    return span(events) - sum(gaps(events))

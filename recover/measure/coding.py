@@ -53,7 +53,7 @@ def code_of(text: str, stop: Sequence[str]) -> str:
 
 def _run(programs: Sequence[str], seconds: float) -> list[Outcome]:
     """The outcomes, the same on every process; each runs its share on its share of the cores."""
-    workers = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    workers = max(1, (os.cpu_count() or 1) // dist.local_world_size())
     return dist.over(programs, lambda mine: run_programs(mine, workers=workers, seconds=seconds))
 
 

@@ -68,7 +68,7 @@ class RecoverTrainer(SFTTrainer):
             processing_class=tokenizer,
             data_collator=collator(pad or 0, leaf.loss.scored) if on_policy is None else on_policy.numbers,
         )
-        self.shards: WeightShards | None = None
+        self.shards: WeightShards | None = None  # see `SharedOut`
         if self.is_zero3:
             gather_by_block(twin)
         self.adapted: Any = twin.model
@@ -199,11 +199,6 @@ class RecoverTrainer(SFTTrainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: transformers' estimate walks all parameters at each step and knows neither view of the twin."""
         return 0
-
-    def share_out_weights(self) -> None:
-        """From here on this process holds its share of the frozen weights only. All processes must call it."""
-        if self.shards is None:
-            self.shards = WeightShards(self.distiller.twin.blocks)
 
     def peak_memory(self) -> int | None:
         """Most bytes that this process had on its GPU; None on a CPU."""

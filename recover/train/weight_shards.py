@@ -118,13 +118,13 @@ class WeightShards:
 
 
 class SharedOut(TrainerCallback):
-    """Shares the weights out when the engine is built: those that it copies to other processes must be there."""
+    """Shares the weights out once the engine is built, which copies them to other processes."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.share_out_weights()
+        self.trainer.shards = WeightShards(self.trainer.distiller.twin.blocks)
 
 
 class _Block:
