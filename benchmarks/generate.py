@@ -2,6 +2,7 @@
 
     python benchmarks/generate.py                                             # embedded:fable-2m, on a CPU: 30 s
     python benchmarks/generate.py FOLDER_OR_GGUF --dtype bfloat16 --batch 256 # on a GPU: within 90 s
+    python benchmarks/generate.py random:7b --batch 64                        # Qwen2.5-7B's shape, on a GPU
     ... --out FOLDER --profile                                                # generate.json; where the time goes
 
 Greedy. First recover and plain `generate` by turns, after a warm-up of both: once every text is `--tokens` long, once
@@ -17,6 +18,7 @@ import argparse
 import dataclasses
 import json
 import os
+import random
 import signal
 import statistics
 import sys
@@ -30,8 +32,10 @@ import torch
 import transformers
 from generate_profile import profile
 from generate_ways import OTHERS, PAIR, Texts, Variant
+from step_cost import SEVEN
+from step_models import Bench
 
-from recover import console, provenance, recipe
+from recover import console, dist, provenance, recipe
 from recover.measure.decode import Writing
 from recover.measure.generate import writing
 from recover.measure.prompts import encode_prompt
@@ -41,6 +45,7 @@ from recover.models.load import load_model, load_tokenizer, ready
 from recover.quiet import quiet_libraries
 from recover.report import words
 
+RANDOM = "random:7b"
 PAIR_SHARE = 0.5  # of the seconds: after these no further pair of turns is begun
 PROFILE_SECONDS = 60  # at most, beside --seconds
 
@@ -78,13 +83,10 @@ class Timing:
 def main() -> None:
     arguments = _arguments()
     quiet_libraries()
-    leaf = recipe.Model(source=arguments.model, dtype=arguments.dtype)
-    model, tokenizer = ready(load_model(leaf)), load_tokenizer(leaf)
-    is_gpu = model.device.type == "cuda"
+    is_gpu = dist.device().type == "cuda"
     batch = arguments.batch or (256 if is_gpu else 16)
     count = arguments.prompts or (2 * batch if is_gpu else 5 * batch // 2)
-    prompts_ids = [encode_prompt(tokenizer, prompt) for prompt in _prompts(arguments.model, count)]
-    how = writing(model, tokenizer, max_new_tokens=arguments.tokens, batch_size=batch)
+    model, prompts_ids, how = (_random if arguments.model == RANDOM else _loaded)(arguments, count, batch)
     console.say(
         f"{words.machine(provenance.machine())}; torch {torch.__version__}, transformers {transformers.__version__}; "
         f"{arguments.model}, {arguments.dtype}; {count} prompts of {min(map(len, prompts_ids))} to "
@@ -107,6 +109,22 @@ def main() -> None:
         _keep(arguments.out, found)
     sys.stdout.flush()
     os._exit(0)  # a variant that ran out of time may have left a thread at work, which would be waited for
+
+
+def _loaded(arguments: argparse.Namespace, count: int, batch: int) -> tuple[Any, list[list[int]], Writing]:
+    leaf = recipe.Model(source=arguments.model, dtype=arguments.dtype)
+    model, tokenizer = ready(load_model(leaf)), load_tokenizer(leaf)
+    prompts_ids = [encode_prompt(tokenizer, prompt) for prompt in _prompts(arguments.model, count)]
+    return model, prompts_ids, writing(model, tokenizer, max_new_tokens=arguments.tokens, batch_size=batch)
+
+
+def _random(arguments: argparse.Namespace, count: int, batch: int) -> tuple[Any, list[list[int]], Writing]:
+    """Random weights and prompts; no text ends by itself."""
+    model = Bench(SEVEN, dist.device(), batch=1, length=1, chunk=1).dense()
+    arguments.dtype = str(model.dtype).removeprefix("torch.")
+    numbers = random.Random(0)
+    prompts_ids = [[numbers.randrange(SEVEN.vocabulary) for _ in range(numbers.randint(35, 49))] for _ in range(count)]
+    return model, prompts_ids, Writing(arguments.tokens, ends=(), pad=0, rows=batch)
 
 
 def measured(
@@ -154,7 +172,8 @@ def _cells(row: dict[str, Any]) -> list[Any]:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="embedded:fable-2m", help="folder, GGUF file, or embedded:NAME")
+    source = f"folder, GGUF file, embedded:NAME, {RANDOM} (default: %(default)s)"
+    parser.add_argument("model", nargs="?", default="embedded:fable-2m", help=source)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--batch", type=int, help="rows written at a time (default: 256 on a GPU, else 16)")
     parser.add_argument("--prompts", type=int, help="default: 2 batches on a GPU, else 2.5")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 from recover.measure import decode
 from recover.measure.decode import Writing, write
@@ -26,12 +27,14 @@ def slots(model: Any, prompts_ids: Sequence[list[int]], how: Writing) -> Texts:
 
 def slots_unrecorded(model: Any, prompts_ids: Sequence[list[int]], how: Writing) -> Texts:
     """The same, every step run from Python."""
-    may_record = decode.may_record
-    decode.may_record = lambda model: False
-    try:
+    with mock.patch.object(decode, "may_record", lambda model: False):
         return slots(model, prompts_ids, how)
-    finally:
-        decode.may_record = may_record
+
+
+def slots_stock_attention(model: Any, prompts_ids: Sequence[list[int]], how: Writing) -> Texts:
+    """The same, with attention as this version of transformers has it."""
+    with mock.patch.object(decode, "configs_of", lambda model: []):
+        return slots(model, prompts_ids, how)
 
 
 def static_cache(model: Any, prompts_ids: Sequence[list[int]], how: Writing) -> Texts:
@@ -82,6 +85,7 @@ def _cut(row: list[int], ends: Sequence[int]) -> list[int]:
 
 PAIR: dict[str, Variant] = {"transformers generate": plain_generate, "recover": slots}
 OTHERS: dict[str, Variant] = {
+    "recover, transformers' attention": slots_stock_attention,
     "recover, no CUDA graph": slots_unrecorded,
     "transformers static cache": static_cache,
     "transformers continuous batching": continuous_batching,  # last: out of time, its thread may go on

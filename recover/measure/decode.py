@@ -23,6 +23,7 @@ from recover import console
 from recover.measure.kv import Slots, masks, read
 from recover.measure.prompts import batches_by_length, left_pad
 from recover.models import kv_cache
+from recover.models.step_attention import attending_by_step, configs_of
 from recover.recipe import Sampling
 
 REFILL = 8  # a group of prompts is read when 1/8 of the rows are free: reading few at a time is slow
@@ -98,6 +99,7 @@ class _Writer:
     def __init__(self, model: PreTrainedModel, prompts_ids: Sequence[Sequence[int]], how: Writing) -> None:
         self.model, self.prompts_ids, self.how, self.device = model, prompts_ids, how, model.device
         self.waiting = deque(batches_by_length([len(ids) for ids in prompts_ids], len(prompts_ids))[0])
+        self.configs = configs_of(model)
         self.end_E = torch.tensor(how.ends, dtype=torch.long, device=self.device)
         self.recorder = _Recorder(self._step) if may_record(model) else None
         self._open()
@@ -187,14 +189,15 @@ class _Writer:
         """One token more in every row that is not done; done rows stand still, whatever is computed for them."""
         at_B1 = self.slots.position_B[:, None]
         key_at_1K = torch.arange(self.slots.visible, device=self.device)[None]
-        logits_BV = self.model(
-            input_ids=self.token_B[:, None],
-            attention_mask=masks(self.model, at_B1, key_at_1K),
-            position_ids=at_B1,
-            use_cache=True,
-            logits_to_keep=1,
-            **kv_cache.taking(self.model, self.slots),
-        ).logits[:, -1]
+        with attending_by_step(self.configs):
+            logits_BV = self.model(
+                input_ids=self.token_B[:, None],
+                attention_mask=masks(self.model, at_B1, key_at_1K),
+                position_ids=at_B1,
+                use_cache=True,
+                logits_to_keep=1,
+                **kv_cache.taking(self.model, self.slots),
+            ).logits[:, -1]
         token_B = self.how.draw(logits_BV.float()).masked_fill(self.done_B, self.how.pad)
         bin_B = self.count_B.masked_fill(self.done_B, self.how.limit)
         self.written_BS.scatter_(1, bin_B[:, None], token_B[:, None])

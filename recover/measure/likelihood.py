@@ -18,6 +18,7 @@ from recover.measure.generate import context_of, evaluating, stock
 from recover.measure.kv import Appending, fits, masks, read
 from recover.measure.prompts import batches_by_length, left_pad, prompt_text, text_ids, uses_chat
 from recover.models import kv_cache
+from recover.models.step_attention import attending_by_step, configs_of
 
 LOGITS_AT_ONCE = 2**27  # elements of a (rows x scored tokens x vocabulary) tensor: 512 MiB in fp32
 
@@ -144,13 +145,14 @@ def _rest_sums(
     at_RN = mask_GT[number_R].sum(-1)[:, None] + step_N
     key_at = torch.cat([at_GT[number_R], at_RN], dim=1)
     is_key = torch.cat([mask_GT[number_R].bool(), torch.ones_like(at_RN, dtype=torch.bool)], dim=1)
-    logits_RNV = model(
-        input_ids=tail_RN[:, :-1],  # padding on the right: no token before it sees it
-        attention_mask=masks(model, at_RN, key_at, is_key),
-        position_ids=at_RN,
-        use_cache=True,
-        **kv_cache.taking(model, cache.rows(number_R)),
-    ).logits
+    with attending_by_step(configs_of(model)):  # the rest of an option is often one token
+        logits_RNV = model(
+            input_ids=tail_RN[:, :-1],  # padding on the right: no token before it sees it
+            attention_mask=masks(model, at_RN, key_at, is_key),
+            position_ids=at_RN,
+            use_cache=True,
+            **kv_cache.taking(model, cache.rows(number_R)),
+        ).logits
     sums = [
         -torch.nn.functional.cross_entropy(logits_NV[: len(tail) - 1].float(), tail[1:], reduction="sum")
         for logits_NV, tail in zip(logits_RNV, tails, strict=True)

@@ -1,0 +1,77 @@
+"""Attention of a pass over one token a row: its keys and values stay where they are, and equal passes give equal bits.
+
+transformers before 5.24 copies every key and value once for each query head that shares it whenever there is a mask,
+at every step: on a GPU most of a step's time. Here the query heads that share a key-value head are rows of one query.
+
+cuDNN's kernel for a single query row, torch's first choice on recent GPUs, adds up in another order each time, so that
+equal runs write different texts; with several it repeats itself, and where no heads are shared it is left out.
+
+Legend: B rows, H key-value heads, G query heads that share one, K columns of the cache, d, v sizes of a head's keys
+and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME, STOCK = "recover_step", "sdpa"
+REPEATABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def configs_of(model: nn.Module) -> list[PretrainedConfig]:
+    """Where modules of this model look up how they attend, once each: of those that use SDPA and let it be replaced."""
+    modules = [module for module in model.modules() if hasattr(module, "config")]
+    if not all(getattr(module, "_supports_attention_backend", True) for module in modules):
+        return []
+    found: dict[int, Any] = {id(module.config): module.config for module in modules}
+    return [config for config in found.values() if getattr(config, "_attn_implementation", None) == STOCK]
+
+
+@contextmanager
+def attending_by_step(configs: Sequence[PretrainedConfig]) -> Iterator[None]:
+    """Inside, modules of these configs attend by `attend`."""
+    for config in configs:
+        config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        for config in configs:
+            config._attn_implementation = STOCK
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """(B, 1, HG, v) of query (B, HG, 1, d), key (B, H, K, d), value (B, H, K, v); mask (B, 1, 1, K), None: all is seen.
+
+    What is more than one token a row, or asks for more (`softcap`, `position_bias`), is transformers' own.
+    """
+    more = any(others.get(name) is not None for name in ("softcap", "position_bias"))
+    if query.shape[2] != 1 or (attention_mask is not None and attention_mask.shape[1] != 1) or more:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
+    rows, heads = key.shape[:2]
+    query_BHGd = query.reshape(rows, heads, -1, query.shape[-1])
+    alone = query.is_cuda and query_BHGd.shape[2] == 1
+    with sdpa_kernel(REPEATABLE) if alone else nullcontext():
+        out_BHGv = nn.functional.scaled_dot_product_attention(
+            query_BHGd, key, value, attn_mask=attention_mask, scale=scaling
+        )
+    return out_BHGv.reshape(rows, 1, -1, value.shape[-1]), None
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)  # else a mask of two dimensions would be dropped without a word
