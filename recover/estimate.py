@@ -86,7 +86,9 @@ def _width_weights(leaf: Width, model: Description) -> tuple[int, int]:
 def warnings(recipe: Recipe, model: Description) -> list[str]:
     """What will probably disappoint, said before hours are spent."""
     found = []
-    prune = recipe.prune
+    prune, dtype = recipe.prune, recipe.model.dtype
+    if dist.device().type == "cpu" and dtype != "float32":
+        found.append(f"no GPU is found: everything runs on the CPU, in {dtype} as model.dtype says")
     if isinstance(prune, Depth):
         found += depth_warnings(prune, model)
     elif isinstance(prune, Width):
