@@ -107,7 +107,8 @@ def option_log_likelihoods(
     most = max((len(group) for group in groups), default=1)
     batches = batches_by_length([group[0].start for group in groups], max(1, batch_size // most))
     sums: dict[int, list[float]] = {}
-    with torch.no_grad(), evaluating(model):
+    # What an option has behind its first token is often one token.
+    with torch.no_grad(), evaluating(model), attending_by_step(configs_of(model)):
         for batch in console.track(batches, title, unit="batch"):
             sums.update(zip(batch, _group_sums(model, [groups[item] for item in batch]), strict=True))
     _check_finite([each for group in sums.values() for each in group], title)
@@ -145,14 +146,13 @@ def _rest_sums(
     at_RN = mask_GT[number_R].sum(-1)[:, None] + step_N
     key_at = torch.cat([at_GT[number_R], at_RN], dim=1)
     is_key = torch.cat([mask_GT[number_R].bool(), torch.ones_like(at_RN, dtype=torch.bool)], dim=1)
-    with attending_by_step(configs_of(model)):  # the rest of an option is often one token
-        logits_RNV = model(
-            input_ids=tail_RN[:, :-1],  # padding on the right: no token before it sees it
-            attention_mask=masks(model, at_RN, key_at, is_key),
-            position_ids=at_RN,
-            use_cache=True,
-            **kv_cache.taking(model, cache.rows(number_R)),
-        ).logits
+    logits_RNV = model(
+        input_ids=tail_RN[:, :-1],  # padding on the right: no token before it sees it
+        attention_mask=masks(model, at_RN, key_at, is_key),
+        position_ids=at_RN,
+        use_cache=True,
+        **kv_cache.taking(model, cache.rows(number_R)),
+    ).logits
     sums = [
         -torch.nn.functional.cross_entropy(logits_NV[: len(tail) - 1].float(), tail[1:], reduction="sum")
         for logits_NV, tail in zip(logits_RNV, tails, strict=True)

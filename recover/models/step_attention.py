@@ -1,7 +1,7 @@
 """Attention of a pass over one token a row: its keys and values stay where they are, and equal passes give equal bits.
 
 transformers before 5.24 copies every key and value once for each query head that shares it whenever there is a mask,
-at every step: on a GPU most of a step's time. Here the query heads that share a key-value head are rows of one query.
+at every step: two fifths of a step's time on a GPU. Here query heads that share a key-value head are rows of one query.
 
 cuDNN's kernel for a single query row, torch's first choice on recent GPUs, adds up in another order each time, so that
 equal runs write different texts; with several it repeats itself, and where no heads are shared it is left out.
