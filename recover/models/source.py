@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -178,53 +178,51 @@ def cache_folder() -> Path:
 
 
 def _convert(path: Path) -> Path:
-    """The GGUF file as a stock folder in float32, made once for each sha256: it takes half a minute."""
-    folder = cache_folder() / "gguf" / f"{artifacts.sha256(path)}-{CONVERSION}"
-    if not folder.is_dir():
+    """The GGUF file as a stock folder in float32, made once for each sha256."""
+    from recover.models.gguf_folder import write_stock
+
+    folder = cache_folder() / "gguf" / f"{_sha256(path)}-{CONVERSION}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(folder.with_name(f".{folder.name}.lock")):
+        if folder.is_dir():  # another run made it in the meantime
+            return folder
         console.say(f"converting {path.name} to safetensors, once, into {folder}")
-        folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=folder.parent))
         try:
-            _write_stock(path, scratch)
+            with explained(str(path)):
+                write_stock(path, scratch)
             artifacts.publish(scratch, folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
-def _write_stock(path: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    with explained(str(path)):
-        read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-        # transformers flags it as quantized: save_pretrained would raise, and peft and trainers branch on the flag.
-        config = type(read.config).from_dict(
-            {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
-        )
-        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        plain.load_state_dict(read.state_dict())
-        plain.generation_config = read.generation_config
-        plain.save_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        _split_digits(tokenizer, path)
-        tokenizer.save_pretrained(folder)
+_digests: dict[tuple[Any, ...], str] = {}
 
 
-def _split_digits(tokenizer: Any, path: Path) -> None:
-    """Undo what transformers forgets of a GGUF: that texts are split as `tokenizer.ggml.pre` names it.
+def _sha256(path: Path) -> str:
+    """The file's sha256, found once in a process for as long as the file is the same one, of one size and time."""
+    stat = path.stat()
+    key = (path.absolute(), stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    if key not in _digests:
+        _digests[key] = artifacts.sha256(path)
+    return _digests[key]
 
-    SmolLM's tokenizer splits off every digit first. Without, blanks and newlines before a digit get other tokens than
-    the model was trained on (found by comparing with llama.cpp; transformers pull request 42908).
-    """
-    from gguf import GGUFReader
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
-    field = GGUFReader(path).fields.get("tokenizer.ggml.pre")
-    if field is not None and field.contents() == "smollm":
-        splitter = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
-        tokenizer.backend_tokenizer.pre_tokenizer = splitter
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Two runs of one file convert it once: the second waits. The lock goes with its holder, however that ends."""
+    import fcntl
+
+    with open(lock, "a") as file:
+        with suppress(OSError):  # a file system without locks: then both convert it, and the last one stays
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -1,0 +1,122 @@
+"""A GGUF file written as a stock folder: config, tokenizer, and weights in float32.
+
+transformers opens the file once for each thing that it wants of it, four times in all, and the reader of the package
+`gguf` takes every token of the vocabulary apart through a memory map, at some tens of microseconds each: with 150,000
+tokens that is most of the time. Here the file is opened once, and its bytes are a plain array.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recover.errors import ModelError
+
+
+def write_stock(path: Path, folder: Path) -> None:
+    """Write the model and tokenizer of the file to the folder.
+
+    Raises ModelError without the package `gguf` and for tensors that are not there; else whatever the libraries raise.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    with _opened_once():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
+        read, info = loaded
+        _refuse_invented(info)
+        _plain(read).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        _split_digits(tokenizer, path)
+        tokenizer.save_pretrained(folder)
+
+
+def _refuse_invented(info: dict[str, Any]) -> None:
+    """transformers fills tensors that the file lacks with random numbers, and says so in a table on the screen."""
+    names = sorted(map(str, info["missing_keys"]))
+    if names:
+        raise ModelError(
+            f"the GGUF file lacks {len(names)} tensors of its model, such as {names[0]}: fetch the file again, or give "
+            "the checkpoint that it was made from"
+        )
+
+
+def _plain(read: Any) -> Any:
+    """The same weights in a model that was never quantized.
+
+    transformers flags what it reads from a GGUF: `save_pretrained` would raise, and peft and trainers branch on the
+    flag.
+    """
+    import accelerate
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = type(read.config).from_dict(
+        {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
+    )
+    with accelerate.init_empty_weights():  # no random numbers for weights that are there
+        plain: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(read.state_dict(), strict=True, assign=True)
+    plain.tie_weights()
+    plain.generation_config = read.generation_config
+    return plain
+
+
+@contextmanager
+def _opened_once() -> Iterator[None]:
+    """Inside, every `gguf.GGUFReader` of a file is the first one of that file, and so are its lists of names."""
+    gguf = _package()
+    stock: Any = gguf.GGUFReader
+    opened: dict[str, Any] = {}
+
+    class Plain(stock):
+        """What the reader cuts out of `data`, it cuts out of an array: cutting a memory map is ten times slower."""
+
+        @property
+        def data(self) -> Any:
+            return self._array
+
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self._array = mapped.view(type=np.ndarray)
+
+    def reader(path: Any, mode: str = "r") -> Any:
+        if str(path) not in opened:
+            opened[str(path)] = Plain(path, mode)
+        return opened[str(path)]
+
+    names = gguf.get_tensor_name_map
+    # transformers looks both up there each time; it makes the names of a whole model anew for each of its modules.
+    gguf.GGUFReader, gguf.get_tensor_name_map = reader, functools.cache(names)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = stock, names
+
+
+def _package() -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise ModelError("GGUF files need the package 'gguf': pip install 'recover[gguf]'") from error
+    return gguf
+
+
+def _split_digits(tokenizer: Any, path: Path) -> None:
+    """Undo what transformers forgets of a GGUF: that texts are split as `tokenizer.ggml.pre` names it.
+
+    SmolLM's tokenizer splits off every digit first. Without, blanks and newlines before a digit get other tokens than
+    the model was trained on (found by comparing with llama.cpp; transformers pull request 42908).
+    """
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    field = _package().GGUFReader(path).fields.get("tokenizer.ggml.pre")
+    if field is not None and field.contents() == "smollm":
+        splitter = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+        tokenizer.backend_tokenizer.pre_tokenizer = splitter

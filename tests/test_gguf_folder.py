@@ -1,0 +1,123 @@
+"""A GGUF file as a model: its folder holds what transformers reads of the file, and is made once, by one run."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from gguf_checkpoint import VARIANTS, checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from recover import artifacts, recipe
+from recover.errors import ModelError
+from recover.export.gguf import write_gguf
+from recover.models import gguf_folder
+from recover.models.load import describe, load_model, load_tokenizer
+from recover.models.source import locate
+
+gguf = pytest.importorskip("gguf", reason="GGUF files need the extra 'gguf'")
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("RECOVER_CACHE", str(tmp_path / "cache"))
+    return write_gguf(checkpoint(tmp_path / "deploy"), tmp_path / "model.gguf")
+
+
+def leaf(path: Path) -> recipe.Model:
+    return recipe.Model(source=str(path))
+
+
+@pytest.fixture
+def written(monkeypatch) -> list[Path]:
+    """The files that are converted, as often as they are."""
+    found: list[Path] = []
+    write = gguf_folder.write_stock
+    monkeypatch.setattr(gguf_folder, "write_stock", lambda path, folder: (found.append(path), write(path, folder))[1])
+    return found
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "qwen3"])
+def test_the_folder_holds_what_transformers_reads_of_the_file(tmp_path, monkeypatch, variant):
+    monkeypatch.setenv("RECOVER_CACHE", str(tmp_path / "cache"))
+    path = write_gguf(checkpoint(tmp_path / "deploy", variant), tmp_path / "model.gguf")
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    expected = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    found = load_model(leaf(path))
+    weights = expected.state_dict()
+    assert found.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in found.state_dict().items())
+    assert not hasattr(found.config, "quantization_config") and found.dtype == torch.float32
+    assert found.generation_config.eos_token_id == expected.generation_config.eos_token_id
+    assert load_tokenizer(leaf(path)).get_vocab() == AutoTokenizer.from_pretrained(**where).get_vocab()
+
+
+def test_tensors_that_transformers_would_fill_with_random_numbers_are_refused(file, monkeypatch):
+    made = gguf.GGUFReader.__init__
+
+    def cut(self, *given) -> None:
+        made(self, *given)
+        self.tensors = [tensor for tensor in self.tensors if tensor.name != "blk.2.ffn_up.weight"]
+
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", cut)
+    with pytest.raises(
+        ModelError, match=r"the GGUF file lacks 1 tensors of its model, such as model\.layers\.2\.mlp\.up"
+    ):
+        load_model(leaf(file))
+    assert list((file.parent / "cache" / "gguf").iterdir()) == []
+
+
+def test_a_file_is_opened_once_and_the_package_is_as_before(file, monkeypatch):
+    stock, names, opened = gguf.GGUFReader, gguf.get_tensor_name_map, []
+    made = stock.__init__
+    monkeypatch.setattr(stock, "__init__", lambda self, *given: (opened.append(given[0]), made(self, *given))[1])
+    load_model(leaf(file))
+    assert list(map(str, opened)) == [str(file)]
+    assert gguf.GGUFReader is stock and gguf.get_tensor_name_map is names
+    assert type(gguf.GGUFReader(file).data).__name__ == "memmap"
+
+
+def test_it_is_converted_and_hashed_once_until_it_changes(file, written, monkeypatch):
+    hashed: list[Path] = []
+    digest = artifacts.sha256
+    monkeypatch.setattr(artifacts, "sha256", lambda path: (hashed.append(path), digest(path))[1])
+    describe(leaf(file))
+    load_model(leaf(file))
+    load_tokenizer(leaf(file))
+    assert written == [file] and hashed.count(file) == 1
+    before = locate(leaf(file))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1  # of the last weight
+    file.write_bytes(data)
+    os.utime(file, ns=(0, 0))
+    assert locate(leaf(file)) != before
+    assert written == [file, file] and hashed.count(file) == 2
+
+
+def test_of_two_runs_the_second_waits_for_the_first(file, written, monkeypatch):
+    write, begun = gguf_folder.write_stock, threading.Event()
+
+    def slowly(path: Path, folder: Path) -> None:
+        begun.set()
+        second.join(1.0)
+        assert second.is_alive(), "the second run did not wait"
+        write(path, folder)
+
+    monkeypatch.setattr(gguf_folder, "write_stock", slowly)
+    found: list[Path] = []
+    second = threading.Thread(target=lambda: (begun.wait(), found.append(locate(leaf(file)))))
+    second.start()
+    folder = locate(leaf(file))
+    second.join()
+    assert found == [folder] and written == [file]
+    artifacts.check_manifest(folder)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_without_the_package_the_error_says_what_to_install(file, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    with pytest.raises(ModelError, match=r"GGUF files need the package 'gguf': pip install 'recover\[gguf\]'"):
+        load_model(leaf(file))
