@@ -1,7 +1,8 @@
-"""What the stages of one run share in memory: the tokenizer, the tasks, and one twin, loaded when first needed.
+"""What the stages of one run share in memory: the tokenizer, the tasks, the dense weights, and one twin of them.
 
 Stages hand results to each other through files only. The twin is built anew from what the stage before wrote,
-so what is measured, trained and exported is what lies on disk.
+so what is measured, trained and exported is what lies on disk. The dense weights alone are read once: they are frozen,
+and before each twin it is made sure that they are what was read.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from recover import console, dist
 from recover.artifacts import check_manifest, read_json
 from recover.errors import RecipeError
 from recover.recipe import DenseText, GivenText, PrunedText, Recipe, TeacherText
@@ -19,9 +21,10 @@ from recover.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from torch import LongTensor, Tensor
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from recover.measure.tasks import Task
+    from recover.models.held import Held
     from recover.models.twin import Twin
 
 
@@ -35,6 +38,7 @@ class Bench:
         self.recipe = recipe
         self.directory = directory
         self._twin: tuple[str, Twin] | None = None
+        self._held: Held | None = None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -75,22 +79,49 @@ class Bench:
         """The pruned twin with the adapter of the epoch that generated best."""
         return self._build("recovered")
 
+    def stock(self) -> PreTrainedModel:
+        """The dense model as it was read, on this process's device: to be run, and not to be changed."""
+        return self._weights().model
+
     def release(self) -> None:
-        """Forget the twin; its memory is free when the caller holds no reference either."""
+        """Forget the twin; its memory is free when the caller holds no reference either. The dense weights stay."""
         self._twin = None
         gc.collect()
+
+    def lend(self) -> Twin:
+        """The pruned twin, to be trained: it will carry adapters that no later stage asked for, and is forgotten here.
+
+        Of several processes, which may deal the dense weights out among them, these are forgotten too.
+        """
+        twin = self.pruned()
+        if dist.world_size() > 1 or dist.zero_stage() > 0:
+            self._held = None
+        self.release()
+        return twin
+
+    def _weights(self) -> Held:
+        from recover.models.held import Held
+        from recover.models.load import check_fit, load_model, ready
+
+        # Of several processes all would have to read them anew; there they are not held past a training.
+        changed = self._held.changed() if self._held is not None and dist.world_size() == 1 else []
+        if changed:
+            console.warn(f"{len(changed)} dense weights in memory have changed, such as {changed[0]}: read anew")
+            self._held = None
+        if self._held is None:
+            model = load_model(self.recipe.model)
+            check_fit(model, self.tokenizer)
+            self._held = Held(ready(model))
+        return self._held
 
     def _build(self, view: str) -> Twin:
         if self._twin is not None and self._twin[0] == view:
             return self._twin[1]
         self.release()
-        from recover.models.load import check_fit, load_model, ready
         from recover.models.twin import Twin
         from recover.prune.plan import Plan, load_plan
 
-        model = load_model(self.recipe.model)
-        check_fit(model, self.tokenizer)
-        ready(model)
+        model = self._weights().again()
         if view == "dense":
             twin = Twin(model, Plan.none(model.config.num_hidden_layers))
         else:

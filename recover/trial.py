@@ -61,8 +61,7 @@ def trial(bench: Bench, part: float) -> None:
         return
     console.heading("trial" if reason == NOT_DONE else f"trial, again: {reason}")
     with directory.lock() if dist.is_main() else nullcontext():
-        twin = bench.pruned()
-        bench.release()
+        twin = bench.lend()
         train(
             twin,
             bench.tokenizer,

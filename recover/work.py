@@ -118,9 +118,8 @@ def recover(bench: Bench) -> None:
     from recover.train.trainer import recover as train
 
     recipe, directory = bench.recipe, bench.directory
-    twin = bench.pruned()
+    twin = bench.lend()
     untrained = read_json(directory.before / "measure.json")["headline"]["generation"]
-    bench.release()  # it will carry adapters that no later stage asked for
     train(
         twin,
         bench.tokenizer,
@@ -217,7 +216,7 @@ def _speed(bench: Bench) -> None:
     leaf = bench.recipe.model
     # The same leaf for both, so that they differ in nothing but what was pruned: attention kernel, loader, checks.
     there = {"source": str(bench.directory.deploy), "revision": None, "dtype": bench.recipe.export.dtype or leaf.dtype}
-    dense, deployed = load_model(leaf), load_model(leaf.model_copy(update=there))
+    dense, deployed = bench.stock(), load_model(leaf.model_copy(update=there))
     figures = compare_speed(dense, deployed, dist.device())
     write_json(bench.directory.speed, {**figures, "machine": provenance.machine()})
 

@@ -1,0 +1,101 @@
+"""The dense weights are read once a process, and every twin of them is as if they had been read for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_end_to_end import QUICKSTART
+from tiny import FAMILIES, ids, tiny
+
+from recover import bench as benches
+from recover.bench import Bench
+from recover.models import load
+from recover.models.arch import blocks_of
+from recover.models.held import Held
+from recover.models.twin import Twin
+from recover.prune.plan import Plan, load_plan, save_plan
+from recover.recipe import Lora, load_recipe
+from recover.run_directory import RunDirectory
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_of_held_weights_is_the_model_and_shares_them(family):
+    held = Held(tiny(family))
+    expected = held.model(ids()).logits
+    twin = Twin(held.again(), Plan("depth", 6, dropped=(2, 4)))
+    twin.add_lora(Lora(rank=2))
+    again = held.again()
+    assert torch.equal(again(ids()).logits, expected) and torch.equal(held.model(ids()).logits, expected)
+    with twin.dense() as dense:
+        assert torch.equal(dense(ids()).logits, expected)
+    assert not torch.equal(twin.model(ids()).logits, expected)
+    assert type(again) is type(held.model) and type(blocks_of(again)[0]) is type(blocks_of(held.model)[0])
+    assert again.config is not held.model.config and again.generation_config is not held.model.generation_config
+    here, there = dict(held.model.named_parameters()), dict(again.named_parameters())
+    assert here.keys() == there.keys() and all(here[name] is there[name] for name in here)
+    assert all(block is not other for block, other in zip(blocks_of(again), blocks_of(held.model), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_changed_weight_is_noticed_and_named(dtype):
+    held = Held(tiny("llama").to(dtype))
+    assert held.changed() == []
+    weight = held.model.model.layers[3].mlp.up_proj.weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight[5, 7] = torch.nextafter(weight[5, 7], torch.tensor(9.0, dtype=dtype))
+    assert held.changed() == ["model.layers.3.mlp.up_proj.weight"]
+    with torch.no_grad():
+        weight.copy_(before)
+    assert held.changed() == []
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[str]:
+    found: list[str] = []
+    read = load.load_model
+    monkeypatch.setattr(load, "load_model", lambda leaf: (found.append(leaf.source), read(leaf))[1])
+    return found
+
+
+@pytest.fixture
+def made(tmp_path) -> Bench:
+    """A bench whose prune stage is done: blocks 3 and 7 dropped."""
+    recipe = load_recipe(QUICKSTART)
+    directory = RunDirectory(tmp_path)
+    save_plan(Plan("depth", 12, dropped=(3, 7)), {}, directory.prune)
+    return Bench(recipe, directory)
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(40)[None]).logits
+
+
+def test_every_view_is_made_of_one_reading(made, reads):
+    dense = logits(made.dense().model)
+    pruned = logits(made.pruned().model)
+    twin = made.lend()
+    twin.add_lora(made.recipe.recover.lora)  # what training does to it
+    assert torch.equal(logits(made.stock()), dense) and torch.equal(logits(made.pruned().model), pruned)
+    assert made.pruned() is not twin and torch.equal(logits(made.dense().model), dense)
+    assert reads == ["embedded:fable-2m"]
+    alone = Twin(load.load_model(made.recipe.model), *load_plan(made.directory.prune))
+    assert torch.equal(logits(alone.model), pruned)
+
+
+def test_weights_that_something_changed_are_read_anew(made, reads, capsys):
+    before = logits(made.pruned().model)
+    with torch.no_grad():
+        made.lend().base.lm_head.weight[0, 0] += 1.0
+    assert torch.equal(logits(made.pruned().model), before)
+    assert len(reads) == 2 and "1 dense weights in memory have changed, such as" in capsys.readouterr().err
+
+
+def test_several_processes_do_not_hold_weights_past_a_training(made, reads, monkeypatch):
+    made.pruned()
+    monkeypatch.setattr(benches.dist, "world_size", lambda: 2)
+    made.lend()
+    monkeypatch.setattr(benches.dist, "world_size", lambda: 1)
+    made.pruned()
+    assert len(reads) == 2
