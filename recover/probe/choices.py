@@ -19,12 +19,13 @@ from recover import console, dist
 from recover.errors import DataError
 from recover.models.twin import Twin
 from recover.probe import spaces
-from recover.probe.compare import Comparison, Rows, finite_logits
+from recover.probe.compare import Comparison, Finite, Rows
 from recover.probe.records import Choice
 from recover.probe.trajectory import along, check_ids, given
 from recover.probe.views import Pair
 
 VIEWS = ("dense", "pruned")
+ZERO = torch.tensor([0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,25 +97,28 @@ def _answers(comparison: Comparison, batch: list[tuple[int, Asked]]) -> list[Ans
     texts = [list(option) for _, item in batch for option in item.options]
     starts = [item.start for _, item in batch for _ in item.options]
     trajectory = given(texts, 0, device, starts=starts)
-    row_N, step_N = trajectory.scored_BS.nonzero(as_tuple=True)
+    row_N, step_N = (at_N.cpu() for at_N in trajectory.scored_BS.nonzero(as_tuple=True))
     numbers = torch.tensor([number for number, item in batch for _ in item.options])
-    rows = Rows(numbers[row_N.cpu()], step_N.cpu())
+    rows = Rows(numbers[row_N], step_N)
     dense_ND, pruned_ND = (along(view, trajectory).final_ND for view in (pair.dense, pair.pruned))
     target_N = trajectory.tokens_BS[trajectory.scored_BS]
     sums = {
-        name: _sums(comparison.expected(lens, h_ND, target_N, rows, name), row_N.cpu(), len(texts))
+        name: _sums(comparison.expected(lens, h_ND, target_N, rows, name), row_N, len(texts))
         for name, lens, h_ND in (("dense", comparison.dense, dense_ND), ("pruned", comparison.pruned, pruned_ND))
     }
+    parted, first = {}, 0
+    for number, item in batch:
+        parting = item.parting()
+        if parting is not None:
+            place, tokens = parting
+            at = int(((row_N == first) & (step_N == place - item.start)).nonzero()[0])
+            parted[number] = (dense_ND[at : at + 1], pruned_ND[at : at + 1], tokens)
+        first += len(item.options)
+    found = _subspaces(comparison, parted)
     answers, first = [], 0
     for number, item in batch:
         span = slice(first, first + len(item.options))
-        parting = item.parting()
-        found: tuple[dict[str, float] | None, dict[str, list[float]]] = (None, {})
-        if parting is not None:
-            place, tokens = parting
-            at = ((row_N == first) & (step_N == place - item.start)).nonzero()[0]
-            found = _subspace(comparison, dense_ND[at], pruned_ND[at], tokens, number)
-        answers.append(Answer(item.label, {name: sums[name][span] for name in VIEWS}, *found))
+        answers.append(Answer(item.label, {name: sums[name][span] for name in VIEWS}, *found.get(number, (None, {}))))
         first += len(item.options)
     return answers
 
@@ -123,21 +127,55 @@ def _sums(value_N: Tensor, row_N: Tensor, rows: int) -> list[float]:
     return torch.zeros(rows, dtype=torch.float64).index_add_(0, row_N, value_N).tolist()
 
 
+Subspace = tuple[dict[str, float], dict[str, list[float]]]  # figures, and both views' logits of the options
+
+
+def _subspaces(comparison: Comparison, parted: dict[int, tuple[Tensor, Tensor, list[int]]]) -> dict[int, Subspace]:
+    """By number of the item: figures at the place where its options part, from both states there and their tokens.
+
+    One transfer to the device and two from it, whatever the number of items.
+    """
+    if not parted:
+        return {}
+    finite, found = Finite(), {}
+    options = [tokens for _, _, tokens in parted.values()]
+    tokens_O = torch.tensor([token for tokens in options for token in tokens], device=comparison.device)
+    split = tokens_O.split([len(tokens) for tokens in options])
+    for (number, (h_dense_1D, h_pruned_1D, _)), at_O in zip(parted.items(), split, strict=True):
+        found[number] = _subspace(comparison, h_dense_1D, h_pruned_1D, at_O, Rows(torch.tensor([number]), ZERO), finite)
+    finite.require()
+    plain = iter(torch.cat([value for figures in found.values() for value in figures.values()]).tolist())
+    found = {
+        number: {name: [next(plain) for _ in value] for name, value in figures.items()}
+        for number, figures in found.items()
+    }
+    return {
+        number: (
+            {name: value[0] for name, value in figures.items() if name not in VIEWS},
+            {name: figures[name] for name in VIEWS},
+        )
+        for number, figures in found.items()
+    }
+
+
 def _subspace(
-    comparison: Comparison, h_dense_1D: Tensor, h_pruned_1D: Tensor, tokens: list[int], number: int
-) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Drift among the option tokens, renormalised, and of the whole vocabulary, at the place where options part."""
-    row = Rows(torch.tensor([number]), torch.tensor([0]))
-    z_dense_1V = finite_logits(comparison.dense, h_dense_1D, row, "dense view (of a choice)")
-    z_pruned_1V = finite_logits(comparison.pruned, h_pruned_1D, row, "pruned view (of a choice)")
+    comparison: Comparison, h_dense_1D: Tensor, h_pruned_1D: Tensor, tokens_O: Tensor, row: Rows, finite: Finite
+) -> dict[str, Tensor]:
+    """Drift among the option tokens, renormalised, and of the whole vocabulary, at the place where options part.
+
+    Each of one number, and under each view's name the logits of the options; in float64, on the device.
+    """
+    z_dense_1V = finite.checked(comparison.dense.logits(h_dense_1D), row, "dense view (of a choice)")
+    z_pruned_1V = finite.checked(comparison.pruned.logits(h_pruned_1D), row, "pruned view (of a choice)")
     whole = spaces.probability_drift(z_dense_1V, z_pruned_1V, 1.0)
-    z_dense_1O, z_pruned_1O = z_dense_1V[:, tokens].double(), z_pruned_1V[:, tokens].double()
+    z_dense_1O, z_pruned_1O = z_dense_1V[:, tokens_O].double(), z_pruned_1V[:, tokens_O].double()
     part = spaces.probability_drift(z_dense_1O, z_pruned_1O, 1.0)
-    figures = {f"drift.{name}": part[name].item() for name in ("kl", "probability")}
-    figures |= {f"vocabulary.{name}": whole[name].item() for name in ("kl", "probability")}
+    figures = {f"drift.{name}": part[name] for name in ("kl", "probability")}
+    figures |= {f"vocabulary.{name}": whole[name] for name in ("kl", "probability")}
     for name, z_1V in (("dense", z_dense_1V), ("pruned", z_pruned_1V)):
-        figures[f"mass.{name}"] = spaces.log_probabilities(z_1V)[:, tokens].double().exp().sum().item()
-    return figures, {"dense": z_dense_1O[0].tolist(), "pruned": z_pruned_1O[0].tolist()}
+        figures[f"mass.{name}"] = spaces.log_probabilities(z_1V)[:, tokens_O].double().exp().sum()[None]
+    figures |= {"dense": z_dense_1O[0], "pruned": z_pruned_1O[0]}
+    return {name: value.double() for name, value in figures.items()}
 
 
 def margin(scores: Sequence[float], label: int) -> float:

@@ -21,8 +21,9 @@ from recover.json_lines import json_lines, unread
 from recover.measure.score import ndcg
 from recover.models.twin import Twin
 from recover.probe import spaces
+from recover.probe.decoding import positions
 from recover.probe.records import Retrieval
-from recover.probe.trajectory import Batch, batches_of, check_ids, positions
+from recover.probe.trajectory import Batch, batches_of, check_ids
 from recover.probe.views import Pair, View, hidden_states, running
 
 POOLINGS = ("last", "mean")

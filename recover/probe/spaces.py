@@ -13,6 +13,7 @@ Shapes: N kept tokens, F features of any kind (width or vocabulary), D width, V 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -39,12 +40,27 @@ def one_minus_cosine(x_NF: Tensor, y_NF: Tensor) -> Tensor:
     |u - v|^2 / 2 of the unit vectors. The usual 1 - <u, v> loses everything below the rounding of 1, 6e-8 in float32;
     here rounding enters squared, about 1e-14.
     """
-    x_NF, y_NF = widen(x_NF), widen(y_NF)
-    norm_x_N1, norm_y_N1 = _norm(x_NF), _norm(y_NF)
-    tiny = torch.finfo(x_NF.dtype).tiny
-    difference_NF = x_NF / norm_x_N1.clamp_min(tiny) - y_NF / norm_y_N1.clamp_min(tiny)
-    drift_N = difference_NF.square().sum(-1) / 2
-    return torch.where(((norm_x_N1 == 0) ^ (norm_y_N1 == 0)).squeeze(-1), torch.ones_like(drift_N), drift_N)
+    return Direction.of(x_NF).drift(Direction.of(y_NF))
+
+
+@dataclasses.dataclass(frozen=True)
+class Direction:
+    """Rows over their lengths, and which of them have none: what a cosine is made of, for rows that enter several."""
+
+    unit_NF: Tensor
+    zero_N: Tensor
+
+    @classmethod
+    def of(cls, x_NF: Tensor) -> Direction:
+        """Low precision is widened."""
+        x_NF = widen(x_NF)
+        norm_N1 = _norm(x_NF)
+        return cls(x_NF / norm_N1.clamp_min(torch.finfo(x_NF.dtype).tiny), (norm_N1 == 0).squeeze(-1))
+
+    def drift(self, other: Direction) -> Tensor:
+        """`one_minus_cosine` of the rows that both were made of."""
+        drift_N = (self.unit_NF - other.unit_NF).square().sum(-1) / 2
+        return torch.where(self.zero_N ^ other.zero_N, torch.ones_like(drift_N), drift_N)
 
 
 def _norm(x_NF: Tensor) -> Tensor:
@@ -177,28 +193,48 @@ def probability_drift(z_dense_NV: Tensor, z_pruned_NV: Tensor, temperature: floa
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Distribution:
+    """Logits in the three forms that `lens_drift` is made of: for a place that is held against several others."""
+
+    log_p_NV: Tensor
+    p_NV: Tensor
+    logit: Direction
+    probability: Direction
+
+    @classmethod
+    def of(cls, z_NV: Tensor) -> Distribution:
+        """At T = 1."""
+        log_p_NV = log_probabilities(z_NV)
+        p_NV = log_p_NV.exp()
+        return cls(log_p_NV, p_NV, Direction.of(centred(z_NV)), Direction.of(p_NV))
+
+    def drift(self, other: Distribution) -> dict[str, Tensor]:
+        """`lens_drift` of the logits of both, these being the dense ones."""
+        return {
+            "logit": self.logit.drift(other.logit),
+            "probability": self.probability.drift(other.probability),
+            "kl": _divergence(self.p_NV, other.p_NV, other.log_p_NV - self.log_p_NV),
+        }
+
+
 def lens_drift(z_dense_NV: Tensor, z_pruned_NV: Tensor) -> dict[str, Tensor]:
     """The part of logit and probability drift (T = 1) that is followed through the blocks: the cheapest figures."""
-    log_p_NV, log_q_NV = log_probabilities(z_dense_NV), log_probabilities(z_pruned_NV)
-    p_NV, q_NV = log_p_NV.exp(), log_q_NV.exp()
-    return {
-        "logit": one_minus_cosine(centred(z_dense_NV), centred(z_pruned_NV)),
-        "probability": one_minus_cosine(p_NV, q_NV),
-        "kl": _divergence(p_NV, q_NV, log_q_NV - log_p_NV),
-    }
+    return Distribution.of(z_dense_NV).drift(Distribution.of(z_pruned_NV))
 
 
-def sublayer_drift(
-    h_dense_ND: Tensor, h_changed_ND: Tensor, z_dense_NV: Tensor, z_changed_NV: Tensor
-) -> dict[str, Tensor]:
-    """Drift at one place of the residual stream in all three spaces, and its parts along and across the dense state."""
+def stream_drift(h_dense_ND: Tensor, h_changed_ND: Tensor) -> dict[str, Tensor]:
+    """Drift at one place of the residual stream, in float64: 1 - cos, and its parts along and across the dense state.
+
+    With `lens_drift` of the logits there, the figures of a sublayer.
+    """
     h_dense_ND, h_changed_ND = h_dense_ND.double(), h_changed_ND.double()
     parallel_N, orthogonal_N = parallel_and_orthogonal(h_dense_ND, h_changed_ND)
     return {
         "embedding": one_minus_cosine(h_dense_ND, h_changed_ND),
         "parallel": parallel_N,
         "orthogonal": orthogonal_N,
-    } | lens_drift(z_dense_NV, z_changed_NV)
+    }
 
 
 def ratio(predicted_N: Tensor, exact_N: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ from recover.errors import ModelError
 from recover.models import kv_cache
 from recover.models.arch import arch_of, blocks_of
 from recover.models.site import PARTS, Site
-from recover.probe.trajectory import Trajectory, marked, positions, whole
+from recover.probe.decoding import positions
+from recover.probe.trajectory import Trajectory, marked, rows_of, whole
 from recover.probe.views import Pair, View, running
 
 CLOSED, REPLACED = "closed", "pruned"
@@ -62,10 +63,9 @@ def transitions(
     dense, other = _Reader(pair.dense, ids_BT, mask_BT), _Reader(pair.pruned, ids_BT, mask_BT)
     parts = []
     for span in spans:
-        here_BT = mark_BT[:, span]
+        here = rows_of(mark_BT[:, span])
         streams = dense.read(span, None, _all)
-        rows = other.read(span, streams, lambda h_BTD, here_BT=here_BT: h_BTD[here_BT])
-        parts.append(_transitions(streams, rows, here_BT))
+        parts.append(_transitions(streams, other.read(span, streams, here), here))
     if len(parts) == 1:
         return parts[0]
     order_N = _order(mark_BT, spans)
@@ -89,11 +89,13 @@ def _order(mark_BT: Tensor, spans: list[slice]) -> Tensor:
     return torch.argsort(at[:, 0] * mark_BT.shape[1] + at[:, 1])
 
 
-def _transitions(dense: dict[int, Stream], other: dict[int, Stream], mark_BT: Tensor) -> dict[Site, Transition]:
-    """`dense` is whole, `other` holds rows. A block that `other` lacks hands its input on untouched."""
+def _transitions(
+    dense: dict[int, Stream], other: dict[int, Stream], rows: Callable[[Tensor], Tensor]
+) -> dict[Site, Transition]:
+    """`dense` is whole, `other` holds `rows` of it. A block that `other` lacks hands its input on untouched."""
     found = {}
     for number, here in dense.items():
-        entering_ND, middle_ND, leaving_ND = (x[mark_BT] for x in (here.entering, here.middle, here.leaving))
+        entering_ND, middle_ND, leaving_ND = (rows(x) for x in (here.entering, here.middle, here.leaving))
         there = other.get(number)
         middle, leaving = (entering_ND, middle_ND) if there is None else (there.middle, there.leaving)
         found[Site(number, "attention")] = Transition(entering_ND, middle_ND, middle)

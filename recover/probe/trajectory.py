@@ -10,15 +10,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from recover.errors import DataError
-from recover.models import kv_cache
+from recover.measure.decode import steps_unseen
 from recover.models.arch import base_of
 from recover.models.step_attention import attending_by_step, configs_of
+from recover.probe.decoding import positions, reader_of
 from recover.probe.views import States, View, hidden_states, running
 
 
@@ -46,7 +48,8 @@ class Trajectory:
 
     def tokens(self) -> list[list[int]]:
         """The scored tokens of each prompt."""
-        return [row[keep].tolist() for row, keep in zip(self.tokens_BS, self.scored_BS, strict=True)]
+        rows = zip(self.tokens_BS.cpu(), self.scored_BS.cpu(), strict=True)
+        return [row[keep].tolist() for row, keep in rows]
 
 
 def encode(tokenizer: Any, prompts: list[str] | list[list[int]]) -> list[list[int]]:
@@ -118,11 +121,6 @@ def end_tokens(view: View, tokenizer: Any) -> list[int]:
     return sorted({end for end in ends if end is not None})
 
 
-def positions(mask_BT: Tensor) -> Tensor:
-    """The place of each token in its own text: padding on the left does not count."""
-    return (mask_BT.cumsum(-1) - 1).clamp_min(0)
-
-
 def greedy(view: View, batch: Batch, *, steps: int, ends: list[int]) -> Trajectory:
     """Up to `steps` most likely tokens, one cached forward each; no penalty, whatever the generation config says."""
     return _decode(view, batch, steps, ends, lambda z_BV, step: z_BV.argmax(-1))
@@ -151,33 +149,28 @@ def _exponential(seed: int, prompt: int, step: int, size: int) -> Tensor:
 def _decode(
     view: View, batch: Batch, steps: int, ends: list[int], choose: Callable[[Tensor, int], Tensor]
 ) -> Trajectory:
-    stop = torch.tensor(ends, device=batch.ids_BT.device)
-    ids_BT, mask_BT = batch.ids_BT, batch.mask_BT
-    alive_B = torch.ones(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
-    cache, tokens, scored, states = None, [], [], []
+    device = batch.ids_BT.device
+    stop, asks = torch.tensor(ends, device=device), steps_unseen(device)
+    alive_B = torch.ones(len(batch.ids_BT), dtype=torch.bool, device=device)
+    tokens, scored, states = [], [], []
     with (
         running(view) as model,
         hidden_states(view, lambda h_BTD: h_BTD[:, -1]) as seen,
         attending_by_step(configs_of(model)),
+        ExitStack() as stack,
     ):
-        while len(tokens) < steps and alive_B.any():
-            place_BT = positions(mask_BT)[:, -ids_BT.shape[1] :]
-            output = model(
-                input_ids=ids_BT,
-                attention_mask=mask_BT,
-                position_ids=place_BT,
-                use_cache=True,
-                logits_to_keep=1,
-                **kv_cache.taking(model, cache),
-            )
-            token_B, cache = choose(output.logits[:, -1], len(tokens)), kv_cache.given_by(output)
-            tokens.append(token_B)
+        reader = reader_of(model, lambda: seen.final_ND, steps)
+        stack.callback(reader.close)
+        while len(tokens) < steps and (len(tokens) % asks or alive_B.any()):
+            logits_BV, h_BD = reader.then(tokens[-1]) if tokens else reader.first(batch.ids_BT, batch.mask_BT)
+            tokens.append(choose(logits_BV, len(tokens)))
             scored.append(alive_B)
-            states.append(seen.final_ND)
-            alive_B = alive_B & ~torch.isin(token_B, stop)
-            ids_BT, mask_BT = token_B[:, None], torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), 1)], 1)
+            states.append(h_BD.clone())
+            alive_B = alive_B & ~torch.isin(tokens[-1], stop)
     scored_BS = torch.stack(scored, 1)
-    return Trajectory(batch, torch.stack(tokens, 1), scored_BS, torch.stack(states, 1)[scored_BS])
+    read = int(scored_BS.any(0).sum())  # steps beyond were taken before it was asked whether any text goes on
+    scored_BS, tokens_BS = scored_BS[:, :read], torch.stack(tokens[:read], 1)
+    return Trajectory(batch, tokens_BS, scored_BS, torch.stack(states[:read], 1)[scored_BS])
 
 
 def given(rows: list[list[int]], first: int, device: torch.device, *, starts: list[int] | None = None) -> Trajectory:
@@ -209,6 +202,12 @@ def marked(trajectory: Trajectory, mark_BS: Tensor) -> Tensor:
     return torch.cat([mark_BS.new_zeros(len(mark_BS), before), mark_BS], 1)
 
 
+def rows_of(mark_BT: Tensor) -> Callable[[Tensor], Tensor]:
+    """What takes the marked rows out of a (B, T, D), text by text; where they are is asked once."""
+    at_N = mark_BT.flatten().nonzero().squeeze(-1)
+    return lambda h_BTD: h_BTD.flatten(0, 1)[at_N]
+
+
 def thinned(mark_BS: Tensor, count: int) -> Tensor:
     """At most `count` of the positions marked, evenly spread."""
     places = mark_BS.flatten().nonzero().squeeze(-1)
@@ -224,12 +223,9 @@ def along(view: View, trajectory: Trajectory, *, blocks_BS: Tensor | None = None
     `blocks_BS`: the positions at which states of the blocks are kept too.
     """
     ids_BT, mask_BT = whole(trajectory)
-    final_BT = marked(trajectory, trajectory.scored_BS)
-    of_blocks = None
-    if blocks_BS is not None:
-        blocks_BT = marked(trajectory, blocks_BS)
-        of_blocks = lambda h_BTD: h_BTD[blocks_BT]  # noqa: E731
-    with running(view) as model, hidden_states(view, lambda h_BTD: h_BTD[final_BT], of_blocks=of_blocks) as seen:
+    final = rows_of(marked(trajectory, trajectory.scored_BS))
+    of_blocks = None if blocks_BS is None else rows_of(marked(trajectory, blocks_BS))
+    with running(view) as model, hidden_states(view, final, of_blocks=of_blocks) as seen:
         model(
             input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions(mask_BT), use_cache=False, logits_to_keep=1
         )

@@ -77,6 +77,11 @@ class Pair:
         return cls(View.of_model("dense", dense), View.of_model("pruned", other, numbers), missing)
 
     @property
+    def one_model(self) -> bool:
+        """Whether both are views of one model: then they have one norm and one head."""
+        return self.dense.model is self.pruned.model
+
+    @property
     def one_width(self) -> bool:
         """Whether hidden states of the two views can be compared at all."""
         first, second = (base_of(view.model).config.hidden_size for view in (self.dense, self.pruned))
@@ -87,7 +92,8 @@ class Pair:
 def running(view: View) -> Iterator[Any]:
     """The view's model, ready to be read: in its view, in eval mode (restored after), without grad."""
     training = [module for module in view.model.modules() if module.training]
-    view.model.eval()
+    for module in training:
+        module.training = False
     try:
         with torch.no_grad(), view.enter():
             yield view.model
