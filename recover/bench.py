@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from recover import console, dist
 from recover.artifacts import check_manifest, read_json
+from recover.clock import part
 from recover.errors import RecipeError
 from recover.recipe import DenseText, GivenText, PrunedText, Recipe, TeacherText
 from recover.run_directory import RunDirectory
@@ -109,9 +110,10 @@ class Bench:
             console.warn(f"{len(changed)} dense weights in memory have changed, such as {changed[0]}: read anew")
             self._held = None
         if self._held is None:
-            model = load_model(self.recipe.model)
-            check_fit(model, self.tokenizer)
-            self._held = Held(ready(model))
+            with part("reading weights"):
+                model = load_model(self.recipe.model)
+                check_fit(model, self.tokenizer)
+                self._held = Held(ready(model))
         return self._held
 
     def _build(self, view: str) -> Twin:
@@ -170,6 +172,7 @@ class Bench:
         length = min(map(len, rows))
         return torch.tensor([row[:length] for row in rows])
 
+    @part("checking inputs")
     def check_inputs(self) -> None:
         """Read every file that the run will need, so that a bad one is refused before hours are spent.
 

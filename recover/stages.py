@@ -8,15 +8,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from recover import console, dist
 from recover.bench import Bench
-from recover.errors import RecipeError
+from recover.clock import Clock, note, stage_clock
+from recover.errors import ArtifactError, RecipeError
 from recover.inputs import digests
 from recover.quiet import quiet_libraries
 from recover.recipe import Recipe
@@ -63,18 +64,21 @@ def run(recipe: Recipe, root: Path, *, until: str = "report", start: str | None 
     for stage in filter(None, (until, start)):
         if stage not in STAGES:
             raise RecipeError(f"no stage {stage!r}; stages are {', '.join(STAGES)}")
+    began = time.perf_counter()
     quiet_libraries()
     dist.start()
+    libraries = time.perf_counter() - began
     directory = RunDirectory(root / recipe.name)
     with graceful_stop(), directory.lock() if dist.is_main() else nullcontext():
         bench = Bench(recipe, directory)
         for stage in STAGES[: STAGES.index(until) + 1]:
             forced = start is not None and STAGES.index(stage) >= STAGES.index(start)
-            _bring_up_to_date(stage, bench, forced=forced)
+            _bring_up_to_date(stage, bench, forced=forced, before=libraries if stage == STAGES[0] else 0.0)
     return directory
 
 
-def _bring_up_to_date(stage: str, bench: Bench, *, forced: bool) -> None:
+def _bring_up_to_date(stage: str, bench: Bench, *, forced: bool, before: float) -> None:
+    """Do the stage if need be. `before`: seconds that libraries took to load, which are put on its account."""
     # Decided on one process: the others must not read a stamp that is just being written.
     marks, reason = dist.on_main(lambda: _marks_and_reason(stage, bench, forced))
     if reason is None:
@@ -83,15 +87,33 @@ def _bring_up_to_date(stage: str, bench: Bench, *, forced: bool) -> None:
     console.heading(f"{STAGES.index(stage) + 1}/{len(STAGES)} {stage}{'' if reason in PLAIN else f', again: {reason}'}")
     if stage == "recover" and reason not in PLAIN:
         console.say("This replaces the recovery made before; with another name (name=OTHER) both are kept.")
-    started = time.perf_counter()
     if dist.is_main():
         bench.directory.unmark(stage)
-    _work(stage)(bench)
-    dist.barrier()
-    if dist.is_main():
-        bench.directory.mark_done(stage, marks)
+    with _timed(stage, bench.directory.root, before) as clock:
+        _work(stage)(bench)
+        dist.barrier()
+        if dist.is_main():
+            bench.directory.mark_done(stage, marks)
     if stage != "report":  # whose last lines are the outcome of the run
-        console.say(f"[dim]{stage} took {console.duration(time.perf_counter() - started)}[/dim]")
+        console.say(f"[dim]{stage} took {console.duration(clock.seconds)}[/dim]")
+
+
+@contextmanager
+def _timed(stage: str, root: Path, before: float) -> Iterator[Clock]:
+    """Put on record what the stage takes, also where it ends early."""
+    done = False
+    clock = Clock()
+    try:
+        with stage_clock() as clock:
+            yield clock
+        done = True
+    finally:
+        if before:
+            clock.seconds += before
+            clock.parts["loading libraries"] = clock.parts.get("loading libraries", 0.0) + before
+        if dist.is_main():
+            with nullcontext() if done else suppress(ArtifactError):  # what ended the stage says more
+                note(root, stage, clock, done=done)
 
 
 def _marks_and_reason(stage: str, bench: Bench, forced: bool) -> tuple[dict[str, Any], str | None]:

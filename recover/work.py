@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from recover import __version__, console, dist, outcome, provenance, strict_json
 from recover.artifacts import append_jsonl, read_json, read_jsonl, write_json, write_text
 from recover.bench import Bench
+from recover.clock import part
 from recover.estimate import estimate, matrix_rate, refuse, warnings
 from recover.recipe import dump_recipe
 
@@ -80,7 +81,8 @@ def _prune(bench: Bench) -> None:
 
     leaf, batches, twin = bench.recipe.prune, calibration(bench), bench.dense()
     parts = Parts(bench.directory.prune / "parts", _pruned_from(bench, twin, batches))
-    plan, masks, weights = PRUNERS[leaf.kind](twin, leaf, batches, parts)
+    with part("pruning"):
+        plan, masks, weights = PRUNERS[leaf.kind](twin, leaf, batches, parts)
     save_plan(plan, masks, bench.directory.prune, weights)
     parts.remove()
     console.say(plan.summary())
@@ -115,20 +117,23 @@ def before(bench: Bench) -> None:
 
 def recover(bench: Bench) -> None:
     """Distil; after each epoch measure generation again, and keep the epoch that generates best."""
-    from recover.train.trainer import recover as train
+    with part("loading libraries"):
+        from recover.train.trainer import recover as train
 
     recipe, directory = bench.recipe, bench.directory
     twin = bench.lend()
     untrained = read_json(directory.before / "measure.json")["headline"]["generation"]
-    train(
-        twin,
-        bench.tokenizer,
-        recipe.recover,
-        directory.recover,
-        _after_epoch(bench, twin),
-        recipe.seed,
-        baseline_score=untrained,
-    )
+    after_epoch = _after_epoch(bench, twin)
+    with part("training"):
+        train(
+            twin,
+            bench.tokenizer,
+            recipe.recover,
+            directory.recover,
+            after_epoch,
+            recipe.seed,
+            baseline_score=untrained,
+        )
 
 
 def _after_epoch(bench: Bench, twin: Twin) -> Callable[[int, dict[str, Any]], float | None]:
@@ -195,11 +200,11 @@ def _export(bench: Bench) -> None:
     dtype = getattr(torch, recipe.export.dtype or recipe.model.dtype)
     twin = bench.recovered()
     console.say("[dim]merging and writing[/dim]")
-    merged = ready(merge(twin, dtype))
-    text, record = _card_and_record(bench)
-    write_checkpoint(
-        merged, bench.tokenizer, directory.deploy, card=text, record=record, max_shard_size=recipe.export.max_shard_size
-    )
+    with part("merging and writing"):
+        merged = ready(merge(twin, dtype))
+        text, record = _card_and_record(bench)
+        size = recipe.export.max_shard_size
+        write_checkpoint(merged, bench.tokenizer, directory.deploy, card=text, record=record, max_shard_size=size)
     expected = directory.root / "expected.safetensors"
     console.say("[dim]verifying in a fresh process[/dim]")
     write_expected(expected, twin, merged, bench.sample_ids())
@@ -216,8 +221,11 @@ def _speed(bench: Bench) -> None:
     leaf = bench.recipe.model
     # The same leaf for both, so that they differ in nothing but what was pruned: attention kernel, loader, checks.
     there = {"source": str(bench.directory.deploy), "revision": None, "dtype": bench.recipe.export.dtype or leaf.dtype}
-    dense, deployed = bench.stock(), load_model(leaf.model_copy(update=there))
-    figures = compare_speed(dense, deployed, dist.device())
+    dense = bench.stock()
+    with part("reading weights"):
+        deployed = load_model(leaf.model_copy(update=there))
+    with part("timing dense and deployed"):
+        figures = compare_speed(dense, deployed, dist.device())
     write_json(bench.directory.speed, {**figures, "machine": provenance.machine()})
 
 

@@ -16,6 +16,7 @@ FLOORS = {
     "recover.dist": 0,
     "recover.console": 0,
     "recover.artifacts": 0,
+    "recover.clock": 0,
     "recover.run_directory": 0,
     "recover.signals": 0,
     "recover.provenance": 0,
@@ -52,6 +53,10 @@ FLOORS = {
     # F3: models, and below them the plan that a twin is built from
     "recover.prune.plan": 2.5,
     "recover.models": 3,
+    # How texts are decoded, for what measures and for what probes
+    "recover.measure.decode": 3.5,
+    "recover.measure.kv": 3.5,
+    "recover.measure.prompts": 3.5,
     # F4: the work on one model
     "recover.prune": 4,
     "recover.probe": 4,

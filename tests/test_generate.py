@@ -168,3 +168,24 @@ def test_batches_hold_every_item_once_and_go_from_long_to_short():
     batches = batches_by_length(lengths, 2)
     assert [[lengths[item] for item in batch] for batch in batches] == [[9, 9], [4, 3], [1]]
     assert sorted(item for batch in batches for item in batch) == list(range(5))
+
+
+def test_ids_of_a_prompt_are_remembered_by_tokenizer_and_template(monkeypatch):
+    from byte_tokenizer import byte_tokenizer
+
+    from recover.measure import prompts
+
+    tokenizer, other = byte_tokenizer(), byte_tokenizer(bos=True)
+    asked: list[str] = []
+    encode = prompts.text_ids
+    monkeypatch.setattr(prompts, "text_ids", lambda *given, **how: (asked.append(given[1]), encode(*given, **how))[1])
+    first = prompts.encode_prompt(tokenizer, "ab")
+    first.append(7)  # the caller's own
+    assert prompts.encode_prompt(tokenizer, "ab") == first[:-1] and asked == ["ab"]
+    assert prompts.encode_prompt(other, "ab") == [1, *first[:-1]] and len(asked) == 2
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    chat = prompts.encode_prompt(tokenizer, "ab")
+    assert tokenizer.decode(chat) == "<ab>" and chat == prompts.encode_prompt(tokenizer, "ab")
+    assert prompts.encode_prompt(tokenizer, "ab", chat=False) == first[:-1] and len(asked) == 4
+    monkeypatch.setattr(prompts, "KEPT", 0)
+    assert prompts.encode_prompt(tokenizer, "cd") == prompts.encode_prompt(tokenizer, "cd") and len(asked) == 6

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recover import artifacts
+from recover.clock import part
 from recover.errors import ArtifactError, ExportError, RecoverError
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def write_expected(path: Path, twin: Twin, merged: PreTrainedModel, ids_BT: Tens
     artifacts.write_bytes(path, safetensors.torch.save(contiguous, {"device": str(merged.device)}))
 
 
+@part("verifying")
 def verify(folder: Path, expected: Path, plan: Path, out: Path) -> dict[str, Any]:
     """Check `folder` in a fresh process and give the record that it wrote to `out` (verify.json).
 

@@ -15,6 +15,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from recover import console
+from recover.clock import part
 from recover.errors import DataError
 from recover.measure.decode import Writing, write
 from recover.measure.kv import fits
@@ -31,6 +32,7 @@ class Generation:
     ended: bool
 
 
+@part("writing text")
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -140,8 +140,8 @@ def _rest_sums(
 ) -> list[float]:
     """The sums over all scored tokens but the first, on the caches of the rows' prompts."""
     cache, at_GT, mask_GT = prompts
-    tails = [torch.tensor(row.ids[row.start :], device=model.device) for row in rows]
-    tail_RN = torch.nn.utils.rnn.pad_sequence(tails, batch_first=True)
+    tails = [torch.tensor(row.ids[row.start :]) for row in rows]
+    tail_RN = torch.nn.utils.rnn.pad_sequence(tails, batch_first=True).to(model.device)
     step_N = torch.arange(tail_RN.shape[1] - 1, device=model.device)
     at_RN = mask_GT[number_R].sum(-1)[:, None] + step_N
     key_at = torch.cat([at_GT[number_R], at_RN], dim=1)
@@ -154,8 +154,8 @@ def _rest_sums(
         **kv_cache.taking(model, cache.rows(number_R)),
     ).logits
     sums = [
-        -torch.nn.functional.cross_entropy(logits_NV[: len(tail) - 1].float(), tail[1:], reduction="sum")
-        for logits_NV, tail in zip(logits_RNV, tails, strict=True)
+        -torch.nn.functional.cross_entropy(logits_NV[: row.tokens - 1].float(), tail_N[1 : row.tokens], reduction="sum")
+        for logits_NV, tail_N, row in zip(logits_RNV, tail_RN, rows, strict=True)
     ]
     return torch.stack(sums).tolist()
 

@@ -5,8 +5,10 @@ Legend: B batch, T tokens.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -54,10 +56,25 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) ->
     return ids
 
 
+KEPT = 100_000  # prompts of one tokenizer whose ids are remembered, some hundred bytes each
+
+_encoded: WeakKeyDictionary[Any, dict[tuple[str, bool | None, str], array[int]]] = WeakKeyDictionary()
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool | None = None) -> list[int]:
-    """Ids of the prompt up to where the model begins to write."""
+    """Ids of the prompt up to where the model begins to write.
+
+    Remembered: a run asks for those of a prompt when it checks, writes, scores and trains, and a template takes longer
+    than a tokenizer.
+    """
+    kept, key = _encoded.setdefault(tokenizer, {}), (prompt, chat, str(tokenizer.chat_template))
+    if key in kept:
+        return kept[key].tolist()
     is_chat = uses_chat(tokenizer, chat)
-    return text_ids(tokenizer, prompt_text(tokenizer, prompt, chat=chat), special=not is_chat)
+    ids = text_ids(tokenizer, prompt_text(tokenizer, prompt, chat=chat), special=not is_chat)
+    if len(kept) < KEPT:
+        kept[key] = array("i", ids)
+    return ids
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

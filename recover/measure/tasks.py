@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from recover.clock import part
 from recover.errors import RecipeError
 from recover.measure.coding import measure_code
 from recover.measure.generate import Generation
@@ -27,6 +28,7 @@ from recover.recipe import Measure
 __all__ = ["Task", "check_allowed", "headline", "load_task", "measure"]
 
 
+@part("measuring")
 def measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from recover import artifacts, console, dist, recipe
+from recover.clock import part
 from recover.errors import ModelError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -191,7 +192,7 @@ def _convert(path: Path) -> Path:
         console.say(f"converting {path.name} to safetensors, once, into {folder}")
         scratch = Path(tempfile.mkdtemp(dir=folder.parent))
         try:
-            with explained(str(path)):
+            with part("converting GGUF"), explained(str(path)):
                 write_stock(path, scratch)
             artifacts.publish(scratch, folder)
         finally:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from recover import console, dist, recipe
+from recover.clock import part
 from recover.errors import DataError
 from recover.measure.collapse import first_divergence
 from recover.models.twin import Twin
@@ -45,6 +46,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+@part("probing")
 def probe(twin: Twin | Pair, tokenizer: Any, prompts: Prompts, leaf: recipe.Probe) -> list[Record]:
     """Every record of the probe, equal on every process and for any number of them.
 
@@ -103,6 +105,7 @@ def texts(
     return dist.gather(_work(list(starts), examine, "probe of texts", store))
 
 
+@part("probing")
 def dense_trajectories(twin: Twin | Pair, tokenizer: Any, prompts: Prompts, leaf: recipe.Probe) -> list[Trajectory]:
     """This process's share of the dense view's trajectories: for `final_drift`, as the dense model does not change."""
     pair = Pair.of(twin)
@@ -111,6 +114,7 @@ def dense_trajectories(twin: Twin | Pair, tokenizer: Any, prompts: Prompts, leaf
     return _work(batches, lambda batch: greedy(pair.dense, batch, steps=leaf.steps, ends=ends), "dense trajectories")
 
 
+@part("probing")
 def final_drift(
     twin: Twin | Pair,
     tokenizer: Any,

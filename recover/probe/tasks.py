@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from recover.clock import part
 from recover.measure.generate import context_of
 from recover.measure.likelihood import option_rows
 from recover.measure.task_file import Task
@@ -18,6 +19,7 @@ from recover.probe.views import Pair
 KINDS = ("choice", "retrieval")
 
 
+@part("probing")
 def task_drift(
     twin: Twin | Pair, tokenizer: Any, tasks: Sequence[Task], *, items: int | None = None, batch_size: int = 16
 ) -> list[Record]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from recover import artifacts, strict_yaml
+from recover import artifacts, clock, strict_yaml
 from recover.errors import ArtifactError, RecipeError
 from recover.report import drift, measures, samples, verdict, words
 from recover.report.curve import curve
@@ -66,6 +66,7 @@ def collect(root: Path) -> dict[str, Any]:
         "speed": _json(root / "speed.json"),
         "verify": _json(root / "verify.json"),
         "forecast": _json(root / "forecast.json"),
+        "times": clock.spent(root),
         "samples": samples.side_by_side(records),
         "divergence": samples.divergence(records),
     }

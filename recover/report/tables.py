@@ -16,6 +16,7 @@ DRIFT_NAMES = {
     "reverse_kl": "KL(model ‖ dense), nats",
     "kl_predicted": "KL as predicted by Var/(2T²)",
 }
+SHOWN_SECONDS = 0.1  # shorter parts of a stage are not named
 SHARES = (("top1", "same most likely token"), ("top5", "common tokens among the first five"))
 
 
@@ -196,7 +197,24 @@ def skipped(data: dict[str, Any]) -> Table | None:
     return Table("skipped", "Steps left out", caption, tuple((name, "") for name in names), rows, numbers=len(names))
 
 
-TABLES = (last_layer, divergence, choices, retrieval, repair, skipped)
+def times(data: dict[str, Any]) -> Table | None:
+    """Where the time of the job went, stage by stage."""
+    stages = [row for row in data.get("times") or [] if row["stage"] != "report"]  # of an earlier report
+    if not stages:
+        return None
+    rows: list[tuple[Any, ...]] = []
+    for row in stages:
+        parts = sorted(row["parts"].items(), key=lambda item: -item[1])
+        shown = [f"{name} {words.duration(seconds)}" for name, seconds in parts if seconds >= SHOWN_SECONDS]
+        calls = f" ({row['calls']} calls)" if row["calls"] > 1 else ""
+        rows.append((f"{row['stage']}{calls}", words.duration(row["seconds"]), ", ".join(shown) or "–"))
+    whole = sum(row["seconds"] for row in stages)
+    rows.append(("all", words.duration(whole), "–"))
+    caption = "Wall-clock time of each stage when it was last done, and of its parts; the report itself is not in it."
+    return Table("times", "Where the time went", caption, (("stage", ""), ("time", ""), ("of it", "")), rows, numbers=3)
+
+
+TABLES = (last_layer, divergence, choices, retrieval, repair, skipped, times)
 
 
 def tables(data: dict[str, Any]) -> dict[str, Table]:

@@ -1,0 +1,115 @@
+"""Seconds of stages and their parts: they add up, stopped calls count, and the report has them as a table."""
+
+from __future__ import annotations
+
+import pytest
+from report_run import build_run
+from test_end_to_end import run
+
+from recover import clock as clocks
+from recover.clock import OTHER, Clock, note, part, spent, stage_clock
+from recover.report.collect import collect
+from recover.report.render import render
+
+
+@pytest.fixture
+def wait(monkeypatch):
+    """Lets the clock go on by so many seconds."""
+    now = [100.0]
+
+    def forward(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(clocks, "_clock", lambda: now[0])
+    return forward
+
+
+def test_a_part_inside_another_counts_as_its_own_and_all_add_up(wait):
+    @part("writing")
+    def write(seconds: float) -> None:
+        wait(seconds)
+
+    with stage_clock() as clock:
+        wait(1)
+        with part("measuring"):
+            wait(2)
+            write(4)
+            wait(8)
+        write(16)
+        wait(32)
+    assert clock.parts == {OTHER: 33.0, "measuring": 10.0, "writing": 20.0}
+    assert clock.seconds == sum(clock.parts.values()) == 63.0
+
+
+def test_a_part_that_fails_is_counted_and_closed(wait):
+    with pytest.raises(ValueError), stage_clock() as clock:
+        with part("training"):
+            wait(3)
+            raise ValueError
+    assert clock.parts == {OTHER: 0.0, "training": 3.0} and clock.seconds == 3.0
+    with stage_clock() as again:
+        wait(1)
+    assert again.parts == {OTHER: 1.0}
+
+
+def test_outside_of_a_stage_and_of_one_inside_another_nothing_goes_astray(wait):
+    with part("measuring"):
+        wait(5)
+    with stage_clock() as outer:
+        wait(1)
+        with part("training"), stage_clock() as inner:
+            wait(2)
+    assert inner.parts == {OTHER: 2.0} and inner.seconds == 2.0
+    assert outer.seconds == 3.0
+
+
+def test_calls_that_were_stopped_count_and_earlier_ones_of_a_done_stage_do_not(tmp_path):
+    assert spent(tmp_path) == []
+    note(tmp_path, "plan", Clock(1.0, {OTHER: 1.0}), done=True)
+    note(tmp_path, "recover", Clock(9.0, {"training": 9.0}), done=True)
+    note(tmp_path, "recover", Clock(4.0, {"training": 3.0, OTHER: 1.0}), done=False)
+    note(tmp_path, "plan", Clock(2.0, {OTHER: 2.0}), done=True)
+    note(tmp_path, "recover", Clock(2.0, {"measuring": 2.0}), done=True)
+    assert spent(tmp_path) == [
+        {"stage": "plan", "seconds": 2.0, "parts": {OTHER: 2.0}, "calls": 1},
+        {"stage": "recover", "seconds": 6.0, "parts": {"training": 3.0, OTHER: 1.0, "measuring": 2.0}, "calls": 2},
+    ]
+
+
+def test_the_report_has_a_table_of_it(tmp_path):
+    root = build_run(tmp_path)
+    assert "Where the time went" not in render(root, collect(root))[1].read_text()
+    note(root, "plan", Clock(1.0, {"checking inputs": 0.96, OTHER: 0.04}), done=True)
+    note(root, "recover", Clock(8.0, {"training": 8.0}), done=False)
+    note(root, "recover", Clock(100.0, {"training": 60.0, "writing text": 40.0}), done=True)
+    note(root, "report", Clock(5.0, {OTHER: 5.0}), done=True)
+    data = collect(root)
+    assert [row["stage"] for row in data["times"]] == ["plan", "recover", "report"]
+    paths = render(root, data)
+    markdown, page = (path.read_text() for path in paths[1:])
+    assert "| plan | 1.0 s | checking inputs 1.0 s | " in markdown
+    assert "| recover (2 calls) | 2 min | training 68 s, writing text 40 s | " in markdown
+    assert "| all | 2 min | – | " in markdown and "| report |" not in markdown
+    assert 'id="table-times"' in page and "training 68 s, writing text 40 s" in page
+
+
+def test_a_run_says_where_its_time_went(tmp_path, monkeypatch):
+    directory = run(tmp_path, until="before")
+    found = {row["stage"]: row for row in spent(directory.root)}
+    assert list(found) == ["plan", "dense", "prune", "before"]
+    assert {"loading libraries", "checking inputs", OTHER} <= found["plan"]["parts"].keys()
+    assert "reading weights" in found["dense"]["parts"] and "reading weights" not in found["before"]["parts"]
+    assert {"probing", "measuring", "writing text", OTHER} <= found["before"]["parts"].keys()
+    assert "pruning" in found["prune"]["parts"]
+    for row in found.values():
+        assert row["seconds"] == pytest.approx(sum(row["parts"].values()), abs=0.01)
+    from recover import work
+
+    def stopped(bench) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work, "before", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, until="before", start="before")
+    again = {row["stage"]: row for row in spent(directory.root)}
+    assert again["before"]["calls"] == 1 and again["before"]["seconds"] < found["before"]["seconds"]
