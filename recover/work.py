@@ -192,24 +192,25 @@ def _export(bench: Bench) -> None:
     import torch
 
     from recover.export.merge import merge
-    from recover.export.verify import verify, write_expected
+    from recover.export.verify import fresh_process, verify, write_expected
     from recover.export.write import write_checkpoint
     from recover.models.load import ready
 
     recipe, directory = bench.recipe, bench.directory
     dtype = getattr(torch, recipe.export.dtype or recipe.model.dtype)
-    twin = bench.recovered()
-    console.say("[dim]merging and writing[/dim]")
-    with part("merging and writing"):
-        merged = ready(merge(twin, dtype))
-        text, record = _card_and_record(bench)
-        size = recipe.export.max_shard_size
-        write_checkpoint(merged, bench.tokenizer, directory.deploy, card=text, record=record, max_shard_size=size)
-    expected = directory.root / "expected.safetensors"
-    console.say("[dim]verifying in a fresh process[/dim]")
-    write_expected(expected, twin, merged, bench.sample_ids())
-    verify(directory.deploy, expected, directory.prune / "plan.json", directory.verify)
-    expected.unlink()
+    with fresh_process() as process:
+        twin = bench.recovered()
+        console.say("[dim]merging and writing[/dim]")
+        with part("merging and writing"):
+            merged = ready(merge(twin, dtype))
+            text, record = _card_and_record(bench)
+            size = recipe.export.max_shard_size
+            write_checkpoint(merged, bench.tokenizer, directory.deploy, card=text, record=record, max_shard_size=size)
+        expected = directory.root / "expected.safetensors"
+        console.say("[dim]verifying in a fresh process[/dim]")
+        write_expected(expected, twin, merged, bench.sample_ids())
+        verify(directory.deploy, expected, directory.prune / "plan.json", directory.verify, process=process)
+        expected.unlink()
 
 
 def _speed(bench: Bench) -> None:

@@ -7,6 +7,7 @@ import errno
 import json
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from recover import artifacts, recipe
 from recover.errors import ArtifactError, ExportError
 from recover.export.merge import merge, pruned_config
-from recover.export.verify import check, verify, write_expected
+from recover.export.verify import check, fresh_process, verify, write_expected
 from recover.export.write import write_checkpoint
 from recover.models.arch import linears_of
 from recover.models.twin import Twin
@@ -335,3 +336,21 @@ def test_a_folder_that_does_not_load_is_an_export_error(tmp_path):
     artifacts.write_manifest(folder)
     with pytest.raises(ExportError, match="stock transformers cannot load it"):
         checked(tmp_path)
+
+
+def test_a_process_that_waits_is_gone_when_there_is_nothing_to_verify(tmp_path):
+    with pytest.raises(ZeroDivisionError), fresh_process() as process:
+        assert process.poll() is None
+        raise ZeroDivisionError
+    assert process.returncode == -signal.SIGKILL
+    with fresh_process() as process:
+        process.communicate("")  # as if this process had died
+    assert process.returncode == 0
+
+
+def test_a_process_that_died_while_it_waited_is_an_error_that_says_so(tmp_path):
+    with fresh_process() as process:
+        process.kill()
+        process.wait()
+        with pytest.raises(ExportError, match="verification ended with -9 and no record"):
+            verify(tmp_path, tmp_path / "e", tmp_path / "p", tmp_path / "verify.json", process=process)

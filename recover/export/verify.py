@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +37,7 @@ CACHED = 4.0  # the same weights, one token at a time
 RELOADED = 1.0  # the same weights on the same device
 
 NEW_TOKENS = 16
+WAITING = "--waiting"  # the one argument of a process that is given the others when there is something to verify
 FLAGS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 
@@ -51,22 +55,41 @@ def write_expected(path: Path, twin: Twin, merged: PreTrainedModel, ids_BT: Tens
     artifacts.write_bytes(path, safetensors.torch.save(contiguous, {"device": str(merged.device)}))
 
 
+@contextmanager
+def fresh_process() -> Iterator[subprocess.Popen[str]]:
+    """A process for `verify` that loads its libraries meanwhile; one that is not used is gone at the end."""
+    command = [sys.executable, "-m", "recover.export.verify", WAITING]
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=_environment(), text=True, **pipes) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
 @part("verifying")
-def verify(folder: Path, expected: Path, plan: Path, out: Path) -> dict[str, Any]:
+def verify(
+    folder: Path, expected: Path, plan: Path, out: Path, *, process: subprocess.Popen[str] | None = None
+) -> dict[str, Any]:
     """Check `folder` in a fresh process and give the record that it wrote to `out` (verify.json).
+
+    `process`: one of `fresh_process`; default: another.
 
     Checked: hashes; keys; finite weights; zeros against the plan's certificates; logits against the training view and
     the merged model; logits of generation with a KV cache against one pass without. Raises ExportError naming
     everything that differs.
     """
-    options = ["--expected", str(expected), "--plan", str(plan), "--out", str(out)]
-    command = [sys.executable, "-m", "recover.export.verify", str(folder), *options]
+    if process is None:
+        with fresh_process() as process:
+            return verify(folder, expected, plan, out, process=process)
+    arguments = [str(folder), "--expected", str(expected), "--plan", str(plan), "--out", str(out)]
     out.unlink(missing_ok=True)
-    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)
+    _, said = process.communicate(json.dumps(arguments))
     if not out.is_file():
-        raise ExportError(f"{folder}: verification ended with {done.returncode} and no record:\n{done.stderr[-2000:]}")
+        raise ExportError(f"{folder}: verification ended with {process.returncode} and no record:\n{said[-2000:]}")
     record = artifacts.read_json(out)
-    if done.returncode or not record["ok"]:
+    if process.returncode or not record["ok"]:
         raise ExportError(f"{folder}: is not the model that was trained: {'; '.join(record['problems'])}")
     return record
 
@@ -79,8 +102,21 @@ def _environment() -> dict[str, str]:
     return {**ours, "PYTHONPATH": os.pathsep.join(filter(None, path)), "HF_HUB_OFFLINE": "1"}
 
 
+def _awaited() -> list[str]:
+    """The arguments, once they come; libraries are loaded before. None come where nothing is left to verify."""
+    import transformers
+
+    assert transformers.AutoModelForCausalLM and transformers.AutoTokenizer  # loaded when they are named
+    return json.loads(sys.stdin.read() or "[]")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The fresh process: writes the record, gives 0 if all is as it must be."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments == [WAITING]:
+        arguments = _awaited()
+        if not arguments:
+            return 0
     parser = argparse.ArgumentParser(prog="python -m recover.export.verify", description="Verify an exported folder.")
     parser.add_argument("folder", type=Path)
     parser.add_argument(
