@@ -9,7 +9,7 @@ from tiny import FAMILIES, ids, tiny
 
 from recover import bench as benches
 from recover.bench import Bench
-from recover.models import load
+from recover.models import held, load
 from recover.models.arch import blocks_of
 from recover.models.held import Held
 from recover.models.twin import Twin
@@ -20,34 +20,50 @@ from recover.run_directory import RunDirectory
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_of_held_weights_is_the_model_and_shares_them(family):
-    held = Held(tiny(family))
-    expected = held.model(ids()).logits
-    twin = Twin(held.again(), Plan("depth", 6, dropped=(2, 4)))
+    kept = Held(tiny(family))
+    expected = kept.model(ids()).logits
+    twin = Twin(kept.again(), Plan("depth", 6, dropped=(2, 4)))
     twin.add_lora(Lora(rank=2))
-    again = held.again()
-    assert torch.equal(again(ids()).logits, expected) and torch.equal(held.model(ids()).logits, expected)
+    again = kept.again()
+    assert torch.equal(again(ids()).logits, expected) and torch.equal(kept.model(ids()).logits, expected)
     with twin.dense() as dense:
         assert torch.equal(dense(ids()).logits, expected)
     assert not torch.equal(twin.model(ids()).logits, expected)
-    assert type(again) is type(held.model) and type(blocks_of(again)[0]) is type(blocks_of(held.model)[0])
-    assert again.config is not held.model.config and again.generation_config is not held.model.generation_config
-    here, there = dict(held.model.named_parameters()), dict(again.named_parameters())
+    assert type(again) is type(kept.model) and type(blocks_of(again)[0]) is type(blocks_of(kept.model)[0])
+    assert again.config is not kept.model.config and again.generation_config is not kept.model.generation_config
+    here, there = dict(kept.model.named_parameters()), dict(again.named_parameters())
     assert here.keys() == there.keys() and all(here[name] is there[name] for name in here)
-    assert all(block is not other for block, other in zip(blocks_of(again), blocks_of(held.model), strict=True))
+    assert all(block is not other for block, other in zip(blocks_of(again), blocks_of(kept.model), strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_changed_weight_is_noticed_and_named(dtype):
-    held = Held(tiny("llama").to(dtype))
-    assert held.changed() == []
-    weight = held.model.model.layers[3].mlp.up_proj.weight
+    kept = Held(tiny("llama").to(dtype))
+    assert kept.changed() == []
+    weight = kept.model.model.layers[3].mlp.up_proj.weight
     before = weight.detach().clone()
     with torch.no_grad():
         weight[5, 7] = torch.nextafter(weight[5, 7], torch.tensor(9.0, dtype=dtype))
-    assert held.changed() == ["model.layers.3.mlp.up_proj.weight"]
+    assert kept.changed() == ["model.layers.3.mlp.up_proj.weight"]
     with torch.no_grad():
         weight.copy_(before)
-    assert held.changed() == []
+    assert kept.changed() == []
+
+
+def test_weights_that_are_no_whole_number_of_eight_bytes_or_lie_across_them_count_too():
+    model = torch.nn.Module()
+    base = torch.arange(40.0, dtype=torch.bfloat16)
+    shapes = {"odd": base[:7].clone(), "shifted": base[1:9], "turned": base.view(8, 5).T, "scalar": base[3]}
+    for name, value in shapes.items():
+        model.register_parameter(name, torch.nn.Parameter(value))
+    before = held._sums(model)
+    assert held._sums(model) == before
+    for name in shapes:
+        with torch.no_grad():
+            flat = getattr(model, name)
+            flat.view(-1)[-1:].add_(1) if flat.is_contiguous() else flat[-1, -1].add_(1)
+        assert held._sums(model)[name] != before[name], name
+        before = held._sums(model)
 
 
 @pytest.fixture

@@ -37,5 +37,9 @@ def _sums(model: nn.Module) -> dict[str, int]:
 
 
 def _sum(tensor: Tensor) -> Tensor:
+    """Eight bytes at a time where they can be read so: many times as fast as by twos."""
+    offset = tensor.storage_offset() * tensor.element_size()
+    if tensor.is_contiguous() and tensor.nbytes % 8 == 0 and offset % 8 == 0:
+        return tensor.flatten().view(torch.int64).sum()
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.view(kinds[tensor.element_size()]).sum(dtype=torch.int64)

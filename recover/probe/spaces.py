@@ -59,7 +59,7 @@ class Direction:
 
     def drift(self, other: Direction) -> Tensor:
         """`one_minus_cosine` of the rows that both were made of."""
-        drift_N = (self.unit_NF - other.unit_NF).square().sum(-1) / 2
+        drift_N = (self.unit_NF - other.unit_NF).square_().sum(-1) / 2
         return torch.where(self.zero_N ^ other.zero_N, torch.ones_like(drift_N), drift_N)
 
 
