@@ -215,3 +215,28 @@ def test_rows_at_equal_time_wait_for_those_they_take_as_long_as(options):
         assert ("plan", 0) in task.needs <= keys
         equal = task.row.startswith("equal time")
         assert ("on-policy 0.5", task.seed) in task.needs if equal else task.needs == {("plan", 0)}
+
+
+def test_waits_are_counted_by_stage_at_the_line_that_asked(monkeypatch, capsys):
+    import warnings
+
+    import stages as benchmark
+
+    from recover.probe import compare
+
+    waits = benchmark.Waits()
+    waits.stage = "before"
+    monkeypatch.setattr(warnings, "showwarning", waits)
+    asked = lambda: warnings.warn("called a synchronizing CUDA operation", stacklevel=1)  # noqa: E731
+    monkeypatch.setattr(compare.torch, "stack", lambda tensors: (asked(), tensors[0][None])[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = waits
+        for _ in range(3):
+            compare.equal([(torch.ones(2), torch.ones(2))])
+        warnings.warn("another thing", stacklevel=1)
+    (where,) = waits.found["before"]
+    assert where.startswith("probe/compare.py:") and where.endswith(" equal") and waits.found["before"][where] == 3
+    row = {"stage": "before", "seconds": 2.0, "parts": {"probing": 1.5, "other": 0.5}, "calls": 1}
+    benchmark.show([row], waits)
+    assert "| before | 2.0 | probing 1.5, other 0.5 | 3 |" in capsys.readouterr().out
