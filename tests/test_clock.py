@@ -81,15 +81,15 @@ def test_the_report_has_a_table_of_it(tmp_path):
     assert "Where the time went" not in render(root, collect(root))[1].read_text()
     note(root, "plan", Clock(1.0, {"checking inputs": 0.96, OTHER: 0.04}), done=True)
     note(root, "recover", Clock(8.0, {"training": 8.0}), done=False)
-    note(root, "recover", Clock(100.0, {"training": 60.0, "writing text": 40.0}), done=True)
+    note(root, "recover", Clock(1100.0, {"training": 60.0, OTHER: 1000.0, "writing text": 40.0}), done=True)
     note(root, "report", Clock(5.0, {OTHER: 5.0}), done=True)
     data = collect(root)
     assert [row["stage"] for row in data["times"]] == ["plan", "recover", "report"]
     paths = render(root, data)
     markdown, page = (path.read_text() for path in paths[1:])
     assert "| plan | 1.0 s | checking inputs 1.0 s | " in markdown
-    assert "| recover (2 calls) | 2 min | training 68 s, writing text 40 s | " in markdown
-    assert "| all | 2 min | – | " in markdown and "| report |" not in markdown
+    assert "| recover (2 calls) | 1,108 s | training 68 s, writing text 40 s, other 1,000 s | " in markdown
+    assert "| all | 1,109 s | – | " in markdown and "| report |" not in markdown
     assert 'id="table-times"' in page and "training 68 s, writing text 40 s" in page
 
 

@@ -204,14 +204,18 @@ def times(data: dict[str, Any]) -> Table | None:
         return None
     rows: list[tuple[Any, ...]] = []
     for row in stages:
-        parts = sorted(row["parts"].items(), key=lambda item: -item[1])
-        shown = [f"{name} {words.duration(seconds)}" for name, seconds in parts if seconds >= SHOWN_SECONDS]
+        parts = sorted(row["parts"].items(), key=lambda item: (item[0] == "other", -item[1]))
+        shown = [f"{name} {_seconds(seconds)}" for name, seconds in parts if seconds >= SHOWN_SECONDS]
         calls = f" ({row['calls']} calls)" if row["calls"] > 1 else ""
-        rows.append((f"{row['stage']}{calls}", words.duration(row["seconds"]), ", ".join(shown) or "–"))
-    whole = sum(row["seconds"] for row in stages)
-    rows.append(("all", words.duration(whole), "–"))
+        rows.append((f"{row['stage']}{calls}", _seconds(row["seconds"]), ", ".join(shown) or "–"))
+    rows.append(("all", _seconds(sum(row["seconds"] for row in stages)), "–"))
     caption = "Wall-clock time of each stage when it was last done, and of its parts; the report itself is not in it."
     return Table("times", "Where the time went", caption, (("stage", ""), ("time", ""), ("of it", "")), rows, numbers=3)
+
+
+def _seconds(value: float) -> str:
+    """Seconds, however many: parts are compared with one another."""
+    return f"{value:,.0f} s" if value >= 10 else f"{value:.1f} s"
 
 
 TABLES = (last_layer, divergence, choices, retrieval, repair, skipped, times)
