@@ -12,9 +12,17 @@ from recover.measure.decode import _end_recording_of_draws, write
 from recover.measure.generate import plain
 from recover.models.step_attention import attend
 from recover.models.twin import Twin
+from recover.probe import trajectory
+from recover.probe.compare import Comparison, Rows
+from recover.probe.decoding import Stock
+from recover.probe.sublayers import transitions
+from recover.probe.trajectory import batches_of, greedy
+from recover.probe.views import Pair
 from recover.prune.methods import PRUNERS
 from recover.prune.plan import Plan
 from recover.recipe import Calibration, Sampling, SparseGpt, Wanda
+from tests.probe_reference import STEPS, dropping, endless
+from tests.probe_reference import prompts as probed
 from tests.test_decode import ending_at, prompts, texts
 from tests.tiny import ids, tiny
 
@@ -94,3 +102,32 @@ def test_no_recorded_step_is_left_to_the_garbage_collector():
         assert not [thing for thing in gc.get_objects() if isinstance(thing, torch.cuda.CUDAGraph)]
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_sliding", "gemma2"])
+def test_a_probe_replays_its_steps_and_writes_what_the_models_own_cache_does(family, monkeypatch):
+    monkeypatch.setattr(console, "warn", pytest.fail)  # a recording that fails would only warn
+    twin = dropping(endless(family).cuda())
+    pair = Pair.of(twin)
+    batch = batches_of(probed(), pair.dense, size=5, steps=STEPS)[0]
+    found = [greedy(view, batch, steps=STEPS, ends=[]) for view in (pair.dense, pair.pruned)]
+    monkeypatch.setattr(trajectory, "reader_of", lambda model, state, steps: Stock(model, state))
+    for view, each in zip((pair.dense, pair.pruned), found, strict=True):
+        expected = greedy(view, batch, steps=STEPS, ends=[])
+        assert each.tokens() == expected.tokens()
+        torch.testing.assert_close(each.cached_ND, expected.cached_ND, rtol=1e-3, atol=1e-4)
+
+
+def test_the_host_waits_a_few_times_for_all_figures_of_a_batch(recwarn):
+    twin = dropping(endless("llama").cuda())
+    pair = Pair.of(twin)
+    batch = batches_of(probed(), pair.dense, size=5, steps=STEPS)[0]
+    text = greedy(pair.dense, batch, steps=STEPS, ends=[])
+    found, at = transitions(pair, text, text.scored_BS), text.scored_BS.cpu().nonzero()
+    comparison = Comparison(pair)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        comparison.sublayers(found, Rows(at[:, 0], at[:, 1]))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert 0 < len([each for each in recwarn if "synchroniz" in str(each.message)]) <= 6
