@@ -320,6 +320,8 @@ def test_a_row_holds_the_figures_of_the_run(tmp_path):
     epochs = [json.loads(line) for line in (folder / "epochs.jsonl").read_text().splitlines()]
     assert [epoch["tokens"] for epoch in row["epochs"]] == [epoch["tokens"] for epoch in epochs]
     assert row["tokens"] == epochs[-1]["tokens"]
+    plan = json.loads((folder / "prune" / "plan.json").read_text())
+    assert row["plan"]["dropped"] == plan["dropped"] and 0 < row["plan"]["parameters"] < 1
     named = {"variant": "drop2+lr1e-4", "seed": 0, "seconds": 10.0}
     dense, pruned, recovered = markdown([{**named, **row}]).splitlines()[2:]
     assert dense.startswith("| dense | 1 |") and pruned.startswith("| drop2, pruned | 1 |")

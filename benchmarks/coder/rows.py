@@ -22,9 +22,7 @@ def read_row(run: Path) -> Row:
     row: Row = {view: found for view, part in VIEWS.items() if (found := view_of(run / part))}
     plan = _json(run / "prune" / "plan.json")
     if plan:
-        row["plan"] = {name: plan.get(name) for name in ("blocks", "sites", "repair") if plan.get(name)}
-        row["plan"]["parameters"] = plan["parameters_pruned"] / plan["parameters_dense"]
-        row["plan"]["nonzero"] = plan["nonzero"] / plan["parameters_dense"]
+        row["plan"] = _plan(plan)
     row["epochs"] = [_epoch(record) for record in _lines(run / "epochs.jsonl")]
     best = _json(run / "recover" / "best.json")
     if best:
@@ -33,6 +31,19 @@ def read_row(run: Path) -> Row:
         row["tokens"] = row["epochs"][-1]["tokens"]
         row["training_seconds"] = row["epochs"][-1]["seconds"]
     return row
+
+
+def _plan(plan: Row) -> Row:
+    """What went, and the shares of the dense model's parameters that are left and that are not zero."""
+    gone = {name: plan[name] for name in ("dropped", "dropped_attention", "dropped_mlp") if plan.get(name)}
+    repair = {name: plan["repair"][name] for name in ("kind", "kept", "kl_before", "kl_after") if plan.get("repair")}
+    return {
+        "kind": plan["kind"],
+        **gone,
+        **({"repair": repair} if repair else {}),
+        "parameters": plan["parameters_pruned"] / plan["parameters_dense"],
+        "nonzero": plan["nonzero"] / plan["parameters_dense"],
+    }
 
 
 def view_of(folder: Path) -> Row | None:
