@@ -189,9 +189,12 @@ def test_every_name_is_a_recipe_and_every_table_holds_names():
     assert len({known.variant(name, BASE, 0).recipe(BASE).name for name in names}) == len(set(names))
     wanda = known.variant("wanda50", BASE, 3, ("recover.lr=5e-4",)).recipe(BASE)
     assert wanda.prune.calibration == load_recipe(BASE).prune.calibration  # type: ignore[union-attr]
+    assert known.variant("1M+drop2+lr1e-4+repair", BASE, 0).pruning == "drop2+repair"
     assert (wanda.name, wanda.seed, wanda.recover.lr) == ("wanda50-seed3", 3, 5e-4)
     with pytest.raises(SystemExit, match=r"drop2\+lr9: 'lr9' is not in .*known: drop2"):
         known.variant("drop2+lr9", BASE, 0)
+    with pytest.raises(SystemExit, match=r"drop4: .*recover\.lr"):
+        known.variant("drop4", BASE, 0, ("recover.lr=-1",)).recipe(BASE)
 
 
 @pytest.mark.parametrize(
@@ -322,7 +325,7 @@ def test_a_row_holds_the_figures_of_the_run(tmp_path):
     assert row["tokens"] == epochs[-1]["tokens"]
     plan = json.loads((folder / "prune" / "plan.json").read_text())
     assert row["plan"]["dropped"] == plan["dropped"] and 0 < row["plan"]["parameters"] < 1
-    named = {"variant": "drop2+lr1e-4", "seed": 0, "seconds": 10.0}
+    named = {"variant": "drop2+lr1e-4", "pruning": "drop2", "seed": 0, "seconds": 10.0}
     dense, pruned, recovered = markdown([{**named, **row}]).splitlines()[2:]
     assert dense.startswith("| dense | 1 |") and pruned.startswith("| drop2, pruned | 1 |")
     share = after["headline"]["generation"] / row["dense"]["generation"]

@@ -2,7 +2,7 @@
 # Bring large files to a machine without network, in pieces that each fit a limited transfer.
 #   carry.sh split FILE FOLDER [BYTES]     here: FILE as FOLDER/00, 01, ... of BYTES each (default 57,000,000)
 #   carry.sh join FOLDER FILE SHA256       there: the pieces in FOLDER as FILE, which must have this sha256; pieces go
-# Small files travel as they are: all of data/ but the model and raw/ is under 4 MB.
+# Small files travel as they are: all of data/ but the model and raw/ is about 4 MB.
 set -euo pipefail
 
 usage() { sed -n '2,5s/^# \{0,1\}//p' "$0" >&2; exit 2; }

@@ -207,6 +207,7 @@ class Experiments:
         seconds = time.monotonic() - run.started
         row = {
             "variant": run.variant.name,
+            "pruning": run.variant.pruning,
             "run": run.variant.run,
             "seed": run.variant.seed,
             "status": status,

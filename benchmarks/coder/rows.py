@@ -124,7 +124,7 @@ def markdown(rows: Sequence[Row]) -> str:
 def _title(row: Row, view: str) -> str:
     if view == "dense":
         return "dense"
-    return row["variant"] if view == "recovered" else f"{row['variant'].split('+')[0]}, pruned"
+    return row["variant"] if view == "recovered" else f"{row['pruning'] or 'base'}, pruned"
 
 
 def _task_names(rows: Sequence[Row]) -> list[str]:

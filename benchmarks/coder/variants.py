@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recover import strict_yaml
+from recover.errors import RecipeError
 from recover.recipe import Recipe, load_recipe
 
 HERE = Path(__file__).resolve().parent
@@ -18,9 +19,10 @@ SEED = "-seed"  # run folders are NAME-seedN
 
 @dataclass(frozen=True)
 class Variant:
-    """A run to be made: `name` as it was asked for, and the recipe fields that this sets."""
+    """A run to be made: `name` as it was asked for, the parts of it that say how it is pruned, the fields it sets."""
 
     name: str
+    pruning: str
     overrides: tuple[str, ...]
     seed: int
 
@@ -30,7 +32,11 @@ class Variant:
         return f"{self.name.replace('+', '_')}{SEED}{self.seed}"
 
     def recipe(self, base: Path) -> Recipe:
-        return load_recipe(base, [*self.overrides, f"seed={self.seed}", f"name={self.run}"])
+        """The whole recipe. Raises SystemExit naming the variant where its fields are wrong."""
+        try:
+            return load_recipe(base, [*self.overrides, f"seed={self.seed}", f"name={self.run}"])
+        except RecipeError as error:
+            raise SystemExit(f"{self.name}: {error}") from None
 
 
 class Known:
@@ -56,12 +62,15 @@ class Known:
             SystemExit: a part is not known.
         """
         fields: list[str] = []
+        pruning: list[str] = []
         for part in name.split("+"):
             if part not in self.fields:
                 raise SystemExit(f"{name}: {part!r} is not in {self.path}; known: {', '.join(self.fields)}")
             fields += self.fields[part]
+            if any(field.startswith("prune") for field in self.fields[part]):
+                pruning.append(part)
         filled = tuple(_filled(field, base) for field in fields)
-        return Variant(name, (*filled, *more), seed)
+        return Variant(name, "+".join(pruning), (*filled, *more), seed)
 
 
 def _filled(field: str, base: Path) -> str:
