@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,6 @@ from recover.errors import ArtifactError, StopRequested
 from recover.measure.prompts import encode_prompt
 from recover.recipe import PrunedText, Recover
 from recover.train.checkpoints import PRUNED_TEXT
-from recover.train.data import collator
 from recover.train.prompted import answered, fitting_prompts, in_rounds, write_together
 from recover.train.sources import Sample
 from recover.train.stopping import Interrupted
@@ -57,9 +56,9 @@ class OnPolicy:
         seed: int,
         folder: Path,
         fingerprint: str,
+        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
     ) -> None:
-        pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.rows, self.collate = rows, collator(pad or 0, leaf.loss.scored)
+        self.rows, self.collate = rows, collate
         self.writers: list[int] = list(rows["writer"])
         self.sources = {
             number: _OwnText(source, number, leaf, twin, tokenizer, rows, seed, folder / PRUNED_TEXT, fingerprint)
