@@ -49,6 +49,11 @@ def scored_tokens(labels_BT: Tensor) -> Tensor:
     return (labels_BT[:, 1:] != IGNORED).sum()
 
 
+def scaled(loss: Tensor, scale: Tensor) -> Tensor:
+    """loss * scale, for backward; of a loss that is not finite every gradient is NaN, which nobody has to wait for."""
+    return loss * (scale + 0.0 * loss.detach())
+
+
 def without_mask(batch: dict[str, Any]) -> dict[str, Any]:
     """A right-padded batch as training gives it to a model: under causal attention no token sees padding behind it.
 

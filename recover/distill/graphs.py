@@ -18,18 +18,16 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from recover import console
+from recover.distill.distiller import Distiller, scaled
 from recover.models.packed_attention import Packing
 from recover.models.recording import record
-
-if TYPE_CHECKING:
-    from recover.distill.distiller import Distiller
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,8 @@ Key = tuple[int, int, int]  # tokens, sequences, and the tokens of the longest o
 class GraphedPasses:
     """Steps of `distiller` by CUDA graphs; gradients are added to `.grad` of `parameters`, as backward does.
 
+    `bring_gradients` must come before the plain backward of a batch that is not taken, too.
+
     The first batch of a shape is for the plain way (`takes` is False), which sets up what a recording needs; the second
     one is recorded. Values and gradients are those of the plain way, bit for bit. The model's weights must stay where
     they are in memory until `forget`.
@@ -60,7 +60,11 @@ class GraphedPasses:
     def __init__(self, distiller: Distiller, parameters: Sequence[nn.Parameter]) -> None:
         self.distiller = distiller
         self.parameters = list(parameters)
-        self.gradients: list[Tensor] = []
+        sizes = [parameter.numel() for parameter in self.parameters]
+        # All gradients in one piece of memory: their norm, clipping and zeroing are one kernel each.
+        self.flat = torch.zeros(sum(sizes), dtype=self.parameters[0].dtype, device=self.parameters[0].device)
+        parts = self.flat.split(sizes)
+        self.gradients = [part.view_as(parameter) for part, parameter in zip(parts, self.parameters, strict=True)]
         self.seen: set[Key] = set()
         self.shapes: dict[Key, _Shape] = {}
         self.pool: Any = None  # one memory for all: no step needs what another shape's left there
@@ -107,9 +111,9 @@ class GraphedPasses:
             shape.h_dense_TD.index_select(0, rows_N),
             labels_N,
         )
-        (gradient_TD,) = torch.autograd.grad(sums["loss"] * scale, h_pruned_TD)
+        (gradient_TD,) = torch.autograd.grad(scaled(sums["loss"], scale), h_pruned_TD)
         shape.gradient_TD.copy_(gradient_TD)
-        self._bring_gradients()
+        self.bring_gradients()
         shape.backward.replay()
         return sums
 
@@ -118,18 +122,14 @@ class GraphedPasses:
         self.shapes.clear()
         self.pool = self.prepared = None
 
-    def _bring_gradients(self) -> None:
-        """Have every `.grad` lie where the graphs add to it: zero where there is none, else what is there."""
-        if not self.gradients:
-            self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
-        pairs = list(zip(self.parameters, self.gradients, strict=True))
-        empty = [gradient for parameter, gradient in pairs if parameter.grad is None]
-        if empty:
-            torch._foreach_zero_(empty)
-        for parameter, gradient in pairs:
-            if parameter.grad is not None and parameter.grad is not gradient:
-                gradient.copy_(parameter.grad)
-            parameter.grad = gradient
+    def bring_gradients(self) -> None:
+        """Have every `.grad` be a view of `flat`, where graphs and backward add to it; all zero where there is none."""
+        if all(parameter.grad is None for parameter in self.parameters):
+            self.flat.zero_()
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            if parameter.grad is None:
+                parameter.grad = gradient
+            assert parameter.grad is gradient, "a gradient came from elsewhere"
 
     def _try_to_record(self, batch: dict[str, Any]) -> None:
         try:
@@ -147,7 +147,7 @@ class GraphedPasses:
             console.warn(f"training goes on without CUDA graphs, slower for a small model: {reason}")
 
     def _record(self, batch: dict[str, Any]) -> _Shape:
-        self._bring_gradients()
+        self.bring_gradients()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         input_ids_1T = batch["input_ids"].clone()
         given = Packing(*batch["packing"])
@@ -161,7 +161,7 @@ class GraphedPasses:
 
         def add_gradients() -> None:
             found = torch.autograd.grad(h_pruned_TD, self.parameters, gradient_TD)
-            torch._foreach_add_(self.gradients, found)
+            self.flat += torch.cat([gradient.flatten() for gradient in found])
 
         backward, _ = record(add_gradients, self.pool)
         return _Shape(input_ids_1T, packing, states.h_ND, h_pruned_TD.detach(), gradient_TD, dense, pruned, backward)

@@ -22,6 +22,7 @@ from recover.models.step_attention import configs_of
 NAME = "recover_packed"
 WIDEST = 256  # of a head, that flash attention takes
 HALF = (torch.bfloat16, torch.float16)
+FILLING: Any = torch.utils.deterministic  # what is new in memory, with NaN, unless told not to
 
 
 class Packing(NamedTuple):
@@ -71,7 +72,7 @@ def attend(
         return _Flash.apply(q_THd, k_TKd, v_TKd, cu_seq_lens_q, max_length_q, scale, window)[None], None  # type: ignore[index]
     starts = cu_seq_lens_q.tolist()
     parts = [
-        _alone(*(each[:, :, start:end] for each in (query, key, value)), scale, window)
+        _alone(query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], scale, window)
         for start, end in pairwise(starts)
         if end > start
     ]
@@ -123,13 +124,13 @@ class _Repeatable:
     def __enter__(self) -> None:
         self.before = torch.are_deterministic_algorithms_enabled()
         self.warns = torch.is_deterministic_algorithms_warn_only_enabled()
-        self.fills = torch.utils.deterministic.fill_uninitialized_memory
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        self.fills = FILLING.fill_uninitialized_memory
+        FILLING.fill_uninitialized_memory = False
         torch.use_deterministic_algorithms(True, warn_only=True)
 
     def __exit__(self, *_: Any) -> None:
         torch.use_deterministic_algorithms(self.before, warn_only=self.warns)
-        torch.utils.deterministic.fill_uninitialized_memory = self.fills
+        FILLING.fill_uninitialized_memory = self.fills
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -146,7 +146,8 @@ class TrainingStates:
         """The dense pass of one batch; its rows that are missing go to `fresh`, one dictionary a cache."""
         model = self.distiller.twin.base
         device = next(model.parameters()).device
-        states = self.distiller.dense_states(model, **without_mask(send_to_device(batch, device)))
+        on_device: Any = send_to_device(batch, device)
+        states = self.distiller.dense_states(model, **without_mask(on_device))
         rows = text_rows(batch)
         for row, h_ND in zip(rows, states.h_ND.cpu().split([row.scored for row in rows]), strict=True):
             if row.dense not in self.dense.where:

@@ -21,7 +21,7 @@ from transformers import PrinterCallback, ProgressCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
 from recover import dist
-from recover.distill.distiller import Distiller, scored_tokens, without_mask
+from recover.distill.distiller import Distiller, scaled, scored_tokens, without_mask
 from recover.distill.graphs import GraphedPasses
 from recover.errors import TrainingError
 from recover.models.packed_attention import NAME
@@ -50,6 +50,22 @@ class _Fetched:
     batches: list[dict[str, Any]] = field(default_factory=list)
 
 
+class _Copied:
+    """Numbers on their way to the host; what the device is given to do after them is not waited for."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values, self.there = values, None
+        if values.is_cuda:
+            self.values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+            self.there = torch.cuda.Event()
+            self.there.record()
+
+    def read(self) -> list[float]:
+        if self.there is not None:
+            self.there.synchronize()
+        return self.values.tolist()
+
+
 class RecoverTrainer(SFTTrainer):
     """`twin.model` learns, by `distiller`, from rows of `build_dataset`, in their order.
 
@@ -69,7 +85,7 @@ class RecoverTrainer(SFTTrainer):
         steps: int,
         course: Course,
         stop: Stop,
-        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        collate: Callable[..., dict[str, Any]],
         on_policy: OnPolicy | None = None,
     ) -> None:
         super().__init__(
@@ -85,12 +101,12 @@ class RecoverTrainer(SFTTrainer):
         self.adapted: Any = twin.model
         self.trained = [parameter for parameter in twin.model.parameters() if parameter.requires_grad]
         self.distiller = Distiller(twin, leaf.loss)
-        self.graphs: GraphedPasses | None = None  # see `train.trainer`
+        self.graphs: GraphedPasses | None = None  # see `graphed`
         self._unread: list[Tensor] = []  # sums of micro-batches, which the device has yet to compute
         self._step = _Fetched()
         self._ahead = _Fetched()
         self.steps, self.rows_a_step = steps, leaf.batch_size
-        self.max_norm, self._norm = leaf.max_grad_norm, 0.0
+        self.max_norm, self._norm, self._rate = leaf.max_grad_norm, 0.0, leaf.lr
         self.course = course
         self.stop = stop
         self.on_policy = on_policy
@@ -115,6 +131,7 @@ class RecoverTrainer(SFTTrainer):
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step, self._ahead = _Fetched(epoch_iterator, num_batches, batches), _Fetched()
         self.course.begin_step()
+        self._rate = schedule_of(self.lr_scheduler).get_last_lr()[0]
         # Of the step's number alone, so a training that goes on, or back, has the weights of a straight one.
         self.distiller.stand_at(self.state.global_step / self.steps)
         if self.on_policy is not None:
@@ -136,14 +153,13 @@ class RecoverTrainer(SFTTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One micro-batch forward and backward; after the last one of a step, whether the step may be made."""
         if self.graphs is not None and self.graphs.takes(inputs):
-            inputs: Any = self._prepare_inputs(inputs)
             scale = self._scale(num_items_in_batch)
-            sums = self.graphs.step(inputs, scale)
+            sums: Any = self.graphs.step(self._prepare_inputs(inputs), scale)
             self._count(sums)
             loss = (sums["loss"] * scale).detach()
-            if self.accelerator.sync_gradients:
-                self._prepare_next(self.graphs)
         else:
+            if self.graphs is not None:
+                self.graphs.bring_gradients()
             # Around backward too: blocks that are checkpointed run once more there.
             with attending(self.distiller.packs if "packing" in inputs else (), NAME):
                 loss = super().training_step(model, inputs, num_items_in_batch)
@@ -157,7 +173,7 @@ class RecoverTrainer(SFTTrainer):
         assert not return_outputs
         sums = model(**without_mask(inputs), distill=self.distiller)
         self._count(sums)
-        return sums["loss"] * self._scale(num_items_in_batch)
+        return scaled(sums["loss"], self._scale(num_items_in_batch))
 
     def _scale(self, num_items_in_batch: Any) -> Tensor:
         """What the sum of a micro-batch's loss is multiplied by."""
@@ -187,7 +203,7 @@ class RecoverTrainer(SFTTrainer):
             self.stop.agreed = self.stop.requested or signal.SIGTERM
             if not self.accelerator.sync_gradients:
                 raise Interrupted  # a step of many micro-batches may outlast the time until we are killed
-        total = dict(zip((*TERMS, "tokens"), numbers, strict=True))
+        total: dict[str, float] = dict(zip((*TERMS, "tokens"), numbers, strict=True))
         if all(map(math.isfinite, numbers)):
             self.course.totals.add(total)
             return
@@ -205,6 +221,7 @@ class RecoverTrainer(SFTTrainer):
             undone, bad = True, self._clip_and_read()
         else:
             norm = engine.get_global_grad_norm()
+            self._norm = float("nan") if norm is None else float(norm)
             undone = self.accelerator.optimizer_step_was_skipped
             mine = undone or not (norm is None or math.isfinite(norm))
             summed: Any = self.accelerator.reduce(torch.tensor(float(mine), device=self.args.device), "sum")
@@ -219,35 +236,73 @@ class RecoverTrainer(SFTTrainer):
 
     def _clip_and_read(self) -> bool:
         """Clip the gradient, read what the device has summed up; whether the gradient is not finite on any process."""
-        held = [parameter.grad for parameter in self.trained if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(held)
-        # By a norm that is not finite nothing is clipped: which gradients are not finite is still to be found.
-        torch.nn.utils.clip_grads_with_norm_(self.trained, self.max_norm, norm.nan_to_num(0.0, 0.0, 0.0))
+        norm = self._clip()
         unread, self._unread = self._unread, []
-        values = torch.cat([*unread, norm.to(unread[0])[None]])
-        summed: Any = self.accelerator.reduce(values, "sum")
-        *numbers, norms = summed.tolist()
+        summed: Any = self.accelerator.reduce(torch.cat([*unread, norm.to(unread[0])[None]]), "sum")
+        copied = _Copied(summed)
+        if self.graphs is not None:
+            self._prepare_next(self.graphs)
+        *numbers, norms = copied.read()
         self._norm = norms / self.accelerator.num_processes  # the same on each, as DDP has averaged the gradients
         for start in range(0, len(numbers), len(unread[0])):
             self._add(numbers[start : start + len(unread[0])])
         return not math.isfinite(norms)
 
+    def _clip(self) -> Tensor:
+        """Clip all gradients together to `max_norm`; their norm before.
+
+        By a norm that is not finite nothing is clipped: which gradients are not finite is still to be found.
+        """
+        flat = [] if self.graphs is None else [self.graphs.flat]
+        held = flat or [parameter.grad for parameter in self.trained if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(held)
+        known = norm.nan_to_num(0.0, 0.0, 0.0)
+        if flat:
+            flat[0].mul_((self.max_norm / (known + 1e-6)).clamp(max=1.0))
+        else:
+            torch.nn.utils.clip_grads_with_norm_(self.trained, self.max_norm, known)
+        return norm
+
+    @contextmanager
+    def graphed(self) -> Iterator[None]:
+        """Inside, steps are replayed as CUDA graphs where they can be."""
+        if self.is_deepspeed_enabled:
+            yield
+            return
+        self.graphs = GraphedPasses(self.distiller, self.trained)
+        # torch's walks through all modules at each step, while the device waits.
+        vars(self.adapted)["zero_grad"] = self._let_go
+        try:
+            yield
+        finally:
+            del vars(self.adapted)["zero_grad"]
+            self.graphs.forget()
+            self.graphs = None
+
+    def _let_go(self, set_to_none: bool = True) -> None:
+        """`zero_grad` of what is trained; the rest has no gradient."""
+        for parameter in self.trained:
+            parameter.grad = None
+
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clipped already (see `_judge_step`): the norm before."""
         return super()._clip_grad_norm(model) if self.zero_engine is not None else self._norm
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Losses as means per token over all processes; of a skipped step, only that it was."""
-        if "loss" in logs:
-            set_rate(self.lr_scheduler, self.state.global_step)  # DeepSpeed holds it back at a step that it skips
-            self.course.totals.lr = logs["learning_rate"]
-            if self.course.skips.row:
-                logs = {"learning_rate": logs["learning_rate"], "skipped": self.course.skips.skipped}
-            else:
-                logs = {**logs, **self.course.totals.read_step()}
-                if self.distiller.leaf.variance_until is not None:
-                    logs["variance_weight"] = self.distiller.weights.variance
-        super().log(logs, start_time)
+    def log_step(self) -> None:
+        """Of the step just made, losses as means per token over all processes; of a skipped step, only that it was.
+
+        In place of transformers' own, which waits for the device to read a loss that is known already.
+        """
+        set_rate(self.lr_scheduler, self.state.global_step)  # DeepSpeed holds it back at a step that it skips
+        self.course.totals.lr = float(self._rate)
+        logs: dict[str, Any] = {"learning_rate": self._rate}
+        if self.course.skips.row:
+            logs["skipped"] = self.course.skips.skipped
+        else:
+            logs |= {"grad_norm": self._norm, **self.course.totals.read_step()}
+            if self.distiller.leaf.variance_until is not None:
+                logs["variance_weight"] = self.distiller.weights.variance
+        self.log(logs)
 
     def stand_at(self, step: int) -> None:
         """Go on as if `step` optimizer steps had been made: the step's number, the learning rate; text follows."""
@@ -334,9 +389,14 @@ class RowsToCome(torch.utils.data.Sampler):
         return self.trainer.steps * self.trainer.rows_a_step
 
 
+def schedule_of(scheduler: Any) -> Any:
+    """torch's own, out of what accelerate or DeepSpeed put around it."""
+    return getattr(scheduler, "scheduler", scheduler)
+
+
 def set_rate(scheduler: Any, step: int) -> None:
     """The learning rate that a straight training has after `step` optimizer steps, skipped ones included."""
-    schedule = getattr(scheduler, "scheduler", scheduler)
+    schedule = schedule_of(scheduler)
     rates = [base * rate(step) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
     schedule.last_epoch, schedule._last_lr = step, rates
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):

@@ -56,7 +56,7 @@ class OnPolicy:
         seed: int,
         folder: Path,
         fingerprint: str,
-        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        collate: Callable[..., dict[str, Any]],
     ) -> None:
         self.rows, self.collate = rows, collate
         self.writers: list[int] = list(rows["writer"])

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from recover import console, dist
-from recover.distill.graphs import GraphedPasses
 from recover.errors import StopRequested, TrainingError
 from recover.models.packed_attention import HALF, packing_configs
 from recover.recipe import Recover
@@ -81,7 +81,7 @@ def recover(
     twin.add_lora(leaf.lora)
     course = Course(run_folder, fingerprint, batch_size=leaf.batch_size, seed=seed, totals=Totals(), past=past)
     graphed = packed and _may_be_graphed(twin, leaf)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     collate: Collate = collator(pad, leaf.loss.scored)
     if packed:
         sizes = row_sizes(tokens_at_once(rows, split.micro)) if graphed else ()
@@ -107,14 +107,11 @@ def recover(
         _read_states(trainer, leaf, rows, split.micro, texts)
         if own is None:
             trainer.data_collator = with_scored(trainer.data_collator)
-        if graphed and not trainer.is_deepspeed_enabled:
-            trainer.graphs = GraphedPasses(trainer.distiller, trainer.trained)
         _announce(twin, rows, steps, split)
-        epochs = _train(trainer, leaf, after_epoch, run_folder)
+        with trainer.graphed() if graphed else nullcontext():
+            epochs = _train(trainer, leaf, after_epoch, run_folder)
         if trainer.shards is not None:
             trainer.shards.end()
-        if trainer.graphs is not None:
-            trainer.graphs.forget()
     _forget_deepspeed(trainer)
     _judge(epochs.best, baseline_score)
     note(run_folder, fingerprint, course.skips.to_json(), finished=True)
