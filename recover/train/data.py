@@ -151,7 +151,9 @@ def _of_teacher(source: TeacherText, leaf: Recover, twin: Twin, seed: int, folde
 
 def tokens_at_once(rows: Dataset, micro: int) -> list[int]:
     """Tokens of each batch of `micro` rows."""
-    lengths = np.array([len(ids) for ids in rows.with_format("numpy")["input_ids"]])
+    import pyarrow.compute as pc
+
+    lengths = pc.call_function("list_value_length", [rows.data.column("input_ids")]).to_numpy()
     return [int(lengths[start : start + micro].sum()) for start in range(0, len(lengths), micro)]
 
 
