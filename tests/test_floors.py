@@ -17,6 +17,7 @@ FLOORS = {
     "recover.console": 0,
     "recover.artifacts": 0,
     "recover.run_directory": 0,
+    "recover.ownership": 0,
     "recover.signals": 0,
     "recover.provenance": 0,
     "recover.places": 0,
