@@ -201,7 +201,10 @@ BAD_MODELS = {
     "truncated weights": (truncated, "model.safetensors"),
     "weights that are NaN": (not_finite, "norm"),
     "a tokenizer with more ids": (larger_tokenizer, "1024"),
-    "weights of another size": (lambda folder: broken_model(folder, vocab_size=512), "model: cannot be loaded"),
+    "weights of another size": (
+        lambda folder: broken_model(folder, vocab_size=512),
+        r"\[1024, \d+\] in the weights, \[512, ",
+    ),
     "no folder": (lambda folder: folder, "model"),
 }
 
