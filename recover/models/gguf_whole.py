@@ -33,7 +33,10 @@ def check_tensors(path: Path, shown: Path) -> None:
 
     reader = gguf.GGUFReader(path)
     found = {tensor.name: tensor for tensor in reader.tensors}
-    expected, every = _expected(path, reader)
+    try:
+        expected, every = _expected(path, reader)
+    except ModelError as error:
+        raise ModelError(f"{shown}: {error}") from None
     missing = sorted(expected.keys() - found.keys())
     if missing:
         raise ModelError(
@@ -71,7 +74,8 @@ def _expected(path: Path, reader: Any) -> tuple[dict[str, tuple[int, ...]], bool
     blocks = _field(reader, f"{arch}.block_count")
     if arch not in known or not isinstance(blocks, int):
         return {}, False  # transformers says what it does not know
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    _refuse_lost_scaling(config, _field(reader, f"{arch}.rope.scaling.type"))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     names = gguf.get_tensor_name_map(known[arch], blocks)
@@ -83,6 +87,15 @@ def _expected(path: Path, reader: Any) -> tuple[dict[str, tuple[int, ...]], bool
         if there is not None:
             shapes[there] = tuple(parameter.shape)
     return shapes, every
+
+
+def _refuse_lost_scaling(config: Any, scaling: Any) -> None:
+    taken = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if scaling not in (None, "", "none") and taken == "default":
+        raise ModelError(
+            f"its rotary positions are scaled ('{scaling}'), which transformers does not take over from a GGUF file, "
+            "and the model would be another one. Give the checkpoint that the file was made from"
+        )
 
 
 def _field(reader: Any, name: str) -> Any:
