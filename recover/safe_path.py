@@ -14,8 +14,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 def leave_working_folder() -> None:
     """Take the working folder that `python -m` puts first off the import path, here and in all processes started later.
 
-    A folder that PYTHONPATH names stays; one that an empty entry of it stands for does not. Where this package was
-    itself imported from the working folder, as in a checkout that is not installed, that is searched last.
+    A folder that PYTHONPATH names stays. One that an empty entry of it stands for does not, nor one that accelerate
+    added: with DeepSpeed, `accelerate launch` puts the working folder last in PYTHONPATH. Where this package was itself
+    imported from the working folder, as in a checkout that is not installed, that is searched last.
     """
     os.environ["PYTHONSAFEPATH"] = "1"  # read by every Python that is started with this environment
     try:
@@ -25,6 +26,9 @@ def leave_working_folder() -> None:
     if sys.path and not sys.flags.safe_path and sys.path[0] in ("", here):
         del sys.path[0]
     named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if named[-1] == here and any(name.startswith("ACCELERATE_") for name in os.environ):
+        named[-1] = ""
+        os.environ["PYTHONPATH"] = os.pathsep.join(entry for entry in named if entry)
     by_mistake = "" in named and here not in [os.path.abspath(entry) for entry in named if entry]
     sys.path[:] = [entry for entry in sys.path if entry and not (by_mistake and entry == here and not _installed(here))]
     if ROOT not in sys.path:

@@ -125,3 +125,28 @@ def test_the_environment_of_a_child_names_no_working_folder(monkeypatch: pytest.
         assert safe_path.child_environment()["PYTHONPATH"] == str(ROOT)
     monkeypatch.setenv("PYTHONPATH", f":/opt/lib:{ROOT}")
     assert safe_path.child_environment()["PYTHONPATH"] == f"/opt/lib:{ROOT}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", ["cpu", "cpu_zero2"])
+def test_launched_processes_do_not_look_there(hostile: Path, tmp_path: Path, launch: str) -> None:
+    for name in ("sitecustomize.py", "usercustomize.py"):  # Python looks for them where accelerate points PYTHONPATH to
+        (hostile / name).unlink()
+    launcher = ["accelerate.commands.launch", "--config_file", str(ROOT / "launch" / f"{launch}.yaml")]
+    job = ["-m", "recover", "plan", str(QUICKSTART), "--runs", str(tmp_path / "runs"), *SMALL, "model.source=."]
+    done = call(hostile, "-P", "-m", *launcher, "--main_process_port", "0", *job)
+    assert imported(hostile) == [], done.stderr[-3000:]
+    assert done.returncode == 0 or launch != "cpu", done.stderr[-3000:]  # the other names its JSON from the checkout
+
+
+def test_what_accelerate_adds_is_dropped_and_what_a_user_names_is_kept(hostile: Path) -> None:
+    code = "from recover.safe_path import leave_working_folder as f; f(); import argparse"
+    started = hostile.parent / "start.py"
+    started.write_text(code)
+    added = os.pathsep.join([str(ROOT), str(hostile)])
+    for name in ("sitecustomize.py", "usercustomize.py"):
+        (hostile / name).unlink()
+    assert call(hostile, str(started), PYTHONPATH=added, ACCELERATE_MIXED_PRECISION="no").returncode == 0
+    assert imported(hostile) == []
+    assert call(hostile, str(started), PYTHONPATH=added).returncode == 0
+    assert imported(hostile) == ["argparse.py"]
