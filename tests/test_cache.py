@@ -420,9 +420,11 @@ def test_plan_refuses_a_full_disk_but_counts_what_is_there(tmp_path, monkeypatch
 def test_left_over_temporary_files_go_only_when_old(tmp_path):
     cache = StateCache(tmp_path, {"a": 1})
     cache.write({row_key([1], [0]): torch.ones(1, 2)})
-    old, new = (cache.folder / f".{name}.safetensors.7.tmp" for name in ("old", "new"))
-    for path in (old, new):
+    old, new = (cache.folder / f".{digit * 64}.safetensors.7.tmp" for digit in "0a")
+    others = cache.folder / ".notes.7.tmp"
+    for path in (old, new, others):
         path.write_bytes(b"x")
     os.utime(old, (0, 0))
+    os.utime(others, (0, 0))
     cache.tidy()
-    assert not old.exists() and new.exists()
+    assert not old.exists() and new.exists() and others.exists()

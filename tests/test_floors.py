@@ -17,6 +17,8 @@ FLOORS = {
     "recover.console": 0,
     "recover.artifacts": 0,
     "recover.run_directory": 0,
+    "recover.ownership": 0,
+    "recover.safe_path": 0,
     "recover.signals": 0,
     "recover.provenance": 0,
     "recover.places": 0,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from recover import artifacts
 from recover.errors import ArtifactError, ExportError, RecoverError
+from recover.safe_path import child_environment
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,7 @@ def verify(folder: Path, expected: Path, plan: Path, out: Path) -> dict[str, Any
     everything that differs.
     """
     options = ["--expected", str(expected), "--plan", str(plan), "--out", str(out)]
-    command = [sys.executable, "-m", "recover.export.verify", str(folder), *options]
+    command = [sys.executable, "-P", "-m", "recover.export.verify", str(folder), *options]
     out.unlink(missing_ok=True)
     done = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)
     if not out.is_file():
@@ -70,11 +70,10 @@ def verify(folder: Path, expected: Path, plan: Path, out: Path) -> dict[str, Any
 
 
 def _environment() -> dict[str, str]:
-    """One process, no rendezvous; offline, because the folder must be enough."""
+    """One process, no rendezvous, no module of the working folder; offline, because the folder must be enough."""
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    ours = {k: v for k, v in os.environ.items() if k not in launcher and not k.startswith("ACCELERATE_")}
-    path = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
-    return {**ours, "PYTHONPATH": os.pathsep.join(filter(None, path)), "HF_HUB_OFFLINE": "1"}
+    kept = {k: v for k, v in child_environment().items() if k not in launcher and not k.startswith("ACCELERATE_")}
+    return {**kept, "HF_HUB_OFFLINE": "1"}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -24,7 +24,7 @@ from recover.artifacts import read_json, write_json
 from recover.errors import ArtifactError, StopRequested
 from recover.measure.prompts import encode_prompt
 from recover.recipe import PrunedText, Recover
-from recover.train.checkpoints import PRUNED_TEXT
+from recover.train.checkpoints import PRUNED_TEXT, discard_texts
 from recover.train.prompted import answered, fitting_prompts, in_rounds, write_together
 from recover.train.sources import Sample
 from recover.train.stopping import Interrupted
@@ -207,9 +207,7 @@ class _OwnText:
     def _forget_after(self, window: int) -> None:
         """What was written after a moment that was gone back to was written by another model."""
         last = self._path(max(window, 0)).name if window >= 0 else ""
-        for path in self.folder.glob(f"{self.number}-*.json"):
-            if path.name > last:
-                path.unlink()
+        discard_texts(self.folder, str(self.number), after=last)
 
 
 def cut_to(samples: Sequence[Sample], budget: int, scored: str) -> list[Sample]:
