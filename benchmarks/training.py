@@ -6,7 +6,7 @@
 Random weights in bfloat16, blocks dropped, LoRA of rank 64 on all linears, KL. Nothing is called by hand: text from a
 file, trl's trainer, clipping, AdamW, checkpoints. 32 sequences a step: a prompt of 40 to 160 tokens without loss, an
 answer of some 190 tokens that is scored. Rows of one shape train on the same text from the same weights, so their
-losses must agree.
+losses must agree. `--ways` takes trl's trainers too (`training_trl.py`).
 
 `steps`: median over the steps after the first tenth. `training`: all scored tokens over the whole time of training,
 recording of graphs included.
@@ -48,10 +48,12 @@ from recover.prune.plan import Plan
 from recover.recipe import Recover
 from recover.train import trainer
 from recover.train.checkpoints import STEPS
+from recover.train.data import build_dataset
 
 BATCH, RANK = 32, 64
 COLUMNS = ("prompt", "completion")
 WAYS = {"kernel by kernel": 0, "CUDA graphs": trainer.LARGEST_GRAPHED}
+PEERS = ("trl's GKD", "trl's SFT, packed")
 
 
 def write_text(path: Path, sequences: int, shrink: int) -> int:
@@ -70,12 +72,8 @@ def write_text(path: Path, sequences: int, shrink: int) -> int:
     return scored
 
 
-def trained(name: str, largest: int, text: Path, tokens: int, folder: Path, *, profile: bool) -> dict[str, Any]:
-    """One training; its figures."""
-    shape = SHAPES[name]
-    bench = Bench(shape, dist.device(), 1, 1024, 2048)
-    twin = Twin(bench.dense(), Plan("depth", shape.blocks, tuple(range(*shape.dropped))))
-    leaf = Recover.model_validate(
+def leaf_of(text: Path, tokens: int) -> Recover:
+    return Recover.model_validate(
         {
             "data": [{"kind": "given", "source": str(text), "columns": {name: name for name in COLUMNS}}],
             "epochs": 1,
@@ -85,11 +83,24 @@ def trained(name: str, largest: int, text: Path, tokens: int, folder: Path, *, p
             "lora": {"rank": RANK},
         }
     )
+
+
+def trained(name: str, way: str, text: Path, tokens: int, folder: Path, *, profile: bool) -> dict[str, Any]:
+    """One training; its figures."""
+    shape, leaf = SHAPES[name], leaf_of(text, tokens)
+    bench = Bench(shape, dist.device(), 1, 1024, 2048)
+    twin = Twin(bench.dense(), Plan("depth", shape.blocks, tuple(range(*shape.dropped))))
+    if way in PEERS:
+        import training_trl
+
+        rows = build_dataset(leaf, twin, byte_tokenizer(), 0, folder)
+        del twin
+        return training_trl.trained(bench, way, rows, BATCH, RANK, len(rows) // BATCH, folder)
     contexts: list[dict[str, Any]] = []
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     tracer = cProfile.Profile() if profile else None
-    with patch.object(trainer, "LARGEST_GRAPHED", largest):
+    with patch.object(trainer, "LARGEST_GRAPHED", WAYS[way]):
         if tracer:
             tracer.enable()
         trainer.recover(twin, byte_tokenizer(), leaf, folder, lambda _epoch, context: contexts.append(context), seed=0)
@@ -134,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["135M", "0.5B", "1.5B"])
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=[*WAYS, *PEERS], default=[*WAYS])
     parser.add_argument("--steps", type=int, default=100, help="of each training (%(default)s)")
     parser.add_argument("--profile", action="store_true", help="also print where Python spends its time")
     options = parser.parse_args(arguments)
@@ -150,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for shape in options.shapes:
         for way in options.ways:
             run = folder / f"{shape}-{way}".replace(" ", "-")
-            row = trained(shape, WAYS[way], text, tokens, run, profile=options.profile)
+            row = trained(shape, way, text, tokens, run, profile=options.profile)
             found["rows"].append({"shape": shape, "way": way, **row})
             options.out.write_text(json.dumps(found, indent=1))
             print(f"{time.monotonic() - started:4.0f} s: {shape}, {way}: {row['steps']:,.0f} tokens/s", flush=True)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--table", nargs="+", default=[], help="variants of these tables of variants.yaml")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--beside", type=int, default=2, help="runs at a time (default: %(default)s)")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs that runs are spread over (default: %(default)s)")
     parser.add_argument("--limit-seconds", type=float, default=float("inf"), help="leave nothing running after this")
     parser.add_argument("--until", default="after", help="last stage of each run (default: %(default)s)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="recipe fields of every variant")
@@ -125,6 +127,7 @@ class Running:
     log: IO[bytes]
     started: float
     lent: list[str]
+    gpu: int
 
 
 class Experiments:
@@ -188,10 +191,14 @@ class Experiments:
         command += ["--run-one", variant.name, "--seeds", str(variant.seed), "--until", self.options.until]
         if self.options.set:
             command += ["--set", *self.options.set]
+        gpu = min(range(self.options.gpus), key=[run.gpu for run in self.running].count)
+        alone = {"CUDA_VISIBLE_DEVICES": str(gpu)} if self.options.gpus > 1 else {}
         file = log.open("ab")
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env={**os.environ, **alone}
+        )
         common = common_work(recipe)
-        self.running.append(Running(variant, folder, common, process, file, time.monotonic(), lent))
+        self.running.append(Running(variant, folder, common, process, file, time.monotonic(), lent, gpu))
         self._say(f"{variant.run}: started" + (f", with {', '.join(lent)} of others" if lent else ""))
 
     def _collect(self) -> None:
