@@ -1,10 +1,12 @@
-"""A whole training step of a 7B shape: recover's against two plain models, at the same tokens, in one run.
+"""A whole training step: recover's against two plain models, at the same tokens, in one run.
 
-    python benchmarks/step.py --out step.json        # one CUDA GPU with 140 GB, two to three minutes
+    python benchmarks/step.py --out step.json        # 7B shape; one CUDA GPU with 140 GB, two to three minutes
+    python benchmarks/step.py --shape 0.5B --batch 32 --length 288 --only 0 1 2 --out x.json
     python benchmarks/step.py --tiny --out x.json    # CPU, seconds: shows that all rows compute the same, not how fast
 
-Qwen2.5-7B's shape with random weights in bfloat16 (logits as peaked as a trained model's), random tokens, every one but
-the first scored; 28 dense blocks, a student of 20 (blocks 16 to 23 dropped), LoRA of rank 16 on all seven linears, KL.
+Qwen2.5-7B's shape, or another's (`--shape`), with random weights in bfloat16 (logits as peaked as a trained model's),
+random tokens, every one but the first scored; 28 dense blocks, a student of 20 (blocks 16 to 23 dropped), LoRA of rank
+16 on all seven linears, KL.
 A step is both passes, the loss, backward, clipping and AdamW. Plain: the student is a stock model of 20 blocks with
 peft, the teacher another one, full logits. Where states are known, what `recover.cache` reads from disk stands in
 pinned host memory.
@@ -32,7 +34,7 @@ from typing import Any
 
 import torch
 import transformers
-from step_cost import SEVEN, SMALL, flops, matrix_rate, seconds, shares
+from step_cost import SHAPES, SMALL, flops, matrix_rate, seconds, shares
 from step_models import RANK, Bench, Built
 from torch import Tensor, nn
 
@@ -65,6 +67,7 @@ def rows_of(bench: Bench) -> list[Row]:
     rows = [
         Row("plain", "cut", whole, lambda: plain("kl", dropped=cut)),
         Row("recover", "cut", whole, lambda: ours(dropped=cut)),
+        Row("recover, packed, CUDA graphs", "cut", whole, lambda: bench.graphed(dropped=cut)),
         Row("recover, after the cut", "cut", short, lambda: ours(dropped=cut, blocks="after_cut")),
         Row(
             "recover, after the cut, states and prefix known",
@@ -106,8 +109,7 @@ def measured(bench: Bench, row: Row, repeats: int, *, profile: bool) -> dict[str
         optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=cuda)
 
         def step() -> Tensor:
-            loss = built.loss(bench.ids_BT)
-            loss.backward()
+            loss = built.pass_and_back(bench.ids_BT)
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -145,8 +147,7 @@ def first_step(bench: Bench, built: Built) -> dict[str, float]:
         for parameter in behind:
             if bool((parameter != 0).any()):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5)
-    loss = built.loss(bench.ids_BT)
-    loss.backward()
+    loss = built.pass_and_back(bench.ids_BT)
     square = sum(float(each.grad.float().square().sum()) for each in behind if each.grad is not None)
     built.model.zero_grad(set_to_none=True)
     return {"kl": float(loss.detach()), "gradient": square**0.5}
@@ -185,6 +186,7 @@ def markdown(found: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a tiny shape in float32 on the CPU")
+    parser.add_argument("--shape", choices=list(SHAPES), default="7B", help="of the model (%(default)s)")
     parser.add_argument("--batch", type=int, default=4, help="sequences of a step (%(default)s)")
     parser.add_argument("--length", type=int, default=2048, help="their tokens (%(default)s)")
     parser.add_argument("--chunk", type=int, default=2048, help="recover's loss.chunk (%(default)s)")
@@ -198,7 +200,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() and not options.tiny else "cpu")
     if device.type == "cpu":
         options.batch, options.length = 2, 48
-    bench = Bench(SEVEN if device.type == "cuda" else SMALL, device, options.batch, options.length, options.chunk)
+    bench = Bench(
+        SHAPES[options.shape] if device.type == "cuda" else SMALL, device, options.batch, options.length, options.chunk
+    )
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     found: dict[str, Any] = {"rows": [], "matrix_rate": matrix_rate(device)}
     for number, row in enumerate(rows_of(bench)):

@@ -48,7 +48,15 @@ class Shape:
 
 
 SEVEN = Shape(blocks=28, width=3584, intermediate=18_944, heads=28, kv_heads=4, vocabulary=152_064, dropped=(16, 24))
+# SmolLM2-135M, Qwen2.5-0.5B and Qwen2.5-1.5B.
+TENTH = Shape(blocks=30, width=576, intermediate=1536, heads=9, kv_heads=3, vocabulary=49_152, dropped=(18, 24))
+HALF = Shape(blocks=24, width=896, intermediate=4864, heads=14, kv_heads=2, vocabulary=151_936, dropped=(15, 17))
+ONE_AND_A_HALF = Shape(
+    blocks=28, width=1536, intermediate=8960, heads=12, kv_heads=2, vocabulary=151_936, dropped=(20, 22)
+)
 SMALL = Shape(blocks=6, width=64, intermediate=160, heads=4, kv_heads=2, vocabulary=512, dropped=(3, 5))
+
+SHAPES = {"135M": TENTH, "0.5B": HALF, "1.5B": ONE_AND_A_HALF, "7B": SEVEN, "tiny": SMALL}
 
 
 def flops(shape: Shape, batch: tuple[int, ...], rank: int, passes: tuple[int, int, int]) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
 from step_cost import Shape
@@ -19,11 +20,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from recover.distill.distiller import Distiller
+from recover.distill.graphs import GraphedPasses
 from recover.models.lean import LeanAttention, LeanMlp, LeanNorm
 from recover.models.masked_lora import lora_layers
+from recover.models.packed_attention import NAME
+from recover.models.step_attention import attending
 from recover.models.twin import Twin
 from recover.prune.plan import Plan
 from recover.recipe import Lora, Loss
+from recover.train.data import packer, with_scored
 
 RANK = 16
 LOGIT_SPREAD = 5.5  # standard deviation of a logit
@@ -32,10 +37,22 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass(frozen=True)
 class Built:
-    """A model to train, and what makes one step's mean KL per token of a batch (B, T), with gradient."""
+    """A model to train, and what makes one step's mean KL per token of a batch (B, T), with gradient.
+
+    `replayed` does so with backward, in place of both.
+    """
 
     model: Any
     loss: Callable[[Tensor], Tensor]
+    replayed: Callable[[Tensor], Tensor] | None = None
+
+    def pass_and_back(self, ids_BT: Tensor) -> Tensor:
+        """The loss, its gradient added to that of the model's parameters."""
+        if self.replayed is not None:
+            return self.replayed(ids_BT)
+        loss = self.loss(ids_BT)
+        loss.backward()
+        return loss.detach()
 
 
 class Bench:
@@ -105,6 +122,7 @@ class Bench:
                 one._cast_input_dtype = lora.Linear._cast_input_dtype.__get__(layer)
         prepare(twin.model, checkpointing)
         distiller = Distiller(twin, Loss(chunk=self.chunk))
+        self.distillers = [distiller]
         options: dict[str, Any] = {"distill": distiller}
         if known != "nothing":
             states = self.states(twin, distiller, prefix=known == "all")
@@ -115,6 +133,31 @@ class Bench:
             return sums["loss"] / sums["tokens"]
 
         return Built(twin.model, run)
+
+    def graphed(self, *, dropped: Sequence[int]) -> Built:
+        """recover's twin, its sequences packed into one row, its passes replayed as CUDA graphs."""
+        built = self.recover(dropped=dropped)
+        twin_model: Any = built.model
+        distiller = self.distillers[-1]
+        graphs = GraphedPasses(distiller, [each for each in twin_model.parameters() if each.requires_grad])
+        rows = [{"input_ids": ids_T, "completion_mask": ids_T != -1} for ids_T in self.ids_BT.cpu().numpy()]
+        made = with_scored(packer(0, "all", self.ids_BT.shape[1]))(rows)
+        batch = send_to_device(made, self.device)
+        tokens = len(batch["scored"][0])
+
+        def plain(_ids_BT: Tensor) -> Tensor:
+            with attending(distiller.packs, NAME):
+                return twin_model(**batch, distill=distiller)["loss"] / tokens
+
+        def replayed(ids_BT: Tensor) -> Tensor:
+            graphs.bring_gradients()
+            if self.device.type != "cuda" or not graphs.takes(batch):
+                loss = plain(ids_BT)
+                loss.backward()
+                return loss.detach()
+            return graphs.step(batch, torch.tensor(1 / tokens, device=self.device))["loss"].detach() / tokens
+
+        return Built(twin_model, plain, replayed)
 
     def states(self, twin: Twin, distiller: Any, *, prefix: bool) -> Any:
         """The dense model's states of the batch, in host memory."""

@@ -54,7 +54,7 @@ Generation is what recovery is judged by, so a recipe wants at least one `genera
 name: sums                    # my_task.yaml
 kind: generate
 data: sums.jsonl              # {"question": "What is 12 times 12?", "answer": "144"}
-prompt: "{question}"          # columns in braces
+prompt: "{question}"          # columns in braces: {column}, {column[key]}; a brace itself is written twice
 target: answer                # column: what is right; a text, a number, or a list of either
 answer: '-?\\d+'               # the last match in what the model writes is its answer; without this, all of the text
 ```

@@ -9,19 +9,24 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from recover import strict_json
+from recover import console, strict_json
 from recover.errors import ArtifactError
 
 MANIFEST = "MANIFEST.json"
 DONE = "DONE.json"  # the stamp of a finished stage, see run_directory.py
 REPLACED = ".replaced"  # `.NAME.replaced`: the folder NAME of before, until the new one has its name
 TEMPORARY = ".tmp"
+WRITING = ".writing"  # `.NAME.writing`: a folder that is not whole yet
+KEPT = ".kept"  # `NAME.kept`: files of others that lay in NAME when it was written anew
+SHOWN = 3  # files named in a message
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -152,43 +157,111 @@ def check_manifest(folder: Path) -> None:
         raise ArtifactError(f"{folder}: not what was written: {'; '.join(problems)}")
 
 
-def publish(folder_tmp: Path, folder: Path) -> None:
-    """Give `folder_tmp`, synced and with a manifest, the name `folder`; what had that name is deleted last.
+def publish(folder_tmp: Path, folder: Path, *, keep_edited: bool = False) -> None:
+    """Give `folder_tmp`, synced and with a manifest, the name `folder`; what we wrote under that name is deleted last.
+
+    Files that the old manifest does not list go to `NAME.kept` with a warning; with `keep_edited` also listed ones that
+    somebody changed, weights apart.
 
     Raises:
         ArtifactError: it could not be done; then the old folder still has its name.
     """
     old = folder.with_name(f".{folder.name}{REPLACED}")
     try:
-        _settle_one(old)
+        _settle_one(old, keep_edited=keep_edited)
         write_manifest(folder_tmp)
         if folder.exists():
             os.replace(folder, old)
         os.replace(folder_tmp, folder)
         _sync_folder(folder.parent)
     except OSError as error:
-        _settle_one(old)
+        with suppress(OSError):
+            _settle_one(old, keep_edited=keep_edited)
         raise explained(error, folder) from error
-    shutil.rmtree(old, ignore_errors=True)
+    with suppress(OSError):  # the new folder is there; `settle` goes on with the old one
+        _put_away(old, keep_edited=keep_edited)
 
 
-def settle(root: Path) -> None:
-    """Mend what a crash left under `root`: a folder between two names gets its name back, temporary files go."""
-    for old in list(root.rglob(f".*{REPLACED}")):
-        _settle_one(old)
-    for path in list(root.rglob(f".*{TEMPORARY}")):
-        if path.is_dir():
+def settle(folder: Path, names: str, *, keep_edited: bool = False) -> None:
+    """Mend what a crash left directly in `folder` of files and folders called `names` (an expression that a whole name
+    matches): a folder between two names gets its name back, what was being written goes. Nothing else is touched.
+    """
+    if not folder.is_dir():
+        return
+    ends = f"{re.escape(REPLACED)}|(?:\\.\\d+)?{re.escape(TEMPORARY)}|{re.escape(WRITING)}"
+    left = re.compile(f"\\.(?:{names})(?P<end>{ends})")
+    for path in sorted(folder.iterdir()):
+        match = left.fullmatch(path.name)
+        if match is None:
+            continue
+        if match["end"] == REPLACED:
+            _settle_one(path, keep_edited=keep_edited)
+        elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
 
 
-def _settle_one(old: Path) -> None:
+def discard(folder: Path, *, also: Collection[str] = (), keep_edited: bool = False) -> None:
+    """Delete what we wrote into `folder`, and then the folder, if nothing else is in it.
+
+    That is: the files that its manifest lists, those named in `also`, the manifest, the stamp. `keep_edited`: listed
+    files with other bytes stay, weights apart.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    listed = _entries(folder)
+    inside = folder.resolve()
+    for name in {*listed, *also}:
+        path = folder / name
+        if not path.parent.resolve().is_relative_to(inside) or not (path.is_file() or path.is_symlink()):
+            continue
+        edited = keep_edited and path.suffix != ".safetensors" and sha256(path) != listed.get(name, {}).get("sha256")
+        if not edited:
+            path.unlink(missing_ok=True)
+    for below in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+        _remove_empty(below)
+    for name in (DONE, MANIFEST):  # last, so that a crash before leaves what says which files are ours
+        (folder / name).unlink(missing_ok=True)
+    _remove_empty(folder)
+
+
+def _entries(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the manifest of a folder lists, nothing where it has none that can be read."""
+    try:
+        files = read_json(folder / MANIFEST)["files"]
+        return {
+            name: entry for name, entry in files.items() if isinstance(entry, dict) and ".." not in Path(name).parts
+        }
+    except (ArtifactError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # it holds something, or is a link
+        folder.rmdir()
+
+
+def _settle_one(old: Path, *, keep_edited: bool) -> None:
     folder = old.with_name(old.name[1:].removesuffix(REPLACED))
     if old.exists() and not folder.exists():
         os.replace(old, folder)
     elif old.exists():
-        shutil.rmtree(old)
+        _put_away(old, keep_edited=keep_edited)
+
+
+def _put_away(old: Path, *, keep_edited: bool) -> None:
+    """Delete a replaced folder as far as we wrote it; the rest gets a name that is free, and is named."""
+    discard(old, keep_edited=keep_edited)
+    files = sorted(path.relative_to(old).as_posix() for path in old.rglob("*") if not path.is_dir())
+    if not files:  # nothing is left, or empty folders that could not be removed now
+        return
+    name = old.name[1:].removesuffix(REPLACED)
+    free = (old.with_name(f"{name}{KEPT}{f'-{number}' if number > 1 else ''}") for number in count(1))
+    kept = next(path for path in free if not os.path.lexists(path))
+    os.replace(old, kept)
+    shown = ", ".join(files[:SHOWN]) + (f" and {len(files) - SHOWN} more" if len(files) > SHOWN else "")
+    console.warn(f"{old.with_name(name)}: was written anew; {shown}, not written by recover, is now in {kept}")
 
 
 def _listed(folder: Path) -> list[Path]:

@@ -181,13 +181,14 @@ class Bench:
             ModelError: the weights of a local model are not there, or cut short.
         """
         from recover.models.load import describe
-        from recover.models.source import check_weights, kind_of, locate
+        from recover.models.source import check_tied, check_weights, kind_of, locate
         from recover.train.prompted import fitting_prompts
         from recover.train.sources import check_given
         from recover.train.teacher_file import check_teacher
 
         if kind_of(self.recipe.model.source) == "folder":
             check_weights(locate(self.recipe.model))
+            check_tied(locate(self.recipe.model), describe(self.recipe.model).tied)
         assert self.tasks and self.probe_prompts()
         _ = self.calibration
         for source in self.recipe.recover.data:

@@ -23,6 +23,7 @@ from recover import (
     dist,
 )
 from recover.errors import RecoverError
+from recover.safe_path import leave_working_folder
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -109,6 +110,7 @@ for name, (command, lines) in COMMANDS.items():
 
 def main() -> None:
     """Entry point of `recover` and of `python -m recover`."""
+    leave_working_folder()
     try:
         app(prog_name="recover")
     except SystemExit as ended:

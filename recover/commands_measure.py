@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from recover import dist
 from recover.errors import RecipeError
+from recover.ownership import refuse_input
 from recover.recipe import Measure
 
 EXAMPLES = (
@@ -32,7 +33,9 @@ Include = Annotated[Path | None, typer.Option("--lm-eval-include", help="Folder 
 Allow = Annotated[
     bool, typer.Option("--allow-code-execution", help="Let code tasks run what the model writes, locked away.")
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="JSON file for all figures, samples, versions and machine.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="JSON file for all figures, samples, versions and machine; replaced.")
+]
 
 
 def measure(
@@ -67,6 +70,8 @@ def measure(
     )
     from recover import measuring
 
+    if out is not None:
+        refuse_input(out, (model, *names))
     # The launcher's processes share the items; without one this does nothing.
     dist.start()
     wanted = measuring.Wanted(tuple(names), harness, lm_eval_include)

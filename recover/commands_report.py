@@ -22,13 +22,16 @@ RunPaths = Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Run 
 def report(
     run_dirs: Folders,
     out: Annotated[
-        Path | None, typer.Option("--out", help="The page that compares several runs; default: beside the first.")
+        Path | None,
+        typer.Option(
+            "--out", help="The page that compares several runs, replaced when it is there; default: beside them."
+        ),
     ] = None,
 ) -> None:
     """Write the report of each run again, finished or not, and a comparison of several; of a diagnosis, its page."""
     from recover.report.collect import collect
     from recover.report.diagnosis import is_diagnosis, render_diagnosis
-    from recover.report.render import render
+    from recover.report.render import is_page, render
 
     roots = []
     for path in _folders(run_dirs):
@@ -36,11 +39,19 @@ def report(
             console.say(str(render_diagnosis(path)))
             continue
         directory = _existing(path)
+        if not directory.is_run:
+            raise ArtifactError(
+                f"{path}: has a recipe.yaml, and nothing that says that recover made this folder; a report would "
+                "replace files in it. Expected a run directory"
+            )
         render(directory.root, collect(directory.root))
         console.say(str(directory.report_html))
         roots.append(directory.root)
     if len(roots) > 1:
-        _compare_page(roots, out or roots[0].parent / "comparison.html")
+        beside = roots[0].parent / "comparison.html"
+        if out is None and beside.exists() and not is_page(beside):
+            raise ArtifactError(f"{beside}: is there and is no page of recover's; say with --out where to write")
+        _compare_page(roots, out or beside)
 
 
 def _compare_page(roots: list[Path], path: Path) -> None:
@@ -72,7 +83,9 @@ def show(run_dir: RunPath) -> None:
 
 def compare(
     run_dirs: RunPaths,
-    html: Annotated[Path | None, typer.Option("--html", help="Write it as a page with a picture, too.")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write it as a page with a picture, too; replaced when it is there.")
+    ] = None,
 ) -> None:
     """Put runs side by side, best recovered generation first; tasks as a share of what the dense model reaches."""
     from recover.report import compare_page

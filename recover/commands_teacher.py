@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from recover import console
+from recover.ownership import refuse_input
 
 EXAMPLES = (
     "recover teacher ORG/LARGE text.jsonl teacher.jsonl --top 64 --dtype bfloat16",
@@ -37,5 +38,6 @@ def teacher(
     """
     from recover import teaching
 
+    refuse_input(out, (text,))
     rows, tokens = teaching.write_teacher(model, dtype, text, out, top=top, length=length, batch_size=batch_size)
     console.say(f"wrote {out}: {tokens:,} positions of {rows:,} rows ({out.stat().st_size / 2**20:,.1f} MiB)")

@@ -16,6 +16,7 @@ from recover.artifacts import write_json, write_text
 from recover.errors import DataError
 from recover.json_lines import json_lines, unread
 from recover.models.source import kind_of
+from recover.ownership import begin_diagnosis
 
 if TYPE_CHECKING:
     from recover.probe.findings import Finding
@@ -54,6 +55,7 @@ def diagnose(
     of ours (there the run's plan says it).
 
     Raises:
+        ArtifactError: `out` holds something and is no diagnosis of ours; nothing in it was changed.
         DataError: nothing to probe with, or a file that cannot be used, by line. All are read before a model is loaded.
         ModelError: the two checkpoints are no pair (`load_pair`), or a model gives what is not finite.
     """
@@ -63,6 +65,7 @@ def diagnose(
 
     quiet_libraries()
     rows = _read(wanted)
+    dist.on_main(lambda: begin_diagnosis(out))
     pair, tokenizer = load_pair(dense, other, numbers or planned_blocks(other.source))
     key = _key(dense, other, wanted, leaf, pair)
     records, positions = _probe(pair, tokenizer, rows, wanted, leaf, out, key)

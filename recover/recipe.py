@@ -46,7 +46,11 @@ __all__ = [
 
 
 class Model(Leaf):
-    """The dense model: a hub id, a local folder, a GGUF file, or `embedded:NAME` (shipped with the package)."""
+    """The dense model: a hub id, a local folder, a GGUF file, or `embedded:NAME` (shipped with the package).
+
+    It must be whole. Tensors that are missing, left over or of another size are refused by name; so are files of an
+    adapter beside whole weights, and a GGUF file of which transformers would leave out biases or scaled positions.
+    """
 
     source: str
     revision: str | None = Field(default=None, description="of a hub model: branch, tag or commit")

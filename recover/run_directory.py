@@ -6,6 +6,7 @@ A stage is done when its stamp, written last, holds the same recipe leaves and i
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -13,11 +14,34 @@ from pathlib import Path
 from typing import Any
 
 from recover import console, strict_json
-from recover.artifacts import DONE, explained, read_json, settle, write_json
+from recover.artifacts import DONE, MANIFEST, explained, explaining, read_json, settle, write_json
 from recover.errors import ArtifactError
+from recover.ownership import mark, open_lock, owned, peek, refuse_foreign
 
 SHOWN_CHANGES = 3  # in the reason why a stage is stale
 NOT_DONE = "not done yet"
+
+KIND = "run"
+STAMP = re.escape(DONE)
+MEASURED = rf"measure\.json|generations\.json|probe\.jsonl?|{STAMP}"
+TRAINED = rf"(?:best|training|trial)\.json|steps\.jsonl|epoch-\d+|{STAMP}"
+# What a run writes, by folder, as expressions: a crash is mended of these names in these places and of no others.
+WRITTEN = {
+    ".": r"(?:RUN|env|verify|speed|forecast)\.json|recipe\.yaml|report\.(?:json|md|html)|expected\.safetensors|deploy",
+    "plan": rf"estimate\.json|{STAMP}",
+    "dense": MEASURED,
+    "prune": rf"plan\.json|(?:masks|weights)\.safetensors|written-[0-9a-f]+\.jsonl|{STAMP}",
+    "prune/parts": r"parts\.jsonl|part-\d+\.safetensors",
+    "before": MEASURED,
+    **{
+        f"{stage}{below}": names
+        for stage in ("recover", "trial")
+        for below, names in (("", TRAINED), ("/checkpoints", r"checkpoint-\d+"), ("/pruned_text", r"\d+-\d+\.json"))
+    },
+    "after": MEASURED,
+    "deploy": STAMP,
+    "report": STAMP,
+}
 
 
 class RunDirectory:
@@ -37,22 +61,55 @@ class RunDirectory:
         """Where a stage writes, and where its stamp lies."""
         return self.root / {"export": "deploy"}.get(stage, stage)
 
+    def refuse_foreign(self) -> None:
+        """Raise ArtifactError, with nothing written, if the folder holds something and is no run of ours."""
+        refuse_foreign(self.root, KIND, _stamped, "give another name (name=OTHER) or another --runs")
+
+    @property
+    def is_run(self) -> bool:
+        """Whether this folder was made by us as a run."""
+        return owned(self.root, KIND, _stamped)
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold this run for writing, alone; what an earlier crash left is settled first.
 
         Raises:
-            ArtifactError: another process holds it, by its id, or the folder cannot be written.
+            ArtifactError: the folder holds something and is no run of ours; another process holds it, by its id; or it
+                cannot be written. Nothing in it was changed then.
         """
+        self.refuse_foreign()
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            file = open(self.root / ".lock", "a+")  # noqa: SIM115  closed below; the lock lives as long as it is open
+            file = open_lock(self.root)
         except OSError as error:
             raise explained(error, self.root) from error
         with file:
             self._hold(file)
-            settle(self.root)
+            mark(self.root, KIND)
+            self.settle()
             yield
+
+    def settle(self) -> None:
+        """Mend what a crash left, of the names that a run writes, where it writes them."""
+        with explaining(self.root):
+            for below, names in WRITTEN.items():
+                settle(self.root / below, names, keep_edited=below == ".")
+            if self.deploy.is_symlink():
+                deploy = self.deploy.resolve()
+                settle(deploy.parent, re.escape(deploy.name), keep_edited=True)
+
+    def refuse_foreign_deploy(self) -> None:
+        """Raise ArtifactError if `deploy` holds files and no manifest of ours: an export would replace them."""
+        try:
+            found = [] if not self.deploy.exists() else sorted(path.name for path in self.deploy.iterdir())
+        except OSError as error:
+            raise explained(error, self.deploy) from error
+        if found and MANIFEST not in found and found != [DONE]:
+            raise ArtifactError(
+                f"{self.deploy}: holds {found[0]} and no {MANIFEST}, so it is no export of ours, and an export would "
+                "take its place: move it away"
+            )
 
     def _hold(self, file: Any) -> None:
         import fcntl
@@ -101,6 +158,16 @@ class RunDirectory:
         shown = [_change(name, before, now) for name in changed[:SHOWN_CHANGES]]
         more = len(changed) - SHOWN_CHANGES
         return "; ".join(shown) + (f"; and {more} more" if more > 0 else "")
+
+
+def _stamped(root: Path) -> bool:
+    """Whether a stage of ours was finished here: every run of earlier versions holds such a stamp."""
+    folders = ["plan", "dense", "prune", "before", "recover", "trial", "after", "deploy", "report"]
+    return any(_is_stamp(peek(root / folder / DONE), {"deploy": "export"}.get(folder, folder)) for folder in folders)
+
+
+def _is_stamp(value: Any, stage: str) -> bool:
+    return isinstance(value, dict) and value.get("stage") == stage and isinstance(value.get("fingerprint"), dict)
 
 
 def _change(name: str, before: dict[str, Any], now: dict[str, Any]) -> str:

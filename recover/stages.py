@@ -70,6 +70,8 @@ def run(recipe: Recipe, root: Path, *, until: str = "report", start: str | None 
     libraries = time.perf_counter() - began
     directory = RunDirectory(root / recipe.name)
     with graceful_stop(), directory.lock() if dist.is_main() else nullcontext():
+        if until in ("export", "report") and dist.is_main():
+            directory.refuse_foreign_deploy()
         bench = Bench(recipe, directory)
         for stage in STAGES[: STAGES.index(until) + 1]:
             forced = start is not None and STAGES.index(stage) >= STAGES.index(start)

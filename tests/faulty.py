@@ -27,7 +27,7 @@ from recover import artifacts
 from recover.errors import RecoverError
 from recover.models.twin import Twin
 from recover.prune.plan import Plan
-from recover.run_directory import RunDirectory
+from recover.run_directory import TRAINED, RunDirectory
 from recover.signals import graceful_stop
 from recover.train.checkpoints import STEPS, Checkpoints
 from recover.train.distil_trainer import RecoverTrainer
@@ -119,7 +119,8 @@ def newest_is_listed(recover: Path) -> str | None:
     """Nothing that was published is lost: the newest that verifies is the newest of the list, or newer."""
     if not (recover / "checkpoints.jsonl").exists() or not (recover / "checkpoints").exists():
         return None
-    artifacts.settle(recover)
+    artifacts.settle(recover, TRAINED)
+    artifacts.settle(recover / "checkpoints", r"checkpoint-\d+")
     training = artifacts.read_json(recover / "training.json")
     if training["finished"]:
         return None

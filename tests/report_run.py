@@ -43,6 +43,7 @@ def build_run(root: Path, *, name: str = "tiny-drop4", kind: str = "depth", with
     """Write the run and return its folder; `without` names files, relative to it, that are left out."""
     folder = root / name
     files: dict[str, Any] = {
+        "RUN.json": {"made_by": "recover", "kind": "run"},
         "recipe.yaml": _recipe(name, kind),
         "env.json": {
             "versions": {"torch": "2.13.0", "transformers": "5.23.0"},

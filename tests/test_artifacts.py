@@ -57,7 +57,7 @@ def test_a_file_is_old_or_new_after_any_failure(tmp_path: Path) -> None:
     for folder, done in every_failure(tmp_path, lambda folder: artifacts.write_json(folder / "a.json", old), work):
         found = artifacts.read_json(folder / "a.json")
         assert found == new if done else found in (old, new)
-        artifacts.settle(folder)
+        artifacts.settle(folder, r"a\.json")
         assert [path.name for path in folder.iterdir()] == ["a.json"]
 
 
@@ -91,7 +91,7 @@ def test_a_published_folder_is_old_or_new_after_any_failure(tmp_path: Path, repl
         artifacts.publish(folder / "best.tmp", folder / "best")
 
     for folder, done in every_failure(tmp_path, prepare, work):
-        artifacts.settle(folder)
+        artifacts.settle(folder, "best")
         if not (folder / "best").exists():
             assert not replaces and not done
         else:

@@ -28,7 +28,7 @@ from recover.prune.plan import Plan
 from recover.recipe import Cache, Lora, Loss, Recover, load_recipe
 from recover.train import caching as training
 from recover.train.caching import TrainingStates, text_rows, with_states
-from recover.train.data import collator
+from recover.train.data import packer
 from recover.train.trainer import recover
 
 WEIGHTS = Loss(kl=1.0, variance=0.3, ce=0.2)
@@ -126,7 +126,7 @@ def text(count=7, seed=4):
     ]
 
 
-COLLATE = collator(0, "completion")
+COLLATE = packer(0, "completion", 64)
 
 
 def states_of(folder, twin=None, *, prefix=True):
@@ -148,8 +148,7 @@ def test_what_is_read_is_what_was_computed(tmp_path):
         data = COLLATE([rows[number] for number in numbers])
         expected = states.distiller.dense_states(states.distiller.twin.base, **data)
         found = with_states(COLLATE, again.read)([rows[number] for number in numbers])["states"]()
-        real = data["attention_mask"].bool()
-        for one, other in ((found.h_ND, expected.h_ND), (found.prefix_BTD[real], expected.prefix_BTD[real])):
+        for one, other in ((found.h_ND, expected.h_ND), (found.prefix_BTD, expected.prefix_BTD)):
             assert torch.equal(one, other) if same else torch.allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
@@ -176,7 +175,7 @@ def test_what_is_there_is_not_computed_again(tmp_path, monkeypatch):
     monkeypatch.setattr(
         Distiller,
         "dense_states",
-        lambda self, *a, **batch: computed.append(len(batch["labels"])) or stock(self, *a, **batch),
+        lambda self, *a, **batch: computed.append(len(batch["packing"][1]) - 1) or stock(self, *a, **batch),
     )
     states_of(tmp_path, prefix=False).fill(rows[:4], COLLATE, 2)
     assert computed == [2, 2]
@@ -421,9 +420,11 @@ def test_plan_refuses_a_full_disk_but_counts_what_is_there(tmp_path, monkeypatch
 def test_left_over_temporary_files_go_only_when_old(tmp_path):
     cache = StateCache(tmp_path, {"a": 1})
     cache.write({row_key([1], [0]): torch.ones(1, 2)})
-    old, new = (cache.folder / f".{name}.safetensors.7.tmp" for name in ("old", "new"))
-    for path in (old, new):
+    old, new = (cache.folder / f".{digit * 64}.safetensors.7.tmp" for digit in "0a")
+    others = cache.folder / ".notes.7.tmp"
+    for path in (old, new, others):
         path.write_bytes(b"x")
     os.utime(old, (0, 0))
+    os.utime(others, (0, 0))
     cache.tidy()
-    assert not old.exists() and new.exists()
+    assert not old.exists() and new.exists() and others.exists()

@@ -18,6 +18,8 @@ FLOORS = {
     "recover.artifacts": 0,
     "recover.clock": 0,
     "recover.run_directory": 0,
+    "recover.ownership": 0,
+    "recover.safe_path": 0,
     "recover.signals": 0,
     "recover.provenance": 0,
     "recover.places": 0,

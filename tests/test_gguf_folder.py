@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf_checkpoint import VARIANTS, checkpoint
+from gguf_checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recover import artifacts, recipe
@@ -36,11 +36,16 @@ def written(monkeypatch) -> list[Path]:
     """The files that are converted, as often as they are."""
     found: list[Path] = []
     write = gguf_folder.write_stock
-    monkeypatch.setattr(gguf_folder, "write_stock", lambda path, folder: (found.append(path), write(path, folder))[1])
+
+    def noted(path: Path, folder: Path, *, shown: Path) -> None:
+        found.append(shown)
+        write(path, folder, shown=shown)
+
+    monkeypatch.setattr(gguf_folder, "write_stock", noted)
     return found
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "qwen3"])
+@pytest.mark.parametrize("variant", ["llama", "mistral", "qwen2"])  # transformers misreads others, which are refused
 def test_the_folder_holds_what_transformers_reads_of_the_file(tmp_path, monkeypatch, variant):
     monkeypatch.setenv("RECOVER_CACHE", str(tmp_path / "cache"))
     path = write_gguf(checkpoint(tmp_path / "deploy", variant), tmp_path / "model.gguf")
@@ -63,9 +68,7 @@ def test_tensors_that_transformers_would_fill_with_random_numbers_are_refused(fi
         self.tensors = [tensor for tensor in self.tensors if tensor.name != "blk.2.ffn_up.weight"]
 
     monkeypatch.setattr(gguf.GGUFReader, "__init__", cut)
-    with pytest.raises(
-        ModelError, match=r"the GGUF file lacks 1 tensors of its model, such as model\.layers\.2\.mlp\.up"
-    ):
+    with pytest.raises(ModelError, match=r"model\.gguf: lacks 1 tensors of its model \(blk\.2\.ffn_up\.weight\)"):
         load_model(leaf(file))
     assert list((file.parent / "cache" / "gguf").iterdir()) == []
 
@@ -75,7 +78,7 @@ def test_a_file_is_opened_once_and_the_package_is_as_before(file, monkeypatch):
     made = stock.__init__
     monkeypatch.setattr(stock, "__init__", lambda self, *given: (opened.append(given[0]), made(self, *given))[1])
     load_model(leaf(file))
-    assert list(map(str, opened)) == [str(file)]
+    assert [Path(path).name for path in opened] == [file.name]
     assert gguf.GGUFReader is stock and gguf.get_tensor_name_map is names
     assert type(gguf.GGUFReader(file).data).__name__ == "memmap"
 
@@ -100,11 +103,11 @@ def test_it_is_converted_and_hashed_once_until_it_changes(file, written, monkeyp
 def test_of_two_runs_the_second_waits_for_the_first(file, written, monkeypatch):
     write, begun = gguf_folder.write_stock, threading.Event()
 
-    def slowly(path: Path, folder: Path) -> None:
+    def slowly(path: Path, folder: Path, *, shown: Path) -> None:
         begun.set()
         second.join(1.0)
         assert second.is_alive(), "the second run did not wait"
-        write(path, folder)
+        write(path, folder, shown=shown)
 
     monkeypatch.setattr(gguf_folder, "write_stock", slowly)
     found: list[Path] = []

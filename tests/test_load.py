@@ -153,7 +153,11 @@ FAULTS = {
         lambda f: edit_json(f / "config.json", num_hidden_layers=5),
         "9 tensors belong to no part of it",
     ),
-    "other width": ("one", lambda f: edit_json(f / "config.json", intermediate_size=100), "cannot be loaded"),
+    "other width": (
+        "one",
+        lambda f: edit_json(f / "config.json", intermediate_size=100),
+        r"\[96, 64\] in the weights, \[100, 64\] by|\[64, 96\] in the weights, \[64, 100\] by",
+    ),
     "tensor missing": ("one", drop_tensor, r"1 tensors are missing from the weights, such as model\.norm\.weight"),
     "NaN": ("one", lambda f: put(f, float("nan")), r"model\.layers\.3\.mlp\.up_proj\.weight holds NaN or infinite"),
     "infinity": ("one", lambda f: put(f, float("-inf")), "holds NaN or infinite"),

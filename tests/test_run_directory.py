@@ -71,8 +71,8 @@ def test_the_second_writer_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: 
             pass
     holder.kill()
     holder.communicate()
-    (tmp_path / ".best.replaced").mkdir()
-    (tmp_path / ".best.replaced" / "a.txt").write_text("old")
+    (tmp_path / ".deploy.replaced").mkdir()
+    (tmp_path / ".deploy.replaced" / "a.txt").write_text("old")
     with RunDirectory(tmp_path).lock():
-        assert (tmp_path / "best" / "a.txt").read_text() == "old"
+        assert (tmp_path / "deploy" / "a.txt").read_text() == "old"
         assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"

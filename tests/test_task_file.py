@@ -4,6 +4,7 @@ import gzip
 import json
 import sys
 import types
+import uuid
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from recover.errors import DataError, RecipeError
 from recover.measure.task_file import load_task
 from recover.measure.task_items import program
 from recover.measure.task_kinds import FILES, Choice, Question, Search
+from recover.measure.task_rows import filled
 
 CODE = {"kind": "code", "prompt": "{q}"}
 RETRIEVAL = {"kind": "retrieval"}
@@ -26,7 +28,7 @@ RETRIEVAL = {"kind": "retrieval"}
         (["{broken"], GENERATE, r"task.jsonl:1: not JSON"),
         (["[1]"], GENERATE, "task.jsonl:1: found list, expected one JSON object a line"),
         ([{"q": "w5"}], GENERATE, "task.jsonl:1: no column 'answer', found q"),
-        ([{"answer": "w5"}], GENERATE, r"task.jsonl:1: prompt '\{q\}' asks for 'q', found columns answer"),
+        ([{"answer": "w5"}], GENERATE, r"task.jsonl:1: prompt '\{q\}' asks for \{q\}, found columns answer"),
         ([{"q": "w5", "answer": " "}], GENERATE, "task.jsonl:1: column 'answer' is empty"),
         ([{"q": "w5", "answer": []}], GENERATE, "task.jsonl:1: column 'answer' is empty"),
         ([{"q": "w", "options": "ab", "label": 0}], CHOICE, "column 'options': found 'ab', expected a list of two"),
@@ -39,7 +41,7 @@ RETRIEVAL = {"kind": "retrieval"}
         ([{}], {**GENERATE, "limt": 3}, r"task.yaml: limt: unknown field. Did you mean 'limit'"),
         ([{"q": "w", "a": "x", "label": 1}], {**CHOICE, "options": ["a", "b"]}, "no column 'b', found q, a, label"),
         ([{"q": "w", "options": ["a", "b"], "label": "C", "l": ["A", "B"]}], {**CHOICE, "labels": "l"}, "found 'C'"),
-        ([{"q": "w"}], {**CODE, "program": "{text}{tests}"}, "task.jsonl:1: program '{text}{tests}' asks for 'tests'"),
+        ([{"q": "w"}], {**CODE, "program": "{text}{tests}"}, "task.jsonl:1: program '{text}{tests}' asks for {tests}"),
         ([{"query": "w", "documents": ["a"], "relevant": 0}], RETRIEVAL, r"expected a list of 2\+ texts"),
         ([{"query": "w", "documents": ["a", "b"], "relevant": [2]}], RETRIEVAL, "expected indices from 0 to 1"),
         ([{"query": "w", "documents": ["a", "b"], "relevant": []}], RETRIEVAL, "expected indices from 0 to 1"),
@@ -179,3 +181,41 @@ def test_every_task_of_the_benchmarks_is_well_formed(path):
     tree = strict_yaml.read(path)
     file = FILES[tree["kind"]].model_validate(tree)
     assert file.name == path.stem
+
+
+ROW = {
+    "q": "w5",
+    "n": 3,
+    "Long name": "l",
+    "doc": {"a": ["x", {"b": "y"}], "0": "zero"},
+    "a.b": "dotted",
+    "id": uuid.UUID(int=7),
+}
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{q}?", "w5?"),
+        ("{n}{Long name}{a.b}", "3ldotted"),
+        ("{doc[a][0]} {doc[a][1][b]} {doc[0]}", "x y zero"),
+        ("{{q}} {{{q}}}", "{q} {w5}"),
+        ("{id}", "00000000-0000-0000-0000-000000000007"),
+        ("no field", "no field"),
+    ],
+)
+def test_columns_and_keys_are_filled_in(template, expected):
+    assert filled(template, ROW, "here") == expected
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        *("{q.upper}", "{id.__class__}", "{id.__init__.__globals__[os].environ[PATH]}", "{doc[a].copy}", "{id.int}"),
+        *("{q:>2000000000}", "{n:>{n}}", "{q!r}", "{doc[a]!s:5}", "{}", "{0}", "{", "}", "{q", "{doc[a}", "{doc[c]}"),
+        *("{doc[a][2]}", "{doc[a][b]}", "{q[0]}", "{n[0]}", "{doc[__class__]}", "{doc[a][__len__]}", "{gone}"),
+    ],
+)
+def test_nothing_else_is_done_in_a_template(template):
+    with pytest.raises(DataError, match=r"^here: prompt "):
+        filled(template, ROW, "here")

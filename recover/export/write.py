@@ -26,14 +26,17 @@ def write_checkpoint(
     record: dict[str, Any],
     max_shard_size: str = "5GB",
 ) -> Path:
-    """Publish `model` (a stock model, from `merge`) under `folder` in one rename, replacing what is there.
+    """Publish `model` (a stock model, from `merge`) under `folder` in one rename, replacing what we wrote there.
+
+    A `folder` that is a link stays one: what it points to is replaced. Files of others are kept (`artifacts.publish`).
 
     Raises ExportError for a model whose class stock transformers does not have, and for one without an end-of-text
     token (it would never stop); ArtifactError, with path and bytes, when the disk is full.
     """
     _refuse_custom_class(model)
     model.generation_config = _generation_config(model, tokenizer)
-    beside = folder.with_name(f".{folder.name}.writing")
+    target = folder.resolve()  # a rename has to stay on one disk
+    beside = target.with_name(f".{target.name}{artifacts.WRITING}")
     shutil.rmtree(beside, ignore_errors=True)
     try:
         beside.mkdir(parents=True)
@@ -41,7 +44,7 @@ def write_checkpoint(
         tokenizer.save_pretrained(beside)
         artifacts.write_text(beside / CARD, card)
         artifacts.write_json(beside / RECORD, record)
-        artifacts.publish(beside, folder)
+        artifacts.publish(beside, target, keep_edited=True)
     except OSError as error:
         size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         raise artifacts.explained(error, folder, size) from error

@@ -23,7 +23,7 @@ from recover import console
 from recover.measure.kv import Slots, masks, read
 from recover.measure.prompts import batches_by_length, left_pad
 from recover.models import kv_cache
-from recover.models.step_attention import attending_by_step, configs_of
+from recover.models.step_attention import attending, configs_of
 from recover.recipe import Sampling
 
 REFILL = 8  # a group of prompts is read when 1/8 of the rows are free: reading few at a time is slow
@@ -189,7 +189,7 @@ class _Writer:
         """One token more in every row that is not done; done rows stand still, whatever is computed for them."""
         at_B1 = self.slots.position_B[:, None]
         key_at_1K = torch.arange(self.slots.visible, device=self.device)[None]
-        with attending_by_step(self.configs):
+        with attending(self.configs):
             logits_BV = self.model(
                 input_ids=self.token_B[:, None],
                 attention_mask=masks(self.model, at_B1, key_at_1K),

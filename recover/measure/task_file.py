@@ -3,7 +3,7 @@
 name: sums
 kind: generate
 data: ../data/sums.jsonl      # beside the YAML, or a hub data set
-prompt: "{question}"          # columns in braces
+prompt: "{question}"          # columns in braces: {column}, {column[key]}
 target: answer                # column: what is right, a text, a number, or a list of either
 answer: '-?\\d[\\d,.]*'         # the last match in the model's text is its answer
 """

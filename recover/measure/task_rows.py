@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,9 +134,43 @@ def column(row: Row, name: str, where: str) -> Any:
     return value
 
 
+# A doubled brace, a field, or a brace that is neither.
+FIELD = re.compile(r"\{\{|\}\}|\{(?P<column>[^{}\[\]]+)(?P<keys>(?:\[[^{}\[\]]*\])*)\}|[{}]")
+
+
 def filled(template: str, row: Row, where: str, what: str = "prompt") -> str:
-    """The template with `{column}`, `{column[key]}` filled in. Raises DataError if it asks for what is not there."""
-    try:
-        return template.format_map(row)
-    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-        raise DataError(f"{where}: {what} {template!r} asks for {error}, found columns {', '.join(row)}") from None
+    """The template with `{column}`, `{column[key]}`, `{column[key][0]}` filled in; `{{` and `}}` are braces.
+
+    Nothing else is done: no attribute of a value is read, and no format is applied, whatever Python's `format` can do.
+
+    Raises:
+        DataError: it asks for what is not there, or has a brace that opens or closes no such field.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        if match[0] in ("{{", "}}"):
+            return match[0][0]
+        if match["column"] is None:
+            raise DataError(
+                f"{where}: {what} {template!r}: found a brace at character {match.start() + 1} that belongs to no "
+                "{column} or {column[key]}; for the brace itself write it twice"
+            )
+        try:
+            found = row[match["column"]]
+            for key in re.findall(r"\[(.*?)\]", match["keys"]):
+                found = found[int(key) if isinstance(found, list | tuple) else _key(found, key)]
+        except (KeyError, IndexError, ValueError):
+            raise DataError(
+                f"{where}: {what} {template!r} asks for {match[0]}, found columns {', '.join(row) or 'none'}; expected "
+                "{column} or {column[key]}"
+            ) from None
+        return str(found)
+
+    return FIELD.sub(value, template)
+
+
+def _key(value: Any, key: str) -> str:
+    """The key of a table; KeyError for a value that is none."""
+    if not isinstance(value, dict):
+        raise KeyError(key)
+    return key

@@ -1,6 +1,6 @@
 """A GGUF file written as a stock folder: config, tokenizer, and weights in float32.
 
-transformers opens the file once for each thing that it wants of it, four times in all, and the reader of the package
+transformers opens the file once for each thing that it wants of it, and the reader of the package
 `gguf` takes every token of the vocabulary apart through a memory map, at some tens of microseconds each: with 150,000
 tokens that is most of the time. Here the file is opened once, and its bytes are a plain array.
 """
@@ -16,35 +16,29 @@ from typing import Any
 import numpy as np
 
 from recover.errors import ModelError
+from recover.models.gguf_whole import check_tensors
 
 
-def write_stock(path: Path, folder: Path) -> None:
-    """Write the model and tokenizer of the file to the folder.
+def write_stock(path: Path, folder: Path, *, shown: Path) -> None:
+    """Write the model and tokenizer of the file, which lies `alone`, to the folder; errors name it as `shown`.
 
-    Raises ModelError without the package `gguf` and for tensors that are not there; else whatever the libraries raise.
+    Raises ModelError without the package `gguf` and for tensors as `check_tensors`; else whatever the libraries raise.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     with _opened_once():
+        check_tensors(path, shown)
         loaded: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
         read, info = loaded
-        _refuse_invented(info)
+        if info["missing_keys"]:  # for families whose names `check_tensors` does not know
+            names = sorted(map(str, info["missing_keys"]))
+            raise ModelError(f"{shown}: lacks {len(names)} tensors of its model, such as {names[0]}: fetch it again")
         _plain(read).save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(**where)
         _split_digits(tokenizer, path)
         tokenizer.save_pretrained(folder)
-
-
-def _refuse_invented(info: dict[str, Any]) -> None:
-    """transformers fills tensors that the file lacks with random numbers, and says so in a table on the screen."""
-    names = sorted(map(str, info["missing_keys"]))
-    if names:
-        raise ModelError(
-            f"the GGUF file lacks {len(names)} tensors of its model, such as {names[0]}: fetch the file again, or give "
-            "the checkpoint that it was made from"
-        )
 
 
 def _plain(read: Any) -> Any:

@@ -22,7 +22,15 @@ from recover import console, dist, recipe
 from recover.errors import ModelError
 from recover.memory import Shape
 from recover.models.arch import arch_of_type, head_size_of, kv_heads_of
-from recover.models.source import check_weights, config_source, explained, locate, read_config
+from recover.models.source import (
+    check_numbers,
+    check_tied,
+    check_weights,
+    config_source,
+    explained,
+    locate,
+    read_config,
+)
 
 LISTED = 3  # tensors named in a message
 SAID_BYTES = 2 * 2**30  # of weights: they take long enough to read that silence would look like a fault
@@ -98,9 +106,19 @@ def read_whole(
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             **options,
         )
     model, info = loaded
+    check_tied(folder, bool(model.config.tie_word_embeddings))
+    if "unexpected_keys" in refused:  # not of a quantizer
+        check_numbers(folder, [name for name, weight in model.named_parameters() if weight.is_floating_point()])
+    if unlike := sorted(info["mismatched_keys"]):
+        name, stored, expected = unlike[0]
+        raise ModelError(
+            f"{folder}: config.json and weights do not belong together: {name} is {list(stored)} in the weights, "
+            f"{list(expected)} by config.json ({len(unlike)} such tensors)"
+        )
     for misfit in refused:
         names = sorted(info[misfit])
         if names:

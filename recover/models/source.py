@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,12 @@ from typing import Any
 from recover import artifacts, console, dist, recipe
 from recover.clock import part
 from recover.errors import ModelError
+from recover.models.gguf_whole import alone
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+COMPARED_ROWS = 4096
+ADAPTER = "adapter_config.json"
 HUB = " (no folder of this name is here, so a hub id)"
 # Config keys with which a file could make transformers fetch and run code.
 FORBIDDEN = ("_attn_implementation", "_experts_implementation", "trust_remote_code")
@@ -45,10 +48,27 @@ def locate(leaf: recipe.Model, source: str | None = None) -> Path:
     """
     source = source or leaf.source
     kind = kind_of(source)
+    checked = model_folder if source == leaf.source else whole_folder  # else it is asked for a tokenizer alone
     if kind == "folder":
-        return whole_folder(recipe.local_path(source).expanduser())
+        return checked(recipe.local_path(source).expanduser())
     with dist.main_first():
-        return _convert(Path(source).expanduser()) if kind == "gguf" else _download(leaf, source)
+        return checked(_convert(Path(source).expanduser()) if kind == "gguf" else _download(leaf, source))
+
+
+def model_folder(folder: Path) -> Path:
+    """As `whole_folder`; ModelError also where transformers would apply an adapter that lies beside the weights."""
+    whole_folder(folder)
+    _refuse_adapter((folder / ADAPTER).is_file(), folder)
+    return folder
+
+
+def _refuse_adapter(there: bool, where: object) -> None:
+    if there:
+        raise ModelError(
+            f"{where}: holds {ADAPTER} beside a whole model, and transformers would apply that adapter in silence. If "
+            "the weights hold it already, or are meant without it, move adapter_config.json and adapter_model.* out of "
+            "the folder; else merge it first (peft's merge_and_unload) and save that to another folder"
+        )
 
 
 def whole_folder(folder: Path) -> Path:
@@ -96,6 +116,7 @@ def read_config(leaf: recipe.Model) -> dict[str, Any]:
     else:
         with explained(source + HUB):
             config, _ = PretrainedConfig.get_config_dict(source, revision=leaf.revision)
+            _refuse_adapter(_on_hub(leaf, ADAPTER), source)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(f"{path}: has no 'model_type'; expected the config of a causal language model")
     if config.get("is_encoder_decoder"):
@@ -104,6 +125,15 @@ def read_config(leaf: recipe.Model) -> dict[str, Any]:
     if forbidden:
         raise ModelError(f"{path}: holds {forbidden}, which can make transformers run foreign code; remove them first")
     return config
+
+
+def _on_hub(leaf: recipe.Model, name: str) -> bool:
+    """Whether the repository has this file, as far as can be told."""
+    from transformers.utils.hub import cached_file
+
+    quietly = ("gated_repo", "missing_entries", "connection_errors")
+    options: dict[str, Any] = {f"_raise_exceptions_for_{each}": False for each in quietly}
+    return cached_file(leaf.source, name, revision=leaf.revision, **options) is not None
 
 
 def _keys(value: Any) -> Iterator[str]:
@@ -119,10 +149,19 @@ def _keys(value: Any) -> Iterator[str]:
 def check_weights(folder: Path) -> None:
     """Every safetensors file of the folder is there, whole and inside it; raises ModelError naming the file."""
     if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
+        where: dict[str, str] = {}
         for name, keys in _shards(folder / INDEX).items():
-            missing = sorted(set(keys) - set(_tensors(folder / name)))
+            there = _tensors(folder / name)
+            missing = sorted(set(keys) - set(there))
             if missing:
                 raise ModelError(f"{folder / name}: lacks {missing[0]}, which {INDEX} lists; fetch the model again")
+            for twice in sorted(set(there) & where.keys()):
+                if not _equal(folder / name, twice, folder / where[twice], twice):
+                    raise ModelError(
+                        f"{folder / name}: holds {twice}, and {where[twice]} holds another one, so that one of them "
+                        "would be taken by chance; fetch the model again"
+                    )
+            where |= dict.fromkeys(there, name)
     elif (folder / WEIGHTS).is_file():
         _tensors(folder / WEIGHTS)
     else:
@@ -133,6 +172,61 @@ def check_weights(folder: Path) -> None:
                 "If you trust them: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
             )
         raise ModelError(f"{folder / WEIGHTS}: missing, and there is no {INDEX} either; expected the model's weights")
+
+
+def check_tied(folder: Path, tied: bool) -> None:
+    """Raise ModelError where the config ties head and embedding (`tied`) and the weights hold two unlike matrices."""
+    if not tied or not ((folder / INDEX).is_file() or (folder / WEIGHTS).is_file()):
+        return
+    place = {name: path for path in _files(folder) for name in _tensors(path)}
+    for head in (name for name in place if re.fullmatch(r"(.+\.)?lm_head\.weight", name)):
+        for embedding in (name for name in place if re.fullmatch(r"(.+\.)?embed_tokens\.weight", name)):
+            if not _equal(place[head], head, place[embedding], embedding):
+                raise ModelError(
+                    f"{folder}: config.json says that head and embedding are one (tie_word_embeddings), and {head} and "
+                    f"{embedding} are unlike in the weights; versions of transformers differ in which they take. Set "
+                    "tie_word_embeddings to false in config.json for a head of its own, or take the head out of the "
+                    "weights"
+                )
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files that the weights are read from."""
+    return [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else [folder / name for name in _shards(folder / INDEX)]
+
+
+def _equal(path: Path, name: str, other_path: Path, other_name: str) -> bool:
+    """Whether two matrices hold the same numbers; some rows of them in memory at a time."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file, safe_open(other_path, "pt") as other_file:
+        first, second = file.get_slice(name), other_file.get_slice(other_name)
+        shape = first.get_shape()
+        if shape != second.get_shape():
+            return False
+        if not shape:
+            return bool((file.get_tensor(name) == other_file.get_tensor(other_name)).all())
+        starts = range(0, shape[0], COMPARED_ROWS)
+        parts = ((first[start : start + COMPARED_ROWS], second[start : start + COMPARED_ROWS]) for start in starts)
+        return all(bool((one.float() == two.float()).all()) for one, two in parts)
+
+
+def check_numbers(folder: Path, floating: Collection[str]) -> None:
+    """Raise ModelError where the weights hold integers for parameters that compute with fractions (`floating`).
+
+    They are quantized, and without the scales that belong to them they would be taken as they are.
+    """
+    from safetensors import safe_open
+
+    for path in _files(folder):
+        with safe_open(path, "pt") as file:
+            for name in set(file.keys()) & set(floating):
+                kind = file.get_slice(name).get_dtype()
+                if kind.startswith(("I", "U", "BOOL")):
+                    raise ModelError(
+                        f"{path}: {name} is stored as {kind}, and config.json names no quantization; expected floating "
+                        "point numbers: give the checkpoint that it was made from"
+                    )
 
 
 def _shards(index: Path) -> dict[str, list[str]]:
@@ -170,7 +264,7 @@ def _read_json(path: Path) -> Any:
         raise ModelError(f"{path}: cannot be read as JSON ({error}); fetch the model again") from error
 
 
-CONVERSION = 2  # raised when the same GGUF file gives another folder than before
+CONVERSION = 3  # raised when the same GGUF file gives another folder than before
 
 
 def cache_folder() -> Path:
@@ -186,14 +280,14 @@ def _convert(path: Path) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(folder.with_name(f".{folder.name}.lock")):
+    with _locked(folder.with_name(f".{folder.name}.lock")):
         if folder.is_dir():  # another run made it in the meantime
             return folder
         console.say(f"converting {path.name} to safetensors, once, into {folder}")
         scratch = Path(tempfile.mkdtemp(dir=folder.parent))
         try:
-            with part("converting GGUF"), explained(str(path)):
-                write_stock(path, scratch)
+            with part("converting GGUF"), alone(path) as link, explained(str(path)):
+                write_stock(link, scratch, shown=path)
             artifacts.publish(scratch, folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -213,7 +307,7 @@ def _sha256(path: Path) -> str:
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
+def _locked(lock: Path) -> Iterator[None]:
     """Two runs of one file convert it once: the second waits. The lock goes with its holder, however that ends."""
     import fcntl
 

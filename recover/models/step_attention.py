@@ -36,15 +36,16 @@ def configs_of(model: nn.Module) -> list[PretrainedConfig]:
 
 
 @contextmanager
-def attending_by_step(configs: Sequence[PretrainedConfig]) -> Iterator[None]:
-    """Inside, modules of these configs attend by `attend`."""
+def attending(configs: Sequence[PretrainedConfig], name: str = NAME) -> Iterator[None]:
+    """Inside, modules of these configs attend by `attend`, or by what is registered with transformers as `name`."""
+    before = [config._attn_implementation for config in configs]
     for config in configs:
-        config._attn_implementation = NAME
+        config._attn_implementation = name
     try:
         yield
     finally:
-        for config in configs:
-            config._attn_implementation = STOCK
+        for config, stock in zip(configs, before, strict=True):
+            config._attn_implementation = stock
 
 
 def attend(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def _claim(folder: Path, key: dict[str, Any]) -> None:
         found = None
     if found == key:
         return
-    old = sorted(folder.glob("batch-*.pt"))
+    old = sorted(path for path in folder.glob("batch-*.pt") if re.fullmatch(r"batch-\d+", path.stem))
     for batch in old:
         batch.unlink()
     if old:

@@ -19,7 +19,7 @@ from torch import Tensor
 from recover.errors import DataError
 from recover.measure.decode import steps_unseen
 from recover.models.arch import base_of
-from recover.models.step_attention import attending_by_step, configs_of
+from recover.models.step_attention import attending, configs_of
 from recover.probe.decoding import positions, reader_of
 from recover.probe.views import States, View, hidden_states, running
 
@@ -156,7 +156,7 @@ def _decode(
     with (
         running(view) as model,
         hidden_states(view, lambda h_BTD: h_BTD[:, -1]) as seen,
-        attending_by_step(configs_of(model)),
+        attending(configs_of(model)),
         ExitStack() as stack,
     ):
         reader = reader_of(model, lambda: seen.final_ND, steps)

@@ -11,8 +11,9 @@ order in which they were made, each on top of those before, so one that is damag
 from __future__ import annotations
 
 import hashlib
-import shutil
+import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +54,7 @@ class Parts:
             lines = "".join(f"{strict_json.dumps(line)}\n" for line in [header, *self.lines])
             artifacts.write_text(folder / LINES, lines)
             used = {self._file(number) for number in range(len(self.lines))}
-            for path in set(folder.glob(self._file("*").name)) - used:
+            for path in _files(folder) - used:
                 path.unlink(missing_ok=True)
         if self.lines:
             console.say(f"going on behind {self.lines[-1]['name']}: {len(self.lines)} parts are done")
@@ -92,7 +93,10 @@ class Parts:
     def remove(self) -> None:
         """Delete all of them: what they were for is done."""
         if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            for path in {self.folder / LINES, *_files(self.folder)}:
+                path.unlink(missing_ok=True)
+            with suppress(OSError):  # files of others are in it, or it is not there
+                self.folder.rmdir()
         self.lines = []
 
     def _read(self, folder: Path, header: dict[str, Any]) -> str:
@@ -125,7 +129,7 @@ class Parts:
             return f"{path.name} is damaged"
         return ""
 
-    def _file(self, number: int | str) -> Path:
+    def _file(self, number: int) -> Path:
         assert self.folder is not None
         return self.folder / f"part-{number}.safetensors"
 
@@ -136,6 +140,11 @@ class Parts:
 
 
 NOWHERE = Parts()
+
+
+def _files(folder: Path) -> set[Path]:
+    """The tensor files of parts in this folder."""
+    return {path for path in folder.glob("part-*.safetensors") if re.fullmatch(r"part-\d+", path.stem)}
 
 
 def _digest(line: dict[str, Any]) -> str:

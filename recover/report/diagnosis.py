@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from recover import artifacts
+from recover import artifacts, ownership
 from recover.artifacts import write_text
 from recover.errors import ArtifactError
 from recover.report import drift, render, words
@@ -22,8 +22,8 @@ FIGURES = (
 
 
 def is_diagnosis(folder: Path) -> bool:
-    """Whether the folder holds a probe's summary and is no run directory."""
-    return (folder / SUMMARY).is_file() and not (folder / "recipe.yaml").is_file()
+    """Whether the folder holds a probe's summary that `recover diagnose` wrote, and is no run directory."""
+    return (folder / SUMMARY).is_file() and not (folder / "recipe.yaml").is_file() and ownership.is_diagnosis(folder)
 
 
 def render_diagnosis(folder: Path) -> Path:

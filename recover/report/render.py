@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).parent / "templates"
 
+POLICY = b"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-"  # as page.html.j2 has it
+
 QUESTIONS = (
     ("generation", "Can it write answers?"),
     ("choice", "Can it pick among given options?"),
@@ -55,6 +57,11 @@ def render(root: Path, data: dict[str, Any]) -> list[Path]:
     write_text(paths[1], markdown.get_template("report.md.j2").render(view))
     write_text(paths[2], page(html, "report.html.j2", view))
     return paths
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that we wrote: one with our content policy at its head."""
+    return path.is_file() and POLICY in path.read_bytes()[:1000]
 
 
 def page(templates: Environment, template: str, view: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -20,6 +21,7 @@ from recover import console, dist
 from recover.distill.cache import SHARD_BYTES, Key, StateCache, about, row_key
 from recover.distill.distiller import IGNORED, DenseStates, Distiller, without_mask
 from recover.errors import ArtifactError
+from recover.models.packed_attention import Packing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,14 +42,22 @@ class TextRow:
 
 
 def text_rows(batch: dict[str, Any]) -> list[TextRow]:
-    """The rows of a right-padded batch."""
+    """The rows of a right-padded or packed batch."""
     rows = []
-    lengths = batch["attention_mask"].sum(1).tolist()
-    for ids_T, labels_T, length in zip(batch["input_ids"], batch["labels"], lengths, strict=True):
+    for ids_T, labels_T in _texts(batch):
         positions = (labels_T[1:] != IGNORED).nonzero().squeeze(1)
-        ids_T = ids_T[:length]
-        rows.append(TextRow(length, len(positions), row_key(ids_T, positions), row_key(ids_T, [])))
+        rows.append(TextRow(len(ids_T), len(positions), row_key(ids_T, positions), row_key(ids_T, [])))
     return rows
+
+
+def _texts(batch: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """Tokens and labels of each row, without padding."""
+    both = batch["input_ids"], batch["labels"]
+    if "packing" in batch:
+        lengths = Packing(*batch["packing"]).starts_S.diff().tolist()
+        return list(zip(*(each[0].split(lengths) for each in both), strict=True))
+    lengths = batch["attention_mask"].sum(1).tolist()
+    return [(ids_T[:length], labels_T[:length]) for ids_T, labels_T, length in zip(*both, lengths, strict=True)]
 
 
 class TrainingStates:
@@ -136,7 +146,7 @@ class TrainingStates:
         """The dense pass of one batch; its rows that are missing go to `fresh`, one dictionary a cache."""
         model = self.distiller.twin.base
         device = next(model.parameters()).device
-        on_device = {name: value.to(device) for name, value in batch.items()}
+        on_device: Any = send_to_device(batch, device)
         states = self.distiller.dense_states(model, **without_mask(on_device))
         rows = text_rows(batch)
         for row, h_ND in zip(rows, states.h_ND.cpu().split([row.scored for row in rows]), strict=True):
@@ -144,7 +154,10 @@ class TrainingStates:
                 fresh[0][row.dense] = h_ND.clone()
         if self.prefix is None or states.prefix_BTD is None:
             return
-        for row, prefix_TD in zip(rows, states.prefix_BTD.cpu(), strict=True):
+        prefix_BTD: Any = states.prefix_BTD.cpu()
+        if "packing" in batch:
+            prefix_BTD = prefix_BTD[0].split([row.tokens for row in rows])
+        for row, prefix_TD in zip(rows, prefix_BTD, strict=True):
             if row.prefix not in self.prefix.where:
                 fresh[1][row.prefix] = prefix_TD[: row.tokens].clone()
 
@@ -157,7 +170,9 @@ class TrainingStates:
         h_ND = pinned(torch.cat(self.dense.read([row.dense for row in rows])))
         if self.prefix is None:
             return DenseStates(h_ND)
-        return DenseStates(h_ND, pinned(pad_sequence(self.prefix.read([row.prefix for row in rows]), batch_first=True)))
+        prefixes = self.prefix.read([row.prefix for row in rows])
+        together = torch.cat(prefixes)[None] if self.distiller.packs else pad_sequence(prefixes, batch_first=True)
+        return DenseStates(h_ND, pinned(together))
 
 
 def with_states(collate: Collate, read: Callable[[Sequence[TextRow]], Any]) -> Collate:

@@ -106,6 +106,7 @@ class Epochs(TrainerCallback):
         return control
 
     def on_step_end(self, args, state, control, **_: Any) -> Any:
+        self.course.trainer.log_step()
         skips = self.course.skips
         if skips.too_many(last_step=state.global_step == self.ends[-1]):
             return self._start_over(state, control)

@@ -13,7 +13,9 @@ recover/pruned_text/       text that the pruned model wrote while it was trained
 
 from __future__ import annotations
 
+import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ from recover.artifacts import (
     MANIFEST,
     append_jsonl,
     check_manifest,
+    discard,
     explaining,
     publish,
     read_json,
@@ -38,9 +41,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS = "adapter_model.safetensors"
+ADAPTER = "adapter_config.json"
 TRAINED, STATE = "trained.safetensors", "state.json"
 STEPS = "steps.jsonl"
 PRUNED_TEXT = "pruned_text"
+EPOCH, CHECKPOINT = re.compile(r"epoch-\d+"), re.compile(r"checkpoint-\d+")
 KEPT = 2  # the newest, and the one before: whoever finds the newest broken goes on from it
 
 
@@ -164,7 +169,8 @@ class Checkpoints:
 
     def _present(self) -> list[Path]:
         """Newest first."""
-        return sorted(self.folder.glob("checkpoint-*"), key=_step, reverse=True)
+        found = (path for path in self.folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name))
+        return sorted(found, key=_step, reverse=True)
 
     def _retain(self) -> None:
         """Keep the newest ones, and the newest from a moment when all was in order; broken ones do not count."""
@@ -172,12 +178,11 @@ class Checkpoints:
         whole = [checkpoint for checkpoint in self._present() if checkpoint not in self.broken]
         good = [checkpoint for checkpoint in whole if listed.get(_step(checkpoint), {}).get("good")]
         for checkpoint in {*self._present()} - {*whole[:KEPT], *good[:KEPT]}:
-            shutil.rmtree(checkpoint, ignore_errors=True)
+            discard(checkpoint, also=(TRAINED, STATE))
 
 
 def _step(checkpoint: Path) -> int:
-    number = checkpoint.name.rpartition("-")[2]
-    return int(number) if number.isdigit() else -1
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def begin(folder: Path, fingerprint: str) -> dict[str, Any]:
@@ -200,8 +205,11 @@ def _begin(folder: Path, fingerprint: str) -> dict[str, Any]:
             if found["fingerprint"] == fingerprint and found["finished"] is False:
                 return found
     with explaining(folder):
-        for old in [folder / "checkpoints", folder / PRUNED_TEXT, *folder.glob("epoch-*")]:
-            shutil.rmtree(old, ignore_errors=True)
+        _discard_checkpoints(folder)
+        discard_texts(folder / PRUNED_TEXT)
+        for old in folder.glob("epoch-*"):
+            if EPOCH.fullmatch(old.name):
+                discard(old, also=(WEIGHTS, ADAPTER))
         for name in ("best.json", "checkpoints.jsonl", STEPS):
             (folder / name).unlink(missing_ok=True)
     write_json(stamp, new)
@@ -214,6 +222,23 @@ def note(folder: Path, fingerprint: str, counts: dict[str, Any], *, finished: bo
     def write() -> None:
         write_json(folder / "training.json", {"fingerprint": fingerprint, "finished": finished, **counts})
         if finished:
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            _discard_checkpoints(folder)
 
     dist.on_main(write)
+
+
+def _discard_checkpoints(folder: Path) -> None:
+    for checkpoint in (folder / "checkpoints").glob("checkpoint-*"):
+        if CHECKPOINT.fullmatch(checkpoint.name):
+            discard(checkpoint, also=(TRAINED, STATE))
+    with suppress(OSError):  # files of others are in it, or it is not there
+        (folder / "checkpoints").rmdir()
+
+
+def discard_texts(folder: Path, number: str = r"\d+", after: str = "") -> None:
+    """Delete the texts that the pruned model wrote: those of one source, or all; those behind the file `after`."""
+    for path in folder.glob("*-*.json"):
+        if re.fullmatch(rf"{number}-\d+\.json", path.name) and path.name > after:
+            path.unlink()
+    with suppress(OSError):
+        folder.rmdir()

@@ -8,7 +8,7 @@ then it repeats, with a warning). Text that the pruned model is to write (`on_po
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from recover.errors import DataError
 from recover.recipe import DenseText, GivenText, PrunedText, Recover, TeacherText
 from recover.train.dense_text import DenseWriter, repeated
 from recover.train.order import training_order
+from recover.train.shapes import filled
 from recover.train.sources import Sample, read_rows, samples_of
 from recover.train.teacher_file import teacher_samples
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from recover.models.twin import Twin
 
 
+Collate = Callable[..., dict[str, Any]]  # of rows of `build_dataset`
+
+
 def build_dataset(
     leaf: Recover,
     twin: Twin,
@@ -37,6 +41,7 @@ def build_dataset(
     folder: Path,
     *,
     planned: Recover | None = None,
+    alike: bool = True,
 ) -> Dataset:
     """Rows `input_ids` and `completion_mask` in training order: whole steps, about `leaf.tokens` scored tokens.
 
@@ -44,7 +49,8 @@ def build_dataset(
     of the row, and `writer`, the source whose text it is to hold (-1: it holds its own). What the dense model writes is
     saved to `folder` as it is written, under a name made from all that it depends on; the same call reads it back and
     goes on from there. Same arguments, same rows. `planned`: the recovery that this is the beginning of; its text is
-    then the first of what that one would write, so that one reads it back and is as if this had not been.
+    then the first of what that one would write, so that one reads it back and is as if this had not been. `alike`: each
+    step's rows are alike in length, for batches that are padded.
 
     Raises:
         DataError: a source cannot be read or holds nothing to learn (by file and line), or there is too little for
@@ -72,7 +78,7 @@ def build_dataset(
             f"one step of {leaf.batch_size} need {needed}: raise tokens, or lower batch_size or epochs"
         )
     starts = {index: leaf.starts[number] for index, number in enumerate(writers) if number >= 0}
-    order = training_order([len(sample.ids) for sample in samples], leaf.batch_size, seed, starts)
+    order = training_order([len(sample.ids) for sample in samples], leaf.batch_size, seed, starts, alike=alike)
     columns: dict[str, Any] = {
         "input_ids": [np.asarray(samples[index].ids, dtype=np.int32) for index in order],
         "completion_mask": [np.asarray(samples[index].mask, dtype=np.int8) for index in order],
@@ -143,21 +149,77 @@ def _of_teacher(source: TeacherText, leaf: Recover, twin: Twin, seed: int, folde
     return repeated(samples, tokens, leaf.tokens, source.source, leaf.loss.scored)
 
 
-def collator(pad: int, scored: str) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+def tokens_at_once(rows: Dataset, micro: int) -> list[int]:
+    """Tokens of each batch of `micro` rows."""
+    import pyarrow.compute as pc
+
+    lengths = pc.call_function("list_value_length", [rows.data.column("input_ids")]).to_numpy()
+    return [int(lengths[start : start + micro].sum()) for start in range(0, len(lengths), micro)]
+
+
+def collator(pad: int, scored: str) -> Collate:
     """Rows of `build_dataset` to right-padded `input_ids`, `attention_mask` and `labels` (-100 where no loss is)."""
     import torch
 
-    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        longest = max(len(row["input_ids"]) for row in rows)
-        input_ids_BT = torch.full((len(rows), longest), pad)
-        attention_mask_BT = torch.zeros(len(rows), longest, dtype=torch.long)
-        labels_BT = torch.full((len(rows), longest), -100)
-        for number, row in enumerate(rows):
-            ids = torch.as_tensor(row["input_ids"], dtype=torch.long)
-            learnt = torch.as_tensor(row["completion_mask"], dtype=torch.bool) | (scored == "all")
-            input_ids_BT[number, : len(ids)] = ids
-            attention_mask_BT[number, : len(ids)] = 1
-            labels_BT[number, : len(ids)] = ids.masked_fill(~learnt, -100)
-        return {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "labels": labels_BT}
+    def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        sizes_B = np.array([len(row["input_ids"]) for row in rows])
+        held_BT = np.arange(sizes_B.max()) < sizes_B[:, None]
+        ids, labels = _joined(rows, scored)
+        input_ids_BT = np.full(held_BT.shape, pad, dtype=np.int64)
+        labels_BT = np.full(held_BT.shape, -100, dtype=np.int64)
+        input_ids_BT[held_BT], labels_BT[held_BT] = ids, labels
+        return {
+            "input_ids": torch.from_numpy(input_ids_BT),
+            "attention_mask": torch.from_numpy(held_BT.astype(np.int64)),
+            "labels": torch.from_numpy(labels_BT),
+        }
 
     return collate
+
+
+def packer(pad: int, scored: str, longest: int, sizes: Sequence[int] = ()) -> Collate:
+    """Rows of `build_dataset`, none over `longest` tokens, to one packed row: `input_ids`, `labels` and `packing`.
+
+    With `sizes` the row is filled up to one of them (`filled`), by sequences of padding; of equal size, rows of equally
+    many sequences have equal shapes.
+    """
+    import torch
+
+    def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        ends_S = np.cumsum([len(row["input_ids"]) for row in rows])
+        total = int(ends_S[-1])
+        size, most = filled(total, sizes) if sizes else (total, 0)
+        padding = [min(total + longest * number, size) for number in range(1, -(-most // longest) + 1)]
+        starts_S = np.concatenate([[0], ends_S, padding]).astype(np.int32)
+        input_ids_T = np.full(size, pad, dtype=np.int64)
+        labels_T = np.full(size, -100, dtype=np.int64)
+        input_ids_T[:total], labels_T[:total] = _joined(rows, scored)
+        labels_T[starts_S[: len(rows)]] = -100  # nothing stands before a first token that could predict it
+        positions_T = np.arange(size) - np.repeat(starts_S[:-1], np.diff(starts_S))
+        packing = torch.from_numpy(positions_T)[None], torch.from_numpy(starts_S), longest
+        return {
+            "input_ids": torch.from_numpy(input_ids_T)[None],
+            "labels": torch.from_numpy(labels_T)[None],
+            "packing": packing,
+        }
+
+    return collate
+
+
+def _joined(rows: Sequence[dict[str, Any]], scored: str) -> tuple[Any, Any]:
+    """Tokens and labels of all rows, one after the other."""
+    ids = np.concatenate([row["input_ids"] for row in rows])
+    if scored == "all":
+        return ids, ids
+    return ids, np.where(np.concatenate([row["completion_mask"] for row in rows]).astype(bool), ids, -100)
+
+
+def with_scored(collate: Collate) -> Collate:
+    """As `collate`, with `scored`: what `scored_rows` finds, found before the batch is on a device that would wait."""
+    from recover.distill.distiller import scored_rows
+
+    def collated(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        batch = collate(rows)
+        return {**batch, "scored": scored_rows(batch["labels"])}
+
+    return collated

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,12 +21,13 @@ from transformers import PrinterCallback, ProgressCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
 from recover import dist
-from recover.distill.distiller import Distiller, scored_tokens, without_mask
+from recover.distill.distiller import Distiller, scaled, scored_tokens, without_mask
+from recover.distill.graphs import GraphedPasses
 from recover.errors import TrainingError
+from recover.models.packed_attention import NAME
+from recover.models.step_attention import attending
 from recover.recipe import Recover
-from recover.train.data import collator
 from recover.train.sharding import gather_by_block
-from recover.train.skipping import norm_is_finite
 from recover.train.stopping import Interrupted, Stop
 from recover.train.totals import TERMS
 from recover.train.weight_shards import WeightShards
@@ -37,6 +39,31 @@ if TYPE_CHECKING:
     from recover.models.twin import Twin
     from recover.train.course import Course
     from recover.train.on_policy import OnPolicy
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """The `count` micro-batches of one step, and the iterator `of` which they came."""
+
+    of: Any = None
+    count: int = 0
+    batches: list[dict[str, Any]] = field(default_factory=list)
+
+
+class _Copied:
+    """Numbers on their way to the host; what the device is given to do after them is not waited for."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values, self.there = values, None
+        if values.is_cuda:
+            self.values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+            self.there = torch.cuda.Event()
+            self.there.record()
+
+    def read(self) -> list[float]:
+        if self.there is not None:
+            self.there.synchronize()
+        return self.values.tolist()
 
 
 class RecoverTrainer(SFTTrainer):
@@ -58,22 +85,28 @@ class RecoverTrainer(SFTTrainer):
         steps: int,
         course: Course,
         stop: Stop,
+        collate: Callable[..., dict[str, Any]],
         on_policy: OnPolicy | None = None,
     ) -> None:
-        pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         super().__init__(
             model=twin.model,
             args=args,
-            train_dataset=rows,
+            train_dataset=rows.with_format("numpy"),
             processing_class=tokenizer,
-            data_collator=collator(pad or 0, leaf.loss.scored) if on_policy is None else on_policy.numbers,
+            data_collator=collate if on_policy is None else on_policy.numbers,
         )
         self.shards: WeightShards | None = None  # see `SharedOut`
         if self.is_zero3:
             gather_by_block(twin)
         self.adapted: Any = twin.model
+        self.trained = [parameter for parameter in twin.model.parameters() if parameter.requires_grad]
         self.distiller = Distiller(twin, leaf.loss)
+        self.graphs: GraphedPasses | None = None  # see `graphed`
+        self._unread: list[Tensor] = []  # sums of micro-batches, which the device has yet to compute
+        self._step = _Fetched()
+        self._ahead = _Fetched()
         self.steps, self.rows_a_step = steps, leaf.batch_size
+        self.max_norm, self._norm, self._rate = leaf.max_grad_norm, 0.0, leaf.lr
         self.course = course
         self.stop = stop
         self.on_policy = on_policy
@@ -92,8 +125,13 @@ class RecoverTrainer(SFTTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, and the scored tokens in them, over all processes."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._ahead.of is epoch_iterator:
+            batches = self._ahead.batches
+        else:
+            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._step, self._ahead = _Fetched(epoch_iterator, num_batches, batches), _Fetched()
         self.course.begin_step()
+        self._rate = schedule_of(self.lr_scheduler).get_last_lr()[0]
         # Of the step's number alone, so a training that goes on, or back, has the weights of a straight one.
         self.distiller.stand_at(self.state.global_step / self.steps)
         if self.on_policy is not None:
@@ -103,75 +141,168 @@ class RecoverTrainer(SFTTrainer):
             tokens += scored_tokens(batch["labels"]).to(device)
         return batches, self.accelerator.reduce(tokens, "sum")
 
+    def _prepare_next(self, graphs: GraphedPasses) -> None:
+        """Have the device begin with the next step's first batch, while the host is busy with the end of this one."""
+        if self.on_policy is not None or self.state.global_step + 1 >= self.steps:
+            return
+        batches, _ = super().get_batch_samples(self._step.of, self._step.count, self.args.device)
+        self._ahead = _Fetched(self._step.of, self._step.count, batches)
+        if batches:
+            graphs.prepare(batches[0])
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One micro-batch forward and backward; after the last one of a step, whether the step may be made."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.graphs is not None and self.graphs.takes(inputs):
+            scale = self._scale(num_items_in_batch)
+            sums: Any = self.graphs.step(self._prepare_inputs(inputs), scale)
+            self._count(sums)
+            loss = (sums["loss"] * scale).detach()
+        else:
+            if self.graphs is not None:
+                self.graphs.bring_gradients()
+            # Around backward too: blocks that are checkpointed run once more there.
+            with attending(self.distiller.packs if "packing" in inputs else (), NAME):
+                loss = super().training_step(model, inputs, num_items_in_batch)
         in_order = self.course.skips.found is None
         if self.accelerator.sync_gradients:
-            self._judge_step()
+            in_order = self._judge_step()
         return loss if in_order else torch.zeros_like(loss)  # transformers adds it to a sum of its own
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """This micro-batch's part of the mean loss per token, as autograd must see it."""
-        assert num_items_in_batch is not None and not return_outputs
+        assert not return_outputs
         sums = model(**without_mask(inputs), distill=self.distiller)
         self._count(sums)
+        return scaled(sums["loss"], self._scale(num_items_in_batch))
+
+    def _scale(self, num_items_in_batch: Any) -> Tensor:
+        """What the sum of a micro-batch's loss is multiplied by."""
         # Gradients are averaged over processes, by DDP and DeepSpeed alike, and this is a sum over them.
         scale = self.accelerator.num_processes / num_items_in_batch.clamp_min(1)
         # Where one process met a NaN, every gradient of the step is to be one: DeepSpeed then skips it by itself.
-        return sums["loss"] * (scale if self.course.skips.found is None else scale * math.nan)
+        return scale if self.course.skips.found is None else scale * math.nan
 
     def _count(self, sums: dict[str, Tensor]) -> None:
-        """Add to the totals of all processes; learn on the way whether any met a NaN or was asked to stop."""
-        names = [*TERMS, "tokens"]
-        values = [sums[name].detach().double() for name in names]
+        """Add to the totals of all processes; learn on the way whether any met a NaN or was asked to stop.
+
+        Sums that nobody needs before the optimizer step wait for `_judge_step`. DeepSpeed needs them before backward,
+        several processes have to agree on a stop.
+        """
+        values = [sums[name].detach().double() for name in (*TERMS, "tokens")]
         values.append(torch.full_like(values[0], self.stop.requested))
+        last, alone = self.accelerator.sync_gradients, self.accelerator.num_processes == 1
+        if self.zero_engine is None and (last or (alone and not self.stop.requested)):
+            self._unread.append(torch.stack(values))
+            return
         summed: Any = self.accelerator.reduce(torch.stack(values), "sum")
-        *numbers, stop = summed.tolist()
+        self._add(summed.tolist())
+
+    def _add(self, summed: list[float]) -> None:
+        *numbers, stop = summed
         if stop:
             self.stop.agreed = self.stop.requested or signal.SIGTERM
             if not self.accelerator.sync_gradients:
                 raise Interrupted  # a step of many micro-batches may outlast the time until we are killed
-        total = dict(zip(names, numbers, strict=True))
+        total: dict[str, float] = dict(zip((*TERMS, "tokens"), numbers, strict=True))
         if all(map(math.isfinite, numbers)):
             self.course.totals.add(total)
             return
         shown = ", ".join(f"{name} {value:g}" for name, value in total.items() if not math.isfinite(value))
         self.course.skips.found = f"the loss is not finite ({shown})"
 
-    def _judge_step(self) -> None:
-        """Before an optimizer step: is its gradient finite on every process? If not it is thrown away.
+    def _judge_step(self) -> bool:
+        """Before an optimizer step: whether its gradient is finite on every process. If not it is thrown away.
 
-        DeepSpeed has made its step by now, or has seen that the norm is not finite and left it out.
+        DeepSpeed has made its step by now, or has seen that the norm is not finite and left it out. Elsewhere the
+        gradient is clipped here, and the device is waited for once.
         """
         skips, engine = self.course.skips, self.zero_engine
         if engine is None:
-            trained = [parameter for parameter in self.adapted.parameters() if parameter.requires_grad]
-            undone, in_order = True, norm_is_finite(trained)
+            undone, bad = True, self._clip_and_read()
         else:
             norm = engine.get_global_grad_norm()
+            self._norm = float("nan") if norm is None else float(norm)
             undone = self.accelerator.optimizer_step_was_skipped
-            in_order = not undone and (norm is None or math.isfinite(norm))
-        bad: Any = self.accelerator.reduce(torch.tensor(float(not in_order), device=self.args.device), "sum")
-        if bad.item() and skips.found is None:
+            mine = undone or not (norm is None or math.isfinite(norm))
+            summed: Any = self.accelerator.reduce(torch.tensor(float(mine), device=self.args.device), "sum")
+            bad = bool(summed.item())
+        if bad and skips.found is None:
             skips.found = "the gradient is not finite, though the loss is"
         wrong = skips.found is not None
         self.course.end_step(undone=undone)
         if wrong:
             self.adapted.zero_grad(set_to_none=True)  # a step without gradients changes nothing, moments included
+        return not wrong
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Losses as means per token over all processes; of a skipped step, only that it was."""
-        if "loss" in logs:
-            set_rate(self.lr_scheduler, self.state.global_step)  # DeepSpeed holds it back at a step that it skips
-            self.course.totals.lr = logs["learning_rate"]
-            if self.course.skips.row:
-                logs = {"learning_rate": logs["learning_rate"], "skipped": self.course.skips.skipped}
-            else:
-                logs = {**logs, **self.course.totals.read_step()}
-                if self.distiller.leaf.variance_until is not None:
-                    logs["variance_weight"] = self.distiller.weights.variance
-        super().log(logs, start_time)
+    def _clip_and_read(self) -> bool:
+        """Clip the gradient, read what the device has summed up; whether the gradient is not finite on any process."""
+        norm = self._clip()
+        unread, self._unread = self._unread, []
+        summed: Any = self.accelerator.reduce(torch.cat([*unread, norm.to(unread[0])[None]]), "sum")
+        copied = _Copied(summed)
+        if self.graphs is not None:
+            self._prepare_next(self.graphs)
+        *numbers, norms = copied.read()
+        self._norm = norms / self.accelerator.num_processes  # the same on each, as DDP has averaged the gradients
+        for start in range(0, len(numbers), len(unread[0])):
+            self._add(numbers[start : start + len(unread[0])])
+        return not math.isfinite(norms)
+
+    def _clip(self) -> Tensor:
+        """Clip all gradients together to `max_norm`; their norm before.
+
+        By a norm that is not finite nothing is clipped: which gradients are not finite is still to be found.
+        """
+        flat = [] if self.graphs is None else [self.graphs.flat]
+        held = flat or [parameter.grad for parameter in self.trained if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(held)
+        known = norm.nan_to_num(0.0, 0.0, 0.0)
+        if flat:
+            flat[0].mul_((self.max_norm / (known + 1e-6)).clamp(max=1.0))
+        else:
+            torch.nn.utils.clip_grads_with_norm_(self.trained, self.max_norm, known)
+        return norm
+
+    @contextmanager
+    def graphed(self) -> Iterator[None]:
+        """Inside, steps are replayed as CUDA graphs where they can be."""
+        if self.is_deepspeed_enabled:
+            yield
+            return
+        self.graphs = GraphedPasses(self.distiller, self.trained)
+        # torch's walks through all modules at each step, while the device waits.
+        vars(self.adapted)["zero_grad"] = self._let_go
+        try:
+            yield
+        finally:
+            del vars(self.adapted)["zero_grad"]
+            self.graphs.forget()
+            self.graphs = None
+
+    def _let_go(self, set_to_none: bool = True) -> None:
+        """`zero_grad` of what is trained; the rest has no gradient."""
+        for parameter in self.trained:
+            parameter.grad = None
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clipped already (see `_judge_step`): the norm before."""
+        return super()._clip_grad_norm(model) if self.zero_engine is not None else self._norm
+
+    def log_step(self) -> None:
+        """Of the step just made, losses as means per token over all processes; of a skipped step, only that it was.
+
+        In place of transformers' own, which waits for the device to read a loss that is known already.
+        """
+        set_rate(self.lr_scheduler, self.state.global_step)  # DeepSpeed holds it back at a step that it skips
+        self.course.totals.lr = float(self._rate)
+        logs: dict[str, Any] = {"learning_rate": self._rate}
+        if self.course.skips.row:
+            logs["skipped"] = self.course.skips.skipped
+        else:
+            logs |= {"grad_norm": self._norm, **self.course.totals.read_step()}
+            if self.distiller.leaf.variance_until is not None:
+                logs["variance_weight"] = self.distiller.weights.variance
+        self.log(logs)
 
     def stand_at(self, step: int) -> None:
         """Go on as if `step` optimizer steps had been made: the step's number, the learning rate; text follows."""
@@ -258,9 +389,14 @@ class RowsToCome(torch.utils.data.Sampler):
         return self.trainer.steps * self.trainer.rows_a_step
 
 
+def schedule_of(scheduler: Any) -> Any:
+    """torch's own, out of what accelerate or DeepSpeed put around it."""
+    return getattr(scheduler, "scheduler", scheduler)
+
+
 def set_rate(scheduler: Any, step: int) -> None:
     """The learning rate that a straight training has after `step` optimizer steps, skipped ones included."""
-    schedule = getattr(scheduler, "scheduler", scheduler)
+    schedule = schedule_of(scheduler)
     rates = [base * rate(step) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
     schedule.last_epoch, schedule._last_lr = step, rates
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,7 @@ from recover.artifacts import read_json, write_json
 from recover.errors import ArtifactError, StopRequested
 from recover.measure.prompts import encode_prompt
 from recover.recipe import PrunedText, Recover
-from recover.train.checkpoints import PRUNED_TEXT
-from recover.train.data import collator
+from recover.train.checkpoints import PRUNED_TEXT, discard_texts
 from recover.train.prompted import answered, fitting_prompts, in_rounds, write_together
 from recover.train.sources import Sample
 from recover.train.stopping import Interrupted
@@ -57,9 +56,9 @@ class OnPolicy:
         seed: int,
         folder: Path,
         fingerprint: str,
+        collate: Callable[..., dict[str, Any]],
     ) -> None:
-        pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.rows, self.collate = rows, collator(pad or 0, leaf.loss.scored)
+        self.rows, self.collate = rows, collate
         self.writers: list[int] = list(rows["writer"])
         self.sources = {
             number: _OwnText(source, number, leaf, twin, tokenizer, rows, seed, folder / PRUNED_TEXT, fingerprint)
@@ -208,9 +207,7 @@ class _OwnText:
     def _forget_after(self, window: int) -> None:
         """What was written after a moment that was gone back to was written by another model."""
         last = self._path(max(window, 0)).name if window >= 0 else ""
-        for path in self.folder.glob(f"{self.number}-*.json"):
-            if path.name > last:
-                path.unlink()
+        discard_texts(self.folder, str(self.number), after=last)
 
 
 def cut_to(samples: Sequence[Sample], budget: int, scored: str) -> list[Sample]:

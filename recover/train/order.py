@@ -1,4 +1,4 @@
-"""The order in which sequences are trained on: random, whole steps, like lengths together."""
+"""The order in which sequences are trained on: random, whole steps, like lengths together where rows are padded."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ WINDOW_STEPS = 8  # optimizer steps whose sequences are sorted by length: less p
 
 
 def training_order(
-    lengths: Sequence[int], batch_size: int, seed: int, starts: Mapping[int, float] | None = None
+    lengths: Sequence[int],
+    batch_size: int,
+    seed: int,
+    starts: Mapping[int, float] | None = None,
+    *,
+    alike: bool = True,
 ) -> list[int]:
-    """A random order of whole steps, each of sequences alike in length; up to `batch_size - 1` are left out.
+    """A random order of whole steps; up to `batch_size - 1` sequences are left out.
 
-    `starts`: sequence -> part of the steps that it comes after.
+    `starts`: sequence -> part of the steps that it comes after. `alike`: sequences of a step are alike in length.
 
     Raises:
         DataError: sequences without a start do not fill the steps before it.
@@ -29,6 +34,9 @@ def training_order(
     window = WINDOW_STEPS * batch_size
     arranged: list[int] = []
     for part in _parts(order, batch_size, starts or {}, generator):
+        if not alike:
+            arranged += part
+            continue
         for start in range(0, len(part), window):
             by_length = sorted(part[start : start + window], key=lambda index: lengths[index])
             steps = [by_length[first : first + batch_size] for first in range(0, len(by_length), batch_size)]

@@ -94,8 +94,7 @@ def training_arguments(
         "report_to": "none",
         "disable_tqdm": True,
         "save_strategy": "no",
-        "logging_strategy": "steps",
-        "logging_steps": 1,
+        "logging_strategy": "no",  # `log_step` is called by a callback
         "logging_nan_inf_filter": False,  # would hide a NaN and wait for the device at every step
     }
     return SFTConfig(
@@ -112,6 +111,7 @@ def training_arguments(
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
         dataloader_pin_memory=on_gpu,
+        accelerator_config={"non_blocking": on_gpu},
         seed=seed,
         **precision,
         **memory,

