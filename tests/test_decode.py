@@ -9,7 +9,7 @@ from twins import fill_adapters
 
 from recover import recipe
 from recover.measure import decode, kv
-from recover.measure.decode import Writing, nucleus, write
+from recover.measure.decode import Writing, write
 from recover.measure.generate import plain
 from recover.models.twin import Twin
 from recover.prune.plan import Plan
@@ -98,15 +98,6 @@ def test_attention_that_our_masks_do_not_serve_is_left_to_transformers():
     model.config._attn_implementation = "sdpa"
     model.config.layer_types = ["full_attention", "linear_attention"]
     assert not kv.fits(model)
-
-
-def test_a_nucleus_holds_the_fewest_tokens_and_is_drawn_in_proportion():
-    p_V = torch.tensor([0.4, 0.05, 0.3, 0.25])
-    torch.manual_seed(0)
-    draw = nucleus(1.0, 0.65)
-    found_V = torch.bincount(draw(p_V.log().expand(20000, 4)), minlength=4) / 20000
-    torch.testing.assert_close(found_V, torch.tensor([4 / 7, 0, 3 / 7, 0]), atol=0.012, rtol=0)
-    assert (nucleus(0.01, 1.0)(p_V.log().expand(100, 4)) == 0).all()
 
 
 class Replayed:

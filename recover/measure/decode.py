@@ -20,55 +20,38 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recover import console
+from recover.measure.drawing import Draw, greedy, keys, nucleus
 from recover.measure.kv import Slots, masks, read
 from recover.measure.prompts import batches_by_length, left_pad
-from recover.models import kv_cache
+from recover.models import fused, kv_cache
 from recover.models.step_attention import attending_by_step, configs_of
+from recover.models.stepping import stepping
 from recover.recipe import Sampling
 
 REFILL = 8  # a group of prompts is read when 1/8 of the rows are free: reading few at a time is slow
 PROMPT_TOKENS_AT_ONCE = 2**16  # of padded prompts read in one pass
 VISIBLE_STEP = 256  # columns; a graph sees a multiple of it, an eager step what it needs
 
-Draw = Callable[[Tensor], Tensor]  # logits_BV in float32 -> token_B
-
 
 @dataclass(frozen=True)
 class Writing:
-    """How texts are written: at most `limit` tokens each, up to one of `ends`, `rows` at a time; greedy or sampled."""
+    """How texts are written: at most `limit` tokens each, up to one of `ends`, `rows` at a time; greedy or sampled.
+
+    Sampled texts follow `seed` and the text's number: `numbers` of the prompts, by default their places.
+    """
 
     limit: int
     ends: tuple[int, ...]
     pad: int
     rows: int
     sampling: Sampling | None = None
+    seed: int = 0
+    numbers: tuple[int, ...] | None = None
 
     @property
     def draw(self) -> Draw:
         """What chooses the next token."""
         return greedy if self.sampling is None else nucleus(self.sampling.temperature, self.sampling.top_p)
-
-
-def greedy(logits_BV: Tensor) -> Tensor:
-    """The likeliest token."""
-    return logits_BV.argmax(-1)
-
-
-def nucleus(temperature: float, top_p: float) -> Draw:
-    """Draws from softmax(z / temperature), cut to the fewest tokens that hold `top_p` of it.
-
-    The largest p / e with e ~ Exp(1) is a draw from p (the exponential race): nothing is asked of the host.
-    """
-
-    def draw(logits_BV: Tensor) -> Tensor:
-        p_BV = (logits_BV / temperature).softmax(-1)
-        if top_p < 1:
-            sorted_BV, index_BV = p_BV.sort(-1, descending=True)
-            kept_BV = (sorted_BV.cumsum(-1) - sorted_BV) < top_p
-            p_BV = torch.zeros_like(p_BV).scatter(-1, index_BV, sorted_BV * kept_BV)
-        return (p_BV / torch.empty_like(p_BV).exponential_()).argmax(-1)
-
-    return draw
 
 
 def refills(device: torch.device) -> bool:
@@ -87,7 +70,7 @@ def write(
 ) -> Iterator[tuple[int, list[int]]]:
     """(item, ids written, the end token with them) of each prompt, as texts end; longest prompts first.
 
-    Greedy ids do not depend on `rows`, nor on what stands in the other rows (up to rounding at ties).
+    Ids do not depend on `rows`, nor on what stands in the other rows (up to rounding at ties).
     """
     if prompts_ids:
         yield from _Writer(model, prompts_ids, how).texts()
@@ -102,6 +85,8 @@ class _Writer:
         self.configs = configs_of(model)
         self.end_E = torch.tensor(how.ends, dtype=torch.long, device=self.device)
         self.recorder = _Recorder(self._step) if may_record(model) else None
+        # A kernel reads of each row what the row has; else all rows are read up to the longest.
+        self.reads_rows = bool(self.configs) and fused.available(self.device) and model.dtype in fused.DTYPES
         self._open()
 
     def _open(self) -> None:
@@ -114,22 +99,26 @@ class _Writer:
         self.token_B = torch.full((rows,), self.how.pad, device=self.device)
         self.count_B = torch.zeros(rows, dtype=torch.long, device=self.device)
         self.done_B = torch.ones(rows, dtype=torch.bool, device=self.device)
+        self.key_B2 = torch.zeros(rows, 2, dtype=torch.long, device=self.device)
         # The last column is a bin.
         self.written_BS = torch.full((rows, self.how.limit + 1), self.how.pad, device=self.device)
 
     def texts(self) -> Iterator[tuple[int, list[int]]]:
         try:
-            yield from self._texts()
+            with stepping(self.model):
+                yield from self._texts()
         finally:
             if self.recorder:
                 # Now, and not when the collector comes by, which may be in the middle of another writer's recording.
                 self.recorder.forget()
 
     def _texts(self) -> Iterator[tuple[int, list[int]]]:
+        ended: list[tuple[int, list[int]]] = []
         while True:
             live = sum(item is not None for item in self.items)
             free = len(self.items) - live
             if live == 0 and not self.waiting:
+                yield from ended
                 return
             if live == 0 and not refills(self.device):
                 self._open()
@@ -139,7 +128,9 @@ class _Writer:
             else:
                 self._shrink(live)
                 self._advance()
-            yield from self._ended()
+            # The device has work to do while the last texts are taken.
+            yield from ended
+            ended = list(self._ended())
 
     def _read_group(self, free: int) -> None:
         """Read as many waiting prompts as there are free slots and memory, and write their first token."""
@@ -149,12 +140,21 @@ class _Writer:
         slots = [slot for slot, item in enumerate(self.items) if item is None][:count]
         for slot, item in zip(slots, group, strict=True):
             self.items[slot], self.reach[slot] = item, len(self.prompts_ids[item]) - self.steps
-        ids_GT, mask_GT = left_pad([self.prompts_ids[item] for item in group], self.how.pad, self.device)
+        # A prompt that several texts begin with is read once.
+        prompts = list(dict.fromkeys(tuple(self.prompts_ids[item]) for item in group))
+        place = {prompt: number for number, prompt in enumerate(prompts)}
+        ids_GT, mask_GT = left_pad(prompts, self.how.pad, self.device)
         output, cache, _ = read(self.model, ids_GT, mask_GT, logits_to_keep=1)
-        slot_G, length_G = torch.tensor(slots, device=self.device), mask_GT.sum(-1)
+        logits_GV, length_G = output.logits[:, -1], mask_GT.sum(-1)
+        if len(prompts) < len(group):
+            index_G = torch.tensor([place[tuple(self.prompts_ids[item])] for item in group], device=self.device)
+            cache, logits_GV, length_G = cache.rows(index_G), logits_GV[index_G], length_G[index_G]
+        slot_G = torch.tensor(slots, device=self.device)
         self.slots.fill(slot_G, cache, length_G)
-        token_G = self.how.draw(output.logits[:, -1].float())
-        self.slots.position_B[slot_G] = length_G
+        numbers = self.how.numbers or range(len(self.prompts_ids))
+        key_G2 = keys(self.how.seed, [numbers[item] for item in group], self.device)
+        token_G = self.how.draw(logits_GV, key_G2, torch.zeros_like(length_G))
+        self.slots.position_B[slot_G], self.key_B2[slot_G] = length_G, key_G2
         self.token_B[slot_G], self.written_BS[slot_G, 0], self.count_B[slot_G] = token_G, token_G, 1
         self.done_B[slot_G] = self._ends(token_G) | (self.how.limit == 1)
 
@@ -168,7 +168,7 @@ class _Writer:
         self.slots.keep(slot_G)
         self.items, self.reach = [self.items[slot] for slot in slots], [self.reach[slot] for slot in slots]
         self.token_B, self.count_B, self.done_B = self.token_B[slot_G], self.count_B[slot_G], self.done_B[slot_G]
-        self.written_BS = self.written_BS[slot_G]
+        self.written_BS, self.key_B2 = self.written_BS[slot_G], self.key_B2[slot_G]
         if self.recorder:
             self.recorder.forget()
 
@@ -182,14 +182,15 @@ class _Writer:
             for _ in range(steps):
                 self._step()
         else:
-            self.slots.visible = min(-(-needed // VISIBLE_STEP) * VISIBLE_STEP, self.slots.columns)
+            if not self.reads_rows:
+                self.slots.visible = min(-(-needed // VISIBLE_STEP) * VISIBLE_STEP, self.slots.columns)
             self.recorder.run(self.slots.visible, steps)
 
     def _step(self) -> None:
         """One token more in every row that is not done; done rows stand still, whatever is computed for them."""
         at_B1 = self.slots.position_B[:, None]
         key_at_1K = torch.arange(self.slots.visible, device=self.device)[None]
-        with attending_by_step(self.configs):
+        with attending_by_step(self.configs, self.slots.position_B if self.reads_rows else None):
             logits_BV = self.model(
                 input_ids=self.token_B[:, None],
                 attention_mask=masks(self.model, at_B1, key_at_1K),
@@ -198,7 +199,7 @@ class _Writer:
                 logits_to_keep=1,
                 **kv_cache.taking(self.model, self.slots),
             ).logits[:, -1]
-        token_B = self.how.draw(logits_BV.float()).masked_fill(self.done_B, self.how.pad)
+        token_B = self.how.draw(logits_BV, self.key_B2, self.count_B).masked_fill(self.done_B, self.how.pad)
         bin_B = self.count_B.masked_fill(self.done_B, self.how.limit)
         self.written_BS.scatter_(1, bin_B[:, None], token_B[:, None])
         self.count_B += ~self.done_B

@@ -45,9 +45,10 @@ def generate(
 ) -> list[Generation]:
     """One text per prompt, in the order of the prompts: greedy, or sampled from `seed`.
 
-    Greedy texts do not depend on how prompts fall into batches (up to rounding at ties); sampled ones do. The model's
-    own generation settings (repetition penalty, top-k, ...) are set aside: what is measured is the model. Written in
-    slots (`decode.write`) where the model's cache allows it, else by transformers' `generate` (`plain`).
+    Texts do not depend on how prompts fall into batches (up to rounding at ties); sampled ones follow the seed and the
+    prompt's place. The model's own generation settings (repetition penalty, top-k, ...) are set aside: what is measured
+    is the model. Written in slots (`decode.write`) where the model's cache allows it, else by transformers' `generate`
+    (`plain`), where sampled texts do depend on batches.
     `chat`: wrap prompts in the chat template; None = if the tokenizer has one. Where `batch_size` texts at once do not
     fit the GPU's memory, what is left is written by half as many, with a warning.
 
@@ -57,7 +58,7 @@ def generate(
     prompts_ids = [encode_prompt(tokenizer, prompt, chat=chat) for prompt in prompts]
     _check_room(model, prompts, prompts_ids, max_new_tokens, title)
     inner: Any = stock(model)
-    how = writing(inner, tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size, sampling=sampling)
+    how = writing(inner, tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size, sampling=sampling, seed=seed)
     writer = write if fits(inner) else plain
     written: dict[int, Generation] = {}
     with torch.no_grad(), evaluating(inner), _forked_random_state(inner):
@@ -75,7 +76,8 @@ def _as_memory_allows(writer: Any, model: Any, prompts_ids: list[list[int]], how
     while left:
         items = list(left)
         try:
-            for place, ids in writer(model, [left[item] for item in items], how):
+            numbered = replace(how, numbers=tuple(items))
+            for place, ids in writer(model, [left[item] for item in items], numbered):
                 del left[items[place]]
                 yield items[place], ids
         except torch.OutOfMemoryError:
@@ -95,11 +97,12 @@ def writing(
     max_new_tokens: int,
     batch_size: int,
     sampling: Sampling | None = None,
+    seed: int = 0,
 ) -> Writing:
     """How this model's texts are written: plain greedy, or plain nucleus sampling."""
     ends = end_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else (ends or [0])[0]
-    return Writing(max_new_tokens, tuple(ends), pad, batch_size, sampling)
+    return Writing(max_new_tokens, tuple(ends), pad, batch_size, sampling, seed)
 
 
 def plain(

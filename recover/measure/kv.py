@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from recover.models import kv_cache
+from recover.models import fused, kv_cache
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 MASKED_BY_US = {"sdpa", "eager"}  # attention that takes a mask of (B, 1, T, K)
@@ -63,8 +63,12 @@ class Slots(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         keys_BHKd, values_BHKd = self.kv[layer_idx]
-        keys_BHKd[self.row_B, :, self.position_B] = key_states[:, :, 0]
-        values_BHKd[self.row_B, :, self.position_B] = value_states[:, :, 0]
+        key_BHd, value_BHv = key_states[:, :, 0], value_states[:, :, 0]
+        if fused.fits(key_BHd, value_BHv, keys_BHKd, values_BHKd):
+            fused.step_kernels().put(key_BHd, value_BHv, keys_BHKd, values_BHKd, self.position_B)
+        else:
+            keys_BHKd[self.row_B, :, self.position_B] = key_BHd
+            values_BHKd[self.row_B, :, self.position_B] = value_BHv
         return keys_BHKd[:, :, : self.visible], values_BHKd[:, :, : self.visible]
 
     def fill(self, slot_G: Tensor, read: Appending, length_G: Tensor) -> None:

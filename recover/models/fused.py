@@ -32,6 +32,14 @@ def _kernels() -> Any:
 
 
 @cache
+def step_kernels() -> Any:
+    """The kernels of `recover.models.step_kernels`, for who knows that they are `available`."""
+    from recover.models import step_kernels
+
+    return step_kernels
+
+
+@cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
 
@@ -82,7 +90,12 @@ class _RmsNorm(torch.autograd.Function):
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, rounded after each; kept for backward are gate and up alone."""
-    return _Gated.apply(gate, up) if _learns(gate, up) else _kernels().gated(gate, up)  # type: ignore[return-value]
+    if _learns(gate, up):
+        return _Gated.apply(gate, up)  # type: ignore[return-value]
+    if (gate.is_contiguous() and up.is_contiguous()) or not gate.stride(-1) == up.stride(-1) == 1:
+        return _kernels().gated(gate, up)
+    parts_MN = (part.reshape(-1, part.shape[-1]) for part in (gate, up))  # parts of one product
+    return step_kernels().gated_rows(*parts_MN).view(gate.shape)
 
 
 class _Gated(torch.autograd.Function):
