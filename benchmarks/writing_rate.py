@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 
 from recover.measure import decode, kv
 from recover.measure.decode import Writing
-from recover.models import fused, step_attention, stepping
+from recover.models import step_attention, stepping
 from recover.recipe import Sampling
 
 LOGIT_SPREAD = 5.5  # standard deviation of a logit
@@ -305,5 +305,4 @@ def shape(name: str, device: torch.device, options: argparse.Namespace, until: f
 
 
 if __name__ == "__main__":
-    assert fused.DEVICES
     main()

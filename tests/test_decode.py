@@ -126,8 +126,27 @@ def test_steps_that_the_host_does_not_see_change_no_text(monkeypatch):
     monkeypatch.setattr(decode, "VISIBLE_STEP", 4)
     monkeypatch.setattr(decode, "steps_unseen", lambda device: 5)
     monkeypatch.setattr(decode, "refills", lambda device: True)
+    given_up, keep = [], kv.Slots.keep
+    monkeypatch.setattr(kv.Slots, "keep", lambda self, slot_G: (given_up.append(len(slot_G)), keep(self, slot_G))[1])
     assert texts(write, model, asked, limit=12, rows=8) == expected
-    assert Replayed.last.seen == set()
+    assert Replayed.last.seen == set() and not given_up  # to record anew takes longer than what is left
+    monkeypatch.setattr(decode, "RECORDING", 2)
+    assert texts(write, model, asked, limit=12, rows=8) == expected and given_up
+
+
+def test_a_prompt_that_several_texts_begin_with_is_read_once():
+    model, asked = ending_at(1.5), prompts(4)
+    asked = [asked[number % 4] for number in range(14)]
+    expected = texts(plain, model, asked, limit=8, rows=14)
+    passes, forward = [], model.forward
+
+    def counted(*args, **kwargs):
+        passes.append(kwargs["input_ids"].shape)
+        return forward(*args, **kwargs)
+
+    model.forward = counted
+    assert texts(write, model, asked, limit=8, rows=14) == expected
+    assert passes[0][0] == 4 and passes[1][0] == 14
 
 
 def test_what_a_writer_recorded_goes_when_its_reader_leaves(monkeypatch):

@@ -30,6 +30,7 @@ from recover.recipe import Sampling
 
 REFILL = 8  # a group of prompts is read when 1/8 of the rows are free: reading few at a time is slow
 PROMPT_TOKENS_AT_ONCE = 2**16  # of padded prompts read in one pass
+RECORDING = 32  # steps; to record one takes as long
 VISIBLE_STEP = 256  # columns; a graph sees a multiple of it, an eager step what it needs
 
 
@@ -163,6 +164,8 @@ class _Writer:
         to_fill = self.waiting and refills(self.device)
         if to_fill or live * (4 if self.recorder else 4 / 3) > len(self.items):
             return
+        if self.recorder and self._left() < RECORDING:
+            return
         slots = [slot for slot, item in enumerate(self.items) if item is not None]
         slot_G = torch.tensor(slots, device=self.device)
         self.slots.keep(slot_G)
@@ -172,11 +175,19 @@ class _Writer:
         if self.recorder:
             self.recorder.forget()
 
+    def _left(self) -> int:
+        """Steps that texts may still take, at most."""
+        lengths = [bound + self.steps - len(self.prompts_ids[item]) for item, bound in self._standing()]
+        return self.how.limit - 1 - min(lengths)
+
+    def _standing(self) -> list[tuple[int, int]]:
+        """Items that are being written, each with its `reach`."""
+        return [(item, bound) for item, bound in zip(self.items, self.reach, strict=True) if item is not None]
+
     def _advance(self) -> None:
         steps = steps_unseen(self.device)
         self.steps += steps
-        bounds = [bound for bound, item in zip(self.reach, self.items, strict=True) if item is not None]
-        needed = min(max(bounds) + self.steps, self.slots.columns)
+        needed = min(max(bound for _, bound in self._standing()) + self.steps, self.slots.columns)
         if self.recorder is None:
             self.slots.visible = needed
             for _ in range(steps):

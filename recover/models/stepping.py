@@ -64,10 +64,9 @@ def by_kernels(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def in_few_products(model: nn.Module) -> Iterator[None]:
     """Inside, adapters and masks are part of the weights; on a GPU, products of one input are one product."""
-    groups = [
-        group for group in _groups(model) if _device(model).type == "cuda" or any(each.made for each in group.members)
-    ]
-    if not groups or sum(group.bytes for group in groups) > SHARE * _free_memory(_device(model)):
+    device = _device(model)
+    groups = [group for group in _groups(model) if joins(device) or any(each.made for each in group.members)]
+    if not groups or sum(group.bytes for group in groups) > SHARE * free_memory(device):
         yield
         return
     products = []
@@ -79,6 +78,11 @@ def in_few_products(model: nn.Module) -> Iterator[None]:
     finally:
         for product in products:
             product.leave()
+
+
+def joins(device: torch.device) -> bool:
+    """Whether one product of a larger matrix beats several: on a GPU, where a small one leaves most of it idle."""
+    return device.type == "cuda"
 
 
 class _Member(NamedTuple):
@@ -228,7 +232,8 @@ def _masked(layer: MaskedLinear, factors: Factors | None) -> Tensor:
     return found_OI
 
 
-def _free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
+    """Bytes that tensors on this device may still take."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
