@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 import torch
@@ -293,11 +293,10 @@ def shape(name: str, device: torch.device, options: argparse.Namespace, until: f
             row["equal"] = sum(first["texts"][item] == ids for item, ids in texts.items()) / len(texts)
         found[way] = row
         print(line(way, row), flush=True)
-        if way in options.top and row.get("top"):
+        top: Any = row.get("top", ())
+        if way in options.top and top:
             lists.append(f"{name}, {way}: kernels of a step")
-            lists += [
-                f"  {k['ms']:7.3f} ms {k['calls']:6.1f} x {k['us']:7.1f} us  {k['name'][:100]}" for k in row["top"]
-            ]
+            lists += [f"  {k['ms']:7.3f} ms {k['calls']:6.1f} x {k['us']:7.1f} us  {k['name'][:100]}" for k in top]
         if device.type == "cuda":
             torch.cuda.empty_cache()
     print("\n".join(lists), flush=True)

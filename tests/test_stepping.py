@@ -1,4 +1,6 @@
-"""A model made ready to write: the same texts in float32, adapters and masks in its weights, and nothing left behind."""
+"""A model made ready to write: the same texts in float32, adapters and masks in its weights, nothing left behind."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -162,9 +164,9 @@ def test_kernels_may_run_inside_and_everything_is_as_before_outside(monkeypatch,
     monkeypatch.setattr(fused, "available", lambda device: True)
     model = tiny() if kind == "plain" else twin_of(kind).base
     before = classes(model)
-    switches = [module.switch for module in model.modules() if hasattr(module, "switch")]
+    switches: list[Any] = [module.switch for module in model.modules() if hasattr(module, "switch")]
     with pytest.raises(KeyError), by_kernels(model):
-        norms = [module for module in model.modules() if isinstance(module, LeanNorm)]
+        norms: list[Any] = [module for module in model.modules() if isinstance(module, LeanNorm)]
         assert len(norms) == 13 and all(norm.switch.fused(norm.training) for norm in norms)
         raise KeyError
     assert classes(model) == before and not any(switch.writing for switch in switches)
