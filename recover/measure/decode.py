@@ -23,6 +23,7 @@ from recover import console
 from recover.measure.drawing import Draw, greedy, keys, nucleus
 from recover.measure.kv import Slots, masks, read
 from recover.measure.prompts import batches_by_length, left_pad
+from recover.measure.stops import Stops
 from recover.models import fused, kv_cache
 from recover.models.step_attention import attending_by_step, configs_of
 from recover.models.stepping import stepping
@@ -38,7 +39,8 @@ VISIBLE_STEP = 256  # columns; a graph sees a multiple of it, an eager step what
 class Writing:
     """How texts are written: at most `limit` tokens each, up to one of `ends`, `rows` at a time; greedy or sampled.
 
-    Sampled texts follow `seed` and the text's number: `numbers` of the prompts, by default their places.
+    Sampled texts follow `seed` and the text's number: `numbers` of the prompts, by default their places. A text also
+    ends with the token that completes one of `stops`.
     """
 
     limit: int
@@ -48,6 +50,7 @@ class Writing:
     sampling: Sampling | None = None
     seed: int = 0
     numbers: tuple[int, ...] | None = None
+    stops: Stops | None = None
 
     @property
     def draw(self) -> Draw:
@@ -85,6 +88,7 @@ class _Writer:
         self.waiting = deque(batches_by_length([len(ids) for ids in prompts_ids], len(prompts_ids))[0])
         self.configs = configs_of(model)
         self.end_E = torch.tensor(how.ends, dtype=torch.long, device=self.device)
+        self.stop_AV = how.stops.to(self.device) if how.stops else None
         self.recorder = _Recorder(self._step) if may_record(model) else None
         # A kernel reads of each row what the row has; else all rows are read up to the longest.
         self.reads_rows = bool(self.configs) and fused.available(self.device) and model.dtype in fused.DTYPES
@@ -101,6 +105,7 @@ class _Writer:
         self.count_B = torch.zeros(rows, dtype=torch.long, device=self.device)
         self.done_B = torch.ones(rows, dtype=torch.bool, device=self.device)
         self.key_B2 = torch.zeros(rows, 2, dtype=torch.long, device=self.device)
+        self.state_B = torch.zeros(rows, dtype=torch.long, device=self.device)  # of the strings that end a text
         # The last column is a bin.
         self.written_BS = torch.full((rows, self.how.limit + 1), self.how.pad, device=self.device)
 
@@ -157,7 +162,9 @@ class _Writer:
         token_G = self.how.draw(logits_GV, key_G2, torch.zeros_like(length_G))
         self.slots.position_B[slot_G], self.key_B2[slot_G] = length_G, key_G2
         self.token_B[slot_G], self.written_BS[slot_G, 0], self.count_B[slot_G] = token_G, token_G, 1
-        self.done_B[slot_G] = self._ends(token_G) | (self.how.limit == 1)
+        state_G = self._moved(torch.zeros_like(token_G), token_G)
+        self.state_B[slot_G] = state_G
+        self.done_B[slot_G] = self._ends(token_G, state_G) | (self.how.limit == 1)
 
     def _shrink(self, live: int) -> None:
         """Give up rows that nothing will fill any more; where that means to record anew, more rarely."""
@@ -172,6 +179,7 @@ class _Writer:
         self.items, self.reach = [self.items[slot] for slot in slots], [self.reach[slot] for slot in slots]
         self.token_B, self.count_B, self.done_B = self.token_B[slot_G], self.count_B[slot_G], self.done_B[slot_G]
         self.written_BS, self.key_B2 = self.written_BS[slot_G], self.key_B2[slot_G]
+        self.state_B = self.state_B[slot_G]
         if self.recorder:
             self.recorder.forget()
 
@@ -215,12 +223,19 @@ class _Writer:
         self.written_BS.scatter_(1, bin_B[:, None], token_B[:, None])
         self.count_B += ~self.done_B
         self.slots.position_B += ~self.done_B
-        self.done_B |= self._ends(token_B) | (self.count_B >= self.how.limit)
+        if self.stop_AV is not None:
+            self.state_B.copy_(self._moved(self.state_B, token_B))
+        self.done_B |= self._ends(token_B, self.state_B) | (self.count_B >= self.how.limit)
         self.slots.position_B.clamp_(max=self.slots.columns - 1)
         self.token_B.copy_(token_B)
 
-    def _ends(self, token_B: Tensor) -> Tensor:
-        return (token_B[:, None] == self.end_E).any(-1)
+    def _moved(self, state_B: Tensor, token_B: Tensor) -> Tensor:
+        """How far rows have come in the strings that end a text, one token later."""
+        return state_B if self.stop_AV is None else self.stop_AV[state_B, token_B].long()
+
+    def _ends(self, token_B: Tensor, state_B: Tensor) -> Tensor:
+        ends_B = (token_B[:, None] == self.end_E).any(-1)
+        return ends_B if self.how.stops is None else ends_B | (state_B == self.how.stops.found)
 
     def _ended(self) -> Iterator[tuple[int, list[int]]]:
         done, items = self.done_B.tolist(), list(self.items)
