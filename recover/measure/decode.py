@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 
 from recover import console
 from recover.measure.drawing import Draw, greedy, keys, nucleus
-from recover.measure.kv import Slots, masks, read
-from recover.measure.prompts import batches_by_length, left_pad
+from recover.measure.kv import Slots, masks, read_on
+from recover.measure.prompts import batches_by_length, right_pad
 from recover.measure.stops import Stops
 from recover.models import fused, kv_cache
 from recover.models.step_attention import attending_by_step, configs_of
@@ -117,6 +117,7 @@ class _Writer:
             if self.recorder:
                 # Now, and not when the collector comes by, which may be in the middle of another writer's recording.
                 self.recorder.forget()
+                self.recorder = None  # which knows a method of this: the cache would wait for the collector
 
     def _texts(self) -> Iterator[tuple[int, list[int]]]:
         ended: list[tuple[int, list[int]]] = []
@@ -149,14 +150,13 @@ class _Writer:
         # A prompt that several texts begin with is read once.
         prompts = list(dict.fromkeys(tuple(self.prompts_ids[item]) for item in group))
         place = {prompt: number for number, prompt in enumerate(prompts)}
-        ids_GT, mask_GT = left_pad(prompts, self.how.pad, self.device)
-        output, cache, _ = read(self.model, ids_GT, mask_GT, logits_to_keep=1)
-        logits_GV, length_G = output.logits[:, -1], mask_GT.sum(-1)
+        length_G = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        logits_GV, cache = read_on(self.model, right_pad(prompts, self.how.pad, self.device), length_G)
         if len(prompts) < len(group):
             index_G = torch.tensor([place[tuple(self.prompts_ids[item])] for item in group], device=self.device)
             cache, logits_GV, length_G = cache.rows(index_G), logits_GV[index_G], length_G[index_G]
         slot_G = torch.tensor(slots, device=self.device)
-        self.slots.fill(slot_G, cache, length_G)
+        self.slots.fill(slot_G, cache)
         numbers = self.how.numbers or range(len(self.prompts_ids))
         key_G2 = keys(self.how.seed, [numbers[item] for item in group], self.device)
         token_G = self.how.draw(logits_GV, key_G2, torch.zeros_like(length_G))

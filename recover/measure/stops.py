@@ -29,8 +29,8 @@ class Stops:
         """Raises DataError for an empty string, and for strings that are too long together."""
         if not all(strings) or sum(map(len, strings)) > MOST:
             raise DataError(
-                f"stop: {len(strings)} strings of {sum(map(len, strings))} characters; expected none that is empty, and "
-                f"at most {MOST} characters together"
+                f"stop: {len(strings)} strings of {sum(map(len, strings))} characters; expected at most {MOST} "
+                f"characters together, and no empty string"
             )
         self.strings = tuple(strings)
         self.table_AV = _table(self.strings, pieces(tokenizer, vocabulary))
