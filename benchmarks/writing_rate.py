@@ -36,7 +36,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 from recover.measure import decode, kv
 from recover.measure.decode import Writing
 from recover.models import step_attention, stepping
-from recover.recipe import Sampling
+from recover.models.twin import Twin
+from recover.prune.plan import Plan
+from recover.recipe import Lora, Sampling
 
 LOGIT_SPREAD = 5.5  # standard deviation of a logit
 TOP = 12
@@ -50,15 +52,19 @@ class Subject:
     sizes: tuple[int, int, int, int, int, int]  # blocks, width, intermediate, heads, key-value heads, vocabulary
     rows: int
     ways: tuple[str, ...] | None = None  # default: all
+    rank: int = 0  # of adapters on all linear layers of a twin, two blocks of which are dropped; 0: a stock model
 
 
 SUBJECTS = {
     "135m": Subject(LlamaConfig, (30, 576, 1536, 9, 3, 49_152), 1024),
     "0.5b": Subject(Qwen2Config, (24, 896, 4864, 14, 2, 151_936), 1024),
+    "0.5b-lora": Subject(
+        Qwen2Config, (24, 896, 4864, 14, 2, 151_936), 1024, ("plain", "all", "all but products"), rank=64
+    ),
     "7b": Subject(
         Qwen2Config, (28, 3584, 18_944, 28, 4, 152_064), 256, ("plain", "kernels", "products", "all", "all, drawn")
     ),
-    "tiny": Subject(Qwen2Config, (2, 64, 96, 4, 2, 500), 8),
+    "tiny": Subject(Qwen2Config, (4, 64, 96, 4, 2, 500), 8, rank=4),
 }
 
 
@@ -79,7 +85,19 @@ def model_of(subject: Subject, device: torch.device) -> Any:
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     nn.init.normal_(model.get_output_embeddings().weight, std=LOGIT_SPREAD / width**0.5)
-    return model.eval().requires_grad_(False)
+    model = model.eval().requires_grad_(False)
+    return pruned(model, subject.rank) if subject.rank else model
+
+
+def pruned(model: Any, rank: int) -> Any:
+    """The pruned view of a twin, with adapters that change something."""
+    blocks = model.config.num_hidden_layers
+    twin = Twin(model, Plan("depth", blocks, (blocks // 2, blocks // 2 + 1)))
+    twin.add_lora(Lora(rank=rank))
+    for name, parameter in twin.model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.01)
+    return twin.base.eval()
 
 
 def _by_sorting(temperature: float, top_p: float) -> decode.Draw:
@@ -167,17 +185,23 @@ def measured(model: Any, prompts_ids: list[list[int]], how: Writing, repeats: in
     }
 
 
-def steady(model: Any, prompts_ids: list[list[int]], how: Writing) -> dict[str, Any]:
-    """A step in the middle of a text: its time, kernels, and what the host needs for it."""
+def steady(model: Any, prompts_ids: list[list[int]], how: Writing, *, trace_reading: bool) -> dict[str, Any]:
+    """A step in the middle of a text: its time, kernels, and what the host needs for it.
+
+    `trace_reading`: the kernels of reading prompts too (whose time is then the profiler's as well).
+    """
     cuda = model.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     writer, steps = decode._Writer(model, prompts_ids, how), decode.steps_unseen(model.device)
     with decode.stepping(model):
         start = now()
-        while writer.waiting:
-            writer._read_group(len([item for item in writer.items if item is None]))
-        read = now()
+        with tracing(cuda and trace_reading) as read_events:
+            while writer.waiting:
+                writer._read_group(len([item for item in writer.items if item is None]))
+            read = now()
+        now()
+        resumed = now()
         writer._advance()
         first = now()
         for _ in range(3):
@@ -187,18 +211,16 @@ def steady(model: Any, prompts_ids: list[list[int]], how: Writing) -> dict[str, 
             writer._advance()
         host = time.perf_counter()
         ended = now()
-        events: list[dict[str, Any]] = []
-        if cuda:
-            with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-                writer._advance()
-                now()
-            events = [event for event in events_of(profiler) if event.get("cat") in ON_GPU]
+        with tracing(cuda) as events:
+            writer._advance()
+            now()
     if writer.recorder:
         writer.recorder.forget()
+        writer.recorder = None
     each = (ended - began) / 2 / steps
     found: dict[str, Any] = {
         "read_ms": (read - start) * 1e3,
-        "record_ms": (first - read - each * steps) * 1e3,
+        "record_ms": (first - resumed - each * steps) * 1e3,
         "step_ms": each * 1e3,
         "host_ms": (host - began) / 2 / steps * 1e3,
         "kernels": len(events) / steps,
@@ -206,11 +228,32 @@ def steady(model: Any, prompts_ids: list[list[int]], how: Writing) -> dict[str, 
     }
     if events:
         found["busy"] = 1 - sum(gaps(events)) / span(events)
-        found["top"] = [
-            {"name": name, "calls": len(times) / steps, "us": sum(times) / len(times), "ms": sum(times) / steps / 1e3}
-            for name, times in longest(events, TOP)
-        ]
+        found["top"] = top_of(events, steps)
+    if read_events:
+        found["read_busy"] = 1 - sum(gaps(read_events)) / span(read_events)
+        found["read_top"] = top_of(read_events, 1)
     return found
+
+
+@contextmanager
+def tracing(wanted: bool) -> Iterator[list[dict[str, Any]]]:
+    """A list that holds, afterwards, what ran on the GPU inside."""
+    events: list[dict[str, Any]] = []
+    if not wanted:
+        yield events
+        return
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
+        yield events
+        now()
+    events += [event for event in events_of(profiler) if event.get("cat") in ON_GPU]
+
+
+def top_of(events: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
+    """What takes most time, each step's."""
+    return [
+        {"name": name, "calls": len(times) / steps, "us": sum(times) / len(times), "ms": sum(times) / steps / 1e3}
+        for name, times in longest(events, TOP)
+    ]
 
 
 def line(name: str, row: dict[str, Any]) -> str:
@@ -242,12 +285,16 @@ def main() -> None:
     parser.add_argument(
         "--top", nargs="*", default=["plain", "all", "all, nucleus"], help="ways whose kernels are listed"
     )
+    parser.add_argument("--reading", nargs="*", default=[], help="ways whose reading of prompts is traced too")
+    parser.add_argument("--attention", action="store_true", help="times of the attention kernel by its tiles")
     parser.add_argument("--out", type=Path, help="a file for all figures, JSON")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{machine}, torch {torch.__version__}, transformers {transformers.__version__}", flush=True)
     found: dict[str, Any] = {"machine": machine, "torch": torch.__version__, "shapes": {}}
+    if options.attention:
+        attention(device)
     started = time.monotonic()
     for number, name in enumerate(options.only):
         until = started + options.seconds * (number + 1) / len(options.only)
@@ -255,6 +302,40 @@ def main() -> None:
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def attention(device: torch.device) -> None:
+    """Microseconds of a call, by columns at once and warps, for the three shapes at 100 columns of 177."""
+    from recover.models import step_kernels
+
+    for name, (rows, heads, groups, size) in {
+        "135m": (1024, 3, 3, 64),
+        "0.5b": (1024, 2, 7, 64),
+        "7b": (256, 4, 7, 128),
+    }.items():
+        query, keys, values = (
+            torch.randn(rows, heads, count, size, device=device, dtype=torch.bfloat16) for count in (groups, 177, 177)
+        )
+        added, last = (
+            torch.zeros(rows, 1, 1, 177, device=device, dtype=torch.bfloat16),
+            torch.arange(rows, device=device),
+        )
+        last = 85 + last % 30
+        found = []
+        for columns in (32, 64, 128):
+            for warps in (1, 2, 4, 8):
+                with mock.patch.multiple(step_kernels, COLUMNS=columns, WARPS=warps):
+                    for _ in range(3):
+                        step_kernels.attend(query, keys, values, added, last, 0.1)
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph):
+                        for _ in range(20):
+                            step_kernels.attend(query, keys, values, added, last, 0.1)
+                    graph.replay()
+                    start = now()
+                    graph.replay()
+                    found.append(f"{columns}/{warps}: {(now() - start) / 20 * 1e6:.1f}")
+        print(f"attention, {name}, us by columns/warps: {', '.join(found)}", flush=True)
 
 
 @torch.no_grad()
@@ -283,7 +364,7 @@ def shape(name: str, device: torch.device, options: argparse.Namespace, until: f
         try:
             with by(means):
                 row = measured(model, prompts_ids, how, options.repeats, until)
-                row |= steady(model, prompts_ids[:rows], how)
+                row |= steady(model, prompts_ids[:rows], how, trace_reading=way in options.reading)
         except Exception as error:  # a result too: the other ways still count
             row = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
         else:

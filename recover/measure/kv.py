@@ -8,7 +8,7 @@ Legend: B batch, H key-value heads, T tokens of this pass, K columns of the cach
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -145,7 +145,7 @@ def read_on(model: PreTrainedModel, ids_BT: Tensor, length_B: Tensor) -> tuple[T
 
     No token sees the padding behind it, so no mask is made for it, and attention stays its causal kernel.
     """
-    cache, head = Appending(), model.get_output_embeddings()
+    cache, head = Appending(), cast("torch.nn.Module", model.get_output_embeddings())
     row_B = torch.arange(len(ids_BT), device=ids_BT.device)
 
     def last_alone(_: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COLUMNS = 64  # of the cache that a program holds at once
+COLUMNS, WARPS = 64, 4  # of the cache that a program of attention holds at once, and its warps
 NUMBERS = 4096  # logits that a program holds at once
 LOWEST = -1e30  # below every score, and finite: a difference of two is no NaN
 
@@ -51,7 +51,7 @@ def attend(
             D=max(triton.next_power_of_2(size), 16),
             E=max(triton.next_power_of_2(values_BHKv.shape[-1]), 16),
             COLUMNS=COLUMNS,
-            num_warps=4,
+            num_warps=WARPS,
             num_stages=2,
         )
     return out_BHGv
