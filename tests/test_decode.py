@@ -173,3 +173,19 @@ def test_the_collector_waits_for_a_recording(collects):
         assert gc.isenabled() == collects
     finally:
         (gc.enable if before else gc.disable)()
+
+
+def test_a_writers_cache_goes_with_it_and_does_not_wait_for_the_collector(monkeypatch):
+    monkeypatch.setattr(decode, "may_record", lambda model: True)
+    monkeypatch.setattr(decode, "_Recorder", Replayed)
+    model, asked = ending_at(1.5), prompts(4)
+    texts(write, model, asked, limit=4, rows=4)
+    gc.collect()
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        texts(write, model, asked, limit=4, rows=4)
+        Replayed.last = None
+        assert not [thing for thing in gc.get_objects() if isinstance(thing, kv.Slots)]
+    finally:
+        (gc.enable if before else gc.disable)()
