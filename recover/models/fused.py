@@ -1,8 +1,8 @@
-"""Elementwise work of a training step as fused kernels with gradient, where there is a GPU with Triton.
+"""Elementwise work between products as fused kernels with gradient, where there is a GPU with Triton.
 
 RMSNorm, silu(gate) * up and rotary embedding are a third of the time of a step on a fast GPU when every operation reads
 and writes memory on its own. `fits` says whether the kernels take some tensors; who calls them decides whether they may
-run: in training only, so that what is generated and measured is the stock modules' to the bit.
+run: in training, and while texts are written. What judges given text is the stock modules' to the bit.
 
 Shapes: D width, B batch, H heads, T tokens, C columns of a head.
 """

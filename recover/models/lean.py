@@ -1,8 +1,8 @@
 """Norms, gated MLPs and attention of stock blocks, as they are trained: less is kept for backward, less memory moved.
 
-Forward's values are the stock ones, bit for bit, but where the fused kernels run: in training on a GPU (see
-`Switch.fused`), up to the order of a sum. Which modules: those whose stock `forward` reads word for word as below, and
-attention whose rotary embedding does, whatever the family; others stay as they are.
+Forward's values are the stock ones, bit for bit, but where the fused kernels run: in training and writing on a GPU
+(see `Switch.fused`), up to the order of a sum. Which modules: those whose stock `forward` reads word for word as below,
+and attention whose rotary embedding does, whatever the family; others stay as they are.
 """
 
 from __future__ import annotations
