@@ -43,6 +43,7 @@ FLOORS = {
     "recover.models.own_linear": 2,
     "recover.models.pairing": 2,
     "recover.models.site": 2,
+    "recover.models.step_kernels": 2,
     "recover.prune.scores": 2,
     "recover.probe.spaces": 2,
     "recover.distill.loss": 2,

@@ -18,7 +18,7 @@ from torch import Tensor
 from recover.errors import DataError
 from recover.models import kv_cache
 from recover.models.arch import base_of
-from recover.models.step_attention import attending, configs_of
+from recover.models.step_attention import attending_by_step, configs_of
 from recover.probe.views import States, View, hidden_states, running
 
 
@@ -158,7 +158,7 @@ def _decode(
     with (
         running(view) as model,
         hidden_states(view, lambda h_BTD: h_BTD[:, -1]) as seen,
-        attending(configs_of(model)),
+        attending_by_step(configs_of(model)),
     ):
         while len(tokens) < steps and alive_B.any():
             place_BT = positions(mask_BT)[:, -ids_BT.shape[1] :]
