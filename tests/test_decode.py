@@ -11,7 +11,8 @@ from recover import recipe
 from recover.measure import decode, kv
 from recover.measure.decode import Writing, write
 from recover.measure.generate import plain
-from recover.models import Twin, recording
+from recover.models import recording
+from recover.models.twin import Twin
 from recover.prune.plan import Plan
 
 
