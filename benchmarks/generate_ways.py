@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -10,8 +11,6 @@ from recover.measure import decode
 from recover.measure.decode import Writing, write
 from recover.measure.generate import plain
 from recover.measure.prompts import batches_by_length, left_pad
-from recover.models.lean import make_lean
-from recover.models.masked_linear import Switch
 
 Texts = dict[int, list[int]]
 Variant = Callable[[Any, Sequence[list[int]], Writing], Texts]
@@ -39,26 +38,10 @@ def slots_stock_attention(model: Any, prompts_ids: Sequence[list[int]], how: Wri
         return slots(model, prompts_ids, how)
 
 
-class _Always(Switch):
-    """Fused kernels, whoever runs."""
-
-    def fused(self, training: bool) -> bool:
-        return True
-
-
-def slots_fused(model: Any, prompts_ids: Sequence[list[int]], how: Writing) -> Texts:
-    """The same, with the norms, gates and rotary embedding of training."""
-    before: list[tuple[Any, type]] = [(module, type(module)) for module in model.modules()]
-    make_lean(model, _Always())
-    changed = [(module, kind) for module, kind in before if type(module) is not kind]
-    for module, _ in changed:
-        module.closed = False
-    try:
+def slots_stock_modules(model: Any, prompts_ids: Sequence[list[int]], how: Writing) -> Texts:
+    """The same, with norms, gates, rotary embedding and products as transformers has them."""
+    with mock.patch.object(decode, "stepping", lambda model: nullcontext()):
         return slots(model, prompts_ids, how)
-    finally:
-        for module, kind in changed:
-            module.__class__ = kind
-            del module.closed, module.switch
 
 
 def static_cache(model: Any, prompts_ids: Sequence[list[int]], how: Writing) -> Texts:
@@ -110,7 +93,7 @@ def _cut(row: list[int], ends: Sequence[int]) -> list[int]:
 PAIR: dict[str, Variant] = {"transformers generate": plain_generate, "recover": slots}
 OTHERS: dict[str, Variant] = {
     "recover, transformers' attention": slots_stock_attention,
-    "recover, fused norms, gates and rotary embedding": slots_fused,
+    "recover, transformers' modules": slots_stock_modules,
     "recover, no CUDA graph": slots_unrecorded,
     "transformers static cache": static_cache,
     "transformers continuous batching": continuous_batching,  # last: out of time, its thread may go on

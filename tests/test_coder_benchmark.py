@@ -279,7 +279,7 @@ def test_a_run_waits_for_what_another_is_making(tmp_path, donor):
     assert at_work._ready(variants, recipes) == [variants[0], variants[2]]
     common = common_work(load_recipe(QUICKSTART))
     process: object = None
-    at_work.running = [Running(variants[0], donor, common, process, process, 0.0, [])]  # type: ignore[arg-type]
+    at_work.running = [Running(variants[0], donor, common, process, process, 0.0, [], 0)]  # type: ignore[arg-type]
     assert at_work._ready(variants[1:], recipes) == variants[1:]
     (donor / "recover" / "steps.jsonl").unlink()
     assert at_work._ready(variants[1:], recipes) == [variants[2]]

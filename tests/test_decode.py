@@ -9,8 +9,9 @@ from twins import fill_adapters
 
 from recover import recipe
 from recover.measure import decode, kv
-from recover.measure.decode import Writing, nucleus, write
+from recover.measure.decode import Writing, write
 from recover.measure.generate import plain
+from recover.models import recording
 from recover.models.twin import Twin
 from recover.prune.plan import Plan
 
@@ -100,15 +101,6 @@ def test_attention_that_our_masks_do_not_serve_is_left_to_transformers():
     assert not kv.fits(model)
 
 
-def test_a_nucleus_holds_the_fewest_tokens_and_is_drawn_in_proportion():
-    p_V = torch.tensor([0.4, 0.05, 0.3, 0.25])
-    torch.manual_seed(0)
-    draw = nucleus(1.0, 0.65)
-    found_V = torch.bincount(draw(p_V.log().expand(20000, 4)), minlength=4) / 20000
-    torch.testing.assert_close(found_V, torch.tensor([4 / 7, 0, 3 / 7, 0]), atol=0.012, rtol=0)
-    assert (nucleus(0.01, 1.0)(p_V.log().expand(100, 4)) == 0).all()
-
-
 class Replayed:
     """A recorder as on a GPU: it looks at ended rows only every few steps, and the rows may not move unannounced."""
 
@@ -135,8 +127,27 @@ def test_steps_that_the_host_does_not_see_change_no_text(monkeypatch):
     monkeypatch.setattr(decode, "VISIBLE_STEP", 4)
     monkeypatch.setattr(decode, "steps_unseen", lambda device: 5)
     monkeypatch.setattr(decode, "refills", lambda device: True)
+    given_up, keep = [], kv.Slots.keep
+    monkeypatch.setattr(kv.Slots, "keep", lambda self, slot_G: (given_up.append(len(slot_G)), keep(self, slot_G))[1])
     assert texts(write, model, asked, limit=12, rows=8) == expected
-    assert Replayed.last.seen == set()
+    assert Replayed.last.seen == set() and not given_up  # to record anew takes longer than what is left
+    monkeypatch.setattr(decode, "RECORDING", 2)
+    assert texts(write, model, asked, limit=12, rows=8) == expected and given_up
+
+
+def test_a_prompt_that_several_texts_begin_with_is_read_once():
+    model, asked = ending_at(1.5), prompts(4)
+    asked = [asked[number % 4] for number in range(14)]
+    expected = texts(plain, model, asked, limit=8, rows=14)
+    passes, forward = [], model.forward
+
+    def counted(*args, **kwargs):
+        passes.append(kwargs["input_ids"].shape)
+        return forward(*args, **kwargs)
+
+    model.forward = counted
+    assert texts(write, model, asked, limit=8, rows=14) == expected
+    assert passes[0][0] == 4 and passes[1][0] == 14
 
 
 def test_what_a_writer_recorded_goes_when_its_reader_leaves(monkeypatch):
@@ -157,9 +168,25 @@ def test_the_collector_waits_for_a_recording(collects):
     before = gc.isenabled()
     try:
         (gc.enable if collects else gc.disable)()
-        with pytest.raises(KeyError), decode._nothing_collected():
+        with pytest.raises(KeyError), recording._nothing_collected():
             assert not gc.isenabled()
             raise KeyError
         assert gc.isenabled() == collects
+    finally:
+        (gc.enable if before else gc.disable)()
+
+
+def test_a_writers_cache_goes_with_it_and_does_not_wait_for_the_collector(monkeypatch):
+    monkeypatch.setattr(decode, "may_record", lambda model: True)
+    monkeypatch.setattr(decode, "_Recorder", Replayed)
+    model, asked = ending_at(1.5), prompts(4)
+    texts(write, model, asked, limit=4, rows=4)
+    gc.collect()
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        texts(write, model, asked, limit=4, rows=4)
+        Replayed.last = None
+        assert not [thing for thing in gc.get_objects() if isinstance(thing, kv.Slots)]
     finally:
         (gc.enable if before else gc.disable)()

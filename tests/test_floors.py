@@ -44,6 +44,7 @@ FLOORS = {
     "recover.models.own_linear": 2,
     "recover.models.pairing": 2,
     "recover.models.site": 2,
+    "recover.models.step_kernels": 2,
     "recover.prune.scores": 2,
     "recover.probe.spaces": 2,
     "recover.distill.loss": 2,
@@ -57,6 +58,8 @@ FLOORS = {
     "recover.models": 3,
     # How texts are decoded, for what measures and for what probes
     "recover.measure.decode": 3.5,
+    "recover.measure.drawing": 3.5,
+    "recover.measure.stops": 3.5,
     "recover.measure.kv": 3.5,
     "recover.measure.prompts": 3.5,
     # F4: the work on one model

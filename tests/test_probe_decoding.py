@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from probe_reference import STEPS, dropping, endless, prompts
@@ -20,17 +22,32 @@ from recover.prune.plan import Plan
 from recover.recipe import Lora
 
 
-def recorded(monkeypatch) -> list[Recorded]:
-    """The readers that are made from here on: those of a GPU, without its recording."""
-    made: list[Recorded] = []
+class Replays:
+    """Stands for the recorder of a GPU: takes each step for real."""
 
-    def reader_of(model, state, steps):
-        made.append(Recorded(trajectory.base_of(model), state, steps))
-        return made[-1]
+    made: ClassVar[list[Replays]] = []
 
-    monkeypatch.setattr(trajectory, "reader_of", reader_of)
+    def __init__(self, step) -> None:
+        self.step, self.steps, self.forgotten = step, 0, False
+        Replays.made.append(self)
+
+    def run(self, visible: int, steps: int) -> None:
+        assert not self.forgotten
+        for _ in range(steps):
+            self.step()
+        self.steps += steps
+
+    def forget(self) -> None:
+        self.forgotten = True
+
+
+def recorded(monkeypatch) -> list[Replays]:
+    """From here on texts are read as on a GPU, and each reader's recorder is in the list."""
+    monkeypatch.setattr(Replays, "made", [])
+    monkeypatch.setattr(decoding, "_Recorder", Replays)
+    monkeypatch.setattr(decoding, "may_record", lambda model: True)
     monkeypatch.setattr(trajectory, "steps_unseen", lambda device: 3)
-    return made
+    return Replays.made
 
 
 def views(twin: Twin):
@@ -50,7 +67,7 @@ def test_recorded_steps_write_the_texts_of_the_models_own_cache(family, monkeypa
         assert torch.equal(found.tokens_BS, stock.tokens_BS) and torch.equal(found.scored_BS, stock.scored_BS)
         torch.testing.assert_close(found.cached_ND, stock.cached_ND, rtol=1e-4, atol=1e-5)
         assert sampled(view, batch, steps=STEPS, ends=[], seed=3).tokens() == noisy.tokens()
-    assert len(made) == 4
+    assert [each.steps for each in made] == [STEPS - 1] * 4 and all(each.forgotten for each in made)
 
 
 def test_recorded_steps_take_adapters_along_and_end_where_texts_do(monkeypatch):
@@ -71,20 +88,20 @@ def test_recorded_steps_take_adapters_along_and_end_where_texts_do(monkeypatch):
 def test_a_reader_is_closed_whatever_happens(monkeypatch):
     twin = dropping(endless())
     made = recorded(monkeypatch)
-    closed: list[Recorded] = []
-    monkeypatch.setattr(Recorded, "close", lambda self: closed.append(self))
     batch = batches_of(prompts(), views(twin)[0], size=5, steps=STEPS)[0]
+
+    def choose(z_BV, step):
+        raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        trajectory._decode(
-            views(twin)[0], batch, STEPS, [], lambda z_BV, step: (_ for _ in ()).throw(KeyboardInterrupt)
-        )
-    assert closed == made and len(made) == 1
+        trajectory._decode(views(twin)[0], batch, STEPS, [], choose)
+    assert [each.forgotten for each in made] == [True]
 
 
 def test_a_cpu_and_a_model_of_another_kind_of_cache_are_read_as_anyone_reads_them(monkeypatch):
     model = endless()
     assert type(decoding.reader_of(model, torch.empty, 1)) is Stock
-    monkeypatch.setattr(decoding, "may_record", lambda model: True)
+    recorded(monkeypatch)
     assert type(decoding.reader_of(model, torch.empty, 1)) is Recorded
     monkeypatch.setattr(decoding, "fits", lambda model: False)
     assert type(decoding.reader_of(model, torch.empty, 1)) is Stock

@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from recover import recipe
 from recover.models import kv_cache, step_attention
 from recover.models.arch import blocks_of
-from recover.models.step_attention import NAME, attend, attending, configs_of
+from recover.models.step_attention import NAME, attend, attending_by_step, configs_of
 from recover.models.twin import Twin
 from recover.prune.plan import Plan
 
@@ -86,7 +86,7 @@ def test_every_block_attends_by_it_and_gives_the_same_logits(monkeypatch, family
     with torch.no_grad():
         expected = decoded()
         assert steps == []
-        with attending(configs_of(model)):
+        with attending_by_step(configs_of(model)):
             found = decoded()
     torch.testing.assert_close(found, expected)
     blocks = len(blocks_of(model)) if model.config._attn_implementation == "sdpa" else 0  # Gemma 2's is eager
@@ -99,7 +99,7 @@ def test_outside_and_after_an_error_models_attend_as_before():
     twin.add_lora(recipe.Lora(rank=2))
     configs = configs_of(twin.model)
     assert [id(config) for config in configs] == [id(twin.base.config)]
-    with pytest.raises(KeyError), attending(configs):
+    with pytest.raises(KeyError), attending_by_step(configs):
         assert twin.base.config._attn_implementation == NAME
         raise KeyError
     assert twin.base.config._attn_implementation == "sdpa"

@@ -8,10 +8,8 @@ group, E end tokens.
 
 from __future__ import annotations
 
-import gc
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,55 +18,43 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recover import console
-from recover.measure.kv import Slots, masks, read
-from recover.measure.prompts import batches_by_length, left_pad
-from recover.models import kv_cache
-from recover.models.step_attention import attending, configs_of
+from recover.measure.drawing import Draw, greedy, keys, nucleus
+from recover.measure.kv import Slots, masks, read_on
+from recover.measure.prompts import batches_by_length, right_pad
+from recover.measure.stops import Stops
+from recover.models import fused, kv_cache
+from recover.models.recording import record
+from recover.models.step_attention import attending_by_step, configs_of
+from recover.models.stepping import stepping
 from recover.recipe import Sampling
 
 REFILL = 8  # a group of prompts is read when 1/8 of the rows are free: reading few at a time is slow
 PROMPT_TOKENS_AT_ONCE = 2**16  # of padded prompts read in one pass
+RECORDING = 32  # steps; to record one takes as long
 VISIBLE_STEP = 256  # columns; a graph sees a multiple of it, an eager step what it needs
-
-Draw = Callable[[Tensor], Tensor]  # logits_BV in float32 -> token_B
 
 
 @dataclass(frozen=True)
 class Writing:
-    """How texts are written: at most `limit` tokens each, up to one of `ends`, `rows` at a time; greedy or sampled."""
+    """How texts are written: at most `limit` tokens each, up to one of `ends`, `rows` at a time; greedy or sampled.
+
+    Sampled texts follow `seed` and the text's number: `numbers` of the prompts, by default their places. A text also
+    ends with the token that completes one of `stops`.
+    """
 
     limit: int
     ends: tuple[int, ...]
     pad: int
     rows: int
     sampling: Sampling | None = None
+    seed: int = 0
+    numbers: tuple[int, ...] | None = None
+    stops: Stops | None = None
 
     @property
     def draw(self) -> Draw:
         """What chooses the next token."""
         return greedy if self.sampling is None else nucleus(self.sampling.temperature, self.sampling.top_p)
-
-
-def greedy(logits_BV: Tensor) -> Tensor:
-    """The likeliest token."""
-    return logits_BV.argmax(-1)
-
-
-def nucleus(temperature: float, top_p: float) -> Draw:
-    """Draws from softmax(z / temperature), cut to the fewest tokens that hold `top_p` of it.
-
-    The largest p / e with e ~ Exp(1) is a draw from p (the exponential race): nothing is asked of the host.
-    """
-
-    def draw(logits_BV: Tensor) -> Tensor:
-        p_BV = (logits_BV / temperature).softmax(-1)
-        if top_p < 1:
-            sorted_BV, index_BV = p_BV.sort(-1, descending=True)
-            kept_BV = (sorted_BV.cumsum(-1) - sorted_BV) < top_p
-            p_BV = torch.zeros_like(p_BV).scatter(-1, index_BV, sorted_BV * kept_BV)
-        return (p_BV / torch.empty_like(p_BV).exponential_()).argmax(-1)
-
-    return draw
 
 
 def refills(device: torch.device) -> bool:
@@ -87,7 +73,7 @@ def write(
 ) -> Iterator[tuple[int, list[int]]]:
     """(item, ids written, the end token with them) of each prompt, as texts end; longest prompts first.
 
-    Greedy ids do not depend on `rows`, nor on what stands in the other rows (up to rounding at ties).
+    Ids do not depend on `rows`, nor on what stands in the other rows (up to rounding at ties).
     """
     if prompts_ids:
         yield from _Writer(model, prompts_ids, how).texts()
@@ -101,7 +87,10 @@ class _Writer:
         self.waiting = deque(batches_by_length([len(ids) for ids in prompts_ids], len(prompts_ids))[0])
         self.configs = configs_of(model)
         self.end_E = torch.tensor(how.ends, dtype=torch.long, device=self.device)
+        self.stop_AV = how.stops.to(self.device) if how.stops else None
         self.recorder = _Recorder(self._step) if may_record(model) else None
+        # A kernel reads of each row what the row has; else all rows are read up to the longest.
+        self.reads_rows = bool(self.configs) and fused.available(self.device) and model.dtype in fused.DTYPES
         self._open()
 
     def _open(self) -> None:
@@ -114,22 +103,28 @@ class _Writer:
         self.token_B = torch.full((rows,), self.how.pad, device=self.device)
         self.count_B = torch.zeros(rows, dtype=torch.long, device=self.device)
         self.done_B = torch.ones(rows, dtype=torch.bool, device=self.device)
+        self.key_B2 = torch.zeros(rows, 2, dtype=torch.long, device=self.device)
+        self.state_B = torch.zeros(rows, dtype=torch.long, device=self.device)  # of the strings that end a text
         # The last column is a bin.
         self.written_BS = torch.full((rows, self.how.limit + 1), self.how.pad, device=self.device)
 
     def texts(self) -> Iterator[tuple[int, list[int]]]:
         try:
-            yield from self._texts()
+            with stepping(self.model):
+                yield from self._texts()
         finally:
             if self.recorder:
                 # Now, and not when the collector comes by, which may be in the middle of another writer's recording.
                 self.recorder.forget()
+                self.recorder = None  # which knows a method of this: the cache would wait for the collector
 
     def _texts(self) -> Iterator[tuple[int, list[int]]]:
+        ended: list[tuple[int, list[int]]] = []
         while True:
             live = sum(item is not None for item in self.items)
             free = len(self.items) - live
             if live == 0 and not self.waiting:
+                yield from ended
                 return
             if live == 0 and not refills(self.device):
                 self._open()
@@ -139,7 +134,9 @@ class _Writer:
             else:
                 self._shrink(live)
                 self._advance()
-            yield from self._ended()
+            # The device has work to do while the last texts are taken.
+            yield from ended
+            ended = list(self._ended())
 
     def _read_group(self, free: int) -> None:
         """Read as many waiting prompts as there are free slots and memory, and write their first token."""
@@ -149,47 +146,69 @@ class _Writer:
         slots = [slot for slot, item in enumerate(self.items) if item is None][:count]
         for slot, item in zip(slots, group, strict=True):
             self.items[slot], self.reach[slot] = item, len(self.prompts_ids[item]) - self.steps
-        ids_GT, mask_GT = left_pad([self.prompts_ids[item] for item in group], self.how.pad, self.device)
-        output, cache, _ = read(self.model, ids_GT, mask_GT, logits_to_keep=1)
-        slot_G, length_G = torch.tensor(slots, device=self.device), mask_GT.sum(-1)
-        self.slots.fill(slot_G, cache, length_G)
-        token_G = self.how.draw(output.logits[:, -1].float())
-        self.slots.position_B[slot_G] = length_G
+        # A prompt that several texts begin with is read once.
+        prompts = list(dict.fromkeys(tuple(self.prompts_ids[item]) for item in group))
+        place = {prompt: number for number, prompt in enumerate(prompts)}
+        length_G = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        logits_GV, cache = read_on(self.model, right_pad(prompts, self.how.pad, self.device), length_G)
+        if len(prompts) < len(group):
+            index_G = torch.tensor([place[tuple(self.prompts_ids[item])] for item in group], device=self.device)
+            cache, logits_GV, length_G = cache.rows(index_G), logits_GV[index_G], length_G[index_G]
+        slot_G = torch.tensor(slots, device=self.device)
+        self.slots.fill(slot_G, cache)
+        numbers = self.how.numbers or range(len(self.prompts_ids))
+        key_G2 = keys(self.how.seed, [numbers[item] for item in group], self.device)
+        token_G = self.how.draw(logits_GV, key_G2, torch.zeros_like(length_G))
+        self.slots.position_B[slot_G], self.key_B2[slot_G] = length_G, key_G2
         self.token_B[slot_G], self.written_BS[slot_G, 0], self.count_B[slot_G] = token_G, token_G, 1
-        self.done_B[slot_G] = self._ends(token_G) | (self.how.limit == 1)
+        state_G = self._moved(torch.zeros_like(token_G), token_G)
+        self.state_B[slot_G] = state_G
+        self.done_B[slot_G] = self._ends(token_G, state_G) | (self.how.limit == 1)
 
     def _shrink(self, live: int) -> None:
         """Give up rows that nothing will fill any more; where that means to record anew, more rarely."""
         to_fill = self.waiting and refills(self.device)
         if to_fill or live * (4 if self.recorder else 4 / 3) > len(self.items):
             return
+        if self.recorder and self._left() < RECORDING:
+            return
         slots = [slot for slot, item in enumerate(self.items) if item is not None]
         slot_G = torch.tensor(slots, device=self.device)
         self.slots.keep(slot_G)
         self.items, self.reach = [self.items[slot] for slot in slots], [self.reach[slot] for slot in slots]
         self.token_B, self.count_B, self.done_B = self.token_B[slot_G], self.count_B[slot_G], self.done_B[slot_G]
-        self.written_BS = self.written_BS[slot_G]
+        self.written_BS, self.key_B2 = self.written_BS[slot_G], self.key_B2[slot_G]
+        self.state_B = self.state_B[slot_G]
         if self.recorder:
             self.recorder.forget()
+
+    def _left(self) -> int:
+        """Steps that texts may still take, at most."""
+        lengths = [bound + self.steps - len(self.prompts_ids[item]) for item, bound in self._standing()]
+        return self.how.limit - 1 - min(lengths)
+
+    def _standing(self) -> list[tuple[int, int]]:
+        """Items that are being written, each with its `reach`."""
+        return [(item, bound) for item, bound in zip(self.items, self.reach, strict=True) if item is not None]
 
     def _advance(self) -> None:
         steps = steps_unseen(self.device)
         self.steps += steps
-        bounds = [bound for bound, item in zip(self.reach, self.items, strict=True) if item is not None]
-        needed = min(max(bounds) + self.steps, self.slots.columns)
+        needed = min(max(bound for _, bound in self._standing()) + self.steps, self.slots.columns)
         if self.recorder is None:
             self.slots.visible = needed
             for _ in range(steps):
                 self._step()
         else:
-            self.slots.visible = min(-(-needed // VISIBLE_STEP) * VISIBLE_STEP, self.slots.columns)
+            if not self.reads_rows:
+                self.slots.visible = min(-(-needed // VISIBLE_STEP) * VISIBLE_STEP, self.slots.columns)
             self.recorder.run(self.slots.visible, steps)
 
     def _step(self) -> None:
         """One token more in every row that is not done; done rows stand still, whatever is computed for them."""
         at_B1 = self.slots.position_B[:, None]
         key_at_1K = torch.arange(self.slots.visible, device=self.device)[None]
-        with attending(self.configs):
+        with attending_by_step(self.configs, self.slots.position_B if self.reads_rows else None):
             logits_BV = self.model(
                 input_ids=self.token_B[:, None],
                 attention_mask=masks(self.model, at_B1, key_at_1K),
@@ -198,17 +217,24 @@ class _Writer:
                 logits_to_keep=1,
                 **kv_cache.taking(self.model, self.slots),
             ).logits[:, -1]
-        token_B = self.how.draw(logits_BV.float()).masked_fill(self.done_B, self.how.pad)
+        token_B = self.how.draw(logits_BV, self.key_B2, self.count_B).masked_fill(self.done_B, self.how.pad)
         bin_B = self.count_B.masked_fill(self.done_B, self.how.limit)
         self.written_BS.scatter_(1, bin_B[:, None], token_B[:, None])
         self.count_B += ~self.done_B
         self.slots.position_B += ~self.done_B
-        self.done_B |= self._ends(token_B) | (self.count_B >= self.how.limit)
+        if self.stop_AV is not None:
+            self.state_B.copy_(self._moved(self.state_B, token_B))
+        self.done_B |= self._ends(token_B, self.state_B) | (self.count_B >= self.how.limit)
         self.slots.position_B.clamp_(max=self.slots.columns - 1)
         self.token_B.copy_(token_B)
 
-    def _ends(self, token_B: Tensor) -> Tensor:
-        return (token_B[:, None] == self.end_E).any(-1)
+    def _moved(self, state_B: Tensor, token_B: Tensor) -> Tensor:
+        """How far rows have come in the strings that end a text, one token later."""
+        return state_B if self.stop_AV is None else self.stop_AV[state_B, token_B].long()
+
+    def _ends(self, token_B: Tensor, state_B: Tensor) -> Tensor:
+        ends_B = (token_B[:, None] == self.end_E).any(-1)
+        return ends_B if self.how.stops is None else ends_B | (state_B == self.how.stops.found)
 
     def _ended(self) -> Iterator[tuple[int, list[int]]]:
         done, items = self.done_B.tolist(), list(self.items)
@@ -254,42 +280,14 @@ class _Recorder:
             self.step()
         torch.cuda.current_stream().wait_stream(side)
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
         try:
-            # thread_local: a data loader that pins memory in a thread of its own must not spoil the recording.
-            with _nothing_collected(), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                self.step()
+            self.graphs[visible], _ = record(self.step, self.pool)
         except RuntimeError as error:
-            torch.cuda.synchronize()
-            _end_recording_of_draws()
             console.warn(f"decoding goes on without a CUDA graph, several times slower: {str(error).splitlines()[0]}")
             self.records = False
-            return
-        self.graphs[visible] = graph
 
     def forget(self) -> None:
         """The rows have moved, or are done: nothing recorded holds. In new memory, should there be a next recording, as
         a pool that no graph uses may not be used again."""
         self.graphs.clear()
         self.pool = None
-
-
-@contextmanager
-def _nothing_collected() -> Iterator[None]:
-    """A graph that anyone left to the collector and that goes during a recording breaks it, and the allocator with it.
-
-    torch only warns ("operation not permitted when stream is capturing"), and the process aborts when it ends.
-    """
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
-
-
-def _end_recording_of_draws() -> None:
-    """A recording that failed leaves the random numbers' state as if it still ran, and every draw would be an error."""
-    generator = torch.cuda.default_generators[torch.cuda.current_device()]
-    generator.graphsafe_set_state(generator.clone_state())

@@ -20,12 +20,13 @@ from recover.errors import DataError
 from recover.measure.decode import Writing, write
 from recover.measure.kv import fits
 from recover.measure.prompts import batches_by_length, encode_prompt, left_pad
+from recover.measure.stops import Stops
 from recover.recipe import Sampling
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What a model wrote. `ids` hold the end token when it `ended`; without one it ran into the limit."""
+    """What a model wrote. `ids` hold the end token (or stop string) when it `ended`, else it ran into the limit."""
 
     ids: list[int]
     text: str
@@ -43,32 +44,43 @@ def generate(
     sampling: Sampling | None = None,
     seed: int = 0,
     chat: bool | None = None,
+    stop: Sequence[str] = (),
     title: str = "generate",
 ) -> list[Generation]:
     """One text per prompt, in the order of the prompts: greedy, or sampled from `seed`.
 
-    Greedy texts do not depend on how prompts fall into batches (up to rounding at ties); sampled ones do. The model's
-    own generation settings (repetition penalty, top-k, ...) are set aside: what is measured is the model. Written in
-    slots (`decode.write`) where the model's cache allows it, else by transformers' `generate` (`plain`).
+    Texts do not depend on how prompts fall into batches (up to rounding at ties); sampled ones follow the seed and the
+    prompt's place. The model's own generation settings (repetition penalty, top-k, ...) are set aside: what is measured
+    is the model. Written in slots (`decode.write`) where the model's cache allows it, else by transformers' `generate`
+    (`plain`), where sampled texts do depend on batches.
     `chat`: wrap prompts in the chat template; None = if the tokenizer has one. Where `batch_size` texts at once do not
     fit the GPU's memory, what is left is written by half as many, with a warning.
 
+    `stop`: a text ends where one of these strings begins; its `ids` hold the string.
+
     Raises:
-        DataError: a prompt leaves no room for `max_new_tokens` in the model's context.
+        DataError: a prompt leaves no room for `max_new_tokens` in the model's context, or `stop` holds an empty string.
     """
     prompts_ids = [encode_prompt(tokenizer, prompt, chat=chat) for prompt in prompts]
     _check_room(model, prompts, prompts_ids, max_new_tokens, title)
     inner: Any = stock(model)
-    how = writing(inner, tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size, sampling=sampling)
+    how = writing(inner, tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size, sampling=sampling, seed=seed)
+    if stop:
+        how = replace(how, stops=Stops(tokenizer, stop, inner.get_input_embeddings().num_embeddings))
     writer = write if fits(inner) else plain
     written: dict[int, Generation] = {}
     with torch.no_grad(), evaluating(inner), _forked_random_state(inner):
         torch.manual_seed(seed)
         texts = _as_memory_allows(writer, inner, prompts_ids, how)
         for item, ids in console.track(texts, title, total=len(prompts), unit="text"):
-            text = str(tokenizer.decode(ids, skip_special_tokens=True))
-            written[item] = Generation(ids, text, ids[-1] in how.ends)
+            written[item] = _generation(tokenizer, ids, how)
     return [written[item] for item in range(len(prompts))]
+
+
+def _generation(tokenizer: PreTrainedTokenizerBase, ids: list[int], how: Writing) -> Generation:
+    text = str(tokenizer.decode(ids, skip_special_tokens=True))
+    cut = how.stops.cut(text) if how.stops else None
+    return Generation(ids, text if cut is None else cut, cut is not None or ids[-1] in how.ends)
 
 
 def _as_memory_allows(writer: Any, model: Any, prompts_ids: list[list[int]], how: Writing) -> Iterator[Any]:
@@ -77,7 +89,8 @@ def _as_memory_allows(writer: Any, model: Any, prompts_ids: list[list[int]], how
     while left:
         items = list(left)
         try:
-            for place, ids in writer(model, [left[item] for item in items], how):
+            numbered = replace(how, numbers=tuple(items))
+            for place, ids in writer(model, [left[item] for item in items], numbered):
                 del left[items[place]]
                 yield items[place], ids
         except torch.OutOfMemoryError:
@@ -97,11 +110,12 @@ def writing(
     max_new_tokens: int,
     batch_size: int,
     sampling: Sampling | None = None,
+    seed: int = 0,
 ) -> Writing:
     """How this model's texts are written: plain greedy, or plain nucleus sampling."""
     ends = end_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else (ends or [0])[0]
-    return Writing(max_new_tokens, tuple(ends), pad, batch_size, sampling)
+    return Writing(max_new_tokens, tuple(ends), pad, batch_size, sampling, seed)
 
 
 def plain(
@@ -113,7 +127,8 @@ def plain(
         ids_BT, mask_BT = left_pad([prompts_ids[item] for item in batch], how.pad, model.device)
         with _generating_by(model, _settings(how)):
             output_BT = inner.generate(input_ids=ids_BT, attention_mask=mask_BT)
-        yield from zip(batch, _until_end(output_BT[:, ids_BT.shape[1] :].tolist(), how.ends), strict=True)
+        for item, ids in zip(batch, _until_end(output_BT[:, ids_BT.shape[1] :].tolist(), how.ends), strict=True):
+            yield item, how.stops.ended(ids) if how.stops else ids
 
 
 def _check_room(

@@ -8,13 +8,13 @@ Legend: B batch, H key-value heads, T tokens of this pass, K columns of the cach
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from recover.models import kv_cache
+from recover.models import fused, kv_cache
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 MASKED_BY_US = {"sdpa", "eager"}  # attention that takes a mask of (B, 1, T, K)
@@ -63,21 +63,24 @@ class Slots(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         keys_BHKd, values_BHKd = self.kv[layer_idx]
-        keys_BHKd[self.row_B, :, self.position_B] = key_states[:, :, 0]
-        values_BHKd[self.row_B, :, self.position_B] = value_states[:, :, 0]
+        key_BHd, value_BHv = key_states[:, :, 0], value_states[:, :, 0]
+        if fused.fits(key_BHd, value_BHv, keys_BHKd, values_BHKd):
+            fused.step_kernels().put(key_BHd, value_BHv, keys_BHKd, values_BHKd, self.position_B)
+        else:
+            keys_BHKd[self.row_B, :, self.position_B] = key_BHd
+            values_BHKd[self.row_B, :, self.position_B] = value_BHv
         return keys_BHKd[:, :, : self.visible], values_BHKd[:, :, : self.visible]
 
-    def fill(self, slot_G: Tensor, read: Appending, length_G: Tensor) -> None:
-        """Put prompts that were read padded on the left into slots, from column 0 on, padding left out."""
+    def fill(self, slot_G: Tensor, read: Appending) -> None:
+        """Put prompts that were read padded on the right into slots, from column 0 on.
+
+        Behind a row's end stands its padding: hidden until written over, and finite.
+        """
         for layer, (keys_GHTd, values_GHTd) in read.kv.items():
             if layer not in self.kv:
                 self.kv[layer] = (self._empty(keys_GHTd), self._empty(values_GHTd))
             for slots_BHKd, read_GHTd in zip(self.kv[layer], (keys_GHTd, values_GHTd), strict=True):
-                tokens = read_GHTd.shape[2]
-                column_T = torch.arange(tokens, device=read_GHTd.device)
-                # Behind a row's end stands a copy of its last token: hidden until written over, and finite.
-                from_GT = (column_T + tokens - length_G[:, None]).clamp(max=tokens - 1)
-                slots_BHKd[slot_G, :, :tokens] = read_GHTd.gather(2, from_GT[:, None, :, None].expand_as(read_GHTd))
+                slots_BHKd[slot_G, :, : read_GHTd.shape[2]] = read_GHTd
 
     def keep(self, slot_G: Tensor) -> None:
         """Go on with these rows alone, in this order."""
@@ -135,3 +138,22 @@ def read(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, **options: Any
     options |= {"use_cache": True, **kv_cache.taking(model, cache)}
     output = model(input_ids=ids_BT, attention_mask=mask, position_ids=at_BT, **options)
     return output, cache, at_BT
+
+
+def read_on(model: PreTrainedModel, ids_BT: Tensor, length_B: Tensor) -> tuple[Tensor, Appending]:
+    """(logits_BV behind each prompt's last token, cache) of a first pass over prompts padded on the right.
+
+    No token sees the padding behind it, so no mask is made for it, and attention stays its causal kernel.
+    """
+    cache, head = Appending(), cast("torch.nn.Module", model.get_output_embeddings())
+    row_B = torch.arange(len(ids_BT), device=ids_BT.device)
+
+    def last_alone(_: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        return (inputs[0][row_B, length_B - 1][:, None],)
+
+    hook = head.register_forward_pre_hook(last_alone)
+    try:
+        output = model(input_ids=ids_BT, use_cache=True, **kv_cache.taking(model, cache))
+    finally:
+        hook.remove()
+    return output.logits[:, -1], cache

@@ -18,7 +18,7 @@ from recover.measure.generate import context_of, evaluating, stock
 from recover.measure.kv import Appending, fits, masks, read
 from recover.measure.prompts import batches_by_length, left_pad, prompt_text, text_ids, uses_chat
 from recover.models import kv_cache
-from recover.models.step_attention import attending, configs_of
+from recover.models.step_attention import attending_by_step, configs_of
 
 LOGITS_AT_ONCE = 2**27  # elements of a (rows x scored tokens x vocabulary) tensor: 512 MiB in fp32
 
@@ -108,7 +108,7 @@ def option_log_likelihoods(
     batches = batches_by_length([group[0].start for group in groups], max(1, batch_size // most))
     sums: dict[int, list[float]] = {}
     # What an option has behind its first token is often one token.
-    with torch.no_grad(), evaluating(model), attending(configs_of(model)):
+    with torch.no_grad(), evaluating(model), attending_by_step(configs_of(model)):
         for batch in console.track(batches, title, unit="batch"):
             sums.update(zip(batch, _group_sums(model, [groups[item] for item in batch]), strict=True))
     _check_finite([each for group in sums.values() for each in group], title)

@@ -85,6 +85,12 @@ def left_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> t
     return ids_BT, mask_BT
 
 
+def right_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> torch.Tensor:
+    """ids_BT, every row beginning in the first column."""
+    longest = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows], device=device)
+
+
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Item numbers in batches of like length, longest first: little padding, and memory runs out at once or never."""
     order = sorted(range(len(lengths)), key=lambda item: -lengths[item])

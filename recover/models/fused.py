@@ -1,8 +1,8 @@
-"""Elementwise work of a training step as fused kernels with gradient, where there is a GPU with Triton.
+"""Elementwise work between products as fused kernels with gradient, where there is a GPU with Triton.
 
 RMSNorm, silu(gate) * up and rotary embedding are a third of the time of a step on a fast GPU when every operation reads
 and writes memory on its own. `fits` says whether the kernels take some tensors; who calls them decides whether they may
-run: in training only, so that what is generated and measured is the stock modules' to the bit.
+run: in training, and while texts are written. What judges given text is the stock modules' to the bit.
 
 Shapes: D width, B batch, H heads, T tokens, C columns of a head.
 """
@@ -29,6 +29,14 @@ def _kernels() -> Any:
     from recover.models import fused_kernels
 
     return fused_kernels
+
+
+@cache
+def step_kernels() -> Any:
+    """The kernels of `recover.models.step_kernels`, for who knows that they are `available`."""
+    from recover.models import step_kernels
+
+    return step_kernels
 
 
 @cache
@@ -82,7 +90,12 @@ class _RmsNorm(torch.autograd.Function):
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, rounded after each; kept for backward are gate and up alone."""
-    return _Gated.apply(gate, up) if _learns(gate, up) else _kernels().gated(gate, up)  # type: ignore[return-value]
+    if _learns(gate, up):
+        return _Gated.apply(gate, up)  # type: ignore[return-value]
+    if (gate.is_contiguous() and up.is_contiguous()) or not gate.stride(-1) == up.stride(-1) == 1:
+        return _kernels().gated(gate, up)
+    parts_MN = (part.reshape(-1, part.shape[-1]) for part in (gate, up))  # parts of one product
+    return step_kernels().gated_rows(*parts_MN).view(gate.shape)
 
 
 class _Gated(torch.autograd.Function):

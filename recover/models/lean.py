@@ -1,8 +1,8 @@
 """Norms, gated MLPs and attention of stock blocks, as they are trained: less is kept for backward, less memory moved.
 
-Forward's values are the stock ones, bit for bit, but where the fused kernels run: in training on a GPU (see
-`Switch.fused`), up to the order of a sum. Which modules: those whose stock `forward` reads word for word as below, and
-attention whose rotary embedding does, whatever the family; others stay as they are.
+Forward's values are the stock ones, bit for bit, but where the fused kernels run: in training and writing on a GPU
+(see `Switch.fused`), up to the order of a sum. Which modules: those whose stock `forward` reads word for word as below,
+and attention whose rotary embedding does, whatever the family; others stay as they are.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class LeanMlp(nn.Module):
         switch, down, activation = this.switch, this.down_proj, this.act_fn
         kernels = switch.fused(this.training) and type(activation) in (nn.SiLU, SiLUActivation)
         one_step = not switch.dense and torch.is_grad_enabled() and isinstance(down, SwitchedLora) and not hooked(down)
-        closed = this.closed and not switch.dense
+        closed = getattr(this, "closed", False) and not switch.dense
         if closed or hooked(activation) or not (one_step or (kernels and fused.available(x.device))):
             return super().forward(x)
         gate, up = this.gate_proj(x), this.up_proj(x)
@@ -95,7 +95,7 @@ class LeanAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         this: Any = self
-        closed = this.closed and not this.switch.dense
+        closed = getattr(this, "closed", False) and not this.switch.dense
         if closed or not this.switch.fused(this.training) or not fused.available(hidden_states.device):
             return super().forward(hidden_states, *args, **kwargs)
         return self.with_kernel(hidden_states, *args, **kwargs)

@@ -23,17 +23,18 @@ class Switch:
     dense: bool = False
     fold: bool = False  # keep the effective weights between forward passes, while gradients are off
     teaching: bool = False  # the dense view is shown for a training step to learn from
-    kernels: bool = True  # training may use fused kernels, where there are some
+    writing: bool = False  # texts are being written
+    kernels: bool = True  # training and writing may use fused kernels, where there are some
     # Stock blocks return tuples (Granite in transformers 5.3): an open block finds out, None until then.
     tuples: bool | None = None
 
     def fused(self, training: bool) -> bool:
-        """Whether a module runs for training, so that fused kernels may. What measures is stock, to the bit.
+        """Whether a module runs for training or writes, so that fused kernels may. What judges is stock, to the bit.
 
         By the module's own training flag in the pruned view: checkpointing runs it again in backward, when nothing but
         that says so. The dense view has all flags off.
         """
-        return self.kernels and (self.teaching if self.dense else training)
+        return self.kernels and (self.writing or (self.teaching if self.dense else training))
 
 
 class Factors(NamedTuple):

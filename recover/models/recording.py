@@ -28,7 +28,7 @@ def record(work: Callable[[], Value], pool: Any) -> tuple[torch.cuda.CUDAGraph, 
             value = work()
     except RuntimeError:
         torch.cuda.synchronize()
-        _end_recording_of_draws()
+        end_recording_of_draws()
         raise
     return graph, value
 
@@ -48,7 +48,7 @@ def _nothing_collected() -> Iterator[None]:
             gc.enable()
 
 
-def _end_recording_of_draws() -> None:
+def end_recording_of_draws() -> None:
     """A recording that failed leaves the random numbers' state as if it still ran, and every draw would be an error."""
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
     generator.graphsafe_set_state(generator.clone_state())

@@ -22,7 +22,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from recover.models import fused
+
 NAME, STOCK = "recover_step", "sdpa"
+WIDEST = 256  # of a head, for the kernel
 REPEATABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -35,9 +38,12 @@ def configs_of(model: nn.Module) -> list[PretrainedConfig]:
     return [config for config in found.values() if getattr(config, "_attn_implementation", None) == STOCK]
 
 
+_last_B: Tensor | None = None  # of the pass that runs now, see `attending_by_step`
+
+
 @contextmanager
-def attending(configs: Sequence[PretrainedConfig], name: str = NAME) -> Iterator[None]:
-    """Inside, modules of these configs attend by `attend`, or by what is registered with transformers as `name`."""
+def attending(configs: Sequence[PretrainedConfig], name: str) -> Iterator[None]:
+    """Inside, modules of these configs attend by what is registered with transformers as `name`."""
     before = [config._attn_implementation for config in configs]
     for config in configs:
         config._attn_implementation = name
@@ -46,6 +52,22 @@ def attending(configs: Sequence[PretrainedConfig], name: str = NAME) -> Iterator
     finally:
         for config, stock in zip(configs, before, strict=True):
             config._attn_implementation = stock
+
+
+@contextmanager
+def attending_by_step(configs: Sequence[PretrainedConfig], last_B: Tensor | None = None) -> Iterator[None]:
+    """Inside, modules of these configs attend by `attend`.
+
+    `last_B`: the last column of the cache that a row may see; what lies behind is hidden by the mask too, but need not
+    be read. A GPU then has a kernel of our own.
+    """
+    global _last_B
+    before, _last_B = _last_B, last_B
+    try:
+        with attending(configs, NAME):
+            yield
+    finally:
+        _last_B = before
 
 
 def attend(
@@ -66,12 +88,27 @@ def attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
     rows, heads = key.shape[:2]
     query_BHGd = query.reshape(rows, heads, -1, query.shape[-1])
+    if _last_B is not None and _fits(query_BHGd, key, value, attention_mask, _last_B):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out_BHGv = fused.step_kernels().attend(query_BHGd, key, value, attention_mask, _last_B, scale)
+        return out_BHGv.view(rows, 1, -1, value.shape[-1]), None
     alone = query.is_cuda and query_BHGd.shape[2] == 1
     with sdpa_kernel(REPEATABLE) if alone else nullcontext():
         out_BHGv = nn.functional.scaled_dot_product_attention(
             query_BHGd, key, value, attn_mask=attention_mask, scale=scaling
         )
     return out_BHGv.reshape(rows, 1, -1, value.shape[-1]), None
+
+
+def _fits(query_BHGd: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, last_B: Tensor) -> bool:
+    """Whether the kernel takes these."""
+    rows, size = len(query_BHGd), max(key.shape[-1], value.shape[-1])
+    plain = all(each.stride(-1) == 1 for each in (query_BHGd, key, value))
+    if not (fused.fits(query_BHGd, key, value) and plain and rows == len(last_B) and size <= WIDEST):
+        return False
+    return mask is None or (
+        mask.is_floating_point() and mask.shape[1:3] == (1, 1) and len(mask) in (1, rows) and mask.stride(-1) == 1
+    )
 
 
 AttentionInterface.register(NAME, attend)

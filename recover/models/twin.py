@@ -82,7 +82,8 @@ class Twin:
     def dense(self, *, teaching: bool = False) -> Iterator[PreTrainedModel]:
         """Show the untouched dense model: all blocks, no masks, no LoRA, no dropout, no gradient.
 
-        Its values are the stock model's to the bit; while `teaching` a training step, fused kernels may compute them.
+        Its values are the stock model's to the bit; while `teaching` a training step, or writing texts, fused kernels
+        may compute them.
         Nests; the view and each module's training flag are restored, on exceptions too.
         """
         before = self.switch.dense, self.switch.teaching

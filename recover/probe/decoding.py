@@ -91,7 +91,12 @@ class Recorded:
         output, cache, _ = read(self.model, ids_BT, mask_BT, logits_to_keep=1)
         self.slots = Slots(rows, longest + self.steps, ids_BT.device)
         length_B = mask_BT.sum(-1)
-        self.slots.fill(self.slots.row_B, cache, length_B)
+        column_T = torch.arange(longest, device=ids_BT.device)
+        from_BT = (column_T + longest - length_B[:, None]).clamp(max=longest - 1)  # padding goes behind the text
+        cache.kv = {
+            layer: (_moved(keys, from_BT), _moved(values, from_BT)) for layer, (keys, values) in cache.kv.items()
+        }
+        self.slots.fill(self.slots.row_B, cache)
         self.slots.position_B.copy_(length_B)
         self.key_at_1K = torch.arange(self.slots.columns, device=ids_BT.device)[None]
         self.token_B1 = ids_BT[:, -1:].clone()
@@ -123,3 +128,7 @@ class Recorded:
         self.logits_BV.copy_(output.logits[:, -1])
         self.state_BD.copy_(self.state())
         self.slots.position_B += 1
+
+
+def _moved(read_BHTd: Tensor, from_BT: Tensor) -> Tensor:
+    return read_BHTd.gather(2, from_BT[:, None, :, None].expand_as(read_BHTd))

@@ -19,7 +19,7 @@ from torch import Tensor
 from recover.errors import DataError
 from recover.measure.decode import steps_unseen
 from recover.models.arch import base_of
-from recover.models.step_attention import attending, configs_of
+from recover.models.step_attention import attending_by_step, configs_of
 from recover.probe.decoding import positions, reader_of
 from recover.probe.views import States, View, hidden_states, running
 
@@ -153,14 +153,10 @@ def _decode(
     stop, asks = torch.tensor(ends, device=device), steps_unseen(device)
     alive_B = torch.ones(len(batch.ids_BT), dtype=torch.bool, device=device)
     tokens, scored, states = [], [], []
-    with (
-        running(view) as model,
-        hidden_states(view, lambda h_BTD: h_BTD[:, -1]) as seen,
-        attending(configs_of(model)),
-        ExitStack() as stack,
-    ):
-        reader = reader_of(model, lambda: seen.final_ND, steps)
+    with running(view) as model, hidden_states(view, lambda h_BTD: h_BTD[:, -1]) as seen, ExitStack() as stack:
+        reader = reader_of(model, lambda: seen.final_ND, steps)  # by how the model attends of itself
         stack.callback(reader.close)
+        stack.enter_context(attending_by_step(configs_of(model)))
         while len(tokens) < steps and (len(tokens) % asks or alive_B.any()):
             logits_BV, h_BD = reader.then(tokens[-1]) if tokens else reader.first(batch.ids_BT, batch.mask_BT)
             tokens.append(choose(logits_BV, len(tokens)))

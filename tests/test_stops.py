@@ -1,0 +1,77 @@
+"""Strings that end a text: found wherever tokens cut them, by the table as in the text itself."""
+
+import random
+
+import pytest
+import torch
+from byte_tokenizer import byte_tokenizer
+from tiny import tiny
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from words import word_tokenizer
+
+from recover.errors import DataError
+from recover.measure import generate as generation
+from recover.measure.generate import generate
+from recover.measure.stops import Stops, pieces
+
+
+def pairs_tokenizer():
+    """Tokens of one to three letters of a small alphabet, so that a string is cut in many ways."""
+    letters = "abc\n"
+    tokens = [*letters, *(x + y for x in letters for y in letters), "abc", "ca\n", "bab"]
+    core = Tokenizer(models.WordLevel({"<s>": 0, **{token: n + 1 for n, token in enumerate(tokens)}}, unk_token="<s>"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>"), ["", *tokens]
+
+
+@pytest.mark.parametrize("strings", [("ab",), ("abab", "b\n"), ("aab", "ab\n", "cc"), ("\n\n", "a"), ("abcabc",)])
+def test_the_table_ends_a_text_with_the_token_that_completes_a_string(strings):
+    tokenizer, tokens = pairs_tokenizer()
+    stops, numbers = Stops(tokenizer, strings, len(tokens) + 3), random.Random(0)  # embeddings are padded
+    assert stops.table_AV.shape[1] == len(tokens) + 3
+    seen = 0
+    for _ in range(400):
+        ids = [numbers.randrange(len(tokens)) for _ in range(12)]
+        texts = ["".join(tokens[token] for token in ids[: count + 1]) for count in range(12)]
+        first = next((n for n, text in enumerate(texts) if any(each in text for each in strings)), None)
+        assert stops.ended(ids) == (ids if first is None else ids[: first + 1])
+        seen += first is not None
+    assert seen > 10
+
+
+def test_the_first_string_in_a_text_cuts_it():
+    stops = Stops(byte_tokenizer(), ("\n\n", "def "), 256)
+    assert stops.cut("a\n\ndef f") == "a" and stops.cut("def f\n\n") == "" and stops.cut("a\nde f") is None
+
+
+def test_pieces_are_what_tokens_add_to_a_text():
+    tokenizer = byte_tokenizer()
+    found = pieces(tokenizer, 260)
+    assert len(found) == 260 and found[:3] == [""] * 3 and found[256:] == [""] * 4
+    for token in tokenizer("x = 1\n")["input_ids"]:
+        assert found[token] == tokenizer.decode([token])
+
+
+@pytest.mark.parametrize("way", ["slots", "plain"])
+@torch.no_grad()
+def test_texts_end_where_a_string_begins(monkeypatch, way):
+    model, tokenizer = tiny(), byte_tokenizer()
+    prompts = [f"prompt {number}" for number in range(12)]
+    whole = generate(model, tokenizer, prompts, max_new_tokens=24, batch_size=12)
+    common = max("".join(each.text for each in whole), key="".join(each.text for each in whole).count)
+    if way == "plain":
+        monkeypatch.setattr(generation, "fits", lambda model: False)
+    found = generate(model, tokenizer, prompts, max_new_tokens=24, batch_size=5, stop=[common, "never there"])
+    for before, after in zip(whole, found, strict=True):
+        if common not in before.text:
+            assert after == before
+            continue
+        assert after.ended and after.text == before.text[: before.text.index(common)]
+        assert after.ids == before.ids[: len(after.ids)] and str(tokenizer.decode(after.ids)).endswith(common)
+
+
+def test_what_cannot_be_looked_for_is_named():
+    for strings in (["a", ""], ["x" * 300]):
+        with pytest.raises(DataError, match=r"stop: \d strings of \d+ characters"):
+            Stops(word_tokenizer(), strings, 256)
