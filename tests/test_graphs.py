@@ -70,6 +70,8 @@ def steps(twin: Twin, *, graphed: bool) -> list[torch.Tensor]:
                 recorded += 1
                 found.append(values(graphs.step(made, scale)))
             else:
+                if graphs is not None:
+                    graphs.bring_gradients()
                 found.append(launched(twin, distiller, made, scale))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -95,6 +97,7 @@ def test_a_batch_prepared_ahead_and_one_that_was_not_are_the_same():
         graphs = GraphedPasses(distiller, trained_of(twin))
         batches = [batch(0), batch(1), batch(0), batch(1)]
         assert not graphs.takes(batches[0])
+        graphs.bring_gradients()
         launched(twin, distiller, batches[0], torch.ones((), device="cuda"))
         assert graphs.takes(batches[1])
         for made, coming in pairwise([*batches, batch(2)]):
