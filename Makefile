@@ -20,7 +20,7 @@ quickstart: $(STAMP)
 	$(BIN)/recover run recipes/quickstart.yaml
 
 test: $(STAMP)-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 slow: $(STAMP)-test
 	$(BIN)/python -m pytest -m slow
