@@ -24,19 +24,13 @@ def modules(package: Path) -> dict[str, Path]:
     return {".".join(path.relative_to(package.parent).with_suffix("").parts): path for path in found}
 
 
-def imported(tree: ast.AST) -> Iterator[tuple[str, bool]]:
-    """Full names that are imported, and whether inside a function."""
-
-    def walk(node: ast.AST, inside: bool) -> Iterator[tuple[str, bool]]:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.Import):
-                yield from ((alias.name, inside) for alias in child.names)
-            elif isinstance(child, ast.ImportFrom):
-                yield from ((f"{child.module}.{alias.name}", inside) for alias in child.names)
-            else:
-                yield from walk(child, inside or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
-
-    return walk(tree, False)
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Full names that are imported, wherever."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def owner(name: str, known: dict[str, Path]) -> str | None:
@@ -60,8 +54,13 @@ def measures(root: Path) -> dict[str, int]:
         lines += text.count("\n")
         for node in ast.walk(tree := ast.parse(text)):
             untyped += isinstance(node, ast.Subscript) and ast.unparse(node) == "dict[str, Any]"
-        for name, inside in imported(tree):
-            inner += inside
+        inner += sum(
+            isinstance(node, ast.Import | ast.ImportFrom)
+            for function in ast.walk(tree)
+            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+            for node in function.body
+        )
+        for name in imported(tree):
             if (other := owner(name, known)) and other != module:
                 importers[other].add(module)
     files = [path for path in known.values() if path.name != "__init__.py"]
