@@ -24,6 +24,7 @@ from recover import (
 )
 from recover.errors import RecoverError
 from recover.safe_path import leave_working_folder
+from recover.threads import wait_asleep
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -111,6 +112,7 @@ for name, (command, lines) in COMMANDS.items():
 def main() -> None:
     """Entry point of `recover` and of `python -m recover`."""
     leave_working_folder()
+    wait_asleep()
     try:
         app(prog_name="recover")
     except SystemExit as ended:

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from recover import __version__, dist
+from recover import __version__, dist, threads
 
 PACKAGES = (
     "torch",
@@ -30,7 +30,10 @@ GIT_SECONDS = 10
 
 
 def environment() -> dict[str, Any]:
-    """Versions (None: not installed), machine, git revision of this package if it is run from a checkout, command."""
+    """Versions (None: not installed), machine, git revision of this package if it is run from a checkout, command.
+
+    `threads`: of each process on the CPU.
+    """
     return {
         "recover": __version__,
         "python": platform.python_version(),
@@ -38,6 +41,7 @@ def environment() -> dict[str, Any]:
         "machine": machine(),
         "git": git_revision(Path(__file__).parent),
         "processes": dist.world_size(),
+        "threads": threads.described(),
         "argv": ["recover", *sys.argv[1:]],
     }
 

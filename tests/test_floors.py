@@ -21,6 +21,7 @@ FLOORS = {
     "recover.ownership": 0,
     "recover.safe_path": 0,
     "recover.signals": 0,
+    "recover.threads": 0,
     "recover.provenance": 0,
     "recover.places": 0,
     "recover.quiet": 0,

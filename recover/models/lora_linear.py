@@ -9,6 +9,7 @@ Shapes: O out features, I in features, R rank, M input rows (all leading dimensi
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -81,6 +82,12 @@ class _GatedLoraLinear(torch.autograd.Function):
         return dgate, dup, None, None, None, *_factor_gradients(ctx, dy, x, dh_MR, saved, wanted=(5, 6)), None
 
 
+def _without_autocast(x: Tensor) -> Any:
+    """Inside, none; where there is none already, nothing is done."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
 def _forward(
     ctx: Any,
     x: Tensor,
@@ -92,7 +99,7 @@ def _forward(
     scaling: float,
 ) -> Tensor:
     # By hand what autocast does, which would not touch a product in place.
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x):
         low_a_RI, low_b_OR = a_RI.to(x.dtype), b_OR.to(x.dtype)
         y = F.linear(x, weight_OI, None if bias_O is None else bias_O.to(x.dtype))
         h_MR = x.reshape(-1, x.shape[-1]) @ low_a_RI.T
@@ -105,7 +112,7 @@ def _forward(
 def _input_gradient(ctx: Any, dy: Tensor, saved: list[Tensor], *, wanted: bool) -> tuple[Tensor | None, Tensor]:
     """Gradients of x (M, I), if wanted, and of x A^T (M, R), before scaling."""
     _, weight_OI, a_RI, b_OR = saved
-    with torch.autocast(dy.device.type, enabled=False):
+    with _without_autocast(dy):
         dy_MO = dy.reshape(-1, dy.shape[-1])
         dh_MR = dy_MO @ b_OR
         return (dy_MO @ weight_OI).addmm_(dh_MR, a_RI, alpha=ctx.scaling) if wanted else None, dh_MR
@@ -116,7 +123,7 @@ def _factor_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of A and B; `wanted`: which inputs they are, and none of those that need none."""
     h_MR, da_RI, db_OR = saved[0], None, None
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x):
         if ctx.needs_input_grad[wanted[0]]:
             da_RI = _wide_product(dh_MR.T, x.reshape(-1, x.shape[-1])).mul_(ctx.scaling).to(ctx.dtypes[0])
         if ctx.needs_input_grad[wanted[1]]:

@@ -21,6 +21,7 @@ from recover.errors import ModelError
 from recover.models.arch import Arch, arch_of, base_of, blocks_of, linears_of, site_of
 from recover.models.closing import close_sites, closed_sites, make_closable, named_as, switch_class
 from recover.models.masked_linear import MaskedLinear, Switch
+from recover.models.modes import modules_below, set_training
 from recover.models.pruned_view import check_fit, see_pruned
 from recover.models.site import Site, sites_of, whole_blocks
 
@@ -87,17 +88,15 @@ class Twin:
         Nests; the view and each module's training flag are restored, on exceptions too.
         """
         before = self.switch.dense, self.switch.teaching
-        training = [module for module in self.base.modules() if module.training]
+        training = [module for module in modules_below(self.base) if module.training]
         try:
             self.switch.dense, self.switch.teaching = True, teaching
-            for module in training:
-                module.training = False
+            set_training(training, False)
             with torch.no_grad():
                 yield self.base
         finally:
             self.switch.dense, self.switch.teaching = before
-            for module in training:
-                module.training = True
+            set_training(training, True)
 
     def close(self, what: Iterable[int | Site]) -> None:
         """Leave out exactly these blocks and sites in the pruned view; a number is a whole block.

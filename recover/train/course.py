@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from recover import console, dist
 from recover.errors import ArtifactError, TrainingError
 from recover.train import draws
@@ -76,6 +78,7 @@ class Course:
         standing = dist.gather([self.draws if interrupted else draws.standing()])
         state = {
             "processes": dist.world_size(),
+            "threads": torch.get_num_threads(),
             "engine": trainer.engine,
             "applied": self.applied,
             "row": self.skips.row,
@@ -130,6 +133,7 @@ class Course:
         trainer.stand_at(state["step"])
         self.applied = state["applied"]
         self.totals.restore(state["totals"])
+        self._say_other_threads(checkpoint, state.get("threads"))
         if state["processes"] == dist.world_size():
             self._coming_draws = state["draws"][dist.rank()]
             return
@@ -138,6 +142,15 @@ class Course:
             "the same order; random draws (LoRA dropout) begin anew, and sums are rounded in another order"
         )
         draws.reseed(self.seed, state["step"], dist.rank())
+
+    def _say_other_threads(self, checkpoint: Path, before: int | None) -> None:
+        """`before`: threads a process, None where the checkpoint does not say."""
+        here = torch.get_num_threads()
+        if before not in (None, here) and self.trainer.args.device.type == "cpu":
+            console.say(
+                f"{checkpoint.name} was trained with {before} threads a process, this is {here}: sums are rounded in "
+                f"another order. For the same bits, start with OMP_NUM_THREADS={before}"
+            )
 
     def _diagnosis(self, frozen: list[str], *, stranded: bool) -> str:
         finding, cause = self.skips.findings[-1], "lower recover.lr, or use model.dtype float32 or bfloat16"

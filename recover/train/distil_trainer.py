@@ -24,6 +24,7 @@ from recover import dist
 from recover.distill.distiller import Distiller, scaled, scored_tokens, without_mask
 from recover.distill.graphs import GraphedPasses
 from recover.errors import TrainingError
+from recover.models.modes import modules_below, plain_modes, set_training
 from recover.models.packed_attention import NAME
 from recover.models.step_attention import attending
 from recover.recipe import Recover
@@ -270,14 +271,32 @@ class RecoverTrainer(SFTTrainer):
             yield
             return
         self.graphs = GraphedPasses(self.distiller, self.trained)
-        # torch's walks through all modules at each step, while the device waits.
-        vars(self.adapted)["zero_grad"] = self._let_go
         try:
             yield
         finally:
-            del vars(self.adapted)["zero_grad"]
             self.graphs.forget()
             self.graphs = None
+
+    @contextmanager
+    def light(self) -> Iterator[None]:
+        """Inside, what is asked of all modules at each step does not go torch's long way through them."""
+        if self.is_deepspeed_enabled:
+            yield
+            return
+        ours: dict[str, Any] = {"zero_grad": self._let_go}
+        if plain_modes(self.adapted):
+            ours["train"] = self._set_training
+        vars(self.adapted).update(ours)
+        try:
+            yield
+        finally:
+            for name in ours:
+                del vars(self.adapted)[name]
+
+    def _set_training(self, mode: bool = True) -> Any:
+        """`train` of the model; `eval` comes here too."""
+        set_training(modules_below(self.adapted), mode)
+        return self.adapted
 
     def _let_go(self, set_to_none: bool = True) -> None:
         """`zero_grad` of what is trained; the rest has no gradient."""

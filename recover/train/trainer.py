@@ -108,7 +108,7 @@ def recover(
         if own is None:
             trainer.data_collator = with_scored(trainer.data_collator)
         _announce(twin, rows, steps, split)
-        with trainer.graphed() if graphed else nullcontext():
+        with trainer.light(), trainer.graphed() if graphed else nullcontext():
             epochs = _train(trainer, leaf, after_epoch, run_folder)
         if trainer.shards is not None:
             trainer.shards.end()
