@@ -66,6 +66,14 @@ data: quiz.jsonl              # {"question": "Fish live in", "options": ["trees"
 prompt: "{question}"
 ```
 
+What ends an answer is the model's end token, or one of the strings of `stop`: a base model goes on with a next question
+of its own otherwise. A text that runs into `max_new_tokens` has not ended, and is counted as such:
+
+```yaml
+chat: never                   # the bare prompt, though the tokenizer may have a chat template
+stop: ["\\n\\n", "Question:"]  # in double quotes, where \\n is a line feed
+```
+
 The dense model must be able to do it: where it scores next to nothing (or chance), nothing can be lost, and `run`
 says so.
 """

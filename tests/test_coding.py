@@ -78,16 +78,15 @@ def test_the_network_is_cut_off_below_python_too():
 
 
 @pytest.mark.parametrize(
-    ("text", "stop", "code"),
+    ("text", "code"),
     [
-        ("    return 1\n\ndef g():\n    pass", ("\ndef ", "\nprint"), "    return 1\n"),
-        ("    return 1", ("\ndef ",), "    return 1"),
-        ("Sure:\n```python\ndef f():\n    return 1\n```\nIt works.", ("\ndef ",), "def f():\n    return 1\n"),
-        ("```\nx = 1", (), "x = 1"),
+        ("    return 1", "    return 1"),
+        ("Sure:\n```python\ndef f():\n    return 1\n```\nIt works.", "def f():\n    return 1\n"),
+        ("```\nx = 1", "x = 1"),
     ],
 )
-def test_the_code_in_a_text(text, stop, code):
-    assert code_of(text, stop) == code
+def test_the_code_in_a_text(text, code):
+    assert code_of(text) == code
 
 
 def code_task(folder):

@@ -138,6 +138,21 @@ def test_a_task_may_lower_the_token_limit_but_not_raise_it(tmp_path):
         assert record["tasks"]["task"]["length"] == expected
 
 
+def test_a_task_says_what_ends_a_text(tmp_path):
+    prompts = ["w6", "w10 w4", "w11 w4"]
+    whole = written_by(tiny(), prompts)
+    word = whole[0].text.split()[-1]
+    rows = [{"q": prompt, "answer": "w4"} for prompt in prompts]
+    path = make_task(tmp_path, rows, **GENERATE, stop=[word, "never there"])
+    record, generations = measure(tiny(), word_tokenizer(), [load_task(path)], LEAF)
+    for before, after in zip(whole, generations["task"], strict=True):
+        assert after["text"] == before.text.split(word)[0]
+        assert after["ids"] == before.ids[: len(after["ids"])]
+    task, cut = record["tasks"]["task"], [word in each.text for each in whole]
+    assert task["ended"] == sum(cut) / 3 > 0 and task["truncated"] == 3 - sum(cut)
+    assert task["length"] < 6 == len(whole[0].ids)
+
+
 def test_the_shape_of_texts():
     found = shape([Generation([4, 4, 4, 4, 4, 4], "", False), Generation([5, 6, 7, 2], "", True)], [1.0, 1.0])
     assert found["truncated"] == 1 == found["truncated_right"] and found["ended"] == 0.5 and found["length"] == 5.0

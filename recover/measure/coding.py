@@ -27,7 +27,7 @@ def measure_code(subject: Subject, file: CodeFile, items: Sequence[Problem]) -> 
     Whether running such code is allowed at all is asked before (`check_allowed`).
     """
     greedy = written(subject, file, [item.prompt for item in items], None)
-    programs = [program(file, item, code_of(each.text, file.stop)) for item, each in zip(items, greedy, strict=True)]
+    programs = [program(file, item, code_of(each.text)) for item, each in zip(items, greedy, strict=True)]
     outcomes = _run(programs, file.seconds)
     passed = [float(each.passed) for each in outcomes]
     record = {
@@ -42,13 +42,10 @@ def measure_code(subject: Subject, file: CodeFile, items: Sequence[Problem]) -> 
     return record, greedy, sum(len(each.ids) for each in greedy)
 
 
-def code_of(text: str, stop: Sequence[str]) -> str:
-    """The first fenced block of a text, else the text up to the first of `stop`."""
+def code_of(text: str) -> str:
+    """The first fenced block of a text, else all of it: where a stop ends it, nothing follows."""
     fenced = FENCED.search(text)
-    if fenced:
-        return fenced.group(1)
-    ends = [place for place in (text.find(each) for each in stop) if place >= 0]
-    return text[: min(ends, default=len(text))]
+    return fenced.group(1) if fenced else text
 
 
 def _run(programs: Sequence[str], seconds: float) -> list[Outcome]:

@@ -45,6 +45,7 @@ def generate(
     seed: int = 0,
     chat: bool | None = None,
     stop: Sequence[str] = (),
+    unless: str | None = None,
     title: str = "generate",
 ) -> list[Generation]:
     """One text per prompt, in the order of the prompts: greedy, or sampled from `seed`.
@@ -56,7 +57,7 @@ def generate(
     `chat`: wrap prompts in the chat template; None = if the tokenizer has one. Where `batch_size` texts at once do not
     fit the GPU's memory, what is left is written by half as many, with a warning.
 
-    `stop`: a text ends where one of these strings begins; its `ids` hold the string.
+    `stop`: a text ends where one of these strings begins; its `ids` hold the string. Not so where `unless` comes first.
 
     Raises:
         DataError: a prompt leaves no room for `max_new_tokens` in the model's context, or `stop` holds an empty string.
@@ -66,7 +67,8 @@ def generate(
     inner: Any = stock(model)
     how = writing(inner, tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size, sampling=sampling, seed=seed)
     if stop:
-        how = replace(how, stops=Stops(tokenizer, stop, inner.get_input_embeddings().num_embeddings))
+        size = inner.get_input_embeddings().num_embeddings
+        how = replace(how, stops=Stops(tokenizer, stop, size, unless=unless))
     writer = write if fits(inner) else plain
     written: dict[int, Generation] = {}
     with torch.no_grad(), evaluating(inner), _forked_random_state(inner):
@@ -80,7 +82,19 @@ def generate(
 def _generation(tokenizer: PreTrainedTokenizerBase, ids: list[int], how: Writing) -> Generation:
     text = str(tokenizer.decode(ids, skip_special_tokens=True))
     cut = how.stops.cut(text) if how.stops else None
-    return Generation(ids, text if cut is None else cut, cut is not None or ids[-1] in how.ends)
+    if how.stops is None or cut is None:
+        return Generation(ids, text, ids[-1] in how.ends)
+    return Generation(_shortest(tokenizer, ids, how.stops), cut, True)
+
+
+def _shortest(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: Stops) -> list[int]:
+    """The fewest ids whose text holds a stop, found by bisection: what holds one does so with more ids too."""
+    low, high = 1, len(ids)
+    while low < high:
+        middle = (low + high) // 2
+        held = stops.cut(str(tokenizer.decode(ids[:middle], skip_special_tokens=True))) is not None
+        low, high = (low, middle) if held else (middle + 1, high)
+    return ids[:low]
 
 
 def _as_memory_allows(writer: Any, model: Any, prompts_ids: list[list[int]], how: Writing) -> Iterator[Any]:

@@ -25,7 +25,15 @@ class Subject:
     seed: int = 0
 
     def writes(
-        self, prompts: Sequence[str], *, max_new_tokens: int, sampling: Sampling | None, chat: bool | None, title: str
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None,
+        chat: bool | None,
+        title: str,
+        stop: Sequence[str] = (),
+        unless: str | None = None,
     ) -> list[Generation]:
         """One text per prompt (`generate`), the same list on every process."""
         return dist.over(
@@ -39,6 +47,8 @@ class Subject:
                 sampling=sampling,
                 seed=self.seed,
                 chat=chat,
+                stop=stop,
+                unless=unless,
                 title=title,
             ),
         )

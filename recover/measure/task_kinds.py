@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, StringConstraints, field_validator
 
 from recover.leaf import Leaf
 
 Row = dict[str, Any]
+
+STOP_CHARACTERS = 256  # of all stops together: a GPU follows them by a table with a row for each
+Stop = Annotated[str, StringConstraints(min_length=1)]
 
 
 class TaskFile(Leaf):
@@ -37,14 +40,31 @@ class PromptFile(TaskFile):
         return None if self.chat == "auto" else False
 
 
-class GenerateFile(PromptFile):
+class WritingFile(PromptFile):
+    """A task whose answer the model writes."""
+
+    stop: tuple[Stop, ...] = Field(
+        (), description='such as ["\\n\\n", "Question:"]: a text ends before the first of them'
+    )
+    max_new_tokens: int | None = Field(None, ge=1, description="default, and at most: the recipe's")
+
+    @field_validator("stop")
+    @classmethod
+    def _fits(cls, strings: tuple[str, ...]) -> tuple[str, ...]:
+        if sum(map(len, strings)) > STOP_CHARACTERS:
+            raise ValueError(
+                f"{sum(map(len, strings))} characters together, expected at most {STOP_CHARACTERS}: shorten them"
+            )
+        return strings
+
+
+class GenerateFile(WritingFile):
     """The model writes; its answer is the last match of `answer` (default: all of the text)."""
 
     kind: Literal["generate"]
     target: str = Field("answer", description="column: what is right, a text, a number, or a list of either")
     answer: str | None = Field(None, description="regular expression: its last match in the text is the answer")
     match: Literal["exact", "contains"] = Field("exact", description="contains: the answer has a right one in it")
-    max_new_tokens: int | None = Field(None, ge=1, description="default, and at most: the recipe's")
 
     @field_validator("answer")
     @classmethod
@@ -66,14 +86,15 @@ class ChoiceFile(PromptFile):
     separator: str = Field(" ", description="between prompt and option, in plain text")
 
 
-class CodeFile(PromptFile):
-    """The model writes code, which passes if `program`, with its `{text}` and columns filled in, runs to its end."""
+class CodeFile(WritingFile):
+    """The model writes code, which passes if `program`, with its `{text}` and columns filled in, runs to its end.
+
+    The code is the first fenced block of the text, else all of it. A stop ends no text that has opened such a block.
+    """
 
     kind: Literal["code"]
     program: str = Field(description="lists are filled in one element a line")
-    stop: tuple[str, ...] = Field((), description="what ends the code in a text that has no fenced block")
     seconds: float = Field(10.0, gt=0, description="for each program")
-    max_new_tokens: int | None = Field(None, ge=1, description="default, and at most: the recipe's")
 
 
 class RetrievalFile(TaskFile):

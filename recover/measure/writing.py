@@ -14,6 +14,7 @@ from recover.measure.task_kinds import CodeFile, GenerateFile, Question
 from recover.recipe import Sampling
 
 Record = dict[str, Any]
+FENCE = "```"  # opens a block of code in a text
 Generations = dict[str, list[dict[str, Any]]]  # task -> one {"ids", "text"} per item, greedy
 
 
@@ -91,6 +92,8 @@ def written(
         max_new_tokens=min(file.max_new_tokens or subject.leaf.max_new_tokens, subject.leaf.max_new_tokens),
         sampling=sampling,
         chat=file.wraps,
+        stop=file.stop,
+        unless=FENCE if isinstance(file, CodeFile) else None,
         title=f"task {file.name}{', sampled' if sampling else ''}",
     )
 
