@@ -74,6 +74,10 @@ chat: never                   # the bare prompt, though the tokenizer may have a
 stop: ["\\n\\n", "Question:"]  # in double quotes, where \\n is a line feed
 ```
 
+A wrong text is counted by its first mistake of form (it ends in a loop, does not end, holds no answer, or is code that
+does not parse), else as well formed and wrong; `measure.json` (`mistakes`, `examples`, `loop_rate`) and the report have
+this of dense, pruned and recovered, and `epochs.jsonl` after each epoch.
+
 The dense model must be able to do it: where it scores next to nothing (or chance), nothing can be lost, and `run`
 says so.
 """

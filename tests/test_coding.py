@@ -111,6 +111,24 @@ def test_pass_at_1_is_the_share_of_programs_whose_tests_pass(tmp_path, monkeypat
     assert task["isolation"] == isolation()[0]
 
 
+def test_programs_that_do_not_parse_are_told_from_those_that_are_wrong(tmp_path, monkeypatch):
+    texts = [
+        *(("def one(): return 1", [5, 2], True), ("def one(): return 3", [5, 2], True), ("def one(:", [5, 2], True)),
+        *(("", [2], True), ("def one(:", [5] * 30, False), ("def one(:", [5, 6, 7], False)),
+        ("def one(): return 1", [5] * 30, False),
+        ("raise SyntaxError('said, but it parses')", [5, 2], True),
+    ]
+    monkeypatch.setattr(coding, "written", lambda *_: [Generation(ids, text, ended) for text, ids, ended in texts])
+    leaf = LEAF.model_copy(update={"allow_code_execution": True})
+    rows = [{"q": "w5", "test": "assert one() == 1"}] * len(texts)
+    path = make_task(tmp_path, rows, kind="code", prompt="{q}", program="{text}\n{test}")
+    task = measure(tiny(), word_tokenizer(), [load_task(path)], leaf)[0]["tasks"]["task"]
+    assert task["mistakes"] == {"loop": 1, "endless": 1, "no_answer": 1, "unparsed": 1, "content": 2}
+    assert task["pass_at_1"] == 2 / 8 and task["loop_rate"] == 2 / 8 and task["loop_start"]["p50"] == 0
+    assert task["examples"]["unparsed"]["text"] == "def one(:" and "Error" in task["examples"]["unparsed"]["answer"]
+    assert task["examples"]["content"]["text"] == "def one(): return 3"
+
+
 def test_a_model_writes_its_programs(tmp_path):
     leaf = LEAF.model_copy(update={"allow_code_execution": True})
     record, generations = measure(tiny(), word_tokenizer(), [code_task(tmp_path)], leaf)

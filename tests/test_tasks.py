@@ -12,6 +12,7 @@ from tiny import tiny
 from words import word_tokenizer
 
 from recover.errors import DataError, ModelError
+from recover.measure import writing
 from recover.measure.generate import Generation
 from recover.measure.score import extract, interval95, is_right, normal, wilson95
 from recover.measure.tasks import load_task, measure
@@ -158,6 +159,26 @@ def test_the_shape_of_texts():
     assert found["truncated"] == 1 == found["truncated_right"] and found["ended"] == 0.5 and found["length"] == 5.0
     assert found["repetition"] == pytest.approx((2 / 3 + 0) / 2) and found["distinct_2"] == pytest.approx((0.2 + 1) / 2)
     assert found["longest_repeat"] == 2.5
+
+
+def test_mistakes_of_form_are_told_from_those_of_content(tmp_path, monkeypatch):
+    texts = [
+        *(("= 7", [5, 7, 2], True), ("= 8", [5, 8, 2], True), ("none", [5, 2], True), ("it is", [5, 6, 4], False)),
+        *((" 3" * 30, [5] * 30, False), (" 7" * 30, [5] * 30, False), ("= 9", [4, *[5, 6] * 12], False)),
+    ]
+    monkeypatch.setattr(writing, "written", lambda *_: [Generation(ids, text, ended) for text, ids, ended in texts])
+    rows = [{"q": "w5", "answer": "7"}] * len(texts)
+    path = make_task(tmp_path, rows, **GENERATE, answer=NUMBER)
+    task = measure(tiny(), word_tokenizer(), [load_task(path)], LEAF)[0]["tasks"]["task"]
+    assert task["mistakes"] == {"loop": 2, "endless": 1, "no_answer": 1, "content": 1}
+    assert task["exact_match"] == 2 / 7 == 1 - sum(task["mistakes"].values()) / 7
+    assert task["loop_rate"] == 3 / 7 and task["loop_start"] == {"mean": 1 / 3, "p10": 0.0, "p50": 0.0, "p90": 0.8}
+    assert {kind: each["text"][:5] for kind, each in task["examples"].items()} == {
+        "loop": " 3 3 ",
+        "endless": "it is",
+        "no_answer": "none",
+        "content": "= 8",
+    }
 
 
 def test_a_text_that_never_parts_counts_as_parting_at_its_end():

@@ -9,6 +9,7 @@ from typing import Any
 
 from recover import dist
 from recover.measure.generate import Generation
+from recover.measure.mistakes import mistake, mistakes
 from recover.measure.sandbox import Outcome, isolation, run_programs
 from recover.measure.score import interval95, mean
 from recover.measure.subject import Subject
@@ -27,9 +28,14 @@ def measure_code(subject: Subject, file: CodeFile, items: Sequence[Problem]) -> 
     Whether running such code is allowed at all is asked before (`check_allowed`).
     """
     greedy = written(subject, file, [item.prompt for item in items], None)
-    programs = [program(file, item, code_of(each.text)) for item, each in zip(items, greedy, strict=True)]
-    outcomes = _run(programs, file.seconds)
+    codes = [code_of(each.text) for each in greedy]
+    outcomes = _run([program(file, item, code) for item, code in zip(items, codes, strict=True)], file.seconds)
     passed = [float(each.passed) for each in outcomes]
+    samples = _samples(items, greedy, outcomes)
+    found = [
+        mistake(each, outcome.passed, answered=bool(code.strip()), parses=outcome.parsed)
+        for each, code, outcome in zip(greedy, codes, outcomes, strict=True)
+    ]
     record = {
         "kind": "code",
         "items": len(items),
@@ -37,7 +43,8 @@ def measure_code(subject: Subject, file: CodeFile, items: Sequence[Problem]) -> 
         "interval95": interval95(passed),
         "isolation": isolation()[0],
         **shape(greedy, passed),
-        "samples": _samples(items, greedy, outcomes)[: subject.leaf.samples],
+        **mistakes(file.kind, found, samples),
+        "samples": samples[: subject.leaf.samples],
     }
     return record, greedy, sum(len(each.ids) for each in greedy)
 

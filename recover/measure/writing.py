@@ -8,6 +8,7 @@ from typing import Any
 from recover.errors import DataError
 from recover.measure import collapse
 from recover.measure.generate import Generation
+from recover.measure.mistakes import mistake, mistakes
 from recover.measure.score import extract, interval95, is_right, mean, quantiles
 from recover.measure.subject import Subject
 from recover.measure.task_kinds import CodeFile, GenerateFile, Question
@@ -31,6 +32,11 @@ def measure_writing(
     greedy = written(subject, file, prompts, None)
     drawn = written(subject, file, prompts, subject.leaf.sampling) if subject.leaf.sampling else []
     right = _rights(file, items, greedy)
+    samples = _samples(file, items, greedy, right)
+    found = [
+        mistake(each, sample["correct"], answered=bool((sample["answer"] or "").strip()))
+        for each, sample in zip(greedy, samples, strict=True)
+    ]
     record = {
         "kind": "generate",
         "items": len(items),
@@ -39,7 +45,8 @@ def measure_writing(
         "sampled_exact_match": mean(_rights(file, items, drawn)) if drawn else None,
         **shape(greedy, right),
         **against(dense_ids, [each.ids for each in greedy]),
-        "samples": _samples(file, items, greedy, right)[: subject.leaf.samples],
+        **mistakes(file.kind, found, samples),
+        "samples": samples[: subject.leaf.samples],
     }
     return record, greedy, sum(len(each.ids) for each in [*greedy, *drawn])
 
@@ -47,9 +54,13 @@ def measure_writing(
 def shape(texts: Sequence[Generation], right: Sequence[float]) -> Record:
     """How texts look, whatever they say: loops, length in tokens, whether they end.
 
-    `truncated`: how many do not; `truncated_right`: how many of those count as right all the same.
+    `truncated`: how many do not; `truncated_right`: how many of those count as right all the same. `loop_rate`: share
+    of texts that end in a loop, and `loop_start`: the token at which it begins (quantiles), None if none does.
     """
+    starts = [start for each in texts if (start := collapse.loop_start(each.ids)) is not None]
     return {
+        "loop_rate": len(starts) / len(texts),
+        "loop_start": quantiles(starts) if starts else None,
         "repetition": mean([collapse.repetition(each.ids) for each in texts]),
         "distinct_2": mean([collapse.distinct_n(each.ids, 2) for each in texts]),
         "longest_repeat": mean([collapse.longest_repeat(each.ids) for each in texts]),

@@ -32,6 +32,7 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         Metric("exact_text", "texts equal to dense", "percent", "higher", against_dense=True),
         Metric("agreement", "tokens equal to dense", "percent", "higher", against_dense=True),
         Metric("ended", "answers that end", "percent", "higher"),
+        Metric("loop_rate", "loop rate", "percent", "lower"),
         Metric("repetition", "repeated 4-grams", "percent", "lower"),
         Metric("longest_repeat", "longest repeat, tokens", "number", "lower"),
         Metric("distinct_2", "distinct 2-grams", "percent", "same"),
@@ -47,6 +48,7 @@ METRICS: dict[str, tuple[Metric, ...]] = {
     "code": (
         Metric("pass_at_1", "programs that pass their tests", "percent", "higher", main=True),
         Metric("ended", "answers that end", "percent", "higher"),
+        Metric("loop_rate", "loop rate", "percent", "lower"),
         Metric("length", "length, tokens", "number", "same"),
         Metric("truncated", "cut at the limit, texts", "count", "lower"),
     ),
