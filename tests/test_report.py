@@ -276,6 +276,16 @@ def test_mistakes_are_counted_and_one_of_each_is_shown(run: Path) -> None:
     assert "| 6 | 200k | 95.0% | 3.3% |" in text
 
 
+def test_other_readings_of_the_same_texts_stand_beside_the_first(tmp_path: Path) -> None:
+    folder = build_run(tmp_path)
+    also = {"flexible": {"exact_match": 0.5, "interval95": [0.4, 0.6]}}
+    for part in ("dense", "before"):
+        rewrite(folder / part / "measure.json", lambda record: record["tasks"]["sums"].update(also=also))
+    rows = [row for row in collect(folder)["measures"] if row["task"] == "sums"]
+    assert [row["label"] for row in rows[:3]] == ["exact match", "exact match, flexible", "exact match, sampled"]
+    assert rows[1]["pruned"] == {"value": 0.5, "interval": [0.4, 0.6]} and rows[1]["recovered"] is None
+
+
 def test_runs_that_counted_no_mistakes_have_no_table_of_them(tmp_path: Path) -> None:
     folder = build_run(tmp_path)
     for part in ("dense", "before", "after"):

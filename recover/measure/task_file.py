@@ -18,8 +18,9 @@ from pydantic import ValidationError
 
 from recover import strict_yaml
 from recover.errors import DataError, RecipeError
+from recover.measure.fewshot import shown_before
 from recover.measure.task_items import MAKERS, among_all
-from recover.measure.task_kinds import FILES, AnyFile, RetrievalFile
+from recover.measure.task_kinds import FILES, AnyFile, PerplexityFile, RetrievalFile
 from recover.measure.task_rows import column, rows_of
 from recover.problems import explain
 from recover.recipe import local_path
@@ -52,6 +53,7 @@ def load_task(source: str) -> Task:
     """
     path = local_path(source)
     file = _read_file(path)
+    put = None if isinstance(file, RetrievalFile | PerplexityFile) else shown_before(file, path)
     items, seen = [], set()
     rows = rows_of(file.data, path.parent, subset=file.subset, split=file.split, arguments=file.arguments)
     for where, row in rows:
@@ -60,7 +62,8 @@ def load_task(source: str) -> Task:
             if name in seen:
                 continue
             seen.add(name)
-        items.append(MAKERS[file.kind](file, row, where))
+        item = MAKERS[file.kind](file, row, where)
+        items.append(put(item) if put else item)
         if len(items) == file.limit:
             break
     if not items:

@@ -11,7 +11,7 @@ from recover.measure.generate import Generation
 from recover.measure.mistakes import mistake, mistakes
 from recover.measure.score import extract, interval95, is_right, mean, quantiles
 from recover.measure.subject import Subject
-from recover.measure.task_kinds import CodeFile, GenerateFile, Question
+from recover.measure.task_kinds import CodeFile, GenerateFile, Question, Reading
 from recover.recipe import Sampling
 
 Record = dict[str, Any]
@@ -43,6 +43,7 @@ def measure_writing(
         "exact_match": mean(right),
         "interval95": interval95(right),
         "sampled_exact_match": mean(_rights(file, items, drawn)) if drawn else None,
+        "also": {name: _figures(_rights(reading, items, greedy)) for name, reading in file.also.items()},
         **shape(greedy, right),
         **against(dense_ids, [each.ids for each in greedy]),
         **mistakes(file.kind, found, samples),
@@ -109,12 +110,17 @@ def written(
     )
 
 
-def _rights(file: GenerateFile, items: Sequence[Question], written: Sequence[Generation]) -> list[float]:
+def _figures(right: Sequence[float]) -> Record:
+    return {"exact_match": mean(right), "interval95": interval95(right)}
+
+
+def _rights(reading: Reading, items: Sequence[Question], written: Sequence[Generation]) -> list[float]:
     """1.0 where the answer is right, else 0.0. The pattern reads targets too, so that a worked solution can be one."""
     rights = []
     for item, each in zip(items, written, strict=True):
-        targets = [extract(target, file.answer) or target for target in item.targets]
-        rights.append(float(is_right(extract(each.text, file.answer), targets, contains=file.match == "contains")))
+        targets = [extract(target, reading.answer, reading.take) or target for target in item.targets]
+        answer = extract(each.text, reading.answer, reading.take)
+        rights.append(float(is_right(answer, targets, contains=reading.match == "contains", ignore=reading.ignore)))
     return rights
 
 
@@ -125,7 +131,7 @@ def _samples(
         {
             "prompt": item.prompt,
             "text": each.text,
-            "answer": extract(each.text, file.answer),
+            "answer": extract(each.text, file.answer, file.take),
             "expected": item.targets[0],
             "correct": bool(correct),
         }

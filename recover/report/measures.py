@@ -69,7 +69,7 @@ def rows(records: Records) -> list[dict[str, Any]]:
     """
     found = []
     for name, kind in _tasks(records).items():
-        for metric in METRICS.get(kind, ()):
+        for metric in _metrics(records, name, kind):
             cells = {model: _cell(record, name, metric) for model, record in records.items()}
             if not any(cells.values()):
                 continue
@@ -77,6 +77,14 @@ def rows(records: Records) -> list[dict[str, Any]]:
             kept = {model: _kept(cells[model], cells["dense"], metric) for model in ("pruned", "recovered")}
             found.append({"task": name, "kind": kind, "items": items, **asdict(metric), **cells, "kept": kept})
     return found
+
+
+def _metrics(records: Records, name: str, kind: str) -> list[Metric]:
+    """Those of the kind, and behind the first of them the task's other readings of the same texts."""
+    readings = {reading: None for record in records.values() for reading in _task(record, name).get("also") or ()}
+    also = [Metric(f"also.{each}", f"exact match, {each}", "percent", "higher") for each in readings]
+    first, *rest = METRICS.get(kind) or (None,)
+    return [*([first] if first else []), *also, *rest]
 
 
 def _tasks(records: Records) -> dict[str, str]:
@@ -90,6 +98,11 @@ def _task(record: dict[str, Any] | None, name: str) -> dict[str, Any]:
 
 def _cell(record: dict[str, Any] | None, name: str, metric: Metric) -> dict[str, Any] | None:
     task = _task(record, name)
+    part, _, inner = metric.key.partition(".")
+    if inner:  # a figure of a part of the record
+        found = (task.get(part) or {}).get(inner) or {}
+        value = words.finite(found.get("exact_match"))
+        return None if value is None else {"value": value, "interval": _interval(found)}
     value = words.finite(task.get(metric.key))
     if value is None:
         return None
