@@ -93,6 +93,10 @@ also:
   flexible: {answer: '(-?[$0-9.,]{2,})|(-?[0-9]+)', ignore: *ignore}    # the last number
 ```
 
+With `samples: 8` a `generate` or `code` task draws eight texts for each prompt beside the greedy one, and `pass_at_k`
+is the unbiased estimate of pass@1, 2, 4 and 8. They take eight times as long as the greedy texts, after each epoch too
+(`measure.epoch_limit`).
+
 A wrong text is counted by its first mistake of form (it ends in a loop, does not end, holds no answer, or is code that
 does not parse), else as well formed and wrong; `measure.json` (`mistakes`, `examples`, `loop_rate`) and the report have
 this of dense, pruned and recovered, and `epochs.jsonl` after each epoch.

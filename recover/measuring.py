@@ -106,6 +106,9 @@ def say(record: Record) -> None:
     for name, task in tasks.items():
         if task.get("mistakes"):
             console.say(f"task {name}: {_mistakes(task)}")
+        if task.get("pass_at_k"):
+            figures = [f"pass@{k} {found['value']:.1%}" for k, found in task["pass_at_k"].items()]
+            console.say(f"task {name}, sampled: {', '.join(figures)}")
     if record.get("tokens_per_second"):
         console.say(f"{record['tokens_per_second']:,.0f} tokens/s written, {record['seconds']:,.1f} s in all")
 

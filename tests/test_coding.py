@@ -111,6 +111,20 @@ def test_pass_at_1_is_the_share_of_programs_whose_tests_pass(tmp_path, monkeypat
     assert task["isolation"] == isolation()[0]
 
 
+def test_pass_at_k_of_the_programs_that_a_task_draws(tmp_path, monkeypatch):
+    def written(subject, file, prompts, sampling):
+        right = {1: "0", 4: "0100"}[len(prompts)]
+        return [Generation([5, 2], f"def one(): return {each}", True) for each in right]
+
+    monkeypatch.setattr(coding, "written", written)
+    leaf = LEAF.model_copy(update={"allow_code_execution": True})
+    rows = [{"q": "w5", "test": "assert one() == 1"}]
+    path = make_task(tmp_path, rows, kind="code", prompt="{q}", program="{text}\n{test}", samples=4)
+    task = measure(tiny(), word_tokenizer(), [load_task(path)], leaf)[0]["tasks"]["task"]
+    assert {k: found["value"] for k, found in task["pass_at_k"].items()} == {"1": 0.25, "2": 0.5, "4": 1.0}
+    assert task["pass_at_1"] == 0.0 and task["mistakes"]["content"] == 1
+
+
 def test_programs_that_do_not_parse_are_told_from_those_that_are_wrong(tmp_path, monkeypatch):
     texts = [
         *(("def one(): return 1", [5, 2], True), ("def one(): return 3", [5, 2], True), ("def one(:", [5, 2], True)),

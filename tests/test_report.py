@@ -279,10 +279,12 @@ def test_mistakes_are_counted_and_one_of_each_is_shown(run: Path) -> None:
 def test_other_readings_of_the_same_texts_stand_beside_the_first(tmp_path: Path) -> None:
     folder = build_run(tmp_path)
     also = {"flexible": {"exact_match": 0.5, "interval95": [0.4, 0.6]}}
+    drawn = {"pass_at_k": {k: {"value": int(k) / 10, "interval95": [0.0, 1.0]} for k in ("1", "2", "8")}}
     for part in ("dense", "before"):
-        rewrite(folder / part / "measure.json", lambda record: record["tasks"]["sums"].update(also=also))
+        rewrite(folder / part / "measure.json", lambda record: record["tasks"]["sums"].update(also=also, **drawn))
     rows = [row for row in collect(folder)["measures"] if row["task"] == "sums"]
-    assert [row["label"] for row in rows[:3]] == ["exact match", "exact match, flexible", "exact match, sampled"]
+    labels = ["exact match", "exact match, flexible", "pass@1, sampled", "pass@8, sampled", "exact match, sampled"]
+    assert [row["label"] for row in rows[:5]] == labels and rows[3]["dense"]["value"] == 0.8
     assert rows[1]["pruned"] == {"value": 0.5, "interval": [0.4, 0.6]} and rows[1]["recovered"] is None
 
 

@@ -54,6 +54,7 @@ RETRIEVAL = {"kind": "retrieval"}
         ([{}], {**GENERATE, "stop": "a"}, r'task.yaml: stop: found "a": it should be a list, as \[a, b\]'),
         ([{}], {**GENERATE, "stop": ["a", ""]}, "task.yaml: stop.1: found .*: it should have at least 1 character"),
         ([{}], {**CODE, "program": "{text}", "stop": ["a" * 300]}, "300 characters together, expected at most 256"),
+        ([{}], {**GENERATE, "sampling": {}}, "samples is missing: set it, as samples: 8"),
         ([{}], {"kind": "sing"}, "task.yaml: kind: found 'sing', expected one of generate, choice, code, retrieval"),
         ([{}], {**GENERATE, "answer": "(("}, "task.yaml: answer: not a regular expression"),
         ([{}], {**GENERATE, "data": "gone.jsonl"}, "gone.jsonl: no such file"),

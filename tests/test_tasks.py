@@ -1,5 +1,6 @@
 """What is measured on tasks: choices and perplexity against a plain loop, scores against hand counts."""
 
+import itertools
 import json
 import math
 import re
@@ -14,7 +15,7 @@ from words import word_tokenizer
 from recover.errors import DataError, ModelError
 from recover.measure import writing
 from recover.measure.generate import Generation
-from recover.measure.score import extract, interval95, is_right, normal, wilson95
+from recover.measure.score import extract, interval95, is_right, normal, pass_at, wilson95
 from recover.measure.tasks import load_task, measure
 from recover.measure.writing import against, shape
 from recover.recipe import Measure, Sampling
@@ -137,6 +138,45 @@ def test_a_task_may_lower_the_token_limit_but_not_raise_it(tmp_path):
         path = make_task(tmp_path, [{"q": "w5", "answer": "w4"}], **GENERATE, max_new_tokens=own)
         record, _ = measure(tiny(), word_tokenizer(), [load_task(path)], LEAF)
         assert record["tasks"]["task"]["length"] == expected
+
+
+@pytest.mark.parametrize(("right", "drawn"), [(0, 4), (1, 4), (3, 4), (4, 4), (2, 7)])
+def test_pass_at_k_is_the_share_of_all_choices_of_k_texts_with_a_right_one(right, drawn):
+    texts = [1] * right + [0] * (drawn - right)
+    for k in range(1, drawn + 1):
+        choices = list(itertools.combinations(texts, k))
+        assert pass_at(k, right, drawn) == pytest.approx(sum(map(max, choices)) / len(choices))
+
+
+def test_pass_at_k_of_the_texts_that_a_task_draws(tmp_path, monkeypatch):
+    rows = [{"q": f"w{number}", "answer": "w4"} for number in (10, 11)]
+    path = make_task(tmp_path, rows, **GENERATE, samples=4, sampling={"temperature": 0.5})
+    asked = []
+
+    def written(subject, file, prompts, sampling):
+        asked.append((list(prompts), sampling))
+        right = {2: "00", 8: "10 11 00 10".replace(" ", "")}[len(prompts)]
+        return [Generation([5, 2], "w4" if each == "1" else "w5", True) for each in right]
+
+    monkeypatch.setattr(writing, "written", written)
+    task = measure(tiny(), word_tokenizer(), [load_task(path)], LEAF)[0]["tasks"]["task"]
+    assert asked == [(["w10", "w11"], None), (["w10", "w11"] * 4, Sampling(temperature=0.5))]
+    # Of the four texts of each prompt three and one are right.
+    assert {k: found["value"] for k, found in task["pass_at_k"].items()} == {"1": 0.5, "2": 0.75, "4": 1.0}
+    assert task["exact_match"] == 0.0 and task["sampled_exact_match"] == 0.5
+    assert task["pass_at_k"]["2"]["interval95"] == [0.5, 1.0]
+    plain = measure(tiny(), word_tokenizer(), [load_task(path).without_samples()], LEAF)[0]["tasks"]["task"]
+    assert plain["pass_at_k"] is None is plain["sampled_exact_match"] and len(asked) == 3
+
+
+def test_texts_of_the_same_prompt_are_drawn_apart_and_follow_their_numbers(monkeypatch):
+    from recover.measure import generate as generation
+
+    how = {"max_new_tokens": 6, "sampling": Sampling(), "batch_size": 3}
+    four = generation.generate(tiny(), word_tokenizer(), ["w10 w4"] * 4, **how)
+    assert len({tuple(each.ids) for each in four}) == 4
+    last = generation.generate(tiny(), word_tokenizer(), ["w10 w4"] * 2, numbers=[3, 1], **how)
+    assert last == [four[3], four[1]]
 
 
 def test_a_task_says_what_ends_a_text(tmp_path):

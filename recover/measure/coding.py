@@ -15,7 +15,7 @@ from recover.measure.score import interval95, mean
 from recover.measure.subject import Subject
 from recover.measure.task_items import program
 from recover.measure.task_kinds import CodeFile, Problem
-from recover.measure.writing import shape, written
+from recover.measure.writing import pass_at_k, sampling_of, shape, written
 
 Record = dict[str, Any]
 
@@ -23,7 +23,9 @@ FENCED = re.compile(r"```(?:python3?|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | r
 
 
 def measure_code(subject: Subject, file: CodeFile, items: Sequence[Problem]) -> tuple[Record, list[Generation], int]:
-    """(record, greedy texts, number of tokens written). `pass_at_1`: share of problems whose one program passes.
+    """(record, greedy texts, number of tokens written, sampled ones included).
+
+    `pass_at_1`: share of problems whose one greedy program passes; `pass_at_k`: of the task's `samples`, drawn.
 
     Whether running such code is allowed at all is asked before (`check_allowed`).
     """
@@ -36,17 +38,26 @@ def measure_code(subject: Subject, file: CodeFile, items: Sequence[Problem]) -> 
         mistake(each, outcome.passed, answered=bool(code.strip()), parses=outcome.parsed)
         for each, code, outcome in zip(greedy, codes, outcomes, strict=True)
     ]
+    times, prompts = file.samples or 0, [item.prompt for item in items]
+    drawn = written(subject, file, prompts * times, sampling_of(subject, file)) if times else []
     record = {
         "kind": "code",
         "items": len(items),
         "pass_at_1": mean(passed),
         "interval95": interval95(passed),
+        "pass_at_k": pass_at_k(_passed(file, [*items] * times, drawn), times) if times else None,
         "isolation": isolation()[0],
         **shape(greedy, passed),
         **mistakes(file.kind, found, samples),
         "samples": samples[: subject.leaf.samples],
     }
-    return record, greedy, sum(len(each.ids) for each in greedy)
+    return record, greedy, sum(len(each.ids) for each in [*greedy, *drawn])
+
+
+def _passed(file: CodeFile, items: Sequence[Problem], drawn: Sequence[Generation]) -> list[float]:
+    """1.0 where the drawn program passes, else 0.0."""
+    programs = [program(file, item, code_of(each.text)) for item, each in zip(items, drawn, strict=True)]
+    return [float(each.passed) for each in _run(programs, file.seconds)]
 
 
 def code_of(text: str) -> str:

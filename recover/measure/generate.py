@@ -43,6 +43,7 @@ def generate(
     batch_size: int,
     sampling: Sampling | None = None,
     seed: int = 0,
+    numbers: Sequence[int] | None = None,
     chat: bool | None = None,
     stop: Sequence[str] = (),
     unless: str | None = None,
@@ -51,9 +52,9 @@ def generate(
     """One text per prompt, in the order of the prompts: greedy, or sampled from `seed`.
 
     Texts do not depend on how prompts fall into batches (up to rounding at ties); sampled ones follow the seed and the
-    prompt's place. The model's own generation settings (repetition penalty, top-k, ...) are set aside: what is measured
-    is the model. Written in slots (`decode.write`) where the model's cache allows it, else by transformers' `generate`
-    (`plain`), where sampled texts do depend on batches.
+    prompt's place, or its number in `numbers`. The model's own generation settings (repetition penalty, top-k, ...) are
+    set aside: what is measured is the model. Written in slots (`decode.write`) where the model's cache allows it, else
+    by transformers' `generate` (`plain`), where sampled texts do depend on batches.
     `chat`: wrap prompts in the chat template; None = if the tokenizer has one. Where `batch_size` texts at once do not
     fit the GPU's memory, what is left is written by half as many, with a warning.
 
@@ -70,9 +71,10 @@ def generate(
         size = inner.get_input_embeddings().num_embeddings
         how = replace(how, stops=Stops(tokenizer, stop, size, unless=unless))
     writer = write if fits(inner) else plain
+    how = replace(how, numbers=tuple(range(len(prompts)) if numbers is None else numbers))
     written: dict[int, Generation] = {}
     with torch.no_grad(), evaluating(inner), _forked_random_state(inner):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + (min(numbers) if numbers else 0))  # for `plain`: no two processes draw alike
         texts = _as_memory_allows(writer, inner, prompts_ids, how)
         for item, ids in console.track(texts, title, total=len(prompts), unit="text"):
             written[item] = _generation(tokenizer, ids, how)
@@ -99,11 +101,11 @@ def _shortest(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: Stops) 
 
 def _as_memory_allows(writer: Any, model: Any, prompts_ids: list[list[int]], how: Writing) -> Iterator[Any]:
     """As `writer`; out of memory it begins again with half as many rows, without the texts that have ended."""
-    left = dict(enumerate(prompts_ids))
+    left, numbers = dict(enumerate(prompts_ids)), how.numbers or ()
     while left:
         items = list(left)
         try:
-            numbered = replace(how, numbers=tuple(items))
+            numbered = replace(how, numbers=tuple(numbers[item] for item in items))
             for place, ids in writer(model, [left[item] for item in items], numbered):
                 del left[items[place]]
                 yield items[place], ids

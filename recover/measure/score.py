@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from math import log2, sqrt
+from math import comb, log2, sqrt
 
 import numpy as np
 
@@ -93,6 +93,14 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
     array_N = np.asarray(values, dtype=np.float64)
     p10, p50, p90 = np.percentile(array_N, [10, 50, 90])
     return {"mean": float(array_N.mean()), "p10": float(p10), "p50": float(p50), "p90": float(p90)}
+
+
+def pass_at(k: int, right: int, drawn: int) -> float:
+    """Chance that of k texts, drawn without return from `drawn` of which `right` are right, one or more are right.
+
+    The unbiased estimate of pass@k of Chen et al., "Evaluating Large Language Models Trained on Code", for one prompt.
+    """
+    return 1.0 - comb(drawn - right, k) / comb(drawn, k)
 
 
 def ndcg(gains: Sequence[float]) -> float:

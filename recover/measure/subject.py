@@ -35,13 +35,17 @@ class Subject:
         stop: Sequence[str] = (),
         unless: str | None = None,
     ) -> list[Generation]:
-        """One text per prompt (`generate`), the same list on every process."""
+        """One text per prompt (`generate`), the same list on every process.
+
+        Drawn texts follow the place of the prompt among all of them: the same prompt twice gives two texts.
+        """
         return dist.over(
-            prompts,
+            list(enumerate(prompts)),
             lambda mine: generate(
                 self.model,
                 self.tokenizer,
-                mine,
+                [prompt for _, prompt in mine],
+                numbers=[number for number, _ in mine],
                 max_new_tokens=max_new_tokens,
                 batch_size=self.leaf.batch_size,
                 sampling=sampling,

@@ -10,7 +10,7 @@ answer: '-?\\d[\\d,.]*'         # the last match in the model's text is its answ
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from recover import strict_yaml
 from recover.errors import DataError, RecipeError
 from recover.measure.fewshot import shown_before
 from recover.measure.task_items import MAKERS, among_all
-from recover.measure.task_kinds import FILES, AnyFile, PerplexityFile, RetrievalFile
+from recover.measure.task_kinds import FILES, AnyFile, PerplexityFile, RetrievalFile, WritingFile
 from recover.measure.task_rows import column, rows_of
 from recover.problems import explain
 from recover.recipe import local_path
@@ -42,6 +42,12 @@ class Task:
     @property
     def kind(self) -> str:
         return self.file.kind
+
+    def without_samples(self) -> Task:
+        """The task without the texts that are drawn for pass@k."""
+        if not isinstance(self.file, WritingFile):
+            return self
+        return replace(self, file=self.file.model_copy(update={"samples": None, "sampling": None}))
 
 
 def load_task(source: str) -> Task:

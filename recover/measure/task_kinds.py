@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from recover.leaf import Leaf
+from recover.recipe import Sampling
 
 Row = dict[str, Any]
 
@@ -82,6 +83,14 @@ class WritingFile(PromptFile):
         (), description='such as ["\\n\\n", "Question:"]: a text ends before the first of them'
     )
     max_new_tokens: int | None = Field(None, ge=1, description="default, and at most: the recipe's")
+    samples: int | None = Field(None, ge=1, description="texts drawn for each prompt, for pass@k; null: no pass@k")
+    sampling: Sampling | None = Field(None, description="how they are drawn; null: as the recipe's `measure.sampling`")
+
+    @model_validator(mode="after")
+    def _sampling_is_of_samples(self) -> WritingFile:
+        if self.sampling is not None and self.samples is None:
+            raise ValueError("sampling says how `samples` are drawn, and samples is missing: set it, as samples: 8")
+        return self
 
     @field_validator("stop")
     @classmethod

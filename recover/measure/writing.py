@@ -9,7 +9,7 @@ from recover.errors import DataError
 from recover.measure import collapse
 from recover.measure.generate import Generation
 from recover.measure.mistakes import mistake, mistakes
-from recover.measure.score import extract, interval95, is_right, mean, quantiles
+from recover.measure.score import extract, interval95, is_right, mean, pass_at, quantiles
 from recover.measure.subject import Subject
 from recover.measure.task_kinds import CodeFile, GenerateFile, Question, Reading
 from recover.recipe import Sampling
@@ -30,7 +30,10 @@ def measure_writing(
     dense_ids = _reference_ids(reference, file.name, len(items))
     prompts = [item.prompt for item in items]
     greedy = written(subject, file, prompts, None)
-    drawn = written(subject, file, prompts, subject.leaf.sampling) if subject.leaf.sampling else []
+    sampling = sampling_of(subject, file)
+    times = (file.samples or 1) if sampling else 0
+    drawn = written(subject, file, prompts * times, sampling) if sampling else []
+    drawn_right = _rights(file, [*items] * times, drawn)
     right = _rights(file, items, greedy)
     samples = _samples(file, items, greedy, right)
     found = [
@@ -42,7 +45,8 @@ def measure_writing(
         "items": len(items),
         "exact_match": mean(right),
         "interval95": interval95(right),
-        "sampled_exact_match": mean(_rights(file, items, drawn)) if drawn else None,
+        "sampled_exact_match": mean(drawn_right) if drawn else None,
+        "pass_at_k": pass_at_k(drawn_right, times) if file.samples else None,
         "also": {name: _figures(_rights(reading, items, greedy)) for name, reading in file.also.items()},
         **shape(greedy, right),
         **against(dense_ids, [each.ids for each in greedy]),
@@ -50,6 +54,25 @@ def measure_writing(
         "samples": samples[: subject.leaf.samples],
     }
     return record, greedy, sum(len(each.ids) for each in [*greedy, *drawn])
+
+
+def sampling_of(subject: Subject, file: GenerateFile | CodeFile) -> Sampling | None:
+    """How texts of this task are drawn; None: they are not."""
+    own = (file.sampling or subject.leaf.sampling or Sampling()) if file.samples else None
+    return own or (subject.leaf.sampling if isinstance(file, GenerateFile) else None)
+
+
+def pass_at_k(right: Sequence[float], times: int) -> Record:
+    """k -> {value, interval95} for k = 1, 2, 4, ... and `times`: pass@k over prompts.
+
+    `right`: of each text drawn, all prompts once, then all of them again, `times` times.
+    """
+    counts = [int(sum(right[at :: len(right) // times])) for at in range(len(right) // times)]
+    found = {}
+    for k in sorted({times, *(2**power for power in range(times.bit_length()))}):
+        values = [pass_at(k, count, times) for count in counts]
+        found[str(k)] = {"value": mean(values), "interval95": interval95(values)}
+    return found
 
 
 def shape(texts: Sequence[Generation], right: Sequence[float]) -> Record:

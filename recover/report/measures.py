@@ -80,11 +80,20 @@ def rows(records: Records) -> list[dict[str, Any]]:
 
 
 def _metrics(records: Records, name: str, kind: str) -> list[Metric]:
-    """Those of the kind, and behind the first of them the task's other readings of the same texts."""
-    readings = {reading: None for record in records.values() for reading in _task(record, name).get("also") or ()}
-    also = [Metric(f"also.{each}", f"exact match, {each}", "percent", "higher") for each in readings]
+    """Those of the kind, and behind the first of them the task's other readings of the same texts, and pass@k.
+
+    Of pass@k the smallest and the largest k.
+    """
     first, *rest = METRICS.get(kind) or (None,)
-    return [*([first] if first else []), *also, *rest]
+    readings, ks = (_parts(records, name, part) for part in ("also", "pass_at_k"))
+    also = [Metric(f"also.{each}", f"exact match, {each}", "percent", "higher") for each in readings]
+    ends = [k for k in sorted(map(int, ks)) if k in (min(map(int, ks)), max(map(int, ks)))]
+    drawn = [Metric(f"pass_at_k.{k}", f"pass@{k}, sampled", "percent", "higher") for k in ends]
+    return [*([first] if first else []), *also, *drawn, *rest]
+
+
+def _parts(records: Records, name: str, part: str) -> list[str]:
+    return list({key: None for record in records.values() for key in _task(record, name).get(part) or ()})
 
 
 def _tasks(records: Records) -> dict[str, str]:
@@ -101,7 +110,7 @@ def _cell(record: dict[str, Any] | None, name: str, metric: Metric) -> dict[str,
     part, _, inner = metric.key.partition(".")
     if inner:  # a figure of a part of the record
         found = (task.get(part) or {}).get(inner) or {}
-        value = words.finite(found.get("exact_match"))
+        value = words.finite(found.get("exact_match", found.get("value")))
         return None if value is None else {"value": value, "interval": _interval(found)}
     value = words.finite(task.get(metric.key))
     if value is None:
