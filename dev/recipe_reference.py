@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import types
 import typing
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from recover import recipe
 from recover.leaf import Leaf
-from recover.measure.task_kinds import FILES
+from recover.measure.task_kinds import FILES, Fewshot, Reading
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"
 HEAD = """# Recipe reference
@@ -66,10 +67,44 @@ data: quiz.jsonl              # {"question": "Fish live in", "options": ["trees"
 prompt: "{question}"
 ```
 
+What ends an answer is the model's end token, or one of the strings of `stop`: a base model goes on with a next question
+of its own otherwise. A text that runs into `max_new_tokens` has not ended, and is counted as such:
+
+```yaml
+chat: never                   # the bare prompt, though the tokenizer may have a chat template
+stop: ["\\n\\n", "Question:"]  # in double quotes, where \\n is a line feed
+```
+
+A base model is shown worked examples first (few-shot), and one text may be read in more ways than one. GSM8K as
+lm-evaluation-harness asks and reads it, with `sampler: first_n`:
+
+```yaml
+name: gsm8k
+kind: generate
+data: gsm8k_test.jsonl        # {"question": "...", "answer": "... 5 * 3 = 15.\\n#### 15"}
+prompt: "Question: {question}\\nAnswer:"
+chat: never
+fewshot: {data: gsm8k_train.jsonl, count: 5}    # an example is the prompt, a space, and the answer
+stop: ["Question:", "</s>", "<|im_end|>"]
+answer: '#### (-?[0-9.,]+)'   # strict match
+take: first
+ignore: &ignore [',', '\\$', '(?s).*#### ', '\\.$']
+also:
+  flexible: {answer: '(-?[$0-9.,]{2,})|(-?[0-9]+)', ignore: *ignore}    # the last number
+```
+
+With `samples: 8` a `generate` or `code` task draws eight texts for each prompt beside the greedy one, and `pass_at_k`
+is the unbiased estimate of pass@1, 2, 4 and 8. They take eight times as long as the greedy texts, after each epoch too
+(`measure.epoch_limit`).
+
+A wrong text is counted by its first mistake of form (it ends in a loop, does not end, holds no answer, or is code that
+does not parse), else as well formed and wrong; `measure.json` (`mistakes`, `examples`, `loop_rate`) and the report have
+this of dense, pruned and recovered, and `epochs.jsonl` after each epoch.
+
 The dense model must be able to do it: where it scores next to nothing (or chance), nothing can be lost, and `run`
 says so.
 """
-TASKS: list[type[BaseModel]] = [*FILES.values()]
+TASKS: list[type[BaseModel]] = [*FILES.values(), Fewshot, Reading]
 
 
 def shown_type(annotation: Any) -> str:
@@ -101,6 +136,8 @@ def shown_default(field: Any) -> str:
         return "as below"
     if isinstance(value, tuple):
         return f"`{list(value)}`"
+    if isinstance(value, str) and (not value or "\n" in value):
+        return f"`{json.dumps(value)}`"
     return "`null`" if value is None else f"`{value}`"
 
 

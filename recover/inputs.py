@@ -46,6 +46,8 @@ def _files_at(path: Path) -> Iterator[Path]:
     elif path.is_file():
         yield path
         if path.suffix in {".yaml", ".yml"}:
-            data = yaml.safe_load(path.read_text()).get("data")
-            if isinstance(data, str) and (path.parent / data).is_file():
-                yield path.parent / data
+            task = yaml.safe_load(path.read_text())
+            for named in (task, task.get("fewshot")):
+                data = named.get("data") if isinstance(named, dict) else None
+                if isinstance(data, str) and (path.parent / data).is_file():
+                    yield path.parent / data

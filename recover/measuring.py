@@ -103,6 +103,12 @@ def say(record: Record) -> None:
                 f"task {name}: {task['truncated']} of {task['items']} texts ran into the limit of tokens; "
                 f"{task['truncated_right']} of them count as right (--max-new-tokens)"
             )
+    for name, task in tasks.items():
+        if task.get("mistakes"):
+            console.say(f"task {name}: {_mistakes(task)}")
+        if task.get("pass_at_k"):
+            figures = [f"pass@{k} {found['value']:.1%}" for k, found in task["pass_at_k"].items()]
+            console.say(f"task {name}, sampled: {', '.join(figures)}")
     if record.get("tokens_per_second"):
         console.say(f"{record['tokens_per_second']:,.0f} tokens/s written, {record['seconds']:,.1f} s in all")
 
@@ -114,6 +120,15 @@ def _row(name: str, task: Record) -> list[Any]:
     value = f"{task[key]:.4g}" if key == "perplexity" else f"{task[key]:.1%}"
     chance = task.get("chance")
     return [name, task["kind"], task["items"], figure, value, interval, None if chance is None else f"{chance:.1%}"]
+
+
+def _mistakes(task: Record) -> str:
+    """How many texts are right, and which mistake the others are."""
+    words = {"loop": "loop", "endless": "do not end", "no_answer": "hold no answer", "unparsed": "do not parse"}
+    counts = {**words, "content": "well formed and wrong"}
+    right = task["items"] - sum(task["mistakes"].values())
+    found = [f"{task['mistakes'][kind]} {said}" for kind, said in counts.items() if task["mistakes"].get(kind)]
+    return ", ".join([f"{right} of {task['items']} right", *found])
 
 
 def write(record: Record, path: Path) -> None:

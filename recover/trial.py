@@ -122,10 +122,11 @@ def _measured(bench: Bench, twin: Twin) -> Callable[[int, dict[str, Any]], float
 
     recipe = bench.recipe
     leaf = recipe.measure.model_copy(update={"sampling": None})
+    tasks = [task.without_samples() for task in bench.tasks]
 
     def score(epoch: int, context: dict[str, Any]) -> float | None:
         with twin.folded():
-            record, _ = measure(twin.model, bench.tokenizer, bench.tasks, leaf, seed=recipe.seed)
+            record, _ = measure(twin.model, bench.tokenizer, tasks, leaf, seed=recipe.seed)
             drift = final_drift(twin, bench.tokenizer, bench.probe_prompts(), recipe.probe)
         if dist.is_main():
             found = {"epoch": epoch, **context, "measure": record, "drift": drift}

@@ -131,6 +131,7 @@ def _measure(model: str, generation: tuple, choice: tuple, perplexity: float, te
         "longest_repeat": 41.0 if pruned else 1.2,
         "distinct_2": 0.34 if pruned else 0.88,
         "ended": 0.22 if pruned else 1.0,
+        **_mistakes(model, samples),
         "length": 88.4 if pruned else 17.2,
         "truncated": 156 if pruned else 0,
         "agreement": None if dense else (0.11 if pruned else 0.91),
@@ -155,6 +156,17 @@ def _measure(model: str, generation: tuple, choice: tuple, perplexity: float, te
         "seconds": 41.0,
         "tokens_per_second": 912.0,
     }
+
+
+def _mistakes(model: str, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    counts = {
+        "dense": {"loop": 0, "endless": 0, "no_answer": 0, "content": 2},
+        "pruned": {"loop": 131, "endless": 25, "no_answer": 6, "content": 12},
+        "recovered": {"loop": 0, "endless": 0, "no_answer": 1, "content": 6},
+    }[model]
+    examples = {kind: samples[at % 3] for at, (kind, count) in enumerate(counts.items()) if count}
+    start = {"mean": 14.2, "p10": 6.0, "p50": 12.0, "p90": 27.0} if counts["loop"] else None
+    return {"mistakes": counts, "examples": examples, "loop_rate": counts["loop"] / 200, "loop_start": start}
 
 
 def _plan(kind: str) -> dict[str, Any]:
@@ -316,7 +328,7 @@ def _epoch(epoch: int) -> dict[str, Any]:
         "seconds": 52.0 * epoch,
         "train": {"loss": loss, "kl": loss * 0.93, "variance": loss * 0.4, "ce": 1.2 + loss, "lr": 2e-4},
         "measure": {
-            "tasks": {"sums": {"kind": "generate", "items": 100, "exact_match": score}},
+            "tasks": {"sums": {"kind": "generate", "items": 100, "exact_match": score, "loop_rate": 0.2 / epoch}},
             "headline": {"generation": score, "choice": 0.62 + epoch / 400, "perplexity": 12 - epoch},
         },
         "drift": _final(0.4 / epoch),

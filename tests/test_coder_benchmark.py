@@ -290,25 +290,6 @@ def test_a_run_waits_for_what_another_is_making(tmp_path, donor):
 # Rows.
 
 
-@pytest.mark.parametrize(
-    ("ids", "loops"),
-    [
-        ([1, 2, 3] * 8, True),
-        ([9, 8, *([1, 2, 3] * 8)], True),
-        ([5] * 24, True),
-        ([5] * 23, False),
-        ([*range(30), *range(30)], False),
-        ([*range(30), *range(30), *range(30)], True),
-        ([*([1, 2, 3] * 8), 4], False),
-        ([], False),
-    ],
-)
-def test_a_text_ends_in_a_loop(ids, loops):
-    from rows import ends_in_loop
-
-    assert ends_in_loop(ids) == loops
-
-
 def test_a_row_holds_the_figures_of_the_run(tmp_path):
     from rows import markdown, read_row
 

@@ -78,16 +78,15 @@ def test_the_network_is_cut_off_below_python_too():
 
 
 @pytest.mark.parametrize(
-    ("text", "stop", "code"),
+    ("text", "code"),
     [
-        ("    return 1\n\ndef g():\n    pass", ("\ndef ", "\nprint"), "    return 1\n"),
-        ("    return 1", ("\ndef ",), "    return 1"),
-        ("Sure:\n```python\ndef f():\n    return 1\n```\nIt works.", ("\ndef ",), "def f():\n    return 1\n"),
-        ("```\nx = 1", (), "x = 1"),
+        ("    return 1", "    return 1"),
+        ("Sure:\n```python\ndef f():\n    return 1\n```\nIt works.", "def f():\n    return 1\n"),
+        ("```\nx = 1", "x = 1"),
     ],
 )
-def test_the_code_in_a_text(text, stop, code):
-    assert code_of(text, stop) == code
+def test_the_code_in_a_text(text, code):
+    assert code_of(text) == code
 
 
 def code_task(folder):
@@ -110,6 +109,38 @@ def test_pass_at_1_is_the_share_of_programs_whose_tests_pass(tmp_path, monkeypat
     assert record["headline"]["generation"] == 0.5 and len(generations["task"]) == 2
     assert [each["answer"] for each in task["samples"]] == ["passes", "AssertionError"]
     assert task["isolation"] == isolation()[0]
+
+
+def test_pass_at_k_of_the_programs_that_a_task_draws(tmp_path, monkeypatch):
+    def written(subject, file, prompts, sampling):
+        right = {1: "0", 4: "0100"}[len(prompts)]
+        return [Generation([5, 2], f"def one(): return {each}", True) for each in right]
+
+    monkeypatch.setattr(coding, "written", written)
+    leaf = LEAF.model_copy(update={"allow_code_execution": True})
+    rows = [{"q": "w5", "test": "assert one() == 1"}]
+    path = make_task(tmp_path, rows, kind="code", prompt="{q}", program="{text}\n{test}", samples=4)
+    task = measure(tiny(), word_tokenizer(), [load_task(path)], leaf)[0]["tasks"]["task"]
+    assert {k: found["value"] for k, found in task["pass_at_k"].items()} == {"1": 0.25, "2": 0.5, "4": 1.0}
+    assert task["pass_at_1"] == 0.0 and task["mistakes"]["content"] == 1
+
+
+def test_programs_that_do_not_parse_are_told_from_those_that_are_wrong(tmp_path, monkeypatch):
+    texts = [
+        *(("def one(): return 1", [5, 2], True), ("def one(): return 3", [5, 2], True), ("def one(:", [5, 2], True)),
+        *(("", [2], True), ("def one(:", [5] * 30, False), ("def one(:", [5, 6, 7], False)),
+        ("def one(): return 1", [5] * 30, False),
+        ("raise SyntaxError('said, but it parses')", [5, 2], True),
+    ]
+    monkeypatch.setattr(coding, "written", lambda *_: [Generation(ids, text, ended) for text, ids, ended in texts])
+    leaf = LEAF.model_copy(update={"allow_code_execution": True})
+    rows = [{"q": "w5", "test": "assert one() == 1"}] * len(texts)
+    path = make_task(tmp_path, rows, kind="code", prompt="{q}", program="{text}\n{test}")
+    task = measure(tiny(), word_tokenizer(), [load_task(path)], leaf)[0]["tasks"]["task"]
+    assert task["mistakes"] == {"loop": 1, "endless": 1, "no_answer": 1, "unparsed": 1, "content": 2}
+    assert task["pass_at_1"] == 2 / 8 and task["loop_rate"] == 2 / 8 and task["loop_start"]["p50"] == 0
+    assert task["examples"]["unparsed"]["text"] == "def one(:" and "Error" in task["examples"]["unparsed"]["answer"]
+    assert task["examples"]["content"]["text"] == "def one(): return 3"
 
 
 def test_a_model_writes_its_programs(tmp_path):

@@ -4,7 +4,14 @@ import random
 
 import pytest
 
-from recover.measure.collapse import agreement, distinct_n, first_divergence, longest_repeat, repetition
+from recover.measure.collapse import (
+    agreement,
+    distinct_n,
+    first_divergence,
+    longest_repeat,
+    loop_start,
+    repetition,
+)
 
 
 def texts(count=60):
@@ -56,3 +63,45 @@ def test_longest_repeat_of_a_loop_is_its_length_less_one_turn():
 def test_divergence_and_agreement(a, b, position, share):
     assert first_divergence(a, b) == first_divergence(b, a) == position
     assert agreement(a, b) == agreement(b, a) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("ids", "start"),
+    [
+        ([1, 2, 3] * 8, 0),
+        ([9, 8, *([1, 2, 3] * 8)], 2),
+        ([9, 8, *([1, 2, 3] * 9), 1, 2], 2),
+        ([9, 3, *([1, 2, 3] * 8)], 1),
+        ([5] * 24, 0),
+        ([5] * 23, None),
+        ([*range(30), *range(30)], None),
+        ([*range(30), *range(30), *range(30)], 0),
+        ([7, *range(30), *range(30), *range(30)], 1),
+        ([*([1, 2, 3] * 8), 4], None),
+        ([1, 2], None),
+        ([], None),
+    ],
+)
+def test_where_the_loop_begins_in_which_a_text_ends(ids, start):
+    assert loop_start(ids) == start
+
+
+def test_loops_are_those_that_all_ends_of_texts_show():
+    chooser = random.Random(1)
+    found = 0
+    for _ in range(300):
+        turn = [chooser.randrange(4) for _ in range(chooser.randrange(1, 20))]
+        ids = [chooser.randrange(4) for _ in range(chooser.randrange(9))] + turn * chooser.randrange(1, 6)
+        ids = ids[: len(ids) - chooser.randrange(3)]
+        # Every tail, and every turn that it may be made of.
+        tails = [
+            (period, start)
+            for start in range(len(ids) - 23)
+            for period in range(1, (len(ids) - start) // 3 + 1)
+            if all(ids[at] == ids[at + period] for at in range(start, len(ids) - period))
+            and len(ids) - start >= max(3, -(-24 // period)) * period
+        ]
+        shortest = min(tails, default=(0, None))
+        assert loop_start(ids) == shortest[1]
+        found += shortest[1] is not None
+    assert found > 60

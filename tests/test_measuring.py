@@ -53,6 +53,7 @@ def test_all_kinds_of_tasks_after_one_option(folder, paths, tmp_path):
     for words in ("written", "exact match", "0.0%", "chosen", "accuracy", "50.0%", "sought", "nDCG@10", "perplexity"):
         assert words in result.stdout
     assert "task written: 4 of 4 texts ran into the limit of tokens; 0 of them count as right" in result.stderr
+    assert "task written: 0 of 4 right, 4 do not end" in result.stdout
     record = json.loads((tmp_path / "new" / "out.json").read_text())
     assert record["dtype"] == "bfloat16" and record["settings"]["limit"] == 4
     assert set(record["tasks"]) == {"written", "chosen", "sought", "read"}

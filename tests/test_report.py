@@ -11,7 +11,7 @@ from report_page import Page, rewrite
 from report_run import BLOCKS, DROPPED, STEPS, build_run
 
 from recover.errors import ArtifactError
-from recover.report import drift, samples, svg, verdict, words
+from recover.report import drift, mistakes, samples, svg, verdict, words
 from recover.report.collect import collect
 from recover.report.figures import figures
 from recover.report.render import fence, render, table_cell
@@ -249,6 +249,54 @@ def test_texts_are_matched_by_prompt_not_by_place() -> None:
         {"dense": record(("p", "1"), ("q", "2")), "pruned": record(("q", "3")), "recovered": None}
     )
     assert [(row["prompt"], row["pruned"] and row["pruned"]["text"]) for row in rows] == [("p", None), ("q", "3")]
+
+
+def test_mistakes_are_counted_and_one_of_each_is_shown(run: Path) -> None:
+    data = collect(run)
+    assert [(row["model"], row["right"], row["mistakes"]["loop"]) for row in data["mistakes"]] == [
+        ("dense", 198, 0),
+        ("pruned", 26, 131),
+        ("recovered", 193, 0),
+    ]
+    assert [(each["model"], each["mistake"]) for each in data["examples"]] == [
+        *(("pruned", kind) for kind in ("loop", "endless", "no_answer", "content")),
+        *(("recovered", kind) for kind in ("no_answer", "content")),
+    ]
+    assert data["examples"][0]["text"].startswith("14 + 25 = 14 + 25")
+    assert [row["loop_rate"] for row in data["epochs"]] == [0.2 / epoch for epoch in range(1, 7)]
+    (rate,) = (row for row in data["measures"] if row["key"] == "loop_rate")
+    assert (rate["dense"]["value"], rate["pruned"]["value"]) == (0.0, 131 / 200)
+    found = mistakes.table(data)
+    assert found is not None and "does not parse" not in [name for name, _ in found.columns]
+    assert found.rows[1] == ("sums", "pruned", "200", "26", "131", "25", "6", "12", "65.5%", "12")
+    render(run, data)
+    page, text = (run / "report.html").read_text(), (run / "report.md").read_text()
+    for written in (page, text):
+        assert "a text of pruned that ends in a loop" in written and "formed and wrong" in written
+    assert "| 6 | 200k | 95.0% | 3.3% |" in text
+
+
+def test_other_readings_of_the_same_texts_stand_beside_the_first(tmp_path: Path) -> None:
+    folder = build_run(tmp_path)
+    also = {"flexible": {"exact_match": 0.5, "interval95": [0.4, 0.6]}}
+    drawn = {"pass_at_k": {k: {"value": int(k) / 10, "interval95": [0.0, 1.0]} for k in ("1", "2", "8")}}
+    for part in ("dense", "before"):
+        rewrite(folder / part / "measure.json", lambda record: record["tasks"]["sums"].update(also=also, **drawn))
+    rows = [row for row in collect(folder)["measures"] if row["task"] == "sums"]
+    labels = ["exact match", "exact match, flexible", "pass@1, sampled", "pass@8, sampled", "exact match, sampled"]
+    assert [row["label"] for row in rows[:5]] == labels and rows[3]["dense"]["value"] == 0.8
+    assert rows[1]["pruned"] == {"value": 0.5, "interval": [0.4, 0.6]} and rows[1]["recovered"] is None
+
+
+def test_runs_that_counted_no_mistakes_have_no_table_of_them(tmp_path: Path) -> None:
+    folder = build_run(tmp_path)
+    for part in ("dense", "before", "after"):
+        rewrite(folder / part / "measure.json", lambda record: [record["tasks"]["sums"].pop("mistakes")])
+        rewrite(folder / part / "measure.json", lambda record: [record["tasks"]["sums"].pop("examples")])
+    data = collect(folder)
+    assert data["mistakes"] == [] == data["examples"]
+    assert all(path.is_file() for path in render(folder, data))
+    assert "One mistake of each kind" not in (folder / "report.html").read_text()
 
 
 # Words and pictures.

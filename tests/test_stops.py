@@ -45,6 +45,28 @@ def test_the_first_string_in_a_text_cuts_it():
     assert stops.cut("a\n\ndef f") == "a" and stops.cut("def f\n\n") == "" and stops.cut("a\nde f") is None
 
 
+@pytest.mark.parametrize(("strings", "unless"), [(("ab",), "ca"), (("\n\n", "a"), "bb"), (("cc",), "abc")])
+def test_what_comes_before_the_strings_lets_a_text_go_on(strings, unless):
+    tokenizer, tokens = pairs_tokenizer()
+    stops, numbers = Stops(tokenizer, strings, len(tokens), unless=unless), random.Random(1)
+    freed = ended = 0
+    for _ in range(600):
+        ids = [numbers.randrange(len(tokens)) for _ in range(12)]
+        text = "".join(tokens[token] for token in ids)
+        ends = [place + len(each) for each in strings if (place := text.find(each)) >= 0]
+        free = text.find(unless) + len(unless) if unless in text else len(text) + 1
+        if ends and min(ends) <= free:
+            assert stops.cut(text) == text[: min(text.find(each) for each in strings if each in text[:free])]
+            assert len("".join(tokens[token] for token in stops.ended(ids))) >= min(ends)
+            assert len("".join(tokens[token] for token in stops.ended(ids)[:-1])) < min(ends)
+            ended += 1
+        else:
+            assert stops.cut(text) is None and stops.ended(ids) == ids
+            freed += bool(ends)
+    assert freed > 10 and ended > 10
+    assert Stops(tokenizer, ("\n```",), len(tokens), unless="```").unless is None
+
+
 def test_pieces_are_what_tokens_add_to_a_text():
     tokenizer = byte_tokenizer()
     found = pieces(tokenizer, 260)
@@ -69,6 +91,20 @@ def test_texts_end_where_a_string_begins(monkeypatch, way):
             continue
         assert after.ended and after.text == before.text[: before.text.index(common)]
         assert after.ids == before.ids[: len(after.ids)] and str(tokenizer.decode(after.ids)).endswith(common)
+
+
+@torch.no_grad()
+def test_a_string_that_the_table_does_not_see_cuts_ids_too(monkeypatch):
+    model, tokenizer = tiny(), byte_tokenizer()
+    whole = generate(model, tokenizer, ["a prompt"], max_new_tokens=24, batch_size=1)[0]
+    assert len(whole.text) > 12
+    common = whole.text[8:10]
+    monkeypatch.setattr("recover.measure.stops.pieces", lambda tokenizer, vocabulary: [""] * vocabulary)
+    found = generate(model, tokenizer, ["a prompt"], max_new_tokens=24, batch_size=1, stop=[common])[0]
+    assert found.ended and found.text == whole.text[: whole.text.index(common)]
+    assert found.ids == whole.ids[: len(found.ids)] and len(found.ids) < len(whole.ids)
+    held = [str(tokenizer.decode(ids)) for ids in (found.ids[:-1], found.ids)]
+    assert common not in held[0] and common in held[1]
 
 
 def test_what_cannot_be_looked_for_is_named():

@@ -1,5 +1,6 @@
 """What is measured on tasks: choices and perplexity against a plain loop, scores against hand counts."""
 
+import itertools
 import json
 import math
 import re
@@ -12,8 +13,9 @@ from tiny import tiny
 from words import word_tokenizer
 
 from recover.errors import DataError, ModelError
+from recover.measure import writing
 from recover.measure.generate import Generation
-from recover.measure.score import extract, interval95, is_right, normal, wilson95
+from recover.measure.score import extract, interval95, is_right, normal, pass_at, wilson95
 from recover.measure.tasks import load_task, measure
 from recover.measure.writing import against, shape
 from recover.recipe import Measure, Sampling
@@ -138,11 +140,85 @@ def test_a_task_may_lower_the_token_limit_but_not_raise_it(tmp_path):
         assert record["tasks"]["task"]["length"] == expected
 
 
+@pytest.mark.parametrize(("right", "drawn"), [(0, 4), (1, 4), (3, 4), (4, 4), (2, 7)])
+def test_pass_at_k_is_the_share_of_all_choices_of_k_texts_with_a_right_one(right, drawn):
+    texts = [1] * right + [0] * (drawn - right)
+    for k in range(1, drawn + 1):
+        choices = list(itertools.combinations(texts, k))
+        assert pass_at(k, right, drawn) == pytest.approx(sum(map(max, choices)) / len(choices))
+
+
+def test_pass_at_k_of_the_texts_that_a_task_draws(tmp_path, monkeypatch):
+    rows = [{"q": f"w{number}", "answer": "w4"} for number in (10, 11)]
+    path = make_task(tmp_path, rows, **GENERATE, samples=4, sampling={"temperature": 0.5})
+    asked = []
+
+    def written(subject, file, prompts, sampling):
+        asked.append((list(prompts), sampling))
+        right = {2: "00", 8: "10 11 00 10".replace(" ", "")}[len(prompts)]
+        return [Generation([5, 2], "w4" if each == "1" else "w5", True) for each in right]
+
+    monkeypatch.setattr(writing, "written", written)
+    task = measure(tiny(), word_tokenizer(), [load_task(path)], LEAF)[0]["tasks"]["task"]
+    assert asked == [(["w10", "w11"], None), (["w10", "w11"] * 4, Sampling(temperature=0.5))]
+    # Of the four texts of each prompt three and one are right.
+    assert {k: found["value"] for k, found in task["pass_at_k"].items()} == {"1": 0.5, "2": 0.75, "4": 1.0}
+    assert task["exact_match"] == 0.0 and task["sampled_exact_match"] == 0.5
+    assert task["pass_at_k"]["2"]["interval95"] == [0.5, 1.0]
+    plain = measure(tiny(), word_tokenizer(), [load_task(path).without_samples()], LEAF)[0]["tasks"]["task"]
+    assert plain["pass_at_k"] is None is plain["sampled_exact_match"] and len(asked) == 3
+
+
+def test_texts_of_the_same_prompt_are_drawn_apart_and_follow_their_numbers(monkeypatch):
+    from recover.measure import generate as generation
+
+    how = {"max_new_tokens": 6, "sampling": Sampling(), "batch_size": 3}
+    four = generation.generate(tiny(), word_tokenizer(), ["w10 w4"] * 4, **how)
+    assert len({tuple(each.ids) for each in four}) == 4
+    last = generation.generate(tiny(), word_tokenizer(), ["w10 w4"] * 2, numbers=[3, 1], **how)
+    assert last == [four[3], four[1]]
+
+
+def test_a_task_says_what_ends_a_text(tmp_path):
+    prompts = ["w6", "w10 w4", "w11 w4"]
+    whole = written_by(tiny(), prompts)
+    word = whole[0].text.split()[-1]
+    rows = [{"q": prompt, "answer": "w4"} for prompt in prompts]
+    path = make_task(tmp_path, rows, **GENERATE, stop=[word, "never there"])
+    record, generations = measure(tiny(), word_tokenizer(), [load_task(path)], LEAF)
+    for before, after in zip(whole, generations["task"], strict=True):
+        assert after["text"] == before.text.split(word)[0]
+        assert after["ids"] == before.ids[: len(after["ids"])]
+    task, cut = record["tasks"]["task"], [word in each.text for each in whole]
+    assert task["ended"] == sum(cut) / 3 > 0 and task["truncated"] == 3 - sum(cut)
+    assert task["length"] < 6 == len(whole[0].ids)
+
+
 def test_the_shape_of_texts():
     found = shape([Generation([4, 4, 4, 4, 4, 4], "", False), Generation([5, 6, 7, 2], "", True)], [1.0, 1.0])
     assert found["truncated"] == 1 == found["truncated_right"] and found["ended"] == 0.5 and found["length"] == 5.0
     assert found["repetition"] == pytest.approx((2 / 3 + 0) / 2) and found["distinct_2"] == pytest.approx((0.2 + 1) / 2)
     assert found["longest_repeat"] == 2.5
+
+
+def test_mistakes_of_form_are_told_from_those_of_content(tmp_path, monkeypatch):
+    texts = [
+        *(("= 7", [5, 7, 2], True), ("= 8", [5, 8, 2], True), ("none", [5, 2], True), ("it is", [5, 6, 4], False)),
+        *((" 3" * 30, [5] * 30, False), (" 7" * 30, [5] * 30, False), ("= 9", [4, *[5, 6] * 12], False)),
+    ]
+    monkeypatch.setattr(writing, "written", lambda *_: [Generation(ids, text, ended) for text, ids, ended in texts])
+    rows = [{"q": "w5", "answer": "7"}] * len(texts)
+    path = make_task(tmp_path, rows, **GENERATE, answer=NUMBER)
+    task = measure(tiny(), word_tokenizer(), [load_task(path)], LEAF)[0]["tasks"]["task"]
+    assert task["mistakes"] == {"loop": 2, "endless": 1, "no_answer": 1, "content": 1}
+    assert task["exact_match"] == 2 / 7 == 1 - sum(task["mistakes"].values()) / 7
+    assert task["loop_rate"] == 3 / 7 and task["loop_start"] == {"mean": 1 / 3, "p10": 0.0, "p50": 0.0, "p90": 0.8}
+    assert {kind: each["text"][:5] for kind, each in task["examples"].items()} == {
+        "loop": " 3 3 ",
+        "endless": "it is",
+        "no_answer": "none",
+        "content": "= 8",
+    }
 
 
 def test_a_text_that_never_parts_counts_as_parting_at_its_end():

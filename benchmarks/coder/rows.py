@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from recover.measure.collapse import loop_start
 from recover.measuring import FIGURES
 from recover.strict_json import loads
 
 Row = dict[str, Any]
 VIEWS = {"dense": "dense", "pruned": "before", "recovered": "after"}
-LOOP_TURNS, LOOP_TOKENS = 3, 24  # a text ends in a loop: so often the same run of tokens, so many tokens in all
 SHAPE = ("ended", "length", "repetition", "truncated", "accuracy_normalised")
 
 
@@ -54,7 +54,7 @@ def view_of(folder: Path) -> Row | None:
     texts = _json(folder / "generations.json") or {}
     view: Row = {**measured["headline"], "tasks": {name: _task(task) for name, task in measured["tasks"].items()}}
     for name, written in texts.items():
-        view["tasks"][name]["loops"] = statistics.mean(ends_in_loop(text["ids"]) for text in written)
+        view["tasks"][name]["loops"] = statistics.mean(loop_start(text["ids"]) is not None for text in written)
     looping = [task["loops"] for task in view["tasks"].values() if "loops" in task]
     view["loops"] = statistics.mean(looping) if looping else None
     probe = _json(folder / "probe.json")
@@ -84,16 +84,6 @@ def _drift(final: Row | None) -> Row:
     if not final:
         return {}
     return {"kl": {name: final["kl"][name] for name in ("mean", "p50", "p90", "p99")}, "top1": final["top1"]["mean"]}
-
-
-def ends_in_loop(ids: Sequence[int]) -> bool:
-    """Whether the last tokens are one run of tokens three times over, or more often, and 24 tokens or more in all."""
-    for period in range(1, len(ids) // LOOP_TURNS + 1):
-        turns = max(LOOP_TURNS, -(-LOOP_TOKENS // period))
-        tail = ids[len(ids) - turns * period :]
-        if len(ids) >= turns * period and all(tail[at] == tail[at - period] for at in range(period, len(tail))):
-            return True
-    return False
 
 
 def _json(path: Path) -> Any:

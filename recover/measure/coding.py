@@ -9,12 +9,13 @@ from typing import Any
 
 from recover import dist
 from recover.measure.generate import Generation
+from recover.measure.mistakes import mistake, mistakes
 from recover.measure.sandbox import Outcome, isolation, run_programs
 from recover.measure.score import interval95, mean
 from recover.measure.subject import Subject
 from recover.measure.task_items import program
 from recover.measure.task_kinds import CodeFile, Problem
-from recover.measure.writing import shape, written
+from recover.measure.writing import pass_at_k, sampling_of, shape, written
 
 Record = dict[str, Any]
 
@@ -22,33 +23,47 @@ FENCED = re.compile(r"```(?:python3?|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | r
 
 
 def measure_code(subject: Subject, file: CodeFile, items: Sequence[Problem]) -> tuple[Record, list[Generation], int]:
-    """(record, greedy texts, number of tokens written). `pass_at_1`: share of problems whose one program passes.
+    """(record, greedy texts, number of tokens written, sampled ones included).
+
+    `pass_at_1`: share of problems whose one greedy program passes; `pass_at_k`: of the task's `samples`, drawn.
 
     Whether running such code is allowed at all is asked before (`check_allowed`).
     """
     greedy = written(subject, file, [item.prompt for item in items], None)
-    programs = [program(file, item, code_of(each.text, file.stop)) for item, each in zip(items, greedy, strict=True)]
-    outcomes = _run(programs, file.seconds)
+    codes = [code_of(each.text) for each in greedy]
+    outcomes = _run([program(file, item, code) for item, code in zip(items, codes, strict=True)], file.seconds)
     passed = [float(each.passed) for each in outcomes]
+    samples = _samples(items, greedy, outcomes)
+    found = [
+        mistake(each, outcome.passed, answered=bool(code.strip()), parses=outcome.parsed)
+        for each, code, outcome in zip(greedy, codes, outcomes, strict=True)
+    ]
+    times, prompts = file.samples or 0, [item.prompt for item in items]
+    drawn = written(subject, file, prompts * times, sampling_of(subject, file)) if times else []
     record = {
         "kind": "code",
         "items": len(items),
         "pass_at_1": mean(passed),
         "interval95": interval95(passed),
+        "pass_at_k": pass_at_k(_passed(file, [*items] * times, drawn), times) if times else None,
         "isolation": isolation()[0],
         **shape(greedy, passed),
-        "samples": _samples(items, greedy, outcomes)[: subject.leaf.samples],
+        **mistakes(file.kind, found, samples),
+        "samples": samples[: subject.leaf.samples],
     }
-    return record, greedy, sum(len(each.ids) for each in greedy)
+    return record, greedy, sum(len(each.ids) for each in [*greedy, *drawn])
 
 
-def code_of(text: str, stop: Sequence[str]) -> str:
-    """The first fenced block of a text, else the text up to the first of `stop`."""
+def _passed(file: CodeFile, items: Sequence[Problem], drawn: Sequence[Generation]) -> list[float]:
+    """1.0 where the drawn program passes, else 0.0."""
+    programs = [program(file, item, code_of(each.text)) for item, each in zip(items, drawn, strict=True)]
+    return [float(each.passed) for each in _run(programs, file.seconds)]
+
+
+def code_of(text: str) -> str:
+    """The first fenced block of a text, else all of it: where a stop ends it, nothing follows."""
     fenced = FENCED.search(text)
-    if fenced:
-        return fenced.group(1)
-    ends = [place for place in (text.find(each) for each in stop) if place >= 0]
-    return text[: min(ends, default=len(text))]
+    return fenced.group(1) if fenced else text
 
 
 def _run(programs: Sequence[str], seconds: float) -> list[Outcome]:

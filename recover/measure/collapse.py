@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 Ids = Sequence[int]
 
+LOOP_TURNS, LOOP_TOKENS = 3, 24  # a text ends in a loop: so often the same run of tokens, so many tokens in all
+
 
 def ngrams(ids: Ids, n: int) -> list[tuple[int, ...]]:
     """Every run of `n` consecutive ids, in order; none when the text is shorter than `n`."""
@@ -40,6 +42,22 @@ def longest_repeat(ids: Ids) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if repetition(ids, middle) > 0 else (low, middle - 1)
     return low
+
+
+def loop_start(ids: Ids) -> int | None:
+    """Where the loop begins in which a text ends: a position, from 0; None if it does not end in one.
+
+    A loop is a run of tokens that stands three times or more, one after the other, over 24 tokens or more in all; its
+    last turn may be cut. Of several the one of the shortest turn is taken. A text with an end token ends in none.
+    """
+    for period in range(1, len(ids) // LOOP_TURNS + 1):
+        span = max(LOOP_TURNS, -(-LOOP_TOKENS // period)) * period
+        first = len(ids) - period
+        while first > 0 and ids[first - 1] == ids[first - 1 + period]:
+            first -= 1
+        if len(ids) - first >= span:
+            return first
+    return None
 
 
 def first_divergence(a: Ids, b: Ids) -> int | None:

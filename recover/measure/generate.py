@@ -43,20 +43,22 @@ def generate(
     batch_size: int,
     sampling: Sampling | None = None,
     seed: int = 0,
+    numbers: Sequence[int] | None = None,
     chat: bool | None = None,
     stop: Sequence[str] = (),
+    unless: str | None = None,
     title: str = "generate",
 ) -> list[Generation]:
     """One text per prompt, in the order of the prompts: greedy, or sampled from `seed`.
 
     Texts do not depend on how prompts fall into batches (up to rounding at ties); sampled ones follow the seed and the
-    prompt's place. The model's own generation settings (repetition penalty, top-k, ...) are set aside: what is measured
-    is the model. Written in slots (`decode.write`) where the model's cache allows it, else by transformers' `generate`
-    (`plain`), where sampled texts do depend on batches.
+    prompt's place, or its number in `numbers`. The model's own generation settings (repetition penalty, top-k, ...) are
+    set aside: what is measured is the model. Written in slots (`decode.write`) where the model's cache allows it, else
+    by transformers' `generate` (`plain`), where sampled texts do depend on batches.
     `chat`: wrap prompts in the chat template; None = if the tokenizer has one. Where `batch_size` texts at once do not
     fit the GPU's memory, what is left is written by half as many, with a warning.
 
-    `stop`: a text ends where one of these strings begins; its `ids` hold the string.
+    `stop`: a text ends where one of these strings begins; its `ids` hold the string. Not so where `unless` comes first.
 
     Raises:
         DataError: a prompt leaves no room for `max_new_tokens` in the model's context, or `stop` holds an empty string.
@@ -66,11 +68,13 @@ def generate(
     inner: Any = stock(model)
     how = writing(inner, tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size, sampling=sampling, seed=seed)
     if stop:
-        how = replace(how, stops=Stops(tokenizer, stop, inner.get_input_embeddings().num_embeddings))
+        size = inner.get_input_embeddings().num_embeddings
+        how = replace(how, stops=Stops(tokenizer, stop, size, unless=unless))
     writer = write if fits(inner) else plain
+    how = replace(how, numbers=tuple(range(len(prompts)) if numbers is None else numbers))
     written: dict[int, Generation] = {}
     with torch.no_grad(), evaluating(inner), _forked_random_state(inner):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + (min(numbers) if numbers else 0))  # for `plain`: no two processes draw alike
         texts = _as_memory_allows(writer, inner, prompts_ids, how)
         for item, ids in console.track(texts, title, total=len(prompts), unit="text"):
             written[item] = _generation(tokenizer, ids, how)
@@ -80,16 +84,28 @@ def generate(
 def _generation(tokenizer: PreTrainedTokenizerBase, ids: list[int], how: Writing) -> Generation:
     text = str(tokenizer.decode(ids, skip_special_tokens=True))
     cut = how.stops.cut(text) if how.stops else None
-    return Generation(ids, text if cut is None else cut, cut is not None or ids[-1] in how.ends)
+    if how.stops is None or cut is None:
+        return Generation(ids, text, ids[-1] in how.ends)
+    return Generation(_shortest(tokenizer, ids, how.stops), cut, True)
+
+
+def _shortest(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: Stops) -> list[int]:
+    """The fewest ids whose text holds a stop, found by bisection: what holds one does so with more ids too."""
+    low, high = 1, len(ids)
+    while low < high:
+        middle = (low + high) // 2
+        held = stops.cut(str(tokenizer.decode(ids[:middle], skip_special_tokens=True))) is not None
+        low, high = (low, middle) if held else (middle + 1, high)
+    return ids[:low]
 
 
 def _as_memory_allows(writer: Any, model: Any, prompts_ids: list[list[int]], how: Writing) -> Iterator[Any]:
     """As `writer`; out of memory it begins again with half as many rows, without the texts that have ended."""
-    left = dict(enumerate(prompts_ids))
+    left, numbers = dict(enumerate(prompts_ids)), how.numbers or ()
     while left:
         items = list(left)
         try:
-            numbered = replace(how, numbers=tuple(items))
+            numbered = replace(how, numbers=tuple(numbers[item] for item in items))
             for place, ids in writer(model, [left[item] for item in items], numbered):
                 del left[items[place]]
                 yield items[place], ids

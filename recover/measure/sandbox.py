@@ -65,8 +65,13 @@ def inside(event, places):
         if isinstance(place, (str, bytes)) and not (os.path.realpath(os.fsdecode(place)) + os.sep).startswith(home):
             raise PermissionError(f"{event} outside of the working folder")
 
-program = compile(open("program.py", encoding="utf-8").read(), "program.py", "exec")
 out = sys.stdout
+try:
+    program = compile(open("program.py", encoding="utf-8").read(), "program.py", "exec")
+except Exception:
+    out.write("\\n" + secret + " does not parse")
+    out.flush()
+    raise
 sys.addaudithook(guard)
 exec(program, {"__name__": "__main__"})
 out.write("\\n" + secret)
@@ -76,10 +81,11 @@ out.flush()
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whether a program ran to its end without an error; else why not, in a line."""
+    """Whether a program ran to its end without an error; else why not, in a line, and whether it is Python at all."""
 
     passed: bool
     reason: str = ""
+    parsed: bool = True
 
 
 @functools.cache
@@ -118,7 +124,8 @@ def run_program(source: str, *, seconds: float = SECONDS, memory_bytes: int = ME
         if process.returncode == 0 and _end_of(out).endswith(secret):
             return Outcome(True)
         said = _end_of(err).strip().splitlines()
-    return Outcome(False, said[-1][:SHOWN] if said else f"ended early, exit code {process.returncode}")
+        parsed = not _end_of(out).endswith(f"{secret} does not parse")
+    return Outcome(False, said[-1][:SHOWN] if said else f"ended early, exit code {process.returncode}", parsed)
 
 
 def _end_of(file: IO[bytes]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from math import log2, sqrt
+from math import comb, log2, sqrt
 
 import numpy as np
 
@@ -13,15 +13,19 @@ CUT = 10  # nDCG@10, as retrieval benchmarks have it
 _NUMBER = re.compile(r"[$€£]?(-?)[$€£]?(\d[\d,]*)(?:\.(\d+))?%?")
 
 
-def extract(text: str, pattern: str | None) -> str | None:
-    """The last match of `pattern` (its first group, if it has one), or None; without a pattern the whole text.
+def extract(text: str, pattern: str | None, take: str = "last") -> str | None:
+    """The last match of `pattern`, or the first; without a pattern the whole text; None where there is none.
 
-    The last one, because an answer that is reasoned out ends with its result.
+    Of a pattern with groups it is the first of them that holds something. The last match by default, because an answer
+    that is reasoned out ends with its result.
     """
     if pattern is None:
         return text
     matches = list(re.finditer(pattern, text, re.IGNORECASE))
-    return matches[-1].group(1 if matches[-1].re.groups else 0) if matches else None
+    if not matches:
+        return None
+    match = matches[-1 if take == "last" else 0]
+    return next(filter(None, match.groups()), None) if match.re.groups else match[0]
 
 
 def normal(text: str) -> str:
@@ -35,11 +39,23 @@ def normal(text: str) -> str:
     return sign + whole.replace(",", "") + (f".{fraction}" if fraction else "")
 
 
-def is_right(answer: str | None, targets: Sequence[str], *, contains: bool = False) -> bool:
-    """Whether the answer equals one of the targets or, with `contains`, holds one as a run of whole words."""
+def without(text: str, ignore: Sequence[str]) -> str:
+    """Text as it is compared by letter: what the patterns match is taken out, one after the other, and case is gone."""
+    for pattern in ignore:
+        text = re.sub(pattern, "", text)
+    return text.lower()
+
+
+def is_right(
+    answer: str | None, targets: Sequence[str], *, contains: bool = False, ignore: Sequence[str] | None = None
+) -> bool:
+    """Whether the answer equals one of the targets or, with `contains`, holds one as a run of whole words.
+
+    Compared as `normal` has them or, given `ignore`, as `without`.
+    """
     if answer is None:
         return False
-    found, wanted = normal(answer), [normal(target) for target in targets]
+    found, *wanted = (normal(each) if ignore is None else without(each.strip(), ignore) for each in (answer, *targets))
     if contains:
         return any(re.search(rf"(?<!\w){re.escape(target)}(?!\w)", found) for target in wanted)
     return found in wanted
@@ -77,6 +93,14 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
     array_N = np.asarray(values, dtype=np.float64)
     p10, p50, p90 = np.percentile(array_N, [10, 50, 90])
     return {"mean": float(array_N.mean()), "p10": float(p10), "p50": float(p50), "p90": float(p90)}
+
+
+def pass_at(k: int, right: int, drawn: int) -> float:
+    """Chance that of k texts, drawn without return from `drawn` of which `right` are right, one or more are right.
+
+    The unbiased estimate of pass@k of Chen et al., "Evaluating Large Language Models Trained on Code", for one prompt.
+    """
+    return 1.0 - comb(drawn - right, k) / comb(drawn, k)
 
 
 def ndcg(gains: Sequence[float]) -> float:

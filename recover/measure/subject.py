@@ -25,20 +25,34 @@ class Subject:
     seed: int = 0
 
     def writes(
-        self, prompts: Sequence[str], *, max_new_tokens: int, sampling: Sampling | None, chat: bool | None, title: str
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None,
+        chat: bool | None,
+        title: str,
+        stop: Sequence[str] = (),
+        unless: str | None = None,
     ) -> list[Generation]:
-        """One text per prompt (`generate`), the same list on every process."""
+        """One text per prompt (`generate`), the same list on every process.
+
+        Drawn texts follow the place of the prompt among all of them: the same prompt twice gives two texts.
+        """
         return dist.over(
-            prompts,
+            list(enumerate(prompts)),
             lambda mine: generate(
                 self.model,
                 self.tokenizer,
-                mine,
+                [prompt for _, prompt in mine],
+                numbers=[number for number, _ in mine],
                 max_new_tokens=max_new_tokens,
                 batch_size=self.leaf.batch_size,
                 sampling=sampling,
                 seed=self.seed,
                 chat=chat,
+                stop=stop,
+                unless=unless,
                 title=title,
             ),
         )

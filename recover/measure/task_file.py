@@ -10,7 +10,7 @@ answer: '-?\\d[\\d,.]*'         # the last match in the model's text is its answ
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from pydantic import ValidationError
 
 from recover import strict_yaml
 from recover.errors import DataError, RecipeError
+from recover.measure.fewshot import shown_before
 from recover.measure.task_items import MAKERS, among_all
-from recover.measure.task_kinds import FILES, AnyFile, RetrievalFile
+from recover.measure.task_kinds import FILES, AnyFile, PerplexityFile, RetrievalFile, WritingFile
 from recover.measure.task_rows import column, rows_of
 from recover.problems import explain
 from recover.recipe import local_path
@@ -42,6 +43,12 @@ class Task:
     def kind(self) -> str:
         return self.file.kind
 
+    def without_samples(self) -> Task:
+        """The task without the texts that are drawn for pass@k."""
+        if not isinstance(self.file, WritingFile):
+            return self
+        return replace(self, file=self.file.model_copy(update={"samples": None, "sampling": None}))
+
 
 def load_task(source: str) -> Task:
     """Read a task and all its items from a YAML file, or `embedded:NAME`.
@@ -52,6 +59,7 @@ def load_task(source: str) -> Task:
     """
     path = local_path(source)
     file = _read_file(path)
+    put = None if isinstance(file, RetrievalFile | PerplexityFile) else shown_before(file, path)
     items, seen = [], set()
     rows = rows_of(file.data, path.parent, subset=file.subset, split=file.split, arguments=file.arguments)
     for where, row in rows:
@@ -60,7 +68,8 @@ def load_task(source: str) -> Task:
             if name in seen:
                 continue
             seen.add(name)
-        items.append(MAKERS[file.kind](file, row, where))
+        item = MAKERS[file.kind](file, row, where)
+        items.append(put(item) if put else item)
         if len(items) == file.limit:
             break
     if not items:

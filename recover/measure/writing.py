@@ -8,12 +8,14 @@ from typing import Any
 from recover.errors import DataError
 from recover.measure import collapse
 from recover.measure.generate import Generation
-from recover.measure.score import extract, interval95, is_right, mean, quantiles
+from recover.measure.mistakes import mistake, mistakes
+from recover.measure.score import extract, interval95, is_right, mean, pass_at, quantiles
 from recover.measure.subject import Subject
-from recover.measure.task_kinds import CodeFile, GenerateFile, Question
+from recover.measure.task_kinds import CodeFile, GenerateFile, Question, Reading
 from recover.recipe import Sampling
 
 Record = dict[str, Any]
+FENCE = "```"  # opens a block of code in a text
 Generations = dict[str, list[dict[str, Any]]]  # task -> one {"ids", "text"} per item, greedy
 
 
@@ -28,27 +30,61 @@ def measure_writing(
     dense_ids = _reference_ids(reference, file.name, len(items))
     prompts = [item.prompt for item in items]
     greedy = written(subject, file, prompts, None)
-    drawn = written(subject, file, prompts, subject.leaf.sampling) if subject.leaf.sampling else []
+    sampling = sampling_of(subject, file)
+    times = (file.samples or 1) if sampling else 0
+    drawn = written(subject, file, prompts * times, sampling) if sampling else []
+    drawn_right = _rights(file, [*items] * times, drawn)
     right = _rights(file, items, greedy)
+    samples = _samples(file, items, greedy, right)
+    found = [
+        mistake(each, sample["correct"], answered=bool((sample["answer"] or "").strip()))
+        for each, sample in zip(greedy, samples, strict=True)
+    ]
     record = {
         "kind": "generate",
         "items": len(items),
         "exact_match": mean(right),
         "interval95": interval95(right),
-        "sampled_exact_match": mean(_rights(file, items, drawn)) if drawn else None,
+        "sampled_exact_match": mean(drawn_right) if drawn else None,
+        "pass_at_k": pass_at_k(drawn_right, times) if file.samples else None,
+        "also": {name: _figures(_rights(reading, items, greedy)) for name, reading in file.also.items()},
         **shape(greedy, right),
         **against(dense_ids, [each.ids for each in greedy]),
-        "samples": _samples(file, items, greedy, right)[: subject.leaf.samples],
+        **mistakes(file.kind, found, samples),
+        "samples": samples[: subject.leaf.samples],
     }
     return record, greedy, sum(len(each.ids) for each in [*greedy, *drawn])
+
+
+def sampling_of(subject: Subject, file: GenerateFile | CodeFile) -> Sampling | None:
+    """How texts of this task are drawn; None: they are not."""
+    own = (file.sampling or subject.leaf.sampling or Sampling()) if file.samples else None
+    return own or (subject.leaf.sampling if isinstance(file, GenerateFile) else None)
+
+
+def pass_at_k(right: Sequence[float], times: int) -> Record:
+    """k -> {value, interval95} for k = 1, 2, 4, ... and `times`: pass@k over prompts.
+
+    `right`: of each text drawn, all prompts once, then all of them again, `times` times.
+    """
+    counts = [int(sum(right[at :: len(right) // times])) for at in range(len(right) // times)]
+    found = {}
+    for k in sorted({times, *(2**power for power in range(times.bit_length()))}):
+        values = [pass_at(k, count, times) for count in counts]
+        found[str(k)] = {"value": mean(values), "interval95": interval95(values)}
+    return found
 
 
 def shape(texts: Sequence[Generation], right: Sequence[float]) -> Record:
     """How texts look, whatever they say: loops, length in tokens, whether they end.
 
-    `truncated`: how many do not; `truncated_right`: how many of those count as right all the same.
+    `truncated`: how many do not; `truncated_right`: how many of those count as right all the same. `loop_rate`: share
+    of texts that end in a loop, and `loop_start`: the token at which it begins (quantiles), None if none does.
     """
+    starts = [start for each in texts if (start := collapse.loop_start(each.ids)) is not None]
     return {
+        "loop_rate": len(starts) / len(texts),
+        "loop_start": quantiles(starts) if starts else None,
         "repetition": mean([collapse.repetition(each.ids) for each in texts]),
         "distinct_2": mean([collapse.distinct_n(each.ids, 2) for each in texts]),
         "longest_repeat": mean([collapse.longest_repeat(each.ids) for each in texts]),
@@ -91,16 +127,23 @@ def written(
         max_new_tokens=min(file.max_new_tokens or subject.leaf.max_new_tokens, subject.leaf.max_new_tokens),
         sampling=sampling,
         chat=file.wraps,
+        stop=file.stop,
+        unless=FENCE if isinstance(file, CodeFile) else None,
         title=f"task {file.name}{', sampled' if sampling else ''}",
     )
 
 
-def _rights(file: GenerateFile, items: Sequence[Question], written: Sequence[Generation]) -> list[float]:
+def _figures(right: Sequence[float]) -> Record:
+    return {"exact_match": mean(right), "interval95": interval95(right)}
+
+
+def _rights(reading: Reading, items: Sequence[Question], written: Sequence[Generation]) -> list[float]:
     """1.0 where the answer is right, else 0.0. The pattern reads targets too, so that a worked solution can be one."""
     rights = []
     for item, each in zip(items, written, strict=True):
-        targets = [extract(target, file.answer) or target for target in item.targets]
-        rights.append(float(is_right(extract(each.text, file.answer), targets, contains=file.match == "contains")))
+        targets = [extract(target, reading.answer, reading.take) or target for target in item.targets]
+        answer = extract(each.text, reading.answer, reading.take)
+        rights.append(float(is_right(answer, targets, contains=reading.match == "contains", ignore=reading.ignore)))
     return rights
 
 
@@ -111,7 +154,7 @@ def _samples(
         {
             "prompt": item.prompt,
             "text": each.text,
-            "answer": extract(each.text, file.answer),
+            "answer": extract(each.text, file.answer, file.take),
             "expected": item.targets[0],
             "correct": bool(correct),
         }

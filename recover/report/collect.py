@@ -11,7 +11,7 @@ from typing import Any
 
 from recover import artifacts, clock, strict_yaml
 from recover.errors import ArtifactError, RecipeError
-from recover.report import drift, measures, samples, verdict, words
+from recover.report import drift, measures, mistakes, samples, verdict, words
 from recover.report.curve import curve
 
 SCHEMA = 1
@@ -68,6 +68,8 @@ def collect(root: Path) -> dict[str, Any]:
         "forecast": _json(root / "forecast.json"),
         "times": clock.spent(root),
         "samples": samples.side_by_side(records),
+        "mistakes": mistakes.counted(records),
+        "examples": mistakes.examples(records),
         "divergence": samples.divergence(records),
     }
     data["verdict"] = verdict.verdict(headline)
@@ -119,6 +121,7 @@ def _epochs(path: Path) -> list[dict[str, Any]]:
                 "epoch": epoch,
                 "train": train,
                 "headline": measured.get("headline") or {},
+                "loop_rate": mistakes.loop_rate(measured),
                 "items": {name: task.get("items") for name, task in (measured.get("tasks") or {}).items()},
                 "drift": drift.final_figures(record.get("drift") or {}),
             }

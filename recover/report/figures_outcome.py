@@ -154,6 +154,7 @@ def epochs(data: dict[str, Any]) -> Figure:
             row["epoch"],
             words.count(row["tokens"]),
             words.percent(_epoch_score(row), 1),
+            words.percent(row["loop_rate"], 1),
             words.number(row["train"].get("loss")),
             "best" if row["best"] else "",
         )
@@ -163,7 +164,7 @@ def epochs(data: dict[str, Any]) -> Figure:
         "A falling loss does not promise better writing, so generation itself is measured after each epoch. "
         "The ring marks the epoch that is kept."
     )
-    return Figure(key, title, see, draw, ("epoch", "tokens", "generation", "loss", ""), table)
+    return Figure(key, title, see, draw, ("epoch", "tokens", "generation", "loop rate", "loss", ""), table)
 
 
 def _epoch_score(row: dict[str, Any]) -> float | None:

@@ -32,6 +32,7 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         Metric("exact_text", "texts equal to dense", "percent", "higher", against_dense=True),
         Metric("agreement", "tokens equal to dense", "percent", "higher", against_dense=True),
         Metric("ended", "answers that end", "percent", "higher"),
+        Metric("loop_rate", "loop rate", "percent", "lower"),
         Metric("repetition", "repeated 4-grams", "percent", "lower"),
         Metric("longest_repeat", "longest repeat, tokens", "number", "lower"),
         Metric("distinct_2", "distinct 2-grams", "percent", "same"),
@@ -47,6 +48,7 @@ METRICS: dict[str, tuple[Metric, ...]] = {
     "code": (
         Metric("pass_at_1", "programs that pass their tests", "percent", "higher", main=True),
         Metric("ended", "answers that end", "percent", "higher"),
+        Metric("loop_rate", "loop rate", "percent", "lower"),
         Metric("length", "length, tokens", "number", "same"),
         Metric("truncated", "cut at the limit, texts", "count", "lower"),
     ),
@@ -67,7 +69,7 @@ def rows(records: Records) -> list[dict[str, Any]]:
     """
     found = []
     for name, kind in _tasks(records).items():
-        for metric in METRICS.get(kind, ()):
+        for metric in _metrics(records, name, kind):
             cells = {model: _cell(record, name, metric) for model, record in records.items()}
             if not any(cells.values()):
                 continue
@@ -75,6 +77,23 @@ def rows(records: Records) -> list[dict[str, Any]]:
             kept = {model: _kept(cells[model], cells["dense"], metric) for model in ("pruned", "recovered")}
             found.append({"task": name, "kind": kind, "items": items, **asdict(metric), **cells, "kept": kept})
     return found
+
+
+def _metrics(records: Records, name: str, kind: str) -> list[Metric]:
+    """Those of the kind, and behind the first of them the task's other readings of the same texts, and pass@k.
+
+    Of pass@k the smallest and the largest k.
+    """
+    first, *rest = METRICS.get(kind) or (None,)
+    readings, ks = (_parts(records, name, part) for part in ("also", "pass_at_k"))
+    also = [Metric(f"also.{each}", f"exact match, {each}", "percent", "higher") for each in readings]
+    ends = [k for k in sorted(map(int, ks)) if k in (min(map(int, ks)), max(map(int, ks)))]
+    drawn = [Metric(f"pass_at_k.{k}", f"pass@{k}, sampled", "percent", "higher") for k in ends]
+    return [*([first] if first else []), *also, *drawn, *rest]
+
+
+def _parts(records: Records, name: str, part: str) -> list[str]:
+    return list({key: None for record in records.values() for key in _task(record, name).get(part) or ()})
 
 
 def _tasks(records: Records) -> dict[str, str]:
@@ -88,6 +107,11 @@ def _task(record: dict[str, Any] | None, name: str) -> dict[str, Any]:
 
 def _cell(record: dict[str, Any] | None, name: str, metric: Metric) -> dict[str, Any] | None:
     task = _task(record, name)
+    part, _, inner = metric.key.partition(".")
+    if inner:  # a figure of a part of the record
+        found = (task.get(part) or {}).get(inner) or {}
+        value = words.finite(found.get("exact_match", found.get("value")))
+        return None if value is None else {"value": value, "interval": _interval(found)}
     value = words.finite(task.get(metric.key))
     if value is None:
         return None

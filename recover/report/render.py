@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from recover import strict_yaml
 from recover.artifacts import write_json, write_text
-from recover.report import cuts, speeds, training, verdict, words
+from recover.report import cuts, mistakes, speeds, training, verdict, words
 from recover.report.figure import Figure
 from recover.report.figures import figures
 from recover.report.forecast import forecast
@@ -130,7 +130,8 @@ def _view(data: dict[str, Any]) -> dict[str, Any]:
         "recovery": _recovery(data),
         "forecast": _forecast(data),
         "points": points(data),
-        "tables": tables(data),
+        "tables": {**tables(data), **({found.key: found} if (found := mistakes.table(data)) else {})},
+        "mistake_names": {kind: heading for kind, (_, heading) in mistakes.NAMES.items()},
         "training_notes": training.notes(data),
         "floor": floor(data),
         "size_rows": speeds.rows(data["speed"]),

@@ -25,10 +25,14 @@ def side_by_side(records: Records) -> list[dict[str, Any]]:
 
 
 def _text(sample: dict[str, Any]) -> dict[str, Any]:
-    text = words.clean(sample.get("text") or "")
-    shown = text[:TEXT_LIMIT].rstrip() + " …" if len(text) > TEXT_LIMIT else text
+    shown = shown_text(words.clean(sample.get("text") or ""))
     answer = sample.get("answer")
     return {"text": shown, "answer": None if answer is None else words.clean(answer), "correct": sample.get("correct")}
+
+
+def shown_text(text: str) -> str:
+    """The beginning of a long text."""
+    return text[:TEXT_LIMIT].rstrip() + " …" if len(text) > TEXT_LIMIT else text
 
 
 def _with_differences(entry: dict[str, Any]) -> dict[str, Any]:

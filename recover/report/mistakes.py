@@ -1,0 +1,107 @@
+"""What is wrong with what the models write: how many texts of which kind of mistake, and one of each to look at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from recover.report import words
+from recover.report.samples import shown_text
+from recover.report.tables import Table
+
+# kind of mistake in a record -> (column, heading of its example)
+NAMES = {
+    "loop": ("loop", "ends in a loop"),
+    "endless": ("no end", "does not end"),
+    "no_answer": ("no answer", "holds no answer"),
+    "unparsed": ("does not parse", "does not parse"),
+    "content": ("well formed, wrong", "is well formed and wrong"),
+}
+SHOWN = ("pruned", "recovered")  # models whose mistakes are shown
+
+Records = dict[str, dict[str, Any] | None]
+
+
+def counted(records: Records) -> list[dict[str, Any]]:
+    """One row a task that writes and model: {task, model, items, right, mistakes: {kind: n}, loop_rate, loop_start}."""
+    rows = []
+    for name, model, task in _writing(records):
+        counts = {kind: n for kind in NAMES if isinstance(n := (task.get("mistakes") or {}).get(kind), int)}
+        if not counts:
+            continue
+        rows.append(
+            {
+                "task": name,
+                "model": model,
+                "items": task["items"],
+                "right": task["items"] - sum(counts.values()),
+                "mistakes": counts,
+                "loop_rate": words.finite(task.get("loop_rate")),
+                "loop_start": task.get("loop_start"),
+            }
+        )
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    return sorted(rows, key=lambda row: tasks.index(row["task"]))  # models stay in order
+
+
+def examples(records: Records) -> list[dict[str, Any]]:
+    """One text of each kind of mistake, of pruned and of recovered: {task, model, mistake, prompt, expected, text}."""
+    found = []
+    for name, model, task in _writing(records):
+        for kind in NAMES:
+            sample = (task.get("examples") or {}).get(kind) if model in SHOWN else None
+            if sample is None:
+                continue
+            texts = {
+                key: None if sample.get(key) is None else words.clean(sample[key]) for key in ("expected", "answer")
+            }
+            text = shown_text(words.clean(sample.get("text") or ""))
+            prompt = words.clean(sample.get("prompt", ""))
+            found.append({"task": name, "model": model, "mistake": kind, "prompt": prompt, "text": text, **texts})
+    return found
+
+
+def _writing(records: Records) -> list[tuple[str, str, dict[str, Any]]]:
+    """(name, model, record) of each task that writes."""
+    return [
+        (name, model, task)
+        for model, record in records.items()
+        for name, task in ((record or {}).get("tasks") or {}).items()
+        if task["kind"] in ("generate", "code")
+    ]
+
+
+def loop_rate(measured: dict[str, Any]) -> float | None:
+    """Mean over the tasks that write, each weighing the same; None where no record has it."""
+    tasks = (measured.get("tasks") or {}).values()
+    rates = [rate for task in tasks if (rate := words.finite(task.get("loop_rate"))) is not None]
+    return sum(rates) / len(rates) if rates else None
+
+
+def table(data: dict[str, Any]) -> Table | None:
+    """Mistakes of form beside mistakes of content, each text counted once."""
+    rows = data["mistakes"]
+    if not rows:
+        return None
+    kinds = [kind for kind in NAMES if any(kind in row["mistakes"] for row in rows)]
+    cells = [
+        (
+            row["task"],
+            row["model"],
+            words.count(row["items"]),
+            words.count(row["right"]),
+            *("–" if kind not in row["mistakes"] else words.count(row["mistakes"][kind]) for kind in kinds),
+            words.percent(row["loop_rate"], 1),
+            words.number((row["loop_start"] or {}).get("p50")) if row["loop_start"] else "–",
+        )
+        for row in rows
+    ]
+    caption = (
+        "Greedy texts, each counted once: as right, else by the first mistake of form that it shows, else as well "
+        "formed and wrong. Form that is back while content is not: look at what training saw, not at how it ended. "
+        "Loop rate: texts, right ones too, that end in a run of tokens repeated three times or more over 24 tokens or "
+        "more; half of these loops begin before the token in the last column."
+    )
+    columns = ("task", "model", "items", "right", *(NAMES[kind][0] for kind in kinds), "loop rate", "loops begin at")
+    return Table(
+        "mistakes", "Mistakes of form and of content", caption, tuple((each, "") for each in columns), cells, numbers=2
+    )
