@@ -141,7 +141,7 @@ FAULTS = {
     "kernel from a hub": (
         "one",
         lambda f: edit_json(f / "config.json", _attn_implementation_internal="someone/kernel"),
-        "can make transformers run foreign code",
+        "_attn_implementation_internal is 'someone/kernel', with which a library would fetch or run code",
     ),
     "more blocks than weights": (
         "one",

@@ -62,7 +62,7 @@ def read_config(folder: Path) -> PretrainedConfig:
 
     check_weights(model_folder(folder))
     with explained(str(folder)):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     check_tied(folder, bool(config.tie_word_embeddings))
     if config.model_type not in FAMILIES:
         raise ExportError(

@@ -172,8 +172,10 @@ def _load(folder: Path, device: str) -> tuple[PreTrainedModel, list[str]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
-        AutoTokenizer.from_pretrained(folder)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, trust_remote_code=False
+        )
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a foreign loader raises: the folder does not load
         raise ExportError(f"{folder}: stock transformers cannot load it: {type(error).__name__}: {error}") from error
     model, info = loaded

@@ -53,7 +53,9 @@ def describe(leaf: recipe.Model) -> Description:
     """Sizes of the model without loading a weight (a GGUF file is converted first). Raises ModelError."""
     config = _config(leaf)
     with torch.device("meta"), explained(leaf.source):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=leaf.trust_remote_code)
+        model = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=leaf.trust_remote_code, attn_implementation="eager"
+        )
     embeddings = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings())}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Description(

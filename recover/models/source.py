@@ -15,6 +15,7 @@ from typing import Any
 from recover import artifacts, console, dist, recipe
 from recover.clock import part
 from recover.errors import ModelError
+from recover.models.foreign_code import check, check_settings
 from recover.models.gguf_whole import alone
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -22,8 +23,6 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 COMPARED_ROWS = 4096
 ADAPTER = "adapter_config.json"
 HUB = " (no folder of this name is here, so a hub id)"
-# Config keys with which a file could make transformers fetch and run code.
-FORBIDDEN = ("_attn_implementation", "_experts_implementation", "trust_remote_code")
 
 
 def kind_of(source: str) -> str:
@@ -72,9 +71,13 @@ def _refuse_adapter(there: bool, where: object) -> None:
 
 
 def whole_folder(folder: Path) -> Path:
-    """The folder, which holds a model or a tokenizer; ModelError where it is something else that is taken for one."""
+    """The folder, which holds a model or a tokenizer.
+
+    ModelError where it is something else that is taken for one, and where its settings could make code be run.
+    """
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; expected a model folder with config.json and {WEIGHTS}")
+    check_settings(folder)
     if (folder / "config.json").is_file():
         return folder
     if (folder / "recipe.yaml").is_file():
@@ -121,9 +124,7 @@ def read_config(leaf: recipe.Model) -> dict[str, Any]:
         raise ModelError(f"{path}: has no 'model_type'; expected the config of a causal language model")
     if config.get("is_encoder_decoder"):
         raise ModelError(f"{source}: '{config['model_type']}' is an encoder-decoder model; expected a decoder alone")
-    forbidden = sorted({key for key in _keys(config) if key.startswith(FORBIDDEN)})
-    if forbidden:
-        raise ModelError(f"{path}: holds {forbidden}, which can make transformers run foreign code; remove them first")
+    check(config, path)
     return config
 
 
@@ -134,16 +135,6 @@ def _on_hub(leaf: recipe.Model, name: str) -> bool:
     quietly = ("gated_repo", "missing_entries", "connection_errors")
     options: dict[str, Any] = {f"_raise_exceptions_for_{each}": False for each in quietly}
     return cached_file(leaf.source, name, revision=leaf.revision, **options) is not None
-
-
-def _keys(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield key
-            yield from _keys(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _keys(inner)
 
 
 def check_weights(folder: Path) -> None:
