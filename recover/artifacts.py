@@ -71,7 +71,10 @@ def read_json(path: Path) -> Any:
     try:
         return strict_json.loads(Path(path).read_bytes())
     except FileNotFoundError:
-        raise ArtifactError(f"{path}: no such file; the stage that writes it has not run") from None
+        raise ArtifactError(
+            f"{path}: no such file: the stage that writes it has not run, or the file was deleted since; "
+            "`recover run RECIPE` does that stage, and with --from STAGE all after it too"
+        ) from None
     except OSError as error:
         raise explained(error, path) from error
     except ValueError as error:

@@ -26,6 +26,7 @@ from recover.models.source import (
     check_numbers,
     check_tied,
     check_weights,
+    check_written,
     config_source,
     explained,
     locate,
@@ -97,8 +98,10 @@ def read_whole(
 ) -> PreTrainedModel:
     """The folder's model in eval mode, from checked files, by `from_pretrained` with these options.
 
-    Raises ModelError: files are missing, corrupt or unsafe, or config and weights misfit in one of the `refused` ways.
+    Raises ModelError: files are missing, corrupt or unsafe, or config and weights misfit in one of the `refused` ways;
+    ArtifactError: an export of ours that is not what was written.
     """
+    check_written(folder)
     check_weights(folder)
     with explained(str(folder)):
         loaded: Any = AutoModelForCausalLM.from_pretrained(

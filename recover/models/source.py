@@ -17,11 +17,13 @@ from recover.clock import part
 from recover.errors import ModelError
 from recover.models.foreign_code import check, check_settings
 from recover.models.gguf_whole import alone
+from recover.products import check_checkpoint, digest_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 COMPARED_ROWS = 4096
 ADAPTER = "adapter_config.json"
+RECORD = "recover.json"  # lies in every checkpoint that we exported
 HUB = " (no folder of this name is here, so a hub id)"
 
 
@@ -135,6 +137,18 @@ def _on_hub(leaf: recipe.Model, name: str) -> bool:
     quietly = ("gated_repo", "missing_entries", "connection_errors")
     options: dict[str, Any] = {f"_raise_exceptions_for_{each}": False for each in quietly}
     return cached_file(leaf.source, name, revision=leaf.revision, **options) is not None
+
+
+def check_written(folder: Path) -> None:
+    """Raise ArtifactError where a checkpoint that we wrote, or converted, is not what was written, by its manifest."""
+    if folder.parent == cache_folder() / "gguf":
+        check_checkpoint(folder, f"delete {folder}, and the GGUF file is converted again")
+    elif (folder / RECORD).is_file():
+        check_checkpoint(
+            folder,
+            "put the file back, or write the checkpoint again (recover run RECIPE --from export); if the change is "
+            f"meant, delete {artifacts.MANIFEST}",
+        )
 
 
 def check_weights(folder: Path) -> None:
@@ -267,7 +281,7 @@ def _convert(path: Path) -> Path:
     """The GGUF file as a stock folder in float32, made once for each sha256."""
     from recover.models.gguf_folder import write_stock
 
-    folder = cache_folder() / "gguf" / f"{_sha256(path)}-{CONVERSION}"
+    folder = cache_folder() / "gguf" / f"{digest_of(path)}-{CONVERSION}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -283,18 +297,6 @@ def _convert(path: Path) -> Path:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return folder
-
-
-_digests: dict[tuple[Any, ...], str] = {}
-
-
-def _sha256(path: Path) -> str:
-    """The file's sha256, found once in a process for as long as the file is the same one, of one size and time."""
-    stat = path.stat()
-    key = (path.absolute(), stat.st_ino, stat.st_size, stat.st_mtime_ns)
-    if key not in _digests:
-        _digests[key] = artifacts.sha256(path)
-    return _digests[key]
 
 
 @contextmanager
