@@ -15,6 +15,7 @@ from recover.errors import ModelError
 from recover.models.foreign_code import check, code_named
 from recover.models.load import describe, load_model, load_tokenizer
 from recover.recipe import embedded
+from recover.report.collect import collect
 
 KERNEL = "someone/kernel"
 SPELLINGS = ("attn_implementation", "_attn_implementation", "attn_implementation_internal")
@@ -127,3 +128,27 @@ def test_code_that_a_folder_names_is_listed() -> None:
     settings = {"auto_map": {"AutoConfig": "configuration_x.X", "AutoTokenizer": [None, "someone/other--token_x.T"]}}
     assert code_named(settings) == {"configuration_x.py", "someone/other: token_x.py"}
     assert code_named({}) == code_named([]) == set()
+
+
+def test_code_that_is_let_run_is_said_before_and_stands_in_the_report(folder: Path, tmp_path: Path) -> None:
+    (folder / "modeling_x.py").write_text("")
+    job = ["plan", "recipes/quickstart.yaml", f"model.source={folder}", "--runs", str(tmp_path)]
+    assert "trust_remote_code" not in CliRunner().invoke(app, job).stderr
+    assert "remote_code" not in json.loads((tmp_path / "quickstart" / "env.json").read_text())
+    done = CliRunner().invoke(app, [*job, "model.trust_remote_code=true"])
+    assert done.exit_code == 0, done.output
+    said = [line for line in done.stderr.splitlines() if line.startswith("warning: model.trust_remote_code")]
+    code = str(folder / "modeling_x.py")
+    assert len(said) == 1 and f"comes with {folder} runs with all your rights: {code}" in said[0]
+    assert json.loads((tmp_path / "quickstart" / "env.json").read_text())["remote_code"] == [code]
+    assert collect(tmp_path / "quickstart")["provenance"]["env"]["remote_code"] == [code]
+
+
+def test_nothing_of_a_folder_is_obeyed_by_a_terminal(folder: Path, tmp_path: Path) -> None:
+    there = folder.rename(tmp_path / "a\x1b]0;b")
+    job = ["plan", "recipes/quickstart.yaml", f"model.source={there}", "--runs", str(tmp_path / "runs")]
+    for fields in ({"model_type": "x\x1b[2Jy"}, {"model_type": "llama", "attn_implementation": "a\x9b/b"}):
+        edit(there / "config.json", **fields)
+        done = CliRunner().invoke(app, job)
+        assert done.exit_code in (1, 2)
+        assert r"\x1b" in done.output and not {"\x1b", "\x9b"} & set(done.output)

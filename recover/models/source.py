@@ -15,7 +15,7 @@ from typing import Any
 from recover import artifacts, console, dist, recipe
 from recover.clock import part
 from recover.errors import ModelError
-from recover.models.foreign_code import check, check_settings
+from recover.models.foreign_code import check, check_settings, code_files, code_named
 from recover.models.gguf_whole import alone
 from recover.products import check_checkpoint, digest_of
 
@@ -128,6 +128,22 @@ def read_config(leaf: recipe.Model) -> dict[str, Any]:
         raise ModelError(f"{source}: '{config['model_type']}' is an encoder-decoder model; expected a decoder alone")
     check(config, path)
     return config
+
+
+def code_of(leaf: recipe.Model) -> list[str] | None:
+    """Files of code that `trust_remote_code` lets run, of model and tokenizer folder; None where it is off.
+
+    Of a hub model those that config.json names: nothing else of it is fetched for this.
+    """
+    if not leaf.trust_remote_code:
+        return None
+    found: set[str] = set()
+    for source in filter(None, (leaf.source, leaf.tokenizer)):
+        if kind_of(source) == "folder":
+            found |= {str(recipe.local_path(source) / name) for name in code_files(recipe.local_path(source))}
+        elif kind_of(source) == "hub" and source == leaf.source:
+            found |= {f"{source}: {name}" for name in code_named(read_config(leaf))}
+    return sorted(found)
 
 
 def _on_hub(leaf: recipe.Model, name: str) -> bool:
