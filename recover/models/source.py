@@ -14,9 +14,10 @@ from typing import Any
 
 from recover import artifacts, console, dist, recipe
 from recover.clock import part
-from recover.errors import ModelError
+from recover.errors import ModelError, RecoverError
 from recover.models.foreign_code import check, check_settings, code_files, code_named
 from recover.models.gguf_whole import alone
+from recover.models.sizes import check_room, check_sizes
 from recover.products import check_checkpoint, digest_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -127,6 +128,9 @@ def read_config(leaf: recipe.Model) -> dict[str, Any]:
     if config.get("is_encoder_decoder"):
         raise ModelError(f"{source}: '{config['model_type']}' is an encoder-decoder model; expected a decoder alone")
     check(config, path)
+    check_sizes(config, path)
+    if path.is_file():
+        check_room(config, path.parent)
     return config
 
 
@@ -331,15 +335,17 @@ def _locked(lock: Path) -> Iterator[None]:
 
 @contextmanager
 def explained(where: str) -> Iterator[None]:
-    """What a library raises about files becomes a ModelError that says which model; our own errors pass."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    from safetensors import SafetensorError
+    """Whatever a library raises about files becomes a ModelError that says which model; our own errors pass.
 
-    kinds = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
+    So does a GPU without memory left, which is no fault of a file.
+    """
     try:
         yield
-    except ModelError:
+    except RecoverError:
         raise
-    except (*kinds, HfHubHTTPError, HFValidationError, SafetensorError) as error:
+    except BaseException as error:
+        foreign = isinstance(error, Exception) or type(error).__name__ == "PanicException"  # of a library in Rust
+        if not foreign or type(error).__name__ == "OutOfMemoryError":
+            raise
         reason = " ".join(str(error).split())[:400]
         raise ModelError(f"{where}: cannot be loaded ({type(error).__name__}: {reason})") from error
