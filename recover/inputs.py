@@ -16,7 +16,12 @@ HASHED_BYTES = 64 * 2**20  # larger files (weights) are known by size and time o
 
 def digests(leaves: Any) -> dict[str, str]:
     """Path -> sha256 (or size and time, for large files) of each file that the leaves name, task data included."""
-    return {str(path): _digest(path) for path in sorted(set(_files(leaves)))}
+    return {str(path): _digest(path) for path in files_of(leaves)}
+
+
+def files_of(value: Any) -> list[Path]:
+    """Each file that these leaves name by absolute paths, task data included."""
+    return sorted(set(_files(value)))
 
 
 def _digest(path: Path) -> str:
@@ -46,6 +51,15 @@ def _files_at(path: Path) -> Iterator[Path]:
     elif path.is_file():
         yield path
         if path.suffix in {".yaml", ".yml"}:
-            data = yaml.safe_load(path.read_text()).get("data")
-            if isinstance(data, str) and (path.parent / data).is_file():
+            data = _data_named(path)
+            if data is not None and (path.parent / data).is_file():
                 yield path.parent / data
+
+
+def _data_named(task: Path) -> str | None:
+    try:
+        value = yaml.safe_load(task.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, OSError, RecursionError):
+        return None  # who reads the task says what is wrong with it
+    data = value.get("data") if isinstance(value, dict) else None
+    return data if isinstance(data, str) else None

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -309,14 +308,39 @@ def _convert(path: Path) -> Path:
         if folder.is_dir():  # another run made it in the meantime
             return folder
         console.say(f"converting {path.name} to safetensors, once, into {folder}")
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+        _tidy(folder)
+        scratch = folder.with_name(f".{folder.name}.{os.getpid()}{artifacts.WRITING}")
         try:
-            with part("converting GGUF"), alone(path) as link, explained(str(path)):
+            scratch.mkdir()
+            full = artifacts.explaining_libraries(folder, full_alone=True)
+            with part("converting GGUF"), alone(path) as link, explained(str(path)), full:
                 write_stock(link, scratch, shown=path)
             artifacts.publish(scratch, folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what conversions left that were killed: those of this folder, whose lock we hold, and unlocked ones."""
+    for left in folder.parent.glob(f".*{artifacts.WRITING}"):
+        name = left.name[1:].removesuffix(artifacts.WRITING).rpartition(".")[0]
+        lock = folder.with_name(f".{name}.lock")
+        if name == folder.name or not _is_locked(lock):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_locked(lock: Path) -> bool:
+    import fcntl
+
+    try:
+        with open(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 @contextmanager
