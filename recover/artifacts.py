@@ -27,6 +27,7 @@ TEMPORARY = ".tmp"
 WRITING = ".writing"  # `.NAME.writing`: a folder that is not whole yet
 KEPT = ".kept"  # `NAME.kept`: files of others that lay in NAME when it was written anew
 SHOWN = 3  # files named in a message
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -71,7 +72,10 @@ def read_json(path: Path) -> Any:
     try:
         return strict_json.loads(Path(path).read_bytes())
     except FileNotFoundError:
-        raise ArtifactError(f"{path}: no such file; the stage that writes it has not run") from None
+        raise ArtifactError(
+            f"{path}: no such file: the stage that writes it has not run, or the file was deleted since; "
+            "`recover run RECIPE` does that stage, and with --from STAGE all after it too"
+        ) from None
     except OSError as error:
         raise explained(error, path) from error
     except ValueError as error:
@@ -304,6 +308,22 @@ def explaining(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise explained(error, path) from error
+
+
+@contextmanager
+def explaining_libraries(path: Path, size: int | None = None, *, full_alone: bool = False) -> Iterator[None]:
+    """As `explaining`, also for what a library makes of an OSError: safetensors says its number in the text alone.
+
+    `full_alone`: only where the disk is full or the file too large, and anything else passes as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        said = re.search(r"\(os error (\d+)\)", str(error))
+        plain = OSError(int(said[1]), os.strerror(int(said[1]))) if said is not None else error
+        if not isinstance(plain, OSError) or (full_alone and plain.errno not in FULL):
+            raise
+        raise explained(plain, path, size) from error
 
 
 def explained(error: OSError, path: Path, size: int | None = None) -> ArtifactError:

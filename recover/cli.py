@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import traceback
 from collections.abc import Callable
+from types import TracebackType
 from typing import Annotated, ParamSpec, TypeVar
 
 import typer
@@ -74,7 +76,7 @@ def says_errors(command: Callable[Arguments, Result]) -> Callable[Arguments, Res
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for that
                 raise
-            traceback.print_exc()
+            _print_traceback(type(error), error, error.__traceback__)
             console.error(f"out of GPU memory: {str(error).partition('. ')[0]}. {LESS_MEMORY}")
             raise typer.Exit(1) from None
 
@@ -109,10 +111,16 @@ for name, (command, lines) in COMMANDS.items():
     app.command(name, epilog=examples(*lines))(says_errors(command))
 
 
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As Python does, but for what a terminal would obey: a message may quote a file of others."""
+    sys.stderr.write(console.visible("".join(traceback.format_exception(kind, error, trace))))
+
+
 def main() -> None:
     """Entry point of `recover` and of `python -m recover`."""
     leave_working_folder()
     wait_asleep()
+    sys.excepthook = _print_traceback
     try:
         app(prog_name="recover")
     except SystemExit as ended:

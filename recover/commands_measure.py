@@ -68,10 +68,10 @@ def measure(
         sampling=None,
         allow_code_execution=allow_code_execution,
     )
-    from recover import measuring
+    from recover import inputs, measuring
 
     if out is not None:
-        refuse_input(out, (model, *names))
+        refuse_input(out, (model, *names, *inputs.files_of([str(Path(name).absolute()) for name in names])))
     # The launcher's processes share the items; without one this does nothing.
     dist.start()
     wanted = measuring.Wanted(tuple(names), harness, lm_eval_include)

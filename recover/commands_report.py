@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from recover import console, outcome
+from recover import console, outcome, products
 from recover.errors import ArtifactError
 from recover.run_directory import RunDirectory
 
@@ -44,6 +44,7 @@ def report(
                 f"{path}: has a recipe.yaml, and nothing that says that recover made this folder; a report would "
                 "replace files in it. Expected a run directory"
             )
+        _say_lost(directory)
         render(directory.root, collect(directory.root))
         console.say(str(directory.report_html))
         roots.append(directory.root)
@@ -62,6 +63,16 @@ def _compare_page(roots: list[Path], path: Path) -> None:
     for line in data["apart"]:
         console.warn(line)
     console.say(str(render_compare(data, path)))
+
+
+def _say_lost(directory: RunDirectory) -> None:
+    for stage in products.NAMES:
+        lost = directory.lost(stage)
+        if lost is not None:
+            console.warn(
+                f"{directory.root}: {lost}; this report shows what is there. Put the file back, or do the stage again: "
+                f"recover run RECIPE --from {stage}"
+            )
 
 
 def show(run_dir: RunPath) -> None:

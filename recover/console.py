@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +20,9 @@ SILENT_SECONDS = 2.0  # shorter loops need no progress
 LINE_SECONDS = 5.0  # on a pipe: no more lines than one in so many seconds
 PIPE_WIDTH = 140  # columns where there is no terminal to ask
 
+# C0 and C1 controls but tab and line end, lone surrogates, and marks of direction.
+UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
 _clock = time.monotonic
 _shown: list[Progress] = []  # the one live display; loops inside loops add their bar to it
 
@@ -32,12 +36,26 @@ def _console(*, stderr: bool = False) -> Console:
     return console
 
 
+def visible(text: str) -> str:
+    """The text with control characters as `\\x1b`: a terminal would obey them. Line ends and tabs stay.
+
+    Marks that turn the direction of writing are shown too, because text after them reads as something else.
+    """
+    return UNSAFE.sub(lambda found: _escaped(found[0]), text)
+
+
+def _escaped(character: str) -> str:
+    number = ord(character)
+    return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"
+
+
 def say(text: str) -> None:
     """Print text; rich markup such as `[dim]...[/dim]` is styled, and what is no valid markup stays as it is."""
     from rich.errors import MarkupError
 
     if not dist.is_main():
         return
+    text = visible(text)
     try:
         _console().print(text, soft_wrap=True)
     except MarkupError:
@@ -47,7 +65,7 @@ def say(text: str) -> None:
 def heading(text: str) -> None:
     """Print a bold line with a blank one above it."""
     if dist.is_main():
-        _console().print(f"\n{text}", style="bold", soft_wrap=True, markup=False)
+        _console().print(f"\n{visible(text)}", style="bold", soft_wrap=True, markup=False)
 
 
 def warn(text: str) -> None:
@@ -62,7 +80,7 @@ def error(text: str) -> None:
 
 def _label(label: str, text: str, style: str) -> None:
     if dist.is_main():
-        _console(stderr=True).print(f"{label}: {text}", style=style, soft_wrap=True, markup=False)
+        _console(stderr=True).print(f"{label}: {visible(text)}", style=style, soft_wrap=True, markup=False)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -74,10 +92,10 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     from rich.text import Text
 
     body = [list(row) for row in rows]
-    shown = Table(title=Text(title), title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False)
+    shown = Table(title=Text(visible(title)), title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False)
     for index, column in enumerate(columns):
         numeric = all(isinstance(row[index], int | float | None) for row in body)
-        shown.add_column(Text(column), justify="right" if body and numeric else "left")
+        shown.add_column(Text(visible(column)), justify="right" if body and numeric else "left")
     for row in body:
         shown.add_row(*(Text(_cell(value)) for value in row))
     _console().print(shown)
@@ -88,7 +106,7 @@ def _cell(value: Any) -> str:
         return "–"
     if isinstance(value, float):
         return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else visible(str(value))
 
 
 def track(iterable: Iterable[Item], description: str, *, total: int | None = None, unit: str = "it") -> Iterator[Item]:
@@ -113,7 +131,7 @@ class _Meter:
     """Counts one loop and decides when to show it."""
 
     def __init__(self, description: str, total: int | None, unit: str) -> None:
-        self.description, self.total, self.unit = description, total, unit
+        self.description, self.total, self.unit = visible(description), total, unit
         self.count = 0
         self.started = self.last_line = _clock()
         self.bar: tuple[Progress, Any] | None = None

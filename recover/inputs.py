@@ -16,7 +16,12 @@ HASHED_BYTES = 64 * 2**20  # larger files (weights) are known by size and time o
 
 def digests(leaves: Any) -> dict[str, str]:
     """Path -> sha256 (or size and time, for large files) of each file that the leaves name, task data included."""
-    return {str(path): _digest(path) for path in sorted(set(_files(leaves)))}
+    return {str(path): _digest(path) for path in files_of(leaves)}
+
+
+def files_of(value: Any) -> list[Path]:
+    """Each file that these leaves name by absolute paths, task data included."""
+    return sorted(set(_files(value)))
 
 
 def _digest(path: Path) -> str:
@@ -46,8 +51,15 @@ def _files_at(path: Path) -> Iterator[Path]:
     elif path.is_file():
         yield path
         if path.suffix in {".yaml", ".yml"}:
-            task = yaml.safe_load(path.read_text())
-            for named in (task, task.get("fewshot")):
-                data = named.get("data") if isinstance(named, dict) else None
-                if isinstance(data, str) and (path.parent / data).is_file():
-                    yield path.parent / data
+            yield from (path.parent / data for data in _data_named(path) if (path.parent / data).is_file())
+
+
+def _data_named(task: Path) -> list[str]:
+    """The files of items and of examples that a task names."""
+    try:
+        value = yaml.safe_load(task.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, OSError, RecursionError):
+        return []  # who reads the task says what is wrong with it
+    named = [value, value.get("fewshot")] if isinstance(value, dict) else []
+    found = [each.get("data") for each in named if isinstance(each, dict)]
+    return [data for data in found if isinstance(data, str)]

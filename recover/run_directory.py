@@ -1,6 +1,7 @@
 """Where the files of one run lie, who may write them, and which stages are done and with what they were made.
 
-A stage is done when its stamp, written last, holds the same recipe leaves and inputs as are asked for now.
+A stage is done when its stamp, written last, holds the same recipe leaves and inputs as are asked for now, and the
+files that it lists are there as they were written.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from recover import console, strict_json
+from recover import console, products, strict_json
 from recover.artifacts import DONE, MANIFEST, explained, explaining, read_json, settle, write_json
 from recover.errors import ArtifactError
 from recover.ownership import mark, open_lock, owned, peek, refuse_foreign
@@ -137,9 +138,16 @@ class RunDirectory:
         return stamp
 
     def mark_done(self, stage: str, fingerprint: dict[str, Any]) -> None:
-        """Stamp a stage as done with all that it was made from; the last thing it writes."""
-        finished = datetime.now(UTC).isoformat()
-        write_json(self.folder(stage) / DONE, {"stage": stage, "finished": finished, "fingerprint": fingerprint})
+        """Stamp a stage as done with all that it was made from and what it wrote; the last thing it writes."""
+        stamp = {"stage": stage, "finished": datetime.now(UTC).isoformat(), "fingerprint": fingerprint}
+        with explaining(self.root):
+            write_json(self.folder(stage) / DONE, {**stamp, "files": products.written(self.root, stage)})
+
+    def lost(self, stage: str) -> str | None:
+        """The first file of a finished stage that is gone or changed, in words; None: all are as they were written."""
+        stamp = self.done(stage)
+        with explaining(self.root):
+            return None if stamp is None else products.lost(self.root, stamp.get("files"))
 
     def unmark(self, stage: str) -> None:
         """Take the stamp away before the stage is worked on again."""
@@ -154,7 +162,7 @@ class RunDirectory:
         now = dict(strict_json.leaves(strict_json.plain(fingerprint)))
         changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if not changed:
-            return None
+            return self.lost(stage)
         shown = [_change(name, before, now) for name in changed[:SHOWN_CHANGES]]
         more = len(changed) - SHOWN_CHANGES
         return "; ".join(shown) + (f"; and {more} more" if more > 0 else "")

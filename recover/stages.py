@@ -60,6 +60,7 @@ def run(recipe: Recipe, root: Path, *, until: str = "report", start: str | None 
 
     Raises:
         RecoverError: one of its kinds, by what went wrong; stages that were done stay done.
+        ArtifactError: a file that training stands on went lost after it; `start` says to do it all again.
     """
     for stage in filter(None, (until, start)):
         if stage not in STAGES:
@@ -124,7 +125,19 @@ def _marks_and_reason(stage: str, bench: Bench, forced: bool) -> tuple[dict[str,
         return marks, UP_TO_DATE
     if forced:
         return marks, "asked for"
-    return marks, bench.directory.stale_reason(stage, marks)
+    reason = bench.directory.stale_reason(stage, marks)
+    if reason is not None and reason == bench.directory.lost(stage):
+        _refuse_training_again(stage, reason, bench.directory)
+    return marks, reason
+
+
+def _refuse_training_again(stage: str, lost: str, directory: RunDirectory) -> None:
+    """A file that went lost does not make hours of training be done again, unless that is asked for."""
+    if directory.done("recover") is not None and (stage == "recover" or stage in READS["recover"]):
+        raise ArtifactError(
+            f"{directory.root}: {lost}, and the training that is done stands on it. Put the file back, or do this "
+            f"stage and all after it again, training too: recover run RECIPE --from {stage}"
+        )
 
 
 def fingerprint(stage: str, recipe: Recipe, directory: RunDirectory) -> dict[str, Any]:

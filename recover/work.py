@@ -12,7 +12,7 @@ from recover.artifacts import append_jsonl, read_json, read_jsonl, write_json, w
 from recover.bench import Bench
 from recover.clock import part
 from recover.estimate import estimate, matrix_rate, refuse, warnings
-from recover.recipe import dump_recipe
+from recover.recipe import Model, dump_recipe
 
 if TYPE_CHECKING:
     from torch import LongTensor
@@ -25,6 +25,7 @@ def plan(bench: Bench) -> None:
     from recover.models.load import describe
 
     recipe, directory = bench.recipe, bench.directory
+    code = _say_code(recipe.model)
     model = describe(recipe.model)
     refuse(recipe, model)
     bench.check_inputs()
@@ -32,11 +33,24 @@ def plan(bench: Bench) -> None:
     if not dist.is_main():
         return
     write_text(directory.recipe, dump_recipe(recipe))
-    write_json(directory.env, provenance.environment())
+    write_json(directory.env, {**provenance.environment(), **({} if code is None else {"remote_code": code})})
     write_json(directory.plan / "estimate.json", figures)
     console.table("plan (estimates)", ["what", "dense", "pruned"], _plan_rows(figures))
     for line in warnings(recipe, model):
         console.warn(line)
+
+
+def _say_code(leaf: Model) -> list[str] | None:
+    """Say which code of others will run, before any of it does; its files, None where none is let run."""
+    from recover.models.source import code_of
+
+    code = code_of(leaf)
+    if code is not None:
+        there = ", ".join(code) or "no file of code is there now"
+        console.warn(
+            f"model.trust_remote_code: Python code that comes with {leaf.source} runs with all your rights: {there}"
+        )
+    return code
 
 
 def _plan_rows(figures: dict[str, Any]) -> list[list[str]]:

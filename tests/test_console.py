@@ -121,3 +121,42 @@ def test_the_environment_is_a_record() -> None:
     assert json.loads(strict_json.dumps(found)) == found
     assert found["recover"] == recover.__version__ and found["versions"]["torch"] and found["processes"] == 1
     assert found["machine"]["cores"] >= 1 and found["machine"]["memory_bytes"] > 2**20 and found["argv"][0] == "recover"
+
+
+HOSTILE = "a\x1b]0;title\x07\x9b2J\r\x00\u202eb\ud800"
+SHOWN = r"a\x1b]0;title\x07\x9b2J\x0d\x00\u202eb\ud800"
+
+
+def test_control_characters_are_shown_wherever_text_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert console.visible("ä\tb\n漢字 🙂") == "ä\tb\n漢字 🙂"
+    console.say(HOSTILE)
+    console.say(f"[dim]{HOSTILE}[/dim]")
+    console.heading(HOSTILE)
+    console.warn(HOSTILE)
+    console.error(HOSTILE)
+    console.table(HOSTILE, [HOSTILE], [[HOSTILE], [Path(HOSTILE)]])
+    list(console.track(Clock(monkeypatch).items(4, 2.0), HOSTILE))
+    said = "".join(capsys.readouterr())
+    assert said.count(SHOWN) >= 10
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\ud800]", said)
+
+
+def test_what_libraries_log_is_shown_so_too(capsys: pytest.CaptureFixture[str]) -> None:
+    import logging
+
+    from recover.quiet import quiet_libraries
+
+    record = logging.LogRecord("transformers", logging.WARNING, "", 0, "type %s", (HOSTILE,), None)
+    quiet_libraries()
+    handler = logging.getLogger("transformers").handlers[0]
+    assert handler.filter(record) and record.getMessage() == f"type {SHOWN}"
+
+
+def test_a_traceback_shows_them_too(capsys: pytest.CaptureFixture[str]) -> None:
+    from recover import cli
+
+    error = KeyError(HOSTILE)
+    cli._print_traceback(ValueError, ValueError(HOSTILE), error.__traceback__)
+    assert f"ValueError: {SHOWN}" in capsys.readouterr().err

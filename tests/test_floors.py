@@ -19,6 +19,7 @@ FLOORS = {
     "recover.clock": 0,
     "recover.run_directory": 0,
     "recover.ownership": 0,
+    "recover.products": 0,
     "recover.safe_path": 0,
     "recover.signals": 0,
     "recover.threads": 0,

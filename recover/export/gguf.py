@@ -79,7 +79,7 @@ def _writer(folder: Path, config: PretrainedConfig, dtype: str) -> GGUFWriter:
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_sizes(writer, config)
     with explained(f"{folder}: tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     add_vocabulary(writer, vocabulary(tokenizer, config.vocab_size, _stops(folder, config)))
     return writer
 

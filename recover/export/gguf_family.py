@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from recover import console
 from recover.errors import ExportError
 from recover.models.arch import head_size_of, kv_heads_of
-from recover.models.source import check_tied, check_weights, explained, model_folder
+from recover.models.source import check_tied, check_weights, check_written, explained, model_folder
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -60,9 +60,10 @@ def read_config(folder: Path) -> PretrainedConfig:
     """
     from transformers import AutoConfig
 
-    check_weights(model_folder(folder))
+    check_written(model_folder(folder))
+    check_weights(folder)
     with explained(str(folder)):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     check_tied(folder, bool(config.tie_word_embeddings))
     if config.model_type not in FAMILIES:
         raise ExportError(

@@ -10,8 +10,11 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +40,10 @@ CACHED = 4.0  # the same weights, one token at a time
 RELOADED = 1.0  # the same weights on the same device
 
 NEW_TOKENS = 16
-WAITING = "--waiting"  # the one argument of a process that is given the others when there is something to verify
+# The argument, before its parent's id, of a process that is given the others when there is something to verify.
+WAITING = "--waiting"
+WATCHED_SECONDS = 0.2
+ORPHANED = 3  # exit code of a process whose parent is gone
 FLAGS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 
@@ -58,7 +64,7 @@ def write_expected(path: Path, twin: Twin, merged: PreTrainedModel, ids_BT: Tens
 @contextmanager
 def fresh_process() -> Iterator[subprocess.Popen[str]]:
     """A process for `verify` that loads its libraries meanwhile; one that is not used is gone at the end."""
-    command = [sys.executable, "-P", "-m", "recover.export.verify", WAITING]
+    command = [sys.executable, "-P", "-m", "recover.export.verify", WAITING, str(os.getpid())]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=_environment(), text=True, **pipes) as process:
         try:
@@ -101,6 +107,17 @@ def _environment() -> dict[str, str]:
     return {**kept, "HF_HUB_OFFLINE": "1"}
 
 
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it is gone: its verdict would lie over that of a later run."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCHED_SECONDS)
+        os._exit(ORPHANED)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _awaited() -> list[str]:
     """The arguments, once they come; libraries are loaded before. None come where nothing is left to verify."""
     import transformers
@@ -112,7 +129,10 @@ def _awaited() -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """The fresh process: writes the record, gives 0 if all is as it must be."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments == [WAITING]:
+    parent = None
+    if arguments[:1] == [WAITING]:
+        parent = int(arguments[1])
+        _end_with(parent)
         arguments = _awaited()
         if not arguments:
             return 0
@@ -128,6 +148,8 @@ def main(arguments: list[str] | None = None) -> int:
         record = check(options.folder, options.expected, options.plan)
     except RecoverError as error:
         record = {"ok": False, "problems": [str(error)]}
+    if parent is not None and os.getppid() != parent:
+        return ORPHANED
     artifacts.write_json(options.out, record)
     return 0 if record["ok"] else 1
 
@@ -172,8 +194,10 @@ def _load(folder: Path, device: str) -> tuple[PreTrainedModel, list[str]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
-        AutoTokenizer.from_pretrained(folder)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, trust_remote_code=False
+        )
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a foreign loader raises: the folder does not load
         raise ExportError(f"{folder}: stock transformers cannot load it: {type(error).__name__}: {error}") from error
     model, info = loaded

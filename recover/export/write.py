@@ -38,16 +38,15 @@ def write_checkpoint(
     target = folder.resolve()  # a rename has to stay on one disk
     beside = target.with_name(f".{target.name}{artifacts.WRITING}")
     shutil.rmtree(beside, ignore_errors=True)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     try:
-        beside.mkdir(parents=True)
-        model.save_pretrained(beside, max_shard_size=max_shard_size)
-        tokenizer.save_pretrained(beside)
-        artifacts.write_text(beside / CARD, card)
-        artifacts.write_json(beside / RECORD, record)
-        artifacts.publish(beside, target, keep_edited=True)
-    except OSError as error:
-        size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        raise artifacts.explained(error, folder, size) from error
+        with artifacts.explaining_libraries(folder, size):
+            beside.mkdir(parents=True)
+            model.save_pretrained(beside, max_shard_size=max_shard_size)
+            tokenizer.save_pretrained(beside)
+            artifacts.write_text(beside / CARD, card)
+            artifacts.write_json(beside / RECORD, record)
+            artifacts.publish(beside, target, keep_edited=True)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return folder

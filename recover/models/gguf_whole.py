@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from recover.errors import ModelError
+from recover.models.gguf_head import check_head
 
 LISTED = 3  # tensors named in a message
+FEW_BLOCKS = 256  # are soon built, so that what the file lacks of them can be named
 FREQUENCIES = "rope_freqs.weight"  # factors of rotary frequencies; all 1 where they change nothing
 
 
@@ -31,6 +33,7 @@ def check_tensors(path: Path, shown: Path) -> None:
     """
     import gguf
 
+    check_head(path, shown)
     reader = gguf.GGUFReader(path)
     found = {tensor.name: tensor for tensor in reader.tensors}
     try:
@@ -72,7 +75,9 @@ def _expected(path: Path, reader: Any) -> tuple[dict[str, tuple[int, ...]], bool
     arch = str(_field(reader, "general.architecture"))
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     blocks = _field(reader, f"{arch}.block_count")
-    if arch not in known or not isinstance(blocks, int):
+    if blocks is not None and not (isinstance(blocks, int) and 0 < blocks <= max(FEW_BLOCKS, len(reader.tensors))):
+        raise ModelError(f"{arch}.block_count is {blocks}, and the file holds {len(reader.tensors)} tensors")
+    if arch not in known or blocks is None:
         return {}, False  # transformers says what it does not know
     config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     _refuse_lost_scaling(config, _field(reader, f"{arch}.rope.scaling.type"))

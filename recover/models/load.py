@@ -26,6 +26,7 @@ from recover.models.source import (
     check_numbers,
     check_tied,
     check_weights,
+    check_written,
     config_source,
     explained,
     locate,
@@ -53,7 +54,9 @@ def describe(leaf: recipe.Model) -> Description:
     """Sizes of the model without loading a weight (a GGUF file is converted first). Raises ModelError."""
     config = _config(leaf)
     with torch.device("meta"), explained(leaf.source):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=leaf.trust_remote_code)
+        model = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=leaf.trust_remote_code, attn_implementation="eager"
+        )
     embeddings = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings())}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Description(
@@ -95,8 +98,10 @@ def read_whole(
 ) -> PreTrainedModel:
     """The folder's model in eval mode, from checked files, by `from_pretrained` with these options.
 
-    Raises ModelError: files are missing, corrupt or unsafe, or config and weights misfit in one of the `refused` ways.
+    Raises ModelError: files are missing, corrupt or unsafe, or config and weights misfit in one of the `refused` ways;
+    ArtifactError: an export of ours that is not what was written.
     """
+    check_written(folder)
     check_weights(folder)
     with explained(str(folder)):
         loaded: Any = AutoModelForCausalLM.from_pretrained(

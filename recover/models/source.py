@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,16 +13,18 @@ from typing import Any
 
 from recover import artifacts, console, dist, recipe
 from recover.clock import part
-from recover.errors import ModelError
+from recover.errors import ModelError, RecoverError
+from recover.models.foreign_code import check, check_settings, code_files, code_named
 from recover.models.gguf_whole import alone
+from recover.models.sizes import check_room, check_sizes
+from recover.products import check_checkpoint, digest_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 COMPARED_ROWS = 4096
 ADAPTER = "adapter_config.json"
+RECORD = "recover.json"  # lies in every checkpoint that we exported
 HUB = " (no folder of this name is here, so a hub id)"
-# Config keys with which a file could make transformers fetch and run code.
-FORBIDDEN = ("_attn_implementation", "_experts_implementation", "trust_remote_code")
 
 
 def kind_of(source: str) -> str:
@@ -72,9 +73,13 @@ def _refuse_adapter(there: bool, where: object) -> None:
 
 
 def whole_folder(folder: Path) -> Path:
-    """The folder, which holds a model or a tokenizer; ModelError where it is something else that is taken for one."""
+    """The folder, which holds a model or a tokenizer.
+
+    ModelError where it is something else that is taken for one, and where its settings could make code be run.
+    """
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; expected a model folder with config.json and {WEIGHTS}")
+    check_settings(folder)
     if (folder / "config.json").is_file():
         return folder
     if (folder / "recipe.yaml").is_file():
@@ -121,10 +126,27 @@ def read_config(leaf: recipe.Model) -> dict[str, Any]:
         raise ModelError(f"{path}: has no 'model_type'; expected the config of a causal language model")
     if config.get("is_encoder_decoder"):
         raise ModelError(f"{source}: '{config['model_type']}' is an encoder-decoder model; expected a decoder alone")
-    forbidden = sorted({key for key in _keys(config) if key.startswith(FORBIDDEN)})
-    if forbidden:
-        raise ModelError(f"{path}: holds {forbidden}, which can make transformers run foreign code; remove them first")
+    check(config, path)
+    check_sizes(config, path)
+    if path.is_file():
+        check_room(config, path.parent)
     return config
+
+
+def code_of(leaf: recipe.Model) -> list[str] | None:
+    """Files of code that `trust_remote_code` lets run, of model and tokenizer folder; None where it is off.
+
+    Of a hub model those that config.json names: nothing else of it is fetched for this.
+    """
+    if not leaf.trust_remote_code:
+        return None
+    found: set[str] = set()
+    for source in filter(None, (leaf.source, leaf.tokenizer)):
+        if kind_of(source) == "folder":
+            found |= {str(recipe.local_path(source) / name) for name in code_files(recipe.local_path(source))}
+        elif kind_of(source) == "hub" and source == leaf.source:
+            found |= {f"{source}: {name}" for name in code_named(read_config(leaf))}
+    return sorted(found)
 
 
 def _on_hub(leaf: recipe.Model, name: str) -> bool:
@@ -136,14 +158,16 @@ def _on_hub(leaf: recipe.Model, name: str) -> bool:
     return cached_file(leaf.source, name, revision=leaf.revision, **options) is not None
 
 
-def _keys(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield key
-            yield from _keys(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _keys(inner)
+def check_written(folder: Path) -> None:
+    """Raise ArtifactError where a checkpoint that we wrote, or converted, is not what was written, by its manifest."""
+    if folder.parent == cache_folder() / "gguf":
+        check_checkpoint(folder, f"delete {folder}, and the GGUF file is converted again")
+    elif (folder / RECORD).is_file():
+        check_checkpoint(
+            folder,
+            "put the file back, or write the checkpoint again (recover run RECIPE --from export); if the change is "
+            f"meant, delete {artifacts.MANIFEST}",
+        )
 
 
 def check_weights(folder: Path) -> None:
@@ -276,7 +300,7 @@ def _convert(path: Path) -> Path:
     """The GGUF file as a stock folder in float32, made once for each sha256."""
     from recover.models.gguf_folder import write_stock
 
-    folder = cache_folder() / "gguf" / f"{_sha256(path)}-{CONVERSION}"
+    folder = cache_folder() / "gguf" / f"{digest_of(path)}-{CONVERSION}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -284,9 +308,12 @@ def _convert(path: Path) -> Path:
         if folder.is_dir():  # another run made it in the meantime
             return folder
         console.say(f"converting {path.name} to safetensors, once, into {folder}")
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+        _tidy(folder)
+        scratch = folder.with_name(f".{folder.name}.{os.getpid()}{artifacts.WRITING}")
         try:
-            with part("converting GGUF"), alone(path) as link, explained(str(path)):
+            scratch.mkdir()
+            full = artifacts.explaining_libraries(folder, full_alone=True)
+            with part("converting GGUF"), alone(path) as link, explained(str(path)), full:
                 write_stock(link, scratch, shown=path)
             artifacts.publish(scratch, folder)
         finally:
@@ -294,16 +321,26 @@ def _convert(path: Path) -> Path:
     return folder
 
 
-_digests: dict[tuple[Any, ...], str] = {}
+def _tidy(folder: Path) -> None:
+    """Remove what conversions left that were killed: those of this folder, whose lock we hold, and unlocked ones."""
+    for left in folder.parent.glob(f".*{artifacts.WRITING}"):
+        name = left.name[1:].removesuffix(artifacts.WRITING).rpartition(".")[0]
+        lock = folder.with_name(f".{name}.lock")
+        if name == folder.name or not _is_locked(lock):
+            shutil.rmtree(left, ignore_errors=True)
 
 
-def _sha256(path: Path) -> str:
-    """The file's sha256, found once in a process for as long as the file is the same one, of one size and time."""
-    stat = path.stat()
-    key = (path.absolute(), stat.st_ino, stat.st_size, stat.st_mtime_ns)
-    if key not in _digests:
-        _digests[key] = artifacts.sha256(path)
-    return _digests[key]
+def _is_locked(lock: Path) -> bool:
+    import fcntl
+
+    try:
+        with open(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 @contextmanager
@@ -322,15 +359,17 @@ def _locked(lock: Path) -> Iterator[None]:
 
 @contextmanager
 def explained(where: str) -> Iterator[None]:
-    """What a library raises about files becomes a ModelError that says which model; our own errors pass."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    from safetensors import SafetensorError
+    """Whatever a library raises about files becomes a ModelError that says which model; our own errors pass.
 
-    kinds = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
+    So does a GPU without memory left, which is no fault of a file.
+    """
     try:
         yield
-    except ModelError:
+    except RecoverError:
         raise
-    except (*kinds, HfHubHTTPError, HFValidationError, SafetensorError) as error:
+    except BaseException as error:
+        foreign = isinstance(error, Exception) or type(error).__name__ == "PanicException"  # of a library in Rust
+        if not foreign or type(error).__name__ == "OutOfMemoryError":
+            raise
         reason = " ".join(str(error).split())[:400]
         raise ModelError(f"{where}: cannot be loaded ({type(error).__name__}: {reason})") from error

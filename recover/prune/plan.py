@@ -29,7 +29,7 @@ from recover.models.site import Site, sites_of
 PLAN = "plan.json"
 MASKS = "masks.safetensors"
 WEIGHTS = "weights.safetensors"
-MEND = "Delete the folder and run the stage prune again"
+MEND = "Put the file back, or prune again: recover run RECIPE --from prune"
 
 Kind = Literal["none", "depth", "magnitude", "wanda", "sparsegpt", "width"]
 

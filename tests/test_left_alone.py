@@ -1,0 +1,125 @@
+"""What goes on, or stays behind, when a process is killed or a disk is full."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from gguf_checkpoint import checkpoint, words
+from tiny import tiny
+from typer.testing import CliRunner
+
+from recover import artifacts, cli, recipe
+from recover.errors import ArtifactError
+from recover.export.gguf import write_gguf
+from recover.export.verify import ORPHANED, WAITING
+from recover.export.write import write_checkpoint
+from recover.models import source
+
+PARENT = """
+import sys, time
+from recover.export.verify import fresh_process
+with fresh_process() as process:
+    print(process.pid, flush=True)
+    {then}
+    time.sleep(60)
+"""
+HANDED = "process.stdin.write(open(sys.argv[1]).read()); process.stdin.close()"
+
+
+def gone(pid: int, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            os.kill(pid, 0)
+            if Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] == "Z":
+                return True
+        except (ProcessLookupError, FileNotFoundError):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize("then", ["pass", HANDED])
+def test_the_verifying_process_ends_with_its_parent_and_writes_nothing(tmp_path: Path, then: str) -> None:
+    out = tmp_path / "verify.json"
+    out.write_text("a verdict of a later run")
+    fifo = tmp_path / "plan.json"  # a read of it waits for ever, as a long check would
+    os.mkfifo(fifo)
+    (tmp_path / "deploy").mkdir()
+    artifacts.write_manifest(tmp_path / "deploy")
+    expected = tmp_path / "expected.safetensors"
+    os.mkfifo(expected)
+    arguments = tmp_path / "arguments.json"
+    arguments.write_text(
+        json.dumps([str(tmp_path / "deploy"), "--expected", str(expected), "--plan", str(fifo), "--out", str(out)])
+    )
+    code = PARENT.format(then=then)
+    parent = subprocess.Popen([sys.executable, "-c", code, arguments], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    time.sleep(1.0)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    assert gone(child, 60.0)
+    assert out.read_text() == "a verdict of a later run"
+
+
+def test_a_process_whose_parent_was_gone_at_the_start_ends() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "recover.export.verify", WAITING, "1999999"], stdin=subprocess.PIPE, timeout=60
+    )
+    assert done.returncode == ORPHANED
+
+
+def test_what_a_killed_conversion_left_is_tidied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECOVER_CACHE", str(tmp_path / "cache"))
+    file = write_gguf(checkpoint(tmp_path / "model"), tmp_path / "model.gguf")
+    cache = tmp_path / "cache" / "gguf"
+    name = f"{artifacts.sha256(file)}-{source.CONVERSION}"
+    for left in (f".{name}.7.writing", ".other-3.7.writing", ".busy-3.7.writing"):
+        (cache / left).mkdir(parents=True)
+        (cache / left / "model.safetensors").write_text("half")
+    (cache / "mine").mkdir()
+    with source._locked(cache / ".busy-3.lock"):
+        source.locate(recipe.Model(source=str(file)))
+        assert sorted(path.name for path in cache.iterdir()) == [".busy-3.7.writing", ".busy-3.lock", name, "mine"]
+
+
+def test_a_disk_that_is_full_is_one_line_whichever_library_writes(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # fewer bytes than the weights have
+    try:
+        with pytest.raises(ArtifactError, match=r"^[^\n]*deploy: File too large$"):
+            write_checkpoint(tiny("llama"), words(), tmp_path / "deploy", card="", record={})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_number_of_an_error_is_read_out_of_a_librarys_text(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="disk full: 7 bytes to write"):
+        with artifacts.explaining_libraries(tmp_path / "x", 7):
+            raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    for error in (RuntimeError("something else"), OSError(2, "no such file")):
+        with pytest.raises(type(error)):
+            with artifacts.explaining_libraries(tmp_path / "x", full_alone=True):
+                raise error
+
+
+def test_a_measurement_is_not_written_over_the_data_of_its_task(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    (tmp_path / "task.yaml").write_text("name: t\nkind: generate\ndata: rows.jsonl\n")
+    for out in ("rows.jsonl", "task.yaml"):
+        kept = (tmp_path / out).read_bytes()
+        job = ["measure", "embedded:fable-2m", "--tasks", str(tmp_path / "task.yaml"), "--out", str(tmp_path / out)]
+        done = CliRunner().invoke(cli.app, job)
+        assert done.exit_code == 1 and "is to be read and to be written" in done.stderr
+        assert (tmp_path / out).read_bytes() == kept
