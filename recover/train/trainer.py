@@ -71,10 +71,10 @@ def recover(
     refuse_sharding_twice(leaf)
     if next(twin.base.parameters()).dtype is torch.float16:
         raise TrainingError("model.dtype: float16 cannot be trained (gradients underflow): use bfloat16 or float32")
-    fingerprint = _fingerprint(twin, leaf, seed)
+    packed = bool(packing_configs(twin.base))  # else padded
+    fingerprint = _fingerprint(twin, leaf, seed, packed=packed)
     past = begin(run_folder, fingerprint)
     planned, texts = trial_of or (None, run_folder / "data")
-    packed = bool(packing_configs(twin.base))  # else padded
     rows = build_dataset(leaf, twin, tokenizer, seed, texts, planned=planned, alike=not packed)
     steps = len(rows) // leaf.batch_size
     torch.manual_seed(seed)
@@ -208,12 +208,16 @@ def _judge(best: dict[str, Any], baseline: float | None) -> None:
         )
 
 
-def _fingerprint(twin: Twin, leaf: Recover, seed: int) -> str:
-    """Of all that decides a training's course: another one must not go on from its checkpoints."""
+def _fingerprint(twin: Twin, leaf: Recover, seed: int, *, packed: bool) -> str:
+    """Of all that decides a training's course: another one must not go on from its checkpoints.
+
+    Rows that are `packed` come in another order: who went on in the other one would train some twice, others never.
+    """
     plan = {name: value for name, value in twin.plan.to_json().items() if name != "scores"}
     described = {
         "leaf": leaf.model_dump(mode="json", exclude={"cache", "shard_weights"}),
         "seed": seed,
+        "rows": "packed" if packed else "padded",
         "plan": plan,
         "weights": weights_fingerprint(twin),
     }
