@@ -137,6 +137,7 @@ def _may_be_graphed(twin: Twin, leaf: Recover) -> bool:
         "a teacher's file": leaf.teacher is not None,
         "model.dtype float32": twin.base.dtype not in HALF,
         "lora.dropout": leaf.lora.dropout > 0,
+        "dropout of the model itself": any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in twin.base.modules()),
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
     if reason is not None:
