@@ -293,6 +293,7 @@ def changed_rope(twin):
         (changed_rope, "config"),
         (lambda twin: twin.base.to(torch.bfloat16), "dtype"),
         (lambda twin: twin.base.set_attn_implementation("eager"), "attention"),
+        (lambda twin: setattr(twin.base, "_supports_attention_backend", False), "rows"),
     ],
 )
 def test_states_of_another_model_are_not_read(tmp_path, change, field):
