@@ -152,6 +152,13 @@ def test_what_is_read_is_what_was_computed(tmp_path):
             assert torch.equal(one, other) if same else torch.allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
+def test_rows_that_score_nothing_are_read_too(tmp_path):
+    rows = [{**row, "completion_mask": [0] * len(row["input_ids"])} for row in text(4)]
+    states_of(tmp_path, prefix=False).fill(rows, COLLATE, 2)
+    found = with_states(COLLATE, states_of(tmp_path, prefix=False).read)(rows[2:])["states"]()
+    assert found.h_ND.shape == (0, 64)
+
+
 def adapter_of(folder, name, leaf):
     twin = Twin(tiny(), Plan("depth", 6, (2, 4)))
     best = recover(twin, byte_tokenizer(), leaf, folder / name, lambda epoch, _: float(epoch), seed=3)
@@ -293,6 +300,7 @@ def changed_rope(twin):
         (changed_rope, "config"),
         (lambda twin: twin.base.to(torch.bfloat16), "dtype"),
         (lambda twin: twin.base.set_attn_implementation("eager"), "attention"),
+        (lambda twin: setattr(twin.base, "_supports_attention_backend", False), "rows"),
     ],
 )
 def test_states_of_another_model_are_not_read(tmp_path, change, field):

@@ -114,6 +114,25 @@ def test_what_was_written_is_trained_on_in_its_window(folder, caught):
     assert seen == len(written) > 20
 
 
+def test_a_step_has_its_text_on_the_device(folder, monkeypatch):
+    """As from a loader: graphs record what they are given."""
+    brought, prepare, begin = [], RecoverTrainer._prepare_inputs, RecoverTrainer.training_step
+
+    def prepared(trainer, inputs):
+        found = prepare(trainer, inputs)
+        brought.append(found["input_ids"])
+        return found
+
+    def began(trainer, model, inputs, *rest):
+        assert any(inputs["input_ids"] is each for each in brought)
+        return begin(trainer, model, inputs, *rest)
+
+    monkeypatch.setattr(RecoverTrainer, "_prepare_inputs", prepared)
+    monkeypatch.setattr(RecoverTrainer, "training_step", began)
+    go(folder, **own(folder))
+    assert brought
+
+
 def test_cross_entropy_on_its_own_text_is_refused(folder):
     with pytest.raises(ValidationError, match=r"loss\.ce: cross-entropy on text of kind 'pruned'"):
         two_processes.leaf(folder, **{**own(folder), "loss": {"ce": 0.1}})

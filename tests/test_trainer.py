@@ -180,6 +180,15 @@ def test_another_recipe_does_not_go_on_from_it(folder, at_step, monkeypatch, cap
     assert "going on from" not in capsys.readouterr().out
 
 
+def test_rows_in_another_order_are_not_gone_on_with(folder, at_step, monkeypatch, capsys):
+    """Padded rows are sorted, packed ones are not: step 2 of the one is not what comes after step 1 of the other."""
+    stopped_at(at_step, folder, 2)
+    monkeypatch.undo()
+    monkeypatch.setattr(training, "packing_configs", lambda _model: [])
+    go(folder)
+    assert "going on from" not in capsys.readouterr().out
+
+
 def test_a_measurement_that_fails_is_done_again_and_no_step_is(folder):
     seen = []
 

@@ -33,6 +33,7 @@ from torch import Tensor
 from recover.artifacts import TEMPORARY, explained, read_json, sha256, write_bytes, write_json
 from recover.errors import ArtifactError
 from recover.models import fused
+from recover.models.packed_attention import packing_configs
 
 if TYPE_CHECKING:
     from recover.models.twin import Twin
@@ -68,6 +69,7 @@ def about(twin: Twin) -> dict[str, Any]:
         "weights": _weights_sha256(twin),
         "config": config,
         "attention": f"{twin.base.config._attn_implementation}, no mask",
+        "rows": "packed" if packing_configs(twin.base) else "padded",
         "dtype": str(twin.base.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "float32_products": torch.get_float32_matmul_precision(),

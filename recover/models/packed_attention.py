@@ -28,8 +28,8 @@ FILLING: Any = torch.utils.deterministic  # what is new in memory, with NaN, unl
 class Packing(NamedTuple):
     """How sequences lie in a row (1, T).
 
-    `position_ids` (1, T) begin anew in each; `starts_S` (S + 1,) int32 are where they start, and T. A sequence may have
-    no token. `longest`: at most so many tokens has one.
+    `position_ids` (1, T) begin anew in each, of padding all are 0; `starts_S` (S + 1,) int32 are where they start, and
+    T. A sequence may have no token. `longest`: at most so many tokens has one.
     """
 
     position_ids: Tensor
@@ -43,11 +43,12 @@ class Packing(NamedTuple):
 
 
 def packing_configs(model: nn.Module) -> list[PretrainedConfig]:
-    """What to have attend by NAME; empty where a model's attention does more than `attend` knows (a softcap, sinks)."""
+    """What to have attend by NAME; empty where attention does more than `attend` knows (a softcap, dropout, sinks)."""
     configs = configs_of(model)
     capped = any(getattr(config, "attn_logit_softcapping", None) is not None for config in configs)
+    drops = any(getattr(config, "attention_dropout", None) for config in configs)
     sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
-    return [] if capped or sinks else configs
+    return [] if capped or drops or sinks else configs
 
 
 def attend(

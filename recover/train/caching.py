@@ -105,7 +105,7 @@ class TrainingStates:
         for numbers in console.track(batches, "looking up dense states", unit="batch"):
             rows = text_rows(batch_of(numbers))
             missing = self._missing(rows, seen)
-            positions += missing
+            positions += sum(missing)
             coming += [(row.dense, row.prefix) for row in rows]
             todo += [numbers] if missing else []
         config = self.distiller.twin.base.config
@@ -117,14 +117,14 @@ class TrainingStates:
         _refuse_full(self.dense.folder, needed)
         return todo, coming
 
-    def _missing(self, rows: list[TextRow], seen: set[Key]) -> int:
-        """Positions whose states are missing; `seen` are rows counted before."""
-        missing = 0
+    def _missing(self, rows: list[TextRow], seen: set[Key]) -> list[int]:
+        """Positions of each state that is missing, 0 of a row that scores nothing; `seen` are rows counted before."""
+        missing = []
         for row in rows:
             if row.dense in self.dense.missing({row.dense} - seen):
-                missing += row.scored
+                missing.append(row.scored)
             if self.prefix is not None and row.prefix in self.prefix.missing({row.prefix} - seen):
-                missing += row.tokens
+                missing.append(row.tokens)
             seen |= {row.dense, row.prefix}
         return missing
 

@@ -196,6 +196,7 @@ def packer(pad: int, scored: str, longest: int, sizes: Sequence[int] = ()) -> Co
         input_ids_T[:total], labels_T[:total] = _joined(rows, scored)
         labels_T[starts_S[: len(rows)]] = -100  # nothing stands before a first token that could predict it
         positions_T = np.arange(size) - np.repeat(starts_S[:-1], np.diff(starts_S))
+        positions_T[total:] = 0  # a rotary embedding that goes by the largest position goes by the text alone
         packing = torch.from_numpy(positions_T)[None], torch.from_numpy(starts_S), longest
         return {
             "input_ids": torch.from_numpy(input_ids_T)[None],

@@ -136,7 +136,8 @@ class RecoverTrainer(SFTTrainer):
         # Of the step's number alone, so a training that goes on, or back, has the weights of a straight one.
         self.distiller.stand_at(self.state.global_step / self.steps)
         if self.on_policy is not None:
-            batches = self.on_policy.fill(batches, self)
+            # A loader brings its batches to the device; graphs take none that lies elsewhere.
+            batches = [self._prepare_inputs(batch) for batch in self.on_policy.fill(batches, self)]
         tokens = torch.zeros((), dtype=torch.int64, device=device)
         for batch in batches:
             tokens += scored_tokens(batch["labels"]).to(device)

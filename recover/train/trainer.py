@@ -71,10 +71,10 @@ def recover(
     refuse_sharding_twice(leaf)
     if next(twin.base.parameters()).dtype is torch.float16:
         raise TrainingError("model.dtype: float16 cannot be trained (gradients underflow): use bfloat16 or float32")
-    fingerprint = _fingerprint(twin, leaf, seed)
+    packed = bool(packing_configs(twin.base))  # else padded
+    fingerprint = _fingerprint(twin, leaf, seed, packed=packed)
     past = begin(run_folder, fingerprint)
     planned, texts = trial_of or (None, run_folder / "data")
-    packed = bool(packing_configs(twin.base))  # else padded
     rows = build_dataset(leaf, twin, tokenizer, seed, texts, planned=planned, alike=not packed)
     steps = len(rows) // leaf.batch_size
     torch.manual_seed(seed)
@@ -137,6 +137,7 @@ def _may_be_graphed(twin: Twin, leaf: Recover) -> bool:
         "a teacher's file": leaf.teacher is not None,
         "model.dtype float32": twin.base.dtype not in HALF,
         "lora.dropout": leaf.lora.dropout > 0,
+        "dropout of the model itself": any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in twin.base.modules()),
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
     if reason is not None:
@@ -208,12 +209,16 @@ def _judge(best: dict[str, Any], baseline: float | None) -> None:
         )
 
 
-def _fingerprint(twin: Twin, leaf: Recover, seed: int) -> str:
-    """Of all that decides a training's course: another one must not go on from its checkpoints."""
+def _fingerprint(twin: Twin, leaf: Recover, seed: int, *, packed: bool) -> str:
+    """Of all that decides a training's course: another one must not go on from its checkpoints.
+
+    Rows that are `packed` come in another order: who went on in the other one would train some twice, others never.
+    """
     plan = {name: value for name, value in twin.plan.to_json().items() if name != "scores"}
     described = {
         "leaf": leaf.model_dump(mode="json", exclude={"cache", "shard_weights"}),
         "seed": seed,
+        "rows": "packed" if packed else "padded",
         "plan": plan,
         "weights": weights_fingerprint(twin),
     }
