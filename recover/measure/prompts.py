@@ -13,7 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from recover.errors import DataError
+from recover.errors import DataError, StopRequested
+from recover.models.chat_template import SECONDS, within
 
 
 def uses_chat(tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> bool:
@@ -35,7 +36,20 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool |
     if not uses_chat(tokenizer, chat):
         return prompt
     turn = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False))
+    try:
+        with within(SECONDS):
+            text = tokenizer.apply_chat_template(
+                turn, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+    except StopRequested:
+        raise
+    except Exception as error:  # whatever a template of others raises, or calls for
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"the tokenizer's chat template cannot write the prompt {prompt[:60]!r} "
+            f"({type(error).__name__}: {reason}); mend it, or set 'chat: false' in the task"
+        ) from error
+    return str(text)
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:

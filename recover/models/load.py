@@ -22,6 +22,7 @@ from recover import console, dist, recipe
 from recover.errors import ModelError
 from recover.memory import Shape
 from recover.models.arch import arch_of_type, head_size_of, kv_heads_of
+from recover.models.chat_template import check_template
 from recover.models.source import (
     check_numbers,
     check_tied,
@@ -141,7 +142,10 @@ def ready(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def load_tokenizer(leaf: recipe.Model) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, which has an end-of-sequence token and a padding token. Raises ModelError."""
+    """The model's tokenizer, which has an end-of-sequence token and a padding token.
+
+    Raises ModelError: it cannot be loaded, lacks one of these, or its chat template is broken or has no end.
+    """
     folder = locate(leaf, leaf.tokenizer)
     with explained(f"{folder}: tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -158,6 +162,7 @@ def load_tokenizer(leaf: recipe.Model) -> PreTrainedTokenizerBase:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    check_template(tokenizer, folder)
     return tokenizer
 
 

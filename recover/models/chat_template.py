@@ -1,0 +1,101 @@
+"""A chat template is a program that came with a model: what it writes has a bound in time, memory and size."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from recover.errors import ModelError, RecoverError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SECONDS = 10.0  # templates take some tenths of a millisecond
+MEMORY = 2**30  # bytes more than the process has
+LONGEST = 2**20  # characters that a template may write around a message
+TRIAL = "Olga carries 81 roses."
+MEND = "mend chat_template.jinja (or chat_template in tokenizer_config.json), or take it away"
+
+
+class TooSlow(RecoverError):
+    """Rendering took longer than it may."""
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, where: object) -> None:
+    """Render one short message with little time and memory.
+
+    Raises ModelError: the template has an error of syntax, takes too long or too much, or writes without end. Whether
+    it takes a certain kind of conversation is not looked at here.
+    """
+    if not isinstance(tokenizer.chat_template, str):
+        return
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        with within(SECONDS), _little_memory():
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": TRIAL}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+    except TemplateSyntaxError as error:
+        raise ModelError(f"{where}: chat template, line {error.lineno}: {_line(error)}; {MEND}") from None
+    except TooSlow as error:
+        raise ModelError(f"{where}: the chat template {error} for one short message; {MEND}") from None
+    except (MemoryError, OverflowError) as error:
+        raise ModelError(
+            f"{where}: the chat template takes more than {MEMORY:,} bytes for one short message "
+            f"({type(error).__name__} {_line(error)}); {MEND}"
+        ) from None
+    except Exception:
+        return  # it refuses this conversation, as some do without a system prompt: said where one is rendered
+    if len(str(text)) > LONGEST:
+        raise ModelError(
+            f"{where}: the chat template writes {len(str(text)):,} characters for one short message; expected at most "
+            f"{LONGEST:,}; {MEND}"
+        )
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Inside, Python code that takes longer ends in TooSlow. In the main thread alone: others take no signals."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise TooSlow(f"takes more than {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    left, every = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left, every)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def _little_memory() -> Iterator[None]:
+    """Inside, this process gets little memory more, where the system can say how much it has."""
+    import resource
+
+    before: Any = None
+    with suppress(OSError, ValueError):
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        most = [limit for limit in (soft, hard, used + MEMORY) if limit != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_AS, (min(most), hard))
+        before = (soft, hard)
+    try:
+        yield
+    finally:
+        if before is not None:
+            resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,71 @@
+"""A chat template of others ends: in time, in memory, in size; and what is wrong with it is one line."""
+
+import resource
+import signal
+import time
+
+import pytest
+from gguf_checkpoint import words
+
+from recover.errors import DataError, ModelError
+from recover.measure.prompts import prompt_text
+from recover.models import chat_template
+from recover.models.chat_template import TooSlow, check_template, within
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+REFUSED = {
+    "endless loops": (ENDLESS, r"takes more than 0\.5 seconds"),
+    "a huge text": ("{{ 'a' * 10000000000 }}", "takes more than .* bytes"),
+    "a text that doubles": (
+        "{% set n = namespace(s='aaaaaaaaaaaaaaaa') %}{% for i in range(40) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+        "takes more than",
+    ),
+    "a huge range": ("{% for a in range(10**12) %}{% endfor %}", "takes more than .*Range too big"),
+    "much text": ("{% for a in range(50000) %}one thousand roses and more {% endfor %}", "writes 1,400,000 characters"),
+    "no end of a loop": ("line\n{% for m in messages %}", r"line 2: .*end of template"),
+    "no such filter": ("{{ messages | nothing }}", "line 1: No filter named 'nothing'"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_template_without_bounds_is_refused(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "SECONDS", 0.5)
+    tokenizer = words()
+    tokenizer.chat_template, reason = REFUSED[what]
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    alarm = signal.getitimer(signal.ITIMER_REAL)[0]
+    began = time.monotonic()
+    with pytest.raises(ModelError, match=f"^folder: [^\n]*{reason}[^\n]*chat_template") as raised:
+        check_template(tokenizer, "folder")
+    assert "\n" not in str(raised.value) and time.monotonic() - began < 20
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits
+    assert alarm - 20 < signal.getitimer(signal.ITIMER_REAL)[0] <= alarm
+
+
+def test_sound_templates_and_those_that_refuse_some_conversations_pass() -> None:
+    tokenizer = words()
+    check_template(tokenizer, "folder")
+    for template in (None, "{{ raise_exception('a system prompt first') }}", "{{ messages[0]['content'][0]['text'] }}"):
+        tokenizer.chat_template = template
+        check_template(tokenizer, "folder")
+
+
+def test_what_a_template_raises_for_a_prompt_is_one_line() -> None:
+    tokenizer = words()
+    tokenizer.chat_template = "{{ raise_exception('a system\nprompt first') }}"
+    with pytest.raises(DataError, match=r"cannot write the prompt 'Hello' \(TemplateError: a system prompt first\)"):
+        prompt_text(tokenizer, "Hello")
+
+
+def test_the_bound_of_time_gives_an_earlier_alarm_back() -> None:
+    heard = []
+    before = signal.signal(signal.SIGALRM, lambda *_: heard.append(1))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 5.0)
+        with pytest.raises(TooSlow, match=r"more than 0\.05 seconds"), within(0.05):
+            while True:
+                pass
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 5.0 and heard == []
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
