@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from fault_dealing import Hand, Trial
 
-from recover.errors import RecipeError
+from recover.base.errors import RecipeError
 
 FAMILIES = ("llama", "qwen3", "gemma2", "granite", "mistral_sliding")
 
@@ -22,7 +22,7 @@ def recipes(_bench: Any, hand: Hand) -> Iterator[Trial]:
     from hypothesis import HealthCheck, given, seed, settings
     from hypothesis import strategies as st
 
-    from recover.recipe import parse_recipe
+    from recover.config.recipe import parse_recipe
 
     outcomes: list[Trial] = []
     change = st.tuples(st.sampled_from(test_recipe.places(test_recipe.FULL)), test_recipe.junk)
@@ -79,8 +79,8 @@ def stale_caches(bench: Any, hand: Hand) -> Iterator[Trial]:
     import test_data
     from tiny import tiny
 
+    from recover.models.plan import Plan
     from recover.models.twin import Twin
-    from recover.prune.plan import Plan
 
     folder = bench.folder("cache")
     folder.mkdir()

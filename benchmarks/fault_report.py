@@ -14,7 +14,7 @@ from typing import Any
 
 from fault_dealing import Outcome, Row
 
-from recover.artifacts import write_json
+from recover.base.artifacts import write_json
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "hypothesis")
 FAILURES = 20  # of a row, whose text is kept

@@ -17,8 +17,8 @@ import faulty_peers
 import torch
 from fault_dealing import Trial
 
-from recover.artifacts import read_json
-from recover.run_directory import RunDirectory
+from recover.base.artifacts import read_json
+from recover.run.directory import RunDirectory
 from recover.train.checkpoints import Checkpoints
 
 STEPS = 3  # of the training; each of two micro-steps

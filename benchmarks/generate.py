@@ -35,15 +35,16 @@ from generate_ways import OTHERS, PAIR, Texts, Variant
 from step_cost import SEVEN
 from step_models import Bench
 
-from recover import console, dist, provenance, recipe
-from recover.measure.decode import Writing
-from recover.measure.generate import writing
-from recover.measure.prompts import encode_prompt
+from recover.base import console, dist, provenance
+from recover.base.quiet import quiet_libraries
+from recover.config import recipe
 from recover.measure.speed import spread, take_turns
 from recover.measure.task_file import load_task
 from recover.models.load import load_model, load_tokenizer, ready
-from recover.quiet import quiet_libraries
 from recover.report import words
+from recover.text.decode import Writing
+from recover.text.generate import writing
+from recover.text.prompts import encode_prompt
 
 RANDOM = "random:7b"
 PAIR_SHARE = 0.5  # of the seconds: after these no further pair of turns is begun

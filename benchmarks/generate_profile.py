@@ -15,9 +15,9 @@ import torch
 from torch.profiler import ProfilerActivity
 from trace_events import ON_GPU, events_of, gaps, longest, span
 
-from recover import console
-from recover.measure import decode
-from recover.measure.decode import Writing, write
+from recover.base import console
+from recover.text import decode
+from recover.text.decode import Writing, write
 
 PHASES = {
     "_read_group": "prompts read",

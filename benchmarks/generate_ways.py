@@ -7,10 +7,10 @@ from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
-from recover.measure import decode
-from recover.measure.decode import Writing, write
-from recover.measure.generate import plain
-from recover.measure.prompts import batches_by_length, left_pad
+from recover.text import decode
+from recover.text.decode import Writing, write
+from recover.text.generate import plain
+from recover.text.prompts import batches_by_length, left_pad
 
 Texts = dict[int, list[int]]
 Variant = Callable[[Any, Sequence[list[int]], Writing], Texts]

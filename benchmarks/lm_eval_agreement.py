@@ -15,16 +15,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from recover import console, recipe
+from recover.base import console
+from recover.base.quiet import quiet_libraries
+from recover.config import recipe
 from recover.measure.harness import harness
 from recover.measure.task_file import load_task
 from recover.measure.tasks import measure
 from recover.models.load import load_model, load_tokenizer, ready
+from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.prune.plan import Plan
-from recover.quiet import quiet_libraries
 
-DATA = Path(recipe.__file__).parent / "embedded" / "tasks"
+DATA = Path(recipe.__file__).parents[1] / "embedded" / "tasks"
 DROPPED = (4,)  # leaves both tasks in the middle
 ENDLESS = "\n\n\n\n\n\n"  # the harness wants a text that ends an answer; the end token does
 

@@ -18,13 +18,14 @@ from typing import Any
 
 import yaml
 
-from recover import console, recipe
-from recover.measure.score import extract, is_right
+from recover.base import console
+from recover.base.quiet import quiet_libraries
+from recover.commands.measuring import model_leaf
+from recover.config import recipe
+from recover.maths.score import extract, is_right
 from recover.measure.task_file import load_task
 from recover.measure.tasks import measure
-from recover.measuring import model_leaf
 from recover.models.load import load_model, load_tokenizer, ready
-from recover.quiet import quiet_libraries
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"
 Verdicts = dict[str, list[bool]]

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from recover.config.recipe import Loss
 from recover.distill.loss import distillation_loss, rows_at_once
-from recover.recipe import Loss
 
 Case = Callable[[Tensor, Tensor, Tensor], Tensor]  # (h_pruned_ND, h_dense_ND, head_VD) -> dL/dh_ND of the mean
 

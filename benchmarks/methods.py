@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from recover.recipe import load_recipe
+from recover.config.recipe import load_recipe
 
 METHODS = {
     "blocks-kl": "kind: depth, count: 3, score: kl",
@@ -154,7 +154,7 @@ def time_all(recipe: Path, out: Path, rows: dict[str, dict[str, Any]]) -> None:
 
     Masks are left out: their exports run the dense model's kernels on the dense model's shapes.
     """
-    from recover import dist
+    from recover.base import dist
     from recover.measure.speed import compare_speed
     from recover.models.load import load_model
 

@@ -30,16 +30,16 @@ import torch
 from crew import Crew, Row
 from quality_work import at_most
 
-from recover.artifacts import write_json
-from recover.measure.score import interval95
+from recover.base.artifacts import write_json
+from recover.config.recipe import DenseText, Recipe, Recover, load_recipe
+from recover.maths.score import interval95
 from recover.measure.tasks import load_task, measure
 from recover.models.load import load_model, load_tokenizer, ready
+from recover.models.plan import Plan, load_plan, save_plan
 from recover.models.source import locate
 from recover.models.twin import Twin
 from recover.prune.calibrate import calibration_batches
 from recover.prune.methods import PRUNERS
-from recover.prune.plan import Plan, load_plan, save_plan
-from recover.recipe import DenseText, Recipe, Recover, load_recipe
 from recover.train.trainer import recover
 
 EQUAL_TIME = "equal time: "

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from recover import recipe
+from recover.config import recipe
 from recover.probe.probe import records_of, texts
 from recover.probe.views import Pair
 

@@ -25,11 +25,11 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
+from recover.config.recipe import Calibration, SparseGpt, Wanda
 from recover.models.arch import blocks_of, linears_of
+from recover.models.plan import Plan, Pruned
 from recover.models.twin import Twin
-from recover.prune.plan import Plan, Pruned
 from recover.prune.sparsity import prune_sparsegpt, prune_wanda
-from recover.recipe import Calibration, SparseGpt, Wanda
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 3584,

@@ -34,8 +34,8 @@ from crew import Crew, Row
 from quality_table import markdown, read_rows
 from quality_work import VARIANTS, Task, Workbench, tasks_for
 
+from recover.config.recipe import load_recipe
 from recover.models.source import locate
-from recover.recipe import load_recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

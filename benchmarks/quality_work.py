@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crew import Row
 
-from recover.recipe import DenseText, PrunedText, Recipe, Recover, load_recipe
+from recover.config.recipe import DenseText, PrunedText, Recipe, Recover, load_recipe
 
 if TYPE_CHECKING:
     from recover.models.twin import Twin
@@ -141,9 +141,9 @@ class Workbench:
     """The dense model, loaded once, and what the tasks of one process do with copies of it."""
 
     def __init__(self, options: argparse.Namespace) -> None:
+        from recover.base.quiet import quiet_libraries
         from recover.measure.tasks import load_task
         from recover.models.load import load_model, load_tokenizer, ready
-        from recover.quiet import quiet_libraries
 
         quiet_libraries()
         self.options, self.texts = options, options.out / "text"
@@ -159,8 +159,8 @@ class Workbench:
 
     def twin(self, *, planned: bool = True) -> Twin:
         """A fresh one, of a copy: nothing that a training did to a model reaches the next."""
+        from recover.models.plan import Plan, load_plan
         from recover.models.twin import Twin
-        from recover.prune.plan import Plan, load_plan
 
         model = copy.deepcopy(self.model)
         return Twin(model, *load_plan(self.options.out / "prune")) if planned else Twin(model, Plan.none(self.blocks))
@@ -170,9 +170,9 @@ class Workbench:
         return self.model.config.num_hidden_layers
 
     def plan(self, _task: Task) -> list[Row]:
+        from recover.models.plan import save_plan
         from recover.prune.calibrate import calibration_batches
         from recover.prune.methods import PRUNERS
-        from recover.prune.plan import save_plan
 
         leaf, folder = self.recipe.prune, self.options.out / "prune"
         if not (folder / "plan.json").exists():
@@ -239,8 +239,8 @@ class Workbench:
         return [prompt for several in zip(*lists, strict=False) for prompt in several][: self.recipe.probe.samples]
 
     def measured(self, model: Any) -> Row:
+        from recover.commands.measuring import FIGURES
         from recover.measure.tasks import measure
-        from recover.measuring import FIGURES
 
         record, _ = measure(model, self.tokenizer, self.tasks, self.recipe.measure, seed=self.recipe.seed)
         each = {name: task[FIGURES[task["kind"]][0]] for name, task in record["tasks"].items()}
@@ -250,10 +250,10 @@ class Workbench:
         """Means per token of every term of the loss over the texts of the perplexity tasks."""
         import torch
 
+        from recover.config.recipe import Loss
         from recover.distill.distiller import Distiller
-        from recover.measure.generate import evaluating
-        from recover.measure.prompts import text_ids
-        from recover.recipe import Loss
+        from recover.text.generate import evaluating
+        from recover.text.prompts import text_ids
         from recover.train.data import collator
 
         device, chunk = twin.base.device, self.recipe.recover.loss.chunk

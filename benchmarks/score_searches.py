@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recover.recipe import Calibration, Depth
+from recover.config.recipe import Calibration, Depth
 
 if TYPE_CHECKING:
     from torch import LongTensor
 
-    from recover.bench import Bench
     from recover.models.twin import Twin
+    from recover.run.context import Bench
 
 ANSWER = 96  # tokens that the dense model writes to a prompt
 SEARCHES: dict[str, dict[str, Any]] = {"greedy": {}, "swap": {"swap": True}, "beam": {"beam": 4}}
@@ -23,8 +23,8 @@ ALL = "kl, own text"
 
 def given_and_own(bench: Bench, leaf: Calibration, files: Sequence[Path]) -> dict[str, list[LongTensor]]:
     """The score's name -> batches of text: `kl` on the recipe's, as many tokens of the dense model's own, its parts."""
-    from recover.calibration import answered
     from recover.prune.calibrate import calibration_batches
+    from recover.run.calibration import answered
 
     texts = {"kl": calibration_batches(leaf, bench.tokenizer, bench.recipe.seed)}
     own = {}

@@ -39,14 +39,14 @@ from typing import TYPE_CHECKING, Any
 from score_searches import given_and_own, score_on, searched
 from score_table import SCORES, USES, correlations, markdown
 
-from recover.artifacts import append_jsonl, read_json, read_jsonl, write_json, write_text
-from recover.recipe import Depth, Recipe, load_recipe
+from recover.base.artifacts import append_jsonl, read_json, read_jsonl, write_json, write_text
+from recover.config.recipe import Depth, Recipe, load_recipe
 
 if TYPE_CHECKING:
     from torch import LongTensor
 
-    from recover.bench import Bench
     from recover.models.twin import Twin
+    from recover.run.context import Bench
 
 SUMMED = ("taylor", "block_influence")  # each block is scored alone, and the lowest go
 
@@ -104,9 +104,9 @@ def settings_of(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
 
 def prepared(recipe: Recipe, options: argparse.Namespace) -> Bench:
     """Model, tokenizer and tasks of the recipe, loaded once; texts are greedy alone."""
-    from recover.bench import Bench
-    from recover.quiet import quiet_libraries
-    from recover.run_directory import RunDirectory
+    from recover.base.quiet import quiet_libraries
+    from recover.run.context import Bench
+    from recover.run.directory import RunDirectory
 
     quiet_libraries()
     changed = {"sampling": None, "samples": 0, "batch_size": max(options.batch_size, recipe.measure.batch_size)}

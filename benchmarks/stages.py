@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from recover import recipe, stages
-from recover.clock import spent
+from recover.base.clock import spent
+from recover.config import recipe
+from recover.run import stages
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 SHAPES: dict[str, dict[str, int]] = {

@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from recover import console, dist, provenance, recipe
-from recover.measure import decode
-from recover.measure.generate import generate
+from recover.base import console, dist, provenance
+from recover.config import recipe
 from recover.measure.task_file import load_task
 from recover.models.load import load_model, load_tokenizer, ready
 from recover.models.step_attention import attend
 from recover.report import words
+from recover.text import decode
+from recover.text.generate import generate
 
 CALLS, TIMED = 100, 20  # that are compared; medians of so many, each of ten calls
 

@@ -19,15 +19,15 @@ from step_cost import Shape
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
+from recover.config.recipe import Lora, Loss
 from recover.distill.distiller import Distiller
 from recover.distill.graphs import GraphedPasses
 from recover.models.lean import LeanAttention, LeanMlp, LeanNorm
 from recover.models.masked_lora import lora_layers
 from recover.models.packed_attention import NAME
+from recover.models.plan import Plan
 from recover.models.step_attention import attending
 from recover.models.twin import Twin
-from recover.prune.plan import Plan
-from recover.recipe import Lora, Loss
 from recover.train.data import packer, with_scored
 
 RANK = 16

@@ -33,10 +33,10 @@ BATCH, LENGTH = 8, 130
 
 def writing() -> Callable[[], float]:
     """Writes one batch of texts; gives how many."""
-    from recover.measure.generate import generate
+    from recover.config.recipe import Model
     from recover.measure.tasks import load_task
     from recover.models.load import load_model, load_tokenizer
-    from recover.recipe import Model
+    from recover.text.generate import generate
 
     leaf = Model(source="embedded:fable-2m")
     model, tokenizer = load_model(leaf), load_tokenizer(leaf)
@@ -54,11 +54,11 @@ def training() -> Callable[[], float]:
     import numpy as np
     import torch
 
+    from recover.config.recipe import Lora, Loss, Model
     from recover.distill.distiller import Distiller
     from recover.models.load import load_model
+    from recover.models.plan import Plan
     from recover.models.twin import Twin
-    from recover.prune.plan import Plan
-    from recover.recipe import Lora, Loss, Model
     from recover.train.data import packer
 
     model = load_model(Model(source="embedded:fable-2m"))

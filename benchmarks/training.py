@@ -41,11 +41,11 @@ from byte_tokenizer import byte_tokenizer
 from step_cost import SHAPES
 from step_models import Bench
 
-from recover import dist
-from recover.artifacts import read_jsonl
+from recover.base import dist
+from recover.base.artifacts import read_jsonl
+from recover.config.recipe import Recover
+from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.prune.plan import Plan
-from recover.recipe import Recover
 from recover.train import trainer
 from recover.train.checkpoints import STEPS
 from recover.train.data import build_dataset

@@ -33,12 +33,12 @@ from torch.profiler import ProfilerActivity
 from trace_events import ON_GPU, events_of, gaps, longest, span
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
-from recover.measure import decode, kv
-from recover.measure.decode import Writing
-from recover.models import step_attention, stepping
+from recover.config.recipe import Lora, Sampling
+from recover.models import step_attention
+from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.prune.plan import Plan
-from recover.recipe import Lora, Sampling
+from recover.text import decode, kv, stepping
+from recover.text.decode import Writing
 
 LOGIT_SPREAD = 5.5  # standard deviation of a logit
 TOP = 12
@@ -306,7 +306,7 @@ def main() -> None:
 
 def attention(device: torch.device) -> None:
     """Microseconds of a call, by columns at once and warps, for the three shapes at 100 columns of 177."""
-    from recover.models import step_kernels
+    from recover.kernels import step_kernels
 
     for name, (rows, heads, groups, size) in {
         "135m": (1024, 3, 3, 64),

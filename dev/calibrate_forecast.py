@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
-from recover.errors import RecoverError
+from recover.base.errors import RecoverError
 from recover.forecast import advice, law
 from recover.forecast.known import PATH, known_runs, write_runs
 from recover.forecast.runs import Run, read_run

@@ -1,11 +1,11 @@
-"""Write the tables of launch/README.md, which file for which model on which GPU, from recover/memory.py."""
+"""Write the tables of launch/README.md, which file for which model on which GPU, from recover/base/memory.py."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from recover.memory import GIB, Shape, Training, launch_for, measuring_bytes, training_parts
+from recover.base.memory import GIB, Shape, Training, launch_for, measuring_bytes, training_parts
 
 PAGE = Path(__file__).parent.parent / "launch" / "README.md"
 

@@ -1,4 +1,4 @@
-"""Write docs/recipe.md, the reference of every recipe field, from the models in recover/recipe.py."""
+"""Write docs/recipe.md, the reference of every recipe field, from the models in recover/config/recipe.py."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from recover import recipe
-from recover.leaf import Leaf
-from recover.measure.task_kinds import FILES, Fewshot, Reading
+from recover.config import recipe
+from recover.config.leaf import Leaf
+from recover.config.tasks import FILES, Fewshot, Reading
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"
 HEAD = """# Recipe reference
 
-Every field of a recipe, from `recover/recipe.py` (`python dev/recipe_reference.py` writes this page; a test holds it).
+Every field of a recipe, from `recover/config/` (`python dev/recipe_reference.py` writes this page; a test holds it).
 Fields without a default must be given. Relative files are looked up from the recipe's folder; `embedded:NAME` is
 shipped with the package. On the command line any field is set as
 `recover run RECIPE recover.lr=1e-3 recover.data.0.share=2`.

@@ -1,6 +1,6 @@
 """`python -m recover` is `recover`: what `accelerate launch -m recover run recipes/X.yaml` starts."""
 
-from recover.safe_path import leave_working_folder
+from recover.base.safe_path import leave_working_folder
 
 leave_working_folder()  # before anything else is imported
 

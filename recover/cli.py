@@ -12,21 +12,18 @@ from typing import Annotated, ParamSpec, TypeVar
 
 import typer
 
-from recover import (
-    __version__,
-    commands_forecast,
-    commands_gguf,
-    commands_measure,
-    commands_probe,
-    commands_report,
-    commands_run,
-    commands_teacher,
-    console,
-    dist,
-)
-from recover.errors import RecoverError
-from recover.safe_path import leave_working_folder
-from recover.threads import wait_asleep
+from recover import __version__
+from recover.base import console, dist
+from recover.base.errors import RecoverError
+from recover.base.safe_path import leave_working_folder
+from recover.base.threads import wait_asleep
+from recover.commands import forecast as commands_forecast
+from recover.commands import gguf as commands_gguf
+from recover.commands import measure as commands_measure
+from recover.commands import probe as commands_probe
+from recover.commands import report as commands_report
+from recover.commands import run as commands_run
+from recover.commands import teacher as commands_teacher
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")

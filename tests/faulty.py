@@ -23,12 +23,12 @@ from faulty_disk import Disk
 from safetensors.torch import load_file
 from tiny import tiny
 
-from recover import artifacts
-from recover.errors import RecoverError
+from recover.base import artifacts
+from recover.base.errors import RecoverError
+from recover.base.signals import graceful_stop
+from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.prune.plan import Plan
-from recover.run_directory import TRAINED, RunDirectory
-from recover.signals import graceful_stop
+from recover.run.directory import TRAINED, RunDirectory
 from recover.train.checkpoints import STEPS, Checkpoints
 from recover.train.distil_trainer import RecoverTrainer
 from recover.train.trainer import recover

@@ -1,4 +1,4 @@
-"""A disk that fails: every call with which `recover.artifacts` changes files is counted, and one of them goes wrong."""
+"""A disk that fails: calls by which `recover.base.artifacts` changes files are counted, and one goes wrong."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from recover import artifacts
+from recover.base import artifacts
 
 
 def kill() -> NoReturn:

@@ -22,10 +22,10 @@ from byte_tokenizer import byte_tokenizer
 from tiny import tiny
 from transformers import TrainerCallback
 
-from recover import artifacts, dist
-from recover.errors import StopRequested
+from recover.base import artifacts, dist
+from recover.base.errors import StopRequested
+from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.prune.plan import Plan
 from recover.train.distil_trainer import RecoverTrainer
 from recover.train.trainer import recover
 

@@ -18,7 +18,7 @@ import faulty
 import faulty_launch
 import two_processes
 
-from recover import artifacts
+from recover.base import artifacts
 from recover.train.checkpoints import STEPS
 from recover.train.distil_trainer import RecoverTrainer
 

@@ -4,10 +4,10 @@ import json
 import math
 from pathlib import Path
 
-from recover import artifacts
+from recover.base import artifacts
+from recover.config.recipe import load_recipe
 from recover.forecast import advice
 from recover.forecast.runs import Run, State
-from recover.recipe import load_recipe
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 TOKENS = 90_000

@@ -7,7 +7,7 @@ from pathlib import Path
 from tiny import tiny
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from recover import recipe
+from recover.config import recipe
 
 ROWS = 1030  # of the embedding: six more than the tokenizer has tokens
 LLAMA31 = {

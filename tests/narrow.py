@@ -8,10 +8,10 @@ import functools
 import torch
 from tiny import ids, tiny
 
-from recover import recipe
+from recover.config import recipe
 from recover.models.arch import blocks_of
+from recover.models.plan import Plan, Pruned
 from recover.models.twin import Twin
-from recover.prune.plan import Plan, Pruned
 from recover.prune.width import prune_width
 
 NEURONS, HEAD, SHARED = 96, 16, 2  # of every tiny model; SHARED query heads on a KV head

@@ -11,10 +11,10 @@ import torch
 from tiny import ids, tiny
 from torch import nn
 
-from recover import recipe
+from recover.config import recipe
+from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.probe.probe import probe
-from recover.prune.plan import Plan
 
 DROPPED = (2, 4)
 STEPS = 8

@@ -7,10 +7,10 @@ import gc
 import pytest
 import torch
 
-from recover import console
-from recover.measure.decode import write
-from recover.measure.generate import plain
-from recover.models.recording import end_recording_of_draws
+from recover.base import console
+from recover.config.recipe import Calibration, Sampling, SparseGpt, Wanda
+from recover.kernels.recording import end_recording_of_draws
+from recover.models.plan import Plan
 from recover.models.step_attention import attend
 from recover.models.twin import Twin
 from recover.probe import trajectory
@@ -20,8 +20,8 @@ from recover.probe.sublayers import transitions
 from recover.probe.trajectory import batches_of, greedy
 from recover.probe.views import Pair
 from recover.prune.methods import PRUNERS
-from recover.prune.plan import Plan
-from recover.recipe import Calibration, Sampling, SparseGpt, Wanda
+from recover.text.decode import write
+from recover.text.generate import plain
 from tests.probe_reference import STEPS, dropping, endless
 from tests.probe_reference import prompts as probed
 from tests.test_decode import ending_at, prompts, texts

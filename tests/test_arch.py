@@ -9,7 +9,7 @@ from tiny import FAMILIES, ids, tiny
 from torch import nn
 from transformers import GPT2Config
 
-from recover.errors import ModelError
+from recover.base.errors import ModelError
 from recover.models.arch import ARCHS, arch_of, blocks_of, final_norm_of, head_of, linears_of
 
 

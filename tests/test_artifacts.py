@@ -13,9 +13,9 @@ from faulty_disk import Disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recover import artifacts
-from recover.errors import ArtifactError
-from recover.run_directory import RunDirectory
+from recover.base import artifacts
+from recover.base.errors import ArtifactError
+from recover.run.directory import RunDirectory
 
 
 class Crash(BaseException):

@@ -125,7 +125,7 @@ def test_quality_tells_texts_apart_by_how_they_begin(tmp_path):
 def test_quality_fades_the_variance_by_half(options):
     from quality_work import VARIANTS
 
-    from recover.recipe import load_recipe
+    from recover.config.recipe import load_recipe
 
     recipe = BENCHMARKS.parent / "recipes/smollm2-135m-drop3.yaml"
     for name, weight in (("kl + 1 var -> 0", 1.0), ("kl + 3 var -> 0", 3.0)):
@@ -203,7 +203,7 @@ def test_a_crew_ends_in_time_whatever_its_workers_do(options, monkeypatch, capsy
 def test_rows_at_equal_time_wait_for_those_they_take_as_long_as(options):
     import on_policy
 
-    from recover.recipe import load_recipe
+    from recover.config.recipe import load_recipe
 
     leaf = load_recipe(BENCHMARKS.parent / "recipes/smollm2-135m-drop3.yaml").recover
     options.arms, options.temperature, options.seeds = ["0.5"], 1.0, [4, 7]

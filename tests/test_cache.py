@@ -15,17 +15,17 @@ from test_distiller import batch, depth_twin, gradients, scramble, trained
 from tiny import tiny
 from twins import masked_twin
 
-from recover import estimate_cache, stages
-from recover.artifacts import read_json, sha256
+from recover.base.artifacts import read_json, sha256
+from recover.base.errors import ArtifactError, RecipeError
+from recover.config.recipe import Cache, Lora, Loss, Recover, load_recipe
 from recover.distill import cache as caching
 from recover.distill.cache import StateCache, about, row_key
 from recover.distill.distiller import DenseStates, Distiller, scored_rows
-from recover.errors import ArtifactError, RecipeError
-from recover.models import fused
+from recover.kernels import fused
 from recover.models.load import describe
+from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.prune.plan import Plan
-from recover.recipe import Cache, Lora, Loss, Recover, load_recipe
+from recover.run import estimate_cache, stages
 from recover.train import caching as training
 from recover.train.caching import TrainingStates, text_rows, with_states
 from recover.train.data import packer
@@ -220,7 +220,7 @@ def test_a_failed_write_leaves_no_shard(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("recover.artifacts.os.fsync", full)
+    monkeypatch.setattr("recover.base.artifacts.os.fsync", full)
     with pytest.raises(ArtifactError, match=r"disk full: [\d,]+ bytes to write"):
         states.fill(text(), COLLATE, 7)
     assert not shards(tmp_path) and not list(tmp_path.rglob(".*.tmp"))

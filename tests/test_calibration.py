@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from recover.bench import Bench
-from recover.calibration import calibration
-from recover.errors import DataError
-from recover.json_lines import json_lines
-from recover.measure.prompts import encode_prompt
+from recover.base.errors import DataError
+from recover.config.json_lines import json_lines
+from recover.config.recipe import load_recipe, local_path
 from recover.prune.calibrate import calibration_record
-from recover.recipe import load_recipe, local_path
-from recover.run_directory import RunDirectory
+from recover.run.calibration import calibration
+from recover.run.context import Bench
+from recover.run.directory import RunDirectory
+from recover.text.prompts import encode_prompt
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 PROMPTS, ANSWER = "embedded:tasks/prompts.jsonl", 6
@@ -75,7 +75,7 @@ def test_it_is_written_once_and_anew_when_asked_for_otherwise(bench, monkeypatch
         raise AssertionError("written again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("recover.measure.generate.generate", written)
+        patch.setattr("recover.text.generate.generate", written)
         again = calibration(bench())
         assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
         with pytest.raises(AssertionError, match="written again"):

@@ -7,10 +7,10 @@ import time
 import pytest
 from gguf_checkpoint import words
 
-from recover.errors import DataError, ModelError
-from recover.measure.prompts import prompt_text
+from recover.base.errors import DataError, ModelError
 from recover.models import chat_template
 from recover.models.chat_template import TooSlow, check_template, within
+from recover.text.prompts import prompt_text
 
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 REFUSED = {

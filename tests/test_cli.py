@@ -14,11 +14,12 @@ import yaml
 from typer.testing import CliRunner, Result
 
 import recover
-from recover import artifacts, stages
+from recover.base import artifacts
+from recover.base.errors import PruneError, StopRequested
 from recover.cli import app
-from recover.errors import PruneError, StopRequested
-from recover.recipe import Recipe, dump_recipe, load_recipe
-from recover.run_directory import RunDirectory
+from recover.config.recipe import Recipe, dump_recipe, load_recipe
+from recover.run import stages
+from recover.run.directory import RunDirectory
 
 COMMANDS = (
     *("run", "plan", "prune", "probe", "train", "export", "report", "show", "compare"),
@@ -184,7 +185,7 @@ def test_out_of_memory_says_what_takes_less(recipe_path: Path, monkeypatch: pyte
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 28.00 MiB. GPU 0 has a total capacity of 1")
 
-    monkeypatch.setattr("recover.stages.run", full)
+    monkeypatch.setattr("recover.run.stages.run", full)
     result = call("run", str(recipe_path))
     assert result.exit_code == 1 and "Traceback" in result.stderr
     assert "error: out of GPU memory: CUDA out of memory. Less is taken in training by" in result.stderr

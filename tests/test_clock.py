@@ -6,8 +6,8 @@ import pytest
 from report_run import build_run
 from test_end_to_end import run
 
-from recover import clock as clocks
-from recover.clock import OTHER, Clock, note, part, spent, stage_clock
+from recover.base import clock as clocks
+from recover.base.clock import OTHER, Clock, note, part, spent, stage_clock
 from recover.report.collect import collect
 from recover.report.render import render
 
@@ -103,7 +103,7 @@ def test_a_run_says_where_its_time_went(tmp_path, monkeypatch):
     assert "pruning" in found["prune"]["parts"]
     for row in found.values():
         assert row["seconds"] == pytest.approx(sum(row["parts"].values()), abs=0.01)
-    from recover import work
+    from recover.run import stage_work as work
 
     def stopped(bench) -> None:
         raise KeyboardInterrupt

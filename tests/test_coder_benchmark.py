@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from report_run import build_run
 
-from recover.recipe import load_recipe
-from recover.run_directory import RunDirectory
-from recover.stages import fingerprint
+from recover.config.recipe import load_recipe
+from recover.run.directory import RunDirectory
+from recover.run.stages import fingerprint
 
 ROOT = Path(__file__).parent.parent
 CODER = ROOT / "benchmarks" / "coder"
@@ -220,7 +220,7 @@ def test_what_runs_have_in_common(field, differs):
 @pytest.fixture
 def donor(tmp_path):
     """A run of the quickstart whose stages up to the pruned model's figures are done, and its text written."""
-    from recover.recipe import dump_recipe
+    from recover.config.recipe import dump_recipe
 
     recipe = load_recipe(QUICKSTART, ["name=donor"])
     directory = RunDirectory(tmp_path / "donor")

@@ -7,13 +7,13 @@ from task_folder import make_task
 from tiny import tiny
 from words import word_tokenizer
 
-from recover.errors import RecipeError
+from recover.base.errors import RecipeError
+from recover.config.recipe import Measure
 from recover.measure import coding
 from recover.measure.coding import code_of
-from recover.measure.generate import Generation
 from recover.measure.sandbox import NOT_ISOLATED, isolation, run_program, run_programs
 from recover.measure.tasks import load_task, measure
-from recover.recipe import Measure
+from recover.text.generate import Generation
 
 LEAF = Measure(tasks=("x",), max_new_tokens=3, batch_size=3, sampling=None, samples=2)
 

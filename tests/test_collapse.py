@@ -4,14 +4,7 @@ import random
 
 import pytest
 
-from recover.measure.collapse import (
-    agreement,
-    distinct_n,
-    first_divergence,
-    longest_repeat,
-    loop_start,
-    repetition,
-)
+from recover.maths.collapse import agreement, distinct_n, first_divergence, longest_repeat, loop_start, repetition
 
 
 def texts(count=60):

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import recover
-from recover import console, provenance, strict_json
-from recover.errors import PruneError
+from recover.base import console, provenance, strict_json
+from recover.base.errors import PruneError
 
 
 class Clock:
@@ -146,7 +146,7 @@ def test_control_characters_are_shown_wherever_text_is_printed(
 def test_what_libraries_log_is_shown_so_too(capsys: pytest.CaptureFixture[str]) -> None:
     import logging
 
-    from recover.quiet import quiet_libraries
+    from recover.base.quiet import quiet_libraries
 
     record = logging.LogRecord("transformers", logging.WARNING, "", 0, "type %s", (HOSTILE,), None)
     quiet_libraries()

@@ -3,7 +3,7 @@
 import pytest
 
 from recover.report import cuts
-from recover.report.figures_plan import pruned
+from recover.report.figures.plan import pruned
 
 SUBLAYERS = {
     "kind": "depth",

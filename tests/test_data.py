@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny
 
-from recover.errors import DataError
+from recover.base.errors import DataError
+from recover.config.recipe import GivenText, Recover
+from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.prune.plan import Plan
-from recover.recipe import GivenText, Recover
 from recover.train import dense_text
 from recover.train.data import build_dataset, collator, training_order
 from recover.train.sources import Row, read_rows, samples_of

@@ -7,13 +7,13 @@ import torch
 from tiny import FAMILIES, tiny
 from twins import fill_adapters
 
-from recover import recipe
-from recover.measure import decode, kv
-from recover.measure.decode import Writing, write
-from recover.measure.generate import plain
-from recover.models import recording
+from recover.config import recipe
+from recover.kernels import recording
+from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.prune.plan import Plan
+from recover.text import decode, kv
+from recover.text.decode import Writing, write
+from recover.text.generate import plain
 
 
 def ending_at(bias, family="llama"):

@@ -11,19 +11,19 @@ import torch
 from pydantic import ValidationError
 from tiny import ids, tiny
 
-from recover.errors import PruneError, RecipeError
-from recover.estimate_depth import depth_warnings, refuse_depth, share_gone, share_unstored
+from recover.base.errors import PruneError, RecipeError
+from recover.config.recipe import Calibration, Depth
 from recover.export.card import _what_was_pruned
 from recover.export.merge import merge
 from recover.models.arch import arch_of, blocks_of
 from recover.models.load import Description
+from recover.models.plan import Plan, load_plan, save_plan
 from recover.models.site import Site, sites_of
 from recover.models.twin import Twin
 from recover.prune.methods import PRUNERS
-from recover.prune.plan import Plan, load_plan, save_plan
 from recover.prune.repair import RIDGE
 from recover.prune.views import stream
-from recover.recipe import Calibration, Depth
+from recover.run.estimate_depth import depth_warnings, refuse_depth, share_gone, share_unstored
 
 CALIBRATION = Calibration(data="given", samples=5, length=24, batch_size=2)
 

@@ -11,15 +11,15 @@ import torch
 from pydantic import ValidationError
 from tiny import ids, tiny
 
-from recover.estimate_depth import search_passes
+from recover.config.recipe import Calibration, Depth
+from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.prune import depth_search
 from recover.prune.depth_records import Choice
 from recover.prune.depth_scores import Span, score_of
 from recover.prune.depth_search import choose, units_of
 from recover.prune.methods import PRUNERS
-from recover.prune.plan import Plan
-from recover.recipe import Calibration, Depth
+from recover.run.estimate_depth import search_passes
 
 CALIBRATION = Calibration(data="given", samples=3, length=16, batch_size=2)
 BLOCKS = 7

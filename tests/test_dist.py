@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from recover import dist
-from recover.errors import PruneError, StopRequested
-from recover.signals import graceful_stop
+from recover.base import dist
+from recover.base.errors import PruneError, StopRequested
+from recover.base.signals import graceful_stop
 
 PROCESSES = 2
 
@@ -208,7 +208,7 @@ def test_a_process_leaves_with_its_code_and_all_it_has_said(world: int, code: in
     """With a thread that would keep the interpreter from ending, as the collectives' own may."""
     script = f"""
 import atexit, sys, threading
-from recover import dist
+from recover.base import dist
 atexit.register(lambda: print("exit function"))
 if {world} > 1:
     threading.Thread(target=threading.Event().wait).start()

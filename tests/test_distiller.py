@@ -7,11 +7,11 @@ import torch
 from peft.tuners import lora
 from tiny import FAMILIES, ids, tiny
 
+from recover.config.recipe import Lora, Loss
 from recover.distill.distiller import Distiller, scored_rows, scored_tokens, without_mask
 from recover.models.masked_lora import SwitchedLora
+from recover.models.plan import MaskRecord, Plan
 from recover.models.twin import Twin
-from recover.prune.plan import MaskRecord, Plan
-from recover.recipe import Lora, Loss
 
 DROPPED = (2, 4)
 WEIGHTS = Loss(kl=1.0, variance=0.3, ce=0.2)

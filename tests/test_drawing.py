@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny import tiny
 
-from recover.measure.decode import Writing, write
-from recover.measure.drawing import drawn, greedy, keys, nucleus, waits
-from recover.recipe import Sampling
+from recover.config.recipe import Sampling
+from recover.text.decode import Writing, write
+from recover.text.drawing import drawn, greedy, keys, nucleus, waits
 
 CPU = torch.device("cpu")
 

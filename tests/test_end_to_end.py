@@ -15,11 +15,11 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recover import stages
-from recover.artifacts import read_json, read_jsonl
-from recover.errors import DataError, ModelError, RecipeError, RecoverError
-from recover.recipe import load_recipe
-from recover.run_directory import WRITTEN, RunDirectory
+from recover.base.artifacts import read_json, read_jsonl
+from recover.base.errors import DataError, ModelError, RecipeError, RecoverError
+from recover.config.recipe import load_recipe
+from recover.run import stages
+from recover.run.directory import WRITTEN, RunDirectory
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 SMALL = (
@@ -165,7 +165,7 @@ def test_two_processes_under_deepspeed_do_the_whole_job_as_one_does(tmp_path, la
 
 def broken_model(folder: Path, **config: Any) -> Path:
     """A copy of the embedded model with changes to its config."""
-    from recover.recipe import embedded
+    from recover.config.recipe import embedded
 
     folder.mkdir()
     for path in embedded("fable-2m").iterdir():

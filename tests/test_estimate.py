@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny import tiny
 
-from recover import dist
-from recover.estimate import warnings
+from recover.base import dist
+from recover.config.recipe import parse_recipe
 from recover.models.load import describe
-from recover.recipe import parse_recipe
+from recover.run.estimate import warnings
 
 
 @pytest.mark.parametrize(

@@ -17,15 +17,16 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, ids, tiny
 from transformers import AutoModelForCausalLM
 
-from recover import artifacts, recipe
-from recover.errors import ArtifactError, ExportError
+from recover.base import artifacts
+from recover.base.errors import ArtifactError, ExportError
+from recover.config import recipe
 from recover.export.merge import merge, pruned_config
 from recover.export.verify import check, fresh_process, verify, write_expected
 from recover.export.write import write_checkpoint
 from recover.models.arch import linears_of
+from recover.models.plan import Plan, save_plan
 from recover.models.twin import Twin
 from recover.prune.methods import PRUNERS
-from recover.prune.plan import Plan, save_plan
 
 DROPPED = (2, 4)
 

@@ -122,7 +122,7 @@ def test_the_report_counts_and_keeps_what_failed(tmp_path, capsys):
     from fault_dealing import Outcome
     from fault_report import FAILURES, Report
 
-    from recover.artifacts import read_json
+    from recover.base.artifacts import read_json
 
     report = Report({"A": row(drawn, 100)}, tmp_path / "faults.json", {"jobs": 2}, time.time())
     for number in range(50):

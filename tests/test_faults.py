@@ -16,7 +16,7 @@ import faulty_peers
 import pytest
 import torch
 
-from recover.artifacts import append_jsonl, read_json, read_jsonl
+from recover.base.artifacts import append_jsonl, read_json, read_jsonl
 from recover.train.checkpoints import Checkpoints
 from recover.train.skipping import SKIPS_IN_A_ROW, Skips
 

@@ -10,13 +10,13 @@ from task_folder import CHOICE, GENERATE, make_task
 from tiny import tiny
 from words import word_tokenizer
 
-from recover.errors import DataError, RecipeError
-from recover.inputs import digests
+from recover.base.errors import DataError, RecipeError
+from recover.config.recipe import Measure
 from recover.measure import writing
-from recover.measure.generate import Generation
 from recover.measure.task_file import load_task
 from recover.measure.tasks import measure
-from recover.recipe import Measure
+from recover.run.input_digests import digests
+from recover.text.generate import Generation
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"
 ROWS = [{"q": f"w{number}?", "answer": f"w{number + 100}"} for number in range(5, 15)]

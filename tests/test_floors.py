@@ -9,105 +9,40 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "recover"
 
-# A module's floor is that of its longest prefix here. A new module of a package that spans floors needs its own row.
+# A module's floor is that of its folder.
 FLOORS = {
-    # F0: base
-    "recover.errors": 0,
-    "recover.dist": 0,
-    "recover.console": 0,
-    "recover.artifacts": 0,
-    "recover.clock": 0,
-    "recover.run_directory": 0,
-    "recover.ownership": 0,
-    "recover.products": 0,
-    "recover.safe_path": 0,
-    "recover.signals": 0,
-    "recover.threads": 0,
-    "recover.provenance": 0,
-    "recover.places": 0,
-    "recover.quiet": 0,
-    "recover.json_lines": 0,
-    "recover.problems": 0,
-    "recover.strict_json": 0,
-    "recover.strict_yaml": 0,
-    # F1: recipes and reports; F0, F1 and the command line do without torch until they are called
-    "recover.leaf": 1,
-    "recover.recipe": 1,
-    "recover.recipe_prune": 1,
-    "recover.recipe_train": 1,
-    "recover.report": 1,
-    "recover.memory": 1,
-    "recover.forecast": 1.5,
-    # F2: tensors in, tensors out
-    "recover.models.fused": 2,
-    "recover.models.fused_kernels": 2,
-    "recover.models.lora_linear": 2,
-    "recover.models.masked_linear": 2,
-    "recover.models.own_linear": 2,
-    "recover.models.pairing": 2,
-    "recover.models.site": 2,
-    "recover.models.step_kernels": 2,
-    "recover.prune.scores": 2,
-    "recover.probe.spaces": 2,
-    "recover.distill.loss": 2,
-    "recover.distill.loss_terms": 2,
-    "recover.distill.loss_kernel": 2,
-    "recover.distill.loss_topk": 2,
-    "recover.measure.collapse": 2,
-    "recover.measure.score": 2,
-    # F3: models, and below them the plan that a twin is built from
-    "recover.prune.plan": 2.5,
-    "recover.models": 3,
-    # How texts are decoded, for what measures and for what probes
-    "recover.measure.decode": 3.5,
-    "recover.measure.drawing": 3.5,
-    "recover.measure.stops": 3.5,
-    "recover.measure.kv": 3.5,
-    "recover.measure.prompts": 3.5,
-    # F4: the work on one model
-    "recover.prune": 4,
-    "recover.probe": 4,
+    "recover.base": 0,  # files, processes, messages
+    "recover.config": 1,  # recipes
+    "recover.report": 2,  # reads the files of a run, and nothing else
+    "recover.maths": 2,  # tensors in, tensors out
+    "recover.kernels": 2,
+    "recover.forecast": 3,
+    "recover.models": 3,  # a model, dense and pruned
+    "recover.text": 4,  # what a model reads and writes
     "recover.distill": 4,
-    "recover.measure": 4,
-    "recover.export.merge": 4,
-    "recover.probe.tasks": 4.5,
-    # F5: training, writing, verifying
-    "recover.train": 5,
-    "recover.export": 5,
-    # F6: stages
-    "recover.inputs": 6,
-    "recover.estimate": 6,
-    "recover.estimate_depth": 6,
-    "recover.estimate_cache": 6,
-    "recover.bench": 6,
-    "recover.outcome": 6,
-    "recover.calibration": 6,
-    "recover.work": 6,
-    "recover.stages": 6,
-    "recover.trial": 6,
-    "recover.diagnose": 6,
-    "recover.measuring": 6,
-    "recover.teaching": 6,
-    # F7: command line
-    "recover.cli": 7,
-    "recover.commands_forecast": 6.5,
-    "recover.commands_gguf": 6.5,
-    "recover.commands_measure": 6.5,
-    "recover.commands_probe": 6.5,
-    "recover.commands_report": 6.5,
-    "recover.commands_run": 6.5,
-    "recover.commands_teacher": 6.5,
-    "recover.__main__": 7,
+    "recover.prune": 5,
+    "recover.measure": 5,
+    "recover.export": 6,
+    "recover.probe": 6,
+    "recover.train": 7,
+    "recover.run": 8,
+    "recover.commands": 9,
+    "recover.cli": 10,
+    "recover.__main__": 11,
 }
 
 HEAVY = {"torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "datasets", "tokenizers", "safetensors"}
+# These are imported without torch, and torch only comes when they are called.
 LIGHT = {
+    "recover.base",
+    "recover.config",
+    "recover.report",
     "recover.cli",
     "recover.__main__",
-    "recover.stages",
-    "recover.measuring",
-    "recover.commands_measure",
-}  # beside F0 and F1
+    "recover.run.stages",
+    "recover.commands.measuring",
+    "recover.commands.measure",
+}
 
 MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
@@ -115,12 +50,16 @@ MODULES = {
 }
 
 
-def floor(module: str) -> float:
-    prefix = module
-    while prefix not in FLOORS:
-        prefix = prefix.rpartition(".")[0]
-        assert prefix, f"{module} has no floor: add a row to the table"
-    return FLOORS[prefix]
+def folder(module: str) -> str:
+    """The row of the table that the module belongs to."""
+    while module not in FLOORS:
+        module = module.rpartition(".")[0]
+        assert module, f"{module} has no floor: add a row to the table"
+    return module
+
+
+def light(module: str) -> bool:
+    return any(module == name or module.startswith(f"{name}.") for name in LIGHT)
 
 
 def imports(tree: ast.AST, *, deferred: bool) -> Iterator[str]:
@@ -157,11 +96,11 @@ def test_imports_go_downwards(module: str) -> None:
     if MODULES[module].name == "__init__.py":
         assert not imported(module), f"{module}: what it imports, every module of the package imports with it"
         return
-    package = module.rpartition(".")[0]
+    own = folder(module)
     for name in imported(module):
-        same_package = name.rpartition(".")[0] == package and floor(name) == floor(module)
-        assert floor(name) < floor(module) or same_package, (
-            f"{module} (F{floor(module)}) imports {name} (F{floor(name)}): take a callable instead, or move one"
+        other = folder(name)
+        assert FLOORS[other] < FLOORS[own] or other == own, (
+            f"{module} (floor {FLOORS[own]}) imports {name} (floor {FLOORS[other]}): take a callable, or move one"
         )
 
 
@@ -185,7 +124,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name != "recover"])
 def test_light_modules_import_nothing_heavy(module: str) -> None:
-    if MODULES[module].name == "__init__.py" or (floor(module) > 1 and module not in LIGHT):
+    if MODULES[module].name == "__init__.py" or not light(module):
         return
     todo, seen = [module], set()
     while todo:

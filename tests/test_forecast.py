@@ -6,11 +6,11 @@ import pytest
 from forecast_runs import QUICKSTART, TOKENS, made, several, trial
 from typer.testing import CliRunner
 
-from recover import artifacts
+from recover.base import artifacts
 from recover.cli import app
+from recover.config.recipe import Loss, load_recipe
 from recover.forecast import advice, law, told
-from recover.recipe import Loss, load_recipe
-from recover.trial import trial_leaf
+from recover.run.trial import trial_leaf
 
 
 def test_runs_that_were_not_measured_near_the_trial_do_not_count():
@@ -128,8 +128,8 @@ SMALL += ("recover.tokens=3000", "recover.epochs=2", "recover.batch_size=4", "pr
 
 @pytest.mark.slow
 def test_a_forecast_leaves_the_recovery_as_it_would_have_been(tmp_path, capsys):
-    from recover import stages
-    from recover.trial import forecast
+    from recover.run import stages
+    from recover.run.trial import forecast
 
     recipe = load_recipe(QUICKSTART, [*SMALL, "recover.data.0.batch_size=4"])
     found = forecast(recipe, tmp_path / "with")

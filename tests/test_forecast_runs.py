@@ -5,12 +5,12 @@ import json
 import pytest
 from forecast_runs import QUICKSTART, run_folder, several
 
-from recover import artifacts
-from recover.errors import ArtifactError
+from recover.base import artifacts
+from recover.base.errors import ArtifactError
+from recover.config.recipe import load_recipe
 from recover.forecast import advice, told
 from recover.forecast.known import known_runs, write_runs
 from recover.forecast.runs import from_json, making, model_name, read_run
-from recover.recipe import load_recipe
 
 
 def test_rows_of_the_package_are_runs_that_were_made():

@@ -9,12 +9,12 @@ from tiny import tiny
 from transformers.integrations import hub_kernels
 from typer.testing import CliRunner
 
-from recover import recipe
+from recover.base.errors import ModelError
 from recover.cli import app
-from recover.errors import ModelError
+from recover.config import recipe
+from recover.config.recipe import embedded
 from recover.models.foreign_code import check, code_named
 from recover.models.load import describe, load_model, load_tokenizer
-from recover.recipe import embedded
 from recover.report.collect import collect
 
 KERNEL = "someone/kernel"

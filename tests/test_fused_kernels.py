@@ -16,12 +16,12 @@ from tiny import FAMILIES, ids, tiny
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 from twins import fill_adapters, masked_twin
 
+from recover.config.recipe import Lora, Loss
 from recover.distill.distiller import Distiller
-from recover.models import fused
-from recover.models.lora_linear import PlainGate, gated_lora_linear
+from recover.kernels import fused
+from recover.kernels.lora_linear import PlainGate, gated_lora_linear
+from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.prune.plan import Plan
-from recover.recipe import Lora, Loss
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -17,10 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from recover import recipe
+from recover.base.errors import ModelError, RecoverError
 from recover.cli import app
-from recover.errors import ModelError, RecoverError
-from recover.export.gguf import write_gguf
+from recover.config import recipe
+from recover.export.gguf.write import write_gguf
 from recover.models.gguf_head import check_head
 from recover.models.load import describe, load_model, load_tokenizer
 from recover.models.source import locate

@@ -5,12 +5,12 @@ import torch
 from tiny import tiny
 from words import word_tokenizer
 
-from recover.errors import DataError
-from recover.measure import generate as generation
-from recover.measure.decode import write
-from recover.measure.generate import evaluating, generate
-from recover.measure.prompts import batches_by_length, encode_prompt
-from recover.recipe import Sampling
+from recover.base.errors import DataError
+from recover.config.recipe import Sampling
+from recover.text import generate as generation
+from recover.text.decode import write
+from recover.text.generate import evaluating, generate
+from recover.text.prompts import batches_by_length, encode_prompt
 
 PROMPTS = ["w5 w6 w7 w8 w9 w10 w11", "w30", "w40 w41 w42", "w17 w3 w3", "w9 w8 w7 w6 w5 w4 w3 w9 w8 w7 w6"]
 
@@ -173,7 +173,7 @@ def test_batches_hold_every_item_once_and_go_from_long_to_short():
 def test_ids_of_a_prompt_are_remembered_by_tokenizer_and_template(monkeypatch):
     from byte_tokenizer import byte_tokenizer
 
-    from recover.measure import prompts
+    from recover.text import prompts
 
     tokenizer, other = byte_tokenizer(), byte_tokenizer(bos=True)
     asked: list[str] = []

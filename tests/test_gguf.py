@@ -17,9 +17,9 @@ from tiny import ids, tiny
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from recover import recipe
-from recover.errors import ArtifactError, ExportError, ModelError
-from recover.export.gguf import write_gguf
+from recover.base.errors import ArtifactError, ExportError, ModelError
+from recover.config import recipe
+from recover.export.gguf.write import write_gguf
 
 gguf = pytest.importorskip("gguf", reason="GGUF files need the extra 'gguf'")
 
@@ -265,7 +265,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 def test_the_command_writes_the_file_and_says_so(tmp_path):
     import typer
 
-    from recover.commands_gguf import gguf as command
+    from recover.commands.gguf import gguf as command
 
     app = typer.Typer()
     app.command()(command)

@@ -11,9 +11,10 @@ import torch
 from gguf_checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recover import artifacts, recipe
-from recover.errors import ModelError
-from recover.export.gguf import write_gguf
+from recover.base import artifacts
+from recover.base.errors import ModelError
+from recover.config import recipe
+from recover.export.gguf.write import write_gguf
 from recover.models import gguf_folder
 from recover.models.load import describe, load_model, load_tokenizer
 from recover.models.source import locate

@@ -9,9 +9,9 @@ from gguf_checkpoint import ROWS, checkpoint, words
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from recover.errors import ExportError
-from recover.export.gguf import write_gguf
-from recover.export.gguf_vocabulary import LLAMA3, QWEN2, vocabulary
+from recover.base.errors import ExportError
+from recover.export.gguf.vocabulary import LLAMA3, QWEN2, vocabulary
+from recover.export.gguf.write import write_gguf
 
 
 def bpe(pre, *, ignore_merges: bool = False, byte_fallback: bool = False, normalizer=None) -> PreTrainedTokenizerFast:

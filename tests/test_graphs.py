@@ -12,14 +12,14 @@ from test_packing import PACKED, rows
 from tiny import tiny
 from twins import masked_twin
 
-from recover import console
+from recover.base import console
+from recover.config.recipe import Lora, Loss
 from recover.distill.distiller import Distiller
 from recover.distill.graphs import GraphedPasses
 from recover.models.packed_attention import NAME
+from recover.models.plan import Plan
 from recover.models.step_attention import attending
 from recover.models.twin import Twin
-from recover.prune.plan import Plan
-from recover.recipe import Lora, Loss
 from recover.train.data import packer, with_scored
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no accelerator")

@@ -7,15 +7,15 @@ import torch
 from test_end_to_end import QUICKSTART
 from tiny import FAMILIES, ids, tiny
 
-from recover import bench as benches
-from recover.bench import Bench
+from recover.config.recipe import Lora, load_recipe
 from recover.models import held, load
 from recover.models.arch import blocks_of
 from recover.models.held import Held
+from recover.models.plan import Plan, load_plan, save_plan
 from recover.models.twin import Twin
-from recover.prune.plan import Plan, load_plan, save_plan
-from recover.recipe import Lora, load_recipe
-from recover.run_directory import RunDirectory
+from recover.run import context as benches
+from recover.run.context import Bench
+from recover.run.directory import RunDirectory
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from test_end_to_end import QUICKSTART, SMALL
 
-from recover import safe_path
-from recover.recipe import embedded
+from recover.base import safe_path
+from recover.config.recipe import embedded
 
 ROOT = Path(__file__).parent.parent
 MODULES = (
@@ -98,14 +98,14 @@ def test_a_checkout_that_is_not_installed_works_from_its_folder_and_verifies(tmp
     job = ["-m", "recover", "plan", str(QUICKSTART), "--runs", str(tmp_path), *SMALL]
     done = call(ROOT, *job, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    code = "import sys; from recover.safe_path import leave_working_folder as f; f(); print(sys.path[-1])"
+    code = "import sys; from recover.base.safe_path import leave_working_folder as f; f(); print(sys.path[-1])"
     done = call(ROOT, "-c", code, **environment)
     assert done.stdout.strip() == str(ROOT), done.stderr
 
 
 def test_processes_started_later_do_not_look_there_either(hostile: Path) -> None:
     code = (
-        "from recover.safe_path import leave_working_folder as f; f()\n"
+        "from recover.base.safe_path import leave_working_folder as f; f()\n"
         "import multiprocessing as m, subprocess, sys\n"
         "context = m.get_context('spawn')\n"
         "lock = context.Lock()\n"  # starts multiprocessing's resource tracker
@@ -140,7 +140,7 @@ def test_launched_processes_do_not_look_there(hostile: Path, tmp_path: Path, lau
 
 
 def test_what_accelerate_adds_is_dropped_and_what_a_user_names_is_kept(hostile: Path) -> None:
-    code = "from recover.safe_path import leave_working_folder as f; f(); import argparse"
+    code = "from recover.base.safe_path import leave_working_folder as f; f(); import argparse"
     started = hostile.parent / "start.py"
     started.write_text(code)
     added = os.pathsep.join([str(ROOT), str(hostile)])

@@ -13,15 +13,15 @@ from torch import nn
 from transformers.utils import generic
 from transformers.utils.deprecation import deprecate_kwarg
 
-from recover.errors import ModelError
-from recover.measure.decode import Writing, write
-from recover.measure.likelihood import Continuation, option_log_likelihoods
+from recover.base.errors import ModelError
+from recover.config.recipe import Lora, Probe
 from recover.measure.speed import compare_speed
 from recover.models import kv_cache
+from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.probe.probe import probe
-from recover.prune.plan import Plan
-from recover.recipe import Lora, Probe
+from recover.text.decode import Writing, write
+from recover.text.likelihood import Continuation, option_log_likelihoods
 
 
 class New(nn.Module):

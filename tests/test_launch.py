@@ -16,8 +16,8 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from tiny import tiny_config
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_hf_deepspeed_config
 
-from recover import memory
-from recover.recipe import Recover
+from recover.base import memory
+from recover.config.recipe import Recover
 from recover.train.settings import split_batch, training_arguments
 
 ROOT = Path(__file__).parent.parent

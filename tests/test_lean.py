@@ -18,14 +18,14 @@ from transformers.models.phi3.modeling_phi3 import Phi3Attention
 from transformers.utils.deprecation import deprecate_kwarg
 from twins import fill_adapters, masked_twin
 
+from recover.config.recipe import Lora
+from recover.kernels.lora_linear import PlainGate, gated_lora_linear, lora_linear
 from recover.models import lean, rotary
 from recover.models.lean import LeanAttention, LeanMlp, LeanNorm, make_lean
-from recover.models.lora_linear import PlainGate, gated_lora_linear, lora_linear
 from recover.models.masked_linear import Switch
+from recover.models.plan import Plan
 from recover.models.rotary import with_fused_rotary
 from recover.models.twin import Twin
-from recover.prune.plan import Plan
-from recover.recipe import Lora
 
 # Whose norms or MLPs are others. An upgrade of transformers that rewords one shows here, as more memory and time.
 OTHER_MLPS = {"phi3"}

@@ -14,9 +14,11 @@ from gguf_checkpoint import checkpoint, words
 from tiny import tiny
 from typer.testing import CliRunner
 
-from recover import artifacts, cli, recipe
-from recover.errors import ArtifactError
-from recover.export.gguf import write_gguf
+from recover import cli
+from recover.base import artifacts
+from recover.base.errors import ArtifactError
+from recover.config import recipe
+from recover.export.gguf.write import write_gguf
 from recover.export.verify import ORPHANED, WAITING
 from recover.export.write import write_checkpoint
 from recover.models import source

@@ -5,8 +5,8 @@ import torch
 from tiny import tiny
 from words import word_tokenizer
 
-from recover.errors import DataError
-from recover.measure.likelihood import Continuation, log_likelihoods, option_log_likelihoods, option_rows
+from recover.base.errors import DataError
+from recover.text.likelihood import Continuation, log_likelihoods, option_log_likelihoods, option_rows
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "mistral_sliding"])
@@ -37,7 +37,7 @@ def test_what_options_share_is_read_once_and_changes_nothing(family, monkeypatch
     ]
     expected = [log_likelihoods(model, group, batch_size=1) for group in groups]
     for batch_size, at_once in ((1, 2**27), (64, 2**27), (64, 1)):
-        monkeypatch.setattr("recover.measure.likelihood.LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr("recover.text.likelihood.LOGITS_AT_ONCE", at_once)
         found = option_log_likelihoods(model, groups, batch_size=batch_size)
         for ours, theirs in zip(found, expected, strict=True):
             assert ours == pytest.approx(theirs, rel=2e-5)
@@ -66,7 +66,7 @@ def test_attention_that_our_masks_do_not_serve_reads_every_row_by_itself():
 def test_a_small_memory_budget_changes_nothing(monkeypatch):
     model, rows = tiny(), [Continuation(list(range(5, 20)), 1), Continuation(list(range(9, 16)), 3)]
     expected = log_likelihoods(model, rows, batch_size=2)
-    monkeypatch.setattr("recover.measure.likelihood.LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr("recover.text.likelihood.LOGITS_AT_ONCE", 1)
     assert log_likelihoods(model, rows, batch_size=2) == pytest.approx(expected, rel=1e-6)
 
 

@@ -14,8 +14,8 @@ from tiny import FAMILIES, ids, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from recover import recipe
-from recover.errors import ModelError, RecipeError
+from recover.base.errors import ModelError, RecipeError
+from recover.config import recipe
 from recover.models.load import check_fit, describe, load_model, load_tokenizer
 
 WEIGHTS, INDEX, SHARD = "model.safetensors", "model.safetensors.index.json", "model-00002-of-00005.safetensors"

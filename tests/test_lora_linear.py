@@ -10,12 +10,12 @@ from tiny import ids, tiny
 from torch import nn
 from twins import fill_adapters, masked_twin
 
+from recover.config.recipe import Lora
+from recover.kernels.lora_linear import lora_linear
 from recover.models import lean, masked_lora
-from recover.models.lora_linear import lora_linear
 from recover.models.masked_lora import MaskedLora, SwitchedLora, lora_layers
+from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.prune.plan import Plan
-from recover.recipe import Lora
 
 OUT, IN, RANK, SCALING = 24, 20, 3, 1.7
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from recover.base.memory import rows_for
+from recover.config.recipe import Loss
 from recover.distill.loss import distillation_loss
 from recover.distill.loss_terms import TERMS, loss_terms
-from recover.memory import rows_for
-from recover.recipe import Loss
 
 N, D, V = 23, 16, 97
 MIXTURES = [

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from recover.config.recipe import Loss
 from recover.distill.loss import distillation_loss
 from recover.distill.loss_terms import TERMS, loss_terms
-from recover.recipe import Loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel runs on a GPU only")
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from test_loss import HEADS, N, V, states
 
+from recover.config.recipe import Loss
 from recover.distill.loss import distillation_loss
 from recover.distill.loss_topk import TopK, topk_of
-from recover.recipe import Loss
 
 
 def logits(h, head, bias=None, scale=1.0, softcap=None):

@@ -66,8 +66,8 @@ def test_the_same_figures_from_float32_where_that_is_asked_for(folder, paths, tm
     out = tmp_path / "out.json"
     assert call(folder, "--tasks", paths[3], "--dtype", "float32", "--out", out).exit_code == 0
     record = json.loads(out.read_text())
+    from recover.config.recipe import Measure
     from recover.measure.tasks import load_task, measure
-    from recover.recipe import Measure
 
     model = tiny()
     for parameter in model.parameters():

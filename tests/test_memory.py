@@ -4,17 +4,17 @@ import pytest
 import torch
 from tiny import ids, tiny
 
-from recover import memory
+from recover.base import memory
+from recover.base.memory import GIB, Shape, Training, training_parts
+from recover.config.recipe import Lora, Loss, Model, parse_recipe
 from recover.distill.distiller import Distiller
-from recover.estimate import estimate
-from recover.memory import GIB, Shape, Training, training_parts
 from recover.models.load import describe
+from recover.models.plan import Plan
 from recover.models.site import sites_of
 from recover.models.twin import Twin
-from recover.prune.plan import Plan
 from recover.prune.repair import fitted
 from recover.prune.sparsity import prune_sparsegpt
-from recover.recipe import Lora, Loss, Model, parse_recipe
+from recover.run.estimate import estimate
 
 TOKENS, RANK = 2 * 40, 5  # no other size of a test is either
 

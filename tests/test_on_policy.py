@@ -16,8 +16,9 @@ from tiny import tiny
 from transformers import GenerationConfig, TrainerCallback
 from twins import removed
 
-from recover.artifacts import read_json
-from recover.errors import DataError, StopRequested
+from recover.base.artifacts import read_json
+from recover.base.errors import DataError, StopRequested
+from recover.run.trial import trial_leaf
 from recover.train import on_policy, skipping
 from recover.train.data import build_dataset, collator
 from recover.train.on_policy import cut_to
@@ -25,7 +26,6 @@ from recover.train.order import taken, training_order
 from recover.train.prompted import answered
 from recover.train.sources import Sample
 from recover.train.trainer import RecoverTrainer, recover
-from recover.trial import trial_leaf
 
 __all__ = ["at_step", "folder"]  # fixtures
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from report_run import build_run
 
-from recover import outcome
 from recover.report.collect import collect
+from recover.run import summary as outcome
 
 
 def writes(**fields: Any) -> dict[str, Any]:

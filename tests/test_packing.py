@@ -11,11 +11,11 @@ import torch
 from tiny import FAMILIES, ids, tiny
 from twins import fill_adapters, masked_twin
 
+from recover.config.recipe import Lora, Loss
 from recover.distill.distiller import Distiller, scored_rows, scored_tokens
 from recover.models.packed_attention import Packing, packing_configs
+from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.prune.plan import Plan
-from recover.recipe import Lora, Loss
 from recover.train.data import collator, packer, with_scored
 from recover.train.shapes import MULTIPLE, RECORDING, filled, row_sizes
 

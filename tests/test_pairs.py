@@ -12,18 +12,18 @@ from cached import cache_of
 from pydantic import ValidationError
 from tiny import ids, tiny
 
-from recover.errors import PruneError, RecipeError
-from recover.estimate_depth import depth_warnings, refuse_depth, share_gone, share_unstored
+from recover.base.errors import PruneError, RecipeError
+from recover.config.recipe import Calibration, Depth
 from recover.export.merge import merge
 from recover.models.load import Description
 from recover.models.pairing import pack_sites, zeroed_partners
+from recover.models.plan import Plan
 from recover.models.site import Site, sites_of
 from recover.models.twin import Twin
 from recover.prune import depth_search
 from recover.prune.methods import PRUNERS
 from recover.prune.pairs import lowest_apart, pairs_of
-from recover.prune.plan import Plan
-from recover.recipe import Calibration, Depth
+from recover.run.estimate_depth import depth_warnings, refuse_depth, share_gone, share_unstored
 
 CALIBRATION = Calibration(data="given", samples=4, length=24, batch_size=2)
 FIRST = Site(0, "attention")

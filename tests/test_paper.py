@@ -16,9 +16,9 @@ from tiny import ids, tiny
 from twins import random_masks
 
 from recover.models.arch import linears_of
+from recover.models.plan import Plan, Pruned
 from recover.models.site import Site
 from recover.models.twin import Twin
-from recover.prune.plan import Plan, Pruned
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "paper"
 

@@ -8,9 +8,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from recover import artifacts
-from recover.errors import ArtifactError
-from recover.prune.plan import MASKS, PLAN, MaskRecord, Plan, load_plan, save_plan
+from recover.base import artifacts
+from recover.base.errors import ArtifactError
+from recover.models.plan import MASKS, PLAN, MaskRecord, Plan, load_plan, save_plan
 
 NAME = "model.layers.1.mlp.up_proj"
 

@@ -28,8 +28,8 @@ from tiny import ids
 from torch import nn
 from transformers import Cache
 
+from recover.maths import divergence as spaces
 from recover.models.arch import final_norm_of
-from recover.probe import spaces
 from recover.probe.probe import probe
 from recover.probe.records import Block, Divergence, Final, Identity, Step
 from recover.probe.trajectory import batches_of, end_tokens, greedy, positions

@@ -12,9 +12,10 @@ from tiny import tiny
 from twins import removed
 from typer.testing import CliRunner
 
-from recover import diagnose, recipe
-from recover.commands_probe import probe_pair
-from recover.errors import DataError, ModelError, RecipeError
+from recover.base.errors import DataError, ModelError, RecipeError
+from recover.commands import diagnose
+from recover.commands.probe import probe_pair
+from recover.config import recipe
 from recover.models.load import load_model, load_tokenizer
 from recover.probe.probe import probe
 from recover.probe.records import Final, Sublayer
@@ -108,7 +109,7 @@ def test_the_command_writes_every_record_and_goes_on(tmp_path, smaller):
 
 
 def test_the_blocks_of_an_export_of_ours_are_known_from_its_plan(smaller):
-    from recover.prune.plan import Plan, save_plan
+    from recover.models.plan import Plan, save_plan
 
     with pytest.raises(ModelError, match="12 blocks, the other one 10"):
         load_pair(FABLE, recipe.Model(source=str(smaller / "deploy")))
@@ -146,7 +147,7 @@ def test_a_wrong_option_is_named(tmp_path, option, value, message):
 
 def test_a_gguf_file_of_the_dense_model_is_the_dense_model(tmp_path, monkeypatch):
     pytest.importorskip("gguf")
-    from recover.export.gguf import write_gguf
+    from recover.export.gguf.write import write_gguf
 
     monkeypatch.setenv("RECOVER_CACHE", str(tmp_path / "cache"))
     write_gguf(recipe.embedded("fable-2m"), tmp_path / "fable.gguf", "float32")

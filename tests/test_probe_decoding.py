@@ -11,15 +11,16 @@ from tiny import FAMILIES
 from torch.utils._python_dispatch import TorchDispatchMode
 from twins import fill_adapters
 
+from recover.config.recipe import Lora
+from recover.maths import divergence as spaces
+from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.probe import compare, decoding, spaces, trajectory
+from recover.probe import compare, decoding, trajectory
 from recover.probe.compare import Comparison, Finite, Rows, equal, to_host
 from recover.probe.decoding import Recorded, Stock
 from recover.probe.sublayers import transitions
 from recover.probe.trajectory import along, batches_of, greedy, rows_of, sampled
 from recover.probe.views import LENSES, Pair
-from recover.prune.plan import Plan
-from recover.recipe import Lora
 
 
 class Replays:

@@ -26,10 +26,11 @@ from tiny import ids
 from torch import nn
 from twins import removed
 
-from recover import dist, recipe
-from recover.errors import DataError, ModelError
+from recover.base import dist
+from recover.base.errors import DataError, ModelError
+from recover.config import recipe
+from recover.maths import divergence as spaces
 from recover.probe import probe as probing
-from recover.probe import spaces
 from recover.probe.probe import findings, positions_of, probe, records_of, summary, texts
 from recover.probe.records import Block, Final, Identity, Sampled, Step, Sublayer
 from recover.probe.store import Store

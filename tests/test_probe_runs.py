@@ -24,16 +24,17 @@ from probe_reference import (
     two_models_and_records,
 )
 
-from recover import dist, recipe
-from recover.errors import DataError, ModelError
+from recover.base import dist
+from recover.base.errors import DataError, ModelError
+from recover.config import recipe
 from recover.models.masked_linear import MaskedLinear
+from recover.models.plan import MaskRecord, Plan
 from recover.models.twin import Twin
 from recover.probe import compare
 from recover.probe.probe import dense_trajectories, final_drift, probe, summary
 from recover.probe.records import Block, Final
 from recover.probe.trajectory import encode
 from recover.probe.views import Lens, Pair, View
-from recover.prune.plan import MaskRecord, Plan
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from probe_reference import DROPPED, LEAF, NO_TOKENIZER, STEPS, dropping, endles
 from torch import nn
 from twins import removed
 
-from recover.errors import ModelError
+from recover.base.errors import ModelError
+from recover.maths import divergence as spaces
 from recover.models.arch import blocks_of, final_norm_of
 from recover.models.site import Site
-from recover.probe import spaces
 from recover.probe.probe import probe
 from recover.probe.records import Sublayer
 from recover.probe.sublayers import Transition, transitions, without

@@ -14,14 +14,17 @@ from task_folder import CHOICE, make_task
 from twins import removed
 from words import word_tokenizer
 
-from recover import diagnose, dist, recipe, stages
-from recover.artifacts import read_json
+from recover.base import dist
+from recover.base.artifacts import read_json
+from recover.commands import diagnose
+from recover.config import recipe
+from recover.config.recipe import load_recipe
 from recover.measure.tasks import Task, load_task
 from recover.models.load import load_model, load_tokenizer
 from recover.probe.records import summary
 from recover.probe.tasks import task_drift
-from recover.recipe import load_recipe
-from recover.run_directory import RunDirectory
+from recover.run import stages
+from recover.run.directory import RunDirectory
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 FABLE = recipe.Model(source="embedded:fable-2m")

@@ -12,7 +12,7 @@ import torch
 from probe_reference import endless, prompts, textbook_kl
 from tiny import ids
 
-from recover.errors import DataError, ModelError
+from recover.base.errors import DataError, ModelError
 from recover.probe import compare
 from recover.probe.choices import Asked, choice_drift, margin
 from recover.probe.retrieval import (

@@ -10,10 +10,12 @@ import pytest
 from test_end_to_end import SMALL, run
 from typer.testing import CliRunner
 
-from recover import cli, products, stages
-from recover.artifacts import read_json, write_manifest
-from recover.errors import ArtifactError
-from recover.run_directory import RunDirectory
+from recover import cli
+from recover.base import products
+from recover.base.artifacts import read_json, write_manifest
+from recover.base.errors import ArtifactError
+from recover.run import stages
+from recover.run.directory import RunDirectory
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 ONE = ("prune={kind: magnitude, sparsity: 0.25}", "recover.epochs=1", "probe.sublayers=false", "measure.limit=2")

@@ -10,14 +10,14 @@ import torch
 from byte_tokenizer import byte_tokenizer
 from tiny import ids, tiny
 
-from recover.errors import DataError, PruneError
+from recover.base.errors import DataError, PruneError
+from recover.config.recipe import Calibration, Depth, Magnitude, Wanda
 from recover.models.arch import blocks_of, linears_of
+from recover.models.plan import MaskRecord, Plan
 from recover.models.twin import Twin
 from recover.prune import depth_search
 from recover.prune.calibrate import calibration_batches
 from recover.prune.methods import PRUNERS
-from recover.prune.plan import MaskRecord, Plan
-from recover.recipe import Calibration, Depth, Magnitude, Wanda
 
 CALIBRATION = Calibration(data="given", samples=5, length=24, batch_size=2)
 

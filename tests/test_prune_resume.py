@@ -10,17 +10,17 @@ import torch
 from pydantic import TypeAdapter
 from tiny import ids, tiny
 
-from recover import stages
-from recover.artifacts import append_jsonl, read_jsonl
-from recover.bench import Bench
+from recover.base.artifacts import append_jsonl, read_jsonl
+from recover.config.recipe import Prune, load_recipe
+from recover.models.plan import Plan, Pruned, load_plan
 from recover.models.twin import Twin
 from recover.prune import depth_search, parts
 from recover.prune.methods import PRUNERS
 from recover.prune.parts import Part, Parts
-from recover.prune.plan import Plan, Pruned, load_plan
-from recover.recipe import Prune, load_recipe
-from recover.run_directory import RunDirectory
-from recover.work import _pruned_from
+from recover.run import stages
+from recover.run.context import Bench
+from recover.run.directory import RunDirectory
+from recover.run.stage_work import _pruned_from
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 CALIBRATION = {"data": "given", "samples": 4, "length": 24, "batch_size": 2}

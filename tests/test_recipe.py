@@ -10,9 +10,9 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from recover import strict_yaml
-from recover.errors import RecipeError
-from recover.recipe import Depth, Recipe, dump_recipe, embedded, load_recipe, local_path, parse_recipe
+from recover.base.errors import RecipeError
+from recover.config import yaml_values as strict_yaml
+from recover.config.recipe import Depth, Recipe, dump_recipe, embedded, load_recipe, local_path, parse_recipe
 
 SMALL: dict[str, Any] = {
     "name": "small",

@@ -10,10 +10,11 @@ import pytest
 from report_page import Page, rewrite
 from report_run import BLOCKS, DROPPED, STEPS, build_run
 
-from recover.errors import ArtifactError
-from recover.report import drift, mistakes, samples, svg, verdict, words
+from recover.base.errors import ArtifactError
+from recover.report import drift, mistakes, samples, verdict, words
 from recover.report.collect import collect
-from recover.report.figures import figures
+from recover.report.figures import svg
+from recover.report.figures.registry import figures
 from recover.report.render import fence, render, table_cell
 
 EVERYTHING = (

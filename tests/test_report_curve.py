@@ -16,12 +16,12 @@ from report_page import Page
 from report_run import build_run
 from report_steps import steps
 
-from recover.errors import ArtifactError
+from recover.base.errors import ArtifactError
 from recover.report.collect import collect
 from recover.report.compare import compare
 from recover.report.compare_courses import losses
 from recover.report.curve import POINTS, WINDOW, curve
-from recover.report.figures import figures
+from recover.report.figures.registry import figures
 from recover.report.learning import learnt
 from recover.report.render import render
 

@@ -15,13 +15,13 @@ from report_page import Page, rewrite
 from report_probes import probed, write_diagnosis
 from report_run import build_run
 
-from recover.commands_report import report
+from recover.commands.report import report
 from recover.report import words
 from recover.report.collect import collect
 from recover.report.compare import compare
 from recover.report.compare_page import render_compare
 from recover.report.diagnosis import render_diagnosis
-from recover.report.figures import DRAWINGS, figures
+from recover.report.figures.registry import DRAWINGS, figures
 from recover.report.render import render
 
 

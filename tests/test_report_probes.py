@@ -12,11 +12,13 @@ from report_page import Page, rewrite
 from report_probes import BLOCKS, kl_of, probed, write_diagnosis
 from report_run import build_run
 
-from recover.errors import ArtifactError
-from recover.report import figures_plan, svg, tables, training, words
+from recover.base.errors import ArtifactError
+from recover.report import tables, training, words
 from recover.report.collect import collect
 from recover.report.diagnosis import is_diagnosis, render_diagnosis
-from recover.report.figures import figures
+from recover.report.figures import plan as figures_plan
+from recover.report.figures import svg
+from recover.report.figures.registry import figures
 from recover.report.forecast import forecast
 from recover.report.points import half_parted, points
 from recover.report.render import render

@@ -7,12 +7,12 @@ from task_folder import make_task
 from tiny import tiny
 from words import word_tokenizer
 
-from recover.errors import ModelError
-from recover.measure.embed import embeddings
+from recover.base.errors import ModelError
+from recover.config.recipe import Measure
+from recover.maths.score import ndcg
 from recover.measure.retrieving import chance_ndcg
-from recover.measure.score import ndcg
 from recover.measure.tasks import load_task, measure
-from recover.recipe import Measure
+from recover.text.embed import embeddings
 
 LEAF = Measure(tasks=("x",), batch_size=3, sampling=None, samples=2)
 

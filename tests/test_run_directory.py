@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from recover.errors import ArtifactError
-from recover.run_directory import RunDirectory
+from recover.base.errors import ArtifactError
+from recover.run.directory import RunDirectory
 
 
 def test_stale_reason_names_the_field(tmp_path: Path) -> None:

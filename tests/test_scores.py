@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from recover.errors import PruneError
+from recover.base.errors import PruneError
 from recover.prune.scores import (
     angular_distance,
     block_influence,

@@ -11,8 +11,8 @@ import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
 
-from recover.artifacts import read_json
-from recover.recipe import GivenText
+from recover.base.artifacts import read_json
+from recover.config.recipe import GivenText
 from recover.train.checkpoints import Checkpoints
 from recover.train.sources import read_rows, samples_of
 

@@ -9,14 +9,14 @@ from cached import cached
 from tiny import FAMILIES, tiny
 from transformers import AutoModelForCausalLM
 
-from recover import recipe
-from recover.errors import ModelError
+from recover.base.errors import ModelError
+from recover.config import recipe
 from recover.export.merge import merge
 from recover.models.arch import ARCHS, arch_of, blocks_of, linears_of
 from recover.models.pairing import Packed, pack_sites
+from recover.models.plan import Plan, load_plan, save_plan
 from recover.models.site import PARTS, Site, sites_of, whole_blocks
 from recover.models.twin import Twin
-from recover.prune.plan import Plan, load_plan, save_plan
 
 ATTENTION, MLP = (2, 5), (1, 4)
 PLAN = {"dropped": (3,), "dropped_attention": ATTENTION, "dropped_mlp": MLP}
@@ -186,7 +186,7 @@ def test_own_weights_are_seen_pruned_trained_and_merged(tmp_path):
 
 def test_own_weights_under_a_mask_are_rewritten_weights():
     from recover.models.masked_linear import MaskedLinear
-    from recover.prune.plan import MaskRecord
+    from recover.models.plan import MaskRecord
 
     dense, name = tiny(), "model.layers.2.mlp.up_proj"
     keep = torch.rand(96, 64, generator=torch.Generator().manual_seed(2)) > 0.5

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recover.probe import spaces
+from recover.maths import divergence as spaces
 
 ROWS, VOCABULARY = 64, 300
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from recover.errors import PruneError
+from recover.base.errors import PruneError
 from recover.prune import sparsegpt
 from recover.prune.scores import keep_highest
 

@@ -11,18 +11,18 @@ from pydantic import ValidationError
 from tiny import ids, tiny
 from twins import fill_adapters
 
-from recover import recipe
-from recover.errors import PruneError
+from recover.base.errors import PruneError
+from recover.config import recipe
+from recover.config.recipe import Calibration, Magnitude, SparseGpt, Wanda
 from recover.export.merge import merge
 from recover.models.arch import blocks_of, linears_of
+from recover.models.plan import MaskRecord, Plan, load_plan, save_plan
 from recover.models.twin import Twin
 from recover.prune import stream
-from recover.prune.plan import MaskRecord, Plan, load_plan, save_plan
 from recover.prune.ratios import spread
 from recover.prune.scores import keep_n_m
 from recover.prune.sparsity import prune_magnitude, prune_sparsegpt, prune_wanda
 from recover.prune.stream import Stream, norms, squares
-from recover.recipe import Calibration, Magnitude, SparseGpt, Wanda
 
 CALIBRATION = Calibration(data="given", samples=5, length=24, batch_size=2)
 FAMILIES = ["llama_tied", "mistral_sliding", "qwen2_sliding", "gemma2", "gemma3_text", "phi3", "smollm3", "granite"]

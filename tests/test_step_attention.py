@@ -7,12 +7,12 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from recover import recipe
+from recover.config import recipe
 from recover.models import kv_cache, step_attention
 from recover.models.arch import blocks_of
+from recover.models.plan import Plan
 from recover.models.step_attention import NAME, attend, attending_by_step, configs_of
 from recover.models.twin import Twin
-from recover.prune.plan import Plan
 
 
 class Heads(nn.Module):

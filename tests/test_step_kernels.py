@@ -15,13 +15,13 @@ from test_fused_kernels import DEVICE, DTYPES, INTERPRETED, normal, rounding
 from tiny import FAMILIES, tiny
 from twins import fill_adapters, masked_twin
 
-from recover import recipe
-from recover.measure.decode import write
-from recover.measure.drawing import drawn, keys
-from recover.measure.generate import plain
-from recover.models import fused
+from recover.config import recipe
+from recover.kernels import fused
+from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.prune.plan import Plan
+from recover.text.decode import write
+from recover.text.drawing import drawn, keys
+from recover.text.generate import plain
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() or INTERPRETED), reason="the kernels run on a GPU, or in Triton's interpreter"

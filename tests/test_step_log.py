@@ -10,10 +10,10 @@ from byte_tokenizer import byte_tokenizer
 from tiny import tiny
 from transformers import TrainerCallback
 
-from recover.artifacts import read_jsonl
-from recover.errors import StopRequested
+from recover.base.artifacts import read_jsonl
+from recover.base.errors import StopRequested
+from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.prune.plan import Plan
 from recover.report.curve import curve
 from recover.train.distil_trainer import RecoverTrainer
 from recover.train.totals import TERMS

@@ -10,15 +10,16 @@ from tiny import FAMILIES, ids, tiny
 from torch import nn
 from twins import fill_adapters, masked_twin
 
-from recover import recipe
-from recover.measure.decode import write
-from recover.measure.generate import plain
-from recover.models import fused, stepping
+from recover.config import recipe
+from recover.kernels import fused
 from recover.models.lean import LeanNorm
 from recover.models.masked_linear import MaskedLinear
-from recover.models.stepping import by_kernels, in_few_products
+from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.prune.plan import Plan
+from recover.text import stepping
+from recover.text.decode import write
+from recover.text.generate import plain
+from recover.text.stepping import by_kernels, in_few_products
 
 
 @pytest.fixture

@@ -10,12 +10,13 @@ from byte_tokenizer import byte_tokenizer
 from tiny import tiny
 from typer.testing import CliRunner
 
-from recover import artifacts, cli
-from recover.errors import ArtifactError
+from recover import cli
+from recover.base import artifacts
+from recover.base.errors import ArtifactError
+from recover.base.ownership import begin_diagnosis, is_diagnosis
+from recover.config.recipe import dump_recipe, load_recipe
 from recover.export.write import write_checkpoint
-from recover.ownership import begin_diagnosis, is_diagnosis
-from recover.recipe import dump_recipe, load_recipe
-from recover.run_directory import RunDirectory
+from recover.run.directory import RunDirectory
 from recover.train.checkpoints import Checkpoints, begin, discard_texts, note
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"

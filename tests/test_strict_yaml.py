@@ -7,7 +7,7 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from recover import strict_yaml
+from recover.config import yaml_values as strict_yaml
 
 
 def test_yaml_reads_what_people_mean() -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from task_folder import CHOICE, GENERATE, make_task
 
-from recover import strict_yaml
-from recover.errors import DataError, RecipeError
+from recover.base.errors import DataError, RecipeError
+from recover.config import yaml_values as strict_yaml
+from recover.config.tasks import FILES, Choice, Question, Search
 from recover.measure.task_file import load_task
 from recover.measure.task_items import program
-from recover.measure.task_kinds import FILES, Choice, Question, Search
 from recover.measure.task_rows import filled
 
 CODE = {"kind": "code", "prompt": "{q}"}

@@ -12,13 +12,13 @@ from task_folder import CHOICE, GENERATE, make_task
 from tiny import tiny
 from words import word_tokenizer
 
-from recover.errors import DataError, ModelError
+from recover.base.errors import DataError, ModelError
+from recover.config.recipe import Measure, Sampling
+from recover.maths.score import extract, interval95, is_right, normal, pass_at, wilson95
 from recover.measure import writing
-from recover.measure.generate import Generation
-from recover.measure.score import extract, interval95, is_right, normal, pass_at, wilson95
 from recover.measure.tasks import load_task, measure
 from recover.measure.writing import against, shape
-from recover.recipe import Measure, Sampling
+from recover.text.generate import Generation
 
 LEAF = Measure(tasks=("x",), max_new_tokens=6, batch_size=3, sampling=None, samples=2)
 NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
@@ -91,7 +91,7 @@ def test_perplexity_is_e_to_the_mean_loss_over_all_tokens(tmp_path):
 
 
 def written_by(model, prompts, *, limit=6):
-    from recover.measure.generate import generate
+    from recover.text.generate import generate
 
     return generate(model, word_tokenizer(), prompts, max_new_tokens=limit, batch_size=4)
 
@@ -170,7 +170,7 @@ def test_pass_at_k_of_the_texts_that_a_task_draws(tmp_path, monkeypatch):
 
 
 def test_texts_of_the_same_prompt_are_drawn_apart_and_follow_their_numbers(monkeypatch):
-    from recover.measure import generate as generation
+    from recover.text import generate as generation
 
     how = {"max_new_tokens": 6, "sampling": Sampling(), "batch_size": 3}
     four = generation.generate(tiny(), word_tokenizer(), ["w10 w4"] * 4, **how)
@@ -254,7 +254,7 @@ def test_numbers_are_compared_as_numbers():
 def test_a_worked_solution_can_be_the_target(tmp_path):
     rows = [{"q": "w5", "answer": "3 + 4 = 7 #### 7"}]
     file = load_task(make_task(tmp_path, rows, **{**GENERATE, "answer": NUMBER})).file
-    from recover.measure.task_kinds import Question
+    from recover.config.tasks import Question
     from recover.measure.writing import _rights
 
     assert _rights(file, [Question("", (rows[0]["answer"],))], [Generation([], "it is 7", True)]) == [1.0]
@@ -301,9 +301,9 @@ import json, sys
 sys.path.insert(0, "tests")
 from tiny import tiny
 from words import word_tokenizer
-from recover import dist
+from recover.base import dist
 from recover.measure.tasks import load_task, measure
-from recover.recipe import Measure
+from recover.config.recipe import Measure
 
 dist.start()
 leaf = Measure(tasks=("x",), max_new_tokens=6, batch_size=3, sampling=None, samples=2)

@@ -10,12 +10,13 @@ from byte_tokenizer import byte_tokenizer
 from safetensors.torch import load_file
 from tiny import tiny
 
-from recover import stages
-from recover.errors import DataError, RecipeError
+from recover.base.errors import DataError, RecipeError
+from recover.commands.teaching import teacher_rows, write_teacher
+from recover.config.recipe import GivenText, Recover, TeacherText, load_recipe
+from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.prune.plan import Plan
-from recover.recipe import GivenText, Recover, TeacherText, load_recipe
-from recover.teaching import teacher_rows, write_teacher
+from recover.run import stages
+from recover.run.trial import trial_leaf
 from recover.train.sources import read_rows, samples_of
 from recover.train.teacher_file import (
     TeacherStates,
@@ -27,7 +28,6 @@ from recover.train.teacher_file import (
     unpacked,
 )
 from recover.train.trainer import recover
-from recover.trial import trial_leaf
 
 LOSS = {"kl": 1.0, "ce": 0.1}
 

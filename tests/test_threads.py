@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from recover import threads
+from recover.base import threads
 
 SAID = """
 import json, os, sys

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from tiny import ids, tiny
 from transformers import TrainerCallback
 
-from recover.artifacts import check_manifest, read_json
-from recover.errors import DataError, StopRequested, TrainingError
+from recover.base.artifacts import check_manifest, read_json
+from recover.base.errors import DataError, StopRequested, TrainingError
+from recover.models.plan import MaskRecord, Plan
 from recover.models.twin import Twin
-from recover.prune.plan import MaskRecord, Plan
 from recover.train import trainer as training
 from recover.train.settings import epoch_ends, split_batch
 from recover.train.trainer import RecoverTrainer, recover

@@ -14,12 +14,12 @@ from tiny import FAMILIES, ids, tiny
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from twins import Distill, fill_adapters, masked_twin, random_masks, removed, stepwise
 
-from recover import recipe
-from recover.errors import ModelError
+from recover.base.errors import ModelError
+from recover.config import recipe
 from recover.models.arch import ARCHS, linears_of
 from recover.models.masked_linear import MaskedLinear
+from recover.models.plan import MaskRecord, Plan
 from recover.models.twin import Twin
-from recover.prune.plan import MaskRecord, Plan
 
 # Which blocks go. (2,) and (1, 3, 5) empty the first full-attention layer of the cache in gemma3 and gemma2, (3,) the
 # first sliding one in qwen2.

@@ -10,11 +10,11 @@ import pytest
 import torch
 from tiny import tiny
 
-from recover import dist
-from recover.errors import RecipeError, TrainingError
+from recover.base import dist
+from recover.base.errors import RecipeError, TrainingError
+from recover.config.recipe import Lora, Recover
+from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.prune.plan import Plan
-from recover.recipe import Lora, Recover
 from recover.train import weight_shards
 from recover.train.settings import refuse_sharding_twice
 from recover.train.weight_shards import WeightShards
@@ -208,7 +208,7 @@ def test_zero3_and_shards_are_refused_together(stage, tmp_path, monkeypatch):
 
 
 def test_the_plan_refuses_it_too(monkeypatch):
-    from recover import estimate
+    from recover.run import estimate
 
     leaf = Recover.model_validate({"data": [{"kind": "given", "source": "x.jsonl"}], "shard_weights": True})
     monkeypatch.setattr(dist, "zero_stage", lambda: 3)

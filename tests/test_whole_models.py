@@ -19,12 +19,12 @@ from tiny import ids, tiny
 from typer.testing import CliRunner
 
 from recover import cli
-from recover.errors import ModelError
-from recover.export import gguf as gguf_file
-from recover.export.gguf import write_gguf
+from recover.base.errors import ModelError
+from recover.config.recipe import Model
+from recover.export.gguf import write as gguf_file
+from recover.export.gguf.write import write_gguf
 from recover.models import source
 from recover.models.load import describe, load_model, load_tokenizer
-from recover.recipe import Model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 Tensors = dict[str, torch.Tensor]

@@ -15,17 +15,17 @@ from tiny import FAMILIES, ids, tiny
 from transformers import AutoModelForCausalLM
 from twins import Distill, fill_adapters, stepwise
 
-from recover import recipe
-from recover.errors import PruneError
+from recover.base.errors import PruneError
+from recover.config import recipe
 from recover.export.merge import merge
 from recover.export.verify import check, write_expected
 from recover.export.write import write_checkpoint
-from recover.measure.decode import Writing, write
-from recover.measure.generate import plain
 from recover.measure.speed import kv_bytes_per_token
 from recover.models.arch import ARCHS
+from recover.models.plan import load_plan, save_plan
 from recover.models.twin import Twin
-from recover.prune.plan import load_plan, save_plan
+from recover.text.decode import Writing, write
+from recover.text.generate import plain
 
 
 @pytest.mark.parametrize("family", FAMILIES)

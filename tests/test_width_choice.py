@@ -9,17 +9,17 @@ import torch
 from narrow import batches, leaf, logits, prune, silenced
 from tiny import tiny
 
-from recover import recipe
-from recover.errors import PruneError, RecipeError
-from recover.estimate import _width_weights, estimate, refuse, warnings
+from recover.base.errors import PruneError, RecipeError
+from recover.config import recipe
+from recover.config.recipe import parse_recipe
 from recover.models.arch import linears_of
 from recover.models.load import describe
 from recover.models.own_linear import OwnLinear
+from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.prune.plan import Plan
 from recover.prune.width import prune_width
 from recover.prune.width_scores import Outgoing, highest, unit_scores
-from recover.recipe import parse_recipe
+from recover.run.estimate import _width_weights, estimate, refuse, warnings
 
 
 @pytest.mark.parametrize("by", ["activation", "fluctuation"])

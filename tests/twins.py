@@ -9,8 +9,8 @@ from cached import cached
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from recover.models.arch import linears_of
+from recover.models.plan import MaskRecord, Plan
 from recover.models.twin import Twin
-from recover.prune.plan import MaskRecord, Plan
 
 
 def removed(model: PreTrainedModel, dropped: tuple[int, ...]) -> PreTrainedModel:

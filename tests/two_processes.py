@@ -18,11 +18,11 @@ from byte_tokenizer import byte_tokenizer
 from tiny import tiny
 from transformers import TrainerCallback
 
-from recover import dist
-from recover.measure.generate import generate
+from recover.base import dist
+from recover.config.recipe import Recover
+from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.prune.plan import Plan
-from recover.recipe import Recover
+from recover.text.generate import generate
 from recover.train.trainer import RecoverTrainer, recover
 
 LAUNCH = Path(__file__).parent.parent / "launch"

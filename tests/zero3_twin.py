@@ -18,10 +18,10 @@ from deepspeed.utils import safe_get_full_grad
 from tiny import FAMILIES, ids, tiny
 from twins import Distill, fill_adapters, masked_twin
 
-from recover import recipe
+from recover.config import recipe
 from recover.models.masked_lora import hooked, lora_layers
+from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.prune.plan import Plan
 from recover.train.sharding import gather_by_block
 
 CONFIG = {

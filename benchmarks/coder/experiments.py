@@ -35,9 +35,9 @@ from lending import lend, made
 from rows import kept, markdown, read_row
 from variants import Known, Variant, common_work
 
-from recover.errors import RecoverError
+from recover.base.errors import RecoverError
+from recover.config.recipe import Recipe
 from recover.models.source import locate
-from recover.recipe import Recipe
 
 GRACE_SECONDS = 20.0  # to end between two steps
 POLL_SECONDS = 0.5
@@ -99,7 +99,7 @@ def wanted(options: argparse.Namespace) -> list[Variant]:
 
 def run_one(options: argparse.Namespace) -> int:
     """In a process of its own: the run of one variant, up to the stage that was asked for."""
-    from recover import stages
+    from recover.run import stages
 
     variant = Known().variant(options.run_one, options.recipe, options.seeds[0], tuple(options.set))
     try:

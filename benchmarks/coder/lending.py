@@ -14,10 +14,10 @@ from pathlib import Path
 
 from variants import common_work
 
-from recover.errors import RecoverError
-from recover.recipe import Recipe, load_recipe
-from recover.run_directory import RunDirectory
-from recover.stages import fingerprint
+from recover.base.errors import RecoverError
+from recover.config.recipe import Recipe, load_recipe
+from recover.run.directory import RunDirectory
+from recover.run.stages import fingerprint
 
 STAGES = ("dense", "prune", "before")
 TEXT = "recover/data"

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recover.measure.collapse import loop_start
-from recover.measuring import FIGURES
-from recover.strict_json import loads
+from recover.base.strict_json import loads
+from recover.commands.measuring import FIGURES
+from recover.maths.collapse import loop_start
 
 Row = dict[str, Any]
 VIEWS = {"dense": "dense", "pruned": "before", "recovered": "after"}

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recover import strict_yaml
-from recover.errors import RecipeError
-from recover.recipe import Recipe, load_recipe
+from recover.base.errors import RecipeError
+from recover.config import yaml_values as strict_yaml
+from recover.config.recipe import Recipe, load_recipe
 
 HERE = Path(__file__).resolve().parent
 TABLES = "tables"

@@ -25,16 +25,16 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recover import artifacts, console
-from recover.export.gguf import DTYPES, write_gguf
+from recover.base import artifacts, console
+from recover.config.recipe import load_recipe
+from recover.export.gguf.write import DTYPES, write_gguf
 from recover.export.merge import merge
 from recover.export.write import write_checkpoint
 from recover.models.load import load_model, load_tokenizer
+from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.prune.calibrate import calibration_batches
 from recover.prune.methods import PRUNERS
-from recover.prune.plan import Plan
-from recover.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 CALIBRATION = ["prune.calibration.samples=8", "prune.calibration.length=256"]

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recover.measure.collapse import first_divergence
-from recover.measure.likelihood import option_rows
+from recover.maths.collapse import first_divergence
+from recover.maths.divergence import quantiles
 from recover.models.twin import Twin
 from recover.probe.choices import Asked, choice_drift
 from recover.probe.compare import Comparison, Rows, Table
-from recover.probe.spaces import quantiles
 from recover.probe.trajectory import Trajectory, along, batches_of, check_ids, encode, end_tokens, greedy, thinned
 from recover.probe.views import FINAL_NORM, Pair
+from recover.text.likelihood import option_rows
 
 STEPPED = ("kl", "kl_predicted", "probability", "probability_predicted", "embedding", "logit", "top1")
 POSITIONS = 2048  # of each batch, that enter the figures of blocks

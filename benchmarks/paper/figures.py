@@ -9,8 +9,8 @@ from typing import Any
 from drawing import Panel, apart, canvas_for, end_labels, frame, grid, key, standalone
 from table import NAMES, ordered, title, uses
 
-from recover.artifacts import write_text
-from recover.report.svg import Canvas, Linear, Log
+from recover.base.artifacts import write_text
+from recover.report.figures.svg import Canvas, Linear, Log
 
 Row = dict[str, Any]
 

@@ -25,15 +25,15 @@ from figures import write_figures
 from plans import PROBED, Plans, Row, rows_of, showing
 from table import markdown
 
-from recover import console, dist, provenance
-from recover.artifacts import append_jsonl, read_json, read_jsonl, write_json, write_text
-from recover.errors import RecoverError
+from recover.base import console, dist, provenance
+from recover.base.artifacts import append_jsonl, read_json, read_jsonl, write_json, write_text
+from recover.base.errors import RecoverError
+from recover.config.recipe import Recipe, load_recipe
 from recover.measure.tasks import load_task, measure
 from recover.models.load import load_model, load_tokenizer, ready
+from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.prune.calibrate import calibration_batches
-from recover.prune.plan import Plan
-from recover.recipe import Recipe, load_recipe
 from recover.train.sources import read_prompts
 
 HERE = Path(__file__).resolve().parents[1]

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import LongTensor, Tensor, nn
 
+from recover.config.recipe import Calibration, Depth, Wanda
 from recover.models.arch import blocks_of, linears_of
+from recover.models.plan import Plan, Pruned
 from recover.models.pruned_view import see_pruned
 from recover.models.twin import Twin
 from recover.prune.depth import prune_depth
 from recover.prune.depth_search import choose, units_of
-from recover.prune.plan import Plan, Pruned
 from recover.prune.sparsity import prune_wanda
-from recover.recipe import Calibration, Depth, Wanda
 
 COUNTS = {"attention": (1, 2, 3, 4, 6, 8, 10, 12), "mlp": (1, 2, 3, 4, 5, 6, 8), "block": (1, 2, 3, 4, 5, 6)}
 WANDA: dict[str, dict[str, Any]] = {

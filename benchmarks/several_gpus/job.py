@@ -15,8 +15,8 @@ from typing import Any
 
 from launching import ENGINES, Launch, lines, until, untrained_copy
 
-from recover.artifacts import read_json, read_jsonl
-from recover.recipe import load_recipe
+from recover.base.artifacts import read_json, read_jsonl
+from recover.config.recipe import load_recipe
 
 STOP_AFTER = 5  # steps
 SHARDED = ("recover.shard_weights=true",)

@@ -14,8 +14,8 @@ import psutil
 from job import SHARDED, Job, Keep, Row, furthest
 from launching import Launch, lines, until, untrained_copy, workers
 
-from recover.artifacts import check_manifest, read_json, read_jsonl
-from recover.errors import ArtifactError
+from recover.base.artifacts import check_manifest, read_json, read_jsonl
+from recover.base.errors import ArtifactError
 from recover.train.checkpoints import Checkpoints
 
 EXIT_SECONDS = 60  # all processes must be gone by then

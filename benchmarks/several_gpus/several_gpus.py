@@ -32,7 +32,7 @@ import speed
 import torch
 from launching import ENGINES, ON_GPUS, ROOT
 
-from recover.artifacts import write_json
+from recover.base.artifacts import write_json
 
 SMOLLM2 = ["recover.tokens=150000", "recover.epochs=2", "measure.sampling=null", "probe.samples=32"]
 SMOLLM2 += ["recover.data.0.batch_size=512", "recover.data.1.batch_size=512"]  # several runs share a GPU

@@ -12,7 +12,7 @@ from typing import Any
 from job import Keep
 from launching import Launch
 
-from recover.artifacts import read_json
+from recover.base.artifacts import read_json
 
 SCRIPT = "benchmarks/several_gpus/training_rate.py"
 

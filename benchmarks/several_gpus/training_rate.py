@@ -35,11 +35,11 @@ from step_models import RANK, Bench
 from step_profile import StepProfile
 from two_processes import caught_by
 
-from recover import dist
-from recover.artifacts import read_jsonl, write_json
+from recover.base import dist
+from recover.base.artifacts import read_jsonl, write_json
+from recover.config.recipe import Recover
+from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.prune.plan import Plan
-from recover.recipe import Recover
 from recover.train.checkpoints import STEPS
 from recover.train.trainer import recover
 

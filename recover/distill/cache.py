@@ -30,9 +30,9 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor
 
-from recover.artifacts import TEMPORARY, explained, read_json, sha256, write_bytes, write_json
-from recover.errors import ArtifactError
-from recover.models import fused
+from recover.base.artifacts import TEMPORARY, explained, read_json, sha256, write_bytes, write_json
+from recover.base.errors import ArtifactError
+from recover.kernels import fused
 from recover.models.packed_attention import packing_configs
 
 if TYPE_CHECKING:

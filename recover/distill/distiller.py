@@ -26,8 +26,8 @@ from recover.models.step_attention import attending
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from recover.config.recipe import Loss
     from recover.models.twin import Twin
-    from recover.recipe import Loss
 
 IGNORED = -100  # a label that carries no loss, as everywhere in transformers
 

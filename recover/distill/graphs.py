@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
-from recover import console
+from recover.base import console
 from recover.distill.distiller import Distiller, scaled
+from recover.kernels.recording import record
 from recover.models.packed_attention import Packing
-from recover.models.recording import record
 
 
 @dataclass(frozen=True)

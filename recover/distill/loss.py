@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from recover import memory
+from recover.base import memory
 from recover.distill.loss_terms import TERMS, Lost, loss_terms
 from recover.distill.loss_topk import TopK, topk_terms
 
 if TYPE_CHECKING:
-    from recover.recipe import Loss
+    from recover.config.recipe import Loss
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 from recover.distill.loss_terms import TERMS, Lost
 
 if TYPE_CHECKING:
-    from recover.recipe import Loss
+    from recover.config.recipe import Loss
 
 BLOCK = 1024  # elements of a row that a program holds at once; measured on an H200, as are the two below
 WARPS = 8

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from recover.recipe import Loss
+    from recover.config.recipe import Loss
 
 TERMS = ("total", "kl", "variance", "reverse_kl", "ce")
 

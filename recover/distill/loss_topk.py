@@ -25,7 +25,7 @@ from torch import Tensor
 from recover.distill.loss_terms import TERMS
 
 if TYPE_CHECKING:
-    from recover.recipe import Loss
+    from recover.config.recipe import Loss
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from recover.config.recipe import Recipe, dump_recipe
 from recover.models.pairing import pack_sites, zeroed_partners
 from recover.models.site import PARTS, Site
-from recover.recipe import Recipe, dump_recipe
 from recover.report import cuts
 
 FIGURES = {

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from recover import console
-from recover.errors import ExportError
+from recover.base import console
+from recover.base.errors import ExportError
 from recover.models.arch import part_of
 from recover.models.masked_linear import Factors, MaskedLinear, effective_weight
 from recover.models.own_linear import pruned_tensor
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from recover.models.pairing import Packed
+    from recover.models.plan import Plan
     from recover.models.twin import Twin
-    from recover.prune.plan import Plan
 
 # Lists of a config that are as long as they like, and may by chance be as long as the model is deep.
 NOT_PER_BLOCK = re.compile(r"architectures|.*token_ids?|.*_ids|id2label|label2id")

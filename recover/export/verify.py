@@ -20,10 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recover import artifacts
-from recover.clock import part
-from recover.errors import ArtifactError, ExportError, RecoverError
-from recover.safe_path import child_environment
+from recover.base import artifacts
+from recover.base.clock import part
+from recover.base.errors import ArtifactError, ExportError, RecoverError
+from recover.base.safe_path import child_environment
 
 if TYPE_CHECKING:
     from torch import Tensor

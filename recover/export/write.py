@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recover import artifacts, console
-from recover.errors import ExportError
+from recover.base import artifacts, console
+from recover.base.errors import ExportError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recover.artifacts import read_json, write_text
-from recover.errors import ArtifactError
+from recover.base.artifacts import read_json, write_text
+from recover.base.errors import ArtifactError
+from recover.base.strict_json import dumps
 from recover.forecast.runs import Run, from_json
-from recover.strict_json import dumps
 
 PATH = Path(__file__).parent / "runs.json"
 

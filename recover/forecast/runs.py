@@ -12,9 +12,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from recover import strict_yaml
-from recover.artifacts import read_json, read_jsonl
-from recover.errors import ArtifactError
+from recover.base.artifacts import read_json, read_jsonl
+from recover.base.errors import ArtifactError
+from recover.config import yaml_values as strict_yaml
 from recover.report import measures
 from recover.report.verdict import DENSE_FLOOR
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recover import console
-from recover.artifacts import read_json, write_json
+from recover.base import console
+from recover.base.artifacts import read_json, write_json
 from recover.forecast import runs
 from recover.report import words
 

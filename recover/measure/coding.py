@@ -7,15 +7,15 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from recover import dist
-from recover.measure.generate import Generation
+from recover.base import dist
+from recover.config.tasks import CodeFile, Problem
+from recover.maths.score import interval95, mean
 from recover.measure.mistakes import mistake, mistakes
 from recover.measure.sandbox import Outcome, isolation, run_programs
-from recover.measure.score import interval95, mean
 from recover.measure.subject import Subject
 from recover.measure.task_items import program
-from recover.measure.task_kinds import CodeFile, Problem
 from recover.measure.writing import pass_at_k, sampling_of, shape, written
+from recover.text.generate import Generation
 
 Record = dict[str, Any]
 

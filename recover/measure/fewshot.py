@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from recover.errors import DataError
+from recover.base.errors import DataError
+from recover.config.tasks import Choice, ChoiceFile, CodeFile, Fewshot, GenerateFile, Question, Row
 from recover.measure.task_items import MAKERS
-from recover.measure.task_kinds import Choice, ChoiceFile, CodeFile, Fewshot, GenerateFile, Question, Row
 from recover.measure.task_rows import filled, rows_of
 
 Asking = GenerateFile | ChoiceFile | CodeFile

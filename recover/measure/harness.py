@@ -8,9 +8,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from recover.errors import DataError, RecipeError
-from recover.measure.generate import evaluating
-from recover.recipe import Measure
+from recover.base.errors import DataError, RecipeError
+from recover.config.recipe import Measure
+from recover.text.generate import evaluating
 
 Record = dict[str, Any]
 

@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from recover.errors import DataError
-from recover.measure.generate import context_of
-from recover.measure.likelihood import Continuation, option_rows
-from recover.measure.prompts import text_ids
-from recover.measure.score import interval95, mean
+from recover.base.errors import DataError
+from recover.config.tasks import Choice, ChoiceFile, PerplexityFile
+from recover.maths.score import interval95, mean
 from recover.measure.subject import Subject
-from recover.measure.task_kinds import Choice, ChoiceFile, PerplexityFile
+from recover.text.generate import context_of
+from recover.text.likelihood import Continuation, option_rows
+from recover.text.prompts import text_ids
 
 Record = dict[str, Any]
 

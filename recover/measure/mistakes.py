@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from recover.measure.collapse import loop_start
-from recover.measure.generate import Generation
+from recover.maths.collapse import loop_start
+from recover.text.generate import Generation
 
 LOOP, ENDLESS, NO_ANSWER, UNPARSED, CONTENT = "loop", "endless", "no_answer", "unparsed", "content"
 KINDS = {"generate": (LOOP, ENDLESS, NO_ANSWER, CONTENT), "code": (LOOP, ENDLESS, NO_ANSWER, UNPARSED, CONTENT)}

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from recover.measure.score import cumulated_gain, interval95, mean, ndcg
+from recover.config.tasks import RetrievalFile, Search
+from recover.maths.score import cumulated_gain, interval95, mean, ndcg
 from recover.measure.subject import Subject
-from recover.measure.task_kinds import RetrievalFile, Search
 
 Record = dict[str, Any]
 

@@ -19,9 +19,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from recover.measure.generate import context_of
 from recover.models import kv_cache
 from recover.models.arch import head_size_of, kv_heads_of
+from recover.text.generate import context_of
 
 SIDES = ("dense", "deployed")
 RATES = ("prefill_tokens_per_second", "decode_tokens_per_second")

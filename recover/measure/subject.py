@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recover import dist
-from recover.measure.embed import embeddings
-from recover.measure.generate import Generation, generate
-from recover.measure.likelihood import Continuation, log_likelihoods, option_log_likelihoods
-from recover.recipe import Measure, Sampling
+from recover.base import dist
+from recover.config.recipe import Measure, Sampling
+from recover.text.embed import embeddings
+from recover.text.generate import Generation, generate
+from recover.text.likelihood import Continuation, log_likelihoods, option_log_likelihoods
 
 
 @dataclass(frozen=True)

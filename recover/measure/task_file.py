@@ -16,14 +16,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from recover import strict_yaml
-from recover.errors import DataError, RecipeError
+from recover.base.errors import DataError, RecipeError
+from recover.config import yaml_values as strict_yaml
+from recover.config.messages import explain
+from recover.config.recipe import local_path
+from recover.config.tasks import FILES, AnyFile, PerplexityFile, RetrievalFile, WritingFile
 from recover.measure.fewshot import shown_before
 from recover.measure.task_items import MAKERS, among_all
-from recover.measure.task_kinds import FILES, AnyFile, PerplexityFile, RetrievalFile, WritingFile
 from recover.measure.task_rows import column, rows_of
-from recover.problems import explain
-from recover.recipe import local_path
 
 NO_TASK = {".jsonl", ".json", ".parquet", ".gz", ".arrow"}
 

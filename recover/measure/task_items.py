@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from recover.errors import DataError
-from recover.measure.task_kinds import (
+from recover.base.errors import DataError
+from recover.config.tasks import (
     Choice,
     ChoiceFile,
     CodeFile,

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from recover.errors import DataError
-from recover.json_lines import json_lines, unread
+from recover.base.errors import DataError
+from recover.config.json_lines import json_lines, unread
 
 Row = dict[str, Any]
 

@@ -12,18 +12,18 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recover.clock import part
-from recover.errors import RecipeError
+from recover.base.clock import part
+from recover.base.errors import RecipeError
+from recover.config.recipe import Measure
+from recover.config.tasks import ChoiceFile, CodeFile, PerplexityFile, RetrievalFile
+from recover.maths.score import mean
 from recover.measure.coding import measure_code
-from recover.measure.generate import Generation
 from recover.measure.judging import measure_choice, measure_perplexity, perplexity
 from recover.measure.retrieving import measure_retrieval
-from recover.measure.score import mean
 from recover.measure.subject import Subject
 from recover.measure.task_file import Task, load_task
-from recover.measure.task_kinds import ChoiceFile, CodeFile, PerplexityFile, RetrievalFile
 from recover.measure.writing import Generations, Record, measure_writing
-from recover.recipe import Measure
+from recover.text.generate import Generation
 
 __all__ = ["Task", "check_allowed", "headline", "load_task", "measure"]
 

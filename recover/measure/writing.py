@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from recover.errors import DataError
-from recover.measure import collapse
-from recover.measure.generate import Generation
+from recover.base.errors import DataError
+from recover.config.recipe import Sampling
+from recover.config.tasks import CodeFile, GenerateFile, Question, Reading
+from recover.maths import collapse
+from recover.maths.score import extract, interval95, is_right, mean, pass_at, quantiles
 from recover.measure.mistakes import mistake, mistakes
-from recover.measure.score import extract, interval95, is_right, mean, pass_at, quantiles
 from recover.measure.subject import Subject
-from recover.measure.task_kinds import CodeFile, GenerateFile, Question, Reading
-from recover.recipe import Sampling
+from recover.text.generate import Generation
 
 Record = dict[str, Any]
 FENCE = "```"  # opens a block of code in a text

@@ -1,1 +1,5 @@
-"""Models: where their parts are (`arch`), how they load (`load`), and one set of weights in two views (`twin`)."""
+"""Models: where the parts of each family are, how a checkpoint is loaded, and the twin: one set of weights in two
+views, dense and pruned.
+
+They import `kernels`, `maths`, `config` and `base`. Begin with `twin.py`.
+"""

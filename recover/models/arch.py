@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from recover.errors import ModelError
+from recover.base.errors import ModelError
 from recover.models.site import Part, Site
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from recover.errors import ModelError, RecoverError
+from recover.base.errors import ModelError, RecoverError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recover.errors import ModelError
+from recover.base.errors import ModelError
 from recover.models import kv_cache
 from recover.models.arch import Arch
 from recover.models.masked_linear import Switch

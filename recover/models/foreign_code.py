@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from recover.errors import ModelError
+from recover.base.errors import ModelError
 
 # What a key may say that chooses an implementation. Kernels of packages are allowed where they are installed:
 # transformers fetches them from the hub where they are not.

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from recover.errors import ModelError
+from recover.base.errors import ModelError
 from recover.models.gguf_whole import check_tensors
 
 

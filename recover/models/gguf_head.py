@@ -9,7 +9,7 @@ import mmap
 import struct
 from pathlib import Path
 
-from recover.errors import ModelError
+from recover.base.errors import ModelError
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 STRING, ARRAY = 8, 9

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from recover.errors import ModelError
+from recover.base.errors import ModelError
 from recover.models.gguf_head import check_head
 
 LISTED = 3  # tensors named in a message

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from recover.errors import ModelError
+from recover.base.errors import ModelError
 from recover.models.arch import base_of
 
 NAMES = ("cache", "past_key_values")  # where both are taken, the first is the one that is not deprecated

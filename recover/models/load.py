@@ -18,9 +18,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from recover import console, dist, recipe
-from recover.errors import ModelError
-from recover.memory import Shape
+from recover.base import console, dist
+from recover.base.errors import ModelError
+from recover.base.memory import Shape
+from recover.config import recipe
 from recover.models.arch import arch_of_type, head_size_of, kv_heads_of
 from recover.models.chat_template import check_template
 from recover.models.source import (

@@ -13,8 +13,8 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from recover.errors import ModelError
-from recover.models.lora_linear import lora_linear
+from recover.base.errors import ModelError
+from recover.kernels.lora_linear import lora_linear
 from recover.models.masked_linear import Factors, MaskedLinear, Switch, effective_weight, masked_lora_linear
 from recover.models.own_linear import OwnLinear
 

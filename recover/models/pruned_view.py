@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recover.errors import ModelError
+from recover.base.errors import ModelError
 from recover.models.arch import blocks_of, linears_of
 from recover.models.masked_linear import MaskedLinear, Switch
 from recover.models.own_linear import OwnLinear
 
 if TYPE_CHECKING:
-    from recover.prune.plan import Plan
+    from recover.models.plan import Plan
 
 
 def see_pruned(

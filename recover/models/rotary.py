@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from transformers.utils.deprecation import deprecate_kwarg
 
-from recover.models.fused import rotary_or
+from recover.kernels.fused import rotary_or
 
 NAME = "apply_rotary_pos_emb"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from recover.errors import ModelError
+from recover.base.errors import ModelError
 
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 SIZES = (*NEEDED, "intermediate_size", "vocab_size", "max_position_embeddings")

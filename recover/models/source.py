@@ -11,13 +11,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from recover import artifacts, console, dist, recipe
-from recover.clock import part
-from recover.errors import ModelError, RecoverError
+from recover.base import artifacts, console, dist
+from recover.base.clock import part
+from recover.base.errors import ModelError, RecoverError
+from recover.base.products import check_checkpoint, digest_of
+from recover.config import recipe
 from recover.models.foreign_code import check, check_settings, code_files, code_named
 from recover.models.gguf_whole import alone
 from recover.models.sizes import check_room, check_sizes
-from recover.products import check_checkpoint, digest_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")

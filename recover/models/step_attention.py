@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from recover.models import fused
+from recover.kernels import fused
 
 NAME, STOCK = "recover_step", "sdpa"
 WIDEST = 256  # of a head, for the kernel

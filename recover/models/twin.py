@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from recover import recipe
-from recover.errors import ModelError
+from recover.base.errors import ModelError
+from recover.config import recipe
 from recover.models.arch import Arch, arch_of, base_of, blocks_of, linears_of, site_of
 from recover.models.closing import close_sites, closed_sites, make_closable, named_as, switch_class
 from recover.models.masked_linear import MaskedLinear, Switch
@@ -28,7 +28,7 @@ from recover.models.site import Site, sites_of, whole_blocks
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from recover.prune.plan import Plan
+    from recover.models.plan import Plan
 
 # What a forward may be told beside the batch without changing what is distilled.
 _OUTPUT_OPTIONS = {"return_dict", "use_cache", "output_attentions", "output_hidden_states"}

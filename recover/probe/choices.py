@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recover import console, dist
-from recover.errors import DataError
+from recover.base import console, dist
+from recover.base.errors import DataError
+from recover.maths import divergence as spaces
 from recover.models.twin import Twin
-from recover.probe import spaces
 from recover.probe.compare import Comparison, Finite, Rows
 from recover.probe.records import Choice
 from recover.probe.trajectory import along, check_ids, given

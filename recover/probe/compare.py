@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recover.errors import ModelError
+from recover.base.errors import ModelError
+from recover.maths import divergence as spaces
 from recover.models.site import Site
-from recover.probe import spaces
 from recover.probe.sublayers import CLOSED, COUNTERFACTUALS, REPLACED, Transition
 from recover.probe.views import LENSES, Lens, Pair, States
 

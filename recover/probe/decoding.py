@@ -1,7 +1,7 @@
 """How a view reads a batch token by token: with its own cache, or on a GPU by steps that are recorded once.
 
 A step of a small model is some hundreds of short kernels, and launching them takes ten times as long as they do. The
-recorded step is that of `recover.measure.decode`: slots for keys and values that stay where they are, and its masks.
+recorded step is that of `recover.text.decode`: slots for keys and values that stay where they are, and its masks.
 
 Shapes: B batch, T prompt tokens, K columns of the cache, D width, V vocabulary.
 """
@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from recover.measure.decode import _Recorder, may_record
-from recover.measure.kv import Slots, fits, masks, read
 from recover.models import kv_cache
 from recover.models.arch import base_of
+from recover.text.decode import _Recorder, may_record
+from recover.text.kv import Slots, fits, masks, read
 
 Read = tuple[Tensor, Tensor]  # logits_BV of the last token, and its state after the final norm
 

@@ -11,10 +11,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from recover.maths.divergence import quantiles, ratio
 from recover.models.site import Site
 from recover.probe.compare import Rows, Table
 from recover.probe.records import Block, Divergence, Final, Identity, Quantiles, Record, Sampled, Step, Sublayer
-from recover.probe.spaces import quantiles, ratio
 from recover.probe.views import Pair
 
 PREDICTED = ("embedding", "logit", "probability", "kl")

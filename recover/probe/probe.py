@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from recover import console, dist, recipe
-from recover.clock import part
-from recover.errors import DataError
-from recover.measure.collapse import first_divergence
+from recover.base import console, dist
+from recover.base.clock import part
+from recover.base.errors import DataError
+from recover.config import recipe
+from recover.maths.collapse import first_divergence
 from recover.models.twin import Twin
 from recover.probe.compare import Comparison, Rows, Table
 from recover.probe.findings import Finding, Free, final_record, join, positions_of, prompts_of, records_of

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recover import console, dist
-from recover.errors import DataError, ModelError
-from recover.json_lines import json_lines, unread
-from recover.measure.score import ndcg
+from recover.base import console, dist
+from recover.base.errors import DataError, ModelError
+from recover.config.json_lines import json_lines, unread
+from recover.maths import divergence as spaces
+from recover.maths.score import ndcg
 from recover.models.twin import Twin
-from recover.probe import spaces
 from recover.probe.decoding import positions
 from recover.probe.records import Retrieval
 from recover.probe.trajectory import Batch, batches_of, check_ids

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recover import dist, recipe
-from recover.errors import ModelError
+from recover.base import dist
+from recover.base.errors import ModelError
+from recover.config import recipe
 from recover.models.arch import arch_of_type
 from recover.models.load import check_fit, load_model, load_tokenizer, read_whole, ready
 from recover.models.source import locate, read_config

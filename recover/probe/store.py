@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from recover import console, dist, strict_json
-from recover.artifacts import read_json, write_bytes, write_json
-from recover.errors import ArtifactError
+from recover.base import console, dist, strict_json
+from recover.base.artifacts import read_json, write_bytes, write_json
+from recover.base.errors import ArtifactError
 from recover.models.site import Site
 from recover.probe.compare import Rows
 from recover.probe.findings import Finding, Free

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recover.errors import ModelError
+from recover.base.errors import ModelError
 from recover.models import kv_cache
 from recover.models.arch import arch_of, blocks_of
 from recover.models.site import PARTS, Site

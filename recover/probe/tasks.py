@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from recover.clock import part
-from recover.measure.generate import context_of
-from recover.measure.likelihood import option_rows
+from recover.base.clock import part
+from recover.config.tasks import Choice, ChoiceFile, RetrievalFile, Search
 from recover.measure.task_file import Task
-from recover.measure.task_kinds import Choice, ChoiceFile, RetrievalFile, Search
 from recover.models.twin import Twin
 from recover.probe.choices import Asked, choice_drift
 from recover.probe.records import Record
 from recover.probe.retrieval import Query, retrieval_drift
 from recover.probe.views import Pair
+from recover.text.generate import context_of
+from recover.text.likelihood import option_rows
 
 KINDS = ("choice", "retrieval")
 

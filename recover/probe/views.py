@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recover.errors import ModelError
+from recover.base.errors import ModelError
 from recover.models.arch import arch_of, base_of, blocks_of, final_norm_of, head_of
 from recover.models.twin import Twin
 

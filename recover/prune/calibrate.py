@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import LongTensor, Tensor
 
-from recover import console
-from recover.errors import DataError, PruneError
-from recover.json_lines import json_lines, unread
-from recover.recipe import Calibration, local_path
+from recover.base import console
+from recover.base.errors import DataError, PruneError
+from recover.config.json_lines import json_lines, unread
+from recover.config.recipe import Calibration, local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import LongTensor
 
-from recover.errors import PruneError
+from recover.base.errors import PruneError
+from recover.config.recipe import Depth
 from recover.models.arch import arch_of, blocks_of, part_of
+from recover.models.plan import Plan, Pruned
 from recover.models.site import PARTS, Site, whole_blocks
 from recover.prune.calibrate import calibration_record, check_context
 from recover.prune.depth_records import Choice
 from recover.prune.depth_search import NAMES, choose, most_units, named_sites
 from recover.prune.parts import NOWHERE, Parts
-from recover.prune.plan import Plan, Pruned
 from recover.prune.repair import refuse_repair, repaired
-from recover.recipe import Depth
 
 if TYPE_CHECKING:
     from recover.models.twin import Twin

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from recover.errors import PruneError
+from recover.base.errors import PruneError
 from recover.models.site import Site
 from recover.prune.depth_scores import Span
 

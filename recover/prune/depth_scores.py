@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import LongTensor, Tensor, nn
 
-from recover import console
+from recover.base import console
 from recover.models.arch import blocks_of, final_norm_of
 from recover.models.site import Site
 from recover.prune.scores import angular_distance, block_influence

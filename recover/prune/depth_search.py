@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import LongTensor
 
-from recover.errors import PruneError
+from recover.base.errors import PruneError
+from recover.config.prune import CLOSING
+from recover.config.recipe import Depth
 from recover.models.arch import blocks_of
 from recover.models.site import PARTS, Site, sites_of
 from recover.prune.depth_records import Choice, chosen_of, lowest, marked, record_of
@@ -15,8 +17,6 @@ from recover.prune.depth_scores import Score, Span, score_of
 from recover.prune.depth_sets import SetSearch
 from recover.prune.pairs import lowest_apart, pairs_of
 from recover.prune.parts import NOWHERE, Part, Parts
-from recover.recipe import Depth
-from recover.recipe_prune import CLOSING
 
 if TYPE_CHECKING:
     from recover.models.twin import Twin

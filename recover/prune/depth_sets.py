@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+from recover.config.recipe import Depth
 from recover.models.site import Site
 from recover.prune.depth_records import Choice, record_of
 from recover.prune.depth_scores import Score, Span
 from recover.prune.parts import Part, Parts
-from recover.recipe import Depth
 
 Sites = frozenset[Site]
 

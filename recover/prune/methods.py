@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import LongTensor
 
+from recover.models.plan import Pruned
 from recover.prune.depth import prune_depth
 from recover.prune.parts import NOWHERE, Parts
-from recover.prune.plan import Pruned
 from recover.prune.sparsity import prune_magnitude, prune_sparsegpt, prune_wanda
 from recover.prune.width import prune_width
 

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import safetensors.torch
 from torch import Tensor
 
-from recover import artifacts, console, strict_json
-from recover.errors import ArtifactError
+from recover.base import artifacts, console, strict_json
+from recover.base.errors import ArtifactError
 
 LINES = "parts.jsonl"
 FORMAT = 1  # of these files, and of what is in them: raised when parts of before are of no use

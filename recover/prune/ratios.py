@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import LongTensor, Tensor, nn
 
-from recover import console
-from recover.errors import PruneError
+from recover.base import console
+from recover.base.errors import PruneError
+from recover.config.recipe import Calibrated
 from recover.prune.parts import NOWHERE, Part, Parts
 from recover.prune.scores import keep_unstructured, wanda_score
 from recover.prune.stream import Stream, norms, squares
 from recover.prune.views import final_hidden, kl_rows, row_sum
-from recover.recipe import Calibrated
 
 if TYPE_CHECKING:
     from recover.models.twin import Twin

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import LongTensor, Tensor, nn
 
-from recover import console
-from recover.errors import PruneError
+from recover.base import console
+from recover.base.errors import PruneError
 from recover.models.arch import Arch, arch_of, linears_of
 from recover.models.site import Site
 from recover.prune.depth_scores import runs_of

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from recover.errors import PruneError
+from recover.base.errors import PruneError
 
 RANKED_BY_PAIRS = 32  # groups of N:M up to this size are ranked by comparing each pair, in M passes over the scores
 

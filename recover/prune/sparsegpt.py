@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from recover import console
-from recover.errors import PruneError
+from recover.base import console
+from recover.base.errors import PruneError
 from recover.prune.scores import keep_highest, keep_n_m
 
 COLUMNS = 128  # weights to the right of a lazy block learn of its errors at its end

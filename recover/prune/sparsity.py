@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import LongTensor, Tensor, nn
 
-from recover import console
-from recover.errors import PruneError
+from recover.base import console
+from recover.base.errors import PruneError
+from recover.config.recipe import Calibrated, Magnitude, SparseGpt, Sparsity, Wanda
 from recover.models.arch import blocks_of, linears_of
 from recover.models.masked_linear import pack, unpack
+from recover.models.plan import Kind, MaskRecord, Plan, Pruned
 from recover.prune.calibrate import calibration_record
 from recover.prune.parts import NOWHERE, Part, Parts
-from recover.prune.plan import Kind, MaskRecord, Plan, Pruned
 from recover.prune.ratios import block_fractions
 from recover.prune.scores import keep_n_m, keep_unstructured, magnitude_score, wanda_score
 from recover.prune.sparsegpt import COLUMNS, Replays, choose_n_m, choose_share, inverse_factor, rewrite
 from recover.prune.stream import Stream, check_finite, gram, norms, squares, working_device
-from recover.recipe import Calibrated, Magnitude, SparseGpt, Sparsity, Wanda
 
 if TYPE_CHECKING:
     from recover.models.twin import Twin

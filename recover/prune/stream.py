@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import LongTensor, Tensor, nn
 
-from recover.errors import PruneError
+from recover.base.errors import PruneError
 from recover.models.arch import blocks_of, linears_of
 from recover.prune.calibrate import check_context
 

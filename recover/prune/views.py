@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import LongTensor, Tensor, nn
 
+from recover.maths.divergence import kl, log_probabilities, var_p, widen
 from recover.models.arch import arch_of, blocks_of, final_norm_of, head_of
 from recover.models.site import PARTS, Site
-from recover.probe.spaces import kl, log_probabilities, var_p, widen
 
 if TYPE_CHECKING:
     from recover.models.twin import Twin

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import LongTensor, Tensor, nn
 
-from recover import console
-from recover.errors import PruneError
+from recover.base import console
+from recover.base.errors import PruneError
+from recover.config.recipe import Width
 from recover.models.arch import Arch, arch_of, blocks_of, head_size_of, kv_heads_of, linears_of
+from recover.models.plan import Plan, Pruned
 from recover.models.site import Part, Site
 from recover.prune.calibrate import calibration_record, check_context
 from recover.prune.parts import NOWHERE, Parts
-from recover.prune.plan import Plan, Pruned
 from recover.prune.width_scores import Outgoing, highest, unit_scores
-from recover.recipe import Width
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import LongTensor, Tensor, nn
 
-from recover import console
-from recover.errors import PruneError
+from recover.base import console
+from recover.base.errors import PruneError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

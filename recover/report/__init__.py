@@ -1,1 +1,4 @@
-"""What a run found, as JSON, markdown and one HTML page: `collect` reads, `render` writes; `compare` is for several."""
+"""The page of a run, read from the run's files alone: as HTML, Markdown and JSON; and the comparison of several.
+
+It imports `config` and `base`, and no torch. Begin with `collect.py`, then `render.py`.
+"""

@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from recover import artifacts, clock, strict_yaml
-from recover.errors import ArtifactError, RecipeError
+from recover.base import artifacts, clock
+from recover.base.errors import ArtifactError, RecipeError
+from recover.config import yaml_values as strict_yaml
 from recover.report import drift, measures, mistakes, samples, verdict, words
 from recover.report.curve import curve
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from recover.report import words
-from recover.report.figure import Figure, is_narrow
-from recover.report.svg import Canvas, Linear, Log, apart
+from recover.report.figures.figure import Figure, is_narrow
+from recover.report.figures.svg import Canvas, Linear, Log, apart
 
 
 def names_at_edge(canvas: Canvas, ends: dict[str, tuple[float, float]], right: float) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from recover.artifacts import write_text
+from recover.base.artifacts import write_text
 from recover.report import render, speeds, verdict, words
 from recover.report.compare import MODELS, USES
 from recover.report.compare_courses import courses, losses, names_at_edge
-from recover.report.figure import Figure, is_narrow, panels
-from recover.report.svg import Canvas, Linear
+from recover.report.figures.figure import Figure, is_narrow, panels
+from recover.report.figures.svg import Canvas, Linear
 
 ROW = 46
 

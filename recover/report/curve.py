@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from recover import artifacts
-from recover.errors import ArtifactError
+from recover.base import artifacts
+from recover.base.errors import ArtifactError
 from recover.report.words import finite
 
 POINTS = 120  # at most; report.json stays small, however long the training

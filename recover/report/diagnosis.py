@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from recover import artifacts, ownership
-from recover.artifacts import write_text
-from recover.errors import ArtifactError
+from recover.base import artifacts, ownership
+from recover.base.artifacts import write_text
+from recover.base.errors import ArtifactError
 from recover.report import drift, render, words
 from recover.report.drift import mean_of
-from recover.report.figures import figures
+from recover.report.figures.registry import figures
 from recover.report.points import half_parted, points
 from recover.report.tables import tables
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from recover.report import verdict, words
-from recover.report.figure import Figure, is_narrow
-from recover.report.svg import Canvas, Linear
+from recover.report.figures.figure import Figure, is_narrow
+from recover.report.figures.svg import Canvas, Linear
 
 ADVICE = {"go": "go", "no-go": "no-go", "cannot tell": "cannot tell"}
 USES = ("generation", "choice", "retrieval")

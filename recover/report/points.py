@@ -6,7 +6,7 @@ from typing import Any
 
 from recover.report import speeds, words
 from recover.report.drift import by_model, choice_kls, level, mean_of
-from recover.report.figures_sublayers import PART_NAMES
+from recover.report.figures.sublayers import PART_NAMES
 
 Point = tuple[str, str, str]  # question, answer, key of the figure or section that shows it
 FEW_TOKENS = 10.0  # a mean KL so many times the median is carried by few tokens

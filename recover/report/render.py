@@ -13,11 +13,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recover import strict_yaml
-from recover.artifacts import write_json, write_text
+from recover.base.artifacts import write_json, write_text
+from recover.config import yaml_values as strict_yaml
 from recover.report import cuts, mistakes, speeds, training, verdict, words
-from recover.report.figure import Figure
-from recover.report.figures import figures
+from recover.report.figures.figure import Figure
+from recover.report.figures.registry import figures
 from recover.report.forecast import forecast
 from recover.report.points import points
 from recover.report.tables import tables

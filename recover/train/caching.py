@@ -17,16 +17,16 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from recover import console, dist
+from recover.base import console, dist
+from recover.base.errors import ArtifactError
 from recover.distill.cache import SHARD_BYTES, Key, StateCache, about, row_key
 from recover.distill.distiller import IGNORED, DenseStates, Distiller, without_mask
-from recover.errors import ArtifactError
 from recover.models.packed_attention import Packing
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from recover.recipe import Cache
+    from recover.config.recipe import Cache
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from recover import console, dist
-from recover.artifacts import read_json, write_json
-from recover.errors import ArtifactError, TrainingError
+from recover.base import console, dist
+from recover.base.artifacts import read_json, write_json
+from recover.base.errors import ArtifactError, TrainingError
 from recover.train.checkpoints import publish_adapter
 from recover.train.course import Course
 from recover.train.stopping import Stop

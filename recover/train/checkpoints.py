@@ -19,8 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recover import console, dist
-from recover.artifacts import (
+from recover.base import console, dist
+from recover.base.artifacts import (
     MANIFEST,
     append_jsonl,
     check_manifest,
@@ -33,8 +33,8 @@ from recover.artifacts import (
     write_bytes,
     write_json,
 )
+from recover.base.errors import ArtifactError
 from recover.distill.distiller import gathered
-from recover.errors import ArtifactError
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recover import console, dist
-from recover.errors import ArtifactError, TrainingError
+from recover.base import console, dist
+from recover.base.errors import ArtifactError, TrainingError
 from recover.train import draws
 from recover.train.checkpoints import TRAINED, Checkpoints, note
 from recover.train.skipping import ROLLBACKS, Skips, described, frozen_weights, gradients, not_finite

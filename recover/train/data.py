@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recover import console
-from recover.errors import DataError
-from recover.recipe import DenseText, GivenText, PrunedText, Recover, TeacherText
+from recover.base import console
+from recover.base.errors import DataError
+from recover.config.recipe import DenseText, GivenText, PrunedText, Recover, TeacherText
 from recover.train.dense_text import DenseWriter, repeated
 from recover.train.order import training_order
 from recover.train.shapes import filled

@@ -10,10 +10,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recover import console, dist
-from recover.artifacts import append_jsonl, read_jsonl
-from recover.measure.prompts import encode_prompt
-from recover.recipe import DenseText, Recover
+from recover.base import console, dist
+from recover.base.artifacts import append_jsonl, read_jsonl
+from recover.config.recipe import DenseText, Recover
+from recover.text.prompts import encode_prompt
 from recover.train.prompted import answered, fitting_prompts, in_rounds, write_together
 from recover.train.sources import Row, Sample
 

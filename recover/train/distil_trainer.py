@@ -20,14 +20,14 @@ from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
-from recover import dist
+from recover.base import dist
+from recover.base.errors import TrainingError
+from recover.config.recipe import Recover
 from recover.distill.distiller import Distiller, scaled, scored_tokens, without_mask
 from recover.distill.graphs import GraphedPasses
-from recover.errors import TrainingError
 from recover.models.modes import modules_below, plain_modes, set_training
 from recover.models.packed_attention import NAME
 from recover.models.step_attention import attending
-from recover.recipe import Recover
 from recover.train.sharding import gather_by_block
 from recover.train.stopping import Interrupted, Stop
 from recover.train.totals import TERMS

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from recover import console, dist
-from recover.artifacts import read_json, write_json
-from recover.errors import ArtifactError, StopRequested
-from recover.measure.prompts import encode_prompt
-from recover.recipe import PrunedText, Recover
+from recover.base import console, dist
+from recover.base.artifacts import read_json, write_json
+from recover.base.errors import ArtifactError, StopRequested
+from recover.config.recipe import PrunedText, Recover
+from recover.text.prompts import encode_prompt
 from recover.train.checkpoints import PRUNED_TEXT, discard_texts
 from recover.train.prompted import answered, fitting_prompts, in_rounds, write_together
 from recover.train.sources import Sample

@@ -7,7 +7,7 @@ import random
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from recover.errors import DataError
+from recover.base.errors import DataError
 
 WINDOW_STEPS = 8  # optimizer steps whose sequences are sorted by length: less padding, still a random order
 

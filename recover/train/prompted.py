@@ -7,11 +7,11 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from recover import dist
-from recover.errors import DataError
-from recover.measure.generate import generate
-from recover.measure.prompts import encode_prompt
-from recover.recipe import DenseText, PrunedText, Sampling
+from recover.base import dist
+from recover.base.errors import DataError
+from recover.config.recipe import DenseText, PrunedText, Sampling
+from recover.text.generate import generate
+from recover.text.prompts import encode_prompt
 from recover.train.sources import Row, Sample, read_prompts
 
 if TYPE_CHECKING:

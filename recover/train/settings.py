@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recover import dist
-from recover.errors import TrainingError
-from recover.recipe import Recover
+from recover.base import dist
+from recover.base.errors import TrainingError
+from recover.config.recipe import Recover
 
 if TYPE_CHECKING:
     from trl.trainer.sft_config import SFTConfig

@@ -19,7 +19,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from recover import console, dist
+from recover.base import console, dist
 
 Layout = Sequence[Sequence[int]]  # [block][member]: bytes of the matrices that this member owns in this block
 

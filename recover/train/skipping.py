@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from recover import dist
+from recover.base import dist
 
 SKIPS_IN_A_ROW = 8  # before going back to a checkpoint the first time; half as many after each time
 ROLLBACKS = 3

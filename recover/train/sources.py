@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from recover.errors import DataError
-from recover.json_lines import json_lines, unread
-from recover.measure.prompts import encode_prompt
-from recover.recipe import GivenText, local_path
+from recover.base.errors import DataError
+from recover.config.json_lines import json_lines, unread
+from recover.config.recipe import GivenText, local_path
+from recover.text.prompts import encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

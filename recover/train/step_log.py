@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from recover import artifacts, console, dist, strict_json
-from recover.errors import ArtifactError
+from recover.base import artifacts, console, dist, strict_json
+from recover.base.errors import ArtifactError
 from recover.train.checkpoints import STEPS
 from recover.train.totals import TERMS, Totals
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from recover.errors import StopRequested
-from recover.signals import STOPPING
+from recover.base.errors import StopRequested
+from recover.base.signals import STOPPING
 
 
 class Interrupted(Exception):

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recover import console, dist
-from recover.artifacts import sha256
+from recover.base import console, dist
+from recover.base.artifacts import sha256
+from recover.base.errors import DataError
+from recover.config.json_lines import json_lines, unread
+from recover.config.recipe import TeacherText
 from recover.distill.cache import SHARD_BYTES, Key, StateCache, row_key
 from recover.distill.loss_topk import TopK
-from recover.errors import DataError
-from recover.json_lines import json_lines, unread
-from recover.recipe import TeacherText
 from recover.train.caching import TextRow, pinned
 from recover.train.sources import Sample
 

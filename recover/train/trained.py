@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recover import console, dist
-from recover.errors import ArtifactError
+from recover.base import console, dist
+from recover.base.errors import ArtifactError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

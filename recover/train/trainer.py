@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recover import console, dist
-from recover.errors import StopRequested, TrainingError
+from recover.base import console, dist
+from recover.base.errors import StopRequested, TrainingError
+from recover.config.recipe import Recover
 from recover.models.packed_attention import HALF, packing_configs
-from recover.recipe import Recover
 from recover.train.caching import TextRow, TrainingStates, with_states
 from recover.train.callbacks import AfterEpoch, Epochs, Progress
 from recover.train.checkpoints import begin, note

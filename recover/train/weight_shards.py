@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from recover import dist
+from recover.base import dist
 from recover.train.shares import Machine, Shares, Work
 
 Pass = Literal["dense", "forward", "backward"]

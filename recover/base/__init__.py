@@ -1,0 +1,5 @@
+"""What every other folder stands on: errors, processes, the console, files that are whole or not there, signals,
+provenance, and whose a folder is.
+
+It imports nothing of recover, and no torch until it is called. Begin with `artifacts.py`.
+"""

@@ -1,0 +1,107 @@
+"""Where the time of a run goes: seconds of each stage by part, written to `times.jsonl` as stages end.
+
+@part("verifying")                        with stage_clock() as clock:
+def verify(...): ...                          work()
+                                          clock.seconds, clock.parts
+
+What a part does inside another one counts as its own: the parts of a stage add up to the stage. A GPU is not waited
+for: its time counts where the program waits for what it computes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recover.base import artifacts
+
+FILE = "times.jsonl"
+OTHER = "other"
+_clock = time.perf_counter
+
+
+@dataclass
+class Clock:
+    """Seconds of one stage, in all and by part in the order in which they first ended."""
+
+    seconds: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Open:
+    name: str
+    since: float
+
+
+_open: list[_Open] = []
+_running: list[Clock] = []
+
+
+@contextmanager
+def stage_clock() -> Iterator[Clock]:
+    """Parts inside the body are counted on the clock given here; the time outside of parts as OTHER."""
+    clock, began = Clock(), _clock()
+    outer = _open[:], _running[:]
+    _open.clear()
+    _running[:] = [clock]
+    try:
+        with part(OTHER):
+            yield clock
+    finally:
+        clock.seconds = _clock() - began
+        _open[:], _running[:] = outer
+
+
+@contextmanager
+def part(name: str) -> Iterator[None]:
+    """Inside the body (or the function decorated), time counts for this part; without a stage, for none."""
+    _pause()
+    _open.append(_Open(name, _clock()))
+    try:
+        yield
+    finally:
+        _pause()
+        _open.pop()
+        if _open:
+            _open[-1].since = _clock()
+
+
+def _pause() -> None:
+    """Count what the innermost part took since it began, or went on."""
+    if _open and _running:
+        now, parts, here = _clock(), _running[-1].parts, _open[-1]
+        parts[here.name] = parts.get(here.name, 0.0) + now - here.since
+        here.since = now
+
+
+def note(root: Path, stage: str, clock: Clock, *, done: bool) -> None:
+    """Put a stage's seconds on record, those of one that was stopped or failed too."""
+    record = {"stage": stage, "done": done, "seconds": clock.seconds, "parts": clock.parts}
+    artifacts.append_jsonl(root / FILE, record)
+
+
+def spent(root: Path) -> list[dict[str, Any]]:
+    """{"stage", "seconds", "parts", "calls"} of each stage that was begun, in the order of a run.
+
+    A stage that was stopped and went on took what all those calls did; one that is done again only what this took.
+    """
+    path = root / FILE
+    found: dict[str, dict[str, Any]] = {}
+    for record in artifacts.read_jsonl(path) if path.is_file() else ():
+        before = found.get(record["stage"])
+        if before is None or before["done"]:
+            before = {"stage": record["stage"], "seconds": 0.0, "parts": {}, "calls": 0}
+        parts = {name: before["parts"].get(name, 0.0) for name in {**before["parts"], **record["parts"]}}
+        found[record["stage"]] = {
+            "stage": record["stage"],
+            "seconds": before["seconds"] + record["seconds"],
+            "parts": {name: seconds + record["parts"].get(name, 0.0) for name, seconds in parts.items()},
+            "calls": before["calls"] + 1,
+            "done": record["done"],
+        }
+    return [{name: value for name, value in row.items() if name != "done"} for row in found.values()]

@@ -1,0 +1,214 @@
+"""What a person sees: text and tables on stdout, warnings, errors and progress on stderr; main process only."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from recover.base import dist
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+Item = TypeVar("Item")
+
+SILENT_SECONDS = 2.0  # shorter loops need no progress
+LINE_SECONDS = 5.0  # on a pipe: no more lines than one in so many seconds
+PIPE_WIDTH = 140  # columns where there is no terminal to ask
+
+# C0 and C1 controls but tab and line end, lone surrogates, and marks of direction.
+UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+_clock = time.monotonic
+_shown: list[Progress] = []  # the one live display; loops inside loops add their bar to it
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    console = Console(stderr=stderr, highlight=False, emoji=False)
+    if not console.is_terminal and console.width < PIPE_WIDTH:
+        console.width = PIPE_WIDTH
+    return console
+
+
+def visible(text: str) -> str:
+    """The text with control characters as `\\x1b`: a terminal would obey them. Line ends and tabs stay.
+
+    Marks that turn the direction of writing are shown too, because text after them reads as something else.
+    """
+    return UNSAFE.sub(lambda found: _escaped(found[0]), text)
+
+
+def _escaped(character: str) -> str:
+    number = ord(character)
+    return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"
+
+
+def say(text: str) -> None:
+    """Print text; rich markup such as `[dim]...[/dim]` is styled, and what is no valid markup stays as it is."""
+    from rich.errors import MarkupError
+
+    if not dist.is_main():
+        return
+    text = visible(text)
+    try:
+        _console().print(text, soft_wrap=True)
+    except MarkupError:
+        _console().print(text, soft_wrap=True, markup=False)
+
+
+def heading(text: str) -> None:
+    """Print a bold line with a blank one above it."""
+    if dist.is_main():
+        _console().print(f"\n{visible(text)}", style="bold", soft_wrap=True, markup=False)
+
+
+def warn(text: str) -> None:
+    """Print `warning: text` on stderr."""
+    _label("warning", text, "yellow")
+
+
+def error(text: str) -> None:
+    """Print `error: text` on stderr, in one piece: no blank around it, no traceback."""
+    _label("error", text, "red")
+
+
+def _label(label: str, text: str, style: str) -> None:
+    if dist.is_main():
+        _console(stderr=True).print(f"{label}: {visible(text)}", style=style, soft_wrap=True, markup=False)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print a table; numbers stand right and are rounded to four digits, None is a dash."""
+    if not dist.is_main():
+        return
+    from rich.box import SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
+    body = [list(row) for row in rows]
+    shown = Table(title=Text(visible(title)), title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False)
+    for index, column in enumerate(columns):
+        numeric = all(isinstance(row[index], int | float | None) for row in body)
+        shown.add_column(Text(visible(column)), justify="right" if body and numeric else "left")
+    for row in body:
+        shown.add_row(*(Text(_cell(value)) for value in row))
+    _console().print(shown)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else visible(str(value))
+
+
+def track(iterable: Iterable[Item], description: str, *, total: int | None = None, unit: str = "it") -> Iterator[Item]:
+    """Yield every item, showing count, rate and time left once the loop has run for two seconds.
+
+    A terminal gets a bar that is gone at the end, a pipe a plain line every five seconds at most and one at the end.
+    `total` is the number of items where `iterable` has no length.
+    """
+    if not dist.is_main():
+        yield from iterable
+        return
+    meter = _Meter(description, len(iterable) if total is None and hasattr(iterable, "__len__") else total, unit)  # type: ignore[arg-type]
+    try:
+        for item in iterable:
+            yield item
+            meter.advance()
+    finally:
+        meter.close()
+
+
+class _Meter:
+    """Counts one loop and decides when to show it."""
+
+    def __init__(self, description: str, total: int | None, unit: str) -> None:
+        self.description, self.total, self.unit = visible(description), total, unit
+        self.count = 0
+        self.started = self.last_line = _clock()
+        self.bar: tuple[Progress, Any] | None = None
+        self.owner = False  # of the live display
+
+    def advance(self) -> None:
+        self.count += 1
+        now = _clock()
+        if now - self.started < SILENT_SECONDS:
+            return
+        if sys.stderr.isatty():
+            self._draw()
+        elif now - self.last_line >= LINE_SECONDS:
+            self.last_line = now
+            self._print_line(now)
+
+    def close(self) -> None:
+        now = _clock()
+        if self.bar is not None:
+            progress, task = self.bar
+            progress.remove_task(task)
+        if self.owner:
+            _shown.pop().stop()
+        if now - self.started >= SILENT_SECONDS:
+            self._print_line(now, finished=True)
+
+    def _draw(self) -> None:
+        if self.bar is None:
+            if not _shown:
+                self.owner = True
+                _shown.append(_live_display())
+            task = _shown[0].add_task(self.description, total=self.total, unit=self.unit, rate="")
+            self.bar = (_shown[0], task)
+        progress, task = self.bar
+        progress.update(task, completed=self.count, rate=self._rate(_clock()))
+
+    def _rate(self, now: float) -> str:
+        return f"{self.count / max(now - self.started, 1e-9):.3g} {self.unit}/s"
+
+    def _print_line(self, now: float, *, finished: bool = False) -> None:
+        elapsed = now - self.started
+        of_total = "" if self.total is None else f"/{self.total}"
+        line = f"{self.description}: {self.count}{of_total} {self.unit}, {self._rate(now)}"
+        if finished:
+            line += f", took {duration(elapsed)}"
+        elif self.total is not None:
+            line += f", {duration(elapsed / self.count * (self.total - self.count))} left"
+        _console(stderr=True).print(line, soft_wrap=True, markup=False)
+
+
+def _live_display() -> Progress:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        "{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]} {task.fields[rate]}"),
+    )
+    # stdout is redirected only if it is the same terminal: a redirected file must get its text.
+    progress = Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=_console(stderr=True),
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),
+    )
+    progress.start()
+    return progress
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: `0.4 s`, `12 s`, `3 min 20 s`, `2 h 5 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,111 @@
+"""What a stage wrote for later stages and readers, and whether it is still there as it was written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from recover.base import artifacts
+from recover.base.artifacts import MANIFEST
+from recover.base.errors import ArtifactError
+from recover.base.ownership import peek
+
+Entry = dict[str, Any]
+
+MEASURED = ("measure.json", "generations.json", "probe.json", "probe.jsonl")
+# Names of files by stage, from the run directory on.
+NAMES: dict[str, tuple[str, ...]] = {
+    "dense": tuple(f"dense/{name}" for name in MEASURED),
+    "prune": ("prune/plan.json", "prune/masks.safetensors", "prune/weights.safetensors"),
+    "before": tuple(f"before/{name}" for name in MEASURED),
+    "recover": ("recover/best.json", "epochs.jsonl"),  # and the files of the epoch that it names
+    "after": tuple(f"after/{name}" for name in MEASURED),
+    "export": ("verify.json", "speed.json"),  # and those of the checkpoint
+}
+OWN_WORDS = ".md"  # a model card is there to be written on
+ALWAYS_HASHED = 64 * 2**20  # bytes; larger files count as unchanged while their size and time are
+GONE, CHANGED = "is gone", "is not what was written"
+
+_digests: dict[tuple[Any, ...], str] = {}
+
+
+def written(root: Path, stage: str) -> dict[str, Entry]:
+    """Bytes, time and sha256 of each file that this stage has written, by name; to be kept in its stamp."""
+    entries = {}
+    for path, known in _files(root, stage):
+        if path.is_file() and path.suffix != OWN_WORDS:
+            stat = path.stat()
+            digest = known or artifacts.sha256(path)
+            entries[path.relative_to(root).as_posix()] = {
+                "bytes": stat.st_size,
+                "changed": stat.st_mtime_ns,
+                "sha256": digest,
+            }
+    return entries
+
+
+def lost(root: Path, entries: Any, *, every_byte: bool = False) -> str | None:
+    """The first of these files that is gone or changed, in words; None where there is none.
+
+    `every_byte`: large files are read too, of which else size and time are looked at.
+    """
+    if not isinstance(entries, dict):
+        return None
+    for name, entry in entries.items():
+        path = root / name
+        if not path.is_file():
+            return f"{name} {GONE}"
+        if not _same(path, entry, every_byte=every_byte):
+            return f"{name} {CHANGED}"
+    return None
+
+
+def _same(path: Path, entry: Entry, *, every_byte: bool) -> bool:
+    stat = path.stat()
+    if stat.st_size != entry["bytes"]:
+        return False
+    if stat.st_size > ALWAYS_HASHED and not every_byte and stat.st_mtime_ns == entry["changed"]:
+        return True
+    return digest_of(path) == entry["sha256"]
+
+
+def digest_of(path: Path) -> str:
+    """The file's sha256, found once in a process for as long as the file is the same one, of one size and time."""
+    stat = path.stat()
+    key = (path.absolute(), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    if key not in _digests:
+        _digests[key] = artifacts.sha256(path)
+    return _digests[key]
+
+
+def _files(root: Path, stage: str) -> Iterator[tuple[Path, str | None]]:
+    """Each file that the stage may have written, and its sha256 where a manifest has it."""
+    yield from ((root / name, None) for name in NAMES.get(stage, ()))
+    folder = None
+    if stage == "export":
+        folder = root / "deploy"
+    elif stage == "recover":
+        best = peek(root / "recover" / "best.json")
+        named = best.get("folder") if isinstance(best, dict) else None
+        folder = root / "recover" / named if isinstance(named, str) else None
+    listed = peek(folder / MANIFEST) if folder is not None else None
+    if folder is not None and isinstance(listed, dict) and isinstance(listed.get("files"), dict):
+        yield folder / MANIFEST, None
+        yield from ((folder / name, entry["sha256"]) for name, entry in listed["files"].items())
+
+
+def check_checkpoint(folder: Path, mend: str) -> None:
+    """Hold a folder against the manifest in it, before it is read; every byte. `mend`: what to do, for the message.
+
+    A model card may be changed, and files may be added. Raises ArtifactError: a file is gone or changed.
+    """
+    listed = peek(folder / MANIFEST)
+    files = listed.get("files") if isinstance(listed, dict) else None
+    for name, entry in files.items() if isinstance(files, dict) else ():
+        path = folder / name
+        if name.endswith(OWN_WORDS) or not isinstance(entry, dict):
+            continue
+        there = path.is_file()
+        if not there or path.stat().st_size != entry.get("bytes") or digest_of(path) != entry.get("sha256"):
+            raise ArtifactError(f"{path}: {CHANGED if there else GONE}, as {MANIFEST} beside it has it: {mend}")

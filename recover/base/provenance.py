@@ -1,0 +1,101 @@
+"""What a run was made with: versions, machine, revision and command, kept beside every result."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from recover import __version__
+from recover.base import dist, threads
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "deepspeed",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "pydantic",
+    "numpy",
+    "gguf",
+)
+GIT_SECONDS = 10
+
+
+def environment() -> dict[str, Any]:
+    """Versions (None: not installed), machine, git revision of this package if it is run from a checkout, command.
+
+    `threads`: of each process on the CPU.
+    """
+    return {
+        "recover": __version__,
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "machine": machine(),
+        "git": git_revision(Path(__file__).parent),
+        "processes": dist.world_size(),
+        "threads": threads.described(),
+        "argv": ["recover", *sys.argv[1:]],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def machine() -> dict[str, Any]:
+    """System, processor, usable cores, memory in bytes, and each GPU's name and memory; imports torch."""
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": _gpus(),
+    }
+
+
+def _processor() -> str:
+    listing = Path("/proc/cpuinfo")
+    names = listing.read_text().splitlines() if listing.exists() else []
+    named = (line.partition(":")[2].strip() for line in names if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in found]
+
+
+def git_revision(package: Path) -> dict[str, Any] | None:
+    """`commit` and `changed` (files differ from it) of the checkout that `package` lies directly in, else None.
+
+    A package installed somewhere below another project's checkout has no revision: that commit would be the other's.
+    """
+    top = _git(package, "rev-parse", "--show-toplevel")
+    commit = _git(package, "rev-parse", "HEAD")
+    if top is None or commit is None or Path(top).resolve() != package.resolve().parent:
+        return None
+    return {"commit": commit, "changed": bool(_git(package, "status", "--porcelain"))}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=GIT_SECONDS, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None  # no git here, or no checkout
+    return done.stdout.strip()

@@ -1,0 +1,31 @@
+"""`recover gguf`: an exported checkpoint as one file for llama.cpp. `cli.py` gives it its place and its errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from recover.base import console
+
+EXAMPLES = (
+    "recover gguf checkpoints/quickstart/deploy quickstart.gguf",
+    "recover gguf checkpoints/quickstart/deploy quickstart-f16.gguf --dtype float16",
+)
+Deploy = Annotated[
+    Path, typer.Argument(metavar="DEPLOY", help="Folder of a checkpoint, such as checkpoints/quickstart/deploy.")
+]
+Out = Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write; replaced when it is there.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32, float16 or bfloat16; else that of the checkpoint.", show_default=False),
+]
+
+
+def gguf(deploy: Deploy, out: Out, dtype: Dtype = None) -> None:
+    """Write an exported checkpoint as one GGUF file: llama.cpp, and what is built on it, runs and quantizes it."""
+    from recover.export.gguf.write import write_gguf
+
+    path = write_gguf(deploy, out, dtype)
+    console.say(f"wrote {path} ({path.stat().st_size / 2**20:,.1f} MiB)")

@@ -1,0 +1,163 @@
+"""Commands that read run directories: report, show, compare. `cli.py` gives them their place and their errors."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from recover.base import console, products
+from recover.base.errors import ArtifactError
+from recover.run import summary as outcome
+from recover.run.directory import RunDirectory
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run directory, such as checkpoints/quickstart.")]
+Folders = Annotated[
+    list[Path], typer.Argument(metavar="FOLDER...", help="Run directories, or folders that `recover diagnose` wrote.")
+]
+RunPaths = Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Run directories.")]
+
+
+def report(
+    run_dirs: Folders,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="The page that compares several runs, replaced when it is there; default: beside them."
+        ),
+    ] = None,
+) -> None:
+    """Write the report of each run again, finished or not, and a comparison of several; of a diagnosis, its page."""
+    from recover.report.collect import collect
+    from recover.report.diagnosis import is_diagnosis, render_diagnosis
+    from recover.report.render import is_page, render
+
+    roots = []
+    for path in _folders(run_dirs):
+        if is_diagnosis(path):
+            console.say(str(render_diagnosis(path)))
+            continue
+        directory = _existing(path)
+        if not directory.is_run:
+            raise ArtifactError(
+                f"{path}: has a recipe.yaml, and nothing that says that recover made this folder; a report would "
+                "replace files in it. Expected a run directory"
+            )
+        _say_lost(directory)
+        render(directory.root, collect(directory.root))
+        console.say(str(directory.report_html))
+        roots.append(directory.root)
+    if len(roots) > 1:
+        beside = roots[0].parent / "comparison.html"
+        if out is None and beside.exists() and not is_page(beside):
+            raise ArtifactError(f"{beside}: is there and is no page of recover's; say with --out where to write")
+        _compare_page(roots, out or beside)
+
+
+def _compare_page(roots: list[Path], path: Path) -> None:
+    from recover.report.compare import compare
+    from recover.report.compare_page import render_compare
+
+    data = compare(roots)
+    for line in data["apart"]:
+        console.warn(line)
+    console.say(str(render_compare(data, path)))
+
+
+def _say_lost(directory: RunDirectory) -> None:
+    for stage in products.NAMES:
+        lost = directory.lost(stage)
+        if lost is not None:
+            console.warn(
+                f"{directory.root}: {lost}; this report shows what is there. Put the file back, or do the stage again: "
+                f"recover run RECIPE --from {stage}"
+            )
+
+
+def show(run_dir: RunPath) -> None:
+    """Say which stages of a run are done, why one would be done again, the best epoch, and the headline figures."""
+    from recover.report.collect import collect
+    from recover.run import stages
+
+    directory = _existing(run_dir)
+    console.table(
+        str(directory.root), ["stage", "state", "finished", "why"], map(_state, stages.status(directory.root))
+    )
+    data = collect(directory.root)
+    outcome.table(data)
+    for epoch in data["epochs"]:
+        if epoch["best"]:
+            score = outcome.worded("generation", epoch["score"])
+            console.say(f"best epoch: {epoch['epoch']} of {len(data['epochs'])}, generation {score}")
+
+
+def compare(
+    run_dirs: RunPaths,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write it as a page with a picture, too; replaced when it is there.")
+    ] = None,
+) -> None:
+    """Put runs side by side, best recovered generation first; tasks as a share of what the dense model reaches."""
+    from recover.report import compare_page
+    from recover.report.compare import compare as compared
+
+    data = compared([_existing(path).root for path in _folders(run_dirs)])
+    columns = ["run", "generation", "after recovery", "choice", "after recovery", "perplexity", "weights"]
+    console.table("pruned, and after recovery", columns, map(_compared, data["runs"]))
+    console.table("dense → deployed", compare_page.SPEED_COLUMNS, map(compare_page.speed_row, data["runs"]))
+    for line in data["apart"]:
+        console.warn(line)
+    if html is not None:
+        console.say(str(compare_page.render_compare(data, html)))
+
+
+def _compared(run: dict[str, Any]) -> list[str | None]:
+    kept = [run["kept"][model][use] for use in ("generation", "choice") for model in ("pruned", "recovered")]
+    perplexity = run["perplexity"]["recovered"]
+    return [
+        run["name"],
+        *(_percent(share) for share in kept),
+        None if perplexity is None else f"{perplexity:.4g}",
+        _percent(run["parameters"]),
+    ]
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{share:.1%}"
+
+
+def _state(row: dict[str, Any]) -> list[str]:
+    if not row["done"]:
+        return [row["stage"], "open", "", ""]
+    finished = datetime.fromisoformat(row["finished"]).astimezone().strftime("%Y-%m-%d %H:%M")
+    return [row["stage"], "stale" if row["stale"] else "done", finished, row["stale"] or ""]
+
+
+def _folders(paths: list[Path]) -> list[Path]:
+    """What a shell makes of `checkpoints/*` holds files, too: they are passed over where there is a folder."""
+    return [path for path in paths if not path.is_file()] or paths
+
+
+def _existing(path: Path) -> RunDirectory:
+    directory = RunDirectory(path)
+    if not directory.recipe.is_file():
+        beside = sorted(found.parent.as_posix() for found in path.absolute().parent.glob("*/recipe.yaml"))
+        there = f"; beside it are {', '.join(Path(name).name for name in beside)}" if beside else ""
+        raise ArtifactError(f"{path}: not a run directory, it has no recipe.yaml{there}")
+    return directory
+
+
+COMMANDS = {
+    report: (
+        "recover report checkpoints/quickstart",
+        "recover report checkpoints/drop2 checkpoints/drop4 checkpoints/wanda",
+        "recover report my-diagnosis",
+    ),
+    show: ("recover show checkpoints/quickstart",),
+    compare: (
+        "recover compare checkpoints/drop2 checkpoints/drop4",
+        "recover compare checkpoints/* --html all.html",
+    ),
+}

@@ -1,0 +1,112 @@
+"""Commands that run the stages of a recipe, all of them or up to one. `cli.py` gives them their place and errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from recover.base import dist
+from recover.base.errors import RecipeError
+from recover.config.recipe import load_recipe
+
+OVERRIDE_HELP = (
+    "Fields to set over the recipe: [bold]prune.count=3[/bold] [bold]recover.lr=1e-3[/bold] "
+    "[bold]recover.data.0.share=2[/bold] (dotted path, list index from 0, value as YAML)."
+)
+RecipePath = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="YAML file of one complete run.", show_default=False)
+]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=OVERRIDE_HELP, show_default=False)]
+Runs = Annotated[Path, typer.Option("--runs", help="Folder of run directories; this run writes to RUNS/<name>.")]
+From = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="STAGE",
+        help="Do this stage and all after it again: plan, dense, prune, before, recover, after, export or report.",
+    ),
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Do every stage again, whatever is done.")]
+
+
+def _run(recipe: Path, overrides: list[str] | None, runs: Path, until: str, start: str | None = None) -> None:
+    loaded = load_recipe(recipe, overrides or [])
+    from recover.run import stages
+
+    stages.run(loaded, runs, until=until, start=start)
+    # Only after success: with a failure on one process, taking the group down would wait for the others.
+    dist.stop()
+
+
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    runs: Runs = Path("checkpoints"),
+    start: From = None,
+    fresh: Fresh = False,
+) -> None:
+    """Do all stages of a recipe: plan, dense, prune, before, recover, after, export, report.
+
+    What is done and still fits the recipe is skipped; a training that was stopped goes on where it was.
+    """
+    if fresh and start is not None:
+        raise RecipeError("--fresh does every stage again, --from only some: give one of them")
+    _run(recipe, overrides, runs, "report", "plan" if fresh else start)
+
+
+def plan(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("checkpoints")) -> None:
+    """Check a recipe and say what it will cost, before any weight is loaded."""
+    _run(recipe, overrides, runs, "plan")
+
+
+def prune(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("checkpoints")) -> None:
+    """Run up to pruning: which blocks or weights go, and the scores behind it."""
+    _run(recipe, overrides, runs, "prune")
+
+
+def probe(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("checkpoints")) -> None:
+    """Run up to the diagnosis of the pruned model: drift in three spaces, tasks, where texts diverge."""
+    _run(recipe, overrides, runs, "before")
+
+
+def train(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("checkpoints")) -> None:
+    """Run up to recovery: LoRA distillation from the dense model, generation measured after each epoch."""
+    _run(recipe, overrides, runs, "recover")
+
+
+def export(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("checkpoints")) -> None:
+    """Run up to the exported checkpoint, verified in a fresh process; stock tools load it."""
+    _run(recipe, overrides, runs, "export")
+
+
+COMMANDS = {
+    run: (
+        "recover run recipes/quickstart.yaml",
+        "recover run recipes/quickstart.yaml prune.count=3 recover.lr=1e-3",
+        "recover run recipes/quickstart.yaml name=mine 'prune={kind: depth, blocks: [3, 4]}'",
+        "recover run recipes/quickstart.yaml --from recover",
+        "accelerate launch --config_file launch/zero2.yaml -m recover run recipes/quickstart.yaml",
+    ),
+    plan: (
+        "recover plan recipes/quickstart.yaml",
+        "recover plan recipes/quickstart.yaml prune.count=3",
+    ),
+    prune: (
+        "recover prune recipes/quickstart.yaml",
+        "recover prune recipes/quickstart.yaml prune.count=3",
+    ),
+    probe: (
+        "recover probe recipes/quickstart.yaml",
+        "recover probe recipes/quickstart.yaml probe.steps=64",
+    ),
+    train: (
+        "recover train recipes/quickstart.yaml",
+        "recover train recipes/quickstart.yaml recover.epochs=5",
+    ),
+    export: (
+        "recover export recipes/quickstart.yaml",
+        "recover export recipes/quickstart.yaml export.dtype=bfloat16",
+    ),
+}

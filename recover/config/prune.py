@@ -1,0 +1,233 @@
+"""The part of a recipe that says how the model is pruned: one leaf a `kind`."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from recover.config.leaf import Leaf
+
+CLOSING = ("kl", "variance", "perplexity")  # scores of depth pruning that are measured with the units really closed
+N_M = re.compile(r"([1-9]\d{0,3}):([1-9]\d{0,3})")
+
+
+class Calibration(Leaf):
+    """Text on which scores are measured: a JSONL (`text` column), a text file, or a hub data set.
+
+    With `answer` each text is a prompt, and the dense model's own answer to it is measured on too. Prompts of the kind
+    that the recovered model is for choose better than text of another kind (docs/results.md).
+    """
+
+    data: str
+    split: str = Field(default="train", description="of a hub data set")
+    column: str = "text"
+    samples: int = Field(default=64, ge=1, description="sequences of `length` tokens")
+    length: int = Field(default=512, ge=8, description="tokens a sample, capped here and not by the model's context")
+    batch_size: int = Field(default=8, ge=1)
+    answer: int | None = Field(
+        default=None, ge=1, description="most tokens that the dense model writes after each text, greedily; null: none"
+    )
+
+
+class Depth(Leaf):
+    """Drop blocks or sublayers: `count` chosen by `score`, or the listed `blocks` (`sites` for `unit: sublayer`)."""
+
+    kind: Literal["depth"]
+    unit: Literal["block", "attention", "mlp", "sublayer", "pair"] = Field(
+        default="block",
+        description="what goes as one: a block, one sublayer of it, (sublayer) attention and MLP apart, or (pair) an "
+        "attention and an MLP next to it, of one block or of two: a block less is stored for each",
+    )
+    count: int | None = Field(default=None, ge=1, description="how many units go, chosen by `score`")
+    blocks: tuple[int, ...] | None = Field(
+        default=None, description="which go, from 0 (with `unit: mlp`, their MLPs); block 0 keeps its attention"
+    )
+    sites: tuple[Annotated[str, Field(pattern=r"^(attention|mlp):(0|[1-9]\d*)$")], ...] | None = Field(
+        default=None, description="which go with `unit: sublayer`, as `attention:5` or `mlp:7`"
+    )
+    score: Literal["kl", "variance", "perplexity", "taylor", "angular", "block_influence"] = "kl"
+    contiguous: bool = Field(default=False, description="drop one run of neighbours")
+    iterative: bool | None = Field(
+        default=None, description="score anew after each drop; null: with kl, variance and perplexity"
+    )
+    beam: int | None = Field(
+        default=None,
+        ge=2,
+        description="sets carried from drop to drop, greedy's among them, at so many times the cost; null: that alone",
+    )
+    swap: bool = Field(
+        default=False,
+        description="after the drops, exchange one unit at a time for a better one until none lowers the score",
+    )
+    repair: Literal["none", "rescale", "linear"] = Field(
+        default="none",
+        description="folded into the sublayer before each cut: a factor a channel, or a whole matrix (ReplaceMe)",
+    )
+    calibration: Calibration | None = None
+
+    @model_validator(mode="after")
+    def _one_way_to_choose(self) -> Depth:
+        if self.unit == "pair" and (self.blocks is not None or self.sites is not None):
+            raise ValueError("unit: pair is chosen by 'count': list what goes as 'sites' with unit: sublayer")
+        listed = "sites" if self.unit == "sublayer" else "blocks"
+        other = "blocks" if self.unit == "sublayer" else "sites"
+        if getattr(self, other) is not None:
+            raise ValueError(f"'{other}' is not for unit: {self.unit}: list what goes in '{listed}'")
+        if (self.count is None) == (self.listed is None):
+            raise ValueError(f"give either 'count' (and a score) or '{listed}', not both and not neither")
+        if self.count is not None and self.calibration is None:
+            raise ValueError("'count' needs 'calibration': scores are measured on text")
+        if self.repair != "none" and self.calibration is None:
+            raise ValueError(f"'repair: {self.repair}' needs 'calibration': it is fitted to activations on text")
+        if self.listed is not None and (not self.listed or len(set(self.listed)) != len(self.listed)):
+            what = "site" if self.unit == "sublayer" else "block"
+            raise ValueError(f"'{listed}' must name at least one {what} and none twice, found {list(self.listed)}")
+        if self.contiguous and self.iterative:
+            raise ValueError("'contiguous' drops one run at once: there is no later round to be 'iterative' in")
+        self._refuse_search()
+        return self
+
+    def _refuse_search(self) -> None:
+        """A search of sets needs a score of sets, and drops."""
+        asked = "swap" if self.swap else "beam"
+        if not (self.swap or self.beam):
+            return
+        if self.count is None or not self.rounds or self.score not in CLOSING:
+            raise ValueError(
+                f"'{asked}' compares whole sets: it needs a 'count', a score of {', '.join(CLOSING)}, "
+                "and drops one by one (without 'contiguous', nor 'iterative: false')"
+            )
+        if self.swap and self.unit == "pair":
+            raise ValueError("'swap' exchanges single units, and a pair may rest on others that are gone: give 'beam'")
+
+    @property
+    def listed(self) -> tuple[int, ...] | tuple[str, ...] | None:
+        """What the recipe names, instead of a count."""
+        return self.sites if self.unit == "sublayer" else self.blocks
+
+    @property
+    def units(self) -> int:
+        """How many units go."""
+        return self.count or len(self.listed or ())
+
+    @property
+    def rounds(self) -> bool:
+        """Whether what is left is scored anew after each drop."""
+        if self.iterative is not None:
+            return self.iterative
+        return self.score in CLOSING and not self.contiguous
+
+
+class Sparsity(Leaf):
+    """Weights set to zero inside the linear layers of every block; `pattern` N:M keeps N of M consecutive inputs."""
+
+    pattern: str = Field(default="unstructured", description="`unstructured`, or N:M such as `2:4`")
+    sparsity: float | None = Field(default=None, gt=0, lt=1, description="fraction of weights set to zero")
+
+    @field_validator("pattern")
+    @classmethod
+    def _unstructured_or_n_of_m(cls, pattern: str) -> str:
+        match = N_M.fullmatch(pattern)
+        if pattern != "unstructured" and (match is None or int(match[1]) >= int(match[2])):
+            raise ValueError("expected 'unstructured' or 'N:M' with N < M (N of M consecutive inputs are kept)")
+        return pattern
+
+    @model_validator(mode="after")
+    def _sparsity_or_pattern(self) -> Sparsity:
+        if self.n_m is None:
+            if self.sparsity is None:
+                raise ValueError("'sparsity' is needed, a fraction between 0 and 1 (or give pattern: '2:4')")
+            return self
+        n, m = self.n_m
+        if self.sparsity is not None and abs(self.sparsity - (m - n) / m) > 1e-9:
+            raise ValueError(
+                f"pattern {self.pattern} fixes sparsity at {(m - n) / m:g}, found {self.sparsity}: leave 'sparsity' out"
+            )
+        return self
+
+    @property
+    def n_m(self) -> tuple[int, int] | None:
+        """(N, M) of an N:M pattern."""
+        match = N_M.fullmatch(self.pattern)
+        return None if match is None else (int(match[1]), int(match[2]))
+
+    @property
+    def fraction(self) -> float:
+        """Fraction of weights that become zero."""
+        if self.n_m is None:
+            assert self.sparsity is not None, "the recipe holds either a pattern or a sparsity"
+            return self.sparsity
+        n, m = self.n_m
+        return (m - n) / m
+
+
+class Calibrated(Sparsity):
+    """Sparsity measured on text, which may differ from block to block."""
+
+    kind: str
+    calibration: Calibration
+    allocation: Literal["uniform", "owl", "kl"] = Field(
+        default="uniform", description="sparser where OWL's outliers are few, or where the KL of a block alone is low"
+    )
+    spread: float = Field(default=0.08, gt=0, lt=0.5, description="most that a block's sparsity is off `sparsity`")
+
+    @model_validator(mode="after")
+    def _room_for_allocation(self) -> Calibrated:
+        if self.allocation == "uniform":
+            return self
+        if self.n_m is not None:
+            raise ValueError(f"allocation: {self.allocation} needs pattern: unstructured, found {self.pattern}")
+        if not 0 < self.fraction - self.spread < self.fraction + self.spread < 1:
+            raise ValueError(f"sparsity {self.fraction} +- spread {self.spread} leaves (0, 1): give a smaller 'spread'")
+        return self
+
+
+class Magnitude(Sparsity):
+    kind: Literal["magnitude"]
+
+
+class Wanda(Calibrated):
+    """Zero the weights of lowest |W| * ||x|| in each output row (arXiv 2306.11695)."""
+
+    kind: Literal["wanda"]  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+class SparseGpt(Calibrated):
+    """Zero weights so that the others can make up for them, and rewrite those (arXiv 2301.00774)."""
+
+    kind: Literal["sparsegpt"]  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+class Width(Leaf):
+    """Cut neurons of the MLP and whole KV groups (a KV head with its query heads) out of every block, equally many."""
+
+    kind: Literal["width"]
+    mlp: float | None = Field(default=None, gt=0, lt=1, description="share of the neurons that goes")
+    kv_groups: int | None = Field(default=None, ge=1, description="how many KV groups of each block go")
+    score: Literal["activation", "fluctuation"] = "activation"
+    multiple: int | None = Field(
+        default=None,
+        ge=1,
+        description="neurons left are rounded to one; default: 64, or 32, 16, 8 where that is over 1/16 of all",
+    )
+    calibration: Calibration
+
+    @model_validator(mode="after")
+    def _something_goes(self) -> Width:
+        if self.mlp is None and self.kv_groups is None:
+            raise ValueError("give 'mlp' (a share of the neurons), 'kv_groups' (a number), or both")
+        return self
+
+    def step(self, neurons: int) -> int:
+        """The multiple that so many neurons are rounded to."""
+        return self.multiple or next((step for step in (64, 32, 16) if 16 * step <= neurons), 8)
+
+    def neurons(self, dense: int) -> int:
+        """How many neurons of so many stay."""
+        step = self.step(dense)
+        return round((1 - (self.mlp or 0.0)) * dense / step) * step
+
+
+Prune = Annotated[Depth | Magnitude | Wanda | SparseGpt | Width, Field(discriminator="kind")]

@@ -1,0 +1,184 @@
+"""A recipe is one complete run, in YAML: every field typed, unknown fields refused, no torch.
+
+recipe = load_recipe("recipes/quickstart.yaml", ["recover.lr=1e-3", "prune.count=3"])
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+
+from recover.base.errors import RecipeError
+from recover.config import yaml_values as strict_yaml
+from recover.config.leaf import Dtype, Leaf
+from recover.config.messages import explain
+from recover.config.paths import place_files
+from recover.config.prune import Calibrated, Calibration, Depth, Magnitude, Prune, SparseGpt, Sparsity, Wanda, Width
+from recover.config.train import Cache, Data, DenseText, GivenText, Lora, Loss, PrunedText, Recover, TeacherText
+
+__all__ = [
+    "Cache",
+    "Calibrated",
+    "Calibration",
+    "Data",
+    "DenseText",
+    "Depth",
+    "Dtype",
+    "GivenText",
+    "Leaf",
+    "Lora",
+    "Loss",
+    "Magnitude",
+    "Prune",
+    "PrunedText",
+    "Recover",
+    "SparseGpt",
+    "Sparsity",
+    "TeacherText",
+    "Wanda",
+    "Width",
+]
+
+
+class Model(Leaf):
+    """The dense model: a hub id, a local folder, a GGUF file, or `embedded:NAME` (shipped with the package).
+
+    It must be whole. Tensors that are missing, left over or of another size are refused by name; so are files of an
+    adapter beside whole weights, and a GGUF file of which transformers would leave out biases or scaled positions.
+    """
+
+    source: str
+    revision: str | None = Field(default=None, description="of a hub model: branch, tag or commit")
+    tokenizer: str | None = Field(default=None, description="where the tokenizer lies, if not beside the model")
+    dtype: Dtype = "float32"
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    trust_remote_code: bool = Field(default=False, description="run code that a hub model brings; said aloud when on")
+
+
+class Probe(Leaf):
+    """How drift is measured in the three spaces (theory: `docs/theory.md`)."""
+
+    prompts: str | None = Field(
+        default=None, description="JSONL with a `prompt` column; default: prompts of the generate tasks"
+    )
+    samples: int = Field(default=32, ge=1)
+    steps: int = Field(default=48, ge=1, description="decoding steps along the dense model's own trajectory")
+    temperatures: tuple[float, ...] = (0.5, 1.0, 2.0)
+    seeds: tuple[int, ...] = Field(default=(), description="of texts drawn at T = 1, measured beside the greedy ones")
+    sublayers: bool = Field(default=True, description="what each attention and MLP does, closed or replaced by itself")
+    layer_positions: int = Field(
+        default=2048, ge=1, description="of each batch, at most so many positions enter figures of blocks and sublayers"
+    )
+    items: int = Field(
+        default=100, ge=0, description="of each choice and retrieval task, the first ones, held against dense; 0: none"
+    )
+    batch_size: int = Field(default=16, ge=1)
+
+    @field_validator("temperatures")
+    @classmethod
+    def _positive(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if not values or min(values) <= 0:
+            raise ValueError(f"temperatures must be greater than 0, found {list(values)}")
+        return values
+
+
+class Sampling(Leaf):
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=0.95, gt=0, le=1)
+
+
+class Measure(Leaf):
+    """What is measured of dense, pruned and recovered alike. `tasks`: YAML files, or `embedded:NAME`."""
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    limit: int | None = Field(default=None, ge=1, description="items of each task; default: all")
+    epoch_limit: int | None = Field(
+        default=None, ge=1, description="items of each task after each epoch; default: as `limit`"
+    )
+    max_new_tokens: int = Field(default=128, ge=1, description="texts cut here are counted in the report")
+    batch_size: int = Field(default=64, ge=1)
+    sampling: Sampling | None = Field(default=Sampling(), description="measured beside greedy; null: not at all")
+    samples: int = Field(default=3, ge=0, description="texts shown in the report")
+    allow_code_execution: bool = Field(
+        default=False, description="let `code` tasks run what the model writes, locked away in a process of its own"
+    )
+
+
+class Export(Leaf):
+    dtype: Dtype | None = Field(default=None, description="default: the model's")
+    max_shard_size: str = Field(default="5GB", description="of one file of weights, such as 500MB")
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _size(cls, text: str) -> str:
+        if not re.fullmatch(r"\d+ ?[KMGT]B", text):
+            raise ValueError(f"found {text!r}: expected a number of KB, MB, GB or TB, such as 5GB")
+        return text
+
+
+class Recipe(Leaf):
+    """One complete run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run directory")
+    seed: int = Field(default=0, ge=0, description="of calibration, written text, training order and sampling")
+    model: Model
+    prune: Prune
+    probe: Probe = Probe()
+    recover: Recover
+    measure: Measure
+    export: Export = Export()
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with `key.path=value` overrides, files in it as absolute paths.
+
+    Raises:
+        RecipeError: no such file, not YAML, or every field that is wrong, each with what was meant.
+    """
+    path = Path(path)
+    tree = strict_yaml.read(path)
+    place_files(tree, path.parent)
+    origins = {}
+    for override in overrides:
+        key = strict_yaml.apply_override(tree, override)
+        place_files(tree, Path.cwd(), within=key)
+        origins[key] = f"override '{override}'"
+    return parse_recipe(tree, str(path), origins)
+
+
+def parse_recipe(mapping: Mapping[str, Any], where: str, origins: Mapping[str, str] | None = None) -> Recipe:
+    """The recipe in a mapping; RecipeError has a line for each wrong field and its place (`origins`, `where`)."""
+    try:
+        return Recipe.model_validate(mapping)
+    except ValidationError as error:
+        raise RecipeError("\n".join(explain(error, Recipe, where, origins or {}))) from None
+
+
+def embedded(name: str) -> Path:
+    """The file or folder `embedded:NAME` that is shipped with the package; a task needs no folder and no suffix.
+
+    Raises:
+        RecipeError: there is none of this name; the message lists what there is.
+    """
+    root = Path(__file__).parents[1] / "embedded"
+    for path in (root / name, root / "tasks" / f"{name}.yaml"):
+        if name and ".." not in path.parts and path.is_relative_to(root) and os.path.exists(path):
+            return path
+    there = sorted([path.name for path in root.glob("*")] + [path.stem for path in root.glob("tasks/*.yaml")])
+    raise RecipeError(f"embedded:{name}: not shipped with the package. There are: {', '.join(there) or 'none'}")
+
+
+def local_path(source: str) -> Path:
+    """Where a source lies that is no hub id: the shipped file of `embedded:NAME`, else the path that it is."""
+    name = source.removeprefix("embedded:")
+    return Path(source) if name == source else embedded(name)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """YAML that `load_recipe` reads back as an equal recipe, defaults written out."""
+    return strict_yaml.dump(recipe.model_dump(mode="json"))

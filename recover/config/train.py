@@ -1,0 +1,259 @@
+"""The part of a recipe that says how the pruned model is recovered: text, adapters, loss, training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from recover.config.leaf import Leaf
+
+
+class _Written(Leaf):
+    """What holds for text that a model writes from prompts (JSONL, `prompt` column), whichever writes it."""
+
+    kind: Literal["dense", "pruned"]
+    prompts: str
+    share: float = Field(default=1.0, gt=0, description="part of the tokens, relative to the other sources")
+    temperature: float = Field(default=1.0, ge=0, description="0 = greedy")
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_new_tokens: int = Field(default=256, ge=1)
+    chat: bool | None = Field(
+        default=None, description="wrap prompts in the chat template; default: if the tokenizer has one"
+    )
+    batch_size: int = Field(default=64, ge=1)
+
+
+class DenseText(_Written):
+    """Text that the dense model writes itself, from prompts (JSONL, `prompt` column)."""
+
+    kind: Literal["dense"]
+
+
+class PrunedText(_Written):
+    """Text that the pruned model writes while it learns, scored by the dense one: on-policy (GKD, arXiv 2306.13649).
+
+    `share` is GKD's lambda.
+    """
+
+    kind: Literal["pruned"]
+    start: float = Field(
+        default=0.0, ge=0, lt=1, description="part of the steps that is left to the other sources before it begins"
+    )
+    every: int = Field(
+        default=16, ge=1, description="steps whose texts are written at once: more is faster, and staler by so many"
+    )
+
+
+class GivenText(Leaf):
+    """A `datasets` source: hub id, `.jsonl`, `.parquet` or `.txt` file."""
+
+    kind: Literal["given"]
+    source: str
+    split: str = "train"
+    columns: dict[Literal["text", "prompt", "completion", "messages"], str] = Field(default={"text": "text"})
+    share: float = Field(default=1.0, gt=0)
+
+
+class TeacherText(Leaf):
+    """Text with what a teacher that is not at hand said of it: JSONL, which `recover teacher` writes.
+
+    A row: `input_ids`; `completion_mask`, 1 for each token that is learnt (default: all); and for each of those but a
+    first token `top_ids` and `top_logprobs`, the k likeliest tokens and their log-probabilities at temperature 1, k the
+    same throughout. What is left of the probability is one class more. The tokenizer must be the model's own.
+    """
+
+    kind: Literal["teacher"]
+    source: str
+
+
+Data = Annotated[DenseText | PrunedText | GivenText | TeacherText, Field(discriminator="kind")]
+
+
+class Lora(Leaf):
+    rank: int = Field(default=16, ge=1)
+    alpha: float | None = Field(default=None, gt=0, description="default: 2 x rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    blocks: Literal["all", "after_cut"] = Field(
+        default="all",
+        description="after_cut: only behind the first dropped block; what lies before runs once for both views",
+    )
+
+
+class Loss(Leaf):
+    """Weights of the terms; T = temperature; every term is multiplied by T^2 but CE (Hinton's convention).
+
+    p, q: probabilities of the dense and of the pruned model. No variance beside KL brought generation where tried
+    (docs/results.md); a larger learning rate did.
+    """
+
+    kl: float = Field(default=1.0, ge=0, description=r"KL(dense \|\| pruned)")
+    variance: float = Field(default=0.0, ge=0, description="Var_p(dz) / 2T^2, its second-order form")
+    variance_until: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="part of the steps over which the weight `variance` falls linearly to 0; null: it stays as it is",
+    )
+    variance_r: float = Field(
+        default=0.0, ge=0, description="Var_r(dz) / 2T^2, r = p^2 normalised: second-order form of 1 - cos(p, q)"
+    )
+    reverse_kl: float = Field(default=0.0, ge=0, description=r"KL(pruned \|\| dense)")
+    jsd: float = Field(
+        default=0.0, ge=0, description=r"Jensen-Shannon: b KL(p \|\| m) + (1 - b) KL(q \|\| m), m = b p + (1 - b) q"
+    )
+    jsd_beta: float = Field(default=0.5, gt=0, lt=1, description="b of `jsd`, the weight of the dense side")
+    ce: float = Field(default=0.0, ge=0, description="cross-entropy on the text itself")
+    temperature: float = Field(default=1.0, gt=0)
+    scored: Literal["completion", "all"] = Field(default="completion", description="which positions carry loss")
+    chunk: int = Field(default=2048, ge=1, description="most token positions scored at once; a matter of memory only")
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> Loss:
+        sees_all = self.kl + self.reverse_kl + self.jsd + self.ce
+        blind = [name for name in ("variance", "variance_r") if getattr(self, name) > 0]
+        if sees_all == 0 and not blind:
+            raise ValueError("all loss weights are 0: nothing would be learnt")
+        if sees_all == 0:
+            alone = " and ".join(blind) + (" alone is" if len(blind) == 1 else " alone are")
+            raise ValueError(f"{alone} blind to tokens that the student raises: give 'kl' a weight beside it")
+        if self.variance_until is not None and self.variance == 0:
+            raise ValueError(
+                "'variance_until' says when 'variance' ends, which is 0: give it a weight, or leave it out"
+            )
+        return self
+
+    def at(self, share: float) -> Loss:
+        """The weights of a step before which this part of the steps was made: as here, but `variance` as far faded."""
+        if self.variance_until is None:
+            return self
+        left = max(0.0, 1.0 - share / self.variance_until)
+        return self.model_copy(update={"variance": self.variance * left, "variance_until": None})
+
+
+class Cache(Leaf):
+    """Hidden states of the dense model on disk: training then leaves the dense pass out, and the loss is the same.
+
+    `plan` says how large they get. They are filled before training and known by their text, so they pay where text is
+    read again: other seeds, learning rates or prunings, a resumed run.
+    """
+
+    folder: str = Field(description="where they lie; several runs may share it, at the same time too")
+    prefix: bool = Field(
+        default=False,
+        description="also what the shared blocks put out, which then are not run; needs `lora.blocks` after_cut",
+    )
+
+
+class Recover(Leaf):
+    """LoRA distillation from the dense model; the checkpoint that generates best is kept."""
+
+    epochs: int = Field(default=3, ge=1, description="equal parts of the tokens; generation is measured after each")
+    tokens: int = Field(default=200_000, ge=1, description="teacher-scored tokens over all epochs")
+    data: tuple[Data, ...] = Field(min_length=1)
+    length: int = Field(default=512, ge=8, description="longest sequence, in tokens")
+    batch_size: int = Field(default=16, ge=1, description="sequences per optimizer step, over all processes")
+    micro_batch_size: int | None = Field(
+        default=None, ge=1, description="sequences a process holds at once; default: all of its share"
+    )
+    lora: Lora = Lora()
+    loss: Loss = Loss()
+    lr: float = Field(default=2e-4, gt=0)
+    warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps")
+    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    gradient_checkpointing: bool = Field(default=False, description="less memory, about a third more time")
+    shard_weights: bool = Field(
+        default=False,
+        description="while training, each process keeps a share of the frozen weights only, and reads blocks ahead",
+    )
+    patience: int | None = Field(
+        default=None, ge=1, description="stop after so many epochs without better generation; default: never"
+    )
+    save_steps: int | None = Field(
+        default=None, ge=1, description="steps between checkpoints to resume from; default: each epoch"
+    )
+    cache: Cache | None = Field(
+        default=None, description="the dense model's states on disk; null: computed in each step"
+    )
+
+    @property
+    def teacher(self) -> TeacherText | None:
+        """The file that stands in for the dense view, if one does."""
+        return next((source for source in self.data if isinstance(source, TeacherText)), None)
+
+    @property
+    def pruned(self) -> list[PrunedText]:
+        """The sources that the pruned model writes itself."""
+        return [source for source in self.data if isinstance(source, PrunedText)]
+
+    @property
+    def starts(self) -> list[float]:
+        """Of each source, the part of the steps before its text comes."""
+        return [source.start if isinstance(source, PrunedText) else 0.0 for source in self.data]
+
+    @property
+    def shares(self) -> list[float]:
+        """Of each source; a teacher's file, which stands alone, has the whole."""
+        return [1.0 if isinstance(source, TeacherText) else source.share for source in self.data]
+
+    @property
+    def budgets(self) -> list[int]:
+        """Tokens of each source."""
+        return [round(self.tokens * share / sum(self.shares)) for share in self.shares]
+
+    @model_validator(mode="after")
+    def _teacher_knows_little(self) -> Recover:
+        if self.teacher is None:
+            return self
+        if self.pruned:
+            raise ValueError(
+                "data: text of kind 'pruned' is not in a teacher's file, which knows its own text only: leave one of "
+                "the two out"
+            )
+        unknown = [name for name in ("variance", "variance_r", "reverse_kl", "jsd") if getattr(self.loss, name) > 0]
+        if unknown or self.loss.temperature != 1:
+            what = " and ".join(f"loss.{name}" for name in unknown or ["temperature"])
+            raise ValueError(f"{what}: needs the whole distribution, and a teacher's file has its top k: use kl and ce")
+        if len(self.data) > 1 or self.cache is not None or self.loss.scored == "all":
+            raise ValueError(
+                "data: a teacher's file stands alone: it says what is learnt (no loss.scored all), in place of the "
+                "dense view (no recover.cache), and of all text (no other source)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _own_text_is_no_model(self) -> Recover:
+        if self.pruned and self.loss.ce > 0:
+            raise ValueError(
+                "loss.ce: cross-entropy on text of kind 'pruned' would teach the pruned model its own mistakes: leave "
+                "it 0, or leave that text out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cached_text_is_known(self) -> Recover:
+        if self.cache is None:
+            return self
+        if self.pruned:
+            raise ValueError(
+                "cache: is filled before the first step, and text of kind 'pruned' is written while the model learns: "
+                "leave recover.cache or that text out"
+            )
+        if self.cache.prefix and self.lora.blocks != "after_cut":
+            raise ValueError("cache.prefix: both views share no block unless lora.blocks is 'after_cut'")
+        return self
+
+    @model_validator(mode="after")
+    def _begins_with_something(self) -> Recover:
+        """Before a pruned source's `start`, the other sources must fill the steps."""
+        for start in {*self.starts} - {0.0}:
+            others = sum(share for share, own in zip(self.shares, self.starts, strict=True) if own < start)
+            there = others / sum(self.shares)
+            if there < start:
+                raise ValueError(
+                    f"data: text of kind 'pruned' starts after {start:.0%} of the steps, and the other sources hold "
+                    f"{there:.0%} of the tokens: lower its start or its share"
+                )
+        return self

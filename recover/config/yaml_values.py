@@ -1,0 +1,142 @@
+"""YAML as people write it (the 1.2 core): `1e-3` is a number, `2:4` and `no` are text, and no key occurs twice.
+
+PyYAML reads YAML 1.1, where `2:4` is the number 124, `no` is false and `1e-3` is text.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from recover.base.errors import RecipeError
+from recover.config.paths import meant
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  yaml's own attribute
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for index, key in enumerate(keys):
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is not text", node.start_mark)
+            if key in keys[:index]:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} occurs twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Keeps the resolvers of 1.1 beside ours: text that either would read as something else is quoted."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_SCALARS = {
+    "null": (r"null|Null|NULL|~|", ["n", "N", "~", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?[0-9]+(?:_[0-9]+)*", list("-+0123456789")),
+    "float": (
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:_[0-9]+)*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    "merge": (r"<<", ["<"]),
+}
+for _kind, (_pattern, _first) in _SCALARS.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    # Decimal whatever it starts with (1.1 reads 010 as 8), so that what looks like a number is that number.
+    return int(loader.construct_scalar(node).replace("_", ""))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+
+
+def load(text: str, where: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        RecipeError: `where`, line and column, and what is wrong there.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader: plain values only
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise RecipeError(f"{where}{place}: {error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise RecipeError(f"{where}: not YAML: {reason}") from None
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The fields of a YAML file; an empty one has none.
+
+    Raises:
+        RecipeError: no such file, not text, not YAML, or not fields.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError as error:
+        raise RecipeError(f"{path}: {error.strerror}{meant(path)}") from None
+    except IsADirectoryError:
+        inside = path / "recipe.yaml"
+        hint = f". Did you mean '{inside}'?" if inside.is_file() else ""
+        raise RecipeError(f"{path}: a folder, expected a YAML file{hint}") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+    tree = load(text, str(path))
+    if not isinstance(tree, dict | None):
+        raise RecipeError(f"{path}: expected fields, as 'name: value' on lines of their own")
+    return tree or {}
+
+
+def dump(value: Any) -> str:
+    """YAML text that `load` reads back as the same value; keys keep their order."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=120)
+
+
+def apply_override(tree: dict[str, Any], override: str) -> str:
+    """Set one `a.b.0.c=VALUE` (VALUE as YAML) in `tree`, making mappings on the way; its dotted key is returned.
+
+    Raises:
+        RecipeError: no `=`, no key, a list index that is not there, or a way through something that holds no fields.
+    """
+    key, equals, text = override.partition("=")
+    steps = key.strip().split(".")
+    where = f"override '{override}'"
+    if not equals or not all(steps):
+        raise RecipeError(f"{where}: expected KEY=VALUE, such as recover.lr=1e-3")
+    value = load(text, where)
+    node: Any = tree
+    for depth, step in enumerate(steps):
+        last = depth == len(steps) - 1
+        if isinstance(node, list):
+            node = _list_step(node, step, f"{where}: {'.'.join(steps[:depth])}", value if last else None, last)
+        elif not isinstance(node, dict):
+            raise RecipeError(f"{where}: {'.'.join(steps[:depth])} is {node!r} and has no field '{step}'")
+        elif last:
+            node[step] = value
+        else:
+            if node.get(step) is None:
+                node[step] = {}
+            node = node[step]
+    return ".".join(steps)
+
+
+def _list_step(node: list[Any], step: str, where: str, value: Any, last: bool) -> Any:
+    if not step.isdecimal() or int(step) >= len(node):
+        raise RecipeError(
+            f"{where} is a list of {len(node)}: expected an index from 0 to {len(node) - 1}, found '{step}'"
+        )
+    if last:
+        node[int(step)] = value
+    return node[int(step)]

@@ -1,0 +1,157 @@
+"""What llama.cpp knows of a model family: tensor names, sizes, rope; and what of a config it would compute otherwise.
+
+Source: the GGUF specification (ggml, docs/gguf.md) and llama.cpp's own loaders (src/models/{llama,qwen2,qwen3}.cpp).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recover.base import console
+from recover.base.errors import ExportError
+from recover.models.arch import head_size_of, kv_heads_of
+from recover.models.source import check_tied, check_weights, check_written, explained, model_folder
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+    from torch import Tensor
+    from transformers import PretrainedConfig
+
+TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
+HEAD = {"lm_head": "output"}
+ATTENTION = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+}
+MLP = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+HEAD_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+ROPES = ("default", "linear", "llama3")
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A model type in llama.cpp: its name there, where the two rows of a rotary pair lie, and the norms of a block.
+
+    `neighbours`: row 2i and row 2i + 1 of a head are a pair; else, as always in transformers, half a head is between.
+    """
+
+    arch: str
+    neighbours: bool = False
+    norms: dict[str, str] = dataclasses.field(default_factory=lambda: NORMS)
+
+
+FAMILIES = {
+    "llama": Family("llama", neighbours=True),
+    "mistral": Family("llama", neighbours=True),
+    "qwen2": Family("qwen2"),
+    "qwen3": Family("qwen3", norms=NORMS | HEAD_NORMS),
+}
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The config of a checkpoint with all its weights, such that llama.cpp computes what transformers does.
+
+    Raises ExportError naming the field that it would not, ModelError for a folder that is no whole checkpoint.
+    """
+    from transformers import AutoConfig
+
+    check_written(model_folder(folder))
+    check_weights(folder)
+    with explained(str(folder)):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    check_tied(folder, bool(config.tie_word_embeddings))
+    if config.model_type not in FAMILIES:
+        raise ExportError(
+            f"{folder}: model type '{config.model_type}' is not written as GGUF; expected {', '.join(FAMILIES)}"
+        )
+    rope = config.rope_parameters
+    wrong = {
+        "hidden_act": (config.hidden_act, config.hidden_act == "silu", "silu"),
+        "rope_type": (rope["rope_type"], rope["rope_type"] in ROPES, " or ".join(ROPES)),
+        "partial_rotary_factor": (
+            rope.get("partial_rotary_factor"),
+            rope.get("partial_rotary_factor", 1.0) == 1.0,
+            1.0,
+        ),
+    }
+    for field, (found, right, expected) in wrong.items():
+        if not right:
+            raise ExportError(f"{folder}: {field} is {found}; GGUF is written for {expected}")
+    return config
+
+
+def tensor_names(config: PretrainedConfig) -> dict[str, str]:
+    """For each tensor that the checkpoint must hold, its name in the GGUF file."""
+    biased = _biased(config)
+    modules = TOP | ({} if config.tie_word_embeddings else HEAD)
+    block = FAMILIES[config.model_type].norms | ATTENTION | MLP
+    for number in range(config.num_hidden_layers):
+        modules |= {f"model.layers.{number}.{module}": f"blk.{number}.{name}" for module, name in block.items()}
+    names = {}
+    for module, name in modules.items():
+        names[f"{module}.weight"] = f"{name}.weight"
+        if name.rpartition(".")[2] in biased:
+            names[f"{module}.bias"] = f"{name}.bias"
+    return names
+
+
+def _biased(config: PretrainedConfig) -> set[str]:
+    """Linears with a bias that llama.cpp reads; any other bias in the weights is left over, and refused as such."""
+    if config.model_type == "qwen2":
+        return {"attn_q", "attn_k", "attn_v"}
+    if config.model_type != "llama":
+        return set()
+    return {*(ATTENTION.values() if config.attention_bias else ()), *(MLP.values() if config.mlp_bias else ())}
+
+
+def add_sizes(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    """Put all that llama.cpp must know to compute the model into the metadata; rope factors are a tensor, see below."""
+    from gguf import RopeScalingType
+
+    rope, head = config.rope_parameters, head_size_of(config)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(_context(config))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(kv_heads_of(config))
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(head)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _context(config: PretrainedConfig) -> int:
+    """Tokens for which llama.cpp computes what transformers does: it attends to all, so a sliding window ends them."""
+    window, layers = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    slides = layers is None or "sliding_attention" in layers
+    if window is None or not slides or window >= config.max_position_embeddings:
+        return config.max_position_embeddings
+    console.warn(
+        f"gguf: attention slides over {window} tokens, and llama.cpp attends to all in this family: the file's context "
+        f"is {window} tokens, not {config.max_position_embeddings}"
+    )
+    return int(window)
+
+
+def rope_factors(config: PretrainedConfig) -> Tensor | None:
+    """What llama.cpp divides each rotary frequency by, for Llama 3.1's scaling (factors by wavelength); else None."""
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope, head = config.rope_parameters, head_size_of(config)
+    if rope["rope_type"] != "llama3":
+        return None
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = rope["rope_theta"] ** -(torch.arange(0, head, 2, dtype=torch.float64) / head)
+    return (plain / scaled.double()).float()

@@ -1,0 +1,231 @@
+"""What pruning decided, as data: which blocks went, which weights are zero, and the scores behind it.
+
+`plan.json` is the plan, `masks.safetensors` the masks, 1 bit a weight, `weights.safetensors` the weights that the
+pruned view has of its own (rewritten or sliced). Every mask carries a certificate (shape, number of zeros, pattern)
+that is checked whenever the masks are read, and again on the exported checkpoint.
+
+Shapes: O out features, I in features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import safetensors.torch
+import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from torch import Tensor
+
+from recover.base import artifacts
+from recover.base.errors import ArtifactError
+from recover.models.masked_linear import pack, unpack
+from recover.models.pairing import Packed, pack_sites, zeroed_partners
+from recover.models.site import Site, sites_of
+
+PLAN = "plan.json"
+MASKS = "masks.safetensors"
+WEIGHTS = "weights.safetensors"
+MEND = "Put the file back, or prune again: recover run RECIPE --from prune"
+
+Kind = Literal["none", "depth", "magnitude", "wanda", "sparsegpt", "width"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskRecord:
+    """The certificate of one masked weight: `zeros` of its entries are zero, laid out as `pattern`."""
+
+    shape: tuple[int, int]
+    zeros: int
+    pattern: str
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    @classmethod
+    def of(cls, keep_OI: Tensor, pattern: str) -> MaskRecord:
+        """The record that this mask fulfils."""
+        out_features, in_features = keep_OI.shape
+        return cls((out_features, in_features), keep_OI.numel() - int(torch.count_nonzero(keep_OI)), pattern)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A pruned view of a dense model with `blocks` blocks: all but `dropped`, with the weights in `masks` zeroed.
+
+    `dropped` are whole blocks; of the blocks in `dropped_attention` (`dropped_mlp`) that sublayer alone goes. `masks`
+    is keyed by the full module name of a linear layer. `weights` names the parameters that the pruned view has of its
+    own, with their shapes; `config` the fields of the model's config that those shapes change. `scores` holds every
+    candidate of every round, in the order they were tried. `nonzero` counts the weights that can be non-zero,
+    `parameters_pruned` those that have to be stored. `repair` says what a closed-form repair did and brought.
+    """
+
+    kind: Kind
+    blocks: int
+    dropped: tuple[int, ...] = ()
+    scores: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    masks: dict[str, MaskRecord] = dataclasses.field(default_factory=dict)
+    parameters_dense: int = 0
+    parameters_pruned: int = 0
+    nonzero: int = 0
+    calibration: dict[str, Any] = dataclasses.field(default_factory=dict)
+    dropped_attention: tuple[int, ...] = ()
+    dropped_mlp: tuple[int, ...] = ()
+    weights: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    config: dict[str, int] = dataclasses.field(default_factory=dict)
+    repair: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    def __post_init__(self) -> None:
+        for name in ("dropped", "dropped_attention", "dropped_mlp"):
+            object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
+        for others in (self.dropped_attention, self.dropped_mlp):
+            dropped = sorted(self.dropped + others)
+            if len(set(dropped)) != len(dropped) or any(not 0 <= block < self.blocks for block in dropped):
+                raise ValueError(f"dropped blocks {dropped} are not distinct blocks of a model with {self.blocks}")
+        if both := set(self.dropped_attention) & set(self.dropped_mlp):
+            raise ValueError(f"blocks {sorted(both)} lose attention and MLP: they belong in 'dropped'")
+
+    @classmethod
+    def none(cls, blocks: int) -> Plan:
+        """Nothing pruned: dense and pruned view are the same."""
+        return cls("none", blocks)
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Blocks that survive, in dense numbering."""
+        return tuple(block for block in range(self.blocks) if block not in self.dropped)
+
+    @property
+    def dropped_sites(self) -> frozenset[Site]:
+        """Every sublayer that goes, those of whole blocks too."""
+        alone = [Site(block, "attention") for block in self.dropped_attention]
+        return sites_of([*self.dropped, *alone, *(Site(block, "mlp") for block in self.dropped_mlp)])
+
+    @property
+    def packed(self) -> tuple[Packed, ...]:
+        """The blocks of the exported model, each made of kept sites."""
+        return pack_sites(sites_of(range(self.blocks)) - self.dropped_sites)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros among the masked weights (0 without masks)."""
+        total = sum(record.shape[0] * record.shape[1] for record in self.masks.values())
+        return sum(record.zeros for record in self.masks.values()) / total if total else 0.0
+
+    def summary(self) -> str:
+        """One line for the console: what goes and what stays."""
+        if self.kind == "none":
+            return f"nothing pruned: {self.blocks} blocks"
+        share = self.nonzero / self.parameters_dense if self.parameters_dense else 0.0
+        left = f"{self.nonzero:,} of {self.parameters_dense:,} weights left ({share:.1%})"
+        if self.kind == "depth":
+            gone = {"blocks": self.dropped, "attention of": self.dropped_attention, "MLP of": self.dropped_mlp}
+            parts = [f"{what} {', '.join(map(str, blocks))}" for what, blocks in gone.items() if blocks]
+            zeroed = zeroed_partners(self.packed)
+            stored = f"; {zeroed} zeroed partners stored beside lone sublayers" if zeroed else ""
+            return f"depth: {'; '.join(parts)} dropped, of {self.blocks} blocks; {left}{stored}"
+        if self.kind == "width":
+            sizes = ", ".join(f"{name} {value:,}" for name, value in self.config.items())
+            return f"width: {sizes}; {left}"
+        patterns = ", ".join(sorted({record.pattern for record in self.masks.values()}))
+        return f"{self.kind}: {self.sparsity:.1%} of {len(self.masks)} weight matrices zero ({patterns}); {left}"
+
+    def to_json(self) -> dict[str, Any]:
+        """A value that `from_json` turns back into an equal plan."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Any, where: str = PLAN) -> Plan:
+        """The plan that `to_json` gave; raises ArtifactError naming each field that is missing, unknown or mistyped."""
+        try:
+            return TypeAdapter(cls).validate_python(value)
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'plan'}: {e['msg']}" for e in error.errors())
+            raise ArtifactError(f"{where}: not a plan ({problems}). {MEND}") from error
+
+
+class Pruned(NamedTuple):
+    """What a method gives: the plan, its masks (bool, true = survives), the weights of the pruned view's own."""
+
+    plan: Plan
+    masks: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+def save_plan(plan: Plan, masks: dict[str, Tensor], folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write the plan and its tensors so that they are read back equal; the plan is last and holds the files' hashes.
+
+    Raises ArtifactError (disk full, no permission); asserts that masks and weights are as the plan says.
+    """
+    path = folder / MASKS
+    assert masks.keys() == plan.masks.keys(), "masks and certificates are not of the same weights"
+    for name, keep_OI in masks.items():
+        assert MaskRecord.of(keep_OI, plan.masks[name].pattern) == plan.masks[name], f"{name}: not as certified"
+    weights = weights or {}
+    assert {name: tuple(weight.shape) for name, weight in weights.items()} == plan.weights, "weights not as planned"
+    packed = {name: pack(keep_OI).cpu().contiguous() for name, keep_OI in masks.items()}
+    plain = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    hashes = {"masks_sha256": _save(packed, path), "weights_sha256": _save(plain, folder / WEIGHTS)}
+    artifacts.write_json(folder / PLAN, plan.to_json() | hashes)
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> str | None:
+    """Write the tensors and give the file's sha256; without any, remove what an earlier plan left in this folder."""
+    if not tensors:
+        path.unlink(missing_ok=True)
+        return None
+    artifacts.write_bytes(path, safetensors.torch.save(tensors))
+    return artifacts.sha256(path)
+
+
+def load_plan(folder: Path) -> Pruned:
+    """The plan, its certified masks and its weights; raises ArtifactError naming the file and its fault."""
+    value = artifacts.read_json(folder / PLAN)
+    hashes = {}
+    for name in ("masks_sha256", "weights_sha256"):
+        hashes[name] = value.pop(name, None) if isinstance(value, dict) else None
+    plan = Plan.from_json(value, str(folder / PLAN))
+    masks = _load(plan.masks, "masked weights", folder / MASKS, hashes["masks_sha256"])
+    weights = _load(plan.weights, "weights of its own", folder / WEIGHTS, hashes["weights_sha256"])
+    for name, shape in plan.weights.items():
+        if tuple(weights[name].shape) != shape:
+            found = tuple(weights[name].shape)
+            raise ArtifactError(f"{folder / WEIGHTS}: {name} has shape {found}, the plan says {shape}. {MEND}")
+    certified = {n: _certified(masks[n], record, f"{folder / MASKS}: {n}") for n, record in plan.masks.items()}
+    return Pruned(plan, certified, weights)
+
+
+def _load(names: Collection[str], what: str, path: Path, digest: str | None) -> dict[str, Tensor]:
+    """The tensors that the plan names, from a file that is the one it was saved with."""
+    if not names:
+        return {}
+    if not path.is_file():
+        raise ArtifactError(f"{path}: missing, and the plan beside it names {len(names)} {what}. {MEND}")
+    found = artifacts.sha256(path)
+    if found != digest:
+        raise ArtifactError(f"{path}: damaged: its sha256 is {found}, the plan beside it expects {digest}. {MEND}")
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path}: cannot be read as safetensors ({error}). {MEND}") from error
+    if tensors.keys() != set(names):
+        differing = sorted(tensors.keys() ^ set(names))[:4]
+        raise ArtifactError(f"{path}: file and plan name different weights: {differing}. {MEND}")
+    return tensors
+
+
+def _certified(packed: Tensor, record: MaskRecord, where: str) -> Tensor:
+    """The mask behind `packed`, known to have the recorded shape and number of zeros."""
+    entries = record.shape[0] * record.shape[1]
+    if packed.dtype != torch.uint8 or packed.numel() != -(-entries // 8):
+        found = f"{packed.numel()} values of {packed.dtype}"
+        raise ArtifactError(f"{where}: {found} cannot hold a mask of shape {record.shape}. {MEND}")
+    keep_OI = unpack(packed, record.shape)
+    zeros = MaskRecord.of(keep_OI, record.pattern).zeros
+    if zeros != record.zeros:
+        raise ArtifactError(f"{where}: {zeros} zeros, the certificate says {record.zeros}. {MEND}")
+    return keep_OI

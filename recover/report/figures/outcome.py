@@ -1,0 +1,299 @@
+"""Pictures of what came out: dense, pruned and recovered side by side, generation by epoch, and where texts part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from recover.report import words
+from recover.report.figures.figure import Figure, is_narrow, panels
+from recover.report.figures.svg import Canvas, Linear, Log, apart
+
+MODELS = ("dense", "pruned", "recovered")
+ROW = 40  # pixels from bar to bar
+HEAD = 58  # pixels above the first bar
+HALF_WIDTH = 125.0  # pixels of "half by token 123"
+
+
+def hero(data: dict[str, Any]) -> Figure:
+    """Bars of the headline figures with their intervals; perplexity, where less is better, as dots on its own scale."""
+    shown = [use for use in ("generation", "choice", "retrieval") if any(_value(data, model, use) for model in MODELS)]
+    perplexity = {model: (data["headline"][model] or {}).get("perplexity") for model in MODELS}
+    has_perplexity = any(perplexity.values())
+    key, title = "hero", "Dense, pruned, recovered"
+    if not shown and not has_perplexity:
+        return Figure(key, title, "Not measured: no model has a measure.json yet.")
+    number = len(shown) + int(has_perplexity)
+
+    def draw(width: float) -> str:
+        stacked = is_narrow(width)
+        height = HEAD + 3 * ROW + 4
+        canvas = Canvas(width, height * (number if stacked else 1), _hero_label(data, shown))
+        places = [(0.0, width)] * number if stacked else panels(width, number)
+        for index, (left, right) in enumerate(places):
+            top = index * height if stacked else 0.0
+            if index < len(shown):
+                _bars(canvas, data, shown[index], left, right, top)
+            else:
+                _perplexity(canvas, perplexity, left, right, top)
+        return canvas.render()
+
+    rows = [(use, *(_cell(_value(data, model, use)) for model in MODELS)) for use in shown]
+    if has_perplexity:
+        rows.append(("perplexity", *(words.number(perplexity[model]) for model in MODELS)))
+    see = "Bars are means over tasks, thin lines their 95% intervals, the tick across each panel is the dense level."
+    if has_perplexity:
+        see += " Perplexity is on a log scale; further left is better."
+    return Figure(key, title, see, draw, ("measure", *MODELS), rows)
+
+
+def _value(data: dict[str, Any], model: str, use: str) -> dict[str, Any] | None:
+    return (data["headline"][model] or {}).get(use)
+
+
+def _cell(figure: dict[str, Any] | None) -> str:
+    if figure is None:
+        return words.NOT_MEASURED
+    interval = figure["interval"]
+    return words.percent(figure["value"], 1) + (
+        f" [{words.percent(interval[0], 1)}, {words.percent(interval[1], 1)}]" if interval else ""
+    )
+
+
+def _hero_label(data: dict[str, Any], shown: list[str]) -> str:
+    texts = [f"{use}: " + ", ".join(f"{model} {_cell(_value(data, model, use))}" for model in MODELS) for use in shown]
+    return "Bar chart. " + "; ".join(texts)
+
+
+SUBTITLES = {
+    "generation": "exact match of written answers",
+    "choice": "accuracy among given options",
+    "retrieval": "ranking score",
+}
+
+
+def _bars(canvas: Canvas, data: dict[str, Any], use: str, left: float, right: float, top: float) -> None:
+    items = next(figure["items"] for model in MODELS if (figure := _value(data, model, use)))
+    canvas.text(left, top + 16, use.capitalize(), "panel")
+    canvas.text(left, top + 35, f"{SUBTITLES[use]}, {items} items", "note")
+    x = Linear(0.0, 1.0, left + 92, right - 68)
+    for index, model in enumerate(MODELS):
+        y = top + HEAD + index * ROW
+        _row_label(canvas, model, left, y)
+        figure = _value(data, model, use)
+        canvas.rect(x.start, y, x.stop - x.start, 24, "track", radius=3)
+        if figure is None:
+            canvas.text(x.start + 8, y + 17, words.NOT_MEASURED, "note")
+            continue
+        canvas.rect(
+            x.start,
+            y,
+            max(x(figure["value"]) - x.start, 1.5),
+            24,
+            f"fill-{model}",
+            radius=3,
+            tip=f"{model}: {_cell(figure)}",
+        )
+        if figure["interval"]:
+            _whisker(canvas, x(figure["interval"][0]), x(figure["interval"][1]), y + 12)
+        canvas.text(right, y + 17, words.percent(figure["value"], 1), "value", anchor="end")
+    dense = _value(data, "dense", use)
+    if dense:
+        canvas.line(x(dense["value"]), top + HEAD - 6, x(dense["value"]), top + HEAD + 2 * ROW + 30, "reference")
+
+
+def _row_label(canvas: Canvas, model: str, left: float, y: float) -> None:
+    canvas.text(left, y + 17, model, f"label ink-{model}")
+
+
+def _whisker(canvas: Canvas, low: float, high: float, y: float) -> None:
+    for css in ("halo", "whisker"):
+        canvas.line(low, y, high, y, css)
+        canvas.line(low, y - 5, low, y + 5, css)
+        canvas.line(high, y - 5, high, y + 5, css)
+
+
+def _perplexity(canvas: Canvas, perplexity: dict[str, float | None], left: float, right: float, top: float) -> None:
+    canvas.text(left, top + 16, "Perplexity", "panel")
+    canvas.text(left, top + 35, "log scale, lower is better", "note")
+    known = [value for value in perplexity.values() if value]
+    x = Log(min(known) / 1.25, max(known) * 1.25, left + 92, right - 68)
+    for index, model in enumerate(MODELS):
+        y, value = top + HEAD + index * ROW, perplexity[model]
+        _row_label(canvas, model, left, y)
+        if not value:
+            canvas.text(x.start + 8, y + 17, words.NOT_MEASURED, "note")
+            continue
+        canvas.line(x.start, y + 12, x.stop, y + 12, "rail")
+        canvas.dot(x(value), y + 12, 7, f"fill-{model} rim", tip=f"{model}: perplexity {words.number(value)}")
+        canvas.text(right, y + 17, words.number(value), "value", anchor="end")
+    if perplexity["dense"]:
+        canvas.line(
+            x(perplexity["dense"]), top + HEAD - 6, x(perplexity["dense"]), top + HEAD + 2 * ROW + 30, "reference"
+        )
+
+
+def epochs(data: dict[str, Any]) -> Figure:
+    """Generation after each epoch against the dense and pruned levels, with the training loss beside it."""
+    rows = data["epochs"]
+    key, title = "epochs", "Generation after each epoch"
+    if not rows:
+        return Figure(key, title, "Not measured: no epoch of recovery was finished.")
+
+    def draw(width: float) -> str:
+        stacked = is_narrow(width)
+        canvas = Canvas(width, 560 if stacked else 290, "Line chart: " + "; ".join(_epoch_words(row) for row in rows))
+        places = [(44.0, width - 62, 0.0), (44.0, width - 8, 294.0)]
+        if not stacked:
+            places = [(44.0, width * 0.6, 0.0), (width * 0.6 + 108, width - 8, 0.0)]
+        _epoch_generation(canvas, data, *places[0])
+        _epoch_loss(canvas, rows, *places[1])
+        return canvas.render()
+
+    table = [
+        (
+            row["epoch"],
+            words.count(row["tokens"]),
+            words.percent(_epoch_score(row), 1),
+            words.percent(row["loop_rate"], 1),
+            words.number(row["train"].get("loss")),
+            "best" if row["best"] else "",
+        )
+        for row in rows
+    ]
+    see = (
+        "A falling loss does not promise better writing, so generation itself is measured after each epoch. "
+        "The ring marks the epoch that is kept."
+    )
+    return Figure(key, title, see, draw, ("epoch", "tokens", "generation", "loop rate", "loss", ""), table)
+
+
+def _epoch_score(row: dict[str, Any]) -> float | None:
+    return words.finite(row["headline"].get("generation"))
+
+
+def _epoch_words(row: dict[str, Any]) -> str:
+    loss = words.number(row["train"].get("loss"))
+    return f"epoch {row['epoch']}: generation {words.percent(_epoch_score(row))}, loss {loss}"
+
+
+def _epoch_generation(canvas: Canvas, data: dict[str, Any], left: float, right: float, top: float) -> None:
+    rows = data["epochs"]
+    x, y = Linear(0, rows[-1]["epoch"], left, right), Linear(0, 1, top + 222, top + 36)
+    canvas.text(left - 44, top + 16, "Generation", "panel")
+    canvas.axis_y(y, left, right, "percent", 4)
+    _epoch_axis(canvas, x, top + 222)
+    for model in ("dense", "pruned"):
+        level = _value(data, model, "generation")
+        if level:
+            canvas.line(left, y(level["value"]), right, y(level["value"]), f"stroke-{model} level")
+            canvas.text(right + 6, y(level["value"]) + 4, model, f"label ink-{model}")
+    start = _value(data, "pruned", "generation")
+    scored = [(row, score) for row in rows if (score := _epoch_score(row)) is not None]
+    line = [(x(0), y(start["value"]))] if start else []
+    canvas.path(line + [(x(row["epoch"]), y(score)) for row, score in scored], "stroke-recovered line")
+    for row, score in scored:
+        if row["best"]:
+            canvas.dot(x(row["epoch"]), y(score), 11, "ring")
+            canvas.text(
+                x(row["epoch"]),
+                y(score) + (28 if score >= (y.lo + y.hi) / 2 else -18),  # away from the lines of dense and of pruned
+                f"kept: {words.percent(score)}",
+                "value ink-recovered",
+                anchor=_anchor(x, row["epoch"]),
+            )
+        canvas.dot(x(row["epoch"]), y(score), 5, "fill-recovered rim", tip=_epoch_words(row))
+
+
+def _anchor(x: Linear, epoch: int) -> str:
+    return "end" if epoch == x.hi else "middle"
+
+
+def _epoch_axis(canvas: Canvas, x: Linear, baseline: float) -> None:
+    every = max(1, round(x.hi / 10))
+    for epoch in range(0, int(x.hi) + 1, every):
+        canvas.line(x(epoch), baseline, x(epoch), baseline + 4, "axis")
+        canvas.text(x(epoch), baseline + 18, str(epoch), "tick", anchor="middle")
+    canvas.text((x.start + x.stop) / 2, baseline + 38, "epoch", "note", anchor="middle")
+
+
+def _epoch_loss(canvas: Canvas, rows: list[dict[str, Any]], left: float, right: float, top: float) -> None:
+    canvas.text(left - 44, top + 16, "Training loss per token", "panel")
+    losses = [(row, loss) for row in rows if (loss := words.finite(row["train"].get("loss"))) is not None]
+    if not losses:
+        canvas.text(left, top + 60, words.NOT_MEASURED, "note")
+        return
+    x = Linear(0, rows[-1]["epoch"], left, right)
+    y = Linear(0, max(loss for _, loss in losses) * 1.05 or 1.0, top + 222, top + 36)
+    canvas.axis_y(y, left, right, "number", 4)
+    _epoch_axis(canvas, x, top + 222)
+    canvas.path([(x(row["epoch"]), y(loss)) for row, loss in losses], "stroke-muted line")
+    for row, loss in losses:
+        canvas.dot(x(row["epoch"]), y(loss), 4, "fill-muted rim", tip=_epoch_words(row))
+
+
+def divergence(data: dict[str, Any]) -> Figure:
+    """Share of prompts whose free-running text is still the dense model's, step by step."""
+    key, title = "divergence", "How long the text stays the dense model's"
+    curves = {model: _same_share(data, model) for model in data["drift"]}
+    curves = {model: curve for model, curve in curves.items() if curve}
+    if not curves:
+        return Figure(key, title, "Not measured: no probe recorded free-running text.")
+
+    def draw(width: float) -> str:
+        canvas = Canvas(
+            width, 300, "Line chart: " + "; ".join(_curve_words(model, curve) for model, curve in curves.items())
+        )
+        x = Linear(0, max(step for curve in curves.values() for step, _ in curve) or 1, 44, width - 84)
+        y = Linear(0, 1, 240, 20)
+        canvas.axis_y(y, 44, x.stop, "percent", 4)
+        canvas.axis_x(x, 240, "count")
+        canvas.text((x.start + x.stop) / 2, 280, "tokens written", "note", anchor="middle")
+        canvas.line(44, y(0.5), x.stop, y(0.5), "reference")
+        ends = apart([y(curve[-1][1]) for curve in curves.values()], 16)
+        for model, end in zip(curves, ends, strict=True):
+            canvas.text(x.stop + 8, end + 4, model, f"label ink-{model}")
+        halves = {model: _half(curve) for model, curve in curves.items()}
+        for row, (model, curve) in enumerate(curves.items()):
+            line = [(x(step), y(share)) for step, share in curve]
+            canvas.path(line, f"stroke-{model} line")
+            half = halves[model]
+            if half is not None:
+                canvas.line(x(half), y(0), x(half), y(0.5), f"stroke-{model} level")
+                # Right of its line, and of another's that would cross it; left where a narrow window would cut it off.
+                near = [
+                    x(other) for other in halves.values() if other is not None and 0 <= x(other) - x(half) < HALF_WIDTH
+                ]
+                fits = max(near) + 8 + HALF_WIDTH <= width
+                at, side = (max(near) + 8, "start") if fits else (x(half) - 8, "end")
+                canvas.text(at, y(0.5) - 7 - 18 * row, f"half by token {half}", f"value ink-{model}", anchor=side)
+            for (step, share), (at, up) in zip(curve, line, strict=True):
+                canvas.dot(
+                    at, up, 6, "hit", tip=f"{model}, token {step}: {words.percent(share)} of prompts still equal dense"
+                )
+        return canvas.render()
+
+    see = (
+        "Greedy text of each model beside the dense model's: the share of prompts not yet parted. "
+        "Where a curve crosses half, half of the texts have."
+    )
+    steps = sorted({step for curve in curves.values() for step, _ in curve})
+    shares = {model: dict(curve) for model, curve in curves.items()}
+    table = [(step, *(words.percent(shares[model].get(step), 1) for model in curves)) for step in steps]
+    return Figure(key, title, see, draw, ("token", *curves), table)
+
+
+def _same_share(data: dict[str, Any], model: str) -> list[tuple[int, float]]:
+    steps = (data["drift"][model] or {}).get("steps") or []
+    known = [(step["step"], step["free_running"]["diverged"]) for step in steps]
+    return [(step, 1.0 - diverged) for step, diverged in known if diverged is not None]
+
+
+def _half(curve: list[tuple[int, float]]) -> int | None:
+    """The first token by which half of the texts have parted."""
+    return next((step for step, share in curve if share <= 0.5), None)
+
+
+def _curve_words(model: str, curve: list[tuple[int, float]]) -> str:
+    half = _half(curve)
+    where = f"half of the texts have parted by token {half}" if half is not None else "more than half never part"
+    return f"{model}: {where}, {words.percent(curve[-1][1])} are equal at the end"

@@ -1,0 +1,233 @@
+"""Pictures of what was pruned: the scores that chose the blocks, or the share of zeros in every linear layer."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from recover.report import cuts, words
+from recover.report.figures.figure import Figure, is_narrow
+from recover.report.figures.svg import Canvas, Linear, Log, apart
+
+_MODULE = re.compile(r"^(?:.*\.)?(\d+)\.(.+)$")  # block number and the site inside it, from a module's name
+SHADES = 5
+LANE, GAP = 220.0, 26.0  # height of one panel of scores, and what lies between two
+
+
+def pruned(data: dict[str, Any]) -> Figure:
+    """Scores per block for a depth plan, a map of zeros for masks."""
+    plan = data["plan"]
+    if not plan:
+        return Figure("plan", "What was pruned", "Not measured: nothing was pruned yet.")
+    if plan["modules"]:
+        return _sparsity_map(plan)
+    if cuts.sites(plan):
+        return _depth(plan)
+    if plan.get("kind") == "width":
+        return Figure("plan", "What was pruned", f"Every block is narrower, by the same measure: {cuts.sizes(plan)}.")
+    return Figure("plan", "What was pruned", "The plan drops no block and no weight.")
+
+
+Rounds = dict[int, dict[int, float]]  # round -> block -> score
+LANES = {"block": "", "attention": "Attention", "mlp": "MLP"}
+
+
+def _lane(record: dict[str, Any]) -> str:
+    """What a candidate is made of: attentions alone, MLPs alone, or (whole blocks, runs of both) the block."""
+    parts = {str(part).partition(":")[0] for part in record.get("parts") or ()}
+    return parts.pop() if len(parts) == 1 and parts <= set(LANES) else "block"
+
+
+def _lanes(plan: dict[str, Any]) -> dict[str, Rounds]:
+    """Lane -> rounds, the lowest score of a block's candidates. A candidate of several blocks counts at its first.
+
+    In a search that carries several sets a block has a candidate on top of each: the one that was chosen is shown.
+    """
+    found: dict[str, Rounds] = {}
+    for record in plan.get("scores") or ():
+        score = words.finite(record.get("score"))
+        if score is not None and record.get("blocks") and record.get("round"):
+            scores = found.setdefault(_lane(record), {}).setdefault(record["round"], {})
+            block = record["blocks"][0]
+            scores[block] = min(score, scores.get(block, score))
+    for record in [record for record in plan.get("scores") or () if record.get("chosen") and record.get("beside")]:
+        found[_lane(record)][record["round"]][record["blocks"][0]] = record["score"]
+    return {lane: found[lane] for lane in LANES if lane in found}
+
+
+def _chosen(plan: dict[str, Any]) -> dict[tuple[str, int], int]:
+    """(lane, block) -> the round that chose it."""
+    return {
+        (_lane(record), block): record["round"]
+        for record in plan.get("scores") or ()
+        if record.get("chosen")
+        for block in record["blocks"]
+    }
+
+
+def _depth(plan: dict[str, Any]) -> Figure:
+    title = f"Which of {plan['blocks']} blocks were dropped"
+    if not plan["dropped"] or cuts.gone(plan, "attention") != cuts.gone(plan, "mlp"):
+        title = f"Which sublayers of {plan['blocks']} blocks were dropped"
+    elif len(plan["dropped"]) > 1:
+        title = f"Which {len(plan['dropped'])} of {plan['blocks']} blocks were dropped"
+    lanes, chosen = _lanes(plan), _chosen(plan)
+    scores = [score for rounds in lanes.values() for found in rounds.values() for score in found.values()]
+
+    def draw(width: float) -> str:
+        height = 86.0 + (LANE + GAP) * len(lanes)
+        canvas = Canvas(width, height, f"Dropped: {cuts.sites(plan)}, of {plan['blocks']} blocks")
+        x = Linear(-0.5, plan["blocks"] - 0.5, 50, width - (8 if is_narrow(width) else 70))
+        for index, (lane, rounds) in enumerate(lanes.items()):
+            y = Log.around(scores, (index + 1) * (LANE + GAP) - 16, index * (LANE + GAP) + (34 if LANES[lane] else 16))
+            canvas.text(0, index * (LANE + GAP) + 16, LANES[lane], "panel")
+            _score_lines(canvas, lane, rounds, chosen, x, y)
+        _strip(canvas, plan, x, height - 76)
+        return canvas.render()
+
+    columns, table = _depth_table(plan, lanes, chosen)
+    return Figure("plan", title, _depth_words(plan, lanes), draw, columns, table)
+
+
+def _depth_words(plan: dict[str, Any], lanes: dict[str, Rounds]) -> str:
+    see = "Crossed cells are gone; the model runs the others in order."
+    if not lanes:
+        return see
+    by = next((record["by"] for record in plan["scores"] if record.get("by") and record.get("round")), None)
+    unit = "block" if list(lanes) == ["block"] else "sublayer"
+    meaning = f"mean KL to dense if that {unit} goes too" if by == "kl" else f"the score {by}"
+    several = len({number for rounds in lanes.values() for number in rounds}) > 1
+    lines = "Each line is one round of the search" if several else "The line is the one round of the search"
+    beside = (
+        " Attention and MLP are drawn apart on one scale: a round drops the lowest point of both."
+        if len(lanes) > 1
+        else ""
+    )
+    return f"{lines}: {meaning}, lower is cheaper. Discs mark the {unit} each round dropped.{beside} {see}"
+
+
+def _depth_table(
+    plan: dict[str, Any], lanes: dict[str, Rounds], chosen: dict[tuple[str, int], int]
+) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+    named = [
+        (f"round {n}{f', {LANES[lane]}' if LANES[lane] else ''}", found)
+        for lane, rounds in lanes.items()
+        for n, found in rounds.items()
+    ]
+    table = [
+        (
+            block,
+            _fate(plan, block, chosen),
+            *(words.number(found[block]) if block in found else "–" for _, found in named),
+        )
+        for block in range(plan["blocks"])
+    ]
+    return ("block", "", *(name for name, _ in named)), table
+
+
+def _fate(plan: dict[str, Any], block: int, chosen: dict[tuple[str, int], int]) -> str:
+    gone = [part for part in ("attention", "mlp") if block in cuts.gone(plan, part)]
+    if not gone:
+        return "kept"
+    what = "" if len(gone) == 2 else f"{'MLP' if gone == ['mlp'] else 'attention'} "
+    rounds = sorted({number for (_, at), number in chosen.items() if at == block})
+    when = " and ".join(map(str, rounds))
+    return f"{what}dropped{f' in round {when}' if when else ''}"
+
+
+def _strip(canvas: Canvas, plan: dict[str, Any], x: Linear, top: float) -> None:
+    """One cell a block, attention above MLP, numbered; what is dropped is hollow and crossed out."""
+    each = x(1) - x(0)
+    every = max(1, -(-18 // max(int(each), 1)))
+    gap = min(4.0, each / 6)
+    for block in range(plan["blocks"]):
+        left = x(block - 0.5) + gap / 2
+        lost = [part for part in ("attention", "mlp") if block in cuts.gone(plan, part)]
+        halves = [(part, offset, 14) for part, offset in (("attention", 0), ("mlp", 16))]
+        for part, offset, height in halves if len(lost) == 1 else [("block", 0, 30)]:
+            gone = bool(lost) and part in (*lost, "block")
+            tip = f"block {block}{'' if part == 'block' else f', {part}'}: {'dropped' if gone else 'kept'}"
+            css = "cell-gone" if gone else "cell-kept"
+            canvas.rect(left, top + offset, each - gap, height, css, radius=min(4, each / 5), tip=tip)
+            if gone:
+                canvas.marker(left + (each - gap) / 2, top + offset + height / 2, min(6, each / 4, height / 3), "cross")
+        if block % every == 0:
+            canvas.text(left + (each - gap) / 2, top + 48, str(block), "tick", anchor="middle")
+    canvas.text((x.start + x.stop) / 2, top + 68, "block", "note", anchor="middle")
+
+
+def _score_lines(
+    canvas: Canvas, lane: str, rounds: Rounds, chosen: dict[tuple[str, int], int], x: Linear, y: Log
+) -> None:
+    canvas.axis_y(y, x.start, x.stop)
+    shown = list(rounds)
+    for index, number in enumerate(shown):
+        scores = rounds[number]
+        strength = 1 + round((SHADES - 1) * index / max(len(shown) - 1, 1)) if len(shown) > 1 else SHADES
+        line = [(x(block), y(score)) for block, score in sorted(scores.items())]
+        canvas.path(line, f"stroke-pruned thin shade-{strength}")
+        for block, score in scores.items():
+            picked = chosen.get((lane, block)) == number
+            css = "fill-pruned rim" if picked else f"fill-pruned shade-{strength}"
+            tip = (
+                f"round {number}, {'' if lane == 'block' else f'{LANES[lane]} of '}block {block}: {words.number(score)}"
+            )
+            canvas.dot(x(block), y(score), 6 if picked else 2.2, css, tip=tip)
+    if x.stop + 60 < canvas.width:
+        named = shown if len(shown) <= 6 else [shown[0], shown[-1]]
+        places = apart([y(rounds[number][max(rounds[number])]) for number in named], 14)
+        for number, place in zip(named, places, strict=True):
+            canvas.text(x(max(rounds[number])) + 10, place + 4, f"round {number}", "tick")
+
+
+def _sparsity_map(plan: dict[str, Any]) -> Figure:
+    cells: dict[tuple[str, int], float] = {}
+    for module in plan["modules"]:
+        match = _MODULE.match(module["module"])
+        site, block = (match.group(2), int(match.group(1))) if match else (module["module"], 0)
+        cells[site, block] = module["sparsity"]
+    sites = list(dict.fromkeys(site for site, _ in cells))
+    last = max(block for _, block in cells)
+    low, high = min(cells.values()), max(cells.values())
+
+    def draw(width: float) -> str:
+        left = 92.0 if is_narrow(width) else 130.0
+        canvas = Canvas(
+            width,
+            30 * len(sites) + 48,
+            f"Map of zeros per linear layer, from {words.percent(low)} to {words.percent(high)}",
+        )
+        x = Linear(-0.5, last + 0.5, left, width)
+        each = x(1) - x(0)
+        for row, site in enumerate(sites):
+            canvas.text(left - 8, row * 30 + 19, site.rpartition(".")[2], "tick", anchor="end")
+            for block in range(last + 1):
+                if (site, block) in cells:
+                    share = cells[site, block]
+                    tip = f"block {block}, {site}: {words.percent(share, 1)} zeros"
+                    canvas.rect(
+                        x(block - 0.5) + 1,
+                        row * 30 + 2,
+                        each - 2,
+                        26,
+                        f"fill-pruned shade-{_shade(share)}",
+                        radius=2,
+                        tip=tip,
+                    )
+                    if each >= 36:
+                        canvas.text(x(block), row * 30 + 19, words.percent(share, 0), "inside", anchor="middle")
+        every = max(1, -(-18 // max(int(each), 1)))
+        for block in range(0, last + 1, every):
+            canvas.text(x(block), 30 * len(sites) + 18, str(block), "tick", anchor="middle")
+        canvas.text((x.start + x.stop) / 2, 30 * len(sites) + 40, "block", "note", anchor="middle")
+        return canvas.render()
+
+    span = f"from {words.percent(low, 1)} to {words.percent(high, 1)}"
+    see = f"Share of weights that are zero in each linear layer: {span}, a stronger colour means more zeros."
+    table = [(block, site, words.percent(share, 1)) for (site, block), share in cells.items()]
+    return Figure("plan", "Where the zeros are", see, draw, ("block", "layer", "zeros"), table)
+
+
+def _shade(share: float) -> int:
+    """1 (few zeros) to SHADES (all)."""
+    return min(SHADES, 1 + int(share * SHADES))

@@ -1,0 +1,200 @@
+"""What the stages of one run share in memory: the tokenizer, the tasks, the dense weights, and one twin of them.
+
+Stages hand results to each other through files only. The twin is built anew from what the stage before wrote,
+so what is measured, trained and exported is what lies on disk. The dense weights alone are read once: they are frozen,
+and before each twin it is made sure that they are what was read.
+"""
+
+from __future__ import annotations
+
+import gc
+from functools import cached_property
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recover.base import console, dist
+from recover.base.artifacts import check_manifest, read_json
+from recover.base.clock import part
+from recover.base.errors import RecipeError
+from recover.config.recipe import DenseText, GivenText, PrunedText, Recipe, TeacherText
+from recover.run.directory import RunDirectory
+
+if TYPE_CHECKING:
+    from torch import LongTensor, Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from recover.measure.tasks import Task
+    from recover.models.held import Held
+    from recover.models.twin import Twin
+
+
+SAMPLE_ROWS = 4  # of sample_ids
+
+
+class Bench:
+    """The recipe, its run directory, and the loaded things that stages ask for."""
+
+    def __init__(self, recipe: Recipe, directory: RunDirectory) -> None:
+        self.recipe = recipe
+        self.directory = directory
+        self._twin: tuple[str, Twin] | None = None
+        self._held: Held | None = None
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        from recover.models.load import load_tokenizer
+
+        return load_tokenizer(self.recipe.model)
+
+    @cached_property
+    def tasks(self) -> list[Task]:
+        from recover.measure.tasks import check_allowed, load_task
+
+        tasks = [load_task(source) for source in self.recipe.measure.tasks]
+        check_allowed(tasks, self.recipe.measure)
+        return tasks
+
+    @cached_property
+    def calibration(self) -> list[LongTensor]:
+        """Samples of the given calibration text in batches (B, T); none where there is none, or only prompts to it."""
+        from recover.prune.calibrate import calibration_batches, read_texts
+
+        leaf = getattr(self.recipe.prune, "calibration", None)
+        if leaf is None:
+            return []
+        if leaf.answer is not None:
+            read_texts(leaf)  # to refuse it now; the answers take the dense model
+            return []
+        return calibration_batches(leaf, self.tokenizer, self.recipe.seed)
+
+    def dense(self) -> Twin:
+        """The dense model alone: a twin whose two views are equal."""
+        return self._build("dense")
+
+    def pruned(self) -> Twin:
+        """The twin of the plan that stage `prune` wrote, without adapters."""
+        return self._build("pruned")
+
+    def recovered(self) -> Twin:
+        """The pruned twin with the adapter of the epoch that generated best."""
+        return self._build("recovered")
+
+    def stock(self) -> PreTrainedModel:
+        """The dense model as it was read, on this process's device: to be run, and not to be changed."""
+        return self._weights().model
+
+    def release(self) -> None:
+        """Forget the twin; its memory is free when the caller holds no reference either. The dense weights stay."""
+        self._twin = None
+        gc.collect()
+
+    def lend(self) -> Twin:
+        """The pruned twin, to be trained: it will carry adapters that no later stage asked for, and is forgotten here.
+
+        Of several processes, which may deal the dense weights out among them, these are forgotten too.
+        """
+        twin = self.pruned()
+        if dist.world_size() > 1 or dist.zero_stage() > 0:
+            self._held = None
+        self.release()
+        return twin
+
+    def _weights(self) -> Held:
+        from recover.models.held import Held
+        from recover.models.load import check_fit, load_model, ready
+
+        # Of several processes all would have to read them anew; there they are not held past a training.
+        changed = self._held.changed() if self._held is not None and dist.world_size() == 1 else []
+        if changed:
+            console.warn(f"{len(changed)} dense weights in memory have changed, such as {changed[0]}: read anew")
+            self._held = None
+        if self._held is None:
+            with part("reading weights"):
+                model = load_model(self.recipe.model)
+                check_fit(model, self.tokenizer)
+                self._held = Held(ready(model))
+        return self._held
+
+    def _build(self, view: str) -> Twin:
+        if self._twin is not None and self._twin[0] == view:
+            return self._twin[1]
+        self.release()
+        from recover.models.plan import Plan, load_plan
+        from recover.models.twin import Twin
+
+        model = self._weights().again()
+        if view == "dense":
+            twin = Twin(model, Plan.none(model.config.num_hidden_layers))
+        else:
+            twin = Twin(model, *load_plan(self.directory.prune))
+        if view == "recovered":
+            from recover.train.checkpoints import read_adapter
+
+            read_adapter(twin.add_lora(self.recipe.recover.lora), self.best_adapter())
+            twin.model.eval()
+        self._twin = (view, twin)
+        return twin
+
+    def probe_prompts(self) -> list[str]:
+        """The recipe's prompts, else those of the generate tasks in turn; the first `probe.samples` of them."""
+        leaf = self.recipe.probe
+        if leaf.prompts is not None:
+            from recover.train.sources import read_prompts
+
+            prompts = [row.column("prompt") for row in read_prompts(leaf.prompts)]
+        else:
+            lists = [[item.prompt for item in task.items] for task in self.tasks if task.kind == "generate"]
+            prompts = [prompt for row in zip_longest(*lists) for prompt in row if prompt is not None]
+        if not prompts:
+            raise RecipeError(
+                "probe.prompts: no prompts to probe with: name a JSONL file, or add a generate task to measure.tasks"
+            )
+        return prompts[: leaf.samples]
+
+    def best_adapter(self) -> Path:
+        """Folder of the adapter that `recover/best.json` names.
+
+        Raises:
+            ArtifactError: the folder is gone, or a file of it is not what was written.
+        """
+        folder = self.directory.recover / read_json(self.directory.recover / "best.json")["folder"]
+        check_manifest(folder)
+        return folder
+
+    def sample_ids(self) -> Tensor:
+        """A few token ids (B, T) on which an export must give the logits of the model that was measured."""
+        import torch
+
+        from recover.text.prompts import encode_prompt
+
+        rows = [encode_prompt(self.tokenizer, prompt) for prompt in self.probe_prompts()[:SAMPLE_ROWS]]
+        length = min(map(len, rows))
+        return torch.tensor([row[:length] for row in rows])
+
+    @part("checking inputs")
+    def check_inputs(self) -> None:
+        """Read every file that the run will need, so that a bad one is refused before hours are spent.
+
+        Raises:
+            DataError: a task, a prompt, calibration or given text cannot be used, by file and line.
+            ModelError: the weights of a local model are not there, or cut short.
+        """
+        from recover.models.load import describe
+        from recover.models.source import check_tied, check_weights, kind_of, locate
+        from recover.train.prompted import fitting_prompts
+        from recover.train.sources import check_given
+        from recover.train.teacher_file import check_teacher
+
+        if kind_of(self.recipe.model.source) == "folder":
+            check_weights(locate(self.recipe.model))
+            check_tied(locate(self.recipe.model), describe(self.recipe.model).tied)
+        assert self.tasks and self.probe_prompts()
+        _ = self.calibration
+        for source in self.recipe.recover.data:
+            if isinstance(source, GivenText):
+                check_given(source, self.tokenizer, self.recipe.recover.length)
+            if isinstance(source, DenseText | PrunedText):
+                fitting_prompts(source, self.recipe.recover.length, self.tokenizer)
+            if isinstance(source, TeacherText):
+                check_teacher(source, describe(self.recipe.model).vocabulary)

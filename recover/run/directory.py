@@ -1,0 +1,188 @@
+"""Where the files of one run lie, who may write them, and which stages are done and with what they were made.
+
+A stage is done when its stamp, written last, holds the same recipe leaves and inputs as are asked for now, and the
+files that it lists are there as they were written.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from recover.base import console, products, strict_json
+from recover.base.artifacts import DONE, MANIFEST, explained, explaining, read_json, settle, write_json
+from recover.base.errors import ArtifactError
+from recover.base.ownership import mark, open_lock, owned, peek, refuse_foreign
+
+SHOWN_CHANGES = 3  # in the reason why a stage is stale
+NOT_DONE = "not done yet"
+
+KIND = "run"
+STAMP = re.escape(DONE)
+MEASURED = rf"measure\.json|generations\.json|probe\.jsonl?|{STAMP}"
+TRAINED = rf"(?:best|training|trial)\.json|steps\.jsonl|epoch-\d+|{STAMP}"
+# What a run writes, by folder, as expressions: a crash is mended of these names in these places and of no others.
+WRITTEN = {
+    ".": r"(?:RUN|env|verify|speed|forecast)\.json|recipe\.yaml|report\.(?:json|md|html)|expected\.safetensors|deploy",
+    "plan": rf"estimate\.json|{STAMP}",
+    "dense": MEASURED,
+    "prune": rf"plan\.json|(?:masks|weights)\.safetensors|written-[0-9a-f]+\.jsonl|{STAMP}",
+    "prune/parts": r"parts\.jsonl|part-\d+\.safetensors",
+    "before": MEASURED,
+    **{
+        f"{stage}{below}": names
+        for stage in ("recover", "trial")
+        for below, names in (("", TRAINED), ("/checkpoints", r"checkpoint-\d+"), ("/pruned_text", r"\d+-\d+\.json"))
+    },
+    "after": MEASURED,
+    "deploy": STAMP,
+    "report": STAMP,
+}
+
+
+class RunDirectory:
+    """Where the files of one run lie (the README of checkpoints/ shows the layout), and which stages are done."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root = Path(root)
+        self.recipe, self.env = root / "recipe.yaml", root / "env.json"
+        self.plan, self.dense, self.prune = root / "plan", root / "dense", root / "prune"
+        self.before, self.recover, self.after = root / "before", root / "recover", root / "after"
+        self.deploy, self.report = root / "deploy", root / "report"
+        self.epochs, self.verify, self.speed = root / "epochs.jsonl", root / "verify.json", root / "speed.json"
+        self.report_json, self.report_md = root / "report.json", root / "report.md"
+        self.report_html = root / "report.html"
+
+    def folder(self, stage: str) -> Path:
+        """Where a stage writes, and where its stamp lies."""
+        return self.root / {"export": "deploy"}.get(stage, stage)
+
+    def refuse_foreign(self) -> None:
+        """Raise ArtifactError, with nothing written, if the folder holds something and is no run of ours."""
+        refuse_foreign(self.root, KIND, _stamped, "give another name (name=OTHER) or another --runs")
+
+    @property
+    def is_run(self) -> bool:
+        """Whether this folder was made by us as a run."""
+        return owned(self.root, KIND, _stamped)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold this run for writing, alone; what an earlier crash left is settled first.
+
+        Raises:
+            ArtifactError: the folder holds something and is no run of ours; another process holds it, by its id; or it
+                cannot be written. Nothing in it was changed then.
+        """
+        self.refuse_foreign()
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            file = open_lock(self.root)
+        except OSError as error:
+            raise explained(error, self.root) from error
+        with file:
+            self._hold(file)
+            mark(self.root, KIND)
+            self.settle()
+            yield
+
+    def settle(self) -> None:
+        """Mend what a crash left, of the names that a run writes, where it writes them."""
+        with explaining(self.root):
+            for below, names in WRITTEN.items():
+                settle(self.root / below, names, keep_edited=below == ".")
+            if self.deploy.is_symlink():
+                deploy = self.deploy.resolve()
+                settle(deploy.parent, re.escape(deploy.name), keep_edited=True)
+
+    def refuse_foreign_deploy(self) -> None:
+        """Raise ArtifactError if `deploy` holds files and no manifest of ours: an export would replace them."""
+        try:
+            found = [] if not self.deploy.exists() else sorted(path.name for path in self.deploy.iterdir())
+        except OSError as error:
+            raise explained(error, self.deploy) from error
+        if found and MANIFEST not in found and found != [DONE]:
+            raise ArtifactError(
+                f"{self.deploy}: holds {found[0]} and no {MANIFEST}, so it is no export of ours, and an export would "
+                "take its place: move it away"
+            )
+
+    def _hold(self, file: Any) -> None:
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise ArtifactError(f"{self.root}: process {holder} works on this run; wait for it, or stop it") from None
+        except OSError as error:
+            console.warn(f"{self.root}: no lock can be held here ({error.strerror}); let no second run write to it")
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+
+    def done(self, stage: str) -> dict[str, Any] | None:
+        """The stamp of a finished stage, else None: `stage`, `finished` (a time, new at each run), `fingerprint`."""
+        path = self.folder(stage) / DONE
+        if not path.exists():
+            return None
+        stamp = read_json(path)
+        if not isinstance(stamp, dict) or not isinstance(stamp.get("fingerprint"), dict):
+            raise ArtifactError(f"{path}: not a stamp; delete it, and the stage is done again")
+        return stamp
+
+    def mark_done(self, stage: str, fingerprint: dict[str, Any]) -> None:
+        """Stamp a stage as done with all that it was made from and what it wrote; the last thing it writes."""
+        stamp = {"stage": stage, "finished": datetime.now(UTC).isoformat(), "fingerprint": fingerprint}
+        with explaining(self.root):
+            write_json(self.folder(stage) / DONE, {**stamp, "files": products.written(self.root, stage)})
+
+    def lost(self, stage: str) -> str | None:
+        """The first file of a finished stage that is gone or changed, in words; None: all are as they were written."""
+        stamp = self.done(stage)
+        with explaining(self.root):
+            return None if stamp is None else products.lost(self.root, stamp.get("files"))
+
+    def unmark(self, stage: str) -> None:
+        """Take the stamp away before the stage is worked on again."""
+        (self.folder(stage) / DONE).unlink(missing_ok=True)
+
+    def stale_reason(self, stage: str, fingerprint: dict[str, Any]) -> str | None:
+        """Why a stage must be done (again), as `prune.count: 4 -> 5`, or None."""
+        stamp = self.done(stage)
+        if stamp is None:
+            return NOT_DONE
+        before = dict(strict_json.leaves(stamp["fingerprint"]))
+        now = dict(strict_json.leaves(strict_json.plain(fingerprint)))
+        changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        if not changed:
+            return self.lost(stage)
+        shown = [_change(name, before, now) for name in changed[:SHOWN_CHANGES]]
+        more = len(changed) - SHOWN_CHANGES
+        return "; ".join(shown) + (f"; and {more} more" if more > 0 else "")
+
+
+def _stamped(root: Path) -> bool:
+    """Whether a stage of ours was finished here: every run of earlier versions holds such a stamp."""
+    folders = ["plan", "dense", "prune", "before", "recover", "trial", "after", "deploy", "report"]
+    return any(_is_stamp(peek(root / folder / DONE), {"deploy": "export"}.get(folder, folder)) for folder in folders)
+
+
+def _is_stamp(value: Any, stage: str) -> bool:
+    return isinstance(value, dict) and value.get("stage") == stage and isinstance(value.get("fingerprint"), dict)
+
+
+def _change(name: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+    """One difference of two fingerprints in words; times of stages and digests of files say nothing to a reader."""
+    part, _, rest = name.partition(".")
+    if part == "stages":
+        return f"{rest} was done again"
+    if part == "inputs" and name in before and name in now:
+        return f"{rest} was changed"
+    return f"{name}: {before.get(name, 'absent')} -> {now.get(name, 'absent')}".replace('"', "")

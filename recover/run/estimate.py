@@ -1,0 +1,195 @@
+"""What a run will cost, from the recipe and the model's configuration alone: sizes, tokens, time, memory.
+
+Every figure is an estimate and says so; refusals are exact. Weights are not loaded.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from recover.base import dist, memory
+from recover.base.errors import PruneError, RecipeError, TrainingError
+from recover.config.recipe import Depth, Prune, PrunedText, Recipe, Recover, SparseGpt, Sparsity, Width
+from recover.models.load import Description
+from recover.run.estimate_cache import ELEMENT_BYTES, cache_bytes, refuse_cache
+from recover.run.estimate_depth import (
+    depth_warnings,
+    refuse_depth,
+    search_flops,
+    search_passes,
+    share_gone,
+    share_unstored,
+)
+
+# A LoRA budget recovers about so much (peers' figures, docs/theory.md): beyond it the plan warns, and goes on.
+WIDTH_WALL = 0.30
+SPARSITY_WALL = 0.55
+
+# Share of the measured matrix rate that a whole training step reaches.
+STEP_EFFICIENCY = 0.35
+PROMPT_TOKENS = 256  # of a measured prompt: tasks are not read here
+
+
+def refuse(recipe: Recipe, model: Description) -> None:
+    """Raise RecipeError, naming the field, for what cannot work on this model."""
+    prune = recipe.prune
+    if isinstance(prune, Depth):
+        refuse_depth(prune, model)
+    if isinstance(prune, Width):
+        _refuse_width(prune, model)
+    refuse_cache(recipe, model)
+    if recipe.recover.length > (model.context or recipe.recover.length):
+        raise RecipeError(f"recover.length: {recipe.recover.length} tokens, the model's context is {model.context}")
+    _refuse_training(recipe.recover)
+
+
+def _refuse_training(leaf: Recover) -> None:
+    """What training itself would refuse, after everything before it was done for nothing."""
+    from recover.train.settings import refuse_sharding_twice, split_batch
+
+    try:
+        split_batch(leaf, dist.world_size())
+        refuse_sharding_twice(leaf)
+    except TrainingError as error:
+        raise RecipeError(str(error)) from None
+    needed = leaf.batch_size * leaf.epochs
+    if leaf.tokens < needed:  # a sequence has one scored token at least
+        raise RecipeError(
+            f"recover.tokens: {leaf.tokens:,} tokens are less than {leaf.epochs} epochs of one step of "
+            f"{leaf.batch_size} sequences: raise tokens, or lower batch_size or epochs"
+        )
+
+
+def _refuse_width(leaf: Width, model: Description) -> None:
+    """What pruning itself would refuse, after the dense model was measured for nothing."""
+    from transformers import CONFIG_MAPPING
+
+    from recover.prune.width import narrowed
+
+    sizes: Any = {
+        "hidden_size": model.width,
+        "intermediate_size": model.intermediate,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_size,
+    }
+    try:
+        narrowed(CONFIG_MAPPING[model.model_type](**sizes), leaf)
+    except PruneError as error:
+        raise RecipeError(str(error)) from None
+
+
+def _width_weights(leaf: Width, model: Description) -> tuple[int, int]:
+    """Of the weights in all blocks, those that go, and those that stay in the linears that are cut."""
+    neuron = 3 * model.width
+    group = 2 * model.head_size * model.width * (model.heads // model.kv_heads + 1)
+    neurons, groups = leaf.neurons(model.intermediate), leaf.kv_groups or 0
+    gone = (model.intermediate - neurons) * neuron + groups * group
+    stay = (neurons * neuron if leaf.mlp else 0) + ((model.kv_heads - groups) * group if groups else 0)
+    return gone * model.blocks, stay * model.blocks
+
+
+def warnings(recipe: Recipe, model: Description) -> list[str]:
+    """What will probably disappoint, said before hours are spent."""
+    found = []
+    prune, dtype = recipe.prune, recipe.model.dtype
+    if dist.device().type == "cpu" and dtype != "float32":
+        found.append(f"no GPU is found: everything runs on the CPU, in {dtype} as model.dtype says")
+    if isinstance(prune, Depth):
+        found += depth_warnings(prune, model)
+    elif isinstance(prune, Width):
+        share = _width_weights(prune, model)[0] / (model.parameters - model.embedding_parameters)
+        if share > WIDTH_WALL:
+            found.append(f"{share:.0%} of the blocks' weights go: LoRA budgets recover about {WIDTH_WALL:.0%}")
+    elif prune.fraction > SPARSITY_WALL:
+        found.append(f"{prune.fraction:.0%} of the weights go: LoRA budgets recover about {SPARSITY_WALL:.0%}")
+    if isinstance(prune, Sparsity):
+        found.append("masked weights are stored as zeros: the file is as large and stock kernels are as fast as dense")
+    return found
+
+
+def _training(recipe: Recipe, model: Description) -> memory.Training:
+    """What decides the memory of this recipe without DeepSpeed (which takes less: `launch/README.md`)."""
+    leaf, prune = recipe.recover, recipe.prune
+    micro = leaf.micro_batch_size or leaf.batch_size // dist.world_size()
+    own = max((each.batch_size * leaf.length for each in leaf.data if isinstance(each, PrunedText)), default=0)
+    texts = min(recipe.measure.max_new_tokens + PROMPT_TOKENS, model.context or 2**31)
+    return memory.Training(
+        tokens=micro * leaf.length,
+        rank=leaf.lora.rank,
+        chunk=leaf.loss.chunk,
+        checkpointing=leaf.gradient_checkpointing,
+        element=ELEMENT_BYTES[recipe.model.dtype],
+        kept_blocks=round(model.blocks * (1 - share_gone(prune, model))) if isinstance(prune, Depth) else model.blocks,
+        masked=isinstance(prune, Sparsity),
+        own=_own_weights(prune, model),
+        cached=max(recipe.measure.batch_size * texts, own),
+        processes=dist.world_size(),
+        sharded=dist.local_world_size() if leaf.shard_weights else 1,
+    )
+
+
+def _own_weights(prune: Prune, model: Description) -> int:
+    """Weights that the pruned view holds beside the dense ones; of a repair at most so many, as cuts are not known."""
+    if isinstance(prune, Width):
+        return _width_weights(prune, model)[1]
+    query = model.heads * model.head_size
+    if isinstance(prune, SparseGpt):
+        attention = 2 * query + 2 * model.kv_heads * model.head_size
+        return model.blocks * model.width * (attention + 3 * model.intermediate)
+    if isinstance(prune, Depth) and prune.repair != "none":
+        cuts = 1 if prune.contiguous else prune.units
+        return cuts * model.width * max(query, model.intermediate)
+    return 0
+
+
+def matrix_rate() -> float:
+    """FLOP/s of one matrix product on this device, measured in about 0.3 s."""
+    import torch
+
+    device = dist.device()
+    size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
+    left = torch.randn(size, size, device=device, dtype=dtype)
+    torch.mm(left, left)  # warm up
+    started, products = time.perf_counter(), 0
+    while time.perf_counter() - started < 0.3:
+        (left @ left)[0, 0].item()
+        products += 1
+    return products * 2 * size**3 / (time.perf_counter() - started)
+
+
+def estimate(recipe: Recipe, model: Description, rate: float) -> dict[str, Any]:
+    """Sizes, tokens, seconds and bytes that the run will need, per process where it says so.
+
+    A distillation step costs 2 FLOP per weight and token for the dense pass, 2 for the pruned forward and 2 for its
+    backward (frozen weights have no gradient of their own).
+    """
+    stored = pruned = model.parameters
+    passes = search = 0
+    if isinstance(recipe.prune, Depth):
+        passes, search = search_passes(recipe.prune, model), search_flops(recipe.prune, model)
+        inside = model.parameters - model.embedding_parameters
+        pruned -= share_gone(recipe.prune, model) * inside
+        stored -= share_unstored(recipe.prune, model) * inside
+    if isinstance(recipe.prune, Width):
+        pruned = stored = model.parameters - _width_weights(recipe.prune, model)[0]
+    element = ELEMENT_BYTES[recipe.model.dtype]
+    tokens = recipe.recover.tokens
+    flops = tokens * (2 * model.parameters + 4 * pruned)
+    seconds = flops / (rate * STEP_EFFICIENCY * dist.world_size())
+    return {
+        "parameters_dense": model.parameters,
+        "parameters_pruned": round(stored),
+        "file_bytes_dense": model.parameters * element,
+        "file_bytes_pruned": round(stored * element),
+        "teacher_tokens": tokens,
+        "search_passes": passes,
+        "search_seconds": search / (rate * STEP_EFFICIENCY),  # by one process
+        "training_flops": flops,
+        "training_seconds": seconds,
+        "memory_bytes_per_process": memory.peak_bytes(model, _training(recipe, model)),
+        "cache_bytes": cache_bytes(recipe, model),
+        "matrix_rate_flops": rate,
+        "processes": dist.world_size(),
+    }

@@ -1,0 +1,312 @@
+"""The work of each stage: what it reads, what it calls, what it writes. Stages and their order are in `stages.py`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recover import __version__
+from recover.base import console, dist, provenance, strict_json
+from recover.base.artifacts import append_jsonl, read_json, read_jsonl, write_json, write_text
+from recover.base.clock import part
+from recover.config.recipe import Model, dump_recipe
+from recover.run import summary as outcome
+from recover.run.context import Bench
+from recover.run.estimate import estimate, matrix_rate, refuse, warnings
+
+if TYPE_CHECKING:
+    from torch import LongTensor
+
+    from recover.models.twin import Twin
+
+
+def plan(bench: Bench) -> None:
+    """Refuse what cannot work and say what the rest will cost, before any weight is loaded."""
+    from recover.models.load import describe
+
+    recipe, directory = bench.recipe, bench.directory
+    code = _say_code(recipe.model)
+    model = describe(recipe.model)
+    refuse(recipe, model)
+    bench.check_inputs()
+    figures = estimate(recipe, model, matrix_rate())
+    if not dist.is_main():
+        return
+    write_text(directory.recipe, dump_recipe(recipe))
+    write_json(directory.env, {**provenance.environment(), **({} if code is None else {"remote_code": code})})
+    write_json(directory.plan / "estimate.json", figures)
+    console.table("plan (estimates)", ["what", "dense", "pruned"], _plan_rows(figures))
+    for line in warnings(recipe, model):
+        console.warn(line)
+
+
+def _say_code(leaf: Model) -> list[str] | None:
+    """Say which code of others will run, before any of it does; its files, None where none is let run."""
+    from recover.models.source import code_of
+
+    code = code_of(leaf)
+    if code is not None:
+        there = ", ".join(code) or "no file of code is there now"
+        console.warn(
+            f"model.trust_remote_code: Python code that comes with {leaf.source} runs with all your rights: {there}"
+        )
+    return code
+
+
+def _plan_rows(figures: dict[str, Any]) -> list[list[str]]:
+    cached = [["dense states on disk", f"at least {_bytes(figures['cache_bytes'])}", ""]]
+    passes, seconds = figures["search_passes"], figures["search_seconds"]
+    least = console.duration(seconds)
+    search = [["search for what goes", "", f"{passes:,} passes of calibration text, at least {least}"]]
+    return [
+        ["parameters", f"{figures['parameters_dense']:,}", f"{figures['parameters_pruned']:,}"],
+        ["file", _bytes(figures["file_bytes_dense"]), _bytes(figures["file_bytes_pruned"])],
+        *(search if passes else []),
+        ["teacher-scored tokens", "", f"{figures['teacher_tokens']:,}"],
+        ["training time", "", f"at least {console.duration(figures['training_seconds'])}"],
+        ["memory per process", "", f"about {_bytes(figures['memory_bytes_per_process'])}"],
+        *(cached if figures["cache_bytes"] else []),
+    ]
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.1f} GiB"
+
+
+def dense(bench: Bench) -> None:
+    """Measure the dense model; its texts are the reference of every later stage."""
+    _measure(bench, bench.dense(), bench.directory.dense, reference=None)
+    if dist.is_main():
+        for line in outcome.blind(read_json(bench.directory.dense / "measure.json")):
+            console.warn(line)
+
+
+def prune(bench: Bench) -> None:
+    """Choose what goes, and write the plan and its masks."""
+    dist.on_main(lambda: _prune(bench))
+    bench.release()
+
+
+def _prune(bench: Bench) -> None:
+    from recover.models.plan import save_plan
+    from recover.prune.methods import PRUNERS
+    from recover.prune.parts import Parts
+    from recover.run.calibration import calibration
+
+    leaf, batches, twin = bench.recipe.prune, calibration(bench), bench.dense()
+    parts = Parts(bench.directory.prune / "parts", _pruned_from(bench, twin, batches))
+    with part("pruning"):
+        plan, masks, weights = PRUNERS[leaf.kind](twin, leaf, batches, parts)
+    save_plan(plan, masks, bench.directory.prune, weights)
+    parts.remove()
+    console.say(plan.summary())
+
+
+def _pruned_from(bench: Bench, twin: Twin, batches: list[LongTensor]) -> dict[str, Any]:
+    """All that the bits of a pruning depend on: parts that were made from anything else are of no use."""
+    import torch
+    import transformers
+
+    from recover.train.dense_text import weights_fingerprint
+
+    text = hashlib.sha256()
+    for ids_BT in batches:
+        text.update(f"{tuple(ids_BT.shape)}".encode() + ids_BT.numpy().tobytes())
+    device = twin.model.device
+    return {
+        "prune": bench.recipe.prune.model_dump(mode="json"),
+        "calibration": text.hexdigest(),
+        "weights": weights_fingerprint(twin),
+        "dtype": bench.recipe.model.dtype,
+        "attention": twin.base.config._attn_implementation,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": {"recover": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def before(bench: Bench) -> None:
+    """Probe and measure the pruned model as it is, untrained."""
+    _probe_and_measure(bench, bench.pruned(), bench.directory.before)
+
+
+def recover(bench: Bench) -> None:
+    """Distil; after each epoch measure generation again, and keep the epoch that generates best."""
+    with part("loading libraries"):
+        from recover.train.trainer import recover as train
+
+    recipe, directory = bench.recipe, bench.directory
+    twin = bench.lend()
+    untrained = read_json(directory.before / "measure.json")["headline"]["generation"]
+    after_epoch = _after_epoch(bench, twin)
+    with part("training"):
+        train(
+            twin,
+            bench.tokenizer,
+            recipe.recover,
+            directory.recover,
+            after_epoch,
+            recipe.seed,
+            baseline_score=untrained,
+        )
+
+
+def _after_epoch(bench: Bench, twin: Twin) -> Callable[[int, dict[str, Any]], float | None]:
+    """Measure what was trained so far, note it in epochs.jsonl, and give the score that decides."""
+    from recover.measure.tasks import measure
+    from recover.probe.probe import dense_trajectories, final_drift
+
+    recipe, directory = bench.recipe, bench.directory
+    limits = [value for value in (recipe.measure.epoch_limit, recipe.measure.limit) if value is not None]
+    limit = min(limits, default=None)
+    reference = read_json(directory.dense / "generations.json")
+    prompts = bench.probe_prompts()
+    trajectories = dense_trajectories(twin, bench.tokenizer, prompts, recipe.probe)
+
+    def score(epoch: int, context: dict[str, Any]) -> float | None:
+        with twin.folded():
+            record, _ = measure(
+                twin.model,
+                bench.tokenizer,
+                bench.tasks,
+                recipe.measure,
+                reference=reference,
+                limit=limit,
+                seed=recipe.seed,
+            )
+            drift = final_drift(twin, bench.tokenizer, prompts, recipe.probe, trajectories=trajectories)
+        value = record["headline"]["generation"]
+        if dist.is_main():
+            if epoch == 1:
+                directory.epochs.unlink(missing_ok=True)  # of a training that was begun anew
+            append_jsonl(
+                directory.epochs, {"epoch": epoch, **context, "measure": record, "drift": drift, "score": value}
+            )
+        return value
+
+    return score
+
+
+def after(bench: Bench) -> None:
+    """Probe and measure the recovered model, from the adapter on disk."""
+    from recover.forecast.told import compare_outcome
+
+    _probe_and_measure(bench, bench.recovered(), bench.directory.after)
+    if dist.is_main():
+        compare_outcome(bench.directory.root, bench.recipe.model_dump(mode="json"))
+
+
+def export(bench: Bench) -> None:
+    """Write the checkpoint to ship, and verify it in a fresh process."""
+    dist.on_main(lambda: _export(bench))
+    bench.release()
+    dist.on_main(lambda: _speed(bench))
+
+
+def _export(bench: Bench) -> None:
+    import torch
+
+    from recover.export.merge import merge
+    from recover.export.verify import fresh_process, verify, write_expected
+    from recover.export.write import write_checkpoint
+    from recover.models.load import ready
+
+    recipe, directory = bench.recipe, bench.directory
+    dtype = getattr(torch, recipe.export.dtype or recipe.model.dtype)
+    with fresh_process() as process:
+        twin = bench.recovered()
+        console.say("[dim]merging and writing[/dim]")
+        with part("merging and writing"):
+            merged = ready(merge(twin, dtype))
+            text, record = _card_and_record(bench)
+            size = recipe.export.max_shard_size
+            write_checkpoint(merged, bench.tokenizer, directory.deploy, card=text, record=record, max_shard_size=size)
+        expected = directory.root / "expected.safetensors"
+        console.say("[dim]verifying in a fresh process[/dim]")
+        write_expected(expected, twin, merged, bench.sample_ids())
+        verify(directory.deploy, expected, directory.prune / "plan.json", directory.verify, process=process)
+        expected.unlink()
+
+
+def _speed(bench: Bench) -> None:
+    """Dense and deployed as stock models, by turns: through the twin, dense would pay for adapters it does not have."""
+    from recover.measure.speed import compare_speed
+    from recover.models.load import load_model
+
+    console.say("[dim]timing dense and deployed by turns[/dim]")
+    leaf = bench.recipe.model
+    # The same leaf for both, so that they differ in nothing but what was pruned: attention kernel, loader, checks.
+    there = {"source": str(bench.directory.deploy), "revision": None, "dtype": bench.recipe.export.dtype or leaf.dtype}
+    dense = bench.stock()
+    with part("reading weights"):
+        deployed = load_model(leaf.model_copy(update=there))
+    with part("timing dense and deployed"):
+        figures = compare_speed(dense, deployed, dist.device())
+    write_json(bench.directory.speed, {**figures, "machine": provenance.machine()})
+
+
+def _card_and_record(bench: Bench) -> tuple[str, dict[str, Any]]:
+    """The model card's text, and recover.json: where every figure of it comes from."""
+    from recover.export.card import card
+
+    recipe, directory = bench.recipe, bench.directory
+    folders = {"dense": directory.dense, "pruned": directory.before, "recovered": directory.after}
+    headlines = {name: read_json(folder / "measure.json")["headline"] for name, folder in folders.items()}
+    best = read_json(directory.recover / "best.json")["epoch"]
+    kept = [record for record in read_jsonl(directory.epochs) if record["epoch"] == best][-1]
+    environment = provenance.environment()
+    facts = {
+        "teacher-scored tokens": f"{kept['tokens']:,} (epoch {kept['epoch']}, the one that generates best)",
+        "seed": recipe.seed,
+        "versions": ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version),
+    }
+    record = {
+        "recipe": recipe.model_dump(mode="json"),
+        "headlines": headlines,
+        "kept": kept,
+        "environment": environment,
+    }
+    return card(recipe, read_json(directory.prune / "plan.json"), headlines, facts), record
+
+
+def report(bench: Bench) -> None:
+    """Collect the files of the run into report.json, report.md and report.html."""
+    if not dist.is_main():
+        return
+    from recover.report.collect import collect
+    from recover.report.render import render
+
+    root = bench.directory.root
+    data = collect(root)
+    render(root, data)
+    outcome.say(data, root)
+
+
+def _probe_and_measure(bench: Bench, twin: Twin, folder: Path) -> None:
+    from recover.probe.probe import probe, summary
+    from recover.probe.tasks import task_drift
+
+    leaf, tokenizer = bench.recipe.probe, bench.tokenizer
+    # No items that nobody measures: a limit there is a limit here.
+    items = min(leaf.items, bench.recipe.measure.limit or leaf.items)
+    with twin.folded():
+        found = probe(twin, tokenizer, bench.probe_prompts(), leaf)
+        found += task_drift(twin, tokenizer, bench.tasks, items=items, batch_size=leaf.batch_size)
+        records = [record.to_json() for record in found]
+        if dist.is_main():
+            write_text(folder / "probe.jsonl", "".join(f"{strict_json.dumps(record)}\n" for record in records))
+            write_json(folder / "probe.json", summary(records))
+        _measure(bench, twin, folder, reference=read_json(bench.directory.dense / "generations.json"))
+
+
+def _measure(bench: Bench, twin: Twin, folder: Path, *, reference: dict[str, Any] | None) -> None:
+    from recover.measure.tasks import measure
+
+    record, generations = measure(
+        twin.model, bench.tokenizer, bench.tasks, bench.recipe.measure, reference=reference, seed=bench.recipe.seed
+    )
+    if dist.is_main():
+        write_json(folder / "generations.json", generations)
+        write_json(folder / "measure.json", record)
+        console.say(outcome.figures(record["headline"]))

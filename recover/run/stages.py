@@ -1,0 +1,170 @@
+"""The stages of a run, in order; each reads files, writes files, and is done when its stamp is written last.
+
+    plan -> dense -> prune -> before -> recover -> after -> export -> report
+
+`run` skips what is done and says why a stage is not: the field of the recipe, or the input, that changed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from recover.base import console, dist
+from recover.base.clock import Clock, note, stage_clock
+from recover.base.errors import ArtifactError, RecipeError
+from recover.base.quiet import quiet_libraries
+from recover.base.signals import graceful_stop
+from recover.config.recipe import Recipe
+from recover.run.context import Bench
+from recover.run.directory import NOT_DONE, RunDirectory
+from recover.run.input_digests import digests
+
+# Training reads these fields of the probe alone: what else is probed before and after asks for no training anew.
+DRIFT_OF_EPOCHS = ("probe.prompts", "probe.samples", "probe.steps", "probe.batch_size")
+# Leaves (or fields) of the recipe that each stage reads, and the stages whose files it reads.
+LEAVES: dict[str, tuple[str, ...]] = {
+    "plan": ("name", "seed", "model", "prune", "probe", "recover", "measure", "export"),
+    "dense": ("seed", "model", "measure"),
+    "prune": ("seed", "model", "prune"),
+    "before": ("seed", "model", "prune", "probe", "measure"),
+    "recover": ("seed", "model", "prune", *DRIFT_OF_EPOCHS, "measure", "recover"),
+    "after": ("seed", "model", "prune", "probe", "measure", "recover"),
+    "export": ("seed", "name", "model", "prune", "recover", "export"),
+    "report": ("name",),
+}
+READS: dict[str, tuple[str, ...]] = {
+    "plan": (),
+    "dense": (),
+    "prune": (),
+    "before": ("dense", "prune"),
+    "recover": ("dense", "prune"),
+    "after": ("dense", "prune", "recover"),
+    "export": ("prune", "recover"),
+    "report": ("dense", "prune", "before", "recover", "after", "export"),
+}
+STAGES = tuple(LEAVES)
+ALWAYS = ("plan", "report")  # seconds of work: done again at every run, so that they are never out of date
+UP_TO_DATE = "always brought up to date"
+PLAIN = (NOT_DONE, UP_TO_DATE)  # reasons that go without saying
+
+
+def run(recipe: Recipe, root: Path, *, until: str = "report", start: str | None = None) -> RunDirectory:
+    """Bring the run up to date through stage `until`, and give back its directory.
+
+    A stage that is done and not stale is skipped; from `start` on every stage is done again.
+
+    Raises:
+        RecoverError: one of its kinds, by what went wrong; stages that were done stay done.
+        ArtifactError: a file that training stands on went lost after it; `start` says to do it all again.
+    """
+    for stage in filter(None, (until, start)):
+        if stage not in STAGES:
+            raise RecipeError(f"no stage {stage!r}; stages are {', '.join(STAGES)}")
+    began = time.perf_counter()
+    quiet_libraries()
+    dist.start()
+    libraries = time.perf_counter() - began
+    directory = RunDirectory(root / recipe.name)
+    with graceful_stop(), directory.lock() if dist.is_main() else nullcontext():
+        if until in ("export", "report") and dist.is_main():
+            directory.refuse_foreign_deploy()
+        bench = Bench(recipe, directory)
+        for stage in STAGES[: STAGES.index(until) + 1]:
+            forced = start is not None and STAGES.index(stage) >= STAGES.index(start)
+            _bring_up_to_date(stage, bench, forced=forced, before=libraries if stage == STAGES[0] else 0.0)
+    return directory
+
+
+def _bring_up_to_date(stage: str, bench: Bench, *, forced: bool, before: float) -> None:
+    """Do the stage if need be. `before`: seconds that libraries took to load, which are put on its account."""
+    # Decided on one process: the others must not read a stamp that is just being written.
+    marks, reason = dist.on_main(lambda: _marks_and_reason(stage, bench, forced))
+    if reason is None:
+        console.say(f"[dim]{STAGES.index(stage) + 1}/{len(STAGES)} {stage:8}[/dim] done")
+        return
+    console.heading(f"{STAGES.index(stage) + 1}/{len(STAGES)} {stage}{'' if reason in PLAIN else f', again: {reason}'}")
+    if stage == "recover" and reason not in PLAIN:
+        console.say("This replaces the recovery made before; with another name (name=OTHER) both are kept.")
+    if dist.is_main():
+        bench.directory.unmark(stage)
+    with _timed(stage, bench.directory.root, before) as clock:
+        _work(stage)(bench)
+        dist.barrier()
+        if dist.is_main():
+            bench.directory.mark_done(stage, marks)
+    if stage != "report":  # whose last lines are the outcome of the run
+        console.say(f"[dim]{stage} took {console.duration(clock.seconds)}[/dim]")
+
+
+@contextmanager
+def _timed(stage: str, root: Path, before: float) -> Iterator[Clock]:
+    """Put on record what the stage takes, also where it ends early."""
+    done = False
+    clock = Clock()
+    try:
+        with stage_clock() as clock:
+            yield clock
+        done = True
+    finally:
+        if before:
+            clock.seconds += before
+            clock.parts["loading libraries"] = clock.parts.get("loading libraries", 0.0) + before
+        if dist.is_main():
+            with nullcontext() if done else suppress(ArtifactError):  # what ended the stage says more
+                note(root, stage, clock, done=done)
+
+
+def _marks_and_reason(stage: str, bench: Bench, forced: bool) -> tuple[dict[str, Any], str | None]:
+    marks = fingerprint(stage, bench.recipe, bench.directory)
+    if stage in ALWAYS:
+        return marks, UP_TO_DATE
+    if forced:
+        return marks, "asked for"
+    reason = bench.directory.stale_reason(stage, marks)
+    if reason is not None and reason == bench.directory.lost(stage):
+        _refuse_training_again(stage, reason, bench.directory)
+    return marks, reason
+
+
+def _refuse_training_again(stage: str, lost: str, directory: RunDirectory) -> None:
+    """A file that went lost does not make hours of training be done again, unless that is asked for."""
+    if directory.done("recover") is not None and (stage == "recover" or stage in READS["recover"]):
+        raise ArtifactError(
+            f"{directory.root}: {lost}, and the training that is done stands on it. Put the file back, or do this "
+            f"stage and all after it again, training too: recover run RECIPE --from {stage}"
+        )
+
+
+def fingerprint(stage: str, recipe: Recipe, directory: RunDirectory) -> dict[str, Any]:
+    """All that a stage is made from: recipe leaves, digests of input files, and which run of each stage it reads."""
+    resolved = recipe.model_dump(mode="json")
+    leaves = {leaf: reduce(lambda tree, name: tree[name], leaf.split("."), resolved) for leaf in LEAVES[stage]}
+    stamps = {name: (directory.done(name) or {}).get("finished") for name in READS[stage]}
+    return {**leaves, "inputs": digests(leaves), "stages": stamps}
+
+
+def _work(stage: str) -> Callable[[Bench], None]:
+    from recover.run import stage_work as work
+
+    return getattr(work, stage)
+
+
+def status(root: Path) -> list[dict[str, Any]]:
+    """For each stage of a run directory: done or not, when, and why it is stale against its own recipe."""
+    from recover.config.recipe import load_recipe
+
+    directory = RunDirectory(root)
+    recipe = load_recipe(directory.recipe)
+    rows = []
+    for stage in STAGES:
+        stamp = directory.done(stage)
+        reason = None if stage in ALWAYS else directory.stale_reason(stage, fingerprint(stage, recipe, directory))
+        rows.append(
+            {"stage": stage, "done": stamp is not None, "finished": (stamp or {}).get("finished"), "stale": reason}
+        )
+    return rows

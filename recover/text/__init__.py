@@ -1,0 +1,5 @@
+"""What a model reads and writes: prompts as token ids, texts written by cached and recorded steps, likelihoods,
+embeddings.
+
+It imports `models` and what lies below. Begin with `generate.py`.
+"""
