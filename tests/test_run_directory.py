@@ -55,7 +55,7 @@ def test_a_broken_stamp_is_named(tmp_path: Path) -> None:
 HOLDER = """
 import sys
 from pathlib import Path
-from recover.run_directory import RunDirectory
+from recover.run.directory import RunDirectory
 with RunDirectory(Path(sys.argv[1])).lock():
     print("held", flush=True)
     sys.stdin.read()
