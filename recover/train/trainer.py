@@ -81,11 +81,7 @@ def recover(
     twin.add_lora(leaf.lora)
     course = Course(run_folder, fingerprint, batch_size=leaf.batch_size, seed=seed, totals=Totals(), past=past)
     graphed = packed and _may_be_graphed(twin, leaf)
-    pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    collate: Collate = collator(pad, leaf.loss.scored)
-    if packed:
-        sizes = row_sizes(tokens_at_once(rows, split.micro)) if graphed else ()
-        collate = packer(pad, leaf.loss.scored, leaf.length, sizes)
+    collate = _collation(tokenizer, leaf, rows, split.micro, packed=packed, graphed=graphed)
     own = None
     if "writer" in rows.features:
         own = OnPolicy(leaf, twin, tokenizer, rows, seed, run_folder, fingerprint, with_scored(collate))
@@ -118,6 +114,17 @@ def recover(
     if stop.requested:  # it came after the last step
         raise StopRequested(stop.requested)
     return run_folder / epochs.best["folder"]
+
+
+def _collation(
+    tokenizer: PreTrainedTokenizerBase, leaf: Recover, rows: Dataset, micro: int, *, packed: bool, graphed: bool
+) -> Collate:
+    """How rows become a batch: packed into one row, filled up to few sizes for graphs; else padded."""
+    pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    if not packed:
+        return collator(pad, leaf.loss.scored)
+    sizes = row_sizes(tokens_at_once(rows, micro)) if graphed else ()
+    return packer(pad, leaf.loss.scored, leaf.length, sizes)
 
 
 def _may_be_graphed(twin: Twin, leaf: Recover) -> bool:
