@@ -437,6 +437,7 @@ def test_variants_share_work_and_are_not_run_twice(tmp_path, capsys):
     assert first["dense"] == second["dense"] and first["pruned"] == second["pruned"]
     assert [epoch["epoch"] for epoch in second["epochs"]] == [1, 2] and second["recovered"]["kl"]["mean"] > 0
     assert "lr1e-3+rank16 | 1 |" in capsys.readouterr().out
+    _read_decisively(tmp_path, [first, second])
     lines = (tmp_path / "results.jsonl").read_text()
     assert main(asked) == 0
     assert (tmp_path / "results.jsonl").read_text() == lines
@@ -445,3 +446,39 @@ def test_variants_share_work_and_are_not_run_twice(tmp_path, capsys):
     rows = read_rows(tmp_path / "results.jsonl")
     assert [row["status"] for row in rows] == ["failed", "failed"]
     assert "recover.length" in capsys.readouterr().out
+
+
+def _read_decisively(out, rows):
+    """The analysis reads real files of runs, and its verdicts are the measured figures."""
+    from decisive import report
+    from judged import judged
+
+    runs = [judged(out / row["run"], row) for row in rows]
+    for run, row in zip(runs, rows, strict=True):
+        for view in ("dense", "recovered"):
+            for task, right in run.right[view].items():
+                assert sum(right) / len(right) == row[view]["tasks"][task]["value"]
+        assert set(run.writing) == {"stories", "facts"} & set(run.ids["dense"]) and run.writing
+        assert run.drift["kl mean"] == row["recovered"]["kl"]["mean"]
+    text = report(runs)
+    assert "## What is kept" in text and all(run.name in text for run in runs)
+
+
+# What is read off many runs.
+
+
+def test_a_share_is_paired_and_a_law_is_found_again():
+    from decisive import majority, power_law, rank_correlation, share_kept
+
+    dense = [True] * 50 + [False] * 50
+    assert share_kept([(dense, dense)]) == (1.0, 1.0, 1.0)  # the same items: nothing can differ
+    share, low, high = share_kept([(dense, [True] * 25 + [False] * 75)])  # type: ignore[misc]
+    assert share == 0.5 and 0.34 < low < 0.40 and 0.60 < high < 0.66  # half of about 50: sqrt(.25 / 50) = 0.07
+    assert share_kept([([False], [True])]) is None
+    tokens = [3e5, 1e6, 3e6, 1e7]
+    a, b, off = power_law(tokens, [2.0 * each**-0.25 for each in tokens])
+    assert (round(a, 6), round(b, 6)) == (2.0, -0.25) and max(map(abs, off)) < 1e-9
+    assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 400]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 2, 3], [4, 3, 3, 1]) == pytest.approx(-1)
+    assert rank_correlation([1, 1, 1], [1, 2, 3]) is None
+    assert [majority(each) for each in (["7", "8", "8"], ["7", "8"], [None, "9"], [None])] == ["8", "7", "9", None]
