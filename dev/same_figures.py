@@ -166,7 +166,11 @@ def machine() -> dict[str, Any]:
     import torch
 
     libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    return {"processor": platform.processor() or platform.machine(), "kernels": torch.backends.cpu.get_cpu_capability(), **libraries}
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "kernels": torch.backends.cpu.get_cpu_capability(),
+        **libraries,
+    }
 
 
 # Reading what a job wrote.
@@ -238,7 +242,7 @@ def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     elif isinstance(value, list):
         inner = enumerate(value)
     below = [(f"{name} > {key}" if name else str(key), each) for key, each in inner]
-    if not below:
+    if not below and name:
         yield name, value
     for path, each in below:
         yield from flat(each, path)
@@ -290,12 +294,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     comparing.add_argument("--most", type=int, default=100, help="lines printed")
     options = parser.parse_args(arguments)
     if options.command == "compare":
-        return compare(*(json.loads(path.read_text()) for path in (options.old, options.new)), options.most)
+        old, new = (json.loads(path.read_text(encoding="utf-8")) for path in (options.old, options.new))
+        return compare(old, new, options.most)
     chosen = {name: getattr(options, name) for name in ("whole", "only", "workers", "keep")}
     found = record(options.checkout.resolve(), **chosen)
     options.file.write_text(json.dumps(found) + "\n", encoding="utf-8")
     failed = [name for name, job in found["jobs"].items() if "failed" in job]
-    print(f"{options.file}: {len(found['jobs'])} jobs, {sum(1 for _ in flat(found['jobs']))} figures, {len(failed)} failed")
+    count = sum(1 for _ in flat(found["jobs"]))
+    print(f"{options.file}: {len(found['jobs'])} jobs, {count} figures, {len(failed)} failed")
     return 1 if failed else 0
 
 

@@ -137,7 +137,7 @@ def write_models(folder: Path) -> list[str]:
     for family in FAMILIES:
         tiny(family).save_pretrained(folder / family)
         byte_tokenizer().save_pretrained(folder / family)
-    # Recipes name this one: beside a Qwen2 config transformers makes it a tokenizer of that family, with ids of its own.
+    # Recipes name this one: beside a Qwen2 config, transformers makes a tokenizer of that family of it, with other ids.
     byte_tokenizer().save_pretrained(folder.parent / "tokenizer")
     return list(FAMILIES)
 
@@ -192,7 +192,7 @@ def _launched(work: Path) -> list[Job]:
 
 
 def _checkpoints(work: Path, families: Sequence[str]) -> list[Job]:
-    """Families, kinds of pruning and ways to train in turn; their numbers have no common divisor, so none meet twice."""
+    """Families, kinds of pruning and ways to train in turn; their numbers share no divisor, so none meet twice."""
     made = []
     for number in range(CHECKPOINTS):
         family = families[number % len(families)]
