@@ -46,13 +46,13 @@ from recover.base.artifacts import read_jsonl
 from recover.config.recipe import Recover
 from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.train import trainer
+from recover.train import train as training
 from recover.train.checkpoints import STEPS
 from recover.train.data import build_dataset
 
 BATCH, RANK = 32, 64
 COLUMNS = ("prompt", "completion")
-WAYS = {"kernel by kernel": 0, "CUDA graphs": trainer.LARGEST_GRAPHED}
+WAYS = {"kernel by kernel": 0, "CUDA graphs": training.LARGEST_GRAPHED}
 PEERS = ("trl's GKD", "trl's SFT, packed")
 
 
@@ -72,7 +72,7 @@ def write_text(path: Path, sequences: int, shrink: int) -> int:
     return scored
 
 
-def leaf_of(text: Path, tokens: int) -> Recover:
+def cfg_of(text: Path, tokens: int) -> Recover:
     return Recover.model_validate(
         {
             "data": [{"kind": "given", "source": str(text), "columns": {name: name for name in COLUMNS}}],
@@ -87,23 +87,23 @@ def leaf_of(text: Path, tokens: int) -> Recover:
 
 def trained(name: str, way: str, text: Path, tokens: int, folder: Path, *, profile: bool) -> dict[str, Any]:
     """One training; its figures."""
-    shape, leaf = SHAPES[name], leaf_of(text, tokens)
+    shape, cfg = SHAPES[name], cfg_of(text, tokens)
     bench = Bench(shape, dist.device(), 1, 1024, 2048)
     twin = Twin(bench.dense(), Plan("depth", shape.blocks, tuple(range(*shape.dropped))))
     if way in PEERS:
         import training_trl
 
-        rows = build_dataset(leaf, twin, byte_tokenizer(), 0, folder)
+        rows = build_dataset(cfg, twin, byte_tokenizer(), 0, folder)
         del twin
         return training_trl.trained(bench, way, rows, BATCH, RANK, len(rows) // BATCH, folder)
     contexts: list[dict[str, Any]] = []
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     tracer = cProfile.Profile() if profile else None
-    with patch.object(trainer, "LARGEST_GRAPHED", WAYS[way]):
+    with patch.object(training, "LARGEST_GRAPHED", WAYS[way]):
         if tracer:
             tracer.enable()
-        trainer.recover(twin, byte_tokenizer(), leaf, folder, lambda _epoch, context: contexts.append(context), seed=0)
+        training.train(twin, byte_tokenizer(), cfg, folder, lambda _epoch, context: contexts.append(context), seed=0)
         if tracer:
             tracer.disable()
             out = io.StringIO()
