@@ -27,7 +27,8 @@ def training_order(
     """A random order of whole steps; up to `batch_size - 1` sequences are left out.
 
     `starts`: sequence -> part of the steps that it comes after. Sequences of a step are alike in length; or, if
-    `packed` is given, each so many of them, a divisor of `batch_size`, hold about as many tokens together (`evened`).
+    `packed` is given, steps hold about equally many tokens, and so does each row of so many sequences, a divisor of
+    `batch_size`, as far as that goes within its step (`evened`); which sequences a step holds does not depend on it.
 
     Raises:
         DataError: sequences without a start do not fill the steps before it.
@@ -40,7 +41,10 @@ def training_order(
     arranged: list[int] = []
     for part in _parts(order, batch_size, starts or {}, generator):
         if packed is not None:
-            arranged += evened(part, lengths, packed)
+            # Steps first: which sequences one holds must not depend on how it is cut into rows.
+            even = evened(part, lengths, batch_size)
+            for start in range(0, len(even), batch_size):
+                arranged += evened(even[start : start + batch_size], lengths, packed)
             continue
         for start in range(0, len(part), window):
             by_length = sorted(part[start : start + window], key=lambda index: lengths[index])
