@@ -86,16 +86,16 @@ class Distiller:
     their output in the dense pass is what the pruned pass goes on from. Build it after the adapters are on.
     """
 
-    def __init__(self, twin: Twin, leaf: Loss) -> None:
+    def __init__(self, twin: Twin, cfg: Loss) -> None:
         self.twin = twin
-        self.leaf = self.weights = leaf  # as the recipe has it, and as it is where the training stands
+        self.cfg = self.weights = cfg  # as the recipe has it, and as it is where the training stands
         self.shared_blocks = _shared_blocks(twin)
         self.packs = packing_configs(twin.base)  # empty: batches must not be packed
         self.adapters = _unmasked_adapters(twin)
 
     def stand_at(self, share: float) -> None:
         """From here on the weights are those that hold after this part of a training's steps."""
-        self.weights = self.leaf.at(share)
+        self.weights = self.cfg.at(share)
 
     def run(
         self,
@@ -177,7 +177,7 @@ class Distiller:
                 bias_V=bias_V,
                 scale=scale,
                 softcap=softcap,
-                chunk=self.leaf.chunk,
+                chunk=self.cfg.chunk,
             )
         return ModelOutput(
             loss=sums.total,
