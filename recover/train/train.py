@@ -72,7 +72,7 @@ def train(
     fingerprint = _fingerprint(twin, cfg, seed, packed=packed)
     past = begin(run_folder, fingerprint)
     texts = run_folder / "data"
-    rows = build_dataset(cfg, twin, tokenizer, seed, texts, alike=not packed)
+    rows = build_dataset(cfg, twin, tokenizer, seed, texts, packed=packed)
     steps = len(rows) // cfg.batch_size
     torch.manual_seed(seed)
     twin.add_lora(cfg.lora)
@@ -216,13 +216,14 @@ def _judge(best: dict[str, Any], baseline: float | None) -> None:
 def _fingerprint(twin: Twin, cfg: Recover, seed: int, *, packed: bool) -> str:
     """Of all that decides a training's course: another one must not go on from its checkpoints.
 
-    Rows that are `packed` come in another order: who went on in the other one would train some twice, others never.
+    Rows that are `packed` come in another order, and came in yet another one before they were even: who went on in
+    another one would train some twice, others never.
     """
     plan = {name: value for name, value in twin.plan.to_json().items() if name != "scores"}
     described = {
         "leaf": cfg.model_dump(mode="json", exclude={"cache", "shard_weights"}),
         "seed": seed,
-        "rows": "packed" if packed else "padded",
+        "rows": "packed, even" if packed else "padded",
         "plan": plan,
         "weights": weights_fingerprint(twin),
     }
