@@ -73,6 +73,7 @@ MORE = {
     "dense": lambda folder: cached(folder, "dense"),
     "prefix": lambda folder: cached(folder, "prefix"),
     "shards": lambda _folder: {"shard_weights": True},
+    "average": lambda _folder: {"average": 0.5},
     "checkpointing": lambda _folder: {"gradient_checkpointing": True},
     "machines": lambda _folder: os.environ.update(LOCAL_WORLD_SIZE="2") or {},  # as on machines of two processes
 }  # behind a + of a variant's name

@@ -163,6 +163,13 @@ class Recover(Leaf):
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
+    average: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="each epoch's adapter is the mean of those after its last steps: so many, as a share of all steps, "
+        "at most 1 / epochs (0.2: the last fifth). Training goes on from the adapter as it is; null: that one is kept",
+    )
     gradient_checkpointing: bool = Field(default=False, description="less memory, about a third more time")
     shard_weights: bool = Field(
         default=False,
@@ -243,6 +250,16 @@ class Recover(Leaf):
             )
         if self.cache.prefix and self.lora.blocks != "after_cut":
             raise ValueError("cache.prefix: both views share no block unless lora.blocks is 'after_cut'")
+        return self
+
+    @model_validator(mode="after")
+    def _averages_within_epochs(self) -> Recover:
+        """An epoch's mean holds none of the steps before it."""
+        if self.average is not None and self.average * self.epochs > 1 + 1e-9:
+            raise ValueError(
+                f"average: {self.average:g} of all steps is more than one of {self.epochs} epochs has: give at most "
+                f"{1 / self.epochs:.3g}, or fewer epochs"
+            )
         return self
 
     @model_validator(mode="after")

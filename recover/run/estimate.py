@@ -46,11 +46,12 @@ def refuse(recipe: Recipe, model: Description) -> None:
 
 def _refuse_training(leaf: Recover) -> None:
     """What training itself would refuse, after everything before it was done for nothing."""
-    from recover.train.settings import refuse_sharding_twice, split_batch
+    from recover.train.settings import refuse_averaging_shares, refuse_sharding_twice, split_batch
 
     try:
         split_batch(leaf, dist.world_size())
         refuse_sharding_twice(leaf)
+        refuse_averaging_shares(leaf)
     except TrainingError as error:
         raise RecipeError(str(error)) from None
     needed = leaf.batch_size * leaf.epochs
@@ -118,6 +119,7 @@ def _training(recipe: Recipe, model: Description) -> memory.Training:
     return memory.Training(
         tokens=micro * leaf.length,
         rank=leaf.lora.rank,
+        averaged=leaf.average is not None,
         chunk=leaf.loss.chunk,
         checkpointing=leaf.gradient_checkpointing,
         element=ELEMENT_BYTES[recipe.model.dtype],

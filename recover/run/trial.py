@@ -77,7 +77,7 @@ def trial(bench: Bench, part: float) -> None:
 def trial_leaf(leaf: Recover, part: float) -> Recover:
     """The first `part` of this recovery, as a recovery of its own: one epoch, the same rates as far as it goes.
 
-    Text of the pruned model begins at the same step, so a trial may end before.
+    Text of the pruned model begins at the same step, so a trial may end before. Its adapter is that of its last step.
     """
     return leaf.model_copy(
         update={
@@ -88,6 +88,7 @@ def trial_leaf(leaf: Recover, part: float) -> Recover:
             "warmup": min(leaf.warmup / part, 1.0),
             "loss": _loss_of_beginning(leaf.loss, part),
             "patience": None,
+            "average": None,
         }
     )
 

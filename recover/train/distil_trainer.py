@@ -28,6 +28,8 @@ from recover.distill.graphs import GraphedPasses
 from recover.models.modes import modules_below, plain_modes, set_training
 from recover.models.packed_attention import NAME
 from recover.models.step_attention import attending
+from recover.train.averaging import Average, averaged_steps
+from recover.train.settings import epoch_ends
 from recover.train.sharding import gather_by_block
 from recover.train.stopping import Interrupted, Stop
 from recover.train.totals import TERMS
@@ -100,7 +102,9 @@ class RecoverTrainer(SFTTrainer):
         if self.is_zero3:
             gather_by_block(twin)
         self.adapted: Any = twin.model
-        self.trained = [parameter for parameter in twin.model.parameters() if parameter.requires_grad]
+        learning = {name: value for name, value in twin.model.named_parameters() if value.requires_grad}
+        self.trained = list(learning.values())
+        self.average = Average(learning, averaged_steps(leaf.average, steps, epoch_ends(steps, leaf.epochs)))
         self.distiller = Distiller(twin, leaf.loss)
         self.graphs: GraphedPasses | None = None  # see `graphed`
         self._unread: list[Tensor] = []  # sums of micro-batches, which the device has yet to compute

@@ -23,7 +23,13 @@ from recover.train.data import Collate, build_dataset, collator, packer, tokens_
 from recover.train.dense_text import weights_fingerprint
 from recover.train.distil_trainer import RecoverTrainer
 from recover.train.on_policy import OnPolicy
-from recover.train.settings import epoch_ends, refuse_sharding_twice, split_batch, training_arguments
+from recover.train.settings import (
+    epoch_ends,
+    refuse_averaging_shares,
+    refuse_sharding_twice,
+    split_batch,
+    training_arguments,
+)
 from recover.train.shapes import row_sizes
 from recover.train.skipping import ROLLBACKS
 from recover.train.step_log import StepLog
@@ -69,6 +75,7 @@ def recover(
     """
     split = split_batch(leaf, dist.world_size())
     refuse_sharding_twice(leaf)
+    refuse_averaging_shares(leaf)
     if next(twin.base.parameters()).dtype is torch.float16:
         raise TrainingError("model.dtype: float16 cannot be trained (gradients underflow): use bfloat16 or float32")
     packed = bool(packing_configs(twin.base))  # else padded
