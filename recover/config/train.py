@@ -80,6 +80,22 @@ class Lora(Leaf):
     )
 
 
+class Focus(Leaf):
+    """How much each scored position counts: the measure `by`, to the power of `power`, over its mean.
+
+    A few positions decide whether a text goes on as dense would write it, and most of the others agree already. A
+    position's whole loss is multiplied; the weight itself carries no gradient. The mean is a running one over the
+    tokens of the last optimizer steps (some 10), so the weights are 1 on average; in the first step each is 1.
+    """
+
+    by: Literal["disagreement", "kl", "entropy"] = Field(
+        default="disagreement",
+        description=r"disagreement: 1 - sum min(p, q), how often two draws from dense and pruned, coupled as well as "
+        r"can be, part here; kl: KL(dense \|\| pruned); entropy: dense's, which is high where a text may branch",
+    )
+    power: float = Field(default=1.0, gt=0, description="above 1: sharper; below: flatter")
+
+
 class Loss(Leaf):
     """Weights of the terms; T = temperature; every term is multiplied by T^2 but CE (Hinton's convention).
 
@@ -105,6 +121,7 @@ class Loss(Leaf):
     jsd_beta: float = Field(default=0.5, gt=0, lt=1, description="b of `jsd`, the weight of the dense side")
     ce: float = Field(default=0.0, ge=0, description="cross-entropy on the text itself")
     temperature: float = Field(default=1.0, gt=0)
+    focus: Focus | None = Field(default=None, description="which positions count more; null: each the same")
     scored: Literal["completion", "all"] = Field(default="completion", description="which positions carry loss")
     chunk: int = Field(default=2048, ge=1, description="most token positions scored at once; a matter of memory only")
 
@@ -223,6 +240,11 @@ class Recover(Leaf):
         if unknown or self.loss.temperature != 1:
             what = " and ".join(f"loss.{name}" for name in unknown or ["temperature"])
             raise ValueError(f"{what}: needs the whole distribution, and a teacher's file has its top k: use kl and ce")
+        if self.loss.focus is not None and self.loss.focus.by == "entropy":
+            raise ValueError(
+                "loss.focus.by: dense's entropy needs the whole distribution, and a teacher's file has its top k: use "
+                "disagreement or kl"
+            )
         if len(self.data) > 1 or self.cache is not None or self.loss.scored == "all":
             raise ValueError(
                 "data: a teacher's file stands alone: it says what is learnt (no loss.scored all), in place of the "
