@@ -93,26 +93,6 @@ def test_greedy_text_is_what_the_dense_model_finds_most_likely(twin, tmp_path):
         assert best.tolist() == row["input_ids"][start:]
 
 
-@pytest.mark.parametrize("temperature", [0, 1.0])
-def test_the_beginning_of_a_recovery_leaves_the_text_as_it_would_have_been(twin, tmp_path, temperature):
-    for name in ("with", "without"):
-        (tmp_path / name).mkdir()
-    sources = {name: prompts(tmp_path / name, count=40, temperature=temperature) for name in ("with", "without")}
-    beginning = leaf(sources["with"], tokens=30, batch_size=1)
-    whole = leaf(sources["with"], tokens=240)
-    rows = build_dataset(beginning, twin, byte_tokenizer(), 1, tmp_path / "with" / "data", planned=whole)
-    (saved,) = (tmp_path / "with" / "data").iterdir()
-    first = saved.read_text()
-    assert 30 <= scored(rows) < 30 + 8
-    texts_of = {}
-    for name, source in sources.items():
-        build(leaf(source, tokens=240), twin, tmp_path / name)
-        (path,) = (tmp_path / name / "data").iterdir()
-        texts_of[name] = (path.name, path.read_text())
-    assert texts_of["with"] == texts_of["without"]
-    assert texts_of["with"][1].startswith(first) and texts_of["with"][1] != first
-
-
 def test_greedy_text_is_repeated_with_a_warning(twin, tmp_path, capsys):
     rows = build(leaf(prompts(tmp_path, temperature=0), tokens=160), twin, tmp_path)
     assert len({tuple(row["input_ids"]) for row in rows}) <= 5 < len(rows)

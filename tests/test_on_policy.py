@@ -18,14 +18,13 @@ from twins import removed
 
 from recover.base.artifacts import read_json
 from recover.base.errors import DataError, StopRequested
-from recover.run.trial import trial_leaf
 from recover.train import on_policy, skipping
 from recover.train.data import build_dataset, collator
 from recover.train.on_policy import cut_to
-from recover.train.order import taken, training_order
+from recover.train.order import training_order
 from recover.train.prompted import answered
 from recover.train.sources import Sample
-from recover.train.trainer import RecoverTrainer, recover
+from recover.train.trainer import RecoverTrainer
 
 __all__ = ["at_step", "folder"]  # fixtures
 
@@ -170,24 +169,6 @@ def test_text_begins_after_its_start_and_none_is_lost(lengths, batch_size, start
     assert first // batch_size >= start * (len(order) // batch_size)
 
 
-@given(
-    st.lists(st.tuples(st.integers(1, 5), st.sampled_from([0.0, 0.1, 0.25])), min_size=1, max_size=4),
-    st.sampled_from([0.1, 0.2, 0.5]),
-)
-@settings(max_examples=40, deadline=None)
-def test_the_first_part_of_a_training_has_the_text_that_is_told_beforehand(sources, part):
-    """Counted in the order itself, of 2000 sequences by their sources, the first of which starts at once."""
-    shares, starts = [8, *(share for share, _ in sources)], [0.0, *(start for _, start in sources)]
-    owners = [source for source, share in enumerate(shares) for _ in range(round(2000 * share / sum(shares)))]
-    late = {index: starts[source] for index, source in enumerate(owners)}
-    order = training_order([1] * len(owners), 1, 7, late)
-    first = [owners[index] for index in order[: round(part * len(order))]]
-    expected = taken(shares, starts, part)
-    assert sum(expected) == pytest.approx(part)
-    for source, share in enumerate(expected):
-        assert first.count(source) / len(order) == pytest.approx(share, abs=0.03)
-
-
 def test_too_little_other_text_before_the_start_is_refused(folder):
     with pytest.raises(DataError, match="text of kind 'pruned' start earlier"):
         training_order([1] * 20, 2, 0, dict.fromkeys(range(15), 0.5))
@@ -227,30 +208,6 @@ def test_an_answer_that_ends_at_once_is_its_end_token():
     assert answered([5, 6], [2]).scored("completion") == 1
     batch = collator(0, "completion")([{"input_ids": [5, 6, 2], "completion_mask": [0, 0, 1]}])
     assert batch["labels"].tolist() == [[-100, -100, 2]]
-
-
-@pytest.mark.parametrize(("start", "writings"), [(0.0, 1), (0.3, 0)])
-def test_a_trial_is_the_beginning_and_leaves_the_recovery_as_it_would_have_been(tmp_path, start, writings):
-    found = []
-    for name in ("with", "without"):
-        path = tmp_path / name
-        path.mkdir()
-        two_processes.write_text(path)
-        changes = own(path, start=start)
-        dense = {"kind": "dense", "prompts": str(path / "prompts.jsonl"), "max_new_tokens": 12, "batch_size": 4}
-        changes["data"].append({**dense, "share": 0.5})
-        leaf = two_processes.leaf(path, **changes)
-        if name == "with":
-            first, texts = trial_leaf(leaf, 0.25), path / "recover/data"
-            trial = recover(depth_twin(), byte_tokenizer(), first, path / "trial", score, 3, trial_of=(leaf, texts))
-            assert trial.parent == path / "trial" and not (path / "trial/data").exists()
-            written = list((path / "trial").glob("pruned_text/*.json"))
-            assert len(written) == writings and len(list(texts.iterdir())) == 1 + writings
-            saved = {text: text.read_text() for text in texts.iterdir()}
-        found.append((adapter(go(path, **changes)), [record["rows"] for record in records(path)]))
-    assert all(text.read_text().startswith(before) for text, before in saved.items())
-    assert found[0][1] == found[1][1]
-    assert all(torch.equal(found[0][0][name], value) for name, value in found[1][0].items())
 
 
 def score(epoch, _context):

@@ -16,7 +16,6 @@ from recover.config.recipe import GivenText, Recover, TeacherText, load_recipe
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.run import stages
-from recover.run.trial import trial_leaf
 from recover.train.sources import read_rows, samples_of
 from recover.train.teacher_file import (
     TeacherStates,
@@ -73,17 +72,6 @@ def test_training_from_the_whole_distribution_is_training_from_the_dense_model(f
         folder, "few", two_processes.leaf(folder, loss=LOSS, data=[{**data[0], "source": str(write(folder, 4))}])
     )
     assert any((few[name] - exact[name]).abs().max() > 2e-4 for name in few)
-
-
-def test_a_trial_reads_what_lies_beside_the_recoverys_text(folder):
-    data = [{"kind": "teacher", "source": str(write(folder, 4))}]
-    leaf = two_processes.leaf(folder, loss=LOSS, data=data)
-    twin, texts = Twin(tiny(), Plan("depth", 6, (2, 4))), folder / "recover/data"
-    first, ended = trial_leaf(leaf, 0.5), []
-    recover(
-        twin, byte_tokenizer(), first, folder / "trial", lambda epoch, _: ended.append(epoch), 3, trial_of=(leaf, texts)
-    )
-    assert ended == [1] and (texts / "teacher").exists() and not (folder / "trial/data").exists()
 
 
 def test_rows_come_back_as_they_were_written_cut_to_length(folder):

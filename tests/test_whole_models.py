@@ -48,7 +48,7 @@ def commands(folder: Path, recipe: Path) -> dict[str, list[str | Path]]:
     """Every command that reads a model."""
     runs, prompts = ["--runs", folder.parent / "runs"], folder.parent / "prompts.jsonl"
     return {
-        **{name: [name, recipe, *runs] for name in ("plan", "run", "prune", "probe", "train", "export", "forecast")},
+        **{name: [name, recipe, *runs] for name in ("plan", "run", "prune", "probe", "train", "export")},
         "measure": ["measure", folder, "--tasks", "embedded:stories", "--limit", "1"],
         "diagnose": ["diagnose", "embedded:fable-2m", folder, "--prompts", prompts, "--out", folder.parent / "out"],
         "teacher": ["teacher", folder, prompts, folder.parent / "teacher.jsonl"],

@@ -66,7 +66,6 @@ def collect(root: Path) -> dict[str, Any]:
         "tokens": _tokens_used(epochs),
         "speed": _json(root / "speed.json"),
         "verify": _json(root / "verify.json"),
-        "forecast": _json(root / "forecast.json"),
         "times": clock.spent(root),
         "samples": samples.side_by_side(records),
         "mistakes": mistakes.counted(records),

@@ -190,11 +190,7 @@ def _after_epoch(bench: Bench, twin: Twin) -> Callable[[int, dict[str, Any]], fl
 
 def after(bench: Bench) -> None:
     """Probe and measure the recovered model, from the adapter on disk."""
-    from recover.forecast.told import compare_outcome
-
     _probe_and_measure(bench, bench.recovered(), bench.directory.after)
-    if dist.is_main():
-        compare_outcome(bench.directory.root, bench.recipe.model_dump(mode="json"))
 
 
 def export(bench: Bench) -> None:

@@ -40,7 +40,6 @@ def build_dataset(
     seed: int,
     folder: Path,
     *,
-    planned: Recover | None = None,
     alike: bool = True,
 ) -> Dataset:
     """Rows `input_ids` and `completion_mask` in training order: whole steps, about `leaf.tokens` scored tokens.
@@ -48,9 +47,8 @@ def build_dataset(
     Each source gives its share of the tokens. Where the pruned model is to write, there are two more columns: `number`
     of the row, and `writer`, the source whose text it is to hold (-1: it holds its own). What the dense model writes is
     saved to `folder` as it is written, under a name made from all that it depends on; the same call reads it back and
-    goes on from there. Same arguments, same rows. `planned`: the recovery that this is the beginning of; its text is
-    then the first of what that one would write, so that one reads it back and is as if this had not been. `alike`: each
-    step's rows are alike in length, for batches that are padded.
+    goes on from there. Same arguments, same rows. `alike`: each step's rows are alike in
+    length, for batches that are padded.
 
     Raises:
         DataError: a source cannot be read or holds nothing to learn (by file and line), or there is too little for
@@ -60,14 +58,13 @@ def build_dataset(
 
     samples: list[Sample] = []
     writers: list[int] = []
-    budgets = zip(leaf.budgets, (planned or leaf).budgets, strict=True)
-    for number, (source, (budget, whole)) in enumerate(zip(leaf.data, budgets, strict=True)):
+    for number, (source, budget) in enumerate(zip(leaf.data, leaf.budgets, strict=True)):
         if isinstance(source, TeacherText):
             samples += _of_teacher(source, leaf, twin, seed + number, folder)
         elif isinstance(source, GivenText):
             samples += _given(source, leaf, tokenizer, seed + number, budget)
         elif isinstance(source, DenseText):
-            samples += DenseWriter(source, leaf, twin, tokenizer, seed + number, folder).write(budget, whole)
+            samples += DenseWriter(source, leaf, twin, tokenizer, seed + number, folder).write(budget)
         else:
             samples += _places(source, leaf, twin, tokenizer, seed + number, folder, budget)
         writers += [number if isinstance(source, PrunedText) else -1] * (len(samples) - len(writers))
@@ -102,8 +99,6 @@ def _places(
     They hold the places of texts that the pruned model has yet to write: how many they are and how long must be known
     before the first step, and the dense model's texts are what its own will come to resemble.
     """
-    if not budget:
-        return []  # a trial that ends before its start
     fields = source.model_dump(exclude={"kind", "start", "every"})
     written = DenseWriter(DenseText(kind="dense", **fields), leaf, twin, tokenizer, seed, folder).first_batch()
     samples: list[Sample] = []

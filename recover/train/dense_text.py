@@ -35,11 +35,8 @@ class DenseWriter:
         self.prompts = fitting_prompts(source, leaf.length, tokenizer)
         self.path = folder / f"dense-{self._fingerprint()}.jsonl"
 
-    def write(self, budget: int, planned: int) -> list[Sample]:
-        """Samples with at least `budget` scored tokens; what an earlier call saved is read, not written again.
-
-        How much is written at a time is decided for `planned` tokens, since it decides what is drawn.
-        """
+    def write(self, budget: int) -> list[Sample]:
+        """Samples with at least `budget` scored tokens; what an earlier call saved is read, not written again."""
         samples: list[Sample] = []
         tokens = chunk = 0
         saved = self._saved()
@@ -50,7 +47,7 @@ class DenseWriter:
                 rows = saved[chunk]["rows"]
             else:
                 title = f"dense model writes ({tokens:,} of {budget:,} tokens)"
-                rows = self._write_chunk(self._next_prompts(len(samples), tokens, planned), chunk, title)
+                rows = self._write_chunk(self._next_prompts(len(samples), tokens, budget), chunk, title)
             for row in rows:
                 samples.append(self._sample(*row))
                 tokens += samples[-1].scored(self.leaf.loss.scored)

@@ -45,19 +45,6 @@ def training_order(
     return arranged
 
 
-def taken(shares: Sequence[float], starts: Sequence[float], part: float) -> list[float]:
-    """Of sources with these shares and starts, how much of the whole lies in the first `part` of `training_order`."""
-    left = [share / sum(shares) for share in shares]
-    found = [0.0] * len(left)
-    for begin, end in pairwise(sorted({0.0, part, *(start for start in starts if start < part)})):
-        there = [number for number, start in enumerate(starts) if start <= begin]
-        drawn = (end - begin) / sum(left[number] for number in there)
-        for number in there:
-            found[number] += drawn * left[number]
-            left[number] *= 1 - drawn
-    return found
-
-
 def _parts(order: list[int], batch_size: int, starts: Mapping[int, float], generator: random.Random) -> list[list[int]]:
     """`order` cut into whole steps at each start; what starts later is moved behind it."""
     steps, parts = len(order) // batch_size, []

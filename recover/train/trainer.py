@@ -55,8 +55,6 @@ def recover(
     after_epoch: AfterEpoch,
     seed: int,
     baseline_score: float | None = None,
-    *,
-    trial_of: tuple[Recover, Path] | None = None,
 ) -> Path:
     """Train LoRA on `twin`; the folder of the adapter that scored best after an epoch (`best.json` names it).
 
@@ -66,7 +64,6 @@ def recover(
 
     Called again with the same arguments after a stop or crash, it goes on from the newest checkpoint that verifies,
     on any number of processes. Steps that are not finite are skipped and counted in `training.json`.
-    `trial_of`: leaf and text folder of the recovery that this is the beginning of (`build_dataset`).
     Under DeepSpeed ZeRO-3 the twin cannot be used afterwards: its weights stay dealt out.
 
     Raises:
@@ -81,8 +78,8 @@ def recover(
     packed = bool(packing_configs(twin.base))  # else padded
     fingerprint = _fingerprint(twin, leaf, seed, packed=packed)
     past = begin(run_folder, fingerprint)
-    planned, texts = trial_of or (None, run_folder / "data")
-    rows = build_dataset(leaf, twin, tokenizer, seed, texts, planned=planned, alike=not packed)
+    texts = run_folder / "data"
+    rows = build_dataset(leaf, twin, tokenizer, seed, texts, alike=not packed)
     steps = len(rows) // leaf.batch_size
     torch.manual_seed(seed)
     twin.add_lora(leaf.lora)
