@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
@@ -15,6 +16,7 @@ from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.train import dense_text
 from recover.train.data import build_dataset, collator, training_order
+from recover.train.evening import TOLERANCE, evened
 from recover.train.sources import Row, read_rows, samples_of
 
 CHATML = (
@@ -148,6 +150,38 @@ def test_an_order_is_whole_steps_without_repeats(lengths, batch_size, seed):
     order = training_order(lengths, batch_size, seed)
     assert len(order) == len(lengths) // batch_size * batch_size
     assert len(set(order)) == len(order) and set(order) <= set(range(len(lengths)))
+
+
+@given(st.lists(st.integers(1, 99), max_size=200), st.integers(1, 4), st.integers(1, 3), st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_an_order_for_packed_rows_is_whole_steps_without_repeats(lengths, rows, together, seed):
+    order = training_order(lengths, rows * together, seed, packed=together)
+    assert len(order) == len(lengths) // (rows * together) * rows * together
+    assert sorted(order) == sorted(training_order(lengths, rows * together, seed))
+    assert order == training_order(lengths, rows * together, seed, packed=together)
+
+
+@pytest.mark.parametrize(("together", "apart"), [(32, TOLERANCE), (8, 100)])
+def test_packed_rows_hold_equally_many_tokens_and_stay_random_otherwise(together, apart):
+    generator = np.random.default_rng(1)
+    lengths = np.clip(generator.lognormal(5.1, 0.5, 3200), 20, 640).astype(int).tolist()
+    order = training_order(lengths, 32, 7, packed=together)
+    rows = np.array(order).reshape(-1, 32)
+    whole = np.array(training_order(lengths, 32, 7, packed=32)).reshape(-1, 32)
+    assert (np.sort(rows) == np.sort(whole)).all()  # steps are the same however they are cut into rows
+    totals = np.array(lengths)[order].reshape(-1, together).sum(1)
+    assert totals.max() - totals.min() <= apart
+    loose = np.random.default_rng(2).permutation(lengths).reshape(-1, together).sum(1)
+    assert np.ptp(loose) > 10 * np.ptp(totals)  # what it would be by chance alone
+    within = np.array(lengths)[order].reshape(-1, together).std(1).mean()
+    assert within == pytest.approx(np.std(lengths), rel=0.15)  # short and long ones lie together, as before
+
+
+def test_a_sequence_longer_than_other_rows_leaves_those_even():
+    lengths = [1000, *range(10, 41)]
+    order = evened(range(32), lengths, 4)
+    totals = sorted(np.array(lengths)[order].reshape(-1, 4).sum(1))
+    assert totals[-1] == 1000 + 10 + 11 + 12 and totals[-2] - totals[0] <= TOLERANCE
 
 
 def sample(value, columns, tokenizer=None, length=64):

@@ -40,15 +40,15 @@ def build_dataset(
     seed: int,
     folder: Path,
     *,
-    alike: bool = True,
+    packed: bool = False,
 ) -> Dataset:
     """Rows `input_ids` and `completion_mask` in training order: whole steps, about `leaf.tokens` scored tokens.
 
     Each source gives its share of the tokens. Where the pruned model is to write, there are two more columns: `number`
     of the row, and `writer`, the source whose text it is to hold (-1: it holds its own). What the dense model writes is
     saved to `folder` as it is written, under a name made from all that it depends on; the same call reads it back and
-    goes on from there. Same arguments, same rows. `alike`: each step's rows are alike in
-    length, for batches that are padded.
+    goes on from there. Same arguments, same rows. `packed`: the rows of each batch hold about equally many tokens
+    together; else each step's rows are alike in length.
 
     Raises:
         DataError: a source cannot be read or holds nothing to learn (by file and line), or there is too little for
@@ -75,7 +75,9 @@ def build_dataset(
             f"one step of {leaf.batch_size} need {needed}: raise tokens, or lower batch_size or epochs"
         )
     starts = {index: leaf.starts[number] for index, number in enumerate(writers) if number >= 0}
-    order = training_order([len(sample.ids) for sample in samples], leaf.batch_size, seed, starts, alike=alike)
+    # Not by the processes, which a training that goes on may have more of: its rows must be the same.
+    together = (leaf.micro_batch_size or leaf.batch_size) if packed else None
+    order = training_order([len(sample.ids) for sample in samples], leaf.batch_size, seed, starts, packed=together)
     columns: dict[str, Any] = {
         "input_ids": [np.asarray(samples[index].ids, dtype=np.int32) for index in order],
         "completion_mask": [np.asarray(samples[index].mask, dtype=np.int8) for index in order],

@@ -79,7 +79,7 @@ def recover(
     fingerprint = _fingerprint(twin, leaf, seed, packed=packed)
     past = begin(run_folder, fingerprint)
     texts = run_folder / "data"
-    rows = build_dataset(leaf, twin, tokenizer, seed, texts, alike=not packed)
+    rows = build_dataset(leaf, twin, tokenizer, seed, texts, packed=packed)
     steps = len(rows) // leaf.batch_size
     torch.manual_seed(seed)
     twin.add_lora(leaf.lora)
@@ -223,13 +223,14 @@ def _judge(best: dict[str, Any], baseline: float | None) -> None:
 def _fingerprint(twin: Twin, leaf: Recover, seed: int, *, packed: bool) -> str:
     """Of all that decides a training's course: another one must not go on from its checkpoints.
 
-    Rows that are `packed` come in another order: who went on in the other one would train some twice, others never.
+    Rows that are `packed` come in another order, and came in yet another one before they were even: who went on in
+    another one would train some twice, others never.
     """
     plan = {name: value for name, value in twin.plan.to_json().items() if name != "scores"}
     described = {
         "leaf": leaf.model_dump(mode="json", exclude={"cache", "shard_weights"}),
         "seed": seed,
-        "rows": "packed" if packed else "padded",
+        "rows": "packed, even" if packed else "padded",
         "plan": plan,
         "weights": weights_fingerprint(twin),
     }
