@@ -58,7 +58,7 @@ from recover.train.data import build_dataset
 
 BATCH, RANK = 32, 64
 COLUMNS = ("prompt", "completion")
-WAYS = {"kernel by kernel": 0, "CUDA graphs": trainer.LARGEST_GRAPHED}
+WAYS = {"kernel by kernel": 0, "CUDA graphs": training.LARGEST_GRAPHED}
 # CUDA graphs without one thing each: what it is worth. Rows by chance come in another order, so losses differ there.
 WITHOUT: dict[str, list[tuple[Any, str, Any]]] = {
     "graphs, rows by chance": [(order, "evened", lambda rows, *_: list(rows))],
@@ -67,7 +67,7 @@ WITHOUT: dict[str, list[tuple[Any, str, Any]]] = {
         (lora_linear, "_exact", lambda _scaling: False),
     ],
 }
-WAYS |= dict.fromkeys(WITHOUT, trainer.LARGEST_GRAPHED)
+WAYS |= dict.fromkeys(WITHOUT, training.LARGEST_GRAPHED)
 PEERS = ("trl's GKD", "trl's SFT, packed")
 
 
@@ -87,7 +87,7 @@ def write_text(path: Path, sequences: int, shrink: int) -> int:
     return scored
 
 
-def leaf_of(text: Path, tokens: int) -> Recover:
+def cfg_of(text: Path, tokens: int) -> Recover:
     return Recover.model_validate(
         {
             "data": [{"kind": "given", "source": str(text), "columns": {name: name for name in COLUMNS}}],
@@ -104,13 +104,13 @@ def trained(
     name: str, way: str, text: Path, tokens: int, folder: Path, *, python: bool, traced: StepProfile | None
 ) -> dict[str, Any]:
     """One training; its figures."""
-    shape, leaf = SHAPES[name], leaf_of(text, tokens)
+    shape, cfg = SHAPES[name], cfg_of(text, tokens)
     bench = Bench(shape, dist.device(), 1, 1024, 2048)
     twin = Twin(bench.dense(), Plan("depth", shape.blocks, tuple(range(*shape.dropped))))
     if way in PEERS:
         import training_trl
 
-        rows = build_dataset(leaf, twin, byte_tokenizer(), 0, folder)
+        rows = build_dataset(cfg, twin, byte_tokenizer(), 0, folder)
         del twin
         return training_trl.trained(bench, way, rows, BATCH, RANK, len(rows) // BATCH, folder)
     contexts: list[dict[str, Any]] = []
@@ -123,7 +123,7 @@ def trained(
         stack.enter_context(traced.watched() if traced else nullcontext())
         if tracer:
             tracer.enable()
-        trainer.recover(twin, byte_tokenizer(), leaf, folder, lambda _epoch, context: contexts.append(context), seed=0)
+        training.train(twin, byte_tokenizer(), cfg, folder, lambda _epoch, context: contexts.append(context), seed=0)
         if tracer:
             tracer.disable()
             out = io.StringIO()

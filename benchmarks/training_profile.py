@@ -19,7 +19,7 @@ from step_cost import GROUPS, group_of
 from torch.profiler import ProfilerActivity, profile, record_function
 from trace_events import ON_GPU, Event, events_of
 
-from recover.train.distil_trainer import RecoverTrainer
+from recover.train.trainer import RecoverTrainer
 
 STEPS = 6  # that figures are of; one before them is traced too, whose first kernels were launched earlier
 FRAMES_STEPS = 3

@@ -205,9 +205,9 @@ def test_rows_at_equal_time_wait_for_those_they_take_as_long_as(options):
 
     from recover.config.recipe import load_recipe
 
-    leaf = load_recipe(BENCHMARKS.parent / "recipes/smollm2-135m-drop3.yaml").recover
+    cfg = load_recipe(BENCHMARKS.parent / "recipes/smollm2-135m-drop3.yaml").recover
     options.arms, options.temperature, options.seeds = ["0.5"], 1.0, [4, 7]
-    tasks = on_policy.tasks_for(leaf, options)
+    tasks = on_policy.tasks_for(cfg, options)
     assert len(tasks) == 1 + 2 * 5 and tasks[0].needs == set()
     assert {task.seed for task in tasks[1:6]} == {4}
     keys = {task.key for task in tasks}

@@ -45,7 +45,7 @@ def prompts(folder, count=5, **options):
     return {"kind": "dense", "prompts": source, "max_new_tokens": 8, "batch_size": 4, **options}
 
 
-def leaf(*sources, **changes):
+def cfg(*sources, **changes):
     fields = {"epochs": 1, "tokens": 200, "length": 32, "batch_size": 4, "data": list(sources)}
     return Recover.model_validate({**fields, **changes})
 
@@ -60,33 +60,33 @@ def build(recipe_leaf, twin, folder, seed=1):
 
 
 def test_the_budget_is_met_in_whole_steps(twin, tmp_path):
-    rows = build(leaf(texts(tmp_path, 200), tokens=900), twin, tmp_path)
+    rows = build(cfg(texts(tmp_path, 200), tokens=900), twin, tmp_path)
     assert len(rows) % 4 == 0
     assert 900 - 4 * 32 < scored(rows) < 900 + 32
 
 
 def test_each_source_gives_its_share(twin, tmp_path):
-    rows = build(leaf(texts(tmp_path, 300, share=3), prompts(tmp_path, share=1), tokens=1200), twin, tmp_path)
+    rows = build(cfg(texts(tmp_path, 300, share=3), prompts(tmp_path, share=1), tokens=1200), twin, tmp_path)
     from_dense = sum(sum(row["completion_mask"]) for row in rows if 0 in row["completion_mask"])
     assert from_dense / scored(rows) == pytest.approx(0.25, abs=0.08)
 
 
 def test_the_same_call_gives_the_same_rows_and_another_seed_others(twin, tmp_path):
-    recipe_leaf = leaf(texts(tmp_path), prompts(tmp_path))
+    recipe_leaf = cfg(texts(tmp_path), prompts(tmp_path))
     first, again = build(recipe_leaf, twin, tmp_path), build(recipe_leaf, twin, tmp_path)
     assert first.to_dict() == again.to_dict()
     assert first.to_dict() != build(recipe_leaf, twin, tmp_path, seed=2).to_dict()
 
 
 def test_dense_text_is_the_dense_models_own_and_fresh_each_round(twin, tmp_path):
-    rows = build(leaf(prompts(tmp_path, temperature=1.0), tokens=240), twin, tmp_path)
+    rows = build(cfg(prompts(tmp_path, temperature=1.0), tokens=240), twin, tmp_path)
     written = [tuple(row["input_ids"]) for row in rows]
     assert len(rows) > 20 and len(set(written)) == len(written)  # 5 prompts, many rounds, no text twice
     assert all(sum(row["completion_mask"]) >= 1 for row in rows)
 
 
 def test_greedy_text_is_what_the_dense_model_finds_most_likely(twin, tmp_path):
-    rows = build(leaf(prompts(tmp_path, temperature=0), tokens=40, batch_size=1), twin, tmp_path)
+    rows = build(cfg(prompts(tmp_path, temperature=0), tokens=40, batch_size=1), twin, tmp_path)
     dense = tiny()
     for row in rows:
         ids, start = torch.tensor([row["input_ids"]]), row["completion_mask"].index(1)
@@ -96,13 +96,13 @@ def test_greedy_text_is_what_the_dense_model_finds_most_likely(twin, tmp_path):
 
 
 def test_greedy_text_is_repeated_with_a_warning(twin, tmp_path, capsys):
-    rows = build(leaf(prompts(tmp_path, temperature=0), tokens=160), twin, tmp_path)
+    rows = build(cfg(prompts(tmp_path, temperature=0), tokens=160), twin, tmp_path)
     assert len({tuple(row["input_ids"]) for row in rows}) <= 5 < len(rows)
     assert "times over" in capsys.readouterr().err
 
 
 def test_saved_text_is_read_and_a_torn_end_is_written_again(twin, tmp_path, monkeypatch):
-    recipe_leaf = leaf(prompts(tmp_path), tokens=240)
+    recipe_leaf = cfg(prompts(tmp_path), tokens=240)
     whole = build(recipe_leaf, twin, tmp_path).to_dict()
     (saved,) = (tmp_path / "data").iterdir()
     lines = saved.read_bytes().splitlines(keepends=True)
@@ -117,7 +117,7 @@ def test_saved_text_is_read_and_a_torn_end_is_written_again(twin, tmp_path, monk
 
 
 def test_text_of_another_model_is_not_taken(twin, tmp_path):
-    recipe_leaf = leaf(prompts(tmp_path))
+    recipe_leaf = cfg(prompts(tmp_path))
     build(recipe_leaf, twin, tmp_path)
     build(recipe_leaf, Twin(tiny(seed=1), Plan("depth", 6, (2, 4))), tmp_path)
     build(recipe_leaf, Twin(tiny(), Plan("depth", 6, (1,))), tmp_path)  # another pruning of the same dense model
@@ -125,7 +125,7 @@ def test_text_of_another_model_is_not_taken(twin, tmp_path):
 
 
 def test_short_sources_repeat_with_a_warning(twin, tmp_path, capsys):
-    rows = build(leaf(texts(tmp_path, 3), tokens=200), twin, tmp_path)
+    rows = build(cfg(texts(tmp_path, 3), tokens=200), twin, tmp_path)
     assert scored(rows) > 150 and "times over" in capsys.readouterr().err
 
 
@@ -285,15 +285,15 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_prompt_without_room_for_an_answer_is_named(twin, tmp_path):
     path = jsonl(tmp_path / "long.jsonl", [{"prompt": "ok"}, {"prompt": "x" * 40}])
     with pytest.raises(DataError, match=r"long.jsonl:2: the prompt has 40 tokens"):
-        build(leaf({"kind": "dense", "prompts": path}), twin, tmp_path)
+        build(cfg({"kind": "dense", "prompts": path}), twin, tmp_path)
 
 
 def test_rows_without_anything_to_learn_are_counted_or_refused(twin, tmp_path, capsys):
     columns = {"columns": {"prompt": "p", "completion": "c"}}
     rows = [{"p": "x" * 50, "c": "y"}] + [{"p": "x", "c": "yes"}] * 30
     given_text = {"kind": "given", "source": jsonl(tmp_path / "r.jsonl", rows), **columns}
-    build(leaf(given_text, tokens=120), twin, tmp_path)
+    build(cfg(given_text, tokens=120), twin, tmp_path)
     assert "1 rows left out" in capsys.readouterr().err
     given_text["source"] = jsonl(tmp_path / "r2.jsonl", rows[:1])
     with pytest.raises(DataError, match="no row holds a token to learn"):
-        build(leaf(given_text), twin, tmp_path)
+        build(cfg(given_text), twin, tmp_path)

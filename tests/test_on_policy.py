@@ -134,16 +134,16 @@ def test_a_step_has_its_text_on_the_device(folder, monkeypatch):
 
 def test_cross_entropy_on_its_own_text_is_refused(folder):
     with pytest.raises(ValidationError, match=r"loss\.ce: cross-entropy on text of kind 'pruned'"):
-        two_processes.leaf(folder, **{**own(folder), "loss": {"ce": 0.1}})
+        two_processes.cfg(folder, **{**own(folder), "loss": {"ce": 0.1}})
 
 
 def test_what_lies_on_disk_before_the_first_step_cannot_hold_its_own_text(folder):
     with pytest.raises(ValidationError, match=r"cache: is filled before the first step, and text of kind 'pruned'"):
-        two_processes.leaf(folder, **own(folder), cache={"folder": "x"})
+        two_processes.cfg(folder, **own(folder), cache={"folder": "x"})
     changes = own(folder)
     changes["data"][0] = {"kind": "teacher", "source": "x"}
     with pytest.raises(ValidationError, match=r"text of kind 'pruned' is not in a teacher's file"):
-        two_processes.leaf(folder, **changes)
+        two_processes.cfg(folder, **changes)
 
 
 def test_without_such_text_the_course_is_as_it_was():
@@ -155,7 +155,7 @@ def test_without_such_text_the_course_is_as_it_was():
 
 
 def test_rows_without_such_text_have_no_further_columns(folder):
-    rows = build_dataset(two_processes.leaf(folder), depth_twin(), byte_tokenizer(), 3, folder / "data")
+    rows = build_dataset(two_processes.cfg(folder), depth_twin(), byte_tokenizer(), 3, folder / "data")
     assert set(rows.features) == {"input_ids", "completion_mask"}
 
 
@@ -173,7 +173,7 @@ def test_too_little_other_text_before_the_start_is_refused(folder):
     with pytest.raises(DataError, match="text of kind 'pruned' start earlier"):
         training_order([1] * 20, 2, 0, dict.fromkeys(range(15), 0.5))
     with pytest.raises(ValidationError, match=r"starts after 80% of the steps, and the other sources hold 50%"):
-        two_processes.leaf(folder, **own(folder, start=0.8))
+        two_processes.cfg(folder, **own(folder, start=0.8))
 
 
 samples = st.builds(lambda p, a: Sample([7] * (p + a), [0] * p + [1] * a), st.integers(1, 9), st.integers(1, 30))
@@ -196,8 +196,8 @@ def test_the_longest_answers_are_cut_to_the_budget_and_no_more_than_that(whole, 
 def test_tokens_are_as_planned_or_fewer(folder):
     contexts = []
     go(folder, after_epoch=lambda _, context: contexts.append(context) or 1.0, **own(folder, temperature=1.0))
-    leaf = two_processes.leaf(folder, **own(folder))
-    planned = build_dataset(leaf, depth_twin(), byte_tokenizer(), 3, folder / "recover/data")
+    cfg = two_processes.cfg(folder, **own(folder))
+    planned = build_dataset(cfg, depth_twin(), byte_tokenizer(), 3, folder / "recover/data")
     scored = (collator(0, "completion")([*planned])["labels"][:, 1:] != -100).sum().item()
     missing = records(folder)[-1]["owed"]
     assert contexts[-1]["tokens"] == scored - missing and 0 <= missing < 0.1 * scored

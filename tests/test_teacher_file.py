@@ -26,7 +26,7 @@ from recover.train.teacher_file import (
     teacher_samples,
     unpacked,
 )
-from recover.train.trainer import recover
+from recover.train.train import train
 
 LOSS = {"kl": 1.0, "ce": 0.1}
 
@@ -42,8 +42,8 @@ def source(path):
 
 
 def given_samples(folder):
-    leaf = GivenText(kind="given", source=str(folder / "given.jsonl"), columns={"prompt": "p", "completion": "c"})
-    return [sample for row in read_rows(leaf.source) for sample in samples_of(row, leaf, byte_tokenizer(), 64)]
+    cfg = GivenText(kind="given", source=str(folder / "given.jsonl"), columns={"prompt": "p", "completion": "c"})
+    return [sample for row in read_rows(cfg.source) for sample in samples_of(row, cfg, byte_tokenizer(), 64)]
 
 
 def write(folder, k):
@@ -53,23 +53,23 @@ def write(folder, k):
     return path
 
 
-def adapter_of(folder, name, leaf):
+def adapter_of(folder, name, cfg):
     twin = Twin(tiny(), Plan("depth", 6, (2, 4)))
-    best = recover(twin, byte_tokenizer(), leaf, folder / name, lambda epoch, _: float(epoch), seed=3)
+    best = train(twin, byte_tokenizer(), cfg, folder / name, lambda epoch, _: float(epoch), seed=3)
     return load_file(best / "adapter_model.safetensors"), json.loads((best.parent / "best.json").read_text())
 
 
 def test_training_from_the_whole_distribution_is_training_from_the_dense_model(folder):
     """k = V: nothing is lost but the rounding of the file."""
     path = write(folder, 256)
-    exact, losses = adapter_of(folder, "exact", two_processes.leaf(folder, loss=LOSS))
+    exact, losses = adapter_of(folder, "exact", two_processes.cfg(folder, loss=LOSS))
     data = [{"kind": "teacher", "source": str(path)}]
-    found, others = adapter_of(folder, "file", two_processes.leaf(folder, loss=LOSS, data=data))
+    found, others = adapter_of(folder, "file", two_processes.cfg(folder, loss=LOSS, data=data))
     assert [e["loss"] for e in others["epochs"]] == pytest.approx([e["loss"] for e in losses["epochs"]], rel=1e-5)
     for name, value in found.items():
         torch.testing.assert_close(value, exact[name], rtol=0, atol=2e-4)
     few, _ = adapter_of(
-        folder, "few", two_processes.leaf(folder, loss=LOSS, data=[{**data[0], "source": str(write(folder, 4))}])
+        folder, "few", two_processes.cfg(folder, loss=LOSS, data=[{**data[0], "source": str(write(folder, 4))}])
     )
     assert any((few[name] - exact[name]).abs().max() > 2e-4 for name in few)
 

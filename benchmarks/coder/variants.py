@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recover.base.errors import RecipeError
-from recover.config import yaml_values as strict_yaml
+from recover.config import yaml_values
 from recover.config.recipe import Recipe, load_recipe
 
 HERE = Path(__file__).resolve().parent
@@ -43,7 +43,7 @@ class Known:
     """The names of a variants file."""
 
     def __init__(self, path: Path = HERE / "variants.yaml") -> None:
-        groups = strict_yaml.read(path)
+        groups = yaml_values.read(path)
         self.path = path
         self.tables: dict[str, list[str]] = groups.pop(TABLES, {})
         self.fields: dict[str, list[str]] = {}

@@ -86,9 +86,9 @@ class Distiller:
     their output in the dense pass is what the pruned pass goes on from. Build it after the adapters are on.
     """
 
-    def __init__(self, twin: Twin, leaf: Loss) -> None:
+    def __init__(self, twin: Twin, cfg: Loss) -> None:
         self.twin = twin
-        self.leaf = self.weights = leaf  # as the recipe has it, and as it is where the training stands
+        self.cfg = self.weights = cfg  # as the recipe has it, and as it is where the training stands
         self.focus_mean: float | None = None  # what weights of `loss.focus` are divided by, where it is known
         self.shared_blocks = _shared_blocks(twin)
         self.packs = packing_configs(twin.base)  # empty: batches must not be packed
@@ -100,7 +100,7 @@ class Distiller:
         `focus_mean`: the mean per token of the sums `focus` up to here.
         """
         self.focus_mean = focus_mean
-        self.weights = self.leaf.at(share)
+        self.weights = self.cfg.at(share)
 
     def run(
         self,
@@ -182,7 +182,7 @@ class Distiller:
                 bias_V=bias_V,
                 scale=scale,
                 softcap=softcap,
-                chunk=self.leaf.chunk,
+                chunk=self.cfg.chunk,
                 focus_mean=self.focus_mean,
             )
         return ModelOutput(

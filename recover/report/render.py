@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recover.base.artifacts import write_json, write_text
-from recover.config import yaml_values as strict_yaml
+from recover.config import yaml_values
 from recover.report import cuts, mistakes, speeds, training, verdict, words
 from recover.report.figures.figure import Figure
 from recover.report.figures.registry import figures
@@ -136,7 +136,7 @@ def _view(data: dict[str, Any]) -> dict[str, Any]:
         "speed_notes": speeds.notes(data["speed"]),
         "measured_on": words.machine((data["speed"] or {}).get("machine")),
         "verified": _verified(data),
-        "recipe": strict_yaml.dump(data["recipe"]),
+        "recipe": yaml_values.dump(data["recipe"]),
         "provenance": json.dumps(data["provenance"], indent=2, ensure_ascii=False),
     }
 
