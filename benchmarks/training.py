@@ -52,7 +52,8 @@ from recover.distill import distiller
 from recover.kernels import lora_linear
 from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.train import order, trainer
+from recover.train import order
+from recover.train import train as training
 from recover.train.checkpoints import STEPS
 from recover.train.data import build_dataset
 
@@ -118,7 +119,7 @@ def trained(
         torch.cuda.reset_peak_memory_stats()
     tracer = cProfile.Profile() if python else None
     with ExitStack() as stack:
-        for where, what, instead in [(trainer, "LARGEST_GRAPHED", WAYS[way]), *WITHOUT.get(way, [])]:
+        for where, what, instead in [(training, "LARGEST_GRAPHED", WAYS[way]), *WITHOUT.get(way, [])]:
             stack.enter_context(patch.object(where, what, instead))
         stack.enter_context(traced.watched() if traced else nullcontext())
         if tracer:
