@@ -28,7 +28,7 @@ shipped with the package. On the command line any field is set as
 LEAVES = [recipe.Recipe, recipe.Model, recipe.Depth, recipe.Magnitude, recipe.Wanda, recipe.Width, recipe.Calibration]
 LEAVES += [recipe.SparseGpt]
 LEAVES += [recipe.Probe, recipe.Recover, recipe.DenseText, recipe.PrunedText, recipe.GivenText, recipe.TeacherText]
-LEAVES += [recipe.Lora, recipe.Loss, recipe.Cache]
+LEAVES += [recipe.Lora, recipe.Loss, recipe.Focus, recipe.Cache]
 LEAVES += [recipe.Measure, recipe.Sampling, recipe.Export]
 DATA = """## Data
 

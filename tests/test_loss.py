@@ -60,7 +60,7 @@ def textbook(pruned, dense, head, weights, labels, bias=None, scale=1.0, softcap
     ce = torch.nn.functional.cross_entropy(z, labels, reduction="sum")
     total = weights.kl * kl + weights.variance * variance + weights.reverse_kl * reverse_kl
     total = t**2 * (total + weights.variance_r * variance_r + weights.jsd * jsd) + weights.ce * ce
-    return {"total": total, "kl": kl, "variance": variance, "reverse_kl": reverse_kl, "ce": ce}
+    return {"total": total, "kl": kl, "variance": variance, "reverse_kl": reverse_kl, "ce": ce, "focus": kl * 0}
 
 
 def run(weights, *, chunk=7, seed=0, dtype=torch.float64, spread=1.0, bias=False, **head_options):

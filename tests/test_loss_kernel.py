@@ -14,6 +14,9 @@ MIXTURES = [
     {"kl": 0.0, "reverse_kl": 1.0},
     {"kl": 0.1, "variance_r": 1.0},
     {"kl": 0.0, "jsd": 1.0, "jsd_beta": 0.3},
+    {"kl": 1.0, "focus": {"by": "kl"}},
+    {"kl": 1.0, "focus": {"by": "disagreement"}},
+    {"kl": 0.5, "ce": 0.5, "focus": {"by": "entropy"}},
     {"kl": 0.7, "variance": 0.2, "variance_r": 0.3, "reverse_kl": 0.4, "jsd": 0.6, "ce": 0.5},
 ]
 
@@ -75,6 +78,43 @@ def test_what_rounding_loses_most_is_known():
     assert nothing is None and lost is not None
     torch.testing.assert_close(lost.column_C, column)
     torch.testing.assert_close(lost.error_C.abs(), error)
+
+
+@pytest.mark.parametrize("by", ["kl", "disagreement", "entropy"])
+@pytest.mark.parametrize("power", [0.5, 2.0])
+def test_a_whole_focused_bf16_loss_is_right_and_waits_for_nothing(by, power):
+    generator = torch.Generator("cuda").manual_seed(0)
+    dense, noise, weight = (torch.randn(n, 64, generator=generator, device="cuda") for n in (300, 300, 5003))
+    dense, weight = dense.bfloat16(), weight.bfloat16()
+    pruned = (dense + 0.05 * noise).bfloat16()
+    weights = Loss.model_validate({"focus": {"by": by, "power": power}})
+
+    def found(dense, pruned, weight):
+        h = pruned.detach().requires_grad_()
+        sums = distillation_loss(h, dense, weight, weights, chunk=128, focus_mean=0.3)
+        return sums, torch.autograd.grad(sums.total, h)[0]
+
+    true_sums, truth = found(dense.double(), pruned.double(), weight.double())
+    found(dense, pruned, weight)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sums, gradient = found(dense, pruned, weight)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert relative(gradient, truth) < 4e-3
+    for name in ("total", "kl", "focus"):
+        assert relative(getattr(sums, name), getattr(true_sums, name)) < 1e-3
+
+
+def test_identical_logits_part_nowhere():
+    from recover.distill.loss_kernel import fused_loss_terms
+
+    y, _, _ = logits(0.0)
+    for by in ("kl", "disagreement"):
+        weights = Loss.model_validate({"focus": {"by": by}})
+        values, _, _ = fused_loss_terms(y, y.clone(), None, weights, torch.float32)
+        assert values.count_nonzero() == 0
 
 
 @pytest.mark.parametrize("head", [{}, {"softcap": 3.0}, {"scale": 0.25}], ids=str)

@@ -70,6 +70,8 @@ MESSAGES: list[tuple[dict[str, Any], str]] = [
     (changed(recover={**SMALL["recover"], "loss": {"kl": 0, "variance": 1}}), "variance alone is blind"),
     (changed(recover={**SMALL["recover"], "loss": {"variance_until": 0.5}}), "recover.loss: 'variance_until' says when 'variance' ends, which is 0"),
     (changed(recover={**SMALL["recover"], "loss": {"variance": 1, "variance_until": 0}}), "recover.loss.variance_until: found 0"),
+    (changed(recover={**SMALL["recover"], "average": 0.5, "epochs": 3}), "my.yaml: recover: average: 0.5 of all steps is more than one of 3 epochs has: give at most 0.333"),
+    (changed(recover={**SMALL["recover"], "average": 0}), "my.yaml: recover.average: found 0"),
     (changed(name="../elsewhere"), "my.yaml: name: found \"../elsewhere\""),
 ]  # fmt: skip
 

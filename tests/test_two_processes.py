@@ -18,6 +18,8 @@ TESTS = Path(__file__).parent
 # gradient, so a parameter whose gradient is near 0 may move by more.
 LOSS, GRADIENT, PARAMETER = 1e-6, 1e-5, 5e-5
 FROM_STATES = ["zero2+dense", "zero3+prefix", "zero2+shards+prefix"]
+AVERAGED = ["plain+average", "zero2+average"]
+FOCUSED = ["plain:1+focus", "zero2:2+focus"]
 SHARDED = ["plain+shards", "plain:2+shards", "zero2+shards+checkpointing"]
 
 
@@ -60,7 +62,7 @@ def together(tmp_path_factory):
     """Two processes, each engine in turn: name of the variant -> what it did."""
     folder = tmp_path_factory.mktemp("together")
     two_processes.write_text(folder)
-    variants = ["plain", "plain:2", "plain:1", "zero2", "zero3", "zero3:2", *SHARDED, *FROM_STATES]
+    variants = ["plain", "plain:2", "plain:1", "zero2", "zero3", "zero3:2", *SHARDED, *AVERAGED, *FOCUSED, *FROM_STATES]
     launched(torchrun(folder, *variants), folder)
     return {variant: torch.load(folder / f"{variant}.pt") for variant in variants} | {"folder": folder}
 
@@ -108,6 +110,24 @@ def test_the_adapter_on_disk_is_what_was_trained(alone, together, variant):
     )
     total = sum(value.double().sum() for value in on_disk.values())
     torch.testing.assert_close(total, sum(value.double().sum() for value in found["parameters"]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", FOCUSED)
+def test_two_processes_weight_positions_as_one_does(together, variant, tmp_path):
+    two_processes.write_text(tmp_path)
+    assert_same_course(together[variant], two_processes.run(tmp_path, "x", **two_processes.FOCUSED))
+
+
+@pytest.mark.parametrize("variant", AVERAGED)
+def test_two_processes_average_what_one_does(alone, together, variant, tmp_path):
+    two_processes.write_text(tmp_path)
+    expected = two_processes.run(tmp_path, "averaged", average=0.5)
+    assert_same_course(together[variant], alone)  # the training goes on from the adapters as they are
+    runs = (together[variant], expected, alone)
+    ours, theirs, last = (load_file(Path(run["best"]).parent / "epoch-1/adapter_model.safetensors") for run in runs)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=PARAMETER)
+    assert max((ours[name] - value).abs().max() for name, value in last.items()) > 20 * PARAMETER
 
 
 @pytest.mark.parametrize("variant", ["plain", "zero2", "zero3", "plain+shards"])

@@ -70,10 +70,13 @@ def cached(folder: Path, states: str) -> dict:
     return {"cache": {"folder": str(folder / "states"), "prefix": prefix}, **lora}
 
 
+FOCUSED = {"loss": {"kl": 1.0, "ce": 0.1, "focus": {"by": "disagreement", "power": 0.7}}}
 MORE = {
     "dense": lambda folder: cached(folder, "dense"),
     "prefix": lambda folder: cached(folder, "prefix"),
     "shards": lambda _folder: {"shard_weights": True},
+    "focus": lambda _folder: FOCUSED,
+    "average": lambda _folder: {"average": 0.5},
     "checkpointing": lambda _folder: {"gradient_checkpointing": True},
     "machines": lambda _folder: os.environ.update(LOCAL_WORLD_SIZE="2") or {},  # as on machines of two processes
 }  # behind a + of a variant's name

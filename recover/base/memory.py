@@ -40,7 +40,7 @@ class Training:
     """What of a recipe and a launch decides its memory. `tokens` and `cached` are those of one process.
 
     tokens: sequences at once x their length. cached: tokens in the KV cache while generation is measured.
-    own: weights that the pruned view has beside the dense ones.
+    own: weights that the pruned view has beside the dense ones. averaged: adapters are (`recover.average`).
     lean: norms and MLPs keep no more than they must (`models/lean.py`; never under masks or ZeRO-3).
     sharded: processes of a machine that share out the blocks' weights (`recover.shard_weights`); 1: whole on each.
     element: bytes of a weight. zero: DeepSpeed's stage, 0 without it. offload: the shares lie in host memory.
@@ -48,6 +48,7 @@ class Training:
 
     tokens: int
     rank: int = 16
+    averaged: bool = False
     chunk: int = 2048
     checkpointing: bool = False
     element: int = 2
@@ -142,9 +143,10 @@ def training_parts(shape: Shape, training: Training) -> dict[str, int]:
 def _adapter_bytes(training: Training) -> float:
     copy = 2 if training.element == 2 else 0
     buckets = 4 if training.processes > 1 and training.zero == 0 else 0  # DDP's own
+    means = 8 if training.averaged else 0  # beside them the adapters as they are, at an epoch's end
     return {
-        0: 16 + copy + buckets,
-        2: 8 + copy + 16 / training.processes,
+        0: 16 + copy + buckets + means,
+        2: 8 + copy + 16 / training.processes + means,
         3: copy + (0 if training.offload else 20 / training.processes),
     }[training.zero]
 

@@ -19,7 +19,7 @@ from recover.config.base import Config, Dtype
 from recover.config.messages import explain
 from recover.config.paths import place_files
 from recover.config.prune import Calibrated, Calibration, Depth, Magnitude, Prune, SparseGpt, Sparsity, Wanda, Width
-from recover.config.train import Cache, Data, DenseText, GivenText, Lora, Loss, PrunedText, Recover, TeacherText
+from recover.config.train import Cache, Data, DenseText, Focus, GivenText, Lora, Loss, PrunedText, Recover, TeacherText
 
 __all__ = [
     "Cache",
@@ -30,6 +30,7 @@ __all__ = [
     "DenseText",
     "Depth",
     "Dtype",
+    "Focus",
     "GivenText",
     "Lora",
     "Loss",

@@ -80,6 +80,22 @@ class Lora(Config):
     )
 
 
+class Focus(Config):
+    """How much each scored position counts: the measure `by`, to the power of `power`, over its mean.
+
+    A few positions decide whether a text goes on as dense would write it, and most of the others agree already. A
+    position's whole loss is multiplied; the weight itself carries no gradient. The mean is a running one over the
+    tokens of the last optimizer steps (some 10), so the weights are 1 on average; in the first step each is 1.
+    """
+
+    by: Literal["disagreement", "kl", "entropy"] = Field(
+        default="disagreement",
+        description=r"disagreement: 1 - sum min(p, q), how often two draws from dense and pruned, coupled as well as "
+        r"can be, part here; kl: KL(dense \|\| pruned); entropy: dense's, which is high where a text may branch",
+    )
+    power: float = Field(default=1.0, gt=0, description="above 1: sharper; below: flatter")
+
+
 class Loss(Config):
     """Weights of the terms; T = temperature; every term is multiplied by T^2 but CE (Hinton's convention).
 
@@ -105,6 +121,7 @@ class Loss(Config):
     jsd_beta: float = Field(default=0.5, gt=0, lt=1, description="b of `jsd`, the weight of the dense side")
     ce: float = Field(default=0.0, ge=0, description="cross-entropy on the text itself")
     temperature: float = Field(default=1.0, gt=0)
+    focus: Focus | None = Field(default=None, description="which positions count more; null: each the same")
     scored: Literal["completion", "all"] = Field(default="completion", description="which positions carry loss")
     chunk: int = Field(default=2048, ge=1, description="most token positions scored at once; a matter of memory only")
 
@@ -163,6 +180,13 @@ class Recover(Config):
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
+    average: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="each epoch's adapter is the mean of those after its last steps: so many, as a share of all steps, "
+        "at most 1 / epochs (0.2: the last fifth). Training goes on from the adapter as it is; null: that one is kept",
+    )
     gradient_checkpointing: bool = Field(default=False, description="less memory, about a third more time")
     shard_weights: bool = Field(
         default=False,
@@ -216,6 +240,11 @@ class Recover(Config):
         if unknown or self.loss.temperature != 1:
             what = " and ".join(f"loss.{name}" for name in unknown or ["temperature"])
             raise ValueError(f"{what}: needs the whole distribution, and a teacher's file has its top k: use kl and ce")
+        if self.loss.focus is not None and self.loss.focus.by == "entropy":
+            raise ValueError(
+                "loss.focus.by: dense's entropy needs the whole distribution, and a teacher's file has its top k: use "
+                "disagreement or kl"
+            )
         if len(self.data) > 1 or self.cache is not None or self.loss.scored == "all":
             raise ValueError(
                 "data: a teacher's file stands alone: it says what is learnt (no loss.scored all), in place of the "
@@ -243,6 +272,16 @@ class Recover(Config):
             )
         if self.cache.prefix and self.lora.blocks != "after_cut":
             raise ValueError("cache.prefix: both views share no block unless lora.blocks is 'after_cut'")
+        return self
+
+    @model_validator(mode="after")
+    def _averages_within_epochs(self) -> Recover:
+        """An epoch's mean holds none of the steps before it."""
+        if self.average is not None and self.average * self.epochs > 1 + 1e-9:
+            raise ValueError(
+                f"average: {self.average:g} of all steps is more than one of {self.epochs} epochs has: give at most "
+                f"{1 / self.epochs:.3g}, or fewer epochs"
+            )
         return self
 
     @model_validator(mode="after")

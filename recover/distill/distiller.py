@@ -89,12 +89,17 @@ class Distiller:
     def __init__(self, twin: Twin, cfg: Loss) -> None:
         self.twin = twin
         self.cfg = self.weights = cfg  # as the recipe has it, and as it is where the training stands
+        self.focus_mean: float | None = None  # what weights of `loss.focus` are divided by, where it is known
         self.shared_blocks = _shared_blocks(twin)
         self.packs = packing_configs(twin.base)  # empty: batches must not be packed
         self.adapters = _unmasked_adapters(twin)
 
-    def stand_at(self, share: float) -> None:
-        """From here on the weights are those that hold after this part of a training's steps."""
+    def stand_at(self, share: float, focus_mean: float | None = None) -> None:
+        """From here on the weights are those that hold after this part of a training's steps.
+
+        `focus_mean`: the mean per token of the sums `focus` up to here.
+        """
+        self.focus_mean = focus_mean
         self.weights = self.cfg.at(share)
 
     def run(
@@ -107,7 +112,7 @@ class Distiller:
         scored: tuple[Tensor, Tensor] | None = None,
         packing: tuple[Tensor, Tensor, int] | None = None,
     ) -> ModelOutput:
-        """Sums over the scored tokens: `loss` (the only one with gradient), kl, variance, reverse_kl, ce, and `tokens`.
+        """Sums over the scored tokens: `loss` (the only one with gradient), `tokens` and the others of `LossSums`.
 
         Only rows that `labels` score reach the head; what stands in the others changes neither value nor gradient.
         `states` gives what is known of the dense view, on any device, asked for when it is needed: then the dense pass
@@ -178,6 +183,7 @@ class Distiller:
                 scale=scale,
                 softcap=softcap,
                 chunk=self.cfg.chunk,
+                focus_mean=self.focus_mean,
             )
         return ModelOutput(
             loss=sums.total,
@@ -185,6 +191,7 @@ class Distiller:
             variance=sums.variance,
             reverse_kl=sums.reverse_kl,
             ce=sums.ce,
+            focus=sums.focus,
             tokens=sums.tokens,
         )
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 BLOCK = 1024  # elements of a row that a program holds at once; measured on an H200, as are the two below
 WARPS = 8
+MEASURES = {"kl": 1, "disagreement": 2, "entropy": 3}  # of `loss.focus`, as the kernel knows them; 0: none
 STAGES = tl.constexpr(4)  # tiles on their way from memory at a time
 
 
@@ -36,7 +37,7 @@ def fused_loss_terms(
     For a `dtype` below fp32 also what each row's gradient lost most by rounding: of a peaked row, about half of it all.
     """
     rows, vocabulary = y_CV.shape
-    values_5C = torch.empty(len(TERMS), rows, dtype=torch.float32, device=y_CV.device)
+    values_6C = torch.empty(len(TERMS), rows, dtype=torch.float32, device=y_CV.device)
     g_CV = None if dtype is None else torch.empty(rows, vocabulary, dtype=dtype, device=y_CV.device)
     rounded = g_CV is not None and g_CV.dtype is not torch.float32
     lost_C = torch.empty(rows, dtype=torch.float32, device=y_CV.device)
@@ -46,7 +47,7 @@ def fused_loss_terms(
             y_CV,
             z_CV,
             y_CV if labels_C is None else labels_C,
-            values_5C,
+            values_6C,
             y_CV if g_CV is None else g_CV,
             lost_C,
             column_C,
@@ -70,10 +71,11 @@ def fused_loss_terms(
             PLAIN=weights.temperature == 1.0,
             SQUARED=weights.variance_r > 0,
             JSD=weights.jsd > 0,
+            FOCUS=0 if weights.focus is None else MEASURES[weights.focus.by],
             BLOCK=BLOCK,
             num_warps=WARPS,
         )
-    return values_5C, g_CV, Lost(lost_C, column_C) if rounded else None
+    return values_6C, g_CV, Lost(lost_C, column_C) if rounded else None
 
 
 @triton.jit
@@ -167,6 +169,7 @@ def _terms_kernel(
     PLAIN: tl.constexpr,
     SQUARED: tl.constexpr,
     JSD: tl.constexpr,
+    FOCUS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -218,6 +221,7 @@ def _terms_kernel(
         jsd, g_mean = tl.maximum(tl.sum(jsd_sum, 0), 0.0), tl.sum(g_sum, 0)
 
     kl_sum, variance_sum, reverse_sum, variance_r_sum, lost = zeros, zeros, zeros, zeros, zeros
+    focus_sum, p_log = zeros, tl.log(p_total)
     lost_at = tl.zeros([BLOCK], tl.int32)
     for backwards in tl.range(0, tiles, num_stages=STAGES):
         column, inside, y, z, u = _tile(y_row, z_row, tiles - 1 - backwards, vocabulary, inverse_t, BLOCK)
@@ -228,6 +232,10 @@ def _terms_kernel(
         kl_sum += excess
         variance_sum += p * v * v
         reverse_sum += q * x - rise
+        if FOCUS == 2:
+            focus_sum += 0.5 * tl.abs(rise)
+        if FOCUS == 3:
+            focus_sum += p * (p_log + (y_top - y))
         gradient = w_kl * rise + w_variance * p * v + w_reverse * q * (u - q_mean)
         if SQUARED:
             weight = tl.exp(y - y_top)
@@ -261,3 +269,4 @@ def _terms_kernel(
     tl.store(values_ptr + 2 * rows + row, variance)
     tl.store(values_ptr + 3 * rows + row, reverse)
     tl.store(values_ptr + 4 * rows + row, ce)
+    tl.store(values_ptr + 5 * rows + row, kl if FOCUS == 1 else tl.sum(focus_sum, 0))

@@ -35,7 +35,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from recover.config.recipe import Loss
 
-TERMS = ("total", "kl", "variance", "reverse_kl", "ce")
+TERMS = ("total", "kl", "variance", "reverse_kl", "ce", "focus")  # focus: the measure that `loss.focus` names, or 0
 
 
 class Lost(NamedTuple):
@@ -48,7 +48,7 @@ class Lost(NamedTuple):
 def loss_terms(
     y_CV: Tensor, z_CV: Tensor, labels_C: Tensor | None, weights: Loss, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Per token the values of TERMS (5, C), and unless `dtype` is None the total's gradient by z (C, V), in it.
+    """Per token the values of TERMS (6, C), and unless `dtype` is None the total's gradient by z (C, V), in it.
 
     Equals the table above. Values of divergences are never negative, and 0 with a gradient of 0 where y equals z.
     """
@@ -81,8 +81,31 @@ def loss_terms(
     if labels_C is not None:
         ce_C = _cross_entropy(z_CV, labels_C, g_CV, weights.ce)
     total_C = t * t * divergence_C + weights.ce * ce_C
-    values_5C = torch.stack([total_C, kl_C, variance_C, reverse_C, ce_C])
-    return values_5C, None if dtype is None else g_CV.to(dtype)
+    focus_C = _focus(weights.focus.by, kl_C, rise_CV, p_CV) if weights.focus is not None else torch.zeros_like(kl_C)
+    values_6C = torch.stack([total_C, kl_C, variance_C, reverse_C, ce_C, focus_C])
+    return values_6C, None if dtype is None else g_CV.to(dtype)
+
+
+def _focus(by: str, kl_C: Tensor, rise_CV: Tensor, p_CV: Tensor) -> Tensor:
+    """Per token the measure by which it counts (`loss.focus`)."""
+    if by == "kl":
+        return kl_C
+    return torch.special.entr(p_CV).sum(-1) if by == "entropy" else 0.5 * rise_CV.abs().sum(-1)
+
+
+def focused(values_6C: Tensor, weights: Loss, mean: float | None) -> Tensor | None:
+    """Per token what its loss and gradient are multiplied by, None: nothing; in place, `total` is, and `focus` becomes
+    the measure to its power. `mean`: of that, over tokens before; None: not known yet, so that each counts the same.
+    """
+    if weights.focus is None:
+        return None
+    total_C, focus_C = values_6C[TERMS.index("total")], values_6C[TERMS.index("focus")]
+    focus_C.clamp_min_(0).pow_(weights.focus.power)
+    if not mean:
+        return None
+    weight_C = focus_C / mean
+    total_C *= weight_C
+    return weight_C
 
 
 def _softmax(x_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -82,5 +82,8 @@ def topk_terms(
         g_CV += weights.ce * q_CV
         g_CV.scatter_add_(-1, labels_C[:, None], torch.full_like(lse_C1, -weights.ce))
     values = {"total": weights.kl * kl_C + weights.ce * ce_C, "kl": kl_C, "ce": ce_C}
-    values_5C = torch.stack([values.get(name, torch.zeros_like(kl_C)) for name in TERMS])
-    return values_5C, None if dtype is None else g_CV.to(dtype)
+    if weights.focus is not None:
+        apart_C = (p_CK - logq_CK.exp()).abs().sum(-1) + (tail_p_C1 - log_tail_q_C1.exp()).abs().squeeze(-1)
+        values["focus"] = kl_C if weights.focus.by == "kl" else 0.5 * apart_C
+    values_6C = torch.stack([values.get(name, torch.zeros_like(kl_C)) for name in TERMS])
+    return values_6C, None if dtype is None else g_CV.to(dtype)

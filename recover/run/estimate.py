@@ -46,11 +46,12 @@ def refuse(recipe: Recipe, model: Description) -> None:
 
 def _refuse_training(cfg: Recover) -> None:
     """What training itself would refuse, after everything before it was done for nothing."""
-    from recover.train.settings import refuse_sharding_twice, split_batch
+    from recover.train.settings import refuse_averaging_shares, refuse_sharding_twice, split_batch
 
     try:
         split_batch(cfg, dist.world_size())
         refuse_sharding_twice(cfg)
+        refuse_averaging_shares(cfg)
     except TrainingError as error:
         raise RecipeError(str(error)) from None
     needed = cfg.batch_size * cfg.epochs
@@ -118,6 +119,7 @@ def _training(recipe: Recipe, model: Description) -> memory.Training:
     return memory.Training(
         tokens=micro * cfg.length,
         rank=cfg.lora.rank,
+        averaged=cfg.average is not None,
         chunk=cfg.loss.chunk,
         checkpointing=cfg.gradient_checkpointing,
         element=ELEMENT_BYTES[recipe.model.dtype],

@@ -108,6 +108,7 @@ class Epochs(TrainerCallback):
     def on_step_end(self, args, state, control, **_: Any) -> Any:
         self.course.trainer.log_step()
         skips = self.course.skips
+        self.course.trainer.average.add(state.global_step, skipped=skips.row > 0)
         if skips.too_many(last_step=state.global_step == self.ends[-1]):
             return self._start_over(state, control)
         due = self.save_steps is not None and state.global_step % self.save_steps == 0 and skips.row == 0
@@ -131,6 +132,10 @@ class Epochs(TrainerCallback):
         return control
 
     def _end_epoch(self, state: Any, control: Any, model: Any) -> None:
+        with self.course.trainer.average.in_place():
+            self._keep_epoch(state, control, model)
+
+    def _keep_epoch(self, state: Any, control: Any, model: Any) -> None:
         epoch = self.ends.index(state.global_step) + 1
         publish_adapter(model, self.folder / f"epoch-{epoch}")
         train = {**self.totals.read_epoch(), "lr": self.totals.lr}
@@ -156,6 +161,8 @@ class Epochs(TrainerCallback):
         self.records.append(record)
         self._write_best()
         kept = " (best so far)" if self.best is record else ""
+        averaged = self.course.trainer.average.count
+        kept += f"; mean of {averaged} steps' adapters" if averaged > 1 else ""
         shown = "generation not measured" if score is None else f"generation {score:.1%}"
         console.say(f"epoch {epoch}/{len(self.ends)}: loss {train['loss']:.4g}, kl {train['kl']:.4g}, {shown}{kept}")
         waited = epoch - self.best["epoch"]

@@ -75,6 +75,7 @@ class Course:
         self.totals.stop_clock()
         trainer = self.trainer
         values = collect(trainer.model, trainer.optimizer, trainer.zero_engine, self.applied)
+        values |= trainer.average.values() if dist.is_main() else {}
         standing = dist.gather([self.draws if interrupted else draws.standing()])
         state = {
             "processes": dist.world_size(),
@@ -82,6 +83,7 @@ class Course:
             "engine": trainer.engine,
             "applied": self.applied,
             "row": self.skips.row,
+            "averaged": trainer.average.count,
             "totals": self.totals.to_json(),
             "draws": standing,
         }
@@ -127,6 +129,7 @@ class Course:
         trainer = self.trainer
         try:
             values = load_file(checkpoint / TRAINED)
+            trainer.average.take(values, state["averaged"])
             put_back(trainer.model, trainer.optimizer, trainer.zero_engine, values, state["applied"])
         except ArtifactError as error:
             raise ArtifactError(f"{checkpoint / TRAINED}: {error}. Delete the folder and run the stage again") from None

@@ -60,6 +60,16 @@ def refuse_sharding_twice(cfg: Recover) -> None:
         )
 
 
+def refuse_averaging_shares(cfg: Recover) -> None:
+    """Raises TrainingError: adapters were to be averaged, of which no process holds a whole one."""
+    if cfg.average is not None and dist.zero_stage() == 3:
+        raise TrainingError(
+            "recover.average: DeepSpeed's ZeRO-3, which was launched, shares out the adapters too, and gathering them "
+            "at each step to average them would cost more than it brings: launch with launch/zero2.yaml or "
+            "launch/gpu.yaml (recover.shard_weights shares out the frozen weights there), or leave average out"
+        )
+
+
 def epoch_ends(steps: int, epochs: int) -> list[int]:
     """The optimizer steps after which an epoch ends; the last one is `steps`."""
     return [round(steps * epoch / epochs) for epoch in range(1, epochs + 1)]

@@ -22,7 +22,13 @@ from recover.train.course import Course
 from recover.train.data import Collate, build_dataset, collator, packer, tokens_at_once, with_scored
 from recover.train.dense_text import weights_fingerprint
 from recover.train.on_policy import OnPolicy
-from recover.train.settings import epoch_ends, refuse_sharding_twice, split_batch, training_arguments
+from recover.train.settings import (
+    epoch_ends,
+    refuse_averaging_shares,
+    refuse_sharding_twice,
+    split_batch,
+    training_arguments,
+)
 from recover.train.shapes import row_sizes
 from recover.train.sharded.weights import SharedOut
 from recover.train.skipping import ROLLBACKS
@@ -66,6 +72,7 @@ def train(
     """
     split = split_batch(cfg, dist.world_size())
     refuse_sharding_twice(cfg)
+    refuse_averaging_shares(cfg)
     if next(twin.base.parameters()).dtype is torch.float16:
         raise TrainingError("model.dtype: float16 cannot be trained (gradients underflow): use bfloat16 or float32")
     packed = bool(packing_configs(twin.base))  # else padded

@@ -28,10 +28,12 @@ from recover.distill.graphs import GraphedPasses
 from recover.models.modes import modules_below, plain_modes, set_training
 from recover.models.packed_attention import NAME
 from recover.models.step_attention import attending
+from recover.train.averaging import Average, averaged_steps
+from recover.train.settings import epoch_ends
 from recover.train.sharded.weights import WeightShards
 from recover.train.sharded.zero3 import gather_by_block
 from recover.train.stopping import Interrupted, Stop
-from recover.train.totals import TERMS
+from recover.train.totals import SUMS
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -100,7 +102,9 @@ class RecoverTrainer(SFTTrainer):
         if self.is_zero3:
             gather_by_block(twin)
         self.adapted: Any = twin.model
-        self.trained = [parameter for parameter in twin.model.parameters() if parameter.requires_grad]
+        learning = {name: value for name, value in twin.model.named_parameters() if value.requires_grad}
+        self.trained = list(learning.values())
+        self.average = Average(learning, averaged_steps(cfg.average, steps, epoch_ends(steps, cfg.epochs)))
         self.distiller = Distiller(twin, cfg.loss)
         self.graphs: GraphedPasses | None = None  # see `graphed`
         self._unread: list[Tensor] = []  # sums of micro-batches, which the device has yet to compute
@@ -134,7 +138,7 @@ class RecoverTrainer(SFTTrainer):
         self.course.begin_step()
         self._rate = schedule_of(self.lr_scheduler).get_last_lr()[0]
         # Of the step's number alone, so a training that goes on, or back, has the weights of a straight one.
-        self.distiller.stand_at(self.state.global_step / self.steps)
+        self.distiller.stand_at(self.state.global_step / self.steps, self.course.totals.focus_mean())
         if self.on_policy is not None:
             # A loader brings its batches to the device; graphs take none that lies elsewhere.
             batches = [self._prepare_inputs(batch) for batch in self.on_policy.fill(batches, self)]
@@ -190,7 +194,7 @@ class RecoverTrainer(SFTTrainer):
         Sums that nobody needs before the optimizer step wait for `_judge_step`. DeepSpeed needs them before backward,
         several processes have to agree on a stop.
         """
-        values = [sums[name].detach().double() for name in (*TERMS, "tokens")]
+        values = [sums[name].detach().double() for name in SUMS]
         values.append(torch.full_like(values[0], self.stop.requested))
         last, alone = self.accelerator.sync_gradients, self.accelerator.num_processes == 1
         if self.zero_engine is None and (last or (alone and not self.stop.requested)):
@@ -205,7 +209,7 @@ class RecoverTrainer(SFTTrainer):
             self.stop.agreed = self.stop.requested or signal.SIGTERM
             if not self.accelerator.sync_gradients:
                 raise Interrupted  # a step of many micro-batches may outlast the time until we are killed
-        total: dict[str, float] = dict(zip((*TERMS, "tokens"), numbers, strict=True))
+        total: dict[str, float] = dict(zip(SUMS, numbers, strict=True))
         if all(map(math.isfinite, numbers)):
             self.course.totals.add(total)
             return
