@@ -7,7 +7,6 @@ import pytest
 import torch
 import two_processes
 from byte_tokenizer import byte_tokenizer
-from recover.run.trial import trial_cfg
 from safetensors.torch import load_file
 from tiny import tiny
 from transformers import TrainerCallback
@@ -208,8 +207,3 @@ def test_shares_of_adapters_are_not_averaged(monkeypatch, stage):
         refuse_averaging_shares(cfg)
     with pytest.raises(RecipeError, match=r"recover\.average"):
         estimate._refuse_training(cfg)
-
-
-def test_a_trial_is_of_the_training_and_not_of_its_mean():
-    cfg = Recover.model_validate({"data": [{"kind": "given", "source": "x.jsonl"}], "average": 0.2})
-    assert trial_cfg(cfg, 0.2).average is None
