@@ -11,8 +11,8 @@ from report_page import Page, rewrite
 from report_run import BLOCKS, DROPPED, STEPS, build_run
 
 from recover.base.errors import ArtifactError
-from recover.report import drift, mistakes, samples, verdict, words
-from recover.report.collect import collect
+from recover.report import drift, mistakes, verdict, words
+from recover.report.collect import collect, side_by_side
 from recover.report.figures import svg
 from recover.report.figures.registry import figures
 from recover.report.render import fence, render, table_cell
@@ -246,9 +246,7 @@ def test_texts_are_matched_by_prompt_not_by_place() -> None:
         listed = [{"prompt": prompt, "text": text, "correct": True} for prompt, text in samples]
         return {"tasks": {"t": {"kind": "generate", "samples": listed}}}
 
-    rows = samples.side_by_side(
-        {"dense": record(("p", "1"), ("q", "2")), "pruned": record(("q", "3")), "recovered": None}
-    )
+    rows = side_by_side({"dense": record(("p", "1"), ("q", "2")), "pruned": record(("q", "3")), "recovered": None})
     assert [(row["prompt"], row["pruned"] and row["pruned"]["text"]) for row in rows] == [("p", None), ("q", "3")]
 
 

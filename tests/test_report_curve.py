@@ -22,8 +22,8 @@ from recover.report.compare import compare
 from recover.report.compare_courses import losses
 from recover.report.curve import POINTS, WINDOW, curve
 from recover.report.figures.registry import figures
-from recover.report.learning import learnt
 from recover.report.render import render
+from recover.report.training_text import learnt
 
 RECIPE = {"recover": {"loss": {"kl": 1.0, "variance": 0.5}}}
 

@@ -12,7 +12,7 @@ from typing import Any
 from recover.base import artifacts, clock
 from recover.base.errors import ArtifactError, RecipeError
 from recover.config import yaml_values
-from recover.report import drift, measures, mistakes, samples, verdict, words
+from recover.report import drift, measures, mistakes, verdict, words
 from recover.report.curve import curve
 
 SCHEMA = 1
@@ -67,10 +67,10 @@ def collect(root: Path) -> dict[str, Any]:
         "speed": _json(root / "speed.json"),
         "verify": _json(root / "verify.json"),
         "times": clock.spent(root),
-        "samples": samples.side_by_side(records),
+        "samples": side_by_side(records),
         "mistakes": mistakes.counted(records),
         "examples": mistakes.examples(records),
-        "divergence": samples.divergence(records),
+        "divergence": divergence(records),
     }
     data["verdict"] = verdict.verdict(headline)
     data["title"], data["summary"] = verdict.title(data), verdict.summary(data)
@@ -161,6 +161,57 @@ def _plan_summary(plan: dict[str, Any] | None) -> dict[str, Any] | None:
         "sparsity": zeros / weights if weights else None,
         "patterns": sorted({mask["pattern"] for mask in masks.values()}),
     }
+
+
+def side_by_side(records: measures.Records) -> list[dict[str, Any]]:
+    """One entry a task and prompt: {task, kind, expected, prompt, dense, pruned, recovered: text or None}."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for model, record in records.items():
+        for name, task in ((record or {}).get("tasks") or {}).items():
+            for sample in task.get("samples") or ():
+                prompt = words.clean(sample.get("prompt", ""))
+                entry = found.setdefault((name, prompt), {"task": name, "kind": task["kind"], "prompt": prompt})
+                entry["expected"] = words.clean(sample["expected"]) if sample.get("expected") is not None else None
+                entry[model] = _text(sample)
+    return [_with_differences(entry) for entry in found.values()]
+
+
+def _text(sample: dict[str, Any]) -> dict[str, Any]:
+    shown = words.beginning(words.clean(sample.get("text") or ""))
+    answer = sample.get("answer")
+    return {"text": shown, "answer": None if answer is None else words.clean(answer), "correct": sample.get("correct")}
+
+
+def _with_differences(entry: dict[str, Any]) -> dict[str, Any]:
+    """Adds to each text of pruned and recovered the word at which it leaves dense, with the text before and after."""
+    dense = entry.setdefault("dense", None)
+    for model in ("pruned", "recovered"):
+        text = entry.setdefault(model, None)
+        if text is None or dense is None:
+            continue
+        index = words.first_difference(dense["text"], text["text"])
+        before, word, after = words.split_at_word(text["text"], index)
+        text |= {"differs_at_word": index, "before": before, "word": word, "after": after}
+    return entry
+
+
+def divergence(records: measures.Records) -> list[dict[str, Any]]:
+    """One row a generative task: the token at which greedy text first differs from dense (quantiles), and agreement."""
+    names = [
+        name for name, task in ((records.get("dense") or {}).get("tasks") or {}).items() if task["kind"] == "generate"
+    ]
+    rows = []
+    for name in names:
+        row: dict[str, Any] = {"task": name}
+        for model in ("pruned", "recovered"):
+            task = ((records.get(model) or {}).get("tasks") or {}).get(name) or {}
+            row[model] = (
+                {"first": task.get("first_divergence"), "agreement": words.finite(task.get("agreement"))}
+                if task
+                else None
+            )
+        rows.append(row)
+    return rows
 
 
 def known_limits(data: dict[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recover.report import cuts, speeds, words
+from recover.report import plan_text, speed_text, words
 from recover.report.collect import collect
 
 SAME = 0.02  # dense figures further apart than this were not measured alike
@@ -126,9 +126,9 @@ def _run(data: dict[str, Any]) -> dict[str, Any]:
         "model": _model(data["recipe"].get("model") or {}),
         "summary": data["summary"],
         "missing": [gap["means"] for gap in data["missing"]],
-        "pruned": cuts.short(data["plan"]),
+        "pruned": plan_text.short(data["plan"]),
         "parameters": _ratio(plan.get("parameters_pruned"), plan.get("parameters_dense")),
-        "decoding": speeds.value(speed, "decode_tokens_per_second"),
+        "decoding": speed_text.value(speed, "decode_tokens_per_second"),
         "speed": speed,
         "measure": _one_text(_rules(data["recipe"].get("measure") or {})),
         "timed_on": _one_text([words.machine(speed.get("machine")), speed.get("workload")]) if speed else None,

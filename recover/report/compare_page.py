@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from recover.base.artifacts import write_text
-from recover.report import render, speeds, verdict, words
+from recover.report import render, speed_text, verdict, words
 from recover.report.compare import MODELS, USES
 from recover.report.compare_courses import courses, losses, names_at_edge
 from recover.report.figures.figure import Figure, is_narrow, panels
@@ -39,7 +39,7 @@ COLUMNS = (
 
 def row(run: dict[str, Any]) -> list[tuple[str, float | None, str]]:
     """Cells as (wording, value to sort by, what to make of it)."""
-    file = speeds.value(run["speed"], "file_bytes")
+    file = speed_text.value(run["speed"], "file_bytes")
     return [
         (run["name"], None, ""),
         (run["pruned"], None, ""),
@@ -60,7 +60,7 @@ def _perplexity(found: dict[str, float | None]) -> tuple[str, float | None, str]
 
 def _decoding(run: dict[str, Any]) -> tuple[str, float | None, str]:
     """The ratio, and under it what it means where it is no gain."""
-    said = speeds.gain(run["speed"], "decode_tokens_per_second")
+    said = speed_text.gain(run["speed"], "decode_tokens_per_second")
     if run["decoding"] is None or said.startswith("×"):
         return said.partition(" [")[0], run["decoding"], ""
     return f"×{run['decoding']:.2f}", run["decoding"], said
@@ -81,10 +81,10 @@ SPEED_COLUMNS = (
 def speed_row(run: dict[str, Any]) -> list[str]:
     """One run of the table of sizes and speeds, dense → deployed, both timed in one run; in words."""
     cells = [run["name"]]
-    for key in ("parameters", "file_bytes", "kv_bytes_per_token", *speeds.RATES):
-        cells.append(speeds.change(run["speed"], key))
-        if key in speeds.RATES:
-            cells.append(speeds.ratio(run["speed"], key))
+    for key in ("parameters", "file_bytes", "kv_bytes_per_token", *speed_text.RATES):
+        cells.append(speed_text.change(run["speed"], key))
+        if key in speed_text.RATES:
+            cells.append(speed_text.ratio(run["speed"], key))
     return cells
 
 

@@ -11,7 +11,7 @@ from recover.base.errors import ArtifactError
 from recover.report import drift, render, words
 from recover.report.drift import mean_of
 from recover.report.figures.registry import figures
-from recover.report.points import half_parted, points
+from recover.report.key_findings import half_parted, key_findings
 from recover.report.tables import tables
 
 SUMMARY = "probe.json"
@@ -37,7 +37,7 @@ def render_diagnosis(folder: Path) -> Path:
         "data": data,
         "figures": drawn,
         "tables": tables(data),
-        "points": points(data),
+        "points": key_findings(data),
         "floor": render.floor(data),
     }
     html = render.environment(escape=True)

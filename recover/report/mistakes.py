@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from recover.report import words
-from recover.report.samples import shown_text
 from recover.report.tables import Table
 
 # kind of mistake in a record -> (column, heading of its example)
@@ -54,7 +53,7 @@ def examples(records: Records) -> list[dict[str, Any]]:
             texts = {
                 key: None if sample.get(key) is None else words.clean(sample[key]) for key in ("expected", "answer")
             }
-            text = shown_text(words.clean(sample.get("text") or ""))
+            text = words.beginning(words.clean(sample.get("text") or ""))
             prompt = words.clean(sample.get("prompt", ""))
             found.append({"task": name, "model": model, "mistake": kind, "prompt": prompt, "text": text, **texts})
     return found

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from recover.base.artifacts import write_json, write_text
 from recover.config import yaml_values
-from recover.report import cuts, mistakes, speeds, training, verdict, words
+from recover.report import mistakes, plan_text, speed_text, training_text, verdict, words
 from recover.report.figures.figure import Figure
 from recover.report.figures.registry import figures
-from recover.report.points import points
+from recover.report.key_findings import key_findings
 from recover.report.tables import tables
 
 if TYPE_CHECKING:
@@ -127,13 +127,13 @@ def _view(data: dict[str, Any]) -> dict[str, Any]:
         "sections": SECTIONS,
         "facts": _facts(data),
         "recovery": _recovery(data),
-        "points": points(data),
+        "points": key_findings(data),
         "tables": {**tables(data), **({found.key: found} if (found := mistakes.table(data)) else {})},
         "mistake_names": {kind: heading for kind, (_, heading) in mistakes.NAMES.items()},
-        "training_notes": training.notes(data),
+        "training_notes": training_text.notes(data),
         "floor": floor(data),
-        "size_rows": speeds.rows(data["speed"]),
-        "speed_notes": speeds.notes(data["speed"]),
+        "size_rows": speed_text.rows(data["speed"]),
+        "speed_notes": speed_text.notes(data["speed"]),
         "measured_on": words.machine((data["speed"] or {}).get("machine")),
         "verified": _verified(data),
         "recipe": yaml_values.dump(data["recipe"]),
@@ -155,9 +155,9 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
     recipe, plan, env, tokens = data["recipe"], data["plan"], data["provenance"]["env"] or {}, data["tokens"]
     facts = [("dense model", shown_source(str((recipe.get("model") or {}).get("source", words.NOT_MEASURED))))]
     if plan:
-        what = cuts.sites(plan) or cuts.sizes(plan)
+        what = plan_text.sites(plan) or plan_text.sizes(plan)
         facts.append(("pruned by", f"{plan['kind']}{f', {what}' if what else ''}"))
-        if repair := cuts.repair(plan):
+        if repair := plan_text.repair(plan):
             facts.append(("repaired at the cut", repair))
     if plan and plan.get("parameters_dense"):
         dense, pruned = words.count(plan["parameters_dense"]), words.count(plan["parameters_pruned"])

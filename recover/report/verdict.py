@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from recover.report import cuts, words
+from recover.report import plan_text, words
 from recover.report.measures import USES
 
 KEPT_YES = 0.95
@@ -131,7 +131,8 @@ def title(data: dict[str, Any]) -> str:
 
 def summary(data: dict[str, Any]) -> str:
     """What was done and what it did, in one sentence made of measured figures."""
-    return f"{cuts.subject(data['plan'])} {_what_pruning_left(data['verdict']['pruned'])}; {_what_recovery_did(data)}."
+    left = _what_pruning_left(data["verdict"]["pruned"])
+    return f"{plan_text.subject(data['plan'])} {left}; {_what_recovery_did(data)}."
 
 
 def _what_pruning_left(answers: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 NOT_MEASURED = "not measured"
+TEXT_LIMIT = 1200  # characters of one text shown; the run directory holds the whole
 
 # Control characters, and the marks that reorder text: a right-to-left override from a model would turn the page around.
 _INVISIBLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
@@ -118,6 +119,11 @@ def shown(value: Any, form: str) -> str:
 def clean(text: Any) -> str:
     """Model text safe to lay out: invisible and reordering characters become a visible mark. Templates escape it."""
     return _INVISIBLE.sub("\N{REPLACEMENT CHARACTER}", str(text).encode("utf-8", "replace").decode("utf-8"))
+
+
+def beginning(text: str) -> str:
+    """A long text up to TEXT_LIMIT characters."""
+    return text[:TEXT_LIMIT].rstrip() + " …" if len(text) > TEXT_LIMIT else text
 
 
 def first_difference(dense: str, other: str) -> int | None:

@@ -8,7 +8,7 @@ from recover.report import words
 from recover.report.curve import weights
 from recover.report.figures.figure import Figure, is_narrow
 from recover.report.figures.svg import Canvas, Linear, Log, apart
-from recover.report.learning import TERM_NAMES, learnt
+from recover.report.training_text import TERM_NAMES, learnt
 
 WIDE_RANGE = 10.0  # highest over lowest mean from which an axis is a log one
 MARGIN = 68.0  # pixels left of a panel, for the values of its axis

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from recover.report import cuts, words
+from recover.report import plan_text, words
 from recover.report.drift import SPACES, by_model, level, mean_of
 from recover.report.figures.figure import Figure, is_narrow, panels
 from recover.report.figures.svg import Canvas, Linear, Log
@@ -21,7 +21,7 @@ def blocks(data: dict[str, Any]) -> Figure:
     if not curves:
         return Figure(key, title, "Not measured: no probe recorded the blocks.")
     plan = data["plan"] or {}
-    dropped = (cuts.gone(plan, "attention") & cuts.gone(plan, "mlp")) | {
+    dropped = (plan_text.gone(plan, "attention") & plan_text.gone(plan, "mlp")) | {
         row["block"] for rows in curves.values() for row in rows if row["closed"]
     }
     last = max(max(row["block"] for rows in curves.values() for row in rows), *dropped, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from recover.report import cuts, words
+from recover.report import plan_text, words
 from recover.report.figures.figure import Figure, is_narrow
 from recover.report.figures.svg import Canvas, Linear, Log, apart
 
@@ -21,10 +21,12 @@ def pruned(data: dict[str, Any]) -> Figure:
         return Figure("plan", "What was pruned", "Not measured: nothing was pruned yet.")
     if plan["modules"]:
         return _sparsity_map(plan)
-    if cuts.sites(plan):
+    if plan_text.sites(plan):
         return _depth(plan)
     if plan.get("kind") == "width":
-        return Figure("plan", "What was pruned", f"Every block is narrower, by the same measure: {cuts.sizes(plan)}.")
+        return Figure(
+            "plan", "What was pruned", f"Every block is narrower, by the same measure: {plan_text.sizes(plan)}."
+        )
     return Figure("plan", "What was pruned", "The plan drops no block and no weight.")
 
 
@@ -67,7 +69,7 @@ def _chosen(plan: dict[str, Any]) -> dict[tuple[str, int], int]:
 
 def _depth(plan: dict[str, Any]) -> Figure:
     title = f"Which of {plan['blocks']} blocks were dropped"
-    if not plan["dropped"] or cuts.gone(plan, "attention") != cuts.gone(plan, "mlp"):
+    if not plan["dropped"] or plan_text.gone(plan, "attention") != plan_text.gone(plan, "mlp"):
         title = f"Which sublayers of {plan['blocks']} blocks were dropped"
     elif len(plan["dropped"]) > 1:
         title = f"Which {len(plan['dropped'])} of {plan['blocks']} blocks were dropped"
@@ -76,7 +78,7 @@ def _depth(plan: dict[str, Any]) -> Figure:
 
     def draw(width: float) -> str:
         height = 86.0 + (LANE + GAP) * len(lanes)
-        canvas = Canvas(width, height, f"Dropped: {cuts.sites(plan)}, of {plan['blocks']} blocks")
+        canvas = Canvas(width, height, f"Dropped: {plan_text.sites(plan)}, of {plan['blocks']} blocks")
         x = Linear(-0.5, plan["blocks"] - 0.5, 50, width - (8 if is_narrow(width) else 70))
         for index, (lane, rounds) in enumerate(lanes.items()):
             y = Log.around(scores, (index + 1) * (LANE + GAP) - 16, index * (LANE + GAP) + (34 if LANES[lane] else 16))
@@ -126,7 +128,7 @@ def _depth_table(
 
 
 def _fate(plan: dict[str, Any], block: int, chosen: dict[tuple[str, int], int]) -> str:
-    gone = [part for part in ("attention", "mlp") if block in cuts.gone(plan, part)]
+    gone = [part for part in ("attention", "mlp") if block in plan_text.gone(plan, part)]
     if not gone:
         return "kept"
     what = "" if len(gone) == 2 else f"{'MLP' if gone == ['mlp'] else 'attention'} "
@@ -142,7 +144,7 @@ def _strip(canvas: Canvas, plan: dict[str, Any], x: Linear, top: float) -> None:
     gap = min(4.0, each / 6)
     for block in range(plan["blocks"]):
         left = x(block - 0.5) + gap / 2
-        lost = [part for part in ("attention", "mlp") if block in cuts.gone(plan, part)]
+        lost = [part for part in ("attention", "mlp") if block in plan_text.gone(plan, part)]
         halves = [(part, offset, 14) for part, offset in (("attention", 0), ("mlp", 16))]
         for part, offset, height in halves if len(lost) == 1 else [("block", 0, 30)]:
             gone = bool(lost) and part in (*lost, "block")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from recover.report import cuts, words
+from recover.report import plan_text, words
 from recover.report.drift import by_model, mean_of
 from recover.report.figures.figure import Figure, is_narrow, panels
 from recover.report.figures.svg import Canvas, Linear, Log
@@ -44,7 +44,7 @@ def worth(data: dict[str, Any]) -> Figure | None:
             y = Log.around(values, top + 222, top + 48, NOTHING)
             x = Linear(-0.5, last + 0.5, left, right)
             _frame(canvas, PART_NAMES[part], x, y, last)
-            _worths(canvas, part, closed, replaced, cuts.gone(data["plan"] or {}, part), x, y)
+            _worths(canvas, part, closed, replaced, plan_text.gone(data["plan"] or {}, part), x, y)
         return canvas.render()
 
     see = (

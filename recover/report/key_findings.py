@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from recover.report import speeds, words
+from recover.report import speed_text, words
 from recover.report.drift import by_model, choice_kls, level, mean_of
 from recover.report.figures.sublayers import PART_NAMES
 
@@ -12,7 +12,7 @@ Point = tuple[str, str, str]  # question, answer, key of the figure or section t
 FEW_TOKENS = 10.0  # a mean KL so many times the median is carried by few tokens
 
 
-def points(data: dict[str, Any]) -> list[Point]:
+def key_findings(data: dict[str, Any]) -> list[Point]:
     """Questions with their answers, only those that this run can answer."""
     first = next(iter(data["drift"]))
     found = [_where(data, first), _how(data, first), _when(data), _compounds(data), _chooses(data), _gain(data)]
@@ -104,10 +104,10 @@ def _chooses(data: dict[str, Any]) -> Point | None:
 def _gain(data: dict[str, Any]) -> Point | None:
     """What was bought with it."""
     speed = data["speed"]
-    size = speeds.value(speed, "file_bytes")
+    size = speed_text.value(speed, "file_bytes")
     if speed is None or size is None:
         return None
-    rate = speeds.gain(speed, "decode_tokens_per_second")
+    rate = speed_text.gain(speed, "decode_tokens_per_second")
     faster = f"decoding {rate}" if rate.startswith("×") else f"decoding: {rate}"
     file = "The file is as large as before" if round(size, 2) == 1 else f"A file ×{size:.2f} the size"
     return ("What does it buy?", f"{file}; {faster}.", "deploy")
