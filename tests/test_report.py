@@ -317,8 +317,8 @@ def test_runs_that_counted_no_mistakes_have_no_table_of_them(tmp_path: Path) -> 
         (words.count(200_000), "200k"),
         (words.count(1_600_000), "1.6M"),
         (words.size(105_600_000), "106 MB"),
-        (words.duration(320), "5 min"),
-        (words.duration(7300), "2 h 02 min"),
+        (words.duration(320), "5 min 20 s"),
+        (words.duration(7300), "2 h 2 min"),
         (words.machine({"gpus": [{"name": "H200"}, {"name": "H200"}]}), "2 × H200"),
         (verdict.share(0.9466), "94.7%"),  # never rounded over a threshold
         (verdict.share(0.97), "97%"),

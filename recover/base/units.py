@@ -9,7 +9,7 @@ def size(count: float) -> str:
     """Bytes with three digits, in powers of 1000 as recipes and disks have them: `950 B`, `84.4 MB`, `3.09 GB`."""
     for unit, scale in SIZES:
         if abs(count) >= scale * 0.9995:
-            return f"{count / scale:,.3g} {unit}" if count < 1e15 else f"{count / scale:,.0f} {unit}"
+            return f"{count / scale:.3g} {unit}"
     return f"{count:.0f} B"
 
 

@@ -9,6 +9,8 @@ import math
 import re
 from typing import Any
 
+from recover.base import units
+
 NOT_MEASURED = "not measured"
 TEXT_LIMIT = 1200  # characters of one text shown; the run directory holds the whole
 
@@ -75,27 +77,15 @@ def count(value: Any) -> str:
 
 
 def size(value: Any) -> str:
-    """Bytes in decimal units."""
+    """Bytes as the plan and the console say them."""
     x = finite(value)
-    if x is None:
-        return NOT_MEASURED
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(x) >= scale * 0.9995:
-            return f"{x / scale:.3g} {unit}"
-    return f"{x:.0f} B"
+    return NOT_MEASURED if x is None else units.size(x)
 
 
 def duration(value: Any) -> str:
-    """Seconds as the two largest units that matter."""
+    """Seconds as the plan and the console say them."""
     x = finite(value)
-    if x is None:
-        return NOT_MEASURED
-    if x < 10:
-        return f"{x:.1f} s"
-    if x < 90:
-        return f"{x:.0f} s"
-    minutes = round(x / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return NOT_MEASURED if x is None else units.duration(x)
 
 
 def machine(record: Any) -> str:
