@@ -13,8 +13,8 @@ from report_run import BLOCKS, DROPPED, STEPS, build_run
 from recover.base.errors import ArtifactError
 from recover.report import drift, mistakes, verdict, words
 from recover.report.collect import collect, side_by_side
+from recover.report.exhibits import figures
 from recover.report.figures import svg
-from recover.report.figures.registry import figures
 from recover.report.render import fence, render, table_cell
 
 EVERYTHING = (

@@ -19,9 +19,9 @@ from report_steps import steps
 from recover.base.errors import ArtifactError
 from recover.report.collect import collect
 from recover.report.compare import compare
-from recover.report.compare_courses import losses
 from recover.report.curve import POINTS, WINDOW, curve
-from recover.report.figures.registry import figures
+from recover.report.exhibits import figures
+from recover.report.figures.compare import losses
 from recover.report.render import render
 from recover.report.training_text import learnt
 

@@ -13,12 +13,12 @@ from report_probes import BLOCKS, kl_of, probed, write_diagnosis
 from report_run import build_run
 
 from recover.base.errors import ArtifactError
-from recover.report import tables, training_text, words
+from recover.report import training_text, words
 from recover.report.collect import collect
 from recover.report.diagnosis import is_diagnosis, render_diagnosis
+from recover.report.exhibits import figures, shown_tables
 from recover.report.figures import plan as figures_plan
 from recover.report.figures import svg
-from recover.report.figures.registry import figures
 from recover.report.key_findings import half_parted, key_findings
 from recover.report.render import render
 
@@ -38,7 +38,7 @@ def test_nothing_stands_where_nothing_was_recorded(tmp_path: Path) -> None:
     text = render(plain, data)[2].read_text(encoding="utf-8")
     for key in NEWER:
         assert key not in figures(data) and f"figure-{key}" not in text
-    assert not {"choices-table", "retrieval", "repair", "skipped"} & set(tables.tables(data))
+    assert not {"choices-table", "retrieval", "repair", "skipped"} & set(shown_tables(data))
     assert "Choosing and ranking" not in text and "Not every step" not in text
 
 
@@ -119,7 +119,7 @@ def test_each_cut_of_a_repair_is_listed(tmp_path: Path) -> None:
     cut = {"site": "mlp:2", "dropped": ["attention:3", "mlp:3"], "error_before": 0.268, "error_after": 0.0697, **kl}
     repair = {"kind": "linear", "kept": True, **kl, "tokens_fitted": 2304, "tokens_held_out": 768}
     rewrite(run / "prune/plan.json", lambda plan: plan.update(repair=repair | {"cuts": [cut | {"kept": False}]}))
-    rows = tables.tables(collect(run))["repair"].rows
+    rows = shown_tables(collect(run))["repair"].rows
     assert rows == [("MLP of block 2", "attention 3, MLP 3", "0.268", "0.0697", "0.155", "0.148", "left out")]
 
 
@@ -219,7 +219,7 @@ def test_several_choice_tasks_count_by_their_items_and_rankings_are_named_by_tas
     assert (
         moved == "Recovered, KL 0.163 among the options, 2.5 over all tokens there."
     )  # (280 x 1/16 + 70 x 9/16) / 350
-    table = tables.tables(data)["retrieval"]
+    table = shown_tables(data)["retrieval"]
     assert table.rows[0][0] == "letters, mean" and table.columns[0][0] == "task, pooling"
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from recover.measure import speed
 from recover.measure.speed import compare_speed, kv_bytes_per_token, paired_ratio, spread, take_turns
-from recover.report import collect, compare, compare_page, render, speed_text
+from recover.report import collect, compare, render, speed_text
 
 
 class Machine:
@@ -230,12 +230,12 @@ def test_the_report_says_what_a_mask_does_not_gain(tmp_path, kind):
 
 def test_compare_shows_both_sides_and_what_must_not_be_set_side_by_side(tmp_path):
     data = compare.compare([build_run(tmp_path, name="a"), build_run(tmp_path, name="b", kind="wanda")])
-    cells = dict(zip(["a", "b"], [compare_page.speed_row(run) for run in data["runs"]], strict=True))
+    cells = dict(zip(["a", "b"], [compare.speed_row(run) for run in data["runs"]], strict=True))
     assert cells["a"][1:4] == ["26.4M → 21.1M", "106 MB → 84.4 MB", "16.4 kB → 12.3 kB"]
     assert cells["a"][5] == "×1.28 [1.23, 1.34]" and cells["b"][5] == "×1.01 [0.97, 1.06], no faster in stock kernels"
-    assert cells["b"][1] == "26.4M" and len(cells["a"]) == len(compare_page.SPEED_COLUMNS)
+    assert cells["b"][1] == "26.4M" and len(cells["a"]) == len(compare.SPEED_COLUMNS)
     assert data["apart"] == []
-    page = compare_page.render_compare(data, tmp_path / "compare.html").read_text(encoding="utf-8")
+    page = compare.render_compare(data, tmp_path / "compare.html").read_text(encoding="utf-8")
     assert "26.4M → 21.1M" in page
 
 

@@ -57,8 +57,7 @@ def report(
 
 
 def _compare_page(roots: list[Path], path: Path) -> None:
-    from recover.report.compare import compare
-    from recover.report.compare_page import render_compare
+    from recover.report.compare import compare, render_compare
 
     data = compare(roots)
     for line in data["apart"]:
@@ -100,17 +99,16 @@ def compare(
     ] = None,
 ) -> None:
     """Put runs side by side, best recovered generation first; tasks as a share of what the dense model reaches."""
-    from recover.report import compare_page
-    from recover.report.compare import compare as compared
+    from recover.report import compare as page
 
-    data = compared([_existing(path).root for path in _folders(run_dirs)])
+    data = page.compare([_existing(path).root for path in _folders(run_dirs)])
     columns = ["run", "generation", "after recovery", "choice", "after recovery", "perplexity", "weights"]
     console.table("pruned, and after recovery", columns, map(_compared, data["runs"]))
-    console.table("dense → deployed", compare_page.SPEED_COLUMNS, map(compare_page.speed_row, data["runs"]))
+    console.table("dense → deployed", page.SPEED_COLUMNS, map(page.speed_row, data["runs"]))
     for line in data["apart"]:
         console.warn(line)
     if html is not None:
-        console.say(str(compare_page.render_compare(data, html)))
+        console.say(str(page.render_compare(data, html)))
 
 
 def _compared(run: dict[str, Any]) -> list[str | None]:

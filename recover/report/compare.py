@@ -1,4 +1,4 @@
-"""Several runs side by side, best recovered generation first, and what must not be set side by side."""
+"""Several runs side by side, best recovered generation first, what must not be set side by side, and the page of it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recover.report import plan_text, speed_text, words
+from recover.base.artifacts import write_text
+from recover.report import plan_text, render, speed_text, words
 from recover.report.collect import collect
+from recover.report.exhibits import Exhibit
+from recover.report.figures.compare import MODELS, USES, courses, losses, share_cell, trade, ways
 
 SAME = 0.02  # dense figures further apart than this were not measured alike
-USES = ("generation", "choice", "retrieval")
-MODELS = ("pruned", "recovered")
+
+PICTURES = (
+    Exhibit("pictures", "compare", ways),
+    Exhibit("pictures", "trade", trade),
+    Exhibit("pictures", "courses", courses),
+    Exhibit("pictures", "losses", losses),
+)
 
 
 def compare(roots: Sequence[Path]) -> dict[str, Any]:
@@ -167,3 +175,70 @@ def _one_text(value: Any) -> str:
 def _ratio(value: Any, of: Any) -> float | None:
     value, of = words.finite(value), words.finite(of)
     return None if value is None or not of else value / of
+
+
+def render_compare(data: dict[str, Any], path: Path) -> Path:
+    """Write the comparison as one self-contained HTML page; gives its path."""
+    html = render.environment(escape=True)
+    drawn = [render.worded(each, found) for each in PICTURES if (found := each.make(data)) is not None]
+    view = {
+        "data": data,
+        "drawn": drawn,
+        "columns": COLUMNS,
+        "rows": [row(run) for run in data["runs"]],
+        "speed_columns": SPEED_COLUMNS,
+        "speed_rows": [speed_row(run) for run in data["runs"]],
+    }
+    write_text(path, render.page(html, "compare.html.j2", view))
+    return path
+
+
+COLUMNS = (
+    *("run", "pruned", "weights", "tokens", "generation, pruned", "generation, recovered"),
+    *("choice, pruned", "choice, recovered", "perplexity", "file", "decoding"),
+)
+
+
+def row(run: dict[str, Any]) -> list[tuple[str, float | None, str]]:
+    """Cells as (wording, value to sort by, what to make of it)."""
+    file = speed_text.value(run["speed"], "file_bytes")
+    return [
+        (run["name"], None, ""),
+        (run["pruned"], None, ""),
+        (words.percent(run["parameters"]), run["parameters"], ""),
+        (words.count(run["tokens"]), run["tokens"], ""),
+        *(share_cell(run, model, use) for use in ("generation", "choice") for model in MODELS),
+        _perplexity(run["perplexity"]),
+        (f"×{file:.2f}" if file is not None else words.NOT_MEASURED, file, ""),
+        _decoding(run),
+    ]
+
+
+def _perplexity(found: dict[str, float | None]) -> tuple[str, float | None, str]:
+    """Recovered, with the way there under it."""
+    way = " → ".join(words.number(found[model]) for model in ("dense", "pruned") if found[model] is not None)
+    return words.number(found["recovered"]), found["recovered"], f"{way} →" if way else ""
+
+
+def _decoding(run: dict[str, Any]) -> tuple[str, float | None, str]:
+    """The ratio, and under it what it means where it is no gain."""
+    said = speed_text.gain(run["speed"], "decode_tokens_per_second")
+    if run["decoding"] is None or said.startswith("×"):
+        return said.partition(" [")[0], run["decoding"], ""
+    return f"×{run['decoding']:.2f}", run["decoding"], said
+
+
+SPEED_COLUMNS = (
+    *("run", "parameters", "file", "KV per token"),
+    *("prefill, tokens/s", "prefill, ratio", "decoding, tokens/s", "decoding, ratio"),
+)
+
+
+def speed_row(run: dict[str, Any]) -> list[str]:
+    """One run of the table of sizes and speeds, dense → deployed, both timed in one run; in words."""
+    cells = [run["name"]]
+    for key in ("parameters", "file_bytes", "kv_bytes_per_token", *speed_text.RATES):
+        cells.append(speed_text.change(run["speed"], key))
+        if key in speed_text.RATES:
+            cells.append(speed_text.ratio(run["speed"], key))
+    return cells

@@ -10,15 +10,10 @@ from recover.base.artifacts import write_text
 from recover.base.errors import ArtifactError
 from recover.report import drift, render, words
 from recover.report.drift import mean_of
-from recover.report.figures.registry import figures
+from recover.report.exhibits import DIAGNOSIS
 from recover.report.key_findings import half_parted, key_findings
-from recover.report.tables import tables
 
 SUMMARY = "probe.json"
-FIGURES = (
-    *("blocks", "sublayers", "writes", "steps", "divergence"),
-    *("sampled", "temperatures", "predictors", "choices"),
-)
 
 
 def is_diagnosis(folder: Path) -> bool:
@@ -32,14 +27,7 @@ def render_diagnosis(folder: Path) -> Path:
     Raises ArtifactError if its summary is corrupt or of another kind.
     """
     data = collect_diagnosis(folder)
-    drawn = {key: render.drawn(each) for key, each in figures(data).items() if key in FIGURES and each.measured}
-    view = {
-        "data": data,
-        "figures": drawn,
-        "tables": tables(data),
-        "points": key_findings(data),
-        "floor": render.floor(data),
-    }
+    view = {"data": data, "points": key_findings(data), **render.exhibited(data, DIAGNOSIS, measured=True)}
     html = render.environment(escape=True)
     path = folder / "report.html"
     write_text(path, render.page(html, "diagnosis.html.j2", view))

@@ -101,6 +101,4 @@ def table(data: dict[str, Any]) -> Table | None:
         "more; half of these loops begin before the token in the last column."
     )
     columns = ("task", "model", "items", "right", *(NAMES[kind][0] for kind in kinds), "loop rate", "loops begin at")
-    return Table(
-        "mistakes", "Mistakes of form and of content", caption, tuple((each, "") for each in columns), cells, numbers=2
-    )
+    return Table("Mistakes of form and of content", caption, tuple((each, "") for each in columns), cells, numbers=2)

@@ -8,18 +8,21 @@ script by its hash.
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recover.base.artifacts import write_json, write_text
 from recover.config import yaml_values
-from recover.report import mistakes, plan_text, speed_text, training_text, verdict, words
+from recover.report import exhibits, mistakes, plan_text, speed_text, training_text, verdict, words
+from recover.report.exhibits import Exhibit, Section
 from recover.report.figures.figure import Figure
-from recover.report.figures.registry import figures
 from recover.report.key_findings import key_findings
-from recover.report.tables import tables
+from recover.report.tables import Table
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -34,17 +37,6 @@ QUESTIONS = (
     ("retrieval", "Can it rank documents?"),
 )
 SIGNS = {"yes": "✓", "with care": "~", "no": "✗", "cannot tell": "", "not measured": ""}
-SECTIONS = (
-    ("measures", "What was measured"),
-    ("samples", "What the models write"),
-    ("recovery", "How generation came back"),
-    ("damage", "Where the damage sits"),
-    ("text", "What it does to a text"),
-    ("pruned", "What was pruned"),
-    ("deploy", "What you deploy"),
-    ("limits", "What it does not tell"),
-    ("origin", "How it was made"),
-)
 
 
 def render(root: Path, data: dict[str, Any]) -> list[Path]:
@@ -120,18 +112,15 @@ def _view(data: dict[str, Any]) -> dict[str, Any]:
     """What the templates need beside the data, worded."""
     return {
         "data": data,
-        "figures": {key: drawn(figure) for key, figure in figures(data).items()},
+        **exhibited(data, exhibits.RUN),
         "models": ("dense", "pruned", "recovered"),
         "questions": QUESTIONS,
         "signs": SIGNS,
-        "sections": SECTIONS,
         "facts": _facts(data),
         "recovery": _recovery(data),
         "points": key_findings(data),
-        "tables": {**tables(data), **({found.key: found} if (found := mistakes.table(data)) else {})},
         "mistake_names": {kind: heading for kind, (_, heading) in mistakes.NAMES.items()},
         "training_notes": training_text.notes(data),
-        "floor": floor(data),
         "size_rows": speed_text.rows(data["speed"]),
         "speed_notes": speed_text.notes(data["speed"]),
         "measured_on": words.machine((data["speed"] or {}).get("machine")),
@@ -141,14 +130,32 @@ def _view(data: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def drawn(figure: Figure) -> dict[str, Any]:
-    """The figure for a template, its SVG drawn and marked as markup (Canvas escapes all text in it)."""
+def exhibited(data: Any, sections: Sequence[Section], *, measured: bool = False) -> dict[str, Any]:
+    """For templates: the `sections` to show with the `exhibits` of each, and the exhibits of the page's `top`.
+
+    `measured`: figures that were not measured are left out.
+    """
+    made = exhibits.made(data, ["top", *(section.key for section in sections)])
+    shown: dict[str, list[dict[str, Any]]] = {}
+    for each, found in made.items():
+        if isinstance(found, Table) or found.measured or not measured:
+            shown.setdefault(each.section, []).append(worded(each, found))
+    listed = [{**asdict(section), "exhibits": shown.get(section.key, [])} for section in sections]
+    return {
+        "sections": [section for section in listed if section["exhibits"] or section["always"]],
+        "top": shown.get("top", []),
+    }
+
+
+def worded(exhibit: Exhibit, found: Figure | Table) -> dict[str, Any]:
+    """A figure or table for a template; SVG is drawn and marked as markup (Canvas escapes all text in it)."""
     from markupsafe import Markup
 
-    words_of = {
-        name: getattr(figure, name) for name in ("key", "title", "see", "columns", "rows", "legend", "measured")
-    }
-    return {**words_of, "wide": Markup(figure.wide), "narrow": Markup(figure.narrow)}
+    fields = {each.name: getattr(found, each.name) for each in dataclasses.fields(found) if each.name != "draw"}
+    about = {**fields, "key": exhibit.key, "numbered": exhibit.numbers, "is_figure": isinstance(found, Figure)}
+    if isinstance(found, Figure):
+        about |= {"measured": found.measured, "wide": Markup(found.wide), "narrow": Markup(found.narrow)}
+    return about
 
 
 def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
@@ -191,18 +198,6 @@ def _recovery(data: dict[str, Any]) -> str:
         f"LoRA distillation from the dense model, {len(rows)} epoch{'s' if len(rows) > 1 else ''}, "
         f"{words.count(tokens['all'])} tokens{time}. "
         f"Epoch {tokens['epoch']} generated best and is the one that is exported."
-    )
-
-
-def floor(data: dict[str, Any]) -> str:
-    """How large a drift rounding alone makes, from the probe's comparison of each view with itself."""
-    floors = [words.finite(((summary or {}).get("identity") or {}).get("kl_max")) for summary in data["drift"].values()]
-    known = [floor for floor in floors if floor is not None]
-    if not known:
-        return "What rounding alone makes was not measured."
-    floor = words.number(max(known))
-    return (
-        f"Each model against itself, with a KV cache and without: KL at most {floor}. Drift of that size is rounding."
     )
 
 

@@ -24,15 +24,15 @@ SHARES = (("top1", "same most likely token"), ("top5", "common tokens among the 
 class Table:
     """`columns` are (name, model whose colour it has or ""); the first cell of a row names it.
 
-    Cells from `numbers` on are figures, set to the right.
+    Cells from `numbers` on are figures, set to the right. `note` stands below the table.
     """
 
-    key: str
     title: str
     caption: str
     columns: tuple[tuple[str, str], ...]
     rows: list[tuple[Any, ...]]
     numbers: int = 1
+    note: str = ""
 
 
 def last_layer(data: dict[str, Any]) -> Table | None:
@@ -54,7 +54,19 @@ def last_layer(data: dict[str, Any]) -> Table | None:
         "median far below the mean: few tokens carry the damage."
     )
     columns = [(name, model) for model in finals for name in (f"{model}, mean", "p50", "p99")]
-    return Table("last-layer", "Drift at the last layer", caption, (("figure", ""), *columns), rows)
+    return Table("Drift at the last layer", caption, (("figure", ""), *columns), rows, note=floor(data))
+
+
+def floor(data: dict[str, Any]) -> str:
+    """How large a drift rounding alone makes, from the probe's comparison of each view with itself."""
+    floors = [words.finite(((summary or {}).get("identity") or {}).get("kl_max")) for summary in data["drift"].values()]
+    known = [floor for floor in floors if floor is not None]
+    if not known:
+        return "What rounding alone makes was not measured."
+    floor = words.number(max(known))
+    return (
+        f"Each model against itself, with a KV cache and without: KL at most {floor}. Drift of that size is rounding."
+    )
 
 
 def divergence(data: dict[str, Any]) -> Table | None:
@@ -72,7 +84,7 @@ def divergence(data: dict[str, Any]) -> Table | None:
         return None
     caption = "On the tasks themselves: the token at which half, and nine tenths, of the greedy texts have left dense."
     columns = [(name, model) for model in ("pruned", "recovered") for name in (f"{model}, p50", "p90", "tokens equal")]
-    return Table("divergence", "Where texts leave dense", caption, (("task", ""), *columns), rows)
+    return Table("Where texts leave dense", caption, (("task", ""), *columns), rows)
 
 
 CHOICE_COLUMNS = (
@@ -100,9 +112,7 @@ def choices(data: dict[str, Any]) -> Table | None:
         "one is the next to tip. Mass: probability of all option tokens; where it is small, the disc above is weak "
         "evidence."
     )
-    return Table(
-        "choices-table", "Choice, by likelihood", caption, tuple((name, "") for name in CHOICE_COLUMNS), rows, numbers=2
-    )
+    return Table("Choice, by likelihood", caption, tuple((name, "") for name in CHOICE_COLUMNS), rows, numbers=2)
 
 
 def retrieval(data: dict[str, Any]) -> Table | None:
@@ -130,7 +140,6 @@ def retrieval(data: dict[str, Any]) -> Table | None:
     )
     width = len(names)
     return Table(
-        "retrieval",
         "Ranking, by embeddings",
         caption,
         tuple((name, "") for name in names),
@@ -169,7 +178,7 @@ def repair(data: dict[str, Any]) -> Table | None:
         "model, each before → after. A repair that does not lower the KL is left out."
     )
     names = ("rewritten", "for the lost", "error before", "after", "KL before", "after", "verdict")
-    return Table("repair", "What the repair did", caption, tuple((name, "") for name in names), rows, numbers=2)
+    return Table("What the repair did", caption, tuple((name, "") for name in names), rows, numbers=2)
 
 
 def _site(site: str, between: str) -> str:
@@ -194,7 +203,7 @@ def skipped(data: dict[str, Any]) -> Table | None:
     ]
     caption = "Steps that changed nothing, the newest of them: what was not finite, and in which training sequences."
     names = ("step", "found", "sequences", "not finite")
-    return Table("skipped", "Steps left out", caption, tuple((name, "") for name in names), rows, numbers=len(names))
+    return Table("Steps left out", caption, tuple((name, "") for name in names), rows, numbers=len(names))
 
 
 def times(data: dict[str, Any]) -> Table | None:
@@ -210,20 +219,12 @@ def times(data: dict[str, Any]) -> Table | None:
         rows.append((f"{row['stage']}{calls}", _seconds(row["seconds"]), ", ".join(shown) or "–"))
     rows.append(("all", _seconds(sum(row["seconds"] for row in stages)), "–"))
     caption = "Wall-clock time of each stage when it was last done, and of its parts; the report itself is not in it."
-    return Table("times", "Where the time went", caption, (("stage", ""), ("time", ""), ("of it", "")), rows, numbers=3)
+    return Table("Where the time went", caption, (("stage", ""), ("time", ""), ("of it", "")), rows, numbers=3)
 
 
 def _seconds(value: float) -> str:
     """Seconds, however many: parts are compared with one another."""
     return f"{value:,.0f} s" if value >= 10 else f"{value:.1f} s"
-
-
-TABLES = (last_layer, divergence, choices, retrieval, repair, skipped, times)
-
-
-def tables(data: dict[str, Any]) -> dict[str, Table]:
-    """Key -> table, only those that have figures."""
-    return {table.key: table for make in TABLES if (table := make(data)) is not None}
 
 
 def _mean(value: Any) -> float | None:

@@ -19,10 +19,10 @@ Place = tuple[float, float, float, float]  # left, right, top, baseline
 
 def training(data: dict[str, Any]) -> Figure:
     """Loss and its terms per token, generation at the ends of epochs, gradient norm and learning rate, over tokens."""
-    key, title = "training", "How training went"
+    title = "How training went"
     found = data["curve"]
     if found is None:
-        return Figure(key, title, "Not measured: there is no recover/steps.jsonl, which older runs do not have.")
+        return Figure(title, "Not measured: there is no recover/steps.jsonl, which older runs do not have.")
     points, drawn = found["points"], _terms(data)
     scores = [row for row in data["epochs"] if _score(row) is not None]
 
@@ -39,7 +39,7 @@ def training(data: dict[str, Any]) -> Figure:
         return canvas.render()
 
     columns, table = _table(points)
-    return Figure(key, title, " ".join([*learnt(data), *_how_to_read(data, bool(scores))]), draw, columns, table)
+    return Figure(title, " ".join([*learnt(data), *_how_to_read(data, bool(scores))]), draw, columns, table)
 
 
 def _how_to_read(data: dict[str, Any], scores: bool) -> list[str]:

@@ -16,10 +16,10 @@ IDENTICAL = 1e-10  # below it, 1 - cos is rounding
 
 def blocks(data: dict[str, Any]) -> Figure:
     """1 - cos at the output of every block, in three spaces, before and after recovery; dropped blocks are marked."""
-    key, title = "blocks", "Drift block by block, in three spaces"
+    title = "Drift block by block, in three spaces"
     curves = by_model(data, "blocks")
     if not curves:
-        return Figure(key, title, "Not measured: no probe recorded the blocks.")
+        return Figure(title, "Not measured: no probe recorded the blocks.")
     plan = data["plan"] or {}
     dropped = (plan_text.gone(plan, "attention") & plan_text.gone(plan, "mlp")) | {
         row["block"] for rows in curves.values() for row in rows if row["closed"]
@@ -62,7 +62,7 @@ def blocks(data: dict[str, Any]) -> Figure:
         for model, rows in curves.items()
         for row in rows
     ]
-    return Figure(key, title, see, draw, ("block", "model", "", *SPACES), table, tuple(curves))
+    return Figure(title, see, draw, ("block", "model", "", *SPACES), table, tuple(curves))
 
 
 def _block_words(curves: dict[str, Any], dropped: set[int]) -> str:
@@ -104,17 +104,17 @@ def _block_panel(canvas: Canvas, curves: dict[str, Any], space: str, dropped: se
 
 def steps(data: dict[str, Any]) -> Figure:
     """KL along the text: on the dense model's own words, and on the words each model writes itself."""
-    key, title = "steps", "KL to the dense model along the text"
+    title = "KL to the dense model along the text"
     curves = by_model(data, "steps")
     if not curves:
-        return Figure(key, title, "Not measured: no probe recorded decoding steps.")
+        return Figure(title, "Not measured: no probe recorded decoding steps.")
     lines = {
         model: {way: _kl_line(rows, way) for way in ("teacher_forced", "free_running")}
         for model, rows in curves.items()
     }
     values = [value for ways in lines.values() for line in ways.values() for _, value in line]
     if not values:
-        return Figure(key, title, "Not measured: the probe recorded no KL per step.")
+        return Figure(title, "Not measured: the probe recorded no KL per step.")
 
     def draw(width: float) -> str:
         stacked = is_narrow(width)
@@ -148,7 +148,7 @@ def steps(data: dict[str, Any]) -> Figure:
             for way in ways
         ),
     )
-    return Figure(key, title, see, draw, columns, table)
+    return Figure(title, see, draw, columns, table)
 
 
 def _kl_line(rows: list[dict[str, Any]], way: str) -> list[tuple[int, float]]:
@@ -179,11 +179,11 @@ def _kl_panel(canvas: Canvas, model: str, ways: dict[str, list[tuple[int, float]
 
 def predictors(data: dict[str, Any]) -> Figure:
     """The paper's second-order predictor of KL against exact KL, one dot a decoding step."""
-    key, title = "predictors", "Can the cheap predictor be trusted?"
+    title = "Can the cheap predictor be trusted?"
     dots = {model: _predicted(rows) for model, rows in by_model(data, "steps").items()}
     dots = {model: pairs for model, pairs in dots.items() if pairs}
     if not dots:
-        return Figure(key, title, "Not measured: the probe recorded no predicted KL beside the exact one.")
+        return Figure(title, "Not measured: the probe recorded no predicted KL beside the exact one.")
     values = [value for pairs in dots.values() for _, *pair in pairs for value in pair]
 
     def draw(width: float) -> str:
@@ -213,7 +213,7 @@ def predictors(data: dict[str, Any]) -> Figure:
         for model, pairs in dots.items()
         for step, exact, predicted in pairs
     ]
-    return Figure(key, title, see, draw, ("step", "model", "exact KL", "Var/(2T²)"), table, tuple(dots))
+    return Figure(title, see, draw, ("step", "model", "exact KL", "Var/(2T²)"), table, tuple(dots))
 
 
 def _predicted(rows: list[dict[str, Any]]) -> list[tuple[int, float, float]]:

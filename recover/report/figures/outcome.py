@@ -19,9 +19,9 @@ def hero(data: dict[str, Any]) -> Figure:
     shown = [use for use in ("generation", "choice", "retrieval") if any(_value(data, model, use) for model in MODELS)]
     perplexity = {model: (data["headline"][model] or {}).get("perplexity") for model in MODELS}
     has_perplexity = any(perplexity.values())
-    key, title = "hero", "Dense, pruned, recovered"
+    title = "Dense, pruned, recovered"
     if not shown and not has_perplexity:
-        return Figure(key, title, "Not measured: no model has a measure.json yet.")
+        return Figure(title, "Not measured: no model has a measure.json yet.")
     number = len(shown) + int(has_perplexity)
 
     def draw(width: float) -> str:
@@ -43,7 +43,7 @@ def hero(data: dict[str, Any]) -> Figure:
     see = "Bars are means over tasks, thin lines their 95% intervals, the tick across each panel is the dense level."
     if has_perplexity:
         see += " Perplexity is on a log scale; further left is better."
-    return Figure(key, title, see, draw, ("measure", *MODELS), rows)
+    return Figure(title, see, draw, ("measure", *MODELS), rows)
 
 
 def _value(data: dict[str, Any], model: str, use: str) -> dict[str, Any] | None:
@@ -135,9 +135,9 @@ def _perplexity(canvas: Canvas, perplexity: dict[str, float | None], left: float
 def epochs(data: dict[str, Any]) -> Figure:
     """Generation after each epoch against the dense and pruned levels, with the training loss beside it."""
     rows = data["epochs"]
-    key, title = "epochs", "Generation after each epoch"
+    title = "Generation after each epoch"
     if not rows:
-        return Figure(key, title, "Not measured: no epoch of recovery was finished.")
+        return Figure(title, "Not measured: no epoch of recovery was finished.")
 
     def draw(width: float) -> str:
         stacked = is_narrow(width)
@@ -164,7 +164,7 @@ def epochs(data: dict[str, Any]) -> Figure:
         "A falling loss does not promise better writing, so generation itself is measured after each epoch. "
         "The ring marks the epoch that is kept."
     )
-    return Figure(key, title, see, draw, ("epoch", "tokens", "generation", "loop rate", "loss", ""), table)
+    return Figure(title, see, draw, ("epoch", "tokens", "generation", "loop rate", "loss", ""), table)
 
 
 def _epoch_score(row: dict[str, Any]) -> float | None:
@@ -233,11 +233,11 @@ def _epoch_loss(canvas: Canvas, rows: list[dict[str, Any]], left: float, right: 
 
 def divergence(data: dict[str, Any]) -> Figure:
     """Share of prompts whose free-running text is still the dense model's, step by step."""
-    key, title = "divergence", "How long the text stays the dense model's"
+    title = "How long the text stays the dense model's"
     curves = {model: _same_share(data, model) for model in data["drift"]}
     curves = {model: curve for model, curve in curves.items() if curve}
     if not curves:
-        return Figure(key, title, "Not measured: no probe recorded free-running text.")
+        return Figure(title, "Not measured: no probe recorded free-running text.")
 
     def draw(width: float) -> str:
         canvas = Canvas(
@@ -279,7 +279,7 @@ def divergence(data: dict[str, Any]) -> Figure:
     steps = sorted({step for curve in curves.values() for step, _ in curve})
     shares = {model: dict(curve) for model, curve in curves.items()}
     table = [(step, *(words.percent(shares[model].get(step), 1) for model in curves)) for step in steps]
-    return Figure(key, title, see, draw, ("token", *curves), table)
+    return Figure(title, see, draw, ("token", *curves), table)
 
 
 def _same_share(data: dict[str, Any], model: str) -> list[tuple[int, float]]:

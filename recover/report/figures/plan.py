@@ -18,16 +18,14 @@ def pruned(data: dict[str, Any]) -> Figure:
     """Scores per block for a depth plan, a map of zeros for masks."""
     plan = data["plan"]
     if not plan:
-        return Figure("plan", "What was pruned", "Not measured: nothing was pruned yet.")
+        return Figure("What was pruned", "Not measured: nothing was pruned yet.")
     if plan["modules"]:
         return _sparsity_map(plan)
     if plan_text.sites(plan):
         return _depth(plan)
     if plan.get("kind") == "width":
-        return Figure(
-            "plan", "What was pruned", f"Every block is narrower, by the same measure: {plan_text.sizes(plan)}."
-        )
-    return Figure("plan", "What was pruned", "The plan drops no block and no weight.")
+        return Figure("What was pruned", f"Every block is narrower, by the same measure: {plan_text.sizes(plan)}.")
+    return Figure("What was pruned", "The plan drops no block and no weight.")
 
 
 Rounds = dict[int, dict[int, float]]  # round -> block -> score
@@ -88,7 +86,7 @@ def _depth(plan: dict[str, Any]) -> Figure:
         return canvas.render()
 
     columns, table = _depth_table(plan, lanes, chosen)
-    return Figure("plan", title, _depth_words(plan, lanes), draw, columns, table)
+    return Figure(title, _depth_words(plan, lanes), draw, columns, table)
 
 
 def _depth_words(plan: dict[str, Any], lanes: dict[str, Rounds]) -> str:
@@ -227,7 +225,7 @@ def _sparsity_map(plan: dict[str, Any]) -> Figure:
     span = f"from {words.percent(low, 1)} to {words.percent(high, 1)}"
     see = f"Share of weights that are zero in each linear layer: {span}, a stronger colour means more zeros."
     table = [(block, site, words.percent(share, 1)) for (site, block), share in cells.items()]
-    return Figure("plan", "Where the zeros are", see, draw, ("block", "layer", "zeros"), table)
+    return Figure("Where the zeros are", see, draw, ("block", "layer", "zeros"), table)
 
 
 def _shade(share: float) -> int:

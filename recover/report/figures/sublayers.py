@@ -58,7 +58,7 @@ def worth(data: dict[str, Any]) -> Figure | None:
         for part, block in sorted(closed or next(iter(replaced.values())), key=lambda at: (at[1], at[0]))
     ]
     legend = ("dense, closed", *replaced)
-    return Figure("sublayers", "Which sublayers carry the damage", see, draw, columns, table, legend)
+    return Figure("Which sublayers carry the damage", see, draw, columns, table, legend)
 
 
 def _worst(model: str, levels: Levels) -> str:
@@ -127,7 +127,7 @@ def writes(data: dict[str, Any]) -> Figure | None:
         (block, PART_NAMES[part], words.number(value), words.number(along.get((part, block))))
         for (part, block), value in sorted(across.items(), key=lambda item: (item[0][1], item[0][0]))
     ]
-    return Figure("writes", "What each sublayer writes into the stream", see, draw, columns, table)
+    return Figure("What each sublayer writes into the stream", see, draw, columns, table)
 
 
 def _written(canvas: Canvas, part: str, along: Levels, across: Levels, x: Linear, y: Linear) -> None:

@@ -37,7 +37,7 @@ def sampled(data: dict[str, Any]) -> Figure | None:
         "under the thick one: sampling exposes damage that greedy decoding hides."
     )
     columns = ("model", "texts", "KL, dense words", "KL, own words", "half parted by token", "never parted")
-    return Figure("sampled", "Greedy text against drawn text", see, draw, columns, _sampled_table(data, drawn))
+    return Figure("Greedy text against drawn text", see, draw, columns, _sampled_table(data, drawn))
 
 
 def _greedy(drift: dict[str, Any]) -> Curve:
@@ -118,7 +118,7 @@ def temperatures(data: dict[str, Any]) -> Figure | None:
         )
         for t in every
     ]
-    return Figure("temperatures", "Hotter or colder", see, draw, columns, table, tuple(found))
+    return Figure("Hotter or colder", see, draw, columns, table, tuple(found))
 
 
 def _temperature_words(model: str, rows: list[dict[str, Any]]) -> str:

@@ -40,7 +40,7 @@ def choices(data: dict[str, Any]) -> Figure | None:
     )
     columns = ("task", "model", "KL, options", "KL, vocabulary")
     table = [(row["task"], model, words.number(inside), words.number(outside)) for model, row, inside, outside in shown]
-    return Figure("choices", "The few logits that choose, and all the others", see, draw, columns, table)
+    return Figure("The few logits that choose, and all the others", see, draw, columns, table)
 
 
 def _choice_words(model: str, row: dict[str, Any], inside: float, outside: float) -> str:

@@ -1,91 +1,23 @@
-"""The page of a comparison: what each run kept, what it cost, and how it came there, as pictures and tables."""
+"""Pictures of a comparison: what each run kept, for what, and how it came there along the tokens of distillation."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from recover.base.artifacts import write_text
-from recover.report import render, speed_text, verdict, words
-from recover.report.compare import MODELS, USES
-from recover.report.compare_courses import courses, losses, names_at_edge
+from recover.report import verdict, words
 from recover.report.figures.figure import Figure, is_narrow, panels
-from recover.report.figures.svg import Canvas, Linear
+from recover.report.figures.svg import Canvas, Linear, Log, apart
 
 ROW = 46
+USES = ("generation", "choice", "retrieval")
+MODELS = ("pruned", "recovered")
 
 
-def render_compare(data: dict[str, Any], path: Path) -> Path:
-    """Write the comparison as one self-contained HTML page; gives its path."""
-    html = render.environment(escape=True)
-    drawn = [figure for figure in (ways(data), trade(data), courses(data), losses(data)) if figure is not None]
-    view = {
-        "data": data,
-        "drawn": [render.drawn(figure) for figure in drawn],
-        "columns": COLUMNS,
-        "rows": [row(run) for run in data["runs"]],
-        "speed_columns": SPEED_COLUMNS,
-        "speed_rows": [speed_row(run) for run in data["runs"]],
-    }
-    write_text(path, render.page(html, "compare.html.j2", view))
-    return path
-
-
-COLUMNS = (
-    *("run", "pruned", "weights", "tokens", "generation, pruned", "generation, recovered"),
-    *("choice, pruned", "choice, recovered", "perplexity", "file", "decoding"),
-)
-
-
-def row(run: dict[str, Any]) -> list[tuple[str, float | None, str]]:
-    """Cells as (wording, value to sort by, what to make of it)."""
-    file = speed_text.value(run["speed"], "file_bytes")
-    return [
-        (run["name"], None, ""),
-        (run["pruned"], None, ""),
-        (words.percent(run["parameters"]), run["parameters"], ""),
-        (words.count(run["tokens"]), run["tokens"], ""),
-        *(_share(run, model, use) for use in ("generation", "choice") for model in MODELS),
-        _perplexity(run["perplexity"]),
-        (f"×{file:.2f}" if file is not None else words.NOT_MEASURED, file, ""),
-        _decoding(run),
-    ]
-
-
-def _perplexity(found: dict[str, float | None]) -> tuple[str, float | None, str]:
-    """Recovered, with the way there under it."""
-    way = " → ".join(words.number(found[model]) for model in ("dense", "pruned") if found[model] is not None)
-    return words.number(found["recovered"]), found["recovered"], f"{way} →" if way else ""
-
-
-def _decoding(run: dict[str, Any]) -> tuple[str, float | None, str]:
-    """The ratio, and under it what it means where it is no gain."""
-    said = speed_text.gain(run["speed"], "decode_tokens_per_second")
-    if run["decoding"] is None or said.startswith("×"):
-        return said.partition(" [")[0], run["decoding"], ""
-    return f"×{run['decoding']:.2f}", run["decoding"], said
-
-
-def _share(run: dict[str, Any], model: str, use: str) -> tuple[str, float | None, str]:
+def share_cell(run: dict[str, Any], model: str, use: str) -> tuple[str, float | None, str]:
+    """(wording, share, grade) of what a model of a run keeps of a use."""
     share = run["kept"][model][use]
     grade = run["grades"][model][use]
     return (grade, None, "") if share is None else (verdict.share(share), share, grade)
-
-
-SPEED_COLUMNS = (
-    *("run", "parameters", "file", "KV per token"),
-    *("prefill, tokens/s", "prefill, ratio", "decoding, tokens/s", "decoding, ratio"),
-)
-
-
-def speed_row(run: dict[str, Any]) -> list[str]:
-    """One run of the table of sizes and speeds, dense → deployed, both timed in one run; in words."""
-    cells = [run["name"]]
-    for key in ("parameters", "file_bytes", "kv_bytes_per_token", *speed_text.RATES):
-        cells.append(speed_text.change(run["speed"], key))
-        if key in speed_text.RATES:
-            cells.append(speed_text.ratio(run["speed"], key))
-    return cells
 
 
 def ways(data: dict[str, Any]) -> Figure:
@@ -94,7 +26,7 @@ def ways(data: dict[str, Any]) -> Figure:
     uses = [use for use in USES if any(run["kept"][model][use] is not None for run in runs for model in MODELS)]
     title = "From pruned to recovered, as a share of dense"
     if not uses:
-        return Figure("compare", title, "Not measured: no run has both a dense and a pruned measure.")
+        return Figure(title, "Not measured: no run has both a dense and a pruned measure.")
     top = max(run["kept"][model][use] or 0.0 for run in runs for model in MODELS for use in uses)
 
     def draw(width: float) -> str:
@@ -113,8 +45,8 @@ def ways(data: dict[str, Any]) -> Figure:
         "A line that runs to the left is a use that recovery cost."
     )
     shares = [f"{use}, {model}" for use in uses for model in MODELS]
-    table = [(run["name"], *(_share(run, model, use)[0] for use in uses for model in MODELS)) for run in runs]
-    return Figure("compare", title, see, draw, ("run", *shares), table, MODELS)
+    table = [(run["name"], *(share_cell(run, model, use)[0] for use in uses for model in MODELS)) for run in runs]
+    return Figure(title, see, draw, ("run", *shares), table, MODELS)
 
 
 def _panel(canvas: Canvas, runs: list[dict[str, Any]], use: str, x: Linear, top: float) -> None:
@@ -173,11 +105,11 @@ def trade(data: dict[str, Any]) -> Figure | None:
         (
             run["name"],
             words.percent(run["parameters"]),
-            *(_share(run, model, use)[0] for use in ("choice", "generation") for model in MODELS),
+            *(share_cell(run, model, use)[0] for use in ("choice", "generation") for model in MODELS),
         )
         for run in runs
     ]
-    return Figure("trade", "What is kept, for what", see, draw, columns, table, MODELS)
+    return Figure("What is kept, for what", see, draw, columns, table, MODELS)
 
 
 Place = tuple[float, float]
@@ -217,3 +149,91 @@ def _scatter(
 
 def _at(what: str, point: Place) -> str:
     return f"{what} {verdict.share(point[0])}, generation {verdict.share(point[1])}"
+
+
+def names_at_edge(canvas: Canvas, ends: dict[str, tuple[float, float]], right: float) -> None:
+    """Names at the right edge, each tied to its point, none over another."""
+    heights = apart([y for _, y in ends.values()], 15)
+    for (name, (x, y)), height in zip(ends.items(), heights, strict=True):
+        canvas.line(x + 8, y, right + 6, height, "grid")
+        canvas.text(right + 9, height + 4, name if len(name) < 17 else f"{name[:15]}…", "note")
+
+
+def courses(data: dict[str, Any]) -> Figure | None:
+    """Generation after each epoch against the tokens spent, all runs in one panel."""
+    lines = {run["name"]: _course(run) for run in data["runs"]}
+    lines = {name: line for name, line in lines.items() if len(line) > 1}
+    if not lines:
+        return None
+    most = max(tokens for line in lines.values() for tokens, _ in line)
+
+    def draw(width: float) -> str:
+        canvas = Canvas(width, 290, "Line chart. " + "; ".join(_course_words(*item) for item in lines.items()))
+        x, y = Linear(0, most, 44, width - 120), Linear(0, 1, 236, 18)
+        canvas.axis_y(y, 44, x.stop, "percent")
+        canvas.axis_x(x, 236, "count", 4 if is_narrow(width) else 6)
+        canvas.text((x.start + x.stop) / 2, 276, "tokens of distillation", "note", anchor="middle")
+        names_at_edge(canvas, {name: (x(line[-1][0]), y(line[-1][1])) for name, line in lines.items()}, x.stop)
+        for name, line in lines.items():
+            canvas.path([(x(tokens), y(score)) for tokens, score in line], "stroke-recovered line")
+            for number, (tokens, score) in enumerate(line):
+                css = "fill-recovered rim" if number else "fill-pruned rim"
+                tip = f"{name}, {words.count(tokens)} tokens: generation {words.percent(score)}"
+                canvas.dot(x(tokens), y(score), 4.5, css, tip=tip)
+        return canvas.render()
+
+    see = (
+        "Generation itself, not its share of dense, measured after each epoch; the first dot is the pruned model. A "
+        "line that still climbs at its end was stopped early. Epochs may be measured on fewer items than the end."
+    )
+    table = [
+        (name, words.count(tokens), words.percent(score, 1)) for name, line in lines.items() for tokens, score in line
+    ]
+    return Figure("What the tokens brought", see, draw, ("run", "tokens", "generation"), table)
+
+
+def _course(run: dict[str, Any]) -> list[tuple[float, float]]:
+    kept, dense = run["kept"]["pruned"]["generation"], run["dense"]["generation"]
+    start = [(0.0, kept * dense)] if kept is not None and dense is not None else []
+    return start + [(tokens, score) for tokens, score in run["epochs"] if tokens is not None and score is not None]
+
+
+def _course_words(name: str, line: list[tuple[float, float]]) -> str:
+    tokens, score = line[-1]
+    return f"{name}: from {words.percent(line[0][1])} to {words.percent(score)} in {words.count(tokens)} tokens"
+
+
+def losses(data: dict[str, Any]) -> Figure | None:
+    """KL on the text that is trained on against the tokens spent: the one term that every training records."""
+    lines = {run["name"]: run["kl"] for run in data["runs"] if len(run["kl"]) > 1}
+    if not lines:
+        return None
+    most = max(line[-1][0] for line in lines.values())
+    levels = [kl for line in lines.values() for _, kl in line]
+
+    def draw(width: float) -> str:
+        canvas = Canvas(width, 290, "Line chart. " + "; ".join(_kl_words(*item) for item in lines.items()))
+        x, y = Linear(0, most, 50, width - 120), Log.around(levels, 236, 18)
+        canvas.axis_y(y, 50, x.stop)
+        canvas.axis_x(x, 236, "count", 4 if is_narrow(width) else 6)
+        canvas.text((x.start + x.stop) / 2, 276, "tokens of distillation", "note", anchor="middle")
+        names_at_edge(canvas, {name: (x(line[-1][0]), y(line[-1][1])) for name, line in lines.items()}, x.stop)
+        for name, line in lines.items():
+            canvas.path([(x(tokens), y(kl)) for tokens, kl in line], "stroke-recovered thin")
+            for tokens, kl in line:
+                tip = f"{name}, {words.count(tokens)} tokens: KL {words.number(kl)}"
+                canvas.dot(x(tokens), y(kl), 4.5, "hit", tip=tip)
+        return canvas.render()
+
+    see = (
+        "Mean KL(dense ‖ pruned) per token, in nats, log scale, on the text that each run learns from. Only "
+        "runs of the same text, dense model and temperature can be set side by side. A lower line need not write "
+        "better: that is the picture above."
+    )
+    table = [(name, words.count(tokens), words.number(kl)) for name, line in lines.items() for tokens, kl in line]
+    return Figure("How KL fell in training", see, draw, ("run", "tokens", "KL"), table)
+
+
+def _kl_words(name: str, line: list[list[float]]) -> str:
+    (_, first), (tokens, last) = line[0], line[-1]
+    return f"{name}: KL from {words.number(first)} to {words.number(last)} in {words.count(tokens)} tokens"
