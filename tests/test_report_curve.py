@@ -271,5 +271,5 @@ def test_runs_are_drawn_together_by_kl(tmp_path: Path) -> None:
     figure = losses(compare(runs))
     assert figure is not None and {row[0] for row in figure.rows} == {"a", "b"}
     points = collect(runs[1])["curve"]["points"]
-    expected = [list(pair) for pair in zip(points["tokens"], points["kl"]["mean"], strict=True)]
+    expected = list(zip(points["tokens"], points["kl"]["mean"], strict=True))
     assert next(run["kl"] for run in compare(runs)["runs"] if run["name"] == "b") == expected

@@ -10,6 +10,7 @@ import typer
 
 from recover.base import console, products
 from recover.base.errors import ArtifactError
+from recover.report.data import CHANGED, USES, ComparedRun
 from recover.run import summary as outcome
 from recover.run.directory import RunDirectory
 
@@ -111,8 +112,8 @@ def compare(
         console.say(str(page.render_compare(data, html)))
 
 
-def _compared(run: dict[str, Any]) -> list[str | None]:
-    kept = [run["kept"][model][use] for use in ("generation", "choice") for model in ("pruned", "recovered")]
+def _compared(run: ComparedRun) -> list[str | None]:
+    kept = [run["kept"][model][use] for use in USES[:2] for model in CHANGED]
     perplexity = run["perplexity"]["recovered"]
     return [
         run["name"],

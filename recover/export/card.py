@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from recover.config.recipe import Recipe, dump_recipe
 from recover.models.pairing import pack_sites, zeroed_partners
 from recover.models.site import PARTS, Site
 from recover.report import plan_text
+from recover.report.data import Plan
 
 FIGURES = {
     "generation": "generation (exact match)",
@@ -48,10 +49,10 @@ def _shown(source: str) -> str:
 
 def _what_was_pruned(plan: dict[str, Any]) -> str:
     became = f"{plan['parameters_dense']:,} parameters became {plan['parameters_pruned']:,}."
-    if sites := plan_text.sites(plan):
+    if sites := plan_text.sites(cast(Plan, plan)):
         return f"Of its {plan['blocks']} blocks these are dropped: {sites}. {became}{_zeroed(plan)}"
     if plan["kind"] == "width":
-        return f"Every block is narrower ({plan_text.sizes(plan)}). {became}"
+        return f"Every block is narrower ({plan_text.sizes(cast(Plan, plan))}). {became}"
     weights = sum(mask["shape"][0] * mask["shape"][1] for mask in plan["masks"].values())
     zeros = sum(mask["zeros"] for mask in plan["masks"].values())
     patterns = ", ".join(sorted({mask["pattern"] for mask in plan["masks"].values()}))
@@ -67,7 +68,7 @@ def _zeroed(plan: dict[str, Any]) -> str:
         Site(block, part)
         for part in PARTS
         for block in range(plan["blocks"])
-        if block not in plan_text.gone(plan, part)
+        if block not in plan_text.gone(cast(Plan, plan), part)
     }
     zeroed = zeroed_partners(pack_sites(kept))
     return f" Of these, {zeroed} sublayers are zeroed partners of lone ones: they add nothing." if zeroed else ""

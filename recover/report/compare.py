@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from recover.base.artifacts import write_text
 from recover.report import plan_text, render, speed_text, words
 from recover.report.collect import collect
+from recover.report.data import CHANGED, USES, ComparedRun, Comparison, Curve, Json, RunData
 from recover.report.exhibits import Exhibit
-from recover.report.figures.compare import MODELS, USES, courses, losses, share_cell, trade, ways
+from recover.report.figures.compare import courses, losses, share_cell, trade, ways
 
 SAME = 0.02  # dense figures further apart than this were not measured alike
 
@@ -23,7 +24,7 @@ PICTURES = (
 )
 
 
-def compare(roots: Sequence[Path]) -> dict[str, Any]:
+def compare(roots: Sequence[Path]) -> Comparison:
     """{"runs": one summary a run, "best": name or None, "comparable", "same_dense", "apart"}; JSON-able.
 
     `apart` says in words what must not be set side by side, and why. Runs that start from different dense models, or
@@ -47,7 +48,7 @@ def compare(roots: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def _name_apart(runs: list[dict[str, Any]], roots: Sequence[Path]) -> None:
+def _name_apart(runs: list[ComparedRun], roots: Sequence[Path]) -> None:
     """Runs of one name are told apart by their folders."""
     names = [run["name"] for run in runs]
     for run, root in zip(runs, roots, strict=True):
@@ -55,16 +56,16 @@ def _name_apart(runs: list[dict[str, Any]], roots: Sequence[Path]) -> None:
             run["name"] = f"{run['name']} ({root.absolute().parent.name}/{root.absolute().name})"
 
 
-def _groups(runs: list[dict[str, Any]], key: str) -> dict[str, list[str]]:
+def _groups(runs: list[ComparedRun], key: Literal["model", "measure", "timed_on"]) -> dict[str, list[str]]:
     """Value -> names of the runs that have it, where it is known."""
     found: dict[str, list[str]] = {}
     for run in runs:
-        if run[key]:
-            found.setdefault(run[key], []).append(run["name"])
+        if value := run[key]:
+            found.setdefault(value, []).append(run["name"])
     return found
 
 
-def _dense_apart(runs: list[dict[str, Any]]) -> str:
+def _dense_apart(runs: list[ComparedRun]) -> str:
     groups = _groups(runs, "model")
     if len(groups) < 2:
         return ""
@@ -72,7 +73,7 @@ def _dense_apart(runs: list[dict[str, Any]]) -> str:
     return f"These runs start from different dense models ({who}). Their shares have different wholes: none is best."
 
 
-def _rules_apart(runs: list[dict[str, Any]]) -> str:
+def _rules_apart(runs: list[ComparedRun]) -> str:
     """Which fields of `measure` differ, and how."""
     groups = _groups(runs, "measure")
     if len(groups) < 2:
@@ -99,7 +100,7 @@ def _shown(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _level_apart(runs: list[dict[str, Any]]) -> str:
+def _level_apart(runs: list[ComparedRun]) -> str:
     """The dense model should score the same wherever it is measured by the same rules."""
     known = [(value, run["name"]) for run in runs if (value := run["dense"]["generation"]) is not None]
     if not known or len(_groups(runs, "model")) > 1 or len(_groups(runs, "measure")) > 1:
@@ -113,7 +114,7 @@ def _level_apart(runs: list[dict[str, Any]]) -> str:
     )
 
 
-def _timed_apart(runs: list[dict[str, Any]]) -> str:
+def _timed_apart(runs: list[ComparedRun]) -> str:
     if len(_groups(runs, "timed_on")) < 2:
         return ""
     return (
@@ -127,7 +128,7 @@ def _order(*kept: float | None) -> tuple[float, ...]:
     return tuple(-share if share is not None else float("inf") for share in kept)
 
 
-def _run(data: dict[str, Any]) -> dict[str, Any]:
+def _run(data: RunData) -> ComparedRun:
     plan, speed = data["plan"] or {}, data["speed"]
     return {
         "name": data["name"],
@@ -141,29 +142,29 @@ def _run(data: dict[str, Any]) -> dict[str, Any]:
         "measure": _one_text(_rules(data["recipe"].get("measure") or {})),
         "timed_on": _one_text([words.machine(speed.get("machine")), speed.get("workload")]) if speed else None,
         "tokens": (data["tokens"] or {}).get("kept"),
-        "epochs": [[row["tokens"], words.finite(row["headline"].get("generation"))] for row in data["epochs"]],
+        "epochs": [(row["tokens"], words.finite(row["headline"].get("generation"))) for row in data["epochs"]],
         "kl": _kl(data["curve"]),
         "dense": {use: ((data["headline"]["dense"] or {}).get(use) or {}).get("value") for use in USES},
-        "interval": {model: {use: data["verdict"][model][use]["interval"] for use in USES} for model in MODELS},
-        "kept": {model: {use: data["verdict"][model][use]["kept"] for use in USES} for model in MODELS},
-        "grades": {model: {use: data["verdict"][model][use]["grade"] for use in USES} for model in MODELS},
+        "interval": {model: {use: data["verdict"][model][use]["interval"] for use in USES} for model in CHANGED},
+        "kept": {model: {use: data["verdict"][model][use]["kept"] for use in USES} for model in CHANGED},
+        "grades": {model: {use: data["verdict"][model][use]["grade"] for use in USES} for model in CHANGED},
         "perplexity": {model: (figures or {}).get("perplexity") for model, figures in data["headline"].items()},
     }
 
 
-def _kl(curve: dict[str, Any] | None) -> list[list[float]]:
+def _kl(curve: Curve | None) -> list[tuple[float, float]]:
     """[tokens, mean KL per token] of each point of the training curve."""
     points = curve["points"] if curve else {}
     pairs = zip(points["tokens"], points["kl"]["mean"], strict=True) if "kl" in points else ()
-    return [[tokens, kl] for tokens, kl in pairs if kl is not None]
+    return [(tokens, kl) for tokens, kl in pairs if kl is not None]
 
 
-def _model(cfg: dict[str, Any]) -> str:
+def _model(cfg: Json) -> str:
     revision = cfg.get("revision")
     return f"{cfg.get('source')}{f' at {revision}' if revision else ''}"
 
 
-def _rules(measure: dict[str, Any]) -> dict[str, Any]:
+def _rules(measure: Json) -> Json:
     """Without the fields that change no figure."""
     return {key: value for key, value in measure.items() if key not in ("batch_size", "samples", "epoch_limit")}
 
@@ -177,7 +178,7 @@ def _ratio(value: Any, of: Any) -> float | None:
     return None if value is None or not of else value / of
 
 
-def render_compare(data: dict[str, Any], path: Path) -> Path:
+def render_compare(data: Comparison, path: Path) -> Path:
     """Write the comparison as one self-contained HTML page; gives its path."""
     html = render.environment(escape=True)
     drawn = [render.worded(each, found) for each in PICTURES if (found := each.make(data)) is not None]
@@ -199,7 +200,7 @@ COLUMNS = (
 )
 
 
-def row(run: dict[str, Any]) -> list[tuple[str, float | None, str]]:
+def row(run: ComparedRun) -> list[tuple[str, float | None, str]]:
     """Cells as (wording, value to sort by, what to make of it)."""
     file = speed_text.value(run["speed"], "file_bytes")
     return [
@@ -207,7 +208,7 @@ def row(run: dict[str, Any]) -> list[tuple[str, float | None, str]]:
         (run["pruned"], None, ""),
         (words.percent(run["parameters"]), run["parameters"], ""),
         (words.count(run["tokens"]), run["tokens"], ""),
-        *(share_cell(run, model, use) for use in ("generation", "choice") for model in MODELS),
+        *(share_cell(run, model, use) for use in ("generation", "choice") for model in CHANGED),
         _perplexity(run["perplexity"]),
         (f"×{file:.2f}" if file is not None else words.NOT_MEASURED, file, ""),
         _decoding(run),
@@ -220,7 +221,7 @@ def _perplexity(found: dict[str, float | None]) -> tuple[str, float | None, str]
     return words.number(found["recovered"]), found["recovered"], f"{way} →" if way else ""
 
 
-def _decoding(run: dict[str, Any]) -> tuple[str, float | None, str]:
+def _decoding(run: ComparedRun) -> tuple[str, float | None, str]:
     """The ratio, and under it what it means where it is no gain."""
     said = speed_text.gain(run["speed"], "decode_tokens_per_second")
     if run["decoding"] is None or said.startswith("×"):
@@ -234,7 +235,7 @@ SPEED_COLUMNS = (
 )
 
 
-def speed_row(run: dict[str, Any]) -> list[str]:
+def speed_row(run: ComparedRun) -> list[str]:
     """One run of the table of sizes and speeds, dense → deployed, both timed in one run; in words."""
     cells = [run["name"]]
     for key in ("parameters", "file_bytes", "kv_bytes_per_token", *speed_text.RATES):

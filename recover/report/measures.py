@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import cast
 
 from recover.report import words
-
-USES = ("generation", "choice", "retrieval")
+from recover.report.data import USES, Cell, Headline, Json, Measure, MeasureRow, Records, Task, UseFigure
 
 
 @dataclass(frozen=True)
@@ -59,10 +58,8 @@ METRICS: dict[str, tuple[Metric, ...]] = {
 }
 USE_OF_KIND = {"generate": "generation", "code": "generation", "choice": "choice", "retrieval": "retrieval"}
 
-Records = dict[str, dict[str, Any] | None]
 
-
-def rows(records: Records) -> list[dict[str, Any]]:
+def rows(records: Records) -> list[MeasureRow]:
     """One row a task and metric, in the order of the tasks; a cell is None where the model was not measured.
 
     A metric that no model has is left out; `kept` is the share of dense, for main figures of which more is better.
@@ -73,9 +70,10 @@ def rows(records: Records) -> list[dict[str, Any]]:
             cells = {model: _cell(record, name, metric) for model, record in records.items()}
             if not any(cells.values()):
                 continue
-            items = next((_task(record, name).get("items") for record in records.values() if _task(record, name)), None)
+            items = next((task.get("items") for record in records.values() if (task := _task(record, name))), None)
             kept = {model: _kept(cells[model], cells["dense"], metric) for model in ("pruned", "recovered")}
-            found.append({"task": name, "kind": kind, "items": items, **asdict(metric), **cells, "kept": kept})
+            row = {"task": name, "kind": kind, "items": items, **asdict(metric), **cells, "kept": kept}
+            found.append(cast(MeasureRow, row))
     return found
 
 
@@ -93,7 +91,7 @@ def _metrics(records: Records, name: str, kind: str) -> list[Metric]:
 
 
 def _parts(records: Records, name: str, part: str) -> list[str]:
-    return list({key: None for record in records.values() for key in _task(record, name).get(part) or ()})
+    return list({key: None for record in records.values() for key in (_task(record, name) or {}).get(part) or ()})
 
 
 def _tasks(records: Records) -> dict[str, str]:
@@ -101,15 +99,17 @@ def _tasks(records: Records) -> dict[str, str]:
     return {name: task["kind"] for record in records.values() if record for name, task in record["tasks"].items()}
 
 
-def _task(record: dict[str, Any] | None, name: str) -> dict[str, Any]:
-    return (record or {}).get("tasks", {}).get(name) or {}
+def _task(record: Measure | None, name: str) -> Task | None:
+    return ((record or {}).get("tasks") or {}).get(name)
 
 
-def _cell(record: dict[str, Any] | None, name: str, metric: Metric) -> dict[str, Any] | None:
+def _cell(record: Measure | None, name: str, metric: Metric) -> Cell | None:
     task = _task(record, name)
+    if task is None:
+        return None
     part, _, inner = metric.key.partition(".")
     if inner:  # a figure of a part of the record
-        found = (task.get(part) or {}).get(inner) or {}
+        found = cast(Json, (task.get(part) or {}).get(inner) or {})
         value = words.finite(found.get("exact_match", found.get("value")))
         return None if value is None else {"value": value, "interval": _interval(found)}
     value = words.finite(task.get(metric.key))
@@ -118,37 +118,37 @@ def _cell(record: dict[str, Any] | None, name: str, metric: Metric) -> dict[str,
     return {"value": value, "interval": _interval(task) if metric.main else None}
 
 
-def _interval(task: dict[str, Any]) -> list[float] | None:
+def _interval(task: Task | Json) -> list[float] | None:
     bounds = [words.finite(bound) for bound in task.get("interval95") or ()]
     return [bound for bound in bounds if bound is not None] if len(bounds) == 2 and None not in bounds else None
 
 
-def _kept(cell: dict[str, Any] | None, dense: dict[str, Any] | None, metric: Metric) -> float | None:
+def _kept(cell: Cell | None, dense: Cell | None, metric: Metric) -> float | None:
     if cell is None or dense is None or not metric.main or metric.better != "higher" or dense["value"] <= 0:
         return None
     return cell["value"] / dense["value"]
 
 
-def headline(records: Records) -> dict[str, dict[str, Any] | None]:
+def headline(records: Records) -> dict[str, Headline | None]:
     """Per model: {use: {value, interval, chance, tasks, items} | None, "perplexity": f | None}; None = not measured."""
     return {model: None if record is None else _headline(record) for model, record in records.items()}
 
 
-def _headline(record: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = dict.fromkeys(USES)
+def _headline(record: Measure) -> Headline:
+    means: dict[str, UseFigure | None] = {}
     for use in USES:
         tasks = {name: task for name, task in record["tasks"].items() if USE_OF_KIND.get(task["kind"]) == use}
-        found[use] = _mean_of_tasks(tasks)
-    found["perplexity"] = words.finite((record.get("headline") or {}).get("perplexity"))
-    return found
+        means[use] = _mean_of_tasks(tasks)
+    perplexity = words.finite((record.get("headline") or {}).get("perplexity"))
+    return cast(Headline, {**means, "perplexity": perplexity})
 
 
-def _main(task: dict[str, Any]) -> float | None:
+def _main(task: Task) -> float | None:
     """The first figure of the task's kind."""
     return words.finite(task.get(METRICS[task["kind"]][0].key))
 
 
-def _mean_of_tasks(tasks: dict[str, Any]) -> dict[str, Any] | None:
+def _mean_of_tasks(tasks: dict[str, Task]) -> UseFigure | None:
     """Mean over tasks, each weighing the same. Items of different tasks are independent: half-widths add as squares."""
     values = {name: value for name, task in tasks.items() if (value := _main(task)) is not None}
     if not values:

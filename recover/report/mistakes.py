@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from recover.report import words
+from recover.report.data import Example, Measure, Mistakes, Model, PageData, Records, Task
 from recover.report.tables import Table
 
 # kind of mistake in a record -> (column, heading of its example)
@@ -17,10 +16,8 @@ NAMES = {
 }
 SHOWN = ("pruned", "recovered")  # models whose mistakes are shown
 
-Records = dict[str, dict[str, Any] | None]
 
-
-def counted(records: Records) -> list[dict[str, Any]]:
+def counted(records: Records) -> list[Mistakes]:
     """One row a task that writes and model: {task, model, items, right, mistakes: {kind: n}, loop_rate, loop_start}."""
     rows = []
     for name, model, task in _writing(records):
@@ -42,7 +39,7 @@ def counted(records: Records) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: tasks.index(row["task"]))  # models stay in order
 
 
-def examples(records: Records) -> list[dict[str, Any]]:
+def examples(records: Records) -> list[Example]:
     """One text of each kind of mistake, of pruned and of recovered: {task, model, mistake, prompt, expected, text}."""
     found = []
     for name, model, task in _writing(records):
@@ -50,16 +47,22 @@ def examples(records: Records) -> list[dict[str, Any]]:
             sample = (task.get("examples") or {}).get(kind) if model in SHOWN else None
             if sample is None:
                 continue
-            texts = {
-                key: None if sample.get(key) is None else words.clean(sample[key]) for key in ("expected", "answer")
-            }
-            text = words.beginning(words.clean(sample.get("text") or ""))
-            prompt = words.clean(sample.get("prompt", ""))
-            found.append({"task": name, "model": model, "mistake": kind, "prompt": prompt, "text": text, **texts})
+            expected, answer = sample.get("expected"), sample.get("answer")
+            found.append(
+                {
+                    "task": name,
+                    "model": model,
+                    "mistake": kind,
+                    "prompt": words.clean(sample.get("prompt", "")),
+                    "text": words.beginning(words.clean(sample.get("text") or "")),
+                    "expected": None if expected is None else words.clean(expected),
+                    "answer": None if answer is None else words.clean(answer),
+                }
+            )
     return found
 
 
-def _writing(records: Records) -> list[tuple[str, str, dict[str, Any]]]:
+def _writing(records: Records) -> list[tuple[str, Model, Task]]:
     """(name, model, record) of each task that writes."""
     return [
         (name, model, task)
@@ -69,14 +72,14 @@ def _writing(records: Records) -> list[tuple[str, str, dict[str, Any]]]:
     ]
 
 
-def loop_rate(measured: dict[str, Any]) -> float | None:
+def loop_rate(measured: Measure) -> float | None:
     """Mean over the tasks that write, each weighing the same; None where no record has it."""
     tasks = (measured.get("tasks") or {}).values()
     rates = [rate for task in tasks if (rate := words.finite(task.get("loop_rate"))) is not None]
     return sum(rates) / len(rates) if rates else None
 
 
-def table(data: dict[str, Any]) -> Table | None:
+def table(data: PageData) -> Table | None:
     """Mistakes of form beside mistakes of content, each text counted once."""
     rows = data["mistakes"]
     if not rows:

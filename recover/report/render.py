@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from recover.base.artifacts import write_json, write_text
 from recover.config import yaml_values
 from recover.report import exhibits, mistakes, plan_text, speed_text, training_text, verdict, words
+from recover.report.data import Cell, RunData
 from recover.report.exhibits import Exhibit, Section
 from recover.report.figures.figure import Figure
 from recover.report.key_findings import key_findings
@@ -39,7 +40,7 @@ QUESTIONS = (
 SIGNS = {"yes": "✓", "with care": "~", "no": "✗", "cannot tell": "", "not measured": ""}
 
 
-def render(root: Path, data: dict[str, Any]) -> list[Path]:
+def render(root: Path, data: RunData) -> list[Path]:
     """Write report.json, report.md and report.html into `root`, each whole or not at all; gives their paths."""
     view = _view(data)
     html, markdown = environment(escape=True), environment(escape=False)
@@ -87,7 +88,7 @@ def cell(value: float, form: str) -> str:
     return words.percent(value, 1) if form == "percent" else words.shown(value, form)
 
 
-def figure_cell(figure: dict[str, Any] | None, form: str, reference: bool = False) -> str:
+def figure_cell(figure: Cell | None, form: str, reference: bool = False) -> str:
     """A figure with its interval in brackets; a dash where the model is the reference of the figure itself."""
     if figure is None:
         return "–" if reference else words.NOT_MEASURED
@@ -108,7 +109,7 @@ def fence(text: str) -> str:
     return f"{ticks}text\n{text}\n{ticks}"
 
 
-def _view(data: dict[str, Any]) -> dict[str, Any]:
+def _view(data: RunData) -> dict[str, Any]:
     """What the templates need beside the data, worded."""
     return {
         "data": data,
@@ -158,7 +159,7 @@ def worded(exhibit: Exhibit, found: Figure | Table) -> dict[str, Any]:
     return about
 
 
-def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
+def _facts(data: RunData) -> list[tuple[str, str]]:
     recipe, plan, env, tokens = data["recipe"], data["plan"], data["provenance"]["env"] or {}, data["tokens"]
     facts = [("dense model", shown_source(str((recipe.get("model") or {}).get("source", words.NOT_MEASURED))))]
     if plan:
@@ -188,11 +189,12 @@ def shown_source(source: str) -> str:
     return path.name if path.is_absolute() else source
 
 
-def _recovery(data: dict[str, Any]) -> str:
+def _recovery(data: RunData) -> str:
     rows = data["epochs"]
     if not rows:
         return "Not measured: no epoch of recovery was finished."
     tokens, seconds = data["tokens"], rows[-1]["seconds"]
+    assert tokens is not None, "counted wherever there are epochs"
     time = f" in {words.duration(seconds)}" if words.finite(seconds) else ""
     return (
         f"LoRA distillation from the dense model, {len(rows)} epoch{'s' if len(rows) > 1 else ''}, "
@@ -201,7 +203,7 @@ def _recovery(data: dict[str, Any]) -> str:
     )
 
 
-def _verified(data: dict[str, Any]) -> str:
+def _verified(data: RunData) -> str:
     check = data["verify"]
     if check is None:
         return "The exported checkpoint is not verified."

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recover.report import words
+from recover.report.data import PageData, RetrievalDrift
 from recover.report.drift import by_model, mean_of, spread
 
 DRIFT_NAMES = {
@@ -35,7 +36,7 @@ class Table:
     note: str = ""
 
 
-def last_layer(data: dict[str, Any]) -> Table | None:
+def last_layer(data: PageData) -> Table | None:
     """Drift at the last layer, T = 1: mean, median and worst hundredth, of the models that were probed."""
     finals = {model: found for model, summary in data["drift"].items() if (found := (summary or {}).get("final"))}
     rows: list[tuple[Any, ...]] = []
@@ -57,7 +58,7 @@ def last_layer(data: dict[str, Any]) -> Table | None:
     return Table("Drift at the last layer", caption, (("figure", ""), *columns), rows, note=floor(data))
 
 
-def floor(data: dict[str, Any]) -> str:
+def floor(data: PageData) -> str:
     """How large a drift rounding alone makes, from the probe's comparison of each view with itself."""
     floors = [words.finite(((summary or {}).get("identity") or {}).get("kl_max")) for summary in data["drift"].values()]
     known = [floor for floor in floors if floor is not None]
@@ -69,7 +70,7 @@ def floor(data: dict[str, Any]) -> str:
     )
 
 
-def divergence(data: dict[str, Any]) -> Table | None:
+def divergence(data: PageData) -> Table | None:
     """Per generative task: token by which half, and nine tenths, of the texts left dense; tokens equal to dense."""
     rows = []
     for row in data["divergence"]:
@@ -93,10 +94,10 @@ CHOICE_COLUMNS = (
 )
 
 
-def choices(data: dict[str, Any]) -> Table | None:
+def choices(data: PageData) -> Table | None:
     """Choice by full likelihood, and how much probability the option tokens have at all."""
     rows = []
-    for model, listed in by_model(data, "choices").items():
+    for model, listed in by_model(data, lambda probe: probe["choices"]).items():
         for row in listed:
             scored = row.get("likelihood") or {}
             shares = [scored.get("same_choice"), scored.get("rank_changed")]
@@ -115,9 +116,9 @@ def choices(data: dict[str, Any]) -> Table | None:
     return Table("Choice, by likelihood", caption, tuple((name, "") for name in CHOICE_COLUMNS), rows, numbers=2)
 
 
-def retrieval(data: dict[str, Any]) -> Table | None:
+def retrieval(data: PageData) -> Table | None:
     """Does the other model rank documents as the dense one, by pooled hidden states?"""
-    found = by_model(data, "retrieval")
+    found = by_model(data, lambda probe: probe["retrieval"])
     rows = [_retrieval_row(model, row) for model, listed in found.items() for row in listed]
     if not rows:
         return None
@@ -148,7 +149,7 @@ def retrieval(data: dict[str, Any]) -> Table | None:
     )
 
 
-def _retrieval_row(model: str, row: dict[str, Any]) -> tuple[Any, ...]:
+def _retrieval_row(model: str, row: RetrievalDrift) -> tuple[Any, ...]:
     figures = [_mean(row.get(name)) for name in ("embedding", "rank_correlation", "ndcg")]
     relevance = row.get("relevance") or {}
     judged = [words.number(_mean(relevance.get(view))) for view in ("dense", "pruned")]
@@ -157,7 +158,7 @@ def _retrieval_row(model: str, row: dict[str, Any]) -> tuple[Any, ...]:
     return (name, model, words.count(row.get("queries")), *cells, *judged)
 
 
-def repair(data: dict[str, Any]) -> Table | None:
+def repair(data: PageData) -> Table | None:
     """What the closed-form repair of each cut did, in the order in which they were tried."""
     found = (data["plan"] or {}).get("repair") or {}
     cuts = found.get("cuts") or []
@@ -187,7 +188,7 @@ def _site(site: str, between: str) -> str:
     return f"{'MLP' if part == 'mlp' else part}{between}{block}"
 
 
-def skipped(data: dict[str, Any]) -> Table | None:
+def skipped(data: PageData) -> Table | None:
     """Steps of the training that were not finite, as far as they are on record."""
     findings = (data["training"] or {}).get("findings") or []
     if not findings:
@@ -206,9 +207,9 @@ def skipped(data: dict[str, Any]) -> Table | None:
     return Table("Steps left out", caption, tuple((name, "") for name in names), rows, numbers=len(names))
 
 
-def times(data: dict[str, Any]) -> Table | None:
+def times(data: PageData) -> Table | None:
     """Where the time of the job went, stage by stage."""
-    stages = [row for row in data.get("times") or [] if row["stage"] != "report"]  # of an earlier report
+    stages = [row for row in data["times"] if row["stage"] != "report"]  # of an earlier report
     if not stages:
         return None
     rows: list[tuple[Any, ...]] = []

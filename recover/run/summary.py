@@ -8,6 +8,7 @@ from typing import Any
 
 from recover.base import console
 from recover.report import words
+from recover.report.data import USES, Headline, RunData
 from recover.report.verdict import DENSE_FLOOR
 
 SHARES = ("generation", "choice", "retrieval")
@@ -45,7 +46,7 @@ def blind(record: dict[str, Any]) -> Iterator[str]:
             )
 
 
-def table(data: dict[str, Any]) -> None:
+def table(data: RunData) -> None:
     """Print the headline figures of `recover.report.collect`, one row a model."""
     found = {model: _values(data["headline"][model]) for model in data["headline"]}
     names = [name for name in FIGURES if any(values[name] is not None for values in found.values())]
@@ -53,11 +54,11 @@ def table(data: dict[str, Any]) -> None:
     console.table("headline", ["model", *names], rows)
 
 
-def say(data: dict[str, Any], root: Path) -> None:
+def say(data: RunData, root: Path) -> None:
     """Print the end of a run: figures, verdict, where the model lies and where to read on."""
     table(data)
     console.say(f"[bold]{data['title']}.[/bold]")
-    grades = {use: data["verdict"]["recovered"][use]["grade"] for use in SHARES}
+    grades = {use: data["verdict"]["recovered"][use]["grade"] for use in USES}
     fit = [f"{use}: {grade}" for use, grade in grades.items() if grade != "not measured"]
     if fit:
         console.say(f"recovered, fit for {', '.join(fit)}")
@@ -66,6 +67,6 @@ def say(data: dict[str, Any], root: Path) -> None:
     console.say(f"report: {root / 'report.html'} (the same as .md and .json)")
 
 
-def _values(headline: dict[str, Any] | None) -> dict[str, float | None]:
+def _values(headline: Headline | None) -> dict[str, float | None]:
     found = {name: (headline or {}).get(name) for name in FIGURES}
     return {name: value["value"] if isinstance(value, dict) else value for name, value in found.items()}

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from recover.report import verdict, words
+from recover.report.data import CHANGED, USES, Changed, ComparedRun, Comparison, Use
 from recover.report.figures.figure import Figure, is_narrow, panels
 from recover.report.figures.svg import Canvas, Linear, Log, apart
 
 ROW = 46
-USES = ("generation", "choice", "retrieval")
-MODELS = ("pruned", "recovered")
 
 
-def share_cell(run: dict[str, Any], model: str, use: str) -> tuple[str, float | None, str]:
+def share_cell(run: ComparedRun, model: Changed, use: Use) -> tuple[str, float | None, str]:
     """(wording, share, grade) of what a model of a run keeps of a use."""
     share = run["kept"][model][use]
     grade = run["grades"][model][use]
     return (grade, None, "") if share is None else (verdict.share(share), share, grade)
 
 
-def ways(data: dict[str, Any]) -> Figure:
+def ways(data: Comparison) -> Figure:
     """For each run, the way from pruned to recovered, as a share of dense."""
     runs = data["runs"]
-    uses = [use for use in USES if any(run["kept"][model][use] is not None for run in runs for model in MODELS)]
+    uses: list[Use] = [
+        use for use in USES if any(run["kept"][model][use] is not None for run in runs for model in CHANGED)
+    ]
     title = "From pruned to recovered, as a share of dense"
     if not uses:
         return Figure(title, "Not measured: no run has both a dense and a pruned measure.")
-    top = max(run["kept"][model][use] or 0.0 for run in runs for model in MODELS for use in uses)
+    top = max(run["kept"][model][use] or 0.0 for run in runs for model in CHANGED for use in uses)
 
     def draw(width: float) -> str:
         stacked = is_narrow(width)
@@ -44,12 +43,12 @@ def ways(data: dict[str, Any]) -> Figure:
         "Each line is one run, from the pruned model to the recovered one at the larger dot. The dashed line is dense. "
         "A line that runs to the left is a use that recovery cost."
     )
-    shares = [f"{use}, {model}" for use in uses for model in MODELS]
-    table = [(run["name"], *(share_cell(run, model, use)[0] for use in uses for model in MODELS)) for run in runs]
-    return Figure(title, see, draw, ("run", *shares), table, MODELS)
+    shares = [f"{use}, {model}" for use in uses for model in CHANGED]
+    table = [(run["name"], *(share_cell(run, model, use)[0] for use in uses for model in CHANGED)) for run in runs]
+    return Figure(title, see, draw, ("run", *shares), table, CHANGED)
 
 
-def _panel(canvas: Canvas, runs: list[dict[str, Any]], use: str, x: Linear, top: float) -> None:
+def _panel(canvas: Canvas, runs: list[ComparedRun], use: Use, x: Linear, top: float) -> None:
     base = top + 40 + ROW * len(runs)
     canvas.text(x.start, top + 16, use.capitalize(), "panel")
     for tick in x.ticks(5):
@@ -58,7 +57,7 @@ def _panel(canvas: Canvas, runs: list[dict[str, Any]], use: str, x: Linear, top:
     canvas.line(x(1.0), top + 30, x(1.0), base, "reference")
     for index, run in enumerate(runs):
         y = top + 40 + ROW * index + 28
-        before, after = (run["kept"][model][use] for model in MODELS)
+        before, after = (run["kept"][model][use] for model in CHANGED)
         canvas.text(x.start, y - 12, run["name"], "note")
         if before is not None and after is not None:
             canvas.line(x(before), y, x(after), y, "stroke-recovered line")
@@ -70,10 +69,10 @@ def _panel(canvas: Canvas, runs: list[dict[str, Any]], use: str, x: Linear, top:
             canvas.text(x.start, y + 4, run["grades"]["recovered"][use], "note")
 
 
-def trade(data: dict[str, Any]) -> Figure | None:
+def trade(data: Comparison) -> Figure | None:
     """Generation against choice, and against what is stored: which run gives which use, and for how much."""
     runs = data["runs"]
-    kept = {run["name"]: [run["kept"][model] for model in MODELS] for run in runs}
+    kept = {run["name"]: [run["kept"][model] for model in CHANGED] for run in runs}
     choice = {name: _places([(share["choice"], share["generation"]) for share in pair]) for name, pair in kept.items()}
     stored = {
         run["name"]: _places([(run["parameters"], share["generation"]) for share in kept[run["name"]]]) for run in runs
@@ -105,11 +104,11 @@ def trade(data: dict[str, Any]) -> Figure | None:
         (
             run["name"],
             words.percent(run["parameters"]),
-            *(share_cell(run, model, use)[0] for use in ("choice", "generation") for model in MODELS),
+            *(share_cell(run, model, use)[0] for use in ("choice", "generation") for model in CHANGED),
         )
         for run in runs
     ]
-    return Figure("What is kept, for what", see, draw, columns, table, MODELS)
+    return Figure("What is kept, for what", see, draw, columns, table, CHANGED)
 
 
 Place = tuple[float, float]
@@ -159,7 +158,7 @@ def names_at_edge(canvas: Canvas, ends: dict[str, tuple[float, float]], right: f
         canvas.text(right + 9, height + 4, name if len(name) < 17 else f"{name[:15]}…", "note")
 
 
-def courses(data: dict[str, Any]) -> Figure | None:
+def courses(data: Comparison) -> Figure | None:
     """Generation after each epoch against the tokens spent, all runs in one panel."""
     lines = {run["name"]: _course(run) for run in data["runs"]}
     lines = {name: line for name, line in lines.items() if len(line) > 1}
@@ -192,7 +191,7 @@ def courses(data: dict[str, Any]) -> Figure | None:
     return Figure("What the tokens brought", see, draw, ("run", "tokens", "generation"), table)
 
 
-def _course(run: dict[str, Any]) -> list[tuple[float, float]]:
+def _course(run: ComparedRun) -> list[tuple[float, float]]:
     kept, dense = run["kept"]["pruned"]["generation"], run["dense"]["generation"]
     start = [(0.0, kept * dense)] if kept is not None and dense is not None else []
     return start + [(tokens, score) for tokens, score in run["epochs"] if tokens is not None and score is not None]
@@ -203,7 +202,7 @@ def _course_words(name: str, line: list[tuple[float, float]]) -> str:
     return f"{name}: from {words.percent(line[0][1])} to {words.percent(score)} in {words.count(tokens)} tokens"
 
 
-def losses(data: dict[str, Any]) -> Figure | None:
+def losses(data: Comparison) -> Figure | None:
     """KL on the text that is trained on against the tokens spent: the one term that every training records."""
     lines = {run["name"]: run["kl"] for run in data["runs"] if len(run["kl"]) > 1}
     if not lines:
@@ -234,6 +233,6 @@ def losses(data: dict[str, Any]) -> Figure | None:
     return Figure("How KL fell in training", see, draw, ("run", "tokens", "KL"), table)
 
 
-def _kl_words(name: str, line: list[list[float]]) -> str:
+def _kl_words(name: str, line: list[tuple[float, float]]) -> str:
     (_, first), (tokens, last) = line[0], line[-1]
     return f"{name}: KL from {words.number(first)} to {words.number(last)} in {words.count(tokens)} tokens"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
 from recover.report import plan_text, words
+from recover.report.data import BlockDrift, PageData, Space, StepDrift
 from recover.report.drift import SPACES, by_model, level, mean_of
 from recover.report.figures.figure import Figure, is_narrow, panels
 from recover.report.figures.svg import Canvas, Linear, Log
@@ -14,16 +15,14 @@ SPACE_NOTES = {"embedding": "hidden state h", "logit": "z = W h, centred", "prob
 IDENTICAL = 1e-10  # below it, 1 - cos is rounding
 
 
-def blocks(data: dict[str, Any]) -> Figure:
+def blocks(data: PageData) -> Figure:
     """1 - cos at the output of every block, in three spaces, before and after recovery; dropped blocks are marked."""
     title = "Drift block by block, in three spaces"
-    curves = by_model(data, "blocks")
+    curves = by_model(data, lambda probe: probe["blocks"])
     if not curves:
         return Figure(title, "Not measured: no probe recorded the blocks.")
-    plan = data["plan"] or {}
-    dropped = (plan_text.gone(plan, "attention") & plan_text.gone(plan, "mlp")) | {
-        row["block"] for rows in curves.values() for row in rows if row["closed"]
-    }
+    whole = plan_text.gone(data["plan"], "attention") & plan_text.gone(data["plan"], "mlp")
+    dropped = whole | {row["block"] for rows in curves.values() for row in rows if row["closed"]}
     last = max(max(row["block"] for rows in curves.values() for row in rows), *dropped, 1)
     tops = [
         v
@@ -65,7 +64,7 @@ def blocks(data: dict[str, Any]) -> Figure:
     return Figure(title, see, draw, ("block", "model", "", *SPACES), table, tuple(curves))
 
 
-def _block_words(curves: dict[str, Any], dropped: set[int]) -> str:
+def _block_words(curves: dict[str, list[BlockDrift]], dropped: set[int]) -> str:
     ends = [
         f"{model}: " + ", ".join(f"{space} {words.number(mean_of(rows[-1][space]))}" for space in SPACES)
         for model, rows in curves.items()
@@ -74,7 +73,9 @@ def _block_words(curves: dict[str, Any], dropped: set[int]) -> str:
     return "Line charts of mean drift by block. At the last block, " + "; ".join(ends) + "." + gone
 
 
-def _block_panel(canvas: Canvas, curves: dict[str, Any], space: str, dropped: set[int], x: Linear, y: Log) -> None:
+def _block_panel(
+    canvas: Canvas, curves: dict[str, list[BlockDrift]], space: Space, dropped: set[int], x: Linear, y: Log
+) -> None:
     left, right, top = x.start - 8, x.stop + 8, y.stop
     step = x(1) - x(0)
     canvas.text(left - 50, top - 34, SPACE_TITLES[space], "panel")
@@ -102,10 +103,10 @@ def _block_panel(canvas: Canvas, curves: dict[str, Any], space: str, dropped: se
             )
 
 
-def steps(data: dict[str, Any]) -> Figure:
+def steps(data: PageData) -> Figure:
     """KL along the text: on the dense model's own words, and on the words each model writes itself."""
     title = "KL to the dense model along the text"
-    curves = by_model(data, "steps")
+    curves = by_model(data, lambda probe: probe["steps"])
     if not curves:
         return Figure(title, "Not measured: no probe recorded decoding steps.")
     lines = {
@@ -151,7 +152,7 @@ def steps(data: dict[str, Any]) -> Figure:
     return Figure(title, see, draw, columns, table)
 
 
-def _kl_line(rows: list[dict[str, Any]], way: str) -> list[tuple[int, float]]:
+def _kl_line(rows: list[StepDrift], way: Literal["teacher_forced", "free_running"]) -> list[tuple[int, float]]:
     known = [(row["step"], mean_of(row[way]["kl"])) for row in rows]
     return [(step, value) for step, value in known if value is not None]
 
@@ -177,10 +178,10 @@ def _kl_panel(canvas: Canvas, model: str, ways: dict[str, list[tuple[int, float]
             canvas.dot(at, up, 5, "hit", tip=f"{model}, step {step}, {way.replace('_', '-')}: KL {words.number(value)}")
 
 
-def predictors(data: dict[str, Any]) -> Figure:
+def predictors(data: PageData) -> Figure:
     """The paper's second-order predictor of KL against exact KL, one dot a decoding step."""
     title = "Can the cheap predictor be trusted?"
-    dots = {model: _predicted(rows) for model, rows in by_model(data, "steps").items()}
+    dots = {model: _predicted(rows) for model, rows in by_model(data, lambda probe: probe["steps"]).items()}
     dots = {model: pairs for model, pairs in dots.items() if pairs}
     if not dots:
         return Figure(title, "Not measured: the probe recorded no predicted KL beside the exact one.")
@@ -216,7 +217,7 @@ def predictors(data: dict[str, Any]) -> Figure:
     return Figure(title, see, draw, ("step", "model", "exact KL", "Var/(2T²)"), table, tuple(dots))
 
 
-def _predicted(rows: list[dict[str, Any]]) -> list[tuple[int, float, float]]:
+def _predicted(rows: list[StepDrift]) -> list[tuple[int, float, float]]:
     known = [
         (row["step"], mean_of(row["teacher_forced"]["kl"]), mean_of(row["teacher_forced"]["kl_predicted"]))
         for row in rows

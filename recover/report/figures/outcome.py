@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from recover.report import words
+from recover.report.data import MODELS, USES, Epoch, PageData, Use, UseFigure
 from recover.report.figures.figure import Figure, is_narrow, panels
 from recover.report.figures.svg import Canvas, Linear, Log, apart
 
-MODELS = ("dense", "pruned", "recovered")
 ROW = 40  # pixels from bar to bar
 HEAD = 58  # pixels above the first bar
 HALF_WIDTH = 125.0  # pixels of "half by token 123"
 
 
-def hero(data: dict[str, Any]) -> Figure:
+def hero(data: PageData) -> Figure:
     """Bars of the headline figures with their intervals; perplexity, where less is better, as dots on its own scale."""
-    shown = [use for use in ("generation", "choice", "retrieval") if any(_value(data, model, use) for model in MODELS)]
+    shown: list[Use] = [use for use in USES if any(_value(data, model, use) for model in MODELS)]
     perplexity = {model: (data["headline"][model] or {}).get("perplexity") for model in MODELS}
     has_perplexity = any(perplexity.values())
     title = "Dense, pruned, recovered"
@@ -46,11 +44,11 @@ def hero(data: dict[str, Any]) -> Figure:
     return Figure(title, see, draw, ("measure", *MODELS), rows)
 
 
-def _value(data: dict[str, Any], model: str, use: str) -> dict[str, Any] | None:
+def _value(data: PageData, model: str, use: Use) -> UseFigure | None:
     return (data["headline"][model] or {}).get(use)
 
 
-def _cell(figure: dict[str, Any] | None) -> str:
+def _cell(figure: UseFigure | None) -> str:
     if figure is None:
         return words.NOT_MEASURED
     interval = figure["interval"]
@@ -59,19 +57,19 @@ def _cell(figure: dict[str, Any] | None) -> str:
     )
 
 
-def _hero_label(data: dict[str, Any], shown: list[str]) -> str:
+def _hero_label(data: PageData, shown: list[Use]) -> str:
     texts = [f"{use}: " + ", ".join(f"{model} {_cell(_value(data, model, use))}" for model in MODELS) for use in shown]
     return "Bar chart. " + "; ".join(texts)
 
 
-SUBTITLES = {
+SUBTITLES: dict[Use, str] = {
     "generation": "exact match of written answers",
     "choice": "accuracy among given options",
     "retrieval": "ranking score",
 }
 
 
-def _bars(canvas: Canvas, data: dict[str, Any], use: str, left: float, right: float, top: float) -> None:
+def _bars(canvas: Canvas, data: PageData, use: Use, left: float, right: float, top: float) -> None:
     items = next(figure["items"] for model in MODELS if (figure := _value(data, model, use)))
     canvas.text(left, top + 16, use.capitalize(), "panel")
     canvas.text(left, top + 35, f"{SUBTITLES[use]}, {items} items", "note")
@@ -132,7 +130,7 @@ def _perplexity(canvas: Canvas, perplexity: dict[str, float | None], left: float
         )
 
 
-def epochs(data: dict[str, Any]) -> Figure:
+def epochs(data: PageData) -> Figure:
     """Generation after each epoch against the dense and pruned levels, with the training loss beside it."""
     rows = data["epochs"]
     title = "Generation after each epoch"
@@ -167,16 +165,16 @@ def epochs(data: dict[str, Any]) -> Figure:
     return Figure(title, see, draw, ("epoch", "tokens", "generation", "loop rate", "loss", ""), table)
 
 
-def _epoch_score(row: dict[str, Any]) -> float | None:
+def _epoch_score(row: Epoch) -> float | None:
     return words.finite(row["headline"].get("generation"))
 
 
-def _epoch_words(row: dict[str, Any]) -> str:
+def _epoch_words(row: Epoch) -> str:
     loss = words.number(row["train"].get("loss"))
     return f"epoch {row['epoch']}: generation {words.percent(_epoch_score(row))}, loss {loss}"
 
 
-def _epoch_generation(canvas: Canvas, data: dict[str, Any], left: float, right: float, top: float) -> None:
+def _epoch_generation(canvas: Canvas, data: PageData, left: float, right: float, top: float) -> None:
     rows = data["epochs"]
     x, y = Linear(0, rows[-1]["epoch"], left, right), Linear(0, 1, top + 222, top + 36)
     canvas.text(left - 44, top + 16, "Generation", "panel")
@@ -216,7 +214,7 @@ def _epoch_axis(canvas: Canvas, x: Linear, baseline: float) -> None:
     canvas.text((x.start + x.stop) / 2, baseline + 38, "epoch", "note", anchor="middle")
 
 
-def _epoch_loss(canvas: Canvas, rows: list[dict[str, Any]], left: float, right: float, top: float) -> None:
+def _epoch_loss(canvas: Canvas, rows: list[Epoch], left: float, right: float, top: float) -> None:
     canvas.text(left - 44, top + 16, "Training loss per token", "panel")
     losses = [(row, loss) for row in rows if (loss := words.finite(row["train"].get("loss"))) is not None]
     if not losses:
@@ -231,7 +229,7 @@ def _epoch_loss(canvas: Canvas, rows: list[dict[str, Any]], left: float, right: 
         canvas.dot(x(row["epoch"]), y(loss), 4, "fill-muted rim", tip=_epoch_words(row))
 
 
-def divergence(data: dict[str, Any]) -> Figure:
+def divergence(data: PageData) -> Figure:
     """Share of prompts whose free-running text is still the dense model's, step by step."""
     title = "How long the text stays the dense model's"
     curves = {model: _same_share(data, model) for model in data["drift"]}
@@ -282,7 +280,7 @@ def divergence(data: dict[str, Any]) -> Figure:
     return Figure(title, see, draw, ("token", *curves), table)
 
 
-def _same_share(data: dict[str, Any], model: str) -> list[tuple[int, float]]:
+def _same_share(data: PageData, model: str) -> list[tuple[int, float]]:
     steps = (data["drift"][model] or {}).get("steps") or []
     known = [(step["step"], step["free_running"]["diverged"]) for step in steps]
     return [(step, 1.0 - diverged) for step, diverged in known if diverged is not None]

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from recover.report import plan_text, words
+from recover.report.data import PageData, Plan, Score
 from recover.report.figures.figure import Figure, is_narrow
 from recover.report.figures.svg import Canvas, Linear, Log, apart
 
@@ -14,7 +15,7 @@ SHADES = 5
 LANE, GAP = 220.0, 26.0  # height of one panel of scores, and what lies between two
 
 
-def pruned(data: dict[str, Any]) -> Figure:
+def pruned(data: PageData) -> Figure:
     """Scores per block for a depth plan, a map of zeros for masks."""
     plan = data["plan"]
     if not plan:
@@ -32,13 +33,13 @@ Rounds = dict[int, dict[int, float]]  # round -> block -> score
 LANES = {"block": "", "attention": "Attention", "mlp": "MLP"}
 
 
-def _lane(record: dict[str, Any]) -> str:
+def _lane(record: Score) -> str:
     """What a candidate is made of: attentions alone, MLPs alone, or (whole blocks, runs of both) the block."""
     parts = {str(part).partition(":")[0] for part in record.get("parts") or ()}
     return parts.pop() if len(parts) == 1 and parts <= set(LANES) else "block"
 
 
-def _lanes(plan: dict[str, Any]) -> dict[str, Rounds]:
+def _lanes(plan: Plan) -> dict[str, Rounds]:
     """Lane -> rounds, the lowest score of a block's candidates. A candidate of several blocks counts at its first.
 
     In a search that carries several sets a block has a candidate on top of each: the one that was chosen is shown.
@@ -51,11 +52,12 @@ def _lanes(plan: dict[str, Any]) -> dict[str, Rounds]:
             block = record["blocks"][0]
             scores[block] = min(score, scores.get(block, score))
     for record in [record for record in plan.get("scores") or () if record.get("chosen") and record.get("beside")]:
-        found[_lane(record)][record["round"]][record["blocks"][0]] = record["score"]
+        if record["score"] is not None:
+            found[_lane(record)][record["round"]][record["blocks"][0]] = record["score"]
     return {lane: found[lane] for lane in LANES if lane in found}
 
 
-def _chosen(plan: dict[str, Any]) -> dict[tuple[str, int], int]:
+def _chosen(plan: Plan) -> dict[tuple[str, int], int]:
     """(lane, block) -> the round that chose it."""
     return {
         (_lane(record), block): record["round"]
@@ -65,7 +67,7 @@ def _chosen(plan: dict[str, Any]) -> dict[tuple[str, int], int]:
     }
 
 
-def _depth(plan: dict[str, Any]) -> Figure:
+def _depth(plan: Plan) -> Figure:
     title = f"Which of {plan['blocks']} blocks were dropped"
     if not plan["dropped"] or plan_text.gone(plan, "attention") != plan_text.gone(plan, "mlp"):
         title = f"Which sublayers of {plan['blocks']} blocks were dropped"
@@ -89,11 +91,11 @@ def _depth(plan: dict[str, Any]) -> Figure:
     return Figure(title, _depth_words(plan, lanes), draw, columns, table)
 
 
-def _depth_words(plan: dict[str, Any], lanes: dict[str, Rounds]) -> str:
+def _depth_words(plan: Plan, lanes: dict[str, Rounds]) -> str:
     see = "Crossed cells are gone; the model runs the others in order."
     if not lanes:
         return see
-    by = next((record["by"] for record in plan["scores"] if record.get("by") and record.get("round")), None)
+    by = next((by for record in plan["scores"] if (by := record.get("by")) and record["round"]), None)
     unit = "block" if list(lanes) == ["block"] else "sublayer"
     meaning = f"mean KL to dense if that {unit} goes too" if by == "kl" else f"the score {by}"
     several = len({number for rounds in lanes.values() for number in rounds}) > 1
@@ -107,7 +109,7 @@ def _depth_words(plan: dict[str, Any], lanes: dict[str, Rounds]) -> str:
 
 
 def _depth_table(
-    plan: dict[str, Any], lanes: dict[str, Rounds], chosen: dict[tuple[str, int], int]
+    plan: Plan, lanes: dict[str, Rounds], chosen: dict[tuple[str, int], int]
 ) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
     named = [
         (f"round {n}{f', {LANES[lane]}' if LANES[lane] else ''}", found)
@@ -125,7 +127,7 @@ def _depth_table(
     return ("block", "", *(name for name, _ in named)), table
 
 
-def _fate(plan: dict[str, Any], block: int, chosen: dict[tuple[str, int], int]) -> str:
+def _fate(plan: Plan, block: int, chosen: dict[tuple[str, int], int]) -> str:
     gone = [part for part in ("attention", "mlp") if block in plan_text.gone(plan, part)]
     if not gone:
         return "kept"
@@ -135,7 +137,7 @@ def _fate(plan: dict[str, Any], block: int, chosen: dict[tuple[str, int], int]) 
     return f"{what}dropped{f' in round {when}' if when else ''}"
 
 
-def _strip(canvas: Canvas, plan: dict[str, Any], x: Linear, top: float) -> None:
+def _strip(canvas: Canvas, plan: Plan, x: Linear, top: float) -> None:
     """One cell a block, attention above MLP, numbered; what is dropped is hollow and crossed out."""
     each = x(1) - x(0)
     every = max(1, -(-18 // max(int(each), 1)))
@@ -180,7 +182,7 @@ def _score_lines(
             canvas.text(x(max(rounds[number])) + 10, place + 4, f"round {number}", "tick")
 
 
-def _sparsity_map(plan: dict[str, Any]) -> Figure:
+def _sparsity_map(plan: Plan) -> Figure:
     cells: dict[tuple[str, int], float] = {}
     for module in plan["modules"]:
         match = _MODULE.match(module["module"])

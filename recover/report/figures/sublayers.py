@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
 from recover.report import plan_text, words
+from recover.report.data import PageData, SublayerDrift
 from recover.report.drift import by_model, mean_of
 from recover.report.figures.figure import Figure, is_narrow, panels
 from recover.report.figures.svg import Canvas, Linear, Log
@@ -16,7 +17,7 @@ NOTHING = 1e-8  # nats; a sublayer that is the dense one itself changes nothing
 Levels = dict[tuple[str, int], float]  # (part, block) -> mean figure
 
 
-def _levels(rows: list[dict[str, Any]], counterfactual: str, figure: str) -> Levels:
+def _levels(rows: list[SublayerDrift], counterfactual: str, figure: Literal["kl", "parallel", "orthogonal"]) -> Levels:
     return {
         (row["part"], row["block"]): value
         for row in rows
@@ -24,9 +25,9 @@ def _levels(rows: list[dict[str, Any]], counterfactual: str, figure: str) -> Lev
     }
 
 
-def worth(data: dict[str, Any]) -> Figure | None:
+def worth(data: PageData) -> Figure | None:
     """KL right behind each sublayer: closed (what it is worth), and with the other model's in its place."""
-    found = by_model(data, "sublayers")
+    found = by_model(data, lambda probe: probe["sublayers"])
     replaced = {model: _levels(rows, "pruned", "kl") for model, rows in found.items()}
     closed = next((levels for rows in found.values() if (levels := _levels(rows, "closed", "kl"))), {})
     if not closed and not any(replaced.values()):
@@ -44,7 +45,7 @@ def worth(data: dict[str, Any]) -> Figure | None:
             y = Log.around(values, top + 222, top + 48, NOTHING)
             x = Linear(-0.5, last + 0.5, left, right)
             _frame(canvas, PART_NAMES[part], x, y, last)
-            _worths(canvas, part, closed, replaced, plan_text.gone(data["plan"] or {}, part), x, y)
+            _worths(canvas, part, closed, replaced, plan_text.gone(data["plan"], part), x, y)
         return canvas.render()
 
     see = (
@@ -93,9 +94,9 @@ def _worths(
                 canvas.dot(x(block), y(value), min(4.5, max(2.5, each * 0.2)), f"fill-{model} rim", tip=tip)
 
 
-def writes(data: dict[str, Any]) -> Figure | None:
+def writes(data: PageData) -> Figure | None:
     """How far the stream would be from the dense state without a sublayer's contribution: along it, and across it."""
-    found = by_model(data, "sublayers")
+    found = by_model(data, lambda probe: probe["sublayers"])
     rows = next(iter(found.values()), [])
     along, across = (_levels(rows, "closed", figure) for figure in ("parallel", "orthogonal"))
     if not across:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from recover.report import words
+from recover.report.data import Drift, PageData, SampledDrift, StepDrift, TemperatureDrift
 from recover.report.drift import by_model, level, mean_of
 from recover.report.figures.figure import Figure, is_narrow, panels
 from recover.report.figures.svg import Canvas, Linear, Log
@@ -12,9 +13,9 @@ from recover.report.figures.svg import Canvas, Linear, Log
 Curve = list[tuple[int, float]]  # (decoding step, share of texts)
 
 
-def sampled(data: dict[str, Any]) -> Figure | None:
+def sampled(data: PageData) -> Figure | None:
     """Share of texts that are still the dense model's, drawn at T = 1 from several seeds, beside the greedy one."""
-    drawn = by_model(data, "sampled")
+    drawn = by_model(data, lambda probe: probe["sampled"])
     if not drawn:
         return None
     greedy = {model: _greedy(data["drift"][model]) for model in drawn}
@@ -40,25 +41,27 @@ def sampled(data: dict[str, Any]) -> Figure | None:
     return Figure("Greedy text against drawn text", see, draw, columns, _sampled_table(data, drawn))
 
 
-def _greedy(drift: dict[str, Any]) -> Curve:
-    known = [(step["step"], step["free_running"]["diverged"]) for step in drift.get("steps") or ()]
+def _greedy(drift: Drift | None) -> Curve:
+    known = [(step["step"], step["free_running"]["diverged"]) for step in (drift or {"steps": []})["steps"]]
     return [(step, 1.0 - parted) for step, parted in known if parted is not None]
 
 
-def _sampled_words(model: str, rows: list[dict[str, Any]]) -> str:
+def _sampled_words(model: str, rows: list[SampledDrift]) -> str:
     never = [row["never"] for row in rows if row["never"] is not None]
     spread = f"{words.percent(min(never))} to {words.percent(max(never))}" if never else words.NOT_MEASURED
     return f"{model}, {len(rows)} seeds: {spread} of drawn texts never part."
 
 
-def _sampled_table(data: dict[str, Any], drawn: dict[str, list[dict[str, Any]]]) -> list[tuple[Any, ...]]:
+def _sampled_table(data: PageData, drawn: dict[str, list[SampledDrift]]) -> list[tuple[Any, ...]]:
     table = []
     for model, rows in drawn.items():
         drift = data["drift"][model]
-        greedy = drift.get("divergence") or {}
+        if drift is None:
+            continue
+        greedy = drift["divergence"] or {}
         first = (greedy.get("first") or {}).get("p50")
-        kl = mean_of((drift.get("final") or {}).get("kl"))
-        own = words.NOT_MEASURED if not drift.get("steps") else words.number(_own_kl(drift["steps"]))
+        kl = mean_of(drift["final"].get("kl"))
+        own = words.NOT_MEASURED if not drift["steps"] else words.number(_own_kl(drift["steps"]))
         never = words.percent(greedy.get("never"))
         table.append((model, "greedy", words.number(kl), own, words.number(first), never))
         for row in rows:
@@ -67,14 +70,14 @@ def _sampled_table(data: dict[str, Any], drawn: dict[str, list[dict[str, Any]]])
     return table
 
 
-def _own_kl(steps: list[dict[str, Any]]) -> float | None:
+def _own_kl(steps: list[StepDrift]) -> float | None:
     """Mean KL on its own words, each step weighing as the prompts that reach it."""
     known = [(mean_of(step["free_running"]["kl"]), step["prompts"] or 1) for step in steps]
     weighed = [(kl, number) for kl, number in known if kl is not None]
     return sum(kl * number for kl, number in weighed) / sum(number for _, number in weighed) if weighed else None
 
 
-def _share_panel(canvas: Canvas, model: str, greedy: Curve, rows: list[dict[str, Any]], x: Linear, y: Linear) -> None:
+def _share_panel(canvas: Canvas, model: str, greedy: Curve, rows: list[SampledDrift], x: Linear, y: Linear) -> None:
     canvas.text(x.start - 44, y.stop - 34, model.capitalize(), f"panel ink-{model}")
     canvas.text(x.start - 44, y.stop - 16, f"thick: greedy · thin: {len(rows)} seeds", "note")
     canvas.axis_y(y, x.start, x.stop, "percent", 4)
@@ -88,9 +91,9 @@ def _share_panel(canvas: Canvas, model: str, greedy: Curve, rows: list[dict[str,
     canvas.path([(x(step), y(share)) for step, share in greedy], f"stroke-{model} line thick")
 
 
-def temperatures(data: dict[str, Any]) -> Figure | None:
+def temperatures(data: PageData) -> Figure | None:
     """Mean drift at the last layer at each temperature of the softmax: the same logits, read hotter or colder."""
-    found = by_model(data, "temperatures")
+    found = by_model(data, lambda probe: probe["temperatures"])
     if len({row["temperature"] for rows in found.values() for row in rows}) < 2:
         return None
 
@@ -99,7 +102,7 @@ def temperatures(data: dict[str, Any]) -> Figure | None:
         label = "Line charts. " + " ".join(_temperature_words(model, rows) for model, rows in found.items())
         canvas = Canvas(width, 580 if stacked else 264, label)
         places = [(50.0, width - 12)] * 2 if stacked else panels(width, 2, gap=40, left=50)
-        for index, (figure, (left, right)) in enumerate(zip(("kl", "probability"), places, strict=True)):
+        for index, (figure, (left, right)) in enumerate(zip(TEMPERATURE_PANELS, places, strict=True)):
             _temperature_panel(canvas, found, figure, left, right, index * 290.0 if stacked else 0.0)
         return canvas.render()
 
@@ -114,27 +117,32 @@ def temperatures(data: dict[str, Any]) -> Figure | None:
     table = [
         (
             f"{t:g}",
-            *(words.number(mean_of(by[m].get(t, {}).get(name))) for m in found for name in ("kl", "probability")),
+            *(words.number(mean_of(by[m].get(t, {}).get(name))) for m in found for name in TEMPERATURE_PANELS),
         )
         for t in every
     ]
     return Figure("Hotter or colder", see, draw, columns, table, tuple(found))
 
 
-def _temperature_words(model: str, rows: list[dict[str, Any]]) -> str:
+def _temperature_words(model: str, rows: list[TemperatureDrift]) -> str:
     return f"{model}: " + ", ".join(
         f"KL {words.number(mean_of(row.get('kl')))} at T = {row['temperature']:g}" for row in rows
     )
 
 
-TEMPERATURE_PANELS = {
+TEMPERATURE_PANELS: dict[Literal["kl", "probability"], tuple[str, str]] = {
     "kl": ("KL", "KL(dense ‖ model), nats, log scale"),
     "probability": ("Probability", "1 − cos of softmax(z / T), log scale"),
 }
 
 
 def _temperature_panel(
-    canvas: Canvas, found: dict[str, list[dict[str, Any]]], figure: str, left: float, right: float, top: float
+    canvas: Canvas,
+    found: dict[str, list[TemperatureDrift]],
+    figure: Literal["kl", "probability"],
+    left: float,
+    right: float,
+    top: float,
 ) -> None:
     title, note = TEMPERATURE_PANELS[figure]
     rows = [row for listed in found.values() for row in listed]
