@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from recover.report import verdict, words
 from recover.report.data import CHANGED, USES, Changed, ComparedRun, Comparison, Use
 from recover.report.figures.figure import Figure, is_narrow, panels
-from recover.report.figures.svg import Canvas, Linear, Log, apart
+from recover.report.figures.panel import Axis, Box, Dots, Line, Mark, Panel, Points, Scale, alone, decades, linear
+from recover.report.figures.svg import Canvas, Linear, apart
 
 ROW = 46
 
@@ -158,6 +161,20 @@ def names_at_edge(canvas: Canvas, ends: dict[str, tuple[float, float]], right: f
         canvas.text(right + 9, height + 4, name if len(name) < 17 else f"{name[:15]}…", "note")
 
 
+def _tokens_axis(most: float, width: float) -> Axis:
+    return Axis(linear(0, most), "count", 4 if is_narrow(width) else 6, "tokens of distillation", below=40)
+
+
+def _names(lines: Mapping[str, Points]) -> Mark:
+    """Each run's name at the right edge, tied to the end of its line."""
+
+    def draw(canvas: Canvas, x: Scale, y: Scale) -> None:
+        ends = {name: (x(line[-1][0]), y(line[-1][1])) for name, line in lines.items()}
+        names_at_edge(canvas, ends, x.stop)
+
+    return draw
+
+
 def courses(data: Comparison) -> Figure | None:
     """Generation after each epoch against the tokens spent, all runs in one panel."""
     lines = {run["name"]: _course(run) for run in data["runs"]}
@@ -166,20 +183,19 @@ def courses(data: Comparison) -> Figure | None:
         return None
     most = max(tokens for line in lines.values() for tokens, _ in line)
 
+    label = "Line chart. " + "; ".join(_course_words(*item) for item in lines.items())
+    marks: list[Mark] = [_names(lines)]
+    for name, line in lines.items():
+        tips = [
+            (tokens, score, f"{name}, {words.count(tokens)} tokens: generation {words.percent(score)}")
+            for tokens, score in line
+        ]
+        marks += [Line(line, "stroke-recovered line"), Dots(tips[:1], 4.5, "fill-pruned rim")]
+        marks.append(Dots(tips[1:], 4.5, "fill-recovered rim"))
+
     def draw(width: float) -> str:
-        canvas = Canvas(width, 290, "Line chart. " + "; ".join(_course_words(*item) for item in lines.items()))
-        x, y = Linear(0, most, 44, width - 120), Linear(0, 1, 236, 18)
-        canvas.axis_y(y, 44, x.stop, "percent")
-        canvas.axis_x(x, 236, "count", 4 if is_narrow(width) else 6)
-        canvas.text((x.start + x.stop) / 2, 276, "tokens of distillation", "note", anchor="middle")
-        names_at_edge(canvas, {name: (x(line[-1][0]), y(line[-1][1])) for name, line in lines.items()}, x.stop)
-        for name, line in lines.items():
-            canvas.path([(x(tokens), y(score)) for tokens, score in line], "stroke-recovered line")
-            for number, (tokens, score) in enumerate(line):
-                css = "fill-recovered rim" if number else "fill-pruned rim"
-                tip = f"{name}, {words.count(tokens)} tokens: generation {words.percent(score)}"
-                canvas.dot(x(tokens), y(score), 4.5, css, tip=tip)
-        return canvas.render()
+        panel = Panel(_tokens_axis(most, width), Axis(linear(0, 1), "percent"), marks)
+        return alone(width, 290, label, panel, Box(44, width - 120, 18, 236))
 
     see = (
         "Generation itself, not its share of dense, measured after each epoch; the first dot is the pruned model. A "
@@ -210,19 +226,15 @@ def losses(data: Comparison) -> Figure | None:
     most = max(line[-1][0] for line in lines.values())
     levels = [kl for line in lines.values() for _, kl in line]
 
+    label = "Line chart. " + "; ".join(_kl_words(*item) for item in lines.items())
+    marks: list[Mark] = [_names(lines)]
+    for name, line in lines.items():
+        tips = [(tokens, kl, f"{name}, {words.count(tokens)} tokens: KL {words.number(kl)}") for tokens, kl in line]
+        marks += [Line(line, "stroke-recovered thin"), Dots(tips, 4.5, "hit")]
+
     def draw(width: float) -> str:
-        canvas = Canvas(width, 290, "Line chart. " + "; ".join(_kl_words(*item) for item in lines.items()))
-        x, y = Linear(0, most, 50, width - 120), Log.around(levels, 236, 18)
-        canvas.axis_y(y, 50, x.stop)
-        canvas.axis_x(x, 236, "count", 4 if is_narrow(width) else 6)
-        canvas.text((x.start + x.stop) / 2, 276, "tokens of distillation", "note", anchor="middle")
-        names_at_edge(canvas, {name: (x(line[-1][0]), y(line[-1][1])) for name, line in lines.items()}, x.stop)
-        for name, line in lines.items():
-            canvas.path([(x(tokens), y(kl)) for tokens, kl in line], "stroke-recovered thin")
-            for tokens, kl in line:
-                tip = f"{name}, {words.count(tokens)} tokens: KL {words.number(kl)}"
-                canvas.dot(x(tokens), y(kl), 4.5, "hit", tip=tip)
-        return canvas.render()
+        panel = Panel(_tokens_axis(most, width), Axis(decades(levels)), marks)
+        return alone(width, 290, label, panel, Box(50, width - 120, 18, 236))
 
     see = (
         "Mean KL(dense ‖ pruned) per token, in nats, log scale, on the text that each run learns from. Only "

@@ -7,8 +7,9 @@ from typing import Literal
 from recover.report import plan_text, words
 from recover.report.data import BlockDrift, PageData, Space, StepDrift
 from recover.report.drift import SPACES, by_model, level, mean_of
-from recover.report.figures.figure import Figure, is_narrow, panels
-from recover.report.figures.svg import Canvas, Linear, Log
+from recover.report.figures.figure import Figure, is_narrow
+from recover.report.figures.panel import Axis, Band, Columns, Dots, Line, Mark, Panel, decades, linear, row_of
+from recover.report.figures.svg import Canvas, Log
 
 SPACE_TITLES = {"embedding": "Embedding", "logit": "Logit", "probability": "Probability"}
 SPACE_NOTES = {"embedding": "hidden state h", "logit": "z = W h, centred", "probability": "softmax(z)"}
@@ -34,14 +35,8 @@ def blocks(data: PageData) -> Figure:
     ]
 
     def draw(width: float) -> str:
-        stacked = is_narrow(width)
-        canvas = Canvas(width, 3 * 290 if stacked else 272, _block_words(curves, dropped))
-        places = [(50.0, width - 8)] * 3 if stacked else panels(width, 3, gap=18, left=50)
-        for index, (space, (left, right)) in enumerate(zip(SPACES, places, strict=True)):
-            top = index * 290.0 if stacked else 0.0
-            scale = Log.around(tops, top + 230, top + 52, IDENTICAL)
-            _block_panel(canvas, curves, space, dropped, Linear(0, last, left + 8, right - 8), scale)
-        return canvas.render()
+        shown = [_block_panel(curves, space, dropped, last, tops) for space in SPACES]
+        return row_of(width, _block_words(curves, dropped), shown, height=272, gap=18)
 
     see = (
         "1 − cosine between the dense model's state and the other's after each block, on a log scale: line = mean "
@@ -74,33 +69,27 @@ def _block_words(curves: dict[str, list[BlockDrift]], dropped: set[int]) -> str:
 
 
 def _block_panel(
-    canvas: Canvas, curves: dict[str, list[BlockDrift]], space: Space, dropped: set[int], x: Linear, y: Log
-) -> None:
-    left, right, top = x.start - 8, x.stop + 8, y.stop
-    step = x(1) - x(0)
-    canvas.text(left - 50, top - 34, SPACE_TITLES[space], "panel")
-    canvas.text(left - 50, top - 16, SPACE_NOTES[space], "note")
-    for block in dropped:
-        canvas.rect(x(block) - step / 2, top, step, y.start - top, "gone", tip=f"block {block} was dropped")
-    canvas.axis_y(y, left, right)
-    canvas.axis_x(x, y.start, "count", 6 if x.hi > 6 else int(x.hi))
-    canvas.text((left + right) / 2, y.start + 36, "block", "note", anchor="middle")
+    curves: dict[str, list[BlockDrift]], space: Space, dropped: set[int], last: int, tops: list[float]
+) -> Panel:
+    marks: list[Mark] = []
     for model, rows in curves.items():
-        line = [(row["block"], mean) for row in rows if (mean := mean_of(row[space])) is not None]
-        upper = [(row["block"], high) for row in rows if (high := level(row[space], "p99")) is not None]
+        line = [(each["block"], mean) for each in rows if (mean := mean_of(each[space])) is not None]
+        upper = [(each["block"], high) for each in rows if (high := level(each[space], "p99")) is not None]
         if len(upper) == len(line):
             # In a very skewed drift the mean lies above p99: the band is then empty, not upside down.
-            band = [(b, max(high, mean)) for (b, high), (_, mean) in zip(upper, line, strict=True)]
-            canvas.area([(x(b), y(v)) for b, v in band], [(x(b), y(v)) for b, v in line], f"wash-{model}")
-        canvas.path([(x(b), y(v)) for b, v in line], f"stroke-{model} line")
-        for block, value in line:
-            canvas.dot(
-                x(block),
-                y(value),
-                3.5,
-                f"fill-{model} rim",
-                tip=f"{model}, block {block}: {space} drift {words.number(value)} (mean)",
-            )
+            band = [(block, max(high, mean)) for (block, high), (_, mean) in zip(upper, line, strict=True)]
+            marks.append(Band(band, line, f"wash-{model}"))
+        tips = [f"{model}, block {block}: {space} drift {words.number(value)} (mean)" for block, value in line]
+        dots = [(block, value, tip) for (block, value), tip in zip(line, tips, strict=True)]
+        marks += [Line(line, f"stroke-{model} line"), Dots(dots, 3.5, f"fill-{model} rim")]
+    return Panel(
+        Axis(linear(0, last), "count", min(6, last), "block", inset=8),
+        Axis(decades(tops, IDENTICAL)),
+        marks,
+        under=[Columns([(block, f"block {block} was dropped") for block in dropped], "gone")],
+        title=SPACE_TITLES[space],
+        note=SPACE_NOTES[space],
+    )
 
 
 def steps(data: PageData) -> Figure:
@@ -117,20 +106,11 @@ def steps(data: PageData) -> Figure:
     if not values:
         return Figure(title, "Not measured: the probe recorded no KL per step.")
 
+    last = max(step for ways in lines.values() for line in ways.values() for step, _ in line) or 1
+
     def draw(width: float) -> str:
-        stacked = is_narrow(width)
-        canvas = Canvas(
-            width,
-            len(lines) * 290 if stacked else 272,
-            "Line charts. " + "; ".join(_kl_words(*item) for item in lines.items()),
-        )
-        places = [(50.0, width - 8)] * len(lines) if stacked else panels(width, len(lines), gap=34, left=50)
-        last = max(step for ways in lines.values() for line in ways.values() for step, _ in line) or 1
-        for index, (model, (left, right)) in enumerate(zip(lines, places, strict=True)):
-            top = index * 290.0 if stacked else 0.0
-            y = Log.around(values, top + 230, top + 52)
-            _kl_panel(canvas, model, lines[model], Linear(0, last, left, right), y)
-        return canvas.render()
+        label = "Line charts. " + "; ".join(_kl_words(*item) for item in lines.items())
+        return row_of(width, label, [_kl_panel(*item, last, values) for item in lines.items()], height=272, gap=34)
 
     see = (
         "Solid: both models are fed the dense model's words, so only the direct error of pruning. Dashed: each is fed "
@@ -163,19 +143,21 @@ def _kl_words(model: str, ways: dict[str, list[tuple[int, float]]]) -> str:
     return f"{model}, mean KL {' and '.join(means)}"
 
 
-def _kl_panel(canvas: Canvas, model: str, ways: dict[str, list[tuple[int, float]]], x: Linear, y: Log) -> None:
-    canvas.text(x.start - 50, y.stop - 34, model.capitalize(), f"panel ink-{model}")
-    canvas.text(x.start - 50, y.stop - 16, "solid: dense words · dashed: own words", "note")
-    canvas.axis_y(y, x.start, x.stop)
-    canvas.axis_x(x, y.start, "count")
-    canvas.text((x.start + x.stop) / 2, y.start + 36, "decoding step", "note", anchor="middle")
-    points = {way: [(x(step), y(value)) for step, value in line] for way, line in ways.items()}
-    if len(points["teacher_forced"]) == len(points["free_running"]):
-        canvas.area(points["free_running"], points["teacher_forced"], f"wash-{model}")
+def _kl_panel(model: str, ways: dict[str, list[tuple[int, float]]], last: int, values: list[float]) -> Panel:
+    direct, own = ways["teacher_forced"], ways["free_running"]
+    marks: list[Mark] = [Band(own, direct, f"wash-{model}")] if len(direct) == len(own) else []
     for way, css in (("teacher_forced", "line"), ("free_running", "line dashed")):
-        canvas.path(points[way], f"stroke-{model} {css}")
-        for (step, value), (at, up) in zip(ways[way], points[way], strict=True):
-            canvas.dot(at, up, 5, "hit", tip=f"{model}, step {step}, {way.replace('_', '-')}: KL {words.number(value)}")
+        name = way.replace("_", "-")
+        tips = [(step, kl, f"{model}, step {step}, {name}: KL {words.number(kl)}") for step, kl in ways[way]]
+        marks += [Line(ways[way], f"stroke-{model} {css}"), Dots(tips, 5, "hit")]
+    return Panel(
+        Axis(linear(0, last), "count", 6, "decoding step"),
+        Axis(decades(values)),
+        marks,
+        title=model.capitalize(),
+        note="solid: dense words · dashed: own words",
+        colour=model,
+    )
 
 
 def predictors(data: PageData) -> Figure:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from recover.report import words
 from recover.report.data import MODELS, USES, Epoch, PageData, Use, UseFigure
 from recover.report.figures.figure import Figure, is_narrow, panels
+from recover.report.figures.panel import Axis, Box, Dots, Level, Line, Mark, Panel, Scale, alone, linear
 from recover.report.figures.svg import Canvas, Linear, Log, apart
 
 ROW = 40  # pixels from bar to bar
@@ -237,38 +238,14 @@ def divergence(data: PageData) -> Figure:
     if not curves:
         return Figure(title, "Not measured: no probe recorded free-running text.")
 
+    last = max(step for curve in curves.values() for step, _ in curve) or 1
+    label = "Line chart: " + "; ".join(_curve_words(model, curve) for model, curve in curves.items())
+
     def draw(width: float) -> str:
-        canvas = Canvas(
-            width, 300, "Line chart: " + "; ".join(_curve_words(model, curve) for model, curve in curves.items())
-        )
-        x = Linear(0, max(step for curve in curves.values() for step, _ in curve) or 1, 44, width - 84)
-        y = Linear(0, 1, 240, 20)
-        canvas.axis_y(y, 44, x.stop, "percent", 4)
-        canvas.axis_x(x, 240, "count")
-        canvas.text((x.start + x.stop) / 2, 280, "tokens written", "note", anchor="middle")
-        canvas.line(44, y(0.5), x.stop, y(0.5), "reference")
-        ends = apart([y(curve[-1][1]) for curve in curves.values()], 16)
-        for model, end in zip(curves, ends, strict=True):
-            canvas.text(x.stop + 8, end + 4, model, f"label ink-{model}")
-        halves = {model: _half(curve) for model, curve in curves.items()}
-        for row, (model, curve) in enumerate(curves.items()):
-            line = [(x(step), y(share)) for step, share in curve]
-            canvas.path(line, f"stroke-{model} line")
-            half = halves[model]
-            if half is not None:
-                canvas.line(x(half), y(0), x(half), y(0.5), f"stroke-{model} level")
-                # Right of its line, and of another's that would cross it; left where a narrow window would cut it off.
-                near = [
-                    x(other) for other in halves.values() if other is not None and 0 <= x(other) - x(half) < HALF_WIDTH
-                ]
-                fits = max(near) + 8 + HALF_WIDTH <= width
-                at, side = (max(near) + 8, "start") if fits else (x(half) - 8, "end")
-                canvas.text(at, y(0.5) - 7 - 18 * row, f"half by token {half}", f"value ink-{model}", anchor=side)
-            for (step, share), (at, up) in zip(curve, line, strict=True):
-                canvas.dot(
-                    at, up, 6, "hit", tip=f"{model}, token {step}: {words.percent(share)} of prompts still equal dense"
-                )
-        return canvas.render()
+        x = Axis(linear(0, last), "count", 6, "tokens written", below=40)
+        marks: list[Mark] = [Level(0.5), _names(curves), *_lines(curves, width)]
+        panel = Panel(x, Axis(linear(0, 1), "percent", 4), marks)
+        return alone(width, 300, label, panel, Box(44, width - 84, 20, 240))
 
     see = (
         "Greedy text of each model beside the dense model's: the share of prompts not yet parted. "
@@ -278,6 +255,47 @@ def divergence(data: PageData) -> Figure:
     shares = {model: dict(curve) for model, curve in curves.items()}
     table = [(step, *(words.percent(shares[model].get(step), 1) for model in curves)) for step in steps]
     return Figure(title, see, draw, ("token", *curves), table)
+
+
+def _names(curves: dict[str, list[tuple[int, float]]]) -> Mark:
+    """Each model's name at the end of its curve, none over another."""
+
+    def draw(canvas: Canvas, x: Scale, y: Scale) -> None:
+        ends = apart([y(curve[-1][1]) for curve in curves.values()], 16)
+        for model, end in zip(curves, ends, strict=True):
+            canvas.text(x.stop + 8, end + 4, model, f"label ink-{model}")
+
+    return draw
+
+
+def _lines(curves: dict[str, list[tuple[int, float]]], width: float) -> list[Mark]:
+    halves = {model: half for model, curve in curves.items() if (half := _half(curve)) is not None}
+    found: list[Mark] = []
+    for index, (model, curve) in enumerate(curves.items()):
+        found.append(Line(curve, f"stroke-{model} line"))
+        if model in halves:
+            found.append(_half_mark(model, halves, index, width))
+        tips = [
+            (at, same, f"{model}, token {at}: {words.percent(same)} of prompts still equal dense") for at, same in curve
+        ]
+        found.append(Dots(tips, 6, "hit"))
+    return found
+
+
+def _half_mark(model: str, halves: dict[str, int], index: int, width: float) -> Mark:
+    """Where half of the texts have parted. The words lie right of the line, and of another's that would cross them;
+    left where a narrow window would cut them off.
+    """
+    half = halves[model]
+
+    def draw(canvas: Canvas, x: Scale, y: Scale) -> None:
+        canvas.line(x(half), y(0), x(half), y(0.5), f"stroke-{model} level")
+        near = max(x(other) for other in halves.values() if 0 <= x(other) - x(half) < HALF_WIDTH) + 8
+        at, side = (near, "start") if near + HALF_WIDTH <= width else (x(half) - 8, "end")
+        text = f"half by token {half}"
+        canvas.text(at, y(0.5) - 7 - 18 * index, text, f"value ink-{model}", anchor=side)
+
+    return draw
 
 
 def _same_share(data: PageData, model: str) -> list[tuple[int, float]]:

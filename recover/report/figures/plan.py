@@ -12,6 +12,7 @@ from recover.report.figures.svg import Canvas, Linear, Log, apart
 
 _MODULE = re.compile(r"^(?:.*\.)?(\d+)\.(.+)$")  # block number and the site inside it, from a module's name
 SHADES = 5
+CELL = 30  # pixels from one layer to the next
 LANE, GAP = 220.0, 26.0  # height of one panel of scores, and what lies between two
 
 
@@ -29,6 +30,7 @@ def pruned(data: PageData) -> Figure:
     return Figure("What was pruned", "The plan drops no block and no weight.")
 
 
+Cells = dict[tuple[str, int], float]  # (layer, block) -> share of zeros
 Rounds = dict[int, dict[int, float]]  # round -> block -> score
 LANES = {"block": "", "attention": "Attention", "mlp": "MLP"}
 
@@ -140,7 +142,6 @@ def _fate(plan: Plan, block: int, chosen: dict[tuple[str, int], int]) -> str:
 def _strip(canvas: Canvas, plan: Plan, x: Linear, top: float) -> None:
     """One cell a block, attention above MLP, numbered; what is dropped is hollow and crossed out."""
     each = x(1) - x(0)
-    every = max(1, -(-18 // max(int(each), 1)))
     gap = min(4.0, each / 6)
     for block in range(plan["blocks"]):
         left = x(block - 0.5) + gap / 2
@@ -153,7 +154,7 @@ def _strip(canvas: Canvas, plan: Plan, x: Linear, top: float) -> None:
             canvas.rect(left, top + offset, each - gap, height, css, radius=min(4, each / 5), tip=tip)
             if gone:
                 canvas.marker(left + (each - gap) / 2, top + offset + height / 2, min(6, each / 4, height / 3), "cross")
-        if block % every == 0:
+        if block % _every(x) == 0:
             canvas.text(left + (each - gap) / 2, top + 48, str(block), "tick", anchor="middle")
     canvas.text((x.start + x.stop) / 2, top + 68, "block", "note", anchor="middle")
 
@@ -183,51 +184,49 @@ def _score_lines(
 
 
 def _sparsity_map(plan: Plan) -> Figure:
-    cells: dict[tuple[str, int], float] = {}
+    cells: Cells = {}
     for module in plan["modules"]:
         match = _MODULE.match(module["module"])
         site, block = (match.group(2), int(match.group(1))) if match else (module["module"], 0)
         cells[site, block] = module["sparsity"]
-    sites = list(dict.fromkeys(site for site, _ in cells))
-    last = max(block for _, block in cells)
     low, high = min(cells.values()), max(cells.values())
-
-    def draw(width: float) -> str:
-        left = 92.0 if is_narrow(width) else 130.0
-        canvas = Canvas(
-            width,
-            30 * len(sites) + 48,
-            f"Map of zeros per linear layer, from {words.percent(low)} to {words.percent(high)}",
-        )
-        x = Linear(-0.5, last + 0.5, left, width)
-        each = x(1) - x(0)
-        for row, site in enumerate(sites):
-            canvas.text(left - 8, row * 30 + 19, site.rpartition(".")[2], "tick", anchor="end")
-            for block in range(last + 1):
-                if (site, block) in cells:
-                    share = cells[site, block]
-                    tip = f"block {block}, {site}: {words.percent(share, 1)} zeros"
-                    canvas.rect(
-                        x(block - 0.5) + 1,
-                        row * 30 + 2,
-                        each - 2,
-                        26,
-                        f"fill-pruned shade-{_shade(share)}",
-                        radius=2,
-                        tip=tip,
-                    )
-                    if each >= 36:
-                        canvas.text(x(block), row * 30 + 19, words.percent(share, 0), "inside", anchor="middle")
-        every = max(1, -(-18 // max(int(each), 1)))
-        for block in range(0, last + 1, every):
-            canvas.text(x(block), 30 * len(sites) + 18, str(block), "tick", anchor="middle")
-        canvas.text((x.start + x.stop) / 2, 30 * len(sites) + 40, "block", "note", anchor="middle")
-        return canvas.render()
-
+    label = f"Map of zeros per linear layer, from {words.percent(low)} to {words.percent(high)}"
     span = f"from {words.percent(low, 1)} to {words.percent(high, 1)}"
     see = f"Share of weights that are zero in each linear layer: {span}, a stronger colour means more zeros."
     table = [(block, site, words.percent(share, 1)) for (site, block), share in cells.items()]
-    return Figure("Where the zeros are", see, draw, ("block", "layer", "zeros"), table)
+    columns = ("block", "layer", "zeros")
+    return Figure("Where the zeros are", see, lambda width: _draw_cells(cells, label, width), columns, table)
+
+
+def _draw_cells(cells: Cells, label: str, width: float) -> str:
+    """A row a layer, a column a block."""
+    sites = list(dict.fromkeys(site for site, _ in cells))
+    last, bottom = max(block for _, block in cells), CELL * len(sites)
+    left = 92.0 if is_narrow(width) else 130.0
+    canvas = Canvas(width, bottom + 48, label)
+    x = Linear(-0.5, last + 0.5, left, width)
+    for index, site in enumerate(sites):
+        canvas.text(left - 8, index * CELL + 19, site.rpartition(".")[2], "tick", anchor="end")
+        for block in range(last + 1):
+            if (site, block) in cells:
+                _cell(canvas, x, index * CELL, site, block, cells[site, block])
+    for block in range(0, last + 1, _every(x)):
+        canvas.text(x(block), bottom + 18, str(block), "tick", anchor="middle")
+    canvas.text((x.start + x.stop) / 2, bottom + 40, "block", "note", anchor="middle")
+    return canvas.render()
+
+
+def _cell(canvas: Canvas, x: Linear, top: float, site: str, block: int, share: float) -> None:
+    each = x(1) - x(0)
+    css, tip = f"fill-pruned shade-{_shade(share)}", f"block {block}, {site}: {words.percent(share, 1)} zeros"
+    canvas.rect(x(block - 0.5) + 1, top + 2, each - 2, CELL - 4, css, radius=2, tip=tip)
+    if each >= 36:
+        canvas.text(x(block), top + 19, words.percent(share, 0), "inside", anchor="middle")
+
+
+def _every(x: Linear) -> int:
+    """Of so many blocks one has its number below it, so that numbers stay apart."""
+    return max(1, -(-18 // max(int(x(1) - x(0)), 1)))
 
 
 def _shade(share: float) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from recover.report import plan_text, words
 from recover.report.data import PageData, SublayerDrift
 from recover.report.drift import by_model, mean_of
-from recover.report.figures.figure import Figure, is_narrow, panels
-from recover.report.figures.svg import Canvas, Linear, Log
+from recover.report.figures.figure import Figure
+from recover.report.figures.panel import Axis, Bars, Dots, Line, Mark, Panel, Scale, decades, linear, row_of
+from recover.report.figures.svg import Canvas
 
 PARTS = ("attention", "mlp")
 PART_NAMES = {"attention": "Attention", "mlp": "MLP"}
@@ -34,19 +36,20 @@ def worth(data: PageData) -> Figure | None:
         return None
     last = max(block for levels in (closed, *replaced.values()) for _, block in levels)
 
+    values = [value for levels in (closed, *replaced.values()) for value in levels.values()]
+
     def draw(width: float) -> str:
-        stacked = is_narrow(width)
         label = "Dot plots by block. " + " ".join(_worst(model, levels) for model, levels in replaced.items())
-        canvas = Canvas(width, 580 if stacked else 264, label)
-        places = [(50.0, width - 8)] * 2 if stacked else panels(width, 2, gap=24, left=50)
-        values = [value for levels in (closed, *replaced.values()) for value in levels.values()]
-        for index, (part, (left, right)) in enumerate(zip(PARTS, places, strict=True)):
-            top = index * 290.0 if stacked else 0.0
-            y = Log.around(values, top + 222, top + 48, NOTHING)
-            x = Linear(-0.5, last + 0.5, left, right)
-            _frame(canvas, PART_NAMES[part], x, y, last)
-            _worths(canvas, part, closed, replaced, plan_text.gone(data["plan"], part), x, y)
-        return canvas.render()
+        shown = [
+            Panel(
+                _blocks_axis(last),
+                Axis(decades(values, NOTHING)),
+                _worths(part, closed, replaced, plan_text.gone(data["plan"], part)),
+                title=PART_NAMES[part],
+            )
+            for part in PARTS
+        ]
+        return row_of(width, label, shown, gap=24)
 
     see = (
         "One sublayer at a time is changed, in the dense model. Bars: KL right behind it if it is closed, what it is "
@@ -69,29 +72,38 @@ def _worst(model: str, levels: Levels) -> str:
     return f"{model}: the largest KL is {words.number(value)}, from the {PART_NAMES[part]} of block {block}."
 
 
-def _frame(canvas: Canvas, title: str, x: Linear, y: Linear | Log, last: int) -> None:
-    canvas.text(x.start - 50, y.stop - 32, title, "panel")
-    canvas.axis_y(y, x.start, x.stop)
-    every = max(1, -(-(last + 1) // 12))
-    for block in range(0, last + 1, every):
-        canvas.text(x(block), y.start + 17, str(block), "tick", anchor="middle")
-    canvas.text((x.start + x.stop) / 2, y.start + 36, "block", "note", anchor="middle")
+def _blocks_axis(last: int) -> Axis:
+    return Axis(linear(-0.5, last + 0.5), label="block", ticks=range(0, last + 1, max(1, -(-(last + 1) // 12))))
 
 
-def _worths(
-    canvas: Canvas, part: str, closed: Levels, replaced: dict[str, Levels], gone: set[int], x: Linear, y: Log
-) -> None:
-    each = x(1) - x(0)
-    for (of, block), value in closed.items():
-        if of == part:
-            css = "bar-gone" if block in gone else "bar"
-            tip = f"{part} of block {block} closed: KL {words.number(value)}{', dropped' if block in gone else ''}"
-            canvas.rect(x(block) - each * 0.32, y(value), each * 0.64, y.start - y(value), css, radius=2, tip=tip)
+def _worths(part: str, closed: Levels, replaced: dict[str, Levels], gone: set[int]) -> list[Mark]:
+    bars = [
+        (block, value, "bar-gone" if block in gone else "bar", _closed_words(part, block, value, block in gone))
+        for (of, block), value in closed.items()
+        if of == part
+    ]
+    found: list[Mark] = [Bars(bars)]
     for model, levels in replaced.items():
-        for (of, block), value in levels.items():
-            if of == part:
-                tip = f"{part} of block {block}, {model}'s: KL {words.number(value)}"
-                canvas.dot(x(block), y(value), min(4.5, max(2.5, each * 0.2)), f"fill-{model} rim", tip=tip)
+        dots = [
+            (block, value, f"{part} of block {block}, {model}'s: KL {words.number(value)}")
+            for (of, block), value in levels.items()
+            if of == part
+        ]
+        found.append(_fitting(dots, f"fill-{model} rim"))
+    return found
+
+
+def _closed_words(part: str, block: int, value: float, gone: bool) -> str:
+    return f"{part} of block {block} closed: KL {words.number(value)}{', dropped' if gone else ''}"
+
+
+def _fitting(dots: Sequence[tuple[float, float, str]], css: str) -> Mark:
+    """Dots that are smaller where blocks are many."""
+
+    def draw(canvas: Canvas, x: Scale, y: Scale) -> None:
+        Dots(dots, min(4.5, max(2.5, (x(1) - x(0)) * 0.2)), css)(canvas, x, y)
+
+    return draw
 
 
 def writes(data: PageData) -> Figure | None:
@@ -103,20 +115,22 @@ def writes(data: PageData) -> Figure | None:
         return None
     last = max(block for _, block in across)
 
+    highest = max(0.0, *across.values(), *(abs(value) for value in along.values()))
+
     def draw(width: float) -> str:
-        stacked = is_narrow(width)
         (part, block), most = max(across.items(), key=lambda item: item[1])
         label = f"Line charts by block. Most is written by the {part} of block {block}: {words.number(most)} across."
-        canvas = Canvas(width, 580 if stacked else 264, label)
-        places = [(50.0, width - 8)] * 2 if stacked else panels(width, 2, gap=24, left=50)
-        values = [0.0, *across.values(), *(abs(value) for value in along.values())]
-        for index, (name, (left, right)) in enumerate(zip(PARTS, places, strict=True)):
-            top = index * 290.0 if stacked else 0.0
-            x, y = Linear(-0.5, last + 0.5, left, right), Linear(0, max(values) * 1.05, top + 222, top + 52)
-            _frame(canvas, PART_NAMES[name], x, y, last)
-            canvas.text(left - 50, top + 38, "solid: across · dashed: along", "note")
-            _written(canvas, name, along, across, x, y)
-        return canvas.render()
+        shown = [
+            Panel(
+                _blocks_axis(last),
+                Axis(linear(0, highest * 1.05)),
+                _written(name, along, across),
+                title=PART_NAMES[name],
+                note="solid: across · dashed: along",
+            )
+            for name in PARTS
+        ]
+        return row_of(width, label, shown, gap=24)
 
     see = (
         "What is missing from the dense model's state if one sublayer is closed, as a share of that state's length: "
@@ -131,10 +145,10 @@ def writes(data: PageData) -> Figure | None:
     return Figure("What each sublayer writes into the stream", see, draw, columns, table)
 
 
-def _written(canvas: Canvas, part: str, along: Levels, across: Levels, x: Linear, y: Linear) -> None:
+def _written(part: str, along: Levels, across: Levels) -> list[Mark]:
+    found: list[Mark] = []
     for levels, css, name in ((along, "line dashed", "along"), (across, "line", "across")):
         points = [(block, abs(value)) for (of, block), value in sorted(levels.items()) if of == part]
-        canvas.path([(x(block), y(value)) for block, value in points], f"stroke-dense {css}")
-        for block, value in points:
-            tip = f"{part} of block {block}: {words.number(value)} {name}"
-            canvas.dot(x(block), y(value), 3.5, "fill-dense rim", tip=tip)
+        tips = [(block, value, f"{part} of block {block}: {words.number(value)} {name}") for block, value in points]
+        found += [Line(points, f"stroke-dense {css}"), Dots(tips, 3.5, "fill-dense rim")]
+    return found

@@ -7,8 +7,8 @@ from typing import Any, Literal
 from recover.report import words
 from recover.report.data import Drift, PageData, SampledDrift, StepDrift, TemperatureDrift
 from recover.report.drift import by_model, level, mean_of
-from recover.report.figures.figure import Figure, is_narrow, panels
-from recover.report.figures.svg import Canvas, Linear, Log
+from recover.report.figures.figure import Figure
+from recover.report.figures.panel import Axis, Dots, Line, Mark, Panel, decades, linear, log, row_of
 
 Curve = list[tuple[int, float]]  # (decoding step, share of texts)
 
@@ -20,17 +20,13 @@ def sampled(data: PageData) -> Figure | None:
         return None
     greedy = {model: _greedy(data["drift"][model]) for model in drawn}
 
+    steps = [step for rows in drawn.values() for row in rows for step, _ in row["diverged"]]
+    last = max(steps, default=0) or 1
+
     def draw(width: float) -> str:
-        stacked = is_narrow(width)
         label = "Line charts. " + " ".join(_sampled_words(model, rows) for model, rows in drawn.items())
-        canvas = Canvas(width, 290 * len(drawn) if stacked else 264, label)
-        places = [(44.0, width - 8)] * len(drawn) if stacked else panels(width, len(drawn), gap=40, left=44)
-        steps = [step for rows in drawn.values() for row in rows for step, _ in row["diverged"]]
-        for index, (model, (left, right)) in enumerate(zip(drawn, places, strict=True)):
-            top = index * 290.0 if stacked else 0.0
-            x, y = Linear(0, max(steps, default=0) or 1, left, right), Linear(0, 1, top + 222, top + 52)
-            _share_panel(canvas, model, greedy[model], drawn[model], x, y)
-        return canvas.render()
+        shown = [_share_panel(model, greedy[model], rows, last) for model, rows in drawn.items()]
+        return row_of(width, label, shown, gap=40, left=44)
 
     see = (
         "Share of texts not yet parted from the dense model's. Thick: greedy. Thin: drawn at T = 1, one a seed; both "
@@ -77,18 +73,21 @@ def _own_kl(steps: list[StepDrift]) -> float | None:
     return sum(kl * number for kl, number in weighed) / sum(number for _, number in weighed) if weighed else None
 
 
-def _share_panel(canvas: Canvas, model: str, greedy: Curve, rows: list[SampledDrift], x: Linear, y: Linear) -> None:
-    canvas.text(x.start - 44, y.stop - 34, model.capitalize(), f"panel ink-{model}")
-    canvas.text(x.start - 44, y.stop - 16, f"thick: greedy · thin: {len(rows)} seeds", "note")
-    canvas.axis_y(y, x.start, x.stop, "percent", 4)
-    canvas.axis_x(x, y.start, "count")
-    canvas.text((x.start + x.stop) / 2, y.start + 36, "tokens written", "note", anchor="middle")
-    for row in rows:
-        canvas.path([(x(step), y(1.0 - parted)) for step, parted in row["diverged"]], f"stroke-{model} thin")
-        for step, parted in row["diverged"]:
-            tip = f"{model}, seed {row['seed']}, token {step}: {words.percent(1.0 - parted)} still equal dense"
-            canvas.dot(x(step), y(1.0 - parted), 4, "hit", tip=tip)
-    canvas.path([(x(step), y(share)) for step, share in greedy], f"stroke-{model} line thick")
+def _share_panel(model: str, greedy: Curve, rows: list[SampledDrift], last: int) -> Panel:
+    marks: list[Mark] = []
+    for each in rows:
+        line = [(step, 1.0 - parted) for step, parted in each["diverged"]]
+        name = f"{model}, seed {each['seed']}"
+        tips = [(step, left, f"{name}, token {step}: {words.percent(left)} still equal dense") for step, left in line]
+        marks += [Line(line, f"stroke-{model} thin"), Dots(tips, 4, "hit")]
+    return Panel(
+        Axis(linear(0, last), "count", 6, "tokens written"),
+        Axis(linear(0, 1), "percent", 4),
+        [*marks, Line(greedy, f"stroke-{model} line thick")],
+        title=model.capitalize(),
+        note=f"thick: greedy · thin: {len(rows)} seeds",
+        colour=model,
+    )
 
 
 def temperatures(data: PageData) -> Figure | None:
@@ -98,13 +97,8 @@ def temperatures(data: PageData) -> Figure | None:
         return None
 
     def draw(width: float) -> str:
-        stacked = is_narrow(width)
         label = "Line charts. " + " ".join(_temperature_words(model, rows) for model, rows in found.items())
-        canvas = Canvas(width, 580 if stacked else 264, label)
-        places = [(50.0, width - 12)] * 2 if stacked else panels(width, 2, gap=40, left=50)
-        for index, (figure, (left, right)) in enumerate(zip(TEMPERATURE_PANELS, places, strict=True)):
-            _temperature_panel(canvas, found, figure, left, right, index * 290.0 if stacked else 0.0)
-        return canvas.render()
+        return row_of(width, label, [_temperature_panel(found, each) for each in TEMPERATURE_PANELS], gap=40, edge=12)
 
     see = (
         "The same logits through softmax(z / T). Temperature divides a logit's change and at the same time spreads "
@@ -136,32 +130,25 @@ TEMPERATURE_PANELS: dict[Literal["kl", "probability"], tuple[str, str]] = {
 }
 
 
-def _temperature_panel(
-    canvas: Canvas,
-    found: dict[str, list[TemperatureDrift]],
-    figure: Literal["kl", "probability"],
-    left: float,
-    right: float,
-    top: float,
-) -> None:
+def _temperature_panel(found: dict[str, list[TemperatureDrift]], figure: Literal["kl", "probability"]) -> Panel:
     title, note = TEMPERATURE_PANELS[figure]
-    rows = [row for listed in found.values() for row in listed]
-    values = [value for row in rows if (value := mean_of(row.get(figure))) is not None]
-    hot = [row["temperature"] for row in rows]
-    x, y = Log(min(hot), max(hot), left + 14, right - 14), Log.around(values, top + 222, top + 52)
-    canvas.text(left - 50, top + 18, title, "panel")
-    canvas.text(left - 50, top + 36, note, "note")
-    canvas.axis_y(y, left, right)
-    for temperature in sorted(set(hot)):
-        canvas.text(x(temperature), top + 239, f"{temperature:g}", "tick", anchor="middle")
-    canvas.text((left + right) / 2, top + 258, "temperature", "note", anchor="middle")
-    for model, listed in found.items():
-        known = [
-            (row["temperature"], value)
-            for row in sorted(listed, key=lambda row: row["temperature"])
-            if (value := mean_of(row.get(figure))) is not None
+    lines = {
+        model: [
+            (each["temperature"], value)
+            for each in sorted(listed, key=lambda each: each["temperature"])
+            if (value := mean_of(each.get(figure))) is not None
         ]
-        canvas.path([(x(t), y(value)) for t, value in known], f"stroke-{model} line")
-        for t, value in known:
-            tip = f"{model}, T = {t:g}: {words.number(value)}"
-            canvas.dot(x(t), y(value), 4.5, f"fill-{model} rim", tip=tip)
+        for model, listed in found.items()
+    }
+    hot = sorted({each["temperature"] for listed in found.values() for each in listed})
+    marks: list[Mark] = []
+    for model, line in lines.items():
+        tips = [(t, value, f"{model}, T = {t:g}: {words.number(value)}") for t, value in line]
+        marks += [Line(line, f"stroke-{model} line"), Dots(tips, 4.5, f"fill-{model} rim")]
+    return Panel(
+        Axis(log(hot[0], hot[-1]), label="temperature", inset=14, ticks=hot),
+        Axis(decades(value for line in lines.values() for _, value in line)),
+        marks,
+        title=title,
+        note=note,
+    )
