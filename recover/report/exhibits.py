@@ -43,16 +43,16 @@ class Exhibit:
     numbers: bool = False
 
 
-TEXT = "Decoding feeds a model its own words: once a small error has changed one of them, the two texts go apart."
-USES = "Uses that read little of the output, or none of it: they can stand where writing falls."
+TEXT = "A model reads its own words when it writes: one changed word is enough for the two texts to part."
+USES = "These uses read little of the output or none of it, so they can hold where writing fails."
 
 RUN = (
     Section(
         "measures",
         "What was measured",
         "What was measured",
-        "The same items, prompts and decoding for all three. Brackets hold 95% intervals; “kept” is the share of the "
-        "dense figure.",
+        "All three models had the same items, prompts and decoding. Brackets are 95% intervals. “Kept” is the share of "
+        "the dense figure.",
     ),
     Section(
         "samples",
@@ -65,8 +65,8 @@ RUN = (
         "damage",
         "Where the damage sits",
         "Where the damage sits",
-        "Drift between the dense model and the other two in three spaces: hidden state, logits, probabilities. What is "
-        "small in one space can be large in the next.",
+        "Drift is the distance from the dense model, in three spaces: hidden state, logits, probabilities. A drift "
+        "that is small in one space can be large in the next.",
     ),
     Section("text", "What it does to a text", "What the damage does to a text", TEXT),
     Section("uses", "Choosing and ranking", "Choosing and ranking", USES, always=False),
@@ -80,8 +80,8 @@ DIAGNOSIS = (
         "damage",
         "Where the difference sits",
         "Where the difference sits",
-        "Drift in three spaces: hidden state, logits, probabilities. What is small in one space can be large in the "
-        "next.",
+        "Drift is the distance between the two models, in three spaces: hidden state, logits, probabilities. A drift "
+        "that is small in one space can be large in the next.",
         always=False,
     ),
     Section("text", "What it does to a text", "What it does to a text", TEXT, always=False),

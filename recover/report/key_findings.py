@@ -26,7 +26,7 @@ def _where(data: PageData, model: str) -> Point | None:
     if row is None or kl <= 0:
         return None
     part = PART_NAMES[row["part"]] if row["part"] == "mlp" else row["part"]
-    answer = f"The {part} of block {row['block']}: changed alone, it brings a KL of {words.number(kl)} right behind it."
+    answer = f"The {part} of block {row['block']}: changed alone, it gives a KL of {words.number(kl)} right after it."
     return ("Where does most of it come from?", answer, "figure-sublayers")
 
 

@@ -98,10 +98,10 @@ def table(data: PageData) -> Table | None:
         for row in rows
     ]
     caption = (
-        "Greedy texts, each counted once: as right, else by the first mistake of form that it shows, else as well "
-        "formed and wrong. Form that is back while content is not: look at what training saw, not at how it ended. "
-        "Loop rate: texts, right ones too, that end in a run of tokens repeated three times or more over 24 tokens or "
-        "more; half of these loops begin before the token in the last column."
+        "Each greedy text is counted once: as right, by its first mistake of form, or as well formed and wrong. If "
+        "form came back and content did not, look at the text that training used. Loop rate: share of all texts that "
+        "end in a run of tokens repeated at least three times over at least 24 tokens. Half of these loops begin "
+        "before the token in the last column."
     )
     columns = ("task", "model", "items", "right", *(NAMES[kind][0] for kind in kinds), "loop rate", "loops begin at")
     return Table("Mistakes of form and of content", caption, tuple((each, "") for each in columns), cells, numbers=2)

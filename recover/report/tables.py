@@ -51,8 +51,8 @@ def last_layer(data: PageData) -> Table | None:
     if not rows:
         return None
     caption = (
-        "At the last layer, T = 1, on the dense model's own words: mean, median and worst hundredth of tokens. A "
-        "median far below the mean: few tokens carry the damage."
+        "At the last layer, T = 1, on the dense model's text: mean, median and 99th percentile over tokens. A median "
+        "far below the mean: few tokens carry the damage."
     )
     columns = [(name, model) for model in finals for name in (f"{model}, mean", "p50", "p99")]
     return Table("Drift at the last layer", caption, (("figure", ""), *columns), rows, note=floor(data))
@@ -65,9 +65,8 @@ def floor(data: PageData) -> str:
     if not known:
         return "What rounding alone makes was not measured."
     floor = words.number(max(known))
-    return (
-        f"Each model against itself, with a KV cache and without: KL at most {floor}. Drift of that size is rounding."
-    )
+    what = "Each model against itself, with and without a KV cache"
+    return f"{what}: KL is at most {floor}. Drift of that size is rounding."
 
 
 def divergence(data: PageData) -> Table | None:
@@ -83,7 +82,7 @@ def divergence(data: PageData) -> Table | None:
         rows.append((row["task"], *cells))
     if not rows:
         return None
-    caption = "On the tasks themselves: the token at which half, and nine tenths, of the greedy texts have left dense."
+    caption = "On the tasks: the token by which 50% and 90% of the greedy texts differ from dense."
     columns = [(name, model) for model in ("pruned", "recovered") for name in (f"{model}, p50", "p90", "tokens equal")]
     return Table("Where texts leave dense", caption, (("task", ""), *columns), rows)
 
@@ -109,9 +108,9 @@ def choices(data: PageData) -> Table | None:
     if not rows:
         return None
     caption = (
-        "By full likelihood of the options. Margin: nats by which the right option leads the best wrong one; a thin "
-        "one is the next to tip. Mass: probability of all option tokens; where it is small, the disc above is weak "
-        "evidence."
+        "By the full likelihood of each option. Margin: how far the right option leads the best wrong one, in nats; a "
+        "small margin is the next to be lost. Mass: total probability of the option tokens; where it is small, the "
+        "disc above is weak evidence."
     )
     return Table("Choice, by likelihood", caption, tuple((name, "") for name in CHOICE_COLUMNS), rows, numbers=2)
 
@@ -136,8 +135,9 @@ def retrieval(data: PageData) -> Table | None:
     if known:
         names += ["nDCG@10, dense", "nDCG@10, model"]
     caption = (
-        "Pooled hidden states as embeddings, mean over queries. Rank correlation (Spearman) and nDCG take the dense "
-        "model's ranking as the right one: 1 is the same order. A small embedding drift can still turn a ranking."
+        "Pooled hidden states are the embeddings; means over queries. Rank correlation (Spearman) and nDCG take the "
+        "dense model's ranking as the right one: 1 is the same order. A small embedding drift can still change a "
+        "ranking."
     )
     width = len(names)
     return Table(
@@ -175,8 +175,8 @@ def repair(data: PageData) -> Table | None:
     ]
     caption = (
         f"Repair ({found['kind']}), fitted to {words.count(found.get('tokens_fitted'))} tokens and judged on "
-        f"{words.count(found.get('tokens_held_out'))} others: error of the stream behind the cut, and KL of the whole "
-        "model, each before → after. A repair that does not lower the KL is left out."
+        f"{words.count(found.get('tokens_held_out'))} others. Error of the hidden state after the cut and KL of the "
+        "whole model, each before and after the repair. A repair that does not lower KL is left out."
     )
     names = ("rewritten", "for the lost", "error before", "after", "KL before", "after", "verdict")
     return Table("What the repair did", caption, tuple((name, "") for name in names), rows, numbers=2)

@@ -43,8 +43,8 @@ def ways(data: Comparison) -> Figure:
         return canvas.render()
 
     see = (
-        "Each line is one run, from the pruned model to the recovered one at the larger dot. The dashed line is dense. "
-        "A line that runs to the left is a use that recovery cost."
+        "Each line is one run: the small dot is the pruned model, the large dot the recovered one. The dashed line is "
+        "dense. A line that runs to the left: recovery made this use worse."
     )
     shares = [f"{use}, {model}" for use in uses for model in CHANGED]
     table = [(run["name"], *(share_cell(run, model, use)[0] for use in uses for model in CHANGED)) for run in runs]
@@ -98,9 +98,9 @@ def trade(data: Comparison) -> Figure | None:
         return canvas.render()
 
     see = (
-        "Height: generation kept. To the right: choice kept, and weights stored, as shares of dense. Each run goes "
-        "from its ring (pruned) to its disc (recovered). Best is the upper right of the first panel and the upper left "
-        "of the second."
+        "Upwards: generation kept. To the right: choice kept (first panel) and weights stored (second), as shares of "
+        "dense. Each run goes from its ring (pruned) to its disc (recovered). Best is the upper right of the first "
+        "panel and the upper left of the second."
     )
     columns = ("run", "weights", "choice, pruned", "choice, recovered", "generation, pruned", "generation, recovered")
     table = [

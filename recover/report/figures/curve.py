@@ -58,11 +58,13 @@ def _how_to_read(data: PageData, scores: bool) -> list[str]:
     found = []
     if size > 1:
         found.append(
-            f"Each point is the mean over {size:,} steps, its band the middle 80% of them, of norms their whole range."
+            f"Each point is the mean over {size:,} steps. The band holds the middle 80% of them; for norms, all of "
+            "them."
         )
     if scores:
         found.append(
-            "Uprights are ends of epochs, the ring the one that is kept: a loss may fall where generation does not."
+            "Upright lines are ends of epochs; the ring marks the one that is kept. A loss may fall where generation "
+            "does not."
         )
     if _curve(data)["skipped"]:
         found.append("Crosses are steps that were left out.")

@@ -39,13 +39,13 @@ def blocks(data: PageData) -> Figure:
         return row_of(width, _block_words(curves, dropped), shown, height=272, gap=18)
 
     see = (
-        "1 − cosine between the dense model's state and the other's after each block, on a log scale: line = mean "
-        "over tokens, band = up to the worst hundredth (a few broken tokens break a text, and a median hides them)."
+        "Distance (1 − cosine) from the dense model after each block, log scale. The line is the mean over tokens. The "
+        "band reaches up to the worst 1% of tokens: a few broken tokens break a text, and a median hides them."
     )
     if dropped:
         see += " Shaded columns are dropped blocks."
     if "recovered" in curves:
-        see += " Adapters may move the blocks before the first cut, too."
+        see += " Adapters also change the blocks before the first dropped one."
     table = [
         (
             row["block"],
@@ -113,9 +113,9 @@ def steps(data: PageData) -> Figure:
         return row_of(width, label, [_kl_panel(*item, last, values) for item in lines.items()], height=272, gap=34)
 
     see = (
-        "Solid: both models are fed the dense model's words, so only the direct error of pruning. Dashed: each is fed "
-        "its own words. Where the dashed line leaves the solid one, texts part; where it is high they have, which says "
-        "nothing of how bad they are. Mean KL(dense ‖ model) in nats, log scale."
+        "Solid: both models read the dense model's words, so this is the direct error of pruning. Dashed: each model "
+        "reads its own words. The dashed line rises where the texts part. Its height says that they are different, "
+        "not that they are bad. Mean KL(dense ‖ model) in nats, log scale."
     )
     table = [
         (step, *(words.number(dict(ways[way]).get(step)) for ways in lines.values() for way in ways))
@@ -188,8 +188,8 @@ def predictors(data: PageData) -> Figure:
         return canvas.render()
 
     see = (
-        "Var/(2T²) is KL to second order. Dots on the line: the damage is still small and the cheap figure holds. "
-        "Dots above it: the predictor overstates; below: it misses part of the damage."
+        "Var/(2T²) approximates KL to second order and is cheap to compute. A dot on the line: the approximation "
+        "holds. Above the line: it overstates the damage. Below: it misses part of the damage."
     )
     table = [
         (step, model, words.number(exact), words.number(predicted))

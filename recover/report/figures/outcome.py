@@ -39,7 +39,7 @@ def hero(data: PageData) -> Figure:
     rows = [(use, *(_cell(_value(data, model, use)) for model in MODELS)) for use in shown]
     if has_perplexity:
         rows.append(("perplexity", *(words.number(perplexity[model]) for model in MODELS)))
-    see = "Bars are means over tasks, thin lines their 95% intervals, the tick across each panel is the dense level."
+    see = "Bars are means over tasks. Thin lines are 95% intervals. The upright line in each panel is the dense level."
     if has_perplexity:
         see += " Perplexity is on a log scale; further left is better."
     return Figure(title, see, draw, ("measure", *MODELS), rows)
@@ -232,7 +232,7 @@ def _epoch_loss(canvas: Canvas, rows: list[Epoch], left: float, right: float, to
 
 def divergence(data: PageData) -> Figure:
     """Share of prompts whose free-running text is still the dense model's, step by step."""
-    title = "How long the text stays the dense model's"
+    title = "How long texts stay equal to the dense model's"
     curves = {model: _same_share(data, model) for model in data["drift"]}
     curves = {model: curve for model, curve in curves.items() if curve}
     if not curves:
@@ -248,8 +248,8 @@ def divergence(data: PageData) -> Figure:
         return alone(width, 300, label, panel, Box(44, width - 84, 20, 240))
 
     see = (
-        "Greedy text of each model beside the dense model's: the share of prompts not yet parted. "
-        "Where a curve crosses half, half of the texts have."
+        "Share of prompts whose greedy text is still equal to the dense model's. Where a curve crosses the dashed "
+        "line, half of the texts have become different."
     )
     steps = sorted({step for curve in curves.values() for step, _ in curve})
     shares = {model: dict(curve) for model, curve in curves.items()}

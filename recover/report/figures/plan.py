@@ -94,7 +94,7 @@ def _depth(plan: Plan) -> Figure:
 
 
 def _depth_words(plan: Plan, lanes: dict[str, Rounds]) -> str:
-    see = "Crossed cells are gone; the model runs the others in order."
+    see = "Crossed cells were dropped; the model runs the others in order."
     if not lanes:
         return see
     by = next((by for record in plan["scores"] if (by := record.get("by")) and record["round"]), None)
@@ -103,7 +103,7 @@ def _depth_words(plan: Plan, lanes: dict[str, Rounds]) -> str:
     several = len({number for rounds in lanes.values() for number in rounds}) > 1
     lines = "Each line is one round of the search" if several else "The line is the one round of the search"
     beside = (
-        " Attention and MLP are drawn apart on one scale: a round drops the lowest point of both."
+        " Attention and MLP have a panel each, on one scale: a round drops the lowest point of the two."
         if len(lanes) > 1
         else ""
     )

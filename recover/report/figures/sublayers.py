@@ -52,9 +52,9 @@ def worth(data: PageData) -> Figure | None:
         return row_of(width, label, shown, gap=24)
 
     see = (
-        "One sublayer at a time is changed, in the dense model. Bars: KL right behind it if it is closed, what it is "
-        "worth there. Dots: KL with the other model's sublayer in its place. A dot on top of its bar does nothing of "
-        "the work; one far below does nearly all of it; on the zero line it is the dense one. Log scale."
+        "One sublayer of the dense model is changed at a time, and KL is measured right after it, log scale. Bars: the "
+        "sublayer is removed. Dots: it is replaced by the other model's. A dot at the top of its bar: the replacement "
+        "does none of the work. Far below: it does nearly all of it. On the zero line: it is the dense sublayer."
     )
     columns = ("block", "sublayer", "KL if closed", *(f"KL with {model}'s" for model in replaced))
     table = [
@@ -133,16 +133,16 @@ def writes(data: PageData) -> Figure | None:
         return row_of(width, label, shown, gap=24)
 
     see = (
-        "What is missing from the dense model's state if one sublayer is closed, as a share of that state's length: "
-        "across it (the direction turns, and what is predicted may change) and along it (only its length changes, "
-        "which the final norm mostly undoes). Low on both: cheap to lose at this place."
+        "One sublayer is removed: how much of the dense model's hidden state is then missing, as a share of its "
+        "length. Across: the direction changes, and so may the prediction. Along: only the length changes, and the "
+        "final norm undoes most of that. Low on both lines: this sublayer is cheap to lose."
     )
     columns = ("block", "sublayer", "across", "along")
     table = [
         (block, PART_NAMES[part], words.number(value), words.number(along.get((part, block))))
         for (part, block), value in sorted(across.items(), key=lambda item: (item[0][1], item[0][0]))
     ]
-    return Figure("What each sublayer writes into the stream", see, draw, columns, table)
+    return Figure("What each sublayer adds to the hidden state", see, draw, columns, table)
 
 
 def _written(part: str, along: Levels, across: Levels) -> list[Mark]:

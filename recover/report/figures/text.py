@@ -29,12 +29,12 @@ def sampled(data: PageData) -> Figure | None:
         return row_of(width, label, shown, gap=40, left=44)
 
     see = (
-        "Share of texts not yet parted from the dense model's. Thick: greedy. Thin: drawn at T = 1, one a seed; both "
-        "models draw with the same random numbers, so what parts them is pruning and not chance. Thin lines far "
-        "under the thick one: sampling exposes damage that greedy decoding hides."
+        "Share of texts that are still equal to the dense model's. Thick: greedy decoding. Thin: sampling at T = 1, "
+        "one line a seed. Both models draw with the same random numbers, so pruning makes the difference, not chance. "
+        "Thin lines far below the thick one: sampling shows damage that greedy decoding hides."
     )
     columns = ("model", "texts", "KL, dense words", "KL, own words", "half parted by token", "never parted")
-    return Figure("Greedy text against drawn text", see, draw, columns, _sampled_table(data, drawn))
+    return Figure("Greedy text against sampled text", see, draw, columns, _sampled_table(data, drawn))
 
 
 def _greedy(drift: Drift | None) -> Curve:
@@ -101,9 +101,9 @@ def temperatures(data: PageData) -> Figure | None:
         return row_of(width, label, [_temperature_panel(found, each) for each in TEMPERATURE_PANELS], gap=40, edge=12)
 
     see = (
-        "The same logits through softmax(z / T). Temperature divides a logit's change and at the same time spreads "
-        "probability over more tokens, so damage may grow or shrink with it: look which way the lines lean before "
-        "choosing a temperature for decoding. Mean over tokens on the dense model's words."
+        "The same logits z, read as softmax(z / T). A higher temperature shrinks the error of each logit and spreads "
+        "probability over more tokens, so the damage may shrink or grow. Choose a decoding temperature where the lines "
+        "are low. Mean over tokens of the dense model's text."
     )
     columns = ("T", *(f"{model}, {name}" for model in found for name in ("mean KL", "mean 1 − cos")))
     every = sorted({row["temperature"] for rows in found.values() for row in rows})
@@ -115,7 +115,7 @@ def temperatures(data: PageData) -> Figure | None:
         )
         for t in every
     ]
-    return Figure("Hotter or colder", see, draw, columns, table, tuple(found))
+    return Figure("Drift at other temperatures", see, draw, columns, table, tuple(found))
 
 
 def _temperature_words(model: str, rows: list[TemperatureDrift]) -> str:

@@ -33,8 +33,8 @@ def choices(data: PageData) -> Figure | None:
         return canvas.render()
 
     see = (
-        "Disc: KL among the tokens of the options, made to sum to one again. Ring: KL over the whole vocabulary at the "
-        "same places. A disc far left of its ring is why choice can stand while generation falls: the few logits "
+        "Disc: KL among the option tokens alone, renormalised. Ring: KL over the whole vocabulary at the same "
+        "positions. A disc far left of its ring explains why choice can hold while generation fails: the few logits "
         "that choose moved together."
     )
     columns = ("task", "model", "KL, options", "KL, vocabulary")
