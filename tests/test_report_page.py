@@ -22,6 +22,7 @@ from recover.report.compare import compare, render_compare
 from recover.report.diagnosis import render_diagnosis
 from recover.report.exhibits import EXHIBITS, Exhibit, figures, made
 from recover.report.figures.figure import Figure
+from recover.report.figures.panel import Axis, Columns, Dots, Panel, linear, row_of
 from recover.report.figures.svg import Canvas
 from recover.report.render import render
 
@@ -112,6 +113,21 @@ def test_a_figure_is_one_row_of_the_registry(tmp_path: Path, monkeypatch: pytest
     assert "| this | 0.4217 |" in markdown.read_text()
     diagnosis = write_diagnosis(run.parent / "toy-diagnosis", json.loads((run / "before/probe.json").read_text()))
     assert 'id="figure-toy"' in render_diagnosis(diagnosis).read_text()
+
+
+def test_panels_lie_side_by_side_and_below_one_another_on_a_telephone() -> None:
+    dots, column = Dots([(0, 0, "low"), (10, 1, "high")], 3, "dot"), Columns([(5, "gone")], "gone")
+    panel = Panel(Axis(linear(0, 10)), Axis(linear(0, 1)), [dots], under=[column], title="One", colour="pruned")
+
+    def places(width: float) -> list[tuple[float, ...]]:
+        drawing = row_of(width, "two", [panel, panel], height=264, gap=20)
+        assert drawing.index('class="gone"') < drawing.index('class="grid"') < drawing.index('class="dot"')
+        assert drawing.count('class="panel ink-pruned"') == 2 and "<title>high</title>" in drawing
+        found = re.findall(r'<circle class="dot" cx="([\d.]+)" cy="([\d.]+)"', drawing)
+        return [tuple(map(float, place)) for place in found]
+
+    assert places(960) == [(50, 222), (470, 52), (540, 222), (960, 52)]
+    assert places(360) == [(50, 222), (352, 52), (50, 512), (352, 342)]
 
 
 def test_no_two_figures_or_tables_share_an_anchor(tmp_path: Path) -> None:

@@ -8,8 +8,21 @@ from recover.report import plan_text, words
 from recover.report.data import BlockDrift, PageData, Space, StepDrift
 from recover.report.drift import SPACES, by_model, level, mean_of
 from recover.report.figures.figure import Figure, is_narrow
-from recover.report.figures.panel import Axis, Band, Columns, Dots, Line, Mark, Panel, decades, linear, row_of
-from recover.report.figures.svg import Canvas, Log
+from recover.report.figures.panel import (
+    Axis,
+    Band,
+    Box,
+    Columns,
+    Dots,
+    Line,
+    Mark,
+    Panel,
+    Scale,
+    decades,
+    linear,
+    row_of,
+)
+from recover.report.figures.svg import Canvas
 
 SPACE_TITLES = {"embedding": "Embedding", "logit": "Logit", "probability": "Probability"}
 SPACE_NOTES = {"embedding": "hidden state h", "logit": "z = W h, centred", "probability": "softmax(z)"}
@@ -169,20 +182,21 @@ def predictors(data: PageData) -> Figure:
         return Figure(title, "Not measured: the probe recorded no predicted KL beside the exact one.")
     values = [value for pairs in dots.values() for _, *pair in pairs for value in pair]
 
+    marks: list[Mark] = [_exact]
+    for model, pairs in dots.items():
+        tips = [
+            (exact, guess, f"{model}, step {step}: exact {words.number(exact)}, predicted {words.number(guess)}")
+            for step, exact, guess in pairs
+        ]
+        marks.append(Dots(tips, 4.5, f"fill-{model} rim soft"))
+    label = "Scatter plot. " + "; ".join(_ratio_words(*item) for item in dots.items())
+    x = Axis(decades(values), about=6, label="exact KL(dense ‖ model), nats", below=38)
+    panel = Panel(x, Axis(decades(values)), marks)
+
     def draw(width: float) -> str:
         side = min(width - 60, 420.0)
-        canvas = Canvas(width, side + 64, "Scatter plot. " + "; ".join(_ratio_words(*item) for item in dots.items()))
-        x, y = Log.around(values, 56, 56 + side), Log.around(values, side + 14, 14)
-        canvas.axis_y(y, 56, 56 + side)
-        canvas.axis_x(x, side + 14)
-        canvas.text(56 + side / 2, side + 52, "exact KL(dense ‖ model), nats", "note", anchor="middle")
-        canvas.line(x.start, y.start, x.stop, y.stop, "reference")
-        # Its left end is about 110 pixels from the right edge, where the line is 110 below the top.
-        canvas.text(56 + side, 14 + 110 + 24, "predictor = exact", "note", anchor="end")
-        for model, pairs in dots.items():
-            for step, exact, predicted in pairs:
-                tip = f"{model}, step {step}: exact {words.number(exact)}, predicted {words.number(predicted)}"
-                canvas.dot(x(exact), y(predicted), 4.5, f"fill-{model} rim soft", tip=tip)
+        canvas = Canvas(width, side + 64, label)
+        panel.draw(canvas, Box(56, 56 + side, 14, 14 + side), 56)
         if not is_narrow(width):
             _ratio_notes(canvas, dots, side + 110)
         return canvas.render()
@@ -197,6 +211,12 @@ def predictors(data: PageData) -> Figure:
         for step, exact, predicted in pairs
     ]
     return Figure(title, see, draw, ("step", "model", "exact KL", "Var/(2T²)"), table, tuple(dots))
+
+
+def _exact(canvas: Canvas, x: Scale, y: Scale) -> None:
+    """The line on which a predictor is exact. Its words lie where the line has left 110 pixels below the top."""
+    canvas.line(x.start, y.start, x.stop, y.stop, "reference")
+    canvas.text(x.stop, y.stop + 110 + 24, "predictor = exact", "note", anchor="end")
 
 
 def _predicted(rows: list[StepDrift]) -> list[tuple[int, float, float]]:
