@@ -25,6 +25,7 @@ from recover.probe.decoding import positions
 from recover.probe.records import Retrieval
 from recover.probe.trajectory import Batch, batches_of, check_ids
 from recover.probe.views import Pair, View, hidden_states, running
+from recover.text.prompts import text_ids
 
 POOLINGS = ("last", "mean")
 
@@ -86,9 +87,7 @@ def retrieval_drift(
     if not queries:
         raise DataError("no queries to retrieve with")
     texts = list(dict.fromkeys(text for each in queries for text in (each.query, *each.documents)))
-    ids = [tokenizer(text).input_ids[:length] for text in texts]
-    if not all(ids):
-        raise DataError(f"the text {texts[ids.index([])]!r} has no tokens: remove it")
+    ids = [text_ids(tokenizer, text, special=True)[:length] for text in texts]
     check_ids(ids, pair.pruned, steps=0)
     batches = batches_of(ids, pair.dense, size=batch_size, steps=0)
     embedded = {view.name: _embed(view, batches, texts) for view in (pair.dense, pair.pruned)}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from recover.base.errors import DataError
 from recover.config.json_lines import json_lines, unread
 from recover.config.recipe import GivenText, local_path
-from recover.text.prompts import encode_prompt
+from recover.text.prompts import encode_prompt, rendered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -184,7 +184,7 @@ def _conversation(row: Row, messages: list[Any], tokenizer: PreTrainedTokenizerB
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers or answers[0] == 0:
         raise DataError(f"{row.where}: a conversation needs an assistant's answer after another's message")
-    texts = _turns(messages, answers, tokenizer) or _turns(messages, answers[-1:], tokenizer)
+    texts = _turns(row, messages, answers, tokenizer) or _turns(row, messages, answers[-1:], tokenizer)
     if texts is None:
         raise DataError(
             f"{row.where}: the chat template does not show a conversation as the prompt followed by the answer"
@@ -198,18 +198,12 @@ def _conversation(row: Row, messages: list[Any], tokenizer: PreTrainedTokenizerB
     return Sample(ids, mask)
 
 
-def _turns(messages: list[Any], answers: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
+def _turns(row: Row, messages: list[Any], answers: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
     """The rendered text cut around each answer: prompt, answer, prompt, answer, ...; None if it does not nest."""
     ends = [""]
     for answer in answers:
         for upto, ask in ((answer, True), (answer + 1, False)):
-            ends.append(_rendered(tokenizer, messages[:upto], ask))
+            ends.append(rendered(tokenizer, messages[:upto], ask=ask, what=f"the conversation of {row.where}"))
     if any(not later.startswith(earlier) for earlier, later in pairwise(ends)):
         return None
     return [later[len(earlier) :] for earlier, later in pairwise(ends)]
-
-
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Any], ask: bool) -> str:
-    return str(
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask, enable_thinking=False)
-    )
