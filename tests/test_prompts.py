@@ -112,7 +112,7 @@ def test_options_of_a_choice_stand_behind_the_prompts_own_ids(tmp_path, monkeypa
     tokenizer.chat_template = TEMPLATES[template]
     score = likelihood.option_log_likelihoods
     monkeypatch.setattr(
-        "recover.measure.subject.option_log_likelihoods",
+        "recover.measure.model.option_log_likelihoods",
         lambda model, groups, **how: (seen.extend(groups), score(model, groups, **how))[1],
     )
     rows = [{"q": prompt.strip(), "options": ["no", "yes"], "label": 0} for prompt in PROMPTS]

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from recover.config.tasks import USES
 from recover.report import cuts, speeds, words
 from recover.report.collect import collect
 
 SAME = 0.02  # dense figures further apart than this were not measured alike
-USES = ("generation", "choice", "retrieval")
 MODELS = ("pruned", "recovered")
 
 

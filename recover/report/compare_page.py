@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from recover.base.artifacts import write_text
+from recover.config.tasks import USES
 from recover.report import render, speeds, verdict, words
-from recover.report.compare import MODELS, USES
+from recover.report.compare import MODELS
 from recover.report.compare_courses import courses, losses, names_at_edge
 from recover.report.figures.figure import Figure, is_narrow, panels
 from recover.report.figures.svg import Canvas, Linear

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from recover.base.artifacts import write_json, write_text
 from recover.config import yaml_values
+from recover.config.tasks import USES
 from recover.report import cuts, mistakes, speeds, training, verdict, words
 from recover.report.figures.figure import Figure
 from recover.report.figures.registry import figures
@@ -28,11 +29,6 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 POLICY = b"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-"  # as page.html.j2 has it
 
-QUESTIONS = (
-    ("generation", "Can it write answers?"),
-    ("choice", "Can it pick among given options?"),
-    ("retrieval", "Can it rank documents?"),
-)
 SIGNS = {"yes": "✓", "with care": "~", "no": "✗", "cannot tell": "", "not measured": ""}
 SECTIONS = (
     ("measures", "What was measured"),
@@ -122,7 +118,7 @@ def _view(data: dict[str, Any]) -> dict[str, Any]:
         "data": data,
         "figures": {key: drawn(figure) for key, figure in figures(data).items()},
         "models": ("dense", "pruned", "recovered"),
-        "questions": QUESTIONS,
+        "questions": [(use.name, use.question) for use in USES.values()],
         "signs": SIGNS,
         "sections": SECTIONS,
         "facts": _facts(data),

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from recover.config.tasks import USES
 from recover.report import cuts, words
-from recover.report.measures import USES
 
 KEPT_YES = 0.95
 KEPT_CARE = 0.80
@@ -24,7 +24,6 @@ DENSE_FLOOR = 0.05
 LOST_SHOWN = 0.05  # of dense: what recovery takes from another use is told from here on
 
 THRESHOLDS = {"yes": KEPT_YES, "with care": KEPT_CARE, "dense floor": DENSE_FLOOR}
-TASK_WORD = {"generation": "generative", "choice": "choice", "retrieval": "retrieval"}
 
 
 def verdict(headline: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +50,7 @@ def judge(figure: dict[str, Any] | None, dense: dict[str, Any] | None, use: str)
     """One answer for one model and use, with the figures it is read off."""
     if figure is None or dense is None:
         whom = " on this model" if dense else " on the dense model" if figure else ""
-        return _no_answer("not measured", f"No {TASK_WORD[use]} task was run{whom}.", figure, dense)
+        return _no_answer("not measured", f"No {USES[use].adjective} task was run{whom}.", figure, dense)
     chance = dense["chance"] or 0.0
     if dense["value"] - chance < DENSE_FLOOR:
         level = f"chance ({words.percent(chance)})" if chance else "zero"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from recover.config.tasks import USES
 from recover.report import words
 from recover.report.figures.figure import Figure, is_narrow, panels
 from recover.report.figures.svg import Canvas, Linear, Log, apart
@@ -16,7 +17,7 @@ HALF_WIDTH = 125.0  # pixels of "half by token 123"
 
 def hero(data: dict[str, Any]) -> Figure:
     """Bars of the headline figures with their intervals; perplexity, where less is better, as dots on its own scale."""
-    shown = [use for use in ("generation", "choice", "retrieval") if any(_value(data, model, use) for model in MODELS)]
+    shown = [use for use in USES if any(_value(data, model, use) for model in MODELS)]
     perplexity = {model: (data["headline"][model] or {}).get("perplexity") for model in MODELS}
     has_perplexity = any(perplexity.values())
     key, title = "hero", "Dense, pruned, recovered"
@@ -64,17 +65,10 @@ def _hero_label(data: dict[str, Any], shown: list[str]) -> str:
     return "Bar chart. " + "; ".join(texts)
 
 
-SUBTITLES = {
-    "generation": "exact match of written answers",
-    "choice": "accuracy among given options",
-    "retrieval": "ranking score",
-}
-
-
 def _bars(canvas: Canvas, data: dict[str, Any], use: str, left: float, right: float, top: float) -> None:
     items = next(figure["items"] for model in MODELS if (figure := _value(data, model, use)))
     canvas.text(left, top + 16, use.capitalize(), "panel")
-    canvas.text(left, top + 35, f"{SUBTITLES[use]}, {items} items", "note")
+    canvas.text(left, top + 35, f"{USES[use].score}, {items} items", "note")
     x = Linear(0.0, 1.0, left + 92, right - 68)
     for index, model in enumerate(MODELS):
         y = top + HEAD + index * ROW
