@@ -21,8 +21,9 @@ from recover.run.directory import RunDirectory
 from recover.text import embed, likelihood, prompts
 from recover.text import generate as generation
 from recover.text.prompts import encode_prompt
+from recover.text.read import Row
 from recover.train.prompted import write_together
-from recover.train.sources import Row, samples_of
+from recover.train.sources import samples_of
 
 # As Qwen3's and SmolLM3's: an answer of no thought begins behind a closed train of thought, an open one without.
 THINKING = (
