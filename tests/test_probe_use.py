@@ -12,8 +12,9 @@ from probe_reference import endless, prompts, textbook_kl
 from tiny import ids
 
 from recover.base.errors import DataError, ModelError
+from recover.measure.kinds.choice import margin
 from recover.probe import compare
-from recover.probe.choices import Asked, choice_drift, margin
+from recover.probe.choices import Asked, choice_drift
 from recover.probe.retrieval import (
     Query,
     gains_of,

@@ -72,7 +72,7 @@ def diagnose(
     key = _key(dense, other, wanted, cfg, pair)
     records, positions = _probe(pair, tokenizer, rows, wanted, cfg, out, key)
     plain = [record.to_json() for record in records]
-    found = summary(plain)
+    found = summary(records)
     if dist.is_main():
         write_text(out / "probe.jsonl", "".join(f"{strict_json.dumps(record)}\n" for record in plain))
         write_json(out / "probe.json", {"dense": dense.source, "other": other.source, **found})

@@ -22,6 +22,7 @@ from recover.models.step_attention import attending_by_step, configs_of
 from recover.probe.decoding import positions, reader_of
 from recover.probe.views import States, View, hidden_states, running
 from recover.text.decode import steps_unseen
+from recover.text.generate import end_ids
 from recover.text.prompts import encode_prompt
 
 
@@ -109,9 +110,7 @@ def pad(first: int, rows: list[list[int]], device: torch.device) -> Batch:
 
 def end_tokens(view: View, tokenizer: Any) -> list[int]:
     """Ids that end a text, as the model's generation config and the tokenizer name them."""
-    named = getattr(base_of(view.model).generation_config, "eos_token_id", None)
-    ends = [*(named if isinstance(named, list) else [named]), getattr(tokenizer, "eos_token_id", None)]
-    return sorted({end for end in ends if end is not None})
+    return end_ids(base_of(view.model), tokenizer)
 
 
 def greedy(view: View, batch: Batch, *, steps: int, ends: list[int]) -> Trajectory:
