@@ -197,7 +197,8 @@ class RunContext:
         if kind_of(self.recipe.model.source) == "folder":
             check_weights(locate(self.recipe.model))
             check_tied(locate(self.recipe.model), describe(self.recipe.model).tied)
-        assert self.tasks and self.probe_prompts()
+        self.probe_prompts()  # and with them the tasks
+        _ = self.tasks
         _ = self.calibration
         for source in self.recipe.recover.data:
             if isinstance(source, GivenText):
