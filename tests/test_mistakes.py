@@ -13,10 +13,10 @@ from tiny import tiny
 from typer.testing import CliRunner, Result
 
 from recover.cli import app
-from recover.config.json_lines import unread
 from recover.config.recipe import Model
 from recover.models import load
 from recover.run.directory import RunDirectory
+from recover.text.read import unread
 
 RECIPE = """
 name: mine

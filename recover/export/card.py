@@ -5,16 +5,11 @@ from __future__ import annotations
 from typing import Any, cast
 
 from recover.config.recipe import Recipe, dump_recipe
+from recover.config.tasks import USES, Figure, headline_figures
 from recover.models.pairing import pack_sites, zeroed_partners
 from recover.models.site import PARTS, Site
 from recover.report import plan_text
 from recover.report.data import Plan
-
-FIGURES = {
-    "generation": "generation (exact match)",
-    "choice": "choice (accuracy)",
-    "perplexity": "perplexity (lower is better)",
-}
 
 
 def card(
@@ -76,14 +71,15 @@ def _zeroed(plan: dict[str, Any]) -> str:
 
 def _table(headlines: dict[str, dict[str, float | None]]) -> str:
     rows = ["| | " + " | ".join(headlines) + " |", "|---|" + "---:|" * len(headlines)]
-    for key, title in FIGURES.items():
+    for key, (called, figure) in headline_figures().items():
+        title = f"{key} ({called})" if key in USES else f"{key} (lower is better)" if figure.better == "lower" else key
         values = [headline.get(key) for headline in headlines.values()]
         if any(value is not None for value in values):
-            rows.append(f"| {title} | " + " | ".join(_number(key, value) for value in values) + " |")
+            rows.append(f"| {title} | " + " | ".join(_number(figure, value) for value in values) + " |")
     return "\n".join(rows)
 
 
-def _number(key: str, value: float | None) -> str:
+def _number(figure: Figure, value: float | None) -> str:
     if value is None:
         return "not measured"
-    return f"{value:.2f}" if key == "perplexity" else f"{value:.1%}"
+    return f"{value:.1%}" if figure.form == "percent" else f"{value:.2f}"

@@ -10,12 +10,14 @@ from typing import Any, Literal, NotRequired, Required
 
 from typing_extensions import TypedDict
 
-Use = Literal["generation", "choice", "retrieval"]
+from recover.config import tasks
+
+Use = str
 Model = Literal["dense", "pruned", "recovered"]
 Changed = Literal["pruned", "recovered"]
 Space = Literal["embedding", "logit", "probability"]
 
-USES: tuple[Use, ...] = ("generation", "choice", "retrieval")
+USES: tuple[Use, ...] = tuple(tasks.USES)
 MODELS: tuple[Model, ...] = ("dense", "pruned", "recovered")
 CHANGED: tuple[Changed, ...] = ("pruned", "recovered")
 SPACES: tuple[Space, ...] = ("embedding", "logit", "probability")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recover.base.artifacts import write_json, write_text
-from recover.config import yaml_values
+from recover.config import tasks, yaml_values
 from recover.report import exhibits, mistakes, plan_text, speed_text, training_text, verdict, words
 from recover.report.data import Cell, RunData
 from recover.report.exhibits import Exhibit, Section
@@ -32,11 +32,6 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 POLICY = b"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-"  # as page.html.j2 has it
 
-QUESTIONS = (
-    ("generation", "Can it write answers?"),
-    ("choice", "Can it pick among given options?"),
-    ("retrieval", "Can it rank documents?"),
-)
 SIGNS = {"yes": "✓", "with care": "~", "no": "✗", "cannot tell": "", "not measured": ""}
 
 
@@ -115,7 +110,7 @@ def _view(data: RunData) -> dict[str, Any]:
         "data": data,
         **exhibited(data, exhibits.RUN),
         "models": ("dense", "pruned", "recovered"),
-        "questions": QUESTIONS,
+        "questions": [(use.name, use.question) for use in tasks.USES.values()],
         "signs": SIGNS,
         "facts": _facts(data),
         "recovery": _recovery(data),

@@ -13,6 +13,7 @@ Where a choice task states its chance level, the share is of what dense does abo
 
 from __future__ import annotations
 
+from recover.config import tasks
 from recover.report import plan_text, words
 from recover.report.data import CHANGED, USES, Answer, Headline, Model, RunData, Use, UseFigure, Verdict
 
@@ -23,7 +24,6 @@ LOSABLE: tuple[Use, ...] = ("choice", "retrieval")
 LOST_SHOWN = 0.05  # of dense: what recovery takes from another use is told from here on
 
 THRESHOLDS = {"yes": KEPT_YES, "with care": KEPT_CARE, "dense floor": DENSE_FLOOR}
-TASK_WORD = {"generation": "generative", "choice": "choice", "retrieval": "retrieval"}
 
 
 def verdict(headline: dict[str, Headline | None]) -> Verdict:
@@ -50,7 +50,7 @@ def judge(figure: UseFigure | None, dense: UseFigure | None, use: Use) -> Answer
     """One answer for one model and use, with the figures it is read off."""
     if figure is None or dense is None:
         whom = " on this model" if dense else " on the dense model" if figure else ""
-        return _no_answer("not measured", f"No {TASK_WORD[use]} task was run{whom}.", figure, dense)
+        return _no_answer("not measured", f"No {tasks.USES[use].adjective} task was run{whom}.", figure, dense)
     chance = dense["chance"] or 0.0
     if dense["value"] - chance < DENSE_FLOOR:
         level = f"chance ({words.percent(chance)})" if chance else "zero"

@@ -292,7 +292,7 @@ def _probe_and_measure(context: RunContext, twin: Twin, folder: Path) -> None:
         records = [record.to_json() for record in found]
         if dist.is_main():
             write_text(folder / "probe.jsonl", "".join(f"{strict_json.dumps(record)}\n" for record in records))
-            write_json(folder / "probe.json", summary(records))
+            write_json(folder / "probe.json", summary(found))
         _measure(context, twin, folder, reference=read_json(context.directory.dense / "generations.json"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from recover.config import tasks
 from recover.report import words
 from recover.report.data import MODELS, USES, Epoch, PageData, Use, UseFigure
 from recover.report.figures.figure import Figure, is_narrow, panels
@@ -63,17 +64,10 @@ def _hero_label(data: PageData, shown: list[Use]) -> str:
     return "Bar chart. " + "; ".join(texts)
 
 
-SUBTITLES: dict[Use, str] = {
-    "generation": "exact match of written answers",
-    "choice": "accuracy among given options",
-    "retrieval": "ranking score",
-}
-
-
 def _bars(canvas: Canvas, data: PageData, use: Use, left: float, right: float, top: float) -> None:
     items = next(figure["items"] for model in MODELS if (figure := _value(data, model, use)))
     canvas.text(left, top + 16, use.capitalize(), "panel")
-    canvas.text(left, top + 35, f"{SUBTITLES[use]}, {items} items", "note")
+    canvas.text(left, top + 35, f"{tasks.USES[use].score}, {items} items", "note")
     x = Linear(0.0, 1.0, left + 92, right - 68)
     for index, model in enumerate(MODELS):
         y = top + HEAD + index * ROW
