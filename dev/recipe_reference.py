@@ -15,7 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from recover.config import recipe
 from recover.config.base import Config
-from recover.config.tasks import FILES, Fewshot, Reading
+from recover.config.tasks import KINDS, Fewshot, Reading
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"
 HEAD = """# Recipe reference
@@ -104,7 +104,7 @@ this of dense, pruned and recovered, and `epochs.jsonl` after each epoch.
 The dense model must be able to do it: where it scores next to nothing (or chance), nothing can be lost, and `run`
 says so.
 """
-TASKS: list[type[BaseModel]] = [*FILES.values(), Fewshot, Reading]
+TASKS: list[type[BaseModel]] = [*(kind.file for kind in KINDS.values()), Fewshot, Reading]
 
 
 def shown_type(annotation: Any) -> str:

@@ -303,7 +303,7 @@ def _step(step: int, scale: float, part: str) -> dict[str, Any]:
     free = forced + apart * (3.4 + 0.5 * random.random()) * (1.0 if part == "before" else 0.6)
     predicted = forced * (1 + 1.8 * forced * random.random()) if forced < 1 else forced * (0.5 + 3.5 * random.random())
     teacher = {"kl": _spread(forced / 1.4), "kl_predicted": _spread(predicted / 1.4), "n": 32 - step // 6}
-    teacher |= {"embedding": forced / 6, "logit": forced / 8, "probability": forced / 3}
+    teacher |= {"embedding": _spread(forced / 6), "logit": _spread(forced / 8), "probability": _spread(forced / 3)}
     return {
         "step": step,
         "teacher_forced": teacher,

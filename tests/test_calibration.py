@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from recover.base.errors import DataError
-from recover.config.json_lines import json_lines
 from recover.config.recipe import load_recipe, local_path
 from recover.prune.calibrate import calibration_record
 from recover.run.calibration import calibration
 from recover.run.context import RunContext
 from recover.run.directory import RunDirectory
 from recover.text.prompts import encode_prompt
+from recover.text.read import json_lines
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 PROMPTS, ANSWER = "embedded:tasks/prompts.jsonl", 6

@@ -9,8 +9,8 @@ from words import word_tokenizer
 
 from recover.base.errors import RecipeError
 from recover.config.recipe import Measure
-from recover.measure import coding
-from recover.measure.coding import code_of
+from recover.measure.kinds import code as coding
+from recover.measure.kinds.code import code_of
 from recover.measure.sandbox import NOT_ISOLATED, isolation, run_program, run_programs
 from recover.measure.tasks import load_task, measure
 from recover.text.generate import Generation

@@ -14,10 +14,11 @@ from recover.base.errors import DataError
 from recover.config.recipe import GivenText, Recover
 from recover.models.plan import Plan
 from recover.models.twin import Twin
+from recover.text.read import Row
 from recover.train import dense_text
 from recover.train.data import build_dataset, collator, training_order
 from recover.train.evening import TOLERANCE, evened
-from recover.train.sources import Row, read_rows, samples_of
+from recover.train.sources import read_rows, samples_of
 
 CHATML = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
@@ -249,7 +250,7 @@ def test_a_conversation_without_an_answer_is_named():
     ("content", "message"),
     [
         (b'{"text": "a"}\nnot json\n', r"s.jsonl:2: not JSON"),
-        (b'{"text": "a"}\n[1]\n', r"s.jsonl:2: expected one JSON object a line \(JSONL\), found list"),
+        (b'{"text": "a"}\n[1]\n', r"s.jsonl:2: found list, expected one JSON object a line \(JSONL\)"),
         (b"\n\n", r"s.jsonl: no rows"),
         (b'{"text": "\xff"}\n', r"s.jsonl: not UTF-8 text"),
     ],

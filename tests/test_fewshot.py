@@ -12,7 +12,7 @@ from words import word_tokenizer
 
 from recover.base.errors import DataError, RecipeError
 from recover.config.recipe import Measure
-from recover.measure import writing
+from recover.measure.kinds import generate as generating
 from recover.measure.task_file import load_task
 from recover.measure.tasks import measure
 from recover.run.input_digests import digests
@@ -119,7 +119,7 @@ VERDICTS = [
 def test_texts_are_read_as_the_harness_reads_them(tmp_path, monkeypatch):
     rows = [{"question": f"{n}", "answer": f"1 + 1 = 2.\n#### {right}"} for n, (_, right, *_) in enumerate(VERDICTS)]
     task = load_task(gsm8k(tmp_path, rows, [{"question": f"e{n}", "answer": "1"} for n in range(6)]))
-    monkeypatch.setattr(writing, "written", lambda *_: [Generation([5, 2], text, True) for text, *_ in VERDICTS])
+    monkeypatch.setattr(generating, "written", lambda *_: [Generation([5, 2], text, True) for text, *_ in VERDICTS])
     cfg = Measure(tasks=("x",), sampling=None, samples=len(VERDICTS))
     record = measure(tiny(), word_tokenizer(), [task], cfg)[0]["tasks"]["gsm8k"]
     assert [sample["correct"] for sample in record["samples"]] == [strict for _, _, strict, _ in VERDICTS]
@@ -128,7 +128,7 @@ def test_texts_are_read_as_the_harness_reads_them(tmp_path, monkeypatch):
     assert record["also"]["flexible"]["exact_match"] == sum(flexible) / len(VERDICTS)
     (reading,) = task.file.also.values()
     items = list(task.items)
-    assert writing._rights(reading, items, [Generation([], text, True) for text, *_ in VERDICTS]) == flexible
+    assert generating.rights(reading, items, [Generation([], text, True) for text, *_ in VERDICTS]) == flexible
 
 
 def test_the_reference_is_the_harness_own_task():

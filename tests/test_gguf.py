@@ -271,7 +271,7 @@ def test_the_command_writes_the_file_and_says_so(tmp_path):
     app.command()(command)
     folder = str(recipe.embedded("fable-2m"))
     done = CliRunner().invoke(app, [folder, str(tmp_path / "fable.gguf"), "--dtype", "float16"])
-    assert done.exit_code == 0 and "fable.gguf (3.6 MiB)" in done.stdout
+    assert done.exit_code == 0 and "fable.gguf (3.8 MB)" in done.stdout
     assert read(tmp_path / "fable.gguf")[0]["general.file_type"] == 1
 
 

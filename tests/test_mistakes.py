@@ -13,10 +13,10 @@ from tiny import tiny
 from typer.testing import CliRunner, Result
 
 from recover.cli import app
-from recover.config.json_lines import unread
 from recover.config.recipe import Model
 from recover.models import load
 from recover.run.directory import RunDirectory
+from recover.text.read import unread
 
 RECIPE = """
 name: mine
@@ -189,7 +189,7 @@ def test_large_weights_are_announced(
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(load, "SAID_BYTES", 1000)
     load.load_model(cfg)
-    assert "reading " in (said := capsys.readouterr().out) and "GiB" in said
+    assert "reading " in (said := capsys.readouterr().out) and said.endswith(" kB\n")
 
 
 def test_a_diagnosis_is_without_bars_of_libraries(mine: Path) -> None:

@@ -32,7 +32,7 @@ from recover.models.plan import MaskRecord, Plan
 from recover.models.twin import Twin
 from recover.probe import compare
 from recover.probe.probe import dense_trajectories, final_drift, probe, summary
-from recover.probe.records import Block, Final
+from recover.probe.records import Block, Final, record_of
 from recover.probe.trajectory import encode
 from recover.probe.views import Lens, Pair, View
 
@@ -184,7 +184,7 @@ def test_logits_are_never_rounded_below_float32(dtype):
 def test_summary_is_the_same_from_records_and_from_json(both):
     lines = [json.dumps(record.to_json(), allow_nan=False) for record in both[2]]
     found = summary(both[2])
-    assert found == summary([json.loads(line) for line in lines])
+    assert found == summary([record_of(json.loads(line)) for line in lines])
     assert found["prompts"] == 5 and found["final"]["temperature"] == 1.0
     assert [final["temperature"] for final in found["temperatures"]] == [0.5, 1.0, 2.0]
     assert [block["block"] for block in found["blocks"] if block["lens"] == "final_norm"] == list(range(6))

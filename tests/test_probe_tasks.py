@@ -21,7 +21,7 @@ from recover.config import recipe
 from recover.config.recipe import load_recipe
 from recover.measure.tasks import Task, load_task
 from recover.models.load import load_model, load_tokenizer
-from recover.probe.records import summary
+from recover.probe.records import record_of, summary
 from recover.probe.tasks import task_drift
 from recover.run import stages
 from recover.run.directory import RunDirectory
@@ -91,7 +91,7 @@ def records_of(tasks: list[Task], items: int | None = None) -> list[dict]:
 
 def test_only_the_first_items_of_each_task_count_and_none_of_none(tmp_path):
     tasks = tiny_tasks(tmp_path)
-    found = summary(records_of(tasks))
+    found = summary([record_of(each) for each in records_of(tasks)])
     assert [row["items"] for row in found["choices"]] == [7]
     assert [row["queries"] for row in found["retrieval"]] == [4, 4]
     first = [Task(task.file, task.items[:2]) for task in tasks]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +12,9 @@ from probe_reference import endless, prompts, textbook_kl
 from tiny import ids
 
 from recover.base.errors import DataError, ModelError
+from recover.measure.kinds.choice import margin
 from recover.probe import compare
-from recover.probe.choices import Asked, choice_drift, margin
+from recover.probe.choices import Asked, choice_drift
 from recover.probe.retrieval import (
     Query,
     gains_of,
@@ -166,10 +166,10 @@ def test_choices_that_cannot_be_probed_are_refused():
 class Letters:
     """Each letter is a token."""
 
-    chat_template = None
+    chat_template = bos_token_id = eos_token_id = None
 
-    def __call__(self, text):
-        return SimpleNamespace(input_ids=[ord(letter) % 250 + 3 for letter in text])
+    def __call__(self, text, **_how):
+        return {"input_ids": [ord(letter) % 250 + 3 for letter in text]}
 
 
 QUERIES = [
@@ -188,7 +188,7 @@ def test_retrieval_is_the_textbook_text_by_text_without_padding():
             for text in (query.query, *query.documents):
                 with torch.no_grad():
                     states = [
-                        m.model(torch.tensor([Letters()(text).input_ids]))[0][0].double() for m in (dense, pruned)
+                        m.model(torch.tensor([Letters()(text)["input_ids"]]))[0][0].double() for m in (dense, pruned)
                     ]
                 texts[text] = [h[-1] if pooling == "last" else h.mean(0) for h in states]
             ask = texts[query.query]

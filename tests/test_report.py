@@ -7,14 +7,17 @@ import math
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 from report_page import Page, rewrite
+from report_probes import probed
 from report_run import BLOCKS, DROPPED, STEPS, build_run
 
 from recover.base.errors import ArtifactError
-from recover.report import drift, mistakes, samples, verdict, words
-from recover.report.collect import collect
+from recover.report import drift, mistakes, verdict, words
+from recover.report.collect import CONSEQUENCES, collect, side_by_side
+from recover.report.data import RunData
+from recover.report.exhibits import figures
 from recover.report.figures import svg
-from recover.report.figures.registry import figures
 from recover.report.render import fence, render, table_cell
 
 EVERYTHING = (
@@ -246,9 +249,7 @@ def test_texts_are_matched_by_prompt_not_by_place() -> None:
         listed = [{"prompt": prompt, "text": text, "correct": True} for prompt, text in samples]
         return {"tasks": {"t": {"kind": "generate", "samples": listed}}}
 
-    rows = samples.side_by_side(
-        {"dense": record(("p", "1"), ("q", "2")), "pruned": record(("q", "3")), "recovered": None}
-    )
+    rows = side_by_side({"dense": record(("p", "1"), ("q", "2")), "pruned": record(("q", "3")), "recovered": None})
     assert [(row["prompt"], row["pruned"] and row["pruned"]["text"]) for row in rows] == [("p", None), ("q", "3")]
 
 
@@ -319,8 +320,8 @@ def test_runs_that_counted_no_mistakes_have_no_table_of_them(tmp_path: Path) -> 
         (words.count(200_000), "200k"),
         (words.count(1_600_000), "1.6M"),
         (words.size(105_600_000), "106 MB"),
-        (words.duration(320), "5 min"),
-        (words.duration(7300), "2 h 02 min"),
+        (words.duration(320), "5 min 20 s"),
+        (words.duration(7300), "2 h 2 min"),
         (words.machine({"gpus": [{"name": "H200"}, {"name": "H200"}]}), "2 × H200"),
         (verdict.share(0.9466), "94.7%"),  # never rounded over a threshold
         (verdict.share(0.97), "97%"),
@@ -371,7 +372,7 @@ def test_drift_reads_what_the_probe_writes() -> None:
         Divergence(4, spread, 0.5, [3, None]),
         Identity(1e-12, 0.0, {"kl": 0.0}, {"kl": 1e-12}),
     ]
-    found = drift.normalise(summary(records))
+    found = drift.read(summary(records))
     assert set(found["final"]) == set(names)
     assert found["blocks"] == [
         {"block": 2, "closed": True, **dict.fromkeys(("embedding", "logit", "probability", "kl"), spread)}
@@ -380,3 +381,22 @@ def test_drift_reads_what_the_probe_writes() -> None:
     assert found["steps"][0]["free_running"] == {"kl": spread, "both": own, "diverged": 0.25}
     assert found["identity"]["kl_max"] == 1e-12 and found["prompts"] == 4
     assert found["temperatures"][0]["temperature"] == 1.0
+
+
+@pytest.mark.parametrize("kind", ["depth", "wanda"])
+def test_what_is_collected_is_what_the_types_say(tmp_path: Path, kind: str) -> None:
+    """report.json has the fields of `RunData`, each of its type, whatever is missing."""
+    whole, empty = (
+        build_run(tmp_path, kind=kind),
+        build_run(tmp_path, name="bare", kind=kind, without=tuple(CONSEQUENCES)),
+    )
+    for part in ("before", "after"):
+        rewrite(whole / part / "probe.json", probed)
+    check = TypeAdapter(RunData)
+    for run in (whole, empty):
+        data = collect(run)
+        check.validate_python(data)
+        assert set(data) == set(RunData.__annotations__)
+        json.dumps(data, allow_nan=False)
+    with pytest.raises(ValidationError, match="tokens"):
+        check.validate_python({**collect(whole), "tokens": 3})

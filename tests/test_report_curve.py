@@ -19,11 +19,11 @@ from report_steps import steps
 from recover.base.errors import ArtifactError
 from recover.report.collect import collect
 from recover.report.compare import compare
-from recover.report.compare_courses import losses
 from recover.report.curve import POINTS, WINDOW, curve
-from recover.report.figures.registry import figures
-from recover.report.learning import learnt
+from recover.report.exhibits import figures
+from recover.report.figures.compare import losses
 from recover.report.render import render
+from recover.report.training_text import learnt
 
 RECIPE = {"recover": {"loss": {"kl": 1.0, "variance": 0.5}}}
 
@@ -271,5 +271,5 @@ def test_runs_are_drawn_together_by_kl(tmp_path: Path) -> None:
     figure = losses(compare(runs))
     assert figure is not None and {row[0] for row in figure.rows} == {"a", "b"}
     points = collect(runs[1])["curve"]["points"]
-    expected = [list(pair) for pair in zip(points["tokens"], points["kl"]["mean"], strict=True)]
+    expected = list(zip(points["tokens"], points["kl"]["mean"], strict=True))
     assert next(run["kl"] for run in compare(runs)["runs"] if run["name"] == "b") == expected

@@ -18,10 +18,12 @@ from report_run import build_run
 from recover.commands.report import report
 from recover.report import words
 from recover.report.collect import collect
-from recover.report.compare import compare
-from recover.report.compare_page import render_compare
+from recover.report.compare import compare, render_compare
 from recover.report.diagnosis import render_diagnosis
-from recover.report.figures.registry import DRAWINGS, figures
+from recover.report.exhibits import EXHIBITS, Exhibit, figures, made
+from recover.report.figures.figure import Figure
+from recover.report.figures.panel import Axis, Columns, Dots, Panel, linear, row_of
+from recover.report.figures.svg import Canvas
 from recover.report.render import render
 
 
@@ -81,15 +83,57 @@ def test_every_link_leads_somewhere_and_ids_are_unique(html: str) -> None:
     assert set(labels) <= set(ids)
 
 
-def test_every_figure_has_a_caption_a_label_and_its_numbers(html: str) -> None:
+def test_every_figure_has_a_caption_a_label_and_its_numbers(tmp_path: Path, html: str) -> None:
+    run = build_run(tmp_path)
     found = re.findall(r"<figure.*?</figure>", html, re.DOTALL)
-    assert len(found) >= len(DRAWINGS)
+    assert len(found) >= sum(found.measured for found in figures(collect(run)).values()) > 6
     for figure in found:
         caption = re.search(r"<figcaption>(.+?)</figcaption>", figure, re.DOTALL)
         assert caption and len(caption.group(1)) > 30
         labels = re.findall(r'<svg [^>]*role="img" aria-label="([^"]+)"', figure)
         assert len(labels) == 2  # one for a page, one for a telephone
         assert re.search(r"<table.*<td", figure, re.DOTALL)
+
+
+def test_a_figure_is_one_row_of_the_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function and a row: the page, Markdown and the diagnosis show it, in the section that the row names."""
+    run = build_run(tmp_path)
+
+    def toy(data: dict) -> Figure:
+        def draw(width: float) -> str:
+            return Canvas(width, 40, f"toy of {data['name']}").render()
+
+        return Figure("A toy", "See how it is drawn.", draw, ("what", "much"), [("this", "0.4217")])
+
+    monkeypatch.setattr("recover.report.exhibits.EXHIBITS", [*EXHIBITS, Exhibit("damage", "toy", toy, numbers=True)])
+    _, markdown, page = render(run, collect(run))
+    damage = page.read_text().split('<h2 id="damage">')[1].split("</section>")[0]
+    assert damage.index('id="figure-blocks"') < damage.index('id="figure-toy"')
+    assert f'aria-label="toy of {run.name}"' in damage and "0.4217" in damage
+    assert "| this | 0.4217 |" in markdown.read_text()
+    diagnosis = write_diagnosis(run.parent / "toy-diagnosis", json.loads((run / "before/probe.json").read_text()))
+    assert 'id="figure-toy"' in render_diagnosis(diagnosis).read_text()
+
+
+def test_panels_lie_side_by_side_and_below_one_another_on_a_telephone() -> None:
+    dots, column = Dots([(0, 0, "low"), (10, 1, "high")], 3, "dot"), Columns([(5, "gone")], "gone")
+    panel = Panel(Axis(linear(0, 10)), Axis(linear(0, 1)), [dots], under=[column], title="One", colour="pruned")
+
+    def places(width: float) -> list[tuple[float, ...]]:
+        drawing = row_of(width, "two", [panel, panel], height=264, gap=20)
+        assert drawing.index('class="gone"') < drawing.index('class="grid"') < drawing.index('class="dot"')
+        assert drawing.count('class="panel ink-pruned"') == 2 and "<title>high</title>" in drawing
+        found = re.findall(r'<circle class="dot" cx="([\d.]+)" cy="([\d.]+)"', drawing)
+        return [tuple(map(float, place)) for place in found]
+
+    assert places(960) == [(50, 222), (470, 52), (540, 222), (960, 52)]
+    assert places(360) == [(50, 222), (352, 52), (50, 512), (352, 342)]
+
+
+def test_no_two_figures_or_tables_share_an_anchor(tmp_path: Path) -> None:
+    run = build_run(tmp_path)
+    anchors = [(type(found), each.key) for each, found in made(collect(run)).items()]
+    assert len(anchors) == len(set(anchors)) > 8
 
 
 def pages(folder: Path) -> dict[str, str]:

@@ -13,13 +13,13 @@ from report_probes import BLOCKS, kl_of, probed, write_diagnosis
 from report_run import build_run
 
 from recover.base.errors import ArtifactError
-from recover.report import tables, training, words
+from recover.report import training_text, words
 from recover.report.collect import collect
 from recover.report.diagnosis import is_diagnosis, render_diagnosis
+from recover.report.exhibits import figures, shown_tables
 from recover.report.figures import plan as figures_plan
 from recover.report.figures import svg
-from recover.report.figures.registry import figures
-from recover.report.points import half_parted, points
+from recover.report.key_findings import half_parted, key_findings
 from recover.report.render import render
 
 NEWER = ("sublayers", "writes", "sampled", "choices")
@@ -38,7 +38,7 @@ def test_nothing_stands_where_nothing_was_recorded(tmp_path: Path) -> None:
     text = render(plain, data)[2].read_text(encoding="utf-8")
     for key in NEWER:
         assert key not in figures(data) and f"figure-{key}" not in text
-    assert not {"choices-table", "retrieval", "repair", "skipped"} & set(tables.tables(data))
+    assert not {"choices-table", "retrieval", "repair", "skipped"} & set(shown_tables(data))
     assert "Choosing and ranking" not in text and "Not every step" not in text
 
 
@@ -104,7 +104,7 @@ def test_skipped_steps_and_returns_are_said(tmp_path: Path, skipped: int, rollba
     record = {"skipped": skipped, "rollbacks": rollbacks, "findings": [finding] * skipped, "finished": True}
     (run / "recover/training.json").write_text(json.dumps(record))
     data = collect(run)
-    notes = training.notes(data)
+    notes = training_text.notes(data)
     assert len(notes) == len(said) and all(part in note for part, note in zip(said, notes, strict=True))
     for path in render(run, data)[1:]:
         text = path.read_text(encoding="utf-8")
@@ -119,7 +119,7 @@ def test_each_cut_of_a_repair_is_listed(tmp_path: Path) -> None:
     cut = {"site": "mlp:2", "dropped": ["attention:3", "mlp:3"], "error_before": 0.268, "error_after": 0.0697, **kl}
     repair = {"kind": "linear", "kept": True, **kl, "tokens_fitted": 2304, "tokens_held_out": 768}
     rewrite(run / "prune/plan.json", lambda plan: plan.update(repair=repair | {"cuts": [cut | {"kept": False}]}))
-    rows = tables.tables(collect(run))["repair"].rows
+    rows = shown_tables(collect(run))["repair"].rows
     assert rows == [("MLP of block 2", "attention 3, MLP 3", "0.268", "0.0697", "0.155", "0.148", "left out")]
 
 
@@ -188,13 +188,13 @@ def test_own_words_are_judged_by_both_models_on_them_and_not_by_how_far_texts_ar
 
     for part in ("before", "after"):
         rewrite(run / part / "probe.json", steps)
-    found = {question: answer for question, answer, _ in points(collect(run))}
+    found = {question: answer for question, answer, _ in key_findings(collect(run))}
     each = "KL 0.5 on its own words and 0.25 on dense words"
     assert found["Is it worse on its own words?"] == f"Pruned, {each}; recovered, {each}."
 
 
 def test_points_are_read_off_the_figures(run: Path) -> None:
-    found = {question: answer for question, answer, _ in points(collect(run))}
+    found = {question: answer for question, answer, _ in key_findings(collect(run))}
     assert "attention of block 2" in found["Where does most of it come from?"]
     assert "0.3" in found["Where does most of it come from?"]
     assert found["What does it buy?"] == "A file ×0.80 the size; decoding ×1.28 [1.23, 1.34]."
@@ -214,12 +214,12 @@ def test_several_choice_tasks_count_by_their_items_and_rankings_are_named_by_tas
 
     rewrite(run / "after/probe.json", second)
     data = collect(run)
-    found = {question: answer for question, answer, _ in points(data)}
+    found = {question: answer for question, answer, _ in key_findings(data)}
     moved = found["Do the logits that choose move as much?"]
     assert (
         moved == "Recovered, KL 0.163 among the options, 2.5 over all tokens there."
     )  # (280 x 1/16 + 70 x 9/16) / 350
-    table = tables.tables(data)["retrieval"]
+    table = shown_tables(data)["retrieval"]
     assert table.rows[0][0] == "letters, mean" and table.columns[0][0] == "task, pooling"
 
 

@@ -10,7 +10,7 @@ from words import word_tokenizer
 from recover.base.errors import ModelError
 from recover.config.recipe import Measure
 from recover.maths.score import ndcg
-from recover.measure.retrieving import chance_ndcg
+from recover.measure.kinds.retrieval import chance_ndcg
 from recover.measure.tasks import load_task, measure
 from recover.text.embed import embeddings
 

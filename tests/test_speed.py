@@ -17,7 +17,7 @@ from torch import nn
 
 from recover.measure import speed
 from recover.measure.speed import compare_speed, kv_bytes_per_token, paired_ratio, spread, take_turns
-from recover.report import collect, compare, compare_page, render, speeds
+from recover.report import collect, compare, render, speed_text
 
 
 class Machine:
@@ -207,14 +207,14 @@ def record_with(interval, same_shapes=False):
     ],
 )
 def test_a_ratio_is_a_gain_only_if_its_interval_leaves_out_1(record, long, short):
-    assert speeds.ratio(record, "decode_tokens_per_second") == long
-    assert speeds.gain(record, "decode_tokens_per_second") == short
+    assert speed_text.ratio(record, "decode_tokens_per_second") == long
+    assert speed_text.gain(record, "decode_tokens_per_second") == short
 
 
 def test_speeds_without_turns_have_no_ratio():
     timed_apart = {side: {"decode_tokens_per_second": rate} for side, rate in (("dense", 377.0), ("deployed", 473.0))}
-    assert speeds.value(timed_apart, "decode_tokens_per_second") is None
-    assert speeds.rows(timed_apart)[0][-1] == "–" and speeds.notes(timed_apart) == []
+    assert speed_text.value(timed_apart, "decode_tokens_per_second") is None
+    assert speed_text.rows(timed_apart)[0][-1] == "–" and speed_text.notes(timed_apart) == []
 
 
 @pytest.mark.parametrize("kind", ["depth", "wanda"])
@@ -230,12 +230,12 @@ def test_the_report_says_what_a_mask_does_not_gain(tmp_path, kind):
 
 def test_compare_shows_both_sides_and_what_must_not_be_set_side_by_side(tmp_path):
     data = compare.compare([build_run(tmp_path, name="a"), build_run(tmp_path, name="b", kind="wanda")])
-    cells = dict(zip(["a", "b"], [compare_page.speed_row(run) for run in data["runs"]], strict=True))
+    cells = dict(zip(["a", "b"], [compare.speed_row(run) for run in data["runs"]], strict=True))
     assert cells["a"][1:4] == ["26.4M → 21.1M", "106 MB → 84.4 MB", "16.4 kB → 12.3 kB"]
     assert cells["a"][5] == "×1.28 [1.23, 1.34]" and cells["b"][5] == "×1.01 [0.97, 1.06], no faster in stock kernels"
-    assert cells["b"][1] == "26.4M" and len(cells["a"]) == len(compare_page.SPEED_COLUMNS)
+    assert cells["b"][1] == "26.4M" and len(cells["a"]) == len(compare.SPEED_COLUMNS)
     assert data["apart"] == []
-    page = compare_page.render_compare(data, tmp_path / "compare.html").read_text(encoding="utf-8")
+    page = compare.render_compare(data, tmp_path / "compare.html").read_text(encoding="utf-8")
     assert "26.4M → 21.1M" in page
 
 

@@ -12,9 +12,12 @@ from task_folder import CHOICE, GENERATE, make_task
 
 from recover.base.errors import DataError, RecipeError
 from recover.config import yaml_values
-from recover.config.tasks import FILES, Choice, Question, Search
+from recover.config.tasks import KINDS
+from recover.measure.kinds.choice import Choice
+from recover.measure.kinds.code import program
+from recover.measure.kinds.generate import Question
+from recover.measure.kinds.retrieval import Search
 from recover.measure.task_file import load_task
-from recover.measure.task_items import program
 from recover.measure.task_rows import filled
 
 CODE = {"kind": "code", "prompt": "{q}"}
@@ -183,7 +186,7 @@ def test_a_program_has_lists_a_line_an_element(tmp_path):
 )
 def test_every_task_of_the_benchmarks_is_well_formed(path):
     tree = yaml_values.read(path)
-    file = FILES[tree["kind"]].model_validate(tree)
+    file = KINDS[tree["kind"]].file.model_validate(tree)
     assert file.name == path.stem
 
 

@@ -15,9 +15,9 @@ from words import word_tokenizer
 from recover.base.errors import DataError, ModelError
 from recover.config.recipe import Measure, Sampling
 from recover.maths.score import extract, interval95, is_right, normal, pass_at, wilson95
-from recover.measure import writing
+from recover.measure.kinds import generate as generating
 from recover.measure.tasks import load_task, measure
-from recover.measure.writing import against, shape
+from recover.measure.texts import against, shape
 from recover.text.generate import Generation
 
 LEAF = Measure(tasks=("x",), max_new_tokens=6, batch_size=3, sampling=None, samples=2)
@@ -158,7 +158,7 @@ def test_pass_at_k_of_the_texts_that_a_task_draws(tmp_path, monkeypatch):
         right = {2: "00", 8: "10 11 00 10".replace(" ", "")}[len(prompts)]
         return [Generation([5, 2], "w4" if each == "1" else "w5", True) for each in right]
 
-    monkeypatch.setattr(writing, "written", written)
+    monkeypatch.setattr(generating, "written", written)
     task = measure(tiny(), word_tokenizer(), [load_task(path)], LEAF)[0]["tasks"]["task"]
     assert asked == [(["w10", "w11"], None), (["w10", "w11"] * 4, Sampling(temperature=0.5))]
     # Of the four texts of each prompt three and one are right.
@@ -206,7 +206,7 @@ def test_mistakes_of_form_are_told_from_those_of_content(tmp_path, monkeypatch):
         *(("= 7", [5, 7, 2], True), ("= 8", [5, 8, 2], True), ("none", [5, 2], True), ("it is", [5, 6, 4], False)),
         *((" 3" * 30, [5] * 30, False), (" 7" * 30, [5] * 30, False), ("= 9", [4, *[5, 6] * 12], False)),
     ]
-    monkeypatch.setattr(writing, "written", lambda *_: [Generation(ids, text, ended) for text, ids, ended in texts])
+    monkeypatch.setattr(generating, "written", lambda *_: [Generation(ids, text, ended) for text, ids, ended in texts])
     rows = [{"q": "w5", "answer": "7"}] * len(texts)
     path = make_task(tmp_path, rows, **GENERATE, answer=NUMBER)
     task = measure(tiny(), word_tokenizer(), [load_task(path)], LEAF)[0]["tasks"]["task"]
@@ -254,10 +254,9 @@ def test_numbers_are_compared_as_numbers():
 def test_a_worked_solution_can_be_the_target(tmp_path):
     rows = [{"q": "w5", "answer": "3 + 4 = 7 #### 7"}]
     file = load_task(make_task(tmp_path, rows, **{**GENERATE, "answer": NUMBER})).file
-    from recover.config.tasks import Question
-    from recover.measure.writing import _rights
+    from recover.measure.kinds.generate import Question, rights
 
-    assert _rights(file, [Question("", (rows[0]["answer"],))], [Generation([], "it is 7", True)]) == [1.0]
+    assert rights(file, [Question("", (rows[0]["answer"],))], [Generation([], "it is 7", True)]) == [1.0]
 
 
 def test_interval95_covers_the_mean_and_shrinks_with_items():

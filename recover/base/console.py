@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from recover.base import dist
+from recover.base import dist, units
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -176,9 +176,9 @@ class _Meter:
         of_total = "" if self.total is None else f"/{self.total}"
         line = f"{self.description}: {self.count}{of_total} {self.unit}, {self._rate(now)}"
         if finished:
-            line += f", took {duration(elapsed)}"
+            line += f", took {units.duration(elapsed)}"
         elif self.total is not None:
-            line += f", {duration(elapsed / self.count * (self.total - self.count))} left"
+            line += f", {units.duration(elapsed / self.count * (self.total - self.count))} left"
         _console(stderr=True).print(line, soft_wrap=True, markup=False)
 
 
@@ -201,14 +201,3 @@ def _live_display() -> Progress:
     )
     progress.start()
     return progress
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: `0.4 s`, `12 s`, `3 min 20 s`, `2 h 5 min`."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

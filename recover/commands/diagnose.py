@@ -16,9 +16,9 @@ from recover.base.artifacts import write_json, write_text
 from recover.base.errors import DataError
 from recover.base.ownership import begin_diagnosis
 from recover.config import recipe
-from recover.config.json_lines import json_lines, unread
 from recover.models.source import kind_of
 from recover.run import input_digests as inputs
+from recover.text.read import json_lines
 
 if TYPE_CHECKING:
     from recover.probe.findings import Finding
@@ -72,7 +72,7 @@ def diagnose(
     key = _key(dense, other, wanted, cfg, pair)
     records, positions = _probe(pair, tokenizer, rows, wanted, cfg, out, key)
     plain = [record.to_json() for record in records]
-    found = summary(plain)
+    found = summary(records)
     if dist.is_main():
         write_text(out / "probe.jsonl", "".join(f"{strict_json.dumps(record)}\n" for record in plain))
         write_json(out / "probe.json", {"dense": dense.source, "other": other.source, **found})
@@ -118,14 +118,11 @@ def _column(path: Path | None, name: str) -> list[str]:
     if path is None:
         return []
     values = []
-    try:
-        for where, row in json_lines(path):
-            value = row.get(name) if isinstance(row, dict) else None
-            if not isinstance(value, str) or not value:
-                raise DataError(f"{where}: '{name}': found {value!r}, expected a text")
-            values.append(value)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(unread(path, error)) from None
+    for where, row in json_lines(path):
+        value = row.get(name) if isinstance(row, dict) else None
+        if not isinstance(value, str) or not value:
+            raise DataError(f"{where}: '{name}': found {value!r}, expected a text")
+        values.append(value)
     if not values:
         raise DataError(f"{path}: holds no rows, expected lines with a '{name}'")
     return values

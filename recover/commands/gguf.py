@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from recover.base import console
+from recover.base import console, units
 
 EXAMPLES = (
     "recover gguf checkpoints/quickstart/deploy quickstart.gguf",
@@ -28,4 +28,4 @@ def gguf(deploy: Deploy, out: Out, dtype: Dtype = None) -> None:
     from recover.export.gguf.write import write_gguf
 
     path = write_gguf(deploy, out, dtype)
-    console.say(f"wrote {path} ({path.stat().st_size / 2**20:,.1f} MiB)")
+    console.say(f"wrote {path} ({units.size(path.stat().st_size)})")

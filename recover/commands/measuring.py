@@ -11,17 +11,9 @@ from recover.base.artifacts import write_json
 from recover.base.errors import RecipeError
 from recover.config.base import Dtype
 from recover.config.recipe import Measure, Model
+from recover.config.tasks import KINDS
 
 Record = dict[str, Any]
-
-# kind -> (key of its figure, words for it)
-FIGURES = {
-    "generate": ("exact_match", "exact match"),
-    "code": ("pass_at_1", "pass@1"),
-    "choice": ("accuracy", "accuracy"),
-    "retrieval": ("score", "nDCG@10"),
-    "perplexity": ("perplexity", "perplexity"),
-}
 
 
 @dataclass(frozen=True)
@@ -112,12 +104,12 @@ def say(record: Record) -> None:
 
 
 def _row(name: str, task: Record) -> list[Any]:
-    key, figure = FIGURES[task["kind"]]
+    kind = KINDS[task["kind"]]
     low_high = task.get("interval95")
     interval = None if low_high is None else f"{low_high[0]:.1%} – {low_high[1]:.1%}"
-    value = f"{task[key]:.4g}" if key == "perplexity" else f"{task[key]:.1%}"
+    value = kind.main.worded(task[kind.main.key])
     chance = task.get("chance")
-    return [name, task["kind"], task["items"], figure, value, interval, None if chance is None else f"{chance:.1%}"]
+    return [name, task["kind"], task["items"], kind.words, value, interval, None if chance is None else f"{chance:.1%}"]
 
 
 def _mistakes(task: Record) -> str:

@@ -10,6 +10,7 @@ import typer
 
 from recover.base import console, products
 from recover.base.errors import ArtifactError
+from recover.report.data import CHANGED, USES, ComparedRun
 from recover.run import summary as outcome
 from recover.run.directory import RunDirectory
 
@@ -57,8 +58,7 @@ def report(
 
 
 def _compare_page(roots: list[Path], path: Path) -> None:
-    from recover.report.compare import compare
-    from recover.report.compare_page import render_compare
+    from recover.report.compare import compare, render_compare
 
     data = compare(roots)
     for line in data["apart"]:
@@ -100,21 +100,20 @@ def compare(
     ] = None,
 ) -> None:
     """Put runs side by side, best recovered generation first; tasks as a share of what the dense model reaches."""
-    from recover.report import compare_page
-    from recover.report.compare import compare as compared
+    from recover.report import compare as page
 
-    data = compared([_existing(path).root for path in _folders(run_dirs)])
+    data = page.compare([_existing(path).root for path in _folders(run_dirs)])
     columns = ["run", "generation", "after recovery", "choice", "after recovery", "perplexity", "weights"]
     console.table("pruned, and after recovery", columns, map(_compared, data["runs"]))
-    console.table("dense → deployed", compare_page.SPEED_COLUMNS, map(compare_page.speed_row, data["runs"]))
+    console.table("dense → deployed", page.SPEED_COLUMNS, map(page.speed_row, data["runs"]))
     for line in data["apart"]:
         console.warn(line)
     if html is not None:
-        console.say(str(compare_page.render_compare(data, html)))
+        console.say(str(page.render_compare(data, html)))
 
 
-def _compared(run: dict[str, Any]) -> list[str | None]:
-    kept = [run["kept"][model][use] for use in ("generation", "choice") for model in ("pruned", "recovered")]
+def _compared(run: ComparedRun) -> list[str | None]:
+    kept = [run["kept"][model][use] for use in USES[:2] for model in CHANGED]
     perplexity = run["perplexity"]["recovered"]
     return [
         run["name"],

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from recover.base import console
+from recover.base import console, units
 from recover.base.ownership import refuse_input
 
 EXAMPLES = (
@@ -40,4 +40,4 @@ def teacher(
 
     refuse_input(out, (text,))
     rows, tokens = teaching.write_teacher(model, dtype, text, out, top=top, length=length, batch_size=batch_size)
-    console.say(f"wrote {out}: {tokens:,} positions of {rows:,} rows ({out.stat().st_size / 2**20:,.1f} MiB)")
+    console.say(f"wrote {out}: {tokens:,} positions of {rows:,} rows ({units.size(out.stat().st_size)})")

@@ -22,8 +22,9 @@ from recover.distill.distiller import scored_rows
 from recover.distill.loss import Head
 from recover.distill.loss_topk import TopK, topk_of
 from recover.models.arch import head_of
+from recover.text.read import Row
 from recover.train.data import collator
-from recover.train.sources import Row, Sample, read_rows, samples_of
+from recover.train.sources import Sample, read_rows, samples_of
 from recover.train.teacher_file import TeacherRow, file_row
 
 if TYPE_CHECKING:

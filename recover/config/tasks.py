@@ -1,4 +1,7 @@
-"""What a task file may say, kind by kind, and what one item of each kind is."""
+"""The kinds of task: what a file of each may say, which figures it gives, and what the report calls them.
+
+A kind is one `TaskKind` here and one module of `measure/kinds/`, which makes its items and measures them.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ class TaskFile(Config):
     """What every kind of task names."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    kind: str
     data: str = Field(description="a file beside the task, package:..., reasoning_gym:..., or a hub data set")
     subset: str | None = Field(None, description="of a hub data set")
     split: str = Field("test", description="of a hub data set")
@@ -184,46 +188,168 @@ class PerplexityFile(TaskFile):
 
 
 @dataclass(frozen=True)
-class Question:
-    """One item of a generate task."""
+class Figure:
+    """One figure of a task's record: how to word it and which way is better (`same`: as near to dense as can be).
 
-    prompt: str
-    targets: tuple[str, ...]
+    `main` figures are those of verdicts; `against_dense` ones compare with dense, which has none itself.
+    """
 
+    key: str
+    label: str
+    form: str
+    better: str
+    main: bool = False
+    against_dense: bool = False
 
-@dataclass(frozen=True)
-class Choice:
-    """One item of a choice task; `label` is the index of the right option."""
-
-    prompt: str
-    options: tuple[str, ...]
-    label: int
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One item of a code task; `columns` fill in the program."""
-
-    prompt: str
-    columns: Row
+    def worded(self, value: float) -> str:
+        """The value for a table in the terminal."""
+        return f"{value:.1%}" if self.form == "percent" else f"{value:.4g}"
 
 
 @dataclass(frozen=True)
-class Search:
-    """One item of a retrieval task; `relevant` are indices of documents."""
+class Use:
+    """What a model is used for, and verdicts are given on; `score`: what its headline figure is."""
 
-    query: str
-    documents: tuple[str, ...]
-    relevant: tuple[int, ...]
-
-
-AnyFile = GenerateFile | ChoiceFile | CodeFile | RetrievalFile | PerplexityFile
+    name: str
+    adjective: str
+    question: str
+    score: str
 
 
-FILES: dict[str, type[AnyFile]] = {
-    "generate": GenerateFile,
-    "choice": ChoiceFile,
-    "code": CodeFile,
-    "retrieval": RetrievalFile,
-    "perplexity": PerplexityFile,
-}
+@dataclass(frozen=True)
+class TaskKind:
+    """A kind of task, all that is known of it without a model.
+
+    `work`: the module whose `WORK` (`recover.measure.kinds.work.Work`) makes and measures its items. `figures`: the
+    main one first. `words`: what the main figure is called in short. `use`: whose headline figure its main figure goes
+    into, in the mean; None: it has a headline figure under its own name, pooled by `WORK`.
+    """
+
+    name: str
+    file: type[TaskFile]
+    work: str
+    words: str
+    figures: tuple[Figure, ...]
+    use: str | None = None
+    runs_code: bool = False
+
+    @property
+    def main(self) -> Figure:
+        """The figure that verdicts and headlines are made of."""
+        return self.figures[0]
+
+    @property
+    def headline(self) -> str:
+        """Where its main figure goes in a record's `headline`."""
+        return self.use or self.name
+
+
+USES: dict[str, Use] = {}
+KINDS: dict[str, TaskKind] = {}
+
+
+def register(entry: Use | TaskKind) -> None:
+    """Make a use or a kind known, to everything that reads, measures and reports tasks.
+
+    Raises:
+        ValueError: there is one of that name, or the kind is of a use that is not known.
+    """
+    known: dict[str, Any] = USES if isinstance(entry, Use) else KINDS
+    if entry.name in known:
+        raise ValueError(f"{type(entry).__name__} {entry.name!r}: there is one of that name: give another")
+    if isinstance(entry, TaskKind) and entry.use is not None and entry.use not in USES:
+        raise ValueError(f"task kind {entry.name!r}: use {entry.use!r}: expected one of {', '.join(USES)}")
+    known[entry.name] = entry
+
+
+def headline_figures() -> dict[str, tuple[str, Figure]]:
+    """Of each headline figure: what it is called in short, and how it is worded; uses first."""
+    first: dict[str, tuple[str, Figure]] = {}
+    for kind in sorted(KINDS.values(), key=lambda kind: kind.use is None):
+        first.setdefault(kind.headline, (kind.words, kind.main))
+    return {name: first[name] for name in [*USES, *first] if name in first}
+
+
+LOOPS = Figure("loop_rate", "loop rate", "percent", "lower")
+ENDED = Figure("ended", "answers that end", "percent", "higher")
+LENGTH = Figure("length", "length, tokens", "number", "same")
+TRUNCATED = Figure("truncated", "cut at the limit, texts", "count", "lower")
+
+register(Use("generation", "generative", "Can it write answers?", "exact match of written answers"))
+register(Use("choice", "choice", "Can it pick among given options?", "accuracy among given options"))
+register(Use("retrieval", "retrieval", "Can it rank documents?", "ranking score"))
+register(
+    TaskKind(
+        "generate",
+        GenerateFile,
+        "recover.measure.kinds.generate",
+        "exact match",
+        (
+            Figure("exact_match", "exact match", "percent", "higher", main=True),
+            Figure("sampled_exact_match", "exact match, sampled", "percent", "higher"),
+            Figure("exact_text", "texts equal to dense", "percent", "higher", against_dense=True),
+            Figure("agreement", "tokens equal to dense", "percent", "higher", against_dense=True),
+            ENDED,
+            LOOPS,
+            Figure("repetition", "repeated 4-grams", "percent", "lower"),
+            Figure("longest_repeat", "longest repeat, tokens", "number", "lower"),
+            Figure("distinct_2", "distinct 2-grams", "percent", "same"),
+            LENGTH,
+            TRUNCATED,
+        ),
+        use="generation",
+    )
+)
+register(
+    TaskKind(
+        "choice",
+        ChoiceFile,
+        "recover.measure.kinds.choice",
+        "accuracy",
+        (
+            Figure("accuracy", "accuracy", "percent", "higher", main=True),
+            Figure("accuracy_normalised", "accuracy, by length", "percent", "higher"),
+            Figure("margin", "margin, nats", "number", "higher"),
+        ),
+        use="choice",
+    )
+)
+register(
+    TaskKind(
+        "code",
+        CodeFile,
+        "recover.measure.kinds.code",
+        "pass@1",
+        (
+            Figure("pass_at_1", "programs that pass their tests", "percent", "higher", main=True),
+            ENDED,
+            LOOPS,
+            LENGTH,
+            TRUNCATED,
+        ),
+        use="generation",
+        runs_code=True,
+    )
+)
+register(
+    TaskKind(
+        "retrieval",
+        RetrievalFile,
+        "recover.measure.kinds.retrieval",
+        "nDCG@10",
+        (
+            Figure("score", "ranking score", "percent", "higher", main=True),
+            Figure("accuracy", "relevant document first", "percent", "higher"),
+        ),
+        use="retrieval",
+    )
+)
+register(
+    TaskKind(
+        "perplexity",
+        PerplexityFile,
+        "recover.measure.kinds.perplexity",
+        "perplexity",
+        (Figure("perplexity", "perplexity", "number", "lower", main=True),),
+    )
+)

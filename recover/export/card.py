@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from recover.config.recipe import Recipe, dump_recipe
+from recover.config.tasks import USES, Figure, headline_figures
 from recover.models.pairing import pack_sites, zeroed_partners
 from recover.models.site import PARTS, Site
-from recover.report import cuts
-
-FIGURES = {
-    "generation": "generation (exact match)",
-    "choice": "choice (accuracy)",
-    "perplexity": "perplexity (lower is better)",
-}
+from recover.report import plan_text
+from recover.report.data import Plan
 
 
 def card(
@@ -48,10 +44,10 @@ def _shown(source: str) -> str:
 
 def _what_was_pruned(plan: dict[str, Any]) -> str:
     became = f"{plan['parameters_dense']:,} parameters became {plan['parameters_pruned']:,}."
-    if sites := cuts.sites(plan):
+    if sites := plan_text.sites(cast(Plan, plan)):
         return f"Of its {plan['blocks']} blocks these are dropped: {sites}. {became}{_zeroed(plan)}"
     if plan["kind"] == "width":
-        return f"Every block is narrower ({cuts.sizes(plan)}). {became}"
+        return f"Every block is narrower ({plan_text.sizes(cast(Plan, plan))}). {became}"
     weights = sum(mask["shape"][0] * mask["shape"][1] for mask in plan["masks"].values())
     zeros = sum(mask["zeros"] for mask in plan["masks"].values())
     patterns = ", ".join(sorted({mask["pattern"] for mask in plan["masks"].values()}))
@@ -64,7 +60,10 @@ def _what_was_pruned(plan: dict[str, Any]) -> str:
 def _zeroed(plan: dict[str, Any]) -> str:
     """What a depth plan stores for nothing, if anything."""
     kept = {
-        Site(block, part) for part in PARTS for block in range(plan["blocks"]) if block not in cuts.gone(plan, part)
+        Site(block, part)
+        for part in PARTS
+        for block in range(plan["blocks"])
+        if block not in plan_text.gone(cast(Plan, plan), part)
     }
     zeroed = zeroed_partners(pack_sites(kept))
     return f" Of these, {zeroed} sublayers are zeroed partners of lone ones: they add nothing." if zeroed else ""
@@ -72,14 +71,15 @@ def _zeroed(plan: dict[str, Any]) -> str:
 
 def _table(headlines: dict[str, dict[str, float | None]]) -> str:
     rows = ["| | " + " | ".join(headlines) + " |", "|---|" + "---:|" * len(headlines)]
-    for key, title in FIGURES.items():
+    for key, (called, figure) in headline_figures().items():
+        title = f"{key} ({called})" if key in USES else f"{key} (lower is better)" if figure.better == "lower" else key
         values = [headline.get(key) for headline in headlines.values()]
         if any(value is not None for value in values):
-            rows.append(f"| {title} | " + " | ".join(_number(key, value) for value in values) + " |")
+            rows.append(f"| {title} | " + " | ".join(_number(figure, value) for value in values) + " |")
     return "\n".join(rows)
 
 
-def _number(key: str, value: float | None) -> str:
+def _number(figure: Figure, value: float | None) -> str:
     if value is None:
         return "not measured"
-    return f"{value:.2f}" if key == "perplexity" else f"{value:.1%}"
+    return f"{value:.1%}" if figure.form == "percent" else f"{value:.2f}"

@@ -1,4 +1,4 @@
-"""What a model can still do: tasks of every kind, their items and scores, and how fast it decodes.
+"""What a model can still do: its tasks, read, measured and scored, and how fast it decodes.
 
-It imports `text`, `models` and what lies below. Begin with `tasks.py`.
+`kinds/` has a file a kind of task. It imports `text`, `models` and what lies below. Begin with `tasks.py`.
 """

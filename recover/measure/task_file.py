@@ -10,6 +10,7 @@ answer: '-?\\d[\\d,.]*'         # the last match in the model's text is its answ
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,19 @@ from recover.base.errors import DataError, RecipeError
 from recover.config import yaml_values
 from recover.config.messages import explain
 from recover.config.recipe import local_path
-from recover.config.tasks import FILES, AnyFile, PerplexityFile, RetrievalFile, WritingFile
-from recover.measure.fewshot import shown_before
-from recover.measure.task_items import MAKERS, among_all
-from recover.measure.task_rows import column, rows_of
+from recover.config.tasks import KINDS, Fewshot, PromptFile, Row, TaskFile, WritingFile
+from recover.measure.kinds.work import work_of
+from recover.measure.task_rows import column, filled, rows_of
 
+Shots = list[tuple[str, str]]  # (prompt, what follows it)
 NO_TASK = {".jsonl", ".json", ".parquet", ".gz", ".arrow"}
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task file and its items: `Question`s, `Choice`s, `Problem`s, `Search`es, or texts, by the file's kind."""
+    """A task file and its items, such as the `Question`s of a generate task."""
 
-    file: AnyFile
+    file: TaskFile
     items: tuple[Any, ...]
 
     @property
@@ -59,7 +60,8 @@ def load_task(source: str) -> Task:
     """
     path = local_path(source)
     file = _read_file(path)
-    put = None if isinstance(file, RetrievalFile | PerplexityFile) else shown_before(file, path)
+    work = work_of(file.kind)
+    put = shown_before(file, path) if isinstance(file, PromptFile) else None
     items, seen = [], set()
     rows = rows_of(file.data, path.parent, subset=file.subset, split=file.split, arguments=file.arguments)
     for where, row in rows:
@@ -68,29 +70,84 @@ def load_task(source: str) -> Task:
             if name in seen:
                 continue
             seen.add(name)
-        item = MAKERS[file.kind](file, row, where)
+        item = work.make(file, row, where)
         items.append(put(item) if put else item)
         if len(items) == file.limit:
             break
     if not items:
         raise DataError(f"{path}: its data {file.data} holds no rows, expected at least one")
-    if isinstance(file, RetrievalFile) and file.candidates == "all":
-        items = among_all(items)
-    return Task(file, tuple(items))
+    return Task(file, tuple(work.together(file, items) if work.together else items))
 
 
-def _read_file(path: Path) -> AnyFile:
+def _read_file(path: Path) -> TaskFile:
     if path.suffix in NO_TASK:
         raise RecipeError(
             f"{path}: data, not a task; expected a YAML file that names it as `data: {path.name}` and says what is "
             "asked of it (docs/recipe.md, Tasks)"
         )
     tree = yaml_values.read(path)
-    model = FILES.get(str(tree.get("kind")))
-    if model is None:
+    kind = KINDS.get(str(tree.get("kind")))
+    if kind is None:
         found = f"found {tree['kind']!r}" if "kind" in tree else "is missing"
-        raise RecipeError(f"{path}: kind: {found}, expected one of {', '.join(FILES)}")
+        raise RecipeError(f"{path}: kind: {found}, expected one of {', '.join(KINDS)}")
+    model = kind.file
     try:
         return model.model_validate(tree)
     except ValidationError as error:
         raise RecipeError("\n".join(explain(error, model, str(path), {}))) from None
+
+
+def shown_before(file: PromptFile, path: Path) -> Callable[[Any], Any]:
+    """What puts the examples of a task before the prompt of an item; without few-shot, what leaves it as it is.
+
+    Raises:
+        DataError: there are too few examples, or a row makes none; names file and line.
+    """
+    cfg = file.fewshot
+    if cfg is None:
+        return lambda item: item
+    shots = _shots(file, cfg, path)
+
+    def put(item: Any) -> Any:
+        others = [(prompt, text) for prompt, text in shots if prompt != item.prompt][: cfg.number]
+        if len(others) < cfg.number:
+            raise DataError(
+                f"{path}: fewshot: found {len(others)} examples that are not the item {item.prompt[:60]!r} itself, "
+                f"expected {cfg.number}: give more rows, or lower fewshot.count"
+            )
+        return replace(item, prompt=_joined(cfg, others) + item.prompt)
+
+    return put
+
+
+def _joined(cfg: Fewshot, shots: Sequence[tuple[str, str]]) -> str:
+    head = f"{cfg.description}{cfg.separator}" if cfg.description else ""
+    return head + "".join(f"{prompt}{text}{cfg.separator}" for prompt, text in shots)
+
+
+def _shots(file: PromptFile, cfg: Fewshot, path: Path) -> Shots:
+    """One example more than is shown: an item may be among them. Of those that ask the same, the first."""
+    found: dict[str, str] = {}
+    for where, row in _rows(file, cfg, path):
+        item = work_of(file.kind).make(file, row, where)
+        found.setdefault(item.prompt, _completion(file, cfg, item, row, where))
+        if len(found) > cfg.number:
+            break
+    return list(found.items())
+
+
+def _rows(file: PromptFile, cfg: Fewshot, path: Path) -> Iterator[tuple[str, Row]]:
+    if cfg.rows is not None:
+        yield from ((f"{path}: fewshot.rows.{number}", row) for number, row in enumerate(cfg.rows))
+        return
+    subset, split = cfg.subset or file.subset, cfg.split or file.split
+    yield from rows_of(cfg.data or file.data, path.parent, subset=subset, split=split, arguments=file.arguments)
+
+
+def _completion(file: PromptFile, cfg: Fewshot, item: Any, row: Row, where: str) -> str:
+    if cfg.completion is not None:
+        return filled(cfg.completion, row, where, "fewshot.completion")
+    complete = work_of(file.kind).complete
+    if complete is None:
+        raise DataError(f"{where}: fewshot.completion is missing: a {file.kind} task has no right answer to show")
+    return complete(file, item)

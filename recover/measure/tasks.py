@@ -8,22 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recover.base.clock import part
 from recover.base.errors import RecipeError
 from recover.config.recipe import Measure
-from recover.config.tasks import ChoiceFile, CodeFile, PerplexityFile, RetrievalFile
+from recover.config.tasks import KINDS, headline_figures
 from recover.maths.score import mean
-from recover.measure.coding import measure_code
-from recover.measure.judging import measure_choice, measure_perplexity, perplexity
-from recover.measure.retrieving import measure_retrieval
-from recover.measure.subject import Subject
+from recover.measure.kinds.work import Generations, Record, work_of
+from recover.measure.model import ModelUnderTest
 from recover.measure.task_file import Task, load_task
-from recover.measure.writing import Generations, Record, measure_writing
-from recover.text.generate import Generation
 
 __all__ = ["Task", "check_allowed", "headline", "load_task", "measure"]
 
@@ -50,18 +45,18 @@ def measure(
     """
     start = time.perf_counter()
     check_allowed(tasks, cfg)
-    subject = Subject(model, tokenizer, cfg, seed)
+    subject = ModelUnderTest(model, tokenizer, cfg, seed)
     records: dict[str, Record] = {}
     texts: Generations = {}
     tokens, writing_seconds = 0, 0.0
     for task in tasks:
         items = task.items[: limit or cfg.limit]
         began = time.perf_counter()
-        records[task.name], written = _measured(subject, task, items, reference)
-        if written is not None:
-            greedy, count = written
-            writing_seconds, tokens = writing_seconds + time.perf_counter() - began, tokens + count
-            texts[task.name] = [{"ids": each.ids, "text": each.text} for each in greedy]
+        found = work_of(task.kind).measure(subject, task.file, items, reference)
+        records[task.name] = found.record
+        if found.texts is not None:
+            writing_seconds, tokens = writing_seconds + time.perf_counter() - began, tokens + found.tokens
+            texts[task.name] = [{"ids": each.ids, "text": each.text} for each in found.texts]
     record = {
         "tasks": records,
         "headline": headline(records),
@@ -74,47 +69,27 @@ def measure(
 def check_allowed(tasks: Sequence[Task], cfg: Measure) -> None:
     """Raises RecipeError if a task would run code that the model writes, and nobody has allowed that."""
     for task in tasks:
-        if task.kind == "code" and not cfg.allow_code_execution:
+        if KINDS[task.kind].runs_code and not cfg.allow_code_execution:
             raise RecipeError(
                 f"task {task.name}: it runs programs that the model writes, locked away but on this machine; to allow "
                 "that, set measure.allow_code_execution: true, or give --allow-code-execution"
             )
 
 
-def _measured(
-    subject: Subject, task: Task, items: Sequence[Any], reference: Generations | None
-) -> tuple[Record, tuple[list[Generation], int] | None]:
-    """(record, (greedy texts, tokens written) if it writes) of one task."""
-    file = task.file
-    if isinstance(file, ChoiceFile):
-        return measure_choice(subject, file, items), None
-    if isinstance(file, PerplexityFile):
-        return measure_perplexity(subject, file, items), None
-    if isinstance(file, RetrievalFile):
-        return measure_retrieval(subject, file, items), None
-    if isinstance(file, CodeFile):
-        record, greedy, count = measure_code(subject, file, items)
-    else:
-        record, greedy, count = measure_writing(subject, file, items, reference)
-    return record, (greedy, count)
-
-
 def headline(records: dict[str, Record]) -> dict[str, float | None]:
-    """One number per use, from `record["tasks"]`; None = not measured.
+    """One number per use, and per kind of no use, from `record["tasks"]`; None = not measured.
 
-    generation: mean exact match and pass@1; choice: mean accuracy; retrieval: mean nDCG@10; perplexity: pooled.
+    Of a use, the mean of its tasks' main figures (generation: exact match and pass@1; choice: accuracy; retrieval:
+    nDCG@10); else pooled as the kind pools (perplexity: over all tokens).
     """
-    expected = [each for each in records.values() if each["kind"] == "perplexity"]
-    tokens = sum(each["tokens"] for each in expected)
-    nats = sum(each["nats_per_token"] * each["tokens"] for each in expected)
     return {
-        "generation": _mean_of(records, {"generate": "exact_match", "code": "pass_at_1"}),
-        "choice": _mean_of(records, {"choice": "accuracy"}),
-        "retrieval": _mean_of(records, {"retrieval": "score"}),
-        "perplexity": perplexity(nats / tokens) if tokens else None,
+        name: _headline(name, [each for each in records.values() if KINDS[each["kind"]].headline == name])
+        for name in headline_figures()
     }
 
 
-def _mean_of(records: dict[str, Record], keys: dict[str, str]) -> float | None:
-    values = [each[keys[each["kind"]]] for each in records.values() if each["kind"] in keys]
-    return mean(values) if values else None
+def _headline(name: str, records: Sequence[Record]) -> float | None:
+    if not records:
+        return None
+    pooled = work_of(name).pooled if name in KINDS and KINDS[name].use is None else None
+    return pooled(records) if pooled else mean([each[KINDS[each["kind"]].main.key] for each in records])

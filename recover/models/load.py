@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from recover.base import console, dist
+from recover.base import console, dist, units
 from recover.base.errors import ModelError
 from recover.base.memory import Shape
 from recover.config import recipe
@@ -88,7 +88,7 @@ def load_model(cfg: recipe.Model) -> PreTrainedModel:
     folder = locate(cfg)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if size > SAID_BYTES:
-        console.say(f"[dim]reading {cfg.source}, {size / 2**30:,.1f} GiB[/dim]")
+        console.say(f"[dim]reading {cfg.source}, {units.size(size)}[/dim]")
     with explained(str(folder)):
         model = read_whole(cfg, folder, attn_implementation=_attention(cfg, config))
     _check_finite(folder, model)

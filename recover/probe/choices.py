@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +17,10 @@ from torch import Tensor
 from recover.base import console, dist
 from recover.base.errors import DataError
 from recover.maths import divergence as spaces
+from recover.measure.kinds.choice import margin
 from recover.models.twin import Twin
 from recover.probe.compare import Comparison, Finite, Rows
-from recover.probe.records import Choice
+from recover.probe.records import Choice, Quantiles, Scored
 from recover.probe.trajectory import along, check_ids, given
 from recover.probe.views import Pair
 
@@ -178,14 +178,9 @@ def _subspace(
     return {name: value.double() for name, value in figures.items()}
 
 
-def margin(scores: Sequence[float], label: int) -> float:
-    """Nats by which the right option beats the best wrong one; negative or 0 if it does not."""
-    return scores[label] - max(score for option, score in enumerate(scores) if option != label)
-
-
 def _record(task: str, answers: list[Answer]) -> Choice:
     inside = [answer for answer in answers if answer.subspace is not None]
-    figures: dict[str, dict[str, Any]] = {"drift": {}, "vocabulary": {}, "mass": {}}
+    figures: dict[str, dict[str, Quantiles]] = {"drift": {}, "vocabulary": {}, "mass": {}}
     for group, names in (("drift", ("kl", "probability")), ("vocabulary", ("kl", "probability")), ("mass", VIEWS)):
         for name in names:
             figures[group][name] = spaces.quantiles([answer.subspace[f"{group}.{name}"] for answer in inside])  # type: ignore[index]
@@ -203,7 +198,7 @@ def _record(task: str, answers: list[Answer]) -> Choice:
     )
 
 
-def _scored(rows: list[tuple[dict[str, list[float]], int]]) -> dict[str, Any]:
+def _scored(rows: list[tuple[dict[str, list[float]], int]]) -> Scored:
     """Both views' choices by one kind of score. A right option counts only if it beats every other one."""
     margins = {name: [margin(scores[name], label) for scores, label in rows] for name in VIEWS}
     orders = [[_order(scores[name]) for name in VIEWS] for scores, _ in rows]

@@ -14,7 +14,19 @@ from torch import Tensor
 from recover.maths.divergence import quantiles, ratio
 from recover.models.site import Site
 from recover.probe.compare import Rows, Table
-from recover.probe.records import Block, Divergence, Final, Identity, Quantiles, Record, Sampled, Step, Sublayer
+from recover.probe.records import (
+    Block,
+    Divergence,
+    Figures,
+    Final,
+    Identity,
+    Quantiles,
+    Record,
+    Sampled,
+    SampledStep,
+    Step,
+    Sublayer,
+)
 from recover.probe.views import Pair
 
 PREDICTED = ("embedding", "logit", "probability", "kl")
@@ -119,7 +131,7 @@ def _steps(final: dict[float, Table], findings: list[Finding], free: Free) -> li
     steps = []
     for step in range(_length(free)):
         here_N = step_N == step
-        forced = _quantiles(final[1.0], STEP_METRICS, here_N) | {"n": int(here_N.sum())}
+        forced: Figures = {**_quantiles(final[1.0], STEP_METRICS, here_N), "n": int(here_N.sum())}
         others = {str(t): _quantiles(table, STEP_METRICS_OF_T, here_N) for t, table in final.items() if t != 1.0}
         steps.append(Step(step, forced, _running(free, step), others))
     return steps
@@ -129,7 +141,7 @@ def _length(free: Free) -> int:
     return int(max(free.step_N.max(), free.step_M.max())) + 1
 
 
-def _running(free: Free, step: int) -> dict[str, object]:
+def _running(free: Free, step: int) -> Figures:
     here_M, here_K = free.step_M == step, free.step_K == step
     return {
         "kl": quantiles(free.kl_M[here_M]),
@@ -143,7 +155,7 @@ def _running(free: Free, step: int) -> dict[str, object]:
 def _sampled(seed: int, free: Free) -> Sampled:
     place = _divergence(free.first)
     whole = {"kl": free.kl_M, "total": free.total_K, "gap": free.total_K - free.direct_K}
-    steps = [
+    steps: list[SampledStep] = [
         {
             "step": step,
             "teacher_forced": {"kl": quantiles(free.direct_N[free.step_N == step])},
@@ -151,8 +163,8 @@ def _sampled(seed: int, free: Free) -> Sampled:
         }
         for step in range(_length(free))
     ]
-    running = {name: quantiles(value) for name, value in whole.items()}
-    direct = {"kl": quantiles(free.direct_N)}
+    running: Figures = {name: quantiles(value) for name, value in whole.items()}
+    direct: Figures = {"kl": quantiles(free.direct_N)}
     return Sampled(seed, len(free.first), direct, running, place.first, place.never, steps)
 
 

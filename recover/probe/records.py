@@ -1,15 +1,40 @@
 """What a probe writes down: one typed record a line of `probe.jsonl`, and the summary that reports are made from.
 
-Every `Quantiles` is {mean, p50, p90, p99, max}; names of metrics are those of `spaces.py`.
+`to_json` writes a record, `record_of` reads it again. Every `Quantiles` is {mean, p50, p90, p99, max}; names of metrics
+are those of `maths/divergence.py`. No torch is needed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from recover.base.errors import ArtifactError
+
 Quantiles = dict[str, float | None]
+Figures = dict[str, Quantiles | int | float]  # quantiles by metric; beside them counts and shares
+
+
+class SampledStep(TypedDict):
+    """One step of texts that are drawn."""
+
+    step: int
+    teacher_forced: Figures
+    free_running: Figures
+
+
+class Scored(TypedDict):
+    """Both views' choices by one kind of score: margins and accuracy by view, and how often the views agree."""
+
+    margin: dict[str, Quantiles]
+    accuracy: dict[str, float | None]
+    same_choice: float | None
+    rank_changed: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +117,8 @@ class Step(_Record):
 
     probe: ClassVar[str] = "step"
     step: int
-    teacher_forced: dict[str, Any]
-    free_running: dict[str, Any]
+    teacher_forced: Figures
+    free_running: Figures
     by_temperature: dict[str, dict[str, Quantiles]]
 
 
@@ -118,11 +143,11 @@ class Sampled(_Record):
     probe: ClassVar[str] = "sampled"
     seed: int
     prompts: int
-    teacher_forced: dict[str, Any]
-    free_running: dict[str, Any]
+    teacher_forced: Figures
+    free_running: Figures
     first: Quantiles
     never: float
-    steps: list[dict[str, Any]]
+    steps: list[SampledStep]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +171,7 @@ class Choice(_Record):
     accuracy: dict[str, float | None]
     same_choice: float | None
     rank_changed: float | None
-    likelihood: dict[str, Any]
+    likelihood: Scored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,12 +212,44 @@ class Identity(_Record):
 Record = Final | Block | Sublayer | Step | Divergence | Sampled | Choice | Retrieval | Identity
 
 
-def summary(records: Sequence[Record | dict[str, Any]]) -> dict[str, Any]:
-    """The records, typed or as read back from JSONL, as one dict.
+KINDS = {kind.probe: kind for kind in (Final, Block, Sublayer, Step, Divergence, Sampled, Choice, Retrieval, Identity)}
+
+
+def record_of(value: dict[str, Any]) -> Record:
+    """The record that `to_json` made this of.
+
+    Raises:
+        ArtifactError: it is none; says which kind it should be, and which field is wrong.
+    """
+    kind = KINDS.get(str(value.get("probe")))
+    if kind is None:
+        raise ArtifactError(f"a record of probe {value.get('probe')!r}: expected one of {', '.join(KINDS)}")
+    fields = {name: each for name, each in value.items() if name != "probe"}
+    if kind is Final:
+        own = {field.name for field in dataclasses.fields(Final)}
+        metrics = {name: fields.pop(name) for name in list(fields) if name not in own}
+        fields["metrics"] = metrics
+    try:
+        return _adapter(kind).validate_python(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ArtifactError(
+            f"a record of probe '{kind.probe}': {'.'.join(map(str, first['loc']))}: {first['msg']}, found "
+            f"{first['input']!r:.80}: probe again"
+        ) from None
+
+
+@functools.cache
+def _adapter(kind: type[Record]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def summary(records: Sequence[Record]) -> dict[str, Any]:
+    """The records as one dict.
 
     `final` is at T = 1, `temperatures` holds all; `blocks` holds both lenses, `final_norm` first for each block.
     """
-    plain = [record if isinstance(record, dict) else record.to_json() for record in records]
+    plain = [record.to_json() for record in records]
 
     def of(kind: str) -> list[dict[str, Any]]:
         found = [record for record in plain if record["probe"] == kind]

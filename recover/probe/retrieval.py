@@ -17,7 +17,6 @@ from torch import Tensor
 
 from recover.base import console, dist
 from recover.base.errors import DataError, ModelError
-from recover.config.json_lines import json_lines, unread
 from recover.maths import divergence as spaces
 from recover.maths.score import ndcg
 from recover.models.twin import Twin
@@ -25,6 +24,8 @@ from recover.probe.decoding import positions
 from recover.probe.records import Retrieval
 from recover.probe.trajectory import Batch, batches_of, check_ids
 from recover.probe.views import Pair, View, hidden_states, running
+from recover.text.prompts import text_ids
+from recover.text.read import json_lines
 
 POOLINGS = ("last", "mean")
 
@@ -40,10 +41,7 @@ class Query:
 
 def read_queries(path: Path) -> list[Query]:
     """Every row of the file. Raises DataError: it cannot be read, is empty, or by line, what is wrong with a row."""
-    try:
-        found = [_query(where, row) for where, row in json_lines(path)]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(unread(path, error)) from None
+    found = [_query(where, row) for where, row in json_lines(path)]
     if not found:
         raise DataError(
             f"{path}: holds no rows, expected lines such as {{'query': '...', 'documents': ['...', '...']}}"
@@ -86,9 +84,7 @@ def retrieval_drift(
     if not queries:
         raise DataError("no queries to retrieve with")
     texts = list(dict.fromkeys(text for each in queries for text in (each.query, *each.documents)))
-    ids = [tokenizer(text).input_ids[:length] for text in texts]
-    if not all(ids):
-        raise DataError(f"the text {texts[ids.index([])]!r} has no tokens: remove it")
+    ids = [text_ids(tokenizer, text, special=True)[:length] for text in texts]
     check_ids(ids, pair.pruned, steps=0)
     batches = batches_of(ids, pair.dense, size=batch_size, steps=0)
     embedded = {view.name: _embed(view, batches, texts) for view in (pair.dense, pair.pruned)}

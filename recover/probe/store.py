@@ -5,7 +5,6 @@ A batch does not depend on how many processes there are, so another number of th
 
 from __future__ import annotations
 
-import hashlib
 import io
 import pickle
 import re
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from recover.base import console, dist, strict_json
+from recover.base import console, dist
 from recover.base.artifacts import read_json, write_bytes, write_json
 from recover.base.errors import ArtifactError
 from recover.models.site import Site
@@ -54,11 +53,6 @@ class Store:
 
     def _path(self, number: int) -> Path:
         return self.folder / f"batch-{number:05d}.pt"
-
-
-def key_of(value: Any) -> str:
-    """A digest of what figures depend on."""
-    return hashlib.sha256(strict_json.dumps(value).encode()).hexdigest()
 
 
 def _claim(folder: Path, key: dict[str, Any]) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from recover.base.clock import part
-from recover.config.tasks import Choice, ChoiceFile, RetrievalFile, Search
+from recover.config.tasks import ChoiceFile, RetrievalFile
+from recover.measure.kinds.choice import Choice
+from recover.measure.kinds.retrieval import Search
 from recover.measure.task_file import Task
 from recover.models.twin import Twin
 from recover.probe.choices import Asked, choice_drift

@@ -22,6 +22,8 @@ from recover.models.step_attention import attending_by_step, configs_of
 from recover.probe.decoding import positions, reader_of
 from recover.probe.views import States, View, hidden_states, running
 from recover.text.decode import steps_unseen
+from recover.text.generate import end_ids
+from recover.text.prompts import encode_prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,28 +55,20 @@ class Trajectory:
 
 
 def encode(tokenizer: Any, prompts: list[str] | list[list[int]]) -> list[list[int]]:
-    """Token ids of each prompt, as a user's turn where the tokenizer has a chat template; ids are taken as they are.
+    """Token ids of each prompt, as `encode_prompt` has them; ids are taken as they are.
 
     Raises:
-        DataError: there is no prompt, or one without tokens.
+        DataError: there is no prompt, one without tokens, or one that the chat template cannot write.
     """
     if not prompts:
         raise DataError(
             "probe: no prompts. Set probe.prompts to a JSONL file with a `prompt` column, or add a generate task"
         )
-    ids = [prompt if isinstance(prompt, list) else _encode_text(tokenizer, prompt) for prompt in prompts]
+    ids = [prompt if isinstance(prompt, list) else encode_prompt(tokenizer, prompt) for prompt in prompts]
     for number, row in enumerate(ids):
         if not row:
             raise DataError(f"probe: prompt {number} has no tokens: {prompts[number]!r}. Remove it from the prompts")
     return ids
-
-
-def _encode_text(tokenizer: Any, prompt: str) -> list[int]:
-    if not tokenizer.chat_template:
-        return tokenizer(prompt).input_ids
-    turn = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False).input_ids  # the template writes its own
 
 
 def batches_of(ids: list[list[int]], view: View, *, size: int, steps: int) -> list[Batch]:
@@ -116,9 +110,7 @@ def pad(first: int, rows: list[list[int]], device: torch.device) -> Batch:
 
 def end_tokens(view: View, tokenizer: Any) -> list[int]:
     """Ids that end a text, as the model's generation config and the tokenizer name them."""
-    named = getattr(base_of(view.model).generation_config, "eos_token_id", None)
-    ends = [*(named if isinstance(named, list) else [named]), getattr(tokenizer, "eos_token_id", None)]
-    return sorted({end for end in ends if end is not None})
+    return end_ids(base_of(view.model), tokenizer)
 
 
 def greedy(view: View, batch: Batch, *, steps: int, ends: list[int]) -> Trajectory:

@@ -16,8 +16,8 @@ from torch import LongTensor, Tensor
 
 from recover.base import console
 from recover.base.errors import DataError, PruneError
-from recover.config.json_lines import json_lines, unread
 from recover.config.recipe import Calibration, local_path
+from recover.text.read import TEXTS, DataSet, json_lines, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,20 +100,17 @@ def read_texts(cfg: Calibration) -> Sequence[str]:
 
     Raises DataError naming the file and line, or the column, that is wrong.
     """
-    path = local_path(cfg.data)
-    try:
-        if path.suffix in (".jsonl", ".json"):
-            return _read_jsonl(path, cfg.column)
-        if path.suffix in (".txt", ".md"):
-            return [path.read_text(encoding="utf-8-sig")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"calibration.data: {unread(path, error)}") from error
+    path, what = local_path(cfg.data), "calibration.data: "
+    if path.suffix in (".jsonl", ".json"):
+        return _read_jsonl(path, cfg.column, what)
+    if path.suffix in TEXTS:
+        return [text_of(path, what)]
     return _read_dataset(cfg)
 
 
-def _read_jsonl(path: Path, column: str) -> list[str]:
+def _read_jsonl(path: Path, column: str, what: str) -> list[str]:
     texts = []
-    for where, row in json_lines(path):
+    for where, row in json_lines(path, what):
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
             found = sorted(row) if isinstance(row, dict) else type(row).__name__
             raise DataError(f"{where}: no text in column '{column}', found {found}: set calibration.column")
@@ -124,30 +121,25 @@ def _read_jsonl(path: Path, column: str) -> list[str]:
 class _Column(Sequence):
     """One text column of a data set, read row by row."""
 
-    def __init__(self, rows: Any, column: str) -> None:
+    def __init__(self, rows: DataSet, column: str) -> None:
         self.rows, self.column = rows, column
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
-        return self.rows[index][self.column]
+        return self.rows[index].value[self.column]
 
 
 def _read_dataset(cfg: Calibration) -> Sequence[str]:
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    where = f"calibration.data {cfg.data}"
     try:
-        if cfg.data.endswith(".parquet"):
-            rows: Any = datasets.load_dataset("parquet", data_files=cfg.data, split="train")
-        else:
-            rows = datasets.load_dataset(cfg.data, split=cfg.split)
-    except (OSError, ValueError, DatasetsError) as error:
-        raise DataError(f"{where}: neither a local text file nor a data set that loads ({error})") from error
-    if cfg.column not in rows.column_names:
-        raise DataError(f"{where}: no column '{cfg.column}', found {rows.column_names}: set calibration.column")
+        rows = DataSet(cfg.data, split=cfg.split, kinds="a local text file")
+    except DataError as error:
+        raise DataError(f"calibration.data {error}") from error
+    if cfg.column not in rows.columns:
+        raise DataError(
+            f"calibration.data {cfg.data}: no column '{cfg.column}', found {rows.columns}: set calibration.column"
+        )
     return _Column(rows, cfg.column)
 
 

@@ -1,4 +1,6 @@
-"""The page of a run, read from the run's files alone: as HTML, Markdown and JSON; and the comparison of several.
+"""The page of a run, made from the files of its folder alone; of a diagnosis; and of several runs side by side.
 
-It imports `config` and `base`, and no torch. Begin with `collect.py`, then `render.py`.
+`collect.py` reads a run into the types of `data.py`; `exhibits.py` lists the sections, figures and tables of a page;
+`figures/` draws; `*_text.py` and `words.py` put figures into words; `render.py` writes. It imports `config` and `base`,
+and no torch. Begin with `collect.py`, then `exhibits.py`.
 """

@@ -7,17 +7,32 @@ Nothing is invented.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from recover.base import artifacts, clock
 from recover.base.errors import ArtifactError, RecipeError
 from recover.config import yaml_values
-from recover.report import drift, measures, mistakes, samples, verdict, words
+from recover.report import drift, measures, mistakes, verdict, words
 from recover.report.curve import curve
+from recover.report.data import (
+    DivergenceRow,
+    Drift,
+    Epoch,
+    Json,
+    Measure,
+    Model,
+    Plan,
+    Records,
+    RunData,
+    Sample,
+    SampleRecord,
+    StageTime,
+    Text,
+    Tokens,
+)
 
 SCHEMA = 1
-MODELS = ("dense", "pruned", "recovered")
-MEASURE_FOLDER = {"dense": "dense", "pruned": "before", "recovered": "after"}
+MEASURE_FOLDER: dict[Model, str] = {"dense": "dense", "pruned": "before", "recovered": "after"}
 DRIFT_FOLDER = {"pruned": "before", "recovered": "after"}
 
 # Fewer items than this in a task, and an interval is too wide to tell good from fair.
@@ -37,17 +52,17 @@ CONSEQUENCES = {
 }
 
 
-def collect(root: Path) -> dict[str, Any]:
+def collect(root: Path) -> RunData:
     """Everything that the run at `root` has measured so far; the value is JSON-able and free of NaN.
 
     Raises ArtifactError if `root` holds no recipe.yaml, or if a file of the run is corrupt.
     """
     recipe = _recipe(root)
-    records = {model: _json(root / folder / "measure.json") for model, folder in MEASURE_FOLDER.items()}
+    records: Records = {model: _json(root / folder / "measure.json") for model, folder in MEASURE_FOLDER.items()}
     plan = _json(root / "prune" / "plan.json")
     epochs = _epochs(root / "epochs.jsonl")
     headline = measures.headline(records)
-    data = {
+    data: RunData = {
         "schema": SCHEMA,
         "name": recipe.get("name") or root.name,
         "recipe": recipe,
@@ -66,19 +81,22 @@ def collect(root: Path) -> dict[str, Any]:
         "tokens": _tokens_used(epochs),
         "speed": _json(root / "speed.json"),
         "verify": _json(root / "verify.json"),
-        "times": clock.spent(root),
-        "samples": samples.side_by_side(records),
+        "times": cast(list[StageTime], clock.spent(root)),
+        "samples": side_by_side(records),
         "mistakes": mistakes.counted(records),
         "examples": mistakes.examples(records),
-        "divergence": samples.divergence(records),
+        "divergence": divergence(records),
+        "verdict": verdict.verdict(headline),
+        "title": "",
+        "summary": "",
+        "limits": [],
     }
-    data["verdict"] = verdict.verdict(headline)
     data["title"], data["summary"] = verdict.title(data), verdict.summary(data)
     data["limits"] = known_limits(data)
     return words.jsonable(data)
 
 
-def _recipe(root: Path) -> dict[str, Any]:
+def _recipe(root: Path) -> Json:
     path = root / "recipe.yaml"
     if not path.is_file():
         raise ArtifactError(
@@ -90,7 +108,7 @@ def _recipe(root: Path) -> dict[str, Any]:
         raise ArtifactError(f"{error}. It was written by stage plan: run that stage again") from error
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def _json(path: Path) -> Any:
     """The record in the file, None if there is no file; raises ArtifactError if it is not a JSON object."""
     if not path.is_file():
         return None
@@ -102,19 +120,20 @@ def _json(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def _drift(folder: Path) -> dict[str, Any] | None:
+def _drift(folder: Path) -> Drift | None:
     summary = _json(folder / "probe.json")
-    return None if summary is None else drift.normalise(summary)
+    return None if summary is None else drift.read(summary)
 
 
-def _epochs(path: Path) -> list[dict[str, Any]]:
+def _epochs(path: Path) -> list[Epoch]:
     """One record an epoch with its headline figures; the last written wins, since a resumed run may repeat an epoch."""
     if not path.is_file():
         return []
     latest = {record["epoch"]: record for record in artifacts.read_jsonl(path)}
     rows = []
     for epoch, record in sorted(latest.items()):
-        measured, train = record.get("measure") or {}, record.get("train") or {}
+        measured = cast(Measure, record.get("measure") or {})
+        train = record.get("train") or {}
         rows.append(
             {
                 **{key: record.get(key) for key in ("step", "tokens", "seconds", "score")},
@@ -129,14 +148,14 @@ def _epochs(path: Path) -> list[dict[str, Any]]:
     return _one_best(rows)
 
 
-def _one_best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _one_best(rows: list[Epoch]) -> list[Epoch]:
     """Marks the first epoch of the highest score, the one that is kept (a record written earlier cannot know it)."""
     scores = {row["epoch"]: score for row in rows if (score := words.finite(row["score"])) is not None}
     best = max(scores, key=lambda epoch: (scores[epoch], -epoch), default=None)
     return [{**row, "best": row["epoch"] == best} for row in rows]
 
 
-def _tokens_used(epochs: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _tokens_used(epochs: list[Epoch]) -> Tokens | None:
     """Tokens behind the checkpoint that is kept, and over the whole training (both counted from its start)."""
     if not epochs:
         return None
@@ -144,7 +163,7 @@ def _tokens_used(epochs: list[dict[str, Any]]) -> dict[str, Any] | None:
     return {"kept": best["tokens"], "all": epochs[-1]["tokens"], "epoch": best["epoch"], "epochs": len(epochs)}
 
 
-def _plan_summary(plan: dict[str, Any] | None) -> dict[str, Any] | None:
+def _plan_summary(plan: Json | None) -> Plan | None:
     """The plan, its masks summed up per module instead of listed."""
     if plan is None:
         return None
@@ -155,15 +174,67 @@ def _plan_summary(plan: dict[str, Any] | None) -> dict[str, Any] | None:
         {"module": name, "sparsity": mask["zeros"] / (mask["shape"][0] * mask["shape"][1])}
         for name, mask in masks.items()
     ]
-    return {
-        **{key: value for key, value in plan.items() if key != "masks"},
+    summed = {
         "modules": modules,
         "sparsity": zeros / weights if weights else None,
         "patterns": sorted({mask["pattern"] for mask in masks.values()}),
     }
+    return cast(Plan, {**{key: value for key, value in plan.items() if key != "masks"}, **summed})
 
 
-def known_limits(data: dict[str, Any]) -> list[str]:
+def side_by_side(records: Records) -> list[Sample]:
+    """One entry a task and prompt: {task, kind, expected, prompt, dense, pruned, recovered: text or None}."""
+    found: dict[tuple[str, str], Sample] = {}
+    for model, record in records.items():
+        for name, task in ((record or {}).get("tasks") or {}).items():
+            for sample in task.get("samples") or ():
+                prompt = words.clean(sample.get("prompt", ""))
+                entry = found.setdefault((name, prompt), {"task": name, "kind": task["kind"], "prompt": prompt})
+                expected = sample.get("expected")
+                entry["expected"] = None if expected is None else words.clean(expected)
+                entry[model] = _text(sample)
+    return [_with_differences(entry) for entry in found.values()]
+
+
+def _text(sample: SampleRecord) -> Text:
+    shown = words.beginning(words.clean(sample.get("text") or ""))
+    answer = sample.get("answer")
+    return {"text": shown, "answer": None if answer is None else words.clean(answer), "correct": sample.get("correct")}
+
+
+def _with_differences(entry: Sample) -> Sample:
+    """Adds to each text of pruned and recovered the word at which it leaves dense, with the text before and after."""
+    dense = entry.setdefault("dense", None)
+    for model in ("pruned", "recovered"):
+        text = entry.setdefault(model, None)
+        if text is None or dense is None:
+            continue
+        index = words.first_difference(dense["text"], text["text"])
+        before, word, after = words.split_at_word(text["text"], index)
+        text |= {"differs_at_word": index, "before": before, "word": word, "after": after}
+    return entry
+
+
+def divergence(records: Records) -> list[DivergenceRow]:
+    """One row a generative task: the token at which greedy text first differs from dense (quantiles), and agreement."""
+    names = [
+        name for name, task in ((records.get("dense") or {}).get("tasks") or {}).items() if task["kind"] == "generate"
+    ]
+    rows = []
+    for name in names:
+        row: DivergenceRow = {"task": name, "pruned": None, "recovered": None}
+        for model in ("pruned", "recovered"):
+            task = ((records.get(model) or {}).get("tasks") or {}).get(name) or {}
+            row[model] = (
+                {"first": task.get("first_divergence"), "agreement": words.finite(task.get("agreement"))}
+                if task
+                else None
+            )
+        rows.append(row)
+    return rows
+
+
+def known_limits(data: RunData) -> list[str]:
     """What a reader must not conclude from this report, each line true of this very run."""
     limits = []
     small = sorted(
@@ -188,7 +259,7 @@ def known_limits(data: dict[str, Any]) -> list[str]:
         )
     epoch_items = (data["epochs"][-1]["items"] if data["epochs"] else {}) or {}
     full = {row["task"]: row["items"] for row in data["measures"] if row["main"]}
-    if any(items and full.get(task) and items < full[task] for task, items in epoch_items.items()):
+    if any(items and items < (full.get(task) or 0) for task, items in epoch_items.items()):
         limits.append("Epochs were measured on fewer items than the final figures, so their points scatter more.")
     if data["plan"] and data["plan"]["modules"]:
         limits.append(

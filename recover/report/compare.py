@@ -1,21 +1,30 @@
-"""Several runs side by side, best recovered generation first, and what must not be set side by side."""
+"""Several runs side by side, best recovered generation first, what must not be set side by side, and the page of it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from recover.report import cuts, speeds, words
+from recover.base.artifacts import write_text
+from recover.report import plan_text, render, speed_text, words
 from recover.report.collect import collect
+from recover.report.data import CHANGED, USES, ComparedRun, Comparison, Curve, Json, RunData
+from recover.report.exhibits import Exhibit
+from recover.report.figures.compare import courses, losses, share_cell, trade, ways
 
 SAME = 0.02  # dense figures further apart than this were not measured alike
-USES = ("generation", "choice", "retrieval")
-MODELS = ("pruned", "recovered")
+
+PICTURES = (
+    Exhibit("pictures", "compare", ways),
+    Exhibit("pictures", "trade", trade),
+    Exhibit("pictures", "courses", courses),
+    Exhibit("pictures", "losses", losses),
+)
 
 
-def compare(roots: Sequence[Path]) -> dict[str, Any]:
+def compare(roots: Sequence[Path]) -> Comparison:
     """{"runs": one summary a run, "best": name or None, "comparable", "same_dense", "apart"}; JSON-able.
 
     `apart` says in words what must not be set side by side, and why. Runs that start from different dense models, or
@@ -39,7 +48,7 @@ def compare(roots: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def _name_apart(runs: list[dict[str, Any]], roots: Sequence[Path]) -> None:
+def _name_apart(runs: list[ComparedRun], roots: Sequence[Path]) -> None:
     """Runs of one name are told apart by their folders."""
     names = [run["name"] for run in runs]
     for run, root in zip(runs, roots, strict=True):
@@ -47,16 +56,16 @@ def _name_apart(runs: list[dict[str, Any]], roots: Sequence[Path]) -> None:
             run["name"] = f"{run['name']} ({root.absolute().parent.name}/{root.absolute().name})"
 
 
-def _groups(runs: list[dict[str, Any]], key: str) -> dict[str, list[str]]:
+def _groups(runs: list[ComparedRun], key: Literal["model", "measure", "timed_on"]) -> dict[str, list[str]]:
     """Value -> names of the runs that have it, where it is known."""
     found: dict[str, list[str]] = {}
     for run in runs:
-        if run[key]:
-            found.setdefault(run[key], []).append(run["name"])
+        if value := run[key]:
+            found.setdefault(value, []).append(run["name"])
     return found
 
 
-def _dense_apart(runs: list[dict[str, Any]]) -> str:
+def _dense_apart(runs: list[ComparedRun]) -> str:
     groups = _groups(runs, "model")
     if len(groups) < 2:
         return ""
@@ -64,7 +73,7 @@ def _dense_apart(runs: list[dict[str, Any]]) -> str:
     return f"These runs start from different dense models ({who}). Their shares have different wholes: none is best."
 
 
-def _rules_apart(runs: list[dict[str, Any]]) -> str:
+def _rules_apart(runs: list[ComparedRun]) -> str:
     """Which fields of `measure` differ, and how."""
     groups = _groups(runs, "measure")
     if len(groups) < 2:
@@ -91,7 +100,7 @@ def _shown(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _level_apart(runs: list[dict[str, Any]]) -> str:
+def _level_apart(runs: list[ComparedRun]) -> str:
     """The dense model should score the same wherever it is measured by the same rules."""
     known = [(value, run["name"]) for run in runs if (value := run["dense"]["generation"]) is not None]
     if not known or len(_groups(runs, "model")) > 1 or len(_groups(runs, "measure")) > 1:
@@ -105,7 +114,7 @@ def _level_apart(runs: list[dict[str, Any]]) -> str:
     )
 
 
-def _timed_apart(runs: list[dict[str, Any]]) -> str:
+def _timed_apart(runs: list[ComparedRun]) -> str:
     if len(_groups(runs, "timed_on")) < 2:
         return ""
     return (
@@ -119,43 +128,43 @@ def _order(*kept: float | None) -> tuple[float, ...]:
     return tuple(-share if share is not None else float("inf") for share in kept)
 
 
-def _run(data: dict[str, Any]) -> dict[str, Any]:
+def _run(data: RunData) -> ComparedRun:
     plan, speed = data["plan"] or {}, data["speed"]
     return {
         "name": data["name"],
         "model": _model(data["recipe"].get("model") or {}),
         "summary": data["summary"],
         "missing": [gap["means"] for gap in data["missing"]],
-        "pruned": cuts.short(data["plan"]),
+        "pruned": plan_text.short(data["plan"]),
         "parameters": _ratio(plan.get("parameters_pruned"), plan.get("parameters_dense")),
-        "decoding": speeds.value(speed, "decode_tokens_per_second"),
+        "decoding": speed_text.value(speed, "decode_tokens_per_second"),
         "speed": speed,
         "measure": _one_text(_rules(data["recipe"].get("measure") or {})),
         "timed_on": _one_text([words.machine(speed.get("machine")), speed.get("workload")]) if speed else None,
         "tokens": (data["tokens"] or {}).get("kept"),
-        "epochs": [[row["tokens"], words.finite(row["headline"].get("generation"))] for row in data["epochs"]],
+        "epochs": [(row["tokens"], words.finite(row["headline"].get("generation"))) for row in data["epochs"]],
         "kl": _kl(data["curve"]),
         "dense": {use: ((data["headline"]["dense"] or {}).get(use) or {}).get("value") for use in USES},
-        "interval": {model: {use: data["verdict"][model][use]["interval"] for use in USES} for model in MODELS},
-        "kept": {model: {use: data["verdict"][model][use]["kept"] for use in USES} for model in MODELS},
-        "grades": {model: {use: data["verdict"][model][use]["grade"] for use in USES} for model in MODELS},
+        "interval": {model: {use: data["verdict"][model][use]["interval"] for use in USES} for model in CHANGED},
+        "kept": {model: {use: data["verdict"][model][use]["kept"] for use in USES} for model in CHANGED},
+        "grades": {model: {use: data["verdict"][model][use]["grade"] for use in USES} for model in CHANGED},
         "perplexity": {model: (figures or {}).get("perplexity") for model, figures in data["headline"].items()},
     }
 
 
-def _kl(curve: dict[str, Any] | None) -> list[list[float]]:
+def _kl(curve: Curve | None) -> list[tuple[float, float]]:
     """[tokens, mean KL per token] of each point of the training curve."""
     points = curve["points"] if curve else {}
     pairs = zip(points["tokens"], points["kl"]["mean"], strict=True) if "kl" in points else ()
-    return [[tokens, kl] for tokens, kl in pairs if kl is not None]
+    return [(tokens, kl) for tokens, kl in pairs if kl is not None]
 
 
-def _model(cfg: dict[str, Any]) -> str:
+def _model(cfg: Json) -> str:
     revision = cfg.get("revision")
     return f"{cfg.get('source')}{f' at {revision}' if revision else ''}"
 
 
-def _rules(measure: dict[str, Any]) -> dict[str, Any]:
+def _rules(measure: Json) -> Json:
     """Without the fields that change no figure."""
     return {key: value for key, value in measure.items() if key not in ("batch_size", "samples", "epoch_limit")}
 
@@ -167,3 +176,70 @@ def _one_text(value: Any) -> str:
 def _ratio(value: Any, of: Any) -> float | None:
     value, of = words.finite(value), words.finite(of)
     return None if value is None or not of else value / of
+
+
+def render_compare(data: Comparison, path: Path) -> Path:
+    """Write the comparison as one self-contained HTML page; gives its path."""
+    html = render.environment(escape=True)
+    drawn = [render.worded(each, found) for each in PICTURES if (found := each.make(data)) is not None]
+    view = {
+        "data": data,
+        "drawn": drawn,
+        "columns": COLUMNS,
+        "rows": [row(run) for run in data["runs"]],
+        "speed_columns": SPEED_COLUMNS,
+        "speed_rows": [speed_row(run) for run in data["runs"]],
+    }
+    write_text(path, render.page(html, "compare.html.j2", view))
+    return path
+
+
+COLUMNS = (
+    *("run", "pruned", "weights", "tokens", "generation, pruned", "generation, recovered"),
+    *("choice, pruned", "choice, recovered", "perplexity", "file", "decoding"),
+)
+
+
+def row(run: ComparedRun) -> list[tuple[str, float | None, str]]:
+    """Cells as (wording, value to sort by, what to make of it)."""
+    file = speed_text.value(run["speed"], "file_bytes")
+    return [
+        (run["name"], None, ""),
+        (run["pruned"], None, ""),
+        (words.percent(run["parameters"]), run["parameters"], ""),
+        (words.count(run["tokens"]), run["tokens"], ""),
+        *(share_cell(run, model, use) for use in ("generation", "choice") for model in CHANGED),
+        _perplexity(run["perplexity"]),
+        (f"×{file:.2f}" if file is not None else words.NOT_MEASURED, file, ""),
+        _decoding(run),
+    ]
+
+
+def _perplexity(found: dict[str, float | None]) -> tuple[str, float | None, str]:
+    """Recovered, with the way there under it."""
+    way = " → ".join(words.number(found[model]) for model in ("dense", "pruned") if found[model] is not None)
+    return words.number(found["recovered"]), found["recovered"], f"{way} →" if way else ""
+
+
+def _decoding(run: ComparedRun) -> tuple[str, float | None, str]:
+    """The ratio, and under it what it means where it is no gain."""
+    said = speed_text.gain(run["speed"], "decode_tokens_per_second")
+    if run["decoding"] is None or said.startswith("×"):
+        return said.partition(" [")[0], run["decoding"], ""
+    return f"×{run['decoding']:.2f}", run["decoding"], said
+
+
+SPEED_COLUMNS = (
+    *("run", "parameters", "file", "KV per token"),
+    *("prefill, tokens/s", "prefill, ratio", "decoding, tokens/s", "decoding, ratio"),
+)
+
+
+def speed_row(run: ComparedRun) -> list[str]:
+    """One run of the table of sizes and speeds, dense → deployed, both timed in one run; in words."""
+    cells = [run["name"]]
+    for key in ("parameters", "file_bytes", "kv_bytes_per_token", *speed_text.RATES):
+        cells.append(speed_text.change(run["speed"], key))
+        if key in speed_text.RATES:
+            cells.append(speed_text.ratio(run["speed"], key))
+    return cells

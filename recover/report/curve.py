@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from recover.base import artifacts
 from recover.base.errors import ArtifactError
+from recover.report.data import Curve, Json, Points
 from recover.report.words import finite
 
 POINTS = 120  # at most; report.json stays small, however long the training
@@ -19,10 +20,10 @@ TERMS = ("kl", "variance", "reverse_kl", "ce")  # of the loss, as far as they ar
 BAND = (0.1, 0.9)  # quantiles
 BANDS = {"grad_norm": (0.0, 1.0)}  # up to the highest, since one outlier there is worth seeing
 
-Line = dict[str, Any]
+Line = Json  # of the file, with its `weight`
 
 
-def curve(path: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
+def curve(path: Path, recipe: Json) -> Curve | None:
     """What a training's picture is drawn from; None where there is no file (older runs have none), or no line in it.
 
     A point stands for `steps_a_point` consecutive lines, the last one for what is left; there are at most POINTS, and
@@ -59,12 +60,12 @@ def curve(path: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def terms(recipe: dict[str, Any]) -> list[str]:
+def terms(recipe: Json) -> list[str]:
     """KL, by which trainings of different losses compare, and the recorded terms that the recipe gives a weight."""
     return [name for name in TERMS if name == "kl" or name in weights(recipe)]
 
 
-def weights(recipe: dict[str, Any]) -> dict[str, float]:
+def weights(recipe: Json) -> dict[str, float]:
     """Terms of the recipe's loss that have a weight, recorded or not."""
     cfg = {"kl": 1.0, **((recipe.get("recover") or {}).get("loss") or {})}
     names = (*TERMS, "variance_r", "jsd")
@@ -104,9 +105,9 @@ def _skipped(line: Line) -> bool:
     return finite(line.get("loss")) is None
 
 
-def _columns(groups: list[list[Line]], names: list[str]) -> dict[str, Any]:
+def _columns(groups: list[list[Line]], names: list[str]) -> Points:
     """Of each group of lines one point, column by column."""
-    found: dict[str, Any] = {key: [group[-1][key] for group in groups] for key in ("step", "tokens", "seconds")}
+    found: Json = {key: [group[-1][key] for group in groups] for key in ("step", "tokens", "seconds")}
     found["lr"] = [finite(group[-1].get("lr")) for group in groups]
     found["skipped"] = [sum(map(_skipped, group)) for group in groups]
     for name in names:
@@ -117,7 +118,7 @@ def _columns(groups: list[list[Line]], names: list[str]) -> dict[str, Any]:
             "low": [_quantile(pairs, low) for pairs in known],
             "high": [_quantile(pairs, high) for pairs in known],
         }
-    return found
+    return cast(Points, found)
 
 
 def _values(lines: list[Line], name: str) -> list[tuple[float, float]]:

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from recover.base import artifacts, ownership
 from recover.base.artifacts import write_text
 from recover.base.errors import ArtifactError
 from recover.report import drift, render, words
+from recover.report.data import MODELS, DiagnosisData, Drift, Json
 from recover.report.drift import mean_of
-from recover.report.figures.registry import figures
-from recover.report.points import half_parted, points
-from recover.report.tables import tables
+from recover.report.exhibits import DIAGNOSIS
+from recover.report.key_findings import half_parted, key_findings
 
 SUMMARY = "probe.json"
-FIGURES = (
-    *("blocks", "sublayers", "writes", "steps", "divergence"),
-    *("sampled", "temperatures", "predictors", "choices"),
-)
 
 
 def is_diagnosis(folder: Path) -> bool:
@@ -32,43 +27,42 @@ def render_diagnosis(folder: Path) -> Path:
     Raises ArtifactError if its summary is corrupt or of another kind.
     """
     data = collect_diagnosis(folder)
-    drawn = {key: render.drawn(each) for key, each in figures(data).items() if key in FIGURES and each.measured}
-    view = {
-        "data": data,
-        "figures": drawn,
-        "tables": tables(data),
-        "points": points(data),
-        "floor": render.floor(data),
-    }
+    view = {"data": data, "points": key_findings(data), **render.exhibited(data, DIAGNOSIS, measured=True)}
     html = render.environment(escape=True)
     path = folder / "report.html"
     write_text(path, render.page(html, "diagnosis.html.j2", view))
     return path
 
 
-def collect_diagnosis(folder: Path) -> dict[str, Any]:
+def collect_diagnosis(folder: Path) -> DiagnosisData:
     """What the templates and figures need, in the shape that `collect` gives of a run; the other model is `other`."""
     path = folder / SUMMARY
     summary = artifacts.read_json(path)
     if not isinstance(summary, dict) or not isinstance(summary.get("final") or {}, dict):
         raise ArtifactError(f"{path}: expected the summary of a probe. Run `recover diagnose` with another --out")
-    found = drift.normalise(summary)
-    data = {
+    found = drift.read(summary)
+    data: DiagnosisData = {
         "name": folder.absolute().name,
         "dense": render.shown_source(str(summary.get("dense") or "dense")),
         "other": render.shown_source(str(summary.get("other") or folder.absolute().name)),
         "drift": {"other": found},
         "facts": _facts(summary),
-        **dict.fromkeys(("plan", "training", "curve", "speed")),
+        "title": _title(found),
+        "recipe": {},
+        "plan": None,
+        "training": None,
+        "curve": None,
+        "speed": None,
         "divergence": [],
         "epochs": [],
-        "headline": dict.fromkeys(("dense", "pruned", "recovered")),
+        "mistakes": [],
+        "times": [],
+        "headline": dict.fromkeys(MODELS),
     }
-    data["title"] = _title(found)
     return words.jsonable(data)
 
 
-def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
+def _facts(summary: Json) -> list[tuple[str, str]]:
     final = summary.get("final") or {}
     facts = [("prompts or texts", words.count(summary.get("prompts")))] if summary.get("prompts") else []
     if words.finite(final.get("positions")):
@@ -78,7 +72,7 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return facts
 
 
-def _title(found: dict[str, Any]) -> str:
+def _title(found: Drift) -> str:
     """The finding in one line, from what was probed."""
     parted = found["divergence"] or {}
     never = words.finite(parted.get("never"))

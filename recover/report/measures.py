@@ -2,67 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
+from typing import cast
 
+from recover.config.tasks import KINDS, Figure
 from recover.report import words
-
-USES = ("generation", "choice", "retrieval")
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One figure of a task's record: how to word it and which way is better (`same`: as near to dense as can be).
-
-    `main` figures are those of verdicts; `against_dense` ones compare with dense, which has none itself.
-    """
-
-    key: str
-    label: str
-    form: str
-    better: str
-    main: bool = False
-    against_dense: bool = False
+from recover.report.data import USES, Cell, Headline, Json, Measure, MeasureRow, Records, Task, UseFigure
 
 
-METRICS: dict[str, tuple[Metric, ...]] = {
-    "generate": (
-        Metric("exact_match", "exact match", "percent", "higher", main=True),
-        Metric("sampled_exact_match", "exact match, sampled", "percent", "higher"),
-        Metric("exact_text", "texts equal to dense", "percent", "higher", against_dense=True),
-        Metric("agreement", "tokens equal to dense", "percent", "higher", against_dense=True),
-        Metric("ended", "answers that end", "percent", "higher"),
-        Metric("loop_rate", "loop rate", "percent", "lower"),
-        Metric("repetition", "repeated 4-grams", "percent", "lower"),
-        Metric("longest_repeat", "longest repeat, tokens", "number", "lower"),
-        Metric("distinct_2", "distinct 2-grams", "percent", "same"),
-        Metric("length", "length, tokens", "number", "same"),
-        Metric("truncated", "cut at the limit, texts", "count", "lower"),
-    ),
-    "choice": (
-        Metric("accuracy", "accuracy", "percent", "higher", main=True),
-        Metric("accuracy_normalised", "accuracy, by length", "percent", "higher"),
-        Metric("margin", "margin, nats", "number", "higher"),
-    ),
-    "perplexity": (Metric("perplexity", "perplexity", "number", "lower", main=True),),
-    "code": (
-        Metric("pass_at_1", "programs that pass their tests", "percent", "higher", main=True),
-        Metric("ended", "answers that end", "percent", "higher"),
-        Metric("loop_rate", "loop rate", "percent", "lower"),
-        Metric("length", "length, tokens", "number", "same"),
-        Metric("truncated", "cut at the limit, texts", "count", "lower"),
-    ),
-    "retrieval": (
-        Metric("score", "ranking score", "percent", "higher", main=True),
-        Metric("accuracy", "relevant document first", "percent", "higher"),
-    ),
-}
-USE_OF_KIND = {"generate": "generation", "code": "generation", "choice": "choice", "retrieval": "retrieval"}
-
-Records = dict[str, dict[str, Any] | None]
-
-
-def rows(records: Records) -> list[dict[str, Any]]:
+def rows(records: Records) -> list[MeasureRow]:
     """One row a task and metric, in the order of the tasks; a cell is None where the model was not measured.
 
     A metric that no model has is left out; `kept` is the share of dense, for main figures of which more is better.
@@ -73,27 +21,28 @@ def rows(records: Records) -> list[dict[str, Any]]:
             cells = {model: _cell(record, name, metric) for model, record in records.items()}
             if not any(cells.values()):
                 continue
-            items = next((_task(record, name).get("items") for record in records.values() if _task(record, name)), None)
+            items = next((task.get("items") for record in records.values() if (task := _task(record, name))), None)
             kept = {model: _kept(cells[model], cells["dense"], metric) for model in ("pruned", "recovered")}
-            found.append({"task": name, "kind": kind, "items": items, **asdict(metric), **cells, "kept": kept})
+            row = {"task": name, "kind": kind, "items": items, **asdict(metric), **cells, "kept": kept}
+            found.append(cast(MeasureRow, row))
     return found
 
 
-def _metrics(records: Records, name: str, kind: str) -> list[Metric]:
+def _metrics(records: Records, name: str, kind: str) -> list[Figure]:
     """Those of the kind, and behind the first of them the task's other readings of the same texts, and pass@k.
 
     Of pass@k the smallest and the largest k.
     """
-    first, *rest = METRICS.get(kind) or (None,)
+    first, *rest = KINDS[kind].figures if kind in KINDS else (None,)
     readings, ks = (_parts(records, name, part) for part in ("also", "pass_at_k"))
-    also = [Metric(f"also.{each}", f"exact match, {each}", "percent", "higher") for each in readings]
+    also = [Figure(f"also.{each}", f"exact match, {each}", "percent", "higher") for each in readings]
     ends = [k for k in sorted(map(int, ks)) if k in (min(map(int, ks)), max(map(int, ks)))]
-    drawn = [Metric(f"pass_at_k.{k}", f"pass@{k}, sampled", "percent", "higher") for k in ends]
+    drawn = [Figure(f"pass_at_k.{k}", f"pass@{k}, sampled", "percent", "higher") for k in ends]
     return [*([first] if first else []), *also, *drawn, *rest]
 
 
 def _parts(records: Records, name: str, part: str) -> list[str]:
-    return list({key: None for record in records.values() for key in _task(record, name).get(part) or ()})
+    return list({key: None for record in records.values() for key in (_task(record, name) or {}).get(part) or ()})
 
 
 def _tasks(records: Records) -> dict[str, str]:
@@ -101,15 +50,17 @@ def _tasks(records: Records) -> dict[str, str]:
     return {name: task["kind"] for record in records.values() if record for name, task in record["tasks"].items()}
 
 
-def _task(record: dict[str, Any] | None, name: str) -> dict[str, Any]:
-    return (record or {}).get("tasks", {}).get(name) or {}
+def _task(record: Measure | None, name: str) -> Task | None:
+    return ((record or {}).get("tasks") or {}).get(name)
 
 
-def _cell(record: dict[str, Any] | None, name: str, metric: Metric) -> dict[str, Any] | None:
+def _cell(record: Measure | None, name: str, metric: Figure) -> Cell | None:
     task = _task(record, name)
+    if task is None:
+        return None
     part, _, inner = metric.key.partition(".")
     if inner:  # a figure of a part of the record
-        found = (task.get(part) or {}).get(inner) or {}
+        found = cast(Json, (task.get(part) or {}).get(inner) or {})
         value = words.finite(found.get("exact_match", found.get("value")))
         return None if value is None else {"value": value, "interval": _interval(found)}
     value = words.finite(task.get(metric.key))
@@ -118,37 +69,42 @@ def _cell(record: dict[str, Any] | None, name: str, metric: Metric) -> dict[str,
     return {"value": value, "interval": _interval(task) if metric.main else None}
 
 
-def _interval(task: dict[str, Any]) -> list[float] | None:
+def _interval(task: Task | Json) -> list[float] | None:
     bounds = [words.finite(bound) for bound in task.get("interval95") or ()]
     return [bound for bound in bounds if bound is not None] if len(bounds) == 2 and None not in bounds else None
 
 
-def _kept(cell: dict[str, Any] | None, dense: dict[str, Any] | None, metric: Metric) -> float | None:
+def _kept(cell: Cell | None, dense: Cell | None, metric: Figure) -> float | None:
     if cell is None or dense is None or not metric.main or metric.better != "higher" or dense["value"] <= 0:
         return None
     return cell["value"] / dense["value"]
 
 
-def headline(records: Records) -> dict[str, dict[str, Any] | None]:
+def headline(records: Records) -> dict[str, Headline | None]:
     """Per model: {use: {value, interval, chance, tasks, items} | None, "perplexity": f | None}; None = not measured."""
     return {model: None if record is None else _headline(record) for model, record in records.items()}
 
 
-def _headline(record: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = dict.fromkeys(USES)
+def _headline(record: Measure) -> Headline:
+    means: dict[str, UseFigure | None] = {}
     for use in USES:
-        tasks = {name: task for name, task in record["tasks"].items() if USE_OF_KIND.get(task["kind"]) == use}
-        found[use] = _mean_of_tasks(tasks)
-    found["perplexity"] = words.finite((record.get("headline") or {}).get("perplexity"))
-    return found
+        tasks = {name: task for name, task in record["tasks"].items() if _use(task) == use}
+        means[use] = _mean_of_tasks(tasks)
+    perplexity = words.finite((record.get("headline") or {}).get("perplexity"))
+    return cast(Headline, {**means, "perplexity": perplexity})
 
 
-def _main(task: dict[str, Any]) -> float | None:
-    """The first figure of the task's kind."""
-    return words.finite(task.get(METRICS[task["kind"]][0].key))
+def _main(task: Task) -> float | None:
+    """The main figure of the task's kind."""
+    return words.finite(task.get(KINDS[task["kind"]].main.key))
 
 
-def _mean_of_tasks(tasks: dict[str, Any]) -> dict[str, Any] | None:
+def _use(task: Task) -> str | None:
+    """None for a kind of no use, and for one that a package made known that is not loaded here."""
+    return KINDS[task["kind"]].use if task["kind"] in KINDS else None
+
+
+def _mean_of_tasks(tasks: dict[str, Task]) -> UseFigure | None:
     """Mean over tasks, each weighing the same. Items of different tasks are independent: half-widths add as squares."""
     values = {name: value for name, task in tasks.items() if (value := _main(task)) is not None}
     if not values:

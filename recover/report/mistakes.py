@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from recover.report import words
-from recover.report.samples import shown_text
+from recover.report.data import Example, Measure, Mistakes, Model, PageData, Records, Task
 from recover.report.tables import Table
 
 # kind of mistake in a record -> (column, heading of its example)
@@ -18,10 +16,8 @@ NAMES = {
 }
 SHOWN = ("pruned", "recovered")  # models whose mistakes are shown
 
-Records = dict[str, dict[str, Any] | None]
 
-
-def counted(records: Records) -> list[dict[str, Any]]:
+def counted(records: Records) -> list[Mistakes]:
     """One row a task that writes and model: {task, model, items, right, mistakes: {kind: n}, loop_rate, loop_start}."""
     rows = []
     for name, model, task in _writing(records):
@@ -43,7 +39,7 @@ def counted(records: Records) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: tasks.index(row["task"]))  # models stay in order
 
 
-def examples(records: Records) -> list[dict[str, Any]]:
+def examples(records: Records) -> list[Example]:
     """One text of each kind of mistake, of pruned and of recovered: {task, model, mistake, prompt, expected, text}."""
     found = []
     for name, model, task in _writing(records):
@@ -51,16 +47,22 @@ def examples(records: Records) -> list[dict[str, Any]]:
             sample = (task.get("examples") or {}).get(kind) if model in SHOWN else None
             if sample is None:
                 continue
-            texts = {
-                key: None if sample.get(key) is None else words.clean(sample[key]) for key in ("expected", "answer")
-            }
-            text = shown_text(words.clean(sample.get("text") or ""))
-            prompt = words.clean(sample.get("prompt", ""))
-            found.append({"task": name, "model": model, "mistake": kind, "prompt": prompt, "text": text, **texts})
+            expected, answer = sample.get("expected"), sample.get("answer")
+            found.append(
+                {
+                    "task": name,
+                    "model": model,
+                    "mistake": kind,
+                    "prompt": words.clean(sample.get("prompt", "")),
+                    "text": words.beginning(words.clean(sample.get("text") or "")),
+                    "expected": None if expected is None else words.clean(expected),
+                    "answer": None if answer is None else words.clean(answer),
+                }
+            )
     return found
 
 
-def _writing(records: Records) -> list[tuple[str, str, dict[str, Any]]]:
+def _writing(records: Records) -> list[tuple[str, Model, Task]]:
     """(name, model, record) of each task that writes."""
     return [
         (name, model, task)
@@ -70,14 +72,14 @@ def _writing(records: Records) -> list[tuple[str, str, dict[str, Any]]]:
     ]
 
 
-def loop_rate(measured: dict[str, Any]) -> float | None:
+def loop_rate(measured: Measure) -> float | None:
     """Mean over the tasks that write, each weighing the same; None where no record has it."""
     tasks = (measured.get("tasks") or {}).values()
     rates = [rate for task in tasks if (rate := words.finite(task.get("loop_rate"))) is not None]
     return sum(rates) / len(rates) if rates else None
 
 
-def table(data: dict[str, Any]) -> Table | None:
+def table(data: PageData) -> Table | None:
     """Mistakes of form beside mistakes of content, each text counted once."""
     rows = data["mistakes"]
     if not rows:
@@ -96,12 +98,10 @@ def table(data: dict[str, Any]) -> Table | None:
         for row in rows
     ]
     caption = (
-        "Greedy texts, each counted once: as right, else by the first mistake of form that it shows, else as well "
-        "formed and wrong. Form that is back while content is not: look at what training saw, not at how it ended. "
-        "Loop rate: texts, right ones too, that end in a run of tokens repeated three times or more over 24 tokens or "
-        "more; half of these loops begin before the token in the last column."
+        "Each greedy text is counted once: as right, by its first mistake of form, or as well formed and wrong. If "
+        "form came back and content did not, look at the text that training used. Loop rate: share of all texts that "
+        "end in a run of tokens repeated at least three times over at least 24 tokens. Half of these loops begin "
+        "before the token in the last column."
     )
     columns = ("task", "model", "items", "right", *(NAMES[kind][0] for kind in kinds), "loop rate", "loops begin at")
-    return Table(
-        "mistakes", "Mistakes of form and of content", caption, tuple((each, "") for each in columns), cells, numbers=2
-    )
+    return Table("Mistakes of form and of content", caption, tuple((each, "") for each in columns), cells, numbers=2)

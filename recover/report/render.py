@@ -8,18 +8,22 @@ script by its hash.
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recover.base.artifacts import write_json, write_text
-from recover.config import yaml_values
-from recover.report import cuts, mistakes, speeds, training, verdict, words
+from recover.config import tasks, yaml_values
+from recover.report import exhibits, mistakes, plan_text, speed_text, training_text, verdict, words
+from recover.report.data import Cell, RunData
+from recover.report.exhibits import Exhibit, Section
 from recover.report.figures.figure import Figure
-from recover.report.figures.registry import figures
-from recover.report.points import points
-from recover.report.tables import tables
+from recover.report.key_findings import key_findings
+from recover.report.tables import Table
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -28,26 +32,10 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 POLICY = b"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-"  # as page.html.j2 has it
 
-QUESTIONS = (
-    ("generation", "Can it write answers?"),
-    ("choice", "Can it pick among given options?"),
-    ("retrieval", "Can it rank documents?"),
-)
 SIGNS = {"yes": "✓", "with care": "~", "no": "✗", "cannot tell": "", "not measured": ""}
-SECTIONS = (
-    ("measures", "What was measured"),
-    ("samples", "What the models write"),
-    ("recovery", "How generation came back"),
-    ("damage", "Where the damage sits"),
-    ("text", "What it does to a text"),
-    ("pruned", "What was pruned"),
-    ("deploy", "What you deploy"),
-    ("limits", "What it does not tell"),
-    ("origin", "How it was made"),
-)
 
 
-def render(root: Path, data: dict[str, Any]) -> list[Path]:
+def render(root: Path, data: RunData) -> list[Path]:
     """Write report.json, report.md and report.html into `root`, each whole or not at all; gives their paths."""
     view = _view(data)
     html, markdown = environment(escape=True), environment(escape=False)
@@ -95,7 +83,7 @@ def cell(value: float, form: str) -> str:
     return words.percent(value, 1) if form == "percent" else words.shown(value, form)
 
 
-def figure_cell(figure: dict[str, Any] | None, form: str, reference: bool = False) -> str:
+def figure_cell(figure: Cell | None, form: str, reference: bool = False) -> str:
     """A figure with its interval in brackets; a dash where the model is the reference of the figure itself."""
     if figure is None:
         return "–" if reference else words.NOT_MEASURED
@@ -116,24 +104,21 @@ def fence(text: str) -> str:
     return f"{ticks}text\n{text}\n{ticks}"
 
 
-def _view(data: dict[str, Any]) -> dict[str, Any]:
+def _view(data: RunData) -> dict[str, Any]:
     """What the templates need beside the data, worded."""
     return {
         "data": data,
-        "figures": {key: drawn(figure) for key, figure in figures(data).items()},
+        **exhibited(data, exhibits.RUN),
         "models": ("dense", "pruned", "recovered"),
-        "questions": QUESTIONS,
+        "questions": [(use.name, use.question) for use in tasks.USES.values()],
         "signs": SIGNS,
-        "sections": SECTIONS,
         "facts": _facts(data),
         "recovery": _recovery(data),
-        "points": points(data),
-        "tables": {**tables(data), **({found.key: found} if (found := mistakes.table(data)) else {})},
+        "points": key_findings(data),
         "mistake_names": {kind: heading for kind, (_, heading) in mistakes.NAMES.items()},
-        "training_notes": training.notes(data),
-        "floor": floor(data),
-        "size_rows": speeds.rows(data["speed"]),
-        "speed_notes": speeds.notes(data["speed"]),
+        "training_notes": training_text.notes(data),
+        "size_rows": speed_text.rows(data["speed"]),
+        "speed_notes": speed_text.notes(data["speed"]),
         "measured_on": words.machine((data["speed"] or {}).get("machine")),
         "verified": _verified(data),
         "recipe": yaml_values.dump(data["recipe"]),
@@ -141,23 +126,41 @@ def _view(data: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def drawn(figure: Figure) -> dict[str, Any]:
-    """The figure for a template, its SVG drawn and marked as markup (Canvas escapes all text in it)."""
+def exhibited(data: Any, sections: Sequence[Section], *, measured: bool = False) -> dict[str, Any]:
+    """For templates: the `sections` to show with the `exhibits` of each, and the exhibits of the page's `top`.
+
+    `measured`: figures that were not measured are left out.
+    """
+    made = exhibits.made(data, ["top", *(section.key for section in sections)])
+    shown: dict[str, list[dict[str, Any]]] = {}
+    for each, found in made.items():
+        if isinstance(found, Table) or found.measured or not measured:
+            shown.setdefault(each.section, []).append(worded(each, found))
+    listed = [{**asdict(section), "exhibits": shown.get(section.key, [])} for section in sections]
+    return {
+        "sections": [section for section in listed if section["exhibits"] or section["always"]],
+        "top": shown.get("top", []),
+    }
+
+
+def worded(exhibit: Exhibit, found: Figure | Table) -> dict[str, Any]:
+    """A figure or table for a template; SVG is drawn and marked as markup (Canvas escapes all text in it)."""
     from markupsafe import Markup
 
-    words_of = {
-        name: getattr(figure, name) for name in ("key", "title", "see", "columns", "rows", "legend", "measured")
-    }
-    return {**words_of, "wide": Markup(figure.wide), "narrow": Markup(figure.narrow)}
+    fields = {each.name: getattr(found, each.name) for each in dataclasses.fields(found) if each.name != "draw"}
+    about = {**fields, "key": exhibit.key, "numbered": exhibit.numbers, "is_figure": isinstance(found, Figure)}
+    if isinstance(found, Figure):
+        about |= {"measured": found.measured, "wide": Markup(found.wide), "narrow": Markup(found.narrow)}
+    return about
 
 
-def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
+def _facts(data: RunData) -> list[tuple[str, str]]:
     recipe, plan, env, tokens = data["recipe"], data["plan"], data["provenance"]["env"] or {}, data["tokens"]
     facts = [("dense model", shown_source(str((recipe.get("model") or {}).get("source", words.NOT_MEASURED))))]
     if plan:
-        what = cuts.sites(plan) or cuts.sizes(plan)
+        what = plan_text.sites(plan) or plan_text.sizes(plan)
         facts.append(("pruned by", f"{plan['kind']}{f', {what}' if what else ''}"))
-        if repair := cuts.repair(plan):
+        if repair := plan_text.repair(plan):
             facts.append(("repaired at the cut", repair))
     if plan and plan.get("parameters_dense"):
         dense, pruned = words.count(plan["parameters_dense"]), words.count(plan["parameters_pruned"])
@@ -181,11 +184,12 @@ def shown_source(source: str) -> str:
     return path.name if path.is_absolute() else source
 
 
-def _recovery(data: dict[str, Any]) -> str:
+def _recovery(data: RunData) -> str:
     rows = data["epochs"]
     if not rows:
         return "Not measured: no epoch of recovery was finished."
     tokens, seconds = data["tokens"], rows[-1]["seconds"]
+    assert tokens is not None, "counted wherever there are epochs"
     time = f" in {words.duration(seconds)}" if words.finite(seconds) else ""
     return (
         f"LoRA distillation from the dense model, {len(rows)} epoch{'s' if len(rows) > 1 else ''}, "
@@ -194,19 +198,7 @@ def _recovery(data: dict[str, Any]) -> str:
     )
 
 
-def floor(data: dict[str, Any]) -> str:
-    """How large a drift rounding alone makes, from the probe's comparison of each view with itself."""
-    floors = [words.finite(((summary or {}).get("identity") or {}).get("kl_max")) for summary in data["drift"].values()]
-    known = [floor for floor in floors if floor is not None]
-    if not known:
-        return "What rounding alone makes was not measured."
-    floor = words.number(max(known))
-    return (
-        f"Each model against itself, with a KV cache and without: KL at most {floor}. Drift of that size is rounding."
-    )
-
-
-def _verified(data: dict[str, Any]) -> str:
+def _verified(data: RunData) -> str:
     check = data["verify"]
     if check is None:
         return "The exported checkpoint is not verified."

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recover.report import words
+from recover.report.data import PageData, RetrievalDrift
 from recover.report.drift import by_model, mean_of, spread
 
 DRIFT_NAMES = {
@@ -24,18 +25,18 @@ SHARES = (("top1", "same most likely token"), ("top5", "common tokens among the 
 class Table:
     """`columns` are (name, model whose colour it has or ""); the first cell of a row names it.
 
-    Cells from `numbers` on are figures, set to the right.
+    Cells from `numbers` on are figures, set to the right. `note` stands below the table.
     """
 
-    key: str
     title: str
     caption: str
     columns: tuple[tuple[str, str], ...]
     rows: list[tuple[Any, ...]]
     numbers: int = 1
+    note: str = ""
 
 
-def last_layer(data: dict[str, Any]) -> Table | None:
+def last_layer(data: PageData) -> Table | None:
     """Drift at the last layer, T = 1: mean, median and worst hundredth, of the models that were probed."""
     finals = {model: found for model, summary in data["drift"].items() if (found := (summary or {}).get("final"))}
     rows: list[tuple[Any, ...]] = []
@@ -50,14 +51,25 @@ def last_layer(data: dict[str, Any]) -> Table | None:
     if not rows:
         return None
     caption = (
-        "At the last layer, T = 1, on the dense model's own words: mean, median and worst hundredth of tokens. A "
-        "median far below the mean: few tokens carry the damage."
+        "At the last layer, T = 1, on the dense model's text: mean, median and 99th percentile over tokens. A median "
+        "far below the mean: few tokens carry the damage."
     )
     columns = [(name, model) for model in finals for name in (f"{model}, mean", "p50", "p99")]
-    return Table("last-layer", "Drift at the last layer", caption, (("figure", ""), *columns), rows)
+    return Table("Drift at the last layer", caption, (("figure", ""), *columns), rows, note=floor(data))
 
 
-def divergence(data: dict[str, Any]) -> Table | None:
+def floor(data: PageData) -> str:
+    """How large a drift rounding alone makes, from the probe's comparison of each view with itself."""
+    floors = [words.finite(((summary or {}).get("identity") or {}).get("kl_max")) for summary in data["drift"].values()]
+    known = [floor for floor in floors if floor is not None]
+    if not known:
+        return "What rounding alone makes was not measured."
+    floor = words.number(max(known))
+    what = "Each model against itself, with and without a KV cache"
+    return f"{what}: KL is at most {floor}. Drift of that size is rounding."
+
+
+def divergence(data: PageData) -> Table | None:
     """Per generative task: token by which half, and nine tenths, of the texts left dense; tokens equal to dense."""
     rows = []
     for row in data["divergence"]:
@@ -70,9 +82,9 @@ def divergence(data: dict[str, Any]) -> Table | None:
         rows.append((row["task"], *cells))
     if not rows:
         return None
-    caption = "On the tasks themselves: the token at which half, and nine tenths, of the greedy texts have left dense."
+    caption = "On the tasks: the token by which 50% and 90% of the greedy texts differ from dense."
     columns = [(name, model) for model in ("pruned", "recovered") for name in (f"{model}, p50", "p90", "tokens equal")]
-    return Table("divergence", "Where texts leave dense", caption, (("task", ""), *columns), rows)
+    return Table("Where texts leave dense", caption, (("task", ""), *columns), rows)
 
 
 CHOICE_COLUMNS = (
@@ -81,10 +93,10 @@ CHOICE_COLUMNS = (
 )
 
 
-def choices(data: dict[str, Any]) -> Table | None:
+def choices(data: PageData) -> Table | None:
     """Choice by full likelihood, and how much probability the option tokens have at all."""
     rows = []
-    for model, listed in by_model(data, "choices").items():
+    for model, listed in by_model(data, lambda probe: probe["choices"]).items():
         for row in listed:
             scored = row.get("likelihood") or {}
             shares = [scored.get("same_choice"), scored.get("rank_changed")]
@@ -96,18 +108,16 @@ def choices(data: dict[str, Any]) -> Table | None:
     if not rows:
         return None
     caption = (
-        "By full likelihood of the options. Margin: nats by which the right option leads the best wrong one; a thin "
-        "one is the next to tip. Mass: probability of all option tokens; where it is small, the disc above is weak "
-        "evidence."
+        "By the full likelihood of each option. Margin: how far the right option leads the best wrong one, in nats; a "
+        "small margin is the next to be lost. Mass: total probability of the option tokens; where it is small, the "
+        "disc above is weak evidence."
     )
-    return Table(
-        "choices-table", "Choice, by likelihood", caption, tuple((name, "") for name in CHOICE_COLUMNS), rows, numbers=2
-    )
+    return Table("Choice, by likelihood", caption, tuple((name, "") for name in CHOICE_COLUMNS), rows, numbers=2)
 
 
-def retrieval(data: dict[str, Any]) -> Table | None:
+def retrieval(data: PageData) -> Table | None:
     """Does the other model rank documents as the dense one, by pooled hidden states?"""
-    found = by_model(data, "retrieval")
+    found = by_model(data, lambda probe: probe["retrieval"])
     rows = [_retrieval_row(model, row) for model, listed in found.items() for row in listed]
     if not rows:
         return None
@@ -125,12 +135,12 @@ def retrieval(data: dict[str, Any]) -> Table | None:
     if known:
         names += ["nDCG@10, dense", "nDCG@10, model"]
     caption = (
-        "Pooled hidden states as embeddings, mean over queries. Rank correlation (Spearman) and nDCG take the dense "
-        "model's ranking as the right one: 1 is the same order. A small embedding drift can still turn a ranking."
+        "Pooled hidden states are the embeddings; means over queries. Rank correlation (Spearman) and nDCG take the "
+        "dense model's ranking as the right one: 1 is the same order. A small embedding drift can still change a "
+        "ranking."
     )
     width = len(names)
     return Table(
-        "retrieval",
         "Ranking, by embeddings",
         caption,
         tuple((name, "") for name in names),
@@ -139,7 +149,7 @@ def retrieval(data: dict[str, Any]) -> Table | None:
     )
 
 
-def _retrieval_row(model: str, row: dict[str, Any]) -> tuple[Any, ...]:
+def _retrieval_row(model: str, row: RetrievalDrift) -> tuple[Any, ...]:
     figures = [_mean(row.get(name)) for name in ("embedding", "rank_correlation", "ndcg")]
     relevance = row.get("relevance") or {}
     judged = [words.number(_mean(relevance.get(view))) for view in ("dense", "pruned")]
@@ -148,7 +158,7 @@ def _retrieval_row(model: str, row: dict[str, Any]) -> tuple[Any, ...]:
     return (name, model, words.count(row.get("queries")), *cells, *judged)
 
 
-def repair(data: dict[str, Any]) -> Table | None:
+def repair(data: PageData) -> Table | None:
     """What the closed-form repair of each cut did, in the order in which they were tried."""
     found = (data["plan"] or {}).get("repair") or {}
     cuts = found.get("cuts") or []
@@ -165,11 +175,11 @@ def repair(data: dict[str, Any]) -> Table | None:
     ]
     caption = (
         f"Repair ({found['kind']}), fitted to {words.count(found.get('tokens_fitted'))} tokens and judged on "
-        f"{words.count(found.get('tokens_held_out'))} others: error of the stream behind the cut, and KL of the whole "
-        "model, each before → after. A repair that does not lower the KL is left out."
+        f"{words.count(found.get('tokens_held_out'))} others. Error of the hidden state after the cut and KL of the "
+        "whole model, each before and after the repair. A repair that does not lower KL is left out."
     )
     names = ("rewritten", "for the lost", "error before", "after", "KL before", "after", "verdict")
-    return Table("repair", "What the repair did", caption, tuple((name, "") for name in names), rows, numbers=2)
+    return Table("What the repair did", caption, tuple((name, "") for name in names), rows, numbers=2)
 
 
 def _site(site: str, between: str) -> str:
@@ -178,7 +188,7 @@ def _site(site: str, between: str) -> str:
     return f"{'MLP' if part == 'mlp' else part}{between}{block}"
 
 
-def skipped(data: dict[str, Any]) -> Table | None:
+def skipped(data: PageData) -> Table | None:
     """Steps of the training that were not finite, as far as they are on record."""
     findings = (data["training"] or {}).get("findings") or []
     if not findings:
@@ -194,12 +204,12 @@ def skipped(data: dict[str, Any]) -> Table | None:
     ]
     caption = "Steps that changed nothing, the newest of them: what was not finite, and in which training sequences."
     names = ("step", "found", "sequences", "not finite")
-    return Table("skipped", "Steps left out", caption, tuple((name, "") for name in names), rows, numbers=len(names))
+    return Table("Steps left out", caption, tuple((name, "") for name in names), rows, numbers=len(names))
 
 
-def times(data: dict[str, Any]) -> Table | None:
+def times(data: PageData) -> Table | None:
     """Where the time of the job went, stage by stage."""
-    stages = [row for row in data.get("times") or [] if row["stage"] != "report"]  # of an earlier report
+    stages = [row for row in data["times"] if row["stage"] != "report"]  # of an earlier report
     if not stages:
         return None
     rows: list[tuple[Any, ...]] = []
@@ -210,20 +220,12 @@ def times(data: dict[str, Any]) -> Table | None:
         rows.append((f"{row['stage']}{calls}", _seconds(row["seconds"]), ", ".join(shown) or "–"))
     rows.append(("all", _seconds(sum(row["seconds"] for row in stages)), "–"))
     caption = "Wall-clock time of each stage when it was last done, and of its parts; the report itself is not in it."
-    return Table("times", "Where the time went", caption, (("stage", ""), ("time", ""), ("of it", "")), rows, numbers=3)
+    return Table("Where the time went", caption, (("stage", ""), ("time", ""), ("of it", "")), rows, numbers=3)
 
 
 def _seconds(value: float) -> str:
     """Seconds, however many: parts are compared with one another."""
     return f"{value:,.0f} s" if value >= 10 else f"{value:.1f} s"
-
-
-TABLES = (last_layer, divergence, choices, retrieval, repair, skipped, times)
-
-
-def tables(data: dict[str, Any]) -> dict[str, Table]:
-    """Key -> table, only those that have figures."""
-    return {table.key: table for make in TABLES if (table := make(data)) is not None}
 
 
 def _mean(value: Any) -> float | None:

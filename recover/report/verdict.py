@@ -13,30 +13,29 @@ Where a choice task states its chance level, the share is of what dense does abo
 
 from __future__ import annotations
 
-from typing import Any
-
-from recover.report import cuts, words
-from recover.report.measures import USES
+from recover.config import tasks
+from recover.report import plan_text, words
+from recover.report.data import CHANGED, USES, Answer, Headline, Model, RunData, Use, UseFigure, Verdict
 
 KEPT_YES = 0.95
 KEPT_CARE = 0.80
 DENSE_FLOOR = 0.05
+LOSABLE: tuple[Use, ...] = ("choice", "retrieval")
 LOST_SHOWN = 0.05  # of dense: what recovery takes from another use is told from here on
 
 THRESHOLDS = {"yes": KEPT_YES, "with care": KEPT_CARE, "dense floor": DENSE_FLOOR}
-TASK_WORD = {"generation": "generative", "choice": "choice", "retrieval": "retrieval"}
 
 
-def verdict(headline: dict[str, Any]) -> dict[str, Any]:
+def verdict(headline: dict[str, Headline | None]) -> Verdict:
     """{pruned|recovered: {use: {grade, reason, value, dense, kept, interval, certain}}, thresholds}."""
-    answers = {
-        model: {use: judge(_figure(headline, model, use), _figure(headline, "dense", use), use) for use in USES}
-        for model in ("pruned", "recovered")
-    }
-    return {**answers, "thresholds": THRESHOLDS}
+
+    def answers(model: Model) -> dict[Use, Answer]:
+        return {use: judge(_figure(headline, model, use), _figure(headline, "dense", use), use) for use in USES}
+
+    return {"pruned": answers("pruned"), "recovered": answers("recovered"), "thresholds": THRESHOLDS}
 
 
-def _figure(headline: dict[str, Any], model: str, use: str) -> dict[str, Any] | None:
+def _figure(headline: dict[str, Headline | None], model: str, use: Use) -> UseFigure | None:
     return (headline.get(model) or {}).get(use)
 
 
@@ -47,11 +46,11 @@ def grade_of(kept: float, lower: float | None) -> str:
     return "with care" if kept >= KEPT_CARE else "no"
 
 
-def judge(figure: dict[str, Any] | None, dense: dict[str, Any] | None, use: str) -> dict[str, Any]:
+def judge(figure: UseFigure | None, dense: UseFigure | None, use: Use) -> Answer:
     """One answer for one model and use, with the figures it is read off."""
     if figure is None or dense is None:
         whom = " on this model" if dense else " on the dense model" if figure else ""
-        return _no_answer("not measured", f"No {TASK_WORD[use]} task was run{whom}.", figure, dense)
+        return _no_answer("not measured", f"No {tasks.USES[use].adjective} task was run{whom}.", figure, dense)
     chance = dense["chance"] or 0.0
     if dense["value"] - chance < DENSE_FLOOR:
         level = f"chance ({words.percent(chance)})" if chance else "zero"
@@ -74,7 +73,7 @@ def judge(figure: dict[str, Any] | None, dense: dict[str, Any] | None, use: str)
     }
 
 
-def _no_answer(grade: str, reason: str, figure: dict[str, Any] | None, dense: dict[str, Any] | None) -> dict[str, Any]:
+def _no_answer(grade: str, reason: str, figure: UseFigure | None, dense: UseFigure | None) -> Answer:
     return {
         "grade": grade,
         "reason": reason,
@@ -88,9 +87,7 @@ def _no_answer(grade: str, reason: str, figure: dict[str, Any] | None, dense: di
     }
 
 
-def _reason(
-    figure: dict[str, Any], dense: dict[str, Any], skill: float, interval: list[float] | None, chance: float
-) -> str:
+def _reason(figure: UseFigure, dense: UseFigure, skill: float, interval: list[float] | None, chance: float) -> str:
     """The figures in one sentence, and what the interval leaves open."""
     what = f"of what dense does above chance ({words.percent(chance)})" if chance else "of dense"
     text = f"{words.percent(figure['value'], 1)} against {words.percent(dense['value'], 1)}: {share(skill)} {what}"
@@ -107,9 +104,9 @@ def share(kept: float) -> str:
     return words.percent(kept, 1 if close else None)
 
 
-def title(data: dict[str, Any]) -> str:
+def title(data: RunData) -> str:
     """The finding in one line, for the top of the page."""
-    pruned, recovered = (data["verdict"][model]["generation"]["kept"] for model in ("pruned", "recovered"))
+    pruned, recovered = (data["verdict"][model]["generation"]["kept"] for model in CHANGED)
     if pruned is None:
         answer = data["verdict"]["pruned"]["generation"]
         if answer["grade"] == "cannot tell":
@@ -129,15 +126,15 @@ def title(data: dict[str, Any]) -> str:
     return f"{fell} and stayed there" if same else f"{fell}, then {share(recovered)} after recovery"
 
 
-def summary(data: dict[str, Any]) -> str:
+def summary(data: RunData) -> str:
     """What was done and what it did, in one sentence made of measured figures."""
-    return f"{cuts.subject(data['plan'])} {_what_pruning_left(data['verdict']['pruned'])}; {_what_recovery_did(data)}."
+    left = _what_pruning_left(data["verdict"]["pruned"])
+    return f"{plan_text.subject(data['plan'])} {left}; {_what_recovery_did(data)}."
 
 
-def _what_pruning_left(answers: dict[str, Any]) -> str:
-    parts = [
-        (use, answers[use]["kept"]) for use in ("choice", "generation", "retrieval") if answers[use]["kept"] is not None
-    ]
+def _what_pruning_left(answers: dict[Use, Answer]) -> str:
+    order: tuple[Use, ...] = ("choice", "generation", "retrieval")
+    parts = [(use, kept) for use in order if (kept := answers[use]["kept"]) is not None]
     if not parts:
         told = any(answers[use]["grade"] == "cannot tell" for use in answers)
         return "was measured on tasks that dense itself cannot do" if told else "has not been measured yet"
@@ -145,8 +142,8 @@ def _what_pruning_left(answers: dict[str, Any]) -> str:
     return "left " + " and ".join([f"{first} of dense", *others])
 
 
-def _what_recovery_did(data: dict[str, Any]) -> str:
-    before, after = (data["verdict"][model]["generation"] for model in ("pruned", "recovered"))
+def _what_recovery_did(data: RunData) -> str:
+    before, after = (data["verdict"][model]["generation"] for model in CHANGED)
     if after["kept"] is None:
         if data["headline"]["recovered"] is None:
             return "recovery has not been measured yet"
@@ -155,32 +152,26 @@ def _what_recovery_did(data: dict[str, Any]) -> str:
     return _what_became_of_generation(data, before, after) + _what_was_lost(data)
 
 
-def _what_was_lost(data: dict[str, Any]) -> str:
+def _what_was_lost(data: RunData) -> str:
     """What recovery took from other uses: a text that feeds one use may starve another."""
-    kept = [
-        (use, *(data["verdict"][model][use]["kept"] for model in ("pruned", "recovered")))
-        for use in ("choice", "retrieval")
-    ]
+    kept = [(use, *[data["verdict"][model][use]["kept"] for model in CHANGED]) for use in LOSABLE]
     lost = [
         f"{use} to {share(after)}"
         for use, before, after in kept
-        if None not in (before, after) and before - after >= LOST_SHOWN
+        if before is not None and after is not None and before - after >= LOST_SHOWN
     ]
     return f" and lowered {' and '.join(lost)}" if lost else ""
 
 
-def _what_became_of_generation(data: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> str:
+def _what_became_of_generation(data: RunData, before: Answer, after: Answer) -> str:
     tokens = data["tokens"] and words.finite(data["tokens"]["kept"])
     means = f"{words.count(tokens)} tokens of distillation" if tokens else "distillation"
-    to = share(after["kept"])
-    if before["kept"] is None:
+    was, now = before["kept"], after["kept"] or 0.0
+    to = share(now)
+    if was is None:
         return f"after {means} generation stands at {to}"
-    if abs(after["kept"] - before["kept"]) < 0.01:
+    if abs(now - was) < 0.01:
         return f"{means} left generation at {to}"
-    if after["kept"] < before["kept"]:
+    if now < was:
         return f"{means} lowered generation to {to}"
-    return (
-        f"{means} brought generation back to {to}"
-        if after["kept"] >= KEPT_YES
-        else f"{means} raised generation to {to}"
-    )
+    return f"{means} brought generation back to {to}" if now >= KEPT_YES else f"{means} raised generation to {to}"

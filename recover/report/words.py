@@ -9,7 +9,10 @@ import math
 import re
 from typing import Any
 
+from recover.base import units
+
 NOT_MEASURED = "not measured"
+TEXT_LIMIT = 1200  # characters of one text shown; the run directory holds the whole
 
 # Control characters, and the marks that reorder text: a right-to-left override from a model would turn the page around.
 _INVISIBLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
@@ -74,27 +77,15 @@ def count(value: Any) -> str:
 
 
 def size(value: Any) -> str:
-    """Bytes in decimal units."""
+    """Bytes as the plan and the console say them."""
     x = finite(value)
-    if x is None:
-        return NOT_MEASURED
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(x) >= scale * 0.9995:
-            return f"{x / scale:.3g} {unit}"
-    return f"{x:.0f} B"
+    return NOT_MEASURED if x is None else units.size(x)
 
 
 def duration(value: Any) -> str:
-    """Seconds as the two largest units that matter."""
+    """Seconds as the plan and the console say them."""
     x = finite(value)
-    if x is None:
-        return NOT_MEASURED
-    if x < 10:
-        return f"{x:.1f} s"
-    if x < 90:
-        return f"{x:.0f} s"
-    minutes = round(x / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return NOT_MEASURED if x is None else units.duration(x)
 
 
 def machine(record: Any) -> str:
@@ -118,6 +109,11 @@ def shown(value: Any, form: str) -> str:
 def clean(text: Any) -> str:
     """Model text safe to lay out: invisible and reordering characters become a visible mark. Templates escape it."""
     return _INVISIBLE.sub("\N{REPLACEMENT CHARACTER}", str(text).encode("utf-8", "replace").decode("utf-8"))
+
+
+def beginning(text: str) -> str:
+    """A long text up to TEXT_LIMIT characters."""
+    return text[:TEXT_LIMIT].rstrip() + " …" if len(text) > TEXT_LIMIT else text
 
 
 def first_difference(dense: str, other: str) -> int | None:

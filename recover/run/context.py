@@ -18,6 +18,7 @@ from recover.base.artifacts import check_manifest, read_json
 from recover.base.clock import part
 from recover.base.errors import RecipeError
 from recover.config.recipe import DenseText, GivenText, PrunedText, Recipe, TeacherText
+from recover.config.tasks import GenerateFile
 from recover.run.directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -136,21 +137,30 @@ class RunContext:
         self._twin = (view, twin)
         return twin
 
-    def probe_prompts(self) -> list[str]:
-        """The recipe's prompts, else those of the generate tasks in turn; the first `probe.samples` of them."""
+    def probe_prompts(self) -> list[list[int]]:
+        """Token ids of the recipe's prompts, else of those of the generate tasks in turn, as these ask them.
+
+        The first `probe.samples` of them.
+        """
+        from recover.text.prompts import encode_prompt
+
         cfg = self.recipe.probe
         if cfg.prompts is not None:
             from recover.train.sources import read_prompts
 
-            prompts = [row.column("prompt") for row in read_prompts(cfg.prompts)]
+            prompts = [(row.column("prompt"), None) for row in read_prompts(cfg.prompts)]
         else:
-            lists = [[item.prompt for item in task.items] for task in self.tasks if task.kind == "generate"]
+            lists = [
+                [(item.prompt, file.wraps) for item in task.items]
+                for task in self.tasks
+                if isinstance(file := task.file, GenerateFile)
+            ]
             prompts = [prompt for row in zip_longest(*lists) for prompt in row if prompt is not None]
         if not prompts:
             raise RecipeError(
                 "probe.prompts: no prompts to probe with: name a JSONL file, or add a generate task to measure.tasks"
             )
-        return prompts[: cfg.samples]
+        return [encode_prompt(self.tokenizer, prompt, chat=chat) for prompt, chat in prompts[: cfg.samples]]
 
     def best_adapter(self) -> Path:
         """Folder of the adapter that `recover/best.json` names.
@@ -166,9 +176,7 @@ class RunContext:
         """A few token ids (B, T) on which an export must give the logits of the model that was measured."""
         import torch
 
-        from recover.text.prompts import encode_prompt
-
-        rows = [encode_prompt(self.tokenizer, prompt) for prompt in self.probe_prompts()[:SAMPLE_ROWS]]
+        rows = self.probe_prompts()[:SAMPLE_ROWS]
         length = min(map(len, rows))
         return torch.tensor([row[:length] for row in rows])
 
@@ -189,7 +197,8 @@ class RunContext:
         if kind_of(self.recipe.model.source) == "folder":
             check_weights(locate(self.recipe.model))
             check_tied(locate(self.recipe.model), describe(self.recipe.model).tied)
-        assert self.tasks and self.probe_prompts()
+        self.probe_prompts()  # and with them the tasks
+        _ = self.tasks
         _ = self.calibration
         for source in self.recipe.recover.data:
             if isinstance(source, GivenText):

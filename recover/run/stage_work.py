@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recover import __version__
-from recover.base import console, dist, provenance, strict_json
+from recover.base import console, dist, provenance, strict_json, units
 from recover.base.artifacts import append_jsonl, read_json, read_jsonl, write_json, write_text
 from recover.base.clock import part
 from recover.config.recipe import Model, dump_recipe
@@ -56,23 +56,19 @@ def _say_code(cfg: Model) -> list[str] | None:
 
 
 def _plan_rows(figures: dict[str, Any]) -> list[list[str]]:
-    cached = [["dense states on disk", f"at least {_bytes(figures['cache_bytes'])}", ""]]
+    cached = [["dense states on disk", f"at least {units.size(figures['cache_bytes'])}", ""]]
     passes, seconds = figures["search_passes"], figures["search_seconds"]
-    least = console.duration(seconds)
+    least = units.duration(seconds)
     search = [["search for what goes", "", f"{passes:,} passes of calibration text, at least {least}"]]
     return [
         ["parameters", f"{figures['parameters_dense']:,}", f"{figures['parameters_pruned']:,}"],
-        ["file", _bytes(figures["file_bytes_dense"]), _bytes(figures["file_bytes_pruned"])],
+        ["file", units.size(figures["file_bytes_dense"]), units.size(figures["file_bytes_pruned"])],
         *(search if passes else []),
         ["teacher-scored tokens", "", f"{figures['teacher_tokens']:,}"],
-        ["training time", "", f"at least {console.duration(figures['training_seconds'])}"],
-        ["memory per process", "", f"about {_bytes(figures['memory_bytes_per_process'])}"],
+        ["training time", "", f"at least {units.duration(figures['training_seconds'])}"],
+        ["memory per process", "", f"about {units.size(figures['memory_bytes_per_process'])}"],
         *(cached if figures["cache_bytes"] else []),
     ]
-
-
-def _bytes(size: float) -> str:
-    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.1f} GiB"
 
 
 def dense(context: RunContext) -> None:
@@ -296,7 +292,7 @@ def _probe_and_measure(context: RunContext, twin: Twin, folder: Path) -> None:
         records = [record.to_json() for record in found]
         if dist.is_main():
             write_text(folder / "probe.jsonl", "".join(f"{strict_json.dumps(record)}\n" for record in records))
-            write_json(folder / "probe.json", summary(records))
+            write_json(folder / "probe.json", summary(found))
         _measure(context, twin, folder, reference=read_json(context.directory.dense / "generations.json"))
 
 

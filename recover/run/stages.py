@@ -14,7 +14,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from recover.base import console, dist
+from recover.base import console, dist, units
 from recover.base.clock import Clock, note, stage_clock
 from recover.base.errors import ArtifactError, RecipeError
 from recover.base.quiet import quiet_libraries
@@ -98,7 +98,7 @@ def _bring_up_to_date(stage: str, context: RunContext, *, forced: bool, before: 
         if dist.is_main():
             context.directory.mark_done(stage, marks)
     if stage != "report":  # whose last lines are the outcome of the run
-        console.say(f"[dim]{stage} took {console.duration(clock.seconds)}[/dim]")
+        console.say(f"[dim]{stage} took {units.duration(clock.seconds)}[/dim]")
 
 
 @contextmanager

@@ -7,20 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from recover.base import console
+from recover.config.tasks import KINDS, USES, headline_figures
 from recover.report import words
+from recover.report.data import Headline, RunData
 from recover.report.verdict import DENSE_FLOOR
 
-SHARES = ("generation", "choice", "retrieval")
-FIGURES = (*SHARES, "perplexity")
-MAIN = {"generate": "exact_match", "code": "pass_at_1", "choice": "accuracy", "retrieval": "score"}
 CUT_SHARE = 0.5  # of the dense model's texts that run into the limit: more, and it is the limit that is measured
 
 
 def worded(name: str, value: float | None) -> str | None:
-    """A headline figure as text: perplexity as a number, all others as a percentage; None stays None."""
+    """A headline figure as text, as its kind words it: mostly a percentage; None stays None."""
     if value is None:
         return None
-    return f"{value:.4g}" if name == "perplexity" else words.percent(value, 1)
+    return words.percent(value, 1) if headline_figures()[name][1].form == "percent" else f"{value:.4g}"
 
 
 def figures(headline: dict[str, float | None]) -> str:
@@ -31,7 +30,8 @@ def figures(headline: dict[str, float | None]) -> str:
 def blind(record: dict[str, Any]) -> Iterator[str]:
     """Of a record of the dense model: a sentence for each task that cannot show what pruning loses, and why."""
     for name, task in record["tasks"].items():
-        value, chance = task.get(MAIN.get(task["kind"], "")), task.get("chance") or 0.0
+        kind = KINDS[task["kind"]]
+        value, chance = task.get(kind.main.key) if kind.use else None, task.get("chance") or 0.0
         if value is not None and value - chance < DENSE_FLOOR:
             near = f"chance ({chance:.0%})" if chance else "nothing"
             yield (
@@ -45,19 +45,19 @@ def blind(record: dict[str, Any]) -> Iterator[str]:
             )
 
 
-def table(data: dict[str, Any]) -> None:
+def table(data: RunData) -> None:
     """Print the headline figures of `recover.report.collect`, one row a model."""
     found = {model: _values(data["headline"][model]) for model in data["headline"]}
-    names = [name for name in FIGURES if any(values[name] is not None for values in found.values())]
+    names = [name for name in headline_figures() if any(values[name] is not None for values in found.values())]
     rows = [[model, *(worded(name, values[name]) for name in names)] for model, values in found.items()]
     console.table("headline", ["model", *names], rows)
 
 
-def say(data: dict[str, Any], root: Path) -> None:
+def say(data: RunData, root: Path) -> None:
     """Print the end of a run: figures, verdict, where the model lies and where to read on."""
     table(data)
     console.say(f"[bold]{data['title']}.[/bold]")
-    grades = {use: data["verdict"]["recovered"][use]["grade"] for use in SHARES}
+    grades = {use: data["verdict"]["recovered"][use]["grade"] for use in USES}
     fit = [f"{use}: {grade}" for use, grade in grades.items() if grade != "not measured"]
     if fit:
         console.say(f"recovered, fit for {', '.join(fit)}")
@@ -66,6 +66,6 @@ def say(data: dict[str, Any], root: Path) -> None:
     console.say(f"report: {root / 'report.html'} (the same as .md and .json)")
 
 
-def _values(headline: dict[str, Any] | None) -> dict[str, float | None]:
-    found = {name: (headline or {}).get(name) for name in FIGURES}
+def _values(headline: Headline | None) -> dict[str, float | None]:
+    found = {name: (headline or {}).get(name) for name in headline_figures()}
     return {name: value["value"] if isinstance(value, dict) else value for name, value in found.items()}

@@ -169,11 +169,11 @@ def context_of(model: Any) -> int | None:
     return getattr(stock(model).config.get_text_config(), "max_position_embeddings", None)
 
 
-def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
     """Every id that ends a text: the tokenizer's EOS and those of the model's generation settings (end of turn)."""
     named = model.generation_config.eos_token_id if model.generation_config is not None else None
     listed = named if isinstance(named, list) else [named]
-    return sorted({token for token in [*listed, tokenizer.eos_token_id] if isinstance(token, int)})
+    return sorted({token for token in [*listed, getattr(tokenizer, "eos_token_id", None)] if isinstance(token, int)})
 
 
 @contextmanager

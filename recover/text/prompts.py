@@ -35,18 +35,30 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool |
     """
     if not uses_chat(tokenizer, chat):
         return prompt
-    turn = [{"role": "user", "content": prompt}]
+    return rendered(tokenizer, [{"role": "user", "content": prompt}], ask=True, what=f"the prompt {prompt[:60]!r}")
+
+
+def rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], *, ask: bool, what: str = "a conversation"
+) -> str:
+    """The conversation as the chat template writes it; `ask`: up to where the assistant begins to answer.
+
+    Every use of a chat template goes through here: what is measured, probed and learnt then begins with the same text.
+
+    Raises:
+        DataError: the template raises, or takes longer than `chat_template.SECONDS`; names `what`.
+    """
     try:
         with within(SECONDS):
             text = tokenizer.apply_chat_template(
-                turn, tokenize=False, add_generation_prompt=True, enable_thinking=False
+                [*messages], tokenize=False, add_generation_prompt=ask, enable_thinking=False
             )
     except StopRequested:
         raise
     except Exception as error:  # whatever a template of others raises, or calls for
         reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"the tokenizer's chat template cannot write the prompt {prompt[:60]!r} "
+            f"the tokenizer's chat template cannot write {what} "
             f"({type(error).__name__}: {reason}); mend it, or set 'chat: false' in the task"
         ) from error
     return str(text)

@@ -17,7 +17,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from recover.base import console, dist
+from recover.base import console, dist, units
 from recover.base.errors import ArtifactError
 from recover.distill.cache import SHARD_BYTES, Key, StateCache, about, row_key
 from recover.distill.distiller import IGNORED, DenseStates, Distiller, without_mask
@@ -111,8 +111,8 @@ class TrainingStates:
         config = self.distiller.twin.base.config
         needed = positions * config.hidden_size * self.distiller.twin.base.dtype.itemsize
         console.say(
-            f"dense states: {_gigabytes(sum(cache.bytes for cache in self._caches))} in {self.dense.folder.parent}, "
-            f"{_gigabytes(needed)} to compute in {len(todo):,} of {len(batches):,} batches"
+            f"dense states: {units.size(sum(cache.bytes for cache in self._caches))} in {self.dense.folder.parent}, "
+            f"{units.size(needed)} to compute in {len(todo):,} of {len(batches):,} batches"
         )
         _refuse_full(self.dense.folder, needed)
         return todo, coming
@@ -189,10 +189,6 @@ def with_states(collate: Collate, read: Callable[[Sequence[TextRow]], Any]) -> C
 def pinned(tensor: Tensor) -> Tensor:
     """In memory that a GPU copies from while it computes, where there is one."""
     return tensor.pin_memory() if torch.cuda.is_available() else tensor
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:,.3g} GB"
 
 
 def _refuse_full(folder: Path, needed: int) -> None:

@@ -14,8 +14,9 @@ from recover.base import console, dist
 from recover.base.artifacts import append_jsonl, read_jsonl
 from recover.config.recipe import DenseText, Recover
 from recover.text.prompts import encode_prompt
+from recover.text.read import Row
 from recover.train.prompted import answered, fitting_prompts, in_rounds, write_together
-from recover.train.sources import Row, Sample
+from recover.train.sources import Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

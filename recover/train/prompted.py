@@ -12,7 +12,8 @@ from recover.base.errors import DataError
 from recover.config.recipe import DenseText, PrunedText, Sampling
 from recover.text.generate import generate
 from recover.text.prompts import encode_prompt
-from recover.train.sources import Row, Sample, read_prompts
+from recover.text.read import Row
+from recover.train.sources import Sample, read_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

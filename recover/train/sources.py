@@ -8,37 +8,14 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from recover.base.errors import DataError
-from recover.config.json_lines import json_lines, unread
 from recover.config.recipe import GivenText, local_path
-from recover.text.prompts import encode_prompt
+from recover.text.prompts import encode_prompt, rendered
+from recover.text.read import TEXTS, DataSet, Row, file_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_LISTED = 8
 CHECKED_ROWS = 8  # of given text, before any weight is loaded
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a source; `where` names it in messages (`file:line`)."""
-
-    where: str
-    value: dict[str, Any]
-
-    def column(self, name: str, kind: type = str) -> Any:
-        """The value in a column, of this type and not empty.
-
-        Raises:
-            DataError: it is not there, of another type, or empty.
-        """
-        found = self.value.get(name)
-        if name not in self.value:
-            raise DataError(f"{self.where}: no column '{name}', found {sorted(self.value)[:MAX_LISTED]}")
-        if not isinstance(found, kind) or not found:
-            shown = "nothing" if not found else type(found).__name__
-            raise DataError(f"{self.where}: column '{name}' must hold {kind.__name__}, not empty; found {shown}")
-        return found
 
 
 @dataclass(frozen=True)
@@ -64,51 +41,11 @@ def read_rows(source: str, split: str = "train") -> Sequence[Row]:
         DataError: it cannot be read, a line is no JSON object (by file and line), or there is no row.
     """
     path = local_path(source)
-    try:
-        if path.suffix in (".jsonl", ".json"):
-            rows = [_row(where, value) for where, value in json_lines(path)]
-        elif path.suffix in (".txt", ".md"):
-            rows = [Row(f"{path}:1", {"text": path.read_text(encoding="utf-8-sig")})]
-        else:
-            rows = _dataset_rows(source, split)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(unread(path, error)) from error
+    listed = path.suffix in (".jsonl", ".json", *TEXTS)
+    rows: Sequence[Row] = list(file_rows(path)) if listed else DataSet(source, split=split)
     if not rows:
         raise DataError(f"{source}: no rows; expected at least one")
     return rows
-
-
-def _row(where: str, value: Any) -> Row:
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: expected one JSON object a line (JSONL), found {type(value).__name__}")
-    return Row(where, value)
-
-
-class _DatasetRows(Sequence[Row]):
-    """Rows of a `datasets` data set, read one by one."""
-
-    def __init__(self, source: str, rows: Any) -> None:
-        self.source, self.rows = source, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        return Row(f"{self.source}, row {index}", self.rows[index])
-
-
-def _dataset_rows(source: str, split: str) -> Sequence[Row]:
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    try:
-        if source.endswith(".parquet"):
-            return _DatasetRows(source, datasets.load_dataset("parquet", data_files=source, split="train"))
-        return _DatasetRows(source, datasets.load_dataset(source, split=split))
-    except (OSError, ValueError, DatasetsError) as error:
-        raise DataError(
-            f"{source}: neither a local file nor a data set that loads, split '{split}' ({error})"
-        ) from error
 
 
 def read_prompts(source: str) -> list[Row]:
@@ -184,7 +121,7 @@ def _conversation(row: Row, messages: list[Any], tokenizer: PreTrainedTokenizerB
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers or answers[0] == 0:
         raise DataError(f"{row.where}: a conversation needs an assistant's answer after another's message")
-    texts = _turns(messages, answers, tokenizer) or _turns(messages, answers[-1:], tokenizer)
+    texts = _turns(row, messages, answers, tokenizer) or _turns(row, messages, answers[-1:], tokenizer)
     if texts is None:
         raise DataError(
             f"{row.where}: the chat template does not show a conversation as the prompt followed by the answer"
@@ -198,18 +135,12 @@ def _conversation(row: Row, messages: list[Any], tokenizer: PreTrainedTokenizerB
     return Sample(ids, mask)
 
 
-def _turns(messages: list[Any], answers: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
+def _turns(row: Row, messages: list[Any], answers: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
     """The rendered text cut around each answer: prompt, answer, prompt, answer, ...; None if it does not nest."""
     ends = [""]
     for answer in answers:
         for upto, ask in ((answer, True), (answer + 1, False)):
-            ends.append(_rendered(tokenizer, messages[:upto], ask))
+            ends.append(rendered(tokenizer, messages[:upto], ask=ask, what=f"the conversation of {row.where}"))
     if any(not later.startswith(earlier) for earlier, later in pairwise(ends)):
         return None
     return [later[len(earlier) :] for earlier, later in pairwise(ends)]
-
-
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Any], ask: bool) -> str:
-    return str(
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask, enable_thinking=False)
-    )

@@ -18,10 +18,10 @@ from torch import Tensor
 from recover.base import console, dist
 from recover.base.artifacts import sha256
 from recover.base.errors import DataError
-from recover.config.json_lines import json_lines, unread
 from recover.config.recipe import TeacherText
 from recover.distill.cache import SHARD_BYTES, Key, StateCache, row_key
 from recover.distill.loss_topk import TopK
+from recover.text.read import json_lines
 from recover.train.caching import TextRow, pinned
 from recover.train.sources import Sample
 
@@ -53,17 +53,14 @@ def read_teacher(source: TeacherText, vocabulary: int) -> Iterator[TeacherRow]:
     Raises:
         DataError: the file cannot be read, or a row is not as it should be, by file and line.
     """
-    width, path = None, Path(source.source)
-    try:
-        for where, value in json_lines(path):
-            row = _row(where, value, vocabulary)
-            found = row.top.ids_NK.shape[1]
-            if width is not None and len(row.top) and found != width:
-                raise DataError(f"{where}: {found} tokens a position, the rows before have {width}: one k for all")
-            width = found if len(row.top) else width
-            yield row
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(unread(path, error)) from error
+    width = None
+    for where, value in json_lines(Path(source.source)):
+        row = _row(where, value, vocabulary)
+        found = row.top.ids_NK.shape[1]
+        if width is not None and len(row.top) and found != width:
+            raise DataError(f"{where}: {found} tokens a position, the rows before have {width}: one k for all")
+        width = found if len(row.top) else width
+        yield row
 
 
 def _row(where: str, value: Any, vocabulary: int) -> TeacherRow:

@@ -1,4 +1,4 @@
-"""The pictures of a report, drawn as SVG: a module each, and `registry.py`, which says in which order they come.
+"""The pictures of a report, drawn as SVG: a module each; `panel.py` lays axes and marks out, `svg.py` writes them.
 
-They import the report's words and readers of files. Begin with `registry.py`.
+They read `report/data.py`, and `report/exhibits.py` says where each stands. Begin with `figure.py`.
 """

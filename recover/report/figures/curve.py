@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from recover.report import words
 from recover.report.curve import weights
+from recover.report.data import Band, Curve, Epoch, PageData, Points
 from recover.report.figures.figure import Figure, is_narrow
 from recover.report.figures.svg import Canvas, Linear, Log, apart
-from recover.report.learning import TERM_NAMES, learnt
+from recover.report.training_text import TERM_NAMES, learnt
 
 WIDE_RANGE = 10.0  # highest over lowest mean from which an axis is a log one
 MARGIN = 68.0  # pixels left of a panel, for the values of its axis
@@ -17,12 +18,12 @@ TERM_STYLES = {"kl": "line", "variance": "thin dashed", "reverse_kl": "line dash
 Place = tuple[float, float, float, float]  # left, right, top, baseline
 
 
-def training(data: dict[str, Any]) -> Figure:
+def training(data: PageData) -> Figure:
     """Loss and its terms per token, generation at the ends of epochs, gradient norm and learning rate, over tokens."""
-    key, title = "training", "How training went"
+    title = "How training went"
     found = data["curve"]
     if found is None:
-        return Figure(key, title, "Not measured: there is no recover/steps.jsonl, which older runs do not have.")
+        return Figure(title, "Not measured: there is no recover/steps.jsonl, which older runs do not have.")
     points, drawn = found["points"], _terms(data)
     scores = [row for row in data["epochs"] if _score(row) is not None]
 
@@ -39,36 +40,48 @@ def training(data: dict[str, Any]) -> Figure:
         return canvas.render()
 
     columns, table = _table(points)
-    return Figure(key, title, " ".join([*learnt(data), *_how_to_read(data, bool(scores))]), draw, columns, table)
+    return Figure(title, " ".join([*learnt(data), *_how_to_read(data, bool(scores))]), draw, columns, table)
 
 
-def _how_to_read(data: dict[str, Any], scores: bool) -> list[str]:
-    size = data["curve"]["steps_a_point"]
+def _curve(data: PageData) -> Curve:
+    found = data["curve"]
+    assert found is not None, "drawn only where there is one"
+    return found
+
+
+def _band_of(points: Points, name: str) -> Band:
+    return cast(Band, points.get(name))
+
+
+def _how_to_read(data: PageData, scores: bool) -> list[str]:
+    size = _curve(data)["steps_a_point"]
     found = []
     if size > 1:
         found.append(
-            f"Each point is the mean over {size:,} steps, its band the middle 80% of them, of norms their whole range."
+            f"Each point is the mean over {size:,} steps. The band holds the middle 80% of them; for norms, all of "
+            "them."
         )
     if scores:
         found.append(
-            "Uprights are ends of epochs, the ring the one that is kept: a loss may fall where generation does not."
+            "Upright lines are ends of epochs; the ring marks the one that is kept. A loss may fall where generation "
+            "does not."
         )
-    if data["curve"]["skipped"]:
+    if _curve(data)["skipped"]:
         found.append("Crosses are steps that were left out.")
     return found
 
 
-def _terms(data: dict[str, Any]) -> list[str]:
+def _terms(data: PageData) -> list[str]:
     """Terms to be told from the loss: where it has one alone, they are the same but for a factor."""
     weighted = weights(data["recipe"])
-    return [name for name in TERM_STYLES if name in weighted and name in data["curve"]["points"] and len(weighted) > 1]
+    return [name for name in TERM_STYLES if name in weighted and name in _curve(data)["points"] and len(weighted) > 1]
 
 
-def _score(row: dict[str, Any]) -> float | None:
+def _score(row: Epoch) -> float | None:
     return words.finite(row["headline"].get("generation")) if words.finite(row["tokens"]) is not None else None
 
 
-def _epoch_words(row: dict[str, Any]) -> str:
+def _epoch_words(row: Epoch) -> str:
     loss = words.number(row["train"].get("loss"))
     tokens = words.count(row["tokens"])
     return f"Epoch {row['epoch']}, {tokens} tokens: generation {words.percent(_score(row))}, mean loss {loss}."
@@ -92,10 +105,10 @@ def _head(canvas: Canvas, place: Place, title: str, note: str = "") -> None:
     canvas.text(place[1], place[2] - 20, note, "note", anchor="end")
 
 
-def _uprights(canvas: Canvas, data: dict[str, Any], x: Linear, place: Place) -> None:
+def _uprights(canvas: Canvas, data: PageData, x: Linear, place: Place) -> None:
     for row in data["epochs"]:
         if words.finite(row["tokens"]) is not None:
-            canvas.line(x(row["tokens"]), place[2], x(row["tokens"]), place[3], "axis faint")
+            canvas.line(x(row["tokens"] or 0), place[2], x(row["tokens"] or 0), place[3], "axis faint")
 
 
 def _axis(canvas: Canvas, x: Linear, place: Place, *, labelled: bool) -> None:
@@ -118,7 +131,7 @@ def _known(values: list[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def _generation(canvas: Canvas, data: dict[str, Any], x: Linear, place: Place) -> None:
+def _generation(canvas: Canvas, data: PageData, x: Linear, place: Place) -> None:
     """From the pruned model through the ends of epochs, beside the level of dense."""
     y = Linear(0, 1, place[3], place[2])
     level = {
@@ -130,7 +143,7 @@ def _generation(canvas: Canvas, data: dict[str, Any], x: Linear, place: Place) -
         canvas.line(place[0], y(level["dense"]), place[1], y(level["dense"]), "stroke-dense level")
     rows = [row for row in data["epochs"] if _score(row) is not None]
     start = [] if level["pruned"] is None else [(x(0), y(level["pruned"]))]
-    line = [(x(row["tokens"]), y(row["headline"]["generation"])) for row in rows]
+    line = [(x(row["tokens"] or 0), y(_score(row) or 0.0)) for row in rows]
     canvas.path([*start, *line], "stroke-recovered line")
     for at in start:
         canvas.dot(*at, 4.5, "fill-pruned rim", tip=f"pruned: generation {words.percent(level['pruned'])}")
@@ -141,19 +154,19 @@ def _generation(canvas: Canvas, data: dict[str, Any], x: Linear, place: Place) -
         canvas.dot(*at, 4.5, "fill-recovered rim", tip=_epoch_words(row))
 
 
-def _kept(canvas: Canvas, row: dict[str, Any], at: tuple[float, float], x: Linear, y: Linear) -> None:
+def _kept(canvas: Canvas, row: Epoch, at: tuple[float, float], x: Linear, y: Linear) -> None:
     """Right of the ring, where the line is level if at all; left where there is no room."""
-    score = row["headline"]["generation"]
+    score = _score(row) or 0.0
     fits = at[0] + 84 <= x.stop
     height = at[1] + (28 if score >= 0.5 else -16)  # away from the lines of dense and of pruned
     text = f"kept: {words.percent(score)}"
     canvas.text(at[0] + (6 if fits else -6), height, text, "value ink-recovered", anchor="start" if fits else "end")
 
 
-def _loss(canvas: Canvas, data: dict[str, Any], x: Linear, place: Place) -> None:
-    points, drawn = data["curve"]["points"], _terms(data)
+def _loss(canvas: Canvas, data: PageData, x: Linear, place: Place) -> None:
+    points, drawn = _curve(data)["points"], _terms(data)
     loss = points["loss"]
-    means = [value for name in ("loss", *drawn) for value in _known(points[name]["mean"])]
+    means = [value for name in ("loss", *drawn) for value in _known(_band_of(points, name)["mean"])]
     y = _scale(means, _known(loss["low"]) + _known(loss["high"]), place)
     scale = "nats, log scale" if isinstance(y, Log) else "nats"
     _head(canvas, place, f"Loss per token{_sole(data)}", scale)
@@ -166,20 +179,20 @@ def _loss(canvas: Canvas, data: dict[str, Any], x: Linear, place: Place) -> None
     _names(canvas, points, drawn, y, place[1])
 
 
-def _sole(data: dict[str, Any]) -> str:
+def _sole(data: PageData) -> str:
     """Which term the loss is, where it is one alone."""
     names = [TERM_NAMES[name] for name in weights(data["recipe"])]
     return f": {names[0]}" if len(names) == 1 else ""
 
 
-def _line(points: dict[str, Any], name: str, x: Linear, y: Linear | Log) -> list[tuple[float, float]]:
-    pairs = zip(points["tokens"], points[name]["mean"], strict=True)
+def _line(points: Points, name: str, x: Linear, y: Linear | Log) -> list[tuple[float, float]]:
+    pairs = zip(points["tokens"], _band_of(points, name)["mean"], strict=True)
     return [(x(tokens), y(mean)) for tokens, mean in pairs if mean is not None]
 
 
-def _band(canvas: Canvas, points: dict[str, Any], name: str, x: Linear, y: Linear | Log, colour: str) -> None:
+def _band(canvas: Canvas, points: Points, name: str, x: Linear, y: Linear | Log, colour: str) -> None:
     """The line of the means, and from low to high around it; a lone point is a dot."""
-    columns = zip(points["tokens"], *(points[name][part] for part in ("low", "mean", "high")), strict=True)
+    columns = zip(points["tokens"], *(_band_of(points, name)[part] for part in ("low", "mean", "high")), strict=True)
     known = [row for row in columns if None not in row]
     # Of few unlike steps the mean per token may lie outside of the percentiles per step.
     upper = [(x(tokens), y(max(mean, high))) for tokens, _, mean, high in known]
@@ -190,23 +203,23 @@ def _band(canvas: Canvas, points: dict[str, Any], name: str, x: Linear, y: Linea
         canvas.dot(*line[0], 3.5, f"fill-{colour} rim")
 
 
-def _hits(canvas: Canvas, points: dict[str, Any], names: tuple[str, ...], x: Linear, y: Linear | Log) -> None:
+def _hits(canvas: Canvas, points: Points, names: tuple[str, ...], x: Linear, y: Linear | Log) -> None:
     """The figures of a point, under the pointer."""
-    for index, mean in enumerate(points[names[0]]["mean"]):
+    for index, mean in enumerate(_band_of(points, names[0])["mean"]):
         if mean is None:
             continue
         figures = [f"{LABELS[name]} {words.number(points[name]['mean'][index])}" for name in names]
-        low, high = (words.number(points[names[0]][part][index]) for part in ("low", "high"))
+        low, high = (words.number(_band_of(points, names[0])[part][index]) for part in ("low", "high"))
         figures[0] += f" ({low} to {high})" if low != high else ""
         tip = f"{_steps_words(points, index)}: {', '.join(figures)}"
         canvas.dot(x(points["tokens"][index]), y(mean), 4.5, "hit", tip=tip)
 
 
-def _steps_words(points: dict[str, Any], index: int) -> str:
+def _steps_words(points: Points, index: int) -> str:
     return f"{words.count(points['tokens'][index])} tokens, step {points['step'][index]:,}"
 
 
-def _crosses(canvas: Canvas, points: dict[str, Any], x: Linear, baseline: float) -> None:
+def _crosses(canvas: Canvas, points: Points, x: Linear, baseline: float) -> None:
     for index, number in enumerate(points["skipped"]):
         if number:
             at = x(points["tokens"][index])
@@ -215,9 +228,9 @@ def _crosses(canvas: Canvas, points: dict[str, Any], x: Linear, baseline: float)
             canvas.dot(at, baseline - 9, 7, "hit", tip=tip)
 
 
-def _names(canvas: Canvas, points: dict[str, Any], drawn: list[str], y: Linear | Log, right: float) -> None:
+def _names(canvas: Canvas, points: Points, drawn: list[str], y: Linear | Log, right: float) -> None:
     """Each line's name at its end, where there are several."""
-    ends = {name: y(means[-1]) for name in ("loss", *drawn) if (means := _known(points[name]["mean"]))}
+    ends = {name: y(means[-1]) for name in ("loss", *drawn) if (means := _known(_band_of(points, name)["mean"]))}
     if not drawn:
         return
     for (name, _), height in zip(ends.items(), apart(list(ends.values()), 16), strict=True):
@@ -225,8 +238,8 @@ def _names(canvas: Canvas, points: dict[str, Any], drawn: list[str], y: Linear |
         canvas.text(right + 8, height + 4, TERM_NAMES[name], css)
 
 
-def _norm(canvas: Canvas, data: dict[str, Any], x: Linear, place: Place) -> None:
-    points = data["curve"]["points"]
+def _norm(canvas: Canvas, data: PageData, x: Linear, place: Place) -> None:
+    points = _curve(data)["points"]
     norm = points["grad_norm"]
     y = _scale(_known(norm["mean"]), _known(norm["low"]) + _known(norm["high"]), place)
     clip = words.finite((data["recipe"].get("recover") or {}).get("max_grad_norm"))
@@ -242,8 +255,8 @@ def _norm(canvas: Canvas, data: dict[str, Any], x: Linear, place: Place) -> None
     _hits(canvas, points, ("grad_norm",), x, y)
 
 
-def _rate(canvas: Canvas, data: dict[str, Any], x: Linear, place: Place) -> None:
-    points = data["curve"]["points"]
+def _rate(canvas: Canvas, data: PageData, x: Linear, place: Place) -> None:
+    points = _curve(data)["points"]
     rates = [(tokens, rate) for tokens, rate in zip(points["tokens"], points["lr"], strict=True) if rate is not None]
     _head(canvas, place, "Learning rate")
     if not rates:
@@ -262,13 +275,13 @@ LABELS = {**TERM_NAMES, "grad_norm": "gradient norm"}
 PANELS = {"generation": _generation, "loss": _loss, "grad_norm": _norm, "lr": _rate}
 
 
-def _table(points: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+def _table(points: Points) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
     names = [name for name in LABELS if name in points]
     rows = [
         (
             f"{step:,}",
             *(words.count(points["tokens"][index]), words.number(points["seconds"][index])),
-            *(words.number(points[name]["mean"][index]) for name in names),
+            *(words.number(_band_of(points, name)["mean"][index]) for name in names),
             *(words.number(points["lr"][index]), points["skipped"][index] or ""),
         )
         for index, step in enumerate(points["step"])

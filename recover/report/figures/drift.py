@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
-from recover.report import cuts, words
+from recover.report import plan_text, words
+from recover.report.data import BlockDrift, PageData, Space, StepDrift
 from recover.report.drift import SPACES, by_model, level, mean_of
-from recover.report.figures.figure import Figure, is_narrow, panels
-from recover.report.figures.svg import Canvas, Linear, Log
+from recover.report.figures.figure import Figure, is_narrow
+from recover.report.figures.panel import (
+    Axis,
+    Band,
+    Box,
+    Columns,
+    Dots,
+    Line,
+    Mark,
+    Panel,
+    Scale,
+    decades,
+    linear,
+    row_of,
+)
+from recover.report.figures.svg import Canvas
 
 SPACE_TITLES = {"embedding": "Embedding", "logit": "Logit", "probability": "Probability"}
 SPACE_NOTES = {"embedding": "hidden state h", "logit": "z = W h, centred", "probability": "softmax(z)"}
 IDENTICAL = 1e-10  # below it, 1 - cos is rounding
 
 
-def blocks(data: dict[str, Any]) -> Figure:
+def blocks(data: PageData) -> Figure:
     """1 - cos at the output of every block, in three spaces, before and after recovery; dropped blocks are marked."""
-    key, title = "blocks", "Drift block by block, in three spaces"
-    curves = by_model(data, "blocks")
+    title = "Drift block by block, in three spaces"
+    curves = by_model(data, lambda probe: probe["blocks"])
     if not curves:
-        return Figure(key, title, "Not measured: no probe recorded the blocks.")
-    plan = data["plan"] or {}
-    dropped = (cuts.gone(plan, "attention") & cuts.gone(plan, "mlp")) | {
-        row["block"] for rows in curves.values() for row in rows if row["closed"]
-    }
+        return Figure(title, "Not measured: no probe recorded the blocks.")
+    whole = plan_text.gone(data["plan"], "attention") & plan_text.gone(data["plan"], "mlp")
+    dropped = whole | {row["block"] for rows in curves.values() for row in rows if row["closed"]}
     last = max(max(row["block"] for rows in curves.values() for row in rows), *dropped, 1)
     tops = [
         v
@@ -35,23 +48,17 @@ def blocks(data: dict[str, Any]) -> Figure:
     ]
 
     def draw(width: float) -> str:
-        stacked = is_narrow(width)
-        canvas = Canvas(width, 3 * 290 if stacked else 272, _block_words(curves, dropped))
-        places = [(50.0, width - 8)] * 3 if stacked else panels(width, 3, gap=18, left=50)
-        for index, (space, (left, right)) in enumerate(zip(SPACES, places, strict=True)):
-            top = index * 290.0 if stacked else 0.0
-            scale = Log.around(tops, top + 230, top + 52, IDENTICAL)
-            _block_panel(canvas, curves, space, dropped, Linear(0, last, left + 8, right - 8), scale)
-        return canvas.render()
+        shown = [_block_panel(curves, space, dropped, last, tops) for space in SPACES]
+        return row_of(width, _block_words(curves, dropped), shown, height=272, gap=18)
 
     see = (
-        "1 − cosine between the dense model's state and the other's after each block, on a log scale: line = mean "
-        "over tokens, band = up to the worst hundredth (a few broken tokens break a text, and a median hides them)."
+        "Distance (1 − cosine) from the dense model after each block, log scale. The line is the mean over tokens. The "
+        "band reaches up to the worst 1% of tokens: a few broken tokens break a text, and a median hides them."
     )
     if dropped:
         see += " Shaded columns are dropped blocks."
     if "recovered" in curves:
-        see += " Adapters may move the blocks before the first cut, too."
+        see += " Adapters also change the blocks before the first dropped one."
     table = [
         (
             row["block"],
@@ -62,10 +69,10 @@ def blocks(data: dict[str, Any]) -> Figure:
         for model, rows in curves.items()
         for row in rows
     ]
-    return Figure(key, title, see, draw, ("block", "model", "", *SPACES), table, tuple(curves))
+    return Figure(title, see, draw, ("block", "model", "", *SPACES), table, tuple(curves))
 
 
-def _block_words(curves: dict[str, Any], dropped: set[int]) -> str:
+def _block_words(curves: dict[str, list[BlockDrift]], dropped: set[int]) -> str:
     ends = [
         f"{model}: " + ", ".join(f"{space} {words.number(mean_of(rows[-1][space]))}" for space in SPACES)
         for model, rows in curves.items()
@@ -74,67 +81,54 @@ def _block_words(curves: dict[str, Any], dropped: set[int]) -> str:
     return "Line charts of mean drift by block. At the last block, " + "; ".join(ends) + "." + gone
 
 
-def _block_panel(canvas: Canvas, curves: dict[str, Any], space: str, dropped: set[int], x: Linear, y: Log) -> None:
-    left, right, top = x.start - 8, x.stop + 8, y.stop
-    step = x(1) - x(0)
-    canvas.text(left - 50, top - 34, SPACE_TITLES[space], "panel")
-    canvas.text(left - 50, top - 16, SPACE_NOTES[space], "note")
-    for block in dropped:
-        canvas.rect(x(block) - step / 2, top, step, y.start - top, "gone", tip=f"block {block} was dropped")
-    canvas.axis_y(y, left, right)
-    canvas.axis_x(x, y.start, "count", 6 if x.hi > 6 else int(x.hi))
-    canvas.text((left + right) / 2, y.start + 36, "block", "note", anchor="middle")
+def _block_panel(
+    curves: dict[str, list[BlockDrift]], space: Space, dropped: set[int], last: int, tops: list[float]
+) -> Panel:
+    marks: list[Mark] = []
     for model, rows in curves.items():
-        line = [(row["block"], mean) for row in rows if (mean := mean_of(row[space])) is not None]
-        upper = [(row["block"], high) for row in rows if (high := level(row[space], "p99")) is not None]
+        line = [(each["block"], mean) for each in rows if (mean := mean_of(each[space])) is not None]
+        upper = [(each["block"], high) for each in rows if (high := level(each[space], "p99")) is not None]
         if len(upper) == len(line):
             # In a very skewed drift the mean lies above p99: the band is then empty, not upside down.
-            band = [(b, max(high, mean)) for (b, high), (_, mean) in zip(upper, line, strict=True)]
-            canvas.area([(x(b), y(v)) for b, v in band], [(x(b), y(v)) for b, v in line], f"wash-{model}")
-        canvas.path([(x(b), y(v)) for b, v in line], f"stroke-{model} line")
-        for block, value in line:
-            canvas.dot(
-                x(block),
-                y(value),
-                3.5,
-                f"fill-{model} rim",
-                tip=f"{model}, block {block}: {space} drift {words.number(value)} (mean)",
-            )
+            band = [(block, max(high, mean)) for (block, high), (_, mean) in zip(upper, line, strict=True)]
+            marks.append(Band(band, line, f"wash-{model}"))
+        tips = [f"{model}, block {block}: {space} drift {words.number(value)} (mean)" for block, value in line]
+        dots = [(block, value, tip) for (block, value), tip in zip(line, tips, strict=True)]
+        marks += [Line(line, f"stroke-{model} line"), Dots(dots, 3.5, f"fill-{model} rim")]
+    return Panel(
+        Axis(linear(0, last), "count", min(6, last), "block", inset=8),
+        Axis(decades(tops, IDENTICAL)),
+        marks,
+        under=[Columns([(block, f"block {block} was dropped") for block in dropped], "gone")],
+        title=SPACE_TITLES[space],
+        note=SPACE_NOTES[space],
+    )
 
 
-def steps(data: dict[str, Any]) -> Figure:
+def steps(data: PageData) -> Figure:
     """KL along the text: on the dense model's own words, and on the words each model writes itself."""
-    key, title = "steps", "KL to the dense model along the text"
-    curves = by_model(data, "steps")
+    title = "KL to the dense model along the text"
+    curves = by_model(data, lambda probe: probe["steps"])
     if not curves:
-        return Figure(key, title, "Not measured: no probe recorded decoding steps.")
+        return Figure(title, "Not measured: no probe recorded decoding steps.")
     lines = {
         model: {way: _kl_line(rows, way) for way in ("teacher_forced", "free_running")}
         for model, rows in curves.items()
     }
     values = [value for ways in lines.values() for line in ways.values() for _, value in line]
     if not values:
-        return Figure(key, title, "Not measured: the probe recorded no KL per step.")
+        return Figure(title, "Not measured: the probe recorded no KL per step.")
+
+    last = max(step for ways in lines.values() for line in ways.values() for step, _ in line) or 1
 
     def draw(width: float) -> str:
-        stacked = is_narrow(width)
-        canvas = Canvas(
-            width,
-            len(lines) * 290 if stacked else 272,
-            "Line charts. " + "; ".join(_kl_words(*item) for item in lines.items()),
-        )
-        places = [(50.0, width - 8)] * len(lines) if stacked else panels(width, len(lines), gap=34, left=50)
-        last = max(step for ways in lines.values() for line in ways.values() for step, _ in line) or 1
-        for index, (model, (left, right)) in enumerate(zip(lines, places, strict=True)):
-            top = index * 290.0 if stacked else 0.0
-            y = Log.around(values, top + 230, top + 52)
-            _kl_panel(canvas, model, lines[model], Linear(0, last, left, right), y)
-        return canvas.render()
+        label = "Line charts. " + "; ".join(_kl_words(*item) for item in lines.items())
+        return row_of(width, label, [_kl_panel(*item, last, values) for item in lines.items()], height=272, gap=34)
 
     see = (
-        "Solid: both models are fed the dense model's words, so only the direct error of pruning. Dashed: each is fed "
-        "its own words. Where the dashed line leaves the solid one, texts part; where it is high they have, which says "
-        "nothing of how bad they are. Mean KL(dense ‖ model) in nats, log scale."
+        "Solid: both models read the dense model's words, so this is the direct error of pruning. Dashed: each model "
+        "reads its own words. The dashed line rises where the texts part. Its height says that they are different, "
+        "not that they are bad. Mean KL(dense ‖ model) in nats, log scale."
     )
     table = [
         (step, *(words.number(dict(ways[way]).get(step)) for ways in lines.values() for way in ways))
@@ -148,10 +142,10 @@ def steps(data: dict[str, Any]) -> Figure:
             for way in ways
         ),
     )
-    return Figure(key, title, see, draw, columns, table)
+    return Figure(title, see, draw, columns, table)
 
 
-def _kl_line(rows: list[dict[str, Any]], way: str) -> list[tuple[int, float]]:
+def _kl_line(rows: list[StepDrift], way: Literal["teacher_forced", "free_running"]) -> list[tuple[int, float]]:
     known = [(row["step"], mean_of(row[way]["kl"])) for row in rows]
     return [(step, value) for step, value in known if value is not None]
 
@@ -162,61 +156,70 @@ def _kl_words(model: str, ways: dict[str, list[tuple[int, float]]]) -> str:
     return f"{model}, mean KL {' and '.join(means)}"
 
 
-def _kl_panel(canvas: Canvas, model: str, ways: dict[str, list[tuple[int, float]]], x: Linear, y: Log) -> None:
-    canvas.text(x.start - 50, y.stop - 34, model.capitalize(), f"panel ink-{model}")
-    canvas.text(x.start - 50, y.stop - 16, "solid: dense words · dashed: own words", "note")
-    canvas.axis_y(y, x.start, x.stop)
-    canvas.axis_x(x, y.start, "count")
-    canvas.text((x.start + x.stop) / 2, y.start + 36, "decoding step", "note", anchor="middle")
-    points = {way: [(x(step), y(value)) for step, value in line] for way, line in ways.items()}
-    if len(points["teacher_forced"]) == len(points["free_running"]):
-        canvas.area(points["free_running"], points["teacher_forced"], f"wash-{model}")
+def _kl_panel(model: str, ways: dict[str, list[tuple[int, float]]], last: int, values: list[float]) -> Panel:
+    direct, own = ways["teacher_forced"], ways["free_running"]
+    marks: list[Mark] = [Band(own, direct, f"wash-{model}")] if len(direct) == len(own) else []
     for way, css in (("teacher_forced", "line"), ("free_running", "line dashed")):
-        canvas.path(points[way], f"stroke-{model} {css}")
-        for (step, value), (at, up) in zip(ways[way], points[way], strict=True):
-            canvas.dot(at, up, 5, "hit", tip=f"{model}, step {step}, {way.replace('_', '-')}: KL {words.number(value)}")
+        name = way.replace("_", "-")
+        tips = [(step, kl, f"{model}, step {step}, {name}: KL {words.number(kl)}") for step, kl in ways[way]]
+        marks += [Line(ways[way], f"stroke-{model} {css}"), Dots(tips, 5, "hit")]
+    return Panel(
+        Axis(linear(0, last), "count", 6, "decoding step"),
+        Axis(decades(values)),
+        marks,
+        title=model.capitalize(),
+        note="solid: dense words · dashed: own words",
+        colour=model,
+    )
 
 
-def predictors(data: dict[str, Any]) -> Figure:
+def predictors(data: PageData) -> Figure:
     """The paper's second-order predictor of KL against exact KL, one dot a decoding step."""
-    key, title = "predictors", "Can the cheap predictor be trusted?"
-    dots = {model: _predicted(rows) for model, rows in by_model(data, "steps").items()}
+    title = "Can the cheap predictor be trusted?"
+    dots = {model: _predicted(rows) for model, rows in by_model(data, lambda probe: probe["steps"]).items()}
     dots = {model: pairs for model, pairs in dots.items() if pairs}
     if not dots:
-        return Figure(key, title, "Not measured: the probe recorded no predicted KL beside the exact one.")
+        return Figure(title, "Not measured: the probe recorded no predicted KL beside the exact one.")
     values = [value for pairs in dots.values() for _, *pair in pairs for value in pair]
+
+    marks: list[Mark] = [_exact]
+    for model, pairs in dots.items():
+        tips = [
+            (exact, guess, f"{model}, step {step}: exact {words.number(exact)}, predicted {words.number(guess)}")
+            for step, exact, guess in pairs
+        ]
+        marks.append(Dots(tips, 4.5, f"fill-{model} rim soft"))
+    label = "Scatter plot. " + "; ".join(_ratio_words(*item) for item in dots.items())
+    x = Axis(decades(values), about=6, label="exact KL(dense ‖ model), nats", below=38)
+    panel = Panel(x, Axis(decades(values)), marks)
 
     def draw(width: float) -> str:
         side = min(width - 60, 420.0)
-        canvas = Canvas(width, side + 64, "Scatter plot. " + "; ".join(_ratio_words(*item) for item in dots.items()))
-        x, y = Log.around(values, 56, 56 + side), Log.around(values, side + 14, 14)
-        canvas.axis_y(y, 56, 56 + side)
-        canvas.axis_x(x, side + 14)
-        canvas.text(56 + side / 2, side + 52, "exact KL(dense ‖ model), nats", "note", anchor="middle")
-        canvas.line(x.start, y.start, x.stop, y.stop, "reference")
-        # Its left end is about 110 pixels from the right edge, where the line is 110 below the top.
-        canvas.text(56 + side, 14 + 110 + 24, "predictor = exact", "note", anchor="end")
-        for model, pairs in dots.items():
-            for step, exact, predicted in pairs:
-                tip = f"{model}, step {step}: exact {words.number(exact)}, predicted {words.number(predicted)}"
-                canvas.dot(x(exact), y(predicted), 4.5, f"fill-{model} rim soft", tip=tip)
+        canvas = Canvas(width, side + 64, label)
+        panel.draw(canvas, Box(56, 56 + side, 14, 14 + side), 56)
         if not is_narrow(width):
             _ratio_notes(canvas, dots, side + 110)
         return canvas.render()
 
     see = (
-        "Var/(2T²) is KL to second order. Dots on the line: the damage is still small and the cheap figure holds. "
-        "Dots above it: the predictor overstates; below: it misses part of the damage."
+        "Var/(2T²) approximates KL to second order and is cheap to compute. A dot on the line: the approximation "
+        "holds. Above the line: it overstates the damage. Below: it misses part of the damage."
     )
     table = [
         (step, model, words.number(exact), words.number(predicted))
         for model, pairs in dots.items()
         for step, exact, predicted in pairs
     ]
-    return Figure(key, title, see, draw, ("step", "model", "exact KL", "Var/(2T²)"), table, tuple(dots))
+    return Figure(title, see, draw, ("step", "model", "exact KL", "Var/(2T²)"), table, tuple(dots))
 
 
-def _predicted(rows: list[dict[str, Any]]) -> list[tuple[int, float, float]]:
+def _exact(canvas: Canvas, x: Scale, y: Scale) -> None:
+    """The line on which a predictor is exact. Its words lie where the line has left 110 pixels below the top."""
+    canvas.line(x.start, y.start, x.stop, y.stop, "reference")
+    canvas.text(x.stop, y.stop + 110 + 24, "predictor = exact", "note", anchor="end")
+
+
+def _predicted(rows: list[StepDrift]) -> list[tuple[int, float, float]]:
     known = [
         (row["step"], mean_of(row["teacher_forced"]["kl"]), mean_of(row["teacher_forced"]["kl_predicted"]))
         for row in rows

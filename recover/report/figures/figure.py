@@ -17,7 +17,6 @@ class Figure:
     says why.
     """
 
-    key: str
     title: str
     see: str
     draw: Callable[[float], str] | None = None

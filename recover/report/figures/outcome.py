@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from recover.config import tasks
 from recover.report import words
+from recover.report.data import MODELS, USES, Epoch, PageData, Use, UseFigure
 from recover.report.figures.figure import Figure, is_narrow, panels
+from recover.report.figures.panel import Axis, Box, Dots, Level, Line, Mark, Panel, Scale, alone, linear
 from recover.report.figures.svg import Canvas, Linear, Log, apart
 
-MODELS = ("dense", "pruned", "recovered")
 ROW = 40  # pixels from bar to bar
 HEAD = 58  # pixels above the first bar
 HALF_WIDTH = 125.0  # pixels of "half by token 123"
 
 
-def hero(data: dict[str, Any]) -> Figure:
+def hero(data: PageData) -> Figure:
     """Bars of the headline figures with their intervals; perplexity, where less is better, as dots on its own scale."""
-    shown = [use for use in ("generation", "choice", "retrieval") if any(_value(data, model, use) for model in MODELS)]
+    shown: list[Use] = [use for use in USES if any(_value(data, model, use) for model in MODELS)]
     perplexity = {model: (data["headline"][model] or {}).get("perplexity") for model in MODELS}
     has_perplexity = any(perplexity.values())
-    key, title = "hero", "Dense, pruned, recovered"
+    title = "Dense, pruned, recovered"
     if not shown and not has_perplexity:
-        return Figure(key, title, "Not measured: no model has a measure.json yet.")
+        return Figure(title, "Not measured: no model has a measure.json yet.")
     number = len(shown) + int(has_perplexity)
 
     def draw(width: float) -> str:
@@ -40,17 +40,17 @@ def hero(data: dict[str, Any]) -> Figure:
     rows = [(use, *(_cell(_value(data, model, use)) for model in MODELS)) for use in shown]
     if has_perplexity:
         rows.append(("perplexity", *(words.number(perplexity[model]) for model in MODELS)))
-    see = "Bars are means over tasks, thin lines their 95% intervals, the tick across each panel is the dense level."
+    see = "Bars are means over tasks. Thin lines are 95% intervals. The upright line in each panel is the dense level."
     if has_perplexity:
         see += " Perplexity is on a log scale; further left is better."
-    return Figure(key, title, see, draw, ("measure", *MODELS), rows)
+    return Figure(title, see, draw, ("measure", *MODELS), rows)
 
 
-def _value(data: dict[str, Any], model: str, use: str) -> dict[str, Any] | None:
+def _value(data: PageData, model: str, use: Use) -> UseFigure | None:
     return (data["headline"][model] or {}).get(use)
 
 
-def _cell(figure: dict[str, Any] | None) -> str:
+def _cell(figure: UseFigure | None) -> str:
     if figure is None:
         return words.NOT_MEASURED
     interval = figure["interval"]
@@ -59,22 +59,15 @@ def _cell(figure: dict[str, Any] | None) -> str:
     )
 
 
-def _hero_label(data: dict[str, Any], shown: list[str]) -> str:
+def _hero_label(data: PageData, shown: list[Use]) -> str:
     texts = [f"{use}: " + ", ".join(f"{model} {_cell(_value(data, model, use))}" for model in MODELS) for use in shown]
     return "Bar chart. " + "; ".join(texts)
 
 
-SUBTITLES = {
-    "generation": "exact match of written answers",
-    "choice": "accuracy among given options",
-    "retrieval": "ranking score",
-}
-
-
-def _bars(canvas: Canvas, data: dict[str, Any], use: str, left: float, right: float, top: float) -> None:
+def _bars(canvas: Canvas, data: PageData, use: Use, left: float, right: float, top: float) -> None:
     items = next(figure["items"] for model in MODELS if (figure := _value(data, model, use)))
     canvas.text(left, top + 16, use.capitalize(), "panel")
-    canvas.text(left, top + 35, f"{SUBTITLES[use]}, {items} items", "note")
+    canvas.text(left, top + 35, f"{tasks.USES[use].score}, {items} items", "note")
     x = Linear(0.0, 1.0, left + 92, right - 68)
     for index, model in enumerate(MODELS):
         y = top + HEAD + index * ROW
@@ -132,12 +125,12 @@ def _perplexity(canvas: Canvas, perplexity: dict[str, float | None], left: float
         )
 
 
-def epochs(data: dict[str, Any]) -> Figure:
+def epochs(data: PageData) -> Figure:
     """Generation after each epoch against the dense and pruned levels, with the training loss beside it."""
     rows = data["epochs"]
-    key, title = "epochs", "Generation after each epoch"
+    title = "Generation after each epoch"
     if not rows:
-        return Figure(key, title, "Not measured: no epoch of recovery was finished.")
+        return Figure(title, "Not measured: no epoch of recovery was finished.")
 
     def draw(width: float) -> str:
         stacked = is_narrow(width)
@@ -164,19 +157,19 @@ def epochs(data: dict[str, Any]) -> Figure:
         "A falling loss does not promise better writing, so generation itself is measured after each epoch. "
         "The ring marks the epoch that is kept."
     )
-    return Figure(key, title, see, draw, ("epoch", "tokens", "generation", "loop rate", "loss", ""), table)
+    return Figure(title, see, draw, ("epoch", "tokens", "generation", "loop rate", "loss", ""), table)
 
 
-def _epoch_score(row: dict[str, Any]) -> float | None:
+def _epoch_score(row: Epoch) -> float | None:
     return words.finite(row["headline"].get("generation"))
 
 
-def _epoch_words(row: dict[str, Any]) -> str:
+def _epoch_words(row: Epoch) -> str:
     loss = words.number(row["train"].get("loss"))
     return f"epoch {row['epoch']}: generation {words.percent(_epoch_score(row))}, loss {loss}"
 
 
-def _epoch_generation(canvas: Canvas, data: dict[str, Any], left: float, right: float, top: float) -> None:
+def _epoch_generation(canvas: Canvas, data: PageData, left: float, right: float, top: float) -> None:
     rows = data["epochs"]
     x, y = Linear(0, rows[-1]["epoch"], left, right), Linear(0, 1, top + 222, top + 36)
     canvas.text(left - 44, top + 16, "Generation", "panel")
@@ -216,7 +209,7 @@ def _epoch_axis(canvas: Canvas, x: Linear, baseline: float) -> None:
     canvas.text((x.start + x.stop) / 2, baseline + 38, "epoch", "note", anchor="middle")
 
 
-def _epoch_loss(canvas: Canvas, rows: list[dict[str, Any]], left: float, right: float, top: float) -> None:
+def _epoch_loss(canvas: Canvas, rows: list[Epoch], left: float, right: float, top: float) -> None:
     canvas.text(left - 44, top + 16, "Training loss per token", "panel")
     losses = [(row, loss) for row in rows if (loss := words.finite(row["train"].get("loss"))) is not None]
     if not losses:
@@ -231,58 +224,75 @@ def _epoch_loss(canvas: Canvas, rows: list[dict[str, Any]], left: float, right: 
         canvas.dot(x(row["epoch"]), y(loss), 4, "fill-muted rim", tip=_epoch_words(row))
 
 
-def divergence(data: dict[str, Any]) -> Figure:
+def divergence(data: PageData) -> Figure:
     """Share of prompts whose free-running text is still the dense model's, step by step."""
-    key, title = "divergence", "How long the text stays the dense model's"
+    title = "How long texts stay equal to the dense model's"
     curves = {model: _same_share(data, model) for model in data["drift"]}
     curves = {model: curve for model, curve in curves.items() if curve}
     if not curves:
-        return Figure(key, title, "Not measured: no probe recorded free-running text.")
+        return Figure(title, "Not measured: no probe recorded free-running text.")
+
+    last = max(step for curve in curves.values() for step, _ in curve) or 1
+    label = "Line chart: " + "; ".join(_curve_words(model, curve) for model, curve in curves.items())
 
     def draw(width: float) -> str:
-        canvas = Canvas(
-            width, 300, "Line chart: " + "; ".join(_curve_words(model, curve) for model, curve in curves.items())
-        )
-        x = Linear(0, max(step for curve in curves.values() for step, _ in curve) or 1, 44, width - 84)
-        y = Linear(0, 1, 240, 20)
-        canvas.axis_y(y, 44, x.stop, "percent", 4)
-        canvas.axis_x(x, 240, "count")
-        canvas.text((x.start + x.stop) / 2, 280, "tokens written", "note", anchor="middle")
-        canvas.line(44, y(0.5), x.stop, y(0.5), "reference")
-        ends = apart([y(curve[-1][1]) for curve in curves.values()], 16)
-        for model, end in zip(curves, ends, strict=True):
-            canvas.text(x.stop + 8, end + 4, model, f"label ink-{model}")
-        halves = {model: _half(curve) for model, curve in curves.items()}
-        for row, (model, curve) in enumerate(curves.items()):
-            line = [(x(step), y(share)) for step, share in curve]
-            canvas.path(line, f"stroke-{model} line")
-            half = halves[model]
-            if half is not None:
-                canvas.line(x(half), y(0), x(half), y(0.5), f"stroke-{model} level")
-                # Right of its line, and of another's that would cross it; left where a narrow window would cut it off.
-                near = [
-                    x(other) for other in halves.values() if other is not None and 0 <= x(other) - x(half) < HALF_WIDTH
-                ]
-                fits = max(near) + 8 + HALF_WIDTH <= width
-                at, side = (max(near) + 8, "start") if fits else (x(half) - 8, "end")
-                canvas.text(at, y(0.5) - 7 - 18 * row, f"half by token {half}", f"value ink-{model}", anchor=side)
-            for (step, share), (at, up) in zip(curve, line, strict=True):
-                canvas.dot(
-                    at, up, 6, "hit", tip=f"{model}, token {step}: {words.percent(share)} of prompts still equal dense"
-                )
-        return canvas.render()
+        x = Axis(linear(0, last), "count", 6, "tokens written", below=40)
+        marks: list[Mark] = [Level(0.5), _names(curves), *_lines(curves, width)]
+        panel = Panel(x, Axis(linear(0, 1), "percent", 4), marks)
+        return alone(width, 300, label, panel, Box(44, width - 84, 20, 240))
 
     see = (
-        "Greedy text of each model beside the dense model's: the share of prompts not yet parted. "
-        "Where a curve crosses half, half of the texts have."
+        "Share of prompts whose greedy text is still equal to the dense model's. Where a curve crosses the dashed "
+        "line, half of the texts have become different."
     )
     steps = sorted({step for curve in curves.values() for step, _ in curve})
     shares = {model: dict(curve) for model, curve in curves.items()}
     table = [(step, *(words.percent(shares[model].get(step), 1) for model in curves)) for step in steps]
-    return Figure(key, title, see, draw, ("token", *curves), table)
+    return Figure(title, see, draw, ("token", *curves), table)
 
 
-def _same_share(data: dict[str, Any], model: str) -> list[tuple[int, float]]:
+def _names(curves: dict[str, list[tuple[int, float]]]) -> Mark:
+    """Each model's name at the end of its curve, none over another."""
+
+    def draw(canvas: Canvas, x: Scale, y: Scale) -> None:
+        ends = apart([y(curve[-1][1]) for curve in curves.values()], 16)
+        for model, end in zip(curves, ends, strict=True):
+            canvas.text(x.stop + 8, end + 4, model, f"label ink-{model}")
+
+    return draw
+
+
+def _lines(curves: dict[str, list[tuple[int, float]]], width: float) -> list[Mark]:
+    halves = {model: half for model, curve in curves.items() if (half := _half(curve)) is not None}
+    found: list[Mark] = []
+    for index, (model, curve) in enumerate(curves.items()):
+        found.append(Line(curve, f"stroke-{model} line"))
+        if model in halves:
+            found.append(_half_mark(model, halves, index, width))
+        tips = [
+            (at, same, f"{model}, token {at}: {words.percent(same)} of prompts still equal dense") for at, same in curve
+        ]
+        found.append(Dots(tips, 6, "hit"))
+    return found
+
+
+def _half_mark(model: str, halves: dict[str, int], index: int, width: float) -> Mark:
+    """Where half of the texts have parted. The words lie right of the line, and of another's that would cross them;
+    left where a narrow window would cut them off.
+    """
+    half = halves[model]
+
+    def draw(canvas: Canvas, x: Scale, y: Scale) -> None:
+        canvas.line(x(half), y(0), x(half), y(0.5), f"stroke-{model} level")
+        near = max(x(other) for other in halves.values() if 0 <= x(other) - x(half) < HALF_WIDTH) + 8
+        at, side = (near, "start") if near + HALF_WIDTH <= width else (x(half) - 8, "end")
+        text = f"half by token {half}"
+        canvas.text(at, y(0.5) - 7 - 18 * index, text, f"value ink-{model}", anchor=side)
+
+    return draw
+
+
+def _same_share(data: PageData, model: str) -> list[tuple[int, float]]:
     steps = (data["drift"][model] or {}).get("steps") or []
     known = [(step["step"], step["free_running"]["diverged"]) for step in steps]
     return [(step, 1.0 - diverged) for step, diverged in known if diverged is not None]

@@ -5,40 +5,43 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from recover.report import cuts, words
+from recover.report import plan_text, words
+from recover.report.data import PageData, Plan, Score
 from recover.report.figures.figure import Figure, is_narrow
 from recover.report.figures.svg import Canvas, Linear, Log, apart
 
 _MODULE = re.compile(r"^(?:.*\.)?(\d+)\.(.+)$")  # block number and the site inside it, from a module's name
 SHADES = 5
+CELL = 30  # pixels from one layer to the next
 LANE, GAP = 220.0, 26.0  # height of one panel of scores, and what lies between two
 
 
-def pruned(data: dict[str, Any]) -> Figure:
+def pruned(data: PageData) -> Figure:
     """Scores per block for a depth plan, a map of zeros for masks."""
     plan = data["plan"]
     if not plan:
-        return Figure("plan", "What was pruned", "Not measured: nothing was pruned yet.")
+        return Figure("What was pruned", "Not measured: nothing was pruned yet.")
     if plan["modules"]:
         return _sparsity_map(plan)
-    if cuts.sites(plan):
+    if plan_text.sites(plan):
         return _depth(plan)
     if plan.get("kind") == "width":
-        return Figure("plan", "What was pruned", f"Every block is narrower, by the same measure: {cuts.sizes(plan)}.")
-    return Figure("plan", "What was pruned", "The plan drops no block and no weight.")
+        return Figure("What was pruned", f"Every block is narrower, by the same measure: {plan_text.sizes(plan)}.")
+    return Figure("What was pruned", "The plan drops no block and no weight.")
 
 
+Cells = dict[tuple[str, int], float]  # (layer, block) -> share of zeros
 Rounds = dict[int, dict[int, float]]  # round -> block -> score
 LANES = {"block": "", "attention": "Attention", "mlp": "MLP"}
 
 
-def _lane(record: dict[str, Any]) -> str:
+def _lane(record: Score) -> str:
     """What a candidate is made of: attentions alone, MLPs alone, or (whole blocks, runs of both) the block."""
     parts = {str(part).partition(":")[0] for part in record.get("parts") or ()}
     return parts.pop() if len(parts) == 1 and parts <= set(LANES) else "block"
 
 
-def _lanes(plan: dict[str, Any]) -> dict[str, Rounds]:
+def _lanes(plan: Plan) -> dict[str, Rounds]:
     """Lane -> rounds, the lowest score of a block's candidates. A candidate of several blocks counts at its first.
 
     In a search that carries several sets a block has a candidate on top of each: the one that was chosen is shown.
@@ -51,11 +54,12 @@ def _lanes(plan: dict[str, Any]) -> dict[str, Rounds]:
             block = record["blocks"][0]
             scores[block] = min(score, scores.get(block, score))
     for record in [record for record in plan.get("scores") or () if record.get("chosen") and record.get("beside")]:
-        found[_lane(record)][record["round"]][record["blocks"][0]] = record["score"]
+        if record["score"] is not None:
+            found[_lane(record)][record["round"]][record["blocks"][0]] = record["score"]
     return {lane: found[lane] for lane in LANES if lane in found}
 
 
-def _chosen(plan: dict[str, Any]) -> dict[tuple[str, int], int]:
+def _chosen(plan: Plan) -> dict[tuple[str, int], int]:
     """(lane, block) -> the round that chose it."""
     return {
         (_lane(record), block): record["round"]
@@ -65,9 +69,9 @@ def _chosen(plan: dict[str, Any]) -> dict[tuple[str, int], int]:
     }
 
 
-def _depth(plan: dict[str, Any]) -> Figure:
+def _depth(plan: Plan) -> Figure:
     title = f"Which of {plan['blocks']} blocks were dropped"
-    if not plan["dropped"] or cuts.gone(plan, "attention") != cuts.gone(plan, "mlp"):
+    if not plan["dropped"] or plan_text.gone(plan, "attention") != plan_text.gone(plan, "mlp"):
         title = f"Which sublayers of {plan['blocks']} blocks were dropped"
     elif len(plan["dropped"]) > 1:
         title = f"Which {len(plan['dropped'])} of {plan['blocks']} blocks were dropped"
@@ -76,7 +80,7 @@ def _depth(plan: dict[str, Any]) -> Figure:
 
     def draw(width: float) -> str:
         height = 86.0 + (LANE + GAP) * len(lanes)
-        canvas = Canvas(width, height, f"Dropped: {cuts.sites(plan)}, of {plan['blocks']} blocks")
+        canvas = Canvas(width, height, f"Dropped: {plan_text.sites(plan)}, of {plan['blocks']} blocks")
         x = Linear(-0.5, plan["blocks"] - 0.5, 50, width - (8 if is_narrow(width) else 70))
         for index, (lane, rounds) in enumerate(lanes.items()):
             y = Log.around(scores, (index + 1) * (LANE + GAP) - 16, index * (LANE + GAP) + (34 if LANES[lane] else 16))
@@ -86,20 +90,20 @@ def _depth(plan: dict[str, Any]) -> Figure:
         return canvas.render()
 
     columns, table = _depth_table(plan, lanes, chosen)
-    return Figure("plan", title, _depth_words(plan, lanes), draw, columns, table)
+    return Figure(title, _depth_words(plan, lanes), draw, columns, table)
 
 
-def _depth_words(plan: dict[str, Any], lanes: dict[str, Rounds]) -> str:
-    see = "Crossed cells are gone; the model runs the others in order."
+def _depth_words(plan: Plan, lanes: dict[str, Rounds]) -> str:
+    see = "Crossed cells were dropped; the model runs the others in order."
     if not lanes:
         return see
-    by = next((record["by"] for record in plan["scores"] if record.get("by") and record.get("round")), None)
+    by = next((by for record in plan["scores"] if (by := record.get("by")) and record["round"]), None)
     unit = "block" if list(lanes) == ["block"] else "sublayer"
     meaning = f"mean KL to dense if that {unit} goes too" if by == "kl" else f"the score {by}"
     several = len({number for rounds in lanes.values() for number in rounds}) > 1
     lines = "Each line is one round of the search" if several else "The line is the one round of the search"
     beside = (
-        " Attention and MLP are drawn apart on one scale: a round drops the lowest point of both."
+        " Attention and MLP have a panel each, on one scale: a round drops the lowest point of the two."
         if len(lanes) > 1
         else ""
     )
@@ -107,7 +111,7 @@ def _depth_words(plan: dict[str, Any], lanes: dict[str, Rounds]) -> str:
 
 
 def _depth_table(
-    plan: dict[str, Any], lanes: dict[str, Rounds], chosen: dict[tuple[str, int], int]
+    plan: Plan, lanes: dict[str, Rounds], chosen: dict[tuple[str, int], int]
 ) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
     named = [
         (f"round {n}{f', {LANES[lane]}' if LANES[lane] else ''}", found)
@@ -125,8 +129,8 @@ def _depth_table(
     return ("block", "", *(name for name, _ in named)), table
 
 
-def _fate(plan: dict[str, Any], block: int, chosen: dict[tuple[str, int], int]) -> str:
-    gone = [part for part in ("attention", "mlp") if block in cuts.gone(plan, part)]
+def _fate(plan: Plan, block: int, chosen: dict[tuple[str, int], int]) -> str:
+    gone = [part for part in ("attention", "mlp") if block in plan_text.gone(plan, part)]
     if not gone:
         return "kept"
     what = "" if len(gone) == 2 else f"{'MLP' if gone == ['mlp'] else 'attention'} "
@@ -135,14 +139,13 @@ def _fate(plan: dict[str, Any], block: int, chosen: dict[tuple[str, int], int]) 
     return f"{what}dropped{f' in round {when}' if when else ''}"
 
 
-def _strip(canvas: Canvas, plan: dict[str, Any], x: Linear, top: float) -> None:
+def _strip(canvas: Canvas, plan: Plan, x: Linear, top: float) -> None:
     """One cell a block, attention above MLP, numbered; what is dropped is hollow and crossed out."""
     each = x(1) - x(0)
-    every = max(1, -(-18 // max(int(each), 1)))
     gap = min(4.0, each / 6)
     for block in range(plan["blocks"]):
         left = x(block - 0.5) + gap / 2
-        lost = [part for part in ("attention", "mlp") if block in cuts.gone(plan, part)]
+        lost = [part for part in ("attention", "mlp") if block in plan_text.gone(plan, part)]
         halves = [(part, offset, 14) for part, offset in (("attention", 0), ("mlp", 16))]
         for part, offset, height in halves if len(lost) == 1 else [("block", 0, 30)]:
             gone = bool(lost) and part in (*lost, "block")
@@ -151,7 +154,7 @@ def _strip(canvas: Canvas, plan: dict[str, Any], x: Linear, top: float) -> None:
             canvas.rect(left, top + offset, each - gap, height, css, radius=min(4, each / 5), tip=tip)
             if gone:
                 canvas.marker(left + (each - gap) / 2, top + offset + height / 2, min(6, each / 4, height / 3), "cross")
-        if block % every == 0:
+        if block % _every(x) == 0:
             canvas.text(left + (each - gap) / 2, top + 48, str(block), "tick", anchor="middle")
     canvas.text((x.start + x.stop) / 2, top + 68, "block", "note", anchor="middle")
 
@@ -180,52 +183,50 @@ def _score_lines(
             canvas.text(x(max(rounds[number])) + 10, place + 4, f"round {number}", "tick")
 
 
-def _sparsity_map(plan: dict[str, Any]) -> Figure:
-    cells: dict[tuple[str, int], float] = {}
+def _sparsity_map(plan: Plan) -> Figure:
+    cells: Cells = {}
     for module in plan["modules"]:
         match = _MODULE.match(module["module"])
         site, block = (match.group(2), int(match.group(1))) if match else (module["module"], 0)
         cells[site, block] = module["sparsity"]
-    sites = list(dict.fromkeys(site for site, _ in cells))
-    last = max(block for _, block in cells)
     low, high = min(cells.values()), max(cells.values())
-
-    def draw(width: float) -> str:
-        left = 92.0 if is_narrow(width) else 130.0
-        canvas = Canvas(
-            width,
-            30 * len(sites) + 48,
-            f"Map of zeros per linear layer, from {words.percent(low)} to {words.percent(high)}",
-        )
-        x = Linear(-0.5, last + 0.5, left, width)
-        each = x(1) - x(0)
-        for row, site in enumerate(sites):
-            canvas.text(left - 8, row * 30 + 19, site.rpartition(".")[2], "tick", anchor="end")
-            for block in range(last + 1):
-                if (site, block) in cells:
-                    share = cells[site, block]
-                    tip = f"block {block}, {site}: {words.percent(share, 1)} zeros"
-                    canvas.rect(
-                        x(block - 0.5) + 1,
-                        row * 30 + 2,
-                        each - 2,
-                        26,
-                        f"fill-pruned shade-{_shade(share)}",
-                        radius=2,
-                        tip=tip,
-                    )
-                    if each >= 36:
-                        canvas.text(x(block), row * 30 + 19, words.percent(share, 0), "inside", anchor="middle")
-        every = max(1, -(-18 // max(int(each), 1)))
-        for block in range(0, last + 1, every):
-            canvas.text(x(block), 30 * len(sites) + 18, str(block), "tick", anchor="middle")
-        canvas.text((x.start + x.stop) / 2, 30 * len(sites) + 40, "block", "note", anchor="middle")
-        return canvas.render()
-
+    label = f"Map of zeros per linear layer, from {words.percent(low)} to {words.percent(high)}"
     span = f"from {words.percent(low, 1)} to {words.percent(high, 1)}"
     see = f"Share of weights that are zero in each linear layer: {span}, a stronger colour means more zeros."
     table = [(block, site, words.percent(share, 1)) for (site, block), share in cells.items()]
-    return Figure("plan", "Where the zeros are", see, draw, ("block", "layer", "zeros"), table)
+    columns = ("block", "layer", "zeros")
+    return Figure("Where the zeros are", see, lambda width: _draw_cells(cells, label, width), columns, table)
+
+
+def _draw_cells(cells: Cells, label: str, width: float) -> str:
+    """A row a layer, a column a block."""
+    sites = list(dict.fromkeys(site for site, _ in cells))
+    last, bottom = max(block for _, block in cells), CELL * len(sites)
+    left = 92.0 if is_narrow(width) else 130.0
+    canvas = Canvas(width, bottom + 48, label)
+    x = Linear(-0.5, last + 0.5, left, width)
+    for index, site in enumerate(sites):
+        canvas.text(left - 8, index * CELL + 19, site.rpartition(".")[2], "tick", anchor="end")
+        for block in range(last + 1):
+            if (site, block) in cells:
+                _cell(canvas, x, index * CELL, site, block, cells[site, block])
+    for block in range(0, last + 1, _every(x)):
+        canvas.text(x(block), bottom + 18, str(block), "tick", anchor="middle")
+    canvas.text((x.start + x.stop) / 2, bottom + 40, "block", "note", anchor="middle")
+    return canvas.render()
+
+
+def _cell(canvas: Canvas, x: Linear, top: float, site: str, block: int, share: float) -> None:
+    each = x(1) - x(0)
+    css, tip = f"fill-pruned shade-{_shade(share)}", f"block {block}, {site}: {words.percent(share, 1)} zeros"
+    canvas.rect(x(block - 0.5) + 1, top + 2, each - 2, CELL - 4, css, radius=2, tip=tip)
+    if each >= 36:
+        canvas.text(x(block), top + 19, words.percent(share, 0), "inside", anchor="middle")
+
+
+def _every(x: Linear) -> int:
+    """Of so many blocks one has its number below it, so that numbers stay apart."""
+    return max(1, -(-18 // max(int(x(1) - x(0)), 1)))
 
 
 def _shade(share: float) -> int:

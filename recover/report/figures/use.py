@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from recover.report import words
+from recover.report.data import ChoiceDrift, PageData
 from recover.report.drift import by_model, choice_kls
 from recover.report.figures.figure import Figure, is_narrow
 from recover.report.figures.svg import Canvas, Log
@@ -12,9 +11,9 @@ from recover.report.figures.svg import Canvas, Log
 ROW = 52
 
 
-def choices(data: dict[str, Any]) -> Figure | None:
+def choices(data: PageData) -> Figure | None:
     """KL among the option tokens alone, renormalised, against KL over the whole vocabulary at the same places."""
-    found = by_model(data, "choices")
+    found = by_model(data, lambda probe: probe["choices"])
     shown = [(model, row, *kls) for model, listed in found.items() for row in listed if (kls := choice_kls(row))]
     if not shown:
         return None
@@ -34,16 +33,16 @@ def choices(data: dict[str, Any]) -> Figure | None:
         return canvas.render()
 
     see = (
-        "Disc: KL among the tokens of the options, made to sum to one again. Ring: KL over the whole vocabulary at the "
-        "same places. A disc far left of its ring is why choice can stand while generation falls: the few logits "
+        "Disc: KL among the option tokens alone, renormalised. Ring: KL over the whole vocabulary at the same "
+        "positions. A disc far left of its ring explains why choice can hold while generation fails: the few logits "
         "that choose moved together."
     )
     columns = ("task", "model", "KL, options", "KL, vocabulary")
     table = [(row["task"], model, words.number(inside), words.number(outside)) for model, row, inside, outside in shown]
-    return Figure("choices", "The few logits that choose, and all the others", see, draw, columns, table)
+    return Figure("The few logits that choose, and all the others", see, draw, columns, table)
 
 
-def _choice_words(model: str, row: dict[str, Any], inside: float, outside: float) -> str:
+def _choice_words(model: str, row: ChoiceDrift, inside: float, outside: float) -> str:
     return f"{row['task']}, {model}: KL {words.number(inside)} in options, {words.number(outside)} in the vocabulary"
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from recover.report import speeds, words
+from recover.report import speed_text, words
+from recover.report.data import Divergence, PageData
 from recover.report.drift import by_model, choice_kls, level, mean_of
 from recover.report.figures.sublayers import PART_NAMES
 
@@ -12,26 +11,26 @@ Point = tuple[str, str, str]  # question, answer, key of the figure or section t
 FEW_TOKENS = 10.0  # a mean KL so many times the median is carried by few tokens
 
 
-def points(data: dict[str, Any]) -> list[Point]:
+def key_findings(data: PageData) -> list[Point]:
     """Questions with their answers, only those that this run can answer."""
     first = next(iter(data["drift"]))
     found = [_where(data, first), _how(data, first), _when(data), _compounds(data), _chooses(data), _gain(data)]
     return [point for point in found if point is not None]
 
 
-def _where(data: dict[str, Any], model: str) -> Point | None:
+def _where(data: PageData, model: str) -> Point | None:
     """The sublayer whose replacement costs most KL by itself, or the block after which drift grows most."""
-    rows = by_model(data, "sublayers").get(model) or []
+    rows = by_model(data, lambda probe: probe["sublayers"]).get(model) or []
     costs = [(kl, row) for row in rows if row["counterfactual"] == "pruned" and (kl := mean_of(row["kl"])) is not None]
     kl, row = max(costs, key=lambda cost: cost[0], default=(0.0, None))
     if row is None or kl <= 0:
         return None
     part = PART_NAMES[row["part"]] if row["part"] == "mlp" else row["part"]
-    answer = f"The {part} of block {row['block']}: changed alone, it brings a KL of {words.number(kl)} right behind it."
+    answer = f"The {part} of block {row['block']}: changed alone, it gives a KL of {words.number(kl)} right after it."
     return ("Where does most of it come from?", answer, "figure-sublayers")
 
 
-def _how(data: dict[str, Any], model: str) -> Point | None:
+def _how(data: PageData, model: str) -> Point | None:
     """Whether few tokens carry the damage."""
     kl = ((data["drift"][model] or {}).get("final") or {}).get("kl")
     mean, median = level(kl, "mean"), level(kl, "p50")
@@ -43,7 +42,7 @@ def _how(data: dict[str, Any], model: str) -> Point | None:
     return ("Is every token hit?", answer, "table-last-layer")
 
 
-def _when(data: dict[str, Any]) -> Point | None:
+def _when(data: PageData) -> Point | None:
     """By which token half of the greedy texts have left dense."""
     parts = []
     for model in data["drift"]:
@@ -63,20 +62,20 @@ def _when(data: dict[str, Any]) -> Point | None:
     )
 
 
-def half_parted(found: dict[str, Any]) -> float | None:
+def half_parted(found: Divergence) -> float | None:
     """The token by which half of all texts have parted (the record's median is over those that did)."""
     each = [place for place in found.get("each") or () if place is not None]
     half = -(-int(found.get("prompts") or 0) // 2)
     return sorted(each)[half - 1] if 0 < half <= len(each) else (found.get("first") or {}).get("p50")
 
 
-def _compounds(data: dict[str, Any]) -> Point | None:
+def _compounds(data: PageData) -> Point | None:
     """Whether words are harder for the model where it wrote them itself.
 
     How far the two texts are apart is no answer: once they have parted it is as far under any damage (docs/paper.md).
     """
     parts = []
-    for model, rows in by_model(data, "steps").items():
+    for model, rows in by_model(data, lambda probe: probe["steps"]).items():
         pairs = [(mean_of(row["teacher_forced"]["kl"]), mean_of(row["free_running"]["both"])) for row in rows]
         known = [(direct, own) for direct, own in pairs if direct is not None and own is not None]
         if known:
@@ -86,10 +85,10 @@ def _compounds(data: dict[str, Any]) -> Point | None:
     return ("Is it worse on its own words?", f"{answer[0].upper()}{answer[1:]}.", "figure-steps") if answer else None
 
 
-def _chooses(data: dict[str, Any]) -> Point | None:
+def _chooses(data: PageData) -> Point | None:
     """Whether the few logits that choose moved less than all of them, over the items of all choice tasks."""
     parts = []
-    for model, rows in by_model(data, "choices").items():
+    for model, rows in by_model(data, lambda probe: probe["choices"]).items():
         known = [(*kls, row.get("subspace") or 1) for row in rows if (kls := choice_kls(row)) is not None]
         items = sum(n for *_, n in known)
         if items:
@@ -101,13 +100,13 @@ def _chooses(data: dict[str, Any]) -> Point | None:
     return (question, f"{answer[0].upper()}{answer[1:]}.", "figure-choices") if answer else None
 
 
-def _gain(data: dict[str, Any]) -> Point | None:
+def _gain(data: PageData) -> Point | None:
     """What was bought with it."""
     speed = data["speed"]
-    size = speeds.value(speed, "file_bytes")
+    size = speed_text.value(speed, "file_bytes")
     if speed is None or size is None:
         return None
-    rate = speeds.gain(speed, "decode_tokens_per_second")
+    rate = speed_text.gain(speed, "decode_tokens_per_second")
     faster = f"decoding {rate}" if rate.startswith("×") else f"decoding: {rate}"
     file = "The file is as large as before" if round(size, 2) == 1 else f"A file ×{size:.2f} the size"
     return ("What does it buy?", f"{file}; {faster}.", "deploy")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from recover.report import words
+from recover.report.data import Speed
 
 SIDES = ("dense", "deployed")
 SIZES = (
@@ -19,7 +18,7 @@ RATES = ("prefill_tokens_per_second", "decode_tokens_per_second")
 NO_DIFFERENCE, STOCK = "no difference measured", "no faster in stock kernels"
 
 
-def rows(speed: dict[str, Any] | None) -> list[tuple[str, str, str, str]]:
+def rows(speed: Speed | None) -> list[tuple[str, str, str, str]]:
     """(name, dense, deployed, ratio) in words, for each figure that either side has."""
     found = [(name, *(_figure(speed, side, key, form) for side in SIDES), key) for key, name, form in SIZES]
     return [
@@ -29,7 +28,7 @@ def rows(speed: dict[str, Any] | None) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def _figure(speed: dict[str, Any] | None, side: str, key: str, form: str) -> str:
+def _figure(speed: Speed | None, side: str, key: str, form: str) -> str:
     """The figure with its p10 and p90 in brackets, if it has them."""
     record = (speed or {}).get(side) or {}
     shown = words.shown(record.get(key), form)
@@ -37,7 +36,7 @@ def _figure(speed: dict[str, Any] | None, side: str, key: str, form: str) -> str
     return f"{shown} [{words.shown(bounds[0], form)}, {words.shown(bounds[1], form)}]" if bounds else shown
 
 
-def value(speed: dict[str, Any] | None, key: str) -> float | None:
+def value(speed: Speed | None, key: str) -> float | None:
     """Deployed / dense: of sizes as it is, of speeds only what was measured by turns."""
     if key in RATES:
         return words.finite(((speed or {}).get("ratio") or {}).get(key, {}).get("value"))
@@ -45,7 +44,7 @@ def value(speed: dict[str, Any] | None, key: str) -> float | None:
     return deployed / dense if dense and deployed is not None else None
 
 
-def ratio(speed: dict[str, Any] | None, key: str) -> str:
+def ratio(speed: Speed | None, key: str) -> str:
     """The ratio in words: a speed with its interval, and what it means where it is no gain."""
     found = value(speed, key)
     if speed is None or found is None:
@@ -59,7 +58,7 @@ def ratio(speed: dict[str, Any] | None, key: str) -> str:
     return f"{shown}, {NO_DIFFERENCE}" if low <= 1.0 <= high else shown
 
 
-def gain(speed: dict[str, Any] | None, key: str) -> str:
+def gain(speed: Speed | None, key: str) -> str:
     """The ratio of a speed in as few words as a narrow column holds: a number only where it is a gain or a loss."""
     found = value(speed, key)
     if speed is None or found is None:
@@ -70,14 +69,14 @@ def gain(speed: dict[str, Any] | None, key: str) -> str:
     return NO_DIFFERENCE if low <= 1.0 <= high else f"×{found:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def change(speed: dict[str, Any] | None, key: str) -> str:
+def change(speed: Speed | None, key: str) -> str:
     """Dense → deployed; one figure where both are the same."""
     form = next(form for name, _, form in SIZES if name == key)
     before, after = (words.shown(((speed or {}).get(side) or {}).get(key), form) for side in SIDES)
     return before if before == after else f"{before} → {after}"
 
 
-def notes(speed: dict[str, Any] | None) -> list[str]:
+def notes(speed: Speed | None) -> list[str]:
     """How the speeds were measured, and what must not be read out of them."""
     if not speed or not speed.get("ratio"):
         return []

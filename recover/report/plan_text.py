@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from recover.report import words
+from recover.report.data import Plan
 
 GONE = {"dropped": "blocks", "dropped_attention": "attention of", "dropped_mlp": "MLP of"}  # field of a plan -> words
 
 
-def subject(plan: dict[str, Any] | None) -> str:
+def subject(plan: Plan | None) -> str:
     """What was done, as the subject of a sentence: "Dropping 3 of 30 blocks"."""
     if not plan:
         return "Pruning"
@@ -28,7 +27,7 @@ def subject(plan: dict[str, Any] | None) -> str:
     return "Pruning nothing"
 
 
-def short(plan: dict[str, Any] | None) -> str:
+def short(plan: Plan | None) -> str:
     """In as few words as a narrow column holds: "2 of 12 blocks", "wanda 50%"."""
     if not plan:
         return words.NOT_MEASURED
@@ -45,26 +44,26 @@ def short(plan: dict[str, Any] | None) -> str:
     return str(plan["kind"])
 
 
-def sites(plan: dict[str, Any]) -> str:
+def sites(plan: Plan) -> str:
     """Which sublayers go: "blocks 3, 4; MLP of 7"; empty if the plan drops none."""
     return "; ".join(f"{what} {', '.join(map(str, plan[field]))}" for field, what in GONE.items() if plan.get(field))
 
 
-def sizes(plan: dict[str, Any]) -> str:
+def sizes(plan: Plan) -> str:
     """The config fields that a width plan changes, with their new values."""
     return ", ".join(f"{name} {value:,}" for name, value in (plan.get("config") or {}).items())
 
 
-def repair(plan: dict[str, Any]) -> str:
+def repair(plan: Plan) -> str:
     """What a closed-form repair brought, or that it was left out; empty if none was asked for."""
     found = plan.get("repair")
     if not found:
         return ""
-    before, after = (words.number(found[f"kl_{when}"]) for when in ("before", "after"))
+    before, after = (words.number(kl) for kl in (found["kl_before"], found["kl_after"]))
     brought = f"KL {before} → {after} on held-out text, before training"
     return f"{found['kind']}, {brought}" if found["kept"] else f"{found['kind']} was tried and left out"
 
 
-def gone(plan: dict[str, Any], part: str) -> set[int]:
+def gone(plan: Plan | None, part: str) -> set[int]:
     """Blocks whose `part` (attention or mlp) goes, with the block or alone."""
-    return {*(plan.get("dropped") or ()), *(plan.get(f"dropped_{part}") or ())}
+    return {*(plan.get("dropped") or ()), *(plan.get(f"dropped_{part}") or ())} if plan else set()

@@ -1,11 +1,12 @@
-"""What a training learnt, in words: how far the loss fell, how fast, and what generation made of it."""
+"""A training in words: how far the loss fell, how fast, what generation made of it, and what went wrong."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from recover.report import words
 from recover.report.curve import weights
+from recover.report.data import Curve, Epoch, PageData
+
+MANY = 0.01  # share of steps skipped from which the reader is told to mend the recipe
 
 TERM_NAMES = {
     "loss": "loss",
@@ -18,22 +19,23 @@ TERM_NAMES = {
 }
 
 
-def learnt(data: dict[str, Any]) -> list[str]:
+def learnt(data: PageData) -> list[str]:
     """Sentences, each made of measured figures; none where no step was made."""
     if data["curve"] is None:
         return []
-    found = [_fall(data), _last_epoch(data), _generation(data), _fades(data), _gap(data["curve"])]
+    curve = data["curve"]
+    found = [_fall(data, curve), _last_epoch(data), _generation(data, curve), _fades(data), _gap(curve)]
     return [sentence for sentence in found if sentence]
 
 
-def judged(data: dict[str, Any]) -> str:
+def judged(data: PageData) -> str:
     """What tells whether the training still learns: the loss, or KL where the loss falls by fading alone."""
     return "kl" if _until(data) and (data["curve"] or {"ends": {}})["ends"].get("kl") else "loss"
 
 
-def _fall(data: dict[str, Any]) -> str:
+def _fall(data: PageData, found: Curve) -> str:
     """From where to where, at what rate and in how much memory."""
-    found, name = data["curve"], judged(data)
+    name = judged(data)
     first, last = found["ends"][name]
     if first is None or last is None:
         return "No step was in order: nothing was learnt."
@@ -54,7 +56,7 @@ def _fall(data: dict[str, Any]) -> str:
     return f"{how[0].upper()}{how[1:]} {over}{pace}."
 
 
-def _last_epoch(data: dict[str, Any]) -> str:
+def _last_epoch(data: PageData) -> str:
     """Said where the last epoch brought no lower loss than the one before it."""
     name = judged(data)
     means = [mean for row in data["epochs"] if (mean := words.finite(row["train"].get(name))) is not None]
@@ -66,7 +68,7 @@ def _last_epoch(data: dict[str, Any]) -> str:
     )
 
 
-def _generation(data: dict[str, Any]) -> str:
+def _generation(data: PageData, curve: Curve) -> str:
     """Said where the loss fell on while generation fell: after the epoch that is kept, or below the pruned model."""
     rows = [row for row in data["epochs"] if words.finite(row["headline"].get("generation")) is not None]
     best = next((row for row in rows if row["best"]), None)
@@ -74,20 +76,20 @@ def _generation(data: dict[str, Any]) -> str:
         return ""
     last, name = rows[-1], judged(data)
     before, after = (words.finite(row["train"].get(name)) for row in (best, last))
-    kept, score = (row["headline"]["generation"] for row in (best, last))
+    kept, score = (row["headline"]["generation"] or 0.0 for row in (best, last))
     if score < kept and before is not None and after is not None and after < before:
         return (
             f"After epoch {best['epoch']}, which is kept, {TERM_NAMES[name]} fell on from {words.number(before)} to "
             f"{words.number(after)} while generation fell from {words.percent(kept)} to {words.percent(score)}"
             f"{_items(last)}."
         )
-    return _below_pruned(data, best)
+    return _below_pruned(data, curve, best)
 
 
-def _below_pruned(data: dict[str, Any], best: dict[str, Any]) -> str:
+def _below_pruned(data: PageData, curve: Curve, best: Epoch) -> str:
     pruned = ((data["headline"]["pruned"] or {}).get("generation") or {}).get("value")
-    first, last = data["curve"]["ends"][judged(data)]
-    score = best["headline"]["generation"]
+    first, last = curve["ends"][judged(data)]
+    score = words.finite(best["headline"].get("generation")) or 0.0
     if pruned is None or score >= pruned or first is None or last is None or last >= first:
         return ""
     return (
@@ -96,23 +98,44 @@ def _below_pruned(data: dict[str, Any], best: dict[str, Any]) -> str:
     )
 
 
-def _items(row: dict[str, Any]) -> str:
+def _items(row: Epoch) -> str:
     """How many items an epoch's generation is measured on, since few tell little."""
     known = [items for items in (row["items"] or {}).values() if items]
     return f" (on {words.count(min(known))} items a task)" if known else ""
 
 
-def _until(data: dict[str, Any]) -> float | None:
+def _until(data: PageData) -> float | None:
     return words.finite(((data["recipe"].get("recover") or {}).get("loss") or {}).get("variance_until"))
 
 
-def _fades(data: dict[str, Any]) -> str:
+def _fades(data: PageData) -> str:
     until = _until(data)
     if not until or "variance" not in weights(data["recipe"]):
         return ""
     return f"The weight of the variance fades over {words.percent(until)} of the steps, and part of the loss with it."
 
 
-def _gap(found: dict[str, Any]) -> str:
+def _gap(found: Curve) -> str:
     first = found["first_step"]
     return f"Of the steps before {first:,} no line is left." if first > 1 else ""
+
+
+def notes(data: PageData) -> list[str]:
+    """One sentence for each thing that went wrong and was dealt with; none if the training was in order."""
+    training = data["training"] or {}
+    skipped, rollbacks = training.get("skipped") or 0, training.get("rollbacks") or 0
+    steps = data["epochs"][-1]["step"] if data["epochs"] else None
+    found = []
+    if skipped:
+        of = f" of {steps:,}" if steps else ""
+        text = f"{skipped:,}{of} training step{'s were' if skipped > 1 else ' was'} not finite and left out"
+        if steps:
+            text += f" ({words.percent(skipped / steps)})"
+        advice = ": lower recover.lr, or train in float32 or bfloat16" if steps and skipped / steps >= MANY else ""
+        found.append(f"{text}; {'they' if skipped > 1 else 'it'} changed no weight{advice}.")
+    if rollbacks:
+        times = "once" if rollbacks == 1 else f"{rollbacks} times"
+        found.append(f"Training went back to a checkpoint {times}, because too many steps in a row were not finite.")
+    if training and not training.get("finished", True) and data["epochs"]:
+        found.append("Training is not finished: what is shown is as far as it came.")
+    return found

@@ -1,35 +1,62 @@
-"""The record of a code task: the model writes a program, and its tests are run, locked away."""
+"""A code task: the model writes a program, and its tests are run, locked away."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from recover.base import dist
-from recover.config.tasks import CodeFile, Problem
+from recover.config.tasks import CodeFile, Row
 from recover.maths.score import interval95, mean
-from recover.measure.mistakes import mistake, mistakes
+from recover.measure.kinds.work import Generations, Measured, Record, Work
+from recover.measure.model import ModelUnderTest
 from recover.measure.sandbox import Outcome, isolation, run_programs
-from recover.measure.subject import Subject
-from recover.measure.task_items import program
-from recover.measure.writing import pass_at_k, sampling_of, shape, written
+from recover.measure.task_rows import filled
+from recover.measure.texts import OF_CODE, mistake, mistakes, pass_at_k, sampling_of, shape, written
 from recover.text.generate import Generation
-
-Record = dict[str, Any]
 
 FENCED = re.compile(r"```(?:python3?|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 
 
-def measure_code(subject: Subject, file: CodeFile, items: Sequence[Problem]) -> tuple[Record, list[Generation], int]:
-    """(record, greedy texts, number of tokens written, sampled ones included).
+@dataclass(frozen=True)
+class Problem:
+    """One item of a code task; `columns` fill in the program."""
+
+    prompt: str
+    columns: Row
+
+
+def _problem(file: CodeFile, row: Row, where: str) -> Problem:
+    problem = Problem(filled(file.prompt, row, where), row)
+    program(file, problem, "", where)
+    return problem
+
+
+def program(file: CodeFile, problem: Problem, text: str, where: str = "") -> str:
+    """The program that tests `text`, the code that a model wrote."""
+    return filled(file.program, {**_joined(problem.columns), "text": text}, where, "program")
+
+
+def _joined(value: Any) -> Any:
+    """Lists as text, one element a line, in whatever they lie."""
+    if isinstance(value, dict):
+        return {name: _joined(each) for name, each in value.items()}
+    return "\n".join(map(str, value)) if isinstance(value, list) else value
+
+
+def measure_code(
+    model: ModelUnderTest, file: CodeFile, items: Sequence[Problem], _reference: Generations | None
+) -> Measured:
+    """The programs, run.
 
     `pass_at_1`: share of problems whose one greedy program passes; `pass_at_k`: of the task's `samples`, drawn.
 
     Whether running such code is allowed at all is asked before (`check_allowed`).
     """
-    greedy = written(subject, file, [item.prompt for item in items], None)
+    greedy = written(model, file, [item.prompt for item in items], None)
     codes = [code_of(each.text) for each in greedy]
     outcomes = _run([program(file, item, code) for item, code in zip(items, codes, strict=True)], file.seconds)
     passed = [float(each.passed) for each in outcomes]
@@ -39,7 +66,7 @@ def measure_code(subject: Subject, file: CodeFile, items: Sequence[Problem]) -> 
         for each, code, outcome in zip(greedy, codes, outcomes, strict=True)
     ]
     times, prompts = file.samples or 0, [item.prompt for item in items]
-    drawn = written(subject, file, prompts * times, sampling_of(subject, file)) if times else []
+    drawn = written(model, file, prompts * times, sampling_of(model, file)) if times else []
     record = {
         "kind": "code",
         "items": len(items),
@@ -48,10 +75,10 @@ def measure_code(subject: Subject, file: CodeFile, items: Sequence[Problem]) -> 
         "pass_at_k": pass_at_k(_passed(file, [*items] * times, drawn), times) if times else None,
         "isolation": isolation()[0],
         **shape(greedy, passed),
-        **mistakes(file.kind, found, samples),
-        "samples": samples[: subject.cfg.samples],
+        **mistakes(found, samples, OF_CODE),
+        "samples": samples[: model.cfg.samples],
     }
-    return record, greedy, sum(len(each.ids) for each in [*greedy, *drawn])
+    return Measured(record, greedy, sum(len(each.ids) for each in [*greedy, *drawn]))
 
 
 def _passed(file: CodeFile, items: Sequence[Problem], drawn: Sequence[Generation]) -> list[float]:
@@ -77,3 +104,6 @@ def _samples(items: Sequence[Problem], greedy: Sequence[Generation], outcomes: S
         {"prompt": item.prompt, "text": each.text, "answer": outcome.reason or "passes", "correct": outcome.passed}
         for item, each, outcome in zip(items, greedy, outcomes, strict=True)
     ]
+
+
+WORK = Work(_problem, measure_code)

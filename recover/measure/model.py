@@ -1,4 +1,4 @@
-"""A model under measurement: it writes and it judges, its items dealt out among all processes and gathered in order."""
+"""A model under measurement, in the view it is in: items are dealt out among all processes and gathered in order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from recover.text.likelihood import Continuation, log_likelihoods, option_log_li
 
 
 @dataclass(frozen=True)
-class Subject:
+class ModelUnderTest:
     """A model in the view it is in, and how it is measured. An error on one process is raised on all."""
 
     model: PreTrainedModel
@@ -24,7 +24,7 @@ class Subject:
     cfg: Measure
     seed: int = 0
 
-    def writes(
+    def generate(
         self,
         prompts: Sequence[str],
         *,
@@ -57,17 +57,17 @@ class Subject:
             ),
         )
 
-    def expects(self, rows: Sequence[Continuation], *, title: str) -> list[float]:
+    def score(self, rows: Sequence[Continuation], *, title: str) -> list[float]:
         """Log-likelihood of each row (`log_likelihoods`), the same list on every process."""
         size = self.cfg.batch_size
         return dist.over(rows, lambda mine: log_likelihoods(self.model, mine, batch_size=size, title=title))
 
-    def chooses(self, groups: Sequence[Sequence[Continuation]], *, title: str) -> list[list[float]]:
+    def score_options(self, groups: Sequence[Sequence[Continuation]], *, title: str) -> list[list[float]]:
         """Log-likelihood of each row of each group (`option_log_likelihoods`), the same list on every process."""
         size = self.cfg.batch_size
         return dist.over(groups, lambda mine: option_log_likelihoods(self.model, mine, batch_size=size, title=title))
 
-    def embeds(self, texts: Sequence[str], *, length: int, title: str) -> list[np.ndarray]:
+    def embed(self, texts: Sequence[str], *, length: int, title: str) -> list[np.ndarray]:
         """One unit vector per text (`embeddings`), the same list on every process."""
         size = self.cfg.batch_size
         return dist.over(

@@ -1,0 +1,53 @@
+"""What a kind of task does with a model, as against what its file may say (`recover.config.tasks.TaskKind`).
+
+Each module of a kind has one `WORK`; `work_of` finds it by the kind's name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from recover.config.tasks import KINDS, Row
+from recover.measure.model import ModelUnderTest
+from recover.text.generate import Generation
+
+Record = dict[str, Any]  # of one task: figures by the keys of the kind's `figures`, `kind`, `items`, `samples`
+Generations = dict[str, list[dict[str, Any]]]  # task -> one {"ids", "text"} per item, greedy
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The record of one task; of one that writes also its greedy texts, and the tokens written in all."""
+
+    record: Record
+    texts: Sequence[Generation] | None = None
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """How items of a kind are made and measured. `file` is the kind's file model throughout.
+
+    `make(file, row, where)`: one item; raises DataError, which names `where`. An item of a task that asks with a prompt
+    is a dataclass with a `prompt`.
+    `measure(model, file, items, reference)`: `reference` holds the dense model's greedy texts, or is None.
+    `complete(file, item)`: what follows the prompt in a few-shot example; None: the task file has to say it.
+    `together(items)`: what becomes of the items when all are read.
+    `pooled(records)`: the headline figure of several tasks of this kind, where the kind has one of its own.
+    """
+
+    make: Callable[[Any, Row, str], Any]
+    measure: Callable[[ModelUnderTest, Any, Sequence[Any], Generations | None], Measured]
+    complete: Callable[[Any, Any], str] | None = None
+    together: Callable[[Any, list[Any]], list[Any]] | None = None
+    pooled: Callable[[Sequence[Record]], float] | None = None
+
+
+def work_of(kind: str) -> Work:
+    """The `WORK` of a kind that is registered."""
+    found = importlib.import_module(KINDS[kind].work).WORK
+    assert isinstance(found, Work)
+    return found

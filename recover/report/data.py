@@ -1,0 +1,551 @@
+"""What a report is made from, as types: `collect` reads a run into a `RunData`, and report.json is that very value.
+
+A value that was not measured is None. Classes that are not `total` are records of files of the run as they were
+written, so that a key may be absent in those of an earlier version. `Quantiles` are {mean, p50, p90, p99, max}.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NotRequired, Required
+
+from typing_extensions import TypedDict
+
+from recover.config import tasks
+
+Use = str
+Model = Literal["dense", "pruned", "recovered"]
+Changed = Literal["pruned", "recovered"]
+Space = Literal["embedding", "logit", "probability"]
+
+USES: tuple[Use, ...] = tuple(tasks.USES)
+MODELS: tuple[Model, ...] = ("dense", "pruned", "recovered")
+CHANGED: tuple[Changed, ...] = ("pruned", "recovered")
+SPACES: tuple[Space, ...] = ("embedding", "logit", "probability")
+
+Json = dict[str, Any]  # an object of a file that is shown as it is, or read by name
+Quantiles = dict[str, float | None]
+
+
+# Records of `measure.json`.
+
+
+class SampleRecord(TypedDict, total=False):
+    """One prompt of a task with the text of a model."""
+
+    prompt: str
+    text: str | None
+    expected: str | None
+    answer: str | None
+    correct: bool | None
+
+
+class Task(TypedDict, total=False):
+    """A task as one model did it; the figures of its kind (`measures.METRICS`) stand beside these."""
+
+    kind: Required[str]
+    items: Required[int]
+    chance: float | None
+    interval95: list[float] | None
+    samples: list[SampleRecord]
+    mistakes: dict[str, int]
+    examples: dict[str, SampleRecord]
+    loop_rate: float | None
+    loop_start: Quantiles | None
+    first_divergence: Quantiles | None
+    agreement: float | None
+
+
+class Measure(TypedDict, total=False):
+    tasks: Required[dict[str, Task]]
+    headline: dict[str, float | None]
+
+
+Records = dict[Model, Measure | None]
+
+
+# What was measured.
+
+
+class UseFigure(TypedDict):
+    """Mean over the tasks of a use, each weighing the same."""
+
+    value: float
+    interval: list[float] | None
+    chance: float | None
+    tasks: list[str]
+    items: int
+
+
+class Headline(TypedDict):
+    generation: UseFigure | None
+    choice: UseFigure | None
+    retrieval: UseFigure | None
+    perplexity: float | None
+
+
+class Cell(TypedDict):
+    value: float
+    interval: list[float] | None
+
+
+class MeasureRow(TypedDict):
+    """One metric of one task, for all models; `kept` is the share of dense."""
+
+    task: str
+    kind: str
+    items: int | None
+    key: str
+    label: str
+    form: str
+    better: str
+    main: bool
+    against_dense: bool
+    dense: Cell | None
+    pruned: Cell | None
+    recovered: Cell | None
+    kept: dict[str, float | None]
+
+
+class Answer(TypedDict):
+    """Whether a model is fit for a use; `graded_share` is what the grade is read off: above chance if that is known."""
+
+    grade: str
+    reason: str
+    value: float | None
+    dense: float | None
+    kept: float | None
+    graded_share: float | None
+    chance: float | None
+    interval: list[float] | None
+    certain: bool
+
+
+class Verdict(TypedDict):
+    pruned: dict[Use, Answer]
+    recovered: dict[Use, Answer]
+    thresholds: dict[str, float]
+
+
+class Text(TypedDict):
+    """A text of a sample; where it leaves that of dense: the word, and the text before and after."""
+
+    text: str
+    answer: str | None
+    correct: bool | None
+    differs_at_word: NotRequired[int | None]
+    before: NotRequired[str]
+    word: NotRequired[str]
+    after: NotRequired[str]
+
+
+class Sample(TypedDict, total=False):
+    task: Required[str]
+    kind: Required[str]
+    prompt: Required[str]
+    expected: str | None
+    dense: Text | None
+    pruned: Text | None
+    recovered: Text | None
+
+
+class Mistakes(TypedDict):
+    task: str
+    model: Model
+    items: int
+    right: int
+    mistakes: dict[str, int]
+    loop_rate: float | None
+    loop_start: Quantiles | None
+
+
+class Example(TypedDict):
+    task: str
+    model: Model
+    mistake: str
+    prompt: str
+    text: str
+    expected: str | None
+    answer: str | None
+
+
+class Parted(TypedDict):
+    first: Quantiles | None
+    agreement: float | None
+
+
+class DivergenceRow(TypedDict):
+    task: str
+    pruned: Parted | None
+    recovered: Parted | None
+
+
+# Drift.
+
+
+class TemperatureDrift(TypedDict, total=False):
+    temperature: Required[float]
+    embedding: Quantiles
+    logit: Quantiles
+    probability: Quantiles
+    kl: Quantiles
+
+
+class BlockDrift(TypedDict):
+    block: int
+    closed: bool
+    embedding: Quantiles | None
+    logit: Quantiles | None
+    probability: Quantiles | None
+    kl: Quantiles | None
+
+
+class SublayerDrift(TypedDict):
+    block: int
+    part: str
+    counterfactual: str
+    embedding: Quantiles | None
+    logit: Quantiles | None
+    probability: Quantiles | None
+    kl: Quantiles | None
+    parallel: Quantiles | None
+    orthogonal: Quantiles | None
+
+
+class Forced(TypedDict):
+    kl: Quantiles | None
+    kl_predicted: Quantiles | None
+    embedding: Quantiles | None
+    logit: Quantiles | None
+    probability: Quantiles | None
+
+
+class Free(TypedDict):
+    """`kl`: each view on its own words (`total` of the probe); `both`: both read the words of this model."""
+
+    kl: Quantiles | None
+    both: Quantiles | None
+    diverged: float | None
+
+
+class StepDrift(TypedDict):
+    step: int
+    teacher_forced: Forced
+    free_running: Free
+    prompts: int | None
+
+
+class Divergence(TypedDict, total=False):
+    prompts: int
+    first: Quantiles | None
+    never: float | None
+    each: list[int | None]
+
+
+class SampledDrift(TypedDict):
+    seed: int
+    teacher_forced: Quantiles | None
+    free_running: Quantiles | None
+    first: Quantiles | None
+    never: float | None
+    diverged: list[tuple[int, float]]
+
+
+class Likelihood(TypedDict, total=False):
+    margin: dict[str, Quantiles]
+    accuracy: dict[str, float | None]
+    same_choice: float | None
+    rank_changed: float | None
+
+
+class ChoiceDrift(TypedDict, total=False):
+    task: Required[str]
+    items: int
+    subspace: int
+    drift: dict[str, Quantiles]
+    vocabulary: dict[str, Quantiles]
+    mass: dict[str, Quantiles]
+    likelihood: Likelihood
+
+
+class RetrievalDrift(TypedDict, total=False):
+    pooling: Required[str]
+    task: str | None
+    queries: int
+    embedding: Quantiles
+    rank_correlation: Quantiles
+    ndcg: Quantiles
+    top1: float
+    relevance: dict[str, Quantiles] | None
+
+
+class Drift(TypedDict):
+    """The summary of one probe; of the two lenses, the one with the final norm."""
+
+    prompts: int | None
+    identity: dict[str, float] | None
+    final: dict[str, Quantiles]
+    temperatures: list[TemperatureDrift]
+    blocks: list[BlockDrift]
+    steps: list[StepDrift]
+    divergence: Divergence | None
+    sublayers: list[SublayerDrift]
+    sampled: list[SampledDrift]
+    choices: list[ChoiceDrift]
+    retrieval: list[RetrievalDrift]
+
+
+# What was pruned, trained and deployed.
+
+
+class Score(TypedDict, total=False):
+    """One candidate of a search for what to drop."""
+
+    round: Required[int]
+    blocks: Required[list[int]]
+    parts: list[str]
+    score: Required[float | None]
+    by: str
+    chosen: bool
+    beside: list[str]
+
+
+class RepairedCut(TypedDict, total=False):
+    site: Required[str]
+    dropped: Required[list[str]]
+    kept: Required[bool]
+    error_before: float | None
+    error_after: float | None
+    kl_before: float | None
+    kl_after: float | None
+
+
+class Repair(TypedDict, total=False):
+    kind: Required[str]
+    kept: Required[bool]
+    kl_before: Required[float | None]
+    kl_after: Required[float | None]
+    tokens_fitted: int
+    tokens_held_out: int
+    cuts: list[RepairedCut]
+
+
+class ModuleZeros(TypedDict):
+    module: str
+    sparsity: float
+
+
+class Plan(TypedDict, total=False):
+    """prune/plan.json, its masks summed up as `modules`, `sparsity` over all of them, and their `patterns`."""
+
+    kind: Required[str]
+    blocks: Required[int]
+    dropped: Required[list[int]]
+    dropped_attention: list[int]
+    dropped_mlp: list[int]
+    scores: Required[list[Score]]
+    config: dict[str, int]
+    repair: Repair
+    parameters_dense: Required[int]
+    parameters_pruned: Required[int]
+    modules: Required[list[ModuleZeros]]
+    sparsity: Required[float | None]
+    patterns: Required[list[str]]
+
+
+class Epoch(TypedDict):
+    """`best` is the one that is kept; tokens and seconds are counted from the start of the training."""
+
+    step: int | None
+    tokens: int | None
+    seconds: float | None
+    score: float | None
+    epoch: int
+    train: dict[str, float | None]
+    headline: dict[str, float | None]
+    loop_rate: float | None
+    items: dict[str, int | None]
+    drift: dict[str, Quantiles]
+    best: bool
+
+
+class Finding(TypedDict):
+    """A step that was not finite."""
+
+    step: int
+    found: str
+    sequences: list[int]
+    tensors: list[str]
+
+
+class Training(TypedDict, total=False):
+    skipped: int
+    rollbacks: int
+    finished: bool
+    findings: list[Finding]
+
+
+class Band(TypedDict):
+    mean: list[float | None]
+    low: list[float | None]
+    high: list[float | None]
+
+
+class Points(TypedDict, total=False):
+    """Columns of the points of a training curve; the loss, its terms and `grad_norm` are bands."""
+
+    step: Required[list[int]]
+    tokens: Required[list[int]]
+    seconds: Required[list[float]]
+    lr: Required[list[float | None]]
+    skipped: Required[list[int]]
+    loss: Required[Band]
+    grad_norm: Required[Band]
+    kl: Band
+    variance: Band
+    reverse_kl: Band
+    ce: Band
+
+
+class Curve(TypedDict):
+    first_step: int
+    last_step: int
+    skipped: int
+    steps_a_point: int
+    points: Points
+    ends: dict[str, list[float | None]]
+    ends_steps: int
+    tokens_per_second: float | None
+    peak_memory_bytes: float | None
+
+
+class Tokens(TypedDict):
+    """Tokens behind the checkpoint that is kept, and over the whole training."""
+
+    kept: int | None
+    all: int | None
+    epoch: int
+    epochs: int
+
+
+class Ratio(TypedDict):
+    value: float | None
+    interval: list[float]
+
+
+class Side(TypedDict, total=False):
+    parameters: int
+    file_bytes: int
+    kv_bytes_per_token: int
+    peak_memory_bytes: int | None
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    dtype: str
+    interval: dict[str, list[float]]
+
+
+class Speed(TypedDict):
+    dense: Side
+    deployed: Side
+    ratio: dict[str, Ratio]
+    repeats: int
+    workload: dict[str, int]
+    same_shapes: NotRequired[bool]
+    machine: NotRequired[Json]
+
+
+class StageTime(TypedDict):
+    stage: str
+    seconds: float
+    calls: int
+    parts: dict[str, float]
+
+
+# Pages.
+
+
+class PageData(TypedDict):
+    """What figures, tables and findings are made from: of a run, or of two models held against each other."""
+
+    name: str
+    title: str
+    recipe: Json
+    plan: Plan | None
+    headline: dict[str, Headline | None]
+    drift: dict[str, Drift | None]
+    epochs: list[Epoch]
+    training: Training | None
+    curve: Curve | None
+    speed: Speed | None
+    mistakes: list[Mistakes]
+    divergence: list[DivergenceRow]
+    times: list[StageTime]
+
+
+class Gap(TypedDict):
+    """A file that is not there, and what is not known without it."""
+
+    file: str
+    means: str
+
+
+class Provenance(TypedDict):
+    env: Json | None
+    deployed: Json | None
+
+
+class RunData(PageData):
+    """All that a run has measured so far."""
+
+    schema: int
+    summary: str
+    missing: list[Gap]
+    provenance: Provenance
+    estimate: Json | None
+    measures: list[MeasureRow]
+    tokens: Tokens | None
+    verify: Json | None
+    samples: list[Sample]
+    examples: list[Example]
+    verdict: Verdict
+    limits: list[str]
+
+
+class ComparedRun(TypedDict):
+    """One run of a comparison; `kept`, `grades` and `interval` by model and use, `kl` as (tokens, mean per token)."""
+
+    name: str
+    model: str
+    summary: str
+    missing: list[str]
+    pruned: str
+    parameters: float | None
+    decoding: float | None
+    speed: Speed | None
+    measure: str
+    timed_on: str | None
+    tokens: int | None
+    epochs: list[tuple[int | None, float | None]]
+    kl: list[tuple[float, float]]
+    dense: dict[Use, float | None]
+    interval: dict[Changed, dict[Use, list[float] | None]]
+    kept: dict[Changed, dict[Use, float | None]]
+    grades: dict[Changed, dict[Use, str]]
+    perplexity: dict[str, float | None]
+
+
+class Comparison(TypedDict):
+    """Runs side by side; `apart` says what must not be compared, and why."""
+
+    runs: list[ComparedRun]
+    best: str | None
+    same_dense: bool
+    comparable: bool
+    apart: list[str]
+
+
+class DiagnosisData(PageData):
+    """`dense` and `other` are the names of the two models."""
+
+    dense: str
+    other: str
+    facts: list[tuple[str, str]]

@@ -1,0 +1,130 @@
+"""What a page shows: its sections in order, and in each the figures and tables, one row of a list for each.
+
+A new figure is a function in `figures/` and a row here; the templates show what they find.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from recover.report import mistakes, tables
+from recover.report.figures import curve, drift, outcome, plan, sublayers, text, use
+from recover.report.figures.figure import Figure
+from recover.report.tables import Table
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading of the page and the sentence below it. What else it holds is in `templates/sections/<key>.html.j2`.
+
+    `name` is what the list of sections calls it. A section that is not `always` there needs figures or tables.
+    """
+
+    key: str
+    name: str
+    heading: str
+    intro: str = ""
+    always: bool = True
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """A figure or a table: where it stands, its key (that of its anchor), and the function that makes it of a run.
+
+    `make` returns None where the run has nothing to show; a figure without a drawing says why. `numbers`: Markdown,
+    which has no pictures, shows the numbers of the figure.
+    """
+
+    section: str
+    key: str
+    make: Callable[[Any], Figure | Table | None]
+    numbers: bool = False
+
+
+TEXT = "A model reads its own words when it writes: one changed word is enough for the two texts to part."
+USES = "These uses read little of the output or none of it, so they can hold where writing fails."
+
+RUN = (
+    Section(
+        "measures",
+        "What was measured",
+        "What was measured",
+        "All three models had the same items, prompts and decoding. Brackets are 95% intervals. “Kept” is the share of "
+        "the dense figure.",
+    ),
+    Section(
+        "samples",
+        "What the models write",
+        "What the models write",
+        "The same prompts, greedy decoding. The underlined word is the first that the dense model did not write there.",
+    ),
+    Section("recovery", "How generation came back", "How generation came back"),
+    Section(
+        "damage",
+        "Where the damage sits",
+        "Where the damage sits",
+        "Drift is the distance from the dense model, in three spaces: hidden state, logits, probabilities. A drift "
+        "that is small in one space can be large in the next.",
+    ),
+    Section("text", "What it does to a text", "What the damage does to a text", TEXT),
+    Section("uses", "Choosing and ranking", "Choosing and ranking", USES, always=False),
+    Section("pruned", "What was pruned", "What was pruned"),
+    Section("deploy", "What you deploy", "What you deploy"),
+    Section("limits", "What it does not tell", "What this report does not tell"),
+    Section("origin", "How it was made", "How it was made"),
+)
+DIAGNOSIS = (
+    Section(
+        "damage",
+        "Where the difference sits",
+        "Where the difference sits",
+        "Drift is the distance between the two models, in three spaces: hidden state, logits, probabilities. A drift "
+        "that is small in one space can be large in the next.",
+        always=False,
+    ),
+    Section("text", "What it does to a text", "What it does to a text", TEXT, always=False),
+    Section("uses", "Choosing and ranking", "Choosing and ranking", USES, always=False),
+)
+
+EXHIBITS: list[Exhibit] = [
+    Exhibit("top", "hero", outcome.hero),
+    Exhibit("measures", "mistakes", mistakes.table),
+    Exhibit("recovery", "skipped", tables.skipped),
+    Exhibit("recovery", "epochs", outcome.epochs, numbers=True),
+    Exhibit("recovery", "training", curve.training),
+    Exhibit("damage", "last-layer", tables.last_layer),
+    Exhibit("damage", "blocks", drift.blocks, numbers=True),
+    Exhibit("damage", "sublayers", sublayers.worth, numbers=True),
+    Exhibit("damage", "writes", sublayers.writes),
+    Exhibit("text", "steps", drift.steps),
+    Exhibit("text", "divergence", outcome.divergence),
+    Exhibit("text", "divergence", tables.divergence),
+    Exhibit("text", "sampled", text.sampled, numbers=True),
+    Exhibit("text", "temperatures", text.temperatures, numbers=True),
+    Exhibit("text", "predictors", drift.predictors),
+    Exhibit("uses", "choices", use.choices, numbers=True),
+    Exhibit("uses", "choices-table", tables.choices),
+    Exhibit("uses", "retrieval", tables.retrieval),
+    Exhibit("pruned", "plan", plan.pruned, numbers=True),
+    Exhibit("pruned", "repair", tables.repair),
+    Exhibit("origin", "times", tables.times),
+]
+
+
+def made(data: Any, sections: Iterable[str] | None = None) -> dict[Exhibit, Figure | Table]:
+    """What there is to show of `data`, in the order of the page; of the named sections alone, if any are named."""
+    wanted = None if sections is None else set(sections)
+    rows = [each for each in EXHIBITS if wanted is None or each.section in wanted]
+    return {each: found for each in rows if (found := each.make(data)) is not None}
+
+
+def figures(data: Any) -> dict[str, Figure]:
+    """Key -> figure, measured or not."""
+    return {each.key: found for each, found in made(data).items() if isinstance(found, Figure)}
+
+
+def shown_tables(data: Any) -> dict[str, Table]:
+    """Key -> table."""
+    return {each.key: found for each, found in made(data).items() if isinstance(found, Table)}
