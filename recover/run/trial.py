@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from recover.base import console, dist
 from recover.base.artifacts import read_json, write_json
 from recover.base.signals import graceful_stop
-from recover.config.recipe import Data, Loss, Recipe, Recover
+from recover.config.recipe import Data, Loss, PrunedText, Recipe, Recover
 from recover.forecast import advice, runs
 from recover.forecast.known import known_runs
 from recover.run.context import Bench
@@ -106,9 +106,16 @@ def _first_text(leaf: Recover, part: float) -> tuple[Data, ...]:
 
     begun = taken(leaf.shares, leaf.starts, part)
     return tuple(
-        source.model_copy(update={"share": share, **({"start": start / part} if start else {})})
+        source.model_copy(update={"share": share, **_begun(source, start, part)})
         for source, share, start in zip(leaf.data, begun, leaf.starts, strict=True)
     )
+
+
+def _begun(source: Data, start: float, part: float) -> dict[str, Any]:
+    """What differs in the first `part`: when the pruned model's text begins, and how long it has grown by the end."""
+    if not isinstance(source, PrunedText):
+        return {}
+    return {"start": start / part, "max_new_tokens": source.longest_at(part)}
 
 
 def _marks_and_reason(bench: Bench, leaf: Recover) -> tuple[dict[str, Any], str | None]:
