@@ -69,7 +69,8 @@ def build_dataset(
         elif isinstance(source, DenseText):
             samples += DenseWriter(source, leaf, twin, tokenizer, seed + number, folder).write(budget, whole)
         else:
-            samples += _places(source, leaf, twin, tokenizer, seed + number, folder, budget)
+            fully: Any = (planned or leaf).data[number]  # its longest text is that of the whole recovery's end
+            samples += _places(fully, leaf, twin, tokenizer, seed + number, folder, budget)
         writers += [number if isinstance(source, PrunedText) else -1] * (len(samples) - len(writers))
     needed = leaf.batch_size * leaf.epochs
     if len(samples) < needed:
@@ -104,7 +105,7 @@ def _places(
     """
     if not budget:
         return []  # a trial that ends before its start
-    fields = source.model_dump(exclude={"kind", "start", "every"})
+    fields = source.model_dump(include={*DenseText.model_fields} - {"kind"})
     written = DenseWriter(DenseText(kind="dense", **fields), leaf, twin, tokenizer, seed, folder).first_batch()
     samples: list[Sample] = []
     tokens = 0
