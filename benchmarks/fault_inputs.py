@@ -88,10 +88,10 @@ def stale_caches(bench: Any, hand: Hand) -> Iterator[Trial]:
     for trial in hand.numbers:
         twin = Twin(tiny(seed=trial % 2), Plan("depth", 6, (2, 4)))
         chosen, seed = options[trial // 2 % len(options)], trial % 3
-        leaf = test_data.leaf(test_data.prompts(folder, **chosen))
-        cached = test_data.build(leaf, twin, folder, seed=seed).to_dict()
+        cfg = test_data.cfg(test_data.prompts(folder, **chosen))
+        cached = test_data.build(cfg, twin, folder, seed=seed).to_dict()
         shutil.rmtree(bench.root / "fresh", ignore_errors=True)
-        fresh = test_data.build(leaf, twin, bench.root / "fresh", seed=seed).to_dict()
+        fresh = test_data.build(cfg, twin, bench.root / "fresh", seed=seed).to_dict()
         yield None if cached == fresh else f"{chosen}, seed {seed}: text of something else was taken"
 
 

@@ -113,8 +113,8 @@ def main() -> None:
 
 
 def _loaded(arguments: argparse.Namespace, count: int, batch: int) -> tuple[Any, list[list[int]], Writing]:
-    leaf = recipe.Model(source=arguments.model, dtype=arguments.dtype)
-    model, tokenizer = ready(load_model(leaf)), load_tokenizer(leaf)
+    cfg = recipe.Model(source=arguments.model, dtype=arguments.dtype)
+    model, tokenizer = ready(load_model(cfg)), load_tokenizer(cfg)
     prompts_ids = [encode_prompt(tokenizer, prompt) for prompt in _prompts(arguments.model, count)]
     return model, prompts_ids, writing(model, tokenizer, max_new_tokens=arguments.tokens, batch_size=batch)
 

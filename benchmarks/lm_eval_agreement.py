@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=200, help="items of each task (default: %(default)s)")
     limit = parser.parse_args().limit
     quiet_libraries()
-    leaf = recipe.Measure(
+    cfg = recipe.Measure(
         tasks=("embedded:facts", "embedded:stories"), limit=limit, batch_size=64, max_new_tokens=96, sampling=None
     )
     source = recipe.Model(source="embedded:fable-2m")
@@ -45,15 +45,15 @@ def main() -> None:
         write_tasks(Path(folder))
         twin = Twin(model, Plan("depth", model.config.num_hidden_layers, DROPPED))
         with twin.dense():
-            rows += compare("dense", model, tokenizer, leaf, Path(folder))
-        rows += compare(f"without block {DROPPED[0]}", model, tokenizer, leaf, Path(folder))
+            rows += compare("dense", model, tokenizer, cfg, Path(folder))
+        rows += compare(f"without block {DROPPED[0]}", model, tokenizer, cfg, Path(folder))
     console.table("the same items", ["model", "task", "items", "recover", "lm-eval", "difference"], rows)
 
 
-def compare(name: str, model: Any, tokenizer: Any, leaf: recipe.Measure, folder: Path) -> list[list[Any]]:
+def compare(name: str, model: Any, tokenizer: Any, cfg: recipe.Measure, folder: Path) -> list[list[Any]]:
     """One row a task."""
-    ours = measure(model, tokenizer, [load_task(task) for task in leaf.tasks], leaf)[0]["tasks"]
-    theirs = harness(model, tokenizer, ("our_facts", "our_stories"), leaf, include=folder)["results"]
+    ours = measure(model, tokenizer, [load_task(task) for task in cfg.tasks], cfg)[0]["tasks"]
+    theirs = harness(model, tokenizer, ("our_facts", "our_stories"), cfg, include=folder)["results"]
     pairs = (
         ("facts", ours["facts"]["items"], ours["facts"]["accuracy"], theirs["our_facts"]["acc,none"]),
         (

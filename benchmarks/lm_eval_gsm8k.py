@@ -20,7 +20,7 @@ import yaml
 
 from recover.base import console
 from recover.base.quiet import quiet_libraries
-from recover.commands.measuring import model_leaf
+from recover.commands.measuring import model_cfg
 from recover.config import recipe
 from recover.maths.score import extract, is_right
 from recover.measure.task_file import load_task
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     given = parser.parse_args()
     quiet_libraries()
-    leaf = recipe.Measure(
+    cfg = recipe.Measure(
         tasks=("gsm8k",),
         limit=given.limit,
         batch_size=given.batch_size,
@@ -49,11 +49,11 @@ def main() -> None:
         sampling=None,
         samples=given.limit,
     )
-    chosen = model_leaf(given.model, "float32")
+    chosen = model_cfg(given.model, "float32")
     model, tokenizer = ready(load_model(chosen)), load_tokenizer(chosen)
     with tempfile.TemporaryDirectory() as folder:
-        prompts, texts, mine = ours(model, tokenizer, leaf, Path(folder), given.test, given.train)
-        their_prompts, their_texts, theirs = harness(model, tokenizer, leaf, Path(folder), given.test, given.train)
+        prompts, texts, mine = ours(model, tokenizer, cfg, Path(folder), given.test, given.train)
+        their_prompts, their_texts, theirs = harness(model, tokenizer, cfg, Path(folder), given.test, given.train)
     count = len(prompts)
     rows = [["prompt", count, "", "", same(prompts, their_prompts)], ["text", count, "", "", same(texts, their_texts)]]
     for name in mine:
@@ -68,7 +68,7 @@ def same(a: list[Any], b: list[Any]) -> int:
 
 
 def ours(
-    model: Any, tokenizer: Any, leaf: recipe.Measure, folder: Path, test: Path, train: Path
+    model: Any, tokenizer: Any, cfg: recipe.Measure, folder: Path, test: Path, train: Path
 ) -> tuple[list[str], list[str], Verdicts]:
     """(prompts, texts, verdicts) of the task in docs/recipe.md."""
     blocks = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
@@ -77,7 +77,7 @@ def ours(
     path = folder / "ours.yaml"
     path.write_text(yaml.safe_dump(tree))
     task = load_task(str(path))
-    record, written = measure(model, tokenizer, [task], leaf)
+    record, written = measure(model, tokenizer, [task], cfg)
     samples, texts = record["tasks"]["gsm8k"]["samples"], [each["text"] for each in written["gsm8k"]]
     file: Any = task.file
     reading = file.also["flexible"]
@@ -89,12 +89,12 @@ def ours(
         )
         for item, text in zip(task.items, texts, strict=False)
     ]
-    prompts = [item.prompt for item in task.items[: leaf.limit]]
+    prompts = [item.prompt for item in task.items[: cfg.limit]]
     return prompts, texts, {"strict": [each["correct"] for each in samples], "flexible": flexible}
 
 
 def harness(
-    model: Any, tokenizer: Any, leaf: recipe.Measure, folder: Path, test: Path, train: Path
+    model: Any, tokenizer: Any, cfg: recipe.Measure, folder: Path, test: Path, train: Path
 ) -> tuple[list[str], list[str], Verdicts]:
     """(prompts, texts, verdicts) of the harness's own task on these files."""
     import lm_eval  # pyright: ignore[reportMissingImports]
@@ -106,14 +106,14 @@ def harness(
     own |= {"task": "same_gsm8k", "dataset_path": "json", "dataset_kwargs": {"data_files": files}}
     own |= {"fewshot_config": {"sampler": "first_n"}}
     own = {key: value for key, value in own.items() if key not in ("dataset_name", "tag")}
-    own["generation_kwargs"]["max_gen_toks"] = leaf.max_new_tokens
+    own["generation_kwargs"]["max_gen_toks"] = cfg.max_new_tokens
     (folder / "same_gsm8k.yaml").write_text(yaml.safe_dump(own))
     evaluate: Callable[..., Any] = lm_eval.simple_evaluate
     wrapper: Callable[..., Any] = HFLM
     found = evaluate(
-        model=wrapper(pretrained=model, tokenizer=tokenizer, batch_size=leaf.batch_size),
+        model=wrapper(pretrained=model, tokenizer=tokenizer, batch_size=cfg.batch_size),
         tasks=["same_gsm8k"],
-        limit=leaf.limit,
+        limit=cfg.limit,
         task_manager=TaskManager(include_path=str(folder)),
         bootstrap_iters=0,
         log_samples=True,

@@ -109,10 +109,10 @@ def start(name: str, options: argparse.Namespace) -> subprocess.Popen:
 
 
 def _calibration(recipe: Path) -> str:
-    leaf = getattr(load_recipe(recipe).prune, "calibration", None)
-    if leaf is None:
+    cfg = getattr(load_recipe(recipe).prune, "calibration", None)
+    if cfg is None:
         sys.exit(f"{recipe}: its prune.calibration is what every method is scored on, and it has none")
-    return leaf.model_dump_json()
+    return cfg.model_dump_json()
 
 
 def text_is_written(run: Path) -> bool:
@@ -158,13 +158,13 @@ def time_all(recipe: Path, out: Path, rows: dict[str, dict[str, Any]]) -> None:
     from recover.measure.speed import compare_speed
     from recover.models.load import load_model
 
-    leaf = load_recipe(recipe).model
-    dense = load_model(leaf)
+    cfg = load_recipe(recipe).model
+    dense = load_model(cfg)
     for name, row in rows.items():
         deploy = out / name / "deploy"
         if row["parameters"] == 1 or not deploy.exists():
             continue
-        pruned = load_model(leaf.model_copy(update={"source": str(deploy), "revision": None}))
+        pruned = load_model(cfg.model_copy(update={"source": str(deploy), "revision": None}))
         row["speed"] = compare_speed(dense, pruned, dist.device())
 
 

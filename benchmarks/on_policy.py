@@ -39,8 +39,8 @@ from recover.models.plan import Plan, load_plan, save_plan
 from recover.models.source import locate
 from recover.models.twin import Twin
 from recover.prune.calibrate import calibration_batches
-from recover.prune.methods import PRUNERS
-from recover.train.trainer import recover
+from recover.prune.registry import PRUNERS
+from recover.train.train import train
 
 EQUAL_TIME = "equal time: "
 COLUMNS = ("generation", "choice", "perplexity", "agreement")
@@ -115,9 +115,9 @@ class Task(NamedTuple):
 PLAN = Task("plan")
 
 
-def tasks_for(leaf: Recover, options: argparse.Namespace) -> list[Task]:
+def tasks_for(cfg: Recover, options: argparse.Namespace) -> list[Task]:
     """Seed by seed; workers that would wait for rows to take as long as begin with the next seed."""
-    names = list(_rows(leaf, options.arms, options.temperature))
+    names = list(_rows(cfg, options.arms, options.temperature))
     return [PLAN, *(Task(name, seed) for seed in options.seeds for name in names)]
 
 
@@ -127,33 +127,33 @@ def _finish(rows: list[Row], out: Path) -> None:
     print(table)
 
 
-def _rows(leaf: Recover, arms: list[str], temperature: float) -> dict[str, Recover]:
-    """Name and leaf of the rows of one seed; those of equal time have their tokens still to be set."""
-    off = {"off-policy": leaf}
+def _rows(cfg: Recover, arms: list[str], temperature: float) -> dict[str, Recover]:
+    """Name and config of the rows of one seed; those of equal time have their tokens still to be set."""
+    off = {"off-policy": cfg}
     drawn = [
         source.model_copy(update={"temperature": temperature}) if isinstance(source, DenseText) else source
-        for source in leaf.data
+        for source in cfg.data
     ]
-    if drawn != list(leaf.data):
-        off["off-policy, drawn"] = leaf.model_copy(update={"data": tuple(drawn)})
-    on = {f"on-policy {arm}": on_policy(leaf, arm, temperature) for arm in arms}
+    if drawn != list(cfg.data):
+        off["off-policy, drawn"] = cfg.model_copy(update={"data": tuple(drawn)})
+    on = {f"on-policy {arm}": on_policy(cfg, arm, temperature) for arm in arms}
     equal = {f"{EQUAL_TIME}{text} as long as {arm}": dense for arm in on for text, dense in off.items()}
     return off | on | equal
 
 
-def on_policy(leaf: Recover, arm: str, temperature: float) -> Recover:
-    """The leaf with a share of every `dense` source turned into text of the pruned model."""
+def on_policy(cfg: Recover, arm: str, temperature: float) -> Recover:
+    """The config with a share of every `dense` source turned into text of the pruned model."""
     share, *rest = map(float, arm.split(","))
     further = dict(zip(("every", "start"), rest, strict=False))
     data: list[dict[str, Any]] = []
-    for source in leaf.data:
+    for source in cfg.data:
         fields = source.model_dump()
         if not isinstance(source, DenseText):
             data.append(fields)
             continue
         own = {**fields, **further, "kind": "pruned", "share": source.share * share, "temperature": temperature}
         data += [own] if share == 1 else [{**fields, "share": source.share * (1 - share)}, own]
-    return Recover.model_validate({**leaf.model_dump(), "data": data})
+    return Recover.model_validate({**cfg.model_dump(), "data": data})
 
 
 class Trial:
@@ -173,30 +173,30 @@ class Trial:
         if task == PLAN:
             self._plan()
             return [{"row": "dense", **self.dense_figures}, {"row": "pruned", **self.measured(self.twin())}]
-        leaf = _rows(self.recipe.recover, self.options.arms, self.options.temperature)[task.row]
+        cfg = _rows(self.recipe.recover, self.options.arms, self.options.temperature)[task.row]
         if task.as_long_as is not None:
             rows = json.loads((self.out / "on_policy.json").read_text())
             took = {row["row"]: row["seconds"] for row in rows if row.get("seed") == task.seed}
             text, arm = task.as_long_as
-            leaf = leaf.model_copy(update={"tokens": round(leaf.tokens * took[arm] / took[text])})
-        return [{"row": task.row, "seed": task.seed, **self.recovered(leaf, task)}]
+            cfg = cfg.model_copy(update={"tokens": round(cfg.tokens * took[arm] / took[text])})
+        return [{"row": task.row, "seed": task.seed, **self.recovered(cfg, task)}]
 
     def _dense(self) -> Twin:
         return Twin(copy.deepcopy(self.model), Plan.none(self.model.config.num_hidden_layers))
 
     def _plan(self) -> None:
-        leaf, folder = self.recipe.prune, self.out / "prune"
+        cfg, folder = self.recipe.prune, self.out / "prune"
         if not (folder / "plan.json").exists():
-            calibration = getattr(leaf, "calibration", None)
+            calibration = getattr(cfg, "calibration", None)
             batches = calibration_batches(calibration, self.tokenizer, self.recipe.seed) if calibration else []
-            plan, masks, weights = PRUNERS[leaf.kind](self._dense(), leaf, batches)
+            plan, masks, weights = PRUNERS[cfg.kind](self._dense(), cfg, batches)
             save_plan(plan, masks, folder, weights)
 
     def twin(self) -> Twin:
         """The pruned model without adapters, as every row begins."""
         return Twin(copy.deepcopy(self.model), *load_plan(self.out / "prune"))
 
-    def recovered(self, leaf: Recover, task: Task) -> dict[str, Any]:
+    def recovered(self, cfg: Recover, task: Task) -> dict[str, Any]:
         """Figures after one recovery: its quality, teacher tokens and time."""
         twin, folder, context = self.twin(), self.out / "training" / f"{task.row}, seed {task.seed}", {}
         shutil.rmtree(folder, ignore_errors=True)
@@ -207,7 +207,7 @@ class Trial:
             context.update(found)
 
         started = clock()
-        recover(twin, self.tokenizer, leaf, folder, after_epoch, task.seed)
+        train(twin, self.tokenizer, cfg, folder, after_epoch, task.seed)
         written = [json.loads(path.read_text()) for path in folder.glob("pruned_text/*.json")]
         return {
             **self.measured(twin),

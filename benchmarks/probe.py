@@ -62,13 +62,13 @@ def model(shape: str, device: str, noise: float) -> Any:
     return found.eval()
 
 
-def measure(pair: Pair, ids: list[list[int]], leaf: recipe.Probe, device: str) -> dict[str, Any]:
+def measure(pair: Pair, ids: list[list[int]], cfg: recipe.Probe, device: str) -> dict[str, Any]:
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
     began = time.perf_counter()
-    records = records_of(pair, texts(pair, ids, leaf))
+    records = records_of(pair, texts(pair, ids, cfg))
     seconds = time.perf_counter() - began
     final = next(record for record in records if record.probe == "final")
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None

@@ -117,15 +117,15 @@ def recipe_for(options: argparse.Namespace, variant: Variant, seed: int) -> Reci
     return recipe.model_copy(update={"recover": at_most(recipe.recover, options.texts_at_once)})
 
 
-def at_most(leaf: Recover, texts: int) -> Recover:
-    """The leaf with so many texts at most written at once: several workers may write at the same time."""
+def at_most(cfg: Recover, texts: int) -> Recover:
+    """The config with so many texts at most written at once: several workers may write at the same time."""
     data = [
         source.model_copy(update={"batch_size": min(source.batch_size, texts)})
         if isinstance(source, DenseText | PrunedText)
         else source
-        for source in leaf.data
+        for source in cfg.data
     ]
-    return leaf.model_copy(update={"data": tuple(data)})
+    return cfg.model_copy(update={"data": tuple(data)})
 
 
 def text_id(folder: Path) -> str:
@@ -172,13 +172,13 @@ class Workbench:
     def plan(self, _task: Task) -> list[Row]:
         from recover.models.plan import save_plan
         from recover.prune.calibrate import calibration_batches
-        from recover.prune.methods import PRUNERS
+        from recover.prune.registry import PRUNERS
 
-        leaf, folder = self.recipe.prune, self.options.out / "prune"
+        cfg, folder = self.recipe.prune, self.options.out / "prune"
         if not (folder / "plan.json").exists():
-            calibration = getattr(leaf, "calibration", None)
+            calibration = getattr(cfg, "calibration", None)
             batches = calibration_batches(calibration, self.tokenizer, self.recipe.seed) if calibration else []
-            plan, masks, weights = PRUNERS[leaf.kind](self.twin(planned=False), leaf, batches)
+            plan, masks, weights = PRUNERS[cfg.kind](self.twin(planned=False), cfg, batches)
             save_plan(plan, masks, folder, weights)
         return []
 
@@ -203,7 +203,7 @@ class Workbench:
         return [{"variant": "dense", **common, **dense}, {"variant": "pruned", **common, **self.figures(twin)}]
 
     def train(self, task: Task) -> list[Row]:
-        from recover.train.trainer import recover
+        from recover.train.train import train
 
         recipe = recipe_for(self.options, VARIANTS[task.variant], task.seed)
         twin, found = self.twin(), {}
@@ -217,7 +217,7 @@ class Workbench:
         folder.mkdir(parents=True)
         texts = self.texts_of(task.seed)
         (folder / "data").symlink_to(texts.resolve())
-        recover(twin, self.tokenizer, recipe.recover, folder, after_epoch, recipe.seed)
+        train(twin, self.tokenizer, recipe.recover, folder, after_epoch, recipe.seed)
         shutil.rmtree(folder)
         named = {"variant": task.variant, "seed": task.seed, "tokens_asked": self.options.tokens}
         learnt = None if VARIANTS[task.variant].given else text_id(texts)
@@ -227,11 +227,11 @@ class Workbench:
         """Of the pruned view: what `measured` gives, KL along the dense model's own texts, losses on held-out text."""
         from recover.probe.probe import dense_trajectories, final_drift
 
-        leaf, prompts = self.recipe.probe, self.prompts()
+        cfg, prompts = self.recipe.probe, self.prompts()
         if self.trajectories is None:  # the dense model's, so the same for every twin
-            self.trajectories = dense_trajectories(twin, self.tokenizer, prompts, leaf)
+            self.trajectories = dense_trajectories(twin, self.tokenizer, prompts, cfg)
         with twin.folded():
-            drift = final_drift(twin, self.tokenizer, prompts, leaf, trajectories=self.trajectories)
+            drift = final_drift(twin, self.tokenizer, prompts, cfg, trajectories=self.trajectories)
             return {"kl": drift["kl"]["mean"], "held_out": self.held_out(twin), **self.measured(twin.model)}
 
     def prompts(self) -> list[str]:

@@ -14,47 +14,47 @@ if TYPE_CHECKING:
     from torch import LongTensor
 
     from recover.models.twin import Twin
-    from recover.run.context import Bench
+    from recover.run.context import RunContext
 
 ANSWER = 96  # tokens that the dense model writes to a prompt
 SEARCHES: dict[str, dict[str, Any]] = {"greedy": {}, "swap": {"swap": True}, "beam": {"beam": 4}}
 ALL = "kl, own text"
 
 
-def given_and_own(bench: Bench, leaf: Calibration, files: Sequence[Path]) -> dict[str, list[LongTensor]]:
+def given_and_own(context: RunContext, cfg: Calibration, files: Sequence[Path]) -> dict[str, list[LongTensor]]:
     """The score's name -> batches of text: `kl` on the recipe's, as many tokens of the dense model's own, its parts."""
     from recover.prune.calibrate import calibration_batches
     from recover.run.calibration import answered
 
-    texts = {"kl": calibration_batches(leaf, bench.tokenizer, bench.recipe.seed)}
+    texts = {"kl": calibration_batches(cfg, context.tokenizer, context.recipe.seed)}
     own = {}
     for path in files:
-        changed = {"column": "prompt", "answer": ANSWER, "samples": max(1, leaf.samples // len(files))}
-        part = leaf.model_copy(update={"data": str(path), **changed})
-        write = partial(answered, bench, ANSWER)
-        own[f"{ALL}, {path.stem}"] = calibration_batches(part, bench.tokenizer, bench.recipe.seed, write)
+        changed = {"column": "prompt", "answer": ANSWER, "samples": max(1, cfg.samples // len(files))}
+        part = cfg.model_copy(update={"data": str(path), **changed})
+        write = partial(answered, context, ANSWER)
+        own[f"{ALL}, {path.stem}"] = calibration_batches(part, context.tokenizer, context.recipe.seed, write)
     if own:
         texts[ALL] = [batch for batches in own.values() for batch in batches]
     return texts | (own if len(own) > 1 else {})
 
 
-def searched(twin: Twin, leaf: Depth, texts: dict[str, list[LongTensor]]) -> list[dict[str, Any]]:
+def searched(twin: Twin, cfg: Depth, texts: dict[str, list[LongTensor]]) -> list[dict[str, Any]]:
     """`{text, search, blocks, score, seconds}` of all searches on given and on own text; of its parts, greedy."""
     found = []
     for name, batches in texts.items():
         for search in SEARCHES if name in ("kl", ALL) else ["greedy"]:
-            found.append(_searched(twin, leaf, search, name, batches))
+            found.append(_searched(twin, cfg, search, name, batches))
             one = found[-1]
             print(f"{search} by {name}: {one['blocks']} {one['score']:.4f}, {one['seconds']:.1f} s", flush=True)
     return found
 
 
-def _searched(twin: Twin, leaf: Depth, search: str, name: str, batches: list[LongTensor]) -> dict[str, Any]:
+def _searched(twin: Twin, cfg: Depth, search: str, name: str, batches: list[LongTensor]) -> dict[str, Any]:
     from recover.prune.depth_search import choose
 
     started = time.perf_counter()
     plain = {"score": "kl", "contiguous": False, "iterative": None, "beam": None, "swap": False}
-    own = leaf.model_copy(update=plain | SEARCHES[search])
+    own = cfg.model_copy(update=plain | SEARCHES[search])
     choice = choose(twin, own, batches)
     blocks = sorted({site.block for site in choice.sites})
     there = [record for record in choice.scores if record["chosen"] and record["round"] > 0]

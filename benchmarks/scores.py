@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from torch import LongTensor
 
     from recover.models.twin import Twin
-    from recover.run.context import Bench
+    from recover.run.context import RunContext
 
 SUMMED = ("taylor", "block_influence")  # each block is scored alone, and the lowest go
 
@@ -61,9 +61,9 @@ def main() -> None:
     if not isinstance(recipe.prune, Depth) or recipe.prune.count is None or recipe.prune.unit != "block":
         sys.exit(f"{options.recipe}: prune is not {{kind: depth, count: ...}} of blocks: there is nothing to choose")
     settings = settings_of(recipe, options)
-    bench = prepared(recipe, options)
-    plans = scored_plans(bench, settings, options)
-    measure_all(bench, plans, settings, options, deadline)
+    context = prepared(recipe, options)
+    plans = scored_plans(context, settings, options)
+    measure_all(context, plans, settings, options, deadline)
     rows = joined(plans, measured_so_far(options.out, settings))
     measured = sum(row["group"] != "dense" for row in rows)
     result = {"settings": settings, "plans": len(plans), "measured": measured, "groups": correlations(rows)}
@@ -102,22 +102,22 @@ def settings_of(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     return json.loads(json.dumps(leaves | asked | {"prompts": [str(path) for path in options.prompts]}))
 
 
-def prepared(recipe: Recipe, options: argparse.Namespace) -> Bench:
+def prepared(recipe: Recipe, options: argparse.Namespace) -> RunContext:
     """Model, tokenizer and tasks of the recipe, loaded once; texts are greedy alone."""
     from recover.base.quiet import quiet_libraries
-    from recover.run.context import Bench
+    from recover.run.context import RunContext
     from recover.run.directory import RunDirectory
 
     quiet_libraries()
     changed = {"sampling": None, "samples": 0, "batch_size": max(options.batch_size, recipe.measure.batch_size)}
     measure = recipe.measure.model_copy(update=changed)
-    return Bench(recipe.model_copy(update={"measure": measure}), RunDirectory(options.out))
+    return RunContext(recipe.model_copy(update={"measure": measure}), RunDirectory(options.out))
 
 
 # --- plans and their scores
 
 
-def scored_plans(bench: Bench, settings: dict[str, Any], options: argparse.Namespace) -> list[Plan]:
+def scored_plans(context: RunContext, settings: dict[str, Any], options: argparse.Namespace) -> list[Plan]:
     """Every plan with its six scores, in the order in which they are measured; read back where they are there."""
     path = options.out / "scores.json"
     if path.exists():
@@ -126,17 +126,17 @@ def scored_plans(bench: Bench, settings: dict[str, Any], options: argparse.Names
         return found["plans"]
     from recover.models.arch import blocks_of
 
-    recipe, started = bench.recipe, time.perf_counter()
-    leaf: Any = recipe.prune
-    texts = given_and_own(bench, leaf.calibration, options.prompts)
-    batches, twin = texts["kl"], bench.dense()
+    recipe, started = context.recipe, time.perf_counter()
+    cfg: Any = recipe.prune
+    texts = given_and_own(context, cfg.calibration, options.prompts)
+    batches, twin = texts["kl"], context.dense()
     print(f"loaded in {time.perf_counter() - started:.1f} s", flush=True)
-    searches = searched(twin, leaf, texts) if options.searches else []
+    searches = searched(twin, cfg, texts) if options.searches else []
     names = [name for name in SCORES if name in ("kl", *options.scores)]
-    chosen, known = choices(twin, leaf, batches, names)
+    chosen, known = choices(twin, cfg, batches, names)
     found = [(one["blocks"], f"{one['search']} by {one['text']} ({one['score']:.3f})") for one in searches]
     first = [*found, *((blocks, "named") for blocks in options.sets), *((what, name) for name, what in chosen.items())]
-    sets = drawn(len(blocks_of(twin.model)), leaf.count, options.random, recipe.seed)
+    sets = drawn(len(blocks_of(twin.model)), cfg.count, options.random, recipe.seed)
     plans = in_turns(0 if options.sets_only else len(blocks_of(twin.model)), first, sets)
     score_all(twin, plans, known, batches, names)
     for name in [name for name in texts if name != "kl"]:
@@ -148,7 +148,7 @@ def scored_plans(bench: Bench, settings: dict[str, Any], options: argparse.Names
 
 
 def choices(
-    twin: Twin, leaf: Depth, batches: list[LongTensor], names: list[str]
+    twin: Twin, cfg: Depth, batches: list[LongTensor], names: list[str]
 ) -> tuple[dict[str, list[int]], dict[str, dict[tuple[int, ...], float]]]:
     """What each score chooses, and the scores of single blocks and of whole sets that were found on the way."""
     from recover.prune.depth_search import choose
@@ -156,7 +156,7 @@ def choices(
     chosen, known = {}, {}
     for name in names:
         # The angular distance is that of a run of neighbours (arXiv 2403.17887): it chooses one.
-        own = leaf.model_copy(update={"score": name, "contiguous": name == "angular", "iterative": None})
+        own = cfg.model_copy(update={"score": name, "contiguous": name == "angular", "iterative": None})
         choice = choose(twin, own, batches)
         chosen[name] = sorted({site.block for site in choice.sites})
         first = [record for record in choice.scores if record["round"] == 1 and record["by"] == name]
@@ -223,7 +223,7 @@ def score_all(
 
 
 def measure_all(
-    bench: Bench, plans: list[Plan], settings: dict[str, Any], options: argparse.Namespace, deadline: float
+    context: RunContext, plans: list[Plan], settings: dict[str, Any], options: argparse.Namespace, deadline: float
 ) -> None:
     """Append a line for the dense model and for each plan that has none, until the deadline."""
     from recover.measure.tasks import measure
@@ -232,15 +232,20 @@ def measure_all(
     if not path.exists() or not read_jsonl(path):
         append_jsonl(path, {"settings": settings})
     waiting = [blocks for blocks in [[], *(plan["blocks"] for plan in plans)] if tuple(blocks) not in done]
-    tasks = [task for task in bench.tasks if task.kind in ("generate", "code", "choice")]
+    tasks = [task for task in context.tasks if task.kind in ("generate", "code", "choice")]
     for number, blocks in enumerate(waiting, 1):
         if time.monotonic() > deadline:
             print(f"the time is over: {len(waiting) - number + 1} plans left, the same command goes on", flush=True)
             return
-        started, twin = time.perf_counter(), bench.dense()
+        started, twin = time.perf_counter(), context.dense()
         with twin.closed(blocks):
             record, _ = measure(
-                twin.model, bench.tokenizer, tasks, bench.recipe.measure, limit=options.items, seed=bench.recipe.seed
+                twin.model,
+                context.tokenizer,
+                tasks,
+                context.recipe.measure,
+                limit=options.items,
+                seed=context.recipe.seed,
             )
         found = {use: record["headline"][use] for use in USES}
         seconds = time.perf_counter() - started

@@ -143,8 +143,8 @@ def main() -> None:
         source = checkpoint(given.shape, Path(scratch) / "model")
         if torch.cuda.is_available():
             waits.install()
-        leaf = recipe.load_recipe(QUICKSTART, settings(given, source))
-        directory = stages.run(leaf, Path(scratch) / "runs", until=given.until)
+        cfg = recipe.load_recipe(QUICKSTART, settings(given, source))
+        directory = stages.run(cfg, Path(scratch) / "runs", until=given.until)
         rows = spent(directory.root)
     show(rows, waits)
     print(f"\nthe whole program: {time.perf_counter() - began:.1f} s")

@@ -163,8 +163,8 @@ def _now() -> float:
 
 
 def texts(arguments: argparse.Namespace) -> list[list[Any]]:
-    leaf = recipe.Model(source=arguments.model, dtype=arguments.dtype)
-    model, tokenizer = ready(load_model(leaf)), load_tokenizer(leaf)
+    cfg = recipe.Model(source=arguments.model, dtype=arguments.dtype)
+    model, tokenizer = ready(load_model(cfg)), load_tokenizer(cfg)
     prompts = [item.prompt for item in load_task(arguments.task).items]
 
     def written() -> list[list[int]]:

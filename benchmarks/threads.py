@@ -38,8 +38,8 @@ def writing() -> Callable[[], float]:
     from recover.models.load import load_model, load_tokenizer
     from recover.text.generate import generate
 
-    leaf = Model(source="embedded:fable-2m")
-    model, tokenizer = load_model(leaf), load_tokenizer(leaf)
+    cfg = Model(source="embedded:fable-2m")
+    model, tokenizer = load_model(cfg), load_tokenizer(cfg)
     prompts = [item.prompt for item in load_task("embedded:stories").items][:128]
 
     def once() -> float:

@@ -2,6 +2,7 @@
 
     python benchmarks/training.py --out training.json           # one CUDA GPU, three to four minutes
     python benchmarks/training.py --shapes tiny --out x.json    # CPU, seconds: shows that it runs, not how fast
+    ... --shapes 0.5B --ways "CUDA graphs" --profile FOLDER      # where the time of a step goes (`training_profile.py`)
 
 Random weights in bfloat16, blocks dropped, LoRA of rank 64 on all linears, KL. Nothing is called by hand: text from a
 file, trl's trainer, clipping, AdamW, checkpoints. 32 sequences a step: a prompt of 40 to 160 tokens without loss, an
@@ -27,12 +28,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+import training_profile
 import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -40,19 +43,32 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from byte_tokenizer import byte_tokenizer
 from step_cost import SHAPES
 from step_models import Bench
+from training_profile import StepProfile
 
 from recover.base import dist
 from recover.base.artifacts import read_jsonl
 from recover.config.recipe import Recover
+from recover.distill import distiller
+from recover.kernels import lora_linear
 from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.train import trainer
+from recover.train import order
+from recover.train import train as training
 from recover.train.checkpoints import STEPS
 from recover.train.data import build_dataset
 
 BATCH, RANK = 32, 64
 COLUMNS = ("prompt", "completion")
-WAYS = {"kernel by kernel": 0, "CUDA graphs": trainer.LARGEST_GRAPHED}
+WAYS = {"kernel by kernel": 0, "CUDA graphs": training.LARGEST_GRAPHED}
+# CUDA graphs without one thing each: what it is worth. Rows by chance come in another order, so losses differ there.
+WITHOUT: dict[str, list[tuple[Any, str, Any]]] = {
+    "graphs, rows by chance": [(order, "evened", lambda rows, *_: list(rows))],
+    "graphs, casts one by one": [
+        (distiller, "cast_together", lambda *_, **__: nullcontext()),
+        (lora_linear, "_exact", lambda _scaling: False),
+    ],
+}
+WAYS |= dict.fromkeys(WITHOUT, training.LARGEST_GRAPHED)
 PEERS = ("trl's GKD", "trl's SFT, packed")
 
 
@@ -72,7 +88,7 @@ def write_text(path: Path, sequences: int, shrink: int) -> int:
     return scored
 
 
-def leaf_of(text: Path, tokens: int) -> Recover:
+def cfg_of(text: Path, tokens: int) -> Recover:
     return Recover.model_validate(
         {
             "data": [{"kind": "given", "source": str(text), "columns": {name: name for name in COLUMNS}}],
@@ -85,25 +101,30 @@ def leaf_of(text: Path, tokens: int) -> Recover:
     )
 
 
-def trained(name: str, way: str, text: Path, tokens: int, folder: Path, *, profile: bool) -> dict[str, Any]:
+def trained(
+    name: str, way: str, text: Path, tokens: int, folder: Path, *, python: bool, traced: StepProfile | None
+) -> dict[str, Any]:
     """One training; its figures."""
-    shape, leaf = SHAPES[name], leaf_of(text, tokens)
+    shape, cfg = SHAPES[name], cfg_of(text, tokens)
     bench = Bench(shape, dist.device(), 1, 1024, 2048)
     twin = Twin(bench.dense(), Plan("depth", shape.blocks, tuple(range(*shape.dropped))))
     if way in PEERS:
         import training_trl
 
-        rows = build_dataset(leaf, twin, byte_tokenizer(), 0, folder)
+        rows = build_dataset(cfg, twin, byte_tokenizer(), 0, folder)
         del twin
         return training_trl.trained(bench, way, rows, BATCH, RANK, len(rows) // BATCH, folder)
     contexts: list[dict[str, Any]] = []
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    tracer = cProfile.Profile() if profile else None
-    with patch.object(trainer, "LARGEST_GRAPHED", WAYS[way]):
+    tracer = cProfile.Profile() if python else None
+    with ExitStack() as stack:
+        for where, what, instead in [(training, "LARGEST_GRAPHED", WAYS[way]), *WITHOUT.get(way, [])]:
+            stack.enter_context(patch.object(where, what, instead))
+        stack.enter_context(traced.watched() if traced else nullcontext())
         if tracer:
             tracer.enable()
-        trainer.recover(twin, byte_tokenizer(), leaf, folder, lambda _epoch, context: contexts.append(context), seed=0)
+        training.train(twin, byte_tokenizer(), cfg, folder, lambda _epoch, context: contexts.append(context), seed=0)
         if tracer:
             tracer.disable()
             out = io.StringIO()
@@ -145,9 +166,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["135M", "0.5B", "1.5B"])
-    parser.add_argument("--ways", nargs="+", choices=[*WAYS, *PEERS], default=[*WAYS])
+    parser.add_argument("--ways", nargs="+", choices=[*WAYS, *PEERS], default=[*WAYS][:2])
     parser.add_argument("--steps", type=int, default=100, help="of each training (%(default)s)")
-    parser.add_argument("--profile", action="store_true", help="also print where Python spends its time")
+    parser.add_argument("--python", action="store_true", help="also print where Python spends its time")
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FOLDER",
+        help="trace steps of each training; tables go to FOLDER, and are shown",
+    )
     options = parser.parse_args(arguments)
     folder = Path(tempfile.mkdtemp(prefix="training-"))
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -161,7 +188,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for shape in options.shapes:
         for way in options.ways:
             run = folder / f"{shape}-{way}".replace(" ", "-")
-            row = trained(shape, way, text, tokens, run, profile=options.profile)
+            traced = None
+            if options.profile and way in WAYS:
+                traced = StepProfile(options.steps // 2, dist.device().type)
+            row = trained(shape, way, text, tokens, run, python=options.python, traced=traced)
+            if traced:
+                path = training_profile.write(options.profile, run.name, traced.text())
+                print(f"{path}\n{path.read_text()}")
             found["rows"].append({"shape": shape, "way": way, **row})
             options.out.write_text(json.dumps(found, indent=1))
             print(f"{time.monotonic() - started:4.0f} s: {shape}, {way}: {row['steps']:,.0f} tokens/s", flush=True)

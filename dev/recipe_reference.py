@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from recover.config import recipe
-from recover.config.leaf import Leaf
+from recover.config.base import Config
 from recover.config.tasks import FILES, Fewshot, Reading
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"
@@ -141,9 +141,9 @@ def shown_default(field: Any) -> str:
     return "`null`" if value is None else f"`{value}`"
 
 
-def rows(leaf: type[BaseModel]) -> Iterator[str]:
+def rows(cfg: type[BaseModel]) -> Iterator[str]:
     """One line of a table for each field."""
-    for name, field in leaf.model_fields.items():
+    for name, field in cfg.model_fields.items():
         annotation = field.annotation
         yield f"| `{name}` | {shown_type(annotation)} | {shown_default(field)} | {field.description or ''} |"
 
@@ -155,12 +155,12 @@ def page() -> str:
 
 def sections(leaves: list[type[BaseModel]]) -> Iterator[str]:
     """A heading, what is promised, and the table, of each."""
-    for leaf in leaves:
+    for cfg in leaves:
         # What all leaves are is no news of one that says nothing itself.
-        about = inspect.cleandoc(next((each.__doc__ for each in leaf.__mro__ if each.__doc__), ""))
-        about = "" if about == inspect.cleandoc(Leaf.__doc__ or "") else f"{about}\n\n"
-        table = ["| field | value | default | meaning |", "|---|---|---|---|", *rows(leaf)]
-        yield f"## {leaf.__name__}\n\n{about}" + "\n".join(table) + "\n"
+        about = inspect.cleandoc(next((each.__doc__ for each in cfg.__mro__ if each.__doc__), ""))
+        about = "" if about == inspect.cleandoc(Config.__doc__ or "") else f"{about}\n\n"
+        table = ["| field | value | default | meaning |", "|---|---|---|---|", *rows(cfg)]
+        yield f"## {cfg.__name__}\n\n{about}" + "\n".join(table) + "\n"
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from recover.base import console, dist
 from recover.base.errors import RecoverError
 from recover.base.safe_path import leave_working_folder
 from recover.base.threads import wait_asleep
-from recover.commands import forecast as commands_forecast
 from recover.commands import gguf as commands_gguf
 from recover.commands import measure as commands_measure
 from recover.commands import probe as commands_probe
@@ -35,7 +34,6 @@ app = typer.Typer(
     epilog="[bold]Examples[/bold]\n\n"
     "  recover run recipes/quickstart.yaml            all of it, in minutes on a CPU\n\n"
     "  recover plan recipes/quickstart.yaml           what it will cost, before any weight is loaded\n\n"
-    "  recover forecast recipes/quickstart.yaml       what recovery will probably bring, from a short trial\n\n"
     "  recover show checkpoints/quickstart            which stages are done, and what came out\n\n"
     "  recover measure ORG/NAME --tasks my_task.yaml  any checkpoint, no recipe\n\n"
     "  accelerate launch --config_file launch/gpu.yaml -m recover run recipes/quickstart.yaml",
@@ -100,7 +98,6 @@ COMMANDS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     **{command.__name__: (command, lines) for command, lines in commands_report.COMMANDS.items()},
     "measure": (commands_measure.measure, commands_measure.EXAMPLES),
     "diagnose": (commands_probe.probe_pair, commands_probe.EXAMPLES),
-    "forecast": (commands_forecast.forecast, commands_forecast.EXAMPLES),
     "teacher": (commands_teacher.teacher, commands_teacher.EXAMPLES),
     "gguf": (commands_gguf.gguf, commands_gguf.EXAMPLES),
 }

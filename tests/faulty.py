@@ -30,20 +30,20 @@ from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.run.directory import TRAINED, RunDirectory
 from recover.train.checkpoints import STEPS, Checkpoints
-from recover.train.distil_trainer import RecoverTrainer
-from recover.train.trainer import recover
+from recover.train.train import train
+from recover.train.trainer import RecoverTrainer
 
 OPTIONS = {"lora": {"rank": 4, "dropout": 0.2}, "save_steps": 1, "micro_batch_size": 4}
 CRASHED = 70  # exit code of a process that met an error that is none of ours
 
 
-def train(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+def train_tiny(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """The whole of it, as `recover run` calls it: lock, handlers, training; the best adapter's folder."""
     with graceful_stop(), RunDirectory(folder).lock():
         two_processes.write_text(folder)
         twin = Twin(tiny().to(dtype), Plan("depth", 6, (2, 4)))
-        leaf = two_processes.leaf(folder, **{**OPTIONS, **changes})
-        return recover(twin, byte_tokenizer(), leaf, folder / "recover", lambda epoch, _: float(epoch), seed=3)
+        cfg = two_processes.cfg(folder, **{**OPTIONS, **changes})
+        return train(twin, byte_tokenizer(), cfg, folder / "recover", lambda epoch, _: float(epoch), seed=3)
 
 
 def start(work: Callable[[], Any], log: Path) -> int:
@@ -86,7 +86,7 @@ def run(folder: Path, work: Callable[[], Any] | None = None, **changes: Any) -> 
     folder.mkdir(parents=True, exist_ok=True)
     log = folder.with_name(f"{folder.name}.log")
     log.unlink(missing_ok=True)
-    code = end(start(work or (lambda: train(folder, **changes)), log))
+    code = end(start(work or (lambda: train_tiny(folder, **changes)), log))
     return code, log.read_text()
 
 
@@ -132,7 +132,7 @@ def newest_is_listed(recover: Path) -> str | None:
 def interrupted(folder: Path, numbers: list[int], after: float, between: float = 0.0, **changes: Any) -> int:
     """Start a training and send it these signals; its exit code."""
     folder.mkdir(parents=True, exist_ok=True)
-    process = start(lambda: train(folder, **changes), folder.with_name(f"{folder.name}.log"))
+    process = start(lambda: train_tiny(folder, **changes), folder.with_name(f"{folder.name}.log"))
     time.sleep(after)
     for number in numbers:
         with suppress(ProcessLookupError):
@@ -146,7 +146,7 @@ def on_disk(folder: Path, disk: Disk, **changes: Any) -> tuple[int, str]:
 
     def work() -> None:
         with disk.installed():
-            train(folder, **changes)
+            train_tiny(folder, **changes)
 
     return run(folder, work)
 
@@ -157,7 +157,7 @@ def disk_calls(folder: Path, **changes: Any) -> tuple[int, int]:
 
     def work() -> None:
         with disk.installed():
-            train(folder, **changes)
+            train_tiny(folder, **changes)
         note.write_text(f"{disk.calls} {disk.written}")
 
     code, output = run(folder, work)
@@ -188,7 +188,7 @@ def stopped_at(folder: Path, micro_step: int, **changes: Any) -> tuple[int, str]
 
     def work() -> None:
         count_micro_steps(stop)
-        train(folder, **changes)
+        train_tiny(folder, **changes)
 
     return run(folder, work)
 
@@ -253,6 +253,6 @@ def poisoned_at(folder: Path, where: str, value: float, micro_steps: range, **ch
 
     def work() -> None:
         count_micro_steps(act)
-        train(folder, **changes)
+        train_tiny(folder, **changes)
 
     return run(folder, work)

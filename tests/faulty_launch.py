@@ -26,8 +26,8 @@ from recover.base import artifacts, dist
 from recover.base.errors import StopRequested
 from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.train.distil_trainer import RecoverTrainer
-from recover.train.trainer import recover
+from recover.train.train import train
+from recover.train.trainer import RecoverTrainer
 
 
 class Ends(two_processes.Catch):
@@ -145,13 +145,13 @@ def main(folder: Path, engine: str, *more: str, **changes: Any) -> None:
             trainer.add_callback(StopInStep2())
 
     RecoverTrainer.__init__ = with_stop  # type: ignore[method-assign]
-    leaf = two_processes.leaf(folder, micro_batch_size=2, **changes)
+    cfg = two_processes.cfg(folder, micro_batch_size=2, **changes)
     if "poison" in more:
         faulty.count_micro_steps(poison_step_2)
     with two_processes.caught_by(catch):
         twin = Twin(tiny(), Plan("depth", 6, (2, 4)))
         try:
-            recover(twin, byte_tokenizer(), leaf, folder / "run", lambda *_: 1.0, seed=5)
+            train(twin, byte_tokenizer(), cfg, folder / "run", lambda *_: 1.0, seed=5)
         except StopRequested:
             assert "stop" in more
     if dist.is_main() and "stop" not in more:

@@ -20,7 +20,7 @@ import two_processes
 
 from recover.base import artifacts
 from recover.train.checkpoints import STEPS
-from recover.train.distil_trainer import RecoverTrainer
+from recover.train.trainer import RecoverTrainer
 
 PROCESSES = 2
 MICRO_STEPS = 6  # of each process: three steps of two

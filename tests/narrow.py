@@ -18,7 +18,7 @@ NEURONS, HEAD, SHARED = 96, 16, 2  # of every tiny model; SHARED query heads on 
 MLP_ONLY = {"phi3", "olmo2"}
 
 
-def leaf(**fields) -> recipe.Width:
+def cfg(**fields) -> recipe.Width:
     return recipe.Width(kind="width", calibration=recipe.Calibration(data="text"), **fields)
 
 
@@ -31,7 +31,7 @@ def widths(family: str) -> dict:
 
 
 def prune(model, **fields) -> Pruned:
-    return prune_width(Twin(copy.deepcopy(model), Plan.none(6)), leaf(**fields), batches())
+    return prune_width(Twin(copy.deepcopy(model), Plan.none(6)), cfg(**fields), batches())
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from pathlib import Path
 
 NAMES = (
     *("notes.md", ".notes.tmp", ".x.1234.tmp", ".lock", "env.json", "epochs.jsonl", "verify.json", "speed.json"),
-    *("report.json", "report.md", "report.html", "comparison.html", "forecast.json", "expected.safetensors"),
+    *("report.json", "report.md", "report.html", "comparison.html", "expected.safetensors"),
     *("probe.json", "probe.jsonl", "positions.jsonl", "positions.parquet", "figures.json"),
     *("batches/texts/batch-00000.pt", "batches/prompts/batch-00001.pt", "batches/prompts/key.json"),
     *("plan/estimate.json", "plan/.estimate.json.7.tmp", "plan/DONE.json", "src/.cache.tmp"),

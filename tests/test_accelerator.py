@@ -19,7 +19,7 @@ from recover.probe.decoding import Stock
 from recover.probe.sublayers import transitions
 from recover.probe.trajectory import batches_of, greedy
 from recover.probe.views import Pair
-from recover.prune.methods import PRUNERS
+from recover.prune.registry import PRUNERS
 from recover.text.decode import write
 from recover.text.generate import plain
 from tests.probe_reference import STEPS, dropping, endless
@@ -33,21 +33,21 @@ CALIBRATION = Calibration(data="embedded:calibration.txt", samples=2, length=20)
 
 
 @pytest.mark.parametrize(
-    "leaf",
+    "cfg",
     [
         Wanda(kind="wanda", sparsity=0.5, calibration=CALIBRATION),
         Wanda(kind="wanda", pattern="4:8", calibration=CALIBRATION),
         SparseGpt(kind="sparsegpt", sparsity=0.5, calibration=CALIBRATION),
         SparseGpt(kind="sparsegpt", pattern="2:4", calibration=CALIBRATION),
     ],
-    ids=lambda leaf: f"{leaf.kind}-{leaf.pattern}",
+    ids=lambda cfg: f"{cfg.kind}-{cfg.pattern}",
 )
-def test_a_model_in_main_memory_is_pruned_as_one_on_the_accelerator(leaf):
+def test_a_model_in_main_memory_is_pruned_as_one_on_the_accelerator(cfg):
     batches = [ids(4, 20, seed=seed) for seed in (1, 2)]
     found = {}
     for place in ("cpu", "cuda"):
         model = tiny("llama").to(place)
-        found[place] = PRUNERS[leaf.kind](Twin(model, Plan.none(6)), leaf, batches)
+        found[place] = PRUNERS[cfg.kind](Twin(model, Plan.none(6)), cfg, batches)
         assert {parameter.device.type for parameter in model.parameters()} == {place}
     here, there = found["cpu"], found["cuda"]
     assert here.masks.keys() == there.masks.keys()

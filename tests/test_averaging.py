@@ -18,11 +18,11 @@ from recover.config.recipe import Recover
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.run import estimate
-from recover.run.trial import trial_leaf
 from recover.train import skipping
 from recover.train.averaging import Average, averaged_steps
 from recover.train.settings import refuse_averaging_shares
-from recover.train.trainer import RecoverTrainer, recover
+from recover.train.train import train
+from recover.train.trainer import RecoverTrainer
 
 LONG = {"tokens": 2400, "average": 0.4, "lr": 3e-3}  # nine steps, so four of epoch 1 and all but one of epoch 2
 
@@ -69,7 +69,7 @@ def watched(tmp_path, monkeypatch):
             measured.append({n.replace(".default", ""): p.detach().clone() for n, p in learning(twin)})
             return float(epoch)
 
-        recover(twin, byte_tokenizer(), two_processes.leaf(tmp_path, **changes), folder, after_epoch, seed=3)
+        train(twin, byte_tokenizer(), two_processes.cfg(tmp_path, **changes), folder, after_epoch, seed=3)
         return folder, measured
 
     go.trainers = trainers
@@ -198,17 +198,12 @@ def test_values_of_another_adapter_are_refused():
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_shares_of_adapters_are_not_averaged(monkeypatch, stage):
-    leaf = Recover.model_validate({"data": [{"kind": "given", "source": "x.jsonl"}], "average": 0.2})
+    cfg = Recover.model_validate({"data": [{"kind": "given", "source": "x.jsonl"}], "average": 0.2})
     monkeypatch.setattr(dist, "zero_stage", lambda: stage)
     if stage < 3:
-        refuse_averaging_shares(leaf)
+        refuse_averaging_shares(cfg)
         return
     with pytest.raises(TrainingError, match=r"recover\.average.*zero2\.yaml"):
-        refuse_averaging_shares(leaf)
+        refuse_averaging_shares(cfg)
     with pytest.raises(RecipeError, match=r"recover\.average"):
-        estimate._refuse_training(leaf)
-
-
-def test_a_trial_is_of_the_training_and_not_of_its_mean():
-    leaf = Recover.model_validate({"data": [{"kind": "given", "source": "x.jsonl"}], "average": 0.2})
-    assert trial_leaf(leaf, 0.2).average is None
+        estimate._refuse_training(cfg)

@@ -205,9 +205,9 @@ def test_rows_at_equal_time_wait_for_those_they_take_as_long_as(options):
 
     from recover.config.recipe import load_recipe
 
-    leaf = load_recipe(BENCHMARKS.parent / "recipes/smollm2-135m-drop3.yaml").recover
+    cfg = load_recipe(BENCHMARKS.parent / "recipes/smollm2-135m-drop3.yaml").recover
     options.arms, options.temperature, options.seeds = ["0.5"], 1.0, [4, 7]
-    tasks = on_policy.tasks_for(leaf, options)
+    tasks = on_policy.tasks_for(cfg, options)
     assert len(tasks) == 1 + 2 * 5 and tasks[0].needs == set()
     assert {task.seed for task in tasks[1:6]} == {4}
     keys = {task.key for task in tasks}
@@ -240,3 +240,46 @@ def test_waits_are_counted_by_stage_at_the_line_that_asked(monkeypatch, capsys):
     row = {"stage": "before", "seconds": 2.0, "parts": {"probing": 1.5, "other": 0.5}, "calls": 1}
     benchmark.show([row], waits)
     assert "| before | 2.0 | probing 1.5, other 0.5 | 3 |" in capsys.readouterr().out
+
+
+def test_a_profile_of_steps_counts_kernels_by_launch_and_finds_what_ran_in_gaps():
+    """Two steps of 1 ms after the first one: a graph of two kernels, one kernel by itself, a gap of 0.4 ms."""
+    import training_profile
+
+    events = [
+        {"cat": "user_annotation", "name": training_profile.STEP, "ts": ts, "dur": 1000.0, "tid": 1}
+        for ts in (0.0, 1000.0, 2000.0)
+    ]
+    for number, start in enumerate((0.0, 1000.0, 2000.0)):
+        calls = (("cudaGraphLaunch", 2 * number), ("cudaLaunchKernel", 2 * number + 1))
+        events += [
+            {"cat": "cuda_runtime", "name": name, "ts": start, "dur": 1.0, "tid": 1, "args": {"correlation": each}}
+            for name, each in calls
+        ]
+        kernels = (("gemm", 0.0, 300.0, 0), ("flash", 300.0, 200.0, 0), ("adam", 500.0, 100.0, 1))
+        events += [
+            {
+                "cat": "kernel",
+                "name": name,
+                "ts": start + at,
+                "dur": dur,
+                "tid": 7,
+                "args": {"correlation": 2 * number + i},
+            }
+            for name, at, dur, i in kernels
+        ]
+        frames = (("torch/x.py(1): outer", 550.0, 440.0), ("recover/y.py(2): mine", 560.0, 430.0))
+        events += [
+            {"cat": "python_function", "name": name, "ts": start + at, "dur": dur, "tid": 1} for name, at, dur in frames
+        ]
+        events += [{"cat": "python_function", "name": "a loader", "ts": start + 700.0, "dur": 200.0, "tid": 2}]
+    events.sort(key=lambda event: event["ts"])
+    lines = training_profile.summary(events, "cuda")
+    assert lines[0].startswith("2 steps, milliseconds a step: 1.00; device busy 0.60, idle 0.40, of that 0.40 in gaps")
+    found = [line.split(maxsplit=2) for line in lines]
+    assert ["0.500", "2.0", "graph of 2 kernels, 1.0 times a step"] in found
+    assert ["0.100", "1.0", "launched one by one"] in found and ["0.300", "1.0", "gemm"] in found
+    assert found[-1] == ["0.100", "1.0", "adam"]
+    gaps = training_profile.idle(events, "cuda")[2:]
+    assert [line.split(maxsplit=2)[2] for line in gaps] == ["recover/y.py(2): mine <- recover/y.py(2): mine"] * 2
+    assert [line.split()[:2] for line in gaps] == [["0.40", "0.60"]] * 2

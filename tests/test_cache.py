@@ -29,7 +29,7 @@ from recover.run import estimate_cache, stages
 from recover.train import caching as training
 from recover.train.caching import TrainingStates, text_rows, with_states
 from recover.train.data import packer
-from recover.train.trainer import recover
+from recover.train.train import train
 
 WEIGHTS = Loss(kl=1.0, variance=0.3, ce=0.2)
 
@@ -102,9 +102,9 @@ def test_what_stands_at_padding_changes_nothing():
 # On disk
 
 
-def leaf_of(folder, **cache):
+def cfg_of(folder, **cache):
     fields = {"lora": {"rank": 4, "blocks": "after_cut"}, "cache": {"folder": str(folder / "states"), **cache}}
-    return two_processes.leaf(folder, **fields)
+    return two_processes.cfg(folder, **fields)
 
 
 @pytest.fixture
@@ -159,9 +159,9 @@ def test_rows_that_score_nothing_are_read_too(tmp_path):
     assert found.h_ND.shape == (0, 64)
 
 
-def adapter_of(folder, name, leaf):
+def adapter_of(folder, name, cfg):
     twin = Twin(tiny(), Plan("depth", 6, (2, 4)))
-    best = recover(twin, byte_tokenizer(), leaf, folder / name, lambda epoch, _: float(epoch), seed=3)
+    best = train(twin, byte_tokenizer(), cfg, folder / name, lambda epoch, _: float(epoch), seed=3)
     return load_file(best / "adapter_model.safetensors")
 
 
@@ -170,9 +170,9 @@ def adapter_of(folder, name, leaf):
     [(False, {"micro_batch_size": 2}), (True, {}), (True, {"gradient_checkpointing": True, "epochs": 1})],
 )
 def test_a_training_from_states_ends_in_the_same_bits(folder, prefix, changes):
-    leaf = leaf_of(folder, prefix=prefix).model_copy(update=changes)
-    expected = adapter_of(folder, "plain", leaf.model_copy(update={"cache": None}))
-    found = [adapter_of(folder, "fills", leaf), adapter_of(folder, "reads", leaf)]
+    cfg = cfg_of(folder, prefix=prefix).model_copy(update=changes)
+    expected = adapter_of(folder, "plain", cfg.model_copy(update={"cache": None}))
+    found = [adapter_of(folder, "fills", cfg), adapter_of(folder, "reads", cfg)]
     assert all(torch.equal(each[name], expected[name]) for each in found for name in expected)
 
 

@@ -12,7 +12,7 @@ from recover.config.json_lines import json_lines
 from recover.config.recipe import load_recipe, local_path
 from recover.prune.calibrate import calibration_record
 from recover.run.calibration import calibration
-from recover.run.context import Bench
+from recover.run.context import RunContext
 from recover.run.directory import RunDirectory
 from recover.text.prompts import encode_prompt
 
@@ -23,14 +23,14 @@ FIELDS = (f"data={PROMPTS}", "column=prompt", f"answer={ANSWER}", "samples=4", "
 
 @pytest.fixture(scope="module")
 def twin():
-    return Bench(load_recipe(QUICKSTART), RunDirectory(Path("/nowhere"))).dense()
+    return RunContext(load_recipe(QUICKSTART), RunDirectory(Path("/nowhere"))).dense()
 
 
 @pytest.fixture
-def bench(tmp_path, twin):
-    def of(*fields: str) -> Bench:
+def context(tmp_path, twin):
+    def of(*fields: str) -> RunContext:
         recipe = load_recipe(QUICKSTART, [f"prune.calibration.{field}" for field in (*FIELDS, *fields)])
-        made = Bench(recipe, RunDirectory(tmp_path))
+        made = RunContext(recipe, RunDirectory(tmp_path))
         made._twin = ("dense", twin)
         return made
 
@@ -38,16 +38,16 @@ def bench(tmp_path, twin):
 
 
 @torch.no_grad()
-def answer_by_hand(bench: Bench, prompt: list[int]) -> list[int]:
+def answer_by_hand(context: RunContext, prompt: list[int]) -> list[int]:
     """A token at a time, each the likeliest after all before it, without a cache."""
     ids = [*prompt]
-    while len(ids) < len(prompt) + ANSWER and (len(ids) == len(prompt) or ids[-1] != bench.tokenizer.eos_token_id):
-        ids.append(int(bench.dense().model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    while len(ids) < len(prompt) + ANSWER and (len(ids) == len(prompt) or ids[-1] != context.tokenizer.eos_token_id):
+        ids.append(int(context.dense().model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
     return ids
 
 
-def test_written_text_is_prompts_with_the_dense_models_greedy_answers(bench):
-    one = bench()
+def test_written_text_is_prompts_with_the_dense_models_greedy_answers(context):
+    one = context()
     batches = calibration(one)
     assert [tuple(ids_BT.shape) for ids_BT in batches] == [(3, 32), (1, 32)]
     end = one.tokenizer.eos_token_id
@@ -67,24 +67,24 @@ def test_written_text_is_prompts_with_the_dense_models_greedy_answers(bench):
     assert calibration_record(one.recipe.prune.calibration, batches)["answer"] == ANSWER  # type: ignore[union-attr]
 
 
-def test_it_is_written_once_and_anew_when_asked_for_otherwise(bench, monkeypatch):
-    first = calibration(bench())
-    assert len(list(bench().directory.prune.glob("written-*.jsonl"))) == 1
+def test_it_is_written_once_and_anew_when_asked_for_otherwise(context, monkeypatch):
+    first = calibration(context())
+    assert len(list(context().directory.prune.glob("written-*.jsonl"))) == 1
 
     def written(*_args, **_keywords):
         raise AssertionError("written again")
 
     with monkeypatch.context() as patch:
         patch.setattr("recover.text.generate.generate", written)
-        again = calibration(bench())
+        again = calibration(context())
         assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
         with pytest.raises(AssertionError, match="written again"):
-            calibration(bench("answer=7"))
+            calibration(context("answer=7"))
 
 
-def test_without_answer_no_model_is_asked_and_a_wrong_column_is_named(bench, monkeypatch):
-    monkeypatch.setattr(Bench, "dense", lambda _: pytest.fail("the model was loaded"))
-    given = calibration(bench("data=embedded:tasks/calibration.jsonl", "column=text", "answer=null"))
+def test_without_answer_no_model_is_asked_and_a_wrong_column_is_named(context, monkeypatch):
+    monkeypatch.setattr(RunContext, "dense", lambda _: pytest.fail("the model was loaded"))
+    given = calibration(context("data=embedded:tasks/calibration.jsonl", "column=text", "answer=null"))
     assert sum(len(ids_BT) for ids_BT in given) == 4
     with pytest.raises(DataError, match=r"no text in column 'text', found \['prompt'\]: set calibration.column"):
-        calibration(bench("column=text"))
+        calibration(context("column=text"))

@@ -23,7 +23,7 @@ from recover.run.directory import RunDirectory
 
 COMMANDS = (
     *("run", "plan", "prune", "probe", "train", "export", "report", "show", "compare"),
-    *("measure", "diagnose", "forecast", "teacher", "gguf"),
+    *("measure", "diagnose", "teacher", "gguf"),
 )
 STAGE_OF = {
     "run": "report",

@@ -191,6 +191,9 @@ def test_every_name_is_a_recipe_and_every_table_holds_names():
     assert wanda.prune.calibration == load_recipe(BASE).prune.calibration  # type: ignore[union-attr]
     assert known.variant("1M+drop2+lr1e-4+repair", BASE, 0).pruning == "drop2+repair"
     assert (wanda.name, wanda.seed, wanda.recover.lr) == ("wanda50-seed3", 3, 5e-4)
+    assert known.variant("drop4@7", BASE, 0).recipe(BASE).name == "drop4-seed7"
+    with pytest.raises(SystemExit, match=r"drop4@x: found 'x' behind @, expected a seed"):
+        known.variant("drop4@x", BASE, 0)
     with pytest.raises(SystemExit, match=r"drop2\+lr9: 'lr9' is not in .*known: drop2"):
         known.variant("drop2+lr9", BASE, 0)
     with pytest.raises(SystemExit, match=r"drop4: .*recover\.lr"):
@@ -230,7 +233,7 @@ def donor(tmp_path):
         directory.mark_done(stage, fingerprint(stage, recipe, directory))
     directory.recipe.write_text(dump_recipe(recipe))
     (directory.recover / "data").mkdir(parents=True)
-    (directory.recover / "data" / "dense-abc.jsonl").write_text("{}\n")
+    (directory.recover / "data" / "dense-abc.jsonl").write_text('{"chunk": 0, "rows": [["a prompt", [7, 8]]]}\n')
     (directory.recover / "steps.jsonl").write_text("{}\n")
     return directory.root
 
@@ -266,25 +269,125 @@ def test_text_that_is_still_being_written_is_not_taken_over(tmp_path, donor):
     assert lend(recipe, tmp_path / "other", [donor]) == ["dense", "prune", "before"]
 
 
-def test_a_run_waits_for_what_another_is_making(tmp_path, donor):
-    from experiments import Experiments, Running
-    from variants import Known, common_work
+def test_of_text_the_beginning_is_taken_that_the_budget_asks_for(tmp_path, donor):
+    from lending import lend
+
+    # 30 chunks of 10 texts of 100 tokens each.
+    chunk = {"rows": [["a prompt", [7] * 100]] * 10}
+    lines = [json.dumps({"chunk": number, **chunk}) + "\n" for number in range(30)]
+    (donor / "recover" / "data" / "dense-abc.jsonl").write_text("".join(lines))
+    small = load_recipe(QUICKSTART, ["name=small", "recover.tokens=5_000"])
+    taken = tmp_path / "small" / "recover" / "data" / "dense-abc.jsonl"
+    assert lend(small, tmp_path / "small", [donor])[-1] == "dense-abc.jsonl"
+    assert taken.read_text() == "".join(lines[:6])  # 5,500 tokens: a tenth more, since cut ends do not count
+    assert lend(small, tmp_path / "small", [donor]) == []
+    more = load_recipe(QUICKSTART, ["name=small", "recover.tokens=10_000"])
+    assert lend(more, tmp_path / "small", [donor]) == ["dense-abc.jsonl"]
+    assert taken.read_text() == "".join(lines[:11])
+    # What is shorter than the budget is taken whole, of two donors the one that has more.
+    (tmp_path / "less" / "recover" / "data").mkdir(parents=True)
+    for name in ("recipe.yaml", "recover/steps.jsonl"):
+        (tmp_path / "less" / name).write_text((donor / name).read_text())
+    (tmp_path / "less" / "recover" / "data" / "dense-abc.jsonl").write_text("".join(lines[:20]))
+    large = load_recipe(QUICKSTART, ["name=large", "recover.tokens=1_000_000"])
+    lend(large, tmp_path / "large", [tmp_path / "less", donor])
+    assert (tmp_path / "large" / "recover" / "data" / "dense-abc.jsonl").read_text() == "".join(lines)
+
+
+def _asked(out, **options):
+    fields = {"out": out, "gpus": 1, "beside": 3, "limit_seconds": 60, "recipe": QUICKSTART, "until": "after"}
+    return argparse.Namespace(**{**fields, "set": [], "keep": False, **options})
+
+
+def _at_work(variant, folder, recipe):
+    from experiments import Running
+    from lending import needs
+
+    nothing: object = None
+    return Running(variant, folder, needs(recipe), nothing, nothing, 0.0, [], 0)  # type: ignore[arg-type]
+
+
+def test_a_run_waits_for_what_another_is_making(tmp_path):
+    from experiments import Experiments
+    from variants import Known
 
     known = Known()
-    variants = [known.variant(name, QUICKSTART, seed) for name, seed in (("lr1e-4", 0), ("drop4", 0), ("lr1e-4", 7))]
+    variants = [known.variant(name, QUICKSTART, 0) for name in ("lr1e-4", "drop4", "lr1e-4@7", "rank16")]
     recipes = {variant: variant.recipe(QUICKSTART) for variant in variants}
-    options = argparse.Namespace(out=tmp_path, beside=3, limit_seconds=60, recipe=QUICKSTART, until="after")
-    at_work = Experiments(options, tmp_path / "results.jsonl", [])
-    # Both of seed 0 need the same dense figures and text: one of them starts, and the one of another seed.
-    assert at_work._ready(variants, recipes) == [variants[0], variants[2]]
-    common = common_work(load_recipe(QUICKSTART))
-    process: object = None
-    at_work.running = [Running(variants[0], donor, common, process, process, 0.0, [], 0)]  # type: ignore[arg-type]
-    assert at_work._ready(variants[1:], recipes) == variants[1:]
-    (donor / "recover" / "steps.jsonl").unlink()
-    assert at_work._ready(variants[1:], recipes) == [variants[2]]
+    first, _, seventh, last = variants
+    options = _asked(tmp_path, beside=4)
+    runs = Experiments(options, tmp_path / "results.jsonl", [])
+    # All of seed 0 need the same dense figures and text: one of them starts, and the one of another seed.
+    assert runs._ready(variants, recipes) == [first, seventh]
+    folder = tmp_path / first.run
+    runs.running = [_at_work(first, folder, recipes[first])]
+    assert runs._ready(variants[1:], recipes) == [seventh]
+    _finish(folder, recipes[first])
+    assert runs._ready(variants[1:], recipes) == variants[1:]
     options.beside = 1
-    assert at_work._ready(variants[1:], recipes) == []
+    assert runs._ready(variants[1:], recipes) == []
+    options.gpus = 2
+    assert runs._ready([last, seventh], recipes) == [last]
+
+
+def _finish(folder, recipe):
+    """What others can take over: the stages before training, and text that is written."""
+    directory = RunDirectory(folder)
+    for stage in ("dense", "prune", "before"):
+        directory.folder(stage).mkdir(parents=True, exist_ok=True)
+        directory.mark_done(stage, fingerprint(stage, recipe, directory))
+    directory.recover.mkdir(exist_ok=True)
+    (directory.recover / "steps.jsonl").write_text("{}\n")
+
+
+def test_who_needs_little_text_does_not_wait_for_much_of_it(tmp_path):
+    from experiments import Experiments
+    from variants import Known
+
+    from recover.config.recipe import dump_recipe
+
+    known = Known()
+    few, many, more = (known.variant(name, QUICKSTART, 0) for name in ("300k", "30M", "10M"))
+    recipes = {variant: variant.recipe(QUICKSTART) for variant in (few, many, more)}
+    _finish(tmp_path / few.run, recipes[few])
+    RunDirectory(tmp_path / few.run).recipe.write_text(dump_recipe(recipes[few]))
+    runs = Experiments(_asked(tmp_path), tmp_path / "results.jsonl", [])  # finds what an earlier call made
+    other = known.variant("300k+lr1e-4", QUICKSTART, 0)
+    recipes[other] = other.recipe(QUICKSTART)
+    assert runs._ready([many, other, more], recipes) == [many, other]
+    runs.running = [_at_work(many, tmp_path / many.run, recipes[many])]
+    assert runs._ready([more, other], recipes) == [other]
+    _finish(tmp_path / many.run, recipes[many])
+    assert runs._ready([more, other], recipes) == [more, other]
+
+
+def test_runs_are_spread_over_gpus_and_stopped_when_time_is_over(tmp_path, monkeypatch, capsys):
+    import experiments
+    from variants import Known
+
+    started = []
+    popen = experiments.subprocess.Popen
+
+    def instead(command, env, **how):
+        started.append((command[command.index("--run-one") + 1], env.get("CUDA_VISIBLE_DEVICES")))
+        short = "import sys" if started[-1][0] == "rank16" else "import time; time.sleep(60)"
+        return popen([sys.executable, "-c", short], env=env, **how)
+
+    monkeypatch.setattr(experiments.subprocess, "Popen", instead)
+    known = Known()
+    names = ("rank16", "lr1e-4@1", "lr1e-4@2", "lr1e-4@3", "lr1e-4@4", "lr1e-4@5")
+    variants = [known.variant(name, QUICKSTART, 0) for name in names]
+    results = tmp_path / "results.jsonl"
+    options = _asked(tmp_path, gpus=2, beside=2, limit_seconds=6)
+    assert experiments.Experiments(options, results, []).run(variants) == 0
+    # Four at once, two on each; the fifth on the GPU of the one that ended; none for the sixth.
+    assert started[:4] == [("rank16", "0"), ("lr1e-4", "1"), ("lr1e-4", "0"), ("lr1e-4", "1")]
+    assert [gpu for _, gpu in started[4:]] == ["0"]
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    found = {(row["run"], row["status"], row["gpu"]) for row in rows}
+    seeds = ((1, 1), (2, 0), (3, 1), (4, 0))
+    assert found == {("rank16-seed0", "done", 0), *((f"lr1e-4-seed{seed}", "stopped", gpu) for seed, gpu in seeds)}
+    assert "lr1e-4-seed5: not started" in capsys.readouterr().out
 
 
 # Rows.
@@ -334,6 +437,7 @@ def test_variants_share_work_and_are_not_run_twice(tmp_path, capsys):
     assert first["dense"] == second["dense"] and first["pruned"] == second["pruned"]
     assert [epoch["epoch"] for epoch in second["epochs"]] == [1, 2] and second["recovered"]["kl"]["mean"] > 0
     assert "lr1e-3+rank16 | 1 |" in capsys.readouterr().out
+    _read_decisively(tmp_path, [first, second])
     lines = (tmp_path / "results.jsonl").read_text()
     assert main(asked) == 0
     assert (tmp_path / "results.jsonl").read_text() == lines
@@ -342,3 +446,39 @@ def test_variants_share_work_and_are_not_run_twice(tmp_path, capsys):
     rows = read_rows(tmp_path / "results.jsonl")
     assert [row["status"] for row in rows] == ["failed", "failed"]
     assert "recover.length" in capsys.readouterr().out
+
+
+def _read_decisively(out, rows):
+    """The analysis reads real files of runs, and its verdicts are the measured figures."""
+    from decisive import report
+    from judged import judged
+
+    runs = [judged(out / row["run"], row) for row in rows]
+    for run, row in zip(runs, rows, strict=True):
+        for view in ("dense", "recovered"):
+            for task, right in run.right[view].items():
+                assert sum(right) / len(right) == row[view]["tasks"][task]["value"]
+        assert set(run.writing) == {"stories", "facts"} & set(run.ids["dense"]) and run.writing
+        assert run.drift["kl mean"] == row["recovered"]["kl"]["mean"]
+    text = report(runs)
+    assert "## What is kept" in text and all(run.name in text for run in runs)
+
+
+# What is read off many runs.
+
+
+def test_a_share_is_paired_and_a_law_is_found_again():
+    from decisive import majority, power_law, rank_correlation, share_kept
+
+    dense = [True] * 50 + [False] * 50
+    assert share_kept([(dense, dense)]) == (1.0, 1.0, 1.0)  # the same items: nothing can differ
+    share, low, high = share_kept([(dense, [True] * 25 + [False] * 75)])  # type: ignore[misc]
+    assert share == 0.5 and 0.34 < low < 0.40 and 0.60 < high < 0.66  # half of about 50: sqrt(.25 / 50) = 0.07
+    assert share_kept([([False], [True])]) is None
+    tokens = [3e5, 1e6, 3e6, 1e7]
+    a, b, off = power_law(tokens, [2.0 * each**-0.25 for each in tokens])
+    assert (round(a, 6), round(b, 6)) == (2.0, -0.25) and max(map(abs, off)) < 1e-9
+    assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 400]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 2, 3], [4, 3, 3, 1]) == pytest.approx(-1)
+    assert rank_correlation([1, 1, 1], [1, 2, 3]) is None
+    assert [majority(each) for each in (["7", "8", "8"], ["7", "8"], [None, "9"], [None])] == ["8", "7", "9", None]

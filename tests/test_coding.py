@@ -102,8 +102,8 @@ def test_code_runs_only_when_that_is_allowed(tmp_path):
 def test_pass_at_1_is_the_share_of_programs_whose_tests_pass(tmp_path, monkeypatch):
     texts = [Generation([5, 2], "def one(): return 1", True), Generation([6, 7, 8], "def one(): return 1", False)]
     monkeypatch.setattr(coding, "written", lambda *_: texts)
-    leaf = LEAF.model_copy(update={"allow_code_execution": True})
-    record, generations = measure(tiny(), word_tokenizer(), [code_task(tmp_path)], leaf)
+    cfg = LEAF.model_copy(update={"allow_code_execution": True})
+    record, generations = measure(tiny(), word_tokenizer(), [code_task(tmp_path)], cfg)
     task = record["tasks"]["task"]
     assert (task["kind"], task["pass_at_1"], task["truncated"], task["truncated_right"]) == ("code", 0.5, 1, 0)
     assert record["headline"]["generation"] == 0.5 and len(generations["task"]) == 2
@@ -117,10 +117,10 @@ def test_pass_at_k_of_the_programs_that_a_task_draws(tmp_path, monkeypatch):
         return [Generation([5, 2], f"def one(): return {each}", True) for each in right]
 
     monkeypatch.setattr(coding, "written", written)
-    leaf = LEAF.model_copy(update={"allow_code_execution": True})
+    cfg = LEAF.model_copy(update={"allow_code_execution": True})
     rows = [{"q": "w5", "test": "assert one() == 1"}]
     path = make_task(tmp_path, rows, kind="code", prompt="{q}", program="{text}\n{test}", samples=4)
-    task = measure(tiny(), word_tokenizer(), [load_task(path)], leaf)[0]["tasks"]["task"]
+    task = measure(tiny(), word_tokenizer(), [load_task(path)], cfg)[0]["tasks"]["task"]
     assert {k: found["value"] for k, found in task["pass_at_k"].items()} == {"1": 0.25, "2": 0.5, "4": 1.0}
     assert task["pass_at_1"] == 0.0 and task["mistakes"]["content"] == 1
 
@@ -133,10 +133,10 @@ def test_programs_that_do_not_parse_are_told_from_those_that_are_wrong(tmp_path,
         ("raise SyntaxError('said, but it parses')", [5, 2], True),
     ]
     monkeypatch.setattr(coding, "written", lambda *_: [Generation(ids, text, ended) for text, ids, ended in texts])
-    leaf = LEAF.model_copy(update={"allow_code_execution": True})
+    cfg = LEAF.model_copy(update={"allow_code_execution": True})
     rows = [{"q": "w5", "test": "assert one() == 1"}] * len(texts)
     path = make_task(tmp_path, rows, kind="code", prompt="{q}", program="{text}\n{test}")
-    task = measure(tiny(), word_tokenizer(), [load_task(path)], leaf)[0]["tasks"]["task"]
+    task = measure(tiny(), word_tokenizer(), [load_task(path)], cfg)[0]["tasks"]["task"]
     assert task["mistakes"] == {"loop": 1, "endless": 1, "no_answer": 1, "unparsed": 1, "content": 2}
     assert task["pass_at_1"] == 2 / 8 and task["loop_rate"] == 2 / 8 and task["loop_start"]["p50"] == 0
     assert task["examples"]["unparsed"]["text"] == "def one(:" and "Error" in task["examples"]["unparsed"]["answer"]
@@ -144,6 +144,6 @@ def test_programs_that_do_not_parse_are_told_from_those_that_are_wrong(tmp_path,
 
 
 def test_a_model_writes_its_programs(tmp_path):
-    leaf = LEAF.model_copy(update={"allow_code_execution": True})
-    record, generations = measure(tiny(), word_tokenizer(), [code_task(tmp_path)], leaf)
+    cfg = LEAF.model_copy(update={"allow_code_execution": True})
+    record, generations = measure(tiny(), word_tokenizer(), [code_task(tmp_path)], cfg)
     assert record["tasks"]["task"]["pass_at_1"] == 0.0 and len(generations["task"][0]["ids"]) == 3

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
@@ -15,6 +16,7 @@ from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.train import dense_text
 from recover.train.data import build_dataset, collator, training_order
+from recover.train.evening import TOLERANCE, evened
 from recover.train.sources import Row, read_rows, samples_of
 
 CHATML = (
@@ -43,7 +45,7 @@ def prompts(folder, count=5, **options):
     return {"kind": "dense", "prompts": source, "max_new_tokens": 8, "batch_size": 4, **options}
 
 
-def leaf(*sources, **changes):
+def cfg(*sources, **changes):
     fields = {"epochs": 1, "tokens": 200, "length": 32, "batch_size": 4, "data": list(sources)}
     return Recover.model_validate({**fields, **changes})
 
@@ -58,33 +60,33 @@ def build(recipe_leaf, twin, folder, seed=1):
 
 
 def test_the_budget_is_met_in_whole_steps(twin, tmp_path):
-    rows = build(leaf(texts(tmp_path, 200), tokens=900), twin, tmp_path)
+    rows = build(cfg(texts(tmp_path, 200), tokens=900), twin, tmp_path)
     assert len(rows) % 4 == 0
     assert 900 - 4 * 32 < scored(rows) < 900 + 32
 
 
 def test_each_source_gives_its_share(twin, tmp_path):
-    rows = build(leaf(texts(tmp_path, 300, share=3), prompts(tmp_path, share=1), tokens=1200), twin, tmp_path)
+    rows = build(cfg(texts(tmp_path, 300, share=3), prompts(tmp_path, share=1), tokens=1200), twin, tmp_path)
     from_dense = sum(sum(row["completion_mask"]) for row in rows if 0 in row["completion_mask"])
     assert from_dense / scored(rows) == pytest.approx(0.25, abs=0.08)
 
 
 def test_the_same_call_gives_the_same_rows_and_another_seed_others(twin, tmp_path):
-    recipe_leaf = leaf(texts(tmp_path), prompts(tmp_path))
+    recipe_leaf = cfg(texts(tmp_path), prompts(tmp_path))
     first, again = build(recipe_leaf, twin, tmp_path), build(recipe_leaf, twin, tmp_path)
     assert first.to_dict() == again.to_dict()
     assert first.to_dict() != build(recipe_leaf, twin, tmp_path, seed=2).to_dict()
 
 
 def test_dense_text_is_the_dense_models_own_and_fresh_each_round(twin, tmp_path):
-    rows = build(leaf(prompts(tmp_path, temperature=1.0), tokens=240), twin, tmp_path)
+    rows = build(cfg(prompts(tmp_path, temperature=1.0), tokens=240), twin, tmp_path)
     written = [tuple(row["input_ids"]) for row in rows]
     assert len(rows) > 20 and len(set(written)) == len(written)  # 5 prompts, many rounds, no text twice
     assert all(sum(row["completion_mask"]) >= 1 for row in rows)
 
 
 def test_greedy_text_is_what_the_dense_model_finds_most_likely(twin, tmp_path):
-    rows = build(leaf(prompts(tmp_path, temperature=0), tokens=40, batch_size=1), twin, tmp_path)
+    rows = build(cfg(prompts(tmp_path, temperature=0), tokens=40, batch_size=1), twin, tmp_path)
     dense = tiny()
     for row in rows:
         ids, start = torch.tensor([row["input_ids"]]), row["completion_mask"].index(1)
@@ -93,34 +95,14 @@ def test_greedy_text_is_what_the_dense_model_finds_most_likely(twin, tmp_path):
         assert best.tolist() == row["input_ids"][start:]
 
 
-@pytest.mark.parametrize("temperature", [0, 1.0])
-def test_the_beginning_of_a_recovery_leaves_the_text_as_it_would_have_been(twin, tmp_path, temperature):
-    for name in ("with", "without"):
-        (tmp_path / name).mkdir()
-    sources = {name: prompts(tmp_path / name, count=40, temperature=temperature) for name in ("with", "without")}
-    beginning = leaf(sources["with"], tokens=30, batch_size=1)
-    whole = leaf(sources["with"], tokens=240)
-    rows = build_dataset(beginning, twin, byte_tokenizer(), 1, tmp_path / "with" / "data", planned=whole)
-    (saved,) = (tmp_path / "with" / "data").iterdir()
-    first = saved.read_text()
-    assert 30 <= scored(rows) < 30 + 8
-    texts_of = {}
-    for name, source in sources.items():
-        build(leaf(source, tokens=240), twin, tmp_path / name)
-        (path,) = (tmp_path / name / "data").iterdir()
-        texts_of[name] = (path.name, path.read_text())
-    assert texts_of["with"] == texts_of["without"]
-    assert texts_of["with"][1].startswith(first) and texts_of["with"][1] != first
-
-
 def test_greedy_text_is_repeated_with_a_warning(twin, tmp_path, capsys):
-    rows = build(leaf(prompts(tmp_path, temperature=0), tokens=160), twin, tmp_path)
+    rows = build(cfg(prompts(tmp_path, temperature=0), tokens=160), twin, tmp_path)
     assert len({tuple(row["input_ids"]) for row in rows}) <= 5 < len(rows)
     assert "times over" in capsys.readouterr().err
 
 
 def test_saved_text_is_read_and_a_torn_end_is_written_again(twin, tmp_path, monkeypatch):
-    recipe_leaf = leaf(prompts(tmp_path), tokens=240)
+    recipe_leaf = cfg(prompts(tmp_path), tokens=240)
     whole = build(recipe_leaf, twin, tmp_path).to_dict()
     (saved,) = (tmp_path / "data").iterdir()
     lines = saved.read_bytes().splitlines(keepends=True)
@@ -135,7 +117,7 @@ def test_saved_text_is_read_and_a_torn_end_is_written_again(twin, tmp_path, monk
 
 
 def test_text_of_another_model_is_not_taken(twin, tmp_path):
-    recipe_leaf = leaf(prompts(tmp_path))
+    recipe_leaf = cfg(prompts(tmp_path))
     build(recipe_leaf, twin, tmp_path)
     build(recipe_leaf, Twin(tiny(seed=1), Plan("depth", 6, (2, 4))), tmp_path)
     build(recipe_leaf, Twin(tiny(), Plan("depth", 6, (1,))), tmp_path)  # another pruning of the same dense model
@@ -143,7 +125,7 @@ def test_text_of_another_model_is_not_taken(twin, tmp_path):
 
 
 def test_short_sources_repeat_with_a_warning(twin, tmp_path, capsys):
-    rows = build(leaf(texts(tmp_path, 3), tokens=200), twin, tmp_path)
+    rows = build(cfg(texts(tmp_path, 3), tokens=200), twin, tmp_path)
     assert scored(rows) > 150 and "times over" in capsys.readouterr().err
 
 
@@ -168,6 +150,38 @@ def test_an_order_is_whole_steps_without_repeats(lengths, batch_size, seed):
     order = training_order(lengths, batch_size, seed)
     assert len(order) == len(lengths) // batch_size * batch_size
     assert len(set(order)) == len(order) and set(order) <= set(range(len(lengths)))
+
+
+@given(st.lists(st.integers(1, 99), max_size=200), st.integers(1, 4), st.integers(1, 3), st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_an_order_for_packed_rows_is_whole_steps_without_repeats(lengths, rows, together, seed):
+    order = training_order(lengths, rows * together, seed, packed=together)
+    assert len(order) == len(lengths) // (rows * together) * rows * together
+    assert sorted(order) == sorted(training_order(lengths, rows * together, seed))
+    assert order == training_order(lengths, rows * together, seed, packed=together)
+
+
+@pytest.mark.parametrize(("together", "apart"), [(32, TOLERANCE), (8, 100)])
+def test_packed_rows_hold_equally_many_tokens_and_stay_random_otherwise(together, apart):
+    generator = np.random.default_rng(1)
+    lengths = np.clip(generator.lognormal(5.1, 0.5, 3200), 20, 640).astype(int).tolist()
+    order = training_order(lengths, 32, 7, packed=together)
+    rows = np.array(order).reshape(-1, 32)
+    whole = np.array(training_order(lengths, 32, 7, packed=32)).reshape(-1, 32)
+    assert (np.sort(rows) == np.sort(whole)).all()  # steps are the same however they are cut into rows
+    totals = np.array(lengths)[order].reshape(-1, together).sum(1)
+    assert totals.max() - totals.min() <= apart
+    loose = np.random.default_rng(2).permutation(lengths).reshape(-1, together).sum(1)
+    assert np.ptp(loose) > 10 * np.ptp(totals)  # what it would be by chance alone
+    within = np.array(lengths)[order].reshape(-1, together).std(1).mean()
+    assert within == pytest.approx(np.std(lengths), rel=0.15)  # short and long ones lie together, as before
+
+
+def test_a_sequence_longer_than_other_rows_leaves_those_even():
+    lengths = [1000, *range(10, 41)]
+    order = evened(range(32), lengths, 4)
+    totals = sorted(np.array(lengths)[order].reshape(-1, 4).sum(1))
+    assert totals[-1] == 1000 + 10 + 11 + 12 and totals[-2] - totals[0] <= TOLERANCE
 
 
 def sample(value, columns, tokenizer=None, length=64):
@@ -271,15 +285,15 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_prompt_without_room_for_an_answer_is_named(twin, tmp_path):
     path = jsonl(tmp_path / "long.jsonl", [{"prompt": "ok"}, {"prompt": "x" * 40}])
     with pytest.raises(DataError, match=r"long.jsonl:2: the prompt has 40 tokens"):
-        build(leaf({"kind": "dense", "prompts": path}), twin, tmp_path)
+        build(cfg({"kind": "dense", "prompts": path}), twin, tmp_path)
 
 
 def test_rows_without_anything_to_learn_are_counted_or_refused(twin, tmp_path, capsys):
     columns = {"columns": {"prompt": "p", "completion": "c"}}
     rows = [{"p": "x" * 50, "c": "y"}] + [{"p": "x", "c": "yes"}] * 30
     given_text = {"kind": "given", "source": jsonl(tmp_path / "r.jsonl", rows), **columns}
-    build(leaf(given_text, tokens=120), twin, tmp_path)
+    build(cfg(given_text, tokens=120), twin, tmp_path)
     assert "1 rows left out" in capsys.readouterr().err
     given_text["source"] = jsonl(tmp_path / "r2.jsonl", rows[:1])
     with pytest.raises(DataError, match="no row holds a token to learn"):
-        build(leaf(given_text), twin, tmp_path)
+        build(cfg(given_text), twin, tmp_path)

@@ -20,7 +20,7 @@ from recover.models.load import Description
 from recover.models.plan import Plan, load_plan, save_plan
 from recover.models.site import Site, sites_of
 from recover.models.twin import Twin
-from recover.prune.methods import PRUNERS
+from recover.prune.registry import PRUNERS
 from recover.prune.repair import RIDGE
 from recover.prune.views import stream
 from recover.run.estimate_depth import depth_warnings, refuse_depth, share_gone, share_unstored
@@ -33,10 +33,10 @@ def batches() -> list[torch.Tensor]:
     return list(ids(5, 24, seed=3).split(2))
 
 
-def pruned(model, batches, **leaf):
+def pruned(model, batches, **cfg):
     twin = Twin(model, Plan.none(len(blocks_of(model))))
-    leaf = Depth(kind="depth", calibration=CALIBRATION, **leaf)
-    return PRUNERS["depth"](twin, leaf, batches)
+    cfg = Depth(kind="depth", calibration=CALIBRATION, **cfg)
+    return PRUNERS["depth"](twin, cfg, batches)
 
 
 def site(text: str) -> Site:
@@ -235,12 +235,12 @@ LISTS = [
 ]
 
 
-@pytest.mark.parametrize("leaf", LISTS, ids=lambda leaf: leaf["unit"])
+@pytest.mark.parametrize("cfg", LISTS, ids=lambda cfg: cfg["unit"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_counts_are_those_of_the_exported_model(family, leaf, batches):
+def test_counts_are_those_of_the_exported_model(family, cfg, batches):
     model = tiny(family)
     dense = sum(p.numel() for p in model.parameters())
-    plan = pruned(copy.deepcopy(model), batches, **leaf).plan
+    plan = pruned(copy.deepcopy(model), batches, **cfg).plan
     merged = merge(Twin(copy.deepcopy(model), plan), torch.float32)
     arch, gone = arch_of(model), 0
     for block, part in plan.dropped_sites:
@@ -253,7 +253,7 @@ def test_counts_are_those_of_the_exported_model(family, leaf, batches):
         for block in blocks_of(merged)
         for module in (block.self_attn.o_proj, block.mlp.down_proj)
     )
-    assert zeroed == {"block": 0, "attention": 2, "mlp": 2, "sublayer": 1}[leaf["unit"]]
+    assert zeroed == {"block": 0, "attention": 2, "mlp": 2, "sublayer": 1}[cfg["unit"]]
     said = f"{zeroed} zeroed partners"
     assert (said in plan.summary()) == (zeroed > 0)
     assert (f"{zeroed} sublayers are zeroed partners" in _what_was_pruned(plan.to_json())) == (zeroed > 0)
@@ -265,7 +265,7 @@ def test_two_sites_of_a_block_are_a_block(batches):
 
 
 @pytest.mark.parametrize(
-    ("leaf", "message"),
+    ("cfg", "message"),
     [
         ({"unit": "attention", "count": 6}, "6 attentions to drop, the model has 6 blocks: drop at most 5"),
         ({"unit": "mlp", "count": 7}, "7 MLPs to drop, the model has 6 blocks: drop at most 6"),
@@ -276,15 +276,15 @@ def test_two_sites_of_a_block_are_a_block(batches):
         ({"unit": "mlp", "blocks": (9,)}, r"prune.blocks: \[9\] are not blocks"),
     ],
 )
-def test_what_cannot_go_is_refused_before_and_by_the_pruner(leaf, message, batches):
+def test_what_cannot_go_is_refused_before_and_by_the_pruner(cfg, message, batches):
     with pytest.raises(PruneError, match=message):
-        pruned(tiny(), batches, **leaf)
+        pruned(tiny(), batches, **cfg)
     with pytest.raises(RecipeError, match=message):
-        refuse_depth(Depth(kind="depth", calibration=CALIBRATION, **leaf), DESCRIPTION)
+        refuse_depth(Depth(kind="depth", calibration=CALIBRATION, **cfg), DESCRIPTION)
 
 
 @pytest.mark.parametrize(
-    ("leaf", "message"),
+    ("cfg", "message"),
     [
         ({"unit": "sublayer", "blocks": (2,)}, "'blocks' is not for unit: sublayer: list what goes in 'sites'"),
         ({"unit": "mlp", "sites": ("mlp:2",)}, "'sites' is not for unit: mlp: list what goes in 'blocks'"),
@@ -298,9 +298,9 @@ def test_what_cannot_go_is_refused_before_and_by_the_pruner(leaf, message, batch
         ),
     ],
 )
-def test_recipes_that_say_two_things_are_refused(leaf, message):
+def test_recipes_that_say_two_things_are_refused(cfg, message):
     with pytest.raises(ValidationError, match=message):
-        Depth(kind="depth", **leaf)
+        Depth(kind="depth", **cfg)
 
 
 def test_a_site_that_changes_no_logit_is_named(batches):
@@ -327,18 +327,18 @@ DESCRIPTION = Description(
 )
 
 
-@pytest.mark.parametrize("leaf", LISTS, ids=lambda leaf: leaf["unit"])
-def test_the_estimate_knows_what_is_stored_and_what_is_run(leaf, batches):
+@pytest.mark.parametrize("cfg", LISTS, ids=lambda cfg: cfg["unit"])
+def test_the_estimate_knows_what_is_stored_and_what_is_run(cfg, batches):
     model = tiny()
-    plan = pruned(copy.deepcopy(model), batches, **leaf).plan
-    recipe = Depth(kind="depth", **leaf)
+    plan = pruned(copy.deepcopy(model), batches, **cfg).plan
+    recipe = Depth(kind="depth", **cfg)
     inside = sum(p.numel() for p in blocks_of(model).parameters())
     norms = 2 * 64 * 6 / inside
     assert share_gone(recipe, DESCRIPTION) == pytest.approx((plan.parameters_dense - plan.nonzero) / inside, abs=norms)
     stored = (plan.parameters_dense - plan.parameters_pruned) / inside
     assert share_unstored(recipe, DESCRIPTION) == pytest.approx(stored)
     zeroed = any("zeroed partner" in line for line in depth_warnings(recipe, DESCRIPTION))
-    assert zeroed == (leaf["unit"] != "block")
+    assert zeroed == (cfg["unit"] != "block")
 
 
 def fit_and_held_out(batches):
@@ -401,19 +401,19 @@ BIASES = {"mlp_bias": True, "attention_bias": True}
 
 
 @pytest.mark.parametrize(
-    ("family", "overrides", "leaf"),
+    ("family", "overrides", "cfg"),
     [
         ("llama", BIASES, {"unit": "block", "blocks": (2, 4)}),
         ("qwen3", {}, {"unit": "sublayer", "sites": ("mlp:1", "attention:3", "mlp:3", "attention:4")}),
         ("granite", BIASES, {"unit": "attention", "blocks": (1, 5)}),
     ],
 )
-def test_the_record_says_what_the_exported_model_does(family, overrides, leaf, batches, tmp_path):
+def test_the_record_says_what_the_exported_model_does(family, overrides, cfg, batches, tmp_path):
     model = tiny(family, **overrides)
     for name, parameter in model.named_parameters():
         if name.endswith(("o_proj.bias", "down_proj.bias")):
             parameter.data *= 5  # every sublayer adds the same to each token: what goes is in reach of what stays
-    plan, masks, weights = pruned(copy.deepcopy(model), batches, repair="rescale", **leaf)
+    plan, masks, weights = pruned(copy.deepcopy(model), batches, repair="rescale", **cfg)
     assert plan.repair["kept"] is True and plan.repair["kl_after"] < plan.repair["kl_before"]
     save_plan(plan, masks, tmp_path, weights)
     twin = Twin(copy.deepcopy(model), *load_plan(tmp_path))

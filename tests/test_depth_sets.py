@@ -18,7 +18,7 @@ from recover.prune import depth_search
 from recover.prune.depth_records import Choice
 from recover.prune.depth_scores import Span, score_of
 from recover.prune.depth_search import choose, units_of
-from recover.prune.methods import PRUNERS
+from recover.prune.registry import PRUNERS
 from recover.run.estimate_depth import search_passes
 
 CALIBRATION = Calibration(data="given", samples=3, length=16, batch_size=2)
@@ -30,7 +30,7 @@ SEARCHES: dict[str, dict[str, Any]] = {"greedy": {}, "swap": {"swap": True}, "be
 SEARCHES["both"] = {"swap": True, "beam": 2}
 
 
-def leaf(search: str, **fields: Any) -> Depth:
+def cfg(search: str, **fields: Any) -> Depth:
     return Depth(kind="depth", **{"count": 3, "calibration": CALIBRATION, **SEARCHES[search], **fields})
 
 
@@ -51,7 +51,7 @@ class Table:
 def found_by(monkeypatch, table: Table, search: str, **fields: Any) -> tuple[frozenset[int], Choice]:
     monkeypatch.setattr(depth_search, "score_of", lambda *_: table)
     twin = Twin(tiny(num_hidden_layers=BLOCKS), Plan.none(BLOCKS))
-    choice = choose(twin, leaf(search, **fields), TEXT)
+    choice = choose(twin, cfg(search, **fields), TEXT)
     return frozenset(site.block for site in choice.sites), choice
 
 
@@ -97,7 +97,7 @@ def test_the_greedy_set_stays_in_a_beam_that_others_would_fill(monkeypatch):
     table.values |= {frozenset({2, 3}): 0.3, frozenset({2, 4}): 0.4, frozenset({1, 4, 5}): 0.1}
     monkeypatch.setattr(depth_search, "score_of", lambda *_: table)
     twin = Twin(tiny(num_hidden_layers=6), Plan.none(6))
-    choice = choose(twin, leaf("beam", beam=2), TEXT)
+    choice = choose(twin, cfg("beam", beam=2), TEXT)
     assert {site.block for site in choice.sites} == {1, 4, 5}
 
 
@@ -108,7 +108,7 @@ def test_scores_of_a_real_model_are_those_of_the_whole_sets():
     spans = units_of("block", 5)
     whole = score_of(twin, "kl", batches)
     for search in ({"swap": True}, {"beam": 2}, {"beam": 2, "swap": True}):
-        plan = PRUNERS["depth"](twin, leaf("greedy", count=2, **search), batches).plan
+        plan = PRUNERS["depth"](twin, cfg("greedy", count=2, **search), batches).plan
         assert len(plan.dropped) == 2
         for record in plan.scores:
             blocks = {*record["blocks"], *(int(text.split(":")[1]) for text in record["beside"])}
@@ -119,7 +119,7 @@ def test_scores_of_a_real_model_are_those_of_the_whole_sets():
 @pytest.mark.parametrize("search", ["greedy", "swap", "beam"])
 def test_the_plan_says_how_many_candidates_a_search_closes(monkeypatch, search):
     model: Any = SimpleNamespace(blocks=BLOCKS)
-    told = search_passes(leaf(search), model)
+    told = search_passes(cfg(search), model)
     closed = []
     for seed in range(6):
         table = Table(seed)
@@ -142,4 +142,4 @@ def test_the_plan_says_how_many_candidates_a_search_closes(monkeypatch, search):
 )
 def test_a_search_of_sets_refuses_what_scores_units_alone(fields, said):
     with pytest.raises(ValidationError, match=said):
-        leaf("swap", **fields)
+        cfg("swap", **fields)

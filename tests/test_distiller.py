@@ -46,9 +46,9 @@ def trained(twin):
     return [parameter for parameter in twin.model.parameters() if parameter.requires_grad]
 
 
-def forward(twin, leaf=WEIGHTS, **changes):
+def forward(twin, cfg=WEIGHTS, **changes):
     twin.model.train()
-    return twin.model(**{**batch(), **changes}, distill=Distiller(twin, leaf))
+    return twin.model(**{**batch(), **changes}, distill=Distiller(twin, cfg))
 
 
 def textbook(dense, pruned, data):

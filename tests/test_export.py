@@ -26,7 +26,7 @@ from recover.export.write import write_checkpoint
 from recover.models.arch import linears_of
 from recover.models.plan import Plan, save_plan
 from recover.models.twin import Twin
-from recover.prune.methods import PRUNERS
+from recover.prune.registry import PRUNERS
 
 DROPPED = (2, 4)
 
@@ -46,8 +46,8 @@ def depth_twin(family: str = "llama", **overrides) -> Twin:
 
 
 def masked_twin(pattern: str = "2:4", family: str = "llama", **overrides) -> Twin:
-    leaf = recipe.Magnitude(kind="magnitude", pattern=pattern, sparsity=None if ":" in pattern else 0.5)  # type: ignore[arg-type]
-    plan, masks, _ = PRUNERS["magnitude"](Twin(tiny(family, **overrides), Plan.none(6)), leaf, [])
+    cfg = recipe.Magnitude(kind="magnitude", pattern=pattern, sparsity=None if ":" in pattern else 0.5)  # type: ignore[arg-type]
+    plan, masks, _ = PRUNERS["magnitude"](Twin(tiny(family, **overrides), Plan.none(6)), cfg, [])
     return trained(Twin(tiny(family, **overrides), plan, masks))
 
 

@@ -120,8 +120,8 @@ def test_texts_are_read_as_the_harness_reads_them(tmp_path, monkeypatch):
     rows = [{"question": f"{n}", "answer": f"1 + 1 = 2.\n#### {right}"} for n, (_, right, *_) in enumerate(VERDICTS)]
     task = load_task(gsm8k(tmp_path, rows, [{"question": f"e{n}", "answer": "1"} for n in range(6)]))
     monkeypatch.setattr(writing, "written", lambda *_: [Generation([5, 2], text, True) for text, *_ in VERDICTS])
-    leaf = Measure(tasks=("x",), sampling=None, samples=len(VERDICTS))
-    record = measure(tiny(), word_tokenizer(), [task], leaf)[0]["tasks"]["gsm8k"]
+    cfg = Measure(tasks=("x",), sampling=None, samples=len(VERDICTS))
+    record = measure(tiny(), word_tokenizer(), [task], cfg)[0]["tasks"]["gsm8k"]
     assert [sample["correct"] for sample in record["samples"]] == [strict for _, _, strict, _ in VERDICTS]
     assert record["exact_match"] == sum(strict for _, _, strict, _ in VERDICTS) / len(VERDICTS)
     flexible = [flexible for _, _, _, flexible in VERDICTS]

@@ -16,7 +16,6 @@ FLOORS = {
     "recover.report": 2,  # reads the files of a run, and nothing else
     "recover.maths": 2,  # tensors in, tensors out
     "recover.kernels": 2,
-    "recover.forecast": 3,
     "recover.models": 3,  # a model, dense and pruned
     "recover.text": 4,  # what a model reads and writes
     "recover.distill": 4,

@@ -90,10 +90,10 @@ def test_no_kernel_is_asked_for_before_it_is_refused(
     monkeypatch.setattr(hub_kernels, "get_kernel", lambda name, **_: asked.append(name))
     monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda *_, **__: True)
     edit(folder / name, attn_implementation=KERNEL)
-    leaf = recipe.Model(source=str(folder))
+    cfg = recipe.Model(source=str(folder))
     for load in (describe, load_model, load_tokenizer):
         with pytest.raises(ModelError, match=rf"{name}: attn_implementation is '{KERNEL}'"):
-            load(leaf)
+            load(cfg)
     done = CliRunner().invoke(app, ["gguf", str(folder), str(tmp_path / "out.gguf")])
     assert done.exit_code == 1
     job = ["plan", "recipes/quickstart.yaml", f"model.source={folder}", "--runs", str(tmp_path)]
@@ -106,8 +106,8 @@ def test_the_attention_of_the_recipe_wins_over_that_of_the_folder(tmp_path: Path
     edit(tmp_path / "config.json", attn_implementation="eager")
     assert load_model(recipe.Model(source=str(tmp_path))).config._attn_implementation == "sdpa"
     edit(tmp_path / "config.json", attn_implementation="sdpa")
-    leaf = recipe.Model(source=str(tmp_path), attention="eager")
-    assert load_model(leaf).config._attn_implementation == "eager"
+    cfg = recipe.Model(source=str(tmp_path), attention="eager")
+    assert load_model(cfg).config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize(

@@ -88,9 +88,9 @@ def damaged_config(whole: Path, changes: dict[str, Any]) -> str | None:
     sound = path.read_text()
     try:
         path.write_text(json.dumps({**json.loads(sound), **changes}))
-        leaf = recipe.Model(source=str(whole))
-        said = one_line(describe, leaf)
-        return said or one_line(load_model, leaf)
+        cfg = recipe.Model(source=str(whole))
+        said = one_line(describe, cfg)
+        return said or one_line(load_model, cfg)
     finally:
         path.write_text(sound)
 
@@ -254,7 +254,7 @@ def test_random_changes_of_the_other_files(whole: Path, tmp_path: Path, name: st
     for seed in range(8):
         chance = random.Random(seed)
         (there / name).write_bytes(damaged(content, chance, 2000))
-        leaf = recipe.Model(source=str(there))
-        one_line(load_tokenizer, leaf)
+        cfg = recipe.Model(source=str(there))
+        one_line(load_tokenizer, cfg)
         if name in ("generation_config.json", "config.json"):
-            one_line(load_model, leaf)
+            one_line(load_model, cfg)

@@ -28,7 +28,7 @@ def file(tmp_path, monkeypatch) -> Path:
     return write_gguf(checkpoint(tmp_path / "deploy"), tmp_path / "model.gguf")
 
 
-def leaf(path: Path) -> recipe.Model:
+def cfg(path: Path) -> recipe.Model:
     return recipe.Model(source=str(path))
 
 
@@ -52,13 +52,13 @@ def test_the_folder_holds_what_transformers_reads_of_the_file(tmp_path, monkeypa
     path = write_gguf(checkpoint(tmp_path / "deploy", variant), tmp_path / "model.gguf")
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     expected = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    found = load_model(leaf(path))
+    found = load_model(cfg(path))
     weights = expected.state_dict()
     assert found.state_dict().keys() == weights.keys()
     assert all(torch.equal(value, weights[name]) for name, value in found.state_dict().items())
     assert not hasattr(found.config, "quantization_config") and found.dtype == torch.float32
     assert found.generation_config.eos_token_id == expected.generation_config.eos_token_id
-    assert load_tokenizer(leaf(path)).get_vocab() == AutoTokenizer.from_pretrained(**where).get_vocab()
+    assert load_tokenizer(cfg(path)).get_vocab() == AutoTokenizer.from_pretrained(**where).get_vocab()
 
 
 def test_tensors_that_transformers_would_fill_with_random_numbers_are_refused(file, monkeypatch):
@@ -70,7 +70,7 @@ def test_tensors_that_transformers_would_fill_with_random_numbers_are_refused(fi
 
     monkeypatch.setattr(gguf.GGUFReader, "__init__", cut)
     with pytest.raises(ModelError, match=r"model\.gguf: lacks 1 tensors of its model \(blk\.2\.ffn_up\.weight\)"):
-        load_model(leaf(file))
+        load_model(cfg(file))
     assert list((file.parent / "cache" / "gguf").iterdir()) == []
 
 
@@ -78,7 +78,7 @@ def test_a_file_is_opened_once_and_the_package_is_as_before(file, monkeypatch):
     stock, names, opened = gguf.GGUFReader, gguf.get_tensor_name_map, []
     made = stock.__init__
     monkeypatch.setattr(stock, "__init__", lambda self, *given: (opened.append(given[0]), made(self, *given))[1])
-    load_model(leaf(file))
+    load_model(cfg(file))
     assert [Path(path).name for path in opened] == [file.name]
     assert gguf.GGUFReader is stock and gguf.get_tensor_name_map is names
     assert type(gguf.GGUFReader(file).data).__name__ == "memmap"
@@ -88,16 +88,16 @@ def test_it_is_converted_and_hashed_once_until_it_changes(file, written, monkeyp
     hashed: list[Path] = []
     digest = artifacts.sha256
     monkeypatch.setattr(artifacts, "sha256", lambda path: (hashed.append(path), digest(path))[1])
-    describe(leaf(file))
-    load_model(leaf(file))
-    load_tokenizer(leaf(file))
+    describe(cfg(file))
+    load_model(cfg(file))
+    load_tokenizer(cfg(file))
     assert written == [file] and hashed.count(file) == 1
-    before = locate(leaf(file))
+    before = locate(cfg(file))
     data = bytearray(file.read_bytes())
     data[-1] ^= 1  # of the last weight
     file.write_bytes(data)
     os.utime(file, ns=(0, 0))
-    assert locate(leaf(file)) != before
+    assert locate(cfg(file)) != before
     assert written == [file, file] and hashed.count(file) == 2
 
 
@@ -112,9 +112,9 @@ def test_of_two_runs_the_second_waits_for_the_first(file, written, monkeypatch):
 
     monkeypatch.setattr(gguf_folder, "write_stock", slowly)
     found: list[Path] = []
-    second = threading.Thread(target=lambda: (begun.wait(), found.append(locate(leaf(file)))))
+    second = threading.Thread(target=lambda: (begun.wait(), found.append(locate(cfg(file)))))
     second.start()
-    folder = locate(leaf(file))
+    folder = locate(cfg(file))
     second.join()
     assert found == [folder] and written == [file]
     artifacts.check_manifest(folder)
@@ -124,4 +124,4 @@ def test_of_two_runs_the_second_waits_for_the_first(file, written, monkeypatch):
 def test_without_the_package_the_error_says_what_to_install(file, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(ModelError, match=r"GGUF files need the package 'gguf': pip install 'recover\[gguf\]'"):
-        load_model(leaf(file))
+        load_model(cfg(file))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +15,7 @@ from twins import masked_twin
 
 from recover.base import console
 from recover.config.recipe import Lora, Loss
+from recover.distill import distiller as distiller_module
 from recover.distill.distiller import Distiller
 from recover.distill.graphs import GraphedPasses
 from recover.models.packed_attention import NAME
@@ -105,6 +107,13 @@ def test_a_batch_prepared_ahead_and_one_that_was_not_are_the_same():
             if ahead:
                 graphs.prepare(coming)
     assert found[False] == found[True] and len(set(found[True])) == 2
+
+
+def test_casts_made_at_once_are_those_of_each_adapter_in_a_recording_too(monkeypatch):
+    monkeypatch.setattr(console, "warn", pytest.fail)
+    at_once = steps(twin_of(), graphed=True)
+    monkeypatch.setattr(distiller_module, "cast_together", lambda *_, **__: nullcontext())
+    assert all(torch.equal(one, other) for one, other in zip(at_once, steps(twin_of(), graphed=True), strict=True))
 
 
 def test_what_cannot_be_recorded_is_said_once_and_trained_the_plain_way(monkeypatch):

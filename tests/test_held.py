@@ -14,7 +14,7 @@ from recover.models.held import Held
 from recover.models.plan import Plan, load_plan, save_plan
 from recover.models.twin import Twin
 from recover.run import context as benches
-from recover.run.context import Bench
+from recover.run.context import RunContext
 from recover.run.directory import RunDirectory
 
 
@@ -70,17 +70,17 @@ def test_weights_that_are_no_whole_number_of_eight_bytes_or_lie_across_them_coun
 def reads(monkeypatch) -> list[str]:
     found: list[str] = []
     read = load.load_model
-    monkeypatch.setattr(load, "load_model", lambda leaf: (found.append(leaf.source), read(leaf))[1])
+    monkeypatch.setattr(load, "load_model", lambda cfg: (found.append(cfg.source), read(cfg))[1])
     return found
 
 
 @pytest.fixture
-def made(tmp_path) -> Bench:
-    """A bench whose prune stage is done: blocks 3 and 7 dropped."""
+def made(tmp_path) -> RunContext:
+    """A context whose prune stage is done: blocks 3 and 7 dropped."""
     recipe = load_recipe(QUICKSTART)
     directory = RunDirectory(tmp_path)
     save_plan(Plan("depth", 12, dropped=(3, 7)), {}, directory.prune)
-    return Bench(recipe, directory)
+    return RunContext(recipe, directory)
 
 
 def logits(model) -> torch.Tensor:

@@ -77,12 +77,12 @@ def test_deepspeed_leaves_sizes_to_the_recipe_and_adapters_in_float32(path):
 @pytest.mark.parametrize("path", JSONS, ids=by_name)
 @pytest.mark.parametrize(("processes", "micro"), [(1, 4), (2, None), (8, 2), (16, 1)])
 def test_deepspeed_takes_it_with_what_the_trainer_fills_in(path, processes, micro, tmp_path, monkeypatch):
-    leaf = Recover.model_validate(
+    cfg = Recover.model_validate(
         {"data": [{"kind": "dense", "prompts": "p"}], "batch_size": 32, "micro_batch_size": micro, "max_grad_norm": 0.5}
     )
-    split = split_batch(leaf, processes)
+    split = split_batch(cfg, processes)
     # One process is here; how many there are matters to the arguments for their backend only.
-    arguments = training_arguments(leaf, dataclasses.replace(split, processes=1), 10, 0, tmp_path)
+    arguments = training_arguments(cfg, dataclasses.replace(split, processes=1), 10, 0, tmp_path)
     monkeypatch.setattr(type(arguments), "world_size", property(lambda _: processes))
     resolved = HfTrainerDeepSpeedConfig(str(path))
     resolved.trainer_config_process(arguments)

@@ -38,16 +38,16 @@ def stored(tmp_path_factory) -> Path:
     return root
 
 
-def leaf(folder: Path | str, **options) -> recipe.Model:
+def cfg(folder: Path | str, **options) -> recipe.Model:
     return recipe.Model(source=str(folder), **options)
 
 
 @pytest.mark.parametrize("name", ["one", "many"])
 def test_loads_what_was_saved(stored, name):
-    model = load_model(leaf(stored / name))
+    model = load_model(cfg(stored / name))
     assert not model.training and torch.equal(model(ids()).logits, tiny("llama")(ids()).logits)
-    assert {p.dtype for p in load_model(leaf(stored / name, dtype="bfloat16")).parameters()} == {torch.bfloat16}
-    tokenizer = load_tokenizer(leaf(stored / name))
+    assert {p.dtype for p in load_model(cfg(stored / name, dtype="bfloat16")).parameters()} == {torch.bfloat16}
+    tokenizer = load_tokenizer(cfg(stored / name))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
     check_fit(model, tokenizer)
 
@@ -56,8 +56,8 @@ def test_loads_what_was_saved(stored, name):
 def test_every_family_loads_and_is_described(tmp_path, family):
     model = tiny(family)
     model.save_pretrained(tmp_path)
-    assert torch.equal(load_model(leaf(tmp_path))(ids()).logits, model(ids()).logits)
-    description = describe(leaf(tmp_path, dtype="bfloat16"))
+    assert torch.equal(load_model(cfg(tmp_path))(ids()).logits, model(ids()).logits)
+    description = describe(cfg(tmp_path, dtype="bfloat16"))
     parameters = sum(p.numel() for p in model.parameters())
     assert (description.blocks, description.width, description.vocabulary) == (6, 64, 256)
     assert description.parameters == parameters and description.bytes == 2 * parameters
@@ -171,7 +171,7 @@ def test_a_broken_folder_is_refused(stored, tmp_path, fault):
     shutil.copytree(stored / source, folder)
     break_it(folder)
     with pytest.raises(ModelError, match=words):
-        load_model(leaf(folder))
+        load_model(cfg(folder))
 
 
 @pytest.mark.parametrize(
@@ -188,29 +188,29 @@ def test_a_broken_folder_is_refused(stored, tmp_path, fault):
 def test_a_missing_source_is_refused(source, words):
     for load in (load_model, load_tokenizer, describe):
         with pytest.raises(ModelError, match=words):
-            load(leaf(source))
+            load(cfg(source))
     with pytest.raises(RecipeError, match="not shipped with the package"):
-        load_model(leaf("embedded:nothing"))
+        load_model(cfg("embedded:nothing"))
 
 
 def test_a_corrupt_gguf_file_is_refused_and_nothing_is_cached(tmp_path, monkeypatch):
     monkeypatch.setenv("RECOVER_CACHE", str(tmp_path / "cache"))
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ModelError, match=r"model\.gguf: byte 8: found version 0"):
-        load_model(leaf(tmp_path / "model.gguf"))
+        load_model(cfg(tmp_path / "model.gguf"))
     assert list((tmp_path / "cache" / "gguf").iterdir()) == []
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(stored, tmp_path):
-    model = load_model(leaf(stored / "one"))
+    model = load_model(cfg(stored / "one"))
     with pytest.raises(ModelError, match=r"gives id 299 \('w299'\), the model's vocabulary ends at 255"):
         check_fit(model, tokenizer_of(300, eos_token="</s>"))
     tokenizer_of().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="no end-of-sequence token"):
-        load_tokenizer(leaf(stored / "one", tokenizer=str(tmp_path)))
+        load_tokenizer(cfg(stored / "one", tokenizer=str(tmp_path)))
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match="tokenizer: cannot be loaded"):
-        load_tokenizer(leaf(stored / "one", tokenizer=str(tmp_path)))
+        load_tokenizer(cfg(stored / "one", tokenizer=str(tmp_path)))
 
 
 def test_a_tied_head_may_be_stored_too(tmp_path):
@@ -220,10 +220,10 @@ def test_a_tied_head_may_be_stored_too(tmp_path):
     assert "lm_head.weight" not in weights
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     save_file(weights, tmp_path / WEIGHTS, metadata={"format": "pt"})
-    assert torch.equal(load_model(leaf(tmp_path))(ids()).logits, model(ids()).logits)
+    assert torch.equal(load_model(cfg(tmp_path))(ids()).logits, model(ids()).logits)
 
 
 def test_a_model_without_sdpa_falls_back_to_eager_and_says_so(stored, capsys, monkeypatch):
     monkeypatch.setattr(LlamaForCausalLM, "_supports_sdpa", False)
-    assert load_model(leaf(stored / "one")).config._attn_implementation == "eager"
+    assert load_model(cfg(stored / "one")).config._attn_implementation == "eager"
     assert "model.attention" in capsys.readouterr().err

@@ -8,9 +8,13 @@ import torch.nn.functional as F
 from peft.tuners import lora
 from tiny import ids, tiny
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from twins import fill_adapters, masked_twin
 
-from recover.config.recipe import Lora
+from recover.config.recipe import Lora, Loss
+from recover.distill.distiller import Distiller
+from recover.kernels import lora_linear as lora_linear_module
+from recover.kernels.adapter_casts import cast_together, lowered
 from recover.kernels.lora_linear import lora_linear
 from recover.models import lean, masked_lora
 from recover.models.masked_lora import MaskedLora, SwitchedLora, lora_layers
@@ -40,12 +44,13 @@ def gradients(output, inputs, upstream):
     return torch.autograd.grad(output, inputs, upstream.to(output.dtype))
 
 
+@pytest.mark.parametrize("scaling", [SCALING, 2.0, 0.5, 1.0])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(2, 5), (7,), (), (0, 4)])
-def test_equals_the_naive_computation_in_value_and_gradient(shape, bias):
+def test_equals_the_naive_computation_in_value_and_gradient(shape, bias, scaling):
     x, weight, bias_O, a, b = problem(shape=shape)
     bias_O = bias_O if bias else None
-    ours, naive = (each(x, weight, bias_O, a, b, SCALING) for each in (lora_linear, textbook))
+    ours, naive = (each(x, weight, bias_O, a, b, scaling) for each in (lora_linear, textbook))
     assert ours.shape == naive.shape
     torch.testing.assert_close(ours, naive, rtol=1e-13, atol=1e-13)
     upstream = torch.randn_like(naive)
@@ -113,6 +118,71 @@ def test_half_precision_is_no_less_exact_than_pefts(dtype, factors):
 def test_float32_is_as_exact_as_pefts():
     found = torch.tensor([errors(torch.float32, torch.float32, seed) for seed in range(5)]).mean(0)
     assert (found < 1e-6).all() and (found[0] <= 1.1 * found[1]).all(), found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_power_of_two_in_the_factors_is_one_behind_the_products_bit_for_bit(dtype, monkeypatch):
+    x, weight, bias, a, b = problem(dtype, torch.float32, shape=(30,), out=96, into=64, rank=8)
+    assert [lora_linear_module._exact(each) for each in (2.0, 1.0, 0.125, 3.0, 1.7)] == [True] * 3 + [False] * 2
+    found = []
+    for exact in (lora_linear_module._exact, lambda _scaling: False):
+        monkeypatch.setattr(lora_linear_module, "_exact", exact)
+        y = lora_linear(x, weight, bias, a, b, 4.0)
+        found.append((y, *gradients(y, (x, a, b), torch.linspace(-1, 1, y.numel()).view(y.shape))))
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("scaling", [2.0, SCALING])
+def test_casts_made_together_are_those_made_one_by_one(scaling):
+    made = [problem(torch.bfloat16, torch.float32, rank=rank, seed=rank) for rank in (3, 8)]
+    factors = [factor for *_, a, b in made for factor in (a, b)]
+
+    def outputs():
+        return [lora_linear(*each, scaling) for each in made]
+
+    expected = outputs()
+    with cast_together(factors, 2.0, torch.bfloat16):
+        assert len({lowered(each, torch.bfloat16, 2.0).plain.untyped_storage().data_ptr() for each in factors}) == 1
+        found = outputs()
+        with torch.no_grad():
+            factors[0].zero_()  # what was cast before stays
+        assert torch.equal(
+            lowered(factors[0], torch.bfloat16, 2.0).scaled, 2 * lowered(factors[0], torch.bfloat16, 2.0).plain
+        )
+        assert lowered(factors[0], torch.bfloat16, 2.0).plain.any()
+    assert not lowered(factors[0], torch.bfloat16, 2.0).plain.any()  # and is forgotten outside
+    for one, other, (x, *_, a, b) in zip(found, expected, made, strict=True):
+        upstream = torch.ones_like(one)
+        assert torch.equal(one, other)
+        assert all(map(torch.equal, gradients(one, (x, a, b), upstream), gradients(other, (x, a, b), upstream)))
+
+
+def test_nothing_is_cast_together_that_needs_no_cast_or_is_dealt_out():
+    *_, a, b = problem(torch.float32, torch.float32)
+    for factors, dtype in (([a, b], torch.float32), ([], torch.bfloat16)):
+        with cast_together(factors, 2.0, dtype):
+            assert lowered(a, torch.bfloat16, 2.0).plain._base is None
+    b.ds_id = 0  # as DeepSpeed marks what ZeRO-3 shares out
+    with cast_together([a, b], 2.0, torch.bfloat16):
+        assert lowered(a, torch.bfloat16, 2.0).plain._base is None
+
+
+def test_a_step_casts_its_adapters_at_once():
+    twin = twin_of(torch.bfloat16)
+    distiller = Distiller(twin, Loss())
+    kinds: list[str] = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float32 and args[0].ndim == 2:
+                kinds.extend("cast" for each in twin.model.parameters() if each.data_ptr() == args[0].data_ptr())
+            kinds.extend(["at once"] if func is torch.ops.aten._foreach_copy_.default else [])
+            return func(*args, **(kwargs or {}))
+
+    with Seen():
+        twin.model(input_ids=ids(), attention_mask=None, labels=ids(), distill=distiller)["loss"].backward()
+    assert kinds == ["at once"]
+    assert len(distiller.adapters[0]) == 2 * len(lora_layers(twin.model)) and distiller.adapters[1] == 2.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

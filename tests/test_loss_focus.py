@@ -20,7 +20,8 @@ from recover.distill.loss_topk import topk_of
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.train.totals import FOCUS_DECAY, SUMS, Totals
-from recover.train.trainer import RecoverTrainer, recover
+from recover.train.train import train
+from recover.train.trainer import RecoverTrainer
 
 MEASURES = ["disagreement", "kl", "entropy"]
 
@@ -172,9 +173,9 @@ def go(folder, name="run", action=None, **changes):
 
     RecoverTrainer.__init__ = with_callback
     try:
-        leaf = two_processes.leaf(folder, **{**two_processes.FOCUSED, "tokens": 1500, **changes})
+        cfg = two_processes.cfg(folder, **{**two_processes.FOCUSED, "tokens": 1500, **changes})
         twin = Twin(tiny(), Plan("depth", 6, (2, 4)))
-        best = recover(twin, byte_tokenizer(), leaf, folder / name, lambda epoch, _: float(epoch), seed=3)
+        best = train(twin, byte_tokenizer(), cfg, folder / name, lambda epoch, _: float(epoch), seed=3)
     finally:
         RecoverTrainer.__init__ = init
     return load_file(best / "adapter_model.safetensors"), [row for row in logs if "kl" in row]

@@ -184,11 +184,11 @@ def test_unread_says_why(tmp_path: Path) -> None:
 def test_large_weights_are_announced(
     mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    leaf = Model(source=str(mine / "model"))
-    load.load_model(leaf)
+    cfg = Model(source=str(mine / "model"))
+    load.load_model(cfg)
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(load, "SAID_BYTES", 1000)
-    load.load_model(leaf)
+    load.load_model(cfg)
     assert "reading " in (said := capsys.readouterr().out) and "GiB" in said
 
 

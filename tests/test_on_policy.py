@@ -20,14 +20,13 @@ from recover.base.artifacts import read_json
 from recover.base.errors import DataError, StopRequested
 from recover.config.recipe import PrunedText
 from recover.maths.collapse import loop
-from recover.run.trial import trial_leaf
 from recover.train import on_policy, skipping
 from recover.train.data import build_dataset, collator
 from recover.train.on_policy import cut_to, without_loop
-from recover.train.order import taken, training_order
+from recover.train.order import training_order
 from recover.train.prompted import answered
 from recover.train.sources import Sample
-from recover.train.trainer import RecoverTrainer, recover
+from recover.train.trainer import RecoverTrainer
 
 __all__ = ["at_step", "folder"]  # fixtures
 
@@ -122,17 +121,9 @@ def test_the_longest_text_grows_from_its_start_to_the_end(start, share, longest)
     assert PrunedText.model_validate(fields).longest_at(share) == 256
 
 
-@pytest.mark.parametrize("start", [0.0, 0.1])
-def test_in_a_trial_texts_grow_as_in_the_whole(folder, start):
-    leaf = two_processes.leaf(folder, **own(folder, start=start, first_new_tokens=20, max_new_tokens=220))
-    whole, first = leaf.pruned[0], trial_leaf(leaf, 0.2).pruned[0]
-    for share in (start, 0.15, 0.2):
-        assert first.longest_at(share / 0.2) == pytest.approx(whole.longest_at(share), abs=1)
-
-
 def test_a_first_text_longer_than_the_longest_is_refused(folder):
     with pytest.raises(ValidationError, match="first_new_tokens: 20 is more than max_new_tokens, 12"):
-        two_processes.leaf(folder, **own(folder, first_new_tokens=20))
+        two_processes.cfg(folder, **own(folder, first_new_tokens=20))
 
 
 def test_a_loop_is_learnt_up_to_where_it_goes_round_again():
@@ -195,16 +186,16 @@ def test_a_step_has_its_text_on_the_device(folder, monkeypatch):
 
 def test_cross_entropy_on_its_own_text_is_refused(folder):
     with pytest.raises(ValidationError, match=r"loss\.ce: cross-entropy on text of kind 'pruned'"):
-        two_processes.leaf(folder, **{**own(folder), "loss": {"ce": 0.1}})
+        two_processes.cfg(folder, **{**own(folder), "loss": {"ce": 0.1}})
 
 
 def test_what_lies_on_disk_before_the_first_step_cannot_hold_its_own_text(folder):
     with pytest.raises(ValidationError, match=r"cache: is filled before the first step, and text of kind 'pruned'"):
-        two_processes.leaf(folder, **own(folder), cache={"folder": "x"})
+        two_processes.cfg(folder, **own(folder), cache={"folder": "x"})
     changes = own(folder)
     changes["data"][0] = {"kind": "teacher", "source": "x"}
     with pytest.raises(ValidationError, match=r"text of kind 'pruned' is not in a teacher's file"):
-        two_processes.leaf(folder, **changes)
+        two_processes.cfg(folder, **changes)
 
 
 def test_without_such_text_the_course_is_as_it_was():
@@ -216,7 +207,7 @@ def test_without_such_text_the_course_is_as_it_was():
 
 
 def test_rows_without_such_text_have_no_further_columns(folder):
-    rows = build_dataset(two_processes.leaf(folder), depth_twin(), byte_tokenizer(), 3, folder / "data")
+    rows = build_dataset(two_processes.cfg(folder), depth_twin(), byte_tokenizer(), 3, folder / "data")
     assert set(rows.features) == {"input_ids", "completion_mask"}
 
 
@@ -230,29 +221,11 @@ def test_text_begins_after_its_start_and_none_is_lost(lengths, batch_size, start
     assert first // batch_size >= start * (len(order) // batch_size)
 
 
-@given(
-    st.lists(st.tuples(st.integers(1, 5), st.sampled_from([0.0, 0.1, 0.25])), min_size=1, max_size=4),
-    st.sampled_from([0.1, 0.2, 0.5]),
-)
-@settings(max_examples=40, deadline=None)
-def test_the_first_part_of_a_training_has_the_text_that_is_told_beforehand(sources, part):
-    """Counted in the order itself, of 2000 sequences by their sources, the first of which starts at once."""
-    shares, starts = [8, *(share for share, _ in sources)], [0.0, *(start for _, start in sources)]
-    owners = [source for source, share in enumerate(shares) for _ in range(round(2000 * share / sum(shares)))]
-    late = {index: starts[source] for index, source in enumerate(owners)}
-    order = training_order([1] * len(owners), 1, 7, late)
-    first = [owners[index] for index in order[: round(part * len(order))]]
-    expected = taken(shares, starts, part)
-    assert sum(expected) == pytest.approx(part)
-    for source, share in enumerate(expected):
-        assert first.count(source) / len(order) == pytest.approx(share, abs=0.03)
-
-
 def test_too_little_other_text_before_the_start_is_refused(folder):
     with pytest.raises(DataError, match="text of kind 'pruned' start earlier"):
         training_order([1] * 20, 2, 0, dict.fromkeys(range(15), 0.5))
     with pytest.raises(ValidationError, match=r"starts after 80% of the steps, and the other sources hold 50%"):
-        two_processes.leaf(folder, **own(folder, start=0.8))
+        two_processes.cfg(folder, **own(folder, start=0.8))
 
 
 samples = st.builds(lambda p, a: Sample([7] * (p + a), [0] * p + [1] * a), st.integers(1, 9), st.integers(1, 30))
@@ -275,8 +248,8 @@ def test_the_longest_answers_are_cut_to_the_budget_and_no_more_than_that(whole, 
 def test_tokens_are_as_planned_or_fewer(folder):
     contexts = []
     go(folder, after_epoch=lambda _, context: contexts.append(context) or 1.0, **own(folder, temperature=1.0))
-    leaf = two_processes.leaf(folder, **own(folder))
-    planned = build_dataset(leaf, depth_twin(), byte_tokenizer(), 3, folder / "recover/data")
+    cfg = two_processes.cfg(folder, **own(folder))
+    planned = build_dataset(cfg, depth_twin(), byte_tokenizer(), 3, folder / "recover/data")
     scored = (collator(0, "completion")([*planned])["labels"][:, 1:] != -100).sum().item()
     missing = records(folder)[-1]["owed"]
     assert contexts[-1]["tokens"] == scored - missing and 0 <= missing < 0.1 * scored
@@ -287,32 +260,6 @@ def test_an_answer_that_ends_at_once_is_its_end_token():
     assert answered([5, 6], [2]).scored("completion") == 1
     batch = collator(0, "completion")([{"input_ids": [5, 6, 2], "completion_mask": [0, 0, 1]}])
     assert batch["labels"].tolist() == [[-100, -100, 2]]
-
-
-@pytest.mark.parametrize(("start", "writings", "first_new_tokens"), [(0.0, 1, None), (0.3, 0, None), (0.0, 1, 3)])
-def test_a_trial_is_the_beginning_and_leaves_the_recovery_as_it_would_have_been(
-    tmp_path, start, writings, first_new_tokens
-):
-    found = []
-    for name in ("with", "without"):
-        path = tmp_path / name
-        path.mkdir()
-        two_processes.write_text(path)
-        changes = own(path, start=start, first_new_tokens=first_new_tokens)
-        dense = {"kind": "dense", "prompts": str(path / "prompts.jsonl"), "max_new_tokens": 12, "batch_size": 4}
-        changes["data"].append({**dense, "share": 0.5})
-        leaf = two_processes.leaf(path, **changes)
-        if name == "with":
-            first, texts = trial_leaf(leaf, 0.25), path / "recover/data"
-            trial = recover(depth_twin(), byte_tokenizer(), first, path / "trial", score, 3, trial_of=(leaf, texts))
-            assert trial.parent == path / "trial" and not (path / "trial/data").exists()
-            written = list((path / "trial").glob("pruned_text/*.json"))
-            assert len(written) == writings and len(list(texts.iterdir())) == 1 + writings
-            saved = {text: text.read_text() for text in texts.iterdir()}
-        found.append((adapter(go(path, **changes)), [record["rows"] for record in records(path)]))
-    assert all(text.read_text().startswith(before) for text, before in saved.items())
-    assert found[0][1] == found[1][1]
-    assert all(torch.equal(found[0][0][name], value) for name, value in found[1][0].items())
 
 
 def score(epoch, _context):

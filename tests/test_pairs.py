@@ -21,8 +21,8 @@ from recover.models.plan import Plan
 from recover.models.site import Site, sites_of
 from recover.models.twin import Twin
 from recover.prune import depth_search
-from recover.prune.methods import PRUNERS
 from recover.prune.pairs import lowest_apart, pairs_of
+from recover.prune.registry import PRUNERS
 from recover.run.estimate_depth import depth_warnings, refuse_depth, share_gone, share_unstored
 
 CALIBRATION = Calibration(data="given", samples=4, length=24, batch_size=2)
@@ -118,7 +118,7 @@ def test_each_drop_is_the_best_pair_that_saves_a_block(family, batches):
 
 
 @pytest.mark.parametrize(
-    "leaf",
+    "cfg",
     [
         {},
         {"score": "taylor"},
@@ -130,10 +130,10 @@ def test_each_drop_is_the_best_pair_that_saves_a_block(family, batches):
 )
 @pytest.mark.parametrize("candidates", [40, 4])
 @pytest.mark.parametrize("count", [1, 3, 5])
-def test_the_export_has_a_block_less_for_each_pair(leaf, candidates, count, batches, monkeypatch):
+def test_the_export_has_a_block_less_for_each_pair(cfg, candidates, count, batches, monkeypatch):
     monkeypatch.setattr(depth_search, "CANDIDATES", candidates)
     model = tiny()
-    plan = pruned(copy.deepcopy(model), batches, count=count, **leaf)
+    plan = pruned(copy.deepcopy(model), batches, count=count, **cfg)
     assert len(plan.packed) == 6 - count and zeroed_partners(plan.packed) == 0
     assert "zeroed" not in plan.summary()
     inside = sum(p.numel() for p in model.model.layers[0].parameters())
@@ -194,6 +194,6 @@ DESCRIPTION = Description(
 
 
 def test_the_estimate_knows_that_each_pair_saves_a_block():
-    leaf = pair_leaf(count=1)
-    assert share_gone(leaf, DESCRIPTION) == share_unstored(leaf, DESCRIPTION) == pytest.approx(1 / 6)
-    assert depth_warnings(leaf, DESCRIPTION) == []
+    cfg = pair_leaf(count=1)
+    assert share_gone(cfg, DESCRIPTION) == share_unstored(cfg, DESCRIPTION) == pytest.approx(1 / 6)
+    assert depth_warnings(cfg, DESCRIPTION) == []

@@ -128,10 +128,10 @@ def test_free_running_drift_is_the_textbook_on_two_separate_models(both):
 def test_free_running_is_teacher_forced_until_the_first_token_that_differs():
     """Prompts that part at steps of their own: up to and including that step both contexts are the same."""
     twin = dropping(endless(initializer_range=0.04), (3,))
-    leaf = LEAF.model_copy(update={"samples": 1})
+    cfg = LEAF.model_copy(update={"samples": 1})
     parted = set()
     for prompt in prompts(12):
-        records = probe(twin, NO_TOKENIZER, [prompt], leaf)
+        records = probe(twin, NO_TOKENIZER, [prompt], cfg)
         first = of(records, Divergence)[0].each[0]
         parted.add(first)
         for record in of(records, Step)[: None if first is None else first + 1]:

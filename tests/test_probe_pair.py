@@ -124,8 +124,8 @@ def test_predictions_stand_beside_the_truth_with_their_errors():
 
 def test_equal_models_write_equal_texts_from_every_seed_and_seeds_differ():
     dense = endless()
-    leaf = LEAF.model_copy(update={"seeds": (0, 1)})
-    first, second = of(probe(Pair.of_models(dense, copy.deepcopy(dense)), NO_TOKENIZER, prompts(), leaf), Sampled)
+    cfg = LEAF.model_copy(update={"seeds": (0, 1)})
+    first, second = of(probe(Pair.of_models(dense, copy.deepcopy(dense)), NO_TOKENIZER, prompts(), cfg), Sampled)
     for record in (first, second):
         assert record.never == 1 and set(record.free_running["gap"].values()) == {0.0}
         assert record.teacher_forced["kl"]["max"] == record.free_running["kl"]["max"] == 0
@@ -160,10 +160,10 @@ def test_sampled_tokens_are_drawn_from_the_softmax():
 
 
 def test_sampled_drift_before_the_first_difference_is_teacher_forced_drift():
-    leaf = LEAF.model_copy(update={"seeds": (0,), "samples": 1, "temperatures": (1.0,)})
+    cfg = LEAF.model_copy(update={"seeds": (0,), "samples": 1, "temperatures": (1.0,)})
     parted = set()
     for prompt in prompts(6):
-        record = of(probe(dropping(endless(initializer_range=0.04), (3,)), NO_TOKENIZER, [prompt], leaf), Sampled)[0]
+        record = of(probe(dropping(endless(initializer_range=0.04), (3,)), NO_TOKENIZER, [prompt], cfg), Sampled)[0]
         first = record.first["max"]
         parted.add(first)
         for row in record.steps[: None if first is None else int(first) + 1]:
@@ -196,9 +196,9 @@ def test_drift_along_given_texts_is_the_textbook_text_by_text():
 
 
 def test_a_probe_that_was_stopped_goes_on_and_gives_the_same_to_the_last_bit(tmp_path, monkeypatch):
-    leaf = LEAF.model_copy(update={"seeds": (4,)})
+    cfg = LEAF.model_copy(update={"seeds": (4,)})
     pair = pair_of()
-    expected = [record.to_json() for record in probe(pair, NO_TOKENIZER, prompts(), leaf)]
+    expected = [record.to_json() for record in probe(pair, NO_TOKENIZER, prompts(), cfg)]
     real, done = probing._examine, []
 
     def stop_at_the_last(comparison, batch, *rest):
@@ -210,8 +210,8 @@ def test_a_probe_that_was_stopped_goes_on_and_gives_the_same_to_the_last_bit(tmp
 
     monkeypatch.setattr(probing, "_examine", stop_at_the_last)
     with pytest.raises(KeyboardInterrupt):
-        findings(pair, NO_TOKENIZER, prompts(), leaf, store=Store(tmp_path, {"of": "a"}))
-    found = findings(pair, NO_TOKENIZER, prompts(), leaf, store=Store(tmp_path, {"of": "a"}))
+        findings(pair, NO_TOKENIZER, prompts(), cfg, store=Store(tmp_path, {"of": "a"}))
+    found = findings(pair, NO_TOKENIZER, prompts(), cfg, store=Store(tmp_path, {"of": "a"}))
     assert done == [(0, 1), (2, 3), "stopped", (4,)]
     assert [record.to_json() for record in records_of(pair, found)] == expected
 
@@ -234,9 +234,9 @@ def _rank(rank: int, port: int, folder: Path, answers) -> None:
     )
     torch.set_num_threads(1)
     dist.start()
-    leaf = LEAF.model_copy(update={"seeds": (4,)})
+    cfg = LEAF.model_copy(update={"seeds": (4,)})
     pair = pair_of()
-    found = findings(pair, NO_TOKENIZER, prompts(), leaf, store=Store(folder, {"of": "a"}))
+    found = findings(pair, NO_TOKENIZER, prompts(), cfg, store=Store(folder, {"of": "a"}))
     answers.put([record.to_json() for record in records_of(pair, found)])
     dist.stop()
 
@@ -250,10 +250,10 @@ def test_two_processes_keep_batches_that_one_goes_on_with_to_the_last_bit(tmp_pa
     first, second = (answers.get(timeout=120) for _ in ranks)
     for process in ranks:
         process.join(30)
-    leaf = LEAF.model_copy(update={"seeds": (4,)})
+    cfg = LEAF.model_copy(update={"seeds": (4,)})
     pair = pair_of()
-    expected = [record.to_json() for record in probe(pair, NO_TOKENIZER, prompts(), leaf)]
+    expected = [record.to_json() for record in probe(pair, NO_TOKENIZER, prompts(), cfg)]
     assert first == second == expected
     monkeypatch.setattr(probing, "_examine", lambda *_: pytest.fail("a batch was done twice"))
-    found = findings(pair, NO_TOKENIZER, prompts(), leaf, store=Store(tmp_path, {"of": "a"}))
+    found = findings(pair, NO_TOKENIZER, prompts(), cfg, store=Store(tmp_path, {"of": "a"}))
     assert [record.to_json() for record in records_of(pair, found)] == expected

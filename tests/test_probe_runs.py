@@ -49,8 +49,8 @@ def test_figures_do_not_depend_on_batches_or_chunks(both, monkeypatch):
     assert apart(probe(dropping(copy.deepcopy(model)), NO_TOKENIZER, prompts(), LEAF), json.loads(expected)) == []
     monkeypatch.undo()
     for size in (1, 5):
-        leaf = LEAF.model_copy(update={"batch_size": size})
-        assert apart(probe(dropping(copy.deepcopy(model)), NO_TOKENIZER, prompts(), leaf), json.loads(expected)) == []
+        cfg = LEAF.model_copy(update={"batch_size": size})
+        assert apart(probe(dropping(copy.deepcopy(model)), NO_TOKENIZER, prompts(), cfg), json.loads(expected)) == []
 
 
 def test_final_drift_is_the_final_record_with_or_without_stored_trajectories(both):

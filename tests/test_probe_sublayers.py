@@ -162,10 +162,9 @@ def test_dropped_blocks_count_as_closed_and_the_others_as_unchanged(as_twin):
 def test_records_are_the_textbook_of_both_counterfactuals_through_both_lenses():
     dense = endless().double()
     pair = Pair.of_models(dense, other_weights(dense))
-    leaf = LEAF.model_copy(update={"samples": 3, "batch_size": 3})
+    cfg = LEAF.model_copy(update={"samples": 3, "batch_size": 3})
     records = {
-        (r.block, r.part, r.counterfactual, r.lens): r
-        for r in of(probe(pair, NO_TOKENIZER, prompts(3), leaf), Sublayer)
+        (r.block, r.part, r.counterfactual, r.lens): r for r in of(probe(pair, NO_TOKENIZER, prompts(3), cfg), Sublayer)
     }
     assert len(records) == 6 * 2 * 2 * 2
     trajectory = trajectory_of(pair)
@@ -198,10 +197,10 @@ def test_layer_figures_take_at_most_so_many_positions_and_all_of_them_if_there_a
     assert torch.equal(thinned(mark, 11), mark) and torch.equal(thinned(mark, 100), mark)
     few = thinned(mark, 4)
     assert few.sum() == 4 and not (few & ~mark).any() and few[0].any() and few[2].any()
-    leaf = LEAF.model_copy(update={"layer_positions": 3})
+    cfg = LEAF.model_copy(update={"layer_positions": 3})
     pair = Pair.of(dropping(endless()))
     full = probe(pair, NO_TOKENIZER, prompts(), LEAF)
-    thin = probe(pair, NO_TOKENIZER, prompts(), leaf)
+    thin = probe(pair, NO_TOKENIZER, prompts(), cfg)
     assert len(full) == len(thin)
     assert [r.metrics for r in thin if r.probe == "final"] == [r.metrics for r in full if r.probe == "final"]
 

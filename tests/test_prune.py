@@ -17,7 +17,7 @@ from recover.models.plan import MaskRecord, Plan
 from recover.models.twin import Twin
 from recover.prune import depth_search
 from recover.prune.calibrate import calibration_batches
-from recover.prune.methods import PRUNERS
+from recover.prune.registry import PRUNERS
 
 CALIBRATION = Calibration(data="given", samples=5, length=24, batch_size=2)
 
@@ -31,10 +31,10 @@ def dense_twin(model) -> Twin:
     return Twin(model, Plan.none(len(blocks_of(model))))
 
 
-def drop(model, twin_batches, **leaf) -> Plan:
-    if "count" in leaf:
-        leaf["calibration"] = CALIBRATION
-    plan, masks, _ = PRUNERS["depth"](dense_twin(model), Depth(kind="depth", **leaf), twin_batches)
+def drop(model, twin_batches, **cfg) -> Plan:
+    if "count" in cfg:
+        cfg["calibration"] = CALIBRATION
+    plan, masks, _ = PRUNERS["depth"](dense_twin(model), Depth(kind="depth", **cfg), twin_batches)
     assert masks == {}
     return plan
 
@@ -148,8 +148,8 @@ def test_the_twin_is_left_as_it_was(tiny_llama, batches):
         Magnitude(kind="magnitude", pattern="2:4"),
     ]
     names = list(tiny_llama.state_dict())
-    for leaf in leaves:
-        PRUNERS[leaf.kind](twin, leaf, batches)
+    for cfg in leaves:
+        PRUNERS[cfg.kind](twin, cfg, batches)
         with torch.no_grad():
             assert torch.equal(tiny_llama(input_ids=batches[0]).logits, before)
         assert list(tiny_llama.state_dict()) == names and twin.closed_blocks == ()
@@ -157,7 +157,7 @@ def test_the_twin_is_left_as_it_was(tiny_llama, batches):
 
 
 @pytest.mark.parametrize(
-    ("leaf", "message"),
+    ("cfg", "message"),
     [
         ({"count": 6}, "prune.count: 6 blocks to drop, the model has 6: drop at most 5"),
         ({"blocks": tuple(range(6))}, "6 blocks to drop, the model has 6"),
@@ -166,9 +166,9 @@ def test_the_twin_is_left_as_it_was(tiny_llama, batches):
         ({"blocks": (-1,)}, r"\[-1\] are not blocks"),
     ],
 )
-def test_drops_that_cannot_work_are_refused(tiny_llama, batches, leaf, message):
+def test_drops_that_cannot_work_are_refused(tiny_llama, batches, cfg, message):
     with pytest.raises(PruneError, match=message):
-        drop(tiny_llama, batches, **leaf)
+        drop(tiny_llama, batches, **cfg)
 
 
 def test_all_blocks_but_the_first_can_go(tiny_llama, batches):
@@ -231,32 +231,32 @@ def inputs_by_masking(model, masks, batches, block: int) -> dict[str, torch.Tens
 )
 def test_wanda_is_the_textbook_formula_with_pruned_blocks_feeding_later_ones(family, pattern, sparsity, batches):
     reference = tiny(family)
-    leaf = Wanda(kind="wanda", pattern=pattern, sparsity=sparsity, calibration=CALIBRATION)
-    plan, masks, _ = PRUNERS["wanda"](dense_twin(tiny(family)), leaf, batches)
+    cfg = Wanda(kind="wanda", pattern=pattern, sparsity=sparsity, calibration=CALIBRATION)
+    plan, masks, _ = PRUNERS["wanda"](dense_twin(tiny(family)), cfg, batches)
     done: dict[str, torch.Tensor] = {}
     for block in range(6):
         found = {}
         for name, x_NI in inputs_by_masking(reference, done, batches, block).items():
             norm_I = x_NI.double().square().sum(0).sqrt()
             score_OI = reference.get_submodule(name).weight.detach().double().abs() * norm_I
-            expected_OI = keep_by_loop(score_OI, pattern, leaf.fraction)
+            expected_OI = keep_by_loop(score_OI, pattern, cfg.fraction)
             assert (masks[name] == expected_OI).float().mean() > 0.999, name  # a near-tie may fall either way
             found[name] = masks[name]
         done |= found
     assert done.keys() == masks.keys() == linears_of(reference).keys()
     assert plan.masks == {name: MaskRecord.of(keep_OI, pattern) for name, keep_OI in masks.items()}
     for keep_OI in masks.values():
-        gone = round(leaf.fraction * keep_OI.shape[1])
+        gone = round(cfg.fraction * keep_OI.shape[1])
         assert ((~keep_OI).sum(1) == gone).all()
     assert plan.parameters_dense - plan.nonzero == sum(int((~keep_OI).sum()) for keep_OI in masks.values())
 
 
 @pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.3), ("2:4", None)])
 def test_magnitude_keeps_the_largest_weights_of_every_row(tiny_llama, pattern, sparsity):
-    leaf = Magnitude(kind="magnitude", pattern=pattern, sparsity=sparsity)
-    plan, masks, _ = PRUNERS["magnitude"](dense_twin(tiny_llama), leaf, [])
+    cfg = Magnitude(kind="magnitude", pattern=pattern, sparsity=sparsity)
+    plan, masks, _ = PRUNERS["magnitude"](dense_twin(tiny_llama), cfg, [])
     for name, linear in linears_of(tiny_llama).items():
-        assert torch.equal(masks[name], keep_by_loop(linear.weight.detach().abs(), pattern, leaf.fraction)), name
+        assert torch.equal(masks[name], keep_by_loop(linear.weight.detach().abs(), pattern, cfg.fraction)), name
     assert plan.kind == "magnitude" and plan.dropped == () and plan.calibration == {}
 
 

@@ -15,10 +15,10 @@ from recover.config.recipe import Prune, load_recipe
 from recover.models.plan import Plan, Pruned, load_plan
 from recover.models.twin import Twin
 from recover.prune import depth_search, parts
-from recover.prune.methods import PRUNERS
 from recover.prune.parts import Part, Parts
+from recover.prune.registry import PRUNERS
 from recover.run import stages
-from recover.run.context import Bench
+from recover.run.context import RunContext
 from recover.run.directory import RunDirectory
 from recover.run.stage_work import _pruned_from
 
@@ -63,10 +63,10 @@ def few_candidates(monkeypatch):
 
 
 def prune(recipe: dict[str, Any], folder: Path | None, made_from: Any = FROM, text: int = 3) -> Pruned:
-    leaf: Any = TypeAdapter(Prune).validate_python({"calibration": CALIBRATION, **recipe})
+    cfg: Any = TypeAdapter(Prune).validate_python({"calibration": CALIBRATION, **recipe})
     twin = Twin(tiny(num_hidden_layers=4), Plan.none(4))
     batches: Any = list(ids(4, 24, seed=text).split(2))
-    return PRUNERS[leaf.kind](twin, leaf, batches, Parts(folder, made_from))
+    return PRUNERS[cfg.kind](twin, cfg, batches, Parts(folder, made_from))
 
 
 def same(one: Pruned, other: Pruned) -> bool:
@@ -212,10 +212,10 @@ def test_a_stage_that_is_killed_goes_on_and_leaves_no_part(tmp_path, monkeypatch
 
 def test_parts_are_made_from_all_that_their_bits_depend_on(tmp_path):
     def made_from(text: int = 1, *overrides: str, weight: float = 0.0) -> dict[str, Any]:
-        bench = Bench(load_recipe(QUICKSTART, [*OVERRIDES, *overrides]), RunDirectory(tmp_path))
+        context = RunContext(load_recipe(QUICKSTART, [*OVERRIDES, *overrides]), RunDirectory(tmp_path))
         twin = Twin(tiny(), Plan.none(6))
         twin.model.model.layers[3].mlp.up_proj.weight.data[0, 0] += weight
-        return _pruned_from(bench, twin, list(ids(2, 8, seed=text).split(1)))  # type: ignore[arg-type]
+        return _pruned_from(context, twin, list(ids(2, 8, seed=text).split(1)))  # type: ignore[arg-type]
 
     first = made_from()
     assert made_from() == first

@@ -19,7 +19,6 @@ from recover.report.diagnosis import is_diagnosis, render_diagnosis
 from recover.report.figures import plan as figures_plan
 from recover.report.figures import svg
 from recover.report.figures.registry import figures
-from recover.report.forecast import forecast
 from recover.report.points import half_parted, points
 from recover.report.render import render
 
@@ -40,7 +39,7 @@ def test_nothing_stands_where_nothing_was_recorded(tmp_path: Path) -> None:
     for key in NEWER:
         assert key not in figures(data) and f"figure-{key}" not in text
     assert not {"choices-table", "retrieval", "repair", "skipped"} & set(tables.tables(data))
-    assert "Choosing and ranking" not in text and 'class="forecast"' not in text and "Not every step" not in text
+    assert "Choosing and ranking" not in text and "Not every step" not in text
 
 
 def test_every_newer_probe_has_its_figure_and_its_numbers(run: Path) -> None:
@@ -176,7 +175,7 @@ def test_of_several_sets_that_are_carried_the_candidate_that_was_chosen_is_drawn
     assert figures_plan._lanes({"scores": records})["block"] == {2: {3: 0.5}}
 
 
-# The page in short, and the forecast.
+# The page in short.
 
 
 def test_own_words_are_judged_by_both_models_on_them_and_not_by_how_far_texts_are_apart(tmp_path: Path) -> None:
@@ -230,39 +229,6 @@ def test_several_choice_tasks_count_by_their_items_and_rankings_are_named_by_tas
 def test_half_of_all_texts_not_of_those_that_parted(each: list[int | None], half: int) -> None:
     first = {"p50": 3}  # the record's own median, over the texts that parted: all there is if fewer than half did
     assert half_parted({"prompts": len(each), "each": each, "first": first}) == half
-
-
-def with_forecast(tmp_path: Path, **changed: object) -> dict:
-    run = build_run(tmp_path)
-    classes = {"generation": {"expected": 0.9, "interval": [0.7, 1.3], "reason": "12 runs like it"}}
-    found = {"classes": classes, "runs": 12, "trial_tokens": 20_000, "advice": "go", "reason": "It is worth it."}
-    (run / "forecast.json").write_text(json.dumps({**found, **changed}))
-    data = collect(run)
-    for path in render(run, data)[1:]:
-        assert "It is worth it." in path.read_text(encoding="utf-8")
-    return data
-
-
-def test_a_forecast_is_shown_beside_what_came_of_it(tmp_path: Path) -> None:
-    data = with_forecast(tmp_path, not_forecast={"choice": "not measured", "retrieval": "not measured"})
-    shown = forecast(data)
-    assert shown is not None and shown["word"] == "go"
-    assert shown["figure"].rows == [("generation", "90%", "70% to 130%", "97%", "12 runs like it")]
-    assert "It rests on 12 earlier runs and a trial of 20k tokens." in shown["lines"]
-    assert "No forecast of choice and retrieval: not measured." in shown["lines"]
-    assert "<circle" in shown["figure"].wide and forecast(data | {"forecast": None}) is None
-
-
-def test_a_forecast_of_another_recipe_has_no_outcome(tmp_path: Path) -> None:
-    recipe = {"prune": {"kind": "depth", "count": 9}}
-    shown = forecast(with_forecast(tmp_path, recipe=recipe))
-    assert shown is not None and "another recipe (prune)" in shown["lines"][-1]
-    assert shown["figure"].rows[0][3] == "not measured" and "<circle" not in shown["figure"].wide
-
-
-def test_a_forecast_without_classes_still_says_its_advice(tmp_path: Path) -> None:
-    shown = forecast(with_forecast(tmp_path, classes={}, advice="cannot tell"))
-    assert shown is not None and shown["word"] == "cannot tell" and shown["figure"] is None
 
 
 # A diagnosis.

@@ -31,8 +31,8 @@ def test_rows_of_the_rate_are_as_long_as_they_count(tmp_path):
 
     path = tmp_path / "text.jsonl"
     training_rate.write_text(path, sequences=5, length=48)
-    leaf = GivenText(kind="given", source=str(path))
-    samples = [sample for row in read_rows(str(path)) for sample in samples_of(row, leaf, byte_tokenizer(), 48)]
+    cfg = GivenText(kind="given", source=str(path))
+    samples = [sample for row in read_rows(str(path)) for sample in samples_of(row, cfg, byte_tokenizer(), 48)]
     assert [len(sample.ids) for sample in samples] == [48] * 5
     assert len({tuple(sample.ids) for sample in samples}) == 5
     steps = [{"seconds": second, "loss": 1.0} for second in (9.0, 10.0, 11.0, 12.0, 14.0, 16.0, 19.0, 99.0)]

@@ -97,12 +97,12 @@ def certified(plan, masks, weights, pattern) -> None:
 def test_sparsegpt_beats_wanda_in_the_last_hidden_state_and_holds_its_certificates(pattern, sparsity, batches):
     model = tiny(hidden_size=96, intermediate_size=96, num_attention_heads=4)
     text = list(ids(24, 40, seed=5).split(8))
-    leaf = sparse(pattern=pattern, sparsity=sparsity)
-    plan, masks, weights = prune_sparsegpt(dense_twin(copy.deepcopy(model)), leaf, text)
+    cfg = sparse(pattern=pattern, sparsity=sparsity)
+    plan, masks, weights = prune_sparsegpt(dense_twin(copy.deepcopy(model)), cfg, text)
     certified(plan, masks, weights, pattern)
     assert masks.keys() == linears_of(model).keys() and plan.kind == "sparsegpt"
-    if leaf.n_m:
-        n, m = leaf.n_m
+    if cfg.n_m:
+        n, m = cfg.n_m
         assert all((keep.reshape(-1, m).sum(1) == n).all() for keep in masks.values())
     else:
         assert all(int((~keep).sum()) == round(0.6 * keep.numel()) for keep in masks.values())
@@ -164,7 +164,7 @@ def test_owl_spares_the_block_with_outliers(batches):
     model = tiny(hidden_size=96, intermediate_size=192)
     for linear in (model.model.layers[3].mlp.up_proj, model.model.layers[3].mlp.gate_proj):
         linear.weight.data[:, :4] *= 30
-    leaf = Wanda(kind="wanda", sparsity=0.5, allocation="owl", spread=0.1, calibration=CALIBRATION)
+    cfg = Wanda(kind="wanda", sparsity=0.5, allocation="owl", spread=0.1, calibration=CALIBRATION)
     seen = inputs_of(model, batches)
     share = []
     for block in range(6):
@@ -174,7 +174,7 @@ def test_owl_spares_the_block_with_outliers(batches):
             if name.startswith(f"model.layers.{block}.")
         ]
         share.append(sum(int((s > 5 * s.mean()).sum()) for s in scores) / sum(s.numel() for s in scores))
-    plan, masks, _ = prune_wanda(dense_twin(model), leaf, batches)
+    plan, masks, _ = prune_wanda(dense_twin(model), cfg, batches)
     assert plan.calibration["importance"] == pytest.approx(share, rel=1e-3)
     fractions = plan.calibration["sparsity"]
     assert min(fractions) == fractions[3] == pytest.approx(0.4) and sum(fractions) / 6 == pytest.approx(0.5)
@@ -213,21 +213,21 @@ def test_kl_spares_the_block_that_matters(batches):
 
 @pytest.mark.parametrize("prune", [prune_wanda, prune_sparsegpt])
 def test_what_cannot_work_is_said_before_hours_are_spent(prune, batches):
-    def leaf(**fields):
+    def cfg(**fields):
         kind, cls = ("wanda", Wanda) if prune is prune_wanda else ("sparsegpt", SparseGpt)
         return cls(kind=kind, calibration=CALIBRATION, **fields)
 
     with pytest.raises(PruneError, match="no text"):
-        prune(dense_twin(tiny()), leaf(sparsity=0.5), [])
+        prune(dense_twin(tiny()), cfg(sparsity=0.5), [])
     with pytest.raises(PruneError, match="300 tokens, the model's context is 256"):
-        prune(dense_twin(tiny()), leaf(sparsity=0.5), [ids(1, 300)])
+        prune(dense_twin(tiny()), cfg(sparsity=0.5), [ids(1, 300)])
     with pytest.raises(PruneError, match=r"layers\.0\.mlp\.down_proj: pattern 2:4 needs whole groups of 4"):
-        prune(dense_twin(tiny(intermediate_size=98)), leaf(pattern="2:4"), batches)
+        prune(dense_twin(tiny(intermediate_size=98)), cfg(pattern="2:4"), batches)
     model = tiny()
     model.model.embed_tokens.weight.data[ids(5, 24, seed=3)[4, 3]] = float("inf")
     twin = dense_twin(model)
     with pytest.raises(PruneError, match=r"layers\.0\.self_attn\.q_proj: sees inputs that are not finite"):
-        prune(twin, leaf(sparsity=0.5), batches)
+        prune(twin, cfg(sparsity=0.5), batches)
     assert twin.closed_sites == frozenset() and not model.model.layers[0]._forward_pre_hooks
 
 

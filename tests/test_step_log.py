@@ -15,9 +15,9 @@ from recover.base.errors import StopRequested
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.report.curve import curve
-from recover.train.distil_trainer import RecoverTrainer
 from recover.train.totals import TERMS
-from recover.train.trainer import recover
+from recover.train.train import train
+from recover.train.trainer import RecoverTrainer
 
 STEPS = two_processes.STEPS
 
@@ -25,8 +25,8 @@ STEPS = two_processes.STEPS
 def go(folder, after_epoch=lambda epoch, _: float(epoch), **changes):
     two_processes.write_text(folder)
     twin = Twin(tiny(), Plan("depth", 6, (2, 4)))
-    leaf = two_processes.leaf(folder, save_steps=1, **changes)
-    recover(twin, byte_tokenizer(), leaf, folder / "recover", after_epoch, seed=3)
+    cfg = two_processes.cfg(folder, save_steps=1, **changes)
+    train(twin, byte_tokenizer(), cfg, folder / "recover", after_epoch, seed=3)
     return folder / "recover" / "steps.jsonl"
 
 
@@ -82,7 +82,7 @@ def test_the_curve_of_the_report_has_the_means_of_the_epochs(tmp_path):
         epochs.append(record)
         return float(epoch)
 
-    recipe = {"recover": two_processes.leaf(tmp_path).model_dump()}
+    recipe = {"recover": two_processes.cfg(tmp_path).model_dump()}
     found = curve(go(tmp_path, after_epoch), recipe)
     assert found is not None and found["last_step"] == STEPS and found["tokens_per_second"] > 0
     points = found["points"]

@@ -40,7 +40,7 @@ def commands(folder: Path) -> dict[str, list[str | Path]]:
     recipe, there = folder / "recipe.yaml", ["--runs", folder.parent]
     prompts = ["--prompts", folder / "prompts.jsonl"]
     return {
-        **{name: [name, recipe, *there] for name in ("plan", "run", "prune", "probe", "train", "export", "forecast")},
+        **{name: [name, recipe, *there] for name in ("plan", "run", "prune", "probe", "train", "export")},
         "run --fresh": ["run", recipe, *there, "--fresh"],
         "report": ["report", folder],
         "show": ["show", folder],

@@ -125,8 +125,8 @@ def test_generate_task_counts_right_answers_and_compares_with_the_dense_texts(tm
 def test_measuring_twice_gives_the_same_record_and_json_can_hold_it(tmp_path):
     rows = [{"q": f"w{number}", "answer": "w4"} for number in range(10, 17)]
     task = load_task(make_task(tmp_path, rows, **GENERATE))
-    leaf = LEAF.model_copy(update={"sampling": Sampling()})
-    first, second = (measure(tiny(), word_tokenizer(), [task], leaf, seed=3)[0] for _ in range(2))
+    cfg = LEAF.model_copy(update={"sampling": Sampling()})
+    first, second = (measure(tiny(), word_tokenizer(), [task], cfg, seed=3)[0] for _ in range(2))
     for record in (first, second):
         assert record.pop("seconds") > 0 and record.pop("tokens_per_second") > 0
     assert json.dumps(first, allow_nan=False) == json.dumps(second, allow_nan=False)
@@ -306,10 +306,10 @@ from recover.measure.tasks import load_task, measure
 from recover.config.recipe import Measure
 
 dist.start()
-leaf = Measure(tasks=("x",), max_new_tokens=6, batch_size=3, sampling=None, samples=2)
-record, texts = measure(tiny(), word_tokenizer(), [load_task(path) for path in sys.argv[1:]], leaf)
+cfg = Measure(tasks=("x",), max_new_tokens=6, batch_size=3, sampling=None, samples=2)
+record, texts = measure(tiny(), word_tokenizer(), [load_task(path) for path in sys.argv[1:]], cfg)
 try:
-    measure(tiny(max_position_embeddings=10), word_tokenizer(), [load_task(sys.argv[1])], leaf)
+    measure(tiny(max_position_embeddings=10), word_tokenizer(), [load_task(sys.argv[1])], cfg)
 except Exception as error:
     record["failure"] = f"{type(error).__name__}: {error}"
 print(json.dumps([record, texts]))

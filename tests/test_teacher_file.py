@@ -16,7 +16,6 @@ from recover.config.recipe import GivenText, Recover, TeacherText, load_recipe
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.run import stages
-from recover.run.trial import trial_leaf
 from recover.train.sources import read_rows, samples_of
 from recover.train.teacher_file import (
     TeacherStates,
@@ -27,7 +26,7 @@ from recover.train.teacher_file import (
     teacher_samples,
     unpacked,
 )
-from recover.train.trainer import recover
+from recover.train.train import train
 
 LOSS = {"kl": 1.0, "ce": 0.1}
 
@@ -43,8 +42,8 @@ def source(path):
 
 
 def given_samples(folder):
-    leaf = GivenText(kind="given", source=str(folder / "given.jsonl"), columns={"prompt": "p", "completion": "c"})
-    return [sample for row in read_rows(leaf.source) for sample in samples_of(row, leaf, byte_tokenizer(), 64)]
+    cfg = GivenText(kind="given", source=str(folder / "given.jsonl"), columns={"prompt": "p", "completion": "c"})
+    return [sample for row in read_rows(cfg.source) for sample in samples_of(row, cfg, byte_tokenizer(), 64)]
 
 
 def write(folder, k):
@@ -54,36 +53,25 @@ def write(folder, k):
     return path
 
 
-def adapter_of(folder, name, leaf):
+def adapter_of(folder, name, cfg):
     twin = Twin(tiny(), Plan("depth", 6, (2, 4)))
-    best = recover(twin, byte_tokenizer(), leaf, folder / name, lambda epoch, _: float(epoch), seed=3)
+    best = train(twin, byte_tokenizer(), cfg, folder / name, lambda epoch, _: float(epoch), seed=3)
     return load_file(best / "adapter_model.safetensors"), json.loads((best.parent / "best.json").read_text())
 
 
 def test_training_from_the_whole_distribution_is_training_from_the_dense_model(folder):
     """k = V: nothing is lost but the rounding of the file."""
     path = write(folder, 256)
-    exact, losses = adapter_of(folder, "exact", two_processes.leaf(folder, loss=LOSS))
+    exact, losses = adapter_of(folder, "exact", two_processes.cfg(folder, loss=LOSS))
     data = [{"kind": "teacher", "source": str(path)}]
-    found, others = adapter_of(folder, "file", two_processes.leaf(folder, loss=LOSS, data=data))
+    found, others = adapter_of(folder, "file", two_processes.cfg(folder, loss=LOSS, data=data))
     assert [e["loss"] for e in others["epochs"]] == pytest.approx([e["loss"] for e in losses["epochs"]], rel=1e-5)
     for name, value in found.items():
         torch.testing.assert_close(value, exact[name], rtol=0, atol=2e-4)
     few, _ = adapter_of(
-        folder, "few", two_processes.leaf(folder, loss=LOSS, data=[{**data[0], "source": str(write(folder, 4))}])
+        folder, "few", two_processes.cfg(folder, loss=LOSS, data=[{**data[0], "source": str(write(folder, 4))}])
     )
     assert any((few[name] - exact[name]).abs().max() > 2e-4 for name in few)
-
-
-def test_a_trial_reads_what_lies_beside_the_recoverys_text(folder):
-    data = [{"kind": "teacher", "source": str(write(folder, 4))}]
-    leaf = two_processes.leaf(folder, loss=LOSS, data=data)
-    twin, texts = Twin(tiny(), Plan("depth", 6, (2, 4))), folder / "recover/data"
-    first, ended = trial_leaf(leaf, 0.5), []
-    recover(
-        twin, byte_tokenizer(), first, folder / "trial", lambda epoch, _: ended.append(epoch), 3, trial_of=(leaf, texts)
-    )
-    assert ended == [1] and (texts / "teacher").exists() and not (folder / "trial/data").exists()
 
 
 def test_rows_come_back_as_they_were_written_cut_to_length(folder):

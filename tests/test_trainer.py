@@ -16,9 +16,10 @@ from recover.base.artifacts import check_manifest, read_json
 from recover.base.errors import DataError, StopRequested, TrainingError
 from recover.models.plan import MaskRecord, Plan
 from recover.models.twin import Twin
-from recover.train import trainer as training
+from recover.train import train as training
 from recover.train.settings import epoch_ends, split_batch
-from recover.train.trainer import RecoverTrainer, recover
+from recover.train.train import train
+from recover.train.trainer import RecoverTrainer
 
 STEPS = two_processes.STEPS
 
@@ -34,8 +35,8 @@ def depth_twin(**overrides):
 
 
 def go(folder, twin=None, after_epoch=lambda epoch, context: float(epoch), **changes):
-    leaf = two_processes.leaf(folder, **changes)
-    return recover(twin or depth_twin(), byte_tokenizer(), leaf, folder / "recover", after_epoch, seed=3)
+    cfg = two_processes.cfg(folder, **changes)
+    return train(twin or depth_twin(), byte_tokenizer(), cfg, folder / "recover", after_epoch, seed=3)
 
 
 def adapter(path):
@@ -222,8 +223,8 @@ def test_patience_stops_and_says_so(folder, capsys):
 
 
 def test_no_gain_over_the_pruned_model_is_said(folder, capsys):
-    leaf = two_processes.leaf(folder)
-    recover(depth_twin(), byte_tokenizer(), leaf, folder / "recover", lambda *_: 0.1, seed=0, baseline_score=0.2)
+    cfg = two_processes.cfg(folder)
+    train(depth_twin(), byte_tokenizer(), cfg, folder / "recover", lambda *_: 0.1, seed=0, baseline_score=0.2)
     assert "no epoch generates better than the pruned model before training" in capsys.readouterr().err
 
 
@@ -270,12 +271,12 @@ def test_too_little_text_for_the_epochs_is_refused(folder):
 
 
 def test_sizes_that_do_not_come_out_even_are_refused(folder):
-    leaf = two_processes.leaf(folder, batch_size=12)
-    assert split_batch(leaf, 3).micro == 4 and split_batch(leaf, 3).accumulation == 1
+    cfg = two_processes.cfg(folder, batch_size=12)
+    assert split_batch(cfg, 3).micro == 4 and split_batch(cfg, 3).accumulation == 1
     with pytest.raises(TrainingError, match=r"batch_size: 12 .* 5 processes; give a multiple of 5, such as 10"):
-        split_batch(leaf, 5)
+        split_batch(cfg, 5)
     with pytest.raises(TrainingError, match=r"micro_batch_size: 4 does not divide the 6"):
-        split_batch(two_processes.leaf(folder, batch_size=12, micro_batch_size=4), 2)
+        split_batch(two_processes.cfg(folder, batch_size=12, micro_batch_size=4), 2)
 
 
 def test_epochs_share_the_steps():

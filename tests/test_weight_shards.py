@@ -15,9 +15,9 @@ from recover.base.errors import RecipeError, TrainingError
 from recover.config.recipe import Lora, Recover
 from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.train import weight_shards
 from recover.train.settings import refuse_sharding_twice
-from recover.train.weight_shards import WeightShards
+from recover.train.sharded import weights as weight_shards
+from recover.train.sharded.weights import WeightShards
 
 IDS = torch.arange(24).view(2, 12) % 256
 
@@ -198,19 +198,19 @@ def test_zero3_and_shards_are_refused_together(stage, tmp_path, monkeypatch):
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "ds.json"))
-    leaf = Recover.model_validate({"data": [{"kind": "given", "source": "x.jsonl"}], "shard_weights": True})
+    cfg = Recover.model_validate({"data": [{"kind": "given", "source": "x.jsonl"}], "shard_weights": True})
     assert dist.zero_stage() == stage
     if stage == 2:
-        refuse_sharding_twice(leaf)
+        refuse_sharding_twice(cfg)
         return
     with pytest.raises(TrainingError, match=r"shard_weights.*zero2\.yaml"):
-        refuse_sharding_twice(leaf)
+        refuse_sharding_twice(cfg)
 
 
 def test_the_plan_refuses_it_too(monkeypatch):
     from recover.run import estimate
 
-    leaf = Recover.model_validate({"data": [{"kind": "given", "source": "x.jsonl"}], "shard_weights": True})
+    cfg = Recover.model_validate({"data": [{"kind": "given", "source": "x.jsonl"}], "shard_weights": True})
     monkeypatch.setattr(dist, "zero_stage", lambda: 3)
     with pytest.raises(RecipeError, match="shard_weights"):
-        estimate._refuse_training(leaf)
+        estimate._refuse_training(cfg)

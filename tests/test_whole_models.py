@@ -14,7 +14,7 @@ from byte_tokenizer import byte_tokenizer
 from gguf_checkpoint import checkpoint
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_load import leaf
+from test_load import cfg
 from tiny import ids, tiny
 from typer.testing import CliRunner
 
@@ -48,7 +48,7 @@ def commands(folder: Path, recipe: Path) -> dict[str, list[str | Path]]:
     """Every command that reads a model."""
     runs, prompts = ["--runs", folder.parent / "runs"], folder.parent / "prompts.jsonl"
     return {
-        **{name: [name, recipe, *runs] for name in ("plan", "run", "prune", "probe", "train", "export", "forecast")},
+        **{name: [name, recipe, *runs] for name in ("plan", "run", "prune", "probe", "train", "export")},
         "measure": ["measure", folder, "--tasks", "embedded:stories", "--limit", "1"],
         "diagnose": ["diagnose", "embedded:fable-2m", folder, "--prompts", prompts, "--out", folder.parent / "out"],
         "teacher": ["teacher", folder, prompts, folder.parent / "teacher.jsonl"],
@@ -74,7 +74,7 @@ def test_an_adapter_beside_whole_weights_is_refused_by_every_command(adapted: Pa
 def test_the_weights_alone_of_an_adapter_and_a_tokenizer_beside_one_are_fine(adapted: Path) -> None:
     assert load_tokenizer(Model(source="embedded:fable-2m", tokenizer=str(adapted))) is not None
     (adapted / "adapter_config.json").unlink()  # transformers looks for this one
-    assert torch.equal(load_model(leaf(adapted))(ids()).logits, tiny("llama")(ids()).logits)
+    assert torch.equal(load_model(cfg(adapted))(ids()).logits, tiny("llama")(ids()).logits)
 
 
 def test_an_adapter_on_the_hub_is_seen_before_weights_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +85,7 @@ def test_an_adapter_on_the_hub_is_seen_before_weights_are_fetched(monkeypatch: p
     monkeypatch.setattr(PretrainedConfig, "get_config_dict", lambda *_, **__: ({"model_type": "llama"}, {}))
     monkeypatch.setattr(hub, "cached_file", lambda *words, **_: asked.append(words) or "/cache/adapter_config.json")
     with pytest.raises(ModelError, match=r"someone/model: holds adapter_config\.json"):
-        describe(leaf("someone/model"))
+        describe(cfg("someone/model"))
     assert asked == [("someone/model", "adapter_config.json")]
 
 
@@ -123,7 +123,7 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], dict, str]] = {
 def test_what_does_not_belong_together_is_refused_by_name(tmp_path: Path, what: str) -> None:
     change, config, words = REFUSED[what]
     with pytest.raises(ModelError, match=words):
-        load_model(leaf(edited(tmp_path / "model", change, **config)))
+        load_model(cfg(edited(tmp_path / "model", change, **config)))
 
 
 def test_two_unlike_matrices_of_a_tied_config_are_refused_by_plan_and_gguf(tmp_path: Path) -> None:
@@ -147,14 +147,14 @@ def test_two_unlike_matrices_of_a_tied_config_are_refused_by_plan_and_gguf(tmp_p
 @pytest.mark.parametrize("half", [False, True])
 def test_known_spare_tensors_and_a_stored_tied_head_load(tmp_path: Path, half: bool) -> None:
     spare = with_(model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(8))
-    assert torch.equal(load_model(leaf(edited(tmp_path / "a", spare)))(ids()).logits, tiny("llama")(ids()).logits)
+    assert torch.equal(load_model(cfg(edited(tmp_path / "a", spare)))(ids()).logits, tiny("llama")(ids()).logits)
 
     def stored(tensors: Tensors) -> Tensors:
         kind = torch.bfloat16 if half else torch.float32
         embedding = tensors["model.embed_tokens.weight"].to(kind)
         return {**tensors, "model.embed_tokens.weight": embedding, "lm_head.weight": embedding.float().clone()}
 
-    model = load_model(leaf(edited(tmp_path / "b", stored, "llama_tied")))
+    model = load_model(cfg(edited(tmp_path / "b", stored, "llama_tied")))
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
@@ -168,10 +168,10 @@ def test_a_tensor_in_two_shards_must_be_one(tmp_path: Path, equal: bool) -> None
     more = {**load_file(tmp_path / last), name: value if equal else torch.zeros_like(value)}
     save_file(more, tmp_path / last, metadata={"format": "pt"})
     if equal:
-        assert torch.equal(load_model(leaf(tmp_path))(ids()).logits, tiny("llama")(ids()).logits)
+        assert torch.equal(load_model(cfg(tmp_path))(ids()).logits, tiny("llama")(ids()).logits)
     else:
         with pytest.raises(ModelError, match=r"holds \S+, and \S+ holds another one"):
-            load_model(leaf(tmp_path))
+            load_model(cfg(tmp_path))
 
 
 @pytest.fixture
@@ -216,7 +216,7 @@ def more(name: str, value: torch.Tensor) -> Callable[[list], list]:
 def test_a_gguf_file_that_is_not_the_whole_model_is_refused(tmp_path, monkeypatch, cache, change, variant, words):
     path = written(tmp_path, monkeypatch, change, **variant)
     with pytest.raises(ModelError, match=rf"model\.gguf: .*{words}"):
-        describe(leaf(path))
+        describe(cfg(path))
     assert list(cache.iterdir()) == []
 
 
@@ -226,7 +226,7 @@ def test_a_gguf_file_that_counts_no_tensors_is_refused(tmp_path, monkeypatch, ca
     data[8:16] = struct.pack("<Q", 0)  # after "GGUF" and the version: how many tensors there are
     path.write_bytes(data)
     with pytest.raises(ModelError, match=r"model\.gguf: .*lacks 56 tensors.*it holds 0"):
-        describe(leaf(path))
+        describe(cfg(path))
     assert list(cache.iterdir()) == []
 
 
@@ -238,7 +238,7 @@ def test_a_whole_gguf_file_is_the_folder_it_was_made_from(tmp_path, monkeypatch,
     path = written(tmp_path, monkeypatch, ones, variant=variant, tie_word_embeddings=tied, **heads)
     shutil.copy(source.__file__, tmp_path / "adapter_config.json")  # what lies beside a GGUF file is not looked at
     (tmp_path / "generation_config.json").write_text('{"max_length": 3}')
-    model, folder = load_model(leaf(path)), load_model(leaf(tmp_path / "model"))
+    model, folder = load_model(cfg(path)), load_model(cfg(tmp_path / "model"))
     assert model.generation_config.max_length != 3
     expected = folder(ids()).logits.detach()
     torch.testing.assert_close(model(ids()).logits, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from narrow import batches, leaf, logits, prune, silenced
+from narrow import batches, cfg, logits, prune, silenced
 from tiny import tiny
 
 from recover.base.errors import PruneError, RecipeError
@@ -90,7 +90,7 @@ def test_exact_counts_and_ties_go_by_index():
     ],
 )
 def test_neurons_left_are_rounded(dense, fields, left):
-    assert leaf(**fields).neurons(dense) == left
+    assert cfg(**fields).neurons(dense) == left
 
 
 def test_only_what_was_asked_for_is_cut():
@@ -106,7 +106,7 @@ def test_only_what_was_asked_for_is_cut():
 def test_the_twin_it_was_scored_on_is_left_as_it_was():
     twin = Twin(tiny(), Plan.none(6))
     before = logits(twin.model)
-    prune_width(twin, leaf(mlp=0.5), batches())
+    prune_width(twin, cfg(mlp=0.5), batches())
     assert torch.equal(logits(twin.model), before)
     assert not any(
         isinstance(linear, OwnLinear) or linear._forward_pre_hooks for linear in linears_of(twin.model).values()
@@ -139,12 +139,12 @@ def test_head_counts_that_no_stock_model_has_are_refused_and_the_others_named():
 )
 def test_leaves_that_say_nothing_sensible_are_refused(wrong):
     with pytest.raises(ValueError):
-        leaf(**wrong)
+        cfg(**wrong)
 
 
 def test_text_is_needed():
     with pytest.raises(PruneError, match="is measured on text"):
-        prune_width(Twin(tiny(), Plan.none(6)), leaf(mlp=0.5), [])
+        prune_width(Twin(tiny(), Plan.none(6)), cfg(mlp=0.5), [])
 
 
 def small_recipe(**prune) -> recipe.Recipe:

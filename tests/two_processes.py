@@ -23,13 +23,14 @@ from recover.config.recipe import Recover
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.text.generate import generate
-from recover.train.trainer import RecoverTrainer, recover
+from recover.train.train import train
+from recover.train.trainer import RecoverTrainer
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 STEPS = 3
 
 
-def leaf(folder: Path, **changes) -> Recover:
+def cfg(folder: Path, **changes) -> Recover:
     """Uneven lengths, prompts masked: processes and micro-batches hold unlike numbers of scored tokens.
 
     The loss differs from step to step.
@@ -50,11 +51,11 @@ def leaf(folder: Path, **changes) -> Recover:
 
 
 def own_text(folder: Path, **changes) -> dict:
-    """Changes of the leaf: half of the text is the pruned model's own, written for two steps at once."""
+    """Changes of the config: half of the text is the pruned model's own, written for two steps at once."""
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"say {i}:"}) + "\n" for i in range(10)))
     source = {"kind": "pruned", "prompts": str(folder / "prompts.jsonl"), "max_new_tokens": 12, "batch_size": 8}
     loss = {"kl": 1.0, "variance": 0.2, "temperature": 2.0}
-    return {"loss": loss, "data": [leaf(folder).data[0].model_dump(), {**source, "every": 2, **changes}]}
+    return {"loss": loss, "data": [cfg(folder).data[0].model_dump(), {**source, "every": 2, **changes}]}
 
 
 def write_text(folder: Path) -> None:
@@ -63,7 +64,7 @@ def write_text(folder: Path) -> None:
 
 
 def cached(folder: Path, states: str) -> dict:
-    """What to change of the leaf for training from states on disk: "dense", or "prefix" with them."""
+    """What to change of the config for training from states on disk: "dense", or "prefix" with them."""
     prefix = states == "prefix"
     lora = {"lora": {"rank": 4, "blocks": "after_cut"}} if prefix else {}
     return {"cache": {"folder": str(folder / "states"), "prefix": prefix}, **lora}
@@ -122,7 +123,7 @@ class Catch(TrainerCallback):
 
 
 def run(folder: Path, name: str, **changes) -> dict:
-    """Losses, gradients and parameters of a whole `recover` of this leaf, and what it wrote."""
+    """Losses, gradients and parameters of a whole `train` of this config, and what it wrote."""
     catch = Catch()
     with caught_by(catch):
         twin = Twin(tiny(), Plan("depth", 6, (2, 4)))
@@ -134,7 +135,7 @@ def run(folder: Path, name: str, **changes) -> dict:
             texts.extend(dist.gather([generation.text for generation in mine]))
             return float(epoch)
 
-        best = recover(twin, tokenizer, leaf(folder, **changes), folder / name, after_epoch, seed=5)
+        best = train(twin, tokenizer, cfg(folder, **changes), folder / name, after_epoch, seed=5)
     return {
         "losses": catch.losses,
         "gradients": catch.gradients,

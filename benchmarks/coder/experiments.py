@@ -1,15 +1,16 @@
-"""Many variants of one recipe on one GPU, a few at a time, each a run of its own; one row each as it ends.
+"""Many variants of one recipe, a few at a time on each GPU, each a run of its own; one row each as it ends.
 
     python benchmarks/coder/fetch.py && python benchmarks/coder/make_tasks.py
     python benchmarks/coder/experiments.py recipes/qwen2.5-coder-0.5b-drop2.yaml --out checkpoints/coder --table first
     python benchmarks/coder/experiments.py recipes/qwen2.5-coder-0.5b-drop2.yaml --out checkpoints/coder \\
-        --only drop2+1M drop4+1M+lr4e-4 --seeds 0 1 2 --beside 2 --limit-seconds 560
+        --only drop2+1M drop2+1M@1 drop4+1M+lr4e-4 --gpus 2 --beside 2 --limit-seconds 560
     python benchmarks/coder/experiments.py recipes/qwen2.5-coder-0.5b-drop2.yaml --out checkpoints/coder --show
 
-A variant is names of variants.yaml joined by +: the fields that they set, in that order, then those of --set. A run
-goes up to --until (default: after, the recovered model's figures; report: the exported model too). What several runs
-have in common is done once: a run that would make what a running one is just making waits for it, and takes it over
-(lending.py).
+A variant is names of variants.yaml joined by +: the fields that they set, in that order, then those of --set. It is
+run with each of --seeds, or with seed N where it ends in @N. A run goes up to --until (default: after, the recovered
+model's figures; report: the exported model too). What several runs have in common is done once: a run that would make
+what a running one is just making waits for it, and takes it over (lending.py). Of text, a smaller budget takes the
+beginning of a larger one's.
 
 Rows go to results.jsonl as runs end: variant, overrides, seed, figures of dense, pruned and recovered and of each
 epoch, tokens, seconds. A run that failed or was stopped has a row too, with what it got to; the same command goes on
@@ -31,9 +32,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from lending import lend, made
+from lending import Needs, in_folders, lacking, lend, needs, put_in
 from rows import kept, markdown, read_row
-from variants import Known, Variant, common_work
+from variants import Known, Variant
 
 from recover.base.errors import RecoverError
 from recover.config.recipe import Recipe
@@ -69,7 +70,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME+NAME", help="variants, in this order")
     parser.add_argument("--table", nargs="+", default=[], help="variants of these tables of variants.yaml")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--beside", type=int, default=2, help="runs at a time (default: %(default)s)")
+    parser.add_argument("--beside", type=int, default=2, help="runs at a time on a GPU (default: %(default)s)")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs that runs are spread over (default: %(default)s)")
     parser.add_argument("--limit-seconds", type=float, default=float("inf"), help="leave nothing running after this")
     parser.add_argument("--until", default="after", help="last stage of each run (default: %(default)s)")
@@ -122,7 +123,7 @@ class Running:
 
     variant: Variant
     folder: Path
-    common: dict[str, str]
+    needs: Needs
     process: subprocess.Popen[bytes]
     log: IO[bytes]
     started: float
@@ -140,6 +141,7 @@ class Experiments:
         self.quickest = min((row["seconds"] for row in rows if row["status"] == DONE), default=0.0)
         self.done = {(row["run"], tuple(row["overrides"]), row["until"]) for row in rows if row["status"] == DONE}
         self.failed = 0
+        self.stock = in_folders(path for path in sorted(options.out.iterdir()) if path.is_dir())
 
     def run(self, variants: Sequence[Variant]) -> int:
         """All of them, or what of them is done in time; how many failed."""
@@ -147,11 +149,12 @@ class Experiments:
         recipes = {each: each.recipe(self.options.recipe) for each in waiting}  # what is wrong is said before any run
         if recipes:
             locate(next(iter(recipes.values())).model)  # a GGUF file is converted by one process, not by all
+        late: list[Variant] = []
         try:
             while (waiting or self.running) and self.left > 0:
                 if waiting and self.left < self.quickest:
-                    print(f"{len(waiting)} not started: {self.left:.0f} s left, the quickest took {self.quickest:.0f}")
-                    waiting = []
+                    self._say(f"{self.left:.0f} s left, and the quickest run took {self.quickest:.0f}: none is started")
+                    waiting, late = [], waiting
                 for variant in self._ready(waiting, recipes):
                     waiting.remove(variant)
                     self._start(variant, recipes[variant])
@@ -159,7 +162,7 @@ class Experiments:
                 self._collect()
         finally:
             self._stop()
-        for variant in waiting:
+        for variant in [*waiting, *late]:
             self._say(f"{variant.run}: not started")
         return self.failed
 
@@ -170,15 +173,17 @@ class Experiments:
 
     def _ready(self, waiting: Sequence[Variant], recipes: dict[Variant, Recipe]) -> list[Variant]:
         """The next ones that may start now: nothing that they need is just being made by another."""
-        making = [each for run in self.running for each in unfinished(run.folder, run.common)]
+        for run in self.running:
+            put_in(self.stock, run.folder, run.needs)
+        making = {each for run in self.running for each in lacking(run.needs, self.stock)}
         found = []
         for variant in waiting:
-            if len(self.running) + len(found) >= self.options.beside:
+            if len(self.running) + len(found) >= self.options.beside * self.options.gpus:
                 break
-            common = common_work(recipes[variant])
-            if not set(common.items()) & set(making):
+            missing = lacking(needs(recipes[variant]), self.stock)
+            if not missing & making:
                 found.append(variant)
-                making += unfinished(self.options.out / variant.run, common)
+                making |= missing
         return found
 
     def _start(self, variant: Variant, recipe: Recipe) -> None:
@@ -197,9 +202,9 @@ class Experiments:
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env={**os.environ, **alone}
         )
-        common = common_work(recipe)
-        self.running.append(Running(variant, folder, common, process, file, time.monotonic(), lent, gpu))
-        self._say(f"{variant.run}: started" + (f", with {', '.join(lent)} of others" if lent else ""))
+        self.running.append(Running(variant, folder, needs(recipe), process, file, time.monotonic(), lent, gpu))
+        where = f" on GPU {gpu}" if alone else ""
+        self._say(f"{variant.run}: started{where}" + (f", with {', '.join(lent)} of others" if lent else ""))
 
     def _collect(self) -> None:
         for run in list(self.running):
@@ -211,6 +216,7 @@ class Experiments:
     def _keep(self, run: Running, status: str, code: int | None) -> None:
         """Write the row of a run that ended."""
         run.log.close()
+        put_in(self.stock, run.folder, run.needs)
         seconds = time.monotonic() - run.started
         row = {
             "variant": run.variant.name,
@@ -223,6 +229,7 @@ class Experiments:
             "exit_code": code,
             "seconds": round(seconds, 1),
             "beside": self.options.beside,
+            "gpu": run.gpu,
             "lent": run.lent,
             **read_row(run.folder),
         }
@@ -253,11 +260,6 @@ class Experiments:
 
     def _say(self, line: str) -> None:
         print(f"{time.monotonic() - self.started:5.0f} s  {line}", flush=True)
-
-
-def unfinished(folder: Path, common: dict[str, str]) -> list[tuple[str, str]]:
-    """What of its common work the run has yet to make."""
-    return [(name, digest) for name, digest in common.items() if not made(folder, name)]
 
 
 def _tail(log: Path, lines: int = 15) -> str:

@@ -3,10 +3,11 @@
     python benchmarks/coder/make_tasks.py
 
 Held out for measurement: gsm8k.jsonl (test, 1319), humaneval.jsonl (164), mbpp.jsonl (test, 500), arc_easy.jsonl (400),
-text.jsonl (100 texts). For pruning and recovery: math_prompts.jsonl (GSM8K train), code_prompts.jsonl (MBPP's other
-splits), function_prompts.jsonl (functions of four libraries, asked for as HumanEval does), broad_prompts.jsonl, and
-calibration.jsonl, 40% of it math, 35% code, 25% broad. Prompts that ask what a measured item asks, in the same words or
-nearly so, are left out, and that none is left is checked; both are printed.
+text.jsonl (100 texts). Worked examples for few-shot: gsm8k_shots.jsonl, the first 8 of GSM8K train. For pruning and
+recovery: math_prompts.jsonl (GSM8K train), code_prompts.jsonl (MBPP's other splits), function_prompts.jsonl (functions
+of four libraries, asked for as HumanEval does), broad_prompts.jsonl, and calibration.jsonl, 40% of it math, 35% code,
+25% broad. Prompts that ask what a measured item asks, in the same words or nearly so, are left out, and that none is
+left is checked; both are printed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from items import Row, arc_easy, broad_prompts, read_articles, write_rows
 
 HERE = Path(__file__).resolve().parent
-HELD_OUT_TEXTS, BROAD_PROMPTS, CALIBRATION = 100, 3000, 1000
+HELD_OUT_TEXTS, BROAD_PROMPTS, CALIBRATION, SHOTS = 100, 3000, 1000, 8
 SHARES = {"math": 0.40, "code": 0.35, "broad": 0.25}  # of calibration.jsonl
 MBPP_TEST = range(11, 511)  # task ids, as the authors split them
 DOCSTRING = range(60, 1201)  # characters of those that say enough and are no manual
@@ -56,7 +57,14 @@ def make_all(out: Path) -> None:
     }
     for name, rows in measured.items():
         write_rows(out / f"{name}.jsonl", rows)
+    write_rows(out / "gsm8k_shots.jsonl", shots(raw / "gsm8k_train.jsonl"))
     write_prompts(out, measured, prompts_of(raw, articles, held_out))
+
+
+def shots(path: Path) -> list[Row]:
+    """The first problems of GSM8K's train split, each with its worked answer and the number that ends it."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:SHOTS]]
+    return [{**row, "short_answer": row["answer"].split("#### ")[-1]} for row in rows]
 
 
 def write_prompts(out: Path, measured: dict[str, list[Row]], prompts: dict[str, list[Row]]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recover.base.errors import RecipeError
-from recover.config import yaml_values as strict_yaml
+from recover.config import yaml_values
 from recover.config.recipe import Recipe, load_recipe
 
 HERE = Path(__file__).resolve().parent
@@ -43,7 +43,7 @@ class Known:
     """The names of a variants file."""
 
     def __init__(self, path: Path = HERE / "variants.yaml") -> None:
-        groups = strict_yaml.read(path)
+        groups = yaml_values.read(path)
         self.path = path
         self.tables: dict[str, list[str]] = groups.pop(TABLES, {})
         self.fields: dict[str, list[str]] = {}
@@ -58,9 +58,14 @@ class Known:
     def variant(self, name: str, base: Path, seed: int, more: tuple[str, ...] = ()) -> Variant:
         """The variant that joins the named parts with `+`; `more` fields are set last.
 
+        A name that ends in @N is of seed N, whatever `seed` says.
+
         Raises:
             SystemExit: a part is not known.
         """
+        name, _, own = name.partition("@")
+        if own and not own.isdecimal():
+            raise SystemExit(f"{name}@{own}: found {own!r} behind @, expected a seed")
         fields: list[str] = []
         pruning: list[str] = []
         for part in name.split("+"):
@@ -70,7 +75,7 @@ class Known:
             if any(field.startswith("prune") for field in self.fields[part]):
                 pruning.append(part)
         filled = tuple(_filled(field, base) for field in fields)
-        return Variant(name, "+".join(pruning), (*filled, *more), seed)
+        return Variant(name, "+".join(pruning), (*filled, *more), int(own) if own else seed)
 
 
 def _filled(field: str, base: Path) -> str:
@@ -80,7 +85,7 @@ def _filled(field: str, base: Path) -> str:
         if calibration is None:
             raise SystemExit(f"{base}: its prune has no calibration, which the field {text!r} takes over")
         text = text.replace("{calibration}", calibration.model_dump_json())
-    return text.replace("{data}", str(HERE / "data"))
+    return text.replace("{data}", str(HERE / "data")).replace("{tasks}", str(HERE / "tasks"))
 
 
 def common_work(recipe: Recipe) -> dict[str, str]:

@@ -34,7 +34,7 @@ from recover.models.load import load_model, load_tokenizer
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.prune.calibrate import calibration_batches
-from recover.prune.methods import PRUNERS
+from recover.prune.registry import PRUNERS
 
 ROOT = Path(__file__).parents[2]
 CALIBRATION = ["prune.calibration.samples=8", "prune.calibration.length=256"]

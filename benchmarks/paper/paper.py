@@ -129,7 +129,7 @@ class Work:
         self.twin = Twin(model, Plan.none(model.config.num_hidden_layers))
         self.plans = Plans(self.twin, calibration, calibration_batches(calibration, self.tokenizer, recipe.seed))
         changes = {"sampling": None, "samples": 0, "batch_size": options.batch_size, "limit": options.items}
-        self.leaf, self.seed = recipe.measure.model_copy(update=changes), recipe.seed
+        self.cfg, self.seed = recipe.measure.model_copy(update=changes), recipe.seed
         self.tasks = [load_task(source) for source in _tasks(recipe, options)]
         choice = next((task for task in self.tasks if task.kind == "choice"), None)
         self.asked = asked_of(self.tokenizer, choice, options.items) if choice else []
@@ -167,7 +167,7 @@ class Work:
         """Headline and tasks; the first row's texts, the dense model's, are what the others' are compared with."""
         reference = read_json(self.dense_file) if self.dense_file.exists() else None
         record, texts = measure(
-            self.twin.model, self.tokenizer, self.tasks, self.leaf, reference=reference, seed=self.seed
+            self.twin.model, self.tokenizer, self.tasks, self.cfg, reference=reference, seed=self.seed
         )
         if reference is None:
             write_json(self.dense_file, texts)

@@ -73,8 +73,8 @@ class Plans:
     def pruned(self, row: Row) -> Pruned:
         """Plan, masks and weights of one row."""
         if row.family == "wanda":
-            leaf = Wanda(kind="wanda", calibration=self.calibration, **WANDA[row.name])
-            return prune_wanda(self.twin, leaf, self.batches)
+            cfg = Wanda(kind="wanda", calibration=self.calibration, **WANDA[row.name])
+            return prune_wanda(self.twin, cfg, self.batches)
         if row.family == "rounded":
             return Pruned(self._nothing, {}, quantized(self.twin, ROUNDED[row.name]))
         if not row.count:
@@ -93,14 +93,14 @@ class Plans:
         dense model, so that n + 1 dropped units are the n before and one more.
         """
         if unit not in self._orders:
-            leaf = Depth(
+            cfg = Depth(
                 kind="depth",
                 unit=unit,  # type: ignore[arg-type]
                 count=1,
                 score="block_influence",
                 calibration=self.calibration,
             )
-            scores = choose(self.twin, leaf, self.batches).scores
+            scores = choose(self.twin, cfg, self.batches).scores
             self._orders[unit] = [row["blocks"][0] for row in sorted(scores, key=lambda row: row["score"])]
         return self._orders[unit]
 

@@ -41,7 +41,7 @@ from recover.config.recipe import Recover
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.train.checkpoints import STEPS
-from recover.train.trainer import recover
+from recover.train.train import train
 
 WARM_UP = 4  # steps that are not counted
 PROFILED = 2  # and these, at the end
@@ -64,7 +64,7 @@ def write_text(path: Path, sequences: int, length: int) -> None:
     path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
 
 
-def leaf(options: argparse.Namespace, folder: Path) -> Recover:
+def cfg(options: argparse.Namespace, folder: Path) -> Recover:
     sequences = options.batch * dist.world_size()
     text = folder / "text.jsonl"
     steps = WARM_UP + options.steps + PROFILED * options.profile
@@ -117,7 +117,7 @@ def main() -> None:
         contexts.append(context)
 
     with caught_by(Counted()), caught_by(profile) if options.profile and dist.is_main() else nullcontext():
-        recover(twin, byte_tokenizer(), leaf(options, folder), folder / "run", after_epoch, seed=0)
+        train(twin, byte_tokenizer(), cfg(options, folder), folder / "run", after_epoch, seed=0)
     peaks = dist.gather([contexts[-1]["peak_memory_bytes"] or 0])
     if dist.is_main():
         steps = read_jsonl(folder / "run" / STEPS)

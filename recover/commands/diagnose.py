@@ -45,7 +45,7 @@ def diagnose(
     dense: recipe.Model,
     other: recipe.Model,
     wanted: Wanted,
-    leaf: recipe.Probe,
+    cfg: recipe.Probe,
     out: Path,
     *,
     numbers: Sequence[int] | None = None,
@@ -69,8 +69,8 @@ def diagnose(
     rows = _read(wanted)
     dist.on_main(lambda: begin_diagnosis(out))
     pair, tokenizer = load_pair(dense, other, numbers or planned_blocks(other.source))
-    key = _key(dense, other, wanted, leaf, pair)
-    records, positions = _probe(pair, tokenizer, rows, wanted, leaf, out, key)
+    key = _key(dense, other, wanted, cfg, pair)
+    records, positions = _probe(pair, tokenizer, rows, wanted, cfg, out, key)
     plain = [record.to_json() for record in records]
     found = summary(plain)
     if dist.is_main():
@@ -131,23 +131,23 @@ def _column(path: Path | None, name: str) -> list[str]:
     return values
 
 
-def _key(dense: recipe.Model, other: recipe.Model, wanted: Wanted, leaf: recipe.Probe, pair: Pair) -> dict[str, Any]:
+def _key(dense: recipe.Model, other: recipe.Model, wanted: Wanted, cfg: recipe.Probe, pair: Pair) -> dict[str, Any]:
     """What the figures of a batch depend on; files by their content, batches by the size that numbers them."""
     files = [str(path.absolute()) for path in (wanted.prompts, wanted.texts) if path is not None]
-    given = [leaf.source for leaf in (dense, other) if kind_of(leaf.source) != "hub"]
+    given = [cfg.source for cfg in (dense, other) if kind_of(cfg.source) != "hub"]
     sources = [source if source.startswith("embedded:") else str(Path(source).absolute()) for source in given]
     return {
         "dense": dense.model_dump(mode="json"),
         "other": other.model_dump(mode="json"),
         "files": inputs.digests([*files, *sources]),
-        "probe": leaf.model_dump(mode="json"),
+        "probe": cfg.model_dump(mode="json"),
         "length": wanted.length,
         "blocks": list(pair.pruned.numbers),
     }
 
 
 def _probe(
-    pair: Pair, tokenizer: Any, rows: dict[str, Any], wanted: Wanted, leaf: recipe.Probe, out: Path, key: dict[str, Any]
+    pair: Pair, tokenizer: Any, rows: dict[str, Any], wanted: Wanted, cfg: recipe.Probe, out: Path, key: dict[str, Any]
 ) -> tuple[list[Record], dict[str, dict[str, list[float]]]]:
     """(records, columns of positions by file name). Figures of prompts are the summary's where there are prompts."""
     from recover.probe.probe import findings, positions_of, records_of, texts
@@ -159,16 +159,16 @@ def _probe(
     records: list[Record] = []
     found: dict[str, list[Finding]] = {}
     if rows["texts"]:
-        ids = [text_ids(tokenizer, text, special=True)[: wanted.length] for text in rows["texts"][: leaf.samples]]
-        found["positions_texts"] = texts(pair, ids, leaf, store=Store(out / "batches" / "texts", key))
+        ids = [text_ids(tokenizer, text, special=True)[: wanted.length] for text in rows["texts"][: cfg.samples]]
+        found["positions_texts"] = texts(pair, ids, cfg, store=Store(out / "batches" / "texts", key))
     if rows["prompts"]:
         store = Store(out / "batches" / "prompts", key)
-        found["positions"] = findings(pair, tokenizer, rows["prompts"], leaf, store=store)
+        found["positions"] = findings(pair, tokenizer, rows["prompts"], cfg, store=store)
     if found:
         records += records_of(pair, found.get("positions", found.get("positions_texts", [])))
-    records += task_drift(pair, tokenizer, rows["tasks"], batch_size=leaf.batch_size)
+    records += task_drift(pair, tokenizer, rows["tasks"], batch_size=cfg.batch_size)
     if rows["queries"]:
-        records += retrieval_drift(pair, tokenizer, rows["queries"], batch_size=leaf.batch_size)
+        records += retrieval_drift(pair, tokenizer, rows["queries"], batch_size=cfg.batch_size)
     return records, {name: positions_of(each) for name, each in found.items()}
 
 

@@ -59,7 +59,7 @@ def measure(
         raise RecipeError(f"{more[0]}: found after the model; tasks are named after --tasks")
     if not names and not harness:
         raise RecipeError("nothing to measure: give --tasks task.yaml ..., or --lm-eval arc_easy,gsm8k")
-    leaf = _leaf(
+    cfg = _config(
         tasks=tuple(names) or ("none",),
         limit=limit,
         batch_size=batch_size,
@@ -76,14 +76,14 @@ def measure(
     # The launcher's processes share the items; without one this does nothing.
     dist.start()
     wanted = measuring.Wanted(tuple(names), harness, lm_eval_include)
-    record = measuring.measure_checkpoint(model, dtype, wanted, leaf)
+    record = measuring.measure_checkpoint(model, dtype, wanted, cfg)
     measuring.say(record)
     if out is not None:
         measuring.write(record, out)
     dist.stop()
 
 
-def _leaf(**fields: Any) -> Measure:
+def _config(**fields: Any) -> Measure:
     try:
         return Measure(**fields)
     except ValidationError as error:

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from recover.base import console, dist, provenance
 from recover.base.artifacts import write_json
 from recover.base.errors import RecipeError
-from recover.config.leaf import Dtype
+from recover.config.base import Dtype
 from recover.config.recipe import Measure, Model
 
 Record = dict[str, Any]
@@ -33,7 +33,7 @@ class Wanted:
     include: Path | None = None
 
 
-def measure_checkpoint(source: str, dtype: str | None, wanted: Wanted, leaf: Measure) -> Record:
+def measure_checkpoint(source: str, dtype: str | None, wanted: Wanted, cfg: Measure) -> Record:
     """The record of a checkpoint (hub id, folder, GGUF, embedded:NAME); tasks are read before any weight is.
 
     The same on every process of a launch.
@@ -49,24 +49,22 @@ def measure_checkpoint(source: str, dtype: str | None, wanted: Wanted, leaf: Mea
     quiet_libraries()
     tasks = [load_task(name) for name in wanted.tasks]
     _check_names([task.name for task in tasks])
-    check_allowed(tasks, leaf)
+    check_allowed(tasks, cfg)
     if wanted.harness:
         from recover.measure.harness import require
 
         require()
-    chosen = model_leaf(source, dtype)
+    chosen = model_cfg(source, dtype)
     tokenizer = load_tokenizer(chosen)
     model = load_any(chosen)
     check_fit(model, tokenizer)
-    record: Record = {"model": source, "dtype": chosen.dtype, "settings": leaf.model_dump(mode="json")}
+    record: Record = {"model": source, "dtype": chosen.dtype, "settings": cfg.model_dump(mode="json")}
     if tasks:
-        record |= measure(model, tokenizer, tasks, leaf)[0]
+        record |= measure(model, tokenizer, tasks, cfg)[0]
     if wanted.harness:
         from recover.measure.harness import harness
 
-        record["lm_eval"] = dist.on_main(
-            lambda: harness(model, tokenizer, wanted.harness, leaf, include=wanted.include)
-        )
+        record["lm_eval"] = dist.on_main(lambda: harness(model, tokenizer, wanted.harness, cfg, include=wanted.include))
     return record
 
 
@@ -76,7 +74,7 @@ def _check_names(names: list[str]) -> None:
         raise RecipeError(f"--tasks: more than one task is called {twice[0]!r}: give each a name of its own")
 
 
-def model_leaf(source: str, dtype: str | None) -> Model:
+def model_cfg(source: str, dtype: str | None) -> Model:
     """The model in the dtype that was asked for, else in the one its config names."""
     from recover.models.source import read_config
 

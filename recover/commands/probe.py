@@ -61,7 +61,7 @@ def probe_pair(
 
     # The launcher's processes share the work; without one this does nothing.
     dist.start()
-    leaf = _leaf(
+    cfg = _config(
         Probe,
         samples=samples,
         steps=steps,
@@ -71,15 +71,15 @@ def probe_pair(
     )
     given = [None if path is None else local_path(str(path)) for path in (prompts, texts, retrieval)]
     wanted = diagnose.Wanted(given[0], given[1], task or (), given[2], length)
-    first, second = (_leaf(Model, source=source, dtype=dtype) for source in (dense, other))
+    first, second = (_config(Model, source=source, dtype=dtype) for source in (dense, other))
     numbers = None if blocks is None else _numbers("--blocks", blocks, int)
-    found = diagnose.diagnose(first, second, wanted, leaf, out, numbers=numbers, parquet=parquet)
+    found = diagnose.diagnose(first, second, wanted, cfg, out, numbers=numbers, parquet=parquet)
     diagnose.say(found)
     console.say(f"wrote {out / 'probe.jsonl'}, {out / 'probe.json'}; recover report {out} makes a page of them")
     dist.stop()
 
 
-def _leaf(kind: Any, **fields: Any) -> Any:
+def _config(kind: Any, **fields: Any) -> Any:
     try:
         return kind(**fields)
     except ValidationError as error:

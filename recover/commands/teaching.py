@@ -16,7 +16,7 @@ import torch
 from recover.base import console
 from recover.base.artifacts import explaining
 from recover.base.errors import RecipeError
-from recover.commands.measuring import model_leaf
+from recover.commands.measuring import model_cfg
 from recover.config.recipe import GivenText
 from recover.distill.distiller import scored_rows
 from recover.distill.loss import Head
@@ -46,10 +46,10 @@ def write_teacher(
     from recover.probe.sources import load_any
 
     quiet_libraries()
-    leaf = model_leaf(model, dtype)
-    rows, tokenizer = read_rows(text), load_tokenizer(leaf)
+    cfg = model_cfg(model, dtype)
+    rows, tokenizer = read_rows(text), load_tokenizer(cfg)
     samples = [sample for row in rows for sample in samples_of(row, _given(text, row), tokenizer, length)]
-    loaded = load_any(leaf)
+    loaded = load_any(cfg)
     check_fit(loaded, tokenizer)
     tokens = len(tokenizer)  # a head may have more rows, for padding, and another model of the family fewer
     if top > tokens:

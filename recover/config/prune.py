@@ -1,4 +1,4 @@
-"""The part of a recipe that says how the model is pruned: one leaf a `kind`."""
+"""The part of a recipe that says how the model is pruned: one config a `kind`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from recover.config.leaf import Leaf
+from recover.config.base import Config
 
 CLOSING = ("kl", "variance", "perplexity")  # scores of depth pruning that are measured with the units really closed
 N_M = re.compile(r"([1-9]\d{0,3}):([1-9]\d{0,3})")
 
 
-class Calibration(Leaf):
+class Calibration(Config):
     """Text on which scores are measured: a JSONL (`text` column), a text file, or a hub data set.
 
     With `answer` each text is a prompt, and the dense model's own answer to it is measured on too. Prompts of the kind
@@ -31,7 +31,7 @@ class Calibration(Leaf):
     )
 
 
-class Depth(Leaf):
+class Depth(Config):
     """Drop blocks or sublayers: `count` chosen by `score`, or the listed `blocks` (`sites` for `unit: sublayer`)."""
 
     kind: Literal["depth"]
@@ -120,7 +120,7 @@ class Depth(Leaf):
         return self.score in CLOSING and not self.contiguous
 
 
-class Sparsity(Leaf):
+class Sparsity(Config):
     """Weights set to zero inside the linear layers of every block; `pattern` N:M keeps N of M consecutive inputs."""
 
     pattern: str = Field(default="unstructured", description="`unstructured`, or N:M such as `2:4`")
@@ -200,7 +200,7 @@ class SparseGpt(Calibrated):
     kind: Literal["sparsegpt"]  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
-class Width(Leaf):
+class Width(Config):
     """Cut neurons of the MLP and whole KV groups (a KV head with its query heads) out of every block, equally many."""
 
     kind: Literal["width"]

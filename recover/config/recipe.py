@@ -14,8 +14,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator
 
 from recover.base.errors import RecipeError
-from recover.config import yaml_values as strict_yaml
-from recover.config.leaf import Dtype, Leaf
+from recover.config import yaml_values
+from recover.config.base import Config, Dtype
 from recover.config.messages import explain
 from recover.config.paths import place_files
 from recover.config.prune import Calibrated, Calibration, Depth, Magnitude, Prune, SparseGpt, Sparsity, Wanda, Width
@@ -25,13 +25,13 @@ __all__ = [
     "Cache",
     "Calibrated",
     "Calibration",
+    "Config",
     "Data",
     "DenseText",
     "Depth",
     "Dtype",
     "Focus",
     "GivenText",
-    "Leaf",
     "Lora",
     "Loss",
     "Magnitude",
@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 
-class Model(Leaf):
+class Model(Config):
     """The dense model: a hub id, a local folder, a GGUF file, or `embedded:NAME` (shipped with the package).
 
     It must be whole. Tensors that are missing, left over or of another size are refused by name; so are files of an
@@ -61,7 +61,7 @@ class Model(Leaf):
     trust_remote_code: bool = Field(default=False, description="run code that a hub model brings; said aloud when on")
 
 
-class Probe(Leaf):
+class Probe(Config):
     """How drift is measured in the three spaces (theory: `docs/theory.md`)."""
 
     prompts: str | None = Field(
@@ -88,12 +88,12 @@ class Probe(Leaf):
         return values
 
 
-class Sampling(Leaf):
+class Sampling(Config):
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=0.95, gt=0, le=1)
 
 
-class Measure(Leaf):
+class Measure(Config):
     """What is measured of dense, pruned and recovered alike. `tasks`: YAML files, or `embedded:NAME`."""
 
     tasks: tuple[str, ...] = Field(min_length=1)
@@ -110,7 +110,7 @@ class Measure(Leaf):
     )
 
 
-class Export(Leaf):
+class Export(Config):
     dtype: Dtype | None = Field(default=None, description="default: the model's")
     max_shard_size: str = Field(default="5GB", description="of one file of weights, such as 500MB")
 
@@ -122,7 +122,7 @@ class Export(Leaf):
         return text
 
 
-class Recipe(Leaf):
+class Recipe(Config):
     """One complete run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run directory")
@@ -142,11 +142,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: no such file, not YAML, or every field that is wrong, each with what was meant.
     """
     path = Path(path)
-    tree = strict_yaml.read(path)
+    tree = yaml_values.read(path)
     place_files(tree, path.parent)
     origins = {}
     for override in overrides:
-        key = strict_yaml.apply_override(tree, override)
+        key = yaml_values.apply_override(tree, override)
         place_files(tree, Path.cwd(), within=key)
         origins[key] = f"override '{override}'"
     return parse_recipe(tree, str(path), origins)
@@ -182,4 +182,4 @@ def local_path(source: str) -> Path:
 
 def dump_recipe(recipe: Recipe) -> str:
     """YAML that `load_recipe` reads back as an equal recipe, defaults written out."""
-    return strict_yaml.dump(recipe.model_dump(mode="json"))
+    return yaml_values.dump(recipe.model_dump(mode="json"))

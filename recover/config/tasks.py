@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from recover.config.leaf import Leaf
+from recover.config.base import Config
 from recover.config.recipe import Sampling
 
 Row = dict[str, Any]
@@ -19,7 +19,7 @@ Stop = Annotated[str, StringConstraints(min_length=1)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 
 
-class TaskFile(Leaf):
+class TaskFile(Config):
     """What every kind of task names."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -31,7 +31,7 @@ class TaskFile(Leaf):
     limit: int | None = Field(None, ge=1, description="items used, the first ones; default: all")
 
 
-class Fewshot(Leaf):
+class Fewshot(Config):
     """Worked examples before each question, the same ones in the same order: the first rows of `data`, or `rows`.
 
     A row that asks what the item asks is passed over, and the next one taken. With a chat template, examples and
@@ -102,7 +102,7 @@ class WritingFile(PromptFile):
         return strings
 
 
-class Reading(Leaf):
+class Reading(Config):
     """How an answer is found in a text, and compared with what is right."""
 
     answer: str | None = Field(

@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from recover.config.leaf import Leaf
+from recover.config.base import Config
 
 
-class _Written(Leaf):
+class _Written(Config):
     """What holds for text that a model writes from prompts (JSONL, `prompt` column), whichever writes it."""
 
     kind: Literal["dense", "pruned"]
@@ -71,7 +71,7 @@ class PrunedText(_Written):
         return round(self.first_new_tokens + grown * (self.max_new_tokens - self.first_new_tokens))
 
 
-class GivenText(Leaf):
+class GivenText(Config):
     """A `datasets` source: hub id, `.jsonl`, `.parquet` or `.txt` file."""
 
     kind: Literal["given"]
@@ -81,7 +81,7 @@ class GivenText(Leaf):
     share: float = Field(default=1.0, gt=0)
 
 
-class TeacherText(Leaf):
+class TeacherText(Config):
     """Text with what a teacher that is not at hand said of it: JSONL, which `recover teacher` writes.
 
     A row: `input_ids`; `completion_mask`, 1 for each token that is learnt (default: all); and for each of those but a
@@ -96,7 +96,7 @@ class TeacherText(Leaf):
 Data = Annotated[DenseText | PrunedText | GivenText | TeacherText, Field(discriminator="kind")]
 
 
-class Lora(Leaf):
+class Lora(Config):
     rank: int = Field(default=16, ge=1)
     alpha: float | None = Field(default=None, gt=0, description="default: 2 x rank")
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -106,7 +106,7 @@ class Lora(Leaf):
     )
 
 
-class Focus(Leaf):
+class Focus(Config):
     """How much each scored position counts: the measure `by`, to the power of `power`, over its mean.
 
     A few positions decide whether a text goes on as dense would write it, and most of the others agree already. A
@@ -122,7 +122,7 @@ class Focus(Leaf):
     power: float = Field(default=1.0, gt=0, description="above 1: sharper; below: flatter")
 
 
-class Loss(Leaf):
+class Loss(Config):
     """Weights of the terms; T = temperature; every term is multiplied by T^2 but CE (Hinton's convention).
 
     p, q: probabilities of the dense and of the pruned model. No variance beside KL brought generation where tried
@@ -174,7 +174,7 @@ class Loss(Leaf):
         return self.model_copy(update={"variance": self.variance * left, "variance_until": None})
 
 
-class Cache(Leaf):
+class Cache(Config):
     """Hidden states of the dense model on disk: training then leaves the dense pass out, and the loss is the same.
 
     `plan` says how large they get. They are filled before training and known by their text, so they pay where text is
@@ -188,7 +188,7 @@ class Cache(Leaf):
     )
 
 
-class Recover(Leaf):
+class Recover(Config):
     """LoRA distillation from the dense model; the checkpoint that generates best is kept."""
 
     epochs: int = Field(default=3, ge=1, description="equal parts of the tokens; generation is measured after each")

@@ -16,6 +16,7 @@ from transformers.utils.generic import ModelOutput
 
 from recover.distill.loss import distillation_loss
 from recover.distill.loss_topk import TopK
+from recover.kernels.adapter_casts import cast_together
 from recover.models.arch import head_of
 from recover.models.masked_linear import MaskedLinear
 from recover.models.own_linear import OwnLinear
@@ -85,12 +86,13 @@ class Distiller:
     their output in the dense pass is what the pruned pass goes on from. Build it after the adapters are on.
     """
 
-    def __init__(self, twin: Twin, leaf: Loss) -> None:
+    def __init__(self, twin: Twin, cfg: Loss) -> None:
         self.twin = twin
-        self.leaf = self.weights = leaf  # as the recipe has it, and as it is where the training stands
+        self.cfg = self.weights = cfg  # as the recipe has it, and as it is where the training stands
         self.focus_mean: float | None = None  # what weights of `loss.focus` are divided by, where it is known
         self.shared_blocks = _shared_blocks(twin)
         self.packs = packing_configs(twin.base)  # empty: batches must not be packed
+        self.adapters = _unmasked_adapters(twin)
 
     def stand_at(self, share: float, focus_mean: float | None = None) -> None:
         """From here on the weights are those that hold after this part of a training's steps.
@@ -98,7 +100,7 @@ class Distiller:
         `focus_mean`: the mean per token of the sums `focus` up to here.
         """
         self.focus_mean = focus_mean
-        self.weights = self.leaf.at(share)
+        self.weights = self.cfg.at(share)
 
     def run(
         self,
@@ -180,7 +182,7 @@ class Distiller:
                 bias_V=bias_V,
                 scale=scale,
                 softcap=softcap,
-                chunk=self.leaf.chunk,
+                chunk=self.cfg.chunk,
                 focus_mean=self.focus_mean,
             )
         return ModelOutput(
@@ -203,6 +205,12 @@ class Distiller:
         self, model: Any, batch: dict[str, Any], rows_N: Tensor | None, prefix_BTD: Tensor | None
     ) -> Tensor:
         """h_ND after the final norm, with gradient, from where the two views part."""
+        with cast_together(*self.adapters, dtype=model.dtype):
+            return self._from_the_difference(model, batch, rows_N, prefix_BTD)
+
+    def _from_the_difference(
+        self, model: Any, batch: dict[str, Any], rows_N: Tensor | None, prefix_BTD: Tensor | None
+    ) -> Tensor:
         if self.shared_blocks == 0:
             return _hidden_states(model, batch, rows_N)
         shared, after = self.twin.blocks[: self.shared_blocks], self.twin.blocks[self.shared_blocks]
@@ -261,6 +269,21 @@ def _shared_blocks(twin: Twin) -> int:
         if pruned or trained or any(site.block == index for site in twin.closed_sites):
             return index
     return 0  # nothing differs anywhere: no block to go on from
+
+
+def _unmasked_adapters(twin: Twin) -> tuple[list[Tensor], float]:
+    """Factors of updates that are not seen through a mask, and their scaling: of those that have the commonest one."""
+    from recover.models.masked_lora import SwitchedLora
+
+    found: dict[float, list[Tensor]] = {}
+    for layer in twin.base.modules():
+        if type(layer) is SwitchedLora:
+            for name in layer.active_adapters:
+                if name in layer.lora_A:
+                    factors = layer._factors(name)
+                    found.setdefault(factors.scaling, []).extend((factors.a_RI, factors.b_OR))
+    scaling = max(found, key=lambda each: len(found[each]), default=1.0)
+    return found.get(scaling, []), scaling
 
 
 def _hidden_states(model: Any, batch: dict[str, Any], rows_N: Tensor | None) -> Tensor:

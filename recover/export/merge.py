@@ -129,16 +129,16 @@ def _refuse_lora_elsewhere(twin: Twin, merged: set[str]) -> None:
 
 def _merged(twin: Twin, name: str, dtype: torch.dtype) -> Tensor:
     """One tensor of the pruned view, cast once, on the CPU."""
-    path, _, leaf = name.rpartition(".")
+    path, _, cfg = name.rpartition(".")
     module: Any = twin.base.get_submodule(path)
     linear = getattr(module, "base_layer", module)
-    tensor = pruned_tensor(linear, leaf)
-    if leaf == "weight" and isinstance(linear, nn.Linear):
+    tensor = pruned_tensor(linear, cfg)
+    if cfg == "weight" and isinstance(linear, nn.Linear):
         tensor = _effective(linear, _factors(module, name))
     merged = (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu()
     if not merged.isfinite().all():
         raise ExportError(f"{name}: not finite in {dtype}: export in a wider dtype, or look at the training log")
-    if leaf == "weight" and isinstance(linear, MaskedLinear):
+    if cfg == "weight" and isinstance(linear, MaskedLinear):
         _certify(name, merged, linear, twin)
     return merged
 

@@ -3,11 +3,15 @@
 Made of separate layers, the update is read and written again by a product of its own, a scaling and a sum, and in
 backward by two more. Here both products add onto what W's gave (GEMM with beta = 1): a half and more of LoRA's traffic.
 
+A scaling that is a power of two, such as the usual 2, goes into the factors, x (s A)^T and dy (s B), without rounding:
+then no gradient has to be scaled, in a kernel of its own for each factor.
+
 Shapes: O out features, I in features, R rank, M input rows (all leading dimensions of x as one).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,6 +20,8 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from recover.kernels.adapter_casts import lowered
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -100,17 +106,23 @@ def _forward(
 ) -> Tensor:
     # By hand what autocast does, which would not touch a product in place.
     with _without_autocast(x):
-        low_a_RI, low_b_OR = a_RI.to(x.dtype), b_OR.to(x.dtype)
+        inside, behind = (scaling, 1.0) if _exact(scaling) else (1.0, scaling)
+        low_a, low_b = lowered(a_RI, x.dtype, inside), lowered(b_OR, x.dtype, inside)
         y = F.linear(x, weight_OI, None if bias_O is None else bias_O.to(x.dtype))
-        h_MR = x.reshape(-1, x.shape[-1]) @ low_a_RI.T
-        y.view(-1, y.shape[-1]).addmm_(h_MR, low_b_OR.T, alpha=scaling)
-    ctx.save_for_backward(*made_of, h_MR, weight_OI, low_a_RI, low_b_OR)
-    ctx.scaling, ctx.dtypes = scaling, (a_RI.dtype, b_OR.dtype)
+        h_MR = x.reshape(-1, x.shape[-1]) @ low_a.scaled.T
+        y.view(-1, y.shape[-1]).addmm_(h_MR, low_b.plain.T, alpha=behind)
+    ctx.save_for_backward(*made_of, h_MR, weight_OI, low_a.plain, low_b.scaled)
+    ctx.scaling, ctx.dtypes = behind, (a_RI.dtype, b_OR.dtype)
     return y
 
 
+def _exact(scaling: float) -> bool:
+    """Whether a product with it is exact, but for the smallest numbers: a power of two."""
+    return math.frexp(scaling)[0] == 0.5
+
+
 def _input_gradient(ctx: Any, dy: Tensor, saved: list[Tensor], *, wanted: bool) -> tuple[Tensor | None, Tensor]:
-    """Gradients of x (M, I), if wanted, and of x A^T (M, R), before scaling."""
+    """Gradients of x (M, I), if wanted, and of x A^T (M, R), before a scaling that is not in the factors."""
     _, weight_OI, a_RI, b_OR = saved
     with _without_autocast(dy):
         dy_MO = dy.reshape(-1, dy.shape[-1])
@@ -125,10 +137,14 @@ def _factor_gradients(
     h_MR, da_RI, db_OR = saved[0], None, None
     with _without_autocast(x):
         if ctx.needs_input_grad[wanted[0]]:
-            da_RI = _wide_product(dh_MR.T, x.reshape(-1, x.shape[-1])).mul_(ctx.scaling).to(ctx.dtypes[0])
+            da_RI = _scaled(ctx, _wide_product(dh_MR.T, x.reshape(-1, x.shape[-1]))).to(ctx.dtypes[0])
         if ctx.needs_input_grad[wanted[1]]:
-            db_OR = _wide_product(dy.reshape(-1, dy.shape[-1]).T, h_MR).mul_(ctx.scaling).to(ctx.dtypes[1])
+            db_OR = _scaled(ctx, _wide_product(dy.reshape(-1, dy.shape[-1]).T, h_MR)).to(ctx.dtypes[1])
     return da_RI, db_OR
+
+
+def _scaled(ctx: Any, gradient: Tensor) -> Tensor:
+    return gradient if ctx.scaling == 1.0 else gradient.mul_(ctx.scaling)
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:

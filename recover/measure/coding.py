@@ -49,7 +49,7 @@ def measure_code(subject: Subject, file: CodeFile, items: Sequence[Problem]) -> 
         "isolation": isolation()[0],
         **shape(greedy, passed),
         **mistakes(file.kind, found, samples),
-        "samples": samples[: subject.leaf.samples],
+        "samples": samples[: subject.cfg.samples],
     }
     return record, greedy, sum(len(each.ids) for each in [*greedy, *drawn])
 

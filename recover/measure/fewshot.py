@@ -22,50 +22,50 @@ def shown_before(file: Asking, path: Path) -> Callable[[Any], Any]:
     Raises:
         DataError: there are too few examples, or a row makes none; names file and line.
     """
-    leaf = file.fewshot
-    if leaf is None:
+    cfg = file.fewshot
+    if cfg is None:
         return lambda item: item
-    shots = _shots(file, leaf, path)
+    shots = _shots(file, cfg, path)
 
     def put(item: Any) -> Any:
-        others = [(prompt, text) for prompt, text in shots if prompt != item.prompt][: leaf.number]
-        if len(others) < leaf.number:
+        others = [(prompt, text) for prompt, text in shots if prompt != item.prompt][: cfg.number]
+        if len(others) < cfg.number:
             raise DataError(
                 f"{path}: fewshot: found {len(others)} examples that are not the item {item.prompt[:60]!r} itself, "
-                f"expected {leaf.number}: give more rows, or lower fewshot.count"
+                f"expected {cfg.number}: give more rows, or lower fewshot.count"
             )
-        return replace(item, prompt=_joined(leaf, others) + item.prompt)
+        return replace(item, prompt=_joined(cfg, others) + item.prompt)
 
     return put
 
 
-def _joined(leaf: Fewshot, shots: Sequence[tuple[str, str]]) -> str:
-    head = f"{leaf.description}{leaf.separator}" if leaf.description else ""
-    return head + "".join(f"{prompt}{text}{leaf.separator}" for prompt, text in shots)
+def _joined(cfg: Fewshot, shots: Sequence[tuple[str, str]]) -> str:
+    head = f"{cfg.description}{cfg.separator}" if cfg.description else ""
+    return head + "".join(f"{prompt}{text}{cfg.separator}" for prompt, text in shots)
 
 
-def _shots(file: Asking, leaf: Fewshot, path: Path) -> Shots:
+def _shots(file: Asking, cfg: Fewshot, path: Path) -> Shots:
     """One example more than is shown: an item may be among them. Of those that ask the same, the first."""
     found: dict[str, str] = {}
-    for where, row in _rows(file, leaf, path):
+    for where, row in _rows(file, cfg, path):
         item = MAKERS[file.kind](file, row, where)
-        found.setdefault(item.prompt, _completion(file, leaf, item, row, where))
-        if len(found) > leaf.number:
+        found.setdefault(item.prompt, _completion(file, cfg, item, row, where))
+        if len(found) > cfg.number:
             break
     return list(found.items())
 
 
-def _rows(file: Asking, leaf: Fewshot, path: Path) -> Iterator[tuple[str, Row]]:
-    if leaf.rows is not None:
-        yield from ((f"{path}: fewshot.rows.{number}", row) for number, row in enumerate(leaf.rows))
+def _rows(file: Asking, cfg: Fewshot, path: Path) -> Iterator[tuple[str, Row]]:
+    if cfg.rows is not None:
+        yield from ((f"{path}: fewshot.rows.{number}", row) for number, row in enumerate(cfg.rows))
         return
-    subset, split = leaf.subset or file.subset, leaf.split or file.split
-    yield from rows_of(leaf.data or file.data, path.parent, subset=subset, split=split, arguments=file.arguments)
+    subset, split = cfg.subset or file.subset, cfg.split or file.split
+    yield from rows_of(cfg.data or file.data, path.parent, subset=subset, split=split, arguments=file.arguments)
 
 
-def _completion(file: Asking, leaf: Fewshot, item: Any, row: Row, where: str) -> str:
-    if leaf.completion is not None:
-        return filled(leaf.completion, row, where, "fewshot.completion")
+def _completion(file: Asking, cfg: Fewshot, item: Any, row: Row, where: str) -> str:
+    if cfg.completion is not None:
+        return filled(cfg.completion, row, where, "fewshot.completion")
     if isinstance(file, ChoiceFile) and isinstance(item, Choice):
         return file.separator + item.options[item.label]
     assert isinstance(item, Question)

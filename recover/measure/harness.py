@@ -23,7 +23,7 @@ def require() -> None:
         raise RecipeError(f"--lm-eval: lm-evaluation-harness is not installed: {INSTALL}")
 
 
-def harness(model: Any, tokenizer: Any, names: Sequence[str], leaf: Measure, *, include: Path | None = None) -> Record:
+def harness(model: Any, tokenizer: Any, names: Sequence[str], cfg: Measure, *, include: Path | None = None) -> Record:
     """{"results": as the harness gives them, "rows": for a table, "versions"} of its tasks, on a loaded model.
 
     Greedy or by likelihood as each task says; no chat template. `include`: a folder with further tasks.
@@ -47,9 +47,9 @@ def harness(model: Any, tokenizer: Any, names: Sequence[str], leaf: Measure, *, 
     try:
         with evaluating(model):
             found = evaluate(
-                model=wrapper(pretrained=model, tokenizer=tokenizer, batch_size=leaf.batch_size),
+                model=wrapper(pretrained=model, tokenizer=tokenizer, batch_size=cfg.batch_size),
                 tasks=list(names),
-                limit=leaf.limit,
+                limit=cfg.limit,
                 task_manager=manager,
                 bootstrap_iters=0,
             )

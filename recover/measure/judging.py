@@ -40,7 +40,7 @@ def measure_choice(subject: Subject, file: ChoiceFile, items: Sequence[Choice]) 
         "accuracy_normalised": mean([margin(row, item.label) > 0 for row, item in zip(per_byte, items, strict=True)]),
         "chance": mean([1 / len(item.options) for item in items]),
         "margin": mean(margins),
-        "samples": _samples(items, scores)[: subject.leaf.samples],
+        "samples": _samples(items, scores)[: subject.cfg.samples],
     }
 
 

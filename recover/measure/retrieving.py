@@ -32,7 +32,7 @@ def measure_retrieval(subject: Subject, file: RetrievalFile, items: Sequence[Sea
         "accuracy": mean(first),
         "accuracy_interval95": interval95(first),
         "chance": mean([chance_ndcg(len(item.documents), len(item.relevant)) for item in items]),
-        "samples": _samples(items, rankings)[: subject.leaf.samples],
+        "samples": _samples(items, rankings)[: subject.cfg.samples],
     }
 
 

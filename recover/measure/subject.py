@@ -21,7 +21,7 @@ class Subject:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    leaf: Measure
+    cfg: Measure
     seed: int = 0
 
     def writes(
@@ -47,7 +47,7 @@ class Subject:
                 [prompt for _, prompt in mine],
                 numbers=[number for number, _ in mine],
                 max_new_tokens=max_new_tokens,
-                batch_size=self.leaf.batch_size,
+                batch_size=self.cfg.batch_size,
                 sampling=sampling,
                 seed=self.seed,
                 chat=chat,
@@ -59,17 +59,17 @@ class Subject:
 
     def expects(self, rows: Sequence[Continuation], *, title: str) -> list[float]:
         """Log-likelihood of each row (`log_likelihoods`), the same list on every process."""
-        size = self.leaf.batch_size
+        size = self.cfg.batch_size
         return dist.over(rows, lambda mine: log_likelihoods(self.model, mine, batch_size=size, title=title))
 
     def chooses(self, groups: Sequence[Sequence[Continuation]], *, title: str) -> list[list[float]]:
         """Log-likelihood of each row of each group (`option_log_likelihoods`), the same list on every process."""
-        size = self.leaf.batch_size
+        size = self.cfg.batch_size
         return dist.over(groups, lambda mine: option_log_likelihoods(self.model, mine, batch_size=size, title=title))
 
     def embeds(self, texts: Sequence[str], *, length: int, title: str) -> list[np.ndarray]:
         """One unit vector per text (`embeddings`), the same list on every process."""
-        size = self.leaf.batch_size
+        size = self.cfg.batch_size
         return dist.over(
             texts,
             lambda mine: embeddings(self.model, self.tokenizer, mine, length=length, batch_size=size, title=title),

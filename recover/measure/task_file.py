@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from recover.base.errors import DataError, RecipeError
-from recover.config import yaml_values as strict_yaml
+from recover.config import yaml_values
 from recover.config.messages import explain
 from recover.config.recipe import local_path
 from recover.config.tasks import FILES, AnyFile, PerplexityFile, RetrievalFile, WritingFile
@@ -85,7 +85,7 @@ def _read_file(path: Path) -> AnyFile:
             f"{path}: data, not a task; expected a YAML file that names it as `data: {path.name}` and says what is "
             "asked of it (docs/recipe.md, Tasks)"
         )
-    tree = strict_yaml.read(path)
+    tree = yaml_values.read(path)
     model = FILES.get(str(tree.get("kind")))
     if model is None:
         found = f"found {tree['kind']!r}" if "kind" in tree else "is missing"

@@ -33,7 +33,7 @@ def measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[Task],
-    leaf: Measure,
+    cfg: Measure,
     *,
     reference: Generations | None = None,
     limit: int | None = None,
@@ -42,20 +42,20 @@ def measure(
     """The record of all tasks and the greedy texts, the same on every process; items are dealt out among processes.
 
     `model`: in whatever view it is in. `reference`: greedy texts of the dense model, as returned here; against them
-    agreement and first divergence are counted. `limit`: items of each task, the first ones; default: `leaf.limit`.
+    agreement and first divergence are counted. `limit`: items of each task, the first ones; default: `cfg.limit`.
 
     Raises:
         DataError: an item does not fit the model's context, or `reference` lacks items of a task.
-        RecipeError: a task would run code, which the leaf does not allow.
+        RecipeError: a task would run code, which the config does not allow.
     """
     start = time.perf_counter()
-    check_allowed(tasks, leaf)
-    subject = Subject(model, tokenizer, leaf, seed)
+    check_allowed(tasks, cfg)
+    subject = Subject(model, tokenizer, cfg, seed)
     records: dict[str, Record] = {}
     texts: Generations = {}
     tokens, writing_seconds = 0, 0.0
     for task in tasks:
-        items = task.items[: limit or leaf.limit]
+        items = task.items[: limit or cfg.limit]
         began = time.perf_counter()
         records[task.name], written = _measured(subject, task, items, reference)
         if written is not None:
@@ -71,10 +71,10 @@ def measure(
     return record, texts
 
 
-def check_allowed(tasks: Sequence[Task], leaf: Measure) -> None:
+def check_allowed(tasks: Sequence[Task], cfg: Measure) -> None:
     """Raises RecipeError if a task would run code that the model writes, and nobody has allowed that."""
     for task in tasks:
-        if task.kind == "code" and not leaf.allow_code_execution:
+        if task.kind == "code" and not cfg.allow_code_execution:
             raise RecipeError(
                 f"task {task.name}: it runs programs that the model writes, locked away but on this machine; to allow "
                 "that, set measure.allow_code_execution: true, or give --allow-code-execution"

@@ -51,15 +51,15 @@ def measure_writing(
         **shape(greedy, right),
         **against(dense_ids, [each.ids for each in greedy]),
         **mistakes(file.kind, found, samples),
-        "samples": samples[: subject.leaf.samples],
+        "samples": samples[: subject.cfg.samples],
     }
     return record, greedy, sum(len(each.ids) for each in [*greedy, *drawn])
 
 
 def sampling_of(subject: Subject, file: GenerateFile | CodeFile) -> Sampling | None:
     """How texts of this task are drawn; None: they are not."""
-    own = (file.sampling or subject.leaf.sampling or Sampling()) if file.samples else None
-    return own or (subject.leaf.sampling if isinstance(file, GenerateFile) else None)
+    own = (file.sampling or subject.cfg.sampling or Sampling()) if file.samples else None
+    return own or (subject.cfg.sampling if isinstance(file, GenerateFile) else None)
 
 
 def pass_at_k(right: Sequence[float], times: int) -> Record:
@@ -124,7 +124,7 @@ def written(
     """One text per prompt, as the task file asks for it."""
     return subject.writes(
         prompts,
-        max_new_tokens=min(file.max_new_tokens or subject.leaf.max_new_tokens, subject.leaf.max_new_tokens),
+        max_new_tokens=min(file.max_new_tokens or subject.cfg.max_new_tokens, subject.cfg.max_new_tokens),
         sampling=sampling,
         chat=file.wraps,
         stop=file.stop,

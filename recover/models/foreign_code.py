@@ -60,13 +60,13 @@ def _expected(key: str, value: Any, inside: bool) -> str | None:
     plain = key.strip("_").removesuffix("_internal")
     if plain in CHOICES:
         names = [*CHOICES[plain], *(name for name in INSTALLED if plain.startswith("attn") and _installed(name))]
-        return None if all(leaf is None or leaf in names for leaf in _leaves(value)) else " or ".join(names)
+        return None if all(cfg is None or cfg in names for cfg in _leaves(value)) else " or ".join(names)
     if plain.endswith("_autoset"):  # whether transformers chose it, as earlier versions wrote
         return None if value is None or isinstance(value, bool) else "true or false"
     if any(word in plain for word in WORDS):
-        return None if all(_harmless(leaf) for leaf in _leaves(value)) else "no such key, or null"
+        return None if all(_harmless(cfg) for cfg in _leaves(value)) else "no such key, or null"
     if key.startswith("_") and key not in PRIVATE and not inside and _of_transformers(key):
-        return None if all(_harmless(leaf) or isinstance(leaf, bool) for leaf in _leaves(value)) else "no such key"
+        return None if all(_harmless(cfg) or isinstance(cfg, bool) for cfg in _leaves(value)) else "no such key"
     return None
 
 
@@ -136,8 +136,8 @@ def code_named(settings: Any) -> set[str]:
     """Files of code that `auto_map` of a settings file names: `modeling_x.py`, or `owner/name: modeling_x.py`."""
     found = settings.get("auto_map") if isinstance(settings, dict) else None
     named = set()
-    for leaf in _leaves(found):
-        if isinstance(leaf, str):
-            repository, _, rest = leaf.rpartition("--")
+    for cfg in _leaves(found):
+        if isinstance(cfg, str):
+            repository, _, rest = cfg.rpartition("--")
             named.add(f"{repository}: " * bool(repository) + f"{rest.partition('.')[0]}.py")
     return named

@@ -52,12 +52,12 @@ class Description(Shape):
     bytes: int
 
 
-def describe(leaf: recipe.Model) -> Description:
+def describe(cfg: recipe.Model) -> Description:
     """Sizes of the model without loading a weight (a GGUF file is converted first). Raises ModelError."""
-    config = _config(leaf)
-    with torch.device("meta"), explained(leaf.source):
+    config = _config(cfg)
+    with torch.device("meta"), explained(cfg.source):
         model = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=leaf.trust_remote_code, attn_implementation="eager"
+            config, trust_remote_code=cfg.trust_remote_code, attn_implementation="eager"
         )
     embeddings = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings())}
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -74,29 +74,29 @@ def describe(leaf: recipe.Model) -> Description:
         tied=bool(config.tie_word_embeddings),
         parameters=parameters,
         embedding_parameters=sum(embeddings.values()),
-        bytes=parameters * getattr(torch, leaf.dtype).itemsize,
+        bytes=parameters * getattr(torch, cfg.dtype).itemsize,
     )
 
 
-def load_model(leaf: recipe.Model) -> PreTrainedModel:
+def load_model(cfg: recipe.Model) -> PreTrainedModel:
     """The dense model in eval mode and the recipe's dtype, every tensor read from a checked file and finite.
 
     Raises ModelError naming the file: missing, corrupt or unsafe files, pickle weights, an unsupported type, tensors
     that are missing, left over or not finite.
     """
-    config = _config(leaf)
-    folder = locate(leaf)
+    config = _config(cfg)
+    folder = locate(cfg)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if size > SAID_BYTES:
-        console.say(f"[dim]reading {leaf.source}, {size / 2**30:,.1f} GiB[/dim]")
+        console.say(f"[dim]reading {cfg.source}, {size / 2**30:,.1f} GiB[/dim]")
     with explained(str(folder)):
-        model = read_whole(leaf, folder, attn_implementation=_attention(leaf, config))
+        model = read_whole(cfg, folder, attn_implementation=_attention(cfg, config))
     _check_finite(folder, model)
     return model
 
 
 def read_whole(
-    leaf: recipe.Model, folder: Path, *, refused: Collection[str] = tuple(MISFITS), **options: Any
+    cfg: recipe.Model, folder: Path, *, refused: Collection[str] = tuple(MISFITS), **options: Any
 ) -> PreTrainedModel:
     """The folder's model in eval mode, from checked files, by `from_pretrained` with these options.
 
@@ -108,8 +108,8 @@ def read_whole(
     with explained(str(folder)):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=getattr(torch, leaf.dtype),
-            trust_remote_code=leaf.trust_remote_code,
+            dtype=getattr(torch, cfg.dtype),
+            trust_remote_code=cfg.trust_remote_code,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
@@ -142,15 +142,15 @@ def ready(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
-def load_tokenizer(leaf: recipe.Model) -> PreTrainedTokenizerBase:
+def load_tokenizer(cfg: recipe.Model) -> PreTrainedTokenizerBase:
     """The model's tokenizer, which has an end-of-sequence token and a padding token.
 
     Raises ModelError: it cannot be loaded, lacks one of these, or its chat template is broken or has no end.
     """
-    folder = locate(leaf, leaf.tokenizer)
+    folder = locate(cfg, cfg.tokenizer)
     with explained(f"{folder}: tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=leaf.trust_remote_code, local_files_only=True
+            folder, trust_remote_code=cfg.trust_remote_code, local_files_only=True
         )
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         raise ModelError(
@@ -178,26 +178,26 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
         )
 
 
-def _config(leaf: recipe.Model) -> PretrainedConfig:
+def _config(cfg: recipe.Model) -> PretrainedConfig:
     """The config of a supported type, which is checked before transformers sees it and before weights are fetched."""
-    source, raw = config_source(leaf), read_config(leaf)
+    source, raw = config_source(cfg), read_config(cfg)
     arch_of_type(raw["model_type"])
     if quantized := raw.get("quantization_config"):
         raise ModelError(
-            f"{leaf.source}: quantized with '{quantized.get('quant_method')}', and quantized weights are neither "
+            f"{cfg.source}: quantized with '{quantized.get('quant_method')}', and quantized weights are neither "
             "pruned nor trained here: give the checkpoint it was made from (`recover measure` and `recover diagnose` "
             "take it as it is)"
         )
     with explained(source):
-        return AutoConfig.from_pretrained(source, revision=leaf.revision, trust_remote_code=leaf.trust_remote_code)
+        return AutoConfig.from_pretrained(source, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code)
 
 
-def _attention(leaf: recipe.Model, config: PretrainedConfig) -> str:
+def _attention(cfg: recipe.Model, config: PretrainedConfig) -> str:
     stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if leaf.attention == "sdpa" and not stock._supports_sdpa:
+    if cfg.attention == "sdpa" and not stock._supports_sdpa:
         console.warn(f"model.attention: {stock.__name__} has no 'sdpa'; 'eager' is used")
         return "eager"
-    return leaf.attention
+    return cfg.attention
 
 
 def _check_finite(folder: Path, model: PreTrainedModel) -> None:

@@ -47,7 +47,7 @@ class OwnLinear(nn.Linear):
         return F.linear(input, self.own_weight, self.own_bias)
 
 
-def pruned_tensor(linear: nn.Module, leaf: str) -> Tensor:
+def pruned_tensor(linear: nn.Module, cfg: str) -> Tensor:
     """`weight` or `bias` of a linear layer as the pruned view has it, before masks and adapters."""
-    own = getattr(linear, f"own_{leaf}", None)
-    return getattr(linear, leaf).detach() if own is None else own
+    own = getattr(linear, f"own_{cfg}", None)
+    return getattr(linear, cfg).detach() if own is None else own

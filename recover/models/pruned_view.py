@@ -25,8 +25,8 @@ def see_pruned(
     for name, keep_OI in masks.items():
         MaskedLinear.convert(linears[name], keep_OI, switch, weights.get(f"{name}.weight"))
     for parameter, weight_OI in weights.items():
-        name, _, leaf = parameter.rpartition(".")
-        if leaf == "weight" and name not in masks:
+        name, _, cfg = parameter.rpartition(".")
+        if cfg == "weight" and name not in masks:
             OwnLinear.convert(linears[name], weight_OI, weights.get(f"{name}.bias"), switch)
 
 

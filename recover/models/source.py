@@ -43,18 +43,18 @@ def kind_of(source: str) -> str:
     return "hub"
 
 
-def locate(leaf: recipe.Model, source: str | None = None) -> Path:
+def locate(cfg: recipe.Model, source: str | None = None) -> Path:
     """A local folder in the stock layout: downloaded or converted first if need be. Raises ModelError, RecipeError.
 
     With several processes all must call this together: the main one downloads or converts, the others find the result.
     """
-    source = source or leaf.source
+    source = source or cfg.source
     kind = kind_of(source)
-    checked = model_folder if source == leaf.source else whole_folder  # else it is asked for a tokenizer alone
+    checked = model_folder if source == cfg.source else whole_folder  # else it is asked for a tokenizer alone
     if kind == "folder":
         return checked(recipe.local_path(source).expanduser())
     with dist.main_first():
-        return checked(_convert(Path(source).expanduser()) if kind == "gguf" else _download(leaf, source))
+        return checked(_convert(Path(source).expanduser()) if kind == "gguf" else _download(cfg, source))
 
 
 def model_folder(folder: Path) -> Path:
@@ -95,34 +95,34 @@ def whole_folder(folder: Path) -> Path:
     return folder
 
 
-def _download(leaf: recipe.Model, source: str) -> Path:
+def _download(cfg: recipe.Model, source: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + ["*.py"] * leaf.trust_remote_code
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + ["*.py"] * cfg.trust_remote_code
     with explained(source + HUB):
         folder = snapshot_download(
-            source, revision=leaf.revision, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
+            source, revision=cfg.revision, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
         )
     return Path(folder)
 
 
-def config_source(leaf: recipe.Model) -> str:
+def config_source(cfg: recipe.Model) -> str:
     """Where the config can be read without fetching weights: a hub id, or a local folder."""
-    return leaf.source if kind_of(leaf.source) == "hub" else str(locate(leaf))
+    return cfg.source if kind_of(cfg.source) == "hub" else str(locate(cfg))
 
 
-def read_config(leaf: recipe.Model) -> dict[str, Any]:
+def read_config(cfg: recipe.Model) -> dict[str, Any]:
     """The raw config, no weights touched; raises ModelError if it is missing, corrupt or could run code."""
     from transformers import PretrainedConfig
 
-    source = config_source(leaf)
+    source = config_source(cfg)
     path = Path(source) / "config.json"
     if kind_of(source) == "folder":
         config = _read_json(path)
     else:
         with explained(source + HUB):
-            config, _ = PretrainedConfig.get_config_dict(source, revision=leaf.revision)
-            _refuse_adapter(_on_hub(leaf, ADAPTER), source)
+            config, _ = PretrainedConfig.get_config_dict(source, revision=cfg.revision)
+            _refuse_adapter(_on_hub(cfg, ADAPTER), source)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(f"{path}: has no 'model_type'; expected the config of a causal language model")
     if config.get("is_encoder_decoder"):
@@ -134,29 +134,29 @@ def read_config(leaf: recipe.Model) -> dict[str, Any]:
     return config
 
 
-def code_of(leaf: recipe.Model) -> list[str] | None:
+def code_of(cfg: recipe.Model) -> list[str] | None:
     """Files of code that `trust_remote_code` lets run, of model and tokenizer folder; None where it is off.
 
     Of a hub model those that config.json names: nothing else of it is fetched for this.
     """
-    if not leaf.trust_remote_code:
+    if not cfg.trust_remote_code:
         return None
     found: set[str] = set()
-    for source in filter(None, (leaf.source, leaf.tokenizer)):
+    for source in filter(None, (cfg.source, cfg.tokenizer)):
         if kind_of(source) == "folder":
             found |= {str(recipe.local_path(source) / name) for name in code_files(recipe.local_path(source))}
-        elif kind_of(source) == "hub" and source == leaf.source:
-            found |= {f"{source}: {name}" for name in code_named(read_config(leaf))}
+        elif kind_of(source) == "hub" and source == cfg.source:
+            found |= {f"{source}: {name}" for name in code_named(read_config(cfg))}
     return sorted(found)
 
 
-def _on_hub(leaf: recipe.Model, name: str) -> bool:
+def _on_hub(cfg: recipe.Model, name: str) -> bool:
     """Whether the repository has this file, as far as can be told."""
     from transformers.utils.hub import cached_file
 
     quietly = ("gated_repo", "missing_entries", "connection_errors")
     options: dict[str, Any] = {f"_raise_exceptions_for_{each}": False for each in quietly}
-    return cached_file(leaf.source, name, revision=leaf.revision, **options) is not None
+    return cached_file(cfg.source, name, revision=cfg.revision, **options) is not None
 
 
 def check_written(folder: Path) -> None:

@@ -147,7 +147,7 @@ class Twin:
         self.model = peft_model
         return peft_model
 
-    def add_lora(self, leaf: recipe.Lora) -> PeftModel:
+    def add_lora(self, cfg: recipe.Lora) -> PeftModel:
         """Put LoRA on the linear layers of the kept blocks; B = 0, so nothing changes yet.
 
         `blocks: after_cut` leaves out the blocks before the first dropped one: both views then share them. Adapters are
@@ -158,21 +158,21 @@ class Twin:
 
         if self.model is not self.base:
             raise ModelError("this twin has adapters already; expected one set: load the model anew")
-        sites = self._lora_sites(leaf)
+        sites = self._lora_sites(cfg)
         targets = [name for name in linears_of(self.model) if site_of(self.arch, name) in sites]
         config = LoraConfig(
-            r=leaf.rank,
-            lora_alpha=leaf.alpha or 2 * leaf.rank,  # type: ignore[arg-type]
-            lora_dropout=leaf.dropout,
+            r=cfg.rank,
+            lora_alpha=cfg.alpha or 2 * cfg.rank,  # type: ignore[arg-type]
+            lora_dropout=cfg.dropout,
             target_modules=targets,
             task_type="CAUSAL_LM",
         )
         return self.adopt(get_peft_model(self.base, config))  # type: ignore[arg-type]
 
-    def _lora_sites(self, leaf: recipe.Lora) -> frozenset[Site]:
+    def _lora_sites(self, cfg: recipe.Lora) -> frozenset[Site]:
         dropped = self.plan.dropped_sites
         kept = sites_of(range(self.plan.blocks)) - dropped
-        if leaf.blocks == "all":
+        if cfg.blocks == "all":
             return kept
         if not dropped:
             raise ModelError("lora.blocks: 'after_cut' needs dropped blocks, and this plan drops none; use 'all'")

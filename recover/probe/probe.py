@@ -48,21 +48,21 @@ Result = TypeVar("Result")
 
 
 @part("probing")
-def probe(twin: Twin | Pair, tokenizer: Any, prompts: Prompts, leaf: recipe.Probe) -> list[Record]:
+def probe(twin: Twin | Pair, tokenizer: Any, prompts: Prompts, cfg: recipe.Probe) -> list[Record]:
     """Every record of the probe, equal on every process and for any number of them.
 
-    The first `leaf.samples` prompts are used, in batches that do not depend on the number of processes. T = 1 is always
+    The first `cfg.samples` prompts are used, in batches that do not depend on the number of processes. T = 1 is always
     among the temperatures.
 
     Raises:
         DataError: no prompts, a prompt without tokens, or one too long for either model.
         ModelError: logits that are not finite, naming the prompt; two views of different vocabularies.
     """
-    return records_of(Pair.of(twin), findings(twin, tokenizer, prompts, leaf))
+    return records_of(Pair.of(twin), findings(twin, tokenizer, prompts, cfg))
 
 
 def findings(
-    twin: Twin | Pair, tokenizer: Any, prompts: Prompts, leaf: recipe.Probe, *, store: Store | None = None
+    twin: Twin | Pair, tokenizer: Any, prompts: Prompts, cfg: recipe.Probe, *, store: Store | None = None
 ) -> list[Finding]:
     """The figures of every position behind the records of `probe`, batch by batch; raises as `probe` does.
 
@@ -71,16 +71,16 @@ def findings(
     pair = Pair.of(twin)
     comparison, ends = Comparison(pair), end_tokens(pair.dense, tokenizer)
     if not ends:
-        console.warn(f"probe: neither model nor tokenizer names an end token: texts run on to {leaf.steps} tokens")
+        console.warn(f"probe: neither model nor tokenizer names an end token: texts run on to {cfg.steps} tokens")
 
     def examine(batch: Batch) -> Finding:
-        return _examine(comparison, batch, leaf, ends)
+        return _examine(comparison, batch, cfg, ends)
 
-    return dist.gather(_work(_batches(pair, tokenizer, prompts, leaf), examine, "probe", store))
+    return dist.gather(_work(_batches(pair, tokenizer, prompts, cfg), examine, "probe", store))
 
 
 def texts(
-    twin: Twin | Pair, ids: Sequence[list[int]], leaf: recipe.Probe, *, store: Store | None = None
+    twin: Twin | Pair, ids: Sequence[list[int]], cfg: recipe.Probe, *, store: Store | None = None
 ) -> list[Finding]:
     """Teacher-forced figures along texts as they are given, in token ids: each token after the first is a position.
 
@@ -97,22 +97,22 @@ def texts(
     for view in (pair.dense, pair.pruned):
         check_ids(list(ids), view, steps=0)
     device = next(pair.dense.model.parameters()).device
-    starts = range(0, len(ids), leaf.batch_size)
+    starts = range(0, len(ids), cfg.batch_size)
 
     def examine(start: int) -> Finding:
-        trajectory = given(list(ids[start : start + leaf.batch_size]), start, device)
-        return _forced(comparison, trajectory, leaf)[0]
+        trajectory = given(list(ids[start : start + cfg.batch_size]), start, device)
+        return _forced(comparison, trajectory, cfg)[0]
 
     return dist.gather(_work(list(starts), examine, "probe of texts", store))
 
 
 @part("probing")
-def dense_trajectories(twin: Twin | Pair, tokenizer: Any, prompts: Prompts, leaf: recipe.Probe) -> list[Trajectory]:
+def dense_trajectories(twin: Twin | Pair, tokenizer: Any, prompts: Prompts, cfg: recipe.Probe) -> list[Trajectory]:
     """This process's share of the dense view's trajectories: for `final_drift`, as the dense model does not change."""
     pair = Pair.of(twin)
     ends = end_tokens(pair.dense, tokenizer)
-    batches = _batches(pair, tokenizer, prompts, leaf)
-    return _work(batches, lambda batch: greedy(pair.dense, batch, steps=leaf.steps, ends=ends), "dense trajectories")
+    batches = _batches(pair, tokenizer, prompts, cfg)
+    return _work(batches, lambda batch: greedy(pair.dense, batch, steps=cfg.steps, ends=ends), "dense trajectories")
 
 
 @part("probing")
@@ -120,7 +120,7 @@ def final_drift(
     twin: Twin | Pair,
     tokenizer: Any,
     prompts: Prompts,
-    leaf: recipe.Probe,
+    cfg: recipe.Probe,
     *,
     trajectories: list[Trajectory] | None = None,
 ) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def final_drift(
     """
     pair = Pair.of(twin)
     comparison = Comparison(pair)
-    mine = dense_trajectories(pair, tokenizer, prompts, leaf) if trajectories is None else trajectories
+    mine = dense_trajectories(pair, tokenizer, prompts, cfg) if trajectories is None else trajectories
 
     def examine(trajectory: Trajectory) -> tuple[Rows, Table]:
         rows = _rows(trajectory, trajectory.scored_BS)
@@ -142,10 +142,10 @@ def final_drift(
     return final_record(1.0, table, prompts_of([rows for rows, _ in found])).to_json()
 
 
-def _batches(pair: Pair, tokenizer: Any, prompts: Prompts, leaf: recipe.Probe) -> list[Batch]:
-    ids = encode(tokenizer, prompts[: leaf.samples])
-    check_ids(ids, pair.pruned, steps=leaf.steps)
-    return batches_of(ids, pair.dense, size=leaf.batch_size, steps=leaf.steps)
+def _batches(pair: Pair, tokenizer: Any, prompts: Prompts, cfg: recipe.Probe) -> list[Batch]:
+    ids = encode(tokenizer, prompts[: cfg.samples])
+    check_ids(ids, pair.pruned, steps=cfg.steps)
+    return batches_of(ids, pair.dense, size=cfg.batch_size, steps=cfg.steps)
 
 
 def _work(
@@ -170,31 +170,31 @@ def _rows(trajectory: Trajectory, mark_BS: Tensor) -> Rows:
     return Rows(torch.tensor(trajectory.batch.prompts)[at[:, 0]], at[:, 1])
 
 
-def _examine(comparison: Comparison, batch: Batch, leaf: recipe.Probe, ends: list[int]) -> Finding:
+def _examine(comparison: Comparison, batch: Batch, cfg: recipe.Probe, ends: list[int]) -> Finding:
     pair = comparison.pair
-    dense, own = (greedy(view, batch, steps=leaf.steps, ends=ends) for view in (pair.dense, pair.pruned))
-    forced, dense_states, _ = _forced(comparison, dense, leaf)
+    dense, own = (greedy(view, batch, steps=cfg.steps, ends=ends) for view in (pair.dense, pair.pruned))
+    forced, dense_states, _ = _forced(comparison, dense, cfg)
     free, own_states = _free(comparison, dense, own, dense_states, forced.final[1.0]["kl"])
     identity = {
         "dense": comparison.self_drift("dense", dense_states.final_ND, dense.cached_ND, forced.rows),
         "pruned": comparison.self_drift("pruned", own_states.final_ND, own.cached_ND, _rows(own, own.scored_BS)),
     }
-    drawn = {seed: _drawn(comparison, batch, leaf, ends, seed) for seed in leaf.seeds}
+    drawn = {seed: _drawn(comparison, batch, cfg, ends, seed) for seed in cfg.seeds}
     return Finding(forced.rows, forced.final, forced.blocks, forced.sublayers, free, drawn, identity)
 
 
-def _forced(comparison: Comparison, trajectory: Trajectory, leaf: recipe.Probe) -> tuple[Finding, States, States]:
+def _forced(comparison: Comparison, trajectory: Trajectory, cfg: recipe.Probe) -> tuple[Finding, States, States]:
     """Both views along one trajectory: the figures, and each view's states."""
     pair, rows = comparison.pair, _rows(trajectory, trajectory.scored_BS)
-    layers_BS = thinned(trajectory.scored_BS, leaf.layer_positions)
+    layers_BS = thinned(trajectory.scored_BS, cfg.layer_positions)
     layer_rows = _rows(trajectory, layers_BS)
     dense, pruned = (along(view, trajectory, blocks_BS=layers_BS) for view in (pair.dense, pair.pruned))
-    final = comparison.final(dense.final_ND, pruned.final_ND, rows, sorted({*leaf.temperatures, 1.0}))
+    final = comparison.final(dense.final_ND, pruned.final_ND, rows, sorted({*cfg.temperatures, 1.0}))
     blocks = comparison.blocks(dense, pruned, layer_rows)
     dense.blocks.clear()
     pruned.blocks.clear()
     sublayers = {}
-    if leaf.sublayers and pair.one_width:
+    if cfg.sublayers and pair.one_width:
         sublayers = comparison.sublayers(transitions(pair, trajectory, layers_BS), layer_rows)
     return Finding(rows, final, blocks, sublayers), dense, pruned
 
@@ -214,9 +214,9 @@ def _free(
     return Free(rows.step_N, direct_N, own_rows.step_N, kl_M, common.step_N, total_K, direct_K, first), own_states
 
 
-def _drawn(comparison: Comparison, batch: Batch, leaf: recipe.Probe, ends: list[int], seed: int) -> Free:
+def _drawn(comparison: Comparison, batch: Batch, cfg: recipe.Probe, ends: list[int], seed: int) -> Free:
     pair = comparison.pair
-    dense, own = (sampled(view, batch, steps=leaf.steps, ends=ends, seed=seed) for view in (pair.dense, pair.pruned))
+    dense, own = (sampled(view, batch, steps=cfg.steps, ends=ends, seed=seed) for view in (pair.dense, pair.pruned))
     states = along(pair.dense, dense)
     rows = _rows(dense, dense.scored_BS)
     direct_N = comparison.kl(states.final_ND, along(pair.pruned, dense).final_ND, rows)

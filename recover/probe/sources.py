@@ -36,22 +36,22 @@ def load_pair(
     return Pair.of_models(first, second, numbers), tokenizer
 
 
-def load_any(leaf: recipe.Model) -> PreTrainedModel:
+def load_any(cfg: recipe.Model) -> PreTrainedModel:
     """The model on this process's device, as `load_model` has it, or with the quantization that its config names.
 
     Raises ModelError as `load_model` does, and for a quantization whose package is not installed or unknown here.
     """
-    config = read_config(leaf)
+    config = read_config(cfg)
     quantization = config.get("quantization_config")
     if quantization is None:
-        return ready(load_model(leaf))
-    _check_package(leaf.source, str(dict(quantization).get("quant_method")))
+        return ready(load_model(cfg))
+    _check_package(cfg.source, str(dict(quantization).get("quant_method")))
     arch_of_type(config["model_type"])
     return read_whole(
-        leaf,
-        locate(leaf),
+        cfg,
+        locate(cfg),
         refused=("missing_keys",),  # a quantizer may leave tensors behind that it does not read
-        attn_implementation=leaf.attention,
+        attn_implementation=cfg.attention,
         device_map={"": dist.device()},  # quantized weights are not moved afterwards
     )
 

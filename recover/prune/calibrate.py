@@ -28,40 +28,40 @@ Write = Callable[[list[str]], list[list[int]]]  # prompts -> the ids of each wit
 
 
 def calibration_batches(
-    leaf: Calibration, tokenizer: PreTrainedTokenizerBase, seed: int, write: Write | None = None
+    cfg: Calibration, tokenizer: PreTrainedTokenizerBase, seed: int, write: Write | None = None
 ) -> list[LongTensor]:
-    """Up to `leaf.samples` samples of `leaf.length` tokens, in batches (B, T); the same seed gives the same ones.
+    """Up to `cfg.samples` samples of `cfg.length` tokens, in batches (B, T); the same seed gives the same ones.
 
     Documents are shuffled, joined by EOS and cut; every sample starts with BOS where the tokenizer puts one (models
-    trained with a BOS have unlike activations without). With `leaf.answer` a document is a prompt and its answer by
+    trained with a BOS have unlike activations without). With `cfg.answer` a document is a prompt and its answer by
     `write`. Warns when the text gives fewer samples; raises DataError when it is shorter than one sample.
     """
-    assert (leaf.answer is None) == (write is None), "answers are asked for, and nothing writes them"
+    assert (cfg.answer is None) == (write is None), "answers are asked for, and nothing writes them"
     bos = _bos(tokenizer)
-    body = leaf.length - len(bos)
-    ids = _joined(leaf, tokenizer, seed, leaf.samples * body, write)
-    count = min(leaf.samples, len(ids) // body)
-    found = f"calibration.data {leaf.data}: {len(ids):,} tokens in all"
+    body = cfg.length - len(bos)
+    ids = _joined(cfg, tokenizer, seed, cfg.samples * body, write)
+    count = min(cfg.samples, len(ids) // body)
+    found = f"calibration.data {cfg.data}: {len(ids):,} tokens in all"
     if count == 0:
-        raise DataError(f"{found}, one sample needs {leaf.length}. Give more text or a smaller calibration.length")
-    if count < leaf.samples:
-        console.warn(f"{found}: {count} samples of {leaf.length} and not calibration.samples: {leaf.samples}")
+        raise DataError(f"{found}, one sample needs {cfg.length}. Give more text or a smaller calibration.length")
+    if count < cfg.samples:
+        console.warn(f"{found}: {count} samples of {cfg.length} and not calibration.samples: {cfg.samples}")
     samples = torch.tensor([bos + ids[i * body : (i + 1) * body] for i in range(count)], dtype=torch.long)
-    return list(samples.split(leaf.batch_size))  # type: ignore[arg-type]
+    return list(samples.split(cfg.batch_size))  # type: ignore[arg-type]
 
 
 def _joined(
-    leaf: Calibration, tokenizer: PreTrainedTokenizerBase, seed: int, wanted: int, write: Write | None
+    cfg: Calibration, tokenizer: PreTrainedTokenizerBase, seed: int, wanted: int, write: Write | None
 ) -> list[int]:
     """The documents one after the other, until there are `wanted` ids or no more documents."""
     ids: list[int] = []
-    texts = _shuffled(read_texts(leaf), seed)
+    texts = _shuffled(read_texts(cfg), seed)
     while len(ids) < wanted:
-        if write is None or leaf.answer is None:
+        if write is None or cfg.answer is None:
             rows = [_tokens(tokenizer, text) for text in islice(texts, 1)]
         else:
             # As many as would do if every answer were of full length: more would be written for nothing.
-            some = min(max(FEWEST, (wanted - len(ids)) // leaf.answer), MOST)
+            some = min(max(FEWEST, (wanted - len(ids)) // cfg.answer), MOST)
             prompts = list(islice(texts, some))
             rows = [_ended(tokenizer, row) for row in write(prompts)] if prompts else []
         if not rows:
@@ -95,20 +95,20 @@ def _shuffled(texts: Sequence[str], seed: int) -> Iterator[str]:
     return (texts[index] for index in order)
 
 
-def read_texts(leaf: Calibration) -> Sequence[str]:
-    """The documents behind `leaf.data`: lines of a JSONL, a text file as one, or a column of a hub or parquet data set.
+def read_texts(cfg: Calibration) -> Sequence[str]:
+    """The documents behind `cfg.data`: lines of a JSONL, a text file as one, or a column of a hub or parquet data set.
 
     Raises DataError naming the file and line, or the column, that is wrong.
     """
-    path = local_path(leaf.data)
+    path = local_path(cfg.data)
     try:
         if path.suffix in (".jsonl", ".json"):
-            return _read_jsonl(path, leaf.column)
+            return _read_jsonl(path, cfg.column)
         if path.suffix in (".txt", ".md"):
             return [path.read_text(encoding="utf-8-sig")]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"calibration.data: {unread(path, error)}") from error
-    return _read_dataset(leaf)
+    return _read_dataset(cfg)
 
 
 def _read_jsonl(path: Path, column: str) -> list[str]:
@@ -134,21 +134,21 @@ class _Column(Sequence):
         return self.rows[index][self.column]
 
 
-def _read_dataset(leaf: Calibration) -> Sequence[str]:
+def _read_dataset(cfg: Calibration) -> Sequence[str]:
     import datasets
     from datasets.exceptions import DatasetsError
 
-    where = f"calibration.data {leaf.data}"
+    where = f"calibration.data {cfg.data}"
     try:
-        if leaf.data.endswith(".parquet"):
-            rows: Any = datasets.load_dataset("parquet", data_files=leaf.data, split="train")
+        if cfg.data.endswith(".parquet"):
+            rows: Any = datasets.load_dataset("parquet", data_files=cfg.data, split="train")
         else:
-            rows = datasets.load_dataset(leaf.data, split=leaf.split)
+            rows = datasets.load_dataset(cfg.data, split=cfg.split)
     except (OSError, ValueError, DatasetsError) as error:
         raise DataError(f"{where}: neither a local text file nor a data set that loads ({error})") from error
-    if leaf.column not in rows.column_names:
-        raise DataError(f"{where}: no column '{leaf.column}', found {rows.column_names}: set calibration.column")
-    return _Column(rows, leaf.column)
+    if cfg.column not in rows.column_names:
+        raise DataError(f"{where}: no column '{cfg.column}', found {rows.column_names}: set calibration.column")
+    return _Column(rows, cfg.column)
 
 
 def check_context(model: PreTrainedModel, batches: Sequence[Tensor]) -> None:
@@ -159,10 +159,10 @@ def check_context(model: PreTrainedModel, batches: Sequence[Tensor]) -> None:
         raise PruneError(f"calibration.length: {length} tokens, the model's context is {context}: give at most that")
 
 
-def calibration_record(leaf: Calibration | None, batches: Sequence[Tensor]) -> dict[str, Any]:
+def calibration_record(cfg: Calibration | None, batches: Sequence[Tensor]) -> dict[str, Any]:
     """What scores were measured on, for `plan.calibration`; empty when on nothing."""
-    if leaf is None:
+    if cfg is None:
         return {}
     samples = sum(len(ids_BT) for ids_BT in batches)
-    record = {"data": leaf.data, "samples": samples, "tokens": sum(ids_BT.numel() for ids_BT in batches)}
-    return record | ({"answer": leaf.answer} if leaf.answer else {})
+    record = {"data": cfg.data, "samples": samples, "tokens": sum(ids_BT.numel() for ids_BT in batches)}
+    return record | ({"answer": cfg.answer} if cfg.answer else {})

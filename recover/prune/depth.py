@@ -26,54 +26,54 @@ if TYPE_CHECKING:
     from recover.models.twin import Twin
 
 
-def prune_depth(twin: Twin, leaf: Depth, batches: list[LongTensor], parts: Parts = NOWHERE) -> Pruned:
-    """The plan that drops what `leaf` lists, or the `leaf.count` units that matter least by `leaf.score`; no masks.
+def prune_depth(twin: Twin, cfg: Depth, batches: list[LongTensor], parts: Parts = NOWHERE) -> Pruned:
+    """The plan that drops what `cfg` lists, or the `cfg.count` units that matter least by `cfg.score`; no masks.
 
     Every candidate of every round is in `plan.scores`: `{round, blocks, parts, score, by, chosen}`, and with `beam` or
-    `swap` also `beside`, what was closed with it. With `leaf.repair`, the weights before each cut are rewritten
+    `swap` also `beside`, what was closed with it. With `cfg.repair`, the weights before each cut are rewritten
     if that brings the logits nearer to the dense ones (`plan.repair`).
 
     Raises PruneError for a drop of everything, of the attention of block 0, of a block that is not there, for a drop
     that changes no logit, and for a repair that this model or so little text does not allow.
     """
     check_context(twin.model, batches)
-    if leaf.repair != "none":
-        refuse_repair(twin, leaf.repair, batches)
-    sites = check_sites(leaf, len(blocks_of(twin.model)))
-    choice = choose(twin, leaf, batches, parts) if leaf.listed is None else Choice(sites, [])
+    if cfg.repair != "none":
+        refuse_repair(twin, cfg.repair, batches)
+    sites = check_sites(cfg, len(blocks_of(twin.model)))
+    choice = choose(twin, cfg, batches, parts) if cfg.listed is None else Choice(sites, [])
     _refuse_no_effect(twin, choice.sites, batches)
     weights, repair = {}, {}
-    if leaf.repair != "none":
-        weights, repair = repaired(twin, choice.sites, leaf.repair, batches)
+    if cfg.repair != "none":
+        weights, repair = repaired(twin, choice.sites, cfg.repair, batches)
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    plan = _plan(twin, choice, calibration_record(leaf.calibration, batches), weights=shapes, repair=repair)
+    plan = _plan(twin, choice, calibration_record(cfg.calibration, batches), weights=shapes, repair=repair)
     return Pruned(plan, {}, weights)
 
 
-def check_sites(leaf: Depth, blocks: int) -> frozenset[Site]:
+def check_sites(cfg: Depth, blocks: int) -> frozenset[Site]:
     """The sites that the recipe names, none with a count. Raises PruneError for what is not there or has to stay."""
-    if leaf.listed is not None:
-        return _listed(leaf, blocks)
-    there = most_units(leaf.unit, blocks)
-    if leaf.units > there:
-        has = f"the model has {blocks}" if leaf.unit == "block" else f"the model has {blocks} blocks"
+    if cfg.listed is not None:
+        return _listed(cfg, blocks)
+    there = most_units(cfg.unit, blocks)
+    if cfg.units > there:
+        has = f"the model has {blocks}" if cfg.unit == "block" else f"the model has {blocks} blocks"
         raise PruneError(
-            f"prune.count: {leaf.units} {NAMES[leaf.unit]} to drop, {has}: drop at most {there} "
+            f"prune.count: {cfg.units} {NAMES[cfg.unit]} to drop, {has}: drop at most {there} "
             "(the attention of block 0 stays)"
         )
     return frozenset()
 
 
-def _listed(leaf: Depth, blocks: int) -> frozenset[Site]:
-    field = "prune.sites" if leaf.unit == "sublayer" else "prune.blocks"
-    sites = named_sites(leaf)
+def _listed(cfg: Depth, blocks: int) -> frozenset[Site]:
+    field = "prune.sites" if cfg.unit == "sublayer" else "prune.blocks"
+    sites = named_sites(cfg)
     outside = sorted({site.block for site in sites if not 0 <= site.block < blocks})
     if outside:
         raise PruneError(f"{field}: {outside} are not blocks of this model: it has {blocks}, numbered from 0")
-    if leaf.unit == "block" and leaf.units >= blocks:
-        raise PruneError(f"{field}: {leaf.units} blocks to drop, the model has {blocks}: at least one must stay")
+    if cfg.unit == "block" and cfg.units >= blocks:
+        raise PruneError(f"{field}: {cfg.units} blocks to drop, the model has {blocks}: at least one must stay")
     if Site(0, "attention") in sites:
-        what = "block 0" if leaf.unit == "block" else "the attention of block 0"
+        what = "block 0" if cfg.unit == "block" else "the attention of block 0"
         raise PruneError(
             f"{field}: {what} cannot be dropped: the length of the KV cache, and with it the position of every "
             "new token, is read off its attention"

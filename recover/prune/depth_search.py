@@ -42,45 +42,45 @@ def most_units(unit: str, blocks: int) -> int:
     return blocks - 1 if unit == "pair" else len(units_of(unit, blocks))
 
 
-def named_sites(leaf: Depth) -> frozenset[Site]:
-    """What `leaf.blocks` or `leaf.sites` names; nothing if the recipe gives a count."""
-    if leaf.unit == "block":
-        return sites_of(leaf.blocks or ())
-    if leaf.unit == "sublayer":
-        pairs = (text.split(":") for text in leaf.sites or ())
+def named_sites(cfg: Depth) -> frozenset[Site]:
+    """What `cfg.blocks` or `cfg.sites` names; nothing if the recipe gives a count."""
+    if cfg.unit == "block":
+        return sites_of(cfg.blocks or ())
+    if cfg.unit == "sublayer":
+        pairs = (text.split(":") for text in cfg.sites or ())
         return frozenset(Site(int(block), "attention" if part == "attention" else "mlp") for part, block in pairs)
-    part = "attention" if leaf.unit == "attention" else "mlp"  # a pair is never named
-    return frozenset(Site(block, part) for block in leaf.blocks or ())
+    part = "attention" if cfg.unit == "attention" else "mlp"  # a pair is never named
+    return frozenset(Site(block, part) for block in cfg.blocks or ())
 
 
-def choose(twin: Twin, leaf: Depth, batches: list[LongTensor], parts: Parts = NOWHERE) -> Choice:
-    """The `leaf.count` units that matter least by `leaf.score`; on ties the first. Raises PruneError without text.
+def choose(twin: Twin, cfg: Depth, batches: list[LongTensor], parts: Parts = NOWHERE) -> Choice:
+    """The `cfg.count` units that matter least by `cfg.score`; on ties the first. Raises PruneError without text.
 
     Each round of a search is one of the `parts`: those that are there are not measured again.
     """
-    assert leaf.count is not None
+    assert cfg.count is not None
     if not batches:
-        raise PruneError(f"prune.score: '{leaf.score}' is measured on text: give prune.calibration")
-    units = units_of(leaf.unit, len(blocks_of(twin.model)))
-    if leaf.contiguous:
-        units = _runs(leaf, units)
-        return _once(score_of(twin, leaf.score, batches), leaf, units, 1, [])
+        raise PruneError(f"prune.score: '{cfg.score}' is measured on text: give prune.calibration")
+    units = units_of(cfg.unit, len(blocks_of(twin.model)))
+    if cfg.contiguous:
+        units = _runs(cfg, units)
+        return _once(score_of(twin, cfg.score, batches), cfg, units, 1, [])
     before: list[dict[str, Any]] = []
-    if leaf.score in CLOSING and len(units) >= CANDIDATES:
-        pool = min(max(CANDIDATES, 2 * leaf.count), len(units))
+    if cfg.score in CLOSING and len(units) >= CANDIDATES:
+        pool = min(max(CANDIDATES, 2 * cfg.count), len(units))
         units, before = _least_influence(twin, units, pool, batches, parts)
-    score = score_of(twin, leaf.score, batches)
-    if leaf.rounds:
-        return SetSearch(score, leaf, partial(_left, twin, leaf, units), parts, list(before)).run()
-    return _once(score, leaf, units, leaf.count, before)
+    score = score_of(twin, cfg.score, batches)
+    if cfg.rounds:
+        return SetSearch(score, cfg, partial(_left, twin, cfg, units), parts, list(before)).run()
+    return _once(score, cfg, units, cfg.count, before)
 
 
-def _runs(leaf: Depth, units: list[Span]) -> list[Span]:
-    """All runs of `leaf.count` neighbours; a run of pairs is one of twice as many sublayers."""
-    assert leaf.count is not None
-    length = leaf.count
-    if leaf.unit == "pair":
-        units, length = [(site,) for site in sorted({site for pair in units for site in pair})], 2 * leaf.count
+def _runs(cfg: Depth, units: list[Span]) -> list[Span]:
+    """All runs of `cfg.count` neighbours; a run of pairs is one of twice as many sublayers."""
+    assert cfg.count is not None
+    length = cfg.count
+    if cfg.unit == "pair":
+        units, length = [(site,) for site in sorted({site for pair in units for site in pair})], 2 * cfg.count
     return [sum(units[start : start + length], ()) for start in range(len(units) - length + 1)]
 
 
@@ -99,23 +99,23 @@ def _least_influence(
     return [units[index] for index in chosen_of(records)], records
 
 
-def _once(score: Score, leaf: Depth, spans: list[Span], count: int, before: list[dict[str, Any]]) -> Choice:
+def _once(score: Score, cfg: Depth, spans: list[Span], count: int, before: list[dict[str, Any]]) -> Choice:
     """The `count` spans of lowest score, each scored alone."""
-    values = score(spans, frozenset(), f"{leaf.score} of {len(spans)} candidates")
-    records = [record_of(1, span, value, leaf.score) for span, value in zip(spans, values, strict=True)]
-    if leaf.unit == "pair" and count > 1:
+    values = score(spans, frozenset(), f"{cfg.score} of {len(spans)} candidates")
+    records = [record_of(1, span, value, cfg.score) for span, value in zip(spans, values, strict=True)]
+    if cfg.unit == "pair" and count > 1:
         kept = marked(records, lowest_apart(spans, values, count))
     else:
         kept = lowest(records, count)
     return Choice(frozenset(site for index in kept for site in spans[index]), before + records)
 
 
-def _left(twin: Twin, leaf: Depth, units: list[Span], closed: frozenset[Site]) -> list[Span]:
+def _left(twin: Twin, cfg: Depth, units: list[Span], closed: frozenset[Site]) -> list[Span]:
     """Of the units those that are still whole; of pairs also those that the drops before have made neighbours.
 
     Those are few, at most one a drop, so all of them are tried even where `units` are a few of many.
     """
-    if leaf.unit != "pair":
+    if cfg.unit != "pair":
         return [unit for unit in units if unit[0] not in closed]
     blocks = len(blocks_of(twin.model))
     there, dense = set(units), set(pairs_of(blocks))

@@ -45,29 +45,29 @@ class SetSearch:
     """One search; `left` gives the units that may still go once some sites are gone. A round of a set is a part."""
 
     score: Score
-    leaf: Depth
+    cfg: Depth
     left: Callable[[Sites], list[Span]]
     parts: Parts
     records: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self) -> Choice:
         """The set that the search finds, and every record, those that brought in what goes marked as chosen."""
-        found, known = self._drops(self.leaf.beam or 1)
-        if self.leaf.swap:
+        found, known = self._drops(self.cfg.beam or 1)
+        if self.cfg.swap:
             found = self._exchanges(found, known)
         for step in found.steps:
             step.record["chosen"] = True
         return Choice(found.sites, self.records)
 
     def _drops(self, width: int) -> tuple[Found, dict[Sites, float]]:
-        """The best set after `leaf.count` drops, up to `width` sets carried on; and all scores of the last drop."""
-        assert self.leaf.count is not None
+        """The best set after `cfg.count` drops, up to `width` sets carried on; and all scores of the last drop."""
+        assert self.cfg.count is not None
         carried, known = [Found((), 0.0)], {}
-        for number in range(1, self.leaf.count + 1):
+        for number in range(1, self.cfg.count + 1):
             known, reached, greedy = {}, {}, None
             for place, before in enumerate(carried):
                 name = f"round {number}" + (f", set {place + 1}" if place else "")
-                steps = self._round(name, number, before.sites, known, f"drop {number} of {self.leaf.count}")
+                steps = self._round(name, number, before.sites, known, f"drop {number} of {self.cfg.count}")
                 after = [Found((*before.steps, step), step.record["score"]) for step in steps]
                 greedy = greedy or min(after, key=_score)  # the greedy set comes first in every round
                 for one in after:
@@ -106,8 +106,8 @@ class SetSearch:
         new = [unit for unit in units if closed | set(unit) not in known]
         scores = dict(zip(new, self.score(new, closed, said), strict=True)) if new else {}
         values = [scores[unit] if unit in scores else known[closed | set(unit)] for unit in units]
-        records = [record_of(number, unit, value, self.leaf.score) for unit, value in zip(units, values, strict=True)]
-        if not (self.leaf.beam or self.leaf.swap):
+        records = [record_of(number, unit, value, self.cfg.score) for unit, value in zip(units, values, strict=True)]
+        if not (self.cfg.beam or self.cfg.swap):
             return Part(records)  # it is clear what is closed: what was chosen before
         return Part([record | {"beside": [str(site) for site in sorted(closed)]} for record in records])
 

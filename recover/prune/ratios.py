@@ -29,31 +29,31 @@ KL_TOKENS = 8192  # text on which `allocation: kl` runs the model once a block; 
 
 
 def block_fractions(
-    twin: Twin, leaf: Calibrated, batches: Sequence[LongTensor], parts: Parts = NOWHERE
+    twin: Twin, cfg: Calibrated, batches: Sequence[LongTensor], parts: Parts = NOWHERE
 ) -> tuple[list[float], dict[str, Any]]:
     """The sparsity of every block, their mean over weights being the recipe's; and what to record of them."""
-    if leaf.allocation == "uniform":
-        return [leaf.fraction] * twin.plan.blocks, {}
-    record = parts.once("allocation", lambda: Part(_allocated(twin, leaf, batches, parts))).value
+    if cfg.allocation == "uniform":
+        return [cfg.fraction] * twin.plan.blocks, {}
+    record = parts.once("allocation", lambda: Part(_allocated(twin, cfg, batches, parts))).value
     return record["sparsity"], record
 
 
-def _allocated(twin: Twin, leaf: Calibrated, batches: Sequence[LongTensor], parts: Parts) -> dict[str, Any]:
+def _allocated(twin: Twin, cfg: Calibrated, batches: Sequence[LongTensor], parts: Parts) -> dict[str, Any]:
     """The record of an allocation: what it goes by, and the sparsity of every block."""
     count = twin.plan.blocks
     stream = Stream(twin, batches)
     importance, sizes, norms_of = [], [], {}
-    for index in console.track(range(count), f"dense pass for allocation '{leaf.allocation}'", unit="block"):
+    for index in console.track(range(count), f"dense pass for allocation '{cfg.allocation}'", unit="block"):
         with stream.resident(index) as linears, torch.no_grad():
             found = norms(stream.measure(index, squares, advance=True))
             scores = {name: wanda_score(linears[name].weight.detach(), norm_I) for name, norm_I in found.items()}
             importance.append(_outliers(scores))
         sizes.append(sum(linear.weight.numel() for linear in stream.linears[index].values()))
         norms_of |= {name: norm_I.cpu() for name, norm_I in found.items()}
-    if leaf.allocation == "kl":
-        importance = _kl_alone(twin, leaf.fraction, stream, norms_of, batches, parts)
-    fractions = spread(importance, sizes, leaf.fraction, leaf.spread)
-    return {"allocation": leaf.allocation, "importance": importance, "sparsity": fractions}
+    if cfg.allocation == "kl":
+        importance = _kl_alone(twin, cfg.fraction, stream, norms_of, batches, parts)
+    fractions = spread(importance, sizes, cfg.fraction, cfg.spread)
+    return {"allocation": cfg.allocation, "importance": importance, "sparsity": fractions}
 
 
 def spread(importance: Sequence[float], sizes: Sequence[int], mean: float, most: float) -> list[float]:

@@ -31,20 +31,20 @@ if TYPE_CHECKING:
 Decide = Callable[[Mapping[str, nn.Linear], Mapping[str, Tensor], float], tuple[dict[str, Tensor], dict[str, Tensor]]]
 
 
-def prune_magnitude(twin: Twin, leaf: Magnitude, batches: list[LongTensor], parts: Parts = NOWHERE) -> Pruned:
+def prune_magnitude(twin: Twin, cfg: Magnitude, batches: list[LongTensor], parts: Parts = NOWHERE) -> Pruned:
     """Masks that keep the largest weights of each output row of each linear layer in the blocks; no text is read."""
     linears, masks, records = linears_of(twin.model), {}, {}
-    _check_patterns(linears, leaf, [leaf.fraction] * len(blocks_of(twin.model)))
+    _check_patterns(linears, cfg, [cfg.fraction] * len(blocks_of(twin.model)))
     device = working_device(twin.model.device)
     for name, linear in console.track(linears.items(), "magnitude", unit="layer"):
         score_OI = _finite(name, magnitude_score(linear.weight.detach().to(device)))
-        keep_OI = _keep(score_OI, leaf, leaf.fraction)
-        records[name] = MaskRecord.of(keep_OI, leaf.pattern)
+        keep_OI = _keep(score_OI, cfg, cfg.fraction)
+        records[name] = MaskRecord.of(keep_OI, cfg.pattern)
         masks[name] = keep_OI.cpu()
     return Pruned(_plan(twin, "magnitude", records, {}), masks, {})
 
 
-def prune_wanda(twin: Twin, leaf: Wanda, batches: list[LongTensor], parts: Parts = NOWHERE) -> Pruned:
+def prune_wanda(twin: Twin, cfg: Wanda, batches: list[LongTensor], parts: Parts = NOWHERE) -> Pruned:
     """Masks that keep the weights of highest |W| * ||x|| of every output row, block after block.
 
     What a block's layers see is measured with all blocks before it already masked, as the pruned model will run.
@@ -57,15 +57,15 @@ def prune_wanda(twin: Twin, leaf: Wanda, batches: list[LongTensor], parts: Parts
         masks, weights = {}, {}
         for name, norm_I in norms(sums).items():
             weight_OI = linears[name].weight.detach()
-            masks[name] = _keep(_finite(name, wanda_score(weight_OI, norm_I)), leaf, fraction)
+            masks[name] = _keep(_finite(name, wanda_score(weight_OI, norm_I)), cfg, fraction)
             weights[name] = weight_OI.masked_fill(~masks[name], 0)
         return masks, weights
 
-    found = _blockwise(twin, leaf, batches, squares, decide, parts)
+    found = _blockwise(twin, cfg, batches, squares, decide, parts)
     return Pruned(_plan(twin, "wanda", found.records, found.calibration), found.masks, {})
 
 
-def prune_sparsegpt(twin: Twin, leaf: SparseGpt, batches: list[LongTensor], parts: Parts = NOWHERE) -> Pruned:
+def prune_sparsegpt(twin: Twin, cfg: SparseGpt, batches: list[LongTensor], parts: Parts = NOWHERE) -> Pruned:
     """Masks, and weights of which those that are left make up for those that go, block after block.
 
     A layer's output error on the calibration text is made small, with all blocks before it already pruned. `weights`
@@ -81,12 +81,12 @@ def prune_sparsegpt(twin: Twin, leaf: SparseGpt, batches: list[LongTensor], part
         masks, weights = {}, {}
         for names in _sharing(sums):
             group = {name: linears[name].weight.detach() for name in names}
-            found = _sparsegpt(group, sums[names[0]], leaf, fraction, replays)
+            found = _sparsegpt(group, sums[names[0]], cfg, fraction, replays)
             for name, (keep_OI, weight_OI) in found.items():
                 masks[name], weights[name] = keep_OI, weight_OI
         return {name: masks[name] for name in linears}, {name: weights[name] for name in linears}
 
-    found = _blockwise(twin, leaf, batches, gram, decide, parts)
+    found = _blockwise(twin, cfg, batches, gram, decide, parts)
     own = {f"{name}.weight": weight_OI for name, weight_OI in found.weights.items()}
     return Pruned(_plan(twin, "sparsegpt", found.records, found.calibration, own), found.masks, own)
 
@@ -102,7 +102,7 @@ class _Found(NamedTuple):
 
 def _blockwise(
     twin: Twin,
-    leaf: Calibrated,
+    cfg: Calibrated,
     batches: list[LongTensor],
     measure: Callable[[Tensor], Tensor],
     decide: Decide,
@@ -112,26 +112,26 @@ def _blockwise(
 
     Blocks that `parts` holds are not decided again: the text goes through them as it would have.
     """
-    fractions, allocation = block_fractions(twin, leaf, batches, parts)
-    _check_patterns(linears_of(twin.model), leaf, fractions)
+    fractions, allocation = block_fractions(twin, cfg, batches, parts)
+    _check_patterns(linears_of(twin.model), cfg, fractions)
     stream = Stream(twin, batches)
-    found = _Found({}, {}, {}, calibration_record(leaf.calibration, batches) | allocation)
+    found = _Found({}, {}, {}, calibration_record(cfg.calibration, batches) | allocation)
     last = len(fractions) - 1
     with torch.no_grad():
-        for index in console.track(range(len(fractions)), leaf.kind, unit="block"):
+        for index in console.track(range(len(fractions)), cfg.kind, unit="block"):
             with stream.resident(index) as linears:
                 block = parts.find(f"block {index}")
                 if block is not None:
                     kept, made = _unpacked(block, linears)
                 else:
                     kept, made = decide(linears, stream.measure(index, measure), fractions[index])
-                    parts.keep(f"block {index}", _packed(kept, made if leaf.kind == "sparsegpt" else {}))
+                    parts.keep(f"block {index}", _packed(kept, made if cfg.kind == "sparsegpt" else {}))
                 if index != last:
                     stream.advance(index, made)
             for name, keep_OI in kept.items():
-                found.records[name] = MaskRecord.of(keep_OI, leaf.pattern)  # counted where it is fast
+                found.records[name] = MaskRecord.of(keep_OI, cfg.pattern)  # counted where it is fast
                 found.masks[name] = keep_OI.cpu()
-                if leaf.kind == "sparsegpt":
+                if cfg.kind == "sparsegpt":
                     found.weights[name] = made[name].cpu()
     return found
 
@@ -158,7 +158,7 @@ def _unpacked(part: Part, linears: Mapping[str, nn.Linear]) -> tuple[dict[str, T
 
 
 def _sparsegpt(
-    weights: Mapping[str, Tensor], hessian_II: Tensor, leaf: Sparsity, fraction: float, replays: Replays | None
+    weights: Mapping[str, Tensor], hessian_II: Tensor, cfg: Sparsity, fraction: float, replays: Replays | None
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """(mask, new weight) of each of these layers, which share the input behind `hessian_II`."""
     names, sizes = list(weights), [len(weight_OI) for weight_OI in weights.values()]
@@ -166,11 +166,11 @@ def _sparsegpt(
     weight_IO = torch.cat([weight_OI.float() for weight_OI in weights.values()]).T.contiguous()
     inputs = len(weight_IO)
     factor_II = inverse_factor(hessian_II, where)
-    if leaf.n_m is None:
+    if cfg.n_m is None:
         choose, group, step = choose_share(fraction, inputs, sizes), COLUMNS, COLUMNS
     else:
-        group = leaf.n_m[1]
-        choose, step = choose_n_m(*leaf.n_m), group * max(1, COLUMNS // group)
+        group = cfg.n_m[1]
+        choose, step = choose_n_m(*cfg.n_m), group * max(1, COLUMNS // group)
     keep_IO = rewrite(weight_IO, factor_II, choose, group=group, step=step, replays=replays)
     if not bool(weight_IO.sum().isfinite()):
         raise PruneError(f"{where}: weights are not finite. Check the model, or use model.dtype: float32")
@@ -188,14 +188,14 @@ def _sharing(sums: Mapping[str, Tensor]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _check_patterns(linears: Mapping[str, nn.Linear], leaf: Sparsity, fractions: list[float]) -> None:
+def _check_patterns(linears: Mapping[str, nn.Linear], cfg: Sparsity, fractions: list[float]) -> None:
     """Raise PruneError naming the first layer that the pattern or sparsity does not fit, before any pass."""
     per_block = len(linears) // len(fractions)
     for place, (name, linear) in enumerate(linears.items()):
         inputs = linear.in_features
-        if leaf.n_m is not None:
-            if inputs % leaf.n_m[1]:
-                found = f"{name}: pattern {leaf.pattern} needs whole groups of {leaf.n_m[1]} inputs, found {inputs}"
+        if cfg.n_m is not None:
+            if inputs % cfg.n_m[1]:
+                found = f"{name}: pattern {cfg.pattern} needs whole groups of {cfg.n_m[1]} inputs, found {inputs}"
                 raise PruneError(f"{found}: use 'unstructured'")
             continue
         fraction = fractions[place // per_block]
@@ -211,9 +211,9 @@ def _finite(name: str, score_OI: Tensor) -> Tensor:
     return score_OI
 
 
-def _keep(score_OI: Tensor, leaf: Sparsity, fraction: float) -> Tensor:
+def _keep(score_OI: Tensor, cfg: Sparsity, fraction: float) -> Tensor:
     """The mask for these scores, on their device."""
-    return keep_unstructured(score_OI, fraction) if leaf.n_m is None else keep_n_m(score_OI, *leaf.n_m)
+    return keep_unstructured(score_OI, fraction) if cfg.n_m is None else keep_n_m(score_OI, *cfg.n_m)
 
 
 def _plan(

@@ -57,22 +57,22 @@ class Sizes:
         return dataclasses.replace(self, groups=left, heads=self.heads // self.groups * left)
 
 
-def narrowed(config: PretrainedConfig, leaf: Width) -> dict[str, int]:
-    """The fields of the config that this leaf changes. Raises PruneError, naming the field, for what cannot work.
+def narrowed(config: PretrainedConfig, cfg: Width) -> dict[str, int]:
+    """The fields of the model's config that the recipe changes. PruneError, naming the field, for what cannot work.
 
     With fewer heads `head_dim` has to be said: most configs take hidden size / heads where it is missing.
     """
     dense = Sizes.of(config)
-    fields = {} if leaf.mlp is None else {"intermediate_size": _neurons_left(dense.neurons, leaf)}
-    if leaf.kv_groups is not None:
-        fields |= _heads_left(config, dense, leaf.kv_groups)
+    fields = {} if cfg.mlp is None else {"intermediate_size": _neurons_left(dense.neurons, cfg)}
+    if cfg.kv_groups is not None:
+        fields |= _heads_left(config, dense, cfg.kv_groups)
     return fields
 
 
-def _neurons_left(neurons: int, leaf: Width) -> int:
-    left = leaf.neurons(neurons)
+def _neurons_left(neurons: int, cfg: Width) -> int:
+    left = cfg.neurons(neurons)
     if not 0 < left < neurons:
-        found = f"prune.mlp: {leaf.mlp} of {neurons:,} neurons, in multiples of {leaf.step(neurons)}, leaves {left:,}"
+        found = f"prune.mlp: {cfg.mlp} of {neurons:,} neurons, in multiples of {cfg.step(neurons)}, leaves {left:,}"
         raise PruneError(f"{found}: expected at least one removed and one left; give a smaller prune.multiple")
     return left
 
@@ -121,7 +121,7 @@ class _Removal(NamedTuple):
     head: int
 
 
-def prune_width(twin: Twin, leaf: Width, batches: list[LongTensor], parts: Parts = NOWHERE) -> Pruned:
+def prune_width(twin: Twin, cfg: Width, batches: list[LongTensor], parts: Parts = NOWHERE) -> Pruned:
     """A plan with fewer neurons and KV groups in every block, those of the lowest score in it, and the weights left.
 
     `plan.scores` has one record a block and sublayer: how many units went, and their share of the block's score. Raises
@@ -129,14 +129,14 @@ def prune_width(twin: Twin, leaf: Width, batches: list[LongTensor], parts: Parts
     """
     model = twin.model
     if not batches:
-        raise PruneError(f"prune.score: '{leaf.score}' is measured on text: give prune.calibration")
+        raise PruneError(f"prune.score: '{cfg.score}' is measured on text: give prune.calibration")
     check_context(model, batches)
-    config = narrowed(model.config, leaf)
-    _say_rounded(leaf, model.config, config)
+    config = narrowed(model.config, cfg)
+    _say_rounded(cfg, model.config, config)
     _warn_of_head_size(model.config, config)
     removals = list(_removals(Sizes.of(model.config), config))
     places = {site: last for removal in removals for site, last in _last_linears(twin, removal)}
-    scores = unit_scores(model, {str(site): place for site, place in places.items()}, batches, leaf.score)
+    scores = unit_scores(model, {str(site): place for site, place in places.items()}, batches, cfg.score)
     weights: dict[str, Tensor] = {}
     records = []
     for block in range(len(blocks_of(model))):
@@ -144,15 +144,15 @@ def prune_width(twin: Twin, leaf: Width, batches: list[LongTensor], parts: Parts
             score_U = scores[str(Site(block, removal.part))]
             kept_K = highest(score_U, removal.left)
             weights |= _sliced(twin, block, removal, kept_K)
-            records.append(_record(block, removal, score_U, kept_K, leaf.score))
-    return Pruned(_plan(twin, config, records, weights, calibration_record(leaf.calibration, batches)), {}, weights)
+            records.append(_record(block, removal, score_U, kept_K, cfg.score))
+    return Pruned(_plan(twin, config, records, weights, calibration_record(cfg.calibration, batches)), {}, weights)
 
 
-def _say_rounded(leaf: Width, dense: PretrainedConfig, config: dict[str, int]) -> None:
+def _say_rounded(cfg: Width, dense: PretrainedConfig, config: dict[str, int]) -> None:
     left, neurons = config.get("intermediate_size"), dense.intermediate_size
-    if left is not None and leaf.mlp is not None:
-        step = f"the nearest multiple of {leaf.step(neurons)}"
-        console.say(f"prune.mlp {leaf.mlp}: {left:,} of {neurons:,} neurons stay ({1 - left / neurons:.1%} go), {step}")
+    if left is not None and cfg.mlp is not None:
+        step = f"the nearest multiple of {cfg.step(neurons)}"
+        console.say(f"prune.mlp {cfg.mlp}: {left:,} of {neurons:,} neurons stay ({1 - left / neurons:.1%} go), {step}")
 
 
 def _warn_of_head_size(dense: PretrainedConfig, config: dict[str, int]) -> None:
@@ -191,14 +191,14 @@ def _sliced(twin: Twin, block: int, removal: _Removal, kept_K: Tensor) -> dict[s
     *into, last = _names(twin.arch, block, removal.part)
     for name in into:
         rows_K = _features(linears[name].out_features, removal, kept_K)
-        weights |= {f"{name}.{leaf}": tensor[rows_K] for leaf, tensor in _tensors(linears[name])}
+        weights |= {f"{name}.{cfg}": tensor[rows_K] for cfg, tensor in _tensors(linears[name])}
     columns_K = _features(linears[last].in_features, removal, kept_K)
     weights[f"{last}.weight"] = linears[last].weight.detach().cpu()[:, columns_K].contiguous()
     return weights
 
 
 def _tensors(linear: nn.Linear) -> list[tuple[str, Tensor]]:
-    return [(leaf, parameter.detach().cpu()) for leaf, parameter in linear.named_parameters(recurse=False)]
+    return [(cfg, parameter.detach().cpu()) for cfg, parameter in linear.named_parameters(recurse=False)]
 
 
 def _features(features: int, removal: _Removal, kept_K: Tensor) -> Tensor:

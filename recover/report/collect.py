@@ -11,7 +11,7 @@ from typing import Any
 
 from recover.base import artifacts, clock
 from recover.base.errors import ArtifactError, RecipeError
-from recover.config import yaml_values as strict_yaml
+from recover.config import yaml_values
 from recover.report import drift, measures, mistakes, samples, verdict, words
 from recover.report.curve import curve
 
@@ -66,7 +66,6 @@ def collect(root: Path) -> dict[str, Any]:
         "tokens": _tokens_used(epochs),
         "speed": _json(root / "speed.json"),
         "verify": _json(root / "verify.json"),
-        "forecast": _json(root / "forecast.json"),
         "times": clock.spent(root),
         "samples": samples.side_by_side(records),
         "mistakes": mistakes.counted(records),
@@ -86,7 +85,7 @@ def _recipe(root: Path) -> dict[str, Any]:
             f"{path}: not found, so {root} is not a run directory. Give the folder that `recover run` wrote"
         )
     try:
-        return strict_yaml.read(path)
+        return yaml_values.read(path)
     except RecipeError as error:
         raise ArtifactError(f"{error}. It was written by stage plan: run that stage again") from error
 

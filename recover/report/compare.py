@@ -150,9 +150,9 @@ def _kl(curve: dict[str, Any] | None) -> list[list[float]]:
     return [[tokens, kl] for tokens, kl in pairs if kl is not None]
 
 
-def _model(leaf: dict[str, Any]) -> str:
-    revision = leaf.get("revision")
-    return f"{leaf.get('source')}{f' at {revision}' if revision else ''}"
+def _model(cfg: dict[str, Any]) -> str:
+    revision = cfg.get("revision")
+    return f"{cfg.get('source')}{f' at {revision}' if revision else ''}"
 
 
 def _rules(measure: dict[str, Any]) -> dict[str, Any]:

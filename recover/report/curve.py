@@ -66,9 +66,9 @@ def terms(recipe: dict[str, Any]) -> list[str]:
 
 def weights(recipe: dict[str, Any]) -> dict[str, float]:
     """Terms of the recipe's loss that have a weight, recorded or not."""
-    leaf = {"kl": 1.0, **((recipe.get("recover") or {}).get("loss") or {})}
+    cfg = {"kl": 1.0, **((recipe.get("recover") or {}).get("loss") or {})}
     names = (*TERMS, "variance_r", "jsd")
-    return {name: weight for name in names if (weight := finite(leaf.get(name)))}
+    return {name: weight for name in names if (weight := finite(cfg.get(name)))}
 
 
 def _lines(path: Path) -> list[Line]:

@@ -59,7 +59,7 @@ def collect_diagnosis(folder: Path) -> dict[str, Any]:
         "other": render.shown_source(str(summary.get("other") or folder.absolute().name)),
         "drift": {"other": found},
         "facts": _facts(summary),
-        **dict.fromkeys(("plan", "training", "curve", "speed", "forecast")),
+        **dict.fromkeys(("plan", "training", "curve", "speed")),
         "divergence": [],
         "epochs": [],
         "headline": dict.fromkeys(("dense", "pruned", "recovered")),

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recover.base.artifacts import write_json, write_text
-from recover.config import yaml_values as strict_yaml
+from recover.config import yaml_values
 from recover.report import cuts, mistakes, speeds, training, verdict, words
 from recover.report.figures.figure import Figure
 from recover.report.figures.registry import figures
-from recover.report.forecast import forecast
 from recover.report.points import points
 from recover.report.tables import tables
 
@@ -128,7 +127,6 @@ def _view(data: dict[str, Any]) -> dict[str, Any]:
         "sections": SECTIONS,
         "facts": _facts(data),
         "recovery": _recovery(data),
-        "forecast": _forecast(data),
         "points": points(data),
         "tables": {**tables(data), **({found.key: found} if (found := mistakes.table(data)) else {})},
         "mistake_names": {kind: heading for kind, (_, heading) in mistakes.NAMES.items()},
@@ -138,14 +136,9 @@ def _view(data: dict[str, Any]) -> dict[str, Any]:
         "speed_notes": speeds.notes(data["speed"]),
         "measured_on": words.machine((data["speed"] or {}).get("machine")),
         "verified": _verified(data),
-        "recipe": strict_yaml.dump(data["recipe"]),
+        "recipe": yaml_values.dump(data["recipe"]),
         "provenance": json.dumps(data["provenance"], indent=2, ensure_ascii=False),
     }
-
-
-def _forecast(data: dict[str, Any]) -> dict[str, Any] | None:
-    found = forecast(data)
-    return found and {**found, "figure": found["figure"] and drawn(found["figure"])}
 
 
 def drawn(figure: Figure) -> dict[str, Any]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 SAMPLE_ROWS = 4  # of sample_ids
 
 
-class Bench:
+class RunContext:
     """The recipe, its run directory, and the loaded things that stages ask for."""
 
     def __init__(self, recipe: Recipe, directory: RunDirectory) -> None:
@@ -60,13 +60,13 @@ class Bench:
         """Samples of the given calibration text in batches (B, T); none where there is none, or only prompts to it."""
         from recover.prune.calibrate import calibration_batches, read_texts
 
-        leaf = getattr(self.recipe.prune, "calibration", None)
-        if leaf is None:
+        cfg = getattr(self.recipe.prune, "calibration", None)
+        if cfg is None:
             return []
-        if leaf.answer is not None:
-            read_texts(leaf)  # to refuse it now; the answers take the dense model
+        if cfg.answer is not None:
+            read_texts(cfg)  # to refuse it now; the answers take the dense model
             return []
-        return calibration_batches(leaf, self.tokenizer, self.recipe.seed)
+        return calibration_batches(cfg, self.tokenizer, self.recipe.seed)
 
     def dense(self) -> Twin:
         """The dense model alone: a twin whose two views are equal."""
@@ -138,11 +138,11 @@ class Bench:
 
     def probe_prompts(self) -> list[str]:
         """The recipe's prompts, else those of the generate tasks in turn; the first `probe.samples` of them."""
-        leaf = self.recipe.probe
-        if leaf.prompts is not None:
+        cfg = self.recipe.probe
+        if cfg.prompts is not None:
             from recover.train.sources import read_prompts
 
-            prompts = [row.column("prompt") for row in read_prompts(leaf.prompts)]
+            prompts = [row.column("prompt") for row in read_prompts(cfg.prompts)]
         else:
             lists = [[item.prompt for item in task.items] for task in self.tasks if task.kind == "generate"]
             prompts = [prompt for row in zip_longest(*lists) for prompt in row if prompt is not None]
@@ -150,7 +150,7 @@ class Bench:
             raise RecipeError(
                 "probe.prompts: no prompts to probe with: name a JSONL file, or add a generate task to measure.tasks"
             )
-        return prompts[: leaf.samples]
+        return prompts[: cfg.samples]
 
     def best_adapter(self) -> Path:
         """Folder of the adapter that `recover/best.json` names.

@@ -44,25 +44,25 @@ def refuse(recipe: Recipe, model: Description) -> None:
     _refuse_training(recipe.recover)
 
 
-def _refuse_training(leaf: Recover) -> None:
+def _refuse_training(cfg: Recover) -> None:
     """What training itself would refuse, after everything before it was done for nothing."""
     from recover.train.settings import refuse_averaging_shares, refuse_sharding_twice, split_batch
 
     try:
-        split_batch(leaf, dist.world_size())
-        refuse_sharding_twice(leaf)
-        refuse_averaging_shares(leaf)
+        split_batch(cfg, dist.world_size())
+        refuse_sharding_twice(cfg)
+        refuse_averaging_shares(cfg)
     except TrainingError as error:
         raise RecipeError(str(error)) from None
-    needed = leaf.batch_size * leaf.epochs
-    if leaf.tokens < needed:  # a sequence has one scored token at least
+    needed = cfg.batch_size * cfg.epochs
+    if cfg.tokens < needed:  # a sequence has one scored token at least
         raise RecipeError(
-            f"recover.tokens: {leaf.tokens:,} tokens are less than {leaf.epochs} epochs of one step of "
-            f"{leaf.batch_size} sequences: raise tokens, or lower batch_size or epochs"
+            f"recover.tokens: {cfg.tokens:,} tokens are less than {cfg.epochs} epochs of one step of "
+            f"{cfg.batch_size} sequences: raise tokens, or lower batch_size or epochs"
         )
 
 
-def _refuse_width(leaf: Width, model: Description) -> None:
+def _refuse_width(cfg: Width, model: Description) -> None:
     """What pruning itself would refuse, after the dense model was measured for nothing."""
     from transformers import CONFIG_MAPPING
 
@@ -76,18 +76,18 @@ def _refuse_width(leaf: Width, model: Description) -> None:
         "head_dim": model.head_size,
     }
     try:
-        narrowed(CONFIG_MAPPING[model.model_type](**sizes), leaf)
+        narrowed(CONFIG_MAPPING[model.model_type](**sizes), cfg)
     except PruneError as error:
         raise RecipeError(str(error)) from None
 
 
-def _width_weights(leaf: Width, model: Description) -> tuple[int, int]:
+def _width_weights(cfg: Width, model: Description) -> tuple[int, int]:
     """Of the weights in all blocks, those that go, and those that stay in the linears that are cut."""
     neuron = 3 * model.width
     group = 2 * model.head_size * model.width * (model.heads // model.kv_heads + 1)
-    neurons, groups = leaf.neurons(model.intermediate), leaf.kv_groups or 0
+    neurons, groups = cfg.neurons(model.intermediate), cfg.kv_groups or 0
     gone = (model.intermediate - neurons) * neuron + groups * group
-    stay = (neurons * neuron if leaf.mlp else 0) + ((model.kv_heads - groups) * group if groups else 0)
+    stay = (neurons * neuron if cfg.mlp else 0) + ((model.kv_heads - groups) * group if groups else 0)
     return gone * model.blocks, stay * model.blocks
 
 
@@ -112,23 +112,23 @@ def warnings(recipe: Recipe, model: Description) -> list[str]:
 
 def _training(recipe: Recipe, model: Description) -> memory.Training:
     """What decides the memory of this recipe without DeepSpeed (which takes less: `launch/README.md`)."""
-    leaf, prune = recipe.recover, recipe.prune
-    micro = leaf.micro_batch_size or leaf.batch_size // dist.world_size()
-    own = max((each.batch_size * leaf.length for each in leaf.data if isinstance(each, PrunedText)), default=0)
+    cfg, prune = recipe.recover, recipe.prune
+    micro = cfg.micro_batch_size or cfg.batch_size // dist.world_size()
+    own = max((each.batch_size * cfg.length for each in cfg.data if isinstance(each, PrunedText)), default=0)
     texts = min(recipe.measure.max_new_tokens + PROMPT_TOKENS, model.context or 2**31)
     return memory.Training(
-        tokens=micro * leaf.length,
-        rank=leaf.lora.rank,
-        averaged=leaf.average is not None,
-        chunk=leaf.loss.chunk,
-        checkpointing=leaf.gradient_checkpointing,
+        tokens=micro * cfg.length,
+        rank=cfg.lora.rank,
+        averaged=cfg.average is not None,
+        chunk=cfg.loss.chunk,
+        checkpointing=cfg.gradient_checkpointing,
         element=ELEMENT_BYTES[recipe.model.dtype],
         kept_blocks=round(model.blocks * (1 - share_gone(prune, model))) if isinstance(prune, Depth) else model.blocks,
         masked=isinstance(prune, Sparsity),
         own=_own_weights(prune, model),
         cached=max(recipe.measure.batch_size * texts, own),
         processes=dist.world_size(),
-        sharded=dist.local_world_size() if leaf.shard_weights else 1,
+        sharded=dist.local_world_size() if cfg.shard_weights else 1,
     )
 
 

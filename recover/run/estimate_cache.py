@@ -17,10 +17,10 @@ def cache_bytes(recipe: Recipe, model: Description) -> int:
 
     A prefix holds positions without loss too (prompts, unless `loss.scored` is all), which only the text can tell.
     """
-    leaf = recipe.recover
-    if leaf.cache is None:
+    cfg = recipe.recover
+    if cfg.cache is None:
         return 0
-    return leaf.tokens * model.width * ELEMENT_BYTES[recipe.model.dtype] * (1 + leaf.cache.prefix)
+    return cfg.tokens * model.width * ELEMENT_BYTES[recipe.model.dtype] * (1 + cfg.cache.prefix)
 
 
 def refuse_cache(recipe: Recipe, model: Description) -> None:
@@ -28,10 +28,10 @@ def refuse_cache(recipe: Recipe, model: Description) -> None:
 
     Training refuses again, by the text itself, before it computes anything.
     """
-    leaf = recipe.recover.cache
-    if leaf is None:
+    cfg = recipe.recover.cache
+    if cfg is None:
         return
-    folder = Path(leaf.folder).absolute()
+    folder = Path(cfg.folder).absolute()
     there = sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     needed = cache_bytes(recipe, model)

@@ -13,7 +13,7 @@ from recover.base.artifacts import append_jsonl, read_json, read_jsonl, write_js
 from recover.base.clock import part
 from recover.config.recipe import Model, dump_recipe
 from recover.run import summary as outcome
-from recover.run.context import Bench
+from recover.run.context import RunContext
 from recover.run.estimate import estimate, matrix_rate, refuse, warnings
 
 if TYPE_CHECKING:
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from recover.models.twin import Twin
 
 
-def plan(bench: Bench) -> None:
+def plan(context: RunContext) -> None:
     """Refuse what cannot work and say what the rest will cost, before any weight is loaded."""
     from recover.models.load import describe
 
-    recipe, directory = bench.recipe, bench.directory
+    recipe, directory = context.recipe, context.directory
     code = _say_code(recipe.model)
     model = describe(recipe.model)
     refuse(recipe, model)
-    bench.check_inputs()
+    context.check_inputs()
     figures = estimate(recipe, model, matrix_rate())
     if not dist.is_main():
         return
@@ -42,15 +42,15 @@ def plan(bench: Bench) -> None:
         console.warn(line)
 
 
-def _say_code(leaf: Model) -> list[str] | None:
+def _say_code(cfg: Model) -> list[str] | None:
     """Say which code of others will run, before any of it does; its files, None where none is let run."""
     from recover.models.source import code_of
 
-    code = code_of(leaf)
+    code = code_of(cfg)
     if code is not None:
         there = ", ".join(code) or "no file of code is there now"
         console.warn(
-            f"model.trust_remote_code: Python code that comes with {leaf.source} runs with all your rights: {there}"
+            f"model.trust_remote_code: Python code that comes with {cfg.source} runs with all your rights: {there}"
         )
     return code
 
@@ -75,36 +75,36 @@ def _bytes(size: float) -> str:
     return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.1f} GiB"
 
 
-def dense(bench: Bench) -> None:
+def dense(context: RunContext) -> None:
     """Measure the dense model; its texts are the reference of every later stage."""
-    _measure(bench, bench.dense(), bench.directory.dense, reference=None)
+    _measure(context, context.dense(), context.directory.dense, reference=None)
     if dist.is_main():
-        for line in outcome.blind(read_json(bench.directory.dense / "measure.json")):
+        for line in outcome.blind(read_json(context.directory.dense / "measure.json")):
             console.warn(line)
 
 
-def prune(bench: Bench) -> None:
+def prune(context: RunContext) -> None:
     """Choose what goes, and write the plan and its masks."""
-    dist.on_main(lambda: _prune(bench))
-    bench.release()
+    dist.on_main(lambda: _prune(context))
+    context.release()
 
 
-def _prune(bench: Bench) -> None:
+def _prune(context: RunContext) -> None:
     from recover.models.plan import save_plan
-    from recover.prune.methods import PRUNERS
     from recover.prune.parts import Parts
+    from recover.prune.registry import PRUNERS
     from recover.run.calibration import calibration
 
-    leaf, batches, twin = bench.recipe.prune, calibration(bench), bench.dense()
-    parts = Parts(bench.directory.prune / "parts", _pruned_from(bench, twin, batches))
+    cfg, batches, twin = context.recipe.prune, calibration(context), context.dense()
+    parts = Parts(context.directory.prune / "parts", _pruned_from(context, twin, batches))
     with part("pruning"):
-        plan, masks, weights = PRUNERS[leaf.kind](twin, leaf, batches, parts)
-    save_plan(plan, masks, bench.directory.prune, weights)
+        plan, masks, weights = PRUNERS[cfg.kind](twin, cfg, batches, parts)
+    save_plan(plan, masks, context.directory.prune, weights)
     parts.remove()
     console.say(plan.summary())
 
 
-def _pruned_from(bench: Bench, twin: Twin, batches: list[LongTensor]) -> dict[str, Any]:
+def _pruned_from(context: RunContext, twin: Twin, batches: list[LongTensor]) -> dict[str, Any]:
     """All that the bits of a pruning depend on: parts that were made from anything else are of no use."""
     import torch
     import transformers
@@ -116,34 +116,34 @@ def _pruned_from(bench: Bench, twin: Twin, batches: list[LongTensor]) -> dict[st
         text.update(f"{tuple(ids_BT.shape)}".encode() + ids_BT.numpy().tobytes())
     device = twin.model.device
     return {
-        "prune": bench.recipe.prune.model_dump(mode="json"),
+        "prune": context.recipe.prune.model_dump(mode="json"),
         "calibration": text.hexdigest(),
         "weights": weights_fingerprint(twin),
-        "dtype": bench.recipe.model.dtype,
+        "dtype": context.recipe.model.dtype,
         "attention": twin.base.config._attn_implementation,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": {"recover": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
 
 
-def before(bench: Bench) -> None:
+def before(context: RunContext) -> None:
     """Probe and measure the pruned model as it is, untrained."""
-    _probe_and_measure(bench, bench.pruned(), bench.directory.before)
+    _probe_and_measure(context, context.pruned(), context.directory.before)
 
 
-def recover(bench: Bench) -> None:
+def recover(context: RunContext) -> None:
     """Distil; after each epoch measure generation again, and keep the epoch that generates best."""
     with part("loading libraries"):
-        from recover.train.trainer import recover as train
+        from recover.train.train import train
 
-    recipe, directory = bench.recipe, bench.directory
-    twin = bench.lend()
+    recipe, directory = context.recipe, context.directory
+    twin = context.lend()
     untrained = read_json(directory.before / "measure.json")["headline"]["generation"]
-    after_epoch = _after_epoch(bench, twin)
+    after_epoch = _after_epoch(context, twin)
     with part("training"):
         train(
             twin,
-            bench.tokenizer,
+            context.tokenizer,
             recipe.recover,
             directory.recover,
             after_epoch,
@@ -152,59 +152,55 @@ def recover(bench: Bench) -> None:
         )
 
 
-def _after_epoch(bench: Bench, twin: Twin) -> Callable[[int, dict[str, Any]], float | None]:
+def _after_epoch(context: RunContext, twin: Twin) -> Callable[[int, dict[str, Any]], float | None]:
     """Measure what was trained so far, note it in epochs.jsonl, and give the score that decides."""
     from recover.measure.tasks import measure
     from recover.probe.probe import dense_trajectories, final_drift
 
-    recipe, directory = bench.recipe, bench.directory
+    recipe, directory = context.recipe, context.directory
     limits = [value for value in (recipe.measure.epoch_limit, recipe.measure.limit) if value is not None]
     limit = min(limits, default=None)
     reference = read_json(directory.dense / "generations.json")
-    prompts = bench.probe_prompts()
-    trajectories = dense_trajectories(twin, bench.tokenizer, prompts, recipe.probe)
+    prompts = context.probe_prompts()
+    trajectories = dense_trajectories(twin, context.tokenizer, prompts, recipe.probe)
 
-    def score(epoch: int, context: dict[str, Any]) -> float | None:
+    def score(epoch: int, progress: dict[str, Any]) -> float | None:
         with twin.folded():
             record, _ = measure(
                 twin.model,
-                bench.tokenizer,
-                bench.tasks,
+                context.tokenizer,
+                context.tasks,
                 recipe.measure,
                 reference=reference,
                 limit=limit,
                 seed=recipe.seed,
             )
-            drift = final_drift(twin, bench.tokenizer, prompts, recipe.probe, trajectories=trajectories)
+            drift = final_drift(twin, context.tokenizer, prompts, recipe.probe, trajectories=trajectories)
         value = record["headline"]["generation"]
         if dist.is_main():
             if epoch == 1:
                 directory.epochs.unlink(missing_ok=True)  # of a training that was begun anew
             append_jsonl(
-                directory.epochs, {"epoch": epoch, **context, "measure": record, "drift": drift, "score": value}
+                directory.epochs, {"epoch": epoch, **progress, "measure": record, "drift": drift, "score": value}
             )
         return value
 
     return score
 
 
-def after(bench: Bench) -> None:
+def after(context: RunContext) -> None:
     """Probe and measure the recovered model, from the adapter on disk."""
-    from recover.forecast.told import compare_outcome
-
-    _probe_and_measure(bench, bench.recovered(), bench.directory.after)
-    if dist.is_main():
-        compare_outcome(bench.directory.root, bench.recipe.model_dump(mode="json"))
+    _probe_and_measure(context, context.recovered(), context.directory.after)
 
 
-def export(bench: Bench) -> None:
+def export(context: RunContext) -> None:
     """Write the checkpoint to ship, and verify it in a fresh process."""
-    dist.on_main(lambda: _export(bench))
-    bench.release()
-    dist.on_main(lambda: _speed(bench))
+    dist.on_main(lambda: _export(context))
+    context.release()
+    dist.on_main(lambda: _speed(context))
 
 
-def _export(bench: Bench) -> None:
+def _export(context: RunContext) -> None:
     import torch
 
     from recover.export.merge import merge
@@ -212,45 +208,49 @@ def _export(bench: Bench) -> None:
     from recover.export.write import write_checkpoint
     from recover.models.load import ready
 
-    recipe, directory = bench.recipe, bench.directory
+    recipe, directory = context.recipe, context.directory
     dtype = getattr(torch, recipe.export.dtype or recipe.model.dtype)
     with fresh_process() as process:
-        twin = bench.recovered()
+        twin = context.recovered()
         console.say("[dim]merging and writing[/dim]")
         with part("merging and writing"):
             merged = ready(merge(twin, dtype))
-            text, record = _card_and_record(bench)
+            text, record = _card_and_record(context)
             size = recipe.export.max_shard_size
-            write_checkpoint(merged, bench.tokenizer, directory.deploy, card=text, record=record, max_shard_size=size)
+            write_checkpoint(merged, context.tokenizer, directory.deploy, card=text, record=record, max_shard_size=size)
         expected = directory.root / "expected.safetensors"
         console.say("[dim]verifying in a fresh process[/dim]")
-        write_expected(expected, twin, merged, bench.sample_ids())
+        write_expected(expected, twin, merged, context.sample_ids())
         verify(directory.deploy, expected, directory.prune / "plan.json", directory.verify, process=process)
         expected.unlink()
 
 
-def _speed(bench: Bench) -> None:
+def _speed(context: RunContext) -> None:
     """Dense and deployed as stock models, by turns: through the twin, dense would pay for adapters it does not have."""
     from recover.measure.speed import compare_speed
     from recover.models.load import load_model
 
     console.say("[dim]timing dense and deployed by turns[/dim]")
-    leaf = bench.recipe.model
-    # The same leaf for both, so that they differ in nothing but what was pruned: attention kernel, loader, checks.
-    there = {"source": str(bench.directory.deploy), "revision": None, "dtype": bench.recipe.export.dtype or leaf.dtype}
-    dense = bench.stock()
+    cfg = context.recipe.model
+    # The same config for both, so that they differ in nothing but what was pruned: attention kernel, loader, checks.
+    there = {
+        "source": str(context.directory.deploy),
+        "revision": None,
+        "dtype": context.recipe.export.dtype or cfg.dtype,
+    }
+    dense = context.stock()
     with part("reading weights"):
-        deployed = load_model(leaf.model_copy(update=there))
+        deployed = load_model(cfg.model_copy(update=there))
     with part("timing dense and deployed"):
         figures = compare_speed(dense, deployed, dist.device())
-    write_json(bench.directory.speed, {**figures, "machine": provenance.machine()})
+    write_json(context.directory.speed, {**figures, "machine": provenance.machine()})
 
 
-def _card_and_record(bench: Bench) -> tuple[str, dict[str, Any]]:
+def _card_and_record(context: RunContext) -> tuple[str, dict[str, Any]]:
     """The model card's text, and recover.json: where every figure of it comes from."""
     from recover.export.card import card
 
-    recipe, directory = bench.recipe, bench.directory
+    recipe, directory = context.recipe, context.directory
     folders = {"dense": directory.dense, "pruned": directory.before, "recovered": directory.after}
     headlines = {name: read_json(folder / "measure.json")["headline"] for name, folder in folders.items()}
     best = read_json(directory.recover / "best.json")["epoch"]
@@ -270,41 +270,46 @@ def _card_and_record(bench: Bench) -> tuple[str, dict[str, Any]]:
     return card(recipe, read_json(directory.prune / "plan.json"), headlines, facts), record
 
 
-def report(bench: Bench) -> None:
+def report(context: RunContext) -> None:
     """Collect the files of the run into report.json, report.md and report.html."""
     if not dist.is_main():
         return
     from recover.report.collect import collect
     from recover.report.render import render
 
-    root = bench.directory.root
+    root = context.directory.root
     data = collect(root)
     render(root, data)
     outcome.say(data, root)
 
 
-def _probe_and_measure(bench: Bench, twin: Twin, folder: Path) -> None:
+def _probe_and_measure(context: RunContext, twin: Twin, folder: Path) -> None:
     from recover.probe.probe import probe, summary
     from recover.probe.tasks import task_drift
 
-    leaf, tokenizer = bench.recipe.probe, bench.tokenizer
+    cfg, tokenizer = context.recipe.probe, context.tokenizer
     # No items that nobody measures: a limit there is a limit here.
-    items = min(leaf.items, bench.recipe.measure.limit or leaf.items)
+    items = min(cfg.items, context.recipe.measure.limit or cfg.items)
     with twin.folded():
-        found = probe(twin, tokenizer, bench.probe_prompts(), leaf)
-        found += task_drift(twin, tokenizer, bench.tasks, items=items, batch_size=leaf.batch_size)
+        found = probe(twin, tokenizer, context.probe_prompts(), cfg)
+        found += task_drift(twin, tokenizer, context.tasks, items=items, batch_size=cfg.batch_size)
         records = [record.to_json() for record in found]
         if dist.is_main():
             write_text(folder / "probe.jsonl", "".join(f"{strict_json.dumps(record)}\n" for record in records))
             write_json(folder / "probe.json", summary(records))
-        _measure(bench, twin, folder, reference=read_json(bench.directory.dense / "generations.json"))
+        _measure(context, twin, folder, reference=read_json(context.directory.dense / "generations.json"))
 
 
-def _measure(bench: Bench, twin: Twin, folder: Path, *, reference: dict[str, Any] | None) -> None:
+def _measure(context: RunContext, twin: Twin, folder: Path, *, reference: dict[str, Any] | None) -> None:
     from recover.measure.tasks import measure
 
     record, generations = measure(
-        twin.model, bench.tokenizer, bench.tasks, bench.recipe.measure, reference=reference, seed=bench.recipe.seed
+        twin.model,
+        context.tokenizer,
+        context.tasks,
+        context.recipe.measure,
+        reference=reference,
+        seed=context.recipe.seed,
     )
     if dist.is_main():
         write_json(folder / "generations.json", generations)

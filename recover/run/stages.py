@@ -20,7 +20,7 @@ from recover.base.errors import ArtifactError, RecipeError
 from recover.base.quiet import quiet_libraries
 from recover.base.signals import graceful_stop
 from recover.config.recipe import Recipe
-from recover.run.context import Bench
+from recover.run.context import RunContext
 from recover.run.directory import NOT_DONE, RunDirectory
 from recover.run.input_digests import digests
 
@@ -73,17 +73,17 @@ def run(recipe: Recipe, root: Path, *, until: str = "report", start: str | None 
     with graceful_stop(), directory.lock() if dist.is_main() else nullcontext():
         if until in ("export", "report") and dist.is_main():
             directory.refuse_foreign_deploy()
-        bench = Bench(recipe, directory)
+        context = RunContext(recipe, directory)
         for stage in STAGES[: STAGES.index(until) + 1]:
             forced = start is not None and STAGES.index(stage) >= STAGES.index(start)
-            _bring_up_to_date(stage, bench, forced=forced, before=libraries if stage == STAGES[0] else 0.0)
+            _bring_up_to_date(stage, context, forced=forced, before=libraries if stage == STAGES[0] else 0.0)
     return directory
 
 
-def _bring_up_to_date(stage: str, bench: Bench, *, forced: bool, before: float) -> None:
+def _bring_up_to_date(stage: str, context: RunContext, *, forced: bool, before: float) -> None:
     """Do the stage if need be. `before`: seconds that libraries took to load, which are put on its account."""
     # Decided on one process: the others must not read a stamp that is just being written.
-    marks, reason = dist.on_main(lambda: _marks_and_reason(stage, bench, forced))
+    marks, reason = dist.on_main(lambda: _marks_and_reason(stage, context, forced))
     if reason is None:
         console.say(f"[dim]{STAGES.index(stage) + 1}/{len(STAGES)} {stage:8}[/dim] done")
         return
@@ -91,12 +91,12 @@ def _bring_up_to_date(stage: str, bench: Bench, *, forced: bool, before: float) 
     if stage == "recover" and reason not in PLAIN:
         console.say("This replaces the recovery made before; with another name (name=OTHER) both are kept.")
     if dist.is_main():
-        bench.directory.unmark(stage)
-    with _timed(stage, bench.directory.root, before) as clock:
-        _work(stage)(bench)
+        context.directory.unmark(stage)
+    with _timed(stage, context.directory.root, before) as clock:
+        _work(stage)(context)
         dist.barrier()
         if dist.is_main():
-            bench.directory.mark_done(stage, marks)
+            context.directory.mark_done(stage, marks)
     if stage != "report":  # whose last lines are the outcome of the run
         console.say(f"[dim]{stage} took {console.duration(clock.seconds)}[/dim]")
 
@@ -119,15 +119,15 @@ def _timed(stage: str, root: Path, before: float) -> Iterator[Clock]:
                 note(root, stage, clock, done=done)
 
 
-def _marks_and_reason(stage: str, bench: Bench, forced: bool) -> tuple[dict[str, Any], str | None]:
-    marks = fingerprint(stage, bench.recipe, bench.directory)
+def _marks_and_reason(stage: str, context: RunContext, forced: bool) -> tuple[dict[str, Any], str | None]:
+    marks = fingerprint(stage, context.recipe, context.directory)
     if stage in ALWAYS:
         return marks, UP_TO_DATE
     if forced:
         return marks, "asked for"
-    reason = bench.directory.stale_reason(stage, marks)
-    if reason is not None and reason == bench.directory.lost(stage):
-        _refuse_training_again(stage, reason, bench.directory)
+    reason = context.directory.stale_reason(stage, marks)
+    if reason is not None and reason == context.directory.lost(stage):
+        _refuse_training_again(stage, reason, context.directory)
     return marks, reason
 
 
@@ -143,12 +143,12 @@ def _refuse_training_again(stage: str, lost: str, directory: RunDirectory) -> No
 def fingerprint(stage: str, recipe: Recipe, directory: RunDirectory) -> dict[str, Any]:
     """All that a stage is made from: recipe leaves, digests of input files, and which run of each stage it reads."""
     resolved = recipe.model_dump(mode="json")
-    leaves = {leaf: reduce(lambda tree, name: tree[name], leaf.split("."), resolved) for leaf in LEAVES[stage]}
+    leaves = {cfg: reduce(lambda tree, name: tree[name], cfg.split("."), resolved) for cfg in LEAVES[stage]}
     stamps = {name: (directory.done(name) or {}).get("finished") for name in READS[stage]}
     return {**leaves, "inputs": digests(leaves), "stages": stamps}
 
 
-def _work(stage: str) -> Callable[[Bench], None]:
+def _work(stage: str) -> Callable[[RunContext], None]:
     from recover.run import stage_work as work
 
     return getattr(work, stage)

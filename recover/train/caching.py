@@ -67,13 +67,13 @@ class TrainingStates:
         ArtifactError: a folder of the cache is of something else, or cannot be read.
     """
 
-    def __init__(self, leaf: Cache, distiller: Distiller) -> None:
+    def __init__(self, cfg: Cache, distiller: Distiller) -> None:
         self.distiller = distiller
-        folder, shared = Path(leaf.folder), distiller.shared_blocks
+        folder, shared = Path(cfg.folder), distiller.shared_blocks
         described = dist.on_main(lambda: about(distiller.twin))
         self.dense = StateCache(folder, {"states": "final norm, scored positions", **described})
         self.prefix: StateCache | None = None
-        if leaf.prefix:
+        if cfg.prefix:
             self.prefix = StateCache(folder, {"states": f"output of block {shared - 1}, all positions", **described})
 
     def fill(self, rows: Dataset, collate: Collate, micro: int, *, shard_bytes: int = SHARD_BYTES) -> None:

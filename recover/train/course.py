@@ -11,12 +11,12 @@ from recover.base import console, dist
 from recover.base.errors import ArtifactError, TrainingError
 from recover.train import draws
 from recover.train.checkpoints import TRAINED, Checkpoints, note
+from recover.train.optimizer_state import collect, put_back
 from recover.train.skipping import ROLLBACKS, Skips, described, frozen_weights, gradients, not_finite
 from recover.train.totals import Totals
-from recover.train.trained import collect, put_back
 
 if TYPE_CHECKING:
-    from recover.train.distil_trainer import RecoverTrainer
+    from recover.train.trainer import RecoverTrainer
 
 
 class Course:

@@ -34,23 +34,21 @@ Collate = Callable[..., dict[str, Any]]  # of rows of `build_dataset`
 
 
 def build_dataset(
-    leaf: Recover,
+    cfg: Recover,
     twin: Twin,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     folder: Path,
     *,
-    planned: Recover | None = None,
-    alike: bool = True,
+    packed: bool = False,
 ) -> Dataset:
-    """Rows `input_ids` and `completion_mask` in training order: whole steps, about `leaf.tokens` scored tokens.
+    """Rows `input_ids` and `completion_mask` in training order: whole steps, about `cfg.tokens` scored tokens.
 
     Each source gives its share of the tokens. Where the pruned model is to write, there are two more columns: `number`
     of the row, and `writer`, the source whose text it is to hold (-1: it holds its own). What the dense model writes is
     saved to `folder` as it is written, under a name made from all that it depends on; the same call reads it back and
-    goes on from there. Same arguments, same rows. `planned`: the recovery that this is the beginning of; its text is
-    then the first of what that one would write, so that one reads it back and is as if this had not been. `alike`: each
-    step's rows are alike in length, for batches that are padded.
+    goes on from there. Same arguments, same rows. `packed`: the rows of each batch hold about equally many tokens
+    together; else each step's rows are alike in length.
 
     Raises:
         DataError: a source cannot be read or holds nothing to learn (by file and line), or there is too little for
@@ -60,26 +58,26 @@ def build_dataset(
 
     samples: list[Sample] = []
     writers: list[int] = []
-    budgets = zip(leaf.budgets, (planned or leaf).budgets, strict=True)
-    for number, (source, (budget, whole)) in enumerate(zip(leaf.data, budgets, strict=True)):
+    for number, (source, budget) in enumerate(zip(cfg.data, cfg.budgets, strict=True)):
         if isinstance(source, TeacherText):
-            samples += _of_teacher(source, leaf, twin, seed + number, folder)
+            samples += _of_teacher(source, cfg, twin, seed + number, folder)
         elif isinstance(source, GivenText):
-            samples += _given(source, leaf, tokenizer, seed + number, budget)
+            samples += _given(source, cfg, tokenizer, seed + number, budget)
         elif isinstance(source, DenseText):
-            samples += DenseWriter(source, leaf, twin, tokenizer, seed + number, folder).write(budget, whole)
+            samples += DenseWriter(source, cfg, twin, tokenizer, seed + number, folder).write(budget)
         else:
-            fully: Any = (planned or leaf).data[number]  # its longest text is that of the whole recovery's end
-            samples += _places(fully, leaf, twin, tokenizer, seed + number, folder, budget)
+            samples += _places(source, cfg, twin, tokenizer, seed + number, folder, budget)
         writers += [number if isinstance(source, PrunedText) else -1] * (len(samples) - len(writers))
-    needed = leaf.batch_size * leaf.epochs
+    needed = cfg.batch_size * cfg.epochs
     if len(samples) < needed:
         raise DataError(
-            f"recover.tokens: {leaf.tokens:,} tokens make {len(samples)} sequences; {leaf.epochs} epochs of at least "
-            f"one step of {leaf.batch_size} need {needed}: raise tokens, or lower batch_size or epochs"
+            f"recover.tokens: {cfg.tokens:,} tokens make {len(samples)} sequences; {cfg.epochs} epochs of at least "
+            f"one step of {cfg.batch_size} need {needed}: raise tokens, or lower batch_size or epochs"
         )
-    starts = {index: leaf.starts[number] for index, number in enumerate(writers) if number >= 0}
-    order = training_order([len(sample.ids) for sample in samples], leaf.batch_size, seed, starts, alike=alike)
+    starts = {index: cfg.starts[number] for index, number in enumerate(writers) if number >= 0}
+    # Not by the processes, which a training that goes on may have more of: its rows must be the same.
+    together = (cfg.micro_batch_size or cfg.batch_size) if packed else None
+    order = training_order([len(sample.ids) for sample in samples], cfg.batch_size, seed, starts, packed=together)
     columns: dict[str, Any] = {
         "input_ids": [np.asarray(samples[index].ids, dtype=np.int32) for index in order],
         "completion_mask": [np.asarray(samples[index].mask, dtype=np.int8) for index in order],
@@ -91,7 +89,7 @@ def build_dataset(
 
 def _places(
     source: PrunedText,
-    leaf: Recover,
+    cfg: Recover,
     twin: Twin,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
@@ -103,21 +101,17 @@ def _places(
     They hold the places of texts that the pruned model has yet to write: how many they are and how long must be known
     before the first step, and the dense model's texts are what its own will come to resemble.
     """
-    if not budget:
-        return []  # a trial that ends before its start
     fields = source.model_dump(include={*DenseText.model_fields} - {"kind"})
-    written = DenseWriter(DenseText(kind="dense", **fields), leaf, twin, tokenizer, seed, folder).first_batch()
+    written = DenseWriter(DenseText(kind="dense", **fields), cfg, twin, tokenizer, seed, folder).first_batch()
     samples: list[Sample] = []
     tokens = 0
     while tokens < budget:
         samples.append(written[len(samples) % len(written)])
-        tokens += samples[-1].scored(leaf.loss.scored)
+        tokens += samples[-1].scored(cfg.loss.scored)
     return samples
 
 
-def _given(
-    source: GivenText, leaf: Recover, tokenizer: PreTrainedTokenizerBase, seed: int, budget: int
-) -> list[Sample]:
+def _given(source: GivenText, cfg: Recover, tokenizer: PreTrainedTokenizerBase, seed: int, budget: int) -> list[Sample]:
     """Samples of a given source, rows in random order, until their scored tokens reach `budget`."""
     rows = read_rows(source.source, source.split)
     order = list(range(len(rows)))
@@ -127,27 +121,27 @@ def _given(
     for index in console.track(order, f"reading {source.source}", unit="row"):
         if tokens >= budget:
             break
-        found = samples_of(rows[index], source, tokenizer, leaf.length)
+        found = samples_of(rows[index], source, tokenizer, cfg.length)
         skipped += not found
         samples += found
-        tokens += sum(sample.scored(leaf.loss.scored) for sample in found)
+        tokens += sum(sample.scored(cfg.loss.scored) for sample in found)
     if skipped:
-        console.warn(f"{source.source}: {skipped} rows left out: no token to learn within recover.length {leaf.length}")
+        console.warn(f"{source.source}: {skipped} rows left out: no token to learn within recover.length {cfg.length}")
     if not samples:
-        raise DataError(f"{source.source}: no row holds a token to learn within recover.length {leaf.length}")
-    return repeated(samples, tokens, budget, source.source, leaf.loss.scored)
+        raise DataError(f"{source.source}: no row holds a token to learn within recover.length {cfg.length}")
+    return repeated(samples, tokens, budget, source.source, cfg.loss.scored)
 
 
-def _of_teacher(source: TeacherText, leaf: Recover, twin: Twin, seed: int, folder: Path) -> list[Sample]:
-    """Samples of a teacher's file, in random order, until their scored tokens reach `leaf.tokens`."""
-    samples = teacher_samples(source, leaf.length, twin.base.config.vocab_size, folder)
+def _of_teacher(source: TeacherText, cfg: Recover, twin: Twin, seed: int, folder: Path) -> list[Sample]:
+    """Samples of a teacher's file, in random order, until their scored tokens reach `cfg.tokens`."""
+    samples = teacher_samples(source, cfg.length, twin.base.config.vocab_size, folder)
     random.Random(seed).shuffle(samples)
     tokens = 0
     for number, sample in enumerate(samples):
-        if tokens >= leaf.tokens:
+        if tokens >= cfg.tokens:
             return samples[:number]
-        tokens += sample.scored(leaf.loss.scored)
-    return repeated(samples, tokens, leaf.tokens, source.source, leaf.loss.scored)
+        tokens += sample.scored(cfg.loss.scored)
+    return repeated(samples, tokens, cfg.tokens, source.source, cfg.loss.scored)
 
 
 def tokens_at_once(rows: Dataset, micro: int) -> list[int]:

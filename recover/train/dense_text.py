@@ -29,31 +29,28 @@ class DenseWriter:
     """Text that the dense model writes from prompts, round after round, each round with other random draws."""
 
     def __init__(
-        self, source: DenseText, leaf: Recover, twin: Twin, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path
+        self, source: DenseText, cfg: Recover, twin: Twin, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path
     ) -> None:
-        self.source, self.leaf, self.twin, self.tokenizer, self.seed = source, leaf, twin, tokenizer, seed
-        self.prompts = fitting_prompts(source, leaf.length, tokenizer)
+        self.source, self.cfg, self.twin, self.tokenizer, self.seed = source, cfg, twin, tokenizer, seed
+        self.prompts = fitting_prompts(source, cfg.length, tokenizer)
         self.path = folder / f"dense-{self._fingerprint()}.jsonl"
 
-    def write(self, budget: int, planned: int) -> list[Sample]:
-        """Samples with at least `budget` scored tokens; what an earlier call saved is read, not written again.
-
-        How much is written at a time is decided for `planned` tokens, since it decides what is drawn.
-        """
+    def write(self, budget: int) -> list[Sample]:
+        """Samples with at least `budget` scored tokens; what an earlier call saved is read, not written again."""
         samples: list[Sample] = []
         tokens = chunk = 0
         saved = self._saved()
         while tokens < budget:
             if self._exhausted(len(samples)):
-                return repeated(samples, tokens, budget, self.source.prompts, self.leaf.loss.scored)
+                return repeated(samples, tokens, budget, self.source.prompts, self.cfg.loss.scored)
             if chunk < len(saved):
                 rows = saved[chunk]["rows"]
             else:
                 title = f"dense model writes ({tokens:,} of {budget:,} tokens)"
-                rows = self._write_chunk(self._next_prompts(len(samples), tokens, planned), chunk, title)
+                rows = self._write_chunk(self._next_prompts(len(samples), tokens, budget), chunk, title)
             for row in rows:
                 samples.append(self._sample(*row))
-                tokens += samples[-1].scored(self.leaf.loss.scored)
+                tokens += samples[-1].scored(self.cfg.loss.scored)
                 if tokens >= budget:
                     break  # a large batch may have written far more than was asked for
             chunk += 1
@@ -91,7 +88,7 @@ class DenseWriter:
 
     def _sample(self, prompt: str, ids: list[int]) -> Sample:
         """The ids that were generated, not their text tokenised again: the two often differ."""
-        return answered(self._encode(prompt), ids).cut(self.leaf.length)
+        return answered(self._encode(prompt), ids).cut(self.cfg.length)
 
     def _encode(self, prompt: str) -> list[int]:
         return encode_prompt(self.tokenizer, prompt, chat=self.source.chat)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from recover.models.twin import Twin
-    from recover.train.distil_trainer import RecoverTrainer
+    from recover.train.trainer import RecoverTrainer
 
 SHORT = 0.02  # a smaller part of the tokens that is missing in the end is not worth a warning
 
@@ -50,7 +50,7 @@ class OnPolicy:
 
     def __init__(
         self,
-        leaf: Recover,
+        cfg: Recover,
         twin: Twin,
         tokenizer: PreTrainedTokenizerBase,
         rows: Dataset,
@@ -62,8 +62,8 @@ class OnPolicy:
         self.rows, self.collate = rows, collate
         self.writers: list[int] = list(rows["writer"])
         self.sources = {
-            number: _OwnText(source, number, leaf, twin, tokenizer, rows, seed, folder / PRUNED_TEXT, fingerprint)
-            for number, source in enumerate(leaf.data)
+            number: _OwnText(source, number, cfg, twin, tokenizer, rows, seed, folder / PRUNED_TEXT, fingerprint)
+            for number, source in enumerate(cfg.data)
             if isinstance(source, PrunedText)
         }
 
@@ -97,7 +97,7 @@ class _OwnText:
         self,
         source: PrunedText,
         number: int,
-        leaf: Recover,
+        cfg: Recover,
         twin: Twin,
         tokenizer: PreTrainedTokenizerBase,
         rows: Dataset,
@@ -105,16 +105,16 @@ class _OwnText:
         folder: Path,
         fingerprint: str,
     ) -> None:
-        self.source, self.number, self.leaf, self.twin, self.tokenizer = source, number, leaf, twin, tokenizer
+        self.source, self.number, self.cfg, self.twin, self.tokenizer = source, number, cfg, twin, tokenizer
         self.seed, self.folder, self.fingerprint = seed + number, folder, fingerprint
-        self.prompts = fitting_prompts(source, leaf.length, tokenizer)
+        self.prompts = fitting_prompts(source, cfg.length, tokenizer)
         # In training order: the texts that were planned for.
         self.planned = {
             row: Sample(rows[row]["input_ids"], rows[row]["completion_mask"])
             for row, writer in enumerate(rows["writer"])
             if writer == number
         }
-        self.first = min(self.planned, default=0) // leaf.batch_size
+        self.first = min(self.planned, default=0) // cfg.batch_size
         self.window: int | None = None
         self.texts: dict[int, Sample] = {}
 
@@ -134,8 +134,8 @@ class _OwnText:
 
     def _places(self, window: int) -> list[int]:
         """Rows of the window that hold a place."""
-        start = (self.first + window * self.source.every) * self.leaf.batch_size
-        end = start + self.source.every * self.leaf.batch_size
+        start = (self.first + window * self.source.every) * self.cfg.batch_size
+        end = start + self.source.every * self.cfg.batch_size
         return [row for row in self.planned if start <= row < end]
 
     def _write(self, window: int, places: list[int], trainer: RecoverTrainer) -> dict[str, Any]:
@@ -173,7 +173,7 @@ class _OwnText:
 
     def _fitted(self, window: int, places: list[int], prompts: list[str], written: list[list[int]]) -> dict[str, Any]:
         """The texts cut to the tokens planned up to here, long ones where such were planned, and tokens left over."""
-        scored = self.leaf.loss.scored
+        scored = self.cfg.loss.scored
         earlier = dist.on_main(lambda: self._saved(window - 1)) if window > 0 else None
         budget = sum(self.planned[row].scored(scored) for row in places) + (earlier["owed"] if earlier else 0)
         samples = [self._sample(prompt, ids) for prompt, ids in zip(prompts, written, strict=True)]
@@ -188,10 +188,10 @@ class _OwnText:
         return {"rows": rows, "tokens": tokens, "tokens_written": sum(map(len, written)), "owed": budget - tokens}
 
     def _sample(self, prompt: str, ids: list[int]) -> Sample:
-        return answered(encode_prompt(self.tokenizer, prompt, chat=self.source.chat), ids).cut(self.leaf.length)
+        return answered(encode_prompt(self.tokenizer, prompt, chat=self.source.chat), ids).cut(self.cfg.length)
 
     def _say_what_is_missing(self, owed: int) -> None:
-        planned = sum(sample.scored(self.leaf.loss.scored) for sample in self.planned.values())
+        planned = sum(sample.scored(self.cfg.loss.scored) for sample in self.planned.values())
         if owed > SHORT * planned:
             console.warn(
                 f"recover.data.{self.number}: the pruned model's texts were shorter than the dense model's: {owed:,} "

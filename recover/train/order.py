@@ -1,4 +1,7 @@
-"""The order in which sequences are trained on: random, whole steps, like lengths together where rows are padded."""
+"""The order in which sequences are trained on: random, whole steps.
+
+Where rows are padded, like lengths come together; where they are packed, rows hold about equally many tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from recover.base.errors import DataError
+from recover.train.evening import evened
 
 WINDOW_STEPS = 8  # optimizer steps whose sequences are sorted by length: less padding, still a random order
 
@@ -18,11 +22,13 @@ def training_order(
     seed: int,
     starts: Mapping[int, float] | None = None,
     *,
-    alike: bool = True,
+    packed: int | None = None,
 ) -> list[int]:
     """A random order of whole steps; up to `batch_size - 1` sequences are left out.
 
-    `starts`: sequence -> part of the steps that it comes after. `alike`: sequences of a step are alike in length.
+    `starts`: sequence -> part of the steps that it comes after. Sequences of a step are alike in length; or, if
+    `packed` is given, steps hold about equally many tokens, and so does each row of so many sequences, a divisor of
+    `batch_size`, as far as that goes within its step (`evened`); which sequences a step holds does not depend on it.
 
     Raises:
         DataError: sequences without a start do not fill the steps before it.
@@ -34,8 +40,11 @@ def training_order(
     window = WINDOW_STEPS * batch_size
     arranged: list[int] = []
     for part in _parts(order, batch_size, starts or {}, generator):
-        if not alike:
-            arranged += part
+        if packed is not None:
+            # Steps first: which sequences one holds must not depend on how it is cut into rows.
+            even = evened(part, lengths, batch_size)
+            for start in range(0, len(even), batch_size):
+                arranged += evened(even[start : start + batch_size], lengths, packed)
             continue
         for start in range(0, len(part), window):
             by_length = sorted(part[start : start + window], key=lambda index: lengths[index])
@@ -43,19 +52,6 @@ def training_order(
             generator.shuffle(steps)
             arranged += [index for step in steps for index in step]
     return arranged
-
-
-def taken(shares: Sequence[float], starts: Sequence[float], part: float) -> list[float]:
-    """Of sources with these shares and starts, how much of the whole lies in the first `part` of `training_order`."""
-    left = [share / sum(shares) for share in shares]
-    found = [0.0] * len(left)
-    for begin, end in pairwise(sorted({0.0, part, *(start for start in starts if start < part)})):
-        there = [number for number, start in enumerate(starts) if start <= begin]
-        drawn = (end - begin) / sum(left[number] for number in there)
-        for number in there:
-            found[number] += drawn * left[number]
-            left[number] *= 1 - drawn
-    return found
 
 
 def _parts(order: list[int], batch_size: int, starts: Mapping[int, float], generator: random.Random) -> list[list[int]]:

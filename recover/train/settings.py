@@ -29,40 +29,40 @@ class BatchSplit:
     accumulation: int
 
 
-def split_batch(leaf: Recover, processes: int) -> BatchSplit:
+def split_batch(cfg: Recover, processes: int) -> BatchSplit:
     """How the sequences of one optimizer step fall to processes and micro-batches.
 
     Raises:
         TrainingError: they do not come out even (the loss would be right, but some process would be idle).
     """
-    share, rest = divmod(leaf.batch_size, processes)
+    share, rest = divmod(cfg.batch_size, processes)
     if rest or share == 0:
-        near = max(1, round(leaf.batch_size / processes)) * processes
+        near = max(1, round(cfg.batch_size / processes)) * processes
         raise TrainingError(
-            f"recover.batch_size: {leaf.batch_size} sequences a step cannot be dealt out evenly to {processes} "
+            f"recover.batch_size: {cfg.batch_size} sequences a step cannot be dealt out evenly to {processes} "
             f"processes; give a multiple of {processes}, such as {near}"
         )
-    micro = leaf.micro_batch_size or share
+    micro = cfg.micro_batch_size or share
     if share % micro:
         raise TrainingError(
             f"recover.micro_batch_size: {micro} does not divide the {share} sequences that each of {processes} "
-            f"processes gets of recover.batch_size {leaf.batch_size}; give a divisor of {share}"
+            f"processes gets of recover.batch_size {cfg.batch_size}; give a divisor of {share}"
         )
     return BatchSplit(processes, micro, share // micro)
 
 
-def refuse_sharding_twice(leaf: Recover) -> None:
+def refuse_sharding_twice(cfg: Recover) -> None:
     """Raises TrainingError: weights were to be shared out by us, and by DeepSpeed too."""
-    if leaf.shard_weights and dist.zero_stage() == 3:
+    if cfg.shard_weights and dist.zero_stage() == 3:
         raise TrainingError(
             "recover.shard_weights: DeepSpeed's ZeRO-3, which was launched, shares out all weights itself; launch with "
             "launch/zero2.yaml or launch/gpu.yaml, which is faster, or leave shard_weights out"
         )
 
 
-def refuse_averaging_shares(leaf: Recover) -> None:
+def refuse_averaging_shares(cfg: Recover) -> None:
     """Raises TrainingError: adapters were to be averaged, of which no process holds a whole one."""
-    if leaf.average is not None and dist.zero_stage() == 3:
+    if cfg.average is not None and dist.zero_stage() == 3:
         raise TrainingError(
             "recover.average: DeepSpeed's ZeRO-3, which was launched, shares out the adapters too, and gathering them "
             "at each step to average them would cost more than it brings: launch with launch/zero2.yaml or "
@@ -76,7 +76,7 @@ def epoch_ends(steps: int, epochs: int) -> list[int]:
 
 
 def training_arguments(
-    leaf: Recover, split: BatchSplit, steps: int, seed: int, folder: Path, *, passes: int = 1
+    cfg: Recover, split: BatchSplit, steps: int, seed: int, folder: Path, *, passes: int = 1
 ) -> SFTConfig:
     """Arguments of trl's trainer. What it would save, log, report or show by itself is off: our callbacks do that.
 
@@ -97,8 +97,8 @@ def training_arguments(
     # The one field goes by two names, and each version of transformers warns of the other.
     known = {field.name for field in dataclasses.fields(SFTConfig)}
     name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    memory: dict[str, Any] = {name: leaf.gradient_checkpointing}
-    if leaf.gradient_checkpointing:
+    memory: dict[str, Any] = {name: cfg.gradient_checkpointing}
+    if cfg.gradient_checkpointing:
         memory[f"{name}_kwargs"] = {"use_reentrant": False}
     quiet: dict[str, Any] = {
         "report_to": "none",
@@ -112,11 +112,11 @@ def training_arguments(
         max_steps=steps * passes,
         per_device_train_batch_size=split.micro,
         gradient_accumulation_steps=split.accumulation,
-        learning_rate=leaf.lr,
-        lr_scheduler_type=SCHEDULERS[leaf.scheduler],
-        warmup_steps=math.ceil(leaf.warmup * steps),
-        weight_decay=leaf.weight_decay,
-        max_grad_norm=leaf.max_grad_norm,
+        learning_rate=cfg.lr,
+        lr_scheduler_type=SCHEDULERS[cfg.scheduler],
+        warmup_steps=math.ceil(cfg.warmup * steps),
+        weight_decay=cfg.weight_decay,
+        max_grad_norm=cfg.max_grad_norm,
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,

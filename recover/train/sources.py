@@ -119,7 +119,7 @@ def read_prompts(source: str) -> list[Row]:
     return rows
 
 
-def samples_of(row: Row, leaf: GivenText, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Sample]:
+def samples_of(row: Row, cfg: GivenText, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Sample]:
     """What one row of given text holds: a conversation, a prompt with its completion, or a text in pieces of `length`.
 
     Conversations and prompts go through the chat template where the tokenizer has one. What is left without a token to
@@ -128,7 +128,7 @@ def samples_of(row: Row, leaf: GivenText, tokenizer: PreTrainedTokenizerBase, le
     Raises:
         DataError: a column is missing or of the wrong shape, by file and line.
     """
-    columns = leaf.columns
+    columns = cfg.columns
     if "messages" in columns:
         samples = [_conversation(row, row.column(columns["messages"], list), tokenizer)]
     elif "prompt" in columns and "completion" in columns:
@@ -137,17 +137,17 @@ def samples_of(row: Row, leaf: GivenText, tokenizer: PreTrainedTokenizerBase, le
         samples = _pieces(row.column(columns["text"]), tokenizer, length)
     else:
         raise DataError(
-            f"{leaf.source}: columns {sorted(columns)} name nothing to learn from; "
+            f"{cfg.source}: columns {sorted(columns)} name nothing to learn from; "
             "expected 'text', 'messages', or 'prompt' and 'completion'"
         )
     return [cut for sample in samples if (cut := sample.cut(length)).scored("completion") > 0]
 
 
-def check_given(leaf: GivenText, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+def check_given(cfg: GivenText, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
     """Raise DataError as `samples_of` does for the first rows: a wrong column is in all of them."""
-    rows = read_rows(leaf.source, leaf.split)
+    rows = read_rows(cfg.source, cfg.split)
     for index in range(min(len(rows), CHECKED_ROWS)):
-        samples_of(rows[index], leaf, tokenizer, length)
+        samples_of(rows[index], cfg, tokenizer, length)
 
 
 def _pieces(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Sample]:

@@ -1,247 +1,427 @@
-"""Recovery: training with the distillation loss, the epoch that generates best kept, nothing lost on the way."""
+"""trl's trainer with the distillation loss in place of its own, and our own checkpoints.
+
+Everything is a sum until one place divides: by the scored tokens of the whole optimizer step, over all micro-
+batches and processes. So gradients do not depend on how a step is cut into micro-batches or dealt out to processes.
+
+Legend: B batch, T tokens.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from pathlib import Path
+import math
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from transformers import PrinterCallback, ProgressCallback
+from trl.trainer.sft_trainer import SFTTrainer
 
-from recover.base import console, dist
-from recover.base.errors import StopRequested, TrainingError
+from recover.base import dist
+from recover.base.errors import TrainingError
 from recover.config.recipe import Recover
-from recover.models.packed_attention import HALF, packing_configs
-from recover.train.caching import TextRow, TrainingStates, with_states
-from recover.train.callbacks import AfterEpoch, Epochs, Progress
-from recover.train.checkpoints import begin, note
-from recover.train.course import Course
-from recover.train.data import Collate, build_dataset, collator, packer, tokens_at_once, with_scored
-from recover.train.dense_text import weights_fingerprint
-from recover.train.distil_trainer import RecoverTrainer
-from recover.train.on_policy import OnPolicy
-from recover.train.settings import (
-    epoch_ends,
-    refuse_averaging_shares,
-    refuse_sharding_twice,
-    split_batch,
-    training_arguments,
-)
-from recover.train.shapes import row_sizes
-from recover.train.skipping import ROLLBACKS
-from recover.train.step_log import StepLog
-from recover.train.stopping import Interrupted, stop_between_steps
-from recover.train.teacher_file import TeacherStates
-from recover.train.totals import Totals
-from recover.train.weight_shards import SharedOut
+from recover.distill.distiller import Distiller, scaled, scored_tokens, without_mask
+from recover.distill.graphs import GraphedPasses
+from recover.models.modes import modules_below, plain_modes, set_training
+from recover.models.packed_attention import NAME
+from recover.models.step_attention import attending
+from recover.train.averaging import Average, averaged_steps
+from recover.train.settings import epoch_ends
+from recover.train.sharded.weights import WeightShards
+from recover.train.sharded.zero3 import gather_by_block
+from recover.train.stopping import Interrupted, Stop
+from recover.train.totals import SUMS
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
     from recover.models.twin import Twin
+    from recover.train.course import Course
+    from recover.train.on_policy import OnPolicy
 
-LARGEST_GRAPHED = 4_000_000_000  # parameters; a 7B model's step spends its time in the kernels
+
+@dataclass(frozen=True)
+class _Fetched:
+    """The `count` micro-batches of one step, and the iterator `of` which they came."""
+
+    of: Any = None
+    count: int = 0
+    batches: list[dict[str, Any]] = field(default_factory=list)
 
 
-def recover(
-    twin: Twin,
-    tokenizer: PreTrainedTokenizerBase,
-    leaf: Recover,
-    run_folder: Path,
-    after_epoch: AfterEpoch,
-    seed: int,
-    baseline_score: float | None = None,
-    *,
-    trial_of: tuple[Recover, Path] | None = None,
-) -> Path:
-    """Train LoRA on `twin`; the folder of the adapter that scored best after an epoch (`best.json` names it).
+class _Copied:
+    """Numbers on their way to the host; what the device is given to do after them is not waited for."""
 
-    `after_epoch(epoch, {"step", "tokens", "seconds", "train": means per token and lr})` runs on every process, when
-    the model can generate; higher scores are better, None means that the training loss decides. `baseline_score` is
-    the untrained model's: if no epoch beats it there is a warning, and still the best epoch is kept.
+    def __init__(self, values: Tensor) -> None:
+        self.values, self.there = values, None
+        if values.is_cuda:
+            self.values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+            self.there = torch.cuda.Event()
+            self.there.record()
 
-    Called again with the same arguments after a stop or crash, it goes on from the newest checkpoint that verifies,
-    on any number of processes. Steps that are not finite are skipped and counted in `training.json`.
-    `trial_of`: leaf and text folder of the recovery that this is the beginning of (`build_dataset`).
-    Under DeepSpeed ZeRO-3 the twin cannot be used afterwards: its weights stay dealt out.
+    def read(self) -> list[float]:
+        if self.there is not None:
+            self.there.synchronize()
+        return self.values.tolist()
 
-    Raises:
-        TrainingError: not finite again and again, or not launched right. DataError: nothing to learn from.
-        ArtifactError: a checkpoint could not be written. StopRequested: stopped by a signal.
+
+class RecoverTrainer(SFTTrainer):
+    """`twin.model` learns, by `distiller`, from rows of `build_dataset`, in their order.
+
+    A step whose loss or gradient is not finite, on whichever process, changes no parameter on any: `course` counts it.
     """
-    split = split_batch(leaf, dist.world_size())
-    refuse_sharding_twice(leaf)
-    refuse_averaging_shares(leaf)
-    if next(twin.base.parameters()).dtype is torch.float16:
-        raise TrainingError("model.dtype: float16 cannot be trained (gradients underflow): use bfloat16 or float32")
-    packed = bool(packing_configs(twin.base))  # else padded
-    fingerprint = _fingerprint(twin, leaf, seed, packed=packed)
-    past = begin(run_folder, fingerprint)
-    planned, texts = trial_of or (None, run_folder / "data")
-    rows = build_dataset(leaf, twin, tokenizer, seed, texts, planned=planned, alike=not packed)
-    steps = len(rows) // leaf.batch_size
-    torch.manual_seed(seed)
-    twin.add_lora(leaf.lora)
-    course = Course(run_folder, fingerprint, batch_size=leaf.batch_size, seed=seed, totals=Totals(), past=past)
-    graphed = packed and _may_be_graphed(twin, leaf)
-    collate = _collation(tokenizer, leaf, rows, split.micro, packed=packed, graphed=graphed)
-    own = None
-    if "writer" in rows.features:
-        own = OnPolicy(leaf, twin, tokenizer, rows, seed, run_folder, fingerprint, with_scored(collate))
-    args = training_arguments(leaf, split, steps, seed, run_folder / "checkpoints", passes=1 + ROLLBACKS)
-    with stop_between_steps() as stop:
-        trainer = RecoverTrainer(
-            twin,
-            tokenizer,
-            leaf,
-            rows,
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of all micro-batches of the step
+
+    def __init__(
+        self,
+        twin: Twin,
+        tokenizer: PreTrainedTokenizerBase,
+        cfg: Recover,
+        rows: Dataset,
+        *,
+        args: Any,
+        steps: int,
+        course: Course,
+        stop: Stop,
+        collate: Callable[..., dict[str, Any]],
+        on_policy: OnPolicy | None = None,
+    ) -> None:
+        super().__init__(
+            model=twin.model,
             args=args,
-            steps=steps,
-            course=course,
-            stop=stop,
-            collate=collate,
-            on_policy=own,
+            train_dataset=rows.with_format("numpy"),
+            processing_class=tokenizer,
+            data_collator=collate if on_policy is None else on_policy.numbers,
         )
-        course.follow(trainer)
-        _read_states(trainer, leaf, rows, split.micro, texts)
-        if own is None:
-            trainer.data_collator = with_scored(trainer.data_collator)
-        _announce(twin, rows, steps, split)
-        with trainer.light(), trainer.graphed() if graphed else nullcontext():
-            epochs = _train(trainer, leaf, after_epoch, run_folder)
-        if trainer.shards is not None:
-            trainer.shards.end()
-    _forget_deepspeed(trainer)
-    _judge(epochs.best, baseline_score)
-    note(run_folder, fingerprint, course.skips.to_json(), finished=True)
-    if stop.requested:  # it came after the last step
-        raise StopRequested(stop.requested)
-    return run_folder / epochs.best["folder"]
+        self.shards: WeightShards | None = None  # see `SharedOut`
+        if self.is_zero3:
+            gather_by_block(twin)
+        self.adapted: Any = twin.model
+        learning = {name: value for name, value in twin.model.named_parameters() if value.requires_grad}
+        self.trained = list(learning.values())
+        self.average = Average(learning, averaged_steps(cfg.average, steps, epoch_ends(steps, cfg.epochs)))
+        self.distiller = Distiller(twin, cfg.loss)
+        self.graphs: GraphedPasses | None = None  # see `graphed`
+        self._unread: list[Tensor] = []  # sums of micro-batches, which the device has yet to compute
+        self._step = _Fetched()
+        self._ahead = _Fetched()
+        self.steps, self.rows_a_step = steps, cfg.batch_size
+        self.max_norm, self._norm, self._rate = cfg.max_grad_norm, 0.0, cfg.lr
+        self.course = course
+        self.stop = stop
+        self.on_policy = on_policy
+        # trl patches the model object with a forward of its own head; ours never takes it, and a twin outlives its
+        # training.
+        vars(twin.base).pop("forward", None)
+        # Kept, it would have the model's special tokens rewritten to match, and a copy saved with each checkpoint.
+        self.processing_class = None
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        if self.accelerator.num_processes != dist.world_size():
+            raise TrainingError(
+                f"{dist.world_size()} processes were launched, and accelerate sees {self.accelerator.num_processes}: "
+                "each would train alone on the same data. Launch with one of the files in launch/"
+            )
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one optimizer step, and the scored tokens in them, over all processes."""
+        if self._ahead.of is epoch_iterator:
+            batches = self._ahead.batches
+        else:
+            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._step, self._ahead = _Fetched(epoch_iterator, num_batches, batches), _Fetched()
+        self.course.begin_step()
+        self._rate = schedule_of(self.lr_scheduler).get_last_lr()[0]
+        # Of the step's number alone, so a training that goes on, or back, has the weights of a straight one.
+        self.distiller.stand_at(self.state.global_step / self.steps, self.course.totals.focus_mean())
+        if self.on_policy is not None:
+            # A loader brings its batches to the device; graphs take none that lies elsewhere.
+            batches = [self._prepare_inputs(batch) for batch in self.on_policy.fill(batches, self)]
+        tokens = torch.zeros((), dtype=torch.int64, device=device)
+        for batch in batches:
+            tokens += scored_tokens(batch["labels"]).to(device)
+        return batches, self.accelerator.reduce(tokens, "sum")
+
+    def _prepare_next(self, graphs: GraphedPasses) -> None:
+        """Have the device begin with the next step's first batch, while the host is busy with the end of this one."""
+        if self.on_policy is not None or self.state.global_step + 1 >= self.steps:
+            return
+        batches, _ = super().get_batch_samples(self._step.of, self._step.count, self.args.device)
+        self._ahead = _Fetched(self._step.of, self._step.count, batches)
+        if batches:
+            graphs.prepare(batches[0])
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """One micro-batch forward and backward; after the last one of a step, whether the step may be made."""
+        if self.graphs is not None and self.graphs.takes(inputs):
+            scale = self._scale(num_items_in_batch)
+            sums: Any = self.graphs.step(self._prepare_inputs(inputs), scale)
+            self._count(sums)
+            loss = (sums["loss"] * scale).detach()
+        else:
+            if self.graphs is not None:
+                self.graphs.bring_gradients()
+            # Around backward too: blocks that are checkpointed run once more there.
+            with attending(self.distiller.packs if "packing" in inputs else (), NAME):
+                loss = super().training_step(model, inputs, num_items_in_batch)
+        in_order = self.course.skips.found is None
+        if self.accelerator.sync_gradients:
+            in_order = self._judge_step()
+        return loss if in_order else torch.zeros_like(loss)  # transformers adds it to a sum of its own
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """This micro-batch's part of the mean loss per token, as autograd must see it."""
+        assert not return_outputs
+        sums = model(**without_mask(inputs), distill=self.distiller)
+        self._count(sums)
+        return scaled(sums["loss"], self._scale(num_items_in_batch))
+
+    def _scale(self, num_items_in_batch: Any) -> Tensor:
+        """What the sum of a micro-batch's loss is multiplied by."""
+        # Gradients are averaged over processes, by DDP and DeepSpeed alike, and this is a sum over them.
+        scale = self.accelerator.num_processes / num_items_in_batch.clamp_min(1)
+        # Where one process met a NaN, every gradient of the step is to be one: DeepSpeed then skips it by itself.
+        return scale if self.course.skips.found is None else scale * math.nan
+
+    def _count(self, sums: dict[str, Tensor]) -> None:
+        """Add to the totals of all processes; learn on the way whether any met a NaN or was asked to stop.
+
+        Sums that nobody needs before the optimizer step wait for `_judge_step`. DeepSpeed needs them before backward,
+        several processes have to agree on a stop.
+        """
+        values = [sums[name].detach().double() for name in SUMS]
+        values.append(torch.full_like(values[0], self.stop.requested))
+        last, alone = self.accelerator.sync_gradients, self.accelerator.num_processes == 1
+        if self.zero_engine is None and (last or (alone and not self.stop.requested)):
+            self._unread.append(torch.stack(values))
+            return
+        summed: Any = self.accelerator.reduce(torch.stack(values), "sum")
+        self._add(summed.tolist())
+
+    def _add(self, summed: list[float]) -> None:
+        *numbers, stop = summed
+        if stop:
+            self.stop.agreed = self.stop.requested or signal.SIGTERM
+            if not self.accelerator.sync_gradients:
+                raise Interrupted  # a step of many micro-batches may outlast the time until we are killed
+        total: dict[str, float] = dict(zip(SUMS, numbers, strict=True))
+        if all(map(math.isfinite, numbers)):
+            self.course.totals.add(total)
+            return
+        shown = ", ".join(f"{name} {value:g}" for name, value in total.items() if not math.isfinite(value))
+        self.course.skips.found = f"the loss is not finite ({shown})"
+
+    def _judge_step(self) -> bool:
+        """Before an optimizer step: whether its gradient is finite on every process. If not it is thrown away.
+
+        DeepSpeed has made its step by now, or has seen that the norm is not finite and left it out. Elsewhere the
+        gradient is clipped here, and the device is waited for once.
+        """
+        skips, engine = self.course.skips, self.zero_engine
+        if engine is None:
+            undone, bad = True, self._clip_and_read()
+        else:
+            norm = engine.get_global_grad_norm()
+            self._norm = float("nan") if norm is None else float(norm)
+            undone = self.accelerator.optimizer_step_was_skipped
+            mine = undone or not (norm is None or math.isfinite(norm))
+            summed: Any = self.accelerator.reduce(torch.tensor(float(mine), device=self.args.device), "sum")
+            bad = bool(summed.item())
+        if bad and skips.found is None:
+            skips.found = "the gradient is not finite, though the loss is"
+        wrong = skips.found is not None
+        self.course.end_step(undone=undone)
+        if wrong:
+            self.adapted.zero_grad(set_to_none=True)  # a step without gradients changes nothing, moments included
+        return not wrong
+
+    def _clip_and_read(self) -> bool:
+        """Clip the gradient, read what the device has summed up; whether the gradient is not finite on any process."""
+        norm = self._clip()
+        unread, self._unread = self._unread, []
+        summed: Any = self.accelerator.reduce(torch.cat([*unread, norm.to(unread[0])[None]]), "sum")
+        copied = _Copied(summed)
+        if self.graphs is not None:
+            self._prepare_next(self.graphs)
+        *numbers, norms = copied.read()
+        self._norm = norms / self.accelerator.num_processes  # the same on each, as DDP has averaged the gradients
+        for start in range(0, len(numbers), len(unread[0])):
+            self._add(numbers[start : start + len(unread[0])])
+        return not math.isfinite(norms)
+
+    def _clip(self) -> Tensor:
+        """Clip all gradients together to `max_norm`; their norm before.
+
+        By a norm that is not finite nothing is clipped: which gradients are not finite is still to be found.
+        """
+        flat = [] if self.graphs is None else [self.graphs.flat]
+        held = flat or [parameter.grad for parameter in self.trained if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(held)
+        known = norm.nan_to_num(0.0, 0.0, 0.0)
+        if flat:
+            flat[0].mul_((self.max_norm / (known + 1e-6)).clamp(max=1.0))
+        else:
+            torch.nn.utils.clip_grads_with_norm_(self.trained, self.max_norm, known)
+        return norm
+
+    @contextmanager
+    def graphed(self) -> Iterator[None]:
+        """Inside, steps are replayed as CUDA graphs where they can be."""
+        if self.is_deepspeed_enabled:
+            yield
+            return
+        self.graphs = GraphedPasses(self.distiller, self.trained)
+        try:
+            yield
+        finally:
+            self.graphs.forget()
+            self.graphs = None
+
+    @contextmanager
+    def light(self) -> Iterator[None]:
+        """Inside, what is asked of all modules at each step does not go torch's long way through them."""
+        if self.is_deepspeed_enabled:
+            yield
+            return
+        ours: dict[str, Any] = {"zero_grad": self._let_go}
+        if plain_modes(self.adapted):
+            ours["train"] = self._set_training
+        vars(self.adapted).update(ours)
+        try:
+            yield
+        finally:
+            for name in ours:
+                del vars(self.adapted)[name]
+
+    def _set_training(self, mode: bool = True) -> Any:
+        """`train` of the model; `eval` comes here too."""
+        set_training(modules_below(self.adapted), mode)
+        return self.adapted
+
+    def _let_go(self, set_to_none: bool = True) -> None:
+        """`zero_grad` of what is trained; the rest has no gradient."""
+        for parameter in self.trained:
+            parameter.grad = None
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clipped already (see `_judge_step`): the norm before."""
+        return super()._clip_grad_norm(model) if self.zero_engine is not None else self._norm
+
+    def log_step(self) -> None:
+        """Of the step just made, losses as means per token over all processes; of a skipped step, only that it was.
+
+        In place of transformers' own, which waits for the device to read a loss that is known already.
+        """
+        set_rate(self.lr_scheduler, self.state.global_step)  # DeepSpeed holds it back at a step that it skips
+        self.course.totals.lr = float(self._rate)
+        logs: dict[str, Any] = {"learning_rate": self._rate}
+        if self.course.skips.row:
+            logs["skipped"] = self.course.skips.skipped
+        else:
+            logs |= {"grad_norm": self._norm, **self.course.totals.read_step()}
+            if self.distiller.cfg.variance_until is not None:
+                logs["variance_weight"] = self.distiller.weights.variance
+        self.log(logs)
+
+    def stand_at(self, step: int) -> None:
+        """Go on as if `step` optimizer steps had been made: the step's number, the learning rate; text follows."""
+        self.state.global_step = self._globalstep_last_logged = step
+        set_rate(self.lr_scheduler, step)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """For the steps of the training, without the room that the trainer has for starting over."""
+        return super().create_scheduler(self.steps, optimizer)
+
+    def _save_checkpoint(self, *_: Any, **__: Any) -> None:
+        """All that a resume needs is in ours; transformers' cannot go to another number of processes."""
+        self.course.save()
+
+    def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
+        # In training order, from the step that is next: drawn ones would have to be brought back to their state.
+        return RowsToCome(self)
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None: checkpoints here are for resuming only."""
+
+    def _send_telemetry(self) -> None:
+        """None: a training run makes no network request of its own."""
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: transformers' estimate walks all parameters at each step and knows neither view of the twin."""
+        return 0
+
+    def peak_memory(self) -> int | None:
+        """Most bytes that this process had on its GPU; None on a CPU."""
+        if not torch.cuda.is_available():
+            return None
+        return torch.cuda.max_memory_allocated() + (self.shards.bytes_elsewhere if self.shards else 0)
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Inside, every process holds the whole model, outside of the engine: what generation needs."""
+        if self.shards is not None:
+            with self.shards.whole():
+                yield
+            return
+        if not self.is_zero3:
+            yield
+            return
+        from deepspeed.runtime.zero import GatheredParameters
+        from trl.models.utils import add_hooks, remove_hooks
+
+        engine: Any = self.model_wrapped
+        with GatheredParameters(list(engine.parameters())):
+            remove_hooks(engine)
+            try:
+                yield
+            finally:
+                add_hooks(engine)
+
+    @property
+    def is_zero3(self) -> bool:
+        """Whether parameters are dealt out over the processes."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        return plugin is not None and plugin.zero_stage == 3
+
+    @property
+    def zero_engine(self) -> Any:
+        """DeepSpeed's engine, or None."""
+        return self.model_wrapped if self.is_deepspeed_enabled else None
+
+    @property
+    def engine(self) -> str:
+        """In words, for who reads a checkpoint."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        return "plain" if plugin is None else f"DeepSpeed zero{plugin.zero_stage}"
 
 
-def _collation(
-    tokenizer: PreTrainedTokenizerBase, leaf: Recover, rows: Dataset, micro: int, *, packed: bool, graphed: bool
-) -> Collate:
-    """How rows become a batch: packed into one row, filled up to few sizes for graphs; else padded."""
-    pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    if not packed:
-        return collator(pad, leaf.loss.scored)
-    sizes = row_sizes(tokens_at_once(rows, micro)) if graphed else ()
-    return packer(pad, leaf.loss.scored, leaf.length, sizes)
+class RowsToCome(torch.utils.data.Sampler):
+    """Numbers of the rows from the trainer's next step on, each time it is gone through."""
+
+    def __init__(self, trainer: RecoverTrainer) -> None:
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.trainer.state.global_step * self.trainer.rows_a_step, len(self)))
+
+    def __len__(self) -> int:
+        return self.trainer.steps * self.trainer.rows_a_step
 
 
-def _may_be_graphed(twin: Twin, leaf: Recover) -> bool:
-    """Whether steps may be replayed as CUDA graphs; where a GPU could and a recipe cannot, the reason is said.
-
-    A graph repeats the same kernels on the same memory: whatever draws, waits or shares weights out stays outside.
-    """
-    if twin.base.device.type != "cuda":
-        return False
-    size = sum(parameter.numel() for parameter in twin.base.parameters())
-    reasons = {
-        "the work of each kernel outlasts its launch at this size": size > LARGEST_GRAPHED,
-        "several processes": dist.world_size() > 1,
-        "DeepSpeed": dist.zero_stage() > 0,
-        "recover.gradient_checkpointing": leaf.gradient_checkpointing,
-        "recover.cache": leaf.cache is not None,
-        "a teacher's file": leaf.teacher is not None,
-        "model.dtype float32": twin.base.dtype not in HALF,
-        "lora.dropout": leaf.lora.dropout > 0,
-        "dropout of the model itself": any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in twin.base.modules()),
-    }
-    reason = next((reason for reason, holds in reasons.items() if holds), None)
-    if reason is not None:
-        console.say(f"steps are launched kernel by kernel, not as CUDA graphs: {reason}")
-    return reason is None
+def schedule_of(scheduler: Any) -> Any:
+    """torch's own, out of what accelerate or DeepSpeed put around it."""
+    return getattr(scheduler, "scheduler", scheduler)
 
 
-def _read_states(trainer: RecoverTrainer, leaf: Recover, rows: Dataset, micro: int, texts: Path) -> None:
-    """Where the dense view's states are on disk, batches come with them; those of a cache are filled first."""
-    read: Callable[[Sequence[TextRow]], Any]
-    if leaf.cache is not None:
-        states = TrainingStates(leaf.cache, trainer.distiller)
-        with trainer.stop.immediately():
-            states.fill(rows, trainer.data_collator, micro)
-        read = states.read
-    elif leaf.teacher is not None:
-        read = TeacherStates(leaf.teacher, texts).read
-    else:
-        return
-    trainer.data_collator = with_states(trainer.data_collator, read)
-
-
-def _train(trainer: RecoverTrainer, leaf: Recover, after_epoch: AfterEpoch, run_folder: Path) -> Epochs:
-    """To the end of the last epoch; what was found after each.
-
-    Raises:
-        StopRequested: stopped by a signal; a checkpoint is written.
-    """
-    epochs = Epochs(
-        folder=run_folder,
-        ends=epoch_ends(trainer.steps, leaf.epochs),
-        save_steps=leaf.save_steps,
-        patience=leaf.patience,
-        course=trainer.course,
-        stop=trainer.stop,
-        after_epoch=after_epoch,
-        generating=trainer.generating,
-        peak_memory=trainer.peak_memory,
-    )
-    if leaf.shard_weights and dist.world_size() > 1:
-        trainer.add_callback(SharedOut(trainer))
-    trainer.add_callback(epochs)
-    trainer.add_callback(Progress(trainer.course.totals))
-    trainer.add_callback(StepLog(run_folder, trainer.course.totals))
-    try:
-        trainer.train()
-    except Interrupted:
-        trainer.course.save(interrupted=True)
-    if trainer.stop.agreed:
-        raise StopRequested(trainer.stop.agreed)
-    return epochs
-
-
-def _announce(twin: Twin, rows: Dataset, steps: int, split: Any) -> None:
-    trained = sum(parameter.numel() for parameter in twin.model.parameters() if parameter.requires_grad)
-    console.say(
-        f"{len(rows):,} sequences in {steps:,} steps of {split.processes} x {split.micro} x {split.accumulation} "
-        f"(processes x at once x accumulated); {trained:,} parameters learn"
-    )
-
-
-def _judge(best: dict[str, Any], baseline: float | None) -> None:
-    score = best["score"]
-    if baseline is not None and score is not None and score <= baseline:
-        console.warn(
-            f"no epoch generates better than the pruned model before training (best {score:.1%}, before "
-            f"{baseline:.1%}); epoch {best['epoch']} is kept all the same. "
-            "More tokens, other text (recover.data) or less pruning may help"
-        )
-
-
-def _fingerprint(twin: Twin, leaf: Recover, seed: int, *, packed: bool) -> str:
-    """Of all that decides a training's course: another one must not go on from its checkpoints.
-
-    Rows that are `packed` come in another order: who went on in the other one would train some twice, others never.
-    """
-    plan = {name: value for name, value in twin.plan.to_json().items() if name != "scores"}
-    described = {
-        "leaf": leaf.model_dump(mode="json", exclude={"cache", "shard_weights"}),
-        "seed": seed,
-        "rows": "packed" if packed else "padded",
-        "plan": plan,
-        "weights": weights_fingerprint(twin),
-    }
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-
-
-def _forget_deepspeed(trainer: RecoverTrainer) -> None:
-    """Later `from_pretrained` calls of this process must load whole weights, not ZeRO-3 shares."""
-    if trainer.accelerator.state.deepspeed_plugin is not None:
-        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-        unset_hf_deepspeed_config()
+def set_rate(scheduler: Any, step: int) -> None:
+    """The learning rate that a straight training has after `step` optimizer steps, skipped ones included."""
+    schedule = schedule_of(scheduler)
+    rates = [base * rate(step) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    schedule.last_epoch, schedule._last_lr = step, rates
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from recover.base import dist
-from recover.train.shares import Machine, Shares, Work
+from recover.train.sharded.transport import Machine, Shares, Work
 
 Pass = Literal["dense", "forward", "backward"]
 

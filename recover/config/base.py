@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-class Leaf(BaseModel):
+class Config(BaseModel):
     """One part of a recipe. Frozen, so that what a stage was stamped with stays true."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

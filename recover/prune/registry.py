@@ -1,6 +1,6 @@
 """The pruning methods by recipe `kind`. A new method is a function and a row here.
 
-Each takes a twin whose two views are equal (`Twin(model, Plan.none(blocks))`), its leaf of the recipe and the
+Each takes a twin whose two views are equal (`Twin(model, Plan.none(blocks))`), its config of the recipe and the
 calibration batches (B, T), leaves the twin as it was, and gives the plan with its masks and weights. Raises PruneError
 for what cannot work on this model. What takes one step after another (the drops of a search, the blocks of Wanda and
 SparseGPT) is kept in `parts` and gone on with; magnitude and width are one pass, with nothing to keep on the way.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Pruner(Protocol):
     """One method."""
 
-    def __call__(self, twin: Twin, leaf: Any, batches: list[LongTensor], parts: Parts = NOWHERE) -> Pruned: ...
+    def __call__(self, twin: Twin, cfg: Any, batches: list[LongTensor], parts: Parts = NOWHERE) -> Pruned: ...
 
 
 PRUNERS: dict[str, Pruner] = {
