@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from recover.maths.collapse import agreement, distinct_n, first_divergence, longest_repeat, loop_start, repetition
+from recover.maths.collapse import agreement, distinct_n, first_divergence, longest_repeat, loop, loop_start, repetition
 
 
 def texts(count=60):
@@ -96,5 +96,6 @@ def test_loops_are_those_that_all_ends_of_texts_show():
         ]
         shortest = min(tails, default=(0, None))
         assert loop_start(ids) == shortest[1]
+        assert loop(ids) == (None if shortest[1] is None else shortest[::-1])
         found += shortest[1] is not None
     assert found > 60

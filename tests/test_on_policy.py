@@ -18,9 +18,11 @@ from twins import removed
 
 from recover.base.artifacts import read_json
 from recover.base.errors import DataError, StopRequested
+from recover.config.recipe import PrunedText
+from recover.maths.collapse import loop
 from recover.train import on_policy, skipping
 from recover.train.data import build_dataset, collator
-from recover.train.on_policy import cut_to
+from recover.train.on_policy import cut_to, without_loop
 from recover.train.order import training_order
 from recover.train.prompted import answered
 from recover.train.sources import Sample
@@ -96,6 +98,56 @@ def test_each_text_is_what_the_pruned_model_writes_at_that_step(folder, caught):
             assert ids == greedy(caught.adapters[record["step"]], prompt, 12)[: len(ids)]
             changed += ids != greedy(untrained, prompt, 12)[: len(ids)]
     assert changed > 3  # else the law would hold of a model that is never asked again
+
+
+def test_texts_grow_from_short_to_long(folder, caught):
+    go(folder, **own(folder, temperature=0, first_new_tokens=2), lr=3e-2)
+    found = records(folder)
+    steps = 1 + max(step for step, *_ in caught.steps)
+    assert [record["longest"] for record in found] == [round(2 + 10 * record["step"] / steps) for record in found]
+    for record in found:
+        for _, prompt, ids in record["rows"]:
+            whole = greedy(caught.adapters[record["step"]], prompt, record["longest"])
+            assert ids == whole[: len(ids)] and len(ids) <= record["longest"]
+    assert max(len(ids) for _, _, ids in found[0]["rows"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("start", "share", "longest"), [(0, 0, 64), (0, 0.5, 160), (0, 1, 256), (0.5, 0.5, 64), (0.5, 0.75, 160)]
+)
+def test_the_longest_text_grows_from_its_start_to_the_end(start, share, longest):
+    fields = {"kind": "pruned", "prompts": "x", "start": start, "max_new_tokens": 256}
+    assert PrunedText.model_validate({**fields, "first_new_tokens": 64}).longest_at(share) == longest
+    assert PrunedText.model_validate(fields).longest_at(share) == 256
+
+
+def test_a_first_text_longer_than_the_longest_is_refused(folder):
+    with pytest.raises(ValidationError, match="first_new_tokens: 20 is more than max_new_tokens, 12"):
+        two_processes.cfg(folder, **own(folder, first_new_tokens=20))
+
+
+def test_a_loop_is_learnt_up_to_where_it_goes_round_again():
+    text = [9, 8, 7, *([1, 2, 3, 4] * 10)]
+    assert without_loop(text) == [9, 8, 7, 1, 2, 3, 4, 1]
+    assert without_loop([5] * 40) == [5, 5]
+    assert without_loop([*text, 2]) == [*text, 2]  # ended: 2 is the end token
+    assert without_loop([]) == []
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_loops_are_cut_where_that_is_asked_for(folder, caught, monkeypatch, cut):
+    """A model that writes nothing but loops, and one text that is none."""
+    looped, straight = [7, 6] * 20, list(range(10, 40))
+    monkeypatch.setattr(
+        on_policy, "write_together", lambda _m, _t, prompts, *_: [straight, *([looped] * (len(prompts) - 1))]
+    )
+    go(folder, **own(folder, max_new_tokens=40, cut_loops=cut))
+    for record in records(folder):
+        assert record["looping"] == pytest.approx(1 - 1 / len(record["rows"]))
+        lengths = sorted(len(ids) for _, _, ids in record["rows"])
+        assert (lengths[:-1] == [3] * (len(lengths) - 1)) == cut
+        assert all(ids == [7, 6, 7] or ids == straight[: len(ids)] for _, _, ids in record["rows"]) == cut
+    assert loop(looped) == (0, 2)
 
 
 def test_what_was_written_is_trained_on_in_its_window(folder, caught):

@@ -43,6 +43,32 @@ class PrunedText(_Written):
     every: int = Field(
         default=16, ge=1, description="steps whose texts are written at once: more is faster, and staler by so many"
     )
+    first_new_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="longest text at `start`; from there to the last step it grows linearly to `max_new_tokens`, so "
+        "that contexts stay near the dense model's while the pruned one still goes astray; null: as long throughout",
+    )
+    cut_loops: bool = Field(
+        default=False,
+        description="a text that ends in a loop is learnt up to the first token of its second turn, where it decides",
+    )
+
+    @model_validator(mode="after")
+    def _grows(self) -> PrunedText:
+        if self.first_new_tokens is not None and self.first_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"first_new_tokens: {self.first_new_tokens} is more than max_new_tokens, {self.max_new_tokens}, to "
+                "which it grows: lower it, or raise that"
+            )
+        return self
+
+    def longest_at(self, share: float) -> int:
+        """Most tokens of a text that is written after this part of the steps."""
+        if self.first_new_tokens is None:
+            return self.max_new_tokens
+        grown = max(0.0, share - self.start) / (1 - self.start)
+        return round(self.first_new_tokens + grown * (self.max_new_tokens - self.first_new_tokens))
 
 
 class GivenText(Config):

@@ -45,7 +45,13 @@ def longest_repeat(ids: Ids) -> int:
 
 
 def loop_start(ids: Ids) -> int | None:
-    """Where the loop begins in which a text ends: a position, from 0; None if it does not end in one.
+    """Where the loop begins in which a text ends: a position, from 0; None if it does not end in one."""
+    found = loop(ids)
+    return None if found is None else found[0]
+
+
+def loop(ids: Ids) -> tuple[int, int] | None:
+    """(start, period) of the loop in which a text ends: its first position, and the tokens of a turn; None: in none.
 
     A loop is a run of tokens that stands three times or more, one after the other, over 24 tokens or more in all; its
     last turn may be cut. Of several the one of the shortest turn is taken. A text with an end token ends in none.
@@ -56,7 +62,7 @@ def loop_start(ids: Ids) -> int | None:
         while first > 0 and ids[first - 1] == ids[first - 1 + period]:
             first -= 1
         if len(ids) - first >= span:
-            return first
+            return first, period
     return None
 
 

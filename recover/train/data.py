@@ -101,7 +101,7 @@ def _places(
     They hold the places of texts that the pruned model has yet to write: how many they are and how long must be known
     before the first step, and the dense model's texts are what its own will come to resemble.
     """
-    fields = source.model_dump(exclude={"kind", "start", "every"})
+    fields = source.model_dump(include={*DenseText.model_fields} - {"kind"})
     written = DenseWriter(DenseText(kind="dense", **fields), cfg, twin, tokenizer, seed, folder).first_batch()
     samples: list[Sample] = []
     tokens = 0

@@ -23,6 +23,7 @@ from recover.base import console, dist
 from recover.base.artifacts import read_json, write_json
 from recover.base.errors import ArtifactError, StopRequested
 from recover.config.recipe import PrunedText, Recover
+from recover.maths.collapse import loop
 from recover.text.prompts import encode_prompt
 from recover.train.checkpoints import PRUNED_TEXT, discard_texts
 from recover.train.prompted import answered, fitting_prompts, in_rounds, write_together
@@ -143,20 +144,25 @@ class _OwnText:
         rows = in_rounds(self.prompts, before, len(places), self.seed)
         prompts = [row.value["prompt"] for row in rows]
         step = trainer.state.global_step
+        longest = self.source.longest_at(step / trainer.steps)
+        source = self.source.model_copy(update={"max_new_tokens": longest})
         title = f"pruned model writes for steps {step + 1}-{step + self.source.every}"
         try:
             with trainer.stop.immediately(), trainer.generating(), self.twin.folded():
-                written = write_together(
-                    self.twin.model, self.tokenizer, prompts, self.source, (self.seed, window), title
-                )
+                written = write_together(self.twin.model, self.tokenizer, prompts, source, (self.seed, window), title)
         except StopRequested as stop:
             trainer.stop.agreed = stop.signal_number
             raise Interrupted from None
-        ended = sum(len(ids) < self.source.max_new_tokens for ids in written)
+        ended = sum(len(ids) < longest for ids in written)
+        looping = sum(loop(ids) is not None for ids in written)
+        if self.source.cut_loops:
+            written = [without_loop(ids) for ids in written]
         record = {
             "fingerprint": self.fingerprint,
             "step": step,
+            "longest": longest,
             "ended": ended / len(written),
+            "looping": looping / len(written),
             "seconds": time.perf_counter() - began,
             **self._fitted(window, places, prompts, written),
         }
@@ -208,6 +214,15 @@ class _OwnText:
         """What was written after a moment that was gone back to was written by another model."""
         last = self._path(max(window, 0)).name if window >= 0 else ""
         discard_texts(self.folder, str(self.number), after=last)
+
+
+def without_loop(ids: list[int]) -> list[int]:
+    """A text that ends in a loop, up to the first token of the second turn: the one by which it goes round again.
+
+    Turns after that are read off the ones before, by the dense model too, and would be most of what is learnt.
+    """
+    found = loop(ids)
+    return ids if found is None else ids[: sum(found) + 1]
 
 
 def cut_to(samples: Sequence[Sample], budget: int, scored: str) -> list[Sample]:
