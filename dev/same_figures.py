@@ -235,7 +235,7 @@ def without(work: str, value: Any) -> Any:
 
 
 def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Name and value of every config; the name says the way to it. Empty lists and mappings are leaves."""
+    """Name and value of all that holds nothing further; the name says the way to it. Empty lists and mappings count."""
     inner: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, dict):
         inner = value.items()
