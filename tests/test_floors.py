@@ -39,8 +39,8 @@ LIGHT = {
     "recover.cli",
     "recover.__main__",
     "recover.run.stages",
-    "recover.commands.measuring",
-    "recover.commands.measure",
+    "recover.commands.run",
+    "recover.commands.report",
 }
 
 MODULES = {
