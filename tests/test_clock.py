@@ -104,6 +104,7 @@ def test_a_run_says_where_its_time_went(tmp_path, monkeypatch):
     assert "pruning" in found["prune"]["parts"]
     for row in found.values():
         assert row["seconds"] == pytest.approx(sum(row["parts"].values()), abs=0.01)
+
     def stopped(bench) -> None:
         raise KeyboardInterrupt
 

@@ -19,7 +19,7 @@ from recover.config.recipe import Measure, Model
 from recover.measure import harness
 from recover.measure import tasks as tasks_of
 from recover.models.load import check_fit, load_tokenizer
-from recover.models.source import read_config
+from recover.models.source import stored_dtype
 from recover.probe.sources import load_any
 from recover.run import input_digests as inputs
 
@@ -159,11 +159,7 @@ def model_cfg(source: str, dtype: str | None) -> Model:
     known = get_args(Dtype)
     if dtype is not None and dtype not in known:
         raise RecipeError(f"--dtype: found {dtype!r}, expected one of {', '.join(known)}")
-    if dtype is None:
-        config = read_config(Model(source=source))
-        stored = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
-        dtype = stored if stored in known else "float32"
-    return Model(source=source, dtype=dtype)  # type: ignore[arg-type]
+    return Model(source=source, dtype=dtype or stored_dtype(Model(source=source)))  # type: ignore[arg-type]
 
 
 def say(record: Record) -> None:

@@ -198,16 +198,24 @@ def calibration(context: RunContext) -> list[LongTensor]:
 
 
 def answered(context: RunContext, tokens: int, prompts: list[str]) -> list[list[int]]:
-    """The ids of each prompt and of up to `tokens` that the dense model writes after it, greedily."""
+    """As `answers`, of the dense model; read where they were written before."""
     twin, tokenizer = context.dense(), context.tokenizer
     asked = [list(encode_prompt(tokenizer, prompt)) for prompt in prompts]
     made = json.dumps([weights_fingerprint(twin), context.recipe.model.dtype, tokens, asked])
     path = context.directory.prune / f"written-{hashlib.sha256(made.encode()).hexdigest()[:16]}.jsonl"
     if path.exists():
         return read_jsonl(path)
-    size, title = min(len(prompts), context.recipe.measure.batch_size), "dense model writes calibration text"
-    with twin.dense() as dense:
-        texts = generate(dense, tokenizer, prompts, max_new_tokens=tokens, batch_size=size, title=title)
-    rows = [[*prompt, *text.ids] for prompt, text in zip(asked, texts, strict=True)]
+    rows = answers(twin, tokenizer, tokens, prompts, batch_size=context.recipe.measure.batch_size)
     write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
     return rows
+
+
+def answers(
+    twin: Twin, tokenizer: PreTrainedTokenizerBase, tokens: int, prompts: list[str], *, batch_size: int
+) -> list[list[int]]:
+    """The ids of each prompt and of up to `tokens` that the dense view writes after it, greedily."""
+    size, title = min(len(prompts), batch_size), "dense model writes calibration text"
+    with twin.dense() as dense:
+        texts = generate(dense, tokenizer, prompts, max_new_tokens=tokens, batch_size=size, title=title)
+    asked = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    return [[*prompt, *text.ids] for prompt, text in zip(asked, texts, strict=True)]
