@@ -1,6 +1,7 @@
 """The Python door: a whole job in one process on one reading of the model, and names that cost nothing until used."""
 
 import inspect
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -120,3 +121,17 @@ def test_the_reference_is_up_to_date(monkeypatch):
     import api_reference
 
     assert api_reference.page() == api_reference.PAGE.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_says_what_it_says(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "dev"))
+    import notebook
+
+    cells = json.loads(notebook.PAGE.read_text(encoding="utf-8"))["cells"]
+    found = list(notebook.executed(cells, tmp_path))
+    assert len(found) == 8 and all(cell["outputs"] for cell, _, _ in found)
+    assert [number for number, (_, _, picture) in enumerate(found) if picture] == [3]
+    plan = "".join(found[2][0]["outputs"][0]["text"])
+    assert found[2][1] == plan and "blocks 3, 11 dropped" in plan
+    assert (tmp_path / "deploy" / "config.json").is_file()
