@@ -6,7 +6,6 @@ Legend: B batch, T tokens, N scored positions.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +14,7 @@ import torch
 import typer
 
 from recover.base import console
-from recover.base.artifacts import explaining
+from recover.base.artifacts import writing
 from recover.base.errors import RecipeError
 from recover.base.ownership import refuse_input
 from recover.base.quiet import quiet_libraries
@@ -117,19 +116,10 @@ def teacher_rows(
 
 def _write(path: Path, rows: Iterator[TeacherRow]) -> tuple[int, int]:
     count = tokens = 0
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with explaining(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(beside, "w") as file:
-                for row in rows:
-                    file.write(json.dumps(file_row(row), allow_nan=False) + "\n")
-                    count, tokens = count + 1, tokens + len(row.top)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with writing(path) as file:
+        for row in rows:
+            file.write(json.dumps(file_row(row), allow_nan=False).encode() + b"\n")
+            count, tokens = count + 1, tokens + len(row.top)
     return count, tokens
 
 
