@@ -20,7 +20,7 @@ import yaml
 
 from recover.base import console
 from recover.base.quiet import quiet_libraries
-from recover.commands.measuring import model_cfg
+from recover.commands.measure import model_cfg
 from recover.config import recipe
 from recover.maths.score import extract, is_right
 from recover.measure.task_file import load_task

@@ -239,7 +239,7 @@ class Workbench:
         return [prompt for several in zip(*lists, strict=False) for prompt in several][: self.recipe.probe.samples]
 
     def measured(self, model: Any) -> Row:
-        from recover.commands.measuring import FIGURES
+        from recover.commands.measure import FIGURES
         from recover.measure.tasks import measure
 
         record, _ = measure(model, self.tokenizer, self.tasks, self.recipe.measure, seed=self.recipe.seed)

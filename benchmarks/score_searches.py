@@ -24,7 +24,7 @@ ALL = "kl, own text"
 def given_and_own(context: RunContext, cfg: Calibration, files: Sequence[Path]) -> dict[str, list[LongTensor]]:
     """The score's name -> batches of text: `kl` on the recipe's, as many tokens of the dense model's own, its parts."""
     from recover.prune.calibrate import calibration_batches
-    from recover.run.calibration import answered
+    from recover.run.context import answered
 
     texts = {"kl": calibration_batches(cfg, context.tokenizer, context.recipe.seed)}
     own = {}

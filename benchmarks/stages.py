@@ -79,13 +79,13 @@ class Waits:
         warnings.simplefilter("always")
         warnings.showwarning = self
         torch.cuda.set_sync_debug_mode("warn")
-        work = stages._work
+        work = stages.Stage.run
 
-        def begun(stage: str) -> Any:
-            self.stage = stage
-            return work(stage)
+        def begun(stage: stages.Stage, context: Any) -> None:
+            self.stage = stage.name
+            work(stage, context)
 
-        stages._work = begun
+        stages.Stage.run = begun
 
 
 def checkpoint(shape: str, folder: Path) -> Path:

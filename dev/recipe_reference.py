@@ -145,7 +145,8 @@ def rows(cfg: type[BaseModel]) -> Iterator[str]:
     """One line of a table for each field."""
     for name, field in cfg.model_fields.items():
         annotation = field.annotation
-        yield f"| `{name}` | {shown_type(annotation)} | {shown_default(field)} | {field.description or ''} |"
+        default = "-" if name == "kind" else shown_default(field)  # which has one in Python alone
+        yield f"| `{name}` | {shown_type(annotation)} | {default} | {field.description or ''} |"
 
 
 def page() -> str:

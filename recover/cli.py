@@ -1,35 +1,116 @@
-"""The command line. It calls the stages or the report and says errors in one line; it never imports torch itself."""
+"""The command line. A command's module is imported when that command is called: the list of commands costs nothing."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from types import TracebackType
-from typing import Annotated, ParamSpec, TypeVar
+from typing import Annotated, Any, NamedTuple, ParamSpec, TypeVar
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from recover import __version__
 from recover.base import console, dist
 from recover.base.errors import RecoverError
 from recover.base.safe_path import leave_working_folder
 from recover.base.threads import wait_asleep
-from recover.commands import gguf as commands_gguf
-from recover.commands import measure as commands_measure
-from recover.commands import probe as commands_probe
-from recover.commands import report as commands_report
-from recover.commands import run as commands_run
-from recover.commands import teacher as commands_teacher
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 
+
+class Listed(NamedTuple):
+    """A command by the module of `recover.commands` that has it, with what the list of commands says of it."""
+
+    module: str
+    says: str
+
+
+# In the order of the list; `says` is how the function's docstring begins. The functions are in each module's COMMANDS.
+COMMANDS = {
+    "run": Listed("run", "Do all stages of a recipe: plan, dense, prune, before, recover, after, export, report."),
+    "plan": Listed("run", "Check a recipe and say what it will cost, before any weight is loaded."),
+    "prune": Listed("run", "Run up to pruning: which blocks or weights go, and the scores behind it."),
+    "probe": Listed(
+        "run", "Run up to the diagnosis of the pruned model: drift in three spaces, tasks, where texts diverge."
+    ),
+    "train": Listed(
+        "run", "Run up to recovery: LoRA distillation from the dense model, generation measured after each epoch."
+    ),
+    "export": Listed("run", "Run up to the exported checkpoint, verified in a fresh process; stock tools load it."),
+    "report": Listed(
+        "report",
+        "Write the report of each run again, finished or not, and a comparison of several; of a diagnosis, its page.",
+    ),
+    "show": Listed(
+        "report",
+        "Say which stages of a run are done, why one would be done again, the best epoch, and the headline figures.",
+    ),
+    "compare": Listed(
+        "report",
+        "Put runs side by side, best recovered generation first; tasks as a share of what the dense model reaches.",
+    ),
+    "measure": Listed(
+        "measure",
+        "Measure any checkpoint: what it writes, chooses, retrieves, expects; the same items and prompts for each.",
+    ),
+    "diagnose": Listed(
+        "diagnose",
+        "Measure how far two checkpoints are apart: in three spaces, by layer, by step, in choices, as embedders.",
+    ),
+    "teacher": Listed(
+        "teacher",
+        "Write the likeliest tokens a model gives each position of a text: for distilling where it is not at hand.",
+    ),
+    "gguf": Listed(
+        "gguf",
+        "Write an exported checkpoint as one GGUF file: llama.cpp, and what is built on it, runs and quantizes it.",
+    ),
+}
+
+LESS_MEMORY = (
+    "Less is taken in training by recover.micro_batch_size, recover.gradient_checkpointing and recover.loss.chunk, in "
+    "measuring by measure.batch_size and probe.batch_size, in pruning by prune.calibration.batch_size; `recover plan` "
+    "says how much. Stages that are done are kept"
+)
+
+
+class Lazy(TyperGroup):
+    """The commands, by name; a module is imported for the one that is called, or whose help is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> TyperCommand | None:
+        """What the list shows of a command."""
+        if cmd_name not in COMMANDS:
+            return None
+        return TyperCommand(cmd_name, help=COMMANDS[cmd_name].says, rich_markup_mode="rich")
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command itself."""
+        name, found, rest = super().resolve_command(ctx, args)
+        return name, None if found is None or name is None else command(name), rest
+
+
+def command(name: str) -> Any:
+    """The command of this name, from its module, with its examples at the end of its help page."""
+    module: Any = says_errors(importlib.import_module)(f"recover.commands.{COMMANDS[name].module}")
+    function, lines = next(each for each in module.COMMANDS.items() if each[0].__name__ == name)
+    lone = typer.Typer(rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
+    lone.command(name, epilog=examples(*lines))(says_errors(function))
+    return typer.main.get_command(lone)
+
+
 app = typer.Typer(
+    cls=Lazy,
     help="Prune a language model and get its generation back.",
     epilog="[bold]Examples[/bold]\n\n"
     "  recover run recipes/quickstart.yaml            all of it, in minutes on a CPU\n\n"
@@ -41,13 +122,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,  # plain tracebacks: they are for reports and logs
-)
-
-
-LESS_MEMORY = (
-    "Less is taken in training by recover.micro_batch_size, recover.gradient_checkpointing and recover.loss.chunk, in "
-    "measuring by measure.batch_size and probe.batch_size, in pruning by prune.calibration.batch_size; `recover plan` "
-    "says how much. Stages that are done are kept"
 )
 
 
@@ -91,18 +165,6 @@ def root(
     ] = False,
 ) -> None:
     """Typer asks for the options before the command here."""
-
-
-COMMANDS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
-    **{command.__name__: (command, lines) for command, lines in commands_run.COMMANDS.items()},
-    **{command.__name__: (command, lines) for command, lines in commands_report.COMMANDS.items()},
-    "measure": (commands_measure.measure, commands_measure.EXAMPLES),
-    "diagnose": (commands_probe.probe_pair, commands_probe.EXAMPLES),
-    "teacher": (commands_teacher.teacher, commands_teacher.EXAMPLES),
-    "gguf": (commands_gguf.gguf, commands_gguf.EXAMPLES),
-}
-for name, (command, lines) in COMMANDS.items():
-    app.command(name, epilog=examples(*lines))(says_errors(command))
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -86,7 +86,7 @@ def adapters(folder):
 
 def assert_equal(found, expected):
     assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(torch.equal(found[name].cpu(), expected[name].cpu()) for name in expected)
 
 
 def test_an_epochs_adapter_is_the_mean_of_those_of_its_last_steps(watched):

@@ -25,7 +25,7 @@ from recover.kernels import fused
 from recover.models.load import describe
 from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.run import estimate_cache, stages
+from recover.run import estimate, stages
 from recover.train import caching as training
 from recover.train.caching import TrainingStates, text_rows, with_states
 from recover.train.data import packer
@@ -416,7 +416,7 @@ def test_plan_says_what_it_takes_on_disk(tmp_path, monkeypatch, capsys):
 def test_plan_refuses_a_full_disk_but_counts_what_is_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     free = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
-    monkeypatch.setattr(estimate_cache.shutil, "disk_usage", lambda _: free)
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _: free)
     with pytest.raises(RecipeError, match=r"recover\.cache\.folder: .* has 0 of them and 1,000,000 free: make room"):
         plan_of(tmp_path, PREFIX, "recover.tokens=100_000")
     (tmp_path / "states/0123").mkdir(parents=True)

@@ -10,8 +10,7 @@ import torch
 from recover.base.errors import DataError
 from recover.config.recipe import load_recipe, local_path
 from recover.prune.calibrate import calibration_record
-from recover.run.calibration import calibration
-from recover.run.context import RunContext
+from recover.run.context import RunContext, calibration
 from recover.run.directory import RunDirectory
 from recover.text.prompts import encode_prompt
 from recover.text.read import json_lines
@@ -75,7 +74,7 @@ def test_it_is_written_once_and_anew_when_asked_for_otherwise(context, monkeypat
         raise AssertionError("written again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("recover.text.generate.generate", written)
+        patch.setattr("recover.run.context.generate", written)
         again = calibration(context())
         assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
         with pytest.raises(AssertionError, match="written again"):

@@ -14,6 +14,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 import recover
+from recover import cli
 from recover.base import artifacts
 from recover.base.errors import PruneError, StopRequested
 from recover.cli import app
@@ -97,6 +98,11 @@ print("torch" in sys.modules, "transformers" in sys.modules)
 def test_torch_is_not_imported_before_it_is_needed(arguments: list[str], code: int) -> None:
     done = python("-c", WITHOUT_TORCH.format(arguments=arguments))
     assert done.stdout.splitlines()[-2:] == [f"exit code {code}", "False False"], done.stderr
+
+
+def test_the_list_says_of_a_command_what_the_command_says_of_itself() -> None:
+    for name, listed in cli.COMMANDS.items():
+        assert " ".join(cli.command(name).help.split("\n\n")[0].split()) == listed.says
 
 
 def test_help_lists_the_commands() -> None:

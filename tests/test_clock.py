@@ -10,6 +10,7 @@ from recover.base import clock as clocks
 from recover.base.clock import OTHER, Clock, note, part, spent, stage_clock
 from recover.report.collect import collect
 from recover.report.render import render
+from recover.run import stage_work
 
 
 @pytest.fixture
@@ -103,12 +104,11 @@ def test_a_run_says_where_its_time_went(tmp_path, monkeypatch):
     assert "pruning" in found["prune"]["parts"]
     for row in found.values():
         assert row["seconds"] == pytest.approx(sum(row["parts"].values()), abs=0.01)
-    from recover.run import stage_work as work
 
     def stopped(bench) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(work, "before", stopped)
+    monkeypatch.setitem(stage_work.WORK, "before", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, until="before", start="before")
     again = {row["stage"]: row for row in spent(directory.root)}

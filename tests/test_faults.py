@@ -244,7 +244,7 @@ def test_a_broken_record_loses_no_training(straight, tmp_path, name):
 def test_two_trainings_in_one_folder_refuse(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    first = faulty.start(lambda: faulty.train(folder), tmp_path / "first.log")
+    first = faulty.start(lambda: faulty.train_tiny(folder), tmp_path / "first.log")
     while not (folder / "recover").exists():
         pass
     code, output = faulty.run(folder)

@@ -26,6 +26,7 @@ FLOORS = {
     "recover.train": 7,
     "recover.run": 8,
     "recover.commands": 9,
+    "recover.api": 9,
     "recover.cli": 10,
     "recover.__main__": 11,
 }
@@ -39,8 +40,8 @@ LIGHT = {
     "recover.cli",
     "recover.__main__",
     "recover.run.stages",
-    "recover.commands.measuring",
-    "recover.commands.measure",
+    "recover.commands.run",
+    "recover.commands.report",
 }
 
 MODULES = {

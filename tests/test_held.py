@@ -14,6 +14,7 @@ from recover.models.held import Held
 from recover.models.plan import Plan, load_plan, save_plan
 from recover.models.twin import Twin
 from recover.run import context as benches
+from recover.run import stage_work
 from recover.run.context import RunContext
 from recover.run.directory import RunDirectory
 
@@ -70,7 +71,8 @@ def test_weights_that_are_no_whole_number_of_eight_bytes_or_lie_across_them_coun
 def reads(monkeypatch) -> list[str]:
     found: list[str] = []
     read = load.load_model
-    monkeypatch.setattr(load, "load_model", lambda cfg: (found.append(cfg.source), read(cfg))[1])
+    for module in (benches, stage_work):
+        monkeypatch.setattr(module, "load_model", lambda cfg: (found.append(cfg.source), read(cfg))[1])
     return found
 
 

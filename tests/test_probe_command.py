@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 
 from recover.base.errors import DataError, ModelError, RecipeError
 from recover.commands import diagnose
-from recover.commands.probe import probe_pair
 from recover.config import recipe
 from recover.models.load import load_model, load_tokenizer
 from recover.probe.probe import probe
@@ -68,7 +67,7 @@ def test_tokenizers_in_which_an_id_is_another_token_are_refused():
 
 def command(*arguments: str):
     app = typer.Typer()
-    app.command()(probe_pair)
+    app.command()(diagnose.diagnose)
     return CliRunner().invoke(app, list(arguments), catch_exceptions=True)
 
 
@@ -134,7 +133,7 @@ def test_files_that_cannot_be_used_are_refused_before_a_model_is_loaded(tmp_path
         lines(path, rows)
     wanted = diagnose.Wanted(prompts=None if rows is None else path)
     with pytest.raises(DataError, match=message):
-        diagnose.diagnose(FABLE, recipe.Model(source="nowhere/none"), wanted, LEAF, tmp_path / "out")
+        diagnose.diagnosis(FABLE, recipe.Model(source="nowhere/none"), wanted, LEAF, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

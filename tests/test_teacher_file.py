@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny import tiny
 
 from recover.base.errors import DataError, RecipeError
-from recover.commands.teaching import teacher_rows, write_teacher
+from recover.commands.teacher import teacher_rows, write_teacher
 from recover.config.recipe import GivenText, Recover, TeacherText, load_recipe
 from recover.models.plan import Plan
 from recover.models.twin import Twin

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recover.base.strict_json import loads
-from recover.commands.measuring import FIGURES
+from recover.commands.measure import FIGURES
 from recover.maths.collapse import loop_start
 
 Row = dict[str, Any]

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from recover.base import console, strict_json
 from recover.base.errors import ArtifactError
@@ -36,18 +36,28 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         ArtifactError: it could not be written, with the path, and the bytes needed and free where the disk is full.
     """
+    with writing(path, len(data)) as file:
+        file.write(data)
+
+
+@contextmanager
+def writing(path: Path, size: int | None = None) -> Iterator[IO[bytes]]:
+    """A file that has the name `path` once it is whole, synced, at the end; whatever is raised inside leaves no trace.
+
+    `size`: bytes to come, for the message where the disk is full. Raises ArtifactError as `write_bytes` does.
+    """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise explained(error, path, len(data)) from error
+        raise explained(error, path, size) from error
     finally:
         with suppress(OSError):  # already renamed, or the error above says more
             beside.unlink()

@@ -1,4 +1,4 @@
-"""The diagnosis of any two checkpoints of one tokenizer: every probe that the files given allow, into one folder.
+"""`recover diagnose`: any two checkpoints of one tokenizer, every probe that the files given allow, into one folder.
 
 probe.jsonl     one record a line          positions.jsonl or .parquet   every figure of every scored position
 probe.json      their summary              batches/                      what is done; the same command goes on
@@ -9,21 +9,57 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
 
 from recover.base import console, dist, strict_json
 from recover.base.artifacts import write_json, write_text
-from recover.base.errors import DataError
+from recover.base.errors import DataError, RecipeError
 from recover.base.ownership import begin_diagnosis
+from recover.base.quiet import quiet_libraries
 from recover.config import recipe
+from recover.config.recipe import Model, Probe, local_path
+from recover.measure.tasks import load_task
+from recover.models.plan import load_plan
 from recover.models.source import kind_of
+from recover.probe.findings import Finding
+from recover.probe.probe import findings, positions_of, records_of, texts
+from recover.probe.records import Record, summary
+from recover.probe.retrieval import read_queries, retrieval_drift
+from recover.probe.sources import load_pair
+from recover.probe.store import Store
+from recover.probe.tasks import KINDS, task_drift
+from recover.probe.views import Pair
 from recover.run import input_digests as inputs
+from recover.text.prompts import text_ids
 from recover.text.read import json_lines
 
-if TYPE_CHECKING:
-    from recover.probe.findings import Finding
-    from recover.probe.records import Record
-    from recover.probe.views import Pair
+EXAMPLES = (
+    "recover diagnose embedded:fable-2m checkpoints/quickstart/deploy --prompts embedded:tasks/prompts.jsonl "
+    "--out drift",
+    "recover diagnose ORG/NAME name-q4.gguf --prompts prompts.jsonl --task mcq.yaml --dtype bfloat16 --out drift",
+    "recover diagnose ORG/NAME ORG/SMALLER --blocks 0,1,2,5,6 --texts texts.jsonl --out drift",
+)
+Source = "a hub id, a folder, a GGUF file, a quantized checkpoint, or embedded:NAME"
+Dense = Annotated[str, typer.Argument(metavar="DENSE", help=f"The reference: {Source}.")]
+Other = Annotated[str, typer.Argument(metavar="OTHER", help="What is held against it, of the same tokenizer.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder for the records; the same command goes on where it stopped.")]
+Prompts = Annotated[Path | None, typer.Option("--prompts", help="JSONL with a `prompt` column: both models write on.")]
+Texts = Annotated[Path | None, typer.Option("--texts", help="JSONL with a `text` column: both models read it.")]
+Tasks = Annotated[
+    list[str] | None, typer.Option("--task", help="Choice or retrieval task (YAML, or embedded:NAME); may be repeated.")
+]
+Pairs = Annotated[
+    Path | None, typer.Option("--retrieval", help="JSONL with `query` and `documents` (and `relevant`): embedding use.")
+]
+Blocks = Annotated[
+    str | None,
+    typer.Option("--blocks", help="Where depths differ: the dense block that each block of OTHER is, such as 0,1,4."),
+]
+Seeds = Annotated[str, typer.Option("--seeds", help="Also texts drawn at T = 1, from these seeds, such as 0,1,2.")]
+Temperatures = Annotated[str, typer.Option("--temperatures", help="Of the softmax, such as 0.5,1,2.")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +78,61 @@ class Wanted:
 
 
 def diagnose(
+    dense: Dense,
+    other: Other,
+    out: Out,
+    prompts: Prompts = None,
+    texts: Texts = None,
+    task: Tasks = None,
+    retrieval: Pairs = None,
+    blocks: Blocks = None,
+    samples: Annotated[int, typer.Option("--samples", help="Prompts or texts used, the first ones.")] = 32,
+    steps: Annotated[int, typer.Option("--steps", help="Decoding steps.")] = 48,
+    seeds: Seeds = "",
+    temperatures: Temperatures = "0.5,1,2",
+    batch_size: Annotated[int, typer.Option("--batch-size")] = 16,
+    length: Annotated[int, typer.Option("--length", help="Tokens read of each text.")] = 512,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
+    parquet: Annotated[bool, typer.Option("--parquet", help="Figures of positions as parquet, not JSONL.")] = False,
+) -> None:
+    """Measure how far two checkpoints are apart: in three spaces, by layer, by step, in choices, as embedders."""
+    # The launcher's processes share the work; without one this does nothing.
+    dist.start()
+    cfg = _config(
+        Probe,
+        samples=samples,
+        steps=steps,
+        batch_size=batch_size,
+        seeds=_numbers("--seeds", seeds, int),
+        temperatures=_numbers("--temperatures", temperatures, float),
+    )
+    given = [None if path is None else local_path(str(path)) for path in (prompts, texts, retrieval)]
+    wanted = Wanted(given[0], given[1], task or (), given[2], length)
+    first, second = (_config(Model, source=source, dtype=dtype) for source in (dense, other))
+    numbers = None if blocks is None else _numbers("--blocks", blocks, int)
+    found = diagnosis(first, second, wanted, cfg, out, numbers=numbers, parquet=parquet)
+    say(found)
+    console.say(f"wrote {out / 'probe.jsonl'}, {out / 'probe.json'}; recover report {out} makes a page of them")
+    dist.stop()
+
+
+def _config(kind: Any, **fields: Any) -> Any:
+    try:
+        return kind(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise RecipeError(f"{name}: found {first['input']!r}: {first['msg']}") from None
+
+
+def _numbers(option: str, text: str, kind: type) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise RecipeError(f"{option}: found {text!r}, expected numbers with commas between them") from None
+
+
+def diagnosis(
     dense: recipe.Model,
     other: recipe.Model,
     wanted: Wanted,
@@ -61,10 +152,6 @@ def diagnose(
         DataError: nothing to probe with, or a file that cannot be used, by line. All are read before a model is loaded.
         ModelError: the two checkpoints are no pair (`load_pair`), or a model gives what is not finite.
     """
-    from recover.base.quiet import quiet_libraries
-    from recover.probe.records import summary
-    from recover.probe.sources import load_pair
-
     quiet_libraries()
     rows = _read(wanted)
     dist.on_main(lambda: begin_diagnosis(out))
@@ -86,8 +173,6 @@ def planned_blocks(source: str) -> list[int] | None:
     folder = Path(source).expanduser()
     if not (folder.is_dir() and (folder.parent / "prune" / "plan.json").is_file() and folder.name == "deploy"):
         return None
-    from recover.models.plan import load_plan
-
     plan = load_plan(folder.parent / "prune").plan
     alone = plan.dropped_attention or plan.dropped_mlp  # exported blocks then mix sublayers of several dense ones
     return None if alone else list(plan.kept)
@@ -95,10 +180,6 @@ def planned_blocks(source: str) -> list[int] | None:
 
 def _read(wanted: Wanted) -> dict[str, Any]:
     """Everything that the files hold, checked."""
-    from recover.measure.tasks import load_task
-    from recover.probe.retrieval import read_queries
-    from recover.probe.tasks import KINDS
-
     tasks = [load_task(source) for source in wanted.tasks]
     wrong = [task.name for task in tasks if task.kind not in KINDS]
     if wrong:
@@ -147,12 +228,6 @@ def _probe(
     pair: Pair, tokenizer: Any, rows: dict[str, Any], wanted: Wanted, cfg: recipe.Probe, out: Path, key: dict[str, Any]
 ) -> tuple[list[Record], dict[str, dict[str, list[float]]]]:
     """(records, columns of positions by file name). Figures of prompts are the summary's where there are prompts."""
-    from recover.probe.probe import findings, positions_of, records_of, texts
-    from recover.probe.retrieval import retrieval_drift
-    from recover.probe.store import Store
-    from recover.probe.tasks import task_drift
-    from recover.text.prompts import text_ids
-
     records: list[Record] = []
     found: dict[str, list[Finding]] = {}
     if rows["texts"]:
@@ -212,3 +287,6 @@ def _final_row(row: dict[str, Any]) -> list[Any]:
 
 def _shown(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
+
+
+COMMANDS = {diagnose: EXAMPLES}

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from recover.base import console, units
+from recover.export.gguf.write import write_gguf
 
 EXAMPLES = (
     "recover gguf checkpoints/quickstart/deploy quickstart.gguf",
@@ -25,7 +26,8 @@ Dtype = Annotated[
 
 def gguf(deploy: Deploy, out: Out, dtype: Dtype = None) -> None:
     """Write an exported checkpoint as one GGUF file: llama.cpp, and what is built on it, runs and quantizes it."""
-    from recover.export.gguf.write import write_gguf
-
     path = write_gguf(deploy, out, dtype)
     console.say(f"wrote {path} ({units.size(path.stat().st_size)})")
+
+
+COMMANDS = {gguf: EXAMPLES}

@@ -1,17 +1,28 @@
-"""`recover measure`: any checkpoint on any tasks, without a recipe. `cli.py` gives it its place and its errors."""
+"""`recover measure`: any checkpoint on any tasks, without a recipe; one record says all that is needed to repeat it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from pydantic import ValidationError
 
-from recover.base import dist
+from recover.base import console, dist, provenance
+from recover.base.artifacts import write_json
 from recover.base.errors import RecipeError
 from recover.base.ownership import refuse_input
-from recover.config.recipe import Measure
+from recover.base.quiet import quiet_libraries
+from recover.config.base import Dtype
+from recover.config.recipe import Measure, Model
+from recover.config.tasks import KINDS
+from recover.measure import harness
+from recover.measure import tasks as tasks_of
+from recover.models.load import check_fit, load_tokenizer
+from recover.models.source import stored_dtype
+from recover.probe.sources import load_any
+from recover.run import input_digests as inputs
 
 EXAMPLES = (
     "recover measure embedded:fable-2m --tasks embedded:stories embedded:facts --limit 50",
@@ -38,6 +49,18 @@ Out = Annotated[
 ]
 
 
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Our task files, the harness's task names, and where tasks of its kind lie that it does not know."""
+
+    tasks: tuple[str, ...]
+    harness: tuple[str, ...] = ()
+    include: Path | None = None
+
+
 def measure(
     model: Source,
     more: More = None,
@@ -54,10 +77,10 @@ def measure(
 ) -> None:
     """Measure any checkpoint: what it writes, chooses, retrieves, expects; the same items and prompts for each."""
     names = [*(tasks or ()), *(more or ())]
-    harness = tuple(name.strip() for name in lm_eval.split(",") if name.strip())
+    theirs = tuple(name.strip() for name in lm_eval.split(",") if name.strip())
     if more and not tasks:
         raise RecipeError(f"{more[0]}: found after the model; tasks are named after --tasks")
-    if not names and not harness:
+    if not names and not theirs:
         raise RecipeError("nothing to measure: give --tasks task.yaml ..., or --lm-eval arc_easy,gsm8k")
     cfg = _config(
         tasks=tuple(names) or ("none",),
@@ -68,18 +91,15 @@ def measure(
         sampling=None,
         allow_code_execution=allow_code_execution,
     )
-    from recover.commands import measuring
-    from recover.run import input_digests as inputs
-
     if out is not None:
         refuse_input(out, (model, *names, *inputs.files_of([str(Path(name).absolute()) for name in names])))
     # The launcher's processes share the items; without one this does nothing.
     dist.start()
-    wanted = measuring.Wanted(tuple(names), harness, lm_eval_include)
-    record = measuring.measure_checkpoint(model, dtype, wanted, cfg)
-    measuring.say(record)
+    wanted = Wanted(tuple(names), theirs, lm_eval_include)
+    record = measure_checkpoint(model, dtype, wanted, cfg)
+    say(record)
     if out is not None:
-        measuring.write(record, out)
+        write(record, out)
     dist.stop()
 
 
@@ -90,3 +110,97 @@ def _config(**fields: Any) -> Measure:
         first = error.errors()[0]
         name = "--" + ".".join(map(str, first["loc"])).replace("_", "-")
         raise RecipeError(f"{name}: found {first['input']!r}: {first['msg']}") from None
+
+
+def measure_checkpoint(source: str, dtype: str | None, wanted: Wanted, cfg: Measure) -> Record:
+    """The record of a checkpoint (hub id, folder, GGUF, embedded:NAME); tasks are read before any weight is.
+
+    The same on every process of a launch.
+
+    Raises:
+        RecipeError, DataError, ModelError: a task, the model, or an item cannot be used; the harness is not installed.
+    """
+    quiet_libraries()
+    tasks = [tasks_of.load_task(name) for name in wanted.tasks]
+    _check_names([task.name for task in tasks])
+    tasks_of.check_allowed(tasks, cfg)
+    if wanted.harness:
+        harness.require()
+    chosen = model_cfg(source, dtype)
+    tokenizer = load_tokenizer(chosen)
+    model = load_any(chosen)
+    check_fit(model, tokenizer)
+    record: Record = {"model": source, "dtype": chosen.dtype, "settings": cfg.model_dump(mode="json")}
+    if tasks:
+        record |= tasks_of.measure(model, tokenizer, tasks, cfg)[0]
+    if wanted.harness:
+        record["lm_eval"] = dist.on_main(
+            lambda: harness.harness(model, tokenizer, wanted.harness, cfg, include=wanted.include)
+        )
+    return record
+
+
+def _check_names(names: list[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise RecipeError(f"--tasks: more than one task is called {twice[0]!r}: give each a name of its own")
+
+
+def model_cfg(source: str, dtype: str | None) -> Model:
+    """The model in the dtype that was asked for, else in the one its config names."""
+    known = get_args(Dtype)
+    if dtype is not None and dtype not in known:
+        raise RecipeError(f"--dtype: found {dtype!r}, expected one of {', '.join(known)}")
+    return Model(source=source, dtype=dtype or stored_dtype(Model(source=source)))  # type: ignore[arg-type]
+
+
+def say(record: Record) -> None:
+    """Print one row a task, and what the figures leave out."""
+    tasks: dict[str, Record] = record.get("tasks") or {}
+    rows = [_row(name, task) for name, task in tasks.items()]
+    rows += [[name, "lm-eval", *each] for name, each in (record.get("lm_eval") or {}).get("rows", ())]
+    title = f"{record['model']}, {record['dtype']}"
+    console.table(title, ["task", "kind", "items", "figure", "value", "95% interval", "chance"], rows)
+    for name, task in tasks.items():
+        if task.get("truncated"):
+            console.warn(
+                f"task {name}: {task['truncated']} of {task['items']} texts ran into the limit of tokens; "
+                f"{task['truncated_right']} of them count as right (--max-new-tokens)"
+            )
+    for name, task in tasks.items():
+        if task.get("mistakes"):
+            console.say(f"task {name}: {_mistakes(task)}")
+        if task.get("pass_at_k"):
+            figures = [f"pass@{k} {found['value']:.1%}" for k, found in task["pass_at_k"].items()]
+            console.say(f"task {name}, sampled: {', '.join(figures)}")
+    if record.get("tokens_per_second"):
+        console.say(f"{record['tokens_per_second']:,.0f} tokens/s written, {record['seconds']:,.1f} s in all")
+
+
+def _row(name: str, task: Record) -> list[Any]:
+    kind = KINDS[task["kind"]]
+    low_high = task.get("interval95")
+    interval = None if low_high is None else f"{low_high[0]:.1%} – {low_high[1]:.1%}"
+    value = kind.main.worded(task[kind.main.key])
+    chance = task.get("chance")
+    return [name, task["kind"], task["items"], kind.words, value, interval, None if chance is None else f"{chance:.1%}"]
+
+
+def _mistakes(task: Record) -> str:
+    """How many texts are right, and which mistake the others are."""
+    words = {"loop": "loop", "endless": "do not end", "no_answer": "hold no answer", "unparsed": "do not parse"}
+    counts = {**words, "content": "well formed and wrong"}
+    right = task["items"] - sum(task["mistakes"].values())
+    found = [f"{task['mistakes'][kind]} {said}" for kind, said in counts.items() if task["mistakes"].get(kind)]
+    return ", ".join([f"{right} of {task['items']} right", *found])
+
+
+def write(record: Record, path: Path) -> None:
+    """Write the record with versions and machine."""
+    if dist.is_main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {**record, "environment": provenance.environment()})
+        console.say(f"wrote {path}")
+
+
+COMMANDS = {measure: EXAMPLES}

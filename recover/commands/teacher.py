@@ -1,15 +1,39 @@
-"""`recover teacher`: what a model says of a text, to distil from. `cli.py` gives it its place and its errors."""
+"""`recover teacher`: the likeliest tokens that a model gives each position of a text, in a file to distil from.
+
+Legend: B batch, T tokens, N scored positions.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 import typer
 
 from recover.base import console, units
+from recover.base.artifacts import writing
+from recover.base.errors import RecipeError
 from recover.base.ownership import refuse_input
+from recover.base.quiet import quiet_libraries
+from recover.commands.measure import model_cfg
+from recover.config.recipe import GivenText
+from recover.distill.distiller import scored_rows
+from recover.distill.loss import Head
+from recover.distill.loss_topk import TopK, topk_of
+from recover.models.arch import head_of
+from recover.models.load import check_fit, load_tokenizer
+from recover.probe.sources import load_any
+from recover.train.data import collator
+from recover.train.sources import Row, Sample, read_rows, samples_of
+from recover.train.teacher_file import TeacherRow, file_row
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHUNK = 1024  # positions whose logits are held at once
 EXAMPLES = (
     "recover teacher ORG/LARGE text.jsonl teacher.jsonl --top 64 --dtype bfloat16",
     "recover teacher embedded:fable-2m embedded:tasks/calibration.jsonl teacher.jsonl --top 16 --length 128",
@@ -36,8 +60,67 @@ def teacher(
     A recipe takes it as recover.data=[{kind: teacher, source: OUT.jsonl}]; the pruned model must have the same
     tokenizer. About 16 bytes for each token that is kept.
     """
-    from recover.commands import teaching
-
     refuse_input(out, (text,))
-    rows, tokens = teaching.write_teacher(model, dtype, text, out, top=top, length=length, batch_size=batch_size)
+    rows, tokens = write_teacher(model, dtype, text, out, top=top, length=length, batch_size=batch_size)
     console.say(f"wrote {out}: {tokens:,} positions of {rows:,} rows ({units.size(out.stat().st_size)})")
+
+
+def write_teacher(
+    model: str, dtype: str | None, text: str, path: Path, *, top: int, length: int, batch_size: int
+) -> tuple[int, int]:
+    """Write `path`, whole or not at all; (rows, positions) in it. The rows are those that training cuts the text into.
+
+    Raises:
+        RecipeError: more tokens asked for than there are. DataError, ModelError: text or model cannot be used.
+        ArtifactError: the file could not be written.
+    """
+    quiet_libraries()
+    cfg = model_cfg(model, dtype)
+    rows, tokenizer = read_rows(text), load_tokenizer(cfg)
+    samples = [sample for row in rows for sample in samples_of(row, _given(text, row), tokenizer, length)]
+    loaded = load_any(cfg)
+    check_fit(loaded, tokenizer)
+    tokens = len(tokenizer)  # a head may have more rows, for padding, and another model of the family fewer
+    if top > tokens:
+        raise RecipeError(f"--top: {top} tokens, the tokenizer has {tokens}")
+    starts = console.track(range(0, len(samples), batch_size), "teacher reads", unit="batch")
+    done = (row for start in starts for row in teacher_rows(loaded, samples[start : start + batch_size], top, tokens))
+    return _write(path, done)
+
+
+def _given(text: str, row: Row) -> GivenText:
+    """How a row is to be read, by the columns that it has."""
+    names = [("messages",), ("prompt", "completion"), ("text",)]
+    found = next((wanted for wanted in names if set(wanted) <= row.value.keys()), ("text",))
+    return GivenText(kind="given", source=text, columns={name: name for name in found})  # type: ignore[misc]
+
+
+@torch.no_grad()
+def teacher_rows(
+    model: PreTrainedModel, samples: list[Sample], top: int, tokens: int | None = None
+) -> list[TeacherRow]:
+    """Each sample with the model's top k of the first `tokens`, in one batch."""
+    rows = [{"input_ids": sample.ids, "completion_mask": sample.mask} for sample in samples]
+    device = next(model.parameters()).device
+    batch = {name: value.to(device) for name, value in collator(0, "completion")(rows).items()}
+    rows_N, _ = scored_rows(batch.pop("labels"))
+    base: Any = model.base_model
+    h_ND = base(**batch, use_cache=False).last_hidden_state.flatten(0, 1).index_select(0, rows_N)
+    head = Head(*head_of(model))
+    chunks = [topk_of(head.logits(h_CD)[0], top, tokens) for h_CD in h_ND.split(CHUNK)]
+    ids_NK, logp_NK = (torch.cat([getattr(chunk, name) for chunk in chunks]).cpu() for name in ("ids_NK", "logp_NK"))
+    counts = [sample.scored("completion") for sample in samples]
+    parts = zip(samples, ids_NK.split(counts), logp_NK.split(counts), strict=True)
+    return [TeacherRow(sample, TopK(ids, logp)) for sample, ids, logp in parts]
+
+
+def _write(path: Path, rows: Iterator[TeacherRow]) -> tuple[int, int]:
+    count = tokens = 0
+    with writing(path) as file:
+        for row in rows:
+            file.write(json.dumps(file_row(row), allow_nan=False).encode() + b"\n")
+            count, tokens = count + 1, tokens + len(row.top)
+    return count, tokens
+
+
+COMMANDS = {teacher: EXAMPLES}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from recover.config.base import Config
 
@@ -34,7 +34,7 @@ class Calibration(Config):
 class Depth(Config):
     """Drop blocks or sublayers: `count` chosen by `score`, or the listed `blocks` (`sites` for `unit: sublayer`)."""
 
-    kind: Literal["depth"]
+    kind: Literal["depth"] = "depth"
     unit: Literal["block", "attention", "mlp", "sublayer", "pair"] = Field(
         default="block",
         description="what goes as one: a block, one sublayer of it, (sublayer) attention and MLP apart, or (pair) an "
@@ -77,8 +77,6 @@ class Depth(Config):
             raise ValueError(f"'{other}' is not for unit: {self.unit}: list what goes in '{listed}'")
         if (self.count is None) == (self.listed is None):
             raise ValueError(f"give either 'count' (and a score) or '{listed}', not both and not neither")
-        if self.count is not None and self.calibration is None:
-            raise ValueError("'count' needs 'calibration': scores are measured on text")
         if self.repair != "none" and self.calibration is None:
             raise ValueError(f"'repair: {self.repair}' needs 'calibration': it is fitted to activations on text")
         if self.listed is not None and (not self.listed or len(set(self.listed)) != len(self.listed)):
@@ -185,25 +183,27 @@ class Calibrated(Sparsity):
 
 
 class Magnitude(Sparsity):
-    kind: Literal["magnitude"]
+    """Zero the weights of smallest |W| in each layer; needs no text."""
+
+    kind: Literal["magnitude"] = "magnitude"
 
 
 class Wanda(Calibrated):
     """Zero the weights of lowest |W| * ||x|| in each output row (arXiv 2306.11695)."""
 
-    kind: Literal["wanda"]  # pyright: ignore[reportIncompatibleVariableOverride]
+    kind: Literal["wanda"] = "wanda"  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class SparseGpt(Calibrated):
     """Zero weights so that the others can make up for them, and rewrite those (arXiv 2301.00774)."""
 
-    kind: Literal["sparsegpt"]  # pyright: ignore[reportIncompatibleVariableOverride]
+    kind: Literal["sparsegpt"] = "sparsegpt"  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class Width(Config):
     """Cut neurons of the MLP and whole KV groups (a KV head with its query heads) out of every block, equally many."""
 
-    kind: Literal["width"]
+    kind: Literal["width"] = "width"
     mlp: float | None = Field(default=None, gt=0, lt=1, description="share of the neurons that goes")
     kv_groups: int | None = Field(default=None, ge=1, description="how many KV groups of each block go")
     score: Literal["activation", "fluctuation"] = "activation"
@@ -230,4 +230,11 @@ class Width(Config):
         return round((1 - (self.mlp or 0.0)) * dense / step) * step
 
 
-Prune = Annotated[Depth | Magnitude | Wanda | SparseGpt | Width, Field(discriminator="kind")]
+def _has_text(cfg: Depth | Magnitude | Wanda | SparseGpt | Width) -> Depth | Magnitude | Wanda | SparseGpt | Width:
+    """In a recipe; in Python, text may be given beside the config."""
+    if isinstance(cfg, Depth) and cfg.count is not None and cfg.calibration is None:
+        raise ValueError("'count' needs 'calibration': scores are measured on text")
+    return cfg
+
+
+Prune = Annotated[Depth | Magnitude | Wanda | SparseGpt | Width, Field(discriminator="kind"), AfterValidator(_has_text)]

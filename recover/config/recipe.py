@@ -89,6 +89,8 @@ class Probe(Config):
 
 
 class Sampling(Config):
+    """How texts are drawn."""
+
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=0.95, gt=0, le=1)
 

@@ -27,7 +27,7 @@ class _Written(Config):
 class DenseText(_Written):
     """Text that the dense model writes itself, from prompts (JSONL, `prompt` column)."""
 
-    kind: Literal["dense"]
+    kind: Literal["dense"] = "dense"
 
 
 class PrunedText(_Written):
@@ -36,7 +36,7 @@ class PrunedText(_Written):
     `share` is GKD's lambda.
     """
 
-    kind: Literal["pruned"]
+    kind: Literal["pruned"] = "pruned"
     start: float = Field(
         default=0.0, ge=0, lt=1, description="part of the steps that is left to the other sources before it begins"
     )
@@ -74,7 +74,7 @@ class PrunedText(_Written):
 class GivenText(Config):
     """A `datasets` source: hub id, `.jsonl`, `.parquet` or `.txt` file."""
 
-    kind: Literal["given"]
+    kind: Literal["given"] = "given"
     source: str
     split: str = "train"
     columns: dict[Literal["text", "prompt", "completion", "messages"], str] = Field(default={"text": "text"})
@@ -89,7 +89,7 @@ class TeacherText(Config):
     same throughout. What is left of the probability is one class more. The tokenizer must be the model's own.
     """
 
-    kind: Literal["teacher"]
+    kind: Literal["teacher"] = "teacher"
     source: str
 
 
@@ -97,6 +97,8 @@ Data = Annotated[DenseText | PrunedText | GivenText | TeacherText, Field(discrim
 
 
 class Lora(Config):
+    """Low-rank adapters on the linear layers of the kept blocks (arXiv 2106.09685)."""
+
     rank: int = Field(default=16, ge=1)
     alpha: float | None = Field(default=None, gt=0, description="default: 2 x rank")
     dropout: float = Field(default=0.0, ge=0, lt=1)

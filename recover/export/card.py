@@ -37,6 +37,15 @@ def card(
     return "\n\n".join(lines) + "\n"
 
 
+def plain_card(name: str, plan: dict[str, Any]) -> str:
+    """As `card`, of a model that was exported without a run: what was pruned, and no figures."""
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [pruned, recover]\n---\n\n"
+        f"# {name}\n\nA pruned model. {_what_was_pruned(plan)}\n\n"
+        "It loads as any checkpoint of its class does: `AutoModelForCausalLM.from_pretrained(folder)`.\n"
+    )
+
+
 def _shown(source: str) -> str:
     """The source without the folders of the machine it was made on."""
     return source.rsplit("/", 1)[-1] if source.startswith("/") else source

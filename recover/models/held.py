@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from recover.models.plan import Plan
+from recover.models.twin import Twin
+
 
 class Held:
     """A stock model that no twin is made of; `model` is to be run, and not to be changed."""
@@ -24,6 +27,12 @@ class Held:
         """The same model with modules, buffers and config of its own, and the parameters shared."""
         shared = {id(parameter): parameter for parameter in self.model.parameters()}
         return copy.deepcopy(self.model, shared)  # pyright: ignore[reportArgumentType]
+
+    def twin(
+        self, plan: Plan, masks: dict[str, Tensor] | None = None, weights: dict[str, Tensor] | None = None
+    ) -> Twin:
+        """A twin of these weights, which can be planned anew. Raises ModelError when the plan does not fit."""
+        return Twin(self.again(), plan, masks, weights, replan=self.twin)
 
     def changed(self) -> list[str]:
         """Names of parameters whose bits are no longer those that were read (their sums, one number each)."""

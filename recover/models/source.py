@@ -9,13 +9,14 @@ import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from recover.base import artifacts, console, dist
 from recover.base.clock import part
 from recover.base.errors import ModelError, RecoverError
 from recover.base.products import check_checkpoint, digest_of
 from recover.config import recipe
+from recover.config.base import Dtype
 from recover.models.foreign_code import check, check_settings, code_files, code_named
 from recover.models.gguf_whole import alone
 from recover.models.sizes import check_room, check_sizes
@@ -374,3 +375,10 @@ def explained(where: str) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:400]
         raise ModelError(f"{where}: cannot be loaded ({type(error).__name__}: {reason})") from error
+
+
+def stored_dtype(cfg: recipe.Model) -> Dtype:
+    """The dtype that the checkpoint's config names, float32 where it names none of ours. Raises ModelError."""
+    config = read_config(cfg)
+    stored = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    return next((known for known in get_args(Dtype) if known == stored), "float32")

@@ -8,7 +8,7 @@ view it then shows; dense is a short excursion without gradients. Both views nee
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +47,11 @@ class Twin:
         plan: Plan,
         masks: dict[str, Tensor] | None = None,
         weights: dict[str, Tensor] | None = None,
+        *,
+        replan: Callable[..., Twin] | None = None,
     ) -> None:
         self.model: Any = model
+        self._replan = replan
         self.plan = plan
         self.arch: Arch = arch_of(model)
         self.switch = Switch()
@@ -58,6 +61,18 @@ class Twin:
         make_closable(self.blocks, self.arch, self.switch)
         switch_class(model, _distilling)
         self.close(plan.dropped_sites)
+
+    def replan(
+        self, plan: Plan, masks: dict[str, Tensor] | None = None, weights: dict[str, Tensor] | None = None
+    ) -> Twin:
+        """Another twin of the same weights in memory, with another plan and without adapters; this one stays as it is.
+
+        Raises ModelError when the plan does not fit the model, and for a twin that was made of a model directly, not by
+        `Held.twin` or `recover.prune`.
+        """
+        if self._replan is None:
+            raise ModelError("this twin's model is its own: expected a twin of recover.prune or of Held.twin")
+        return self._replan(plan, masks, weights)
 
     @property
     def base(self) -> PreTrainedModel:

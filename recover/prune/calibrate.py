@@ -28,18 +28,24 @@ Write = Callable[[list[str]], list[list[int]]]  # prompts -> the ids of each wit
 
 
 def calibration_batches(
-    cfg: Calibration, tokenizer: PreTrainedTokenizerBase, seed: int, write: Write | None = None
+    cfg: Calibration,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    write: Write | None = None,
+    *,
+    texts: Sequence[str] | None = None,
 ) -> list[LongTensor]:
     """Up to `cfg.samples` samples of `cfg.length` tokens, in batches (B, T); the same seed gives the same ones.
 
     Documents are shuffled, joined by EOS and cut; every sample starts with BOS where the tokenizer puts one (models
     trained with a BOS have unlike activations without). With `cfg.answer` a document is a prompt and its answer by
-    `write`. Warns when the text gives fewer samples; raises DataError when it is shorter than one sample.
+    `write`. `texts`: the documents, in place of those in `cfg.data`.
+    Warns when the text gives fewer samples; raises DataError when it is shorter than one sample.
     """
     assert (cfg.answer is None) == (write is None), "answers are asked for, and nothing writes them"
     bos = _bos(tokenizer)
     body = cfg.length - len(bos)
-    ids = _joined(cfg, tokenizer, seed, cfg.samples * body, write)
+    ids = _joined(cfg, tokenizer, seed, cfg.samples * body, write, read_texts(cfg) if texts is None else texts)
     count = min(cfg.samples, len(ids) // body)
     found = f"calibration.data {cfg.data}: {len(ids):,} tokens in all"
     if count == 0:
@@ -51,11 +57,16 @@ def calibration_batches(
 
 
 def _joined(
-    cfg: Calibration, tokenizer: PreTrainedTokenizerBase, seed: int, wanted: int, write: Write | None
+    cfg: Calibration,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    wanted: int,
+    write: Write | None,
+    documents: Sequence[str],
 ) -> list[int]:
     """The documents one after the other, until there are `wanted` ids or no more documents."""
     ids: list[int] = []
-    texts = _shuffled(read_texts(cfg), seed)
+    texts = _shuffled(documents, seed)
     while len(ids) < wanted:
         if write is None or cfg.answer is None:
             rows = [_tokens(tokenizer, text) for text in islice(texts, 1)]

@@ -3,32 +3,44 @@
 Stages hand results to each other through files only. The twin is built anew from what the stage before wrote,
 so what is measured, trained and exported is what lies on disk. The dense weights alone are read once: they are frozen,
 and before each twin it is made sure that they are what was read.
+
+prune/written-<fingerprint>.jsonl   calibration text that the dense model wrote: the ids of a prompt with its answer
 """
 
 from __future__ import annotations
 
 import gc
-from functools import cached_property
+import hashlib
+import json
+from functools import cached_property, partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from torch import LongTensor, Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recover.base import console, dist
-from recover.base.artifacts import check_manifest, read_json
+from recover.base.artifacts import check_manifest, read_json, read_jsonl, write_text
 from recover.base.clock import part
 from recover.base.errors import RecipeError
 from recover.config.recipe import DenseText, GivenText, PrunedText, Recipe, TeacherText
 from recover.config.tasks import GenerateFile
+from recover.measure.tasks import Task, check_allowed, load_task
+from recover.models.held import Held
+from recover.models.load import check_fit, describe, load_model, load_tokenizer, ready
+from recover.models.plan import Plan, load_plan
+from recover.models.source import check_tied, check_weights, kind_of, locate
+from recover.models.twin import Twin
+from recover.prune.calibrate import calibration_batches, read_texts
 from recover.run.directory import RunDirectory
-
-if TYPE_CHECKING:
-    from torch import LongTensor, Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from recover.measure.tasks import Task
-    from recover.models.held import Held
-    from recover.models.twin import Twin
-
+from recover.text.generate import generate
+from recover.text.prompts import encode_prompt
+from recover.train.checkpoints import read_adapter
+from recover.train.dense_text import weights_fingerprint
+from recover.train.prompted import fitting_prompts
+from recover.train.sources import check_given, read_prompts
+from recover.train.teacher_file import check_teacher
 
 SAMPLE_ROWS = 4  # of sample_ids
 
@@ -44,14 +56,10 @@ class RunContext:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        from recover.models.load import load_tokenizer
-
         return load_tokenizer(self.recipe.model)
 
     @cached_property
     def tasks(self) -> list[Task]:
-        from recover.measure.tasks import check_allowed, load_task
-
         tasks = [load_task(source) for source in self.recipe.measure.tasks]
         check_allowed(tasks, self.recipe.measure)
         return tasks
@@ -59,8 +67,6 @@ class RunContext:
     @cached_property
     def calibration(self) -> list[LongTensor]:
         """Samples of the given calibration text in batches (B, T); none where there is none, or only prompts to it."""
-        from recover.prune.calibrate import calibration_batches, read_texts
-
         cfg = getattr(self.recipe.prune, "calibration", None)
         if cfg is None:
             return []
@@ -102,9 +108,6 @@ class RunContext:
         return twin
 
     def _weights(self) -> Held:
-        from recover.models.held import Held
-        from recover.models.load import check_fit, load_model, ready
-
         # Of several processes all would have to read them anew; there they are not held past a training.
         changed = self._held.changed() if self._held is not None and dist.world_size() == 1 else []
         if changed:
@@ -121,17 +124,12 @@ class RunContext:
         if self._twin is not None and self._twin[0] == view:
             return self._twin[1]
         self.release()
-        from recover.models.plan import Plan, load_plan
-        from recover.models.twin import Twin
-
         model = self._weights().again()
         if view == "dense":
             twin = Twin(model, Plan.none(model.config.num_hidden_layers))
         else:
             twin = Twin(model, *load_plan(self.directory.prune))
         if view == "recovered":
-            from recover.train.checkpoints import read_adapter
-
             read_adapter(twin.add_lora(self.recipe.recover.lora), self.best_adapter())
             twin.model.eval()
         self._twin = (view, twin)
@@ -142,12 +140,8 @@ class RunContext:
 
         The first `probe.samples` of them.
         """
-        from recover.text.prompts import encode_prompt
-
         cfg = self.recipe.probe
         if cfg.prompts is not None:
-            from recover.train.sources import read_prompts
-
             prompts = [(row.column("prompt"), None) for row in read_prompts(cfg.prompts)]
         else:
             lists = [
@@ -174,8 +168,6 @@ class RunContext:
 
     def sample_ids(self) -> Tensor:
         """A few token ids (B, T) on which an export must give the logits of the model that was measured."""
-        import torch
-
         rows = self.probe_prompts()[:SAMPLE_ROWS]
         length = min(map(len, rows))
         return torch.tensor([row[:length] for row in rows])
@@ -188,12 +180,6 @@ class RunContext:
             DataError: a task, a prompt, calibration or given text cannot be used, by file and line.
             ModelError: the weights of a local model are not there, or cut short.
         """
-        from recover.models.load import describe
-        from recover.models.source import check_tied, check_weights, kind_of, locate
-        from recover.train.prompted import fitting_prompts
-        from recover.train.sources import check_given
-        from recover.train.teacher_file import check_teacher
-
         if kind_of(self.recipe.model.source) == "folder":
             check_weights(locate(self.recipe.model))
             check_tied(locate(self.recipe.model), describe(self.recipe.model).tied)
@@ -207,3 +193,38 @@ class RunContext:
                 fitting_prompts(source, self.recipe.recover.length, self.tokenizer)
             if isinstance(source, TeacherText):
                 check_teacher(source, describe(self.recipe.model).vocabulary)
+
+
+def calibration(context: RunContext) -> list[LongTensor]:
+    """The batches of `prune.calibration`, none without one. What the dense model wrote before is read, not written.
+
+    Raises DataError for text that cannot be used, and for a prompt that leaves no room for an answer.
+    """
+    cfg = getattr(context.recipe.prune, "calibration", None)
+    if cfg is None or cfg.answer is None:
+        return context.calibration
+    return calibration_batches(cfg, context.tokenizer, context.recipe.seed, partial(answered, context, cfg.answer))
+
+
+def answered(context: RunContext, tokens: int, prompts: list[str]) -> list[list[int]]:
+    """As `answers`, of the dense model; read where they were written before."""
+    twin, tokenizer = context.dense(), context.tokenizer
+    asked = [list(encode_prompt(tokenizer, prompt)) for prompt in prompts]
+    made = json.dumps([weights_fingerprint(twin), context.recipe.model.dtype, tokens, asked])
+    path = context.directory.prune / f"written-{hashlib.sha256(made.encode()).hexdigest()[:16]}.jsonl"
+    if path.exists():
+        return read_jsonl(path)
+    rows = answers(twin, tokenizer, tokens, prompts, batch_size=context.recipe.measure.batch_size)
+    write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+    return rows
+
+
+def answers(
+    twin: Twin, tokenizer: PreTrainedTokenizerBase, tokens: int, prompts: list[str], *, batch_size: int
+) -> list[list[int]]:
+    """The ids of each prompt and of up to `tokens` that the dense view writes after it, greedily."""
+    size, title = min(len(prompts), batch_size), "dense model writes calibration text"
+    with twin.dense() as dense:
+        texts = generate(dense, tokenizer, prompts, max_new_tokens=tokens, batch_size=size, title=title)
+    asked = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    return [[*prompt, *text.ids] for prompt, text in zip(asked, texts, strict=True)]

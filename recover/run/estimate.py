@@ -5,14 +5,19 @@ Every figure is an estimate and says so; refusals are exact. Weights are not loa
 
 from __future__ import annotations
 
+import shutil
 import time
+from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING
 
 from recover.base import dist, memory
 from recover.base.errors import PruneError, RecipeError, TrainingError
 from recover.config.recipe import Depth, Prune, PrunedText, Recipe, Recover, SparseGpt, Sparsity, Width
 from recover.models.load import Description
-from recover.run.estimate_cache import ELEMENT_BYTES, cache_bytes, refuse_cache
+from recover.prune.width import narrowed
 from recover.run.estimate_depth import (
     depth_warnings,
     refuse_depth,
@@ -21,6 +26,9 @@ from recover.run.estimate_depth import (
     share_gone,
     share_unstored,
 )
+from recover.train.settings import refuse_averaging_shares, refuse_sharding_twice, split_batch
+
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 # A LoRA budget recovers about so much (peers' figures, docs/theory.md): beyond it the plan warns, and goes on.
 WIDTH_WALL = 0.30
@@ -38,7 +46,7 @@ def refuse(recipe: Recipe, model: Description) -> None:
         refuse_depth(prune, model)
     if isinstance(prune, Width):
         _refuse_width(prune, model)
-    refuse_cache(recipe, model)
+    _refuse_cache(recipe, model)
     if recipe.recover.length > (model.context or recipe.recover.length):
         raise RecipeError(f"recover.length: {recipe.recover.length} tokens, the model's context is {model.context}")
     _refuse_training(recipe.recover)
@@ -46,8 +54,6 @@ def refuse(recipe: Recipe, model: Description) -> None:
 
 def _refuse_training(cfg: Recover) -> None:
     """What training itself would refuse, after everything before it was done for nothing."""
-    from recover.train.settings import refuse_averaging_shares, refuse_sharding_twice, split_batch
-
     try:
         split_batch(cfg, dist.world_size())
         refuse_sharding_twice(cfg)
@@ -62,12 +68,27 @@ def _refuse_training(cfg: Recover) -> None:
         )
 
 
+def _refuse_cache(recipe: Recipe, model: Description) -> None:
+    """Raise RecipeError where the disk has no room. What lies in the folder already counts as part of what is needed.
+
+    Training refuses again, by the text itself, before it computes anything.
+    """
+    cfg = recipe.recover.cache
+    if cfg is None:
+        return
+    folder = Path(cfg.folder).absolute()
+    there = sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    needed = cache_bytes(recipe, model)
+    if needed > free + there:
+        raise RecipeError(
+            f"recover.cache.folder: {folder} needs at least {needed:,} bytes, and has {there:,} of them and {free:,} "
+            "free: make room, name another folder, lower recover.tokens, or leave recover.cache out"
+        )
+
+
 def _refuse_width(cfg: Width, model: Description) -> None:
     """What pruning itself would refuse, after the dense model was measured for nothing."""
-    from transformers import CONFIG_MAPPING
-
-    from recover.prune.width import narrowed
-
     sizes: Any = {
         "hidden_size": model.width,
         "intermediate_size": model.intermediate,
@@ -146,10 +167,19 @@ def _own_weights(prune: Prune, model: Description) -> int:
     return 0
 
 
+def cache_bytes(recipe: Recipe, model: Description) -> int:
+    """Bytes that `recover.cache` takes on disk at least: a state for each scored token, once more with the prefix.
+
+    A prefix holds positions without loss too (prompts, unless `loss.scored` is all), which only the text can tell.
+    """
+    cfg = recipe.recover
+    if cfg.cache is None:
+        return 0
+    return cfg.tokens * model.width * ELEMENT_BYTES[recipe.model.dtype] * (1 + cfg.cache.prefix)
+
+
 def matrix_rate() -> float:
     """FLOP/s of one matrix product on this device, measured in about 0.3 s."""
-    import torch
-
     device = dist.device()
     size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
     left = torch.randn(size, size, device=device, dtype=dtype)

@@ -5,27 +5,42 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import transformers
+from torch import LongTensor
 
 from recover import __version__
 from recover.base import console, dist, provenance, strict_json, units
 from recover.base.artifacts import append_jsonl, read_json, read_jsonl, write_json, write_text
 from recover.base.clock import part
 from recover.config.recipe import Model, dump_recipe
+from recover.export.card import card
+from recover.export.merge import merge
+from recover.export.verify import fresh_process, verify, write_expected
+from recover.export.write import write_checkpoint
+from recover.measure.speed import compare_speed
+from recover.measure.tasks import measure
+from recover.models.load import describe, load_model, ready
+from recover.models.plan import save_plan
+from recover.models.source import code_of
+from recover.models.twin import Twin
+from recover.probe.probe import dense_trajectories, final_drift, probe, summary
+from recover.probe.tasks import task_drift
+from recover.prune.parts import Parts
+from recover.prune.registry import PRUNERS
+from recover.report.collect import collect
+from recover.report.render import render
 from recover.run import summary as outcome
-from recover.run.context import RunContext
+from recover.run.context import RunContext, calibration
 from recover.run.estimate import estimate, matrix_rate, refuse, warnings
-
-if TYPE_CHECKING:
-    from torch import LongTensor
-
-    from recover.models.twin import Twin
+from recover.train.dense_text import weights_fingerprint
+from recover.train.train import train
 
 
 def plan(context: RunContext) -> None:
     """Refuse what cannot work and say what the rest will cost, before any weight is loaded."""
-    from recover.models.load import describe
-
     recipe, directory = context.recipe, context.directory
     code = _say_code(recipe.model)
     model = describe(recipe.model)
@@ -44,8 +59,6 @@ def plan(context: RunContext) -> None:
 
 def _say_code(cfg: Model) -> list[str] | None:
     """Say which code of others will run, before any of it does; its files, None where none is let run."""
-    from recover.models.source import code_of
-
     code = code_of(cfg)
     if code is not None:
         there = ", ".join(code) or "no file of code is there now"
@@ -86,11 +99,6 @@ def prune(context: RunContext) -> None:
 
 
 def _prune(context: RunContext) -> None:
-    from recover.models.plan import save_plan
-    from recover.prune.parts import Parts
-    from recover.prune.registry import PRUNERS
-    from recover.run.calibration import calibration
-
     cfg, batches, twin = context.recipe.prune, calibration(context), context.dense()
     parts = Parts(context.directory.prune / "parts", _pruned_from(context, twin, batches))
     with part("pruning"):
@@ -102,11 +110,6 @@ def _prune(context: RunContext) -> None:
 
 def _pruned_from(context: RunContext, twin: Twin, batches: list[LongTensor]) -> dict[str, Any]:
     """All that the bits of a pruning depend on: parts that were made from anything else are of no use."""
-    import torch
-    import transformers
-
-    from recover.train.dense_text import weights_fingerprint
-
     text = hashlib.sha256()
     for ids_BT in batches:
         text.update(f"{tuple(ids_BT.shape)}".encode() + ids_BT.numpy().tobytes())
@@ -129,9 +132,6 @@ def before(context: RunContext) -> None:
 
 def recover(context: RunContext) -> None:
     """Distil; after each epoch measure generation again, and keep the epoch that generates best."""
-    with part("loading libraries"):
-        from recover.train.train import train
-
     recipe, directory = context.recipe, context.directory
     twin = context.lend()
     untrained = read_json(directory.before / "measure.json")["headline"]["generation"]
@@ -150,9 +150,6 @@ def recover(context: RunContext) -> None:
 
 def _after_epoch(context: RunContext, twin: Twin) -> Callable[[int, dict[str, Any]], float | None]:
     """Measure what was trained so far, note it in epochs.jsonl, and give the score that decides."""
-    from recover.measure.tasks import measure
-    from recover.probe.probe import dense_trajectories, final_drift
-
     recipe, directory = context.recipe, context.directory
     limits = [value for value in (recipe.measure.epoch_limit, recipe.measure.limit) if value is not None]
     limit = min(limits, default=None)
@@ -197,13 +194,6 @@ def export(context: RunContext) -> None:
 
 
 def _export(context: RunContext) -> None:
-    import torch
-
-    from recover.export.merge import merge
-    from recover.export.verify import fresh_process, verify, write_expected
-    from recover.export.write import write_checkpoint
-    from recover.models.load import ready
-
     recipe, directory = context.recipe, context.directory
     dtype = getattr(torch, recipe.export.dtype or recipe.model.dtype)
     with fresh_process() as process:
@@ -223,9 +213,6 @@ def _export(context: RunContext) -> None:
 
 def _speed(context: RunContext) -> None:
     """Dense and deployed as stock models, by turns: through the twin, dense would pay for adapters it does not have."""
-    from recover.measure.speed import compare_speed
-    from recover.models.load import load_model
-
     console.say("[dim]timing dense and deployed by turns[/dim]")
     cfg = context.recipe.model
     # The same config for both, so that they differ in nothing but what was pruned: attention kernel, loader, checks.
@@ -244,8 +231,6 @@ def _speed(context: RunContext) -> None:
 
 def _card_and_record(context: RunContext) -> tuple[str, dict[str, Any]]:
     """The model card's text, and recover.json: where every figure of it comes from."""
-    from recover.export.card import card
-
     recipe, directory = context.recipe, context.directory
     folders = {"dense": directory.dense, "pruned": directory.before, "recovered": directory.after}
     headlines = {name: read_json(folder / "measure.json")["headline"] for name, folder in folders.items()}
@@ -270,9 +255,6 @@ def report(context: RunContext) -> None:
     """Collect the files of the run into report.json, report.md and report.html."""
     if not dist.is_main():
         return
-    from recover.report.collect import collect
-    from recover.report.render import render
-
     root = context.directory.root
     data = collect(root)
     render(root, data)
@@ -280,9 +262,6 @@ def report(context: RunContext) -> None:
 
 
 def _probe_and_measure(context: RunContext, twin: Twin, folder: Path) -> None:
-    from recover.probe.probe import probe, summary
-    from recover.probe.tasks import task_drift
-
     cfg, tokenizer = context.recipe.probe, context.tokenizer
     # No items that nobody measures: a limit there is a limit here.
     items = min(cfg.items, context.recipe.measure.limit or cfg.items)
@@ -297,8 +276,6 @@ def _probe_and_measure(context: RunContext, twin: Twin, folder: Path) -> None:
 
 
 def _measure(context: RunContext, twin: Twin, folder: Path, *, reference: dict[str, Any] | None) -> None:
-    from recover.measure.tasks import measure
-
     record, generations = measure(
         twin.model,
         context.tokenizer,
@@ -311,3 +288,16 @@ def _measure(context: RunContext, twin: Twin, folder: Path, *, reference: dict[s
         write_json(folder / "generations.json", generations)
         write_json(folder / "measure.json", record)
         console.say(outcome.figures(record["headline"]))
+
+
+# Each stage's work, by its name; order, and what each is made from, are in `stages.py`.
+WORK: dict[str, Callable[[RunContext], None]] = {
+    "plan": plan,
+    "dense": dense,
+    "prune": prune,
+    "before": before,
+    "recover": recover,
+    "after": after,
+    "export": export,
+    "report": report,
+}

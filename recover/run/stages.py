@@ -8,47 +8,61 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recover.base import console, dist, units
 from recover.base.clock import Clock, note, stage_clock
 from recover.base.errors import ArtifactError, RecipeError
 from recover.base.quiet import quiet_libraries
 from recover.base.signals import graceful_stop
-from recover.config.recipe import Recipe
-from recover.run.context import RunContext
+from recover.config.recipe import Recipe, load_recipe
 from recover.run.directory import NOT_DONE, RunDirectory
 from recover.run.input_digests import digests
 
+if TYPE_CHECKING:
+    from recover.run.context import RunContext
+
 # Training reads these fields of the probe alone: what else is probed before and after asks for no training anew.
 DRIFT_OF_EPOCHS = ("probe.prompts", "probe.samples", "probe.steps", "probe.batch_size")
-# Leaves (or fields) of the recipe that each stage reads, and the stages whose files it reads.
-LEAVES: dict[str, tuple[str, ...]] = {
-    "plan": ("name", "seed", "model", "prune", "probe", "recover", "measure", "export"),
-    "dense": ("seed", "model", "measure"),
-    "prune": ("seed", "model", "prune"),
-    "before": ("seed", "model", "prune", "probe", "measure"),
-    "recover": ("seed", "model", "prune", *DRIFT_OF_EPOCHS, "measure", "recover"),
-    "after": ("seed", "model", "prune", "probe", "measure", "recover"),
-    "export": ("seed", "name", "model", "prune", "recover", "export"),
-    "report": ("name",),
-}
-READS: dict[str, tuple[str, ...]] = {
-    "plan": (),
-    "dense": (),
-    "prune": (),
-    "before": ("dense", "prune"),
-    "recover": ("dense", "prune"),
-    "after": ("dense", "prune", "recover"),
-    "export": ("prune", "recover"),
-    "report": ("dense", "prune", "before", "recover", "after", "export"),
-}
-STAGES = tuple(LEAVES)
-ALWAYS = ("plan", "report")  # seconds of work: done again at every run, so that they are never out of date
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: `fields` of the recipe and the stages whose files it `reads` are all that it is made from.
+
+    `always`: seconds of work, done again at every run, so that it is never out of date.
+    """
+
+    name: str
+    fields: tuple[str, ...]
+    reads: tuple[str, ...] = ()
+    always: bool = False
+
+    def run(self, context: RunContext) -> None:
+        """Do the work; raises what its function in `stage_work.py` raises."""
+        from recover.run.stage_work import WORK  # with torch, which `status` has no need of
+
+        WORK[self.name](context)
+
+
+# In their order.
+TABLE = (
+    Stage("plan", ("name", "seed", "model", "prune", "probe", "recover", "measure", "export"), always=True),
+    Stage("dense", ("seed", "model", "measure")),
+    Stage("prune", ("seed", "model", "prune")),
+    Stage("before", ("seed", "model", "prune", "probe", "measure"), reads=("dense", "prune")),
+    Stage("recover", ("seed", "model", "prune", *DRIFT_OF_EPOCHS, "measure", "recover"), reads=("dense", "prune")),
+    Stage("after", ("seed", "model", "prune", "probe", "measure", "recover"), reads=("dense", "prune", "recover")),
+    Stage("export", ("seed", "name", "model", "prune", "recover", "export"), reads=("prune", "recover")),
+    Stage("report", ("name",), reads=("dense", "prune", "before", "recover", "after", "export"), always=True),
+)
+OF = {stage.name: stage for stage in TABLE}
+STAGES = tuple(OF)
 UP_TO_DATE = "always brought up to date"
 PLAIN = (NOT_DONE, UP_TO_DATE)  # reasons that go without saying
 
@@ -68,6 +82,8 @@ def run(recipe: Recipe, root: Path, *, until: str = "report", start: str | None 
     began = time.perf_counter()
     quiet_libraries()
     dist.start()
+    from recover.run.stage_work import RunContext  # after `quiet_libraries`, which sets what libraries read at import
+
     libraries = time.perf_counter() - began
     directory = RunDirectory(root / recipe.name)
     with graceful_stop(), directory.lock() if dist.is_main() else nullcontext():
@@ -93,7 +109,7 @@ def _bring_up_to_date(stage: str, context: RunContext, *, forced: bool, before: 
     if dist.is_main():
         context.directory.unmark(stage)
     with _timed(stage, context.directory.root, before) as clock:
-        _work(stage)(context)
+        OF[stage].run(context)
         dist.barrier()
         if dist.is_main():
             context.directory.mark_done(stage, marks)
@@ -121,7 +137,7 @@ def _timed(stage: str, root: Path, before: float) -> Iterator[Clock]:
 
 def _marks_and_reason(stage: str, context: RunContext, forced: bool) -> tuple[dict[str, Any], str | None]:
     marks = fingerprint(stage, context.recipe, context.directory)
-    if stage in ALWAYS:
+    if OF[stage].always:
         return marks, UP_TO_DATE
     if forced:
         return marks, "asked for"
@@ -133,7 +149,7 @@ def _marks_and_reason(stage: str, context: RunContext, forced: bool) -> tuple[di
 
 def _refuse_training_again(stage: str, lost: str, directory: RunDirectory) -> None:
     """A file that went lost does not make hours of training be done again, unless that is asked for."""
-    if directory.done("recover") is not None and (stage == "recover" or stage in READS["recover"]):
+    if directory.done("recover") is not None and (stage == "recover" or stage in OF["recover"].reads):
         raise ArtifactError(
             f"{directory.root}: {lost}, and the training that is done stands on it. Put the file back, or do this "
             f"stage and all after it again, training too: recover run RECIPE --from {stage}"
@@ -143,27 +159,19 @@ def _refuse_training_again(stage: str, lost: str, directory: RunDirectory) -> No
 def fingerprint(stage: str, recipe: Recipe, directory: RunDirectory) -> dict[str, Any]:
     """All that a stage is made from: recipe leaves, digests of input files, and which run of each stage it reads."""
     resolved = recipe.model_dump(mode="json")
-    leaves = {cfg: reduce(lambda tree, name: tree[name], cfg.split("."), resolved) for cfg in LEAVES[stage]}
-    stamps = {name: (directory.done(name) or {}).get("finished") for name in READS[stage]}
+    leaves = {cfg: reduce(lambda tree, name: tree[name], cfg.split("."), resolved) for cfg in OF[stage].fields}
+    stamps = {name: (directory.done(name) or {}).get("finished") for name in OF[stage].reads}
     return {**leaves, "inputs": digests(leaves), "stages": stamps}
-
-
-def _work(stage: str) -> Callable[[RunContext], None]:
-    from recover.run import stage_work as work
-
-    return getattr(work, stage)
 
 
 def status(root: Path) -> list[dict[str, Any]]:
     """For each stage of a run directory: done or not, when, and why it is stale against its own recipe."""
-    from recover.config.recipe import load_recipe
-
     directory = RunDirectory(root)
     recipe = load_recipe(directory.recipe)
     rows = []
     for stage in STAGES:
         stamp = directory.done(stage)
-        reason = None if stage in ALWAYS else directory.stale_reason(stage, fingerprint(stage, recipe, directory))
+        reason = None if OF[stage].always else directory.stale_reason(stage, fingerprint(stage, recipe, directory))
         rows.append(
             {"stage": stage, "done": stamp is not None, "finished": (stamp or {}).get("finished"), "stale": reason}
         )
