@@ -10,7 +10,8 @@ import typer
 
 from recover.base import console, products
 from recover.base.errors import ArtifactError
-from recover.report.data import CHANGED, USES, ComparedRun
+from recover.config.tasks import USES
+from recover.report.data import CHANGED, ComparedRun
 from recover.run import summary as outcome
 from recover.run.directory import RunDirectory
 
