@@ -20,13 +20,13 @@ from pydantic import ValidationError
 from recover.base.errors import DataError, RecipeError
 from recover.config import yaml_values
 from recover.config.messages import explain
+from recover.config.paths import ending
 from recover.config.recipe import local_path
 from recover.config.tasks import KINDS, Fewshot, PromptFile, Row, TaskFile, WritingFile
 from recover.measure.kinds.work import work_of
 from recover.measure.task_rows import column, filled, rows_of
 
 Shots = list[tuple[str, str]]  # (prompt, what follows it)
-NO_TASK = {".jsonl", ".json", ".parquet", ".gz", ".arrow"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def load_task(source: str) -> Task:
 
 
 def _read_file(path: Path) -> TaskFile:
-    if path.suffix in NO_TASK:
+    if ending(path.name):
         raise RecipeError(
             f"{path}: data, not a task; expected a YAML file that names it as `data: {path.name}` and says what is "
             "asked of it (docs/recipe.md, Tasks)"

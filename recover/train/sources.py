@@ -8,9 +8,9 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from recover.base.errors import DataError
-from recover.config.recipe import GivenText, local_path
+from recover.config.recipe import GivenText
 from recover.text.prompts import encode_prompt, rendered
-from recover.text.read import TEXTS, DataSet, Row, file_rows
+from recover.text.read import Row, rows_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,23 +34,21 @@ class Sample:
         return Sample(self.ids[:length], self.mask[:length])
 
 
-def read_rows(source: str, split: str = "train") -> Sequence[Row]:
-    """All rows of a JSONL, parquet or text file (one row), or of a hub data set; `embedded:NAME` for shipped files.
+def read_rows(source: str, split: str = "train", subset: str | None = None) -> Sequence[Row]:
+    """All rows of a file (`rows_at` says of which kinds), or of a data set; `embedded:NAME` for shipped files.
 
     Raises:
         DataError: it cannot be read, a line is no JSON object (by file and line), or there is no row.
     """
-    path = local_path(source)
-    listed = path.suffix in (".jsonl", ".json", *TEXTS)
-    rows: Sequence[Row] = list(file_rows(path)) if listed else DataSet(source, split=split)
+    rows = rows_at(source, subset=subset, split=split)
     if not rows:
         raise DataError(f"{source}: no rows; expected at least one")
     return rows
 
 
-def read_prompts(source: str) -> list[Row]:
+def read_prompts(source: str, split: str = "train", subset: str | None = None) -> list[Row]:
     """Rows with a non-empty `prompt`."""
-    rows = list(read_rows(source))
+    rows = list(read_rows(source, split, subset))
     for row in rows:
         row.column("prompt")
     return rows
@@ -82,7 +80,7 @@ def samples_of(row: Row, cfg: GivenText, tokenizer: PreTrainedTokenizerBase, len
 
 def check_given(cfg: GivenText, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
     """Raise DataError as `samples_of` does for the first rows: a wrong column is in all of them."""
-    rows = read_rows(cfg.source, cfg.split)
+    rows = read_rows(cfg.source, cfg.split, cfg.subset)
     for index in range(min(len(rows), CHECKED_ROWS)):
         samples_of(rows[index], cfg, tokenizer, length)
 
