@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from recover.base.errors import DataError
 from recover.config.recipe import GivenText
-from recover.text.prompts import encode_prompt, rendered
+from recover.text.conversation import THOUGHTS, read_messages, rendered
+from recover.text.prompts import encode_prompt
 from recover.text.read import Row, rows_at
 
 if TYPE_CHECKING:
@@ -105,13 +106,9 @@ def _answer(row: Row, prompt: str, completion: str, tokenizer: PreTrainedTokeniz
     return Sample(prompt_ids + ids, [0] * len(prompt_ids) + [1] * len(ids))
 
 
-def _conversation(row: Row, messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> Sample:
+def _conversation(row: Row, value: list[Any], tokenizer: PreTrainedTokenizerBase) -> Sample:
     """Every answer of the assistant is learnt; only the last one where the template later shows earlier ones anew."""
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise DataError(
-                f"{row.where}: a message must be an object with 'role' and 'content', found {message!r:.80}"
-            )
+    messages = read_messages(value, row.where)
     if not tokenizer.chat_template:
         raise DataError(
             f"{row.where}: messages need a chat template, and the tokenizer has none: use 'prompt' and 'completion'"
@@ -123,6 +120,7 @@ def _conversation(row: Row, messages: list[Any], tokenizer: PreTrainedTokenizerB
     if texts is None:
         raise DataError(
             f"{row.where}: the chat template does not show a conversation as the prompt followed by the answer"
+            f"{_clash(messages)}"
         )
     ids: list[int] = []
     mask: list[int] = []
@@ -131,6 +129,17 @@ def _conversation(row: Row, messages: list[Any], tokenizer: PreTrainedTokenizerB
         ids += piece
         mask += [turn % 2] * len(piece)
     return Sample(ids, mask)
+
+
+def _clash(messages: list[Any]) -> str:
+    """Why, where thoughts are the reason."""
+    if not any(THOUGHTS[0] in (message["content"] or "") for message in messages if message["role"] == "assistant"):
+        return ""
+    return (
+        f": the answer holds thoughts ({THOUGHTS[0]}), and the template, which is asked for none (enable_thinking: "
+        "false, as in every measurement), writes an empty block of them into the prompt: take the thoughts out of "
+        "the answers"
+    )
 
 
 def _turns(row: Row, messages: list[Any], answers: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
