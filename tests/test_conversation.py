@@ -57,7 +57,7 @@ def chatty(template):
 
 def learnt(template, messages):
     row = Row("talk.jsonl:7", {"messages": messages})
-    cfg = GivenText(kind="given", source="x", columns={"messages": "messages"})
+    cfg = GivenText(kind="given", source="x", columns={"messages": "messages"}, strict=True)
     tokenizer = chatty(template)
     (sample,) = samples_of(row, cfg, tokenizer, 4096)
     sides = [[token for token, bit in zip(sample.ids, sample.mask, strict=True) if bit == side] for side in (0, 1)]

@@ -100,10 +100,13 @@ def _ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
 
 
 def _shuffled(texts: Sequence[str], seed: int) -> Iterator[str]:
-    """Texts in an order that depends on the seed alone, read one by one (a large data set is not read whole)."""
+    """Texts in an order that depends on the seed alone, read one by one (a large data set is not read whole).
+
+    Those that hold nothing are passed over.
+    """
     order = list(range(len(texts)))
     random.Random(seed).shuffle(order)
-    return (texts[index] for index in order)
+    return (text for index in order if (text := texts[index]).strip())
 
 
 def read_texts(cfg: Calibration) -> Sequence[str]:
