@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from recover.base.errors import ModelError
-from recover.models.site import Part, Site
+from recover.models.site import Site, Sublayer
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -146,7 +146,7 @@ def site_of(arch: Arch, name: str) -> Site:
     return Site(int(match[1]), "attention" if match[2] == arch.attention else "mlp")
 
 
-def part_of(arch: Arch, inside: str) -> Part:
+def part_of(arch: Arch, inside: str) -> Sublayer:
     """The sublayer that a tensor or module belongs to, by its name inside the block."""
     first = inside.partition(".")[0]
     if first == arch.attention or first in arch.attention_norms:
