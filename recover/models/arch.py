@@ -12,10 +12,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from recover.base.errors import ModelError
+from recover.maths.head import Head
 from recover.models.site import Site, Sublayer
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -158,8 +159,8 @@ def part_of(arch: Arch, inside: str) -> Sublayer:
     )
 
 
-def head_of(model: nn.Module) -> tuple[Tensor, Tensor | None, float, float | None]:
-    """(weight_VD, bias_V, scale, softcap): z = scale * (h W^T + bias), then softcap * tanh(z / softcap) if any."""
+def head_of(model: nn.Module) -> Head:
+    """z = scale * (h W^T + bias), then softcap * tanh(z / softcap) if there is one."""
     arch, base = arch_of(model), base_of(model)
     head: Any = base.get_submodule(arch.head)
-    return head.weight, head.bias, float(arch.logit_scale(base.config)), arch.softcap(base.config)
+    return Head(head.weight, head.bias, float(arch.logit_scale(base.config)), arch.softcap(base.config))

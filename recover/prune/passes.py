@@ -114,10 +114,10 @@ def variance_rows(z_dense_NV: Tensor, z_pruned_NV: Tensor) -> Tensor:
 @torch.no_grad()
 def row_sum(twin: Twin, rows: LogitMeasure, dense_ND: Tensor, pruned_ND: Tensor) -> float:
     """Sum over tokens of a measure of both views' logits, from final hidden states; TOKENS rows of logits at once."""
-    logits = head_logits(twin)
+    head = head_of(twin.model).ready()
     total = torch.zeros((), dtype=torch.float64, device=dense_ND.device)
     for dense, pruned in zip(dense_ND.split(TOKENS), pruned_ND.split(TOKENS), strict=True):
-        total += rows(logits(dense), logits(pruned)).double().sum()
+        total += rows(head.logits(dense), head.logits(pruned)).double().sum()
     return float(total)
 
 
@@ -129,19 +129,10 @@ def next_tokens(ids_BT: LongTensor) -> Tensor:
 @torch.no_grad()
 def nll_sum(twin: Twin, hidden_ND: Tensor, targets_N: Tensor) -> float:
     """Sum over targets of -log p(target), from final hidden states."""
-    logits = head_logits(twin)
+    head = head_of(twin.model).ready()
     total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
     for hidden, targets in zip(hidden_ND.split(TOKENS), targets_N.to(hidden_ND.device).split(TOKENS), strict=True):
-        total += nn.functional.cross_entropy(logits(hidden), targets, ignore_index=NO_TARGET, reduction="sum").double()
+        total += nn.functional.cross_entropy(
+            head.logits(hidden), targets, ignore_index=NO_TARGET, reduction="sum"
+        ).double()
     return float(total)
-
-
-def head_logits(twin: Twin) -> Callable[[Tensor], Tensor]:
-    """What turns final hidden states into the model's logits, in fp32 after the matrix product."""
-    weight_VD, bias_V, scale, softcap = head_of(twin.model)
-
-    def logits(hidden_ND: Tensor) -> Tensor:
-        logits_NV = nn.functional.linear(hidden_ND, weight_VD, bias_V).float() * scale
-        return logits_NV if softcap is None else torch.tanh(logits_NV / softcap) * softcap
-
-    return logits
