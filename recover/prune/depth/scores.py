@@ -18,7 +18,6 @@ import torch
 from torch import LongTensor, Tensor, nn
 
 from recover.base import console
-from recover.maths.divergence import log_probabilities
 from recover.models.arch import blocks_of, final_norm_of, head_of
 from recover.models.site import Site
 from recover.prune.passes import (
@@ -223,16 +222,12 @@ def stream_gradients(
 
 
 def _loss_gradient(twin: Twin, hidden_BTD: Tensor, ids_BT: LongTensor) -> Tensor:
-    """d(mean -log p(next token) of a sample) / d(final hidden states), TOKENS rows of logits at once.
-
-    With respect to the logits it is p less 1 at the next token, and 0 where there is none.
-    """
+    """d(mean -log p(next token) of a sample) / d(final hidden states), TOKENS rows of logits at once."""
     head, targets_N = head_of(twin.model).frozen(), next_tokens(ids_BT).to(hidden_BTD.device)
     rows = []
-    for h_ND, target_N in zip(hidden_BTD.flatten(0, 1).split(TOKENS), targets_N.split(TOKENS), strict=True):
-        z_NV, slope_NV = head.logits_and_slope(h_ND)
-        there_N1 = (target_N != NO_TARGET).unsqueeze(1)
-        gradient_NV = log_probabilities(z_NV).exp_()
-        gradient_NV.scatter_add_(1, target_N.clamp_min(0).unsqueeze(1), -there_N1.to(gradient_NV.dtype))
-        rows.append(head.pull_back(gradient_NV.mul_(there_N1), slope_NV))
+    for hidden, targets in zip(hidden_BTD.flatten(0, 1).split(TOKENS), targets_N.split(TOKENS), strict=True):
+        z_NV, slope_NV = head.logits_and_slope(hidden)
+        z_NV.requires_grad_()
+        loss = nn.functional.cross_entropy(z_NV, targets, ignore_index=NO_TARGET, reduction="sum")
+        rows.append(head.pull_back(torch.autograd.grad(loss, z_NV)[0], slope_NV))
     return (torch.cat(rows).view_as(hidden_BTD) / (ids_BT.shape[1] - 1)).to(hidden_BTD.dtype)
