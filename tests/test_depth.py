@@ -20,9 +20,9 @@ from recover.models.load import Description
 from recover.models.plan import Plan, load_plan, save_plan
 from recover.models.site import Site, sites_of
 from recover.models.twin import Twin
+from recover.prune.depth.repair import RIDGE
+from recover.prune.passes import residual_stream
 from recover.prune.registry import PRUNERS
-from recover.prune.repair import RIDGE
-from recover.prune.views import stream
 from recover.run.estimate_depth import depth_warnings, refuse_depth, share_gone, share_unstored
 
 CALIBRATION = Calibration(data="given", samples=5, length=24, batch_size=2)
@@ -195,7 +195,7 @@ def test_the_stream_is_the_same_whatever_the_family(family, batches):
     """Each point lies between two sublayers: closing one makes the points around it equal, and only then."""
     twin = Twin(tiny(family), Plan.none(6))
     closed = {Site(2, "attention"), Site(4, "mlp"), 3}
-    h = stream(twin, batches[0], closed)
+    h = residual_stream(twin, batches[0], closed)
     still = {point for point in range(12) if torch.equal(h[point], h[point + 1])}
     assert set(h) == set(range(13)) and still == {4, 6, 7, 9}
 
@@ -376,7 +376,7 @@ def least_squares(model, sites, rows, kind, block: int) -> torch.Tensor:
 @pytest.mark.parametrize("family", ["llama", "granite"])
 @pytest.mark.parametrize("kind", ["rescale", "linear"])
 def test_a_repair_is_least_squares_behind_the_cut(family, kind, batches):
-    from recover.prune import repair
+    from recover.prune.depth import repair
 
     model = tiny(family)
     sites = sorted(sites_of((3, 4)))
@@ -423,8 +423,8 @@ def test_the_record_says_what_the_exported_model_does(family, overrides, cfg, ba
     assert plan.repair["kl_after"] == pytest.approx(mean_kl(model, twin.model, held_out), rel=1e-3)
     assert plan.repair["kl_after"] == pytest.approx(mean_kl(model, merge(twin, torch.float32), held_out), rel=1e-3)
     assert (plan.repair["tokens_fitted"], plan.repair["tokens_held_out"]) == (fit.numel(), held_out.numel())
-    dense = stream(Twin(copy.deepcopy(model), Plan.none(6)), fit)
-    repaired = stream(twin, fit, plan.dropped_sites)
+    dense = residual_stream(Twin(copy.deepcopy(model), Plan.none(6)), fit)
+    repaired = residual_stream(twin, fit, plan.dropped_sites)
     kls = [plan.repair["kl_before"]]
     for cut in plan.repair["cuts"]:
         assert cut["kl_before"] == kls[-1] and cut["kept"] == (cut["kl_after"] < cut["kl_before"])

@@ -16,12 +16,11 @@ from recover.base.errors import PruneError, RecipeError
 from recover.config.recipe import Calibration, Depth
 from recover.export.merge import merge
 from recover.models.load import Description
-from recover.models.pairing import pack_sites, zeroed_partners
 from recover.models.plan import Plan
-from recover.models.site import Site, sites_of
+from recover.models.site import Site, pack_sites, sites_of, zeroed_partners
 from recover.models.twin import Twin
-from recover.prune import depth_search
-from recover.prune.pairs import lowest_apart, pairs_of
+from recover.prune.depth import search
+from recover.prune.depth.search import lowest_apart, pairs_of
 from recover.prune.registry import PRUNERS
 from recover.run.estimate_depth import depth_warnings, refuse_depth, share_gone, share_unstored
 
@@ -131,7 +130,7 @@ def test_each_drop_is_the_best_pair_that_saves_a_block(family, batches):
 @pytest.mark.parametrize("candidates", [40, 4])
 @pytest.mark.parametrize("count", [1, 3, 5])
 def test_the_export_has_a_block_less_for_each_pair(cfg, candidates, count, batches, monkeypatch):
-    monkeypatch.setattr(depth_search, "CANDIDATES", candidates)
+    monkeypatch.setattr(search, "CANDIDATES", candidates)
     model = tiny()
     plan = pruned(copy.deepcopy(model), batches, count=count, **cfg)
     assert len(plan.packed) == 6 - count and zeroed_partners(plan.packed) == 0
@@ -151,7 +150,7 @@ def test_the_export_has_a_block_less_for_each_pair(cfg, candidates, count, batch
 
 
 def test_few_candidates_are_those_of_least_influence_and_neighbours_made_by_drops(batches, monkeypatch):
-    monkeypatch.setattr(depth_search, "CANDIDATES", 6)
+    monkeypatch.setattr(search, "CANDIDATES", 6)
     plan = pruned(weak_in_the_middle(tiny()), batches, count=3)
     influence = [r for r in plan.scores if r["round"] == 0]
     assert len(influence) == len(pairs_of(6)) and {r["by"] for r in influence} == {"block_influence"}

@@ -27,7 +27,7 @@ from probe_reference import (
 from recover.base import dist
 from recover.base.errors import DataError, ModelError
 from recover.config import recipe
-from recover.models.masked_linear import MaskedLinear
+from recover.models.linears import MaskedLinear
 from recover.models.plan import MaskRecord, Plan
 from recover.models.twin import Twin
 from recover.probe import compare

@@ -15,8 +15,8 @@ from recover.config.recipe import Calibration, Depth, Magnitude, Wanda
 from recover.models.arch import blocks_of, linears_of
 from recover.models.plan import MaskRecord, Plan
 from recover.models.twin import Twin
-from recover.prune import depth_search
 from recover.prune.calibrate import calibration_batches
+from recover.prune.depth import search
 from recover.prune.registry import PRUNERS
 
 CALIBRATION = Calibration(data="given", samples=5, length=24, batch_size=2)
@@ -122,7 +122,7 @@ def test_similarity_scores_equal_the_formula_on_the_residual_stream(tiny_llama, 
 
 
 def test_deep_models_try_only_the_blocks_of_least_influence(tiny_llama, batches, monkeypatch):
-    monkeypatch.setattr(depth_search, "CANDIDATES", 3)
+    monkeypatch.setattr(search, "CANDIDATES", 3)
     plan = drop(tiny_llama, batches, count=1, score="kl")
     influence = table(plan, 0)
     least = sorted(influence, key=lambda span: influence[span])[:3]

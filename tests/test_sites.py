@@ -13,9 +13,8 @@ from recover.base.errors import ModelError
 from recover.config import recipe
 from recover.export.merge import merge
 from recover.models.arch import ARCHS, arch_of, blocks_of, linears_of
-from recover.models.pairing import Packed, pack_sites
 from recover.models.plan import Plan, load_plan, save_plan
-from recover.models.site import PARTS, Site, sites_of, whole_blocks
+from recover.models.site import SUBLAYERS, Packed, Site, pack_sites, sites_of, whole_blocks
 from recover.models.twin import Twin
 
 ATTENTION, MLP = (2, 5), (1, 4)
@@ -113,7 +112,10 @@ def test_pairing_is_the_shortest_there_is():
     for kept in itertools.chain.from_iterable(itertools.combinations(every, n) for n in range(1, 9)):
         packed = pack_sites(kept)
         run = [
-            Site(block, part) for pair in packed for block, part in zip(pair, PARTS, strict=True) if block is not None
+            Site(block, part)
+            for pair in packed
+            for block, part in zip(pair, SUBLAYERS, strict=True)
+            if block is not None
         ]
         assert run == list(kept) and len(packed) == fewest(tuple(site.part for site in kept))
 
@@ -185,7 +187,7 @@ def test_own_weights_are_seen_pruned_trained_and_merged(tmp_path):
 
 
 def test_own_weights_under_a_mask_are_rewritten_weights():
-    from recover.models.masked_linear import MaskedLinear
+    from recover.models.linears import MaskedLinear
     from recover.models.plan import MaskRecord
 
     dense, name = tiny(), "model.layers.2.mlp.up_proj"

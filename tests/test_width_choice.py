@@ -13,12 +13,11 @@ from recover.base.errors import PruneError, RecipeError
 from recover.config import recipe
 from recover.config.recipe import parse_recipe
 from recover.models.arch import linears_of
+from recover.models.linears import OwnLinear
 from recover.models.load import describe
-from recover.models.own_linear import OwnLinear
 from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.prune.width import prune_width
-from recover.prune.width_scores import Outgoing, highest, unit_scores
+from recover.prune.width import Outgoing, highest, prune_width, unit_scores
 from recover.run.estimate import _width_weights, estimate, refuse, warnings
 
 

@@ -18,8 +18,7 @@ from recover.distill.loss import distillation_loss
 from recover.distill.loss_topk import TopK
 from recover.kernels.adapter_casts import cast_together
 from recover.models.arch import head_of
-from recover.models.masked_linear import MaskedLinear
-from recover.models.own_linear import OwnLinear
+from recover.models.linears import MaskedLinear, OwnLinear
 from recover.models.packed_attention import NAME, Packing, packing_configs
 from recover.models.site import Site
 from recover.models.step_attention import attending

@@ -6,8 +6,7 @@ from typing import Any, cast
 
 from recover.config.recipe import Recipe, dump_recipe
 from recover.config.tasks import USES, Figure, headline_figures
-from recover.models.pairing import pack_sites, zeroed_partners
-from recover.models.site import PARTS, Site
+from recover.models.site import SUBLAYERS, Site, pack_sites, zeroed_partners
 from recover.report import plan_text
 from recover.report.data import Plan
 
@@ -70,7 +69,7 @@ def _zeroed(plan: dict[str, Any]) -> str:
     """What a depth plan stores for nothing, if anything."""
     kept = {
         Site(block, part)
-        for part in PARTS
+        for part in SUBLAYERS
         for block in range(plan["blocks"])
         if block not in plan_text.gone(cast(Plan, plan), part)
     }

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from recover.base import artifacts
 from recover.base.errors import ArtifactError
-from recover.models.masked_linear import pack, unpack
-from recover.models.pairing import Packed, pack_sites, zeroed_partners
-from recover.models.site import Site, sites_of
+from recover.models.linears import pack, unpack
+from recover.models.site import Packed, Site, pack_sites, sites_of, zeroed_partners
 
 PLAN = "plan.json"
 MASKS = "masks.safetensors"

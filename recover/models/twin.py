@@ -20,9 +20,8 @@ from recover.base.errors import ModelError
 from recover.config import recipe
 from recover.models.arch import Arch, arch_of, base_of, blocks_of, linears_of, site_of
 from recover.models.closing import close_sites, closed_sites, make_closable, named_as, switch_class
-from recover.models.masked_linear import MaskedLinear, Switch
+from recover.models.linears import MaskedLinear, Switch, check_fit, see_pruned
 from recover.models.modes import modules_below, set_training
-from recover.models.pruned_view import check_fit, see_pruned
 from recover.models.site import Site, sites_of, whole_blocks
 
 if TYPE_CHECKING:

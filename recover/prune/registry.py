@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import LongTensor
 
+from recover.base.journal import Journal
 from recover.models.plan import Pruned
-from recover.prune.depth import prune_depth
-from recover.prune.parts import NOWHERE, Parts
+from recover.prune.depth.depth import prune_depth
 from recover.prune.sparsity import prune_magnitude, prune_sparsegpt, prune_wanda
 from recover.prune.width import prune_width
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Pruner(Protocol):
     """One method."""
 
-    def __call__(self, twin: Twin, cfg: Any, batches: list[LongTensor], parts: Parts = NOWHERE) -> Pruned: ...
+    def __call__(self, twin: Twin, cfg: Any, batches: list[LongTensor], journal: Journal) -> Pruned: ...
 
 
 PRUNERS: dict[str, Pruner] = {

@@ -7,11 +7,10 @@ from recover.config.prune import CLOSING
 from recover.config.recipe import Depth
 from recover.models.arch import arch_of_type
 from recover.models.load import Description
-from recover.models.pairing import pack_sites, zeroed_partners
-from recover.models.site import PARTS, sites_of
-from recover.prune.depth import check_sites
-from recover.prune.depth_search import CANDIDATES, named_sites, units_of
-from recover.prune.repair import refuse_norm_behind
+from recover.models.site import SUBLAYERS, pack_sites, sites_of, zeroed_partners
+from recover.prune.depth.depth import check_sites
+from recover.prune.depth.repair import refuse_norm_behind
+from recover.prune.depth.search import CANDIDATES, named_sites, units_of
 
 DEPTH_WALL = 0.30  # share of the blocks' weights that a LoRA budget recovers (peers' figures, docs/theory.md)
 
@@ -84,7 +83,7 @@ def depth_warnings(cfg: Depth, model: Description) -> list[str]:
     if share > DEPTH_WALL:
         what = "blocks" if cfg.unit == "block" else "blocks' weights"
         found.append(f"{share:.0%} of the {what} go: LoRA budgets recover about {DEPTH_WALL:.0%}")
-    if cfg.unit in PARTS:
+    if cfg.unit in SUBLAYERS:
         found.append(
             f"{cfg.units} sublayers of one kind go: a zeroed partner is stored in place of each, and the file is "
             "as large as dense (prune.unit: pair or block saves space)"

@@ -15,6 +15,7 @@ from recover import __version__
 from recover.base import console, dist, provenance, strict_json, units
 from recover.base.artifacts import append_jsonl, read_json, read_jsonl, write_json, write_text
 from recover.base.clock import part
+from recover.base.journal import Journal
 from recover.config.recipe import Model, dump_recipe
 from recover.export.card import card
 from recover.export.merge import merge
@@ -28,7 +29,6 @@ from recover.models.source import code_of
 from recover.models.twin import Twin
 from recover.probe.probe import dense_trajectories, final_drift, probe, summary
 from recover.probe.tasks import task_drift
-from recover.prune.parts import Parts
 from recover.prune.registry import PRUNERS
 from recover.report.collect import collect
 from recover.report.render import render
@@ -100,16 +100,16 @@ def prune(context: RunContext) -> None:
 
 def _prune(context: RunContext) -> None:
     cfg, batches, twin = context.recipe.prune, calibration(context), context.dense()
-    parts = Parts(context.directory.prune / "parts", _pruned_from(context, twin, batches))
+    journal = Journal(context.directory.prune / "parts", _pruned_from(context, twin, batches))
     with part("pruning"):
-        plan, masks, weights = PRUNERS[cfg.kind](twin, cfg, batches, parts)
+        plan, masks, weights = PRUNERS[cfg.kind](twin, cfg, batches, journal)
     save_plan(plan, masks, context.directory.prune, weights)
-    parts.remove()
+    journal.remove()
     console.say(plan.summary())
 
 
 def _pruned_from(context: RunContext, twin: Twin, batches: list[LongTensor]) -> dict[str, Any]:
-    """All that the bits of a pruning depend on: parts that were made from anything else are of no use."""
+    """All that the bits of a pruning depend on: a journal that was made from anything else is of no use."""
     text = hashlib.sha256()
     for ids_BT in batches:
         text.update(f"{tuple(ids_BT.shape)}".encode() + ids_BT.numpy().tobytes())

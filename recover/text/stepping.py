@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from recover.kernels import fused
 from recover.models.lean import make_lean
-from recover.models.masked_linear import Factors, MaskedLinear, Switch, effective_weight
-from recover.models.own_linear import OwnLinear
+from recover.models.linears import Factors, MaskedLinear, OwnLinear, Switch, effective_weight
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of one input
 SHARE = 0.25  # of the memory that is free, at most, goes to weights made for writing

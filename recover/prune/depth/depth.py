@@ -12,25 +12,23 @@ import torch
 from torch import LongTensor
 
 from recover.base.errors import PruneError
+from recover.base.journal import Journal
 from recover.config.recipe import Depth
 from recover.models.arch import arch_of, blocks_of, part_of
 from recover.models.plan import Plan, Pruned
-from recover.models.site import PARTS, Site, whole_blocks
+from recover.models.site import SUBLAYERS, Site, whole_blocks
 from recover.prune.calibrate import calibration_record, check_context
-from recover.prune.depth_records import Choice
-from recover.prune.depth_search import NAMES, choose, most_units, named_sites
-from recover.prune.parts import NOWHERE, Parts
-from recover.prune.repair import refuse_repair, repaired
+from recover.prune.depth.repair import refuse_repair, repaired
+from recover.prune.depth.search import NAMES, SearchResult, choose, most_units, named_sites
 
 if TYPE_CHECKING:
     from recover.models.twin import Twin
 
 
-def prune_depth(twin: Twin, cfg: Depth, batches: list[LongTensor], parts: Parts = NOWHERE) -> Pruned:
+def prune_depth(twin: Twin, cfg: Depth, batches: list[LongTensor], journal: Journal | None = None) -> Pruned:
     """The plan that drops what `cfg` lists, or the `cfg.count` units that matter least by `cfg.score`; no masks.
 
-    Every candidate of every round is in `plan.scores`: `{round, blocks, parts, score, by, chosen}`, and with `beam` or
-    `swap` also `beside`, what was closed with it. With `cfg.repair`, the weights before each cut are rewritten
+    Every `Candidate` of every round is in `plan.scores`. With `cfg.repair`, the weights before each cut are rewritten
     if that brings the logits nearer to the dense ones (`plan.repair`).
 
     Raises PruneError for a drop of everything, of the attention of block 0, of a block that is not there, for a drop
@@ -40,7 +38,7 @@ def prune_depth(twin: Twin, cfg: Depth, batches: list[LongTensor], parts: Parts 
     if cfg.repair != "none":
         refuse_repair(twin, cfg.repair, batches)
     sites = check_sites(cfg, len(blocks_of(twin.model)))
-    choice = choose(twin, cfg, batches, parts) if cfg.listed is None else Choice(sites, [])
+    choice = choose(twin, cfg, batches, journal) if cfg.listed is None else SearchResult(sites, [])
     _refuse_no_effect(twin, choice.sites, batches)
     weights, repair = {}, {}
     if cfg.repair != "none":
@@ -95,10 +93,10 @@ def _refuse_no_effect(twin: Twin, sites: frozenset[Site], batches: list[LongTens
         raise PruneError(f"prune: dropping {named} changes no logit: these {'blocks' if whole else 'sites'} do nothing")
 
 
-def _plan(twin: Twin, choice: Choice, calibration: dict[str, Any], **repair: Any) -> Plan:
+def _plan(twin: Twin, choice: SearchResult, calibration: dict[str, Any], **repair: Any) -> Plan:
     """The plan of these sites, its parameters counted: stored ones (whole blocks after repacking), and those in use."""
     whole = whole_blocks(choice.sites)
-    alone = {part: [s.block for s in choice.sites if s.part == part and s.block not in whole] for part in PARTS}
+    alone = {part: [s.block for s in choice.sites if s.part == part and s.block not in whole] for part in SUBLAYERS}
     modules = blocks_of(twin.model)
     dense = sum(parameter.numel() for parameter in twin.model.parameters())
     plan = Plan(
@@ -107,7 +105,7 @@ def _plan(twin: Twin, choice: Choice, calibration: dict[str, Any], **repair: Any
         dropped=whole,
         dropped_attention=tuple(alone["attention"]),
         dropped_mlp=tuple(alone["mlp"]),
-        scores=choice.scores,
+        scores=[{**candidate} for candidate in choice.candidates],
         parameters_dense=dense,
         parameters_pruned=dense,
         nonzero=dense - sum(_site_parameters(twin, site) for site in choice.sites),
