@@ -21,7 +21,7 @@ from recover.base.journal import Entry, Journal
 from recover.config.recipe import Calibrated, Magnitude, SparseGpt, Sparsity, Wanda
 from recover.models.arch import blocks_of, linears_of
 from recover.models.linears import pack, unpack
-from recover.models.plan import Kind, MaskRecord, Plan, Pruned
+from recover.models.plan import MaskRecord, Plan, Pruned
 from recover.prune.calibrate import calibration_record
 from recover.prune.passes import final_hidden, kl_rows, row_sum
 from recover.prune.scores import keep_n_m, keep_unstructured, magnitude_score, wanda_score
@@ -315,7 +315,7 @@ def _keep(score_OI: Tensor, cfg: Sparsity, fraction: float) -> Tensor:
 
 def _plan(
     twin: Twin,
-    kind: Kind,
+    kind: str,
     records: dict[str, MaskRecord],
     calibration: dict[str, Any],
     weights: Mapping[str, Tensor] | None = None,

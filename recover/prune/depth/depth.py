@@ -16,7 +16,7 @@ from recover.base.journal import Journal
 from recover.config.recipe import Depth
 from recover.models.arch import arch_of, blocks_of, part_of
 from recover.models.plan import Plan, Pruned
-from recover.models.site import SUBLAYERS, Site, whole_blocks
+from recover.models.site import Site, whole_blocks
 from recover.prune.calibrate import calibration_record, check_context
 from recover.prune.depth.repair import refuse_repair, repaired
 from recover.prune.depth.search import NAMES, SearchResult, choose, most_units, named_sites
@@ -95,16 +95,12 @@ def _refuse_no_effect(twin: Twin, sites: frozenset[Site], batches: list[LongTens
 
 def _plan(twin: Twin, choice: SearchResult, calibration: dict[str, Any], **repair: Any) -> Plan:
     """The plan of these sites, its parameters counted: stored ones (whole blocks after repacking), and those in use."""
-    whole = whole_blocks(choice.sites)
-    alone = {part: [s.block for s in choice.sites if s.part == part and s.block not in whole] for part in SUBLAYERS}
     modules = blocks_of(twin.model)
     dense = sum(parameter.numel() for parameter in twin.model.parameters())
     plan = Plan(
         kind="depth",
         blocks=len(modules),
-        dropped=whole,
-        dropped_attention=tuple(alone["attention"]),
-        dropped_mlp=tuple(alone["mlp"]),
+        sites=tuple(choice.sites),
         scores=[{**candidate} for candidate in choice.candidates],
         parameters_dense=dense,
         parameters_pruned=dense,
