@@ -239,11 +239,11 @@ class Workbench:
         return [prompt for several in zip(*lists, strict=False) for prompt in several][: self.recipe.probe.samples]
 
     def measured(self, model: Any) -> Row:
-        from recover.commands.measure import FIGURES
+        from recover.config.tasks import KINDS
         from recover.measure.tasks import measure
 
         record, _ = measure(model, self.tokenizer, self.tasks, self.recipe.measure, seed=self.recipe.seed)
-        each = {name: task[FIGURES[task["kind"]][0]] for name, task in record["tasks"].items()}
+        each = {name: task[KINDS[task["kind"]].main.key] for name, task in record["tasks"].items()}
         return {**record["headline"], "tasks": each}
 
     def held_out(self, twin: Twin) -> Row:

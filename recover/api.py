@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recover.base import dist
 from recover.base.artifacts import write_json
 from recover.base.errors import ArtifactError, RecipeError, TrainingError
+from recover.base.journal import Journal
 from recover.base.quiet import quiet_libraries
 from recover.config.base import Config
 from recover.config.messages import explain
@@ -101,7 +102,7 @@ def prune(
     held = Held(model)
     dense = held.twin(Plan.none(len(blocks_of(model))))
     cfg, batches = _calibrated(dense, tokenizer, cfg, text, seed)
-    found = PRUNERS[cfg.kind](dense, cfg, batches)
+    found = PRUNERS[cfg.kind](dense, cfg, batches, Journal())
     return held.twin(found.plan, found.masks, found.weights)
 
 

@@ -315,7 +315,7 @@ def test_a_text_file_is_one_document_and_too_little_text_is_said(tmp_path, capsy
         (b'{"text": "a"}\n{"text": 1}\n', r"text\.jsonl:2: no text in column 'text', found \['text'\]"),
         (b'{"body": "a"}\n', r"text\.jsonl:1: no text in column 'text', found \['body'\]: set calibration.column"),
         (b'{"text": "a"\n', r"text\.jsonl:1: not JSON"),
-        (b"[1]\n", r"text\.jsonl:1: no text in column 'text', found list"),
+        (b"[1]\n", r"text\.jsonl:1: found list, expected one JSON object a line"),
         (b'{"text": "\xff"}\n', "not UTF-8 text"),
         (b"[" * 100_000 + b"\n", r"text\.jsonl:1: not JSON"),
     ],

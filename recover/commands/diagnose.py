@@ -34,7 +34,7 @@ from recover.probe.tasks import KINDS, task_drift
 from recover.probe.views import Pair
 from recover.run import input_digests as inputs
 from recover.text.prompts import text_ids
-from recover.text.read import json_lines
+from recover.text.read import rows_at
 
 EXAMPLES = (
     "recover diagnose embedded:fable-2m checkpoints/quickstart/deploy --prompts embedded:tasks/prompts.jsonl "
@@ -199,10 +199,10 @@ def _column(path: Path | None, name: str) -> list[str]:
     if path is None:
         return []
     values = []
-    for where, row in json_lines(path):
-        value = row.get(name) if isinstance(row, dict) else None
+    for row in rows_at(str(path)):
+        value = row.value.get(name)
         if not isinstance(value, str) or not value:
-            raise DataError(f"{where}: '{name}': found {value!r}, expected a text")
+            raise DataError(f"{row.where}: '{name}': found {value!r}, expected a text")
         values.append(value)
     if not values:
         raise DataError(f"{path}: holds no rows, expected lines with a '{name}'")

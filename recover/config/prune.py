@@ -14,14 +14,15 @@ N_M = re.compile(r"([1-9]\d{0,3}):([1-9]\d{0,3})")
 
 
 class Calibration(Config):
-    """Text on which scores are measured: a JSONL (`text` column), a text file, or a hub data set.
+    """Text on which scores are measured: a file of rows with a `text` column, a text file, or a data set.
 
     With `answer` each text is a prompt, and the dense model's own answer to it is measured on too. Prompts of the kind
     that the recovered model is for choose better than text of another kind (docs/results.md).
     """
 
     data: str
-    split: str = Field(default="train", description="of a hub data set")
+    subset: str | None = Field(default=None, description="configuration of a data set, as wikitext-2-raw-v1")
+    split: str = Field(default="train", description="of a data set")
     column: str = "text"
     samples: int = Field(default=64, ge=1, description="sequences of `length` tokens")
     length: int = Field(default=512, ge=8, description="tokens a sample, capped here and not by the model's context")

@@ -113,7 +113,9 @@ class Measure(Config):
 
 
 class Export(Config):
-    dtype: Dtype | None = Field(default=None, description="default: the model's")
+    dtype: Dtype | None = Field(
+        default=None, description="default: model.dtype, or the checkpoint's own where that is smaller"
+    )
     max_shard_size: str = Field(default="5GB", description="of one file of weights, such as 500MB")
 
     @field_validator("max_shard_size")

@@ -17,6 +17,7 @@ from recover.base import dist, memory
 from recover.base.errors import PruneError, RecipeError, TrainingError
 from recover.config.recipe import Depth, Prune, PrunedText, Recipe, Recover, SparseGpt, Sparsity, Width
 from recover.models.load import Description
+from recover.models.source import exported_dtype
 from recover.prune.width import narrowed
 from recover.run.estimate_depth import (
     depth_warnings,
@@ -206,15 +207,17 @@ def estimate(recipe: Recipe, model: Description, rate: float) -> dict[str, Any]:
         stored -= share_unstored(recipe.prune, model) * inside
     if isinstance(recipe.prune, Width):
         pruned = stored = model.parameters - _width_weights(recipe.prune, model)[0]
-    element = ELEMENT_BYTES[recipe.model.dtype]
+    exported = exported_dtype(recipe.model.dtype, model.stored, recipe.export.dtype)
     tokens = recipe.recover.tokens
     flops = tokens * (2 * model.parameters + 4 * pruned)
     seconds = flops / (rate * STEP_EFFICIENCY * dist.world_size())
     return {
         "parameters_dense": model.parameters,
         "parameters_pruned": round(stored),
-        "file_bytes_dense": model.parameters * element,
-        "file_bytes_pruned": round(stored * element),
+        "file_bytes_dense": model.parameters * ELEMENT_BYTES[model.stored],
+        "file_bytes_pruned": round(stored * ELEMENT_BYTES[exported]),
+        "file_dtype_dense": model.stored,
+        "file_dtype_pruned": exported,
         "teacher_tokens": tokens,
         "search_passes": passes,
         "search_seconds": search / (rate * STEP_EFFICIENCY),  # by one process

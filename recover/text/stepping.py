@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recover.base import zero
 from recover.kernels import fused
 from recover.models.lean import make_lean
 from recover.models.linears import Factors, MaskedLinear, OwnLinear, Switch, effective_weight
@@ -196,7 +197,7 @@ def _member(layer: Any) -> _Member | None:
 def _at_hand(layer: Any) -> bool:
     """Whether its weight is here: not dealt out by ZeRO-3, nor with its owner on another GPU."""
     weight = layer.weight
-    return not hasattr(weight, "ds_id") and not weight.is_meta and weight.untyped_storage().nbytes() > 0
+    return not zero.dealt_out(weight) and not weight.is_meta and weight.untyped_storage().nbytes() > 0
 
 
 def _seen(layer: Any) -> tuple[Tensor, Tensor | None]:
