@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from tiny import ids, tiny
 
-from recover.base.errors import PruneError, RecipeError
+from recover.base.errors import PruneError
 from recover.config.recipe import Calibration, Depth
 from recover.export.card import _what_was_pruned
 from recover.export.merge import merge
@@ -20,10 +20,10 @@ from recover.models.load import Description
 from recover.models.plan import Plan, load_plan, save_plan
 from recover.models.site import Site, sites_of
 from recover.models.twin import Twin
+from recover.prune import registry
+from recover.prune.depth.depth import depth_cost, depth_warnings, share_gone, share_unstored
 from recover.prune.depth.repair import RIDGE
 from recover.prune.passes import residual_stream
-from recover.prune.registry import PRUNERS
-from recover.run.estimate_depth import depth_warnings, refuse_depth, share_gone, share_unstored
 
 CALIBRATION = Calibration(data="given", samples=5, length=24, batch_size=2)
 
@@ -36,7 +36,7 @@ def batches() -> list[torch.Tensor]:
 def pruned(model, batches, **cfg):
     twin = Twin(model, Plan.none(len(blocks_of(model))))
     cfg = Depth(kind="depth", calibration=CALIBRATION, **cfg)
-    return PRUNERS["depth"](twin, cfg, batches)
+    return registry.prune(twin, cfg, batches)
 
 
 def site(text: str) -> Site:
@@ -279,8 +279,8 @@ def test_two_sites_of_a_block_are_a_block(batches):
 def test_what_cannot_go_is_refused_before_and_by_the_pruner(cfg, message, batches):
     with pytest.raises(PruneError, match=message):
         pruned(tiny(), batches, **cfg)
-    with pytest.raises(RecipeError, match=message):
-        refuse_depth(Depth(kind="depth", calibration=CALIBRATION, **cfg), DESCRIPTION)
+    with pytest.raises(PruneError, match=message):
+        depth_cost(Depth(kind="depth", calibration=CALIBRATION, **cfg), DESCRIPTION)
 
 
 @pytest.mark.parametrize(

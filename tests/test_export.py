@@ -26,7 +26,7 @@ from recover.export.write import write_checkpoint
 from recover.models.arch import linears_of
 from recover.models.plan import Plan, save_plan
 from recover.models.twin import Twin
-from recover.prune.registry import PRUNERS
+from recover.prune import registry
 
 DROPPED = (2, 4)
 
@@ -47,7 +47,7 @@ def depth_twin(family: str = "llama", **overrides) -> Twin:
 
 def masked_twin(pattern: str = "2:4", family: str = "llama", **overrides) -> Twin:
     cfg = recipe.Magnitude(kind="magnitude", pattern=pattern, sparsity=None if ":" in pattern else 0.5)  # type: ignore[arg-type]
-    plan, masks, _ = PRUNERS["magnitude"](Twin(tiny(family, **overrides), Plan.none(6)), cfg, [])
+    plan, masks, _ = registry.prune(Twin(tiny(family, **overrides), Plan.none(6)), cfg, [])
     return trained(Twin(tiny(family, **overrides), plan, masks))
 
 
