@@ -69,7 +69,7 @@ def test_strict_refuses_the_first_prompt_that_would_be_left_out(tmp_path, rows, 
 
 
 def test_a_source_of_which_nothing_is_left_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"no prompt is left; .*p\.jsonl:1: the prompt has 40 tokens"):
+    with pytest.raises(DataError, match=r"prompts are too long; .*p\.jsonl:1: the prompt has 40 tokens"):
         fitting_prompts(dense(jsonl(tmp_path / "p.jsonl", PROMPTS[1:2])), 32, byte_tokenizer())
     with pytest.raises(DataError, match=r"no row holds a prompt; .*p\.jsonl:1"):
         read_prompts(jsonl(tmp_path / "p.jsonl", PROMPTS[2:3]))

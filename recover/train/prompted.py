@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 def fitting_prompts(source: DenseText | PrunedText, length: int, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
     """The source's prompts, each of which leaves room for an answer within `length` tokens.
 
-    Rows without a prompt, or with one that is too long, are left out and counted; `source.strict` refuses them.
+    Rows without a prompt, or with one that is too long, are left out and counted; `source.strict` refuses them, and so
+    does a length that more than half of the prompts do not fit.
 
     Raises:
-        DataError: the chat template cannot write a prompt, by file and line; or none is left.
+        DataError: the chat template cannot write a prompt, by file and line; or most are too long.
     """
     prompts: list[Row] = []
     too_long: list[str] = []
@@ -44,8 +45,9 @@ def fitting_prompts(source: DenseText | PrunedText, length: int, tokenizer: PreT
         )
         if source.strict:
             raise DataError(too_long[0])
-    if not prompts:
-        raise DataError(f"{source.prompts}: no prompt is left; {too_long[0]}")
+    if len(too_long) > len(prompts):
+        count = len(too_long) + len(prompts)
+        raise DataError(f"{source.prompts}: {len(too_long):,} of {count:,} prompts are too long; {too_long[0]}")
     say_left_out(source.prompts, too_long)
     return prompts
 
