@@ -171,14 +171,14 @@ class Workbench:
 
     def plan(self, _task: Task) -> list[Row]:
         from recover.models.plan import save_plan
+        from recover.prune import registry
         from recover.prune.calibrate import calibration_batches
-        from recover.prune.registry import PRUNERS
 
         cfg, folder = self.recipe.prune, self.options.out / "prune"
         if not (folder / "plan.json").exists():
             calibration = getattr(cfg, "calibration", None)
             batches = calibration_batches(calibration, self.tokenizer, self.recipe.seed) if calibration else []
-            plan, masks, weights = PRUNERS[cfg.kind](self.twin(planned=False), cfg, batches)
+            plan, masks, weights = registry.prune(self.twin(planned=False), cfg, batches)
             save_plan(plan, masks, folder, weights)
         return []
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import combinations
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +13,10 @@ from tiny import ids, tiny
 from recover.config.recipe import Calibration, Depth
 from recover.models.plan import Plan
 from recover.models.twin import Twin
+from recover.prune import registry
 from recover.prune.depth import search
 from recover.prune.depth.scores import Span, score_of
-from recover.prune.depth.search import SearchResult, choose, units_of
-from recover.prune.registry import PRUNERS
-from recover.run.estimate_depth import search_passes
+from recover.prune.depth.search import SearchResult, choose, search_passes, units_of
 
 CALIBRATION = Calibration(data="given", samples=3, length=16, batch_size=2)
 BLOCKS = 7
@@ -107,7 +105,7 @@ def test_scores_of_a_real_model_are_those_of_the_whole_sets():
     spans = units_of("block", 5)
     whole = score_of(twin, "kl", batches)
     for how in ({"swap": True}, {"beam": 2}, {"beam": 2, "swap": True}):
-        plan = PRUNERS["depth"](twin, cfg("greedy", count=2, **how), batches).plan
+        plan = registry.prune(twin, cfg("greedy", count=2, **how), batches).plan
         assert len(plan.dropped) == 2
         for record in plan.scores:
             blocks = {*record["blocks"], *(int(text.split(":")[1]) for text in record["beside"])}
@@ -117,16 +115,16 @@ def test_scores_of_a_real_model_are_those_of_the_whole_sets():
 
 @pytest.mark.parametrize("search", ["greedy", "swap", "beam"])
 def test_the_plan_says_how_many_candidates_a_search_closes(monkeypatch, search):
-    model: Any = SimpleNamespace(blocks=BLOCKS)
-    told = search_passes(cfg(search), model)
+    told = search_passes(cfg(search), BLOCKS)
     closed = []
     for seed in range(6):
         table = Table(seed)
         found_by(monkeypatch, table, search)
         closed.append(len(table.asked))
     assert {"greedy": closed == [told] * 6, "swap": min(closed) == told, "beam": max(closed) <= told}[search]
-    assert search_passes(Depth(kind="depth", blocks=(1,)), model) == 0
-    assert search_passes(Depth(kind="depth", count=2, score="kl", contiguous=True, calibration=CALIBRATION), model) == 5
+    assert search_passes(Depth(kind="depth", blocks=(1,)), BLOCKS) == 0
+    run = Depth(kind="depth", count=2, score="kl", contiguous=True, calibration=CALIBRATION)
+    assert search_passes(run, BLOCKS) == 5
 
 
 @pytest.mark.parametrize(

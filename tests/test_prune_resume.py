@@ -16,8 +16,8 @@ from recover.base.journal import Entry, Journal
 from recover.config.recipe import Prune, load_recipe
 from recover.models.plan import Plan, Pruned, load_plan
 from recover.models.twin import Twin
+from recover.prune import registry
 from recover.prune.depth import search
-from recover.prune.registry import PRUNERS
 from recover.run import stages
 from recover.run.context import RunContext
 from recover.run.directory import RunDirectory
@@ -67,7 +67,7 @@ def prune(recipe: dict[str, Any], folder: Path | None, made_from: Any = FROM, te
     cfg: Any = TypeAdapter(Prune).validate_python({"calibration": CALIBRATION, **recipe})
     twin = Twin(tiny(num_hidden_layers=4), Plan.none(4))
     batches: Any = list(ids(4, 24, seed=text).split(2))
-    return PRUNERS[cfg.kind](twin, cfg, batches, Journal(folder, made_from))
+    return registry.prune(twin, cfg, batches, Journal(folder, made_from))
 
 
 def same(one: Pruned, other: Pruned) -> bool:

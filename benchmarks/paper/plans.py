@@ -130,7 +130,7 @@ def showing(twin: Twin, pruned: Pruned) -> Iterator[None]:
     masks = {name: keep_OI.to(twin.model.device) for name, keep_OI in pruned.masks.items()}  # packed where it is fast
     see_pruned(twin.model, masks, pruned.weights, twin.switch)
     try:
-        with twin.closed(pruned.plan.dropped_sites), twin.folded():
+        with twin.closed(pruned.plan.sites), twin.folded():
             yield
     finally:
         for linear in linears.values():

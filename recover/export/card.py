@@ -54,8 +54,10 @@ def _what_was_pruned(plan: dict[str, Any]) -> str:
     became = f"{plan['parameters_dense']:,} parameters became {plan['parameters_pruned']:,}."
     if sites := plan_text.sites(cast(Plan, plan)):
         return f"Of its {plan['blocks']} blocks these are dropped: {sites}. {became}{_zeroed(plan)}"
-    if plan["kind"] == "width":
+    if plan.get("config"):
         return f"Every block is narrower ({plan_text.sizes(cast(Plan, plan))}). {became}"
+    if not plan["masks"]:
+        return f"Its weights were changed by {plan['kind']}. {became}"
     weights = sum(mask["shape"][0] * mask["shape"][1] for mask in plan["masks"].values())
     zeros = sum(mask["zeros"] for mask in plan["masks"].values())
     patterns = ", ".join(sorted({mask["pattern"] for mask in plan["masks"].values()}))

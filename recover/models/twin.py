@@ -59,7 +59,7 @@ class Twin:
         see_pruned(model, masks or {}, weights or {}, self.switch)
         make_closable(self.blocks, self.arch, self.switch)
         switch_class(model, _distilling)
-        self.close(plan.dropped_sites)
+        self.close(plan.sites)
 
     def replan(
         self, plan: Plan, masks: dict[str, Tensor] | None = None, weights: dict[str, Tensor] | None = None
@@ -184,7 +184,7 @@ class Twin:
         return self.adopt(get_peft_model(self.base, config))  # type: ignore[arg-type]
 
     def _lora_sites(self, cfg: recipe.Lora) -> frozenset[Site]:
-        dropped = self.plan.dropped_sites
+        dropped = set(self.plan.sites)
         kept = sites_of(range(self.plan.blocks)) - dropped
         if cfg.blocks == "all":
             return kept

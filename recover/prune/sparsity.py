@@ -7,6 +7,7 @@ Shapes: B batch, T tokens, O out features, I in features.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,16 +22,19 @@ from recover.base.journal import Entry, Journal
 from recover.config.recipe import Calibrated, Magnitude, SparseGpt, Sparsity, Wanda
 from recover.models.arch import blocks_of, linears_of
 from recover.models.linears import pack, unpack
-from recover.models.plan import Kind, MaskRecord, Plan, Pruned
+from recover.models.plan import MaskRecord, Plan, Pruned
 from recover.prune.calibrate import calibration_record
 from recover.prune.passes import final_hidden, kl_rows, row_sum
+from recover.prune.registry import Cost, Pruner, register
 from recover.prune.scores import keep_n_m, keep_unstructured, magnitude_score, wanda_score
 from recover.prune.sparsegpt import COLUMNS, Replays, choose_n_m, choose_share, inverse_factor, rewrite
 from recover.prune.stream import Stream, check_finite, gram, norms, squares, working_device
 
 if TYPE_CHECKING:
+    from recover.models.load import Description
     from recover.models.twin import Twin
 
+SPARSITY_WALL = 0.55  # share of zeros that a LoRA budget recovers (peers' figures, docs/theory.md)
 OUTLIER = 5.0  # M of OWL: a score so many times its layer's mean is an outlier
 KL_TOKENS = 8192  # text on which `allocation: kl` runs the model once a block; at least one batch
 
@@ -315,7 +319,7 @@ def _keep(score_OI: Tensor, cfg: Sparsity, fraction: float) -> Tensor:
 
 def _plan(
     twin: Twin,
-    kind: Kind,
+    kind: str,
     records: dict[str, MaskRecord],
     calibration: dict[str, Any],
     weights: Mapping[str, Tensor] | None = None,
@@ -331,3 +335,23 @@ def _plan(
         calibration=calibration,
         weights={name: tuple(weight_OI.shape) for name, weight_OI in (weights or {}).items()},
     )
+
+
+def sparsity_cost(cfg: Sparsity, model: Description) -> Cost:
+    """What zeros take from a model: nothing that is stored or run."""
+    said = ["masked weights are stored as zeros: the file is as large and stock kernels are as fast as dense"]
+    if cfg.fraction > SPARSITY_WALL:
+        said.insert(0, f"{cfg.fraction:.0%} of the weights go: LoRA budgets recover about {SPARSITY_WALL:.0%}")
+    return Cost(masked=True, warnings=tuple(said))
+
+
+def sparsegpt_cost(cfg: SparseGpt, model: Description) -> Cost:
+    """As `sparsity_cost`; and every weight of the blocks is rewritten."""
+    attention = 2 * model.heads * model.head_size + 2 * model.kv_heads * model.head_size
+    own = model.blocks * model.width * (attention + 3 * model.intermediate)
+    return dataclasses.replace(sparsity_cost(cfg, model), own=own)
+
+
+register(Pruner(Magnitude, prune_magnitude, sparsity_cost))
+register(Pruner(Wanda, prune_wanda, sparsity_cost))
+register(Pruner(SparseGpt, prune_sparsegpt, sparsegpt_cost))

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import LongTensor, Tensor, nn
+from transformers import CONFIG_MAPPING
 
 from recover.base import console
 from recover.base.errors import PruneError
@@ -30,11 +31,15 @@ from recover.models.arch import Arch, arch_of, blocks_of, head_size_of, kv_heads
 from recover.models.plan import Plan, Pruned
 from recover.models.site import Site, Sublayer
 from recover.prune.calibrate import calibration_record, check_context
+from recover.prune.registry import Cost, Pruner, register
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from recover.models.load import Description
     from recover.models.twin import Twin
+
+WIDTH_WALL = 0.30  # share of the blocks' weights that a LoRA budget recovers (peers' figures, docs/theory.md)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -353,3 +358,32 @@ def _plan(
         weights={name: tuple(weight.shape) for name, weight in weights.items()},
         config=config,
     )
+
+
+def width_cost(cfg: Width, model: Description) -> Cost:
+    """What narrowing takes from a model. Raises PruneError for what `prune_width` would refuse."""
+    sizes: Any = {
+        "hidden_size": model.width,
+        "intermediate_size": model.intermediate,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_size,
+    }
+    narrowed(CONFIG_MAPPING[model.model_type](**sizes), cfg)
+    gone, stay = width_weights(cfg, model)
+    share = gone / (model.parameters - model.embedding_parameters)
+    said = f"{share:.0%} of the blocks' weights go: LoRA budgets recover about {WIDTH_WALL:.0%}"
+    return Cost(gone=gone, unstored=gone, own=stay, warnings=(said,) if share > WIDTH_WALL else ())
+
+
+def width_weights(cfg: Width, model: Description) -> tuple[int, int]:
+    """Of the weights in all blocks, those that go, and those that stay in the linears that are cut."""
+    neuron = 3 * model.width
+    group = 2 * model.head_size * model.width * (model.heads // model.kv_heads + 1)
+    neurons, groups = cfg.neurons(model.intermediate), cfg.kv_groups or 0
+    gone = (model.intermediate - neurons) * neuron + groups * group
+    stay = (neurons * neuron if cfg.mlp else 0) + ((model.kv_heads - groups) * group if groups else 0)
+    return gone * model.blocks, stay * model.blocks
+
+
+register(Pruner(Width, prune_width, width_cost))

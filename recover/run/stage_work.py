@@ -30,7 +30,7 @@ from recover.models.source import code_of, exported_dtype, stored_dtype
 from recover.models.twin import Twin
 from recover.probe.probe import dense_trajectories, final_drift, probe, summary
 from recover.probe.tasks import task_drift
-from recover.prune.registry import PRUNERS
+from recover.prune import registry
 from recover.report.collect import collect
 from recover.report.render import render
 from recover.run import summary as outcome
@@ -104,7 +104,7 @@ def _prune(context: RunContext) -> None:
     cfg, batches, twin = context.recipe.prune, calibration(context), context.dense()
     journal = Journal(context.directory.prune / "parts", _pruned_from(context, twin, batches))
     with part("pruning"):
-        plan, masks, weights = PRUNERS[cfg.kind](twin, cfg, batches, journal)
+        plan, masks, weights = registry.prune(twin, cfg, batches, journal)
     save_plan(plan, masks, context.directory.prune, weights)
     journal.remove()
     console.say(plan.summary())
