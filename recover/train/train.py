@@ -229,7 +229,7 @@ def _fingerprint(twin: Twin, cfg: Recover, seed: int, *, packed: bool) -> str:
     """
     plan = {name: value for name, value in twin.plan.to_json().items() if name != "scores"}
     described = {
-        "leaf": cfg.model_dump(mode="json", exclude={"cache", "shard_weights"}),
+        "config": cfg.model_dump(mode="json", exclude={"cache", "shard_weights"}),
         "seed": seed,
         "rows": "packed, even" if packed else "padded",
         "plan": plan,
