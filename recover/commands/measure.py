@@ -108,7 +108,7 @@ def measure(
 
 
 def checked(kind: type[Checked], named: Callable[[str], str] = str, **fields: Any) -> Checked:
-    """A config from options of the command line. Raises RecipeError for the first that is wrong, as `named` spells it."""
+    """A config from options of the command line. RecipeError for the first that is wrong, as `named` spells it."""
     try:
         return kind(**fields)
     except ValidationError as error:
