@@ -15,6 +15,7 @@ from recover.base.artifacts import write_json
 from recover.base.errors import RecipeError
 from recover.base.ownership import refuse_input
 from recover.base.quiet import quiet_libraries
+from recover.config import named
 from recover.config.base import Config, Dtype
 from recover.config.recipe import Measure, Model
 from recover.config.tasks import KINDS
@@ -29,6 +30,7 @@ EXAMPLES = (
     "recover measure embedded:fable-2m --tasks embedded:stories embedded:facts --limit 50",
     "recover measure ORG/NAME --tasks gsm8k.yaml arc_easy.yaml --dtype bfloat16 --batch-size 256 --out figures.json",
     "recover measure checkpoints/quickstart/deploy --tasks humaneval.yaml --allow-code-execution",
+    "recover measure ORG/NAME --suite standard --limit 200 --allow-code-execution",
     "recover measure ORG/NAME --lm-eval arc_easy,gsm8k --limit 200",
 )
 Source = Annotated[
@@ -37,7 +39,11 @@ Source = Annotated[
 More = Annotated[
     list[str] | None, typer.Argument(metavar="[TASK]...", help="More tasks, after --tasks.", show_default=False)
 ]
-Tasks = Annotated[list[str] | None, typer.Option("--tasks", help="Task files (YAML), or embedded:NAME; one or more.")]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option("--tasks", help="Names (gsm8k, mmlu: docs/recipe.md), task files (YAML), embedded:NAME; one or more."),
+]
+Suite = Annotated[str | None, typer.Option("--suite", help="Named tasks together: standard, base, or choice.")]
 Harness = Annotated[
     str, typer.Option("--lm-eval", help="Tasks of lm-evaluation-harness, commas between them (extra 'eval').")
 ]
@@ -67,6 +73,7 @@ def measure(
     model: Source,
     more: More = None,
     tasks: Tasks = None,
+    suite: Suite = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Items of each task, the first ones.")] = None,
     out: Out = None,
     lm_eval: Harness = "",
@@ -78,12 +85,14 @@ def measure(
     allow_code_execution: Allow = False,
 ) -> None:
     """Measure any checkpoint: what it writes, chooses, retrieves, expects; the same items and prompts for each."""
-    names = [*(tasks or ()), *(more or ())]
+    names = [*(named.suite(suite) if suite else ()), *(tasks or ()), *(more or ())]
     theirs = tuple(name.strip() for name in lm_eval.split(",") if name.strip())
     if more and not tasks:
         raise RecipeError(f"{more[0]}: found after the model; tasks are named after --tasks")
     if not names and not theirs:
-        raise RecipeError("nothing to measure: give --tasks task.yaml ..., or --lm-eval arc_easy,gsm8k")
+        raise RecipeError(
+            "nothing to measure: give --tasks gsm8k task.yaml ..., --suite standard, or --lm-eval arc_easy,gsm8k"
+        )
     cfg = checked(
         Measure,
         _option,

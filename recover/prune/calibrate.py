@@ -17,7 +17,8 @@ from recover.base import console
 from recover.base.errors import DataError, PruneError
 from recover.config.paths import TEXTS, ending
 from recover.config.recipe import Calibration
-from recover.text.read import DataSet, Row, rows_at
+from recover.text.named import prompt_rows
+from recover.text.read import DataSet, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -115,7 +116,7 @@ def read_texts(cfg: Calibration) -> Sequence[str]:
     Raises DataError naming the file and line, or the column, that is wrong.
     """
     try:
-        rows = rows_at(cfg.data, subset=cfg.subset, split=cfg.split, kinds="a local text file")
+        rows = prompt_rows(cfg.data, subset=cfg.subset, split=cfg.split, kinds="a local text file")
     except DataError as error:
         raise DataError(f"calibration.data: {error}") from error
     if isinstance(rows, DataSet) and cfg.column not in rows.columns:

@@ -9,7 +9,9 @@ from typing import Any
 import yaml
 
 from recover.base.artifacts import sha256
+from recover.config.named import BLEND, blend_paths, is_task_name, task_path
 from recover.config.recipe import local_path
+from recover.text.rows import files_behind
 
 HASHED_BYTES = 64 * 2**20  # larger files (weights) are known by size and time of change: hashing them costs minutes
 
@@ -38,8 +40,11 @@ def _files(value: Any) -> Iterator[Path]:
     elif isinstance(value, list | tuple):
         for child in value:
             yield from _files(child)
+    elif isinstance(value, str) and value.startswith(BLEND):
+        for path in blend_paths(value):
+            yield from _files_at(path)
     elif isinstance(value, str) and value:
-        path = local_path(value)
+        path = task_path(value) if is_task_name(value) else local_path(value)
         if path.is_absolute():
             yield from _files_at(path)
 
@@ -51,15 +56,22 @@ def _files_at(path: Path) -> Iterator[Path]:
     elif path.is_file():
         yield path
         if path.suffix in {".yaml", ".yml"}:
-            yield from (path.parent / data for data in _data_named(path) if (path.parent / data).is_file())
+            for data in _data_named(path):
+                yield from files_behind(data, path.parent)
 
 
-def _data_named(task: Path) -> list[str]:
-    """The files of items and of examples that a task names."""
+def _data_named(file: Path) -> list[str]:
+    """The data of a task or a blend, wherever in the file it is named: of items, of examples, of each source."""
     try:
-        value = yaml.safe_load(task.read_text(encoding="utf-8"))
+        value = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, OSError, RecursionError):
-        return []  # who reads the task says what is wrong with it
-    named = [value, value.get("fewshot")] if isinstance(value, dict) else []
-    found = [each.get("data") for each in named if isinstance(each, dict)]
-    return [data for data in found if isinstance(data, str)]
+        return []  # who reads the file says what is wrong with it
+    found, left = [], [value]
+    while left:
+        each = left.pop()
+        if isinstance(each, dict):
+            found += [each["data"]] if isinstance(each.get("data"), str) else []
+            left += [child for name, child in each.items() if name != "rows"]
+        elif isinstance(each, list):
+            left += each
+    return found

@@ -14,9 +14,9 @@ from recover.maths.score import interval95, mean
 from recover.measure.kinds.work import Generations, Measured, Record, Work
 from recover.measure.model import ModelUnderTest
 from recover.measure.sandbox import Outcome, isolation, run_programs
-from recover.measure.task_rows import filled
 from recover.measure.texts import OF_CODE, mistake, mistakes, pass_at_k, sampling_of, shape, written
 from recover.text.generate import Generation
+from recover.text.rows import filled
 
 FENCED = re.compile(r"```(?:python3?|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 
