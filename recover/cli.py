@@ -35,6 +35,10 @@ class Listed(NamedTuple):
 
 # In the order of the list; `says` is how the function's docstring begins. The functions are in each module's COMMANDS.
 COMMANDS = {
+    "init": Listed(
+        "init",
+        "Write a recipe for any model: what goes, what text, which tasks, sized to this machine; each line says why.",
+    ),
     "run": Listed("run", "Do all stages of a recipe: plan, dense, prune, before, recover, after, export, report."),
     "plan": Listed("run", "Check a recipe and say what it will cost, before any weight is loaded."),
     "prune": Listed("run", "Run up to pruning: which blocks or weights go, and the scores behind it."),

@@ -23,7 +23,7 @@ from recover.run import stages
 from recover.run.directory import RunDirectory
 
 COMMANDS = (
-    *("run", "plan", "prune", "probe", "train", "export", "report", "show", "compare"),
+    *("init", "run", "plan", "prune", "probe", "train", "export", "report", "show", "compare"),
     *("measure", "diagnose", "teacher", "gguf"),
 )
 STAGE_OF = {

@@ -25,7 +25,7 @@ from recover.config.named import is_task_name, read_sources, task_path
 from recover.config.paths import ending
 from recover.config.tasks import KINDS, Fewshot, PromptFile, Row, TaskFile, WritingFile
 from recover.measure.kinds.work import work_of
-from recover.text.named import described, first_had
+from recover.text.named import NotHad, described, first_had
 from recover.text.read import EmptyColumn
 from recover.text.rows import column, filled, rows_of
 
@@ -126,10 +126,11 @@ def _from_first_had(tree: dict[str, Any], path: Path) -> dict[str, Any]:
     rest = {name: value for name, value in tree.items() if name != "sources"}
     try:
         source = first_had(read_sources(tree["sources"], path), path.parent)
-    except DataError as error:
-        raise DataError(
+    except NotHad as error:
+        raise NotHad(
             f"task {tree.get('name', path.stem)}: its data cannot be had here; {error}. Or use a file of your own: "
-            f"copy {path}, and write `data: FILE` in place of its `sources`, with the columns that this file has"
+            f"copy {path}, and write `data: FILE` in place of its `sources`, with the columns that this file has",
+            error.brings,
         ) from None
     given = {"data": source.data, "subset": source.subset, "split": source.split, "revision": source.revision}
     given |= {"license": source.license, "arguments": source.arguments}

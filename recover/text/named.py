@@ -6,7 +6,6 @@ A hub is asked once whether it answers; what is missing is said with what would 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import random
 import urllib.request
@@ -33,42 +32,51 @@ from recover.text.rows import (
 HUB_SECONDS = 5.0  # that a hub has to answer
 
 
+class NotHad(DataError):
+    """Data that goes by a name cannot be had here; `brings`: each way to have it, as a person would say it."""
+
+    def __init__(self, message: str, brings: Sequence[str]) -> None:
+        super().__init__(message)
+        self.brings = tuple(brings)
+
+
+A_HUB = "a hub that is reached"
+
+
 def first_had(sources: Sequence[Source], folder: Path) -> Source:
     """The first source that can be had here.
 
     Raises:
-        DataError: none can; what was tried, and what would bring it.
+        NotHad: none can; what was tried, and what would bring it.
     """
-    reasons = []
+    failures: list[NotHad] = []
     for source in sources:
         try:
             _check(source, folder)
-        except DataError as error:
-            reasons.append(str(error))
+        except NotHad as error:
+            failures.append(error)
             continue
         return source
-    raise DataError("tried: " + "; ".join(reasons))
+    raise NotHad("tried: " + "; ".join(map(str, failures)), [way for each in failures for way in each.brings])
 
 
 def _check(source: Source, folder: Path) -> None:
-    """Raises DataError where the data cannot be had, or is not what is meant."""
-    data, install = source.data, f"pip install --no-deps {source.pip}" if source.pip else ""
-    if data.startswith(GENERATOR) and importlib.util.find_spec("reasoning_gym") is None:
-        what = source.pip or "reasoning-gym"
-        raise DataError(f"{what} (not installed: pip install {what})")
-    if data.startswith(FUNCTIONS):
-        name = data.removeprefix(FUNCTIONS)
-        if name != STANDARD_LIBRARY and not places_of(name):
-            raise DataError(f"{data} (not installed: pip install {source.pip or name})")
+    """Raises NotHad where the data cannot be had, or is not what is meant."""
+    data = source.data
+    install = f"pip install --no-deps {source.pip}" if source.pip else ""
+    if data.startswith((GENERATOR, FUNCTIONS)):
+        module = "reasoning_gym" if data.startswith(GENERATOR) else data.removeprefix(FUNCTIONS)
+        if module != STANDARD_LIBRARY and not places_of(module):
+            what = source.pip or module
+            raise NotHad(f"{what} (not installed: pip install {what})", [f"pip install {what}"])
+        return
     files = files_behind(data, folder)
     if data.startswith(PACKAGE) and not files:
-        raise DataError(f"{source.pip} (not installed: {install})" if install else f"{data} (not there)")
-    if files and source.sha256 is not None and _digest(tuple(files)) != source.sha256:
-        raise DataError(
-            f"{files[0]} (not the file that is meant: sha256 {_digest(tuple(files))[:12]}..., expected "
-            f"{source.sha256[:12]}...{install and ': '}{install})"
-        )
-    if not files and not data.startswith((PACKAGE, GENERATOR, FUNCTIONS)):
+        raise NotHad(f"{source.pip} (not installed: {install})" if install else f"{data} (not there)", [install])
+    if files and source.sha256 is not None and (found := _digest(tuple(files))) != source.sha256:
+        why = f"not the file that is meant: sha256 {found[:12]}..., expected {source.sha256[:12]}..."
+        raise NotHad(f"{files[0]} ({why}{install and ': '}{install})", [install])
+    if not files:
         _check_hub(source)
 
 
@@ -85,11 +93,11 @@ def _digest(files: tuple[Path, ...]) -> str:
 def _check_hub(source: Source) -> None:
     reason = hub_unreached()
     if reason is not None and not _cached(source.data):
-        raise DataError(f"hub data set {source.data} (no hub is reached: {reason})")
+        raise NotHad(f"hub data set {source.data} (no hub is reached: {reason})", [A_HUB])
     try:
         rows_at(source.data, subset=source.subset, split=source.split or "test", revision=source.revision)
     except DataError as error:
-        raise DataError(f"hub data set {source.data} ({' '.join(str(error).split())[:200]})") from None
+        raise NotHad(f"hub data set {source.data} ({' '.join(str(error).split())[:200]})", [A_HUB]) from None
 
 
 @cache
@@ -137,25 +145,26 @@ def _blend(source: str) -> list[Row]:
 def _of_blend(source: str, path: Path) -> list[Row]:
     """The prompts of one blend, of all its parts that can be had."""
     rows: list[Row] = []
-    missing: dict[str, str] = {}
+    missing: dict[str, tuple[str, NotHad]] = {}
     had = False
     for part in read_blend(path).parts:
         if part.instead and had:
             continue
         try:
             chosen = first_had(part.sources, path.parent)
-        except DataError as error:
-            missing.setdefault(str(error), part.about)
+        except NotHad as error:
+            missing.setdefault(str(error), (part.about, error))
             continue
         had = had or not part.instead
         found = _prompts(part, chosen, path.parent)
         console.say(f"[dim]{source}: {len(found):,} prompts, {part.about} ({described(chosen)})[/dim]")
         rows += found
-    reasons = [f"{about}: {reason}" for reason, about in missing.items()]
+    reasons = [f"{about}: {error}" for about, error in missing.values()]
     if not rows:
-        raise DataError(
+        raise NotHad(
             f"{BLEND}{path.stem}: none of its prompts can be had here: {'. '.join(reasons)}. Or give a file of your "
-            'own in its place, with lines such as {"prompt": "What is 7 times 8?"}'
+            'own in its place, with lines such as {"prompt": "What is 7 times 8?"}',
+            [way for _, error in missing.values() for way in error.brings],
         )
     for reason in reasons:
         console.warn(f"{source}: left out: {reason}")
