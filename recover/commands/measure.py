@@ -41,9 +41,21 @@ More = Annotated[
 ]
 Tasks = Annotated[
     list[str] | None,
-    typer.Option("--tasks", help="Names (gsm8k, mmlu: docs/recipe.md), task files (YAML), embedded:NAME; one or more."),
+    typer.Option(
+        "--tasks",
+        help="Names (gsm8k, mmlu: docs/recipe.md), task files (YAML), embedded:NAME; one or more.",
+        autocompletion=named.task_names,
+    ),
 ]
-Suite = Annotated[str | None, typer.Option("--suite", help="Named tasks together: standard, base, or choice.")]
+
+
+def _suites() -> list[str]:
+    return [*named.lists().suites]
+
+
+Suite = Annotated[
+    str | None, typer.Option("--suite", help="Named tasks together: standard, base, or choice.", autocompletion=_suites)
+]
 Harness = Annotated[
     str, typer.Option("--lm-eval", help="Tasks of lm-evaluation-harness, commas between them (extra 'eval').")
 ]

@@ -142,6 +142,8 @@ def _folders(paths: list[Path]) -> list[Path]:
 def _existing(path: Path) -> RunDirectory:
     directory = RunDirectory(path)
     if not directory.recipe.is_file():
+        if any(path.glob("*/recipe.yaml")):
+            raise ArtifactError(f"{path}: a folder of runs, and not one of them; `recover list {path}` lists them")
         beside = sorted(found.parent.as_posix() for found in path.absolute().parent.glob("*/recipe.yaml"))
         there = f"; beside it are {', '.join(Path(name).name for name in beside)}" if beside else ""
         raise ArtifactError(f"{path}: not a run directory, it has no recipe.yaml{there}")
