@@ -82,8 +82,8 @@ def start() -> None:
     if _deepspeed():
         if importlib.util.find_spec("deepspeed") is None:
             raise TrainingError(
-                "the launch file asks for DeepSpeed, which is not installed: pip install 'recover[deepspeed]', or take a "
-                "launch file that needs none, such as launch/gpu.yaml"
+                "the launch file asks for DeepSpeed, which is not installed: pip install 'recover[deepspeed]', or take "
+                "a launch file that needs none, such as launch/gpu.yaml"
             )
         zero.skip_compilation()
     launched = int(os.environ.get("WORLD_SIZE", "1"))
