@@ -12,7 +12,7 @@ from typing import Any, cast
 from recover.base import artifacts, clock
 from recover.base.errors import ArtifactError, RecipeError
 from recover.config import yaml_values
-from recover.report import drift, measures, mistakes, verdict, words
+from recover.report import drift, measures, mistakes, overlap, verdict, words
 from recover.report.curve import curve
 from recover.report.data import (
     DivergenceRow,
@@ -21,6 +21,7 @@ from recover.report.data import (
     Json,
     Measure,
     Model,
+    Overlap,
     Plan,
     Records,
     RunData,
@@ -84,6 +85,7 @@ def collect(root: Path) -> RunData:
         "times": cast(list[StageTime], clock.spent(root)),
         "samples": side_by_side(records),
         "mistakes": mistakes.counted(records),
+        "overlap": _overlap(root / "plan" / "overlap.json"),
         "examples": mistakes.examples(records),
         "divergence": divergence(records),
         "verdict": verdict.verdict(headline),
@@ -123,6 +125,12 @@ def _json(path: Path) -> Any:
 def _drift(folder: Path) -> Drift | None:
     summary = _json(folder / "probe.json")
     return None if summary is None else drift.read(summary)
+
+
+def _overlap(path: Path) -> list[Overlap] | None:
+    """None where it was not looked for, as in runs of an earlier version."""
+    found = _json(path)
+    return None if found is None else found["found"]
 
 
 def _epochs(path: Path) -> list[Epoch]:
@@ -236,7 +244,7 @@ def divergence(records: Records) -> list[DivergenceRow]:
 
 def known_limits(data: RunData) -> list[str]:
     """What a reader must not conclude from this report, each line true of this very run."""
-    limits = []
+    limits = [f"{text[0].upper()}{text[1:]}." for text in map(overlap.sentence, data["overlap"] or ())]
     small = sorted(
         {
             row["task"]

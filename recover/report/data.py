@@ -165,6 +165,21 @@ class Example(TypedDict):
     answer: str | None
 
 
+class Overlap(TypedDict):
+    """Items of a task that stand in a text of the run: `same` word for word, `near` others nearly so.
+
+    `field` of the recipe names the text `source`. `examples`: {item, text, same}.
+    """
+
+    field: str
+    source: str
+    task: str
+    items: int
+    same: int
+    near: int
+    examples: list[Json]
+
+
 class Parted(TypedDict):
     first: Quantiles | None
     agreement: float | None
@@ -503,6 +518,7 @@ class RunData(PageData):
     verify: Json | None
     samples: list[Sample]
     examples: list[Example]
+    overlap: list[Overlap] | None
     verdict: Verdict
     limits: list[str]
 
