@@ -48,7 +48,7 @@ Prompts go through the tokenizer's chat template where there is one; give the ba
 What is measured should not stand in what the run is made with. `recover plan` looks for each measured item in the first
 100,000 texts of each source and of the calibration, and says how many are there: word for word, or with 60% of their
 runs of five words in common, every number counting as the same word. Runs that more than 5% of a task's items share are
-its template, and do not count. The report shows the counts with examples. The same question in other words is not found.
+its template, and do not count. The report shows the counts, with examples. A question in other words is not found.
 
 ## Tasks
 

@@ -198,7 +198,7 @@ class RunContext:
             if isinstance(source, DenseText | PrunedText):
                 fitting_prompts(source, self.recipe.recover.length, self.tokenizer)
             if isinstance(source, TeacherText):
-                check_teacher(source, describe(self.recipe.model).vocabulary)
+                check_teacher(source, describe(self.recipe.model).vocabulary, self.tokenizer)
 
 
 @part("looking for measured items in the text")
