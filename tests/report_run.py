@@ -116,10 +116,11 @@ def _measure(model: str, generation: tuple, choice: tuple, perplexity: float, te
         }
         for (prompt, _, answer), text in zip(PROMPTS, texts, strict=True)
     ]
-    first = (
-        {"mean": 5.2, "p50": 4.0, "p90": 11.0, "p99": 17.0, "max": 19.0}
+    first = {"mean": 5.2, "p10": 1.0, "p50": 4.0, "p90": 11.0} if pruned else {"mean": 21.0, "p50": 22.0, "p90": 30.0}
+    parting = (
+        {"never": 0.0, "p10": 1, "p50": 4, "p90": 11, "curve": [[0, 1.0], [5, 0.5], [12, 0.1], [20, 0.0]]}
         if pruned
-        else {"mean": 21.0, "p50": 22.0, "p90": 30.0, "p99": 36.0, "max": 40.0}
+        else {"never": 0.78, "p10": 22, "p50": None, "p90": None, "curve": [[0, 1.0], [23, 0.9], [41, 0.78]]}
     )
     sums = {
         "kind": "generate",
@@ -136,6 +137,7 @@ def _measure(model: str, generation: tuple, choice: tuple, perplexity: float, te
         "truncated": 156 if pruned else 0,
         "agreement": None if dense else (0.11 if pruned else 0.91),
         "first_divergence": None if dense else first,
+        "parting": None if dense else parting,
         "exact_text": None if dense else (0.0 if pruned else 0.78),
         "samples": samples,
     }

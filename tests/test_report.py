@@ -13,11 +13,11 @@ from report_probes import probed
 from report_run import BLOCKS, DROPPED, STEPS, build_run
 
 from recover.base.errors import ArtifactError
-from recover.report import drift, mistakes, verdict, words
+from recover.report import drift, mistakes, tables, verdict, words
 from recover.report.collect import CONSEQUENCES, collect, side_by_side
 from recover.report.data import RunData
 from recover.report.exhibits import figures
-from recover.report.figures import svg
+from recover.report.figures import outcome, svg
 from recover.report.render import fence, render, table_cell
 
 EVERYTHING = (
@@ -288,6 +288,27 @@ def test_other_readings_of_the_same_texts_stand_beside_the_first(tmp_path: Path)
     labels = ["exact match", "exact match, flexible", "pass@1, sampled", "pass@8, sampled", "exact match, sampled"]
     assert [row["label"] for row in rows[:5]] == labels and rows[3]["dense"]["value"] == 0.8
     assert rows[1]["pruned"] == {"value": 0.5, "interval": [0.4, 0.6]} and rows[1]["recovered"] is None
+
+
+def test_texts_that_never_leave_dense_have_a_share_of_their_own(tmp_path: Path) -> None:
+    folder = build_run(tmp_path)
+    data = collect(folder)
+    row = ("sums", "0.0%", "4", "11", "11.0%", "78.0%", "never", "never", "91.0%")
+    found = tables.divergence(data)
+    assert found is not None and found.rows == [row]
+    figure = outcome.parting(data)
+    assert figure is not None and "pruned, 0.0%; recovered, 78.0%" in figure.see
+    assert figure.rows[0] == (0, "100.0%", "100.0%") and figure.rows[-1] == (41, "0.0%", "78.0%")
+    render(folder, data)
+    page = (folder / "report.html").read_text()
+    assert 'id="figure-parting"' in page and ">never</td>" in page
+
+    for part in ("before", "after"):  # as an earlier version wrote it
+        rewrite(folder / part / "measure.json", lambda record: [record["tasks"]["sums"].pop("parting")])
+    older = collect(folder)
+    found = tables.divergence(older)
+    assert found is not None and found.rows == [row]
+    assert outcome.parting(older) is None
 
 
 def test_runs_that_counted_no_mistakes_have_no_table_of_them(tmp_path: Path) -> None:

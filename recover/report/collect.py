@@ -22,12 +22,14 @@ from recover.report.data import (
     Measure,
     Model,
     Overlap,
+    Parted,
     Plan,
     Records,
     RunData,
     Sample,
     SampleRecord,
     StageTime,
+    Task,
     Text,
     Tokens,
 )
@@ -224,7 +226,7 @@ def _with_differences(entry: Sample) -> Sample:
 
 
 def divergence(records: Records) -> list[DivergenceRow]:
-    """One row a generative task: the token at which greedy text first differs from dense (quantiles), and agreement."""
+    """One row a generative task: when greedy texts leave dense's, how many never do, and agreement token by token."""
     names = [
         name for name, task in ((records.get("dense") or {}).get("tasks") or {}).items() if task["kind"] == "generate"
     ]
@@ -233,13 +235,28 @@ def divergence(records: Records) -> list[DivergenceRow]:
         row: DivergenceRow = {"task": name, "pruned": None, "recovered": None}
         for model in ("pruned", "recovered"):
             task = ((records.get(model) or {}).get("tasks") or {}).get(name) or {}
-            row[model] = (
-                {"first": task.get("first_divergence"), "agreement": words.finite(task.get("agreement"))}
-                if task
-                else None
-            )
+            row[model] = _parted(cast(Task, task)) if task else None
         rows.append(row)
     return rows
+
+
+def _parted(task: Task) -> Parted:
+    """A record of an earlier version has no `parting`: it counted texts that never leave dense as leaving at their end.
+
+    Its median holds where most texts do leave.
+    """
+    never = words.finite(task.get("exact_text"))
+    found: Json | None = task.get("parting")
+    if found is None:
+        first = task.get("first_divergence") or {}
+        found = {name: first.get(name) for name, left in (("p50", 0.5), ("p90", 0.1)) if never is None or never < left}
+    return {
+        "never": never,
+        "p50": words.finite(found.get("p50")),
+        "p90": words.finite(found.get("p90")),
+        "curve": [(token, share) for token, share in found.get("curve") or ()],
+        "agreement": words.finite(task.get("agreement")),
+    }
 
 
 def known_limits(data: RunData) -> list[str]:

@@ -49,6 +49,8 @@ class Task(TypedDict, total=False):
     loop_rate: float | None
     loop_start: Quantiles | None
     first_divergence: Quantiles | None
+    parting: Json | None
+    exact_text: float | None
     agreement: float | None
 
 
@@ -181,7 +183,12 @@ class Overlap(TypedDict):
 
 
 class Parted(TypedDict):
-    first: Quantiles | None
+    """When greedy texts leave dense's: the token by which half and 90% of all have; `curve`: share still the same."""
+
+    never: float | None
+    p50: float | None
+    p90: float | None
+    curve: list[tuple[int, float]]
     agreement: float | None
 
 

@@ -101,6 +101,7 @@ EXHIBITS: list[Exhibit] = [
     Exhibit("damage", "writes", sublayers.writes),
     Exhibit("text", "steps", drift.steps),
     Exhibit("text", "divergence", outcome.divergence),
+    Exhibit("text", "parting", outcome.parting),
     Exhibit("text", "divergence", tables.divergence),
     Exhibit("text", "sampled", text.sampled, numbers=True),
     Exhibit("text", "temperatures", text.temperatures, numbers=True),
