@@ -261,10 +261,13 @@ def test_mistakes_are_counted_and_one_of_each_is_shown(run: Path) -> None:
         ("recovered", 193, 0),
     ]
     assert [(each["model"], each["mistake"]) for each in data["examples"]] == [
+        ("dense", "content"),
         *(("pruned", kind) for kind in ("loop", "endless", "no_answer", "content")),
         *(("recovered", kind) for kind in ("no_answer", "content")),
     ]
-    assert data["examples"][0]["text"].startswith("14 + 25 = 14 + 25")
+    assert data["examples"][1]["text"].startswith("14 + 25 = 14 + 25")
+    epochs = [(row["form"], row["content"], row["loops_begin"]) for row in data["epochs"]]
+    assert epochs[0] == (0.14, 0.4, 12.0) and epochs[5] == (0.04, 0.06, 17.0)
     assert [row["loop_rate"] for row in data["epochs"]] == [0.2 / epoch for epoch in range(1, 7)]
     (rate,) = (row for row in data["measures"] if row["key"] == "loop_rate")
     assert (rate["dense"]["value"], rate["pruned"]["value"]) == (0.0, 131 / 200)
@@ -275,7 +278,10 @@ def test_mistakes_are_counted_and_one_of_each_is_shown(run: Path) -> None:
     page, text = (run / "report.html").read_text(), (run / "report.md").read_text()
     for written in (page, text):
         assert "a text of pruned that ends in a loop" in written and "formed and wrong" in written
-    assert "| 6 | 200k | 95.0% | 3.3% |" in text
+    assert "| 6 | 200k | 95.0% | 4.0% | 6.0% | 3.3%, from token 17 |" in text
+    assert "Loop rate, to compare: dense 0.0%, pruned 65.5%." in text
+    fails = "Dense, 0.0% of answers by form, 1.0% by content; pruned, 81.0% of answers by form (65.5% loop), 6.0% by"
+    assert f"Do answers fail by form or by content? {fails}" in text
 
 
 def test_other_readings_of_the_same_texts_stand_beside_the_first(tmp_path: Path) -> None:

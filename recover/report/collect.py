@@ -144,6 +144,7 @@ def _epochs(path: Path) -> list[Epoch]:
     for epoch, record in sorted(latest.items()):
         measured = cast(Measure, record.get("measure") or {})
         train = record.get("train") or {}
+        form, content = mistakes.shares(measured) or (None, None)
         rows.append(
             {
                 **{key: record.get(key) for key in ("step", "tokens", "seconds", "score")},
@@ -151,6 +152,9 @@ def _epochs(path: Path) -> list[Epoch]:
                 "train": train,
                 "headline": measured.get("headline") or {},
                 "loop_rate": mistakes.loop_rate(measured),
+                "loops_begin": mistakes.loops_begin(measured),
+                "form": form,
+                "content": content,
                 "items": {name: task.get("items") for name, task in (measured.get("tasks") or {}).items()},
                 "drift": drift.final_figures(record.get("drift") or {}),
             }

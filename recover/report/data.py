@@ -372,7 +372,10 @@ class Plan(TypedDict, total=False):
 
 
 class Epoch(TypedDict):
-    """`best` is the one that is kept; tokens and seconds are counted from the start of the training."""
+    """`best` is the one that is kept; tokens and seconds are counted from the start of the training.
+
+    `form`, `content`: the share of all texts that is a mistake of form, and that is well formed and wrong.
+    """
 
     step: int | None
     tokens: int | None
@@ -382,6 +385,9 @@ class Epoch(TypedDict):
     train: dict[str, float | None]
     headline: dict[str, float | None]
     loop_rate: float | None
+    loops_begin: float | None
+    form: float | None
+    content: float | None
     items: dict[str, int | None]
     drift: dict[str, Quantiles]
     best: bool

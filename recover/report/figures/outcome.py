@@ -142,12 +142,14 @@ def epochs(data: PageData) -> Figure:
         _epoch_loss(canvas, rows, *places[1])
         return canvas.render()
 
+    told = any(row["form"] is not None for row in rows)
     table = [
         (
             row["epoch"],
             words.count(row["tokens"]),
             words.percent(_epoch_score(row), 1),
-            words.percent(row["loop_rate"], 1),
+            *([words.percent(row[kind], 1) for kind in ("form", "content")] if told else []),
+            words.percent(row["loop_rate"], 1) + _from(row["loops_begin"]),
             words.number(row["train"].get("loss")),
             "best" if row["best"] else "",
         )
@@ -157,7 +159,23 @@ def epochs(data: PageData) -> Figure:
         "A falling loss does not promise better writing, so generation itself is measured after each epoch. "
         "The ring marks the epoch that is kept."
     )
-    return Figure(title, see, draw, ("epoch", "tokens", "generation", "loop rate", "loss", ""), table)
+    names = ("mistakes of form", "well formed, wrong", "loop rate")
+    columns = ("epoch", "tokens", "generation", *(names if told else names[2:]), "loss", "")
+    return Figure(title, see + _loops_of_dense(data), draw, columns, table)
+
+
+def _from(token: float | None) -> str:
+    return "" if token is None else f", from token {words.number(token)}"
+
+
+def _loops_of_dense(data: PageData) -> str:
+    """What a loop rate is to be held against."""
+    rates = {
+        model: [rate for row in data["mistakes"] if row["model"] == model and (rate := row["loop_rate"]) is not None]
+        for model in ("dense", "pruned")
+    }
+    said = [f"{model} {words.percent(sum(found) / len(found), 1)}" for model, found in rates.items() if found]
+    return f" Loop rate, to compare: {', '.join(said)}." if said else ""
 
 
 def _epoch_score(row: Epoch) -> float | None:
