@@ -24,6 +24,7 @@ from recover.distill.distiller import scored_rows
 from recover.distill.loss_topk import TopK, topk_of
 from recover.models.arch import head_of
 from recover.models.load import check_fit, load_tokenizer
+from recover.models.rope import row_positions
 from recover.probe.sources import load_any
 from recover.train.data import collator
 from recover.train.sources import Row, Sample, read_rows, samples_of
@@ -115,6 +116,7 @@ def teacher_rows(
     device = next(model.parameters()).device
     batch = {name: value.to(device) for name, value in collator(0, "completion")(rows).items()}
     rows_N, _ = scored_rows(batch.pop("labels"))
+    batch["position_ids"] = row_positions(batch["attention_mask"])
     base: Any = model.base_model
     h_ND = base(**batch, use_cache=False).last_hidden_state.flatten(0, 1).index_select(0, rows_N)
     head = head_of(model)
