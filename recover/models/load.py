@@ -25,6 +25,7 @@ from recover.config import recipe
 from recover.config.base import Dtype
 from recover.models.arch import arch_of_type, head_size_of, kv_heads_of
 from recover.models.chat_template import check_template
+from recover.models.rope import by_rows
 from recover.models.source import (
     check_numbers,
     check_tied,
@@ -137,6 +138,7 @@ def read_whole(
                 f"{folder}: config.json and weights do not belong together: {len(names)} tensors {MISFITS[misfit]}, "
                 f"such as {', '.join(names[:LISTED])}"
             )
+    by_rows(model)
     return model.eval()
 
 
