@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -20,8 +20,6 @@ from typer.testing import CliRunner
 from recover.base.errors import ArtifactError, ExportError, ModelError
 from recover.config import recipe
 from recover.export.gguf.write import write_gguf
-
-gguf = pytest.importorskip("gguf", reason="GGUF files need the extra 'gguf'")
 
 
 def read(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
@@ -251,12 +249,6 @@ def test_tensors_without_a_place_and_values_that_overflow_are_refused(tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"model\.safetensors: missing"):
         write_gguf(folder, out)
-
-
-def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ExportError, match=r"GGUF files need the package 'gguf' .*: pip install 'recover\[gguf\]'"):
-        write_gguf(recipe.embedded("fable-2m"), tmp_path / "out.gguf")
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import os
 import threading
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from gguf_checkpoint import checkpoint
@@ -18,8 +19,6 @@ from recover.export.gguf.write import write_gguf
 from recover.models import gguf_folder
 from recover.models.load import describe, load_model, load_tokenizer
 from recover.models.source import locate
-
-gguf = pytest.importorskip("gguf", reason="GGUF files need the extra 'gguf'")
 
 
 @pytest.fixture
@@ -132,9 +131,3 @@ def test_of_two_runs_the_second_waits_for_the_first(file, written, monkeypatch):
     assert found == [folder] and written == [file]
     artifacts.check_manifest(folder)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
-
-
-def test_without_the_package_the_error_says_what_to_install(file, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    with pytest.raises(ModelError, match=r"GGUF files need the package 'gguf': pip install 'recover\[gguf\]'"):
-        load_model(cfg(file))

@@ -11,13 +11,14 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import gguf
+
 from recover.base import console
 from recover.base.errors import ExportError
 from recover.models.arch import head_size_of, kv_heads_of
 from recover.models.source import check_tied, check_weights, check_written, explained, model_folder
 
 if TYPE_CHECKING:
-    from gguf import GGUFWriter
     from torch import Tensor
     from transformers import PretrainedConfig
 
@@ -131,10 +132,8 @@ def _biased(config: PretrainedConfig) -> set[str]:
     return {*(ATTENTION.values() if config.attention_bias else ()), *(MLP.values() if config.mlp_bias else ())}
 
 
-def add_sizes(writer: GGUFWriter, config: PretrainedConfig) -> None:
+def add_sizes(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
     """Put all that llama.cpp must know to compute the model into the metadata; rope factors are a tensor, see below."""
-    from gguf import RopeScalingType
-
     rope, head = config.rope_parameters, head_size_of(config)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(_context(config))
@@ -148,7 +147,7 @@ def add_sizes(writer: GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_rope_dimension_count(head)
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
     writer.add_vocab_size(config.vocab_size)
 

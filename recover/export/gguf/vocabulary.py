@@ -11,11 +11,12 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import gguf
+
 from recover.base import console
 from recover.base.errors import ExportError
 
 if TYPE_CHECKING:
-    from gguf import GGUFWriter
     from transformers import PreTrainedTokenizerBase
 
 # Splitting rules, as tokenizer.json spells them, applied one after the other.
@@ -76,7 +77,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, stops: Sequence[in
     )
 
 
-def add_vocabulary(writer: GGUFWriter, words: Vocabulary) -> None:
+def add_vocabulary(writer: gguf.GGUFWriter, words: Vocabulary) -> None:
     """Put the vocabulary into the metadata of a GGUF file."""
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(words.pre)

@@ -13,6 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import gguf
+import numpy as np
+
 from recover.base import artifacts, console
 from recover.base.errors import ExportError
 from recover.export.gguf.family import (
@@ -27,8 +30,6 @@ from recover.export.gguf.vocabulary import add_vocabulary, vocabulary
 from recover.models.source import INDEX, WEIGHTS, explained
 
 if TYPE_CHECKING:
-    import numpy as np
-    from gguf import GGUFWriter
     from torch import Tensor
     from transformers import PretrainedConfig
 
@@ -54,7 +55,7 @@ def write_gguf(folder: Path, out: Path, dtype: str | None = None) -> Path:
 
     Raises:
         ExportError: a family, rope, activation, bias or tokenizer that this writer or llama.cpp does not have, by name;
-            tensors missing or left over; values not finite in `dtype`; the package `gguf` is not installed.
+            tensors missing or left over; values not finite in `dtype`.
         ModelError: the folder is no whole checkpoint.
         ArtifactError: the file could not be written.
     """
@@ -72,12 +73,8 @@ def write_gguf(folder: Path, out: Path, dtype: str | None = None) -> Path:
     return out
 
 
-def _writer(folder: Path, config: PretrainedConfig, dtype: str) -> GGUFWriter:
+def _writer(folder: Path, config: PretrainedConfig, dtype: str) -> gguf.GGUFWriter:
     """A writer with all metadata and no tensor yet."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise ExportError(f"GGUF files need the package 'gguf' ({error}): pip install 'recover[gguf]'") from None
     from transformers import AutoTokenizer
 
     writer = gguf.GGUFWriter(None, family_of(config).arch)
@@ -191,12 +188,9 @@ def _nbytes(entry: Entry) -> int:
     return size
 
 
-def _write(writer: GGUFWriter, entries: list[Entry], path: Path) -> None:
-    import numpy as np
-    from gguf import GGMLQuantizationType
-
+def _write(writer: gguf.GGUFWriter, entries: list[Entry], path: Path) -> None:
     for entry in entries:
-        kind = GGMLQuantizationType[DTYPES[entry.dtype][0]]
+        kind = gguf.GGMLQuantizationType[DTYPES[entry.dtype][0]]
         writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.int16), _nbytes(entry), raw_dtype=kind)
     try:
         writer.write_header_to_file(path)
