@@ -23,10 +23,12 @@ from recover.base.errors import ModelError
 from recover.base.memory import Shape
 from recover.config import recipe
 from recover.config.base import Dtype
+from recover.models import vocabulary
 from recover.models.arch import arch_of_type, head_size_of, kv_heads_of
 from recover.models.chat_template import check_template
 from recover.models.source import (
     check_numbers,
+    check_rows,
     check_tied,
     check_weights,
     check_written,
@@ -109,6 +111,8 @@ def read_whole(
     """
     check_written(folder)
     check_weights(folder)
+    if "unexpected_keys" in refused and (rows := read_config(cfg).get("vocab_size")):  # a quantizer packs rows
+        check_rows(folder, rows)
     with explained(str(folder)):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -152,6 +156,7 @@ def load_tokenizer(cfg: recipe.Model) -> PreTrainedTokenizerBase:
     Raises ModelError: it cannot be loaded, lacks one of these, or its chat template is broken or has no end.
     """
     folder = locate(cfg, cfg.tokenizer)
+    vocabulary.check_there(folder)
     with explained(f"{folder}: tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=cfg.trust_remote_code, local_files_only=True
@@ -172,14 +177,8 @@ def load_tokenizer(cfg: recipe.Model) -> PreTrainedTokenizerBase:
 
 
 def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Every id that the tokenizer can give has a row in the embedding (more rows are fine), or raise ModelError."""
-    vocabulary = model.config.vocab_size
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if largest >= vocabulary:
-        raise ModelError(
-            f"the tokenizer gives id {largest} ({token!r}), the model's vocabulary ends at {vocabulary - 1}: "
-            "this tokenizer belongs to another model; check model.tokenizer"
-        )
+    """As `vocabulary.fit`, for the embedding of this model (more rows than words are fine). Raises ModelError."""
+    vocabulary.fit(tokenizer, model.config.get_text_config(decoder=True).vocab_size)
 
 
 def _config(cfg: recipe.Model) -> PretrainedConfig:
