@@ -55,8 +55,8 @@ def fit(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
         )
     if any_tokenizer.pad_token in past:
         console.warn(
-            f"the padding token {tokenizer.pad_token!r} has id {past[any_tokenizer.pad_token]}, and the model's vocabulary "
-            f"ends at {rows - 1}: {tokenizer.eos_token!r} is used in its place"
+            f"the padding token {tokenizer.pad_token!r} has id {past[any_tokenizer.pad_token]}, and the model's "
+            f"vocabulary ends at {rows - 1}: {tokenizer.eos_token!r} is used in its place"
         )
         any_tokenizer.pad_token = any_tokenizer.eos_token
 
