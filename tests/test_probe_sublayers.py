@@ -15,7 +15,7 @@ from twins import removed
 
 from recover.base.errors import ModelError
 from recover.maths import divergence as spaces
-from recover.models.arch import blocks_of, final_norm_of
+from recover.models.arch import arch_of, blocks_of, final_norm_of
 from recover.models.site import Site
 from recover.probe.probe import probe
 from recover.probe.records import Sublayer
@@ -24,6 +24,7 @@ from recover.probe.trajectory import along, batches_of, greedy, thinned
 from recover.probe.views import Pair, View
 
 FAMILIES = ["llama", "qwen2_sliding", "gemma2", "gemma3_text", "olmo2", "phi3", "granite"]
+FAMILIES += ["glm4", "starcoder2", "apertus"]
 
 
 def trajectory_of(pair: Pair, count: int = 3):
@@ -86,7 +87,9 @@ def zeroed(model, site: Site):
     """The reference: the last matrix of the sublayer is zero, so it adds nothing."""
     model = copy.deepcopy(model)
     block = blocks_of(model)[site.block]
-    last = block.self_attn.o_proj if site.part == "attention" else block.mlp.down_proj
+    last = (
+        block.self_attn.o_proj if site.part == "attention" else block.mlp.get_submodule(arch_of(model).mlp_linears[-1])
+    )
     last.weight.data.zero_()
     if last.bias is not None:
         last.bias.data.zero_()

@@ -24,7 +24,7 @@ from recover.base.memory import Shape
 from recover.config import recipe
 from recover.config.base import Dtype
 from recover.models import vocabulary
-from recover.models.arch import arch_of_type, head_size_of, kv_heads_of
+from recover.models.arch import arch_of, arch_of_config, head_size_of, kv_heads_of
 from recover.models.chat_template import check_template
 from recover.models.source import (
     check_numbers,
@@ -75,6 +75,7 @@ def describe(cfg: recipe.Model) -> Description:
         kv_heads=kv_heads_of(config),
         head_size=head_size_of(config),
         vocabulary=config.vocab_size,
+        mlp_matrices=arch_of(config).mlp_matrices,
         context=getattr(config, "max_position_embeddings", None),
         tied=bool(config.tie_word_embeddings),
         parameters=parameters,
@@ -184,7 +185,7 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
 def _config(cfg: recipe.Model) -> PretrainedConfig:
     """The config of a supported type, which is checked before transformers sees it and before weights are fetched."""
     source, raw = config_source(cfg), read_config(cfg)
-    arch_of_type(raw["model_type"])
+    arch_of_config(raw)
     if quantized := raw.get("quantization_config"):
         raise ModelError(
             f"{cfg.source}: quantized with '{quantized.get('quant_method')}', and quantized weights are neither "

@@ -14,7 +14,7 @@ from torch import LongTensor
 from recover.base.errors import PruneError
 from recover.base.journal import Journal
 from recover.config.recipe import Depth
-from recover.models.arch import arch_of, arch_of_type, blocks_of, part_of
+from recover.models.arch import ARCHS, arch_of, blocks_of, part_of
 from recover.models.plan import Plan, Pruned
 from recover.models.site import SUBLAYERS, Site, pack_sites, sites_of, whole_blocks, zeroed_partners
 from recover.prune.calibrate import calibration_record, check_context
@@ -135,7 +135,7 @@ def depth_cost(cfg: Depth, model: Description) -> Cost:
     """What dropping takes from a model. Raises PruneError for what `prune_depth` would refuse."""
     check_sites(cfg, model.blocks)
     if cfg.repair != "none":
-        refuse_norm_behind(arch_of_type(model.model_type), cfg.repair)
+        refuse_norm_behind(ARCHS[model.model_type], cfg.repair)
     inside, share = model.parameters - model.embedding_parameters, share_gone(cfg, model)
     return Cost(
         gone=share * inside,
@@ -157,7 +157,7 @@ def _repaired_weights(cfg: Depth, model: Description) -> int:
 def share_gone(cfg: Depth, model: Description) -> float:
     """Of the weights in all blocks, the share no longer run; a count of sublayers is taken for an even mixture."""
     attention = 2 * model.width * model.head_size * (model.heads + model.kv_heads)
-    mlp = 3 * model.width * model.intermediate
+    mlp = model.mlp_matrices * model.width * model.intermediate
     weights = {"attention": attention, "mlp": mlp, "sublayer": (attention + mlp) / 2}
     weights |= dict.fromkeys(("block", "pair"), attention + mlp)
     if cfg.unit == "sublayer" and cfg.sites:
