@@ -311,7 +311,7 @@ def _read_json(path: Path) -> Any:
         raise ModelError(f"{path}: cannot be read as JSON ({error}); fetch the model again") from error
 
 
-CONVERSION = 4  # raised when the same GGUF file gives another folder than before
+CONVERSION = 5  # raised when the same GGUF file gives another folder than before
 
 
 def cache_folder() -> Path:
