@@ -74,7 +74,6 @@ def test_the_parts_are_found_through_a_peft_model():
         ({"model_type": "deepseek_v3", "n_routed_experts": 256}, "it is a mixture of experts"),
         ({"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]}, "it is a hybrid"),
         ({"model_type": "new", "mamba_d_state": 16}, "it is a hybrid"),
-        ({"model_type": "falcon"}, "blocks run attention and MLP side by side"),
     ],
 )
 def test_what_is_not_supported_says_what_it_is_and_what_to_do(config, said):

@@ -31,7 +31,8 @@ from recover.models.twin import Twin
 pytestmark = pytest.mark.slow
 READER = Path(__file__).with_name("older_reader.py")
 OLD = "transformers>=4.57,<5"
-NOT_IN_4: set[str] = set()  # families that version 4 does not know
+NOT_IN_4 = {"ministral3", "granite_swa"}  # families that version 4 does not know
+ROUGH = {"apertus": 1e-3}  # version 4 keeps the numbers of its activation in bfloat16, whatever dtype is asked for
 PROMPT = torch.arange(3, 43).reshape(2, 20)
 
 
@@ -70,7 +71,7 @@ def test_transformers_4_computes_what_this_one_does(family, deploys, version_4):
     model = AutoModelForCausalLM.from_pretrained(deploys[family], attn_implementation="eager")
     with torch.no_grad():
         expected = model.eval()(input_ids=PROMPT, use_cache=False).logits
-    assert (logits[family] - expected).abs().max() < 2e-5 * max(1.0, float(expected.abs().max()))
+    assert (logits[family] - expected).abs().max() < ROUGH.get(family, 2e-5) * max(1.0, float(expected.abs().max()))
     assert told["tokens"][family] == AutoTokenizer.from_pretrained(deploys[family])(TEXT)["input_ids"]
 
 

@@ -25,7 +25,7 @@ from recover.prune.stream import Stream, norms, squares
 
 CALIBRATION = Calibration(data="given", samples=5, length=24, batch_size=2)
 FAMILIES = ["llama_tied", "mistral_sliding", "qwen2_sliding", "gemma2", "gemma3_text", "phi3", "smollm3", "granite"]
-FAMILIES += ["glm4", "starcoder2", "apertus", "ministral3", "granite_swa"]
+FAMILIES += ["glm4", "starcoder2", "apertus", "ministral3", "granite_swa", "phi", "cohere2", "gpt_neox"]
 
 
 @pytest.fixture

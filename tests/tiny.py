@@ -76,6 +76,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron": ("nemotron", {"head_dim": 16}),
     "starcoder2": ("starcoder2", {"sliding_window": 8}),
     "apertus": ("apertus", {}),
+    "stablelm": ("stablelm", {"use_qkv_bias": True}),
+    "stablelm_parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    "cohere": ("cohere", {"logit_scale": 0.5, "use_qk_norm": True}),
+    "cohere2": (
+        "cohere2",
+        {
+            "logit_scale": 0.5,
+            "head_dim": 16,
+            "sliding_window": 8,
+            "layer_types": [SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL],
+        },
+    ),
+    "phi": ("phi", {}),
+    "gpt_neox": ("gpt_neox", {}),
+    "gpt_neox_sequential": ("gpt_neox", {"use_parallel_residual": False}),
     "granite_swa": (
         "granite_swa",
         {

@@ -14,7 +14,7 @@ from recover.config.paths import without_folders
 from recover.config.recipe import Model, Recipe
 from recover.config.tasks import USES, Figure, headline_figures
 from recover.export.write import CARD
-from recover.models.site import SUBLAYERS, Site, pack_sites, zeroed_partners
+from recover.models.site import SUBLAYERS, Site, packed_as, zeroed_partners
 from recover.models.source import kind_of
 from recover.report import plan_text
 from recover.report.data import Plan
@@ -165,7 +165,7 @@ def _zeroed(plan: dict[str, Any]) -> str:
         for block in range(plan["blocks"])
         if block not in plan_text.gone(cast(Plan, plan), part)
     }
-    zeroed = zeroed_partners(pack_sites(kept))
+    zeroed = zeroed_partners(packed_as(plan.get("parallel", False))(kept))
     return f" Of these, {zeroed} sublayers are zeroed partners of lone ones: they add nothing." if zeroed else ""
 
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from recover.base.errors import ModelError
@@ -45,6 +45,14 @@ def _no_softcap(config: PretrainedConfig) -> float | None:
     return None
 
 
+def _one_behind_the_other(config: PretrainedConfig) -> bool:
+    return False
+
+
+def _side_by_side(config: PretrainedConfig) -> bool:
+    return getattr(config, "use_parallel_residual", True)
+
+
 def _final_softcap(config: PretrainedConfig) -> float | None:
     return config.final_logit_softcapping
 
@@ -71,6 +79,7 @@ class Arch:
     attention_norms: tuple[str, ...] = ("input_layernorm",)
     mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
     gated: bool = True  # down(activation(gate) * up), else down(activation(up))
+    parallel: Callable[[PretrainedConfig], bool] = _one_behind_the_other  # attention and MLP read one input
     norm_behind: bool = False  # a norm between the sublayer and the stream: nothing can be folded through it
     kv_groups_stay: str = ""  # why width pruning cannot remove KV groups, empty where it can
 
@@ -124,6 +133,40 @@ ARCHS: dict[str, Arch] = {
         Arch("arcee", mlp_linears=UP_DOWN, gated=False),
         Arch("nemotron", mlp_linears=UP_DOWN, gated=False),
         Arch("starcoder2", mlp_linears=("c_fc", "c_proj"), gated=False),
+        Arch(
+            "stablelm",
+            parallel=lambda config: config.use_parallel_residual,
+            kv_groups_stay="some of its models have a norm for each head",
+        ),
+        Arch("cohere2", parallel=_side_by_side, mlp_norms=(), logit_scale=lambda config: config.logit_scale),
+        Arch(
+            "cohere",
+            parallel=_side_by_side,
+            mlp_norms=(),
+            logit_scale=lambda config: config.logit_scale,
+            kv_groups_stay="some of its models have a norm for each head",
+        ),
+        Arch(
+            "phi",
+            parallel=_side_by_side,
+            norm="model.final_layernorm",
+            attention_linears=("q_proj", "k_proj", "v_proj", "dense"),
+            mlp_linears=("fc1", "fc2"),
+            mlp_norms=(),
+            gated=False,
+        ),
+        Arch(
+            "gpt_neox",
+            blocks="gpt_neox.layers",
+            attention="attention",
+            norm="gpt_neox.final_layer_norm",
+            embed="gpt_neox.embed_in",
+            parallel=_side_by_side,
+            attention_linears=("query_key_value", "dense"),
+            mlp_linears=("dense_h_to_4h", "dense_4h_to_h"),
+            gated=False,
+            kv_groups_stay="q, k and v are one linear, cut by head counts of the config, which both views share",
+        ),
         Arch(
             "apertus",
             mlp_linears=UP_DOWN,
@@ -207,3 +250,19 @@ def head_of(model: nn.Module) -> Head:
     arch, base = arch_of(model), base_of(model)
     head: Any = base.get_submodule(arch.head)
     return Head(head.weight, head.bias, float(arch.logit_scale(base.config)), arch.softcap(base.config))
+
+
+def middle_hooks(block: nn.Module, arch: Arch, act: Callable[[Tensor], Any]) -> list[Any]:
+    """Call `act` with the stream behind the attention of a block that runs it beside the MLP: no module reads it."""
+    entering: list[Tensor] = []
+
+    def enter(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entering[:] = [args[0] if args else kwargs["hidden_states"]]
+
+    def behind(_module: Any, _args: Any, output: Any) -> None:
+        act(entering[0] + (output[0] if isinstance(output, tuple) else output))
+
+    return [
+        block.register_forward_pre_hook(enter, with_kwargs=True),
+        block.get_submodule(arch.attention).register_forward_hook(behind),
+    ]

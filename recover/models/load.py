@@ -47,7 +47,9 @@ MISFITS = {"missing_keys": "are missing from the weights", "unexpected_keys": "b
 
 @dataclasses.dataclass(frozen=True)
 class Description(Shape):
-    """What a model is, from its config alone; `bytes` is for the recipe's dtype, `stored` the checkpoint's own."""
+    """What a model is, from its config alone; `bytes` is for the recipe's dtype, `stored` the checkpoint's own.
+
+    `parallel`: blocks run attention and MLP on one input."""
 
     model_type: str
     context: int | None
@@ -55,6 +57,7 @@ class Description(Shape):
     embedding_parameters: int
     bytes: int
     stored: Dtype = "float32"
+    parallel: bool = False
 
 
 def describe(cfg: recipe.Model) -> Description:
@@ -82,6 +85,7 @@ def describe(cfg: recipe.Model) -> Description:
         embedding_parameters=sum(embeddings.values()),
         bytes=parameters * getattr(torch, cfg.dtype).itemsize,
         stored=stored_dtype(cfg),
+        parallel=arch_of(config).parallel(config),
     )
 
 

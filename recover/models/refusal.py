@@ -40,21 +40,14 @@ HYBRID = Kind(
     "here a block is attention and an MLP",
     "give a model whose blocks all attend",
 )
-PARALLEL = Kind(
-    "a model whose blocks run attention and MLP side by side",
-    "cohere, cohere2, phi, gpt_neox, falcon, gptj, stablelm with use_parallel_residual",
-    "half of one block cannot take its place beside half of another, as it can where one follows the other",
-    "give a model whose blocks run the MLP behind attention",
-)
 CONV1D = Kind(
     "a model whose projections are Conv1D, with the weight the other way round",
     "gpt2, gpt_bigcode, openai-gpt",
     "masks, adapters and slices are made for nn.Linear",
     "give a model of a later family",
 )
-KINDS = (WRAPPER, MIXTURE, HYBRID, PARALLEL, CONV1D)
+KINDS = (WRAPPER, MIXTURE, HYBRID, CONV1D)
 TYPES = {
-    **dict.fromkeys(("cohere", "cohere2", "phi", "gpt_neox", "falcon", "gptj", "gpt_neox_japanese"), PARALLEL),
     **dict.fromkeys(("gpt2", "gpt_bigcode", "openai-gpt"), CONV1D),
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "jamba", "bamba", "zamba2"), HYBRID),
 }
