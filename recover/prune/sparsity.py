@@ -361,7 +361,7 @@ def sparsity_cost(cfg: Sparsity, model: Description) -> Cost:
 def sparsegpt_cost(cfg: SparseGpt, model: Description) -> Cost:
     """As `sparsity_cost`; and every weight of the blocks is rewritten."""
     attention = 2 * model.heads * model.head_size + 2 * model.kv_heads * model.head_size
-    own = model.blocks * model.width * (attention + 3 * model.intermediate)
+    own = model.blocks * model.width * (attention + model.mlp_matrices * model.intermediate)
     return dataclasses.replace(sparsity_cost(cfg, model), own=own)
 
 

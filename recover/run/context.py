@@ -29,10 +29,11 @@ from recover.base.errors import RecipeError
 from recover.config.recipe import Calibration, Data, DenseText, GivenText, PrunedText, Recipe, TeacherText
 from recover.config.tasks import GenerateFile
 from recover.measure.tasks import Task, check_allowed, load_task
+from recover.models import vocabulary
 from recover.models.held import Held
 from recover.models.load import check_fit, describe, load_model, load_tokenizer, ready
 from recover.models.plan import Plan, load_plan
-from recover.models.source import check_tied, check_weights, kind_of, locate
+from recover.models.source import check_rows, check_tied, check_weights, kind_of, locate, read_config
 from recover.models.twin import Twin
 from recover.prune.calibrate import calibration_batches, read_texts
 from recover.report.data import Overlap
@@ -62,7 +63,10 @@ class RunContext:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.recipe.model)
+        tokenizer, rows = load_tokenizer(self.recipe.model), read_config(self.recipe.model).get("vocab_size")
+        if rows is not None:
+            vocabulary.fit(tokenizer, rows)
+        return tokenizer
 
     @cached_property
     def tasks(self) -> list[Task]:
@@ -187,8 +191,10 @@ class RunContext:
             ModelError: the weights of a local model are not there, or cut short.
         """
         if kind_of(self.recipe.model.source) == "folder":
-            check_weights(locate(self.recipe.model))
-            check_tied(locate(self.recipe.model), describe(self.recipe.model).tied)
+            folder, model = locate(self.recipe.model), describe(self.recipe.model)
+            check_weights(folder)
+            check_rows(folder, model.vocabulary)
+            check_tied(folder, model.tied)
         self.probe_prompts()  # and with them the tasks
         _ = self.tasks
         _ = self.calibration

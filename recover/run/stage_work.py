@@ -17,6 +17,7 @@ from recover.base.artifacts import append_jsonl, read_json, read_jsonl, write_js
 from recover.base.clock import part
 from recover.base.journal import Journal
 from recover.config.base import Dtype
+from recover.config.paths import without_folders
 from recover.config.recipe import Model, dump_recipe
 from recover.export.card import card
 from recover.export.merge import merge
@@ -254,7 +255,7 @@ def _card_and_record(context: RunContext) -> tuple[str, dict[str, Any]]:
     if overlaps := read_json(directory.overlap)["found"]:
         facts["measured items in its text"] = "; ".join(map(overlap.sentence, overlaps))
     record = {
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": without_folders(recipe.model_dump(mode="json")),
         "headlines": headlines,
         "kept": kept,
         "environment": environment,
