@@ -313,24 +313,21 @@ def _convert(path: Path) -> Path:
             return folder
         console.say(f"converting {path.name} to safetensors, once, into {folder}")
         _tidy(folder)
-        scratch = folder.with_name(f".{folder.name}.{os.getpid()}{artifacts.WRITING}")
-        try:
-            scratch.mkdir()
+        with artifacts.scratch(folder) as scratch:
             full = artifacts.explaining_libraries(folder, full_alone=True)
             with part("converting GGUF"), alone(path) as link, explained(str(path)), full:
                 write_stock(link, scratch, shown=path)
             artifacts.publish(scratch, folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
 def _tidy(folder: Path) -> None:
     """Remove what conversions left that were killed: those of this folder, whose lock we hold, and unlocked ones."""
+    ours = re.compile(rf"\.([0-9a-f]{{64}}-\d+)\.\d+{re.escape(artifacts.WRITING)}")
     for left in folder.parent.glob(f".*{artifacts.WRITING}"):
-        name = left.name[1:].removesuffix(artifacts.WRITING).rpartition(".")[0]
-        lock = folder.with_name(f".{name}.lock")
-        if name == folder.name or not _is_locked(lock):
+        if (match := ours.fullmatch(left.name)) is None:
+            continue
+        if match[1] == folder.name or not _is_locked(folder.with_name(f".{match[1]}.lock")):
             shutil.rmtree(left, ignore_errors=True)
 
 
