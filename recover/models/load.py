@@ -24,7 +24,7 @@ from recover.base.memory import Shape
 from recover.config import recipe
 from recover.config.base import Dtype
 from recover.models.arch import arch_of_type, head_size_of, kv_heads_of
-from recover.models.chat_template import check_template
+from recover.models.chat_template import TRIAL, check_template
 from recover.models.config_keys import config_of, keep_known
 from recover.models.gate import unchanged
 from recover.models.source import (
@@ -162,6 +162,8 @@ def load_tokenizer(cfg: recipe.Model) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=cfg.trust_remote_code, local_files_only=True
         )
+        for special in (True, False):  # that it loads does not mean that it works
+            tokenizer.decode(tokenizer(TRIAL, add_special_tokens=special, verbose=False)["input_ids"])
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         raise ModelError(
             f"{folder}: holds no tokenizer (tokenizer.json or tokenizer.model): copy it there, or set model.tokenizer"
