@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from recover.base import artifacts, clock
 from recover.base.errors import ArtifactError, RecipeError
+from recover.base.products import taken_apart
 from recover.config import yaml_values
 from recover.report import drift, measures, mistakes, overlap, verdict, words
 from recover.report.curve import curve
@@ -60,6 +61,11 @@ def collect(root: Path) -> RunData:
 
     Raises ArtifactError if `root` holds no recipe.yaml, or if a file of the run is corrupt.
     """
+    with taken_apart(root):
+        return _collect(root)
+
+
+def _collect(root: Path) -> RunData:
     recipe = _recipe(root)
     records: Records = {model: _json(root / folder / "measure.json") for model, folder in MEASURE_FOLDER.items()}
     plan = _json(root / "prune" / "plan.json")

@@ -135,7 +135,7 @@ class RunDirectory:
         if not path.exists():
             return None
         stamp = read_json(path)
-        if not isinstance(stamp, dict) or not isinstance(stamp.get("fingerprint"), dict):
+        if not _is_stamp(stamp, stage) or not _is_time(stamp.get("finished")):
             raise ArtifactError(f"{path}: not a stamp; delete it, and the stage is done again")
         return stamp
 
@@ -174,6 +174,13 @@ def _stamped(root: Path) -> bool:
     """Whether a stage of ours was finished here: every run of earlier versions holds such a stamp."""
     folders = ["plan", "dense", "prune", "before", "recover", "trial", "after", "deploy", "report"]
     return any(_is_stamp(peek(root / folder / DONE), {"deploy": "export"}.get(folder, folder)) for folder in folders)
+
+
+def _is_time(value: Any) -> bool:
+    try:
+        return datetime.fromisoformat(value) is not None
+    except (TypeError, ValueError):
+        return False
 
 
 def _is_stamp(value: Any, stage: str) -> bool:

@@ -27,7 +27,7 @@ from recover.measure.speed import compare_speed
 from recover.measure.tasks import measure
 from recover.models.load import describe, load_model, ready
 from recover.models.plan import save_plan
-from recover.models.source import code_of, exported_dtype, stored_dtype
+from recover.models.source import code_of, commits, exported_dtype, stored_dtype
 from recover.models.twin import Twin
 from recover.probe.probe import dense_trajectories, final_drift, probe, summary
 from recover.probe.tasks import task_drift
@@ -53,7 +53,9 @@ def plan(context: RunContext) -> None:
     if not dist.is_main():
         return
     write_text(directory.recipe, dump_recipe(recipe))
-    write_json(directory.env, {**provenance.environment(), **({} if code is None else {"remote_code": code})})
+    said = {"remote_code": code, "commits": commits(recipe.model) or None}
+    known = {name: value for name, value in said.items() if value is not None}
+    write_json(directory.env, provenance.environment() | known)
     write_json(directory.plan / "estimate.json", figures)
     overlaps = overlap_record(context)
     write_json(directory.overlap, overlaps)
