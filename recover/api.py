@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -156,7 +156,7 @@ def measure(
     max_new_tokens: int = 128,
     sampling: Sampling | None = None,
     samples: int = 3,
-    allow_code_execution: bool = False,
+    allow_code_execution: bool | Literal["unconfined"] = False,
     reference: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:

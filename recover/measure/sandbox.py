@@ -73,7 +73,7 @@ class Keeper:
         with tempfile.TemporaryDirectory() as empty:
             self.process = subprocess.Popen(
                 command,
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env={},
@@ -134,7 +134,7 @@ class Keeper:
 
 
 def _file(text: str) -> Any:
-    file = tempfile.TemporaryFile()
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - whoever gets it closes it
     # A lone surrogate, which a model may well write, is no UTF-8.
     file.write(text.encode("utf-8", "replace"))
     file.seek(0)

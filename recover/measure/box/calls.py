@@ -80,7 +80,10 @@ REFUSED: dict[str, tuple[int, int | None]] = {
 }
 CLONE3 = 435  # refused as unknown: its flags lie in memory, where no filter sees them
 AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-OWN = {"x86_64": {"clone": 56, "capset": 126, "pivot_root": 155}, "aarch64": {"clone": 220, "capset": 91, "pivot_root": 41}}
+OWN = {
+    "x86_64": {"clone": 56, "capset": 126, "pivot_root": 155},
+    "aarch64": {"clone": 220, "capset": 91, "pivot_root": 41},
+}
 X32 = 0x40000000  # the second numbering of x86-64
 LOAD, EQUAL, AT_LEAST, GIVE = 0x20, 0x15, 0x35, 0x06
 KILL, ALLOW, ERROR = 0x80000000, 0x7FFF0000, 0x00050000
@@ -104,7 +107,7 @@ def number_of(call: str) -> int:
 def filter_of(machine: str) -> bytes:
     """The instructions that refuse the calls above and allow all others."""
     column = list(AUDIT).index(machine)
-    refused = sorted({each[column] for each in REFUSED.values()} - {None})
+    refused = sorted({number for each in REFUSED.values() if (number := each[column]) is not None})
     tests = [(EQUAL, each, ERROR | errno.EPERM) for each in refused]
     tests.append((EQUAL, CLONE3, ERROR | errno.ENOSYS))
     if machine == "x86_64":

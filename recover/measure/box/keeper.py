@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from recover.measure.box import program, tests, wall
+from recover.measure.box import judge, program, wall
 
 CONTROL, NULL = 0, 1
 LINK, SOURCE, VERDICT = 3, 4, 5  # descriptors of a program and of its tests; all others are closed
@@ -79,7 +79,7 @@ def job(control: socket.socket, limits: dict[str, Any], descriptors: list[int], 
 
     def run_tests() -> int:
         _keep({ours: LINK, test: SOURCE, verdict: VERDICT})
-        return tests.run(SOURCE, LINK, VERDICT)
+        return judge.run(SOURCE, LINK, VERDICT)
 
     until = time.monotonic() + seconds
     children = [wall.spawn(each, walled=walled, root=root, limits=limits) for each in (run_program, run_tests)]

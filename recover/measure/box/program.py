@@ -59,7 +59,7 @@ class Answers:
 
     def _answer(self, what: str, rest: list[Any]) -> tuple[Any, ...]:
         if what == "names":
-            found = {name: self._named(self.namespace[name]) for name in rest[0] if name in self.namespace}
+            found = {name: self._named(name, self.namespace[name]) for name in rest[0] if name in self.namespace}
             return (found,)
         if what == "call":
             function, arguments, named = self.objects[rest[0]], rest[1], rest[2]
@@ -68,16 +68,8 @@ class Answers:
             return result, {n: self._pack(values[n]) for n, each in enumerate(arguments) if _changeable(each)}
         return (self._pack(ASKED[what](self.objects[rest[0]], *(self._value(each) for each in rest[1]))),)
 
-    def _named(self, value: Any) -> Any:
-        """A module, and what a module of Python's own holds, by its name: the tests take their own."""
-        if isinstance(value, ModuleType):
-            return ["module", value.__name__]
-        home, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
-        if isinstance(home, str) and isinstance(name, str) and home.partition(".")[0] in sys.stdlib_module_names:
-            module = sys.modules.get(home)
-            if home != "__main__" and module is not None and getattr(module, name, None) is value:
-                return ["module", home, name]
-        return self._pack(value)
+    def _named(self, name: str, value: Any) -> Any:
+        return ["module"] if isinstance(value, ModuleType) and value.__name__ == name else self._pack(value)
 
     def _pack(self, value: Any) -> Any:
         return pack(value, self._number)

@@ -18,7 +18,7 @@ from typing import Any
 
 MESSAGE_BYTES = 2**26
 WORD = 2**53  # integers beyond are written in hexadecimal, which has no limit of digits
-ITEMS: dict[str, Callable[[Any], Any]] = {
+ITEMS: dict[str, type] = {
     "list": list,
     "tuple": tuple,
     "set": set,
@@ -47,8 +47,8 @@ def pack(value: Any, number: Callable[[Any], list[Any]]) -> Any:
         return ["range", *(pack(each, number) for each in (value.start, value.stop, value.step))]
     if isinstance(value, dict):
         return ["dict", [[pack(key, number), pack(each, number)] for key, each in value.items()]]
-    for name, kind in (*((name, kind) for name, kind in ITEMS.items()),):
-        if isinstance(value, kind):  # pyright: ignore[reportArgumentType]
+    for name, kind in ITEMS.items():
+        if isinstance(value, kind):
             return [name, [pack(each, number) for each in value]]
     text = _text(value)
     return number(value) if text is None else text

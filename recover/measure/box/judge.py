@@ -93,8 +93,16 @@ class Asks:
         self.ours: list[Callable[..., Any]] = []
 
     def names(self, names: list[str]) -> dict[str, Any]:
+        """What the program calls so. A module of Python's own is this process's, if it is called by its own name."""
         (found,) = self._ask("names", names)
-        return {name: self._value(found[name]) for name in names if name in found}
+        return {name: self._named(name, found[name]) for name in names if name in found}
+
+    def _named(self, name: str, data: Any) -> Any:
+        return (
+            importlib.import_module(name)
+            if data == ["module"] and name in sys.stdlib_module_names
+            else self._value(data)
+        )
 
     def do(self, what: str, number: int, *arguments: Any) -> Any:
         return self._value(self._ask(what, number, [self._pack(each) for each in arguments])[0])
@@ -133,7 +141,9 @@ class Asks:
         if isinstance(thing, Theirs):
             return ["object", thing._number]
         if not callable(thing):
-            raise TypeError(f"the tests hand the program a {type(thing).__name__}: data and functions can be handed over")
+            raise TypeError(
+                f"the tests hand the program a {type(thing).__name__}: data and functions can be handed over"
+            )
         self.ours.append(thing)
         return ["function", len(self.ours) - 1]
 
@@ -144,9 +154,6 @@ class Asks:
         what, *rest = data
         if what == "object" and isinstance(rest[0], int):
             return self.theirs.setdefault(rest[0], Theirs(self, rest[0]))
-        if what == "module" and str(rest[0]).partition(".")[0] in sys.stdlib_module_names:
-            module = importlib.import_module(rest[0])
-            return getattr(module, rest[1]) if len(rest) > 1 else module
         raise ValueError("the program gave what is no value")
 
 
@@ -213,7 +220,7 @@ def judge(source: int, line: Line) -> dict[str, Any]:
 
 
 def run(source: int, end: int, verdict: int) -> int:
-    """Judge the program at the other end of the socket `end` by the tests in `source`; the verdict goes to `verdict`."""
+    """Judge the program at the other end of the socket `end` by the tests in `source`; `verdict` gets the verdict."""
     try:
         found = judge(source, Line(socket.socket(fileno=end)))
     except (ValueError, TypeError, OSError, LookupError, RecursionError, MemoryError) as error:
