@@ -38,8 +38,8 @@ from recover.models.load import load_model, load_tokenizer, ready
 from recover.models.plan import Plan, load_plan, save_plan
 from recover.models.source import locate
 from recover.models.twin import Twin
+from recover.prune import registry
 from recover.prune.calibrate import calibration_batches
-from recover.prune.registry import PRUNERS
 from recover.train.train import train
 
 EQUAL_TIME = "equal time: "
@@ -189,7 +189,7 @@ class Trial:
         if not (folder / "plan.json").exists():
             calibration = getattr(cfg, "calibration", None)
             batches = calibration_batches(calibration, self.tokenizer, self.recipe.seed) if calibration else []
-            plan, masks, weights = PRUNERS[cfg.kind](self._dense(), cfg, batches)
+            plan, masks, weights = registry.prune(self._dense(), cfg, batches)
             save_plan(plan, masks, folder, weights)
 
     def twin(self) -> Twin:

@@ -171,14 +171,14 @@ class Workbench:
 
     def plan(self, _task: Task) -> list[Row]:
         from recover.models.plan import save_plan
+        from recover.prune import registry
         from recover.prune.calibrate import calibration_batches
-        from recover.prune.registry import PRUNERS
 
         cfg, folder = self.recipe.prune, self.options.out / "prune"
         if not (folder / "plan.json").exists():
             calibration = getattr(cfg, "calibration", None)
             batches = calibration_batches(calibration, self.tokenizer, self.recipe.seed) if calibration else []
-            plan, masks, weights = PRUNERS[cfg.kind](self.twin(planned=False), cfg, batches)
+            plan, masks, weights = registry.prune(self.twin(planned=False), cfg, batches)
             save_plan(plan, masks, folder, weights)
         return []
 
@@ -239,11 +239,11 @@ class Workbench:
         return [prompt for several in zip(*lists, strict=False) for prompt in several][: self.recipe.probe.samples]
 
     def measured(self, model: Any) -> Row:
-        from recover.commands.measure import FIGURES
+        from recover.config.tasks import KINDS
         from recover.measure.tasks import measure
 
         record, _ = measure(model, self.tokenizer, self.tasks, self.recipe.measure, seed=self.recipe.seed)
-        each = {name: task[FIGURES[task["kind"]][0]] for name, task in record["tasks"].items()}
+        each = {name: task[KINDS[task["kind"]].main.key] for name, task in record["tasks"].items()}
         return {**record["headline"], "tasks": each}
 
     def held_out(self, twin: Twin) -> Row:

@@ -50,14 +50,14 @@ def searched(twin: Twin, cfg: Depth, texts: dict[str, list[LongTensor]]) -> list
 
 
 def _searched(twin: Twin, cfg: Depth, search: str, name: str, batches: list[LongTensor]) -> dict[str, Any]:
-    from recover.prune.depth_search import choose
+    from recover.prune.depth.search import choose
 
     started = time.perf_counter()
     plain = {"score": "kl", "contiguous": False, "iterative": None, "beam": None, "swap": False}
     own = cfg.model_copy(update=plain | SEARCHES[search])
     choice = choose(twin, own, batches)
     blocks = sorted({site.block for site in choice.sites})
-    there = [record for record in choice.scores if record["chosen"] and record["round"] > 0]
+    there = [record for record in choice.candidates if record["chosen"] and record["round"] > 0]
     seconds = time.perf_counter() - started
     last = max(there, key=lambda record: record["round"])  # it came in last: its score is that of the whole set
     return {"text": name, "search": search, "blocks": blocks, "score": last["score"], "seconds": seconds}
@@ -66,7 +66,7 @@ def _searched(twin: Twin, cfg: Depth, search: str, name: str, batches: list[Long
 def score_on(twin: Twin, plans: list[dict[str, Any]], name: str, batches: list[LongTensor]) -> None:
     """Put the KL on another text into every plan."""
     from recover.models.site import sites_of
-    from recover.prune.depth_scores import score_of
+    from recover.prune.depth.scores import score_of
 
     spans = [tuple(sorted(sites_of(plan["blocks"]))) for plan in plans]
     values = score_of(twin, "kl", batches)(spans, frozenset(), f"{name} of {len(spans)} plans")

@@ -151,7 +151,7 @@ def choices(
     twin: Twin, cfg: Depth, batches: list[LongTensor], names: list[str]
 ) -> tuple[dict[str, list[int]], dict[str, dict[tuple[int, ...], float]]]:
     """What each score chooses, and the scores of single blocks and of whole sets that were found on the way."""
-    from recover.prune.depth_search import choose
+    from recover.prune.depth.search import choose
 
     chosen, known = {}, {}
     for name in names:
@@ -159,7 +159,7 @@ def choices(
         own = cfg.model_copy(update={"score": name, "contiguous": name == "angular", "iterative": None})
         choice = choose(twin, own, batches)
         chosen[name] = sorted({site.block for site in choice.sites})
-        first = [record for record in choice.scores if record["round"] == 1 and record["by"] == name]
+        first = [record for record in choice.candidates if record["round"] == 1 and record["by"] == name]
         known[name] = {tuple(record["blocks"]): record["score"] for record in first}
     return chosen, known
 
@@ -201,7 +201,7 @@ def score_all(
 ) -> None:
     """Put the scores of these names into every plan."""
     from recover.models.site import sites_of
-    from recover.prune.depth_scores import score_of
+    from recover.prune.depth.scores import score_of
 
     for name in names:
         wanted = [tuple(plan["blocks"]) for plan in plans if name not in SUMMED]

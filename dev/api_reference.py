@@ -28,7 +28,7 @@ recover.measure(twin, tokenizer, ["embedded:stories"])["headline"]
 
 Every error that a caller can mend is a `recover.RecoverError`. The exit codes of the command line are theirs.
 """
-METHODS = {"Twin": ("dense", "replan", "closed", "folded"), "Plan": ("none", "kept", "dropped_sites", "summary")}
+METHODS = {"Twin": ("dense", "replan", "closed", "folded"), "Plan": ("none", "kept", "dropped", "summary")}
 
 
 def signature(name: str, function: Any) -> str:

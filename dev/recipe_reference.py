@@ -25,11 +25,11 @@ Fields without a default must be given. Relative files are looked up from the re
 shipped with the package. On the command line any field is set as
 `recover run RECIPE recover.lr=1e-3 recover.data.0.share=2`.
 """
-LEAVES = [recipe.Recipe, recipe.Model, recipe.Depth, recipe.Magnitude, recipe.Wanda, recipe.Width, recipe.Calibration]
-LEAVES += [recipe.SparseGpt]
-LEAVES += [recipe.Probe, recipe.Recover, recipe.DenseText, recipe.PrunedText, recipe.GivenText, recipe.TeacherText]
-LEAVES += [recipe.Lora, recipe.Loss, recipe.Focus, recipe.Cache]
-LEAVES += [recipe.Measure, recipe.Sampling, recipe.Export]
+CONFIGS = [recipe.Recipe, recipe.Model, recipe.Depth, recipe.Magnitude, recipe.Wanda, recipe.Width, recipe.Calibration]
+CONFIGS += [recipe.SparseGpt]
+CONFIGS += [recipe.Probe, recipe.Recover, recipe.DenseText, recipe.PrunedText, recipe.GivenText, recipe.TeacherText]
+CONFIGS += [recipe.Lora, recipe.Loss, recipe.Focus, recipe.Cache]
+CONFIGS += [recipe.Measure, recipe.Sampling, recipe.Export]
 DATA = """## Data
 
 JSONL: one object a line. What each part of a recipe reads from a line, other columns being ignored:
@@ -151,7 +151,7 @@ def rows(cfg: type[BaseModel]) -> Iterator[str]:
 
 def page() -> str:
     """The whole page."""
-    return "\n".join([HEAD, *sections(LEAVES), DATA, *sections(TASKS)])
+    return "\n".join([HEAD, *sections(CONFIGS), DATA, *sections(TASKS)])
 
 
 def sections(leaves: list[type[BaseModel]]) -> Iterator[str]:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recover.base import dist
 from recover.base.artifacts import write_json
 from recover.base.errors import ArtifactError, RecipeError, TrainingError
+from recover.base.journal import Journal
 from recover.base.quiet import quiet_libraries
 from recover.config.base import Config
 from recover.config.messages import explain
@@ -41,8 +42,8 @@ from recover.probe import probe as probing
 from recover.probe.records import Record
 from recover.probe.sources import load_any
 from recover.probe.views import Pair
+from recover.prune import registry
 from recover.prune.calibrate import calibration_batches
-from recover.prune.registry import PRUNERS
 from recover.report.collect import collect
 from recover.report.diagnosis import is_diagnosis, render_diagnosis
 from recover.report.render import render
@@ -101,7 +102,7 @@ def prune(
     held = Held(model)
     dense = held.twin(Plan.none(len(blocks_of(model))))
     cfg, batches = _calibrated(dense, tokenizer, cfg, text, seed)
-    found = PRUNERS[cfg.kind](dense, cfg, batches)
+    found = registry.prune(dense, cfg, batches, Journal())
     return held.twin(found.plan, found.masks, found.weights)
 
 

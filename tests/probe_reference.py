@@ -19,7 +19,7 @@ from recover.probe.probe import probe
 DROPPED = (2, 4)
 STEPS = 8
 DRIFT = ("embedding", "logit", "logit_raw", "probability", "kl", "reverse_kl", "var_p", "var_r")
-LEAF = recipe.Probe(samples=5, steps=STEPS, temperatures=(0.5, 1.0, 2.0), batch_size=2)
+CFG = recipe.Probe(samples=5, steps=STEPS, temperatures=(0.5, 1.0, 2.0), batch_size=2)
 NO_TOKENIZER = SimpleNamespace(chat_template=None, eos_token_id=None)
 
 
@@ -77,7 +77,7 @@ def of(records, kind):
 def two_models_and_records():
     """(dense model, model without blocks, records of the twin that drops them): random init drifts strongly."""
     dense = endless()
-    return dense, without_blocks(dense, DROPPED), probe(dropping(copy.deepcopy(dense)), NO_TOKENIZER, prompts(), LEAF)
+    return dense, without_blocks(dense, DROPPED), probe(dropping(copy.deepcopy(dense)), NO_TOKENIZER, prompts(), CFG)
 
 
 def apart(records, expected):

@@ -19,7 +19,7 @@ from recover.probe.decoding import Stock
 from recover.probe.sublayers import transitions
 from recover.probe.trajectory import batches_of, greedy
 from recover.probe.views import Pair
-from recover.prune.registry import PRUNERS
+from recover.prune import registry
 from recover.text.decode import write
 from recover.text.generate import plain
 from tests.probe_reference import STEPS, dropping, endless
@@ -47,7 +47,7 @@ def test_a_model_in_main_memory_is_pruned_as_one_on_the_accelerator(cfg):
     found = {}
     for place in ("cpu", "cuda"):
         model = tiny("llama").to(place)
-        found[place] = PRUNERS[cfg.kind](Twin(model, Plan.none(6)), cfg, batches)
+        found[place] = registry.prune(Twin(model, Plan.none(6)), cfg, batches)
         assert {parameter.device.type for parameter in model.parameters()} == {place}
     here, there = found["cpu"], found["cuda"]
     assert here.masks.keys() == there.masks.keys()

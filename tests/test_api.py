@@ -75,7 +75,7 @@ def test_the_whole_job_reads_the_model_once(tmp_path, monkeypatch):
 def test_a_twin_is_planned_anew_on_the_same_weights():
     model, tokenizer = recover.load(FABLE)
     twin = recover.prune(model, tokenizer, recover.Depth(blocks=(3, 7)))
-    other = twin.replan(Plan("depth", twin.plan.blocks, dropped=(5,)))
+    other = twin.replan(Plan("depth", twin.plan.blocks, (5,)))
     assert (twin.closed_blocks, other.closed_blocks) == ((3, 7), (5,))
     ours, theirs, stock = (dict(each.named_parameters()) for each in (twin.model, other.model, model))
     assert all(ours[name] is theirs[name] is parameter for name, parameter in stock.items())

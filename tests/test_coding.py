@@ -15,7 +15,7 @@ from recover.measure.sandbox import NOT_ISOLATED, isolation, run_program, run_pr
 from recover.measure.tasks import load_task, measure
 from recover.text.generate import Generation
 
-LEAF = Measure(tasks=("x",), max_new_tokens=3, batch_size=3, sampling=None, samples=2)
+CFG = Measure(tasks=("x",), max_new_tokens=3, batch_size=3, sampling=None, samples=2)
 
 
 @pytest.mark.parametrize(
@@ -96,13 +96,13 @@ def code_task(folder):
 
 def test_code_runs_only_when_that_is_allowed(tmp_path):
     with pytest.raises(RecipeError, match=r"task task: it runs programs .* measure.allow_code_execution: true"):
-        measure(tiny(), word_tokenizer(), [code_task(tmp_path)], LEAF)
+        measure(tiny(), word_tokenizer(), [code_task(tmp_path)], CFG)
 
 
 def test_pass_at_1_is_the_share_of_programs_whose_tests_pass(tmp_path, monkeypatch):
     texts = [Generation([5, 2], "def one(): return 1", True), Generation([6, 7, 8], "def one(): return 1", False)]
     monkeypatch.setattr(coding, "written", lambda *_: texts)
-    cfg = LEAF.model_copy(update={"allow_code_execution": True})
+    cfg = CFG.model_copy(update={"allow_code_execution": True})
     record, generations = measure(tiny(), word_tokenizer(), [code_task(tmp_path)], cfg)
     task = record["tasks"]["task"]
     assert (task["kind"], task["pass_at_1"], task["truncated"], task["truncated_right"]) == ("code", 0.5, 1, 0)
@@ -117,7 +117,7 @@ def test_pass_at_k_of_the_programs_that_a_task_draws(tmp_path, monkeypatch):
         return [Generation([5, 2], f"def one(): return {each}", True) for each in right]
 
     monkeypatch.setattr(coding, "written", written)
-    cfg = LEAF.model_copy(update={"allow_code_execution": True})
+    cfg = CFG.model_copy(update={"allow_code_execution": True})
     rows = [{"q": "w5", "test": "assert one() == 1"}]
     path = make_task(tmp_path, rows, kind="code", prompt="{q}", program="{text}\n{test}", samples=4)
     task = measure(tiny(), word_tokenizer(), [load_task(path)], cfg)[0]["tasks"]["task"]
@@ -133,7 +133,7 @@ def test_programs_that_do_not_parse_are_told_from_those_that_are_wrong(tmp_path,
         ("raise SyntaxError('said, but it parses')", [5, 2], True),
     ]
     monkeypatch.setattr(coding, "written", lambda *_: [Generation(ids, text, ended) for text, ids, ended in texts])
-    cfg = LEAF.model_copy(update={"allow_code_execution": True})
+    cfg = CFG.model_copy(update={"allow_code_execution": True})
     rows = [{"q": "w5", "test": "assert one() == 1"}] * len(texts)
     path = make_task(tmp_path, rows, kind="code", prompt="{q}", program="{text}\n{test}")
     task = measure(tiny(), word_tokenizer(), [load_task(path)], cfg)[0]["tasks"]["task"]
@@ -144,6 +144,6 @@ def test_programs_that_do_not_parse_are_told_from_those_that_are_wrong(tmp_path,
 
 
 def test_a_model_writes_its_programs(tmp_path):
-    cfg = LEAF.model_copy(update={"allow_code_execution": True})
+    cfg = CFG.model_copy(update={"allow_code_execution": True})
     record, generations = measure(tiny(), word_tokenizer(), [code_task(tmp_path)], cfg)
     assert record["tasks"]["task"]["pass_at_1"] == 0.0 and len(generations["task"][0]["ids"]) == 3

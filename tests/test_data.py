@@ -186,7 +186,7 @@ def test_a_sequence_longer_than_other_rows_leaves_those_even():
 
 
 def sample(value, columns, tokenizer=None, length=64):
-    source = GivenText(kind="given", source="x.jsonl", columns=columns)
+    source = GivenText(kind="given", source="x.jsonl", columns=columns, strict=True)
     return samples_of(Row("x.jsonl:7", value), source, tokenizer or byte_tokenizer(), length)
 
 
@@ -286,7 +286,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_prompt_without_room_for_an_answer_is_named(twin, tmp_path):
     path = jsonl(tmp_path / "long.jsonl", [{"prompt": "ok"}, {"prompt": "x" * 40}])
     with pytest.raises(DataError, match=r"long.jsonl:2: the prompt has 40 tokens"):
-        build(cfg({"kind": "dense", "prompts": path}), twin, tmp_path)
+        build(cfg({"kind": "dense", "prompts": path, "strict": True}), twin, tmp_path)
 
 
 def test_rows_without_anything_to_learn_are_counted_or_refused(twin, tmp_path, capsys):

@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from tiny import ids, tiny
 
-from recover.base.errors import PruneError, RecipeError
+from recover.base.errors import PruneError
 from recover.config.recipe import Calibration, Depth
 from recover.export.card import _what_was_pruned
 from recover.export.merge import merge
@@ -20,10 +20,10 @@ from recover.models.load import Description
 from recover.models.plan import Plan, load_plan, save_plan
 from recover.models.site import Site, sites_of
 from recover.models.twin import Twin
-from recover.prune.registry import PRUNERS
-from recover.prune.repair import RIDGE
-from recover.prune.views import stream
-from recover.run.estimate_depth import depth_warnings, refuse_depth, share_gone, share_unstored
+from recover.prune import registry
+from recover.prune.depth.depth import depth_cost, depth_warnings, share_gone, share_unstored
+from recover.prune.depth.repair import RIDGE
+from recover.prune.passes import residual_stream
 
 CALIBRATION = Calibration(data="given", samples=5, length=24, batch_size=2)
 
@@ -36,7 +36,7 @@ def batches() -> list[torch.Tensor]:
 def pruned(model, batches, **cfg):
     twin = Twin(model, Plan.none(len(blocks_of(model))))
     cfg = Depth(kind="depth", calibration=CALIBRATION, **cfg)
-    return PRUNERS["depth"](twin, cfg, batches)
+    return registry.prune(twin, cfg, batches)
 
 
 def site(text: str) -> Site:
@@ -112,7 +112,7 @@ def test_rounds_over_sublayers_are_brute_force(family, score, batches):
         assert table(plan, number) == pytest.approx(expected, rel=2e-3)
         assert chosen(plan, number) == list(min(expected, key=lambda key: expected[key]))
         gone += chosen(plan, number)
-    assert plan.dropped_sites == set(map(site, gone))
+    assert set(plan.sites) == set(map(site, gone))
     assert all(r["by"] == score and r["blocks"] == [site(r["parts"][0]).block] for r in plan.scores)
 
 
@@ -195,7 +195,7 @@ def test_the_stream_is_the_same_whatever_the_family(family, batches):
     """Each point lies between two sublayers: closing one makes the points around it equal, and only then."""
     twin = Twin(tiny(family), Plan.none(6))
     closed = {Site(2, "attention"), Site(4, "mlp"), 3}
-    h = stream(twin, batches[0], closed)
+    h = residual_stream(twin, batches[0], closed)
     still = {point for point in range(12) if torch.equal(h[point], h[point + 1])}
     assert set(h) == set(range(13)) and still == {4, 6, 7, 9}
 
@@ -214,7 +214,7 @@ def test_runs_of_neighbours(unit, runs, batches):
     plan = pruned(model, batches, unit=unit, count=2, contiguous=True).plan
     expected = {tuple(str(Site(*pair)) for pair in run): output_score("kl", reference, run, batches) for run in runs}
     assert table(plan, 1) == pytest.approx(expected, rel=2e-3)
-    assert plan.dropped_sites == set(map(site, min(expected, key=lambda key: expected[key])))
+    assert set(plan.sites) == set(map(site, min(expected, key=lambda key: expected[key])))
     pruned(reference, batches, unit=unit, count=2, contiguous=True, score="angular")
 
 
@@ -243,7 +243,7 @@ def test_counts_are_those_of_the_exported_model(family, cfg, batches):
     plan = pruned(copy.deepcopy(model), batches, **cfg).plan
     merged = merge(Twin(copy.deepcopy(model), plan), torch.float32)
     arch, gone = arch_of(model), 0
-    for block, part in plan.dropped_sites:
+    for block, part in plan.sites:
         names = (arch.attention, *arch.attention_norms) if part == "attention" else (arch.mlp, *arch.mlp_norms)
         gone += sum(p.numel() for name in names for p in blocks_of(model)[block].get_submodule(name).parameters())
     assert (plan.parameters_dense, plan.nonzero) == (dense, dense - gone)
@@ -279,8 +279,8 @@ def test_two_sites_of_a_block_are_a_block(batches):
 def test_what_cannot_go_is_refused_before_and_by_the_pruner(cfg, message, batches):
     with pytest.raises(PruneError, match=message):
         pruned(tiny(), batches, **cfg)
-    with pytest.raises(RecipeError, match=message):
-        refuse_depth(Depth(kind="depth", calibration=CALIBRATION, **cfg), DESCRIPTION)
+    with pytest.raises(PruneError, match=message):
+        depth_cost(Depth(kind="depth", calibration=CALIBRATION, **cfg), DESCRIPTION)
 
 
 @pytest.mark.parametrize(
@@ -376,7 +376,7 @@ def least_squares(model, sites, rows, kind, block: int) -> torch.Tensor:
 @pytest.mark.parametrize("family", ["llama", "granite"])
 @pytest.mark.parametrize("kind", ["rescale", "linear"])
 def test_a_repair_is_least_squares_behind_the_cut(family, kind, batches):
-    from recover.prune import repair
+    from recover.prune.depth import repair
 
     model = tiny(family)
     sites = sorted(sites_of((3, 4)))
@@ -396,7 +396,6 @@ def mean_kl(dense, model, rows) -> float:
     return float((p * (p / q).log()).sum()) / rows.numel()
 
 
-DROPS = ("dropped", "dropped_attention", "dropped_mlp")
 BIASES = {"mlp_bias": True, "attention_bias": True}
 
 
@@ -418,13 +417,13 @@ def test_the_record_says_what_the_exported_model_does(family, overrides, cfg, ba
     save_plan(plan, masks, tmp_path, weights)
     twin = Twin(copy.deepcopy(model), *load_plan(tmp_path))
     fit, held_out = fit_and_held_out(batches)
-    bare = Twin(copy.deepcopy(model), Plan("depth", 6, **{k: getattr(plan, k) for k in DROPS}))
+    bare = Twin(copy.deepcopy(model), Plan("depth", 6, plan.sites))
     assert plan.repair["kl_before"] == pytest.approx(mean_kl(model, bare.model, held_out), rel=1e-3)
     assert plan.repair["kl_after"] == pytest.approx(mean_kl(model, twin.model, held_out), rel=1e-3)
     assert plan.repair["kl_after"] == pytest.approx(mean_kl(model, merge(twin, torch.float32), held_out), rel=1e-3)
     assert (plan.repair["tokens_fitted"], plan.repair["tokens_held_out"]) == (fit.numel(), held_out.numel())
-    dense = stream(Twin(copy.deepcopy(model), Plan.none(6)), fit)
-    repaired = stream(twin, fit, plan.dropped_sites)
+    dense = residual_stream(Twin(copy.deepcopy(model), Plan.none(6)), fit)
+    repaired = residual_stream(twin, fit, plan.sites)
     kls = [plan.repair["kl_before"]]
     for cut in plan.repair["cuts"]:
         assert cut["kl_before"] == kls[-1] and cut["kept"] == (cut["kl_after"] < cut["kl_before"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import combinations
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +13,10 @@ from tiny import ids, tiny
 from recover.config.recipe import Calibration, Depth
 from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.prune import depth_search
-from recover.prune.depth_records import Choice
-from recover.prune.depth_scores import Span, score_of
-from recover.prune.depth_search import choose, units_of
-from recover.prune.registry import PRUNERS
-from recover.run.estimate_depth import search_passes
+from recover.prune import registry
+from recover.prune.depth import search
+from recover.prune.depth.scores import Span, score_of
+from recover.prune.depth.search import SearchResult, choose, search_passes, units_of
 
 CALIBRATION = Calibration(data="given", samples=3, length=16, batch_size=2)
 BLOCKS = 7
@@ -48,10 +45,10 @@ class Table:
         return [self.values[found] for found in sets]
 
 
-def found_by(monkeypatch, table: Table, search: str, **fields: Any) -> tuple[frozenset[int], Choice]:
-    monkeypatch.setattr(depth_search, "score_of", lambda *_: table)
+def found_by(monkeypatch, table: Table, how: str, **fields: Any) -> tuple[frozenset[int], SearchResult]:
+    monkeypatch.setattr(search, "score_of", lambda *_: table)
     twin = Twin(tiny(num_hidden_layers=BLOCKS), Plan.none(BLOCKS))
-    choice = choose(twin, cfg(search, **fields), TEXT)
+    choice = choose(twin, cfg(how, **fields), TEXT)
     return frozenset(site.block for site in choice.sites), choice
 
 
@@ -66,9 +63,9 @@ def test_beam_and_swap_end_no_worse_than_greedy_and_no_exchange_betters_a_swap(m
     neighbours = [swapped - {gone} | {new} for gone in swapped for new in others]
     assert table.values[swapped] == value["swap"] <= min(table.values[found] for found in neighbours)
     assert len(table.asked) == len(set(table.asked))  # no set is scored twice
-    chosen = [record for record in choice.scores if record["chosen"]]
+    chosen = [record for record in choice.candidates if record["chosen"]]
     assert sorted(block for record in chosen for block in record["blocks"]) == sorted(swapped)
-    beside = {tuple(record["blocks"]): record["beside"] for record in choice.scores if record["round"] == 1}
+    beside = {tuple(record["blocks"]): record["beside"] for record in choice.candidates if record["round"] == 1}
     assert beside and set(map(tuple, beside.values())) == {()}
 
 
@@ -95,7 +92,7 @@ def test_the_greedy_set_stays_in_a_beam_that_others_would_fill(monkeypatch):
     table.values = {found: 1.0 + len(found) for found in table.values}
     table.values |= {frozenset({1}): 0.1, frozenset({2}): 0.2, frozenset({1, 5}): 0.9}  # greedy: 1, then 5
     table.values |= {frozenset({2, 3}): 0.3, frozenset({2, 4}): 0.4, frozenset({1, 4, 5}): 0.1}
-    monkeypatch.setattr(depth_search, "score_of", lambda *_: table)
+    monkeypatch.setattr(search, "score_of", lambda *_: table)
     twin = Twin(tiny(num_hidden_layers=6), Plan.none(6))
     choice = choose(twin, cfg("beam", beam=2), TEXT)
     assert {site.block for site in choice.sites} == {1, 4, 5}
@@ -107,8 +104,8 @@ def test_scores_of_a_real_model_are_those_of_the_whole_sets():
     twin = Twin(tiny(num_hidden_layers=5), Plan.none(5))
     spans = units_of("block", 5)
     whole = score_of(twin, "kl", batches)
-    for search in ({"swap": True}, {"beam": 2}, {"beam": 2, "swap": True}):
-        plan = PRUNERS["depth"](twin, cfg("greedy", count=2, **search), batches).plan
+    for how in ({"swap": True}, {"beam": 2}, {"beam": 2, "swap": True}):
+        plan = registry.prune(twin, cfg("greedy", count=2, **how), batches).plan
         assert len(plan.dropped) == 2
         for record in plan.scores:
             blocks = {*record["blocks"], *(int(text.split(":")[1]) for text in record["beside"])}
@@ -118,16 +115,16 @@ def test_scores_of_a_real_model_are_those_of_the_whole_sets():
 
 @pytest.mark.parametrize("search", ["greedy", "swap", "beam"])
 def test_the_plan_says_how_many_candidates_a_search_closes(monkeypatch, search):
-    model: Any = SimpleNamespace(blocks=BLOCKS)
-    told = search_passes(cfg(search), model)
+    told = search_passes(cfg(search), BLOCKS)
     closed = []
     for seed in range(6):
         table = Table(seed)
         found_by(monkeypatch, table, search)
         closed.append(len(table.asked))
     assert {"greedy": closed == [told] * 6, "swap": min(closed) == told, "beam": max(closed) <= told}[search]
-    assert search_passes(Depth(kind="depth", blocks=(1,)), model) == 0
-    assert search_passes(Depth(kind="depth", count=2, score="kl", contiguous=True, calibration=CALIBRATION), model) == 5
+    assert search_passes(Depth(kind="depth", blocks=(1,)), BLOCKS) == 0
+    run = Depth(kind="depth", count=2, score="kl", contiguous=True, calibration=CALIBRATION)
+    assert search_passes(run, BLOCKS) == 5
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from recover.export.write import write_checkpoint
 from recover.models.arch import linears_of
 from recover.models.plan import Plan, save_plan
 from recover.models.twin import Twin
-from recover.prune.registry import PRUNERS
+from recover.prune import registry
 
 DROPPED = (2, 4)
 
@@ -42,12 +42,12 @@ def trained(twin: Twin, blocks: str = "all") -> Twin:
 
 
 def depth_twin(family: str = "llama", **overrides) -> Twin:
-    return trained(Twin(tiny(family, **overrides), Plan("depth", 6, dropped=DROPPED)))
+    return trained(Twin(tiny(family, **overrides), Plan("depth", 6, DROPPED)))
 
 
 def masked_twin(pattern: str = "2:4", family: str = "llama", **overrides) -> Twin:
     cfg = recipe.Magnitude(kind="magnitude", pattern=pattern, sparsity=None if ":" in pattern else 0.5)  # type: ignore[arg-type]
-    plan, masks, _ = PRUNERS["magnitude"](Twin(tiny(family, **overrides), Plan.none(6)), cfg, [])
+    plan, masks, _ = registry.prune(Twin(tiny(family, **overrides), Plan.none(6)), cfg, [])
     return trained(Twin(tiny(family, **overrides), plan, masks))
 
 
@@ -131,7 +131,7 @@ def test_merge_equals_peft_where_peft_can():
 
 
 def test_merge_leaves_the_twin_alone_and_copies_no_unchanged_weight():
-    twin = trained(Twin(tiny(), Plan("depth", 6, dropped=DROPPED)), "after_cut")
+    twin = trained(Twin(tiny(), Plan("depth", 6, DROPPED)), "after_cut")
     before = {name: weight.clone() for name, weight in twin.base.state_dict().items()}
     expected = logits(twin.model)
     merged = merge(twin, torch.float32)
@@ -149,7 +149,7 @@ def test_merge_without_lora_and_without_pruning_is_the_dense_model(tiny_llama):
 def test_merge_refuses_lora_on_a_dropped_block_two_adapters_and_weights_that_overflow():
     from peft import LoraConfig, get_peft_model
 
-    twin = Twin(tiny(), Plan("depth", 6, dropped=DROPPED))
+    twin = Twin(tiny(), Plan("depth", 6, DROPPED))
     twin.adopt(get_peft_model(twin.base, LoraConfig(target_modules=["up_proj"], task_type="CAUSAL_LM")))  # type: ignore[arg-type]
     with pytest.raises(ExportError, match=r"LoRA sits on model\.layers\.2\.mlp\.up_proj and 1 other layers"):
         merge(twin, torch.float32)
@@ -166,17 +166,17 @@ def test_merge_refuses_lora_on_a_dropped_block_two_adapters_and_weights_that_ove
 def test_config_lists_are_renumbered_and_others_left_alone():
     config = tiny("qwen2_sliding").config
     config.eos_token_id = [2, 3, 4, 5, 6, 7]  # as long as the model is deep, and yet not one a block
-    pruned = pruned_config(config, Plan("depth", 6, dropped=(2, 4)))
+    pruned = pruned_config(config, Plan("depth", 6, (2, 4)))
     assert pruned.eos_token_id == [2, 3, 4, 5, 6, 7] and pruned.num_hidden_layers == 4
     assert pruned.layer_types == [config.layer_types[i] for i in (0, 1, 3, 5)] and pruned.max_window_layers == 2
-    smollm = pruned_config(tiny("smollm3").config, Plan("depth", 6, dropped=(2, 5)))
+    smollm = pruned_config(tiny("smollm3").config, Plan("depth", 6, (2, 5)))
     assert smollm.no_rope_layers == [tiny("smollm3").config.no_rope_layers[i] for i in (0, 1, 3, 4)]
     assert config.num_hidden_layers == 6 and "sparsity_config" not in pruned.to_dict()
 
 
 @pytest.mark.parametrize(("dropped", "warned"), [((1, 4), True), ((2, 3), False), ((4, 5), False)])
 def test_a_broken_attention_period_is_warned_of(dropped, warned, capsys):
-    merge(Twin(tiny("gemma2"), Plan("depth", 6, dropped=dropped)), torch.float32)
+    merge(Twin(tiny("gemma2"), Plan("depth", 6, dropped)), torch.float32)
     assert ("no longer alternate attention every 2 blocks as gemma2 does" in capsys.readouterr().err) is warned
 
 
@@ -307,7 +307,7 @@ def test_a_cache_that_is_off_is_found(right, monkeypatch):
 
 def test_an_adapter_that_was_not_merged_is_found(tmp_path):
     twin = depth_twin()
-    bare = merge(Twin(tiny(), Plan("depth", 6, dropped=DROPPED)), torch.float32)
+    bare = merge(Twin(tiny(), Plan("depth", 6, DROPPED)), torch.float32)
     save_plan(twin.plan, {}, tmp_path / "prune")
     write_expected(tmp_path / "expected.safetensors", twin, bare, ids(2, 40))
     write_checkpoint(bare, byte_tokenizer(), tmp_path / "deploy", card="", record={})

@@ -58,7 +58,20 @@ def test_the_folder_holds_what_transformers_reads_of_the_file(tmp_path, monkeypa
     assert all(torch.equal(value, weights[name]) for name, value in found.state_dict().items())
     assert not hasattr(found.config, "quantization_config") and found.dtype == torch.float32
     assert found.generation_config.eos_token_id == expected.generation_config.eos_token_id
-    assert load_tokenizer(cfg(path)).get_vocab() == AutoTokenizer.from_pretrained(**where).get_vocab()
+    stock = AutoTokenizer.from_pretrained(**where).get_vocab()
+    rows = found.config.vocab_size  # a token past them is the default of a class, and not of the file
+    assert load_tokenizer(cfg(path)).get_vocab() == {token: index for token, index in stock.items() if index < rows}
+
+
+@pytest.mark.parametrize("variant", ["llama_linear", "llama_rope3", "llama_tied_biased", "qwen3", "mistral"])
+def test_scaled_positions_biases_and_head_sizes_are_those_of_the_folder(tmp_path, monkeypatch, variant):
+    monkeypatch.setenv("RECOVER_CACHE", str(tmp_path / "cache"))
+    folder = checkpoint(tmp_path / "deploy", variant)
+    found, expected = load_model(cfg(write_gguf(folder, tmp_path / "model.gguf"))), load_model(cfg(folder))
+    assert found.config.rope_parameters == expected.config.rope_parameters
+    prompt = torch.arange(5, 205)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(found(prompt).logits, expected(prompt).logits, rtol=0, atol=1e-4)
 
 
 def test_tensors_that_transformers_would_fill_with_random_numbers_are_refused(file, monkeypatch):

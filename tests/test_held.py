@@ -23,7 +23,7 @@ from recover.run.directory import RunDirectory
 def test_a_model_of_held_weights_is_the_model_and_shares_them(family):
     kept = Held(tiny(family))
     expected = kept.model(ids()).logits
-    twin = Twin(kept.again(), Plan("depth", 6, dropped=(2, 4)))
+    twin = Twin(kept.again(), Plan("depth", 6, (2, 4)))
     twin.add_lora(Lora(rank=2))
     again = kept.again()
     assert torch.equal(again(ids()).logits, expected) and torch.equal(kept.model(ids()).logits, expected)
@@ -81,7 +81,7 @@ def made(tmp_path) -> RunContext:
     """A context whose prune stage is done: blocks 3 and 7 dropped."""
     recipe = load_recipe(QUICKSTART)
     directory = RunDirectory(tmp_path)
-    save_plan(Plan("depth", 12, dropped=(3, 7)), {}, directory.prune)
+    save_plan(Plan("depth", 12, (3, 7)), {}, directory.prune)
     return RunContext(recipe, directory)
 
 

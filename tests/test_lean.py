@@ -22,7 +22,7 @@ from recover.config.recipe import Lora
 from recover.kernels.lora_linear import PlainGate, gated_lora_linear, lora_linear
 from recover.models import lean, rotary
 from recover.models.lean import LeanAttention, LeanMlp, LeanNorm, make_lean
-from recover.models.masked_linear import Switch
+from recover.models.linears import Switch
 from recover.models.plan import Plan
 from recover.models.rotary import with_fused_rotary
 from recover.models.twin import Twin

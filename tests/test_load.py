@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from recover.base.errors import ModelError, RecipeError
 from recover.config import recipe
 from recover.models.load import check_fit, describe, load_model, load_tokenizer
+from recover.models.source import exported_dtype, stored_dtype
 
 WEIGHTS, INDEX, SHARD = "model.safetensors", "model.safetensors.index.json", "model-00002-of-00005.safetensors"
 
@@ -227,3 +228,32 @@ def test_a_model_without_sdpa_falls_back_to_eager_and_says_so(stored, capsys, mo
     monkeypatch.setattr(LlamaForCausalLM, "_supports_sdpa", False)
     assert load_model(cfg(stored / "one")).config._attn_implementation == "eager"
     assert "model.attention" in capsys.readouterr().err
+
+
+STORED = [
+    ({"dtype": "bfloat16"}, "bfloat16"),
+    ({"torch_dtype": "bfloat16"}, "bfloat16"),
+    ({}, "bfloat16"),  # the config is silent: as the weights are
+    ({"dtype": "auto"}, "bfloat16"),
+    ({"torch_dtype": None}, "bfloat16"),
+    ({"dtype": "float64"}, "bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("named", "expected"), STORED)
+def test_a_checkpoint_is_exported_as_it_was_stored_unless_asked_for(named, expected, tmp_path):
+    tiny("llama").to(torch.bfloat16).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(config | named))
+    stored = stored_dtype(cfg(tmp_path))
+    assert stored == expected
+    assert exported_dtype("float32", stored, None) == expected
+    assert exported_dtype("float32", stored, "float32") == "float32"
+
+
+@pytest.mark.parametrize(
+    ("model", "stored"), [("bfloat16", "float32"), ("bfloat16", "float16"), ("float16", "float32")]
+)
+def test_a_model_that_ran_in_half_precision_is_exported_in_it(model, stored):
+    assert exported_dtype(model, stored, None) == model

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from recover.models.masked_linear import (
+from recover.models.linears import (
     Factors,
     MaskedLinear,
     Switch,

@@ -12,18 +12,17 @@ from cached import cache_of
 from pydantic import ValidationError
 from tiny import ids, tiny
 
-from recover.base.errors import PruneError, RecipeError
+from recover.base.errors import PruneError
 from recover.config.recipe import Calibration, Depth
 from recover.export.merge import merge
 from recover.models.load import Description
-from recover.models.pairing import pack_sites, zeroed_partners
 from recover.models.plan import Plan
-from recover.models.site import Site, sites_of
+from recover.models.site import Site, pack_sites, sites_of, zeroed_partners
 from recover.models.twin import Twin
-from recover.prune import depth_search
-from recover.prune.pairs import lowest_apart, pairs_of
-from recover.prune.registry import PRUNERS
-from recover.run.estimate_depth import depth_warnings, refuse_depth, share_gone, share_unstored
+from recover.prune import registry
+from recover.prune.depth import search
+from recover.prune.depth.depth import depth_cost, depth_warnings, share_gone, share_unstored
+from recover.prune.depth.search import lowest_apart, pairs_of
 
 CALIBRATION = Calibration(data="given", samples=4, length=24, batch_size=2)
 FIRST = Site(0, "attention")
@@ -40,7 +39,7 @@ def pair_leaf(**fields) -> Depth:
 
 def pruned(model, batches, **fields) -> Plan:
     twin = Twin(model, Plan.none(model.config.num_hidden_layers))
-    return PRUNERS["depth"](twin, pair_leaf(**fields), batches).plan
+    return registry.prune(twin, pair_leaf(**fields), batches).plan
 
 
 def weak_in_the_middle(model):
@@ -85,7 +84,7 @@ def exported_kl(model, gone, batches) -> float:
     """KL(dense || pruned) a token, with the stock model that an export of these drops is."""
     sites = tuple(map(str, sorted(gone)))
     twin = Twin(copy.deepcopy(model), Plan.none(model.config.num_hidden_layers))
-    plan = PRUNERS["depth"](twin, Depth(kind="depth", unit="sublayer", sites=sites), []).plan
+    plan = registry.prune(twin, Depth(kind="depth", unit="sublayer", sites=sites), []).plan
     smaller = merge(Twin(copy.deepcopy(model), plan), torch.float32)
     assert smaller.config.num_hidden_layers == len(plan.packed)
     rows = torch.cat(batches)
@@ -112,7 +111,7 @@ def test_each_drop_is_the_best_pair_that_saves_a_block(family, batches):
             list(map(str, sorted(best)))
         ]
         gone |= set(best)
-    assert plan.dropped_sites == gone
+    assert set(plan.sites) == gone
     apart = ["attention:1", "mlp:2"]  # neighbours only because what lay between them went first
     assert (apart in [r["parts"] for r in plan.scores if r["chosen"]]) == (family == "llama")
 
@@ -131,7 +130,7 @@ def test_each_drop_is_the_best_pair_that_saves_a_block(family, batches):
 @pytest.mark.parametrize("candidates", [40, 4])
 @pytest.mark.parametrize("count", [1, 3, 5])
 def test_the_export_has_a_block_less_for_each_pair(cfg, candidates, count, batches, monkeypatch):
-    monkeypatch.setattr(depth_search, "CANDIDATES", candidates)
+    monkeypatch.setattr(search, "CANDIDATES", candidates)
     model = tiny()
     plan = pruned(copy.deepcopy(model), batches, count=count, **cfg)
     assert len(plan.packed) == 6 - count and zeroed_partners(plan.packed) == 0
@@ -151,7 +150,7 @@ def test_the_export_has_a_block_less_for_each_pair(cfg, candidates, count, batch
 
 
 def test_few_candidates_are_those_of_least_influence_and_neighbours_made_by_drops(batches, monkeypatch):
-    monkeypatch.setattr(depth_search, "CANDIDATES", 6)
+    monkeypatch.setattr(search, "CANDIDATES", 6)
     plan = pruned(weak_in_the_middle(tiny()), batches, count=3)
     influence = [r for r in plan.scores if r["round"] == 0]
     assert len(influence) == len(pairs_of(6)) and {r["by"] for r in influence} == {"block_influence"}
@@ -172,8 +171,8 @@ def test_pairs_that_cannot_be_are_refused(batches):
     message = "6 pairs to drop, the model has 6 blocks: drop at most 5"
     with pytest.raises(PruneError, match=message):
         pruned(tiny(), batches, count=6)
-    with pytest.raises(RecipeError, match=message):
-        refuse_depth(pair_leaf(count=6), DESCRIPTION)
+    with pytest.raises(PruneError, match=message):
+        depth_cost(pair_leaf(count=6), DESCRIPTION)
 
 
 DESCRIPTION = Description(

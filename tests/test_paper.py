@@ -34,7 +34,7 @@ def _shown(twin: Twin) -> dict[str, Pruned]:
     blocks = len(twin.blocks)
     masks = random_masks(twin.model)
     return {
-        "blocks": Pruned(Plan("depth", blocks, dropped=(2,), dropped_mlp=(3,)), {}, {}),
+        "blocks": Pruned(Plan("depth", blocks, (2, Site(3, "mlp"))), {}, {}),
         "masks": Pruned(Plan.none(blocks), masks, {}),
         "4 bits": Pruned(Plan.none(blocks), {}, quantized(twin, 4)),
     }

@@ -11,6 +11,7 @@ import torch
 from recover.base import artifacts
 from recover.base.errors import ArtifactError
 from recover.models.plan import MASKS, PLAN, MaskRecord, Plan, load_plan, save_plan
+from recover.models.site import Site
 
 NAME = "model.layers.1.mlp.up_proj"
 
@@ -25,10 +26,30 @@ def masked_plan(seed: int = 0) -> tuple[Plan, dict[str, torch.Tensor]]:
 
 def test_depth_plan_round_trip(tmp_path):
     scores = [{"round": 1, "blocks": [3], "score": 0.25, "by": "kl", "chosen": True}]
-    plan = Plan("depth", 6, dropped=(4, 3), scores=scores, parameters_dense=10, parameters_pruned=8, nonzero=8)
+    plan = Plan("depth", 6, (4, 3), scores=scores, parameters_dense=10, parameters_pruned=8, nonzero=8)
     save_plan(plan, {}, tmp_path)
     assert load_plan(tmp_path) == (plan, {}, {})
     assert plan.dropped == (3, 4) and plan.kept == (0, 1, 2, 5)
+
+
+KEYS = {  # of plan.json: older versions read no others
+    *("kind", "blocks", "dropped", "scores", "masks", "parameters_dense", "parameters_pruned", "nonzero"),
+    *("calibration", "dropped_attention", "dropped_mlp", "weights", "config", "repair"),
+    *("masks_sha256", "weights_sha256"),
+}
+
+
+def test_the_file_is_as_older_versions_read_and_wrote_it(tmp_path):
+    plan = Plan("depth", 8, (Site(6, "mlp"), 4, 3, Site(2, "attention"), Site(1, "mlp")))
+    save_plan(plan, {}, tmp_path)
+    value = json.loads((tmp_path / PLAN).read_text())
+    assert value.keys() == KEYS
+    assert (value["dropped"], value["dropped_attention"], value["dropped_mlp"]) == ([3, 4], [2], [1, 6])
+    written = {"kind": "depth", "blocks": 8, "dropped": [4, 3], "dropped_attention": [2], "dropped_mlp": [6, 1]}
+    (tmp_path / PLAN).write_text(json.dumps(written))
+    assert load_plan(tmp_path).plan == plan
+    (tmp_path / PLAN).write_text(json.dumps({"kind": "depth", "blocks": 8, "dropped": [4]}))
+    assert load_plan(tmp_path).plan == Plan("depth", 8, (4,))
 
 
 def test_masked_plan_round_trip(tmp_path):
@@ -106,7 +127,7 @@ def test_masks_that_are_no_safetensors_are_refused(tmp_path):
     [
         ([], "plan: Input should be"),
         ({"kind": "depth"}, "blocks: Field required"),
-        ({"kind": "wide", "blocks": 4}, "kind: Input should be 'none', 'depth'"),
+        ({"kind": 3, "blocks": 4}, "kind: Input should be a valid string"),
         ({"kind": "depth", "blocks": 4, "dropped": [4]}, r"\[4\] are not distinct blocks of a model with 4"),
         ({"kind": "depth", "blocks": 4, "dropped": [1, 1]}, "are not distinct"),
         ({"kind": "none", "blocks": 4, "extra": 1}, "extra: Unexpected keyword argument"),
@@ -131,7 +152,7 @@ def test_a_mask_without_its_certificate_is_our_own_mistake(tmp_path):
 
 
 def test_summary_says_what_goes():
-    assert Plan("depth", 6, dropped=(2,), parameters_dense=10, nonzero=8).summary() == (
+    assert Plan("depth", 6, (2,), parameters_dense=10, nonzero=8).summary() == (
         "depth: blocks 2 dropped, of 6 blocks; 8 of 10 weights left (80.0%)"
     )
     assert masked_plan()[0].summary().startswith("wanda: ")

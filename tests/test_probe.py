@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from probe_reference import (
+    CFG,
     DRIFT,
     DROPPED,
-    LEAF,
     NO_TOKENIZER,
     STEPS,
     dropping,
@@ -128,7 +128,7 @@ def test_free_running_drift_is_the_textbook_on_two_separate_models(both):
 def test_free_running_is_teacher_forced_until_the_first_token_that_differs():
     """Prompts that part at steps of their own: up to and including that step both contexts are the same."""
     twin = dropping(endless(initializer_range=0.04), (3,))
-    cfg = LEAF.model_copy(update={"samples": 1})
+    cfg = CFG.model_copy(update={"samples": 1})
     parted = set()
     for prompt in prompts(12):
         records = probe(twin, NO_TOKENIZER, [prompt], cfg)
@@ -141,7 +141,7 @@ def test_free_running_is_teacher_forced_until_the_first_token_that_differs():
 
 
 def test_equal_views_give_exactly_zero_everywhere():
-    records = probe(dropping(endless(), ()), NO_TOKENIZER, prompts(), LEAF)
+    records = probe(dropping(endless(), ()), NO_TOKENIZER, prompts(), CFG)
     for record in of(records, Final):
         for name in (*DRIFT, "kl_predicted", "probability_predicted", "embedding_predicted", "logit_predicted"):
             assert set(record.metrics[name].values()) == {0.0}, name
@@ -171,7 +171,7 @@ def test_equal_views_give_exactly_zero_at_every_step_with_a_cache():
 def test_cached_decoding_is_one_full_forward_in_both_views_of_every_family(family):
     """And the lens through the final norm is the model's own head: scale and softcap included."""
     model = endless(family)
-    record = of(probe(dropping(model), NO_TOKENIZER, prompts(3), LEAF), Identity)[0]
+    record = of(probe(dropping(model), NO_TOKENIZER, prompts(3), CFG), Identity)[0]
     assert 0 <= record.kl_max < 1e-7 and record.embedding_max < 1e-9
     lens = Lens(View.of_model("dense", model))
     states = []
@@ -191,7 +191,7 @@ def test_a_broken_cache_shows_as_identity_drift():
             cache.layers[1].keys.mul_(0.5)
 
     model.model.layers[1].self_attn.register_forward_pre_hook(forget, with_kwargs=True)
-    record = of(probe(dropping(model), NO_TOKENIZER, prompts(2), LEAF), Identity)[0]
+    record = of(probe(dropping(model), NO_TOKENIZER, prompts(2), CFG), Identity)[0]
     assert record.dense["kl"] > 1e-3 and record.pruned["kl"] > 1e-3
 
 
@@ -210,7 +210,7 @@ def test_the_end_token_is_scored_and_nothing_after_it():
         for text in greedy(pair.dense, batch, steps=STEPS, ends=[end]).tokens()
     ]
     assert cut == [text[:length] for text, length in zip(texts, lengths, strict=True)]
-    records = probe(twin, NO_TOKENIZER, prompts(), LEAF)
+    records = probe(twin, NO_TOKENIZER, prompts(), CFG)
     assert of(records, Final)[0].positions == sum(lengths) < 5 * STEPS
     for record in of(records, Step):
         assert record.teacher_forced["n"] == sum(length > record.step for length in lengths)

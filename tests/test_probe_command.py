@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from probe_reference import LEAF, of
+from probe_reference import CFG, of
 from tiny import tiny
 from twins import removed
 from typer.testing import CliRunner
@@ -133,7 +133,7 @@ def test_files_that_cannot_be_used_are_refused_before_a_model_is_loaded(tmp_path
         lines(path, rows)
     wanted = diagnose.Wanted(prompts=None if rows is None else path)
     with pytest.raises(DataError, match=message):
-        diagnose.diagnosis(FABLE, recipe.Model(source="nowhere/none"), wanted, LEAF, tmp_path / "out")
+        diagnose.diagnosis(FABLE, recipe.Model(source="nowhere/none"), wanted, CFG, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def test_how_often_the_device_is_waited_for_does_not_depend_on_blocks_and_rows(m
     counts = []
     for blocks, elements in ((4, 2**20), (6, 2**20), (6, 256)):
         monkeypatch.setattr(compare, "ELEMENTS", {"cpu": elements})
-        twin = Twin(endless(num_hidden_layers=blocks), Plan("depth", blocks, dropped=(2,)))
+        twin = Twin(endless(num_hidden_layers=blocks), Plan("depth", blocks, (2,)))
         pair = Pair.of(twin)
         text, found, rows = sublayers_of(pair)
         dense, pruned = (along(view, text, blocks_BS=text.scored_BS) for view in (pair.dense, pair.pruned))

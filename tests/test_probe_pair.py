@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from probe_reference import (
+    CFG,
     DROPPED,
-    LEAF,
     NO_TOKENIZER,
     STEPS,
     differences,
@@ -51,8 +51,8 @@ def pair_of(dense=None) -> Pair:
 
 def test_a_pair_of_two_models_of_different_depth_gives_what_the_twin_gives():
     dense = endless()
-    expected = probe(dropping(copy.deepcopy(dense)), NO_TOKENIZER, prompts(), LEAF)
-    found = probe(pair_of(dense), NO_TOKENIZER, prompts(), LEAF)
+    expected = probe(dropping(copy.deepcopy(dense)), NO_TOKENIZER, prompts(), CFG)
+    found = probe(pair_of(dense), NO_TOKENIZER, prompts(), CFG)
     expected = [r for r in expected if not (isinstance(r, Block) and r.closed)]
     for record, other in zip(found, expected, strict=True):
         if not isinstance(record, Identity):
@@ -74,7 +74,7 @@ def test_models_of_two_widths_are_compared_where_they_can_be():
     """One vocabulary is enough for logits and probabilities; hidden states have nothing in common."""
     dense, other = endless(), endless(hidden_size=48, head_dim=16)
     pair = Pair.of_models(dense, other)
-    records = probe(pair, NO_TOKENIZER, prompts(), LEAF)
+    records = probe(pair, NO_TOKENIZER, prompts(), CFG)
     assert not of(records, Block) and not of(records, Sublayer)
     final = of(records, Final)[1].metrics
     assert "embedding" not in final and final["kl"]["mean"] > 0 and final["logit"]["mean"] > 0
@@ -84,7 +84,7 @@ def test_models_of_two_widths_are_compared_where_they_can_be():
 def test_a_prompt_too_long_for_the_other_model_alone_is_refused():
     other = endless(max_position_embeddings=64)
     with pytest.raises(DataError, match=r"prompt 1 has 60 tokens; with 8 decoding steps .* the 64 positions"):
-        probe(Pair.of_models(endless(), other), NO_TOKENIZER, [[5] * 9, [5] * 60], LEAF)
+        probe(Pair.of_models(endless(), other), NO_TOKENIZER, [[5] * 9, [5] * 60], CFG)
 
 
 def test_a_quantized_head_is_read_by_its_own_kernel():
@@ -103,13 +103,13 @@ def test_a_quantized_head_is_read_by_its_own_kernel():
     lens = Lens(View.of_model("quantized", model))
     h_ND = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     assert lens.vocabulary == 256 and torch.equal(lens.logits(h_ND), model.lm_head(h_ND))
-    final = of(probe(Pair.of_models(endless(), model), NO_TOKENIZER, prompts(2), LEAF), Final)[1]
+    final = of(probe(Pair.of_models(endless(), model), NO_TOKENIZER, prompts(2), CFG), Final)[1]
     assert 0 < final.metrics["kl"]["mean"] < 1
 
 
 def test_predictions_stand_beside_the_truth_with_their_errors():
-    records = probe(pair_of(), NO_TOKENIZER, prompts(), LEAF)
-    columns = positions_of(findings(pair_of(), NO_TOKENIZER, prompts(), LEAF))
+    records = probe(pair_of(), NO_TOKENIZER, prompts(), CFG)
+    columns = positions_of(findings(pair_of(), NO_TOKENIZER, prompts(), CFG))
     metrics = of(records, Final)[1].metrics
     for name in ("embedding", "logit", "probability", "kl"):
         predicted_N, exact_N = (torch.tensor(columns[key], dtype=torch.float64) for key in (f"{name}_predicted", name))
@@ -124,7 +124,7 @@ def test_predictions_stand_beside_the_truth_with_their_errors():
 
 def test_equal_models_write_equal_texts_from_every_seed_and_seeds_differ():
     dense = endless()
-    cfg = LEAF.model_copy(update={"seeds": (0, 1)})
+    cfg = CFG.model_copy(update={"seeds": (0, 1)})
     first, second = of(probe(Pair.of_models(dense, copy.deepcopy(dense)), NO_TOKENIZER, prompts(), cfg), Sampled)
     for record in (first, second):
         assert record.never == 1 and set(record.free_running["gap"].values()) == {0.0}
@@ -160,7 +160,7 @@ def test_sampled_tokens_are_drawn_from_the_softmax():
 
 
 def test_sampled_drift_before_the_first_difference_is_teacher_forced_drift():
-    cfg = LEAF.model_copy(update={"seeds": (0,), "samples": 1, "temperatures": (1.0,)})
+    cfg = CFG.model_copy(update={"seeds": (0,), "samples": 1, "temperatures": (1.0,)})
     parted = set()
     for prompt in prompts(6):
         record = of(probe(dropping(endless(initializer_range=0.04), (3,)), NO_TOKENIZER, [prompt], cfg), Sampled)[0]
@@ -179,7 +179,7 @@ def test_drift_along_given_texts_is_the_textbook_text_by_text():
     dense = endless()
     rows = [ids(1, length, seed=length)[0].tolist() for length in (5, 12, 2)]
     pruned = removed(dense, DROPPED)
-    records = records_of(pair_of(dense), texts(Pair.of_models(dense, pruned, KEPT), rows, LEAF))
+    records = records_of(pair_of(dense), texts(Pair.of_models(dense, pruned, KEPT), rows, CFG))
     kl = torch.cat(
         [textbook_kl(*(read(model, row[:1], torch.tensor(row[1:]))[0] for model in (dense, pruned))) for row in rows]
     )
@@ -189,14 +189,14 @@ def test_drift_along_given_texts_is_the_textbook_text_by_text():
     assert {record.probe for record in records} == {"final", "block", "sublayer"}
     for bad, message in (([], "no texts"), ([[5, 6], [5]], "text 1 has less than two"), ([[5] * 300], "256 positions")):
         with pytest.raises(DataError, match=message):
-            texts(pair_of(dense), bad, LEAF)
+            texts(pair_of(dense), bad, CFG)
 
 
 # Batches on disk
 
 
 def test_a_probe_that_was_stopped_goes_on_and_gives_the_same_to_the_last_bit(tmp_path, monkeypatch):
-    cfg = LEAF.model_copy(update={"seeds": (4,)})
+    cfg = CFG.model_copy(update={"seeds": (4,)})
     pair = pair_of()
     expected = [record.to_json() for record in probe(pair, NO_TOKENIZER, prompts(), cfg)]
     real, done = probing._examine, []
@@ -218,10 +218,10 @@ def test_a_probe_that_was_stopped_goes_on_and_gives_the_same_to_the_last_bit(tmp
 
 def test_batches_of_another_probe_and_torn_ones_are_done_again(tmp_path, capsys):
     pair = pair_of()
-    expected = findings(pair, NO_TOKENIZER, prompts(), LEAF, store=Store(tmp_path, {"of": "a"}))
+    expected = findings(pair, NO_TOKENIZER, prompts(), CFG, store=Store(tmp_path, {"of": "a"}))
     batch = sorted(tmp_path.glob("batch-*.pt"))[1]
     batch.write_bytes(batch.read_bytes()[:100])
-    again = findings(pair, NO_TOKENIZER, prompts(), LEAF, store=Store(tmp_path, {"of": "a"}))
+    again = findings(pair, NO_TOKENIZER, prompts(), CFG, store=Store(tmp_path, {"of": "a"}))
     assert [r.to_json() for r in records_of(pair, again)] == [r.to_json() for r in records_of(pair, expected)]
     assert "this batch is done again" in capsys.readouterr().err
     Store(tmp_path, {"of": "b"})
@@ -234,7 +234,7 @@ def _rank(rank: int, port: int, folder: Path, answers) -> None:
     )
     torch.set_num_threads(1)
     dist.start()
-    cfg = LEAF.model_copy(update={"seeds": (4,)})
+    cfg = CFG.model_copy(update={"seeds": (4,)})
     pair = pair_of()
     found = findings(pair, NO_TOKENIZER, prompts(), cfg, store=Store(folder, {"of": "a"}))
     answers.put([record.to_json() for record in records_of(pair, found)])
@@ -250,7 +250,7 @@ def test_two_processes_keep_batches_that_one_goes_on_with_to_the_last_bit(tmp_pa
     first, second = (answers.get(timeout=120) for _ in ranks)
     for process in ranks:
         process.join(30)
-    cfg = LEAF.model_copy(update={"seeds": (4,)})
+    cfg = CFG.model_copy(update={"seeds": (4,)})
     pair = pair_of()
     expected = [record.to_json() for record in probe(pair, NO_TOKENIZER, prompts(), cfg)]
     assert first == second == expected

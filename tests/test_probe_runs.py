@@ -10,8 +10,8 @@ import os
 import pytest
 import torch
 from probe_reference import (
+    CFG,
     DROPPED,
-    LEAF,
     NO_TOKENIZER,
     STEPS,
     apart,
@@ -27,7 +27,7 @@ from probe_reference import (
 from recover.base import dist
 from recover.base.errors import DataError, ModelError
 from recover.config import recipe
-from recover.models.masked_linear import MaskedLinear
+from recover.models.linears import MaskedLinear
 from recover.models.plan import MaskRecord, Plan
 from recover.models.twin import Twin
 from recover.probe import compare
@@ -46,26 +46,26 @@ def test_figures_do_not_depend_on_batches_or_chunks(both, monkeypatch):
     model = both[0]
     expected = json.dumps([record.to_json() for record in both[2]])
     monkeypatch.setattr(compare, "ELEMENTS", {"cpu": 1})
-    assert apart(probe(dropping(copy.deepcopy(model)), NO_TOKENIZER, prompts(), LEAF), json.loads(expected)) == []
+    assert apart(probe(dropping(copy.deepcopy(model)), NO_TOKENIZER, prompts(), CFG), json.loads(expected)) == []
     monkeypatch.undo()
     for size in (1, 5):
-        cfg = LEAF.model_copy(update={"batch_size": size})
+        cfg = CFG.model_copy(update={"batch_size": size})
         assert apart(probe(dropping(copy.deepcopy(model)), NO_TOKENIZER, prompts(), cfg), json.loads(expected)) == []
 
 
 def test_final_drift_is_the_final_record_with_or_without_stored_trajectories(both):
     twin = dropping(copy.deepcopy(both[0]))
     expected = next(record for record in of(both[2], Final) if record.temperature == 1).to_json()
-    assert final_drift(twin, NO_TOKENIZER, prompts(), LEAF) == expected
-    stored = dense_trajectories(twin, NO_TOKENIZER, prompts(), LEAF)
-    assert final_drift(twin, NO_TOKENIZER, prompts(), LEAF, trajectories=stored) == expected
+    assert final_drift(twin, NO_TOKENIZER, prompts(), CFG) == expected
+    stored = dense_trajectories(twin, NO_TOKENIZER, prompts(), CFG)
+    assert final_drift(twin, NO_TOKENIZER, prompts(), CFG, trajectories=stored) == expected
 
 
 def test_a_pair_of_two_models_gives_what_the_twin_gives(both):
     dense, pruned, records = both
     kept = tuple(i for i in range(6) if i not in DROPPED)
     pair = Pair(View.of_model("dense", dense), View.of_model("pruned", pruned, kept), frozenset(DROPPED))
-    found = [record.to_json() for record in probe(pair, NO_TOKENIZER, prompts(), LEAF)]
+    found = [record.to_json() for record in probe(pair, NO_TOKENIZER, prompts(), CFG)]
     assert {record["block"] for record in found if record["probe"] == "block"} == set(kept)
     expected = [record.to_json() for record in records if not (isinstance(record, Block) and record.closed)]
     for record, other in zip(found, expected, strict=True):
@@ -80,12 +80,12 @@ def test_masks_count_as_zeros_in_the_weights():
     zeroed = copy.deepcopy(dense)
     zeroed.get_submodule(name).weight.data *= keep
     expected = probe(
-        Pair(View.of_model("dense", dense), View.of_model("pruned", zeroed)), NO_TOKENIZER, prompts(2), LEAF
+        Pair(View.of_model("dense", dense), View.of_model("pruned", zeroed)), NO_TOKENIZER, prompts(2), CFG
     )
     plan = Plan("magnitude", 6, masks={name: MaskRecord.of(keep, "unstructured")})
     twin = Twin(copy.deepcopy(dense), plan, {name: keep})
     assert isinstance(twin.base.get_submodule(name), MaskedLinear)
-    assert apart(probe(twin, NO_TOKENIZER, prompts(2), LEAF), [record.to_json() for record in expected]) == []
+    assert apart(probe(twin, NO_TOKENIZER, prompts(2), CFG), [record.to_json() for record in expected]) == []
 
 
 def test_lora_changes_the_pruned_view_alone_and_the_model_is_left_as_it_was(both):
@@ -94,16 +94,16 @@ def test_lora_changes_the_pruned_view_alone_and_the_model_is_left_as_it_was(both
     model.train()
     training = [module.training for module in model.modules()]
     hooks = sum(len(module._forward_hooks) for module in model.modules())
-    records = probe(twin, NO_TOKENIZER, prompts(), LEAF)
+    records = probe(twin, NO_TOKENIZER, prompts(), CFG)
     assert apart(records, [record.to_json() for record in both[2]]) == []  # B = 0, dropout off
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    moved = final_drift(twin, NO_TOKENIZER, prompts(), LEAF)
-    assert final_drift(twin, NO_TOKENIZER, prompts(), LEAF) == moved  # dropout is off: nothing is drawn
+    moved = final_drift(twin, NO_TOKENIZER, prompts(), CFG)
+    assert final_drift(twin, NO_TOKENIZER, prompts(), CFG) == moved  # dropout is off: nothing is drawn
     assert moved["kl"]["mean"] != pytest.approx(of(records, Final)[1].metrics["kl"]["mean"], rel=1e-2)
-    dense = dense_trajectories(twin, NO_TOKENIZER, prompts(), LEAF)
+    dense = dense_trajectories(twin, NO_TOKENIZER, prompts(), CFG)
     assert [trajectory.tokens()[0] for trajectory in dense] == [
         text_of(both[0], prompts()[trajectory.batch.prompts[0]]).tolist() for trajectory in dense
     ]
@@ -130,16 +130,16 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_prompt(view):
         twin = Pair(View.of_model("dense", model), View.of_model("pruned", poisoned))
         expected = "prompt 3, decoding step 0: the pruned view gives"
     with pytest.raises(ModelError, match=expected):
-        probe(twin, NO_TOKENIZER, prompts(), LEAF)
+        probe(twin, NO_TOKENIZER, prompts(), CFG)
     with pytest.raises(ModelError, match=expected):
-        final_drift(twin, NO_TOKENIZER, prompts(), LEAF)
+        final_drift(twin, NO_TOKENIZER, prompts(), CFG)
     assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_two_vocabularies_are_refused():
     pair = Pair(View.of_model("dense", endless()), View.of_model("pruned", endless(vocab_size=250)))
     with pytest.raises(ModelError, match="256 logits, the pruned view 250"):
-        probe(pair, NO_TOKENIZER, prompts(), LEAF)
+        probe(pair, NO_TOKENIZER, prompts(), CFG)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_two_vocabularies_are_refused():
 )
 def test_prompts_that_cannot_be_probed_are_refused(bad, message):
     with pytest.raises(DataError, match=message):
-        probe(dropping(endless()), NO_TOKENIZER, bad, LEAF)
+        probe(dropping(endless()), NO_TOKENIZER, bad, CFG)
 
 
 def test_prompts_are_a_users_turn_where_there_is_a_chat_template():
@@ -202,7 +202,7 @@ def _rank(rank: int, port: int, poison: bool, answers) -> None:
     if poison:  # a token of a prompt that only the second process reads
         model.model.embed_tokens.weight.data[token_of_only(2, model)] = float("nan")
     try:
-        answers.put((rank, [record.to_json() for record in probe(dropping(model), NO_TOKENIZER, prompts(), LEAF)]))
+        answers.put((rank, [record.to_json() for record in probe(dropping(model), NO_TOKENIZER, prompts(), CFG)]))
     except ModelError as error:
         answers.put((rank, str(error)))
     dist.stop()

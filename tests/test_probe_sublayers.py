@@ -9,7 +9,7 @@ import copy
 
 import pytest
 import torch
-from probe_reference import DROPPED, LEAF, NO_TOKENIZER, STEPS, dropping, endless, of, prompts, text_of
+from probe_reference import CFG, DROPPED, NO_TOKENIZER, STEPS, dropping, endless, of, prompts, text_of
 from torch import nn
 from twins import removed
 
@@ -162,7 +162,7 @@ def test_dropped_blocks_count_as_closed_and_the_others_as_unchanged(as_twin):
 def test_records_are_the_textbook_of_both_counterfactuals_through_both_lenses():
     dense = endless().double()
     pair = Pair.of_models(dense, other_weights(dense))
-    cfg = LEAF.model_copy(update={"samples": 3, "batch_size": 3})
+    cfg = CFG.model_copy(update={"samples": 3, "batch_size": 3})
     records = {
         (r.block, r.part, r.counterfactual, r.lens): r for r in of(probe(pair, NO_TOKENIZER, prompts(3), cfg), Sublayer)
     }
@@ -197,9 +197,9 @@ def test_layer_figures_take_at_most_so_many_positions_and_all_of_them_if_there_a
     assert torch.equal(thinned(mark, 11), mark) and torch.equal(thinned(mark, 100), mark)
     few = thinned(mark, 4)
     assert few.sum() == 4 and not (few & ~mark).any() and few[0].any() and few[2].any()
-    cfg = LEAF.model_copy(update={"layer_positions": 3})
+    cfg = CFG.model_copy(update={"layer_positions": 3})
     pair = Pair.of(dropping(endless()))
-    full = probe(pair, NO_TOKENIZER, prompts(), LEAF)
+    full = probe(pair, NO_TOKENIZER, prompts(), CFG)
     thin = probe(pair, NO_TOKENIZER, prompts(), cfg)
     assert len(full) == len(thin)
     assert [r.metrics for r in thin if r.probe == "final"] == [r.metrics for r in full if r.probe == "final"]
@@ -210,7 +210,7 @@ def test_a_sublayer_that_gives_nan_is_named():
     other = copy.deepcopy(dense)
     other.model.layers[3].mlp.down_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(ModelError, match="prompt 0, decoding step 0: the pruned view"):
-        probe(Pair.of_models(dense, other), NO_TOKENIZER, prompts(2), LEAF)
+        probe(Pair.of_models(dense, other), NO_TOKENIZER, prompts(2), CFG)
 
 
 def test_a_block_that_is_not_there_cannot_be_closed():

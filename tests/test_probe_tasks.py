@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from probe_reference import LEAF, differences, dropping, endless
+from probe_reference import CFG, differences, dropping, endless
 from task_folder import CHOICE, make_task
 from twins import removed
 from words import word_tokenizer
@@ -65,7 +65,7 @@ def test_a_run_says_of_its_tasks_what_a_diagnosis_says_of_the_same_items(tmp_pat
     load_tokenizer(FABLE).save_pretrained(other)
     kept = [block for block in range(12) if block not in DROPPED]
     wanted = diagnose.Wanted(tasks=[facts(tmp_path / "few", ITEMS), documents(tmp_path / "few", limit=ITEMS)])
-    expected = diagnose.diagnosis(FABLE, recipe.Model(source=str(other)), wanted, LEAF, tmp_path / "out", numbers=kept)
+    expected = diagnose.diagnosis(FABLE, recipe.Model(source=str(other)), wanted, CFG, tmp_path / "out", numbers=kept)
     for kind in ("choices", "retrieval"):
         assert len(found[kind]) == len(expected[kind])
         for row, same in zip(found[kind], expected[kind], strict=True):

@@ -15,9 +15,9 @@ from recover.config.recipe import Calibration, Depth, Magnitude, Wanda
 from recover.models.arch import blocks_of, linears_of
 from recover.models.plan import MaskRecord, Plan
 from recover.models.twin import Twin
-from recover.prune import depth_search
+from recover.prune import registry
 from recover.prune.calibrate import calibration_batches
-from recover.prune.registry import PRUNERS
+from recover.prune.depth import search
 
 CALIBRATION = Calibration(data="given", samples=5, length=24, batch_size=2)
 
@@ -34,7 +34,7 @@ def dense_twin(model) -> Twin:
 def drop(model, twin_batches, **cfg) -> Plan:
     if "count" in cfg:
         cfg["calibration"] = CALIBRATION
-    plan, masks, _ = PRUNERS["depth"](dense_twin(model), Depth(kind="depth", **cfg), twin_batches)
+    plan, masks, _ = registry.prune(dense_twin(model), Depth(kind="depth", **cfg), twin_batches)
     assert masks == {}
     return plan
 
@@ -122,7 +122,7 @@ def test_similarity_scores_equal_the_formula_on_the_residual_stream(tiny_llama, 
 
 
 def test_deep_models_try_only_the_blocks_of_least_influence(tiny_llama, batches, monkeypatch):
-    monkeypatch.setattr(depth_search, "CANDIDATES", 3)
+    monkeypatch.setattr(search, "CANDIDATES", 3)
     plan = drop(tiny_llama, batches, count=1, score="kl")
     influence = table(plan, 0)
     least = sorted(influence, key=lambda span: influence[span])[:3]
@@ -149,7 +149,7 @@ def test_the_twin_is_left_as_it_was(tiny_llama, batches):
     ]
     names = list(tiny_llama.state_dict())
     for cfg in leaves:
-        PRUNERS[cfg.kind](twin, cfg, batches)
+        registry.prune(twin, cfg, batches)
         with torch.no_grad():
             assert torch.equal(tiny_llama(input_ids=batches[0]).logits, before)
         assert list(tiny_llama.state_dict()) == names and twin.closed_blocks == ()
@@ -194,7 +194,7 @@ def test_broken_weights_are_named(tiny_llama, batches):
     with pytest.raises(PruneError, match=r"prune: the kl score of blocks .* is nan"):
         drop(copy.deepcopy(tiny_llama), batches, count=1)
     with pytest.raises(PruneError, match=r"model\.layers\.2\.mlp\.down_proj: sees inputs that are not finite"):
-        PRUNERS["wanda"](dense_twin(tiny_llama), Wanda(kind="wanda", sparsity=0.5, calibration=CALIBRATION), batches)
+        registry.prune(dense_twin(tiny_llama), Wanda(kind="wanda", sparsity=0.5, calibration=CALIBRATION), batches)
 
 
 def keep_by_loop(score_OI: torch.Tensor, pattern: str, fraction: float) -> torch.Tensor:
@@ -232,7 +232,7 @@ def inputs_by_masking(model, masks, batches, block: int) -> dict[str, torch.Tens
 def test_wanda_is_the_textbook_formula_with_pruned_blocks_feeding_later_ones(family, pattern, sparsity, batches):
     reference = tiny(family)
     cfg = Wanda(kind="wanda", pattern=pattern, sparsity=sparsity, calibration=CALIBRATION)
-    plan, masks, _ = PRUNERS["wanda"](dense_twin(tiny(family)), cfg, batches)
+    plan, masks, _ = registry.prune(dense_twin(tiny(family)), cfg, batches)
     done: dict[str, torch.Tensor] = {}
     for block in range(6):
         found = {}
@@ -254,7 +254,7 @@ def test_wanda_is_the_textbook_formula_with_pruned_blocks_feeding_later_ones(fam
 @pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.3), ("2:4", None)])
 def test_magnitude_keeps_the_largest_weights_of_every_row(tiny_llama, pattern, sparsity):
     cfg = Magnitude(kind="magnitude", pattern=pattern, sparsity=sparsity)
-    plan, masks, _ = PRUNERS["magnitude"](dense_twin(tiny_llama), cfg, [])
+    plan, masks, _ = registry.prune(dense_twin(tiny_llama), cfg, [])
     for name, linear in linears_of(tiny_llama).items():
         assert torch.equal(masks[name], keep_by_loop(linear.weight.detach().abs(), pattern, cfg.fraction)), name
     assert plan.kind == "magnitude" and plan.dropped == () and plan.calibration == {}
@@ -263,13 +263,13 @@ def test_magnitude_keeps_the_largest_weights_of_every_row(tiny_llama, pattern, s
 def test_masks_that_cannot_be_are_refused_by_layer():
     odd = tiny(intermediate_size=98)
     with pytest.raises(PruneError, match=r"layers\.0\.mlp\.down_proj: pattern 2:4 needs whole groups of 4 inputs"):
-        PRUNERS["magnitude"](dense_twin(odd), Magnitude(kind="magnitude", pattern="2:4"), [])
+        registry.prune(dense_twin(odd), Magnitude(kind="magnitude", pattern="2:4"), [])
     with pytest.raises(PruneError, match=r"q_proj: prune.sparsity 0.001 rounds to 0 of its 64 inputs"):
-        PRUNERS["magnitude"](dense_twin(tiny()), Magnitude(kind="magnitude", sparsity=0.001), [])
+        registry.prune(dense_twin(tiny()), Magnitude(kind="magnitude", sparsity=0.001), [])
     broken = tiny()
     broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(PruneError, match=r"model\.layers\.1\.mlp\.up_proj: scores are not finite"):
-        PRUNERS["magnitude"](dense_twin(broken), Magnitude(kind="magnitude", sparsity=0.5), [])
+        registry.prune(dense_twin(broken), Magnitude(kind="magnitude", sparsity=0.5), [])
 
 
 def calibration(path, **fields) -> Calibration:
@@ -315,7 +315,7 @@ def test_a_text_file_is_one_document_and_too_little_text_is_said(tmp_path, capsy
         (b'{"text": "a"}\n{"text": 1}\n', r"text\.jsonl:2: no text in column 'text', found \['text'\]"),
         (b'{"body": "a"}\n', r"text\.jsonl:1: no text in column 'text', found \['body'\]: set calibration.column"),
         (b'{"text": "a"\n', r"text\.jsonl:1: not JSON"),
-        (b"[1]\n", r"text\.jsonl:1: no text in column 'text', found list"),
+        (b"[1]\n", r"text\.jsonl:1: found list, expected one JSON object a line"),
         (b'{"text": "\xff"}\n', "not UTF-8 text"),
         (b"[" * 100_000 + b"\n", r"text\.jsonl:1: not JSON"),
     ],

@@ -10,13 +10,14 @@ import torch
 from pydantic import TypeAdapter
 from tiny import ids, tiny
 
+from recover.base import journal as journals
 from recover.base.artifacts import append_jsonl, read_jsonl
+from recover.base.journal import Entry, Journal
 from recover.config.recipe import Prune, load_recipe
 from recover.models.plan import Plan, Pruned, load_plan
 from recover.models.twin import Twin
-from recover.prune import depth_search, parts
-from recover.prune.parts import Part, Parts
-from recover.prune.registry import PRUNERS
+from recover.prune import registry
+from recover.prune.depth import search
 from recover.run import stages
 from recover.run.context import RunContext
 from recover.run.directory import RunDirectory
@@ -59,14 +60,14 @@ class Killed(Exception):
 
 @pytest.fixture(autouse=True)
 def few_candidates(monkeypatch):
-    monkeypatch.setattr(depth_search, "CANDIDATES", 4)
+    monkeypatch.setattr(search, "CANDIDATES", 4)
 
 
 def prune(recipe: dict[str, Any], folder: Path | None, made_from: Any = FROM, text: int = 3) -> Pruned:
     cfg: Any = TypeAdapter(Prune).validate_python({"calibration": CALIBRATION, **recipe})
     twin = Twin(tiny(num_hidden_layers=4), Plan.none(4))
     batches: Any = list(ids(4, 24, seed=text).split(2))
-    return PRUNERS[cfg.kind](twin, cfg, batches, Parts(folder, made_from))
+    return registry.prune(twin, cfg, batches, Journal(folder, made_from))
 
 
 def same(one: Pruned, other: Pruned) -> bool:
@@ -78,30 +79,30 @@ def same(one: Pruned, other: Pruned) -> bool:
 
 def killed(monkeypatch, recipe: dict[str, Any], folder: Path, after: int) -> None:
     """Prune until so many parts are on disk; then the process dies, its next part half on disk."""
-    keep = Parts.keep
+    keep = Journal.keep
 
-    def until(self, name: str, part: Part) -> None:
+    def until(self, name: str, entry: Entry) -> None:
         if len(self.lines) == after:
-            if part.tensors:
+            if entry.tensors:
                 self._file(after).write_bytes(b"half a file")
             raise Killed
-        keep(self, name, part)
+        keep(self, name, entry)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Parts, "keep", until)
+        patch.setattr(Journal, "keep", until)
         prune(recipe, folder)
 
 
 def decided(monkeypatch) -> list[str]:
     """Names of the parts that are decided from now on."""
     names: list[str] = []
-    keep = Parts.keep
+    keep = Journal.keep
 
-    def noted(self, name: str, part: Part) -> None:
+    def noted(self, name: str, entry: Entry) -> None:
         names.append(name)
-        keep(self, name, part)
+        keep(self, name, entry)
 
-    monkeypatch.setattr(Parts, "keep", noted)
+    monkeypatch.setattr(Journal, "keep", noted)
     return names
 
 
@@ -109,10 +110,10 @@ def decided(monkeypatch) -> list[str]:
 def test_killed_between_any_two_parts_it_goes_on_to_the_same_bits(kind, tmp_path, monkeypatch, capsys):
     recipe, names = KINDS[kind]
     if kind in ("depth", "depth, swap", "depth, beam"):
-        monkeypatch.setattr(depth_search, "CANDIDATES", 40)
+        monkeypatch.setattr(search, "CANDIDATES", 40)
     expected = prune(recipe, None)
     assert same(prune(recipe, tmp_path / "whole"), expected)
-    assert [line["name"] for line in read_jsonl(tmp_path / "whole" / parts.LINES)[1:]] == names
+    assert [line["name"] for line in read_jsonl(tmp_path / "whole" / journals.LINES)[1:]] == names
     for after in range(len(names)):
         folder = tmp_path / str(after)
         killed(monkeypatch, recipe, folder, after)
@@ -122,8 +123,8 @@ def test_killed_between_any_two_parts_it_goes_on_to_the_same_bits(kind, tmp_path
             assert same(prune(recipe, folder), expected)
         assert again == names[after:]
         said = capsys.readouterr().out
-        assert ("going on behind" in said) == (after > 0)
-        assert after == 0 or f"going on behind {names[after - 1]}: {after} parts are done" in said
+        assert ("going on after" in said) == (after > 0)
+        assert after == 0 or f"going on after {names[after - 1]}: {after} parts are done" in said
 
 
 def cut(path: Path) -> None:
@@ -137,19 +138,19 @@ def flip(path: Path) -> None:
 
 
 def other_value(folder: Path) -> None:
-    text = (folder / parts.LINES).read_text()
-    (folder / parts.LINES).write_text(text.replace('"chosen": false', '"chosen": true', 1))
+    text = (folder / journals.LINES).read_text()
+    (folder / journals.LINES).write_text(text.replace('"chosen": false', '"chosen": true', 1))
 
 
 DAMAGES = [
     ("sparsegpt", lambda folder: cut(folder / "part-1.safetensors"), 1, "part-1.safetensors is damaged"),
     ("wanda", lambda folder: flip(folder / "part-2.safetensors"), 2, "part-2.safetensors is damaged"),
     ("wanda", lambda folder: (folder / "part-0.safetensors").unlink(), 0, "part-0.safetensors is missing"),
-    ("wanda", lambda folder: cut(folder / parts.LINES), 2, ""),  # as a crash while it was written leaves it
+    ("wanda", lambda folder: cut(folder / journals.LINES), 2, ""),  # as a crash while it was written leaves it
     ("depth, few candidates", other_value, 0, "line 2 of parts.jsonl is damaged"),
-    ("wanda", lambda folder: (folder / parts.LINES).write_bytes(b"{nonsense\n"), 0, "corrupt JSON"),
-    ("wanda", lambda folder: (folder / parts.LINES).write_bytes(b""), 0, ""),
-    ("wanda", lambda folder: append_jsonl(folder / parts.LINES, 3), 3, "line 5 of parts.jsonl is damaged"),
+    ("wanda", lambda folder: (folder / journals.LINES).write_bytes(b"{nonsense\n"), 0, "corrupt JSON"),
+    ("wanda", lambda folder: (folder / journals.LINES).write_bytes(b""), 0, ""),
+    ("wanda", lambda folder: append_jsonl(folder / journals.LINES, 3), 3, "line 5 of parts.jsonl is damaged"),
 ]
 
 
@@ -176,7 +177,7 @@ def test_parts_of_another_recipe_are_refused_by_the_field(tmp_path, monkeypatch,
     assert same(prune(other, tmp_path, made_from), prune(other, None))
     warned = capsys.readouterr().err
     assert "made from something else (prune.sparsity: 0.5 -> 0.25); all is done again" in warned
-    assert read_jsonl(tmp_path / parts.LINES)[0]["made_from"] == made_from
+    assert read_jsonl(tmp_path / journals.LINES)[0]["made_from"] == made_from
 
 
 TEXT = "{data: 'embedded:tasks/calibration.jsonl', samples: 2, length: 64}"
@@ -189,15 +190,15 @@ def stage(root: Path, *overrides: str) -> RunDirectory:
 
 
 def test_a_stage_that_is_killed_goes_on_and_leaves_no_part(tmp_path, monkeypatch, capsys):
-    keep = Parts.keep
+    keep = Journal.keep
 
-    def until(self, name: str, part: Part) -> None:
+    def until(self, name: str, entry: Entry) -> None:
         if name == "block 5":
             raise Killed
-        keep(self, name, part)
+        keep(self, name, entry)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Parts, "keep", until)
+        patch.setattr(Journal, "keep", until)
         stage(tmp_path / "one")
     folder = tmp_path / "one" / "quickstart" / "prune" / "parts"
     assert len(list(folder.glob("*.safetensors"))) == 5
@@ -205,7 +206,7 @@ def test_a_stage_that_is_killed_goes_on_and_leaves_no_part(tmp_path, monkeypatch
     again = decided(monkeypatch)
     directory = stage(tmp_path / "one")
     assert again == [f"block {n}" for n in range(5, 12)]
-    assert "going on behind block 4: 5 parts are done" in capsys.readouterr().out
+    assert "going on after block 4: 5 parts are done" in capsys.readouterr().out
     assert not folder.exists() and directory.done("prune") is not None
     assert same(load_plan(directory.prune), load_plan(stage(tmp_path / "two").prune))
 

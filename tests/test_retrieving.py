@@ -14,7 +14,7 @@ from recover.measure.kinds.retrieval import chance_ndcg
 from recover.measure.tasks import load_task, measure
 from recover.text.embed import embeddings
 
-LEAF = Measure(tasks=("x",), batch_size=3, sampling=None, samples=2)
+CFG = Measure(tasks=("x",), batch_size=3, sampling=None, samples=2)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral_sliding"])
@@ -52,13 +52,13 @@ def test_a_text_finds_itself_and_a_model_without_distinctions_finds_nothing(tmp_
     ]
     task = load_task(make_task(tmp_path, rows, kind="retrieval"))
     model = tiny()
-    record, texts = measure(model, word_tokenizer(), [task], LEAF)
+    record, texts = measure(model, word_tokenizer(), [task], CFG)
     found = record["tasks"]["task"]
     assert (found["score"], found["accuracy"], found["items"]) == (1.0, 1.0, 2) and texts == {}
     assert record["headline"]["retrieval"] == 1.0 and found["interval95"][0] < 0.5
     assert found["samples"][0] == {"prompt": "w20 w21", "text": "w20 w21", "expected": "w20 w21", "correct": True}
     model.model.embed_tokens.weight.data[:] = 1.0
-    record, _ = measure(model, word_tokenizer(), [task], LEAF)
+    record, _ = measure(model, word_tokenizer(), [task], CFG)
     assert record["tasks"]["task"]["accuracy"] == 0.0 and record["tasks"]["task"]["score"] == 0.5  # last of three
 
 

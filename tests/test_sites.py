@@ -13,13 +13,12 @@ from recover.base.errors import ModelError
 from recover.config import recipe
 from recover.export.merge import merge
 from recover.models.arch import ARCHS, arch_of, blocks_of, linears_of
-from recover.models.pairing import Packed, pack_sites
 from recover.models.plan import Plan, load_plan, save_plan
-from recover.models.site import PARTS, Site, sites_of, whole_blocks
+from recover.models.site import SUBLAYERS, Packed, Site, pack_sites, sites_of, whole_blocks
 from recover.models.twin import Twin
 
 ATTENTION, MLP = (2, 5), (1, 4)
-PLAN = {"dropped": (3,), "dropped_attention": ATTENTION, "dropped_mlp": MLP}
+GONE = (3, *(Site(block, "attention") for block in ATTENTION), *(Site(block, "mlp") for block in MLP))
 
 
 def ids(batch: int = 2, tokens: int = 20) -> torch.Tensor:
@@ -52,17 +51,17 @@ def trained(twin: Twin) -> Twin:
 
 
 def sublayer_twin(family: str = "llama") -> Twin:
-    return Twin(tiny(family), Plan("depth", 6, **PLAN))
+    return Twin(tiny(family), Plan("depth", 6, GONE))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_closed_sublayer_adds_nothing_and_the_dense_view_has_it(family):
     dense = tiny(family)
-    twin = Twin(copy.deepcopy(dense), Plan("depth", 6, **PLAN))
-    assert torch.equal(logits(twin.model), logits(zeroed(dense, twin.plan.dropped_sites)))
+    twin = Twin(copy.deepcopy(dense), Plan("depth", 6, GONE))
+    assert torch.equal(logits(twin.model), logits(zeroed(dense, twin.plan.sites)))
     with twin.dense() as model:
         assert torch.equal(logits(model), logits(dense))
-    assert twin.closed_sites == twin.plan.dropped_sites and twin.closed_blocks == (3,)
+    assert twin.closed_sites == set(twin.plan.sites) and twin.closed_blocks == (3,)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "smollm3"])
@@ -91,7 +90,7 @@ def test_repacked_and_merged_reloads_as_the_pruned_view(family, tmp_path):
 
 
 def test_a_lone_sublayer_gets_a_zeroed_partner():
-    plan = Plan("depth", 6, dropped_attention=(2,), dropped_mlp=(4,))
+    plan = Plan("depth", 6, (Site(2, "attention"), Site(4, "mlp")))
     assert plan.packed == (Packed(0, 0), Packed(1, 1), Packed(None, 2), Packed(3, 3), Packed(4, None), Packed(5, 5))
     twin = trained(Twin(tiny(), plan))
     merged = merge(twin, torch.float32)
@@ -113,7 +112,10 @@ def test_pairing_is_the_shortest_there_is():
     for kept in itertools.chain.from_iterable(itertools.combinations(every, n) for n in range(1, 9)):
         packed = pack_sites(kept)
         run = [
-            Site(block, part) for pair in packed for block, part in zip(pair, PARTS, strict=True) if block is not None
+            Site(block, part)
+            for pair in packed
+            for block, part in zip(pair, SUBLAYERS, strict=True)
+            if block is not None
         ]
         assert run == list(kept) and len(packed) == fewest(tuple(site.part for site in kept))
 
@@ -185,7 +187,7 @@ def test_own_weights_are_seen_pruned_trained_and_merged(tmp_path):
 
 
 def test_own_weights_under_a_mask_are_rewritten_weights():
-    from recover.models.masked_linear import MaskedLinear
+    from recover.models.linears import MaskedLinear
     from recover.models.plan import MaskRecord
 
     dense, name = tiny(), "model.layers.2.mlp.up_proj"
@@ -221,6 +223,12 @@ def test_weights_that_do_not_fit_are_refused(parameter, shape, message):
 
 
 def test_a_plan_says_no_site_twice():
-    for wrong in ({"dropped": (1,), "dropped_mlp": (1,)}, {"dropped_attention": (2,), "dropped_mlp": (2,)}):
-        with pytest.raises(ValueError):
-            Plan("depth", 6, **wrong)
+    for wrong in ((1, Site(1, "mlp")), (Site(2, "attention"), Site(2, "attention")), (6,), (Site(-1, "mlp"),)):
+        with pytest.raises(ValueError, match="not distinct blocks"):
+            Plan("depth", 6, wrong)
+
+
+def test_both_sublayers_of_a_block_are_the_block():
+    plan = Plan("depth", 6, (Site(2, "mlp"), 4, Site(2, "attention"), Site(5, "mlp")))
+    assert plan == Plan("depth", 6, (Site(5, "mlp"), 2, 4))
+    assert (plan.dropped, plan.dropped_attention, plan.dropped_mlp) == ((2, 4), (), (5,))

@@ -19,9 +19,8 @@ from recover.models.arch import blocks_of, linears_of
 from recover.models.plan import MaskRecord, Plan, load_plan, save_plan
 from recover.models.twin import Twin
 from recover.prune import stream
-from recover.prune.ratios import spread
 from recover.prune.scores import keep_n_m
-from recover.prune.sparsity import prune_magnitude, prune_sparsegpt, prune_wanda
+from recover.prune.sparsity import fractions_by, prune_magnitude, prune_sparsegpt, prune_wanda
 from recover.prune.stream import Stream, norms, squares
 
 CALIBRATION = Calibration(data="given", samples=5, length=24, batch_size=2)
@@ -154,10 +153,10 @@ def test_patterns_and_ratios_that_cannot_be_are_refused(fields, message):
 
 
 def test_spread_keeps_the_mean_and_the_bounds():
-    found = spread([0.1, 0.2, 0.6, 0.3], [10, 10, 10, 30], 0.7, 0.08)
+    found = fractions_by([0.1, 0.2, 0.6, 0.3], [10, 10, 10, 30], 0.7, 0.08)
     assert sum(f * s for f, s in zip(found, [10, 10, 10, 30], strict=True)) / 60 == pytest.approx(0.7, abs=1e-12)
     assert max(abs(f - 0.7) for f in found) == pytest.approx(0.08) and found[2] < found[3] < found[1] < found[0]
-    assert spread([1.0, 1.0], [2, 2], 0.5, 0.1) == [0.5, 0.5]
+    assert fractions_by([1.0, 1.0], [2, 2], 0.5, 0.1) == [0.5, 0.5]
 
 
 def test_owl_spares_the_block_with_outliers(batches):

@@ -13,7 +13,7 @@ from twins import fill_adapters, masked_twin
 from recover.config import recipe
 from recover.kernels import fused
 from recover.models.lean import LeanNorm
-from recover.models.masked_linear import MaskedLinear
+from recover.models.linears import MaskedLinear
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.text import stepping

@@ -12,7 +12,7 @@ from tiny import tiny
 from words import word_tokenizer
 
 from recover.base.errors import RecipeError
-from recover.commands import measuring
+from recover.commands import measure as measuring
 from recover.config.recipe import Measure
 from recover.config.tasks import KINDS, USES, Figure, TaskKind, headline_figures, register
 from recover.export.card import _table

@@ -20,7 +20,7 @@ from recover.measure.tasks import load_task, measure
 from recover.measure.texts import against, shape
 from recover.text.generate import Generation
 
-LEAF = Measure(tasks=("x",), max_new_tokens=6, batch_size=3, sampling=None, samples=2)
+CFG = Measure(tasks=("x",), max_new_tokens=6, batch_size=3, sampling=None, samples=2)
 NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
 
 
@@ -44,7 +44,7 @@ def test_choice_picks_the_option_of_highest_likelihood(tmp_path):
         {"q": prompt, "options": options, "label": label if item % 3 else (label + 1) % 4}
         for item, (prompt, label) in enumerate(zip(prompts, best, strict=True))
     ]
-    record, texts = measure(model, tokenizer, [load_task(make_task(tmp_path, rows, **CHOICE))], LEAF)
+    record, texts = measure(model, tokenizer, [load_task(make_task(tmp_path, rows, **CHOICE))], CFG)
     task = record["tasks"]["task"]
     assert (task["kind"], task["items"], texts) == ("choice", 12, {})
     assert task["accuracy"] == pytest.approx(8 / 12) == record["headline"]["choice"]
@@ -61,7 +61,7 @@ def test_a_model_without_preferences_is_never_right(tmp_path):
     model = tiny()
     model.lm_head.weight.data.zero_()
     rows = [{"q": "w5", "options": ["w7", "w8"], "label": label} for label in (0, 1)]
-    record, _ = measure(model, word_tokenizer(), [load_task(make_task(tmp_path, rows, **CHOICE))], LEAF)
+    record, _ = measure(model, word_tokenizer(), [load_task(make_task(tmp_path, rows, **CHOICE))], CFG)
     assert record["tasks"]["task"]["accuracy"] == 0.0 == record["tasks"]["task"]["margin"]
 
 
@@ -70,7 +70,7 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary(tmp_path, bos):
     model = tiny()
     model.lm_head.weight.data.zero_()
     path = make_task(tmp_path, [{"text": "w5 w6 w7"}, {"text": "w9 w8"}], kind="perplexity")
-    record, _ = measure(model, word_tokenizer(bos=bos), [load_task(path)], LEAF)
+    record, _ = measure(model, word_tokenizer(bos=bos), [load_task(path)], CFG)
     assert record["tasks"]["task"]["tokens"] == (5 if bos else 3)
     assert record["headline"]["perplexity"] == pytest.approx(256, rel=1e-5)
 
@@ -79,7 +79,7 @@ def test_perplexity_is_e_to_the_mean_loss_over_all_tokens(tmp_path):
     model, tokenizer = tiny(), word_tokenizer()
     texts = ["w5 w6 w7 w8 w9 w10", "w9 w8 w7"]
     path = make_task(tmp_path, [{"body": text} for text in texts], kind="perplexity", text="body", length=4)
-    record, _ = measure(model, tokenizer, [load_task(path)], LEAF)
+    record, _ = measure(model, tokenizer, [load_task(path)], CFG)
     nats, count = 0.0, 0
     for text in texts:
         ids = torch.tensor([tokenizer(text)["input_ids"][:4]])
@@ -104,28 +104,28 @@ def test_generate_task_counts_right_answers_and_compares_with_the_dense_texts(tm
         for item, (prompt, each) in enumerate(zip(prompts, texts, strict=True))
     ]
     path = make_task(tmp_path, rows, **GENERATE, answer=r"w\d+")
-    record, generations = measure(model, word_tokenizer(), [load_task(path)], LEAF)
+    record, generations = measure(model, word_tokenizer(), [load_task(path)], CFG)
     task = record["tasks"]["task"]
     assert task["exact_match"] == 0.75 == record["headline"]["generation"] and task["items"] == 8
     assert task["agreement"] is task["first_divergence"] is task["exact_text"] is task["sampled_exact_match"] is None
     assert len(task["samples"]) == 2 and task["samples"][0]["correct"] is True
     assert generations == {"task": [{"ids": each.ids, "text": each.text} for each in texts]}
 
-    same, _ = measure(model, word_tokenizer(), [load_task(path)], LEAF, reference=generations, limit=5)
+    same, _ = measure(model, word_tokenizer(), [load_task(path)], CFG, reference=generations, limit=5)
     assert (same["tasks"]["task"]["agreement"], same["tasks"]["task"]["exact_text"]) == (1.0, 1.0)
     assert same["tasks"]["task"]["items"] == 5 and same["tasks"]["task"]["first_divergence"]["mean"] == 6.0
 
-    other, _ = measure(tiny(seed=1), word_tokenizer(), [load_task(path)], LEAF, reference=generations)
+    other, _ = measure(tiny(seed=1), word_tokenizer(), [load_task(path)], CFG, reference=generations)
     assert other["tasks"]["task"]["agreement"] < 0.5 and other["tasks"]["task"]["exact_text"] == 0.0
     short = {"task": generations["task"][:3]}
     with pytest.raises(DataError, match="task task: 8 items, but the dense model's texts hold 3"):
-        measure(model, word_tokenizer(), [load_task(path)], LEAF, reference=short)
+        measure(model, word_tokenizer(), [load_task(path)], CFG, reference=short)
 
 
 def test_measuring_twice_gives_the_same_record_and_json_can_hold_it(tmp_path):
     rows = [{"q": f"w{number}", "answer": "w4"} for number in range(10, 17)]
     task = load_task(make_task(tmp_path, rows, **GENERATE))
-    cfg = LEAF.model_copy(update={"sampling": Sampling()})
+    cfg = CFG.model_copy(update={"sampling": Sampling()})
     first, second = (measure(tiny(), word_tokenizer(), [task], cfg, seed=3)[0] for _ in range(2))
     for record in (first, second):
         assert record.pop("seconds") > 0 and record.pop("tokens_per_second") > 0
@@ -136,7 +136,7 @@ def test_measuring_twice_gives_the_same_record_and_json_can_hold_it(tmp_path):
 def test_a_task_may_lower_the_token_limit_but_not_raise_it(tmp_path):
     for own, expected in ((2, 2), (50, 6), (None, 6)):
         path = make_task(tmp_path, [{"q": "w5", "answer": "w4"}], **GENERATE, max_new_tokens=own)
-        record, _ = measure(tiny(), word_tokenizer(), [load_task(path)], LEAF)
+        record, _ = measure(tiny(), word_tokenizer(), [load_task(path)], CFG)
         assert record["tasks"]["task"]["length"] == expected
 
 
@@ -159,13 +159,13 @@ def test_pass_at_k_of_the_texts_that_a_task_draws(tmp_path, monkeypatch):
         return [Generation([5, 2], "w4" if each == "1" else "w5", True) for each in right]
 
     monkeypatch.setattr(generating, "written", written)
-    task = measure(tiny(), word_tokenizer(), [load_task(path)], LEAF)[0]["tasks"]["task"]
+    task = measure(tiny(), word_tokenizer(), [load_task(path)], CFG)[0]["tasks"]["task"]
     assert asked == [(["w10", "w11"], None), (["w10", "w11"] * 4, Sampling(temperature=0.5))]
     # Of the four texts of each prompt three and one are right.
     assert {k: found["value"] for k, found in task["pass_at_k"].items()} == {"1": 0.5, "2": 0.75, "4": 1.0}
     assert task["exact_match"] == 0.0 and task["sampled_exact_match"] == 0.5
     assert task["pass_at_k"]["2"]["interval95"] == [0.5, 1.0]
-    plain = measure(tiny(), word_tokenizer(), [load_task(path).without_samples()], LEAF)[0]["tasks"]["task"]
+    plain = measure(tiny(), word_tokenizer(), [load_task(path).without_samples()], CFG)[0]["tasks"]["task"]
     assert plain["pass_at_k"] is None is plain["sampled_exact_match"] and len(asked) == 3
 
 
@@ -185,7 +185,7 @@ def test_a_task_says_what_ends_a_text(tmp_path):
     word = whole[0].text.split()[-1]
     rows = [{"q": prompt, "answer": "w4"} for prompt in prompts]
     path = make_task(tmp_path, rows, **GENERATE, stop=[word, "never there"])
-    record, generations = measure(tiny(), word_tokenizer(), [load_task(path)], LEAF)
+    record, generations = measure(tiny(), word_tokenizer(), [load_task(path)], CFG)
     for before, after in zip(whole, generations["task"], strict=True):
         assert after["text"] == before.text.split(word)[0]
         assert after["ids"] == before.ids[: len(after["ids"])]
@@ -209,7 +209,7 @@ def test_mistakes_of_form_are_told_from_those_of_content(tmp_path, monkeypatch):
     monkeypatch.setattr(generating, "written", lambda *_: [Generation(ids, text, ended) for text, ids, ended in texts])
     rows = [{"q": "w5", "answer": "7"}] * len(texts)
     path = make_task(tmp_path, rows, **GENERATE, answer=NUMBER)
-    task = measure(tiny(), word_tokenizer(), [load_task(path)], LEAF)[0]["tasks"]["task"]
+    task = measure(tiny(), word_tokenizer(), [load_task(path)], CFG)[0]["tasks"]["task"]
     assert task["mistakes"] == {"loop": 2, "endless": 1, "no_answer": 1, "content": 1}
     assert task["exact_match"] == 2 / 7 == 1 - sum(task["mistakes"].values()) / 7
     assert task["loop_rate"] == 3 / 7 and task["loop_start"] == {"mean": 1 / 3, "p10": 0.0, "p50": 0.0, "p90": 0.8}
@@ -286,13 +286,13 @@ def test_items_that_do_not_fit_and_models_that_give_nan_are_refused(tmp_path):
     model, tokenizer = tiny(), word_tokenizer()
     rows = [{"q": "w5 " * 300, "options": ["w6", "w7"], "label": 0}]
     with pytest.raises(DataError, match="task long: an item has 301 tokens, the model's context is 256"):
-        measure(model, tokenizer, [load_task(make_task(tmp_path, rows, name="long", **CHOICE))], LEAF)
+        measure(model, tokenizer, [load_task(make_task(tmp_path, rows, name="long", **CHOICE))], CFG)
     model.lm_head.weight.data[3] = float("nan")
     path = make_task(tmp_path, [{"text": "w5 w6 w7"}], kind="perplexity")
     with pytest.raises(ModelError, match="task task: the model gives log-probabilities that are not finite"):
-        measure(model, tokenizer, [load_task(path)], LEAF)
+        measure(model, tokenizer, [load_task(path)], CFG)
     with pytest.raises(DataError, match="task one: no text has two tokens"):
-        measure(model, tokenizer, [load_task(make_task(tmp_path, [{"text": "w5"}], "one", kind="perplexity"))], LEAF)
+        measure(model, tokenizer, [load_task(make_task(tmp_path, [{"text": "w5"}], "one", kind="perplexity"))], CFG)
 
 
 TWO = """
@@ -323,7 +323,7 @@ def test_two_processes_measure_what_one_does_and_fail_together(tmp_path):
     written = [{"q": " ".join(["w9"] * (1 + item % 5)), "answer": "w4"} for item in range(7)]  # only some are too long
     chosen = [{"q": f"w{item + 5}", "options": ["w6 w7", "w8", "w9"], "label": item % 3} for item in range(5)]
     paths = [make_task(tmp_path, written, "written", **GENERATE), make_task(tmp_path, chosen, "chosen", **CHOICE)]
-    record, texts = measure(tiny(), word_tokenizer(), [load_task(path) for path in paths], LEAF)
+    record, texts = measure(tiny(), word_tokenizer(), [load_task(path) for path in paths], CFG)
     running = launch("-c", TWO, *paths, CUDA_VISIBLE_DEVICES="")
     for process in running:
         out, err = process.communicate(timeout=300)

@@ -17,7 +17,7 @@ from twins import Distill, fill_adapters, masked_twin, random_masks, removed, st
 from recover.base.errors import ModelError
 from recover.config import recipe
 from recover.models.arch import ARCHS, linears_of
-from recover.models.masked_linear import MaskedLinear
+from recover.models.linears import MaskedLinear
 from recover.models.plan import MaskRecord, Plan
 from recover.models.twin import Twin
 

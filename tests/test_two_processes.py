@@ -135,6 +135,13 @@ def test_every_engine_generates_the_same_after_each_epoch(alone, together, varia
     assert together[variant]["texts"] == alone["texts"] and len(alone["texts"]) == 6
 
 
+@pytest.mark.parametrize("variant", ["plain", "zero2", "zero3", "zero3:2", "plain+shards"])
+def test_a_process_without_items_keeps_none_waiting(alone, together, variant):
+    """Drift, likelihood and text of one item, and of three batches, by two processes."""
+    assert together[variant]["measured"] == pytest.approx(alone["measured"], abs=LOSS, rel=20 * LOSS)
+    assert len(alone["measured"]) >= 2 * (2 + 4 + 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_accelerate_launch_with_our_files(alone, stage, tmp_path):

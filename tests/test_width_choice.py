@@ -13,13 +13,12 @@ from recover.base.errors import PruneError, RecipeError
 from recover.config import recipe
 from recover.config.recipe import parse_recipe
 from recover.models.arch import linears_of
+from recover.models.linears import OwnLinear
 from recover.models.load import describe
-from recover.models.own_linear import OwnLinear
 from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.prune.width import prune_width
-from recover.prune.width_scores import Outgoing, highest, unit_scores
-from recover.run.estimate import _width_weights, estimate, refuse, warnings
+from recover.prune.width import Outgoing, highest, prune_width, unit_scores, width_weights
+from recover.run.estimate import estimate, refuse, warnings
 
 
 @pytest.mark.parametrize("by", ["activation", "fluctuation"])
@@ -175,7 +174,7 @@ def test_the_plan_stage_knows_the_size_before_a_weight_is_loaded(fields, descrip
     assert figures["parameters_pruned"] == plan.parameters_pruned
     own = sum(torch.Size(shape).numel() for shape in plan.weights.values())
     without = estimate(small_recipe(mlp=0.08), description, rate=1e9)["memory_bytes_per_process"]
-    assert _width_weights(found.prune, description) == (plan.parameters_dense - plan.parameters_pruned, own)  # type: ignore[arg-type]
+    assert width_weights(found.prune, description) == (plan.parameters_dense - plan.parameters_pruned, own)  # type: ignore[arg-type]
     assert figures["memory_bytes_per_process"] - without == 4 * (own - 6 * 88 * 64 * 3)
     assert not any("masked" in line for line in warnings(found, description))
     assert any("of the blocks' weights go" in line for line in warnings(small_recipe(mlp=0.9), description))

@@ -19,10 +19,12 @@ from tiny import tiny
 from transformers import TrainerCallback
 
 from recover.base import dist
-from recover.config.recipe import Recover
+from recover.config.recipe import Probe, Recover
 from recover.models.plan import Plan
 from recover.models.twin import Twin
+from recover.probe.probe import final_drift
 from recover.text.generate import generate
+from recover.text.likelihood import Continuation, log_likelihoods
 from recover.train.train import train
 from recover.train.trainer import RecoverTrainer
 
@@ -68,6 +70,20 @@ def cached(folder: Path, states: str) -> dict:
     prefix = states == "prefix"
     lora = {"lora": {"rank": 4, "blocks": "after_cut"}} if prefix else {}
     return {"cache": {"folder": str(folder / "states"), "prefix": prefix}, **lora}
+
+
+def few(twin: Twin, tokenizer) -> list[float]:
+    """Of both views: fewer items than processes, and an uneven number: some process has nothing to do, or less."""
+    prompts = [f"say {i}" * (1 + i) for i in range(9)]
+    found = []
+    for count in (1, 9):  # one batch, and three
+        cfg = Probe(samples=count, batch_size=4, steps=4)
+        found.append(final_drift(twin, tokenizer, prompts, cfg)["kl"]["mean"])
+    rows = [Continuation(tokenizer(prompt)["input_ids"], 1) for prompt in prompts[:3]]
+    for texts in (rows[:1], rows):
+        found += dist.over(texts, lambda mine: log_likelihoods(twin.model, mine, batch_size=1, title="few"))
+    written = dist.over(prompts[:1], lambda mine: generate(twin.model, tokenizer, mine, max_new_tokens=3, batch_size=1))
+    return [*found, *map(float, written[0].ids)]
 
 
 FOCUSED = {"loss": {"kl": 1.0, "ce": 0.1, "focus": {"by": "disagreement", "power": 0.7}}}
@@ -130,7 +146,10 @@ def run(folder: Path, name: str, **changes) -> dict:
         tokenizer = byte_tokenizer()
         texts: list[str] = []
 
+        measured: list[float] = []
+
         def after_epoch(epoch: int, context: dict) -> float:
+            measured.extend(few(twin, tokenizer))
             mine = generate(twin.model, tokenizer, dist.shard(["one", "two", "six"]), max_new_tokens=5, batch_size=4)
             texts.extend(dist.gather([generation.text for generation in mine]))
             return float(epoch)
@@ -141,6 +160,7 @@ def run(folder: Path, name: str, **changes) -> dict:
         "gradients": catch.gradients,
         "parameters": catch.parameters,
         "texts": texts,
+        "measured": measured,
         "best": str(best),
     }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recover.base.strict_json import loads
-from recover.commands.measure import FIGURES
+from recover.config.tasks import KINDS
 from recover.maths.collapse import loop_start
 
 Row = dict[str, Any]
@@ -62,7 +62,7 @@ def view_of(folder: Path) -> Row | None:
 
 
 def _task(task: Row) -> Row:
-    found = {"value": task[FIGURES[task["kind"]][0]], "items": task["items"]}
+    found = {"value": task[KINDS[task["kind"]].main.key], "items": task["items"]}
     if "interval95" in task:
         found["interval95"] = task["interval95"]
     return found | {name: task[name] for name in SHAPE if name in task}

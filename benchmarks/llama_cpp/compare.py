@@ -33,8 +33,8 @@ from recover.export.write import write_checkpoint
 from recover.models.load import load_model, load_tokenizer
 from recover.models.plan import Plan
 from recover.models.twin import Twin
+from recover.prune import registry
 from recover.prune.calibrate import calibration_batches
-from recover.prune.registry import PRUNERS
 
 ROOT = Path(__file__).parents[2]
 CALIBRATION = ["prune.calibration.samples=8", "prune.calibration.length=256"]
@@ -132,7 +132,7 @@ def export(case: str, folder: Path) -> Path:
     pruned: Any = (Plan.none(blocks),)
     if overrides:
         batches = calibration_batches(loaded.prune.calibration, tokenizer, loaded.seed)
-        pruned = PRUNERS[loaded.prune.kind](Twin(model, Plan.none(blocks)), loaded.prune, batches)
+        pruned = registry.prune(Twin(model, Plan.none(blocks)), loaded.prune, batches)
         model = load_model(loaded.model)  # a twin has changed the other's classes
     merged = merge(Twin(model, *pruned), torch.float32)
     record = {"recipe": {"name": f"smollm2-135m-{case}"}}

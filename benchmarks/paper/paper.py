@@ -155,7 +155,7 @@ class Work:
             "row": row.name,
             "family": row.family,
             "count": row.count,
-            "dropped": sorted({site.block for site in plan.dropped_sites}),
+            "dropped": sorted({site.block for site in plan.sites}),
             "nonzero": plan.nonzero / plan.parameters_dense if plan.parameters_dense else 1.0,
             **measured,
             "drift": drift,

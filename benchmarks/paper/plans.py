@@ -16,11 +16,11 @@ from torch import LongTensor, Tensor, nn
 
 from recover.config.recipe import Calibration, Depth, Wanda
 from recover.models.arch import blocks_of, linears_of
+from recover.models.linears import see_pruned
 from recover.models.plan import Plan, Pruned
-from recover.models.pruned_view import see_pruned
 from recover.models.twin import Twin
-from recover.prune.depth import prune_depth
-from recover.prune.depth_search import choose, units_of
+from recover.prune.depth.depth import prune_depth
+from recover.prune.depth.search import choose, units_of
 from recover.prune.sparsity import prune_wanda
 
 COUNTS = {"attention": (1, 2, 3, 4, 6, 8, 10, 12), "mlp": (1, 2, 3, 4, 5, 6, 8), "block": (1, 2, 3, 4, 5, 6)}
@@ -100,7 +100,7 @@ class Plans:
                 score="block_influence",
                 calibration=self.calibration,
             )
-            scores = choose(self.twin, cfg, self.batches).scores
+            scores = choose(self.twin, cfg, self.batches).candidates
             self._orders[unit] = [row["blocks"][0] for row in sorted(scores, key=lambda row: row["score"])]
         return self._orders[unit]
 
@@ -130,7 +130,7 @@ def showing(twin: Twin, pruned: Pruned) -> Iterator[None]:
     masks = {name: keep_OI.to(twin.model.device) for name, keep_OI in pruned.masks.items()}  # packed where it is fast
     see_pruned(twin.model, masks, pruned.weights, twin.switch)
     try:
-        with twin.closed(pruned.plan.dropped_sites), twin.folded():
+        with twin.closed(pruned.plan.sites), twin.folded():
             yield
     finally:
         for linear in linears.values():

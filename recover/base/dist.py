@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from recover.base import zero
 from recover.base.errors import RecoverError, TrainingError
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def start() -> None:
         TrainingError: more processes on this machine than GPUs, or a group of another size than was launched.
     """
     if _deepspeed():
-        _skip_deepspeed_compilation()
+        zero.skip_compilation()
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched == 1:
         return
@@ -112,20 +113,6 @@ def zero_stage() -> int:
     if file in ("", "none"):
         return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
     return json.loads(Path(file).read_text()).get("zero_optimization", {}).get("stage", 0)
-
-
-def _skip_deepspeed_compilation() -> None:
-    """Keep DeepSpeed from compiling its shared-memory op on a CPU: two minutes, for an op that is never called."""
-    import torch
-
-    if torch.cuda.is_available():
-        return
-    import deepspeed.ops
-
-    # Undocumented: where it is gone, DeepSpeed compiles as it always did.
-    ops = getattr(deepspeed.ops, "__compatible_ops__", None)
-    if ops is not None:
-        ops["deepspeed_shm_comm"] = False
 
 
 def stop() -> None:

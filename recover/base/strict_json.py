@@ -58,7 +58,7 @@ def plain(value: Any) -> Any:
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted path and JSON text of each config; a list of plain values is one config."""
+    """Dotted path and JSON text of each value that holds no others; a list of plain values counts as one."""
     if isinstance(value, dict) and value:
         for key, child in value.items():
             yield from leaves(child, f"{path}.{key}" if path else str(key))

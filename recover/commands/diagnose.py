@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 
 from recover.base import console, dist, strict_json
 from recover.base.artifacts import write_json, write_text
 from recover.base.errors import DataError, RecipeError
 from recover.base.ownership import begin_diagnosis
 from recover.base.quiet import quiet_libraries
+from recover.commands.measure import checked
 from recover.config import recipe
 from recover.config.recipe import Model, Probe, local_path
 from recover.measure.tasks import load_task
@@ -34,7 +34,7 @@ from recover.probe.tasks import KINDS, task_drift
 from recover.probe.views import Pair
 from recover.run import input_digests as inputs
 from recover.text.prompts import text_ids
-from recover.text.read import json_lines
+from recover.text.read import rows_at
 
 EXAMPLES = (
     "recover diagnose embedded:fable-2m checkpoints/quickstart/deploy --prompts embedded:tasks/prompts.jsonl "
@@ -98,7 +98,7 @@ def diagnose(
     """Measure how far two checkpoints are apart: in three spaces, by layer, by step, in choices, as embedders."""
     # The launcher's processes share the work; without one this does nothing.
     dist.start()
-    cfg = _config(
+    cfg = checked(
         Probe,
         samples=samples,
         steps=steps,
@@ -108,21 +108,12 @@ def diagnose(
     )
     given = [None if path is None else local_path(str(path)) for path in (prompts, texts, retrieval)]
     wanted = Wanted(given[0], given[1], task or (), given[2], length)
-    first, second = (_config(Model, source=source, dtype=dtype) for source in (dense, other))
+    first, second = (checked(Model, source=source, dtype=dtype) for source in (dense, other))
     numbers = None if blocks is None else _numbers("--blocks", blocks, int)
     found = diagnosis(first, second, wanted, cfg, out, numbers=numbers, parquet=parquet)
     say(found)
     console.say(f"wrote {out / 'probe.jsonl'}, {out / 'probe.json'}; recover report {out} makes a page of them")
     dist.stop()
-
-
-def _config(kind: Any, **fields: Any) -> Any:
-    try:
-        return kind(**fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        raise RecipeError(f"{name}: found {first['input']!r}: {first['msg']}") from None
 
 
 def _numbers(option: str, text: str, kind: type) -> list[Any]:
@@ -199,10 +190,10 @@ def _column(path: Path | None, name: str) -> list[str]:
     if path is None:
         return []
     values = []
-    for where, row in json_lines(path):
-        value = row.get(name) if isinstance(row, dict) else None
+    for row in rows_at(str(path)):
+        value = row.value.get(name)
         if not isinstance(value, str) or not value:
-            raise DataError(f"{where}: '{name}': found {value!r}, expected a text")
+            raise DataError(f"{row.where}: '{name}': found {value!r}, expected a text")
         values.append(value)
     if not values:
         raise DataError(f"{path}: holds no rows, expected lines with a '{name}'")

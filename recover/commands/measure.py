@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import typer
 from pydantic import ValidationError
@@ -14,7 +15,7 @@ from recover.base.artifacts import write_json
 from recover.base.errors import RecipeError
 from recover.base.ownership import refuse_input
 from recover.base.quiet import quiet_libraries
-from recover.config.base import Dtype
+from recover.config.base import Config, Dtype
 from recover.config.recipe import Measure, Model
 from recover.config.tasks import KINDS
 from recover.measure import harness
@@ -61,6 +62,7 @@ Out = Annotated[
 
 
 Record = dict[str, Any]
+Checked = TypeVar("Checked", bound=Config)
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,9 @@ def measure(
         raise RecipeError(f"{more[0]}: found after the model; tasks are named after --tasks")
     if not names and not theirs:
         raise RecipeError("nothing to measure: give --tasks task.yaml ..., or --lm-eval arc_easy,gsm8k")
-    cfg = _config(
+    cfg = checked(
+        Measure,
+        _option,
         tasks=tuple(names) or ("none",),
         limit=limit,
         batch_size=batch_size,
@@ -115,13 +119,18 @@ def measure(
     dist.stop()
 
 
-def _config(**fields: Any) -> Measure:
+def checked(kind: type[Checked], named: Callable[[str], str] = str, **fields: Any) -> Checked:
+    """A config from options of the command line. RecipeError for the first that is wrong, as `named` spells it."""
     try:
-        return Measure(**fields)
+        return kind(**fields)
     except ValidationError as error:
         first = error.errors()[0]
-        name = "--" + ".".join(map(str, first["loc"])).replace("_", "-")
+        name = named(".".join(map(str, first["loc"])))
         raise RecipeError(f"{name}: found {first['input']!r}: {first['msg']}") from None
+
+
+def _option(field: str) -> str:
+    return "--" + field.replace("_", "-")
 
 
 def measure_checkpoint(source: str, dtype: str | None, wanted: Wanted, cfg: Measure) -> Record:

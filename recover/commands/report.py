@@ -10,7 +10,7 @@ import typer
 
 from recover.base import console, products
 from recover.base.errors import ArtifactError
-from recover.report.data import CHANGED, USES, ComparedRun
+from recover.report.data import CHANGED, ComparedRun
 from recover.run import summary as outcome
 from recover.run.directory import RunDirectory
 
@@ -113,7 +113,7 @@ def compare(
 
 
 def _compared(run: ComparedRun) -> list[str | None]:
-    kept = [run["kept"][model][use] for use in USES[:2] for model in CHANGED]
+    kept = [run["kept"][model][use] for use in ("generation", "choice") for model in CHANGED]
     perplexity = run["perplexity"]["recovered"]
     return [
         run["name"],

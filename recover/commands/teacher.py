@@ -21,7 +21,6 @@ from recover.base.quiet import quiet_libraries
 from recover.commands.measure import model_cfg
 from recover.config.recipe import GivenText
 from recover.distill.distiller import scored_rows
-from recover.distill.loss import Head
 from recover.distill.loss_topk import TopK, topk_of
 from recover.models.arch import head_of
 from recover.models.load import check_fit, load_tokenizer
@@ -106,8 +105,8 @@ def teacher_rows(
     rows_N, _ = scored_rows(batch.pop("labels"))
     base: Any = model.base_model
     h_ND = base(**batch, use_cache=False).last_hidden_state.flatten(0, 1).index_select(0, rows_N)
-    head = Head(*head_of(model))
-    chunks = [topk_of(head.logits(h_CD)[0], top, tokens) for h_CD in h_ND.split(CHUNK)]
+    head = head_of(model)
+    chunks = [topk_of(head.logits(h_CD), top, tokens) for h_CD in h_ND.split(CHUNK)]
     ids_NK, logp_NK = (torch.cat([getattr(chunk, name) for chunk in chunks]).cpu() for name in ("ids_NK", "logp_NK"))
     counts = [sample.scored("completion") for sample in samples]
     parts = zip(samples, ids_NK.split(counts), logp_NK.split(counts), strict=True)

@@ -19,14 +19,42 @@ FIELDS = (
     "recover.cache.folder",
 )
 FOLDERS = ("recover.cache.folder",)  # made where there is none; never a hub id
-SUFFIXES = {".jsonl", ".json", ".txt", ".parquet", ".yaml", ".yml", ".gguf", ".gz"}
+# Endings of files that hold rows; of each but a table, gzipped too.
+LINES, TABLES, SHEETS, TEXTS = (".jsonl", ".json"), (".parquet", ".arrow"), (".csv", ".tsv"), (".txt", ".md")
+ROWS = (*LINES, *(f"{ending}.gz" for ending in (*LINES, *SHEETS)), *TABLES, *SHEETS, *TEXTS)
+SUFFIXES = {*LINES, *TABLES, *SHEETS, *TEXTS, ".yaml", ".yml", ".gguf", ".gz"}
+
+
+def ending(name: str) -> str:
+    """The ending of `ROWS` that a name has, in small letters, without `.gz`; else nothing."""
+    small = name.lower()
+    return next((found.removesuffix(".gz") for found in ROWS if small.endswith(found)), "")
+
+
+def matching(path: Path) -> list[Path]:
+    """The file or folder that this path is, whatever its letters; else all files that it matches, in order of name.
+
+    Only `*` and `?` stand for other letters, and only behind the last folder that is there as it is written: `[1]` is
+    part of a name.
+    """
+    if os.path.exists(path):
+        return [path]
+    base, *rest = path.parts or ("",)
+    folder = Path(base)
+    while len(rest) > 1 and (folder / rest[0]).is_dir():
+        folder, rest = folder / rest[0], rest[1:]
+    if not any(letter in step for step in (base, *rest) for letter in "*?"):
+        return []
+    if "*" in base or "?" in base:
+        folder, rest = Path(), [base, *rest]
+    return sorted(found for found in folder.glob("/".join(rest).replace("[", "[[]")) if found.is_file())
 
 
 def meant(path: Path) -> str:
     """`. Did you mean '...'?` of a file beside the path with its ending and nearly its name, or nothing."""
     if not path.parent.is_dir():
         return ""
-    there = {found.stem: found for found in path.parent.glob(f"*{path.suffix}")}
+    there = {found.stem: found for found in path.parent.iterdir() if found.suffix == path.suffix}
     near = get_close_matches(path.stem, there, n=1, cutoff=0.5)  # short names: one letter of two
     return f". Did you mean '{there[near[0]]}'?" if near else ""
 

@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Discriminator,
+    Field,
+    SerializeAsAny,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 from recover.config.base import Config
 
 CLOSING = ("kl", "variance", "perplexity")  # scores of depth pruning that are measured with the units really closed
+# What a score of depth pruning means, where its name does not say it.
+MEANINGS = {"kl": "mean KL to dense if that {unit} goes too"}
 N_M = re.compile(r"([1-9]\d{0,3}):([1-9]\d{0,3})")
 
 
+class Pruning(Config):
+    """A way to prune. `kind` of a subclass is a Literal of one name; `module` is imported to find its `Pruner`."""
+
+    module: ClassVar[str] = ""
+
+
 class Calibration(Config):
-    """Text on which scores are measured: a JSONL (`text` column), a text file, or a hub data set.
+    """Text on which scores are measured: a file of rows with a `text` column, a text file, or a data set.
 
     With `answer` each text is a prompt, and the dense model's own answer to it is measured on too. Prompts of the kind
     that the recovered model is for choose better than text of another kind (docs/results.md).
     """
 
     data: str
-    split: str = Field(default="train", description="of a hub data set")
+    subset: str | None = Field(default=None, description="configuration of a data set, as wikitext-2-raw-v1")
+    split: str = Field(default="train", description="of a data set")
     column: str = "text"
     samples: int = Field(default=64, ge=1, description="sequences of `length` tokens")
     length: int = Field(default=512, ge=8, description="tokens a sample, capped here and not by the model's context")
@@ -31,9 +49,10 @@ class Calibration(Config):
     )
 
 
-class Depth(Config):
+class Depth(Pruning):
     """Drop blocks or sublayers: `count` chosen by `score`, or the listed `blocks` (`sites` for `unit: sublayer`)."""
 
+    module: ClassVar[str] = "recover.prune.depth.depth"
     kind: Literal["depth"] = "depth"
     unit: Literal["block", "attention", "mlp", "sublayer", "pair"] = Field(
         default="block",
@@ -118,9 +137,10 @@ class Depth(Config):
         return self.score in CLOSING and not self.contiguous
 
 
-class Sparsity(Config):
+class Sparsity(Pruning):
     """Weights set to zero inside the linear layers of every block; `pattern` N:M keeps N of M consecutive inputs."""
 
+    module: ClassVar[str] = "recover.prune.sparsity"
     pattern: str = Field(default="unstructured", description="`unstructured`, or N:M such as `2:4`")
     sparsity: float | None = Field(default=None, gt=0, lt=1, description="fraction of weights set to zero")
 
@@ -200,9 +220,10 @@ class SparseGpt(Calibrated):
     kind: Literal["sparsegpt"] = "sparsegpt"  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
-class Width(Config):
+class Width(Pruning):
     """Cut neurons of the MLP and whole KV groups (a KV head with its query heads) out of every block, equally many."""
 
+    module: ClassVar[str] = "recover.prune.width"
     kind: Literal["width"] = "width"
     mlp: float | None = Field(default=None, gt=0, lt=1, description="share of the neurons that goes")
     kv_groups: int | None = Field(default=None, ge=1, description="how many KV groups of each block go")
@@ -237,4 +258,33 @@ def _has_text(cfg: Depth | Magnitude | Wanda | SparseGpt | Width) -> Depth | Mag
     return cfg
 
 
-Prune = Annotated[Depth | Magnitude | Wanda | SparseGpt | Width, Field(discriminator="kind"), AfterValidator(_has_text)]
+OTHERS: dict[str, type[Pruning]] = {}  # kinds that were registered from outside
+
+
+def kind_of(config: type[Pruning]) -> str:
+    """The `kind` of a recipe that this config is for. Raises ValueError where it is not a Literal of one name."""
+    field = config.model_fields.get("kind")
+    names = get_args(field.annotation) if field else ()
+    if len(names) != 1 or not isinstance(names[0], str):
+        raise ValueError(f"{config.__name__}: expected a field 'kind: Literal[\"name\"]', found {names or 'none'}")
+    return names[0]
+
+
+def accept(config: type[Pruning]) -> None:
+    """Let a recipe's `prune` be of this kind too."""
+    if config not in get_args(get_args(Prune)[0]):
+        OTHERS[kind_of(config)] = config
+
+
+def _of_others(value: Any, known: ValidatorFunctionWrapHandler) -> Any:
+    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+    return OTHERS[kind].model_validate(value) if isinstance(kind, str) and kind in OTHERS else known(value)
+
+
+Prune = Annotated[
+    Depth | Magnitude | Wanda | SparseGpt | Width,
+    Discriminator("kind"),
+    AfterValidator(_has_text),
+    WrapValidator(_of_others),
+    SerializeAsAny(),  # pyright: ignore[reportCallIssue]
+]

@@ -10,10 +10,18 @@ from recover.config.base import Config
 
 
 class _Written(Config):
-    """What holds for text that a model writes from prompts (JSONL, `prompt` column), whichever writes it."""
+    """What holds for text that a model writes from prompts, whichever writes it.
+
+    A row's prompt is a text, or a conversation (`messages`) whose last answer is written anew. Rows that hold none, and
+    prompts that leave no room for an answer within `recover.length`, are left out and counted.
+    """
 
     kind: Literal["dense", "pruned"]
     prompts: str
+    subset: str | None = Field(default=None, description="configuration of a data set")
+    split: str = Field(default="train", description="of a data set")
+    column: str | None = Field(default=None, description="of text or messages; default: `prompt`, else `messages`")
+    strict: bool = Field(default=False, description="refuse a row that would be left out")
     share: float = Field(default=1.0, gt=0, description="part of the tokens, relative to the other sources")
     temperature: float = Field(default=1.0, ge=0, description="0 = greedy")
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -25,7 +33,11 @@ class _Written(Config):
 
 
 class DenseText(_Written):
-    """Text that the dense model writes itself, from prompts (JSONL, `prompt` column)."""
+    """Text that the dense model writes itself, from prompts: rows with a `prompt`, or with `messages`.
+
+    Of messages the last answer is written anew. Rows that hold no prompt, and prompts that leave no room for an answer
+    within `recover.length`, are left out and counted.
+    """
 
     kind: Literal["dense"] = "dense"
 
@@ -72,11 +84,16 @@ class PrunedText(_Written):
 
 
 class GivenText(Config):
-    """A `datasets` source: hub id, `.jsonl`, `.parquet` or `.txt` file."""
+    """Text as it is: a file of rows (JSONL, JSON, CSV, TSV, parquet, Arrow), a text file, or a data set.
+
+    Rows that hold nothing, or nothing to learn within `recover.length`, are left out and counted.
+    """
 
     kind: Literal["given"] = "given"
     source: str
-    split: str = "train"
+    subset: str | None = Field(default=None, description="configuration of a data set, as wikitext-2-raw-v1")
+    split: str = Field(default="train", description="of a data set")
+    strict: bool = Field(default=False, description="refuse a row that would be left out")
     columns: dict[Literal["text", "prompt", "completion", "messages"], str] = Field(default={"text": "text"})
     share: float = Field(default=1.0, gt=0)
 

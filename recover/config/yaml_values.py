@@ -92,7 +92,7 @@ def read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+        raise RecipeError(f"{path}: not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8") from None
     tree = load(text, str(path))
     if not isinstance(tree, dict | None):
         raise RecipeError(f"{path}: expected fields, as 'name: value' on lines of their own")

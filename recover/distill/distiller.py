@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
+from recover.base import zero
 from recover.distill.loss import distillation_loss
 from recover.distill.loss_topk import TopK
 from recover.kernels.adapter_casts import cast_together
 from recover.models.arch import head_of
-from recover.models.masked_linear import MaskedLinear
-from recover.models.own_linear import OwnLinear
+from recover.models.linears import MaskedLinear, OwnLinear
 from recover.models.packed_attention import NAME, Packing, packing_configs
 from recover.models.site import Site
 from recover.models.step_attention import attending
@@ -171,7 +171,7 @@ class Distiller:
         # Gathered before the weight is touched: at a first touch of a weight that ZeRO-3 has shared out, DeepSpeed
         # would take it for a parameter of the whole model, and gather it in every backward too.
         head: Any = model.get_output_embeddings()
-        with gathered(*head.parameters(recurse=False)):
+        with zero.gathered(*head.parameters(recurse=False)):
             weight_VD, bias_V, scale, softcap = head_of(model)
             sums = distillation_loss(
                 h_pruned_ND,
@@ -218,9 +218,7 @@ class Distiller:
             block.gradient_checkpointing = False  # nothing in them is to be run again in backward
         # Neither reentrant checkpointing nor ZeRO-3, where it gathers blocks as a whole, gives all gradients to a block
         # none of whose inputs asks for one.
-        wanted = getattr(after, "gradient_checkpointing", False) or any(
-            getattr(block, "_z3_leaf", False) for block in self.twin.blocks
-        )
+        wanted = getattr(after, "gradient_checkpointing", False) or any(map(zero.gathers_at_once, self.twin.blocks))
         # A hook on the last shared block, not on the first one after it: checkpointing runs that one again in backward,
         # when hooks and closed blocks are as they were, but from the input it was given here.
         if prefix_BTD is None:
@@ -310,13 +308,3 @@ def _half_precision_adapters(model: nn.Module) -> Any:
     if dtype not in (torch.bfloat16, torch.float16):
         return nullcontext()
     return torch.autocast(next(model.parameters()).device.type, dtype=dtype)
-
-
-def gathered(*parameters: Tensor) -> Any:
-    """Whole parameters inside, where ZeRO-3 keeps only a share of each on a process."""
-    shared = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    if not shared:
-        return nullcontext()
-    from deepspeed.runtime.zero import GatheredParameters
-
-    return GatheredParameters(shared)

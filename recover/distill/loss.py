@@ -5,8 +5,8 @@ Legend: N scored tokens, C tokens of one chunk, D width, V vocabulary.
 The head is frozen, so the gradient with respect to a hidden state can be formed in the forward pass, chunk by chunk of
 tokens: three products (dense logits, pruned logits, gradient times W), between them one elementwise pass over both
 logits, and nothing is kept for backward but the gradient (N, D). A gradient of W is never formed. The formulas stand in
-`loss_terms`; on a GPU `loss_kernel` is their fused form. Logits are fp32 straight out of the product, also for bf16
-weights: rounded to bf16, they would cost the gradient the more, the closer the pruned model is to the dense one.
+`loss_terms`; on a GPU `loss_kernel` is their fused form. Logits are those of `maths/head.py`, fp32 straight out of the
+product.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 from recover.base import memory
 from recover.distill.loss_terms import TERMS, Lost, focused, loss_terms
 from recover.distill.loss_topk import TopK, topk_terms
+from recover.maths.head import Head
 
 if TYPE_CHECKING:
     from recover.config.recipe import Loss
@@ -42,46 +43,6 @@ class LossSums:
     ce: Tensor
     focus: Tensor
     tokens: Tensor
-
-
-@dataclass(frozen=True)
-class Head:
-    """How a model turns a hidden state into logits: softcap(scale (h W^T + bias)). Frozen."""
-
-    weight_VD: Tensor
-    bias_V: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def logits(self, h_CD: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits in fp32 (fp64 for fp64 input), and the softcap's derivative, or None if it is 1 everywhere."""
-        z_CV = _product(h_CD, self.weight_VD.t())
-        if self.bias_V is not None:
-            z_CV += self.bias_V
-        if self.scale != 1.0:
-            z_CV *= self.scale
-        if self.softcap is None:
-            return z_CV, None
-        tanh_CV = torch.tanh(z_CV / self.softcap)
-        return tanh_CV * self.softcap, 1 - tanh_CV.square()
-
-    def gradient_dtype(self, z_dtype: torch.dtype) -> torch.dtype:
-        """What `pull_back` takes: the weight's dtype, where nothing comes between the product and the logits."""
-        return self.weight_VD.dtype if self.softcap is None and self.scale == 1.0 else z_dtype
-
-    def pull_back(self, g_CV: Tensor, slope_CV: Tensor | None, lost: Lost | None) -> Tensor:
-        """The gradient with respect to the hidden state, from that with respect to the logits (overwritten).
-
-        `lost` is put back into it: the product takes no more than bf16, and few tokens carry most of a gradient.
-        """
-        if slope_CV is not None:
-            g_CV *= slope_CV
-        if self.scale != 1.0:
-            g_CV *= self.scale
-        gradient_CD = _product(g_CV.to(self.weight_VD.dtype), self.weight_VD)
-        if lost is not None:
-            gradient_CD.addcmul_(self.weight_VD[lost.column_C].to(gradient_CD.dtype), lost.error_C[:, None])
-        return gradient_CD
 
 
 def distillation_loss(
@@ -107,7 +68,7 @@ def distillation_loss(
     """
     if weights.ce > 0 and labels_N is None:
         raise ValueError("loss.ce has a weight, so the labels of the scored tokens are needed")
-    head = Head(head_VD.detach(), None if bias_V is None else bias_V.detach(), scale, softcap)
+    head = Head(head_VD, bias_V, scale, softcap).frozen()
     dense = h_dense_ND if isinstance(h_dense_ND, TopK) else h_dense_ND.detach()
     with torch.autocast(h_pruned_ND.device.type, enabled=False):
         sums = _ChunkedLoss.apply(h_pruned_ND, dense, head, weights, labels_N, chunk, focus_mean)
@@ -152,8 +113,8 @@ def _chunk_sums(
     focus_mean: float | None,
 ) -> Tensor:
     """Sums of TERMS over one chunk; writes `gradient_CD`. A function of its own so that no two chunks' logits live."""
-    y_CV = None if isinstance(h_dense_CD, TopK) else head.logits(h_dense_CD)[0]
-    z_CV, slope_CV = head.logits(h_pruned_CD)
+    y_CV = None if isinstance(h_dense_CD, TopK) else head.logits(h_dense_CD)
+    z_CV, slope_CV = head.logits_and_slope(h_pruned_CD)
     dtype = None if gradient_CD is None else head.gradient_dtype(z_CV.dtype)
     lost = None
     if isinstance(h_dense_CD, TopK):
@@ -162,7 +123,9 @@ def _chunk_sums(
         values_6C, g_CV, lost = _terms_for(z_CV)(y_CV, z_CV, labels_C, weights, dtype)
     weight_C = focused(values_6C, weights, focus_mean)
     if gradient_CD is not None and g_CV is not None:
-        gradient_CD.copy_(head.pull_back(g_CV, slope_CV, lost))
+        gradient_CD.copy_(head.pull_back(g_CV, slope_CV))
+        if lost is not None:  # put back: the product takes no more than bf16, and few tokens carry most of a gradient
+            gradient_CD.addcmul_(head.weight_VD[lost.column_C].to(gradient_CD.dtype), lost.error_C[:, None])
         if weight_C is not None:
             gradient_CD.mul_(weight_C[:, None])
     return values_6C.sum(dim=1, dtype=torch.float64)
@@ -188,12 +151,3 @@ def _terms_for(z_CV: Tensor) -> Callable[..., tuple[Tensor, Tensor | None, Lost 
 @lru_cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in fp32 out of the accumulator (fp64 stays fp64)."""
-    if a.dtype in (torch.float32, torch.float64):
-        return torch.mm(a, b.to(a.dtype))
-    if a.is_cuda:
-        return torch.mm(a, b.to(a.dtype), out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())

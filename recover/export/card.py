@@ -6,8 +6,7 @@ from typing import Any, cast
 
 from recover.config.recipe import Recipe, dump_recipe
 from recover.config.tasks import USES, Figure, headline_figures
-from recover.models.pairing import pack_sites, zeroed_partners
-from recover.models.site import PARTS, Site
+from recover.models.site import SUBLAYERS, Site, pack_sites, zeroed_partners
 from recover.report import plan_text
 from recover.report.data import Plan
 
@@ -55,8 +54,10 @@ def _what_was_pruned(plan: dict[str, Any]) -> str:
     became = f"{plan['parameters_dense']:,} parameters became {plan['parameters_pruned']:,}."
     if sites := plan_text.sites(cast(Plan, plan)):
         return f"Of its {plan['blocks']} blocks these are dropped: {sites}. {became}{_zeroed(plan)}"
-    if plan["kind"] == "width":
+    if plan.get("config"):
         return f"Every block is narrower ({plan_text.sizes(cast(Plan, plan))}). {became}"
+    if not plan["masks"]:
+        return f"Its weights were changed by {plan['kind']}. {became}"
     weights = sum(mask["shape"][0] * mask["shape"][1] for mask in plan["masks"].values())
     zeros = sum(mask["zeros"] for mask in plan["masks"].values())
     patterns = ", ".join(sorted({mask["pattern"] for mask in plan["masks"].values()}))
@@ -70,7 +71,7 @@ def _zeroed(plan: dict[str, Any]) -> str:
     """What a depth plan stores for nothing, if anything."""
     kept = {
         Site(block, part)
-        for part in PARTS
+        for part in SUBLAYERS
         for block in range(plan["blocks"])
         if block not in plan_text.gone(cast(Plan, plan), part)
     }

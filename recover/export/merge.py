@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from recover.base import console
 from recover.base.errors import ExportError
 from recover.models.arch import part_of
-from recover.models.masked_linear import Factors, MaskedLinear, effective_weight
-from recover.models.own_linear import pruned_tensor
+from recover.models.linears import Factors, MaskedLinear, effective_weight, pruned_tensor
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from recover.models.pairing import Packed
     from recover.models.plan import Plan
+    from recover.models.site import Packed
     from recover.models.twin import Twin
 
 # Lists of a config that are as long as they like, and may by chance be as long as the model is deep.

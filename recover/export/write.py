@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from recover.base import artifacts, console
 from recover.base.errors import ExportError
+from recover.export.spelling import respell_config, write_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,7 +44,8 @@ def write_checkpoint(
         with artifacts.explaining_libraries(folder, size):
             beside.mkdir(parents=True)
             model.save_pretrained(beside, max_shard_size=max_shard_size)
-            tokenizer.save_pretrained(beside)
+            respell_config(beside, model.config)
+            write_tokenizer(tokenizer, beside)
             artifacts.write_text(beside / CARD, card)
             artifacts.write_json(beside / RECORD, record)
             artifacts.publish(beside, target, keep_edited=True)

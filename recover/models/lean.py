@@ -22,7 +22,7 @@ from transformers.activations import SiLUActivation
 from recover.kernels import fused
 from recover.kernels.lora_linear import PlainGate, gated_lora_linear
 from recover.models.closing import named_as, stock_class
-from recover.models.masked_linear import Factors, Switch
+from recover.models.linears import Factors, Switch
 from recover.models.masked_lora import SwitchedLora, base_parameters, hooked
 from recover.models.rotary import with_fused_rotary
 

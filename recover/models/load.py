@@ -22,6 +22,7 @@ from recover.base import console, dist, units
 from recover.base.errors import ModelError
 from recover.base.memory import Shape
 from recover.config import recipe
+from recover.config.base import Dtype
 from recover.models.arch import arch_of_type, head_size_of, kv_heads_of
 from recover.models.chat_template import check_template
 from recover.models.source import (
@@ -33,6 +34,7 @@ from recover.models.source import (
     explained,
     locate,
     read_config,
+    stored_dtype,
 )
 
 LISTED = 3  # tensors named in a message
@@ -43,13 +45,14 @@ MISFITS = {"missing_keys": "are missing from the weights", "unexpected_keys": "b
 
 @dataclasses.dataclass(frozen=True)
 class Description(Shape):
-    """What a model is, from its config alone; `bytes` is for the recipe's dtype."""
+    """What a model is, from its config alone; `bytes` is for the recipe's dtype, `stored` the checkpoint's own."""
 
     model_type: str
     context: int | None
     tied: bool
     embedding_parameters: int
     bytes: int
+    stored: Dtype = "float32"
 
 
 def describe(cfg: recipe.Model) -> Description:
@@ -75,6 +78,7 @@ def describe(cfg: recipe.Model) -> Description:
         parameters=parameters,
         embedding_parameters=sum(embeddings.values()),
         bytes=parameters * getattr(torch, cfg.dtype).itemsize,
+        stored=stored_dtype(cfg),
     )
 
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from recover.base.errors import ModelError
 from recover.kernels.lora_linear import lora_linear
-from recover.models.masked_linear import Factors, MaskedLinear, Switch, effective_weight, masked_lora_linear
-from recover.models.own_linear import OwnLinear
+from recover.models.linears import Factors, MaskedLinear, OwnLinear, Switch, effective_weight, masked_lora_linear
 
 
 class SwitchedLora(lora.Linear):

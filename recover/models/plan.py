@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -22,16 +22,13 @@ from torch import Tensor
 
 from recover.base import artifacts
 from recover.base.errors import ArtifactError
-from recover.models.masked_linear import pack, unpack
-from recover.models.pairing import Packed, pack_sites, zeroed_partners
-from recover.models.site import Site, sites_of
+from recover.models.linears import pack, unpack
+from recover.models.site import Packed, Site, Sublayer, pack_sites, sites_in, sites_of, whole_blocks, zeroed_partners
 
 PLAN = "plan.json"
 MASKS = "masks.safetensors"
 WEIGHTS = "weights.safetensors"
 MEND = "Put the file back, or prune again: recover run RECIPE --from prune"
-
-Kind = Literal["none", "depth", "magnitude", "wanda", "sparsegpt", "width"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,42 +49,56 @@ class MaskRecord:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """A pruned view of a dense model with `blocks` blocks: all but `dropped`, with the weights in `masks` zeroed.
+class _Recorded:
+    """What a plan and its file have in common: see `Plan`."""
 
-    `dropped` are whole blocks; of the blocks in `dropped_attention` (`dropped_mlp`) that sublayer alone goes. `masks`
-    is keyed by the full module name of a linear layer. `weights` names the parameters that the pruned view has of its
-    own, with their shapes; `config` the fields of the model's config that those shapes change. `scores` holds every
-    candidate of every round, in the order they were tried. `nonzero` counts the weights that can be non-zero,
-    `parameters_pruned` those that have to be stored. `repair` says what a closed-form repair did and brought.
-    """
-
-    kind: Kind
+    kind: str
     blocks: int
-    dropped: tuple[int, ...] = ()
+    _: dataclasses.KW_ONLY
     scores: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     masks: dict[str, MaskRecord] = dataclasses.field(default_factory=dict)
     parameters_dense: int = 0
     parameters_pruned: int = 0
     nonzero: int = 0
     calibration: dict[str, Any] = dataclasses.field(default_factory=dict)
-    dropped_attention: tuple[int, ...] = ()
-    dropped_mlp: tuple[int, ...] = ()
     weights: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     config: dict[str, int] = dataclasses.field(default_factory=dict)
     repair: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
+
+@dataclasses.dataclass(frozen=True)
+class _Stored(_Recorded):
+    """A plan as `plan.json` has it: whole blocks, and blocks of which one sublayer goes."""
+
+    dropped: tuple[int, ...] = ()
+    dropped_attention: tuple[int, ...] = ()
+    dropped_mlp: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan(_Recorded):
+    """A pruned view of a dense model with `blocks` blocks: all sublayers but `sites`, the weights in `masks` zeroed.
+
+    `sites` go; they are given in any order, a number is a whole block, and are held sorted. `masks` is keyed by the
+    full module name of a linear layer. `weights` names the parameters that the pruned view has of its own, with their
+    shapes; `config` the fields of the model's config that those shapes change. `kind` is a label, that of the recipe: a
+    plan is read by what it changes, whoever made it. `scores` holds what was measured, such as every candidate of every
+    round, in the order they were tried. `nonzero` counts the weights that can be non-zero, `parameters_pruned` those
+    that have to be stored. `repair` says what a closed-form repair did and brought.
+
+    Raises ValueError for a site that is named twice, or of a block that is not there.
+    """
+
+    sites: tuple[Site, ...] = ()
+
     def __post_init__(self) -> None:
-        for name in ("dropped", "dropped_attention", "dropped_mlp"):
-            object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
-        for others in (self.dropped_attention, self.dropped_mlp):
-            dropped = sorted(self.dropped + others)
-            if len(set(dropped)) != len(dropped) or any(not 0 <= block < self.blocks for block in dropped):
-                raise ValueError(f"dropped blocks {dropped} are not distinct blocks of a model with {self.blocks}")
-        if both := set(self.dropped_attention) & set(self.dropped_mlp):
-            raise ValueError(f"blocks {sorted(both)} lose attention and MLP: they belong in 'dropped'")
+        given = [site for item in self.sites for site in ([item] if isinstance(item, Site) else sites_in(item))]
+        wrong = sorted({site.block for site in given if given.count(site) > 1 or not 0 <= site.block < self.blocks})
+        if wrong:
+            raise ValueError(f"dropped blocks {wrong} are not distinct blocks of a model with {self.blocks}")
+        object.__setattr__(self, "sites", tuple(sorted(given)))
 
     @classmethod
     def none(cls, blocks: int) -> Plan:
@@ -95,20 +106,34 @@ class Plan:
         return cls("none", blocks)
 
     @property
-    def kept(self) -> tuple[int, ...]:
-        """Blocks that survive, in dense numbering."""
-        return tuple(block for block in range(self.blocks) if block not in self.dropped)
+    def dropped(self) -> tuple[int, ...]:
+        """Whole blocks that go, ascending."""
+        return whole_blocks(self.sites)
 
     @property
-    def dropped_sites(self) -> frozenset[Site]:
-        """Every sublayer that goes, those of whole blocks too."""
-        alone = [Site(block, "attention") for block in self.dropped_attention]
-        return sites_of([*self.dropped, *alone, *(Site(block, "mlp") for block in self.dropped_mlp)])
+    def dropped_attention(self) -> tuple[int, ...]:
+        """Blocks of which the attention goes and the MLP stays, ascending."""
+        return self._alone("attention")
+
+    @property
+    def dropped_mlp(self) -> tuple[int, ...]:
+        """Blocks of which the MLP goes and the attention stays, ascending."""
+        return self._alone("mlp")
+
+    def _alone(self, part: Sublayer) -> tuple[int, ...]:
+        whole = self.dropped
+        return tuple(site.block for site in self.sites if site.part == part and site.block not in whole)
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Blocks that survive, in dense numbering."""
+        whole = self.dropped
+        return tuple(block for block in range(self.blocks) if block not in whole)
 
     @property
     def packed(self) -> tuple[Packed, ...]:
         """The blocks of the exported model, each made of kept sites."""
-        return pack_sites(sites_of(range(self.blocks)) - self.dropped_sites)
+        return pack_sites(sites_of(range(self.blocks)) - set(self.sites))
 
     @property
     def sparsity(self) -> float:
@@ -118,34 +143,55 @@ class Plan:
 
     def summary(self) -> str:
         """One line for the console: what goes and what stays."""
-        if self.kind == "none":
+        changes = self._changes()
+        if not changes:
             return f"nothing pruned: {self.blocks} blocks"
         share = self.nonzero / self.parameters_dense if self.parameters_dense else 0.0
         left = f"{self.nonzero:,} of {self.parameters_dense:,} weights left ({share:.1%})"
-        if self.kind == "depth":
-            gone = {"blocks": self.dropped, "attention of": self.dropped_attention, "MLP of": self.dropped_mlp}
-            parts = [f"{what} {', '.join(map(str, blocks))}" for what, blocks in gone.items() if blocks]
-            zeroed = zeroed_partners(self.packed)
-            stored = f"; {zeroed} zeroed partners stored beside lone sublayers" if zeroed else ""
-            return f"depth: {'; '.join(parts)} dropped, of {self.blocks} blocks; {left}{stored}"
-        if self.kind == "width":
-            sizes = ", ".join(f"{name} {value:,}" for name, value in self.config.items())
-            return f"width: {sizes}; {left}"
-        patterns = ", ".join(sorted({record.pattern for record in self.masks.values()}))
-        return f"{self.kind}: {self.sparsity:.1%} of {len(self.masks)} weight matrices zero ({patterns}); {left}"
+        zeroed = zeroed_partners(self.packed)
+        stored = f"; {zeroed} zeroed partners stored beside lone sublayers" if zeroed else ""
+        return f"{self.kind}: {'; '.join(changes)}; {left}{stored}"
+
+    def _changes(self) -> list[str]:
+        """What the pruned view has not, or has otherwise, in words."""
+        gone = {"blocks": self.dropped, "attention of": self.dropped_attention, "MLP of": self.dropped_mlp}
+        said = "; ".join(f"{what} {', '.join(map(str, blocks))}" for what, blocks in gone.items() if blocks)
+        changes = [f"{said} dropped, of {self.blocks} blocks"] if said else []
+        if self.config:
+            changes.append(", ".join(f"{name} {value:,}" for name, value in self.config.items()))
+        if self.masks:
+            patterns = ", ".join(sorted({record.pattern for record in self.masks.values()}))
+            changes.append(f"{self.sparsity:.1%} of {len(self.masks)} weight matrices zero ({patterns})")
+        if self.weights and not changes:
+            changes.append(f"{len(self.weights)} weights rewritten")
+        return changes
 
     def to_json(self) -> dict[str, Any]:
         """A value that `from_json` turns back into an equal plan."""
-        return dataclasses.asdict(self)
+        value = dataclasses.asdict(self)
+        del value["sites"]
+        lists = ("dropped", "dropped_attention", "dropped_mlp")
+        return value | {name: getattr(self, name) for name in lists}
 
     @classmethod
     def from_json(cls, value: Any, where: str = PLAN) -> Plan:
         """The plan that `to_json` gave; raises ArtifactError naming each field that is missing, unknown or mistyped."""
         try:
-            return TypeAdapter(cls).validate_python(value)
+            stored = TypeAdapter(_Stored).validate_python(value)
+            common = {field.name: getattr(stored, field.name) for field in dataclasses.fields(_Recorded)}
+            return cls(**common, sites=_sites(stored))
         except ValidationError as error:
             problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'plan'}: {e['msg']}" for e in error.errors())
-            raise ArtifactError(f"{where}: not a plan ({problems}). {MEND}") from error
+        except ValueError as error:
+            problems = str(error)
+        raise ArtifactError(f"{where}: not a plan ({problems}). {MEND}")
+
+
+def _sites(stored: _Stored) -> tuple[Site, ...]:
+    """The sites of the three lists, as often as they are named."""
+    whole = [site for block in stored.dropped for site in sites_in(block)]
+    alone = [Site(block, "attention") for block in stored.dropped_attention]
+    return (*whole, *alone, *(Site(block, "mlp") for block in stored.dropped_mlp))
 
 
 class Pruned(NamedTuple):

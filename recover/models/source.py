@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ from recover.models.sizes import check_room, check_sizes
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 COMPARED_ROWS = 4096
+SAFETENSORS: dict[str, str] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 ADAPTER = "adapter_config.json"
 RECORD = "recover.json"  # lies in every checkpoint that we exported
 HUB = " (no folder of this name is here, so a hub id)"
@@ -290,7 +292,7 @@ def _read_json(path: Path) -> Any:
         raise ModelError(f"{path}: cannot be read as JSON ({error}); fetch the model again") from error
 
 
-CONVERSION = 3  # raised when the same GGUF file gives another folder than before
+CONVERSION = 4  # raised when the same GGUF file gives another folder than before
 
 
 def cache_folder() -> Path:
@@ -378,7 +380,32 @@ def explained(where: str) -> Iterator[None]:
 
 
 def stored_dtype(cfg: recipe.Model) -> Dtype:
-    """The dtype that the checkpoint's config names, float32 where it names none of ours. Raises ModelError."""
+    """The dtype that the checkpoint's config names, else that of its largest tensor; float32 if it is none of ours.
+
+    Raises ModelError.
+    """
     config = read_config(cfg)
     stored = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    if stored not in get_args(Dtype) and kind_of(cfg.source) == "folder":
+        stored = _widest_dtype(locate(cfg))
     return next((known for known in get_args(Dtype) if known == stored), "float32")
+
+
+def exported_dtype(model: Dtype, stored: Dtype, asked: Dtype | None) -> Dtype:
+    """The dtype of an export: the one `asked` for, else `model`'s, or the checkpoint's own where that is smaller."""
+    if asked is not None:
+        return asked
+    return stored if model == "float32" else model
+
+
+def _widest_dtype(folder: Path) -> str:
+    """Of the tensor with the most numbers, which says how the checkpoint as a whole is stored."""
+    from safetensors import safe_open
+
+    found: dict[int, str] = {}
+    for path in _files(folder) if (folder / INDEX).is_file() or (folder / WEIGHTS).is_file() else ():
+        for name in _tensors(path):
+            with safe_open(path, "pt") as file:
+                tensor = file.get_slice(name)
+                found[math.prod(tensor.get_shape())] = tensor.get_dtype()
+    return SAFETENSORS.get(found[max(found)], "") if found else ""

@@ -20,9 +20,8 @@ from recover.base.errors import ModelError
 from recover.config import recipe
 from recover.models.arch import Arch, arch_of, base_of, blocks_of, linears_of, site_of
 from recover.models.closing import close_sites, closed_sites, make_closable, named_as, switch_class
-from recover.models.masked_linear import MaskedLinear, Switch
+from recover.models.linears import MaskedLinear, Switch, check_fit, see_pruned
 from recover.models.modes import modules_below, set_training
-from recover.models.pruned_view import check_fit, see_pruned
 from recover.models.site import Site, sites_of, whole_blocks
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ class Twin:
         see_pruned(model, masks or {}, weights or {}, self.switch)
         make_closable(self.blocks, self.arch, self.switch)
         switch_class(model, _distilling)
-        self.close(plan.dropped_sites)
+        self.close(plan.sites)
 
     def replan(
         self, plan: Plan, masks: dict[str, Tensor] | None = None, weights: dict[str, Tensor] | None = None
@@ -185,7 +184,7 @@ class Twin:
         return self.adopt(get_peft_model(self.base, config))  # type: ignore[arg-type]
 
     def _lora_sites(self, cfg: recipe.Lora) -> frozenset[Site]:
-        dropped = self.plan.dropped_sites
+        dropped = set(self.plan.sites)
         kept = sites_of(range(self.plan.blocks)) - dropped
         if cfg.blocks == "all":
             return kept

@@ -25,7 +25,7 @@ from recover.probe.records import Retrieval
 from recover.probe.trajectory import Batch, batches_of, check_ids
 from recover.probe.views import Pair, View, hidden_states, running
 from recover.text.prompts import text_ids
-from recover.text.read import json_lines
+from recover.text.read import rows_at
 
 POOLINGS = ("last", "mean")
 
@@ -41,7 +41,7 @@ class Query:
 
 def read_queries(path: Path) -> list[Query]:
     """Every row of the file. Raises DataError: it cannot be read, is empty, or by line, what is wrong with a row."""
-    found = [_query(where, row) for where, row in json_lines(path)]
+    found = [_query(row.where, row.value) for row in rows_at(str(path))]
     if not found:
         raise DataError(
             f"{path}: holds no rows, expected lines such as {{'query': '...', 'documents': ['...', '...']}}"

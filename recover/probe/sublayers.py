@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from recover.base.errors import ModelError
 from recover.models import kv_cache
 from recover.models.arch import arch_of, blocks_of
-from recover.models.site import PARTS, Site
+from recover.models.site import SUBLAYERS, Site
 from recover.probe.decoding import positions
 from recover.probe.trajectory import Trajectory, marked, rows_of, whole
 from recover.probe.views import Pair, View, running
@@ -192,7 +192,7 @@ def without(view: View, site: Site) -> View:
 
     Raises ModelError for a block that the view does not have.
     """
-    if site.block not in view.numbers or site.part not in PARTS:
+    if site.block not in view.numbers or site.part not in SUBLAYERS:
         raise ModelError(f"{site}: the {view.name} view has the blocks {list(view.numbers)}; expected one of them")
 
     @contextmanager

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from recover.base.errors import ModelError
-from recover.models.arch import arch_of, base_of, blocks_of, final_norm_of, head_of
+from recover.maths.head import Head
+from recover.models.arch import Arch, arch_of, base_of, blocks_of, final_norm_of, head_of
 from recover.models.twin import Twin
 
 FINAL_NORM, RAW = "final_norm", "raw"
@@ -147,7 +148,11 @@ class Lens:
 
     def __init__(self, view: View) -> None:
         self.norm = final_norm_of(view.model)
-        self.project, self.vocabulary, self.scale, self.softcap = _projection(view.model)
+        arch, base = arch_of(view.model), base_of(view.model)
+        module: Any = base.get_submodule(arch.head)
+        plain = _is_plain(getattr(module, "weight", None))
+        self.head = head_of(view.model).ready() if plain else _Foreign(module, arch, base.config)
+        self.vocabulary: int = self.head.weight_VD.shape[0] if isinstance(self.head, Head) else base.config.vocab_size
 
     def states(self, h_ND: Tensor, lens: str) -> Tensor:
         """What the head is given: the normalised state under `final_norm`, the state itself under `raw`."""
@@ -155,44 +160,20 @@ class Lens:
 
     def logits(self, h_ND: Tensor) -> Tensor:
         """z = softcap(scale * (h W^T + bias)), never rounded below float32 (but by a quantized head itself)."""
-        z_NV = self.project(h_ND)
-        if self.scale != 1:
-            z_NV = z_NV * self.scale
-        return z_NV if self.softcap is None else self.softcap * torch.tanh(z_NV / self.softcap)
+        return self.head.logits(h_ND)
 
 
-Projection = Callable[[Tensor], Tensor]
+class _Foreign:
+    """A quantized head: only its own kernel can read its weight."""
 
+    def __init__(self, module: nn.Module, arch: Arch, config: Any) -> None:
+        self.module, self.scale, self.softcap = module, float(arch.logit_scale(config)), arch.softcap(config)
 
-def _projection(model: nn.Module) -> tuple[Projection, int, float, float | None]:
-    """(h_ND -> z_NV before scale and softcap, V, scale, softcap)."""
-    arch, base = arch_of(model), base_of(model)
-    head = base.get_submodule(arch.head)
-    if not _is_plain(getattr(head, "weight", None)):  # quantized: only its own kernel can read it
-        scale, softcap = float(arch.logit_scale(base.config)), arch.softcap(base.config)
-        return lambda h_ND: _wide(head(h_ND)), base.config.vocab_size, scale, softcap
-    weight_VD, bias_V, scale, softcap = head_of(model)
-    # Half precision is widened once on a CPU; CUDA multiplies it into float32 logits as it is.
-    weight_VD = weight_VD.detach() if weight_VD.is_cuda else _wide(weight_VD.detach())
-    wide_V = None if bias_V is None else _wide(bias_V.detach())
-
-    def project(h_ND: Tensor) -> Tensor:
-        z_NV = _matmul_wide(h_ND, weight_VD)
-        return z_NV if wide_V is None else z_NV + wide_V
-
-    return project, weight_VD.shape[0], scale, softcap
+    def logits(self, h_ND: Tensor) -> Tensor:
+        z_NV = self.module(h_ND)
+        z_NV = z_NV.to(torch.promote_types(z_NV.dtype, torch.float32)) * self.scale
+        return z_NV if self.softcap is None else torch.tanh(z_NV / self.softcap) * self.softcap
 
 
 def _is_plain(weight: Any) -> bool:
     return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.element_size() > 1
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _matmul_wide(h_ND: Tensor, weight_VD: Tensor) -> Tensor:
-    """h W^T in float32 or better: rounding logits to bf16 would drown a small drift (both views round on their own)."""
-    if weight_VD.dtype in (torch.float32, torch.float64):
-        return h_ND.to(weight_VD.dtype) @ weight_VD.T
-    return torch.mm(h_ND.to(weight_VD.dtype), weight_VD.T, out_dtype=torch.float32)

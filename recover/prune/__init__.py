@@ -1,4 +1,5 @@
 """What goes, and by which score: blocks and sublayers, width, Wanda, SparseGPT, magnitude, N:M.
 
-It imports `models` and what lies below. Begin with `methods.py`.
+`depth/` drops blocks and sublayers, `width.py` narrows every block, `sparsity.py` sets weights to zero. It imports
+`models` and what lies below. Begin with `registry.py`.
 """

@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +15,9 @@ from torch import LongTensor, Tensor
 
 from recover.base import console
 from recover.base.errors import DataError, PruneError
-from recover.config.recipe import Calibration, local_path
-from recover.text.read import TEXTS, DataSet, json_lines, text_of
+from recover.config.paths import TEXTS, ending
+from recover.config.recipe import Calibration
+from recover.text.read import DataSet, Row, rows_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,58 +100,49 @@ def _ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
 
 
 def _shuffled(texts: Sequence[str], seed: int) -> Iterator[str]:
-    """Texts in an order that depends on the seed alone, read one by one (a large data set is not read whole)."""
+    """Texts in an order that depends on the seed alone, read one by one (a large data set is not read whole).
+
+    Those that hold nothing are passed over.
+    """
     order = list(range(len(texts)))
     random.Random(seed).shuffle(order)
-    return (texts[index] for index in order)
+    return (text for index in order if (text := texts[index]).strip())
 
 
 def read_texts(cfg: Calibration) -> Sequence[str]:
-    """The documents behind `cfg.data`: lines of a JSONL, a text file as one, or a column of a hub or parquet data set.
+    """The documents behind `cfg.data`, in the column `cfg.column` (a text file is one document).
 
     Raises DataError naming the file and line, or the column, that is wrong.
     """
-    path, what = local_path(cfg.data), "calibration.data: "
-    if path.suffix in (".jsonl", ".json"):
-        return _read_jsonl(path, cfg.column, what)
-    if path.suffix in TEXTS:
-        return [text_of(path, what)]
-    return _read_dataset(cfg)
-
-
-def _read_jsonl(path: Path, column: str, what: str) -> list[str]:
-    texts = []
-    for where, row in json_lines(path, what):
-        if not isinstance(row, dict) or not isinstance(row.get(column), str):
-            found = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise DataError(f"{where}: no text in column '{column}', found {found}: set calibration.column")
-        texts.append(row[column])
-    return texts
+    try:
+        rows = rows_at(cfg.data, subset=cfg.subset, split=cfg.split, kinds="a local text file")
+    except DataError as error:
+        raise DataError(f"calibration.data: {error}") from error
+    if isinstance(rows, DataSet) and cfg.column not in rows.columns:
+        raise DataError(
+            f"calibration.data {cfg.data}: no column '{cfg.column}', found {rows.columns}: set calibration.column"
+        )
+    texts = _Column(rows, "text" if ending(cfg.data) in TEXTS else cfg.column)
+    return texts if isinstance(rows, DataSet) else [*texts]
 
 
 class _Column(Sequence):
-    """One text column of a data set, read row by row."""
+    """One text column of rows, read row by row; what holds nothing is empty text."""
 
-    def __init__(self, rows: DataSet, column: str) -> None:
+    def __init__(self, rows: Sequence[Row], column: str) -> None:
         self.rows, self.column = rows, column
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
-        return self.rows[index].value[self.column]
-
-
-def _read_dataset(cfg: Calibration) -> Sequence[str]:
-    try:
-        rows = DataSet(cfg.data, split=cfg.split, kinds="a local text file")
-    except DataError as error:
-        raise DataError(f"calibration.data {error}") from error
-    if cfg.column not in rows.columns:
-        raise DataError(
-            f"calibration.data {cfg.data}: no column '{cfg.column}', found {rows.columns}: set calibration.column"
-        )
-    return _Column(rows, cfg.column)
+        row = self.rows[index]
+        text = row.value.get(self.column, self)
+        if text is not None and not isinstance(text, str):
+            raise DataError(
+                f"{row.where}: no text in column '{self.column}', found {sorted(row.value)}: set calibration.column"
+            )
+        return text or ""
 
 
 def check_context(model: PreTrainedModel, batches: Sequence[Tensor]) -> None:

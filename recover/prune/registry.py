@@ -1,37 +1,80 @@
-"""The pruning methods by recipe `kind`. A new method is a function and a row here.
+"""The ways to prune, a record each: its config of the recipe, what it costs, and what does it.
 
-Each takes a twin whose two views are equal (`Twin(model, Plan.none(blocks))`), its config of the recipe and the
-calibration batches (B, T), leaves the twin as it was, and gives the plan with its masks and weights. Raises PruneError
-for what cannot work on this model. What takes one step after another (the drops of a search, the blocks of Wanda and
-SparseGPT) is kept in `parts` and gone on with; magnitude and width are one pass, with nothing to keep on the way.
+A way to prune is a config in `config/prune.py`, which names a module, and that module, which registers a `Pruner` when
+it is imported. What was done is a plan, and all else (views, export, report) reads the plan, not the way.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from torch import LongTensor
 
+from recover.base.journal import Journal
+from recover.config.prune import Pruning, accept, kind_of
 from recover.models.plan import Pruned
-from recover.prune.depth import prune_depth
-from recover.prune.parts import NOWHERE, Parts
-from recover.prune.sparsity import prune_magnitude, prune_sparsegpt, prune_wanda
-from recover.prune.width import prune_width
 
 if TYPE_CHECKING:
+    from recover.models.load import Description
     from recover.models.twin import Twin
 
 
-class Pruner(Protocol):
-    """One method."""
+@dataclass(frozen=True)
+class Cost:
+    """What a pruning takes from a model, and what it takes to find, for `plan`; every figure is an estimate."""
 
-    def __call__(self, twin: Twin, cfg: Any, batches: list[LongTensor], parts: Parts = NOWHERE) -> Pruned: ...
+    gone: float = 0.0  # weights that are no longer run
+    unstored: float = 0.0  # weights that the exported model is known to do without
+    blocks: float = 0.0  # share of the blocks that is no longer run
+    own: int = 0  # weights that the pruned view holds besides the dense ones, at most
+    masked: bool = False
+    passes: int = 0  # of the calibration text, in a search
+    flops: float = 0.0  # of that search
+    warnings: tuple[str, ...] = ()  # what will probably disappoint
 
 
-PRUNERS: dict[str, Pruner] = {
-    "depth": prune_depth,
-    "magnitude": prune_magnitude,
-    "wanda": prune_wanda,
-    "sparsegpt": prune_sparsegpt,
-    "width": prune_width,
-}
+@dataclass(frozen=True)
+class Pruner:
+    """One way to prune.
+
+    `run` takes a twin whose two views are equal (`Twin(model, Plan.none(blocks))`), the config, the calibration batches
+    (B, T) and a journal; it leaves the twin as it was, and gives the plan with its masks and weights. What takes one
+    step after another (drops of a search, blocks of Wanda) is kept in the journal and gone on with. Raises PruneError
+    for what cannot work on this model.
+
+    `cost` takes the config and the model's description, before any weight is read. Raises PruneError for what `run`
+    would refuse, as far as it can be told.
+    """
+
+    config: type[Pruning]
+    run: Callable[[Twin, Any, list[LongTensor], Journal], Pruned]
+    cost: Callable[[Any, Description], Cost]
+
+
+PRUNERS: dict[str, Pruner] = {}  # by the recipe's `kind`, once the module of a kind is imported
+
+
+def register(pruner: Pruner) -> Pruner:
+    """Make a way to prune known, to recipes too. Raises ValueError if another one has its kind."""
+    kind = kind_of(pruner.config)
+    if PRUNERS.get(kind, pruner).config is not pruner.config:
+        raise ValueError(f"prune.kind {kind!r} is taken by {PRUNERS[kind].config.__name__}: give another kind")
+    accept(pruner.config)
+    PRUNERS[kind] = pruner
+    return pruner
+
+
+def pruner_of(cfg: Pruning) -> Pruner:
+    """The record behind a config."""
+    kind = kind_of(type(cfg))
+    if kind not in PRUNERS:
+        importlib.import_module(cfg.module)
+    return PRUNERS[kind]
+
+
+def prune(twin: Twin, cfg: Pruning, batches: list[LongTensor], journal: Journal | None = None) -> Pruned:
+    """What `Pruner.run` of this config gives; without a journal nothing is kept on the way."""
+    return pruner_of(cfg).run(twin, cfg, batches, journal or Journal())

@@ -1,11 +1,16 @@
 """Which weights become zero: by magnitude, by magnitude times input norm (Wanda), or as others make up (SparseGPT).
 
-Shapes: O out features, I in features.
+How much of each block goes: everywhere the same, or less where outliers sit (OWL) or where it hurts (KL).
+
+Shapes: B batch, T tokens, O out features, I in features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,25 +18,31 @@ from torch import LongTensor, Tensor, nn
 
 from recover.base import console
 from recover.base.errors import PruneError
+from recover.base.journal import Entry, Journal
 from recover.config.recipe import Calibrated, Magnitude, SparseGpt, Sparsity, Wanda
 from recover.models.arch import blocks_of, linears_of
-from recover.models.masked_linear import pack, unpack
-from recover.models.plan import Kind, MaskRecord, Plan, Pruned
+from recover.models.linears import pack, unpack
+from recover.models.plan import MaskRecord, Plan, Pruned
 from recover.prune.calibrate import calibration_record
-from recover.prune.parts import NOWHERE, Part, Parts
-from recover.prune.ratios import block_fractions
+from recover.prune.passes import final_hidden, kl_rows, row_sum
+from recover.prune.registry import Cost, Pruner, register
 from recover.prune.scores import keep_n_m, keep_unstructured, magnitude_score, wanda_score
 from recover.prune.sparsegpt import COLUMNS, Replays, choose_n_m, choose_share, inverse_factor, rewrite
 from recover.prune.stream import Stream, check_finite, gram, norms, squares, working_device
 
 if TYPE_CHECKING:
+    from recover.models.load import Description
     from recover.models.twin import Twin
+
+SPARSITY_WALL = 0.55  # share of zeros that a LoRA budget recovers (peers' figures, docs/theory.md)
+OUTLIER = 5.0  # M of OWL: a score so many times its layer's mean is an outlier
+KL_TOKENS = 8192  # text on which `allocation: kl` runs the model once a block; at least one batch
 
 # For the linear layers of one block, what their inputs summed up to and the block's sparsity: masks and new weights.
 Decide = Callable[[Mapping[str, nn.Linear], Mapping[str, Tensor], float], tuple[dict[str, Tensor], dict[str, Tensor]]]
 
 
-def prune_magnitude(twin: Twin, cfg: Magnitude, batches: list[LongTensor], parts: Parts = NOWHERE) -> Pruned:
+def prune_magnitude(twin: Twin, cfg: Magnitude, batches: list[LongTensor], journal: Journal | None = None) -> Pruned:
     """Masks that keep the largest weights of each output row of each linear layer in the blocks; no text is read."""
     linears, masks, records = linears_of(twin.model), {}, {}
     _check_patterns(linears, cfg, [cfg.fraction] * len(blocks_of(twin.model)))
@@ -44,7 +55,7 @@ def prune_magnitude(twin: Twin, cfg: Magnitude, batches: list[LongTensor], parts
     return Pruned(_plan(twin, "magnitude", records, {}), masks, {})
 
 
-def prune_wanda(twin: Twin, cfg: Wanda, batches: list[LongTensor], parts: Parts = NOWHERE) -> Pruned:
+def prune_wanda(twin: Twin, cfg: Wanda, batches: list[LongTensor], journal: Journal | None = None) -> Pruned:
     """Masks that keep the weights of highest |W| * ||x|| of every output row, block after block.
 
     What a block's layers see is measured with all blocks before it already masked, as the pruned model will run.
@@ -61,11 +72,11 @@ def prune_wanda(twin: Twin, cfg: Wanda, batches: list[LongTensor], parts: Parts 
             weights[name] = weight_OI.masked_fill(~masks[name], 0)
         return masks, weights
 
-    found = _blockwise(twin, cfg, batches, squares, decide, parts)
+    found = _blockwise(twin, cfg, batches, squares, decide, journal, rewrites=False)
     return Pruned(_plan(twin, "wanda", found.records, found.calibration), found.masks, {})
 
 
-def prune_sparsegpt(twin: Twin, cfg: SparseGpt, batches: list[LongTensor], parts: Parts = NOWHERE) -> Pruned:
+def prune_sparsegpt(twin: Twin, cfg: SparseGpt, batches: list[LongTensor], journal: Journal | None = None) -> Pruned:
     """Masks, and weights of which those that are left make up for those that go, block after block.
 
     A layer's output error on the calibration text is made small, with all blocks before it already pruned. `weights`
@@ -86,7 +97,7 @@ def prune_sparsegpt(twin: Twin, cfg: SparseGpt, batches: list[LongTensor], parts
                 masks[name], weights[name] = keep_OI, weight_OI
         return {name: masks[name] for name in linears}, {name: weights[name] for name in linears}
 
-    found = _blockwise(twin, cfg, batches, gram, decide, parts)
+    found = _blockwise(twin, cfg, batches, gram, decide, journal, rewrites=True)
     own = {f"{name}.weight": weight_OI for name, weight_OI in found.weights.items()}
     return Pruned(_plan(twin, "sparsegpt", found.records, found.calibration, own), found.masks, own)
 
@@ -106,13 +117,16 @@ def _blockwise(
     batches: list[LongTensor],
     measure: Callable[[Tensor], Tensor],
     decide: Decide,
-    parts: Parts,
+    journal: Journal | None,
+    *,
+    rewrites: bool,
 ) -> _Found:
-    """Masks and new weights, decided block by block; only SparseGPT's weights are more than masked, and kept.
+    """Masks, decided block by block, and with `rewrites` new weights, which are more than masked and so are kept.
 
-    Blocks that `parts` holds are not decided again: the text goes through them as it would have.
+    Blocks that the journal holds are not decided again: the text goes through them as it would have.
     """
-    fractions, allocation = block_fractions(twin, cfg, batches, parts)
+    journal = journal or Journal()
+    fractions, allocation = block_fractions(twin, cfg, batches, journal)
     _check_patterns(linears_of(twin.model), cfg, fractions)
     stream = Stream(twin, batches)
     found = _Found({}, {}, {}, calibration_record(cfg.calibration, batches) | allocation)
@@ -120,25 +134,112 @@ def _blockwise(
     with torch.no_grad():
         for index in console.track(range(len(fractions)), cfg.kind, unit="block"):
             with stream.resident(index) as linears:
-                block = parts.find(f"block {index}")
+                block = journal.find(f"block {index}")
                 if block is not None:
                     kept, made = _unpacked(block, linears)
                 else:
                     kept, made = decide(linears, stream.measure(index, measure), fractions[index])
-                    parts.keep(f"block {index}", _packed(kept, made if cfg.kind == "sparsegpt" else {}))
+                    journal.keep(f"block {index}", _packed(kept, made if rewrites else {}))
                 if index != last:
                     stream.advance(index, made)
             for name, keep_OI in kept.items():
                 found.records[name] = MaskRecord.of(keep_OI, cfg.pattern)  # counted where it is fast
                 found.masks[name] = keep_OI.cpu()
-                if cfg.kind == "sparsegpt":
+                if rewrites:
                     found.weights[name] = made[name].cpu()
     return found
 
 
-def _packed(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Part:
+def block_fractions(
+    twin: Twin, cfg: Calibrated, batches: Sequence[LongTensor], journal: Journal
+) -> tuple[list[float], dict[str, Any]]:
+    """The sparsity of every block, their mean over weights being the recipe's; and what to record of them."""
+    if cfg.allocation == "uniform":
+        return [cfg.fraction] * twin.plan.blocks, {}
+    record = journal.once("allocation", lambda: Entry(_allocated(twin, cfg, batches, journal))).value
+    return record["sparsity"], record
+
+
+def _allocated(twin: Twin, cfg: Calibrated, batches: Sequence[LongTensor], journal: Journal) -> dict[str, Any]:
+    """The record of an allocation: what it goes by, and the sparsity of every block."""
+    count = twin.plan.blocks
+    stream = Stream(twin, batches)
+    importance, sizes, norms_of = [], [], {}
+    for index in console.track(range(count), f"dense pass for allocation '{cfg.allocation}'", unit="block"):
+        with stream.resident(index) as linears, torch.no_grad():
+            found = norms(stream.measure(index, squares, advance=True))
+            scores = {name: wanda_score(linears[name].weight.detach(), norm_I) for name, norm_I in found.items()}
+            importance.append(_outliers(scores))
+        sizes.append(sum(linear.weight.numel() for linear in stream.linears[index].values()))
+        norms_of |= {name: norm_I.cpu() for name, norm_I in found.items()}
+    if cfg.allocation == "kl":
+        importance = _kl_alone(twin, cfg.fraction, stream, norms_of, batches, journal)
+    fractions = fractions_by(importance, sizes, cfg.fraction, cfg.spread)
+    return {"allocation": cfg.allocation, "importance": importance, "sparsity": fractions}
+
+
+def fractions_by(importance: Sequence[float], sizes: Sequence[int], mean: float, most: float) -> list[float]:
+    """Sparsities that fall linearly with importance, within `mean` +- `most`; their mean weighted by size is `mean`.
+
+    Source: Yin et al., "Outlier Weighed Layerwise Sparsity", arXiv 2310.05175, section 4.
+    """
+    value, size = torch.tensor(importance, dtype=torch.float64), torch.tensor(sizes, dtype=torch.float64)
+    away = value - (value * size).sum() / size.sum()
+    largest = away.abs().max()
+    return (mean - most * away / largest).tolist() if largest > 0 else [mean] * len(sizes)
+
+
+def _outliers(scores: dict[str, Tensor]) -> float:
+    """Share of the block's weights whose score is above OUTLIER times the mean of their layer."""
+    above = torch.stack([(score_OI > OUTLIER * score_OI.mean()).sum() for score_OI in scores.values()]).sum()
+    return float(above) / sum(score_OI.numel() for score_OI in scores.values())
+
+
+@torch.no_grad()
+def _kl_alone(
+    twin: Twin,
+    fraction: float,
+    stream: Stream,
+    norms_of: dict[str, Tensor],
+    batches: Sequence[LongTensor],
+    journal: Journal,
+) -> list[float]:
+    """KL(dense || pruned) a token with Wanda on each block alone, on the first KL_TOKENS tokens."""
+    some = list(batches[: max(1, KL_TOKENS // batches[0].numel())])
+    dense = [final_hidden(twin, ids_BT) for ids_BT in some]
+    tokens = sum(ids_BT.numel() for ids_BT in some)
+
+    def alone(linears: dict[str, nn.Linear]) -> Entry:
+        with _masked(linears, fraction, norms_of):
+            pairs = zip(some, dense, strict=True)
+            total = sum(row_sum(twin, kl_rows, seen_ND, final_hidden(twin, ids)) for ids, seen_ND in pairs)
+        if not math.isfinite(total):
+            raise PruneError(
+                f"prune.allocation: KL of {next(iter(linears))}'s block alone is {total}. Check the weights"
+            )
+        return Entry(total / tokens)
+
+    blocks = console.track(enumerate(stream.linears), "KL of each block alone", total=len(stream.linears), unit="block")
+    return [journal.once(f"KL of block {index} alone", lambda each=each: alone(each)).value for index, each in blocks]
+
+
+@contextmanager
+def _masked(linears: dict[str, nn.Linear], fraction: float, norms_of: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, these layers have their weights of lowest Wanda score zeroed."""
+    before = {name: linear.weight.data for name, linear in linears.items()}
+    try:
+        for name, linear in linears.items():
+            score_OI = wanda_score(linear.weight, norms_of[name].to(linear.weight.device))
+            linear.weight.data = linear.weight.masked_fill(~keep_unstructured(score_OI, fraction), 0)
+        yield
+    finally:
+        for name, weight_OI in before.items():
+            linears[name].weight.data = weight_OI
+
+
+def _packed(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Entry:
     """What has to be kept of a block: masks, a bit a weight, and weights that are more than masked."""
-    return Part(
+    return Entry(
         tensors={
             **{f"{name}.mask": pack(keep_OI) for name, keep_OI in masks.items()},
             **{f"{name}.weight": weight_OI for name, weight_OI in weights.items()},
@@ -146,7 +247,7 @@ def _packed(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Part:
     )
 
 
-def _unpacked(part: Part, linears: Mapping[str, nn.Linear]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _unpacked(part: Entry, linears: Mapping[str, nn.Linear]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Masks and weights of a block as they were decided, on the device of its layers."""
     masks, weights = {}, {}
     for name, linear in linears.items():
@@ -218,7 +319,7 @@ def _keep(score_OI: Tensor, cfg: Sparsity, fraction: float) -> Tensor:
 
 def _plan(
     twin: Twin,
-    kind: Kind,
+    kind: str,
     records: dict[str, MaskRecord],
     calibration: dict[str, Any],
     weights: Mapping[str, Tensor] | None = None,
@@ -234,3 +335,23 @@ def _plan(
         calibration=calibration,
         weights={name: tuple(weight_OI.shape) for name, weight_OI in (weights or {}).items()},
     )
+
+
+def sparsity_cost(cfg: Sparsity, model: Description) -> Cost:
+    """What zeros take from a model: nothing that is stored or run."""
+    said = ["masked weights are stored as zeros: the file is as large and stock kernels are as fast as dense"]
+    if cfg.fraction > SPARSITY_WALL:
+        said.insert(0, f"{cfg.fraction:.0%} of the weights go: LoRA budgets recover about {SPARSITY_WALL:.0%}")
+    return Cost(masked=True, warnings=tuple(said))
+
+
+def sparsegpt_cost(cfg: SparseGpt, model: Description) -> Cost:
+    """As `sparsity_cost`; and every weight of the blocks is rewritten."""
+    attention = 2 * model.heads * model.head_size + 2 * model.kv_heads * model.head_size
+    own = model.blocks * model.width * (attention + 3 * model.intermediate)
+    return dataclasses.replace(sparsity_cost(cfg, model), own=own)
+
+
+register(Pruner(Magnitude, prune_magnitude, sparsity_cost))
+register(Pruner(Wanda, prune_wanda, sparsity_cost))
+register(Pruner(SparseGpt, prune_sparsegpt, sparsegpt_cost))

@@ -1,35 +1,45 @@
 """Narrower blocks: neurons of the MLP and whole KV groups (a KV head with all its query heads) are cut out.
 
 Every block loses equally many, chosen within the block, so that stock classes load the result. The weights that are
-left are the pruned view's own (`models/own_linear.py`), held beside the dense ones, which stay for the teacher. They
+left are the pruned view's own (`models/linears.py`), held beside the dense ones, which stay for the teacher. They
 are buffers that no state dict holds: under ZeRO-3 each process has all of them, unlike the dense weights.
 
-Shapes: O out features, I in features, U units (neurons or KV groups), K kept units.
+A unit is a run of inputs of the linear that writes to the residual stream: a neuron is one input of the MLP's last
+linear, a KV group as many inputs of the attention's last linear as its query heads have together. All scores come from
+one pass of the dense model with hooks: units are ranked within a block, and Minitron found that measuring again after
+each removal brings nothing.
+
+Shapes: B batch, T tokens, N tokens (B * T), O out features, I in features, H heads (or neurons), U units (neurons or KV
+groups), K kept units.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import LongTensor, Tensor, nn
+from transformers import CONFIG_MAPPING
 
 from recover.base import console
 from recover.base.errors import PruneError
+from recover.base.journal import Journal
 from recover.config.recipe import Width
 from recover.models.arch import Arch, arch_of, blocks_of, head_size_of, kv_heads_of, linears_of
 from recover.models.plan import Plan, Pruned
-from recover.models.site import Part, Site
+from recover.models.site import Site, Sublayer
 from recover.prune.calibrate import calibration_record, check_context
-from recover.prune.parts import NOWHERE, Parts
-from recover.prune.width_scores import Outgoing, highest, unit_scores
+from recover.prune.registry import Cost, Pruner, register
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
+    from recover.models.load import Description
     from recover.models.twin import Twin
+
+WIDTH_WALL = 0.30  # share of the blocks' weights that a LoRA budget recovers (peers' figures, docs/theory.md)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,13 +125,13 @@ def _refusal(config: PretrainedConfig, fields: dict[str, int]) -> str:
 class _Removal(NamedTuple):
     """In one kind of sublayer, `left` of `units` stay; `head` is the run of channels that one activation has."""
 
-    part: Part
+    part: Sublayer
     units: int
     left: int
     head: int
 
 
-def prune_width(twin: Twin, cfg: Width, batches: list[LongTensor], parts: Parts = NOWHERE) -> Pruned:
+def prune_width(twin: Twin, cfg: Width, batches: list[LongTensor], journal: Journal | None = None) -> Pruned:
     """A plan with fewer neurons and KV groups in every block, those of the lowest score in it, and the weights left.
 
     `plan.scores` has one record a block and sublayer: how many units went, and their share of the block's score. Raises
@@ -171,7 +181,7 @@ def _removals(dense: Sizes, config: dict[str, int]) -> Iterator[_Removal]:
         yield _Removal("mlp", dense.neurons, config["intermediate_size"], 1)
 
 
-def _names(arch: Arch, block: int, part: Part) -> list[str]:
+def _names(arch: Arch, block: int, part: Sublayer) -> list[str]:
     """The linears of a sublayer, the one that writes to the residual stream last."""
     inside = arch.attention if part == "attention" else arch.mlp
     linears = arch.attention_linears if part == "attention" else arch.mlp_linears
@@ -183,6 +193,108 @@ def _last_linears(twin: Twin, removal: _Removal) -> Iterator[tuple[Site, Outgoin
     for block in range(len(blocks_of(twin.model))):
         last = _names(twin.arch, block, removal.part)[-1]
         yield Site(block, removal.part), Outgoing(linears[last], removal.units, removal.head)
+
+
+class Outgoing(NamedTuple):
+    """The last linear of a sublayer; its inputs are `units` equal runs, each of heads of `head` channels."""
+
+    linear: nn.Linear
+    units: int
+    head: int = 1
+
+
+class Activation:
+    """Mean over a sample's tokens of ||a_h||, then the L2 norm over samples; a unit's is the sum over its heads.
+
+    Of a neuron, ||a_h|| is |a|. Source: Muralidharan et al., "Compact Language Models via Pruning and Knowledge
+    Distillation" (Minitron), arXiv 2407.14679, importance analysis, with the aggregations that they settled on.
+    """
+
+    def __init__(self, outgoing: Outgoing) -> None:
+        self.outgoing = outgoing
+        self.squares_H: Tensor | None = None
+
+    def add(self, x_BTI: Tensor) -> None:
+        """Take the inputs of some samples into account."""
+        mean_BH = x_BTI.float().unflatten(-1, (-1, self.outgoing.head)).norm(dim=-1).mean(1)
+        squares_H = mean_BH.double().square().sum(0)
+        self.squares_H = squares_H if self.squares_H is None else self.squares_H + squares_H
+
+    def scores(self) -> Tensor | None:
+        """(U,), None if nothing was seen."""
+        return None if self.squares_H is None else self.squares_H.sqrt().view(self.outgoing.units, -1).sum(1)
+
+
+class Fluctuation:
+    """Variance of each input over all tokens x squared norm of its outgoing weights; summed over a unit's inputs.
+
+    What does not vary is a constant that the rest can learn to add. Source: An et al., FLAP, arXiv 2312.11983, the
+    weighted fluctuation metric. Their bias compensation is left out: stock classes have no bias there.
+    """
+
+    def __init__(self, outgoing: Outgoing) -> None:
+        self.outgoing = outgoing
+        self.count = 0
+        self.mean_I = self.deviations_I = torch.zeros(())
+
+    def add(self, x_BTI: Tensor) -> None:
+        """Take the inputs of some samples into account (Chan's update: no difference of two large sums)."""
+        x_NI = x_BTI.flatten(0, 1).float()
+        variance_I, mean_I = torch.var_mean(x_NI, dim=0, correction=0)
+        new, total = len(x_NI), self.count + len(x_NI)
+        old_mean_I, old_I = self.mean_I.to(mean_I.device), self.deviations_I.to(mean_I.device)
+        step_I = mean_I.double() - old_mean_I
+        self.mean_I = old_mean_I + step_I * (new / total)
+        self.deviations_I = old_I + variance_I.double() * new + step_I.square() * (self.count * new / total)
+        self.count = total
+
+    def scores(self) -> Tensor | None:
+        """(U,), None if nothing was seen."""
+        if not self.count:
+            return None
+        squares_I = self.outgoing.linear.weight.detach().double().square().sum(0)
+        fluctuation_I = self.deviations_I / max(self.count - 1, 1) * squares_I
+        return fluctuation_I.view(self.outgoing.units, -1).sum(1)
+
+
+SCORES: dict[str, type[Activation] | type[Fluctuation]] = {"activation": Activation, "fluctuation": Fluctuation}
+
+
+@torch.no_grad()
+def unit_scores(
+    model: PreTrainedModel, outgoing: dict[str, Outgoing], batches: Sequence[LongTensor], score: str
+) -> dict[str, Tensor]:
+    """The score of every unit of each named linear, (U,) in fp64 on the CPU, seen in full forward passes of the model.
+
+    Raises PruneError when a linear is never run or a score is not finite.
+    """
+    seen = {name: SCORES[score](place) for name, place in outgoing.items()}
+
+    def see(name: str) -> Any:
+        return lambda _module, args: seen[name].add(args[0].detach())
+
+    handles = [place.linear.register_forward_pre_hook(see(name)) for name, place in outgoing.items()]
+    try:
+        for ids_BT in console.track(batches, score, unit="batch"):
+            # One position of logits: nobody reads them, and all would be the largest tensor of the pass.
+            model(input_ids=ids_BT.to(model.device), use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: _checked(name, one.scores()) for name, one in seen.items()}
+
+
+def _checked(name: str, score_U: Tensor | None) -> Tensor:
+    if score_U is None:
+        raise PruneError(f"{name}: never run in a forward pass, so there are no activations to score it by")
+    if not score_U.isfinite().all():
+        raise PruneError(f"{name}: sees inputs that are not finite. Check the weights, or use model.dtype: float32")
+    return score_U.cpu()
+
+
+def highest(score_U: Tensor, count: int) -> Tensor:
+    """The indices, ascending, of exactly `count` units of the highest scores; on ties the lowest index goes."""
+    return torch.argsort(score_U, stable=True)[len(score_U) - count :].sort().values
 
 
 def _sliced(twin: Twin, block: int, removal: _Removal, kept_K: Tensor) -> dict[str, Tensor]:
@@ -246,3 +358,32 @@ def _plan(
         weights={name: tuple(weight.shape) for name, weight in weights.items()},
         config=config,
     )
+
+
+def width_cost(cfg: Width, model: Description) -> Cost:
+    """What narrowing takes from a model. Raises PruneError for what `prune_width` would refuse."""
+    sizes: Any = {
+        "hidden_size": model.width,
+        "intermediate_size": model.intermediate,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_size,
+    }
+    narrowed(CONFIG_MAPPING[model.model_type](**sizes), cfg)
+    gone, stay = width_weights(cfg, model)
+    share = gone / (model.parameters - model.embedding_parameters)
+    said = f"{share:.0%} of the blocks' weights go: LoRA budgets recover about {WIDTH_WALL:.0%}"
+    return Cost(gone=gone, unstored=gone, own=stay, warnings=(said,) if share > WIDTH_WALL else ())
+
+
+def width_weights(cfg: Width, model: Description) -> tuple[int, int]:
+    """Of the weights in all blocks, those that go, and those that stay in the linears that are cut."""
+    neuron = 3 * model.width
+    group = 2 * model.head_size * model.width * (model.heads // model.kv_heads + 1)
+    neurons, groups = cfg.neurons(model.intermediate), cfg.kv_groups or 0
+    gone = (model.intermediate - neurons) * neuron + groups * group
+    stay = (neurons * neuron if cfg.mlp else 0) + ((model.kv_heads - groups) * group if groups else 0)
+    return gone * model.blocks, stay * model.blocks
+
+
+register(Pruner(Width, prune_width, width_cost))

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recover.base.artifacts import write_text
+from recover.config import tasks
 from recover.report import plan_text, render, speed_text, words
 from recover.report.collect import collect
-from recover.report.data import CHANGED, USES, ComparedRun, Comparison, Curve, Json, RunData
+from recover.report.data import CHANGED, ComparedRun, Comparison, Curve, Json, RunData
 from recover.report.exhibits import Exhibit
 from recover.report.figures.compare import courses, losses, share_cell, trade, ways
 
@@ -144,10 +145,10 @@ def _run(data: RunData) -> ComparedRun:
         "tokens": (data["tokens"] or {}).get("kept"),
         "epochs": [(row["tokens"], words.finite(row["headline"].get("generation"))) for row in data["epochs"]],
         "kl": _kl(data["curve"]),
-        "dense": {use: ((data["headline"]["dense"] or {}).get(use) or {}).get("value") for use in USES},
-        "interval": {model: {use: data["verdict"][model][use]["interval"] for use in USES} for model in CHANGED},
-        "kept": {model: {use: data["verdict"][model][use]["kept"] for use in USES} for model in CHANGED},
-        "grades": {model: {use: data["verdict"][model][use]["grade"] for use in USES} for model in CHANGED},
+        "dense": {use: ((data["headline"]["dense"] or {}).get(use) or {}).get("value") for use in tasks.USES},
+        "interval": {model: {use: data["verdict"][model][use]["interval"] for use in tasks.USES} for model in CHANGED},
+        "kept": {model: {use: data["verdict"][model][use]["kept"] for use in tasks.USES} for model in CHANGED},
+        "grades": {model: {use: data["verdict"][model][use]["grade"] for use in tasks.USES} for model in CHANGED},
         "perplexity": {model: (figures or {}).get("perplexity") for model, figures in data["headline"].items()},
     }
 

@@ -10,14 +10,11 @@ from typing import Any, Literal, NotRequired, Required
 
 from typing_extensions import TypedDict
 
-from recover.config import tasks
-
 Use = str
 Model = Literal["dense", "pruned", "recovered"]
 Changed = Literal["pruned", "recovered"]
 Space = Literal["embedding", "logit", "probability"]
 
-USES: tuple[Use, ...] = tuple(tasks.USES)
 MODELS: tuple[Model, ...] = ("dense", "pruned", "recovered")
 CHANGED: tuple[Changed, ...] = ("pruned", "recovered")
 SPACES: tuple[Space, ...] = ("embedding", "logit", "probability")

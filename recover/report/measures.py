@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import cast
 
-from recover.config.tasks import KINDS, Figure
+from recover.config.tasks import KINDS, USES, Figure
 from recover.report import words
-from recover.report.data import USES, Cell, Headline, Json, Measure, MeasureRow, Records, Task, UseFigure
+from recover.report.data import Cell, Headline, Json, Measure, MeasureRow, Records, Task, UseFigure
 
 
 def rows(records: Records) -> list[MeasureRow]:

@@ -18,13 +18,13 @@ def subject(plan: Plan | None) -> str:
             parts.append(f"{len(blocks)} of {plan['blocks']} {what}")
     if parts:
         return f"Dropping {' and '.join(parts)}"
-    if plan.get("kind") == "width":
+    if plan.get("config"):
         return f"Narrowing every block ({sizes(plan)})"
     if plan["sparsity"]:
         pattern = [pattern for pattern in plan["patterns"] if pattern != "unstructured"]
         by = ", ".join([plan["kind"], *pattern])
         return f"Setting {words.percent(plan['sparsity'])} of the block weights to zero ({by})"
-    return "Pruning nothing"
+    return "Pruning nothing" if plan["kind"] == "none" else f"Pruning ({plan['kind']})"
 
 
 def short(plan: Plan | None) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from recover.config import tasks
 from recover.report import plan_text, words
-from recover.report.data import CHANGED, USES, Answer, Headline, Model, RunData, Use, UseFigure, Verdict
+from recover.report.data import CHANGED, Answer, Headline, Model, RunData, Use, UseFigure, Verdict
 
 KEPT_YES = 0.95
 KEPT_CARE = 0.80
@@ -30,7 +30,7 @@ def verdict(headline: dict[str, Headline | None]) -> Verdict:
     """{pruned|recovered: {use: {grade, reason, value, dense, kept, interval, certain}}, thresholds}."""
 
     def answers(model: Model) -> dict[Use, Answer]:
-        return {use: judge(_figure(headline, model, use), _figure(headline, "dense", use), use) for use in USES}
+        return {use: judge(_figure(headline, model, use), _figure(headline, "dense", use), use) for use in tasks.USES}
 
     return {"pruned": answers("pruned"), "recovered": answers("recovered"), "thresholds": THRESHOLDS}
 

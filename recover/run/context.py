@@ -142,7 +142,7 @@ class RunContext:
         """
         cfg = self.recipe.probe
         if cfg.prompts is not None:
-            prompts = [(row.column("prompt"), None) for row in read_prompts(cfg.prompts)]
+            prompts = [(row.value["prompt"], None) for row in read_prompts(cfg.prompts)]
         else:
             lists = [
                 [(item.prompt, file.wraps) for item in task.items]

@@ -11,28 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING
 
 from recover.base import dist, memory
 from recover.base.errors import PruneError, RecipeError, TrainingError
-from recover.config.recipe import Depth, Prune, PrunedText, Recipe, Recover, SparseGpt, Sparsity, Width
+from recover.config.recipe import PrunedText, Recipe, Recover
 from recover.models.load import Description
-from recover.prune.width import narrowed
-from recover.run.estimate_depth import (
-    depth_warnings,
-    refuse_depth,
-    search_flops,
-    search_passes,
-    share_gone,
-    share_unstored,
-)
+from recover.models.source import exported_dtype
+from recover.prune.registry import Cost, pruner_of
 from recover.train.settings import refuse_averaging_shares, refuse_sharding_twice, split_batch
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-# A LoRA budget recovers about so much (peers' figures, docs/theory.md): beyond it the plan warns, and goes on.
-WIDTH_WALL = 0.30
-SPARSITY_WALL = 0.55
 
 # Share of the measured matrix rate that a whole training step reaches.
 STEP_EFFICIENCY = 0.35
@@ -41,11 +29,10 @@ PROMPT_TOKENS = 256  # of a measured prompt: tasks are not read here
 
 def refuse(recipe: Recipe, model: Description) -> None:
     """Raise RecipeError, naming the field, for what cannot work on this model."""
-    prune = recipe.prune
-    if isinstance(prune, Depth):
-        refuse_depth(prune, model)
-    if isinstance(prune, Width):
-        _refuse_width(prune, model)
+    try:  # what pruning itself would refuse, after the dense model was measured for nothing
+        pruner_of(recipe.prune).cost(recipe.prune, model)
+    except PruneError as error:
+        raise RecipeError(str(error)) from None
     _refuse_cache(recipe, model)
     if recipe.recover.length > (model.context or recipe.recover.length):
         raise RecipeError(f"recover.length: {recipe.recover.length} tokens, the model's context is {model.context}")
@@ -87,53 +74,17 @@ def _refuse_cache(recipe: Recipe, model: Description) -> None:
         )
 
 
-def _refuse_width(cfg: Width, model: Description) -> None:
-    """What pruning itself would refuse, after the dense model was measured for nothing."""
-    sizes: Any = {
-        "hidden_size": model.width,
-        "intermediate_size": model.intermediate,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.kv_heads,
-        "head_dim": model.head_size,
-    }
-    try:
-        narrowed(CONFIG_MAPPING[model.model_type](**sizes), cfg)
-    except PruneError as error:
-        raise RecipeError(str(error)) from None
-
-
-def _width_weights(cfg: Width, model: Description) -> tuple[int, int]:
-    """Of the weights in all blocks, those that go, and those that stay in the linears that are cut."""
-    neuron = 3 * model.width
-    group = 2 * model.head_size * model.width * (model.heads // model.kv_heads + 1)
-    neurons, groups = cfg.neurons(model.intermediate), cfg.kv_groups or 0
-    gone = (model.intermediate - neurons) * neuron + groups * group
-    stay = (neurons * neuron if cfg.mlp else 0) + ((model.kv_heads - groups) * group if groups else 0)
-    return gone * model.blocks, stay * model.blocks
-
-
 def warnings(recipe: Recipe, model: Description) -> list[str]:
     """What will probably disappoint, said before hours are spent."""
-    found = []
-    prune, dtype = recipe.prune, recipe.model.dtype
+    found, dtype = [], recipe.model.dtype
     if dist.device().type == "cpu" and dtype != "float32":
         found.append(f"no GPU is found: everything runs on the CPU, in {dtype} as model.dtype says")
-    if isinstance(prune, Depth):
-        found += depth_warnings(prune, model)
-    elif isinstance(prune, Width):
-        share = _width_weights(prune, model)[0] / (model.parameters - model.embedding_parameters)
-        if share > WIDTH_WALL:
-            found.append(f"{share:.0%} of the blocks' weights go: LoRA budgets recover about {WIDTH_WALL:.0%}")
-    elif prune.fraction > SPARSITY_WALL:
-        found.append(f"{prune.fraction:.0%} of the weights go: LoRA budgets recover about {SPARSITY_WALL:.0%}")
-    if isinstance(prune, Sparsity):
-        found.append("masked weights are stored as zeros: the file is as large and stock kernels are as fast as dense")
-    return found
+    return [*found, *pruner_of(recipe.prune).cost(recipe.prune, model).warnings]
 
 
-def _training(recipe: Recipe, model: Description) -> memory.Training:
+def _training(recipe: Recipe, model: Description, cost: Cost) -> memory.Training:
     """What decides the memory of this recipe without DeepSpeed (which takes less: `launch/README.md`)."""
-    cfg, prune = recipe.recover, recipe.prune
+    cfg = recipe.recover
     micro = cfg.micro_batch_size or cfg.batch_size // dist.world_size()
     own = max((each.batch_size * cfg.length for each in cfg.data if isinstance(each, PrunedText)), default=0)
     texts = min(recipe.measure.max_new_tokens + PROMPT_TOKENS, model.context or 2**31)
@@ -144,27 +95,13 @@ def _training(recipe: Recipe, model: Description) -> memory.Training:
         chunk=cfg.loss.chunk,
         checkpointing=cfg.gradient_checkpointing,
         element=ELEMENT_BYTES[recipe.model.dtype],
-        kept_blocks=round(model.blocks * (1 - share_gone(prune, model))) if isinstance(prune, Depth) else model.blocks,
-        masked=isinstance(prune, Sparsity),
-        own=_own_weights(prune, model),
+        kept_blocks=round(model.blocks * (1 - cost.blocks)),
+        masked=cost.masked,
+        own=cost.own,
         cached=max(recipe.measure.batch_size * texts, own),
         processes=dist.world_size(),
         sharded=dist.local_world_size() if cfg.shard_weights else 1,
     )
-
-
-def _own_weights(prune: Prune, model: Description) -> int:
-    """Weights that the pruned view holds beside the dense ones; of a repair at most so many, as cuts are not known."""
-    if isinstance(prune, Width):
-        return _width_weights(prune, model)[1]
-    query = model.heads * model.head_size
-    if isinstance(prune, SparseGpt):
-        attention = 2 * query + 2 * model.kv_heads * model.head_size
-        return model.blocks * model.width * (attention + 3 * model.intermediate)
-    if isinstance(prune, Depth) and prune.repair != "none":
-        cuts = 1 if prune.contiguous else prune.units
-        return cuts * model.width * max(query, model.intermediate)
-    return 0
 
 
 def cache_bytes(recipe: Recipe, model: Description) -> int:
@@ -197,30 +134,25 @@ def estimate(recipe: Recipe, model: Description, rate: float) -> dict[str, Any]:
     A distillation step costs 2 FLOP per weight and token for the dense pass, 2 for the pruned forward and 2 for its
     backward (frozen weights have no gradient of their own).
     """
-    stored = pruned = model.parameters
-    passes = search = 0
-    if isinstance(recipe.prune, Depth):
-        passes, search = search_passes(recipe.prune, model), search_flops(recipe.prune, model)
-        inside = model.parameters - model.embedding_parameters
-        pruned -= share_gone(recipe.prune, model) * inside
-        stored -= share_unstored(recipe.prune, model) * inside
-    if isinstance(recipe.prune, Width):
-        pruned = stored = model.parameters - _width_weights(recipe.prune, model)[0]
-    element = ELEMENT_BYTES[recipe.model.dtype]
+    cost = pruner_of(recipe.prune).cost(recipe.prune, model)
+    pruned, stored = model.parameters - cost.gone, model.parameters - cost.unstored
+    exported = exported_dtype(recipe.model.dtype, model.stored, recipe.export.dtype)
     tokens = recipe.recover.tokens
     flops = tokens * (2 * model.parameters + 4 * pruned)
     seconds = flops / (rate * STEP_EFFICIENCY * dist.world_size())
     return {
         "parameters_dense": model.parameters,
         "parameters_pruned": round(stored),
-        "file_bytes_dense": model.parameters * element,
-        "file_bytes_pruned": round(stored * element),
+        "file_bytes_dense": model.parameters * ELEMENT_BYTES[model.stored],
+        "file_bytes_pruned": round(stored * ELEMENT_BYTES[exported]),
+        "file_dtype_dense": model.stored,
+        "file_dtype_pruned": exported,
         "teacher_tokens": tokens,
-        "search_passes": passes,
-        "search_seconds": search / (rate * STEP_EFFICIENCY),  # by one process
+        "search_passes": cost.passes,
+        "search_seconds": cost.flops / (rate * STEP_EFFICIENCY),  # by one process
         "training_flops": flops,
         "training_seconds": seconds,
-        "memory_bytes_per_process": memory.peak_bytes(model, _training(recipe, model)),
+        "memory_bytes_per_process": memory.peak_bytes(model, _training(recipe, model, cost)),
         "cache_bytes": cache_bytes(recipe, model),
         "matrix_rate_flops": rate,
         "processes": dist.world_size(),

@@ -15,6 +15,8 @@ from recover import __version__
 from recover.base import console, dist, provenance, strict_json, units
 from recover.base.artifacts import append_jsonl, read_json, read_jsonl, write_json, write_text
 from recover.base.clock import part
+from recover.base.journal import Journal
+from recover.config.base import Dtype
 from recover.config.recipe import Model, dump_recipe
 from recover.export.card import card
 from recover.export.merge import merge
@@ -24,12 +26,11 @@ from recover.measure.speed import compare_speed
 from recover.measure.tasks import measure
 from recover.models.load import describe, load_model, ready
 from recover.models.plan import save_plan
-from recover.models.source import code_of
+from recover.models.source import code_of, exported_dtype, stored_dtype
 from recover.models.twin import Twin
 from recover.probe.probe import dense_trajectories, final_drift, probe, summary
 from recover.probe.tasks import task_drift
-from recover.prune.parts import Parts
-from recover.prune.registry import PRUNERS
+from recover.prune import registry
 from recover.report.collect import collect
 from recover.report.render import render
 from recover.run import summary as outcome
@@ -73,9 +74,10 @@ def _plan_rows(figures: dict[str, Any]) -> list[list[str]]:
     passes, seconds = figures["search_passes"], figures["search_seconds"]
     least = units.duration(seconds)
     search = [["search for what goes", "", f"{passes:,} passes of calibration text, at least {least}"]]
+    files = [f"{units.size(figures[f'file_bytes_{of}'])}, {figures[f'file_dtype_{of}']}" for of in ("dense", "pruned")]
     return [
         ["parameters", f"{figures['parameters_dense']:,}", f"{figures['parameters_pruned']:,}"],
-        ["file", units.size(figures["file_bytes_dense"]), units.size(figures["file_bytes_pruned"])],
+        ["file", *files],
         *(search if passes else []),
         ["teacher-scored tokens", "", f"{figures['teacher_tokens']:,}"],
         ["training time", "", f"at least {units.duration(figures['training_seconds'])}"],
@@ -100,16 +102,16 @@ def prune(context: RunContext) -> None:
 
 def _prune(context: RunContext) -> None:
     cfg, batches, twin = context.recipe.prune, calibration(context), context.dense()
-    parts = Parts(context.directory.prune / "parts", _pruned_from(context, twin, batches))
+    journal = Journal(context.directory.prune / "parts", _pruned_from(context, twin, batches))
     with part("pruning"):
-        plan, masks, weights = PRUNERS[cfg.kind](twin, cfg, batches, parts)
+        plan, masks, weights = registry.prune(twin, cfg, batches, journal)
     save_plan(plan, masks, context.directory.prune, weights)
-    parts.remove()
+    journal.remove()
     console.say(plan.summary())
 
 
 def _pruned_from(context: RunContext, twin: Twin, batches: list[LongTensor]) -> dict[str, Any]:
-    """All that the bits of a pruning depend on: parts that were made from anything else are of no use."""
+    """All that the bits of a pruning depend on: a journal that was made from anything else is of no use."""
     text = hashlib.sha256()
     for ids_BT in batches:
         text.update(f"{tuple(ids_BT.shape)}".encode() + ids_BT.numpy().tobytes())
@@ -195,7 +197,7 @@ def export(context: RunContext) -> None:
 
 def _export(context: RunContext) -> None:
     recipe, directory = context.recipe, context.directory
-    dtype = getattr(torch, recipe.export.dtype or recipe.model.dtype)
+    dtype = getattr(torch, _exported_dtype(context))
     with fresh_process() as process:
         twin = context.recovered()
         console.say("[dim]merging and writing[/dim]")
@@ -211,18 +213,20 @@ def _export(context: RunContext) -> None:
         expected.unlink()
 
 
+def _exported_dtype(context: RunContext) -> Dtype:
+    cfg = context.recipe.model
+    return exported_dtype(cfg.dtype, stored_dtype(cfg), context.recipe.export.dtype)
+
+
 def _speed(context: RunContext) -> None:
     """Dense and deployed as stock models, by turns: through the twin, dense would pay for adapters it does not have."""
     console.say("[dim]timing dense and deployed by turns[/dim]")
     cfg = context.recipe.model
     # The same config for both, so that they differ in nothing but what was pruned: attention kernel, loader, checks.
-    there = {
-        "source": str(context.directory.deploy),
-        "revision": None,
-        "dtype": context.recipe.export.dtype or cfg.dtype,
-    }
-    dense = context.stock()
+    dtype = _exported_dtype(context)
+    there = {"source": str(context.directory.deploy), "revision": None, "dtype": dtype}
     with part("reading weights"):
+        dense = context.stock() if dtype == cfg.dtype else ready(load_model(cfg.model_copy(update={"dtype": dtype})))
         deployed = load_model(cfg.model_copy(update=there))
     with part("timing dense and deployed"):
         figures = compare_speed(dense, deployed, dist.device())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recover.base import console
+from recover.base import console, zero
 from recover.config.recipe import Sampling
 from recover.kernels import fused
 from recover.kernels.recording import record
@@ -251,7 +251,7 @@ class _Writer:
 
 def may_record(model: PreTrainedModel) -> bool:
     """Whether a step may be replayed as a CUDA graph: on a GPU, with all weights at home (not dealt out by ZeRO-3)."""
-    return model.device.type == "cuda" and not any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return model.device.type == "cuda" and not any(map(zero.dealt_out, model.parameters()))
 
 
 class _Recorder:

@@ -20,7 +20,7 @@ from recover.base.errors import DataError
 from recover.config.recipe import Sampling
 from recover.text.decode import Writing, write
 from recover.text.kv import fits
-from recover.text.prompts import batches_by_length, encode_prompt, left_pad
+from recover.text.prompts import Prompt, batches_by_length, encode_prompt, left_pad
 from recover.text.stops import Stops
 
 
@@ -37,7 +37,7 @@ class Generation:
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
     batch_size: int,
@@ -148,7 +148,7 @@ def plain(
 
 
 def _check_room(
-    model: PreTrainedModel, prompts: Sequence[str], prompts_ids: list[list[int]], max_new_tokens: int, title: str
+    model: PreTrainedModel, prompts: Sequence[Prompt], prompts_ids: list[list[int]], max_new_tokens: int, title: str
 ) -> None:
     context = context_of(model)
     for prompt, ids in zip(prompts, prompts_ids, strict=True):

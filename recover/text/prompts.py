@@ -5,6 +5,7 @@ Legend: B batch, T tokens.
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections.abc import Sequence
 from typing import Any, cast
@@ -13,8 +14,10 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from recover.base.errors import DataError, StopRequested
-from recover.models.chat_template import SECONDS, within
+from recover.base.errors import DataError
+from recover.text.conversation import Message, rendered
+
+Prompt = str | list[Message]  # what a user says, or a conversation that the assistant is to go on with
 
 
 def uses_chat(tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> bool:
@@ -28,40 +31,21 @@ def uses_chat(tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> bool:
     return bool(tokenizer.chat_template) if chat is None else chat
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool | None = None) -> str:
+def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, chat: bool | None = None) -> str:
     """The prompt up to where the model begins to write, as text.
 
     Templates that offer a train of thought are asked for none: it would fill the token limit before the answer.
-    """
-    if not uses_chat(tokenizer, chat):
-        return prompt
-    return rendered(tokenizer, [{"role": "user", "content": prompt}], ask=True, what=f"the prompt {prompt[:60]!r}")
-
-
-def rendered(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], *, ask: bool, what: str = "a conversation"
-) -> str:
-    """The conversation as the chat template writes it; `ask`: up to where the assistant begins to answer.
-
-    Every use of a chat template goes through here: what is measured, probed and learnt then begins with the same text.
 
     Raises:
-        DataError: the template raises, or takes longer than `chat_template.SECONDS`; names `what`.
+        DataError: the chat template cannot write it, or there is none for messages.
     """
-    try:
-        with within(SECONDS):
-            text = tokenizer.apply_chat_template(
-                [*messages], tokenize=False, add_generation_prompt=ask, enable_thinking=False
-            )
-    except StopRequested:
-        raise
-    except Exception as error:  # whatever a template of others raises, or calls for
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(
-            f"the tokenizer's chat template cannot write {what} "
-            f"({type(error).__name__}: {reason}); mend it, or set 'chat: false' in the task"
-        ) from error
-    return str(text)
+    wraps = uses_chat(tokenizer, chat)
+    if isinstance(prompt, str):
+        what = f"the prompt {prompt[:60]!r}"
+        return rendered(tokenizer, [{"role": "user", "content": prompt}], ask=True, what=what) if wraps else prompt
+    if not wraps:
+        raise DataError("messages need a chat template, and none is used: give 'prompt' as text")
+    return rendered(tokenizer, prompt, ask=True, what="the messages")
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
@@ -87,13 +71,13 @@ KEPT = 100_000  # prompts of one tokenizer whose ids are remembered, some hundre
 _encoded: WeakKeyDictionary[Any, dict[tuple[str, bool | None, str], array[int]]] = WeakKeyDictionary()
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool | None = None) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, chat: bool | None = None) -> list[int]:
     """Ids of the prompt up to where the model begins to write.
 
     Remembered: a run asks for those of a prompt when it checks, writes, scores and trains, and a template takes longer
     than a tokenizer.
     """
-    kept, key = _encoded.setdefault(tokenizer, {}), (prompt, chat, str(tokenizer.chat_template))
+    kept, key = _encoded.setdefault(tokenizer, {}), (_known_by(prompt), chat, str(tokenizer.chat_template))
     if key in kept:
         return kept[key].tolist()
     is_chat = uses_chat(tokenizer, chat)
@@ -101,6 +85,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
     if len(kept) < KEPT:
         kept[key] = array("i", ids)
     return ids
+
+
+def _known_by(prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else f"\0{json.dumps(prompt)}"
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

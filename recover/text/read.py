@@ -1,11 +1,14 @@
-"""Files of a user, row by row: JSONL (gzipped too), tables, plain text; and data sets of the hub.
+"""Rows of a user's data, one by one: files of lines, tables, sheets and plain text, and data sets of the hub.
 
-What is wrong is a DataError that names the file and line, or the row. Files of a run are another matter:
-`artifacts.read_jsonl` forgives a torn end.
+`rows_at` is the one reader: a path that is there is that file, whatever its letters and its kind. What is wrong is a
+DataError that names the file and line, or the row. Files of a run are another matter: `artifacts.read_jsonl` forgives
+a torn end.
 """
 
 from __future__ import annotations
 
+import csv
+import glob
 import gzip
 import json
 from collections.abc import Iterator, Sequence
@@ -14,12 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from recover.base.errors import DataError
-from recover.config.paths import meant
+from recover.config.paths import ROWS, SHEETS, TABLES, TEXTS, ending, matching, meant
+from recover.config.recipe import local_path
 
-LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
-TABLES = (".parquet", ".arrow")
-TEXTS = (".txt", ".md")
 MAX_LISTED = 8
+LONGEST_CELL = 2**27  # characters of one cell of a sheet
+BOMS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+
+
+class EmptyColumn(DataError):
+    """A row holds nothing in a column that is asked for: such rows may be left out."""
 
 
 @dataclass(frozen=True)
@@ -30,29 +37,80 @@ class Row:
     value: dict[str, Any]
 
     def column(self, name: str, kind: type = str) -> Any:
-        """The value in a column, of this type and not empty.
+        """The value in a column, of this type and not empty (a text: more than white space).
 
         Raises:
-            DataError: it is not there, of another type, or empty.
+            EmptyColumn: it is null or empty. DataError: it is not there, or of another type.
         """
         found = self.value.get(name)
         if name not in self.value:
             raise DataError(f"{self.where}: no column '{name}', found {sorted(self.value)[:MAX_LISTED]}")
-        if not isinstance(found, kind) or not found:
-            shown = "nothing" if not found else type(found).__name__
-            raise DataError(f"{self.where}: column '{name}' must hold {kind.__name__}, not empty; found {shown}")
+        if found is None or found == kind() or (isinstance(found, str) and not found.strip()):
+            raise EmptyColumn(f"{self.where}: column '{name}' must hold {kind.__name__}, not empty; found nothing")
+        if not isinstance(found, kind):
+            raise DataError(
+                f"{self.where}: column '{name}' must hold {kind.__name__}, not empty; found {type(found).__name__}"
+            )
         return found
+
+
+def rows_at(
+    source: str, *, subset: str | None = None, split: str = "train", what: str = "", kinds: str = "a local file"
+) -> Sequence[Row]:
+    """All rows of a file (`ROWS` lists the endings), of all files that a pattern matches, or of a data set.
+
+    `subset` and `split` are of data sets. `what` begins a message about a file, `kinds` says what else `source` could
+    have been.
+
+    Raises:
+        DataError: it is not there, cannot be read, or a row is not an object; by file and line.
+    """
+    path = local_path(source)
+    files = matching(path)
+    if files == [path] and path.is_dir():
+        return DataSet(str(path), subset=subset, split=split, kinds=kinds)
+    if not files and not ending(source):
+        return DataSet(source, subset=subset, split=split, kinds=kinds)
+    if not files:
+        missing = "no file matches" if "*" in source else f"no such file{meant(path)}"
+        raise DataError(f"{what}{path}: {missing}")
+    if [ending(file.name) for file in files] == [".parquet"]:
+        return DataSet(str(files[0]))
+    return [row for file in files for row in file_rows(file, what)]
+
+
+def file_rows(path: Path, what: str = "") -> Iterator[Row]:
+    """The rows of a file of lines, a table or a sheet, one by one; a text file is one row with a column `text`.
+
+    Raises:
+        DataError: the file cannot be read, its ending is not known, or a row is not an object, by file and line.
+    """
+    kind = ending(path.name)
+    if not kind:
+        raise DataError(f"{what}{path}: its ending says nothing of how to read it; expected one of {', '.join(ROWS)}")
+    if kind in TEXTS:
+        yield Row(f"{path}:1", {"text": text_of(path, what)})
+        return
+    read = _table if kind in TABLES else _sheet if kind in SHEETS else json_lines
+    for where, value in read(path, what):
+        if not isinstance(value, dict):
+            raise DataError(f"{where}: found {type(value).__name__}, expected one JSON object a line (JSONL)")
+        yield Row(where, value)
 
 
 def json_lines(path: Path, what: str = "") -> Iterator[tuple[str, Any]]:
     """("file:line", value) of each line that is not blank; a byte order mark is passed over.
 
-    What a value must be is the caller's to say. `what`: begins the message of a file that cannot be read.
+    A file named `.json` may be one list instead, or one object over several lines. What a value must be is the caller's
+    to say. `what`: begins the message of a file that cannot be read.
 
     Raises:
         DataError: the file cannot be read, or a line is not JSON, by file and line.
     """
     try:
+        if ending(path.name) == ".json" and _is_whole(path):
+            yield from _whole(path)
+            return
         with _opened(path) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
@@ -61,16 +119,80 @@ def json_lines(path: Path, what: str = "") -> Iterator[tuple[str, Any]]:
         raise DataError(f"{what}{unread(path, error)}") from error
 
 
-def _opened(path: Path) -> Any:
-    opened: Any = gzip.open if path.suffix == ".gz" else open
-    return opened(path, "rt", encoding="utf-8-sig")
+def _opened(path: Path, newline: str | None = None) -> Any:
+    opened: Any = gzip.open if path.suffix.lower() == ".gz" else open
+    return opened(path, "rt", encoding="utf-8-sig", newline=newline)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a JSON file is a list, or an object whose first line does not end it; else it is read by lines."""
+    with _opened(path) as lines:
+        first = next((line.strip() for line in lines if line.strip()), "")
+    if first.startswith("["):
+        return True
+    try:
+        json.loads(first)
+    except json.JSONDecodeError as error:
+        return first.startswith("{") and error.pos >= len(first) - 1
+    except RecursionError:
+        pass
+    return False
+
+
+def _whole(path: Path) -> Iterator[tuple[str, Any]]:
+    with _opened(path) as file:
+        text = file.read()
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: not JSON ({error})") from None
+    except RecursionError as error:
+        raise DataError(f"{path}:1: not JSON ({error})") from None
+    rows = value if isinstance(value, list) else [value]
+    for number, row in enumerate(rows):
+        where = f"{path}, row {number}"
+        yield where, _written(row, where)
 
 
 def _value(line: str, where: str) -> Any:
     try:
-        return json.loads(line)
+        value = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error}); a JSONL file holds one object a line") from error
+    return _written(value, where) if "\\u" in line else value
+
+
+def _written(value: Any, where: str) -> Any:
+    """The value, if each text in it can be written: JSON can name half a character, which no tokenizer takes."""
+    half = next((text for text in _texts(value) if not _whole_characters(text)), None)
+    if half is None:
+        return value
+    at = next(index for index, letter in enumerate(half) if "\ud800" <= letter <= "\udfff")
+    shown = half[max(0, at - 20) : at + 20].encode("ascii", "backslashreplace").decode()
+    raise DataError(
+        f"{where}: found half of a surrogate pair at character {at + 1} of '{shown}': not a character, as text that "
+        "was cut in UTF-16 has; take it out"
+    )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    left = [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            left += reversed([*item, *item.values()])
+        elif isinstance(item, list):
+            left += reversed(item)
+
+
+def _whole_characters(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def text_of(path: Path, what: str = "") -> str:
@@ -81,28 +203,45 @@ def text_of(path: Path, what: str = "") -> str:
         raise DataError(f"{what}{unread(path, error)}") from error
 
 
-def file_rows(path: Path, what: str = "") -> Iterator[Row]:
-    """The rows of a file of lines or a table, one by one; a text file is one row with a column `text`.
-
-    Raises:
-        DataError: the file cannot be read, or a row is not an object, by file and line.
-    """
-    if path.suffix in TEXTS:
-        yield Row(f"{path}:1", {"text": text_of(path, what)})
-        return
-    for where, value in _table(path, what) if path.suffix in TABLES else json_lines(path, what):
-        if not isinstance(value, dict):
-            raise DataError(f"{where}: found {type(value).__name__}, expected one JSON object a line (JSONL)")
-        yield Row(where, value)
+def _sheet(path: Path, what: str) -> Iterator[tuple[str, Any]]:
+    """Rows of a CSV or TSV file by the names in its first line; every cell is text, and an empty one is empty text."""
+    before = csv.field_size_limit(LONGEST_CELL)
+    try:
+        with _opened(path, newline="") as file:
+            lines = csv.reader(file, delimiter="\t" if ending(path.name) == ".tsv" else ",", strict=True)
+            names = next(lines, [])
+            if len(set(names)) < len(names) or not all(names):
+                raise DataError(f"{path}:1: columns {names}: expected a name for each, and none twice")
+            last = lines.line_num
+            for cells in lines:
+                where, last = f"{path}:{last + 1}", lines.line_num
+                if not cells:
+                    continue
+                if len(cells) != len(names):
+                    raise DataError(f"{where}: found {len(cells)} cells, expected {len(names)}: {', '.join(names)}")
+                yield where, dict(zip(names, cells, strict=True))
+    except csv.Error as error:
+        raise DataError(f"{path}: not a sheet: line {lines.line_num}: {error}") from None
+    except (OSError, UnicodeDecodeError, EOFError) as error:
+        raise DataError(f"{what}{unread(path, error)}") from error
+    finally:
+        csv.field_size_limit(before)
 
 
 def _table(path: Path, what: str) -> Iterator[tuple[str, Any]]:
-    from pyarrow import ArrowException, ipc, parquet
+    from pyarrow import ArrowException, ArrowInvalid, ipc, parquet
 
     try:
-        table = parquet.read_table(path) if path.suffix == ".parquet" else ipc.open_stream(path).read_all()
+        if ending(path.name) == ".parquet":
+            with path.open("rb") as file:
+                table = parquet.read_table(file)
+        else:
+            try:
+                table = ipc.open_stream(path).read_all()
+            except ArrowInvalid:  # the other of Arrow's two forms, with its parts listed at the end
+                table = ipc.open_file(path).read_all()
         rows = table.to_pylist()
-    except ArrowException as error:
+    except (ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a table that Arrow reads: {error}") from None
     except OSError as error:
         raise DataError(f"{what}{unread(path, error)}") from None
@@ -111,7 +250,10 @@ def _table(path: Path, what: str) -> Iterator[tuple[str, Any]]:
 
 
 class DataSet(Sequence[Row]):
-    """The rows of a data set of the hub, or of parquet files: read from disk one by one, in any order."""
+    """The rows of a data set of the hub or of a folder, or of a parquet file: read from disk one by one, in any order.
+
+    A folder is what `datasets` makes of its files, or what its `save_to_disk` wrote.
+    """
 
     def __init__(
         self, source: str, *, subset: str | None = None, split: str = "train", kinds: str = "a local file"
@@ -121,16 +263,15 @@ class DataSet(Sequence[Row]):
         Raises:
             DataError: it does not load.
         """
-        import datasets
         from datasets.exceptions import DatasetsError
 
         self.source = source
         try:
-            if source.endswith(".parquet"):
-                rows: Any = datasets.load_dataset("parquet", data_files=source, split="train")
-            else:
-                rows = datasets.load_dataset(source, subset, split=split)
-        except (OSError, ValueError, DatasetsError) as error:
+            rows = _data_set(source, subset, split)
+        except (OSError, ValueError, TypeError, DatasetsError) as error:
+            if "config" in str(error).lower() and "available" in str(error):
+                asked = "it has several configurations" if subset is None else f"no configuration '{subset}'"
+                raise DataError(f"{source}: {asked}: set 'subset' ({_line(error)})") from error
             raise DataError(
                 f"{source}: neither {kinds} nor a data set that loads, split '{split}' ({error})"
             ) from error
@@ -148,10 +289,36 @@ class DataSet(Sequence[Row]):
         return Row(f"{self.source}, row {index}", dict(self.rows[index]))
 
 
+def _data_set(source: str, subset: str | None, split: str) -> Any:
+    import datasets
+
+    folder = Path(source)
+    if folder.is_file():  # escaped: `datasets` takes every name for a pattern
+        return datasets.load_dataset("parquet", data_files=glob.escape(source), split="train")
+    if not folder.is_dir():
+        return datasets.load_dataset(source, subset, split=split)
+    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        saved: Any = datasets.load_from_disk(source)
+        if not isinstance(saved, dict):
+            return saved
+        if split not in saved:
+            raise ValueError(f"saved splits: {', '.join(saved)}")
+        return saved[split]
+    if glob.escape(str(folder.absolute())) != str(folder.absolute()):
+        raise ValueError("a folder with [, * or ? in its path; name its files instead, as FOLDER/*.jsonl, or rename it")
+    return datasets.load_dataset(source, subset, split=split)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
 def unread(path: Path, error: Exception) -> str:
     """Why a file could not be read, in one sentence, with the file beside it that was probably meant."""
     if isinstance(error, UnicodeDecodeError):
-        return f"{path}: not UTF-8 text: {error.reason} at byte {error.start}"
+        found = next((name for mark, name in BOMS.items() if error.object[:2] == mark), None)
+        found = f"{found}, " if found and not error.start else ""
+        return f"{path}: not UTF-8 text: {found}{error.reason} at byte {error.start}; save it as UTF-8"
     reason = getattr(error, "strerror", None) or str(error)
     if not isinstance(error, FileNotFoundError):
         return f"{path}: cannot be read: {reason}"

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recover.base import zero
 from recover.kernels import fused
 from recover.models.lean import make_lean
-from recover.models.masked_linear import Factors, MaskedLinear, Switch, effective_weight
-from recover.models.own_linear import OwnLinear
+from recover.models.linears import Factors, MaskedLinear, OwnLinear, Switch, effective_weight
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of one input
 SHARE = 0.25  # of the memory that is free, at most, goes to weights made for writing
@@ -197,7 +197,7 @@ def _member(layer: Any) -> _Member | None:
 def _at_hand(layer: Any) -> bool:
     """Whether its weight is here: not dealt out by ZeRO-3, nor with its owner on another GPU."""
     weight = layer.weight
-    return not hasattr(weight, "ds_id") and not weight.is_meta and weight.untyped_storage().nbytes() > 0
+    return not zero.dealt_out(weight) and not weight.is_meta and weight.untyped_storage().nbytes() > 0
 
 
 def _seen(layer: Any) -> tuple[Tensor, Tensor | None]:

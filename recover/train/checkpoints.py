@@ -34,7 +34,7 @@ from recover.base.artifacts import (
     write_json,
 )
 from recover.base.errors import ArtifactError
-from recover.distill.distiller import gathered
+from recover.base.zero import gathered
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -113,7 +113,7 @@ def _places(
 
 def _given(source: GivenText, cfg: Recover, tokenizer: PreTrainedTokenizerBase, seed: int, budget: int) -> list[Sample]:
     """Samples of a given source, rows in random order, until their scored tokens reach `budget`."""
-    rows = read_rows(source.source, source.split)
+    rows = read_rows(source.source, source.split, source.subset)
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
     samples: list[Sample] = []

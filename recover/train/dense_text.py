@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from recover.base import console, dist
 from recover.base.artifacts import append_jsonl, read_jsonl
 from recover.config.recipe import DenseText, Recover
-from recover.text.prompts import encode_prompt
+from recover.text.prompts import Prompt, encode_prompt
 from recover.text.read import Row
 from recover.train.prompted import answered, fitting_prompts, in_rounds, write_together
 from recover.train.sources import Sample
@@ -87,17 +87,19 @@ class DenseWriter:
         dist.on_main(lambda: append_jsonl(self.path, {"chunk": chunk, "rows": rows}))
         return rows
 
-    def _sample(self, prompt: str, ids: list[int]) -> Sample:
+    def _sample(self, prompt: Prompt, ids: list[int]) -> Sample:
         """The ids that were generated, not their text tokenised again: the two often differ."""
         return answered(self._encode(prompt), ids).cut(self.cfg.length)
 
-    def _encode(self, prompt: str) -> list[int]:
+    def _encode(self, prompt: Prompt) -> list[int]:
         return encode_prompt(self.tokenizer, prompt, chat=self.source.chat)
 
     def _fingerprint(self) -> str:
         """Of all that the text depends on, the dense weights among it."""
         described = {
-            "source": self.source.model_dump(mode="json", exclude={"share", "prompts"}),
+            "source": self.source.model_dump(
+                mode="json", exclude={"share", "prompts", "subset", "split", "column", "strict"}
+            ),
             "prompts": [self._encode(row.value["prompt"]) for row in self.prompts],
             "seed": self.seed,
             "weights": weights_fingerprint(self.twin),

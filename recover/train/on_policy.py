@@ -24,7 +24,7 @@ from recover.base.artifacts import read_json, write_json
 from recover.base.errors import ArtifactError, StopRequested
 from recover.config.recipe import PrunedText, Recover
 from recover.maths.collapse import loop
-from recover.text.prompts import encode_prompt
+from recover.text.prompts import Prompt, encode_prompt
 from recover.train.checkpoints import PRUNED_TEXT, discard_texts
 from recover.train.prompted import answered, fitting_prompts, in_rounds, write_together
 from recover.train.sources import Sample
@@ -171,7 +171,9 @@ class _OwnText:
             self._say_what_is_missing(record["owed"])
         return record
 
-    def _fitted(self, window: int, places: list[int], prompts: list[str], written: list[list[int]]) -> dict[str, Any]:
+    def _fitted(
+        self, window: int, places: list[int], prompts: list[Prompt], written: list[list[int]]
+    ) -> dict[str, Any]:
         """The texts cut to the tokens planned up to here, long ones where such were planned, and tokens left over."""
         scored = self.cfg.loss.scored
         earlier = dist.on_main(lambda: self._saved(window - 1)) if window > 0 else None
@@ -187,7 +189,7 @@ class _OwnText:
         tokens = sum(sample.scored(scored) for sample in samples)
         return {"rows": rows, "tokens": tokens, "tokens_written": sum(map(len, written)), "owed": budget - tokens}
 
-    def _sample(self, prompt: str, ids: list[int]) -> Sample:
+    def _sample(self, prompt: Prompt, ids: list[int]) -> Sample:
         return answered(encode_prompt(self.tokenizer, prompt, chat=self.source.chat), ids).cut(self.cfg.length)
 
     def _say_what_is_missing(self, owed: int) -> None:

@@ -11,9 +11,9 @@ from recover.base import dist
 from recover.base.errors import DataError
 from recover.config.recipe import DenseText, PrunedText, Sampling
 from recover.text.generate import generate
-from recover.text.prompts import encode_prompt
+from recover.text.prompts import Prompt, encode_prompt
 from recover.text.read import Row
-from recover.train.sources import Sample, read_prompts
+from recover.train.sources import Sample, read_prompts, say_left_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,17 +22,33 @@ if TYPE_CHECKING:
 def fitting_prompts(source: DenseText | PrunedText, length: int, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
     """The source's prompts, each of which leaves room for an answer within `length` tokens.
 
+    Rows without a prompt, or with one that is too long, are left out and counted; `source.strict` refuses them, and so
+    does a length that more than half of the prompts do not fit.
+
     Raises:
-        DataError: one does not, or a row holds no prompt, by file and line.
+        DataError: the chat template cannot write a prompt, by file and line; or most are too long.
     """
-    prompts = read_prompts(source.prompts)
-    for row in prompts:
-        found = len(encode_prompt(tokenizer, row.value["prompt"], chat=source.chat))
-        if found >= length:
-            raise DataError(
-                f"{row.where}: the prompt has {found} tokens, which leaves none of recover.length "
-                f"{length} for an answer: shorten it or raise recover.length"
-            )
+    prompts: list[Row] = []
+    too_long: list[str] = []
+    rows = read_prompts(source.prompts, source.split, source.subset, column=source.column, strict=source.strict)
+    for row in rows:
+        try:
+            found = len(encode_prompt(tokenizer, row.value["prompt"], chat=source.chat))
+        except DataError as error:
+            raise DataError(f"{row.where}: {error}") from error
+        if found < length:
+            prompts.append(row)
+            continue
+        too_long.append(
+            f"{row.where}: the prompt has {found} tokens, which leaves none of recover.length {length} for an answer: "
+            "shorten it or raise recover.length"
+        )
+        if source.strict:
+            raise DataError(too_long[0])
+    if len(too_long) > len(prompts):
+        count = len(too_long) + len(prompts)
+        raise DataError(f"{source.prompts}: {len(too_long):,} of {count:,} prompts are too long; {too_long[0]}")
+    say_left_out(source.prompts, too_long)
     return prompts
 
 
@@ -50,7 +66,7 @@ def in_rounds(prompts: Sequence[Row], first: int, count: int, seed: int) -> list
 def write_together(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     source: DenseText | PrunedText,
     seed: tuple[int, ...],
     title: str,

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from recover.base import dist
+from recover.base import dist, zero
 
 SKIPS_IN_A_ROW = 8  # before going back to a checkpoint the first time; half as many after each time
 ROLLBACKS = 3
@@ -90,7 +90,5 @@ def gradients(model: nn.Module) -> list[tuple[str, Tensor | None]]:
 def frozen_weights(model: nn.Module) -> list[tuple[str, Tensor | None]]:
     """Name and value of each parameter that is not trained; of ZeRO-3's, the share that lies on this process."""
     return [
-        (name, getattr(parameter, "ds_tensor", parameter.data))
-        for name, parameter in model.named_parameters()
-        if not parameter.requires_grad
+        (name, zero.own_share(parameter)) for name, parameter in model.named_parameters() if not parameter.requires_grad
     ]

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from recover.base import console
 from recover.base.errors import DataError
-from recover.config.recipe import GivenText, local_path
-from recover.text.prompts import encode_prompt, rendered
-from recover.text.read import TEXTS, DataSet, Row, file_rows
+from recover.config.recipe import GivenText
+from recover.text.conversation import THOUGHTS, EmptyMessage, read_messages, rendered
+from recover.text.prompts import Prompt, encode_prompt
+from recover.text.read import DataSet, EmptyColumn, Row, rows_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHECKED_ROWS = 8  # of given text, before any weight is loaded
+CHECKED_ROWS = 20_000  # of given text, before any weight is loaded; of those behind, only that columns hold something
+
+
+EMPTY = (EmptyColumn, EmptyMessage)  # what a row raises that may be left out
 
 
 @dataclass(frozen=True)
@@ -34,37 +40,92 @@ class Sample:
         return Sample(self.ids[:length], self.mask[:length])
 
 
-def read_rows(source: str, split: str = "train") -> Sequence[Row]:
-    """All rows of a JSONL, parquet or text file (one row), or of a hub data set; `embedded:NAME` for shipped files.
+def read_rows(source: str, split: str = "train", subset: str | None = None) -> Sequence[Row]:
+    """All rows of a file (`rows_at` says of which kinds), or of a data set; `embedded:NAME` for shipped files.
 
     Raises:
         DataError: it cannot be read, a line is no JSON object (by file and line), or there is no row.
     """
-    path = local_path(source)
-    listed = path.suffix in (".jsonl", ".json", *TEXTS)
-    rows: Sequence[Row] = list(file_rows(path)) if listed else DataSet(source, split=split)
+    rows = rows_at(source, subset=subset, split=split)
     if not rows:
         raise DataError(f"{source}: no rows; expected at least one")
     return rows
 
 
-def read_prompts(source: str) -> list[Row]:
-    """Rows with a non-empty `prompt`."""
-    rows = list(read_rows(source))
-    for row in rows:
-        row.column("prompt")
+def read_prompts(
+    source: str, split: str = "train", subset: str | None = None, *, column: str | None = None, strict: bool = False
+) -> list[Row]:
+    """Rows with a `prompt`: a text, or the messages of a conversation that the assistant is to go on with.
+
+    It stands in `column`; by default in `prompt`, or in `messages`, whose last answer of the assistant is left away.
+    Rows that hold nothing there are left out and counted; `strict` refuses them.
+
+    Raises:
+        DataError: a row has no such column, or another type in it; by file and line; or no row is left.
+    """
+    rows: list[Row] = []
+    empty: list[str] = []
+    for row in read_rows(source, split, subset):
+        try:
+            rows.append(Row(row.where, {**row.value, "prompt": _prompt(row, column)}))
+        except EMPTY as error:
+            if strict:
+                raise
+            empty.append(str(error))
+    if not rows:
+        raise DataError(f"{source}: no row holds a prompt; {empty[0]}")
+    say_left_out(source, empty)
     return rows
+
+
+def _prompt(row: Row, column: str | None) -> Prompt:
+    name = column or ("messages" if "prompt" not in row.value and "messages" in row.value else "prompt")
+    value = row.value.get(name)
+    if not isinstance(value, list) or not value:
+        return row.column(name)
+    ends = [isinstance(each, dict) and each.get("role") == "assistant" for each in value]
+    kept = len(value) - (ends[::-1].index(False) if False in ends else len(value))
+    if not kept:
+        raise DataError(f"{row.where}: column '{name}' holds answers of the assistant alone: nobody asks for one")
+    return read_messages(value[:kept], row.where)
+
+
+@cache
+def _said(text: str) -> None:
+    console.warn(text)
+
+
+def say_left_out(source: str, reasons: Sequence[str]) -> None:
+    """How many rows were left out, with the first of the reasons; said once."""
+    if reasons:
+        rows = f"{len(reasons):,} rows" if len(reasons) > 1 else "1 row"
+        _said(f"{source}: {rows} left out ({reasons[0]})")
 
 
 def samples_of(row: Row, cfg: GivenText, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Sample]:
     """What one row of given text holds: a conversation, a prompt with its completion, or a text in pieces of `length`.
 
-    Conversations and prompts go through the chat template where the tokenizer has one. What is left without a token to
-    learn within `length` is left out, so the list may be empty.
+    Conversations and prompts go through the chat template where the tokenizer has one. A row that holds nothing, or no
+    token to learn within `length`, gives none; with `cfg.strict` it is refused.
 
     Raises:
         DataError: a column is missing or of the wrong shape, by file and line.
     """
+    try:
+        found = _samples(row, cfg, tokenizer, length)
+    except EMPTY:
+        if cfg.strict:
+            raise
+        return []
+    if cfg.strict and not found:
+        raise DataError(
+            f"{row.where}: no token to learn within recover.length {length}: shorten it, raise recover.length, or "
+            "leave 'strict' out"
+        )
+    return found
+
+
+def _samples(row: Row, cfg: GivenText, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Sample]:
     columns = cfg.columns
     if "messages" in columns:
         samples = [_conversation(row, row.column(columns["messages"], list), tokenizer)]
@@ -81,10 +142,37 @@ def samples_of(row: Row, cfg: GivenText, tokenizer: PreTrainedTokenizerBase, len
 
 
 def check_given(cfg: GivenText, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
-    """Raise DataError as `samples_of` does for the first rows: a wrong column is in all of them."""
-    rows = read_rows(cfg.source, cfg.split)
-    for index in range(min(len(rows), CHECKED_ROWS)):
-        samples_of(rows[index], cfg, tokenizer, length)
+    """Look at all rows, before any weight is loaded, and say how many will be left out.
+
+    Raises:
+        DataError: as `samples_of`; or no row is left.
+    """
+    rows = read_rows(cfg.source, cfg.split, cfg.subset)
+    left_out: list[str] = []
+    for index in console.track(range(len(rows)), f"checking {cfg.source}", unit="row"):
+        if index >= CHECKED_ROWS and isinstance(rows, DataSet):
+            break  # of the hub, as many as one likes
+        if index >= CHECKED_ROWS:
+            try:
+                for name, column in cfg.columns.items():
+                    rows[index].column(column, list if name == "messages" else str)
+            except EMPTY as error:
+                if cfg.strict:
+                    raise
+                left_out.append(str(error))
+        elif not samples_of(rows[index], cfg, tokenizer, length):
+            left_out.append(_why(rows[index], cfg, tokenizer, length))
+    if len(left_out) == len(rows):
+        raise DataError(f"{cfg.source}: no row holds a token to learn within recover.length {length}; {left_out[0]}")
+    say_left_out(cfg.source, left_out)
+
+
+def _why(row: Row, cfg: GivenText, tokenizer: PreTrainedTokenizerBase, length: int) -> str:
+    try:
+        samples_of(row, cfg.model_copy(update={"strict": True}), tokenizer, length)
+    except DataError as error:
+        return str(error)
+    return row.where
 
 
 def _pieces(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Sample]:
@@ -107,13 +195,9 @@ def _answer(row: Row, prompt: str, completion: str, tokenizer: PreTrainedTokeniz
     return Sample(prompt_ids + ids, [0] * len(prompt_ids) + [1] * len(ids))
 
 
-def _conversation(row: Row, messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> Sample:
+def _conversation(row: Row, value: list[Any], tokenizer: PreTrainedTokenizerBase) -> Sample:
     """Every answer of the assistant is learnt; only the last one where the template later shows earlier ones anew."""
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise DataError(
-                f"{row.where}: a message must be an object with 'role' and 'content', found {message!r:.80}"
-            )
+    messages = read_messages(value, row.where)
     if not tokenizer.chat_template:
         raise DataError(
             f"{row.where}: messages need a chat template, and the tokenizer has none: use 'prompt' and 'completion'"
@@ -125,6 +209,7 @@ def _conversation(row: Row, messages: list[Any], tokenizer: PreTrainedTokenizerB
     if texts is None:
         raise DataError(
             f"{row.where}: the chat template does not show a conversation as the prompt followed by the answer"
+            f"{_clash(messages)}"
         )
     ids: list[int] = []
     mask: list[int] = []
@@ -133,6 +218,17 @@ def _conversation(row: Row, messages: list[Any], tokenizer: PreTrainedTokenizerB
         ids += piece
         mask += [turn % 2] * len(piece)
     return Sample(ids, mask)
+
+
+def _clash(messages: list[Any]) -> str:
+    """Why, where thoughts are the reason."""
+    if not any(THOUGHTS[0] in (message["content"] or "") for message in messages if message["role"] == "assistant"):
+        return ""
+    return (
+        f": the answer holds thoughts ({THOUGHTS[0]}), and the template, which is asked for none (enable_thinking: "
+        "false, as in every measurement), writes an empty block of them into the prompt: take the thoughts out of "
+        "the answers"
+    )
 
 
 def _turns(row: Row, messages: list[Any], answers: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str] | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recover.base import console, dist
+from recover.base import console, dist, zero
 from recover.base.errors import StopRequested, TrainingError
 from recover.config.recipe import Recover
 from recover.models.packed_attention import HALF, packing_configs
@@ -112,7 +112,8 @@ def train(
             epochs = _train(trainer, cfg, after_epoch, run_folder)
         if trainer.shards is not None:
             trainer.shards.end()
-    _forget_deepspeed(trainer)
+    if trainer.is_deepspeed_enabled:
+        zero.load_whole_again()
     _judge(epochs.best, baseline_score)
     note(run_folder, fingerprint, course.skips.to_json(), finished=True)
     if stop.requested:  # it came after the last step
@@ -228,18 +229,10 @@ def _fingerprint(twin: Twin, cfg: Recover, seed: int, *, packed: bool) -> str:
     """
     plan = {name: value for name, value in twin.plan.to_json().items() if name != "scores"}
     described = {
-        "leaf": cfg.model_dump(mode="json", exclude={"cache", "shard_weights"}),
+        "config": cfg.model_dump(mode="json", exclude={"cache", "shard_weights"}),
         "seed": seed,
         "rows": "packed, even" if packed else "padded",
         "plan": plan,
         "weights": weights_fingerprint(twin),
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-
-
-def _forget_deepspeed(trainer: RecoverTrainer) -> None:
-    """Later `from_pretrained` calls of this process must load whole weights, not ZeRO-3 shares."""
-    if trainer.accelerator.state.deepspeed_plugin is not None:
-        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-        unset_hf_deepspeed_config()

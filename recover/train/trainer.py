@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
-from recover.base import dist
+from recover.base import dist, zero
 from recover.base.errors import TrainingError
 from recover.config.recipe import Recover
 from recover.distill.distiller import Distiller, scaled, scored_tokens, without_mask
@@ -371,16 +371,8 @@ class RecoverTrainer(SFTTrainer):
         if not self.is_zero3:
             yield
             return
-        from deepspeed.runtime.zero import GatheredParameters
-        from trl.models.utils import add_hooks, remove_hooks
-
-        engine: Any = self.model_wrapped
-        with GatheredParameters(list(engine.parameters())):
-            remove_hooks(engine)
-            try:
-                yield
-            finally:
-                add_hooks(engine)
+        with zero.outside(self.model_wrapped):
+            yield
 
     @property
     def is_zero3(self) -> bool:

@@ -13,11 +13,14 @@ from recover.measure.task_rows import column
 from recover.text.generate import context_of
 from recover.text.likelihood import Continuation
 from recover.text.prompts import text_ids
+from recover.text.read import EmptyColumn
 
 
 def _text(file: PerplexityFile, row: Row, where: str) -> str:
-    text = column(row, file.text, where)
-    if not isinstance(text, str) or not text.strip():
+    text = "" if row.get(file.text, "") is None else column(row, file.text, where)
+    if isinstance(text, str) and not text.strip():
+        raise EmptyColumn(f"{where}: column '{file.text}': found nothing, expected a text")
+    if not isinstance(text, str):
         raise DataError(f"{where}: column '{file.text}': found {text!r}, expected a text")
     return text
 

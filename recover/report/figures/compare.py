@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from recover.config import tasks
 from recover.report import verdict, words
-from recover.report.data import CHANGED, USES, Changed, ComparedRun, Comparison, Use
+from recover.report.data import CHANGED, Changed, ComparedRun, Comparison, Use
 from recover.report.figures.figure import Figure, is_narrow, panels
 from recover.report.figures.panel import Axis, Box, Dots, Line, Mark, Panel, Points, Scale, alone, decades, linear
 from recover.report.figures.svg import Canvas, Linear, apart
@@ -24,7 +25,7 @@ def ways(data: Comparison) -> Figure:
     """For each run, the way from pruned to recovered, as a share of dense."""
     runs = data["runs"]
     uses: list[Use] = [
-        use for use in USES if any(run["kept"][model][use] is not None for run in runs for model in CHANGED)
+        use for use in tasks.USES if any(run["kept"][model][use] is not None for run in runs for model in CHANGED)
     ]
     title = "From pruned to recovered, as a share of dense"
     if not uses:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from recover.config import tasks
 from recover.report import words
-from recover.report.data import MODELS, USES, Epoch, PageData, Use, UseFigure
+from recover.report.data import MODELS, Epoch, PageData, Use, UseFigure
 from recover.report.figures.figure import Figure, is_narrow, panels
 from recover.report.figures.panel import Axis, Box, Dots, Level, Line, Mark, Panel, Scale, alone, linear
 from recover.report.figures.svg import Canvas, Linear, Log, apart
@@ -16,7 +16,7 @@ HALF_WIDTH = 125.0  # pixels of "half by token 123"
 
 def hero(data: PageData) -> Figure:
     """Bars of the headline figures with their intervals; perplexity, where less is better, as dots on its own scale."""
-    shown: list[Use] = [use for use in USES if any(_value(data, model, use) for model in MODELS)]
+    shown: list[Use] = [use for use in tasks.USES if any(_value(data, model, use) for model in MODELS)]
     perplexity = {model: (data["headline"][model] or {}).get("perplexity") for model in MODELS}
     has_perplexity = any(perplexity.values())
     title = "Dense, pruned, recovered"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from recover.config.prune import MEANINGS
 from recover.report import plan_text, words
 from recover.report.data import PageData, Plan, Score
 from recover.report.figures.figure import Figure, is_narrow
@@ -25,7 +26,7 @@ def pruned(data: PageData) -> Figure:
         return _sparsity_map(plan)
     if plan_text.sites(plan):
         return _depth(plan)
-    if plan.get("kind") == "width":
+    if plan.get("config"):
         return Figure("What was pruned", f"Every block is narrower, by the same measure: {plan_text.sizes(plan)}.")
     return Figure("What was pruned", "The plan drops no block and no weight.")
 
@@ -99,7 +100,7 @@ def _depth_words(plan: Plan, lanes: dict[str, Rounds]) -> str:
         return see
     by = next((by for record in plan["scores"] if (by := record.get("by")) and record["round"]), None)
     unit = "block" if list(lanes) == ["block"] else "sublayer"
-    meaning = f"mean KL to dense if that {unit} goes too" if by == "kl" else f"the score {by}"
+    meaning = MEANINGS.get(str(by), f"the score {by}").format(unit=unit)
     several = len({number for rounds in lanes.values() for number in rounds}) > 1
     lines = "Each line is one round of the search" if several else "The line is the one round of the search"
     beside = (

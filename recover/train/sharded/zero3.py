@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from recover.base import zero
+
 if TYPE_CHECKING:
     from recover.models.twin import Twin
 
@@ -18,13 +20,11 @@ def gather_by_block(twin: Twin) -> None:
 
     A block that is gathered whole gives its gradients away when its input has got one, so its input must ask for one.
     """
-    from deepspeed.utils import set_z3_leaf_module
-
     arch = twin.arch
     for block in twin.blocks:
         trained = any(parameter.requires_grad for parameter in block.parameters())
         parts = [block] if trained else [block.get_submodule(name) for name in (arch.attention, arch.mlp)]
         for part in parts:
-            set_z3_leaf_module(part, True)
+            zero.gather_at_once(part)
     model: Any = twin.model
     model.enable_input_require_grads()

@@ -18,26 +18,25 @@ import torch
 from torch import LongTensor, Tensor, nn
 
 from recover.base import console
-from recover.models.arch import blocks_of, final_norm_of
+from recover.models.arch import blocks_of, final_norm_of, head_of
 from recover.models.site import Site
-from recover.prune.scores import angular_distance, block_influence
-from recover.prune.views import (
+from recover.prune.passes import (
     NO_TARGET,
     TOKENS,
-    Rows,
+    LogitMeasure,
     block_inputs,
     final_hidden,
-    head_logits,
     kl_rows,
     next_tokens,
     nll_sum,
     point_of,
+    residual_stream,
     row_sum,
     run,
-    stream,
     stream_hooks,
     variance_rows,
 )
+from recover.prune.scores import angular_distance, block_influence
 
 if TYPE_CHECKING:
     from recover.models.twin import Twin
@@ -48,7 +47,7 @@ STREAM_ROWS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "angular": angular_distance,
     "block_influence": block_influence,
 }
-OUTPUT_ROWS: dict[str, Rows] = {"kl": kl_rows, "variance": variance_rows}
+OUTPUT_ROWS: dict[str, LogitMeasure] = {"kl": kl_rows, "variance": variance_rows}
 
 
 class Score(Protocol):
@@ -128,7 +127,7 @@ class OutputScore(_Closing):
     The dense side is the final hidden states, computed once and kept on the CPU: D values a token, not V.
     """
 
-    def __init__(self, twin: Twin, batches: list[LongTensor], rows: Rows) -> None:
+    def __init__(self, twin: Twin, batches: list[LongTensor], rows: LogitMeasure) -> None:
         super().__init__(twin, batches)
         self.rows = rows
         self.dense = [final_hidden(twin, ids_BT).cpu() for ids_BT in console.track(batches, "dense", unit="batch")]
@@ -163,7 +162,7 @@ class StreamScore:
         points = {point for pieces in runs for piece in pieces for point in piece}
         totals = [0.0] * len(spans)
         for ids_BT in console.track(self.batches, description, unit="batch"):
-            h_ND = {point: h.flatten(0, 1) for point, h in stream(self.twin, ids_BT, closed, points).items()}
+            h_ND = {point: h.flatten(0, 1) for point, h in residual_stream(self.twin, ids_BT, closed, points).items()}
             for index, pieces in enumerate(runs):
                 totals[index] += sum(float(self.rows(h_ND[start], h_ND[end]).sum()) for start, end in pieces)
         return [total / self.tokens for total in totals]
@@ -224,10 +223,11 @@ def stream_gradients(
 
 def _loss_gradient(twin: Twin, hidden_BTD: Tensor, ids_BT: LongTensor) -> Tensor:
     """d(mean -log p(next token) of a sample) / d(final hidden states), TOKENS rows of logits at once."""
-    logits, targets_N = head_logits(twin), next_tokens(ids_BT).to(hidden_BTD.device)
+    head, targets_N = head_of(twin.model).frozen(), next_tokens(ids_BT).to(hidden_BTD.device)
     rows = []
     for hidden, targets in zip(hidden_BTD.flatten(0, 1).split(TOKENS), targets_N.split(TOKENS), strict=True):
-        leaf_ND = hidden.detach().requires_grad_()
-        loss = nn.functional.cross_entropy(logits(leaf_ND), targets, ignore_index=NO_TARGET, reduction="sum")
-        rows.append(torch.autograd.grad(loss, leaf_ND)[0])
-    return torch.cat(rows).view_as(hidden_BTD) / (ids_BT.shape[1] - 1)
+        z_NV, slope_NV = head.logits_and_slope(hidden)
+        z_NV.requires_grad_()
+        loss = nn.functional.cross_entropy(z_NV, targets, ignore_index=NO_TARGET, reduction="sum")
+        rows.append(head.pull_back(torch.autograd.grad(loss, z_NV)[0], slope_NV))
+    return (torch.cat(rows).view_as(hidden_BTD) / (ids_BT.shape[1] - 1)).to(hidden_BTD.dtype)

@@ -21,8 +21,8 @@ from recover.base import console
 from recover.base.errors import PruneError
 from recover.models.arch import Arch, arch_of, linears_of
 from recover.models.site import Site
-from recover.prune.depth_scores import runs_of
-from recover.prune.views import final_hidden, kl_rows, row_sum, site_at, stream
+from recover.prune.depth.scores import runs_of
+from recover.prune.passes import final_hidden, kl_rows, residual_stream, row_sum, site_at
 
 if TYPE_CHECKING:
     from recover.models.twin import Twin
@@ -193,11 +193,11 @@ def _sums(
     """The sums for the linear `name`, which writes point `start`; `end` is where the stream should be the dense one."""
     sums, seen = _Sums(diagonal), []
     for ids_BT in batches:
-        dense_ND = stream(twin, ids_BT, (), [end])[end].flatten(0, 1)
+        dense_ND = residual_stream(twin, ids_BT, (), [end])[end].flatten(0, 1)
         hook = linears_of(twin.model)[name].register_forward_hook(lambda _m, _a, output: seen.append(output))
         try:
             with _worn(twin, weights):
-                pruned = stream(twin, ids_BT, dropped, [start - 1, start])
+                pruned = residual_stream(twin, ids_BT, dropped, [start - 1, start])
         finally:
             hook.remove()
         before_ND, after_ND = pruned[start - 1].flatten(0, 1).double(), pruned[start].flatten(0, 1).double()

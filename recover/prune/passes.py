@@ -13,7 +13,7 @@ from torch import LongTensor, Tensor, nn
 
 from recover.maths.divergence import kl, log_probabilities, var_p, widen
 from recover.models.arch import arch_of, blocks_of, final_norm_of, head_of
-from recover.models.site import PARTS, Site
+from recover.models.site import SUBLAYERS, Site
 
 if TYPE_CHECKING:
     from recover.models.twin import Twin
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 TOKENS = 512  # token positions whose logits are held at once
 NO_TARGET = -100  # cross_entropy's mark for positions without a next token
 
-Rows = Callable[[Tensor, Tensor], Tensor]  # (z_dense_NV, z_pruned_NV) -> one value a row
+LogitMeasure = Callable[[Tensor, Tensor], Tensor]  # (z_dense_NV, z_pruned_NV) -> one value a row
 
 
 def point_of(site: Site) -> int:
     """The point of the residual stream that a site reads; it writes the next one. Point 2 b is the input of block b."""
-    return 2 * site.block + PARTS.index(site.part)
+    return 2 * site.block + SUBLAYERS.index(site.part)
 
 
 def site_at(point: int) -> Site:
     """The site that reads this point of the residual stream."""
-    return Site(point // 2, PARTS[point % 2])
+    return Site(point // 2, SUBLAYERS[point % 2])
 
 
 def final_hidden(twin: Twin, ids_BT: LongTensor, closed: Iterable[int | Site] = ()) -> Tensor:
@@ -49,12 +49,12 @@ def final_hidden(twin: Twin, ids_BT: LongTensor, closed: Iterable[int | Site] = 
 def block_inputs(twin: Twin, ids_BT: LongTensor, closed: Iterable[int | Site] = ()) -> list[Tensor]:
     """The residual stream (B, T, D) at the input of every block and, last, of the final norm."""
     blocks = len(blocks_of(twin.model))
-    seen = stream(twin, ids_BT, closed, range(0, 2 * blocks + 1, 2))
+    seen = residual_stream(twin, ids_BT, closed, range(0, 2 * blocks + 1, 2))
     return [seen[2 * block] for block in range(blocks + 1)]
 
 
 @torch.no_grad()
-def stream(
+def residual_stream(
     twin: Twin, ids_BT: LongTensor, closed: Iterable[int | Site] = (), points: Iterable[int] | None = None
 ) -> dict[int, Tensor]:
     """The residual stream (B, T, D) at these points (`point_of`), or at all: 2 blocks + 1, the last before the norm."""
@@ -112,12 +112,12 @@ def variance_rows(z_dense_NV: Tensor, z_pruned_NV: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def row_sum(twin: Twin, rows: Rows, dense_ND: Tensor, pruned_ND: Tensor) -> float:
+def row_sum(twin: Twin, rows: LogitMeasure, dense_ND: Tensor, pruned_ND: Tensor) -> float:
     """Sum over tokens of a measure of both views' logits, from final hidden states; TOKENS rows of logits at once."""
-    logits = head_logits(twin)
+    head = head_of(twin.model).ready()
     total = torch.zeros((), dtype=torch.float64, device=dense_ND.device)
     for dense, pruned in zip(dense_ND.split(TOKENS), pruned_ND.split(TOKENS), strict=True):
-        total += rows(logits(dense), logits(pruned)).double().sum()
+        total += rows(head.logits(dense), head.logits(pruned)).double().sum()
     return float(total)
 
 
@@ -129,19 +129,10 @@ def next_tokens(ids_BT: LongTensor) -> Tensor:
 @torch.no_grad()
 def nll_sum(twin: Twin, hidden_ND: Tensor, targets_N: Tensor) -> float:
     """Sum over targets of -log p(target), from final hidden states."""
-    logits = head_logits(twin)
+    head = head_of(twin.model).ready()
     total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
     for hidden, targets in zip(hidden_ND.split(TOKENS), targets_N.to(hidden_ND.device).split(TOKENS), strict=True):
-        total += nn.functional.cross_entropy(logits(hidden), targets, ignore_index=NO_TARGET, reduction="sum").double()
+        total += nn.functional.cross_entropy(
+            head.logits(hidden), targets, ignore_index=NO_TARGET, reduction="sum"
+        ).double()
     return float(total)
-
-
-def head_logits(twin: Twin) -> Callable[[Tensor], Tensor]:
-    """What turns final hidden states into the model's logits, in fp32 after the matrix product."""
-    weight_VD, bias_V, scale, softcap = head_of(twin.model)
-
-    def logits(hidden_ND: Tensor) -> Tensor:
-        logits_NV = nn.functional.linear(hidden_ND, weight_VD, bias_V).float() * scale
-        return logits_NV if softcap is None else torch.tanh(logits_NV / softcap) * softcap
-
-    return logits

@@ -1,7 +1,10 @@
-"""Linear layers whose weight is seen through a mask: y = x ((W + s B A) * keep)^T + bias, W never changed.
+"""Linear layers that show the pruned view: through a mask, or with a weight of their own; W is never changed.
 
-The naive form keeps the masked weight of every layer alive for backward, a second copy of the model. Here the effective
-weight is made again in backward, and masks are packed, 1 bit a weight.
+Masked: y = x ((W + s B A) * keep)^T + bias. The naive form keeps the masked weight of every layer alive for backward, a
+second copy of the model. Here the effective weight is made again in backward, and masks are packed, 1 bit a weight.
+
+Own: a weight of the dense shape (rewritten) or a smaller one (sliced). What pruning leaves as it was is shared with the
+dense view; only what it rewrites is held twice.
 
 Shapes: O out features, I in features, R rank, M input rows (all leading dimensions of x as one).
 """
@@ -9,11 +12,19 @@ Shapes: O out features, I in features, R rank, M input rows (all leading dimensi
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from recover.base.errors import ModelError
+from recover.models.arch import blocks_of, linears_of
+
+if TYPE_CHECKING:
+    from recover.models.plan import Plan
 
 
 @dataclasses.dataclass
@@ -182,3 +193,87 @@ class MaskedLinear(nn.Linear):
             return F.linear(input, self.folded, self.bias)
         a_RI, b_OR, scaling = factors or (None, None, 1.0)
         return masked_lora_linear(input, self.seen, self.keep_packed, a_RI, b_OR, scaling, self.bias)
+
+
+class OwnLinear(nn.Linear):
+    """An `nn.Linear` with a second weight for the pruned view. Made in place: its dense weight and names are untouched.
+
+    `in_features` and `out_features` are those of the pruned view, which is what adapters are made for.
+    """
+
+    own_weight: Tensor
+    own_bias: Tensor | None
+    switch: Switch
+
+    @classmethod
+    def convert(cls, linear: nn.Linear, weight_OI: Tensor, bias_O: Tensor | None, switch: Switch) -> OwnLinear:
+        """Turn this very module into one with an own weight; without `bias_O` the dense bias is seen in both views."""
+        assert type(linear) is nn.Linear, f"a linear layer of type {type(linear)} would lose its own forward"
+        own: Any = linear
+        own.__class__ = cls
+        own.out_features, own.in_features = weight_OI.shape
+        like = linear.weight
+        # Not persistent: a state dict stays the stock model's.
+        own.register_buffer("own_weight", weight_OI.to(like.device, like.dtype), persistent=False)
+        bias_O = linear.bias if bias_O is None else bias_O.to(like.device, like.dtype)
+        own.register_buffer("own_bias", None if bias_O is None else bias_O.detach(), persistent=False)
+        own.switch = switch
+        return own
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x W^T + bias with the weight of the view that the switch shows."""
+        if self.switch.dense:
+            return F.linear(input, self.weight, self.bias)
+        return F.linear(input, self.own_weight, self.own_bias)
+
+
+def pruned_tensor(linear: nn.Module, name: str) -> Tensor:
+    """`weight` or `bias` of a linear layer as the pruned view has it, before masks and adapters."""
+    own = getattr(linear, f"own_{name}", None)
+    return getattr(linear, name).detach() if own is None else own
+
+
+def see_pruned(
+    model: PreTrainedModel, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor], switch: Switch
+) -> None:
+    """Let the linear layers follow `switch`: `masks` by layer name, `weights` (and biases) by parameter name."""
+    linears = linears_of(model)
+    for name, keep_OI in masks.items():
+        MaskedLinear.convert(linears[name], keep_OI, switch, weights.get(f"{name}.weight"))
+    for parameter, weight_OI in weights.items():
+        name, _, cfg = parameter.rpartition(".")
+        if cfg == "weight" and name not in masks:
+            OwnLinear.convert(linears[name], weight_OI, weights.get(f"{name}.bias"), switch)
+
+
+def check_fit(model: PreTrainedModel, plan: Plan, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Raise ModelError unless plan, masks and weights belong to this model and to each other."""
+    linears, blocks = linears_of(model), blocks_of(model)
+    if plan.blocks != len(blocks):
+        raise ModelError(f"the plan is for {plan.blocks} blocks, this model has {len(blocks)}: prune this model anew")
+    for what, planned, given in (("masks", plan.masks, masks), ("weights", plan.weights, weights)):
+        differing = sorted(set(planned) ^ set(given))
+        if differing:
+            raise ModelError(
+                f"the plan names {len(planned)} {what}, {len(given)} are given; differing: {differing[:4]}"
+            )
+    for name, keep_OI in masks.items():
+        if name not in linears:
+            raise ModelError(f"mask '{name}' belongs to no linear layer of this {model.config.model_type} model")
+        shape = (linears[name].out_features, linears[name].in_features)
+        if tuple(keep_OI.shape) != shape:
+            raise ModelError(f"mask '{name}' has shape {tuple(keep_OI.shape)}, its layer {shape}")
+    for parameter, weight in weights.items():
+        name = parameter.rpartition(".")[0]
+        if name not in linears or f"{name}.weight" not in weights:
+            raise ModelError(f"weight '{parameter}' belongs to no linear layer of this {model.config.model_type} model")
+        _check_shape(parameter, weight, linears[name], masked=name in masks)
+
+
+def _check_shape(parameter: str, weight: Tensor, linear: object, *, masked: bool) -> None:
+    """A rewritten weight has the dense shape, a sliced one is smaller; under a mask it is rewritten."""
+    dense = tuple(getattr(linear, parameter.rpartition(".")[2]).shape)
+    found = tuple(weight.shape)
+    larger = len(found) != len(dense) or any(new > old for new, old in zip(found, dense, strict=False))
+    if larger or (masked and found != dense):
+        raise ModelError(f"weight '{parameter}' has shape {found}, its layer {dense}")

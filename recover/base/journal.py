@@ -1,11 +1,9 @@
-"""What is done of an unfinished pruning, kept on disk: a second call goes on behind it and ends in the same bits.
+"""What is done of unfinished work, kept on disk: a second call goes on after it and ends in the same bits.
 
-Kept is what was decided (masks, weights that were rewritten, scores and choices), not the calibration text's
-activations on the way: those of a 7B model are tens of GB a block, and one pass of the text through the finished
-blocks, a fraction of the work that decided them, gives them again bit by bit.
-
-A part is a line of `parts.jsonl` (name, value, digests), and a safetensors file if it has tensors. Lines are in the
-order in which they were made, each on top of those before, so one that is damaged takes those behind it along.
+An entry is a line of `parts.jsonl` (name, value, digests), and a safetensors file if it has tensors. Lines are in the
+order in which they were made, each on top of those before, so one that is damaged takes those after it along. One
+process writes, one after another; once the work is done, the journal is removed. So it is no place for what stays (text
+that was written, a cache of states), nor for what several processes write at once (the batches of a probe).
 """
 
 from __future__ import annotations
@@ -15,27 +13,27 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import safetensors.torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recover.base import artifacts, console, strict_json
 from recover.base.errors import ArtifactError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 LINES = "parts.jsonl"
-FORMAT = 1  # of these files, and of what is in them: raised when parts of before are of no use
+FORMAT = 1  # of these files, and of what is in them: raised when entries of before are of no use
 
 
-class Part(NamedTuple):
+class Entry(NamedTuple):
     """One thing decided: plain data, and tensors by name on the CPU."""
 
     value: Any = None
     tensors: Mapping[str, Tensor] = {}
 
 
-class Parts:
-    """The parts under `folder`, made from exactly what `made_from` says; others are deleted with a warning.
+class Journal:
+    """The entries under `folder`, made from exactly what `made_from` says; others are deleted with a warning.
 
     Without a folder nothing is found and nothing is kept. Raises ArtifactError where the folder cannot be read or
     written.
@@ -49,7 +47,7 @@ class Parts:
         header = {"format": FORMAT, "made_from": strict_json.plain(dict(made_from or {}))}
         fault = self._read(folder, header)
         if fault:
-            console.warn(f"{folder}: parts of an unfinished pruning: {fault}; {self._kept()}")
+            console.warn(f"{folder}: what was done of this work: {fault}; {self._kept()}")
         if fault or not self.lines:
             lines = "".join(f"{strict_json.dumps(line)}\n" for line in [header, *self.lines])
             artifacts.write_text(folder / LINES, lines)
@@ -57,33 +55,37 @@ class Parts:
             for path in _files(folder) - used:
                 path.unlink(missing_ok=True)
         if self.lines:
-            console.say(f"going on behind {self.lines[-1]['name']}: {len(self.lines)} parts are done")
+            console.say(f"going on after {self.lines[-1]['name']}: {len(self.lines)} parts are done")
 
-    def find(self, name: str) -> Part | None:
-        """The part of this name, if an earlier call made it."""
+    def find(self, name: str) -> Entry | None:
+        """The entry of this name, if an earlier call made it."""
         for number, line in enumerate(self.lines):
             if line["name"] == name:
+                import safetensors.torch  # with torch, which this folder does not import
+
                 path = self._file(number)
-                return Part(line["value"], safetensors.torch.load_file(path) if line["sha256"] else {})
+                return Entry(line["value"], safetensors.torch.load_file(path) if line["sha256"] else {})
         return None
 
-    def keep(self, name: str, part: Part) -> None:
-        """Put the part on disk, whole or not at all, behind those that are there."""
+    def keep(self, name: str, entry: Entry) -> None:
+        """Put the entry on disk, whole or not at all, after those that are there."""
         if self.folder is None:
             return
         assert self.find(name) is None, f"{name}: decided twice"
         digest = None
-        if part.tensors:
-            data = safetensors.torch.save({key: tensor.cpu().contiguous() for key, tensor in part.tensors.items()})
+        if entry.tensors:
+            import safetensors.torch
+
+            data = safetensors.torch.save({key: tensor.cpu().contiguous() for key, tensor in entry.tensors.items()})
             artifacts.write_bytes(self._file(len(self.lines)), data)
             digest = hashlib.sha256(data).hexdigest()
-        line = {"name": name, "value": strict_json.plain(part.value), "sha256": digest}
+        line = {"name": name, "value": strict_json.plain(entry.value), "sha256": digest}
         line["line_sha256"] = _digest(line)
         artifacts.append_jsonl(self.folder / LINES, line)
         self.lines.append(line)
 
-    def once(self, name: str, do: Callable[[], Part]) -> Part:
-        """The part of this name: the one that is there, or else what `do` gives, which is kept."""
+    def once(self, name: str, do: Callable[[], Entry]) -> Entry:
+        """The entry of this name: the one that is there, or else what `do` gives, which is kept."""
         found = self.find(name)
         if found is None:
             found = do()
@@ -139,11 +141,8 @@ class Parts:
         return f"those up to {self.lines[-1]['name']} are used, the others done again"
 
 
-NOWHERE = Parts()
-
-
 def _files(folder: Path) -> set[Path]:
-    """The tensor files of parts in this folder."""
+    """The tensor files of entries in this folder."""
     return {path for path in folder.glob("part-*.safetensors") if re.fullmatch(r"part-\d+", path.stem)}
 
 
