@@ -19,7 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,10 @@ START += "sys.path.remove(place); keeper.main()"
 
 class NoWall(Exception):
     """This machine gives no namespaces; the words say why."""
+
+
+class KeeperGone(Exception):
+    """The process that runs programs was ended from outside, as by a machine that had no memory left."""
 
 
 @dataclass(frozen=True)
@@ -68,24 +72,20 @@ class Keeper:
     """
 
     def __init__(self, *, confined: bool = True) -> None:
+        if confined and sys.platform != "linux":
+            raise NoWall(f"this system is {sys.platform}, not Linux")
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, "-I", "-S", "-c", START, str(ROOT), "walled" if confined else "unconfined"]
-        with tempfile.TemporaryDirectory() as empty:
-            self.process = subprocess.Popen(
-                command,
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env={},
-                cwd="/" if confined else empty,
-                start_new_session=True,
-            )
-            theirs.close()
-            self.control.settimeout(START_SECONDS)
-            try:
-                found = self._reply()
-            except (OSError, ValueError) as error:
-                found = {"error": f"its process did not start ({error})"}
+        null, end = subprocess.DEVNULL, theirs.fileno()
+        self.process = subprocess.Popen(
+            command, stdin=end, stdout=null, stderr=null, env={}, cwd="/", start_new_session=True
+        )
+        theirs.close()
+        self.control.settimeout(START_SECONDS)
+        try:
+            found = self._reply()
+        except (OSError, ValueError) as error:
+            found = {"error": f"its process did not start ({error})"}
         if "error" in found:
             self.close()
             raise NoWall(found["error"])
@@ -112,14 +112,22 @@ class Keeper:
                 ends = [given.enter_context(each) for each in (theirs, ours)]
                 files = [given.enter_context(_file(text)) for text in (program.text, program.tests)]
                 descriptors = [files[0].fileno(), ends[0].fileno(), files[1].fileno(), ends[1].fileno(), writing]
-                socket.send_fds(self.control, [json.dumps(limits).encode()], descriptors)
-            self.control.settimeout(seconds + START_SECONDS)
-            try:
+                with self._gone():
+                    socket.send_fds(self.control, [json.dumps(limits).encode()], descriptors)
+            with self._gone():  # our copies of its descriptors are closed: what it waits for ends with the other side
+                self.control.settimeout(seconds + START_SECONDS)
                 ended = self._reply()
-            except (OSError, ValueError) as error:
-                self.close()
-                raise RuntimeError(f"the process that runs programs behind the wall is gone: {error}") from None
+                if "error" in ended:
+                    raise OSError(ended["error"])
             return _outcome(ended, verdict.read(REPLY_BYTES), seconds)
+
+    @contextlib.contextmanager
+    def _gone(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self.close()
+            raise KeeperGone(f"the process that runs programs is gone: {error}") from None
 
     def close(self) -> None:
         self.control.close()
@@ -158,7 +166,7 @@ def why_no_wall() -> str:
     try:
         with Keeper() as keeper:
             found = keeper.run(Program("def one(): return 1", "assert one() == 1"))
-    except (NoWall, RuntimeError) as error:
+    except (NoWall, KeeperGone) as error:
         return str(error)
     return "" if found.passed else f"a first program did not run: {found.reason}"
 
@@ -188,6 +196,9 @@ def run_programs(
             keeper = keepers.get()
             try:
                 return keeper.run(program, seconds=seconds)
+            except KeeperGone as error:  # the others are run nevertheless
+                keeper = stack.enter_context(Keeper(confined=confined))
+                return Outcome(False, str(error))
             finally:
                 keepers.put(keeper)
 

@@ -13,10 +13,15 @@ import os
 import socket
 import sys
 from collections.abc import Callable
-from types import CodeType
+from types import CodeType, ModuleType
 from typing import Any
 
 from recover.measure.box.wire import Line, line_of, pack, unpack
+
+MODULE = ["module"]  # what the program says of a module that it has imported under the module's own name
+MODULES = sys.stdlib_module_names
+PYTHONS = MODULES | frozenset(dir(builtins))
+PROGRAM_ENDED = 3  # exit code
 
 
 class ProgramError(Exception):
@@ -98,11 +103,7 @@ class Asks:
         return {name: self._named(name, found[name]) for name in names if name in found}
 
     def _named(self, name: str, data: Any) -> Any:
-        return (
-            importlib.import_module(name)
-            if data == ["module"] and name in sys.stdlib_module_names
-            else self._value(data)
-        )
+        return importlib.import_module(name) if data == MODULE and name in MODULES else self._value(data)
 
     def do(self, what: str, number: int, *arguments: Any) -> Any:
         return self._value(self._ask(what, number, [self._pack(each) for each in arguments])[0])
@@ -190,13 +191,15 @@ def asked_names(code: CodeType) -> set[str]:
 def wanted_names(code: CodeType, has: Callable[[list[str]], dict[str, Any]]) -> dict[str, Any]:
     """What the tests use of the program's.
 
-    A program's own `len` is no judge: names of Python's builtins are the program's only if the tests use no other name
-    of it, as the tests of a program that is to define `sum` do.
+    A program's own `len` or `math` is no judge: names of Python's builtins and modules are the program's only if the
+    tests use no other name of it, as the tests of a program that is to define `sum` do.
     """
     names = sorted(name for name in asked_names(code) if not name.startswith("__"))
-    own = has([name for name in names if not hasattr(builtins, name)])
-    used = any(isinstance(each, Theirs) for each in own.values())
-    return own if used else {**own, **has([name for name in names if hasattr(builtins, name)])}
+    own = has([name for name in names if name not in PYTHONS])
+    pythons = has([name for name in names if name in PYTHONS])
+    if any(isinstance(each, Theirs) for each in own.values()):
+        pythons = {name: each for name, each in pythons.items() if isinstance(each, ModuleType)}
+    return {**own, **pythons}
 
 
 def judge(source: int, line: Line) -> dict[str, Any]:
@@ -220,11 +223,14 @@ def judge(source: int, line: Line) -> dict[str, Any]:
 
 
 def run(source: int, end: int, verdict: int) -> int:
-    """Judge the program at the other end of the socket `end` by the tests in `source`; `verdict` gets the verdict."""
+    """Judge the program at the other end of the socket `end` by the tests in `source`; `verdict` gets the verdict.
+
+    Gives the exit code.
+    """
     try:
         found = judge(source, Line(socket.socket(fileno=end)))
     except (ValueError, TypeError, OSError, LookupError, RecursionError, MemoryError) as error:
         found = {"passed": False, "reason": line_of(error)}
     found["reason"] = found.get("reason", "")[:300]
     os.write(verdict, json.dumps(found).encode())
-    return 0
+    return PROGRAM_ENDED if found.get("ended") else 0

@@ -75,8 +75,7 @@ def enter(folders: list[str]) -> None:
         else:
             target.mkdir(exist_ok=True)
         _mount(f"/proc/self/fd/{source}", str(target), "", BIND)
-        if place not in DEVICES:
-            _read_only(target)
+        _read_only(target)
         os.close(source)
     Path(STAGE + WORK).mkdir(exist_ok=True)
     os.chdir(STAGE)
@@ -90,7 +89,8 @@ def _read_only(folder: Path) -> None:
     found = os.statvfs(folder).f_flag  # what a mount forbids already has to be said again
     kept = found & (NO_EXEC | NO_ACCESS_TIMES | NO_FOLDER_TIMES | NO_DEVICES)
     kept |= RELATIVE_TIMES if found & 4096 else 0
-    _mount("", str(folder), "", REMOUNT | BIND | READ_ONLY | NO_SETUID | NO_DEVICES | kept)
+    kept |= NO_DEVICES if folder.is_dir() else 0
+    _mount("", str(folder), "", REMOUNT | BIND | READ_ONLY | NO_SETUID | kept)
     for name in PACKAGES:
         if (folder / name).is_dir():
             _mount("tmpfs", str(folder / name), "tmpfs", READ_ONLY | NO_SETUID | NO_DEVICES, "size=4k,mode=755")
@@ -122,12 +122,11 @@ def spawn(work: Callable[[], int], *, walled: bool, root: bool, limits: dict[str
         return child
     code = 125
     try:
+        os.setsid()  # its group is its own: a signal to the group reaches nobody else
         if walled:
             options = f"size={FOLDER_BYTES},nr_inodes={FOLDER_FILES},mode=700,uid={NOBODY},gid={NOBODY}"
             _mount("tmpfs", WORK, "tmpfs", NO_SETUID | NO_DEVICES, options)
             os.chdir(WORK)
-        else:
-            os.setsid()
         for name, limit in limits.items():
             if hasattr(resource, f"RLIMIT_{name}"):
                 lower(getattr(resource, f"RLIMIT_{name}"), limit)
