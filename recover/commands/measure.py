@@ -46,7 +46,8 @@ Allow = Annotated[
     bool,
     typer.Option(
         "--allow-code-execution",
-        help="Let code tasks run what the model writes, behind Linux namespaces; refused where there are none.",
+        help="Let code tasks run what the model writes, behind Linux namespaces: no network, no files, no other "
+        "processes. Refused where there are none.",
     ),
 ]
 Unconfined = Annotated[
@@ -191,6 +192,8 @@ def say(record: Record) -> None:
     for name, task in tasks.items():
         if task.get("mistakes"):
             console.say(f"task {name}: {_mistakes(task)}")
+        if task.get("isolation"):
+            console.say(f"task {name}: programs were run {task['isolation']}")
         if task.get("pass_at_k"):
             figures = [f"pass@{k} {found['value']:.1%}" for k, found in task["pass_at_k"].items()]
             console.say(f"task {name}, sampled: {', '.join(figures)}")

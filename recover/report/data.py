@@ -50,6 +50,7 @@ class Task(TypedDict, total=False):
     loop_start: Quantiles | None
     first_divergence: Quantiles | None
     agreement: float | None
+    isolation: str
 
 
 class Measure(TypedDict, total=False):
