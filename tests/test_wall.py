@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,32 @@ def test_hostile_programs_are_not_run_where_no_namespaces_are_to_be_had():
         pytest.skip("no user namespace to forbid namespaces in")
     found = all_of_them([*command, sys.executable, str(HERE / "hostile.py")])
     assert set(found) == {"no wall"} and "namespaces: No space left on device" in found["no wall"]
+
+
+def descendants(pid):
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [each for child in children for each in (int(child), *descendants(int(child)))]
+
+
+def until(found, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not found() and time.monotonic() < end:
+        time.sleep(0.02)
+    return found()
+
+
+@pytest.mark.parametrize("confined", [pytest.param(True, marks=walled), False])
+def test_programs_die_with_the_process_that_measures(confined):
+    code = f"from recover.measure.sandbox import run_program; run_program('while True: pass', confined={confined})"
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment(), cwd="/")
+    try:
+        # the keeper (behind the wall one more, the first of its namespace), a program, its tests
+        assert until(lambda: len(descendants(process.pid)) == 3 + confined)
+        started = descendants(process.pid)
+    finally:
+        process.kill()
+        process.wait()
+    assert until(lambda: not any(Path(f"/proc/{each}").exists() for each in started))
 
 
 def test_there_are_programs_of_each_kind():

@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -81,8 +82,11 @@ def job(control: socket.socket, limits: dict[str, Any], descriptors: list[int], 
     """Run a program and its tests; gives the program's exit code, or None if time was up."""
     if walled:
         return _pair(control, limits, descriptors, root, None)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    folder = tempfile.mkdtemp()
+    try:
         return _pair(control, limits, descriptors, root, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _pair(
