@@ -91,6 +91,32 @@ def _program(head: re.Match[str], text: str) -> Hostile:
     )
 
 
+WHAT = {
+    "fakes a pass": "exits, hooks, frames, descriptors, patched builtins and unittest, `__eq__`, forged messages",
+    "reads": "files, environments, `/proc`, memory and descriptors of others, steps up, `chroot`, handles",
+    "writes": "`open`, `dir_fd`, `sqlite3`, `mknod`, links, raw calls, `/tmp`, `/dev/shm`, Python's own folder",
+    "starts processes": "`fork`, `clone3`, 32-bit calls, `_posixsubprocess`, bombs, one that outlives the run",
+    "opens sockets": "inet, unix by path and by name, a pair connected anew, raw packets, netlink",
+    "signals": "`kill` of parent, group, all; `pidfd_send_signal`, `prlimit`, priorities, `ptrace`",
+    "floods": "memory, disk, files, descriptors, output, messages, huge and deep values, loops",
+}
+
+
+def table() -> str:
+    """The table of docs/security.md: kinds, and how many of them get somewhere, as the tests hold it."""
+    lines = ["| kind | by | programs | root | user | without namespaces | unconfined: root | unconfined: user |"]
+    lines.append("|---|---|--:|--:|--:|---|---|---|")
+    for kind, words in WHAT.items():
+        programs = [each for each in hostile() if each.kind == kind]
+        alone = [[each.alone for each in programs].count(who) for who in ("all", "root", "untried")]
+        tried = len(programs) - alone[2]
+        lines.append(
+            f"| {kind} | {words} | {len(programs)} | 0 | 0 | refused | {alone[0] + alone[1]} of {tried} | "
+            f"{alone[0]} of {tried} |"
+        )
+    return "\n".join(lines)
+
+
 class Ground:
     """What the programs are after: a folder of files, a process, three sockets that listen. A context."""
 
