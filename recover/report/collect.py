@@ -102,7 +102,7 @@ def _collect(root: Path) -> RunData:
         "limits": [],
     }
     data["title"], data["summary"] = verdict.title(data), verdict.summary(data)
-    data["limits"] = known_limits(data)
+    data["limits"] = [*known_limits(data), *where_programs_ran(records)]
     return words.jsonable(data)
 
 
@@ -267,6 +267,21 @@ def _parted(task: Task) -> Parted:
         "curve": [(token, share) for token, share in found.get("curve") or ()],
         "agreement": words.finite(task.get("agreement")),
     }
+
+
+def where_programs_ran(records: Records) -> list[str]:
+    """A line for each way in which programs that the models wrote were kept apart from the machine, with its tasks."""
+    tasks: dict[str, set[str]] = {}
+    for record in records.values():
+        for name, task in (record or {"tasks": {}})["tasks"].items():
+            if kept := task.get("isolation"):
+                tasks.setdefault(kept, set()).add(name)
+    danger = " They could change any file of whoever ran them, those of this report too."
+    return [
+        f"Programs that the models wrote ({', '.join(sorted(names))}) were run {kept}."
+        + danger * kept.startswith("unconfined")
+        for kept, names in sorted(tasks.items())
+    ]
 
 
 def known_limits(data: RunData) -> list[str]:

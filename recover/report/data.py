@@ -52,6 +52,7 @@ class Task(TypedDict, total=False):
     parting: Json | None
     exact_text: float | None
     agreement: float | None
+    isolation: str
 
 
 class Measure(TypedDict, total=False):
