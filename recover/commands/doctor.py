@@ -17,6 +17,7 @@ from recover import __version__
 from recover.base import console, memory, provenance, units
 from recover.base.errors import RecipeError
 from recover.config import named, yaml_values
+from recover.measure.sandbox import why_no_wall
 from recover.run.draft import Machine, this_machine
 from recover.text.named import NotHad, first_had, hub_unreached
 
@@ -24,7 +25,6 @@ EXAMPLES = ("recover doctor",)
 Row = tuple[str, str, str]  # what, what was found, what it is for or what to do
 OPTIONAL = {  # distribution -> what it is for
     "deepspeed": "ZeRO launches (launch/zero*.yaml); pip install 'recover[deepspeed]'",
-    "gguf": "GGUF files as sources, and recover gguf; pip install 'recover[gguf]'",
     "lm-eval": "recover measure --lm-eval; pip install 'recover[eval]'",
     "triton": "fused kernels on a GPU; comes with torch for CUDA",
 }
@@ -66,7 +66,7 @@ def _required() -> list[Requirement]:
     except metadata.PackageNotFoundError:
         found = []
     needed = {each.name: each for each in found if each.marker is None or each.marker.evaluate({"extra": ""})}
-    names = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
+    names = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "gguf")
     return [needed.get(name, Requirement(name)) for name in names]
 
 
@@ -93,6 +93,8 @@ def _machine(machine: Machine) -> Iterator[Row]:
         built = torch.version.cuda
         why = f"torch is built for CUDA {built}, and sees no GPU" if built else "torch is built for the CPU"
         yield "GPU", "none", f"{why}; model.dtype: float32, and small models"
+    why = why_no_wall()
+    yield "wall for code", "no" if why else "yes", f"code tasks are refused: {why} (docs/security.md)" if why else ""
     reason = hub_unreached()
     yield "hub", "reached" if reason is None else "not reached", reason or ""
 

@@ -16,6 +16,7 @@ from recover.base.quiet import quiet_libraries
 from recover.config import named, yaml_values
 from recover.config.recipe import Model
 from recover.config.tasks import KINDS
+from recover.measure.sandbox import why_no_wall
 from recover.measure.task_file import load_task
 from recover.models.load import describe, load_tokenizer
 from recover.models.source import exported_dtype
@@ -33,6 +34,7 @@ EXAMPLES = (
 )
 PROMPT = '{"prompt": "What is 7 times 8?"}'
 OWN = "a file of your own in its place (--prompts, --tasks)"
+A_WALL = "a machine that has a wall for the programs that a model writes (docs/security.md)"
 LONG_SECONDS = 24 * 3600  # of training, about which something is said
 
 Source = Annotated[
@@ -159,13 +161,15 @@ def _task_about(task: str, missing: Missing) -> str:
         loaded = load_task(task)
     except NotHad as error:
         return _lacking(task, error, missing)
+    if KINDS[loaded.kind].runs_code and why_no_wall():
+        return _lacking(task, NotHad("", [A_WALL]), missing)
     return f"{len(loaded.items):,} items: {loaded.file.about or loaded.kind}"
 
 
 def _lacking(name: str, error: NotHad, missing: Missing) -> str:
     ways = tuple(sorted({*error.brings}, reverse=True))
     missing.setdefault(ways, []).append(name)
-    return "CANNOT BE HAD HERE: see the top of this file"
+    return "CANNOT BE USED HERE: see the top of this file"
 
 
 def _head(machine: draft.Machine, path: Path, cost: dict[str, Any], missing: Sequence[str]) -> Iterator[str]:
@@ -177,7 +181,7 @@ def _head(machine: draft.Machine, path: Path, cost: dict[str, Any], missing: Seq
     yield f"Training takes at least {units.duration(cost['training_seconds'])} here, beside writing text and measuring."
     yield "Values come from recover/config/defaults.py and docs/results.md; docs/recipes.md says what to expect."
     for each in missing:
-        yield from textwrap.wrap(f"CANNOT BE HAD HERE: {each}", 116, break_on_hyphens=False)
+        yield from textwrap.wrap(f"CANNOT BE USED HERE: {each}", 116, break_on_hyphens=False)
 
 
 def _say(
@@ -213,7 +217,7 @@ def _say(
             "a task runs what the model writes, locked away: the recipe has measure.allow_code_execution: true"
         )
     for each in missing:
-        console.warn(f"cannot be had here: {each}")
+        console.warn(f"cannot be used here: {each}")
     console.say(f"wrote {path}")
     console.say(
         f"[dim]next: recover plan {path}{', which refuses it until nothing is missing' if missing else ''}[/dim]"
