@@ -25,13 +25,18 @@ from recover.config import recipe
 from recover.config.base import Dtype
 from recover.models import vocabulary
 from recover.models.arch import arch_of, arch_of_config, head_size_of, kv_heads_of
-from recover.models.chat_template import check_template
+from recover.models.chat_template import TRIAL, check_template
+from recover.models.config_keys import config_of, keep_known
+from recover.models.gate import unchanged
+from recover.models.rope import by_rows
 from recover.models.source import (
+    CONFIG,
     check_numbers,
     check_rows,
     check_tied,
     check_weights,
     check_written,
+    config_in,
     config_source,
     explained,
     locate,
@@ -118,9 +123,10 @@ def read_whole(
     check_weights(folder)
     if "unexpected_keys" in refused and (rows := read_config(cfg).get("vocab_size")):  # a quantizer packs rows
         check_rows(folder, rows)
-    with explained(str(folder)):
+    with unchanged(folder), explained(str(folder)):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=_stock_config(cfg, config_in(folder), folder),
             dtype=getattr(torch, cfg.dtype),
             trust_remote_code=cfg.trust_remote_code,
             use_safetensors=True,
@@ -129,7 +135,8 @@ def read_whole(
             ignore_mismatched_sizes=True,  # they are refused below, by name
             **options,
         )
-    model, info = loaded
+        model, info = loaded
+        model.generation_config = keep_known(model.generation_config)
     check_tied(folder, bool(model.config.tie_word_embeddings))
     if "unexpected_keys" in refused:  # not of a quantizer
         check_numbers(folder, [name for name, weight in model.named_parameters() if weight.is_floating_point()])
@@ -146,6 +153,7 @@ def read_whole(
                 f"{folder}: config.json and weights do not belong together: {len(names)} tensors {MISFITS[misfit]}, "
                 f"such as {', '.join(names[:LISTED])}"
             )
+    by_rows(model)
     return model.eval()
 
 
@@ -162,10 +170,12 @@ def load_tokenizer(cfg: recipe.Model) -> PreTrainedTokenizerBase:
     """
     folder = locate(cfg, cfg.tokenizer)
     vocabulary.check_there(folder)
-    with explained(f"{folder}: tokenizer"):
+    with unchanged(folder), explained(f"{folder}: tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=cfg.trust_remote_code, local_files_only=True
         )
+        for special in (True, False):  # that it loads does not mean that it works
+            tokenizer.decode(tokenizer(TRIAL, add_special_tokens=special, verbose=False)["input_ids"])
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         raise ModelError(
             f"{folder}: holds no tokenizer (tokenizer.json or tokenizer.model): copy it there, or set model.tokenizer"
@@ -188,7 +198,7 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
 
 def _config(cfg: recipe.Model) -> PretrainedConfig:
     """The config of a supported type, which is checked before transformers sees it and before weights are fetched."""
-    source, raw = config_source(cfg), read_config(cfg)
+    raw = read_config(cfg)
     arch_of_config(raw)
     if quantized := raw.get("quantization_config"):
         raise ModelError(
@@ -196,8 +206,15 @@ def _config(cfg: recipe.Model) -> PretrainedConfig:
             "pruned nor trained here: give the checkpoint it was made from (`recover measure` and `recover diagnose` "
             "take it as it is)"
         )
-    with explained(source):
-        return AutoConfig.from_pretrained(source, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code)
+    return _stock_config(cfg, raw, config_source(cfg))
+
+
+def _stock_config(cfg: recipe.Model, raw: dict[str, Any], source: str | Path) -> PretrainedConfig:
+    """The config of checked settings; with code of others let run, as that code makes it."""
+    with explained(str(source)):
+        if cfg.trust_remote_code:
+            return AutoConfig.from_pretrained(source, revision=cfg.revision, trust_remote_code=True)
+        return config_of(raw, str(source), Path(source) / CONFIG)
 
 
 def _attention(cfg: recipe.Model, config: PretrainedConfig) -> str:

@@ -91,7 +91,8 @@ def _prompt(row: Row, column: str | None) -> Prompt:
 
 
 @cache
-def _said(text: str) -> None:
+def say_once(text: str) -> None:
+    """Warn of what every later reading of a source would say again."""
     console.warn(text)
 
 
@@ -99,7 +100,7 @@ def say_left_out(source: str, reasons: Sequence[str]) -> None:
     """How many rows were left out, with the first of the reasons; said once."""
     if reasons:
         rows = f"{len(reasons):,} rows" if len(reasons) > 1 else "1 row"
-        _said(f"{source}: {rows} left out ({reasons[0]})")
+        say_once(f"{source}: {rows} left out ({reasons[0]})")
 
 
 def samples_of(row: Row, cfg: GivenText, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Sample]:

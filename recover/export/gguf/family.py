@@ -16,7 +16,16 @@ import gguf
 from recover.base import console
 from recover.base.errors import ExportError
 from recover.models.arch import head_size_of, kv_heads_of
-from recover.models.source import check_tied, check_weights, check_written, explained, model_folder
+from recover.models.config_keys import config_of
+from recover.models.source import (
+    CONFIG,
+    check_tied,
+    check_weights,
+    check_written,
+    config_in,
+    explained,
+    model_folder,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,12 +90,10 @@ def read_config(folder: Path) -> PretrainedConfig:
 
     Raises ExportError naming the field that it would not, ModelError for a folder that is no whole checkpoint.
     """
-    from transformers import AutoConfig
-
     check_written(model_folder(folder))
     check_weights(folder)
     with explained(str(folder)):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = config_of(config_in(folder), str(folder), folder / CONFIG)
     check_tied(folder, bool(config.tie_word_embeddings))
     if config.model_type not in FAMILIES:
         raise ExportError(
