@@ -73,6 +73,9 @@ COMMANDS = {
         "gguf",
         "Write an exported checkpoint as one GGUF file: llama.cpp, and what is built on it, runs and quantizes it.",
     ),
+    "families": Listed(
+        "families", "Say which model families are supported, by which methods, and for the others why they are not."
+    ),
 }
 
 LESS_MEMORY = (

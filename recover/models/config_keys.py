@@ -8,6 +8,7 @@ for another model or other files is refused.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import tempfile
 from pathlib import Path
@@ -64,7 +65,10 @@ def allowed_of(model_type: str) -> frozenset[str]:
     if model_type not in CONFIG_MAPPING:
         return frozenset()
     kind: Any = CONFIG_MAPPING[model_type]
-    declared = {field.name for field in dataclasses.fields(kind) if field.init}
+    if dataclasses.is_dataclass(kind):
+        declared = {field.name for field in dataclasses.fields(kind) if field.init}
+    else:
+        declared = set(inspect.signature(kind.__init__).parameters)
     return ALWAYS | declared | frozenset(kind.attribute_map)
 
 

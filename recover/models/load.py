@@ -23,13 +23,16 @@ from recover.base.errors import ModelError
 from recover.base.memory import Shape
 from recover.config import recipe
 from recover.config.base import Dtype
-from recover.models.arch import arch_of_type, head_size_of, kv_heads_of
+from recover.models import vocabulary
+from recover.models.arch import arch_of, arch_of_config, head_size_of, kv_heads_of
 from recover.models.chat_template import TRIAL, check_template
 from recover.models.config_keys import config_of, keep_known
 from recover.models.gate import unchanged
+from recover.models.rope import by_rows
 from recover.models.source import (
     CONFIG,
     check_numbers,
+    check_rows,
     check_tied,
     check_weights,
     check_written,
@@ -49,7 +52,9 @@ MISFITS = {"missing_keys": "are missing from the weights", "unexpected_keys": "b
 
 @dataclasses.dataclass(frozen=True)
 class Description(Shape):
-    """What a model is, from its config alone; `bytes` is for the recipe's dtype, `stored` the checkpoint's own."""
+    """What a model is, from its config alone; `bytes` is for the recipe's dtype, `stored` the checkpoint's own.
+
+    `parallel`: blocks run attention and MLP on one input."""
 
     model_type: str
     context: int | None
@@ -57,6 +62,7 @@ class Description(Shape):
     embedding_parameters: int
     bytes: int
     stored: Dtype = "float32"
+    parallel: bool = False
 
 
 def describe(cfg: recipe.Model) -> Description:
@@ -77,12 +83,14 @@ def describe(cfg: recipe.Model) -> Description:
         kv_heads=kv_heads_of(config),
         head_size=head_size_of(config),
         vocabulary=config.vocab_size,
+        mlp_matrices=arch_of(config).mlp_matrices,
         context=getattr(config, "max_position_embeddings", None),
         tied=bool(config.tie_word_embeddings),
         parameters=parameters,
         embedding_parameters=sum(embeddings.values()),
         bytes=parameters * getattr(torch, cfg.dtype).itemsize,
         stored=stored_dtype(cfg),
+        parallel=arch_of(config).parallel(config),
     )
 
 
@@ -113,6 +121,8 @@ def read_whole(
     """
     check_written(folder)
     check_weights(folder)
+    if "unexpected_keys" in refused and (rows := read_config(cfg).get("vocab_size")):  # a quantizer packs rows
+        check_rows(folder, rows)
     with unchanged(folder), explained(str(folder)):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -143,6 +153,7 @@ def read_whole(
                 f"{folder}: config.json and weights do not belong together: {len(names)} tensors {MISFITS[misfit]}, "
                 f"such as {', '.join(names[:LISTED])}"
             )
+    by_rows(model)
     return model.eval()
 
 
@@ -158,6 +169,7 @@ def load_tokenizer(cfg: recipe.Model) -> PreTrainedTokenizerBase:
     Raises ModelError: it cannot be loaded, lacks one of these, or its chat template is broken or has no end.
     """
     folder = locate(cfg, cfg.tokenizer)
+    vocabulary.check_there(folder)
     with unchanged(folder), explained(f"{folder}: tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=cfg.trust_remote_code, local_files_only=True
@@ -180,20 +192,14 @@ def load_tokenizer(cfg: recipe.Model) -> PreTrainedTokenizerBase:
 
 
 def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Every id that the tokenizer can give has a row in the embedding (more rows are fine), or raise ModelError."""
-    vocabulary = model.config.vocab_size
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if largest >= vocabulary:
-        raise ModelError(
-            f"the tokenizer gives id {largest} ({token!r}), the model's vocabulary ends at {vocabulary - 1}: "
-            "this tokenizer belongs to another model; check model.tokenizer"
-        )
+    """As `vocabulary.fit`, for the embedding of this model (more rows than words are fine). Raises ModelError."""
+    vocabulary.fit(tokenizer, model.config.get_text_config(decoder=True).vocab_size)
 
 
 def _config(cfg: recipe.Model) -> PretrainedConfig:
     """The config of a supported type, which is checked before transformers sees it and before weights are fetched."""
     raw = read_config(cfg)
-    arch_of_type(raw["model_type"])
+    arch_of_config(raw)
     if quantized := raw.get("quantization_config"):
         raise ModelError(
             f"{cfg.source}: quantized with '{quantized.get('quant_method')}', and quantized weights are neither "

@@ -26,6 +26,7 @@ from recover.models.sizes import check_room, check_sizes
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+VOCABULARY = r"(.+\.)?(embed_tokens|lm_head|wte|embed_in|embed_out)\.weight"  # matrices with a row for each token
 COMPARED_ROWS = 4096
 SAFETENSORS: dict[str, str] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 ADAPTER = "adapter_config.json"
@@ -276,6 +277,24 @@ def check_tied(folder: Path, tied: bool) -> None:
                 )
 
 
+def check_rows(folder: Path, rows: int) -> None:
+    """Raise ModelError where embedding or head of the weights have not the `rows` that config.json names."""
+    from safetensors import safe_open
+
+    for path in _files(folder) if (folder / INDEX).is_file() or (folder / WEIGHTS).is_file() else ():
+        for name in _tensors(path):
+            if not re.fullmatch(VOCABULARY, name):
+                continue
+            with safe_open(path, "pt") as file:
+                found = file.get_slice(name).get_shape()[0]
+            if found != rows:
+                raise ModelError(
+                    f"{folder}: vocab_size is {rows:,} in config.json, and {name} has {found:,} rows: the vocabulary "
+                    f"was resized in one of them. Set vocab_size to {found:,} if the weights are right; else save "
+                    "model and tokenizer again, after resize_token_embeddings, with save_pretrained"
+                )
+
+
 def _files(folder: Path) -> list[Path]:
     """The files that the weights are read from."""
     return [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else [folder / name for name in _shards(folder / INDEX)]
@@ -350,7 +369,7 @@ def _read_json(path: Path) -> Any:
         raise ModelError(f"{path}: cannot be read as JSON ({error}); fetch the model again") from error
 
 
-CONVERSION = 4  # raised when the same GGUF file gives another folder than before
+CONVERSION = 5  # raised when the same GGUF file gives another folder than before
 
 
 def cache_folder() -> Path:

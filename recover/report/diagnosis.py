@@ -44,8 +44,8 @@ def collect_diagnosis(folder: Path) -> DiagnosisData:
     found = drift.read(summary)
     data: DiagnosisData = {
         "name": folder.absolute().name,
-        "dense": render.shown_source(str(summary.get("dense") or "dense")),
-        "other": render.shown_source(str(summary.get("other") or folder.absolute().name)),
+        "dense": words.shown_source(str(summary.get("dense") or "dense")),
+        "other": words.shown_source(str(summary.get("other") or folder.absolute().name)),
         "drift": {"other": found},
         "facts": _facts(summary),
         "title": _title(found),

@@ -162,7 +162,7 @@ def worded(exhibit: Exhibit, found: Figure | Table) -> dict[str, Any]:
 
 def _facts(data: RunData) -> list[tuple[str, str]]:
     recipe, plan, env, tokens = data["recipe"], data["plan"], data["provenance"]["env"] or {}, data["tokens"]
-    facts = [("dense model", shown_source(str((recipe.get("model") or {}).get("source", words.NOT_MEASURED))))]
+    facts = [("dense model", words.shown_source(str((recipe.get("model") or {}).get("source", words.NOT_MEASURED))))]
     if plan:
         what = plan_text.sites(plan) or plan_text.sizes(plan)
         facts.append(("pruned by", f"{plan['kind']}{f', {what}' if what else ''}"))
@@ -177,17 +177,6 @@ def _facts(data: RunData) -> list[tuple[str, str]]:
     if env.get("machine"):
         facts.append(("on", words.machine(env["machine"])))
     return facts
-
-
-def shown_source(source: str) -> str:
-    """A hub id as it is; of a local path only the last part, since folders of one machine tell others nothing.
-
-    Of an export of ours the run's name, too: `deploy` alone is what all of them are called.
-    """
-    path = Path(source)
-    if path.name == "deploy" and path.parent.name:
-        return f"{path.parent.name}/deploy"
-    return path.name if path.is_absolute() else source
 
 
 def _recovery(data: RunData) -> str:
