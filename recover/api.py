@@ -252,7 +252,7 @@ def export(
         merged,
         tokenizer,
         folder,
-        card=plain_card(folder.resolve().name, record["plan"]),
+        card=plain_card(folder.resolve().name, record["plan"], twin.base.name_or_path or ""),
         record=record,
         max_shard_size=max_shard_size,
     )
