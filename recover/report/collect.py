@@ -143,6 +143,7 @@ def _epochs(path: Path) -> list[Epoch]:
                 "loop_rate": mistakes.loop_rate(measured),
                 "items": {name: task.get("items") for name, task in (measured.get("tasks") or {}).items()},
                 "drift": drift.final_figures(record.get("drift") or {}),
+                "setbacks": record.get("setbacks") or [],
             }
         )
     return _one_best(rows)

@@ -349,6 +349,20 @@ class Plan(TypedDict, total=False):
     patterns: Required[list[str]]
 
 
+class Setback(TypedDict):
+    """A figure that became worse beyond noise; perplexity in nats per token. `interval`: 95%, of now - before.
+
+    `against`: `pruned`, or `epoch N`.
+    """
+
+    figure: str
+    against: str
+    before: float
+    now: float
+    interval: list[float]
+    items: int
+
+
 class Epoch(TypedDict):
     """`best` is the one that is kept; tokens and seconds are counted from the start of the training."""
 
@@ -362,6 +376,7 @@ class Epoch(TypedDict):
     loop_rate: float | None
     items: dict[str, int | None]
     drift: dict[str, Quantiles]
+    setbacks: list[Setback]
     best: bool
 
 

@@ -33,9 +33,11 @@ from recover.probe.tasks import task_drift
 from recover.prune import registry
 from recover.report.collect import collect
 from recover.report.render import render
+from recover.report.setbacks import advice, sentence
 from recover.run import summary as outcome
 from recover.run.context import RunContext, calibration
 from recover.run.estimate import estimate, matrix_rate, refuse, warnings
+from recover.run.setbacks import setbacks
 from recover.train.dense_text import weights_fingerprint
 from recover.train.train import train
 
@@ -136,8 +138,8 @@ def recover(context: RunContext) -> None:
     """Distil; after each epoch measure generation again, and keep the epoch that generates best."""
     recipe, directory = context.recipe, context.directory
     twin = context.lend()
-    untrained = read_json(directory.before / "measure.json")["headline"]["generation"]
-    after_epoch = _after_epoch(context, twin)
+    untrained = read_json(directory.before / "measure.json")
+    after_epoch = _after_epoch(context, twin, untrained)
     with part("training"):
         train(
             twin,
@@ -146,18 +148,25 @@ def recover(context: RunContext) -> None:
             directory.recover,
             after_epoch,
             recipe.seed,
-            baseline_score=untrained,
+            baseline_score=untrained["headline"]["generation"],
         )
 
 
-def _after_epoch(context: RunContext, twin: Twin) -> Callable[[int, dict[str, Any]], float | None]:
-    """Measure what was trained so far, note it in epochs.jsonl, and give the score that decides."""
+def _after_epoch(
+    context: RunContext, twin: Twin, untrained: dict[str, Any]
+) -> Callable[[int, dict[str, Any]], float | None]:
+    """Measure what was trained so far, note it in epochs.jsonl, say what became worse, and give the score that decides.
+
+    `untrained`: the pruned model's measurement. `twin` has no adapters yet.
+    """
     recipe, directory = context.recipe, context.directory
     limits = [value for value in (recipe.measure.epoch_limit, recipe.measure.limit) if value is not None]
     limit = min(limits, default=None)
     reference = read_json(directory.dense / "generations.json")
     prompts = context.probe_prompts()
     trajectories = dense_trajectories(twin, context.tokenizer, prompts, recipe.probe)
+    drift = final_drift(twin, context.tokenizer, prompts, recipe.probe, trajectories=trajectories)
+    pruned, dumped = {"measure": untrained, "drift": drift}, recipe.model_dump(mode="json")
 
     def score(epoch: int, progress: dict[str, Any]) -> float | None:
         with twin.folded():
@@ -175,9 +184,12 @@ def _after_epoch(context: RunContext, twin: Twin) -> Callable[[int, dict[str, An
         if dist.is_main():
             if epoch == 1:
                 directory.epochs.unlink(missing_ok=True)  # of a training that was begun anew
-            append_jsonl(
-                directory.epochs, {"epoch": epoch, **progress, "measure": record, "drift": drift, "score": value}
-            )
+            now = {"epoch": epoch, **progress, "measure": record, "drift": drift, "score": value}
+            past = read_jsonl(directory.epochs) if directory.epochs.exists() else []
+            worse = setbacks(now, pruned, [each for each in past if each["epoch"] < epoch])
+            append_jsonl(directory.epochs, {**now, "setbacks": worse})
+            for line in [*(f"epoch {epoch}: {sentence(each)}" for each in worse), *advice(worse, dumped)]:
+                console.warn(line)
         return value
 
     return score

@@ -74,6 +74,7 @@ def measure_code(
         "interval95": interval95(passed),
         "pass_at_k": pass_at_k(_passed(file, [*items] * times, drawn), times) if times else None,
         "isolation": isolation()[0],
+        "each": passed,
         **shape(greedy, passed),
         **mistakes(found, samples, OF_CODE),
         "samples": samples[: model.cfg.samples],
