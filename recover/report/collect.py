@@ -22,6 +22,7 @@ from recover.report.data import (
     Measure,
     Model,
     Plan,
+    RateTrials,
     Records,
     RunData,
     Sample,
@@ -77,6 +78,7 @@ def collect(root: Path) -> RunData:
         "drift": {model: _drift(root / folder) for model, folder in DRIFT_FOLDER.items()},
         "epochs": epochs,
         "training": _json(root / "recover" / "training.json"),
+        "rate_trials": _rate_trials(root),
         "curve": curve(root / "recover" / "steps.jsonl", recipe),
         "tokens": _tokens_used(epochs),
         "speed": _json(root / "speed.json"),
@@ -118,6 +120,12 @@ def _json(path: Path) -> Any:
             f"{path}: expected a JSON object, found {type(value).__name__}. Run the stage that writes it again"
         )
     return value
+
+
+def _rate_trials(root: Path) -> RateTrials | None:
+    """Of the training that there is: a rate that was given later was not found by trials."""
+    given = (yaml_values.read(root / "recipe.yaml").get("recover") or {}).get("lr")
+    return _json(root / "recover" / "trials.json") if given == "auto" else None
 
 
 def _drift(folder: Path) -> Drift | None:

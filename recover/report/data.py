@@ -396,6 +396,27 @@ class Training(TypedDict, total=False):
     findings: list[Finding]
 
 
+class Trial(TypedDict, total=False):
+    """A short training of `lr: auto`; `kl` is None where its loss was not finite."""
+
+    lr: Required[float]
+    kl: Required[float | None]
+    perplexity: float | None
+    seconds: float
+
+
+class RateTrials(TypedDict, total=False):
+    """recover/trials.json: what was tried for `lr: auto`, what was chosen, and why."""
+
+    prior: float
+    steps: int
+    tokens: int
+    trials: Required[list[Trial]]
+    chosen: Required[float | None]
+    reason: str | None
+    why: str
+
+
 class Band(TypedDict):
     mean: list[float | None]
     low: list[float | None]
@@ -486,6 +507,7 @@ class PageData(TypedDict):
     drift: dict[str, Drift | None]
     epochs: list[Epoch]
     training: Training | None
+    rate_trials: RateTrials | None
     curve: Curve | None
     speed: Speed | None
     mistakes: list[Mistakes]

@@ -117,7 +117,7 @@ def _view(data: RunData) -> dict[str, Any]:
         "points": key_findings(data),
         "mistake_names": {kind: heading for kind, (_, heading) in mistakes.NAMES.items()},
         "training_notes": training_text.notes(data),
-        "setbacks": setbacks.told(data["epochs"], data["recipe"]),
+        "setbacks": setbacks.told(data["epochs"], data["recipe"], (data["rate_trials"] or {}).get("chosen")),
         "size_rows": speed_text.rows(data["speed"]),
         "speed_notes": speed_text.notes(data["speed"]),
         "measured_on": words.machine((data["speed"] or {}).get("machine")),

@@ -41,14 +41,17 @@ def _signed_percent(share: float) -> str:
     return f"{100 * share:+.3g}%"
 
 
-def advice(found: Sequence[Setback], recipe: Json) -> list[str]:
-    """What to change in the recipe, each a sentence; none where nothing became worse."""
+def advice(found: Sequence[Setback], recipe: Json, rate: float | None = None) -> list[str]:
+    """What to change in the recipe, each a sentence; none where nothing became worse.
+
+    `rate`: the highest learning rate of the training, where the recipe says `auto`.
+    """
     recover = recipe.get("recover") or {}
     figures = {each["figure"] for each in found}
     texts = figures & {"choice", "retrieval", "perplexity"}
     lines = []
     if figures:
-        lines.append(_rate(recover))
+        lines.append(_rate(words.finite(recover.get("lr")) or rate, auto=recover.get("lr") == "auto"))
     if texts and (recover.get("loss") or {}).get("scored", "completion") == "completion":
         lines.append("`recover.loss.scored: all` learns the prompts too, which holds perplexity nearer to dense.")
     if texts:
@@ -63,14 +66,14 @@ def advice(found: Sequence[Setback], recipe: Json) -> list[str]:
     return lines
 
 
-def _rate(recover: Json) -> str:
-    rate = words.finite(recover.get("lr"))
+def _rate(rate: float | None, *, auto: bool) -> str:
+    trials = "" if auto else ", or recover.lr=auto, which tries a few"
     if rate is None:
-        return "A lower learning rate (recover.lr)."
-    return f"A lower learning rate: recover.lr={rate / 2:.2g} instead of {rate:.2g}."
+        return f"A lower learning rate (recover.lr){trials}."
+    return f"A lower learning rate: recover.lr={rate / 2:.2g} instead of {rate:.2g}{trials}."
 
 
-def told(epochs: Sequence[Epoch], recipe: Json) -> list[str]:
+def told(epochs: Sequence[Epoch], recipe: Json, rate: float | None = None) -> list[str]:
     """For the report: what the kept epoch made worse, what other epochs lost, and what to change; none if nothing."""
     lines = []
     counted: list[Setback] = []
@@ -80,4 +83,4 @@ def told(epochs: Sequence[Epoch], recipe: Json) -> list[str]:
                 kept = ", which is kept" if row["best"] else ""
                 lines.append(f"Epoch {row['epoch']}{kept}: {sentence(found)}.")
                 counted.append(found)
-    return [*lines, *(["What may help. " + " ".join(advice(counted, recipe))] if counted else [])]
+    return [*lines, *(["What may help. " + " ".join(advice(counted, recipe, rate))] if counted else [])]

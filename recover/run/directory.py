@@ -26,7 +26,7 @@ KIND = "run"
 STAMP = re.escape(DONE)
 MEASURED = rf"measure\.json|generations\.json|probe\.jsonl?|{STAMP}"
 # `trial` and `forecast.json` are of earlier versions: a run that holds them is a run still.
-TRAINED = rf"(?:best|training|trial)\.json|steps\.jsonl|epoch-\d+|{STAMP}"
+TRAINED = rf"(?:best|training|trials?)\.json|steps\.jsonl|epoch-\d+|{STAMP}"
 # What a run writes, by folder, as expressions: a crash is mended of these names in these places and of no others.
 WRITTEN = {
     ".": r"(?:RUN|env|verify|speed|forecast)\.json|recipe\.yaml|report\.(?:json|md|html)|expected\.safetensors|deploy",

@@ -38,6 +38,7 @@ from recover.run import summary as outcome
 from recover.run.context import RunContext, calibration
 from recover.run.estimate import estimate, matrix_rate, refuse, warnings
 from recover.run.setbacks import setbacks
+from recover.train import trials
 from recover.train.dense_text import weights_fingerprint
 from recover.train.train import train
 
@@ -188,11 +189,20 @@ def _after_epoch(
             past = read_jsonl(directory.epochs) if directory.epochs.exists() else []
             worse = setbacks(now, pruned, [each for each in past if each["epoch"] < epoch])
             append_jsonl(directory.epochs, {**now, "setbacks": worse})
-            for line in [*(f"epoch {epoch}: {sentence(each)}" for each in worse), *advice(worse, dumped)]:
+            for line in [
+                *(f"epoch {epoch}: {sentence(each)}" for each in worse),
+                *advice(worse, dumped, _rate(context)),
+            ]:
                 console.warn(line)
         return value
 
     return score
+
+
+def _rate(context: RunContext) -> float:
+    """The highest learning rate of the training."""
+    cfg = context.recipe.recover
+    return read_json(context.directory.recover / trials.FILE)["chosen"] if "lr" in cfg.auto else cfg.lr
 
 
 def after(context: RunContext) -> None:

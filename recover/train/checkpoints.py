@@ -3,6 +3,7 @@
 recover/epoch-1/ ...       adapter_model.safetensors, adapter_config.json, MANIFEST.json
 recover/best.json          the epoch that generated best, and the score of each
 recover/steps.jsonl        a line for each optimizer step: loss and its terms, tokens, seconds
+recover/trials.json        of `lr: auto`: trials of learning rates, and what was chosen (`trials.py`)
 recover/training.json      which training this is, whether it is finished, and which steps were skipped
 recover/checkpoints.jsonl  a line for each checkpoint once it is whole: step, digest of its manifest, bytes
 recover/checkpoints/       what a resume needs; gone once the training is finished

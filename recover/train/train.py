@@ -37,6 +37,7 @@ from recover.train.stopping import Interrupted, stop_between_steps
 from recover.train.teacher_file import TeacherStates
 from recover.train.totals import Totals
 from recover.train.trainer import RecoverTrainer
+from recover.train.trials import found_rate
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -86,6 +87,7 @@ def train(
     course = Course(run_folder, fingerprint, batch_size=cfg.batch_size, seed=seed, totals=Totals(), past=past)
     graphed = packed and _may_be_graphed(twin, cfg)
     collate = _collation(tokenizer, cfg, rows, split.micro, packed=packed, graphed=graphed)
+    cfg = _with_rate(twin, tokenizer, cfg, rows, split.micro, collate, seed, run_folder, fingerprint, graphed=graphed)
     own = None
     if "writer" in rows.features:
         own = OnPolicy(cfg, twin, tokenizer, rows, seed, run_folder, fingerprint, with_scored(collate))
@@ -130,6 +132,44 @@ def _collation(
         return collator(pad, cfg.loss.scored)
     sizes = row_sizes(tokens_at_once(rows, micro)) if graphed else ()
     return packer(pad, cfg.loss.scored, cfg.length, sizes)
+
+
+def _with_rate(
+    twin: Twin,
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: Recover,
+    rows: Dataset,
+    micro: int,
+    collate: Collate,
+    seed: int,
+    folder: Path,
+    fingerprint: str,
+    *,
+    graphed: bool,
+) -> Recover:
+    """The config with the rate that trials find, where it is `auto`."""
+    if "lr" not in cfg.auto:
+        return cfg
+    scored, everything = with_scored(collate), None
+    if cfg.teacher is not None:
+        scored = with_scored(with_states(collate, TeacherStates(cfg.teacher, folder / "data").read))
+    elif cfg.loss.scored != "all":
+        whole = cfg.model_copy(update={"loss": cfg.loss.model_copy(update={"scored": "all"})})
+        packed = bool(packing_configs(twin.base))
+        everything = with_scored(_collation(tokenizer, whole, rows, micro, packed=packed, graphed=graphed))
+    rate = found_rate(
+        twin,
+        cfg,
+        rows,
+        collate=scored,
+        perplexity=everything,
+        micro=micro,
+        seed=seed,
+        folder=folder,
+        fingerprint=fingerprint,
+        graphed=graphed,
+    )
+    return cfg.model_copy(update={"lr": rate})
 
 
 def _may_be_graphed(twin: Twin, cfg: Recover) -> bool:
