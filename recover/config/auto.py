@@ -60,7 +60,7 @@ def settled(cfg: Recover, facts: Facts) -> tuple[Recover, list[Chosen]]:
         return value
 
     tokens = take("tokens", cfg.tokens, *_tokens(facts))
-    rows = tokens / _row_tokens(cfg)
+    rows = tokens / row_tokens(cfg)
     batch = take("batch_size", cfg.batch_size, *_batch(rows, cfg))
     steps = max(1, round(rows / batch))
     warmup = take("warmup", cfg.warmup, *_warmup(steps))
@@ -86,8 +86,8 @@ def _tokens(facts: Facts) -> tuple[int, str]:
     return int(round(value, digits)), f"one for each of {gone:,.0f} parameters that go{limit}"
 
 
-def _row_tokens(cfg: Recover) -> float:
-    """Scored tokens that a row may hold on average, before any text is there: half of what it can hold."""
+def row_tokens(cfg: Recover) -> float:
+    """Scored tokens that a row may hold on average, guessed before any text is there: half of what it can hold."""
     shares = [source.share for source in cfg.data if isinstance(source, DenseText | PrunedText | GivenText)]
     longest = [
         min(cfg.length, source.max_new_tokens) if isinstance(source, DenseText | PrunedText) else cfg.length
@@ -112,4 +112,7 @@ def _warmup(steps: int) -> tuple[float, str]:
 
 def _rank(facts: Facts) -> tuple[int, str]:
     value = 64 if facts.width >= WIDE else 32
-    return value, f"width {facts.width}: what models up to {WIDE - 1} were recovered with is 32, above 64"
+    return (
+        value,
+        f"what models {'from' if value == 64 else 'below'} width {WIDE} were recovered with; this has {facts.width}",
+    )

@@ -34,6 +34,7 @@ from recover.models.source import check_tied, check_weights, kind_of, locate
 from recover.models.twin import Twin
 from recover.prune.calibrate import calibration_batches, read_texts
 from recover.run.directory import RunDirectory
+from recover.run.estimate import settle
 from recover.text.generate import generate
 from recover.text.prompts import encode_prompt
 from recover.train.checkpoints import read_adapter
@@ -46,10 +47,14 @@ SAMPLE_ROWS = 4  # of sample_ids
 
 
 class RunContext:
-    """The recipe, its run directory, and the loaded things that stages ask for."""
+    """The recipe, its run directory, and the loaded things that stages ask for.
+
+    What is `auto` in the recipe is settled here (`chosen` says how), but for the learning rate. Raises RecipeError and
+    ModelError where it cannot be.
+    """
 
     def __init__(self, recipe: Recipe, directory: RunDirectory) -> None:
-        self.recipe = recipe
+        self.recipe, self.chosen = settle(recipe)
         self.directory = directory
         self._twin: tuple[str, Twin] | None = None
         self._held: Held | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from recover.report.render import render
 from recover.report.setbacks import advice, sentence
 from recover.run import summary as outcome
 from recover.run.context import RunContext, calibration
-from recover.run.estimate import estimate, matrix_rate, refuse, warnings
+from recover.run.estimate import estimate, matrix_rate, rate_plan, refuse, warnings
 from recover.run.setbacks import setbacks
 from recover.train import trials
 from recover.train.dense_text import weights_fingerprint
@@ -55,8 +56,13 @@ def plan(context: RunContext) -> None:
         return
     write_text(directory.recipe, dump_recipe(recipe))
     write_json(directory.env, {**provenance.environment(), **({} if code is None else {"remote_code": code})})
-    write_json(directory.plan / "estimate.json", figures)
+    auto = [*map(asdict, context.chosen)]
+    if "lr" in recipe.recover.auto:
+        auto.append({"field": "lr", "value": "auto", "why": rate_plan(recipe.recover, model.width)})
+    write_json(directory.plan / "estimate.json", {**figures, "auto": auto})
     console.table("plan (estimates)", ["what", "dense", "pruned"], _plan_rows(figures))
+    for each in auto:
+        console.say(f"recover.{each['field']}: {each['value']}: {each['why']}")
     for line in warnings(recipe, model):
         console.warn(line)
 

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from recover.base import console, dist
@@ -325,8 +327,6 @@ class _Bench:
             scaled(sums["loss"], scale).backward()
 
     def _batch(self, collate: Collate, numbers: Sequence[int]) -> dict[str, Any]:
-        from accelerate.utils import send_to_device
-
         found: Any = send_to_device(collate([self.rows[number] for number in numbers]), self.device)
         return found
 
@@ -344,7 +344,7 @@ class _Bench:
         return found if math.isfinite(found["kl"]) else {}
 
     @torch.no_grad()
-    def _sums(self, collate: Callable[..., dict[str, Any]], numbers: range, term: str) -> tuple[float, int]:
+    def _sums(self, collate: Callable[..., dict[str, Any]], numbers: Sequence[int], term: str) -> tuple[float, int]:
         sums = self.twin.model(**without_mask(self._batch(collate, numbers)), distill=self.distiller)
         return float(sums[term]), int(sums["tokens"])
 
@@ -367,8 +367,6 @@ def _over_processes(values: Tensor) -> Tensor:
     """The sum over all processes."""
     if dist.world_size() == 1:
         return values
-    import torch.distributed
-
     on_device = values.to(dist.device())
     torch.distributed.all_reduce(on_device)
     return on_device
