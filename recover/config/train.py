@@ -224,8 +224,19 @@ class Recover(Config):
     (`recover/config/auto.py`); the rate of `lr: auto` is found when training begins.
     """
 
-    epochs: int = Field(default=3, ge=1, description="equal parts of the tokens; generation is measured after each")
-    tokens: int = Field(default=200_000, ge=1, description="auto, or teacher-scored tokens over all epochs")
+    epochs: int = Field(
+        default=3,
+        ge=1,
+        description="equal parts of the tokens; generation is measured after each. Of a training that is lengthened "
+        "all together; unchanged, new ones are about as long",
+    )
+    tokens: int = Field(
+        default=200_000,
+        ge=1,
+        description="auto, or teacher-scored tokens over all epochs. Raised when a training is finished, that goes on "
+        "behind its last step, optimizer and all, with the text that is new: the rate rises again (`warmup` of the "
+        "new steps) and falls to zero anew. Not with text of kind `pruned`, nor with `loss.variance_until`",
+    )
     data: tuple[Data, ...] = Field(min_length=1)
     length: int = Field(default=512, ge=8, description="longest sequence, in tokens")
     batch_size: int = Field(default=16, ge=1, description="auto, or sequences per optimizer step, over all processes")

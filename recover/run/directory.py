@@ -154,6 +154,14 @@ class RunDirectory:
         """Take the stamp away before the stage is worked on again."""
         (self.folder(stage) / DONE).unlink(missing_ok=True)
 
+    def forget_training(self) -> None:
+        """Have a training that is finished begin anew, and not be lengthened; one that is not finished goes on."""
+        path = self.recover / "training.json"
+        found = peek(path)
+        if isinstance(found, dict) and found.get("finished"):
+            with explaining(self.root):
+                write_json(path, {**found, "parts": []})
+
     def stale_reason(self, stage: str, fingerprint: dict[str, Any]) -> str | None:
         """Why a stage must be done (again), as `prune.count: 4 -> 5`, or None."""
         stamp = self.done(stage)
