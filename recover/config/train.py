@@ -104,7 +104,8 @@ class TeacherText(Config):
 
     A row: `input_ids`; `completion_mask`, 1 for each token that is learnt (default: all); and for each of those but a
     first token `top_ids` and `top_logprobs`, the k likeliest tokens and their log-probabilities at temperature 1, k the
-    same throughout. What is left of the probability is one class more. The tokenizer must be the model's own.
+    same throughout. What is left of the probability is one class more. `tokenizer`, the marks of the teacher's: another
+    vocabulary, or other merges, than the model's own are refused; rows without it are taken with a warning.
     """
 
     kind: Literal["teacher"] = "teacher"

@@ -49,7 +49,10 @@ class Task(TypedDict, total=False):
     loop_rate: float | None
     loop_start: Quantiles | None
     first_divergence: Quantiles | None
+    parting: Json | None
+    exact_text: float | None
     agreement: float | None
+    isolation: str
 
 
 class Measure(TypedDict, total=False):
@@ -165,8 +168,28 @@ class Example(TypedDict):
     answer: str | None
 
 
+class Overlap(TypedDict):
+    """Items of a task that stand in a text of the run: `same` word for word, `near` others nearly so.
+
+    `field` of the recipe names the text `source`. `examples`: {item, text, same}.
+    """
+
+    field: str
+    source: str
+    task: str
+    items: int
+    same: int
+    near: int
+    examples: list[Json]
+
+
 class Parted(TypedDict):
-    first: Quantiles | None
+    """When greedy texts leave dense's: the token by which half and 90% of all have; `curve`: share still the same."""
+
+    never: float | None
+    p50: float | None
+    p90: float | None
+    curve: list[tuple[int, float]]
     agreement: float | None
 
 
@@ -364,7 +387,10 @@ class Setback(TypedDict):
 
 
 class Epoch(TypedDict):
-    """`best` is the one that is kept; tokens and seconds are counted from the start of the training."""
+    """`best` is the one that is kept; tokens and seconds are counted from the start of the training.
+
+    `form`, `content`: the share of all texts that is a mistake of form, and that is well formed and wrong.
+    """
 
     step: int | None
     tokens: int | None
@@ -374,6 +400,9 @@ class Epoch(TypedDict):
     train: dict[str, float | None]
     headline: dict[str, float | None]
     loop_rate: float | None
+    loops_begin: float | None
+    form: float | None
+    content: float | None
     items: dict[str, int | None]
     drift: dict[str, Quantiles]
     setbacks: list[Setback]
@@ -540,6 +569,7 @@ class RunData(PageData):
     verify: Json | None
     samples: list[Sample]
     examples: list[Example]
+    overlap: list[Overlap] | None
     verdict: Verdict
     limits: list[str]
 

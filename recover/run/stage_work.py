@@ -18,6 +18,7 @@ from recover.base.artifacts import append_jsonl, read_json, read_jsonl, write_js
 from recover.base.clock import part
 from recover.base.journal import Journal
 from recover.config.base import Dtype
+from recover.config.paths import without_folders
 from recover.config.recipe import Model, dump_recipe
 from recover.export.card import card
 from recover.export.merge import merge
@@ -27,16 +28,17 @@ from recover.measure.speed import compare_speed
 from recover.measure.tasks import measure
 from recover.models.load import describe, load_model, ready
 from recover.models.plan import save_plan
-from recover.models.source import code_of, exported_dtype, stored_dtype
+from recover.models.source import code_of, commits, exported_dtype, stored_dtype
 from recover.models.twin import Twin
 from recover.probe.probe import dense_trajectories, final_drift, probe, summary
 from recover.probe.tasks import task_drift
 from recover.prune import registry
+from recover.report import overlap
 from recover.report.collect import collect
 from recover.report.render import render
 from recover.report.setbacks import advice, sentence
 from recover.run import summary as outcome
-from recover.run.context import RunContext, calibration
+from recover.run.context import RunContext, calibration, overlap_record
 from recover.run.estimate import estimate, matrix_rate, rate_plan, refuse, warnings
 from recover.run.setbacks import setbacks
 from recover.train import trials
@@ -55,16 +57,22 @@ def plan(context: RunContext) -> None:
     if not dist.is_main():
         return
     write_text(directory.recipe, dump_recipe(recipe))
-    write_json(directory.env, {**provenance.environment(), **({} if code is None else {"remote_code": code})})
+    said = {"remote_code": code, "commits": commits(recipe.model) or None}
+    known = {name: value for name, value in said.items() if value is not None}
+    write_json(directory.env, provenance.environment() | known)
     auto = [*map(asdict, context.chosen)]
     if "lr" in recipe.recover.auto:
         auto.append({"field": "lr", "value": "auto", "why": rate_plan(recipe.recover, model.width)})
     write_json(directory.plan / "estimate.json", {**figures, "auto": auto})
+    overlaps = overlap_record(context)
+    write_json(directory.overlap, overlaps)
     console.table("plan (estimates)", ["what", "dense", "pruned"], _plan_rows(figures))
     for each in auto:
         console.say(f"recover.{each['field']}: {each['value']}: {each['why']}")
     for line in warnings(recipe, model):
         console.warn(line)
+    for line in overlap.lines(overlaps):
+        console.warn(line) if overlaps["found"] else console.say(f"[dim]{line}[/dim]")
 
 
 def _say_code(cfg: Model) -> list[str] | None:
@@ -274,8 +282,10 @@ def _card_and_record(context: RunContext) -> tuple[str, dict[str, Any]]:
         "seed": recipe.seed,
         "versions": ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version),
     }
+    if overlaps := read_json(directory.overlap)["found"]:
+        facts["measured items in its text"] = "; ".join(map(overlap.sentence, overlaps))
     record = {
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": without_folders(recipe.model_dump(mode="json")),
         "headlines": headlines,
         "kept": kept,
         "environment": environment,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from recover.base import console, dist, units
 from recover.base.clock import Clock, note, stage_clock
 from recover.base.errors import ArtifactError, RecipeError
+from recover.base.ownership import peek
 from recover.base.quiet import quiet_libraries
 from recover.base.signals import graceful_stop
 from recover.config.recipe import Recipe, load_recipe
@@ -85,13 +86,18 @@ def run(recipe: Recipe, root: Path, *, until: str = "report", start: str | None 
     began = time.perf_counter()
     quiet_libraries()
     dist.start()
-    from recover.run.stage_work import RunContext  # after `quiet_libraries`, which sets what libraries read at import
+    # After `quiet_libraries`, which sets what libraries read at import.
+    from recover.models.source import pin
+    from recover.run.stage_work import RunContext
 
     libraries = time.perf_counter() - began
     directory = RunDirectory(root / recipe.name)
     with graceful_stop(), directory.lock() if dist.is_main() else nullcontext():
         if until in ("export", "report") and dist.is_main():
             directory.refuse_foreign_deploy()
+        if start != STAGES[0]:  # all is done again: then with what the hub has now
+            recorded = peek(directory.env)
+            pin(recipe.model, recorded.get("commits") if isinstance(recorded, dict) else None)
         context = RunContext(recipe, directory)
         for stage in STAGES[: STAGES.index(until) + 1]:
             forced = start is not None and STAGES.index(stage) >= STAGES.index(start)

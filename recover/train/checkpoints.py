@@ -84,19 +84,31 @@ def read_adapter(model: PeftModel, folder: Path) -> None:
     """Put the adapter of `folder` into the model's.
 
     Raises:
-        ArtifactError: its tensors are not those of this model's adapter.
+        ArtifactError: the file cannot be read, a tensor is not finite, or its tensors are not those of this model's
+            adapter, by name and shape.
     """
-    from peft import set_peft_model_state_dict
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    state = load_file(folder / WEIGHTS)
-    result: Any = set_peft_model_state_dict(model, state)
-    trained = sum(parameter.requires_grad for parameter in model.parameters())
-    if result.unexpected_keys or len(state) != trained:
+    path, mend = folder / WEIGHTS, f"Delete {folder} and run the stage again"
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path}: cannot be read ({error}). {mend}") from error
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected, found = ({name: list(value.shape) for name, value in each.items()} for each in (own, state))
+    if differing := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
+        name = differing[0]
         raise ArtifactError(
-            f"{folder / WEIGHTS}: holds {len(state)} tensors, this model's adapter has {trained}; "
-            f"unknown: {result.unexpected_keys[:3]}. Delete the folder and run the stage again"
+            f"{path}: holds {len(found)} tensors, this model's adapter has {len(expected)}; {name} is "
+            f"{found.get(name, 'not there')}, expected {expected.get(name, 'no such tensor')} ({len(differing)} such "
+            f"tensors). {mend}"
         )
+    for name, value in state.items():
+        if not value.is_floating_point() or not value.isfinite().all():
+            raise ArtifactError(f"{path}: {name} holds no finite numbers of floating point. {mend}")
+    set_peft_model_state_dict(model, state)
 
 
 class Checkpoints:

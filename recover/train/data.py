@@ -99,7 +99,7 @@ def _of_sources(
     found: list[list[Sample]] = []
     for number, (source, budget) in enumerate(zip(cfg.data, cfg.budgets, strict=True), seed):
         if isinstance(source, TeacherText):
-            found.append(_of_teacher(source, cfg, twin, number, folder))
+            found.append(_of_teacher(source, cfg, twin, tokenizer, number, folder))
         elif isinstance(source, GivenText):
             found.append(_given(source, cfg, tokenizer, number, budget))
         elif isinstance(source, DenseText):
@@ -177,9 +177,11 @@ def _given(source: GivenText, cfg: Recover, tokenizer: PreTrainedTokenizerBase, 
     return repeated(samples, tokens, budget, source.source, cfg.loss.scored)
 
 
-def _of_teacher(source: TeacherText, cfg: Recover, twin: Twin, seed: int, folder: Path) -> list[Sample]:
+def _of_teacher(
+    source: TeacherText, cfg: Recover, twin: Twin, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path
+) -> list[Sample]:
     """Samples of a teacher's file, in random order, until their scored tokens reach `cfg.tokens`."""
-    samples = teacher_samples(source, cfg.length, twin.base.config.vocab_size, folder)
+    samples = teacher_samples(source, cfg.length, twin.base.config.vocab_size, tokenizer, folder)
     random.Random(seed).shuffle(samples)
     tokens = 0
     for number, sample in enumerate(samples):

@@ -184,7 +184,7 @@ class RecoverTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """This micro-batch's part of the mean loss per token, as autograd must see it."""
         assert not return_outputs
-        sums = model(**without_mask(inputs), distill=self.distiller)
+        sums = model(**without_mask(inputs, needed=self.distiller.needs_mask), distill=self.distiller)
         self._count(sums)
         return scaled(sums["loss"], self._scale(num_items_in_batch))
 

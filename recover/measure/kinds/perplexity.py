@@ -15,6 +15,8 @@ from recover.text.likelihood import Continuation
 from recover.text.prompts import text_ids
 from recover.text.read import EmptyColumn
 
+TOKEN_CHARACTERS = 4  # of a token of English, about
+
 
 def _text(file: PerplexityFile, row: Row, where: str) -> str:
     text = "" if row.get(file.text, "") is None else column(row, file.text, where)
@@ -66,4 +68,9 @@ def _pooled(records: Sequence[Record]) -> float:
     return perplexity(nats / sum(record["tokens"] for record in records))
 
 
-WORK = Work(_text, measure_perplexity, pooled=_pooled)
+def _asked(file: PerplexityFile, text: str) -> str:
+    """About as much of a text as is scored."""
+    return text[: file.length * TOKEN_CHARACTERS]
+
+
+WORK = Work(_text, measure_perplexity, pooled=_pooled, asked=_asked)

@@ -107,4 +107,4 @@ def _samples(items: Sequence[Search], rankings: Sequence[Sequence[int]]) -> list
     ]
 
 
-WORK = Work(_search, measure_retrieval, together=_together)
+WORK = Work(_search, measure_retrieval, together=_together, asked=lambda _file, item: item.query)

@@ -39,6 +39,7 @@ class Work:
     `complete(file, item)`: what follows the prompt in a few-shot example; None: the task file has to say it.
     `together(items)`: what becomes of the items when all are read.
     `pooled(records)`: the headline figure of several tasks of this kind, where the kind has one of its own.
+    `asked(file, item)`: the text that tells an item from others; None: its prompt.
     """
 
     make: Callable[[Any, Row, str], Any]
@@ -46,6 +47,7 @@ class Work:
     complete: Callable[[Any, Any], str] | None = None
     together: Callable[[Any, list[Any]], list[Any]] | None = None
     pooled: Callable[[Sequence[Record]], float] | None = None
+    asked: Callable[[Any, Any], str] | None = None
 
 
 def work_of(kind: str) -> Work:
