@@ -192,6 +192,7 @@ def test_tokens_grow_with_what_goes():
 def test_what_was_not_measured_says_so():
     small, large = (draft.written(draft.draft("m", of, aimed(of), TEXTS, H200)) for of in (SMALL, SEVEN))
     assert "not measured at this size" in large and "not measured at this size" not in small
+    assert "\n  lr: auto" in large and "\n  lr: 2e-4" in small
 
 
 def test_every_line_has_its_reason():

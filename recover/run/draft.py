@@ -155,7 +155,10 @@ def _recover(
     yield "recover.batch_size", size.batch_size, f"sequences a step; {size.source}"
     yield "recover.micro_batch_size", size.batch_size, ""
     yield "recover.gradient_checkpointing", False, ""
-    yield "recover.lr", size.lr, f"{size.source}{unlike}"
+    if unlike:
+        yield "recover.lr", "auto", "no rate was measured at this size: short trials on the run's own text find one"
+    else:
+        yield "recover.lr", size.lr, size.source
     yield "recover.warmup", defaults.WARMUP, defaults.WARMUP_SOURCE
     yield "recover.scheduler", defaults.SCHEDULER, defaults.SCHEDULER_SOURCE
     yield "recover.lora", HEADING, "adapters on all linear layers of the blocks that stay"
