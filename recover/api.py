@@ -21,6 +21,7 @@ from recover.base.artifacts import write_json
 from recover.base.errors import ArtifactError, RecipeError, TrainingError
 from recover.base.journal import Journal
 from recover.base.quiet import quiet_libraries
+from recover.config.auto import Facts, settled
 from recover.config.base import Config
 from recover.config.messages import explain
 from recover.config.prune import Calibration, Depth, Magnitude, SparseGpt, Wanda, Width
@@ -220,6 +221,8 @@ def distill(
     several = tuple(data) if isinstance(data, Sequence) else (data,)
     cfg = _config(Recover, "recover.distill", tokens=tokens, data=several, **fields)
 
+    cfg, _ = settled(cfg, _facts(twin))
+
     def after_epoch(epoch: int, progress: dict[str, Any]) -> float | None:
         return None if score is None else score(twin)
 
@@ -227,6 +230,13 @@ def distill(
     read_adapter(twin.model, folder)
     twin.model.eval()
     return folder
+
+
+def _facts(twin: Twin) -> Facts:
+    """What `auto` values depend on, of a twin without adapters."""
+    plan, parameters = twin.plan, sum(parameter.numel() for parameter in twin.base.parameters())
+    left = min(plan.nonzero, plan.parameters_pruned) if plan.parameters_dense else parameters
+    return Facts(twin.base.config.hidden_size, parameters, max(0.0, 1 - left / parameters))
 
 
 def export(

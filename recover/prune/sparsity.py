@@ -355,7 +355,8 @@ def sparsity_cost(cfg: Sparsity, model: Description) -> Cost:
     said = ["masked weights are stored as zeros: the file is as large and stock kernels are as fast as dense"]
     if cfg.fraction > SPARSITY_WALL:
         said.insert(0, f"{cfg.fraction:.0%} of the weights go: LoRA budgets recover about {SPARSITY_WALL:.0%}")
-    return Cost(masked=True, warnings=tuple(said))
+    zeros = cfg.fraction * (model.parameters - model.embedding_parameters)
+    return Cost(masked=True, zeros=zeros, warnings=tuple(said))
 
 
 def sparsegpt_cost(cfg: SparseGpt, model: Description) -> Cost:

@@ -25,6 +25,7 @@ from recover.report.data import (
     Overlap,
     Parted,
     Plan,
+    RateTrials,
     Records,
     RunData,
     Sample,
@@ -86,6 +87,7 @@ def _collect(root: Path) -> RunData:
         "drift": {model: _drift(root / folder) for model, folder in DRIFT_FOLDER.items()},
         "epochs": epochs,
         "training": _json(root / "recover" / "training.json"),
+        "rate_trials": _rate_trials(root),
         "curve": curve(root / "recover" / "steps.jsonl", recipe),
         "tokens": _tokens_used(epochs),
         "speed": _json(root / "speed.json"),
@@ -130,6 +132,12 @@ def _json(path: Path) -> Any:
     return value
 
 
+def _rate_trials(root: Path) -> RateTrials | None:
+    """Of the training that there is: a rate that was given later was not found by trials."""
+    given = (yaml_values.read(root / "recipe.yaml").get("recover") or {}).get("lr")
+    return _json(root / "recover" / "trials.json") if given == "auto" else None
+
+
 def _drift(folder: Path) -> Drift | None:
     summary = _json(folder / "probe.json")
     return None if summary is None else drift.read(summary)
@@ -163,6 +171,7 @@ def _epochs(path: Path) -> list[Epoch]:
                 "content": content,
                 "items": {name: task.get("items") for name, task in (measured.get("tasks") or {}).items()},
                 "drift": drift.final_figures(record.get("drift") or {}),
+                "setbacks": record.get("setbacks") or [],
             }
         )
     return _one_best(rows)

@@ -52,6 +52,7 @@ def collect_diagnosis(folder: Path) -> DiagnosisData:
         "recipe": {},
         "plan": None,
         "training": None,
+        "rate_trials": None,
         "curve": None,
         "speed": None,
         "divergence": [],

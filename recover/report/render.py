@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from recover.base.artifacts import write_json, write_text
 from recover.base.products import taken_apart
 from recover.config import tasks, yaml_values
-from recover.report import exhibits, mistakes, plan_text, speed_text, training_text, verdict, words
+from recover.report import exhibits, mistakes, plan_text, setbacks, speed_text, training_text, verdict, words
 from recover.report.data import Cell, RunData
 from recover.report.exhibits import Exhibit, Section
 from recover.report.figures.figure import Figure
@@ -123,6 +123,7 @@ def _view(data: RunData) -> dict[str, Any]:
         "points": key_findings(data),
         "mistake_names": {kind: heading for kind, (_, heading) in mistakes.NAMES.items()},
         "training_notes": training_text.notes(data),
+        "setbacks": setbacks.told(data["epochs"], data["recipe"], (data["rate_trials"] or {}).get("chosen")),
         "size_rows": speed_text.rows(data["speed"]),
         "speed_notes": speed_text.notes(data["speed"]),
         "measured_on": words.machine((data["speed"] or {}).get("machine")),

@@ -39,6 +39,7 @@ from recover.prune.calibrate import calibration_batches, read_texts
 from recover.report.data import Overlap
 from recover.report.words import shown_source
 from recover.run.directory import RunDirectory
+from recover.run.estimate import settle
 from recover.text.generate import generate
 from recover.text.overlap import overlaps
 from recover.text.prompts import encode_prompt
@@ -53,10 +54,14 @@ LOOKED_AT = 100_000  # texts of a source in which measured items are looked for
 
 
 class RunContext:
-    """The recipe, its run directory, and the loaded things that stages ask for."""
+    """The recipe, its run directory, and the loaded things that stages ask for.
+
+    What is `auto` in the recipe is settled here (`chosen` says how), but for the learning rate. Raises RecipeError and
+    ModelError where it cannot be.
+    """
 
     def __init__(self, recipe: Recipe, directory: RunDirectory) -> None:
-        self.recipe = recipe
+        self.recipe, self.chosen = settle(recipe)
         self.directory = directory
         self._twin: tuple[str, Twin] | None = None
         self._held: Held | None = None

@@ -90,6 +90,7 @@ def measure_code(
         "interval95": interval95(passed),
         "pass_at_k": pass_at_k(_passed(file, [*items] * times, drawn, confined), times) if times else None,
         "isolation": WALLED if confined else UNCONFINED,
+        "each": passed,
         **shape(greedy, passed),
         **mistakes(found, samples, OF_CODE),
         "samples": samples[: model.cfg.samples],
