@@ -537,6 +537,9 @@ class Adapters(Kind):
 class TeacherFiles(Kind):
     """Files of a teacher's likeliest tokens."""
 
+    def prepare(self) -> None:
+        self.tokenizer = load_tokenizer(Model(source=recipe.embedded("fable-2m").as_posix()))
+
     ROW: ClassVar = {"input_ids": [1, 5, 9, 7], "completion_mask": [0, 1, 0, 1], "top_ids": [[5, 4], [7, 3]]}
 
     def make(self, chance: random.Random) -> None:
@@ -546,7 +549,7 @@ class TeacherFiles(Kind):
         self.path = self.put("teacher.jsonl", lines)
 
     def work(self, chance: random.Random) -> None:
-        check_teacher(TeacherText(kind="teacher", source=str(self.path)), 64)
+        check_teacher(TeacherText(kind="teacher", source=str(self.path)), 64, self.tokenizer)
 
 
 class Runs(Kind):

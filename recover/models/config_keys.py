@@ -16,6 +16,7 @@ from typing import Any
 
 from recover.base import console
 from recover.base.errors import ModelError
+from recover.models.sizes import MAY_BE_NULL, SIZES
 
 # With what is read in their place.
 REFUSED = {
@@ -24,9 +25,12 @@ REFUSED = {
     "per_layer_config": "single blocks would have other sizes",
     "fusion_config": "parts of the model would be replaced",
 }
-# Of every model: who it is, how it is stored, and words of older versions for what the classes declare.
+# Of every model: who it is, how it is stored, its sizes (code reads some that its class does not declare), and words of
+# older versions for what the classes declare.
 ALWAYS = frozenset(
     (
+        *SIZES,
+        *MAY_BE_NULL,
         *("model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "quantization_config"),
         *("tie_word_embeddings", "is_encoder_decoder", "layer_types", "num_labels", "tokenizer_class"),
         *("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq"),
