@@ -38,7 +38,7 @@ part of a recipe reads from a line, other columns being ignored:
 
 | part | columns | a line |
 |---|---|---|
-| `prune.calibration.data` | `text` (or `column`; texts or messages) | `{"text": "Text of the kind the model will meet."}` |
+| `prune.calibration.data` | `text`, or `column` (messages too) | `{"text": "Text as the model will meet it."}` |
 | `recover.data`, kinds `dense` and `pruned`; `probe.prompts` | `prompt` | `{"prompt": "What is 12 times 12?"}` |
 | `recover.data`, kind `given` | as `columns` says, by default `text` | `{"text": "..."}` |
 | ... with `columns: {prompt: prompt, completion: completion}` | these | `{"prompt": "...", "completion": "..."}` |
