@@ -13,6 +13,7 @@ from report_probes import probed
 from report_run import BLOCKS, DROPPED, STEPS, build_run
 
 from recover.base.errors import ArtifactError
+from recover.measure.sandbox import UNCONFINED, WALLED
 from recover.report import drift, mistakes, tables, verdict, words
 from recover.report.collect import CONSEQUENCES, collect, side_by_side
 from recover.report.data import RunData
@@ -108,6 +109,27 @@ def test_generation_is_the_mean_of_texts_and_programs(tmp_path: Path) -> None:
         (0.2 + sums["dense"]["value"]) / 2
     )
     assert any(row["task"] == "humaneval" and row["key"] == "pass_at_1" for row in data["measures"])
+
+
+@pytest.mark.parametrize(
+    ("isolation", "said"),
+    [
+        (WALLED, "(humaneval) were run behind Linux namespaces: no network"),
+        (
+            UNCONFINED,
+            "(humaneval) were run unconfined: with limits of time and memory only. They could change any file",
+        ),
+    ],
+)
+def test_the_page_says_where_programs_ran(tmp_path: Path, isolation: str, said: str) -> None:
+    run = build_run(tmp_path)
+    assert not any("Programs" in line for line in collect(run)["limits"])
+    code = {"kind": "code", "items": 10, "pass_at_1": 0.2, "interval95": [0.05, 0.5], "isolation": isolation}
+    rewrite(run / "dense/measure.json", lambda record: record["tasks"].update(humaneval=code))
+    data = collect(run)
+    assert sum(said in line for line in data["limits"]) == 1
+    _, markdown, page = render(run, data)
+    assert said in page.read_text() and said in markdown.read_text()
 
 
 def test_nothing_to_keep_is_no_verdict() -> None:

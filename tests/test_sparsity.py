@@ -26,6 +26,7 @@ from recover.prune.stream import Stream, norms, squares
 
 CALIBRATION = Calibration(data="given", samples=5, length=24, batch_size=2)
 FAMILIES = ["llama_tied", "mistral_sliding", "qwen2_sliding", "gemma2", "gemma3_text", "phi3", "smollm3", "granite"]
+FAMILIES += ["glm4", "starcoder2", "apertus", "ministral3", "granite_swa", "phi", "cohere2", "gpt_neox"]
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_the_stream_is_the_full_forward_with_the_blocks_so_far_pruned(family, ba
             found = norms(walk.measure(index, squares))
             halved = {name: linear.weight * (linear.weight.abs() > 0.05) for name, linear in linears.items()}
             walk.advance(index, halved)
-        assert found.keys() == linears.keys() and len(linears) in (4, 7)
+        assert found.keys() == linears.keys() and len(linears) in (4, 6, 7)
         for name, norm_I in found.items():
             torch.testing.assert_close(norm_I, expected[name].norm(dim=0), rtol=1e-4, atol=1e-5)
             reference.get_submodule(name).weight.data.copy_(halved[name])

@@ -7,6 +7,7 @@ view it then shows; dense is a short excursion without gradients. Both views nee
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -52,7 +53,7 @@ class Twin:
     ) -> None:
         self.model: Any = model
         self._replan = replan
-        self.plan = plan
+        self.plan = dataclasses.replace(plan, parallel=arch_of(model).parallel(model.config))
         self.arch: Arch = arch_of(model)
         self.switch = Switch()
         check_fit(model, plan, masks or {}, weights or {})

@@ -18,7 +18,7 @@ from recover.base.errors import DataError, PruneError
 from recover.config.paths import TEXTS, ending
 from recover.config.recipe import Calibration
 from recover.text.conversation import EmptyMessage, asking, holds_messages, read_messages, rendered
-from recover.text.prompts import Prompt
+from recover.text.prompts import Prompt, ids_of
 from recover.text.read import DataSet, Row, listed, rows_at, say_once
 
 if TYPE_CHECKING:
@@ -97,9 +97,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, document: Prompt) -> list[int]:
         if not tokenizer.chat_template:
             raise DataError("calibration.data: messages need a chat template, and the tokenizer has none: give texts")
         text = rendered(tokenizer, text, ask=False, what="the messages of calibration.data")
-    # verbose=False: a document longer than the context is no mistake here, it is cut into samples
-    ids: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return _ended(tokenizer, [*ids])
+    return _ended(tokenizer, ids_of(tokenizer, text, special=False))  # a document longer than the context is cut
 
 
 def _ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:

@@ -355,13 +355,14 @@ def sparsity_cost(cfg: Sparsity, model: Description) -> Cost:
     said = ["masked weights are stored as zeros: the file is as large and stock kernels are as fast as dense"]
     if cfg.fraction > SPARSITY_WALL:
         said.insert(0, f"{cfg.fraction:.0%} of the weights go: LoRA budgets recover about {SPARSITY_WALL:.0%}")
-    return Cost(masked=True, warnings=tuple(said))
+    zeros = cfg.fraction * (model.parameters - model.embedding_parameters)
+    return Cost(masked=True, zeros=zeros, warnings=tuple(said))
 
 
 def sparsegpt_cost(cfg: SparseGpt, model: Description) -> Cost:
     """As `sparsity_cost`; and every weight of the blocks is rewritten."""
     attention = 2 * model.heads * model.head_size + 2 * model.kv_heads * model.head_size
-    own = model.blocks * model.width * (attention + 3 * model.intermediate)
+    own = model.blocks * model.width * (attention + model.mlp_matrices * model.intermediate)
     return dataclasses.replace(sparsity_cost(cfg, model), own=own)
 
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from recover.base import artifacts, clock
 from recover.base.errors import ArtifactError, RecipeError
+from recover.base.products import taken_apart
 from recover.config import yaml_values
 from recover.report import drift, measures, mistakes, overlap, verdict, words
 from recover.report.curve import curve
@@ -24,6 +25,7 @@ from recover.report.data import (
     Overlap,
     Parted,
     Plan,
+    RateTrials,
     Records,
     RunData,
     Sample,
@@ -60,6 +62,11 @@ def collect(root: Path) -> RunData:
 
     Raises ArtifactError if `root` holds no recipe.yaml, or if a file of the run is corrupt.
     """
+    with taken_apart(root):
+        return _collect(root)
+
+
+def _collect(root: Path) -> RunData:
     recipe = _recipe(root)
     records: Records = {model: _json(root / folder / "measure.json") for model, folder in MEASURE_FOLDER.items()}
     plan = _json(root / "prune" / "plan.json")
@@ -80,6 +87,7 @@ def collect(root: Path) -> RunData:
         "drift": {model: _drift(root / folder) for model, folder in DRIFT_FOLDER.items()},
         "epochs": epochs,
         "training": _json(root / "recover" / "training.json"),
+        "rate_trials": _rate_trials(root),
         "curve": curve(root / "recover" / "steps.jsonl", recipe),
         "tokens": _tokens_used(epochs),
         "speed": _json(root / "speed.json"),
@@ -96,7 +104,7 @@ def collect(root: Path) -> RunData:
         "limits": [],
     }
     data["title"], data["summary"] = verdict.title(data), verdict.summary(data)
-    data["limits"] = known_limits(data)
+    data["limits"] = [*known_limits(data), *where_programs_ran(records)]
     return words.jsonable(data)
 
 
@@ -122,6 +130,12 @@ def _json(path: Path) -> Any:
             f"{path}: expected a JSON object, found {type(value).__name__}. Run the stage that writes it again"
         )
     return value
+
+
+def _rate_trials(root: Path) -> RateTrials | None:
+    """Of the training that there is: a rate that was given later was not found by trials."""
+    given = (yaml_values.read(root / "recipe.yaml").get("recover") or {}).get("lr")
+    return _json(root / "recover" / "trials.json") if given == "auto" else None
 
 
 def _drift(folder: Path) -> Drift | None:
@@ -157,6 +171,7 @@ def _epochs(path: Path) -> list[Epoch]:
                 "content": content,
                 "items": {name: task.get("items") for name, task in (measured.get("tasks") or {}).items()},
                 "drift": drift.final_figures(record.get("drift") or {}),
+                "setbacks": record.get("setbacks") or [],
             }
         )
     return _one_best(rows)
@@ -261,6 +276,21 @@ def _parted(task: Task) -> Parted:
         "curve": [(token, share) for token, share in found.get("curve") or ()],
         "agreement": words.finite(task.get("agreement")),
     }
+
+
+def where_programs_ran(records: Records) -> list[str]:
+    """A line for each way in which programs that the models wrote were kept apart from the machine, with its tasks."""
+    tasks: dict[str, set[str]] = {}
+    for record in records.values():
+        for name, task in (record or {"tasks": {}})["tasks"].items():
+            if kept := task.get("isolation"):
+                tasks.setdefault(kept, set()).add(name)
+    danger = " They could change any file of whoever ran them, those of this report too."
+    return [
+        f"Programs that the models wrote ({', '.join(sorted(names))}) were run {kept}."
+        + danger * kept.startswith("unconfined")
+        for kept, names in sorted(tasks.items())
+    ]
 
 
 def known_limits(data: RunData) -> list[str]:

@@ -52,6 +52,7 @@ class Task(TypedDict, total=False):
     parting: Json | None
     exact_text: float | None
     agreement: float | None
+    isolation: str
 
 
 class Measure(TypedDict, total=False):
@@ -364,11 +365,26 @@ class Plan(TypedDict, total=False):
     scores: Required[list[Score]]
     config: dict[str, int]
     repair: Repair
+    parallel: bool
     parameters_dense: Required[int]
     parameters_pruned: Required[int]
     modules: Required[list[ModuleZeros]]
     sparsity: Required[float | None]
     patterns: Required[list[str]]
+
+
+class Setback(TypedDict):
+    """A figure that became worse beyond noise; perplexity in nats per token. `interval`: 95%, of now - before.
+
+    `against`: `pruned`, or `epoch N`.
+    """
+
+    figure: str
+    against: str
+    before: float
+    now: float
+    interval: list[float]
+    items: int
 
 
 class Epoch(TypedDict):
@@ -390,6 +406,7 @@ class Epoch(TypedDict):
     content: float | None
     items: dict[str, int | None]
     drift: dict[str, Quantiles]
+    setbacks: list[Setback]
     best: bool
 
 
@@ -407,6 +424,27 @@ class Training(TypedDict, total=False):
     rollbacks: int
     finished: bool
     findings: list[Finding]
+
+
+class Trial(TypedDict, total=False):
+    """A short training of `lr: auto`; `kl` is None where its loss was not finite."""
+
+    lr: Required[float]
+    kl: Required[float | None]
+    perplexity: float | None
+    seconds: float
+
+
+class RateTrials(TypedDict, total=False):
+    """recover/trials.json: what was tried for `lr: auto`, what was chosen, and why."""
+
+    prior: float
+    steps: int
+    tokens: int
+    trials: Required[list[Trial]]
+    chosen: Required[float | None]
+    reason: str | None
+    why: str
 
 
 class Band(TypedDict):
@@ -499,6 +537,7 @@ class PageData(TypedDict):
     drift: dict[str, Drift | None]
     epochs: list[Epoch]
     training: Training | None
+    rate_trials: RateTrials | None
     curve: Curve | None
     speed: Speed | None
     mistakes: list[Mistakes]

@@ -95,6 +95,7 @@ EXHIBITS: list[Exhibit] = [
     Exhibit("recovery", "skipped", tables.skipped),
     Exhibit("recovery", "epochs", outcome.epochs, numbers=True),
     Exhibit("recovery", "training", curve.training),
+    Exhibit("recovery", "rates", tables.rates),
     Exhibit("damage", "last-layer", tables.last_layer),
     Exhibit("damage", "blocks", drift.blocks, numbers=True),
     Exhibit("damage", "sublayers", sublayers.worth, numbers=True),

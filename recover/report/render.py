@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recover.base.artifacts import write_json, write_text
+from recover.base.products import taken_apart
 from recover.config import tasks, yaml_values
-from recover.report import exhibits, mistakes, plan_text, speed_text, training_text, verdict, words
+from recover.report import exhibits, mistakes, plan_text, setbacks, speed_text, training_text, verdict, words
 from recover.report.data import Cell, RunData
 from recover.report.exhibits import Exhibit, Section
 from recover.report.figures.figure import Figure
@@ -36,13 +37,18 @@ SIGNS = {"yes": "✓", "with care": "~", "no": "✗", "cannot tell": "", "not me
 
 
 def render(root: Path, data: RunData) -> list[Path]:
-    """Write report.json, report.md and report.html into `root`, each whole or not at all; gives their paths."""
-    view = _view(data)
-    html, markdown = environment(escape=True), environment(escape=False)
+    """Write report.json, report.md and report.html into `root`, each whole or not at all; gives their paths.
+
+    Raises ArtifactError, with nothing written, where a file of the run holds what we never write.
+    """
     paths = [root / "report.json", root / "report.md", root / "report.html"]
+    with taken_apart(root):
+        view = _view(data)
+        html, markdown = environment(escape=True), environment(escape=False)
+        texts = [markdown.get_template("report.md.j2").render(view), page(html, "report.html.j2", view)]
     write_json(paths[0], data)
-    write_text(paths[1], markdown.get_template("report.md.j2").render(view))
-    write_text(paths[2], page(html, "report.html.j2", view))
+    for path, text in zip(paths[1:], texts, strict=True):
+        write_text(path, text)
     return paths
 
 
@@ -117,6 +123,7 @@ def _view(data: RunData) -> dict[str, Any]:
         "points": key_findings(data),
         "mistake_names": {kind: heading for kind, (_, heading) in mistakes.NAMES.items()},
         "training_notes": training_text.notes(data),
+        "setbacks": setbacks.told(data["epochs"], data["recipe"], (data["rate_trials"] or {}).get("chosen")),
         "size_rows": speed_text.rows(data["speed"]),
         "speed_notes": speed_text.notes(data["speed"]),
         "measured_on": words.machine((data["speed"] or {}).get("machine")),

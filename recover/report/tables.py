@@ -221,6 +221,29 @@ def skipped(data: PageData) -> Table | None:
     return Table("Steps left out", caption, tuple((name, "") for name in names), rows, numbers=len(names))
 
 
+def rates(data: PageData) -> Table | None:
+    """The trials of `lr: auto`, and the rate that was taken."""
+    found = data["rate_trials"]
+    if found is None or found["chosen"] is None:
+        return None
+    if not found["trials"]:
+        rows = [(f"{found['chosen']:.3g}, taken", "–", "–", "–")]
+    else:
+        rows = [
+            (
+                f"{trial['lr']:.3g}{', taken' if trial['lr'] == found['chosen'] else ''}",
+                words.number(trial["kl"]) if trial["kl"] is not None else "not finite",
+                words.number(trial.get("perplexity")) if trial.get("perplexity") else "–",
+                words.duration(trial.get("seconds")),
+            )
+            for trial in found["trials"]
+        ]
+    caption = f"Short trainings before the training, judged on rows that they did not learn. {found.get('why') or ''}."
+    names = ("learning rate", "KL(dense ‖ model), nats", "perplexity", "time")
+    note = f"Taken: {found.get('reason')}." if found["trials"] else ""
+    return Table("Trials of learning rates", caption, tuple((name, "") for name in names), rows, note=note)
+
+
 def times(data: PageData) -> Table | None:
     """Where the time of the job went, stage by stage."""
     stages = [row for row in data["times"] if row["stage"] != "report"]  # of an earlier report

@@ -29,15 +29,17 @@ from recover.base.errors import RecipeError
 from recover.config.recipe import Calibration, Data, DenseText, GivenText, PrunedText, Recipe, TeacherText
 from recover.config.tasks import GenerateFile
 from recover.measure.tasks import Task, check_allowed, load_task
+from recover.models import vocabulary
 from recover.models.held import Held
 from recover.models.load import check_fit, describe, load_model, load_tokenizer, ready
 from recover.models.plan import Plan, load_plan
-from recover.models.source import check_tied, check_weights, kind_of, locate
+from recover.models.source import check_rows, check_tied, check_weights, kind_of, locate, read_config
 from recover.models.twin import Twin
 from recover.prune.calibrate import calibration_batches, read_texts
 from recover.report.data import Overlap
 from recover.report.words import shown_source
 from recover.run.directory import RunDirectory
+from recover.run.estimate import settle
 from recover.text.generate import generate
 from recover.text.overlap import overlaps
 from recover.text.prompts import Prompt, encode_prompt
@@ -52,17 +54,24 @@ LOOKED_AT = 100_000  # texts of a source in which measured items are looked for
 
 
 class RunContext:
-    """The recipe, its run directory, and the loaded things that stages ask for."""
+    """The recipe, its run directory, and the loaded things that stages ask for.
+
+    What is `auto` in the recipe is settled here (`chosen` says how), but for the learning rate. Raises RecipeError and
+    ModelError where it cannot be.
+    """
 
     def __init__(self, recipe: Recipe, directory: RunDirectory) -> None:
-        self.recipe = recipe
+        self.recipe, self.chosen = settle(recipe)
         self.directory = directory
         self._twin: tuple[str, Twin] | None = None
         self._held: Held | None = None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.recipe.model)
+        tokenizer, rows = load_tokenizer(self.recipe.model), read_config(self.recipe.model).get("vocab_size")
+        if rows is not None:
+            vocabulary.fit(tokenizer, rows)
+        return tokenizer
 
     @cached_property
     def tasks(self) -> list[Task]:
@@ -187,8 +196,10 @@ class RunContext:
             ModelError: the weights of a local model are not there, or cut short.
         """
         if kind_of(self.recipe.model.source) == "folder":
-            check_weights(locate(self.recipe.model))
-            check_tied(locate(self.recipe.model), describe(self.recipe.model).tied)
+            folder, model = locate(self.recipe.model), describe(self.recipe.model)
+            check_weights(folder)
+            check_rows(folder, model.vocabulary)
+            check_tied(folder, model.tied)
         self.probe_prompts()  # and with them the tasks
         _ = self.tasks
         _ = self.calibration

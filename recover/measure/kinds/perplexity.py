@@ -44,13 +44,15 @@ def measure_perplexity(
     if not rows:
         raise DataError(f"task {file.name}: no text has two tokens, so nothing can be predicted")
     tokens = sum(row.tokens for row in rows)
-    nats = -math.fsum(model.score(rows, title=f"task {file.name}")) / tokens
+    each = [-score for score in model.score(rows, title=f"task {file.name}")]
+    nats = math.fsum(each) / tokens
     record = {
         "kind": "perplexity",
         "items": len(rows),
         "tokens": tokens,
         "nats_per_token": nats,
         "perplexity": perplexity(nats),
+        "each": [[nats, row.tokens] for nats, row in zip(each, rows, strict=True)],
     }
     return Measured(record)
 

@@ -80,6 +80,7 @@ def measure_retrieval(
         "accuracy": mean(first),
         "accuracy_interval95": interval95(first),
         "chance": mean([chance_ndcg(len(item.documents), len(item.relevant)) for item in items]),
+        "each": scores,
         "samples": _samples(items, rankings)[: model.cfg.samples],
     }
     return Measured(record)

@@ -14,7 +14,9 @@ from recover.config.tasks import KINDS, Row
 from recover.measure.model import ModelUnderTest
 from recover.text.generate import Generation
 
-Record = dict[str, Any]  # of one task: figures by the keys of the kind's `figures`, `kind`, `items`, `samples`
+# Of one task: figures by the keys of the kind's `figures`, `kind`, `items`, `samples`; and `each`, the main figure of
+# each item (perplexity: nats and tokens of each text), by which two models are compared item by item.
+Record = dict[str, Any]
 Generations = dict[str, list[dict[str, Any]]]  # task -> one {"ids", "text"} per item, greedy
 
 
