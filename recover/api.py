@@ -51,7 +51,7 @@ from recover.report.render import render
 from recover.run import stages
 from recover.run.context import answers
 from recover.run.directory import RunDirectory
-from recover.text.prompts import text_ids
+from recover.text.prompts import Prompt, text_ids
 from recover.train.checkpoints import read_adapter
 from recover.train.train import train
 
@@ -129,7 +129,9 @@ def _calibrated(
     return cfg, calibration_batches(wanted, tokenizer, seed, write, texts=texts)
 
 
-def _written(twin: Twin, tokenizer: PreTrainedTokenizerBase, cfg: Calibration, prompts: list[str]) -> list[list[int]]:
+def _written(
+    twin: Twin, tokenizer: PreTrainedTokenizerBase, cfg: Calibration, prompts: list[Prompt]
+) -> list[list[int]]:
     assert cfg.answer is not None, "only where answers are asked for"
     return answers(twin, tokenizer, cfg.answer, prompts, batch_size=64)
 

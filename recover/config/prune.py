@@ -33,8 +33,9 @@ class Pruning(Config):
 class Calibration(Config):
     """Text on which scores are measured: a file of rows with a `text` column, a text file, or a data set.
 
-    With `answer` each text is a prompt, and the dense model's own answer to it is measured on too. Prompts of the kind
-    that the recovered model is for choose better than text of another kind (docs/results.md).
+    A column may hold messages too, which the chat template writes. With `answer` each text is a prompt (of messages,
+    all but the last answer), and the dense model's own answer to it is measured on too. Prompts of the kind that the
+    recovered model is for choose better than text of another kind (docs/results.md).
     """
 
     data: str

@@ -66,8 +66,11 @@ class Probe(Config):
     """How drift is measured in the three spaces (theory: `docs/theory.md`)."""
 
     prompts: str | None = Field(
-        default=None, description="JSONL with a `prompt` column; default: prompts of the generate tasks"
+        default=None,
+        description="rows with a `prompt`, or `messages`; a file or data set; default: prompts of the generate tasks",
     )
+    subset: str | None = Field(default=None, description="configuration of a data set")
+    split: str = Field(default="train", description="of a data set")
     samples: int = Field(default=32, ge=1)
     steps: int = Field(default=48, ge=1, description="decoding steps along the dense model's own trajectory")
     temperatures: tuple[float, ...] = (0.5, 1.0, 2.0)

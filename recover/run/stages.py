@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from recover.run.context import RunContext
 
 # Training reads these fields of the probe alone: what else is probed before and after asks for no training anew.
-DRIFT_OF_EPOCHS = ("probe.prompts", "probe.samples", "probe.steps", "probe.batch_size")
+DRIFT_OF_EPOCHS = ("probe.prompts", "probe.subset", "probe.split", "probe.samples", "probe.steps", "probe.batch_size")
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,24 @@ def read_messages(value: Any, where: str) -> list[Message]:
     return [_message(message, number, where) for number, message in enumerate(value)]
 
 
+def holds_messages(value: Any) -> bool:
+    """Whether a value is meant as messages: a list of objects with a role."""
+    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) and "role" in each for each in value)
+
+
+def asking(value: list[Any], where: str, column: str) -> list[Message]:
+    """The messages of a row up to where the assistant is to answer: without the answers that they end in.
+
+    Raises:
+        DataError: as `read_messages`; or nobody asks. Names `where`.
+    """
+    ends = [isinstance(each, dict) and each.get("role") == "assistant" for each in value]
+    kept = len(value) - (ends[::-1].index(False) if False in ends else len(value))
+    if not kept:
+        raise DataError(f"{where}: column '{column}' holds answers of the assistant alone: nobody asks for one")
+    return read_messages(value[:kept], where)
+
+
 def _message(message: Any, number: int, where: str) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
         raise DataError(f"{where}: a message must be an object with 'role' and 'content', found {message!r:.80}")
