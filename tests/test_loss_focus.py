@@ -19,7 +19,7 @@ from recover.distill.loss_terms import TERMS, focused, loss_terms
 from recover.distill.loss_topk import topk_of
 from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.train.totals import FOCUS_DECAY, SUMS, Totals
+from recover.train.course import FOCUS_DECAY, SUMS, Totals
 from recover.train.train import train
 from recover.train.trainer import RecoverTrainer
 

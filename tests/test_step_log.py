@@ -15,7 +15,7 @@ from recover.base.errors import StopRequested
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.report.curve import curve
-from recover.train.totals import TERMS
+from recover.train.course import TERMS
 from recover.train.train import train
 from recover.train.trainer import RecoverTrainer
 

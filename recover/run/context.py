@@ -37,10 +37,9 @@ from recover.run.directory import RunDirectory
 from recover.text.generate import generate
 from recover.text.prompts import encode_prompt
 from recover.train.checkpoints import read_adapter
-from recover.train.dense_text import weights_fingerprint
-from recover.train.prompted import fitting_prompts
 from recover.train.sources import check_given, read_prompts
 from recover.train.teacher_file import check_teacher
+from recover.train.written_text import fitting_prompts, weights_fingerprint
 
 SAMPLE_ROWS = 4  # of sample_ids
 

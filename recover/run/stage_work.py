@@ -36,8 +36,8 @@ from recover.report.render import render
 from recover.run import summary as outcome
 from recover.run.context import RunContext, calibration
 from recover.run.estimate import estimate, matrix_rate, refuse, warnings
-from recover.train.dense_text import weights_fingerprint
 from recover.train.train import train
+from recover.train.written_text import weights_fingerprint
 
 
 def plan(context: RunContext) -> None:

@@ -6,6 +6,7 @@ number is float32, and comes back to the last bit.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,35 +14,48 @@ from torch import Tensor, nn
 
 from recover.base import console, dist, zero
 from recover.base.errors import ArtifactError
+from recover.train.averaging import Average
 
 
-def collect(model: nn.Module, optimizer: Any, engine: Any, applied: int) -> dict[str, Tensor]:
-    """`weight/NAME`, and once a step was applied `exp_avg/NAME` and `exp_avg_sq/NAME`, on the main process.
+@dataclass(frozen=True)
+class Trained:
+    """A model's trained parameters, their optimizer and mean, under DeepSpeed's `engine` or None."""
 
-    Others get nothing, but all must call it: ZeRO gathers. `engine` is DeepSpeed's, or None.
-    """
-    values: dict[str, Tensor] = {}
-    kinds = ("weight", *(zero.MOMENTS if applied else ()))
-    for name, parameter in _trained(model):
-        for kind in kinds:
-            value = zero.read_trained(parameter, kind) if engine is not None else _held(optimizer, parameter, kind)
-            if dist.is_main():
-                values[f"{kind}/{name}"] = value.detach().float().cpu().clone(memory_format=torch.contiguous_format)
-    return values
+    model: nn.Module
+    optimizer: Any
+    average: Average
+    engine: Any = None
+    engine_name: str = "plain"
+    device: torch.device = field(default_factory=dist.device)
 
+    def values(self, applied: int) -> dict[str, Tensor]:
+        """`weight/NAME`, once a step was applied `exp_avg/NAME` and `exp_avg_sq/NAME`, and the mean.
 
-def put_back(model: nn.Module, optimizer: Any, engine: Any, values: dict[str, Tensor], applied: int) -> None:
-    """The inverse of `collect`; `applied` is how many steps Adam has made.
+        On the main process; others get nothing, but all must call it: ZeRO gathers.
+        """
+        values: dict[str, Tensor] = {}
+        kinds = ("weight", *(zero.MOMENTS if applied else ()))
+        for name, parameter in _trained(self.model):
+            for kind in kinds:
+                held = self.engine is None
+                value = _held(self.optimizer, parameter, kind) if held else zero.read_trained(parameter, kind)
+                if dist.is_main():
+                    values[f"{kind}/{name}"] = value.detach().float().cpu().clone(memory_format=torch.contiguous_format)
+        return values | (self.average.values() if dist.is_main() else {})
 
-    Raises:
-        ArtifactError: the values are not those of this model's adapter.
-    """
-    trained = _trained(model)
-    _check(trained, values, applied)
-    if engine is None:
-        _put_into_optimizer(trained, optimizer, values, applied)
-    else:
-        _put_into_engine(trained, engine, values, applied)
+    def put_back(self, values: dict[str, Tensor], applied: int, *, averaged: int) -> None:
+        """The inverse of `values`; `applied` is how many steps Adam has made, `averaged` how many are in the mean.
+
+        Raises:
+            ArtifactError: the values are not those of this model's adapter.
+        """
+        self.average.take(values, averaged)
+        trained = _trained(self.model)
+        _check(trained, values, applied)
+        if self.engine is None:
+            _put_into_optimizer(trained, self.optimizer, values, applied)
+        else:
+            _put_into_engine(trained, self.engine, values, applied)
 
 
 def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -13,14 +13,14 @@ import torch
 
 from recover.base import console, dist, zero
 from recover.base.errors import StopRequested, TrainingError
+from recover.base.signals import Interrupted, stop_between_steps
 from recover.config.recipe import Recover
 from recover.models.packed_attention import HALF, packing_configs
 from recover.train.caching import TextRow, TrainingStates, with_states
-from recover.train.callbacks import AfterEpoch, Epochs, Progress
+from recover.train.callbacks import AfterEpoch, Epochs, Progress, StepLog
 from recover.train.checkpoints import begin, note
-from recover.train.course import Course
+from recover.train.course import ROLLBACKS, Course, Totals
 from recover.train.data import Collate, build_dataset, collator, packer, tokens_at_once, with_scored
-from recover.train.dense_text import weights_fingerprint
 from recover.train.on_policy import OnPolicy
 from recover.train.settings import (
     epoch_ends,
@@ -31,12 +31,9 @@ from recover.train.settings import (
 )
 from recover.train.shapes import row_sizes
 from recover.train.sharded.weights import SharedOut
-from recover.train.skipping import ROLLBACKS
-from recover.train.step_log import StepLog
-from recover.train.stopping import Interrupted, stop_between_steps
 from recover.train.teacher_file import TeacherStates
-from recover.train.totals import Totals
 from recover.train.trainer import RecoverTrainer
+from recover.train.written_text import weights_fingerprint
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -88,7 +85,7 @@ def train(
     collate = _collation(tokenizer, cfg, rows, split.micro, packed=packed, graphed=graphed)
     own = None
     if "writer" in rows.features:
-        own = OnPolicy(cfg, twin, tokenizer, rows, seed, run_folder, fingerprint, with_scored(collate))
+        own = OnPolicy(cfg, tokenizer, rows, seed, run_folder, fingerprint, with_scored(collate))
     args = training_arguments(cfg, split, steps, seed, run_folder / "checkpoints", passes=1 + ROLLBACKS)
     with stop_between_steps() as stop:
         trainer = RecoverTrainer(
@@ -103,7 +100,6 @@ def train(
             collate=collate,
             on_policy=own,
         )
-        course.follow(trainer)
         _read_states(trainer, cfg, rows, split.micro, texts)
         if own is None:
             trainer.data_collator = with_scored(trainer.data_collator)
@@ -183,11 +179,8 @@ def _train(trainer: RecoverTrainer, cfg: Recover, after_epoch: AfterEpoch, run_f
         ends=epoch_ends(trainer.steps, cfg.epochs),
         save_steps=cfg.save_steps,
         patience=cfg.patience,
-        course=trainer.course,
-        stop=trainer.stop,
+        trainer=trainer,
         after_epoch=after_epoch,
-        generating=trainer.generating,
-        peak_memory=trainer.peak_memory,
     )
     if cfg.shard_weights and dist.world_size() > 1:
         trainer.add_callback(SharedOut(trainer))
@@ -197,7 +190,7 @@ def _train(trainer: RecoverTrainer, cfg: Recover, after_epoch: AfterEpoch, run_f
     try:
         trainer.train()
     except Interrupted:
-        trainer.course.save(interrupted=True)
+        trainer.save(interrupted=True)
     if trainer.stop.agreed:
         raise StopRequested(trainer.stop.agreed)
     return epochs
