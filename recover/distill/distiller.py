@@ -112,7 +112,7 @@ class Distiller:
         scored: tuple[Tensor, Tensor] | None = None,
         packing: tuple[Tensor, Tensor, int] | None = None,
     ) -> ModelOutput:
-        """Sums over the scored tokens: `loss` (the only one with gradient), `tokens` and the others of `LossSums`.
+        """Sums over the scored tokens: `loss` (the only one with gradient), `tokens`, `focus` and each term's.
 
         Only rows that `labels` score reach the head; what stands in the others changes neither value nor gradient.
         `states` gives what is known of the dense view, on any device, asked for when it is needed: then the dense pass
@@ -185,15 +185,7 @@ class Distiller:
                 chunk=self.cfg.chunk,
                 focus_mean=self.focus_mean,
             )
-        return ModelOutput(
-            loss=sums.total,
-            kl=sums.kl,
-            variance=sums.variance,
-            reverse_kl=sums.reverse_kl,
-            ce=sums.ce,
-            focus=sums.focus,
-            tokens=sums.tokens,
-        )
+        return ModelOutput(loss=sums.total, **sums.terms, focus=sums.focus, tokens=sums.tokens)
 
     def _dense_pass(self, model: Any, batch: dict[str, Any], rows_N: Tensor | None) -> DenseStates:
         caught: list[Tensor] = []

@@ -14,7 +14,7 @@ from recover.base import artifacts, console, dist, strict_json, units
 from recover.base.artifacts import read_json, write_json
 from recover.base.errors import ArtifactError, TrainingError
 from recover.train.checkpoints import STEPS, publish_adapter
-from recover.train.course import TERMS, Totals
+from recover.train.course import Totals
 from recover.train.trainer import RecoverTrainer
 
 AfterEpoch = Callable[[int, dict[str, Any]], float | None]
@@ -44,9 +44,7 @@ class Progress(TrainerCallback):
         seconds = self.totals.elapsed() - self.paused
         left = seconds / self.done * (state.max_steps - state.global_step)
         rate = (self.totals.tokens - self.first_tokens) / seconds
-        terms = ", ".join(
-            f"{name} {logs[name]:.4g}" for name in ("loss", "kl", "variance", "reverse_kl", "ce") if logs.get(name)
-        )
+        terms = ", ".join(f"{name} {logs[name]:.4g}" for name in ("loss", *self.totals.terms) if logs.get(name))
         if "variance_weight" in logs:
             terms += f", weight of variance {logs['variance_weight']:.4g}"
         console.say(
@@ -71,12 +69,13 @@ class StepLog(TrainerCallback):
         if self.last is None or state.global_step <= self.last:
             self._rewind(state.global_step)
         self.last = state.global_step
+        known = ("loss", *self.totals.terms, "grad_norm", "variance_weight")
         line = {
             "step": state.global_step,
             "tokens": self.totals.tokens,
             "seconds": round(self.totals.elapsed(), 4),
             "lr": logs["learning_rate"],
-            **{name: logs[name] for name in (*TERMS, "grad_norm", "variance_weight") if name in logs},
+            **{name: logs[name] for name in known if name in logs},
         }
         if torch.cuda.is_available():
             line["peak_memory_bytes"] = torch.cuda.max_memory_allocated()

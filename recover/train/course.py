@@ -26,8 +26,6 @@ from recover.base.errors import ArtifactError, TrainingError
 from recover.train.checkpoints import TRAINED, Checkpoints, note
 from recover.train.optimizer_state import Trained
 
-TERMS = ("loss", "kl", "variance", "reverse_kl", "ce")
-SUMS = (*TERMS, "focus", "tokens")  # of a micro-step
 FOCUS_DECAY = 0.9  # a step: the mean that weights of `loss.focus` are divided by is that of the last 10 or so
 
 SKIPS_IN_A_ROW = 8  # before going back to a checkpoint the first time; half as many after each time
@@ -223,9 +221,11 @@ class Skips:
 class Totals:
     """`tokens` and `seconds` since the first step; `step` and `epoch`: sums since the last reading.
 
-    Micro-steps wait until their optimizer step is made (`commit`) or skipped (`discard`).
+    `terms`: of the loss, whose means are read beside its own. Micro-steps wait until their optimizer step is made
+    (`commit`) or skipped (`discard`).
     """
 
+    terms: tuple[str, ...]
     tokens: int = 0
     seconds: float = 0.0
     step: dict[str, float] = field(default_factory=dict)
@@ -235,8 +235,13 @@ class Totals:
     lr: float | None = None  # of the last step
     clock: float | None = field(default=None, repr=False)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the sums of a micro-step."""
+        return ("loss", *self.terms, "focus", "tokens")
+
     def add(self, sums: dict[str, float]) -> None:
-        """Count one micro-step, once its optimizer step is made; `sums` holds SUMS."""
+        """Count one micro-step, once its optimizer step is made; `sums` holds `names`."""
         self.waiting.append(sums)
 
     def commit(self) -> None:
@@ -275,12 +280,12 @@ class Totals:
 
     def read_step(self) -> dict[str, float]:
         """Means per token of each term since the last call."""
-        means, self.step = _means(self.step), {}
+        means, self.step = self._means(self.step), {}
         return means
 
     def read_epoch(self) -> dict[str, float]:
         """Means per token of each term over the epoch, which begins anew."""
-        means, self.epoch = _means(self.epoch), {}
+        means, self.epoch = self._means(self.epoch), {}
         return means
 
     def to_json(self) -> dict[str, Any]:
@@ -293,10 +298,9 @@ class Totals:
         self.lr, self.step, self.focus = value["lr"], {}, list(value["focus"])
         self.discard()
 
-
-def _means(sums: dict[str, float]) -> dict[str, float]:
-    tokens = max(sums.get("tokens", 0.0), 1.0)
-    return {name: sums.get(name, 0.0) / tokens for name in TERMS}
+    def _means(self, sums: dict[str, float]) -> dict[str, float]:
+        tokens = max(sums.get("tokens", 0.0), 1.0)
+        return {name: sums.get(name, 0.0) / tokens for name in ("loss", *self.terms)}
 
 
 def described(finding: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from recover.base import console, dist, zero
 from recover.base.errors import StopRequested, TrainingError
 from recover.base.signals import Interrupted, stop_between_steps
 from recover.config.recipe import Recover
+from recover.distill.loss_terms import computed
 from recover.models.packed_attention import HALF, packing_configs
 from recover.train.caching import TextRow, TrainingStates, with_states
 from recover.train.callbacks import AfterEpoch, Epochs, Progress, StepLog
@@ -80,7 +81,8 @@ def train(
     steps = len(rows) // cfg.batch_size
     torch.manual_seed(seed)
     twin.add_lora(cfg.lora)
-    course = Course(run_folder, fingerprint, batch_size=cfg.batch_size, seed=seed, totals=Totals(), past=past)
+    totals = Totals(computed(cfg.loss))
+    course = Course(run_folder, fingerprint, batch_size=cfg.batch_size, seed=seed, totals=totals, past=past)
     graphed = packed and _may_be_graphed(twin, cfg)
     collate = _collation(tokenizer, cfg, rows, split.micro, packed=packed, graphed=graphed)
     own = None

@@ -30,7 +30,7 @@ from recover.models.modes import modules_below, plain_modes, set_training
 from recover.models.packed_attention import NAME
 from recover.models.step_attention import attending
 from recover.train.averaging import Average, averaged_steps
-from recover.train.course import SUMS, Course, frozen_weights, not_finite
+from recover.train.course import Course, frozen_weights, not_finite
 from recover.train.on_policy import OnPolicy
 from recover.train.optimizer_state import Trained
 from recover.train.settings import epoch_ends
@@ -209,7 +209,7 @@ class RecoverTrainer(SFTTrainer):
         Sums that nobody needs before the optimizer step wait for `_judge_step`. DeepSpeed needs them before backward,
         several processes have to agree on a stop.
         """
-        values = [sums[name].detach().double() for name in SUMS]
+        values = [sums[name].detach().double() for name in self.course.totals.names]
         values.append(torch.full_like(values[0], self.stop.requested))
         last, alone = self.accelerator.sync_gradients, self.accelerator.num_processes == 1
         if self.zero_engine is None and (last or (alone and not self.stop.requested)):
@@ -224,7 +224,7 @@ class RecoverTrainer(SFTTrainer):
             self.stop.agreed = self.stop.requested or signal.SIGTERM
             if not self.accelerator.sync_gradients:
                 raise Interrupted  # a step of many micro-batches may outlast the time until we are killed
-        total: dict[str, float] = dict(zip(SUMS, numbers, strict=True))
+        total: dict[str, float] = dict(zip(self.course.totals.names, numbers, strict=True))
         if all(map(math.isfinite, numbers)):
             self.course.totals.add(total)
             return
