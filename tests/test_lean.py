@@ -20,7 +20,7 @@ from twins import fill_adapters, masked_twin
 
 from recover.config.recipe import Lora
 from recover.kernels.lora_linear import PlainGate, gated_lora_linear, lora_linear
-from recover.models import lean, rotary
+from recover.models import rotary
 from recover.models.lean import LeanAttention, LeanMlp, LeanNorm, make_lean
 from recover.models.linears import Switch
 from recover.models.plan import Plan
@@ -39,7 +39,7 @@ def twin_of(family, dtype=torch.float32, *, stock=False):
     twin = Twin(tiny(family).to(dtype), Plan("depth", 6, (2, 4)))
     with pytest.MonkeyPatch.context() as patch:
         if stock:
-            patch.setattr(lean, "make_lean", lambda *_: None)
+            patch.setattr("recover.models.twin.make_lean", lambda *_: None)
         twin.add_lora(Lora(rank=4))
     fill_adapters(twin)
     twin.model.train()

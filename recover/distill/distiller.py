@@ -20,6 +20,7 @@ from recover.distill.loss_topk import TopK
 from recover.kernels.adapter_casts import cast_together
 from recover.models.arch import head_of
 from recover.models.linears import MaskedLinear, OwnLinear
+from recover.models.masked_lora import SwitchedLora
 from recover.models.packed_attention import NAME, Packing, packing_configs
 from recover.models.site import Site
 from recover.models.step_attention import attending
@@ -263,8 +264,6 @@ def _shared_blocks(twin: Twin) -> int:
 
 def _unmasked_adapters(twin: Twin) -> tuple[list[Tensor], float]:
     """Factors of updates that are not seen through a mask, and their scaling: of those that have the commonest one."""
-    from recover.models.masked_lora import SwitchedLora
-
     found: dict[float, list[Tensor]] = {}
     for layer in twin.base.modules():
         if type(layer) is SwitchedLora:

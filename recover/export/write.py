@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import transformers
+
 from recover.base import artifacts, console
 from recover.base.errors import ExportError
 from recover.export.spelling import respell_config, write_tokenizer
@@ -55,8 +57,6 @@ def write_checkpoint(
 
 
 def _refuse_custom_class(model: PreTrainedModel) -> None:
-    import transformers
-
     cls = type(model)
     if getattr(transformers, cls.__name__, None) is not cls:
         raise ExportError(

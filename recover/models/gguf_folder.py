@@ -13,7 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from recover.base.errors import ModelError
 from recover.models.gguf_settings import completed
@@ -26,9 +29,6 @@ def write_stock(path: Path, folder: Path, *, shown: Path) -> None:
 
     Raises ModelError without the package `gguf` and for tensors as `check_tensors`; else whatever the libraries raise.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     with _opened_once():
         check_tensors(path, shown)
@@ -52,10 +52,6 @@ def _plain(read: Any) -> Any:
     transformers flags what it reads from a GGUF: `save_pretrained` would raise, and peft and trainers branch on the
     flag.
     """
-    import accelerate
-    import torch
-    from transformers import AutoModelForCausalLM
-
     config = type(read.config).from_dict(
         {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
     )

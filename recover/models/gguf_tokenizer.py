@@ -6,6 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from transformers import PreTrainedTokenizerFast
+
 from recover.base.errors import ModelError
 from recover.models.gguf_settings import field
 
@@ -36,8 +40,6 @@ def _without_strangers(tokenizer: Any, tokens: list[str]) -> Any:
 
     They are named in the class alone: a text would get an id that has no row in the embedding.
     """
-    from tokenizers import Tokenizer
-
     known = set(tokens)
     strange = {name for name in NAMED if getattr(tokenizer, name, None) not in (None, *known)}
     added = {token for token, index in tokenizer.get_vocab().items() if index >= len(tokens)}
@@ -49,7 +51,6 @@ def _without_strangers(tokenizer: Any, tokens: list[str]) -> Any:
     if core["model"].get("unk_token") not in (None, *known):
         core["model"]["unk_token"] = None
     named = {name: getattr(tokenizer, name) for name in NAMED if name not in strange}
-    from transformers import PreTrainedTokenizerFast
 
     rest = {"chat_template": tokenizer.chat_template, "padding_side": tokenizer.padding_side}
     return PreTrainedTokenizerFast(
@@ -71,8 +72,6 @@ def _split_digits(tokenizer: Any, name: Any) -> None:
     SmolLM's tokenizer splits off every digit first. Without, blanks and newlines before a digit get other tokens than
     the model was trained on (found by comparing with llama.cpp; transformers pull request 42908).
     """
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-
     if name == "smollm":
         splitter = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
         tokenizer.backend_tokenizer.pre_tokenizer = splitter

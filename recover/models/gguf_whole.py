@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from recover.base.errors import ModelError
 from recover.models.gguf_head import check_head
 from recover.models.gguf_settings import FREQUENCIES, completed, field
@@ -69,8 +72,6 @@ def _some(names: list[str]) -> str:
 def _expected(path: Path, reader: Any) -> tuple[dict[str, tuple[int, ...]], bool]:
     """The shape of each tensor that the model needs, by its name in the file, and whether all of them are named."""
     import gguf
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     arch = str(field(reader, "general.architecture"))
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}

@@ -12,6 +12,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, get_args
 
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from transformers import PretrainedConfig
+from transformers.utils.hub import cached_file
+
 from recover.base import artifacts, console, dist
 from recover.base.clock import part
 from recover.base.errors import ModelError, RecoverError
@@ -19,6 +24,7 @@ from recover.base.products import check_checkpoint, digest_of
 from recover.config import recipe
 from recover.config.base import Dtype
 from recover.models.foreign_code import check, check_settings, code_files, code_named
+from recover.models.gguf_folder import write_stock
 from recover.models.gguf_whole import alone
 from recover.models.sizes import check_room, check_sizes
 
@@ -99,8 +105,6 @@ def whole_folder(folder: Path) -> Path:
 
 
 def _download(cfg: recipe.Model, source: str) -> Path:
-    from huggingface_hub import snapshot_download
-
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + ["*.py"] * cfg.trust_remote_code
     with explained(source + HUB):
         folder = snapshot_download(
@@ -116,8 +120,6 @@ def config_source(cfg: recipe.Model) -> str:
 
 def read_config(cfg: recipe.Model) -> dict[str, Any]:
     """The raw config, no weights touched; raises ModelError if it is missing, corrupt or could run code."""
-    from transformers import PretrainedConfig
-
     source = config_source(cfg)
     path = Path(source) / "config.json"
     if kind_of(source) == "folder":
@@ -155,8 +157,6 @@ def code_of(cfg: recipe.Model) -> list[str] | None:
 
 def _on_hub(cfg: recipe.Model, name: str) -> bool:
     """Whether the repository has this file, as far as can be told."""
-    from transformers.utils.hub import cached_file
-
     quietly = ("gated_repo", "missing_entries", "connection_errors")
     options: dict[str, Any] = {f"_raise_exceptions_for_{each}": False for each in quietly}
     return cached_file(cfg.source, name, revision=cfg.revision, **options) is not None
@@ -225,8 +225,6 @@ def _files(folder: Path) -> list[Path]:
 
 def _equal(path: Path, name: str, other_path: Path, other_name: str) -> bool:
     """Whether two matrices hold the same numbers; some rows of them in memory at a time."""
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as file, safe_open(other_path, "pt") as other_file:
         first, second = file.get_slice(name), other_file.get_slice(other_name)
         shape = first.get_shape()
@@ -244,8 +242,6 @@ def check_numbers(folder: Path, floating: Collection[str]) -> None:
 
     They are quantized, and without the scales that belong to them they would be taken as they are.
     """
-    from safetensors import safe_open
-
     for path in _files(folder):
         with safe_open(path, "pt") as file:
             for name in set(file.keys()) & set(floating):
@@ -272,8 +268,6 @@ def _shards(index: Path) -> dict[str, list[str]]:
 
 def _tensors(path: Path) -> list[str]:
     """Names of the tensors in a file whose header is sound and whose length is what the header says."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
@@ -302,8 +296,6 @@ def cache_folder() -> Path:
 
 def _convert(path: Path) -> Path:
     """The GGUF file as a stock folder in float32, made once for each sha256."""
-    from recover.models.gguf_folder import write_stock
-
     folder = cache_folder() / "gguf" / f"{digest_of(path)}-{CONVERSION}"
     if folder.is_dir():
         return folder
@@ -400,8 +392,6 @@ def exported_dtype(model: Dtype, stored: Dtype, asked: Dtype | None) -> Dtype:
 
 def _widest_dtype(folder: Path) -> str:
     """Of the tensor with the most numbers, which says how the checkpoint as a whole is stored."""
-    from safetensors import safe_open
-
     found: dict[int, str] = {}
     for path in _files(folder) if (folder / INDEX).is_file() or (folder / WEIGHTS).is_file() else ():
         for name in _tensors(path):

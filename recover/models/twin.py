@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,7 +21,9 @@ from recover.base.errors import ModelError
 from recover.config import recipe
 from recover.models.arch import Arch, arch_of, base_of, blocks_of, linears_of, site_of
 from recover.models.closing import close_sites, closed_sites, make_closable, named_as, switch_class
+from recover.models.lean import make_lean
 from recover.models.linears import MaskedLinear, Switch, check_fit, see_pruned
+from recover.models.masked_lora import adopt_layer, lora_layers
 from recover.models.modes import modules_below, set_training
 from recover.models.site import Site, sites_of, whole_blocks
 
@@ -150,9 +153,6 @@ class Twin:
 
         Raises ModelError for a PeftModel of another model, and for anything but plain LoRA on linear layers.
         """
-        from recover.models.lean import make_lean
-        from recover.models.masked_lora import adopt_layer, lora_layers
-
         if base_of(peft_model) is not self.base:
             raise ModelError("the PeftModel does not wrap this twin's model; expected PeftModel(twin.base, ...)")
         for layer in lora_layers(peft_model):
@@ -168,8 +168,6 @@ class Twin:
         float32 whatever the model's dtype (DeepSpeed's bf16 mode casts them and keeps float32 masters).
         Raises ModelError if no block is left, or if the twin has adapters already.
         """
-        from peft import LoraConfig, get_peft_model
-
         if self.model is not self.base:
             raise ModelError("this twin has adapters already; expected one set: load the model anew")
         sites = self._lora_sites(cfg)

@@ -19,6 +19,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save
+
 from recover.base import console, dist
 from recover.base.artifacts import (
     MANIFEST,
@@ -58,9 +61,6 @@ def write_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def _write_adapter(model: PeftModel, values: dict[str, Tensor], folder: Path) -> None:
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save
-
     state = get_peft_model_state_dict(model, state_dict=values, save_embedding_layers=False)
     data = save({name: value.contiguous() for name, value in state.items()}, {"format": "pt"})
     with explaining(folder):
@@ -82,9 +82,6 @@ def read_adapter(model: PeftModel, folder: Path) -> None:
     Raises:
         ArtifactError: its tensors are not those of this model's adapter.
     """
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
     state = load_file(folder / WEIGHTS)
     result: Any = set_peft_model_state_dict(model, state)
     trained = sum(parameter.requires_grad for parameter in model.parameters())
@@ -108,8 +105,6 @@ class Checkpoints:
         Raises:
             ArtifactError: it could not be written; what was there before is as it was.
         """
-        from safetensors.torch import save
-
         checkpoint = self.folder / f"checkpoint-{step}"
         beside = checkpoint.with_name(f".{checkpoint.name}.tmp")
         shutil.rmtree(beside, ignore_errors=True)

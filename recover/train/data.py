@@ -12,11 +12,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import numpy as np
+import pyarrow.compute as pc
+import torch
 
 from recover.base import console
 from recover.base.errors import DataError
 from recover.config.recipe import DenseText, GivenText, PrunedText, Recover, TeacherText
+from recover.distill.distiller import scored_rows
 from recover.train.order import training_order
 from recover.train.shapes import filled
 from recover.train.sources import Sample, read_rows, samples_of
@@ -54,8 +58,6 @@ def build_dataset(
         DataError: a source cannot be read or holds nothing to learn (by file and line), or there is too little for
             an epoch.
     """
-    import datasets
-
     samples: list[Sample] = []
     writers: list[int] = []
     for number, (source, budget) in enumerate(zip(cfg.data, cfg.budgets, strict=True)):
@@ -146,15 +148,12 @@ def _of_teacher(source: TeacherText, cfg: Recover, twin: Twin, seed: int, folder
 
 def tokens_at_once(rows: Dataset, micro: int) -> list[int]:
     """Tokens of each batch of `micro` rows."""
-    import pyarrow.compute as pc
-
     lengths = pc.call_function("list_value_length", [rows.data.column("input_ids")]).to_numpy()
     return [int(lengths[start : start + micro].sum()) for start in range(0, len(lengths), micro)]
 
 
 def collator(pad: int, scored: str) -> Collate:
     """Rows of `build_dataset` to right-padded `input_ids`, `attention_mask` and `labels` (-100 where no loss is)."""
-    import torch
 
     def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         sizes_B = np.array([len(row["input_ids"]) for row in rows])
@@ -178,7 +177,6 @@ def packer(pad: int, scored: str, longest: int, sizes: Sequence[int] = ()) -> Co
     With `sizes` the row is filled up to one of them (`filled`), by sequences of padding; of equal size, rows of equally
     many sequences have equal shapes.
     """
-    import torch
 
     def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ends_S = np.cumsum([len(row["input_ids"]) for row in rows])
@@ -212,7 +210,6 @@ def _joined(rows: Sequence[dict[str, Any]], scored: str) -> tuple[Any, Any]:
 
 def with_scored(collate: Collate) -> Collate:
     """As `collate`, with `scored`: what `scored_rows` finds, found before the batch is on a device that would wait."""
-    from recover.distill.distiller import scored_rows
 
     def collated(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch = collate(rows)

@@ -6,16 +6,14 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from trl.trainer.sft_config import SFTConfig
 
 from recover.base import dist
 from recover.base.errors import TrainingError
 from recover.config.recipe import Recover
-
-if TYPE_CHECKING:
-    from trl.trainer.sft_config import SFTConfig
 
 SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -82,8 +80,6 @@ def training_arguments(
 
     `passes`: how often the trainer may start over the text, for which it must expect so many times the steps.
     """
-    from trl.trainer.sft_config import SFTConfig
-
     on_gpu = torch.cuda.is_available()
     precision: dict[str, Any] = {
         # The distiller multiplies half-precision models by float32 adapters itself, with and without DeepSpeed alike.

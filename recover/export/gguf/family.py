@@ -9,6 +9,10 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
 from recover.base import console
 from recover.base.errors import ExportError
 from recover.models.arch import head_size_of, kv_heads_of
@@ -58,8 +62,6 @@ def read_config(folder: Path) -> PretrainedConfig:
 
     Raises ExportError naming the field that it would not, ModelError for a folder that is no whole checkpoint.
     """
-    from transformers import AutoConfig
-
     check_written(model_folder(folder))
     check_weights(folder)
     with explained(str(folder)):
@@ -146,9 +148,6 @@ def _context(config: PretrainedConfig) -> int:
 
 def rope_factors(config: PretrainedConfig) -> Tensor | None:
     """What llama.cpp divides each rotary frequency by, for Llama 3.1's scaling (factors by wavelength); else None."""
-    import torch
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     rope, head = config.rope_parameters, head_size_of(config)
     if rope["rope_type"] != "llama3":
         return None

@@ -13,6 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+from safetensors import safe_open
+from transformers import AutoTokenizer, GenerationConfig
+
 from recover.base import artifacts, console
 from recover.base.errors import ExportError
 from recover.export.gguf.family import FAMILIES, add_sizes, read_config, rope_factors, tensor_names
@@ -70,7 +75,6 @@ def _writer(folder: Path, config: PretrainedConfig, dtype: str) -> GGUFWriter:
         import gguf
     except ImportError as error:
         raise ExportError(f"GGUF files need the package 'gguf' ({error}): pip install 'recover[gguf]'") from None
-    from transformers import AutoTokenizer
 
     writer = gguf.GGUFWriter(None, FAMILIES[config.model_type].arch)
     writer.add_type("model")
@@ -93,8 +97,6 @@ def _name(folder: Path) -> str:
 
 def _stops(folder: Path, config: PretrainedConfig) -> list[int]:
     """Ids at which `generate` ends a text, the first of them its end-of-text token."""
-    from transformers import GenerationConfig
-
     stops = config.eos_token_id
     if (folder / "generation_config.json").is_file():
         said = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
@@ -135,8 +137,6 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as file:
         names = list(file.keys())
         return {name: tuple(file.get_slice(name).get_shape()) for name in names}
@@ -151,8 +151,6 @@ def _heads(config: PretrainedConfig, source: str) -> int | None:
 
 
 def _load(path: Path, source: str, heads: int | None) -> Tensor:
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as file:
         tensor = file.get_tensor(source)
     return tensor if heads is None else _neighbours(tensor, heads)
@@ -166,8 +164,6 @@ def _neighbours(weight_OI: Tensor, heads: int) -> Tensor:
 
 def _data(entry: Entry) -> np.ndarray:
     """The tensor's bytes as numpy has them: bfloat16, which it does not have, as 16-bit integers."""
-    import torch
-
     cast = entry.load().to(getattr(torch, entry.dtype)).contiguous()
     if not cast.isfinite().all():
         raise ExportError(
@@ -184,7 +180,6 @@ def _nbytes(entry: Entry) -> int:
 
 
 def _write(writer: GGUFWriter, entries: list[Entry], path: Path) -> None:
-    import numpy as np
     from gguf import GGMLQuantizationType
 
     for entry in entries:
