@@ -19,7 +19,7 @@ from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.run import estimate
 from recover.train import course
-from recover.train.averaging import Average, averaged_steps
+from recover.train.optimizer_state import Average, averaged_steps
 from recover.train.settings import refuse_averaging_shares
 from recover.train.train import train
 from recover.train.trainer import RecoverTrainer

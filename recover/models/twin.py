@@ -22,15 +22,15 @@ from recover.config import recipe
 from recover.models.arch import Arch, arch_of, base_of, blocks_of, linears_of, site_of
 from recover.models.closing import close_sites, closed_sites, make_closable, named_as, switch_class
 from recover.models.lean import make_lean
-from recover.models.linears import MaskedLinear, Switch, check_fit, see_pruned
+from recover.models.linears import MaskedLinear, Switch, see_pruned
 from recover.models.masked_lora import adopt_layer, lora_layers
 from recover.models.modes import modules_below, set_training
+from recover.models.plan import Plan, check_fit
 from recover.models.site import Site, sites_of, whole_blocks
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from recover.models.plan import Plan
 
 # What a forward may be told beside the batch without changing what is distilled.
 _OUTPUT_OPTIONS = {"return_dict", "use_cache", "output_attentions", "output_hidden_states"}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from recover.base import artifacts, console, dist, strict_json, units
+from recover.base import artifacts, console, dist, units
 from recover.base.artifacts import read_json, write_json
 from recover.base.errors import ArtifactError, TrainingError
 from recover.train.checkpoints import STEPS, publish_adapter
@@ -91,7 +91,7 @@ class StepLog(TrainerCallback):
         except (ArtifactError, KeyError, TypeError) as error:
             console.warn(f"{self.path}: {error}; the training curve begins anew")
             lines = []
-        artifacts.write_text(self.path, "".join(f"{strict_json.dumps(line)}\n" for line in lines))
+        artifacts.write_jsonl(self.path, lines)
 
 
 class Epochs(TrainerCallback):

@@ -21,8 +21,7 @@ from recover.base import console
 from recover.base.errors import DataError
 from recover.config.recipe import DenseText, GivenText, PrunedText, Recover, TeacherText
 from recover.distill.distiller import scored_rows
-from recover.train.order import training_order
-from recover.train.shapes import filled
+from recover.train.order import filled, training_order
 from recover.train.sources import Sample, read_rows, samples_of
 from recover.train.teacher_file import teacher_samples
 from recover.train.written_text import DenseWriter, repeated

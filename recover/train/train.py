@@ -23,6 +23,7 @@ from recover.train.checkpoints import begin, note
 from recover.train.course import ROLLBACKS, Course, Totals
 from recover.train.data import Collate, build_dataset, collator, packer, tokens_at_once, with_scored
 from recover.train.on_policy import OnPolicy
+from recover.train.order import row_sizes
 from recover.train.settings import (
     epoch_ends,
     refuse_averaging_shares,
@@ -30,8 +31,7 @@ from recover.train.settings import (
     split_batch,
     training_arguments,
 )
-from recover.train.shapes import row_sizes
-from recover.train.sharded.weights import SharedOut
+from recover.train.sharded_weights import SharedOut
 from recover.train.teacher_file import TeacherStates
 from recover.train.trainer import RecoverTrainer
 from recover.train.written_text import weights_fingerprint

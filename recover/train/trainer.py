@@ -29,13 +29,11 @@ from recover.distill.graphs import GraphedPasses
 from recover.models.modes import modules_below, plain_modes, set_training
 from recover.models.packed_attention import NAME
 from recover.models.step_attention import attending
-from recover.train.averaging import Average, averaged_steps
 from recover.train.course import Course, frozen_weights, not_finite
 from recover.train.on_policy import OnPolicy
-from recover.train.optimizer_state import Trained
+from recover.train.optimizer_state import Average, Trained, averaged_steps
 from recover.train.settings import epoch_ends
-from recover.train.sharded.weights import WeightShards
-from recover.train.sharded.zero3 import gather_by_block
+from recover.train.sharded_weights import WeightShards, gather_by_block
 from recover.train.written_text import write_together
 
 if TYPE_CHECKING:
