@@ -43,7 +43,19 @@ Harness = Annotated[
 ]
 Include = Annotated[Path | None, typer.Option("--lm-eval-include", help="Folder with harness tasks of your own.")]
 Allow = Annotated[
-    bool, typer.Option("--allow-code-execution", help="Let code tasks run what the model writes, locked away.")
+    bool,
+    typer.Option(
+        "--allow-code-execution",
+        help="Let code tasks run what the model writes, behind Linux namespaces: no network, no files, no other "
+        "processes. Refused where there are none.",
+    ),
+]
+Unconfined = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code-execution-unconfined",
+        help="Let code tasks run it without them: such a program can read and write all that you can.",
+    ),
 ]
 Out = Annotated[
     Path | None, typer.Option("--out", help="JSON file for all figures, samples, versions and machine; replaced.")
@@ -76,6 +88,7 @@ def measure(
     dtype: Annotated[str | None, typer.Option("--dtype", help="Default: as the checkpoint is stored.")] = None,
     samples: Annotated[int, typer.Option("--samples", help="Texts of each task kept in the JSON.")] = 3,
     allow_code_execution: Allow = False,
+    allow_code_execution_unconfined: Unconfined = False,
 ) -> None:
     """Measure any checkpoint: what it writes, chooses, retrieves, expects; the same items and prompts for each."""
     names = [*(tasks or ()), *(more or ())]
@@ -93,7 +106,7 @@ def measure(
         max_new_tokens=max_new_tokens,
         samples=samples,
         sampling=None,
-        allow_code_execution=allow_code_execution,
+        allow_code_execution="unconfined" if allow_code_execution_unconfined else allow_code_execution,
     )
     if out is not None:
         refuse_input(out, (model, *names, *inputs.files_of([str(Path(name).absolute()) for name in names])))
@@ -179,6 +192,8 @@ def say(record: Record) -> None:
     for name, task in tasks.items():
         if task.get("mistakes"):
             console.say(f"task {name}: {_mistakes(task)}")
+        if task.get("isolation"):
+            console.say(f"task {name}: programs were run {task['isolation']}")
         if task.get("pass_at_k"):
             figures = [f"pass@{k} {found['value']:.1%}" for k, found in task["pass_at_k"].items()]
             console.say(f"task {name}, sampled: {', '.join(figures)}")

@@ -3,10 +3,6 @@
 transformers opens the file once for each thing that it wants of it, and the reader of the package
 `gguf` takes every token of the vocabulary apart through a memory map, at some tens of microseconds each: with 150,000
 tokens that is most of the time. Here the file is opened once, and its bytes are a plain array.
-
-What the libraries believe is held against the file. Its head: the reader believes every count, and walks on past the
-end of the file for as long as it says. Its tensors: transformers draws at random what a file lacks. Its tokenizer: the
-converted one must have the file's own vocabulary.
 """
 
 from __future__ import annotations
@@ -19,10 +15,12 @@ import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import accelerate
+import gguf
 import numpy as np
 import torch
 from tokenizers import Tokenizer
@@ -36,12 +34,12 @@ from recover.models.gguf_settings import FREQUENCIES, completed, field
 def write_stock(path: Path, folder: Path, *, shown: Path) -> None:
     """Write the model and tokenizer of the file, which lies `alone`, to the folder; errors name it as `shown`.
 
-    Raises ModelError without the package `gguf` and for tensors as `check_tensors`; else whatever the libraries raise.
+    Raises ModelError for tensors as `check_tensors`; else whatever the libraries raise.
     """
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     with _opened_once():
         check_tensors(path, shown)
-        reader = _package().GGUFReader(path)
+        reader = gguf.GGUFReader(path)
         config = completed(AutoConfig.from_pretrained(**where), reader)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **where, config=config, dtype=torch.float32, output_loading_info=True
@@ -75,7 +73,6 @@ def _plain(read: Any) -> Any:
 @contextmanager
 def _opened_once() -> Iterator[None]:
     """Inside, every `gguf.GGUFReader` of a file is the first one of that file, and so are its lists of names."""
-    gguf = _package()
     stock: Any = gguf.GGUFReader
     opened: dict[str, Any] = {}
 
@@ -104,16 +101,6 @@ def _opened_once() -> Iterator[None]:
         gguf.GGUFReader, gguf.get_tensor_name_map = stock, names
 
 
-def _package() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise ModelError("GGUF files need the package 'gguf': pip install 'recover[gguf]'") from error
-    return gguf
-
-
-# Whether the file holds every tensor of its model and no other.
-
 LISTED = 3  # tensors named in a message
 FEW_BLOCKS = 256  # are soon built, so that what the file lacks of them can be named
 
@@ -132,8 +119,6 @@ def check_tensors(path: Path, shown: Path) -> None:
 
     Raises ModelError naming the tensors (and the file as `shown`): missing, of another size, of no part of the model.
     """
-    import gguf
-
     check_head(path, shown)
     reader = gguf.GGUFReader(path)
     found = {tensor.name: tensor for tensor in reader.tensors}
@@ -169,8 +154,6 @@ def _some(names: list[str]) -> str:
 
 def _expected(path: Path, reader: Any) -> tuple[dict[str, tuple[int, ...]], bool]:
     """The shape of each tensor that the model needs, by its name in the file, and whether all of them are named."""
-    import gguf
-
     arch = str(field(reader, "general.architecture"))
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     blocks = field(reader, f"{arch}.block_count")
@@ -192,8 +175,6 @@ def _expected(path: Path, reader: Any) -> tuple[dict[str, tuple[int, ...]], bool
             shapes[there] = tuple(parameter.shape)
     return shapes, every
 
-
-# The head, held against the size of the file.
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 STRING, ARRAY = 8, 9
@@ -272,9 +253,10 @@ class _Walk:
         return ModelError(f"{self.shown}: byte {self.at}: found {found}; expected {expected}. Fetch the file again")
 
 
-# The tokenizer, held against the file's own vocabulary.
-
-TOKENS, MERGES, KIND, PRE = (f"tokenizer.ggml.{name}" for name in ("tokens", "merges", "model", "pre"))
+TOKENS, MERGES, SCORES, KIND, PRE = (
+    f"tokenizer.ggml.{name}" for name in ("tokens", "merges", "scores", "model", "pre")
+)
+SPM, BLANK = "llama", "▁"  # SentencePiece's BPE, whose merges are told by scores; the letter that stands for a blank
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 LARGE = 4096  # tokens of a vocabulary that has whole words of common English
 WORD = 0.6  # tokens a letter: more, and the words of the vocabulary are not used
@@ -351,6 +333,8 @@ def _check(tokenizer: Any, reader: Any, shown: Path) -> None:
         problem = f"{len(names)} tokens are not those of the file, such as {names[0]!r}"
     elif merges and core["type"] == "BPE" and [_pair(merge) for merge in core["merges"]] != list(map(_pair, merges)):
         problem = f"it has {len(core['merges'])} merges, and not the {len(merges)} of the file in their order"
+    elif field(reader, KIND) == SPM and ids not in (expected := _by_scores(tokens, field(reader, SCORES) or [])):
+        problem = f"it cuts {len(TEXT)} letters of English into {len(ids)} tokens, its scores into {len(expected[0])}"
     elif len(tokens) > LARGE and len(ids) > WORD * len(TEXT):
         problem = f"it cuts {len(TEXT)} letters of English into {len(ids)} tokens, so that words are not used"
     elif tokenizer.decode(ids).strip() != TEXT:
@@ -362,6 +346,25 @@ def _check(tokenizer: Any, reader: Any, shown: Path) -> None:
             f"{shown}: its tokenizer ('{field(reader, KIND)}') was converted wrongly by transformers "
             f"{transformers.__version__}: {problem}. {WAY_OUT}, or give the checkpoint that the file was made from"
         )
+
+
+def _by_scores(tokens: list[str], scores: list[float]) -> tuple[list[int], list[int]]:
+    """Ids of `TEXT` by SentencePiece's rule, without and with a blank in front: of all neighbours that are a token
+    together, those of the highest score are joined first, on ties the leftmost, until there are none.
+    """
+    score = dict(zip(tokens, scores, strict=False))
+    index = {token: number for number, token in enumerate(tokens)}
+    found = []
+    for prefix in ("", BLANK):
+        parts = list(prefix + TEXT.replace(" ", BLANK))
+        while True:
+            joined = [(score[a + b], -at) for at, (a, b) in enumerate(pairwise(parts)) if a + b in score]
+            if not joined:
+                break
+            at = -max(joined)[1]
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        found.append([index.get(part, -1) for part in parts])
+    return found[0], found[1]
 
 
 def _pair(merge: Any) -> tuple[str, ...]:

@@ -14,7 +14,6 @@ from typing import Any, get_args
 
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import PretrainedConfig
 from transformers.utils.hub import cached_file
 
 from recover.base import artifacts, console, dist
@@ -23,15 +22,19 @@ from recover.base.errors import ModelError, RecoverError
 from recover.base.products import check_checkpoint, digest_of
 from recover.config import recipe
 from recover.config.base import Dtype
+from recover.models.config_keys import check_keys, check_room, check_sizes
 from recover.models.foreign_code import check, check_settings, code_files, code_named
+from recover.models.gate import COMMIT, check_files, commit_in
 from recover.models.gguf_folder import alone, write_stock
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+VOCABULARY = r"(.+\.)?(embed_tokens|lm_head|wte|embed_in|embed_out)\.weight"  # matrices with a row for each token
 COMPARED_ROWS = 4096
 SAFETENSORS: dict[str, str] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 ADAPTER = "adapter_config.json"
 RECORD = "recover.json"  # lies in every checkpoint that we exported
+QUIETLY = ("gated_repo", "missing_entries", "connection_errors")  # about a file that need not be there
 HUB = " (no folder of this name is here, so a hub id)"
 
 
@@ -83,10 +86,12 @@ def _refuse_adapter(there: bool, where: object) -> None:
 def whole_folder(folder: Path) -> Path:
     """The folder, which holds a model or a tokenizer.
 
-    ModelError where it is something else that is taken for one, and where its settings could make code be run.
+    ModelError where it is something else that is taken for one, where a file of it is none or too large, and where its
+    settings could make code be run.
     """
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; expected a model folder with config.json and {WEIGHTS}")
+    check_files(folder)
     check_settings(folder)
     if (folder / "config.json").is_file():
         return folder
@@ -106,9 +111,62 @@ def _download(cfg: recipe.Model, source: str) -> Path:
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + ["*.py"] * cfg.trust_remote_code
     with explained(source + HUB):
         folder = snapshot_download(
-            source, revision=cfg.revision, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
+            source, revision=_revision(cfg, source), allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
         )
+    _note_commit(cfg, source, Path(folder))
     return Path(folder)
+
+
+# (repository, revision asked for) -> the commit that it was when it was first looked at. A branch may move between two
+# calls, and the one would be mixed with the other.
+_commits: dict[tuple[str, str], str] = {}
+
+
+def _asked(cfg: recipe.Model, source: str) -> str:
+    """The revision that the recipe asks for: its `revision` is of the model, and not of another tokenizer."""
+    return (cfg.revision if source == cfg.source else None) or "main"
+
+
+def _revision(cfg: recipe.Model, source: str) -> str:
+    asked = _asked(cfg, source)
+    return _commits.get((source, asked), asked)
+
+
+def _note_commit(cfg: recipe.Model, source: str, snapshot: Path) -> None:
+    commit = commit_in(snapshot)
+    if commit is not None:
+        _commits.setdefault((source, _asked(cfg, source)), commit)
+
+
+def _hub_sources(cfg: recipe.Model) -> list[str]:
+    return [source for source in dict.fromkeys((cfg.source, cfg.tokenizer)) if source and kind_of(source) == "hub"]
+
+
+def commits(cfg: recipe.Model) -> dict[str, str]:
+    """`owner/name@revision` -> commit of each hub repository of the recipe that was looked at."""
+    found = {f"{source}@{_asked(cfg, source)}": _revision(cfg, source) for source in _hub_sources(cfg)}
+    return {name: commit for name, commit in found.items() if COMMIT.fullmatch(commit)}
+
+
+def pin(cfg: recipe.Model, recorded: Any) -> None:
+    """Use these commits, as `commits` gave them in an earlier call, whatever the branches are now."""
+    for source in _hub_sources(cfg):
+        commit = recorded.get(f"{source}@{_asked(cfg, source)}") if isinstance(recorded, dict) else None
+        if isinstance(commit, str) and COMMIT.fullmatch(commit):
+            _commits[source, _asked(cfg, source)] = commit
+
+
+def _of_hub(cfg: recipe.Model, name: str) -> Path | None:
+    """The file of the model's repository in the hub's cache; None where the repository does not have it."""
+    found = cached_file(
+        cfg.source,
+        name,
+        revision=_revision(cfg, cfg.source),
+        **({} if name == CONFIG else {f"_raise_exceptions_for_{each}": False for each in QUIETLY}),
+    )
+    if found is not None:
+        _note_commit(cfg, cfg.source, Path(found).parent)
+    return None if found is None else Path(found)
 
 
 def config_source(cfg: recipe.Model) -> str:
@@ -119,21 +177,30 @@ def config_source(cfg: recipe.Model) -> str:
 def read_config(cfg: recipe.Model) -> dict[str, Any]:
     """The raw config, no weights touched; raises ModelError if it is missing, corrupt or could run code."""
     source = config_source(cfg)
-    path = Path(source) / "config.json"
     if kind_of(source) == "folder":
-        config = _read_json(path)
-    else:
-        with explained(source + HUB):
-            config, _ = PretrainedConfig.get_config_dict(source, revision=cfg.revision)
-            _refuse_adapter(_on_hub(cfg, ADAPTER), source)
+        return config_in(Path(source))
+    with explained(source + HUB):
+        config = checked(_read_json(_of_hub(cfg, CONFIG) or Path(CONFIG)), source, Path(source) / CONFIG)
+        _refuse_adapter(_of_hub(cfg, ADAPTER) is not None, source)
+    return config
+
+
+def config_in(folder: Path) -> dict[str, Any]:
+    """As `read_config`, of a folder that `locate` gave."""
+    config = checked(_read_json(folder / CONFIG), str(folder), folder / CONFIG)
+    check_room(config, folder)
+    return config
+
+
+def checked(config: Any, source: str, path: Path) -> dict[str, Any]:
+    """The settings of a language model whose keys and sizes are sound; ModelError says which are not."""
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(f"{path}: has no 'model_type'; expected the config of a causal language model")
     if config.get("is_encoder_decoder"):
         raise ModelError(f"{source}: '{config['model_type']}' is an encoder-decoder model; expected a decoder alone")
     check(config, path)
+    check_keys(config, path)
     check_sizes(config, path)
-    if path.is_file():
-        check_room(config, path.parent)
     return config
 
 
@@ -151,13 +218,6 @@ def code_of(cfg: recipe.Model) -> list[str] | None:
         elif kind_of(source) == "hub" and source == cfg.source:
             found |= {f"{source}: {name}" for name in code_named(read_config(cfg))}
     return sorted(found)
-
-
-def _on_hub(cfg: recipe.Model, name: str) -> bool:
-    """Whether the repository has this file, as far as can be told."""
-    quietly = ("gated_repo", "missing_entries", "connection_errors")
-    options: dict[str, Any] = {f"_raise_exceptions_for_{each}": False for each in quietly}
-    return cached_file(cfg.source, name, revision=cfg.revision, **options) is not None
 
 
 def check_written(folder: Path) -> None:
@@ -213,6 +273,22 @@ def check_tied(folder: Path, tied: bool) -> None:
                     f"{embedding} are unlike in the weights; versions of transformers differ in which they take. Set "
                     "tie_word_embeddings to false in config.json for a head of its own, or take the head out of the "
                     "weights"
+                )
+
+
+def check_rows(folder: Path, rows: int) -> None:
+    """Raise ModelError where embedding or head of the weights have not the `rows` that config.json names."""
+    for path in _files(folder) if (folder / INDEX).is_file() or (folder / WEIGHTS).is_file() else ():
+        for name in _tensors(path):
+            if not re.fullmatch(VOCABULARY, name):
+                continue
+            with safe_open(path, "pt") as file:
+                found = file.get_slice(name).get_shape()[0]
+            if found != rows:
+                raise ModelError(
+                    f"{folder}: vocab_size is {rows:,} in config.json, and {name} has {found:,} rows: the vocabulary "
+                    f"was resized in one of them. Set vocab_size to {found:,} if the weights are right; else save "
+                    "model and tokenizer again, after resize_token_embeddings, with save_pretrained"
                 )
 
 
@@ -284,7 +360,7 @@ def _read_json(path: Path) -> Any:
         raise ModelError(f"{path}: cannot be read as JSON ({error}); fetch the model again") from error
 
 
-CONVERSION = 4  # raised when the same GGUF file gives another folder than before
+CONVERSION = 5  # raised when the same GGUF file gives another folder than before
 
 
 def cache_folder() -> Path:
@@ -303,24 +379,21 @@ def _convert(path: Path) -> Path:
             return folder
         console.say(f"converting {path.name} to safetensors, once, into {folder}")
         _tidy(folder)
-        scratch = folder.with_name(f".{folder.name}.{os.getpid()}{artifacts.WRITING}")
-        try:
-            scratch.mkdir()
+        with artifacts.scratch(folder) as scratch:
             full = artifacts.explaining_libraries(folder, full_alone=True)
             with part("converting GGUF"), alone(path) as link, explained(str(path)), full:
                 write_stock(link, scratch, shown=path)
             artifacts.publish(scratch, folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
 def _tidy(folder: Path) -> None:
     """Remove what conversions left that were killed: those of this folder, whose lock we hold, and unlocked ones."""
+    ours = re.compile(rf"\.([0-9a-f]{{64}}-\d+)\.\d+{re.escape(artifacts.WRITING)}")
     for left in folder.parent.glob(f".*{artifacts.WRITING}"):
-        name = left.name[1:].removesuffix(artifacts.WRITING).rpartition(".")[0]
-        lock = folder.with_name(f".{name}.lock")
-        if name == folder.name or not _is_locked(lock):
+        if (match := ours.fullmatch(left.name)) is None:
+            continue
+        if match[1] == folder.name or not _is_locked(folder.with_name(f".{match[1]}.lock")):
             shutil.rmtree(left, ignore_errors=True)
 
 
@@ -397,64 +470,3 @@ def _widest_dtype(folder: Path) -> str:
                 tensor = file.get_slice(name)
                 found[math.prod(tensor.get_shape())] = tensor.get_dtype()
     return SAFETENSORS.get(found[max(found)], "") if found else ""
-
-
-# Sizes that a config names: whole numbers that the weights beside it could fill, before anything is built of them.
-
-NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
-SIZES = (*NEEDED, "intermediate_size", "vocab_size", "max_position_embeddings")
-MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
-MOST = 2**40
-MOST_BLOCKS = 4096
-NO_HARM = 2**27  # parameters that any machine has room for
-SMALLEST = {False: 1, True: 8}  # parameters in a byte: fp8, or one bit each where they are quantized
-
-
-def check_sizes(config: dict[str, Any], where: object) -> None:
-    """Raise ModelError for a size that is no whole number from 1 on, or that no model has; by name and value."""
-    for name in (*SIZES, *MAY_BE_NULL):
-        value = config.get(name, 1)
-        if value is None and name in MAY_BE_NULL:
-            continue
-        most = MOST_BLOCKS if name == "num_hidden_layers" else MOST
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-            raise ModelError(f"{where}: {name} is {_short(value)}; expected a whole number from 1 to {most:,}")
-    heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
-    if heads is not None and kv_heads is not None and heads % kv_heads:
-        raise ModelError(
-            f"{where}: num_attention_heads is {heads} and num_key_value_heads {kv_heads}; expected a multiple of it"
-        )
-    if not isinstance(config.get("quantization_config"), dict | None):
-        raise ModelError(f"{where}: quantization_config is {_short(config['quantization_config'])}; expected a mapping")
-
-
-def check_room(config: dict[str, Any], folder: Path) -> None:
-    """Raise ModelError where the config, whose sizes are sound, means more parameters than the weights could hold.
-
-    What is too little or too much by less is found by name when the weights are read: this is for what would take all
-    memory first.
-    """
-    held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    meant = _least(config)
-    if held and meant > NO_HARM and meant > held * SMALLEST[bool(config.get("quantization_config"))]:
-        raise ModelError(
-            f"{folder}: config.json means at least {meant:,} parameters, and its weights are {held:,} bytes: they do "
-            "not belong together; fetch the model again"
-        )
-
-
-def _least(config: dict[str, Any]) -> int:
-    """Parameters of embedding, attention and MLP matrices, as far as the config names their sizes."""
-    if any(config.get(name) is None for name in NEEDED):
-        return 0
-    width, blocks, heads = (config[name] for name in NEEDED)
-    head = config.get("head_dim") or max(1, width // heads)
-    kv_heads = config.get("num_key_value_heads") or 1
-    attention = 2 * width * head * (heads + kv_heads)
-    mlp = 3 * width * config.get("intermediate_size", 0)
-    return width * config.get("vocab_size", 0) + blocks * (attention + mlp)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -10,6 +10,7 @@ import yaml
 
 from recover.base.artifacts import sha256
 from recover.config.recipe import local_path
+from recover.models.gate import listed
 
 HASHED_BYTES = 64 * 2**20  # larger files (weights) are known by size and time of change: hashing them costs minutes
 
@@ -47,7 +48,7 @@ def _files(value: Any) -> Iterator[Path]:
 def _files_at(path: Path) -> Iterator[Path]:
     """The file; the model files of a folder; a task file with the data it names."""
     if path.is_dir():
-        yield from (child for child in path.iterdir() if child.suffix in {".json", ".safetensors"})
+        yield from (path / name for name in listed(path) if (path / name).is_file())
     elif path.is_file():
         yield path
         if path.suffix in {".yaml", ".yml"}:

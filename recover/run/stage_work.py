@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from recover.base.artifacts import append_jsonl, read_json, read_jsonl, write_js
 from recover.base.clock import part
 from recover.base.journal import Journal
 from recover.config.base import Dtype
+from recover.config.paths import without_folders
 from recover.config.recipe import Model, dump_recipe
 from recover.export.card import card
 from recover.export.merge import merge
@@ -26,16 +28,20 @@ from recover.measure.speed import compare_speed
 from recover.measure.tasks import measure
 from recover.models.load import describe, load_model, ready
 from recover.models.plan import save_plan
-from recover.models.source import code_of, exported_dtype, stored_dtype
+from recover.models.source import code_of, commits, exported_dtype, stored_dtype
 from recover.models.twin import Twin
 from recover.probe.probe import dense_trajectories, final_drift, probe, summary
 from recover.probe.tasks import task_drift
 from recover.prune import registry
+from recover.report import overlap
 from recover.report.collect import collect
 from recover.report.render import render
+from recover.report.setbacks import advice, sentence
 from recover.run import summary as outcome
-from recover.run.context import RunContext, calibration
-from recover.run.estimate import estimate, matrix_rate, refuse, warnings
+from recover.run.context import RunContext, calibration, overlap_record
+from recover.run.estimate import estimate, matrix_rate, rate_plan, refuse, warnings
+from recover.run.setbacks import setbacks
+from recover.train import trials
 from recover.train.train import train
 from recover.train.written_text import weights_fingerprint
 
@@ -51,11 +57,22 @@ def plan(context: RunContext) -> None:
     if not dist.is_main():
         return
     write_text(directory.recipe, dump_recipe(recipe))
-    write_json(directory.env, {**provenance.environment(), **({} if code is None else {"remote_code": code})})
-    write_json(directory.plan / "estimate.json", figures)
+    said = {"remote_code": code, "commits": commits(recipe.model) or None}
+    known = {name: value for name, value in said.items() if value is not None}
+    write_json(directory.env, provenance.environment() | known)
+    auto = [*map(asdict, context.chosen)]
+    if "lr" in recipe.recover.auto:
+        auto.append({"field": "lr", "value": "auto", "why": rate_plan(recipe.recover, model.width)})
+    write_json(directory.plan / "estimate.json", {**figures, "auto": auto})
+    overlaps = overlap_record(context)
+    write_json(directory.overlap, overlaps)
     console.table("plan (estimates)", ["what", "dense", "pruned"], _plan_rows(figures))
+    for each in auto:
+        console.say(f"recover.{each['field']}: {each['value']}: {each['why']}")
     for line in warnings(recipe, model):
         console.warn(line)
+    for line in overlap.lines(overlaps):
+        console.warn(line) if overlaps["found"] else console.say(f"[dim]{line}[/dim]")
 
 
 def _say_code(cfg: Model) -> list[str] | None:
@@ -136,8 +153,8 @@ def recover(context: RunContext) -> None:
     """Distil; after each epoch measure generation again, and keep the epoch that generates best."""
     recipe, directory = context.recipe, context.directory
     twin = context.lend()
-    untrained = read_json(directory.before / "measure.json")["headline"]["generation"]
-    after_epoch = _after_epoch(context, twin)
+    untrained = read_json(directory.before / "measure.json")
+    after_epoch = _after_epoch(context, twin, untrained)
     with part("training"):
         train(
             twin,
@@ -146,18 +163,25 @@ def recover(context: RunContext) -> None:
             directory.recover,
             after_epoch,
             recipe.seed,
-            baseline_score=untrained,
+            baseline_score=untrained["headline"]["generation"],
         )
 
 
-def _after_epoch(context: RunContext, twin: Twin) -> Callable[[int, dict[str, Any]], float | None]:
-    """Measure what was trained so far, note it in epochs.jsonl, and give the score that decides."""
+def _after_epoch(
+    context: RunContext, twin: Twin, untrained: dict[str, Any]
+) -> Callable[[int, dict[str, Any]], float | None]:
+    """Measure what was trained so far, note it in epochs.jsonl, say what became worse, and give the score that decides.
+
+    `untrained`: the pruned model's measurement. `twin` has no adapters yet.
+    """
     recipe, directory = context.recipe, context.directory
     limits = [value for value in (recipe.measure.epoch_limit, recipe.measure.limit) if value is not None]
     limit = min(limits, default=None)
     reference = read_json(directory.dense / "generations.json")
     prompts = context.probe_prompts()
     trajectories = dense_trajectories(twin, context.tokenizer, prompts, recipe.probe)
+    drift = final_drift(twin, context.tokenizer, prompts, recipe.probe, trajectories=trajectories)
+    pruned, dumped = {"measure": untrained, "drift": drift}, recipe.model_dump(mode="json")
 
     def score(epoch: int, progress: dict[str, Any]) -> float | None:
         with twin.folded():
@@ -175,12 +199,24 @@ def _after_epoch(context: RunContext, twin: Twin) -> Callable[[int, dict[str, An
         if dist.is_main():
             if epoch == 1:
                 directory.epochs.unlink(missing_ok=True)  # of a training that was begun anew
-            append_jsonl(
-                directory.epochs, {"epoch": epoch, **progress, "measure": record, "drift": drift, "score": value}
-            )
+            now = {"epoch": epoch, **progress, "measure": record, "drift": drift, "score": value}
+            past = read_jsonl(directory.epochs) if directory.epochs.exists() else []
+            worse = setbacks(now, pruned, [each for each in past if each["epoch"] < epoch])
+            append_jsonl(directory.epochs, {**now, "setbacks": worse})
+            for line in [
+                *(f"epoch {epoch}: {sentence(each)}" for each in worse),
+                *advice(worse, dumped, _rate(context)),
+            ]:
+                console.warn(line)
         return value
 
     return score
+
+
+def _rate(context: RunContext) -> float:
+    """The highest learning rate of the training."""
+    cfg = context.recipe.recover
+    return read_json(context.directory.recover / trials.FILE)["chosen"] if "lr" in cfg.auto else cfg.lr
 
 
 def after(context: RunContext) -> None:
@@ -246,8 +282,10 @@ def _card_and_record(context: RunContext) -> tuple[str, dict[str, Any]]:
         "seed": recipe.seed,
         "versions": ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version),
     }
+    if overlaps := read_json(directory.overlap)["found"]:
+        facts["measured items in its text"] = "; ".join(map(overlap.sentence, overlaps))
     record = {
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": without_folders(recipe.model_dump(mode="json")),
         "headlines": headlines,
         "kept": kept,
         "environment": environment,

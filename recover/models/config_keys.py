@@ -1,0 +1,163 @@
+"""What of a config.json reaches transformers: the keys that a class declares, and what older versions call them.
+
+transformers makes an attribute of every key, and reads some of them where one would not look for it: another file of
+settings, another file of weights, sizes of single blocks. A key that is not on the list is left out; one that stands
+for another model or other files is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig
+
+from recover.base import console
+from recover.base.errors import ModelError
+
+# With what is read in their place.
+REFUSED = {
+    "configuration_files": "the settings would be read from another file",
+    "transformers_weights": "the weights would be read from another file",
+    "per_layer_config": "single blocks would have other sizes",
+    "fusion_config": "parts of the model would be replaced",
+}
+# Of every model: who it is, how it is stored, and words of older versions for what the classes declare.
+ALWAYS = frozenset(
+    (
+        *("model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "quantization_config"),
+        *("tie_word_embeddings", "is_encoder_decoder", "layer_types", "num_labels", "tokenizer_class"),
+        *("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq"),
+        *("sliding_window_pattern", "_sliding_window_pattern"),
+    )
+)
+# Left out without a word: how it was loaded where it was saved, what the recipe decides, or a generation config says.
+SILENT = frozenset(
+    (
+        *("_name_or_path", "name_or_path", "_commit_hash", "auto_map", "_attn_implementation_autoset"),
+        *("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"),
+        *("output_attentions", "return_dict", "use_return_dict"),
+    )
+)
+# What a generation config may hold: when a text ends, and how the next token is drawn.
+GENERATION = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p", "min_p", "top_h"),
+    *("typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "no_repeat_ngram_size", "max_length"),
+    *("max_new_tokens", "min_length", "min_new_tokens", "use_cache", "_from_model_config", "transformers_version"),
+)
+SHOWN = 3
+_said: set[tuple[str, ...]] = set()
+
+
+def check_keys(config: dict[str, Any], where: object) -> None:
+    """Raise ModelError for a key that stands for another model or other files than those that are looked at."""
+    for key in REFUSED.keys() & config.keys():
+        if config[key] not in (None, {}, []):
+            raise ModelError(f"{where}: {key} is there, and {REFUSED[key]}; expected no such key: take it out")
+
+
+def allowed_of(model_type: str) -> frozenset[str]:
+    """The keys that the config class of this type declares, with those of every model; none of an unknown type."""
+    if model_type not in CONFIG_MAPPING:
+        return frozenset()
+    kind: Any = CONFIG_MAPPING[model_type]
+    if dataclasses.is_dataclass(kind):
+        declared = {field.name for field in dataclasses.fields(kind) if field.init}
+    else:
+        declared = set(inspect.signature(kind.__init__).parameters)
+    return ALWAYS | declared | frozenset(kind.attribute_map)
+
+
+def config_of(raw: dict[str, Any], source: str, where: object) -> Any:
+    """The config that transformers makes of the allowed keys; of the others the user is told, once.
+
+    `source`: what it is called later, in an export's card. Raises whatever transformers does of values that it refuses.
+    """
+    check_keys(raw, where)
+    allowed = allowed_of(raw["model_type"])
+    if not allowed:
+        allowed = frozenset(raw)  # transformers says that it does not know the type
+    known = SILENT | GenerationConfig().to_dict().keys()
+    _say_left_out(sorted(raw.keys() - allowed - known), where)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps({key: raw[key] for key in raw if key in allowed}))
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config._name_or_path = source
+    return config
+
+
+def _say_left_out(names: list[str], where: object) -> None:
+    if names and (str(where), *names) not in _said:
+        _said.add((str(where), *names))
+        shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        console.say(escape(f"{where}: {shown}: transformers does not declare these keys, and they are left out"))
+
+
+def keep_known(generation: Any) -> Any:
+    """A generation config of the known keys of this one, all else as transformers has it by default."""
+    kept = {name: value for name in GENERATION if (value := getattr(generation, name, None)) is not None}
+    return type(generation)(**kept)
+
+
+NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+SIZES = (*NEEDED, "intermediate_size", "vocab_size", "max_position_embeddings")
+MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
+MOST = 2**40
+MOST_BLOCKS = 4096
+NO_HARM = 2**27  # parameters that any machine has room for
+SMALLEST = {False: 1, True: 8}  # parameters in a byte: fp8, or one bit each where they are quantized
+
+
+def check_sizes(config: dict[str, Any], where: object) -> None:
+    """Raise ModelError for a size that is no whole number from 1 on, or that no model has; by name and value."""
+    for name in (*SIZES, *MAY_BE_NULL):
+        value = config.get(name, 1)
+        if value is None and name in MAY_BE_NULL:
+            continue
+        most = MOST_BLOCKS if name == "num_hidden_layers" else MOST
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise ModelError(f"{where}: {name} is {_short(value)}; expected a whole number from 1 to {most:,}")
+    heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if heads is not None and kv_heads is not None and heads % kv_heads:
+        raise ModelError(
+            f"{where}: num_attention_heads is {heads} and num_key_value_heads {kv_heads}; expected a multiple of it"
+        )
+    if not isinstance(config.get("quantization_config"), dict | None):
+        raise ModelError(f"{where}: quantization_config is {_short(config['quantization_config'])}; expected a mapping")
+
+
+def check_room(config: dict[str, Any], folder: Path) -> None:
+    """Raise ModelError where the config, whose sizes are sound, means more parameters than the weights could hold.
+
+    What is too little or too much by less is found by name when the weights are read: this is for what would take all
+    memory first.
+    """
+    held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    meant = _least(config)
+    if held and meant > NO_HARM and meant > held * SMALLEST[bool(config.get("quantization_config"))]:
+        raise ModelError(
+            f"{folder}: config.json means at least {meant:,} parameters, and its weights are {held:,} bytes: they do "
+            "not belong together; fetch the model again"
+        )
+
+
+def _least(config: dict[str, Any]) -> int:
+    """Parameters of embedding, attention and MLP matrices, as far as the config names their sizes."""
+    if any(config.get(name) is None for name in NEEDED):
+        return 0
+    width, blocks, heads = (config[name] for name in NEEDED)
+    head = config.get("head_dim") or max(1, width // heads)
+    kv_heads = config.get("num_key_value_heads") or 1
+    attention = 2 * width * head * (heads + kv_heads)
+    mlp = 2 * width * config.get("intermediate_size", 0)
+    return width * config.get("vocab_size", 0) + blocks * (attention + mlp)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
