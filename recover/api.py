@@ -18,9 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recover.base import dist
 from recover.base.artifacts import write_json
+from recover.base.console import quiet_libraries
 from recover.base.errors import ArtifactError, RecipeError, TrainingError
 from recover.base.journal import Journal
-from recover.base.quiet import quiet_libraries
 from recover.config.auto import Facts, settled
 from recover.config.base import Config
 from recover.config.messages import explain

@@ -16,10 +16,11 @@ from pydantic import Field, ValidationError, field_validator
 from recover.base.errors import RecipeError
 from recover.config import yaml_values
 from recover.config.base import Config, Dtype
+from recover.config.loss import Focus, Loss
 from recover.config.messages import explain
 from recover.config.paths import place_files
 from recover.config.prune import Calibrated, Calibration, Depth, Magnitude, Prune, SparseGpt, Sparsity, Wanda, Width
-from recover.config.train import Cache, Data, DenseText, Focus, GivenText, Lora, Loss, PrunedText, Recover, TeacherText
+from recover.config.train import Cache, Data, DenseText, GivenText, Lora, PrunedText, Recover, TeacherText
 
 __all__ = [
     "Cache",

@@ -44,10 +44,9 @@ from recover.text.generate import generate
 from recover.text.overlap import overlaps
 from recover.text.prompts import Prompt, encode_prompt
 from recover.train.checkpoints import read_adapter
-from recover.train.dense_text import weights_fingerprint
-from recover.train.prompted import fitting_prompts
 from recover.train.sources import check_given, read_prompts, read_rows
 from recover.train.teacher_file import check_teacher, read_teacher
+from recover.train.written_text import fitting_prompts, weights_fingerprint
 
 SAMPLE_ROWS = 4  # of sample_ids
 LOOKED_AT = 100_000  # texts of a source in which measured items are looked for

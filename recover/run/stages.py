@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from recover.base import console, dist, units
 from recover.base.clock import Clock, note, stage_clock
+from recover.base.console import quiet_libraries
 from recover.base.errors import ArtifactError, RecipeError
 from recover.base.ownership import peek
-from recover.base.quiet import quiet_libraries
 from recover.base.signals import graceful_stop
 from recover.config.recipe import Recipe, load_recipe
 from recover.run.directory import NOT_DONE, RunDirectory

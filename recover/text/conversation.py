@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from recover.base.artifacts import whole_characters
 from recover.base.errors import DataError, StopRequested
-from recover.base.strict_json import whole_characters
 from recover.models.chat_template import SECONDS, TooSlow, within
 
 Message = dict[str, Any]

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from recover.base import console
+from recover.base.artifacts import whole_characters
 from recover.base.errors import DataError
-from recover.base.strict_json import whole_characters
 from recover.config.paths import ROWS, SHEETS, TABLES, TEXTS, ending, matching, meant
 from recover.config.recipe import local_path
 

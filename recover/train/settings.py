@@ -7,16 +7,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from trl.trainer.sft_config import SFTConfig
 
 from recover.base import dist
 from recover.base.errors import TrainingError
 from recover.config.recipe import Recover
-
-if TYPE_CHECKING:
-    from trl.trainer.sft_config import SFTConfig
 
 SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -100,8 +98,6 @@ def training_arguments(
     `passes`: how often the trainer may start over the text, for which it must expect so many times the steps. `begin`:
     the step behind which the schedule begins, after a finished training.
     """
-    from trl.trainer.sft_config import SFTConfig
-
     on_gpu = torch.cuda.is_available()
     precision: dict[str, Any] = {
         # The distiller multiplies half-precision models by float32 adapters itself, with and without DeepSpeed alike.
