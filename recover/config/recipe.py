@@ -19,7 +19,19 @@ from recover.config.base import Config, Dtype
 from recover.config.messages import explain
 from recover.config.paths import place_files
 from recover.config.prune import Calibrated, Calibration, Depth, Magnitude, Prune, SparseGpt, Sparsity, Wanda, Width
-from recover.config.train import Cache, Data, DenseText, Focus, GivenText, Lora, Loss, PrunedText, Recover, TeacherText
+from recover.config.train import (
+    Cache,
+    Data,
+    DenseText,
+    Focus,
+    GivenText,
+    Lora,
+    Loss,
+    PrunedText,
+    Recover,
+    StopEarly,
+    TeacherText,
+)
 
 __all__ = [
     "Cache",
@@ -40,6 +52,7 @@ __all__ = [
     "Recover",
     "SparseGpt",
     "Sparsity",
+    "StopEarly",
     "TeacherText",
     "Wanda",
     "Width",
