@@ -160,8 +160,7 @@ def _one(kind: Any, seed: int, outcome: Outcome) -> None:
     global _scratch
     from recover.base.errors import RecoverError
 
-    chance = random.Random(f"{outcome.kind} {seed}")
-    kind.make(chance)
+    chance = _made(kind, f"{outcome.kind} {seed}")
     _broken.clear()
     began = time.monotonic()
     problem = None
@@ -192,6 +191,18 @@ def _one(kind: Any, seed: int, outcome: Outcome) -> None:
     for what in [problem, *_broken]:
         if what is not None:
             outcome.faults.append(Fault(seed, what))
+
+
+def _made(kind: Any, seed: str) -> random.Random:
+    """Make the next input. One that is nested deeper than it can be written is made again, otherwise."""
+    while True:
+        chance = random.Random(seed)
+        try:
+            kind.make(chance)
+        except RecursionError:
+            seed += " again"
+        else:
+            return chance
 
 
 def _message(said: str) -> str | None:

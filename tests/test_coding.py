@@ -5,6 +5,7 @@ from task_folder import make_task
 from tiny import tiny
 from words import word_tokenizer
 
+from recover.base.artifacts import write_text
 from recover.base.errors import RecipeError
 from recover.config.recipe import Measure
 from recover.measure import sandbox
@@ -43,7 +44,7 @@ walled = pytest.mark.skipif(bool(why_no_wall()), reason=f"this machine has no wa
     ],
 )
 def test_what_programs_can_and_cannot_do(source, reason):
-    outcome = run_program(source, seconds=1.0)
+    outcome = run_program(source, seconds=1.0 if reason == "not done in 1 s" else 10.0)
     assert outcome.passed is (reason is None), outcome
     assert reason is None or reason in outcome.reason
     assert outcome.parsed is (reason != "SyntaxError")
@@ -89,6 +90,15 @@ def test_tests_ask_the_program_from_another_process(source, tests, reason):
     outcome = run_program(source, tests)
     assert outcome.passed is (reason is None), outcome
     assert reason is None or reason in outcome.reason
+
+
+@walled
+@pytest.mark.parametrize("tests", ["f()", "assert f is None, f.words"])
+def test_what_a_program_says_of_its_failure_is_text_that_files_take(tests, tmp_path):
+    source = "def f(): raise ValueError('\\udc80' + 'a' * 999)\nf.words = '\\udc80' * 999"
+    reason = run_program(source, tests).reason
+    write_text(tmp_path / "reason", reason)
+    assert "\\udc80" in reason and len(reason) == 300
 
 
 @walled

@@ -157,6 +157,7 @@ def _outcome(ended: dict[str, Any], verdict: bytes, seconds: float) -> Outcome:
         return Outcome(True)
     code = ended["code"]
     reason = found.get("reason") or ("ended early" if code is None else f"ended early, exit code {code}")
+    reason = reason.encode("utf-8", "backslashreplace").decode()  # a program may say what no file takes
     return Outcome(False, reason[:SHOWN], found.get("parsed", True))
 
 

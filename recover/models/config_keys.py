@@ -65,11 +65,12 @@ def allowed_of(model_type: str) -> frozenset[str]:
     if model_type not in CONFIG_MAPPING:
         return frozenset()
     kind: Any = CONFIG_MAPPING[model_type]
+    renamed = frozenset(kind.attribute_map)
     if dataclasses.is_dataclass(kind):
         declared = {field.name for field in dataclasses.fields(kind) if field.init}
-    else:
+    else:  # a config whose class takes its settings by name
         declared = set(inspect.signature(kind.__init__).parameters)
-    return ALWAYS | declared | frozenset(kind.attribute_map)
+    return ALWAYS | declared | renamed
 
 
 def config_of(raw: dict[str, Any], source: str, where: object) -> Any:

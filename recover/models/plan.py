@@ -172,6 +172,8 @@ class Plan(_Recorded):
         """A value that `from_json` turns back into an equal plan."""
         value = dataclasses.asdict(self)
         del value["sites"]
+        if not self.parallel:
+            del value["parallel"]  # earlier versions know no such field
         lists = ("dropped", "dropped_attention", "dropped_mlp")
         return value | {name: getattr(self, name) for name in lists}
 

@@ -365,6 +365,7 @@ class Plan(TypedDict, total=False):
     scores: Required[list[Score]]
     config: dict[str, int]
     repair: Repair
+    parallel: bool
     parameters_dense: Required[int]
     parameters_pruned: Required[int]
     modules: Required[list[ModuleZeros]]

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -127,7 +128,7 @@ def _plan(twin: Twin, choice: SearchResult, calibration: dict[str, Any], **repai
         parameters_dense=dense,
         parameters_pruned=dense,
         parallel=arch_of(twin.model).parallel(twin.base.config),
-        nonzero=dense - sum(_site_parameters(twin, site) for site in choice.sites),
+        nonzero=dense - sum(_site_parameters(twin, site, choice.sites) for site in choice.sites),
         calibration=calibration,
         **repair,
     )
@@ -135,11 +136,15 @@ def _plan(twin: Twin, choice: SearchResult, calibration: dict[str, Any], **repai
     return dataclasses.replace(plan, parameters_pruned=dense - saved)
 
 
-def _site_parameters(twin: Twin, site: Site) -> int:
-    """Parameters of a sublayer with its norms."""
+def _site_parameters(twin: Twin, site: Site, gone: Collection[Site]) -> int:
+    """Parameters of a sublayer with its norms, but for one that an MLP beside it, which is not `gone`, reads too."""
     arch = arch_of(twin.model)
-    named = blocks_of(twin.model)[site.block].named_parameters()
-    return sum(parameter.numel() for name, parameter in named if part_of(arch, name) == site.part)
+    shared = arch.attention_norms if not arch.mlp_norms and Site(site.block, "mlp") not in gone else ()
+    return sum(
+        parameter.numel()
+        for name, parameter in blocks_of(twin.model)[site.block].named_parameters()
+        if part_of(arch, name) == site.part and name.partition(".")[0] not in shared
+    )
 
 
 def depth_cost(cfg: Depth, model: Description) -> Cost:
