@@ -28,7 +28,7 @@ shipped with the package. On the command line any field is set as
 CONFIGS = [recipe.Recipe, recipe.Model, recipe.Depth, recipe.Magnitude, recipe.Wanda, recipe.Width, recipe.Calibration]
 CONFIGS += [recipe.SparseGpt]
 CONFIGS += [recipe.Probe, recipe.Recover, recipe.DenseText, recipe.PrunedText, recipe.GivenText, recipe.TeacherText]
-CONFIGS += [recipe.Lora, recipe.Loss, recipe.Focus, recipe.Cache]
+CONFIGS += [recipe.Lora, recipe.Loss, recipe.Focus, recipe.StopEarly, recipe.Cache]
 CONFIGS += [recipe.Measure, recipe.Sampling, recipe.Export]
 DATA = """## Data
 

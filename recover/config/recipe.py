@@ -20,7 +20,7 @@ from recover.config.loss import Focus, Loss
 from recover.config.messages import explain
 from recover.config.paths import place_files
 from recover.config.prune import Calibrated, Calibration, Depth, Magnitude, Prune, SparseGpt, Sparsity, Wanda, Width
-from recover.config.train import Cache, Data, DenseText, GivenText, Lora, PrunedText, Recover, TeacherText
+from recover.config.train import Cache, Data, DenseText, GivenText, Lora, PrunedText, Recover, StopEarly, TeacherText
 
 __all__ = [
     "Cache",
@@ -41,6 +41,7 @@ __all__ = [
     "Recover",
     "SparseGpt",
     "Sparsity",
+    "StopEarly",
     "TeacherText",
     "Wanda",
     "Width",

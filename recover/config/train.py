@@ -133,6 +133,20 @@ class Lora(Config):
     )
 
 
+class StopEarly(Config):
+    """End a training when more tokens no longer buy generation: after epochs that brought none, the rate falls to zero.
+
+    Generation is measured while the rate is still high, and the fall brings much of it: so the training does not end
+    at once.
+    """
+
+    patience: int = Field(default=1, ge=1, description="epochs in a row that brought less than `gain`")
+    gain: float = Field(default=0.01, ge=0, lt=1, description="rise over the best epoch before, 0.01: a point")
+    decay: float = Field(
+        default=0.1, ge=0, lt=1, description="over so many more steps, as a share of those made; 0: it ends at once"
+    )
+
+
 class Cache(Config):
     """Hidden states of the dense model on disk: training then leaves the dense pass out, and the loss is the same.
 
@@ -206,6 +220,9 @@ class Recover(Config):
     )
     patience: int | None = Field(
         default=None, ge=1, description="stop after so many epochs without better generation; default: never"
+    )
+    stop: StopEarly | None = Field(
+        default=None, description="end early, with a fall of the rate, when generation rises no more; null: never"
     )
     save_steps: int | None = Field(
         default=None, ge=1, description="steps between checkpoints to resume from; default: each epoch"

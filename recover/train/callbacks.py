@@ -13,8 +13,10 @@ from transformers import TrainerCallback
 from recover.base import artifacts, console, dist, units
 from recover.base.artifacts import read_json, write_json
 from recover.base.errors import ArtifactError, TrainingError
+from recover.config.recipe import StopEarly
 from recover.train.checkpoints import STEPS, publish_adapter
 from recover.train.course import Totals
+from recover.train.settings import early_ends
 from recover.train.trainer import RecoverTrainer
 
 AfterEpoch = Callable[[int, dict[str, Any]], float | None]
@@ -109,10 +111,12 @@ class Epochs(TrainerCallback):
         ends: list[int],
         save_steps: int | None,
         patience: int | None,
+        early: StopEarly | None,
         trainer: RecoverTrainer,
         after_epoch: AfterEpoch,
     ) -> None:
         self.folder, self.ends, self.save_steps, self.patience = folder, ends, save_steps, patience
+        self.planned, self.early = ends, early
         self.trainer, self.after_epoch = trainer, after_epoch
         self.totals, self.skips, self.stop = trainer.course.totals, trainer.course.skips, trainer.stop
         self.records: list[dict[str, Any]] = dist.on_main(self._read)
@@ -135,10 +139,31 @@ class Epochs(TrainerCallback):
         state.max_steps = self.ends[-1]  # without the room for starting over
         self.trainer.resume()
         self.records = [record for record in self.records if record["step"] <= state.global_step]
+        self._set_end(state, control)
         if state.global_step in self.ends[len(self.records) :]:
             self._end_epoch(state, control, model)
         self.totals.start_clock()
         return control
+
+    def _set_end(self, state: Any, control: Any) -> None:
+        """Where training ends: as planned, or earlier where the epochs so far call for that (`recover.stop`)."""
+        if self.early is None:
+            return
+        trainer = self.trainer
+        scores = [record["score"] for record in self.records]
+        before, self.ends = self.ends, early_ends(self.planned, scores, self.early, trainer.begin)
+        state.max_steps = self.ends[-1]
+        if self.ends == self.planned:
+            trainer.fall(None)
+            return
+        if self.ends[-1] > self.ends[-2] and len(self.ends) > len(scores):
+            trainer.fall(self.ends[-2], self.ends[-1])
+        if self.ends != before:
+            console.say(
+                f"more tokens bring no more generation (recover.stop): training ends at step {self.ends[-1]:,} instead "
+                f"of {self.planned[-1]:,}"
+            )
+        control.should_training_stop = control.should_training_stop or state.global_step >= self.ends[-1]
 
     def on_step_end(self, args, state, control, **_: Any) -> Any:
         self.trainer.log_step()
@@ -155,6 +180,7 @@ class Epochs(TrainerCallback):
         self.totals.stop_clock()
         self.trainer.go_back()
         self.records = [record for record in self.records if record["step"] <= state.global_step]
+        self._set_end(state, control)
         # The trainer's next epoch begins with the text of the step that is now the next one.
         control.should_epoch_stop, control.should_training_stop, control.should_save = True, False, False
         self.totals.start_clock()
@@ -204,6 +230,7 @@ class Epochs(TrainerCallback):
         if self.patience is not None and waited >= self.patience and epoch < len(self.ends):
             console.say(f"no better generation for {waited} epochs (recover.patience): stopping here")
             control.should_training_stop = True
+        self._set_end(state, control)
 
     def _write_best(self) -> None:
         if dist.is_main():

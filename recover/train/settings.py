@@ -14,7 +14,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from recover.base import dist
 from recover.base.errors import TrainingError
-from recover.config.recipe import Recover
+from recover.config.recipe import Recover, StopEarly
 
 SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -72,6 +72,22 @@ def refuse_averaging_shares(cfg: Recover) -> None:
 def epoch_ends(steps: int, epochs: int) -> list[int]:
     """The optimizer steps after which an epoch ends; the last one is `steps`."""
     return [round(steps * epoch / epochs) for epoch in range(1, epochs + 1)]
+
+
+def early_ends(ends: list[int], scores: Sequence[float | None], stop: StopEarly | None, begin: int = 0) -> list[int]:
+    """`ends` of epochs, cut where `stop` ends the training: behind the first epoch that calls for it, the fall's end.
+
+    `scores`: of the epochs that were measured. Only epochs that end behind step `begin` call for it.
+    """
+    known = [-1.0 if score is None else score for score in scores]
+    if stop is None or any(score is None for score in scores):
+        return ends
+    for at in range(stop.patience, len(known)):
+        late, early = known[at - stop.patience + 1 : at + 1], known[: at - stop.patience + 1]
+        if at < len(ends) - 1 and ends[at] > begin and max(late) < max(early) + stop.gain:
+            more = math.ceil(stop.decay * ends[at])
+            return [*ends[: at + 1], *([min(ends[at] + more, ends[-1])] if more else [])]
+    return ends
 
 
 def all_ends(parts: Sequence[dict[str, Any]], cfg: Recover, steps: int) -> list[int]:

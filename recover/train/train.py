@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from recover.models.twin import Twin
 
-LENGTHENED = ("tokens", "epochs", "patience", "save_steps")  # what may change when a finished training goes on
+LENGTHENED = ("tokens", "epochs", "patience", "stop", "save_steps")  # what may change when a finished training goes on
 LARGEST_GRAPHED = 4_000_000_000  # parameters; a 7B model's step spends its time in the kernels
 
 
@@ -234,6 +234,7 @@ def _train(trainer: RecoverTrainer, cfg: Recover, after_epoch: AfterEpoch, run_f
         ends=ends,
         save_steps=cfg.save_steps,
         patience=cfg.patience,
+        early=cfg.stop,
         trainer=trainer,
         after_epoch=after_epoch,
     )

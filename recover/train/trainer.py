@@ -116,6 +116,7 @@ class RecoverTrainer(SFTTrainer):
         self._unread: list[Tensor] = []  # sums of micro-batches, which the device has yet to compute
         self._step = _Fetched()
         self._ahead = _Fetched()
+        self._planned: list[Callable[[int], float]] = []  # the schedule, where `fall` has replaced it
         self.steps, self.begin, self.rows_a_step = steps, begin, cfg.batch_size
         self.max_norm, self._norm, self._rate = cfg.max_grad_norm, 0.0, cfg.lr
         self.course = course
@@ -364,6 +365,14 @@ class RecoverTrainer(SFTTrainer):
             schedule.lr_lambdas = [_later(rate, self.begin) for rate in schedule.lr_lambdas]
         return scheduler
 
+    def fall(self, begin: int | None, end: int = 0) -> None:
+        """From step `begin` on the rate falls in a straight line to zero at step `end`; None: as it was planned."""
+        schedule = schedule_of(self.lr_scheduler)
+        planned = self._planned or list(schedule.lr_lambdas)
+        self._planned = planned
+        schedule.lr_lambdas = planned if begin is None else [_falling(rate, begin, end) for rate in planned]
+        set_rate(self.lr_scheduler, self.state.global_step)
+
     def _save_checkpoint(self, *_: Any, **__: Any) -> None:
         """All that a resume needs is in ours; transformers' cannot go to another number of processes."""
         self.save()
@@ -458,6 +467,10 @@ class RowsToCome(torch.utils.data.Sampler):
 
 def _later(rate: Callable[[int], float], begin: int) -> Callable[[int], float]:
     return lambda step: rate(max(0, step - begin))
+
+
+def _falling(rate: Callable[[int], float], begin: int, end: int) -> Callable[[int], float]:
+    return lambda step: rate(step) if step < begin else rate(begin) * max(0.0, (end - step) / (end - begin))
 
 
 def schedule_of(scheduler: Any) -> Any:
