@@ -33,7 +33,7 @@ from recover.config.recipe import GivenText, Lora, Model, TeacherText, load_reci
 from recover.export.gguf.write import write_gguf
 from recover.measure.task_file import load_task
 from recover.models.chat_template import check_template
-from recover.models.gguf_head import check_head
+from recover.models.gguf_folder import check_head
 from recover.models.load import describe, load_model, load_tokenizer
 from recover.models.plan import MaskRecord, Plan, load_plan, save_plan
 from recover.models.source import check_weights, locate
@@ -537,6 +537,9 @@ class Adapters(Kind):
 class TeacherFiles(Kind):
     """Files of a teacher's likeliest tokens."""
 
+    def prepare(self) -> None:
+        self.tokenizer = load_tokenizer(Model(source=recipe.embedded("fable-2m").as_posix()))
+
     ROW: ClassVar = {"input_ids": [1, 5, 9, 7], "completion_mask": [0, 1, 0, 1], "top_ids": [[5, 4], [7, 3]]}
 
     def make(self, chance: random.Random) -> None:
@@ -546,7 +549,7 @@ class TeacherFiles(Kind):
         self.path = self.put("teacher.jsonl", lines)
 
     def work(self, chance: random.Random) -> None:
-        check_teacher(TeacherText(kind="teacher", source=str(self.path)), 64)
+        check_teacher(TeacherText(kind="teacher", source=str(self.path)), 64, self.tokenizer)
 
 
 class Runs(Kind):

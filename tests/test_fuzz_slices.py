@@ -160,7 +160,9 @@ def test_a_number_where_a_teachers_row_has_a_list(tmp_path: Path, row: dict[str,
     path = tmp_path / "teacher.jsonl"
     path.write_text(json.dumps(sound | row))
     with pytest.raises(DataError, match=r"teacher\.jsonl:1: expected"):
-        check_teacher(TeacherText(kind="teacher", source=str(path)), 64)
+        check_teacher(
+            TeacherText(kind="teacher", source=str(path)), 64, load_tokenizer(Model(source="embedded:fable-2m"))
+        )
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def test_a_config_of_every_family_is_the_stock_one(model_type: str, tmp_path: Pa
 def test_what_a_familys_code_reads_of_its_config_is_allowed(model_type: str) -> None:
     model = tiny(model_type)
     code = inspect.getsource(sys.modules[type(model).__module__])
-    read = set(re.findall(r"\bconfig\.([a-z]\w*)", code))
+    read = set(re.findall(r"\bconfig\.([a-z]\w*)", code)) | set(re.findall(r'getattr\([\w.]*config, "(\w+)"', code))
     assert {"hidden_size", "rope_parameters", "num_attention_heads"} <= read
     of_pictures = {"image_token_id", "mm_tokens_per_image", "text_config", "vision_config", "get_text_config"}
     assert read - of_pictures <= config_keys.allowed_of(model_type)  # Gemma 3's file is also of its larger models

@@ -83,6 +83,7 @@ def commands(runs: Path) -> dict[str, list[str | Path]]:
             *("--prompts", runs / "prompts.jsonl", "--steps", "2", "--out", out / "diagnosis"),
         ],
         "teacher": ["teacher", MODEL, runs / "text.jsonl", out / "t.jsonl", "--top", "4", "--length", "16"],
+        "families": ["families"],
         "gguf": ["gguf", run / "deploy", out / "model.gguf"],
     }
 
