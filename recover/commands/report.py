@@ -47,7 +47,10 @@ def report(
                 "replace files in it. Expected a run directory"
             )
         _say_lost(directory)
-        render(directory.root, collect(directory.root))
+        data = collect(directory.root)
+        for line in data["mixed"]:
+            console.warn(f"{directory.root}: {line}")
+        render(directory.root, data)
         console.say(str(directory.report_html))
         roots.append(directory.root)
     if len(roots) > 1:
@@ -86,6 +89,8 @@ def show(run_dir: RunPath) -> None:
         str(directory.root), ["stage", "state", "finished", "why"], map(_state, stages.status(directory.root))
     )
     data = collect(directory.root)
+    for line in data["mixed"]:
+        console.warn(line)
     outcome.table(data)
     for epoch in data["epochs"]:
         if epoch["best"]:

@@ -13,6 +13,7 @@ from recover.base import artifacts, clock
 from recover.base.errors import ArtifactError, RecipeError
 from recover.config import yaml_values
 from recover.report import drift, measures, mistakes, verdict, words
+from recover.report import made as making
 from recover.report.curve import curve
 from recover.report.data import (
     DivergenceRow,
@@ -62,6 +63,7 @@ def collect(root: Path) -> RunData:
     plan = _json(root / "prune" / "plan.json")
     epochs = _epochs(root / "epochs.jsonl")
     headline = measures.headline(records)
+    made = making.made(root, recipe)
     data: RunData = {
         "schema": SCHEMA,
         "name": recipe.get("name") or root.name,
@@ -69,6 +71,7 @@ def collect(root: Path) -> RunData:
         "missing": [
             {"file": file, "means": text} for file, text in CONSEQUENCES.items() if not (root / file).is_file()
         ],
+        "mixed": making.mixed(made),
         "provenance": {"env": _json(root / "env.json"), "deployed": _json(root / "deploy" / "recover.json")},
         "plan": _plan_summary(plan),
         "estimate": _json(root / "plan" / "estimate.json"),
@@ -82,6 +85,7 @@ def collect(root: Path) -> RunData:
         "speed": _json(root / "speed.json"),
         "verify": _json(root / "verify.json"),
         "times": cast(list[StageTime], clock.spent(root)),
+        "made": made,
         "samples": side_by_side(records),
         "mistakes": mistakes.counted(records),
         "examples": mistakes.examples(records),

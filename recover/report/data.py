@@ -457,6 +457,19 @@ class StageTime(TypedDict):
     parts: dict[str, float]
 
 
+class Made(TypedDict):
+    """What a stage was made with, by its stamp; `versions` by package, `inputs` by name their digests."""
+
+    stage: str
+    finished: str
+    recipe: Json
+    differs: list[str]
+    versions: dict[str, str | None]
+    machine: Json | None
+    inputs: dict[str, str]
+    stages: dict[str, str | None]
+
+
 # Pages.
 
 
@@ -476,6 +489,7 @@ class PageData(TypedDict):
     mistakes: list[Mistakes]
     divergence: list[DivergenceRow]
     times: list[StageTime]
+    made: list[Made]
 
 
 class Gap(TypedDict):
@@ -496,6 +510,7 @@ class RunData(PageData):
     schema: int
     summary: str
     missing: list[Gap]
+    mixed: list[str]
     provenance: Provenance
     estimate: Json | None
     measures: list[MeasureRow]
@@ -514,6 +529,7 @@ class ComparedRun(TypedDict):
     model: str
     summary: str
     missing: list[str]
+    mixed: list[str]
     pruned: str
     parameters: float | None
     decoding: float | None

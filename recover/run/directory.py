@@ -138,9 +138,12 @@ class RunDirectory:
             raise ArtifactError(f"{path}: not a stamp; delete it, and the stage is done again")
         return stamp
 
-    def mark_done(self, stage: str, fingerprint: dict[str, Any]) -> None:
-        """Stamp a stage as done with all that it was made from and what it wrote; the last thing it writes."""
-        stamp = {"stage": stage, "finished": datetime.now(UTC).isoformat(), "fingerprint": fingerprint}
+    def mark_done(self, stage: str, fingerprint: dict[str, Any], made: dict[str, Any] | None = None) -> None:
+        """Stamp a stage as done with all that it was made from and what it wrote; the last thing it writes.
+
+        `made`: versions and machine (`provenance.environment`), for the report.
+        """
+        stamp = {"stage": stage, "finished": datetime.now(UTC).isoformat(), "fingerprint": fingerprint, "made": made}
         with explaining(self.root):
             write_json(self.folder(stage) / DONE, {**stamp, "files": products.written(self.root, stage)})
 

@@ -41,21 +41,31 @@ from recover.train.train import train
 
 
 def plan(context: RunContext) -> None:
-    """Refuse what cannot work and say what the rest will cost, before any weight is loaded."""
+    """As `checked`; recipe, environment and estimates are put on record."""
     recipe, directory = context.recipe, context.directory
+    figures, code = checked(context)
+    if dist.is_main():
+        write_text(directory.recipe, dump_recipe(recipe))
+        write_json(directory.env, {**provenance.environment(), **({} if code is None else {"remote_code": code})})
+        write_json(directory.plan / "estimate.json", figures)
+
+
+def checked(context: RunContext) -> tuple[dict[str, Any], list[str] | None]:
+    """Refuse what cannot work and say what the rest will cost, before any weight is loaded; nothing is written.
+
+    Gives the estimates, and the code of others that will run (None: none is let run).
+    """
+    recipe = context.recipe
     code = _say_code(recipe.model)
     model = describe(recipe.model)
     refuse(recipe, model)
     context.check_inputs()
     figures = estimate(recipe, model, matrix_rate())
-    if not dist.is_main():
-        return
-    write_text(directory.recipe, dump_recipe(recipe))
-    write_json(directory.env, {**provenance.environment(), **({} if code is None else {"remote_code": code})})
-    write_json(directory.plan / "estimate.json", figures)
-    console.table("plan (estimates)", ["what", "dense", "pruned"], _plan_rows(figures))
-    for line in warnings(recipe, model):
-        console.warn(line)
+    if dist.is_main():
+        console.table("plan (estimates)", ["what", "dense", "pruned"], _plan_rows(figures))
+        for line in warnings(recipe, model):
+            console.warn(line)
+    return figures, code
 
 
 def _say_code(cfg: Model) -> list[str] | None:

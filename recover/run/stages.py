@@ -15,7 +15,7 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recover.base import console, dist, units
+from recover.base import console, dist, provenance, units
 from recover.base.clock import Clock, note, stage_clock
 from recover.base.errors import ArtifactError, RecipeError
 from recover.base.quiet import quiet_libraries
@@ -70,7 +70,8 @@ PLAIN = (NOT_DONE, UP_TO_DATE)  # reasons that go without saying
 def run(recipe: Recipe, root: Path, *, until: str = "report", start: str | None = None) -> RunDirectory:
     """Bring the run up to date through stage `until`, and give back its directory.
 
-    A stage that is done and not stale is skipped; from `start` on every stage is done again.
+    A stage that is done and not stale is skipped; from `start` on every stage is done again. Until `plan`, nothing is
+    written: the recipe is checked, what it will cost is said, and which stages of a run that is there would be done.
 
     Raises:
         RecoverError: one of its kinds, by what went wrong; stages that were done stay done.
@@ -86,6 +87,9 @@ def run(recipe: Recipe, root: Path, *, until: str = "report", start: str | None 
 
     libraries = time.perf_counter() - began
     directory = RunDirectory(root / recipe.name)
+    if until == STAGES[0]:
+        _only_plan(RunContext(recipe, directory))
+        return directory
     with graceful_stop(), directory.lock() if dist.is_main() else nullcontext():
         if until in ("export", "report") and dist.is_main():
             directory.refuse_foreign_deploy()
@@ -94,6 +98,25 @@ def run(recipe: Recipe, root: Path, *, until: str = "report", start: str | None 
             forced = start is not None and STAGES.index(stage) >= STAGES.index(start)
             _bring_up_to_date(stage, context, forced=forced, before=libraries if stage == STAGES[0] else 0.0)
     return directory
+
+
+def _only_plan(context: RunContext) -> None:
+    """Check, and say what a run would do, with nothing written: the folder may hold a finished run of another recipe."""
+    from recover.run.stage_work import checked
+
+    dist.on_main(context.directory.refuse_foreign)
+    checked(context)
+    if dist.is_main() and context.directory.is_run:
+        rows = [_planned(stage, context) for stage in STAGES if not OF[stage].always]
+        console.table(f"{context.directory.root}: what a run would do", ["stage", "what", "why"], rows)
+
+
+def _planned(stage: str, context: RunContext) -> list[str]:
+    """A row for a stage of a run that is there: kept, to do, or again, and why."""
+    reason = context.directory.stale_reason(stage, fingerprint(stage, context.recipe, context.directory))
+    if reason is None:
+        return [stage, "kept", ""]
+    return [stage, "to do", ""] if reason == NOT_DONE else [stage, "again", reason]
 
 
 def _bring_up_to_date(stage: str, context: RunContext, *, forced: bool, before: float) -> None:
@@ -112,7 +135,7 @@ def _bring_up_to_date(stage: str, context: RunContext, *, forced: bool, before: 
         OF[stage].run(context)
         dist.barrier()
         if dist.is_main():
-            context.directory.mark_done(stage, marks)
+            context.directory.mark_done(stage, marks, provenance.environment())
     if stage != "report":  # whose last lines are the outcome of the run
         console.say(f"[dim]{stage} took {units.duration(clock.seconds)}[/dim]")
 
