@@ -112,7 +112,7 @@ def test_a_stamp_of_an_earlier_version_says_what_it_knows(tmp_path: Path) -> Non
 
 
 def test_a_plan_writes_nothing_neither_into_a_finished_run_nor_anew(tmp_path: Path, capsys) -> None:
-    run = stamped(tmp_path)
+    stamped(tmp_path)
     before = contents(tmp_path)
     changed = load_recipe(QUICKSTART, ["name=tiny-drop4", "prune.count=3", "measure.limit=2"])
     stages.run(changed, tmp_path, until="plan")

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from recover.base import console, dist, strict_json
+from recover.base import console, dist, hub, strict_json
 from recover.base.artifacts import write_json, write_text
 from recover.base.errors import DataError, RecipeError
 from recover.base.ownership import begin_diagnosis
@@ -212,6 +212,7 @@ def _key(dense: recipe.Model, other: recipe.Model, wanted: Wanted, cfg: recipe.P
         "probe": cfg.model_dump(mode="json"),
         "length": wanted.length,
         "blocks": list(pair.pruned.numbers),
+        **({"commits": hub.pinned()} if hub.pinned() else {}),
     }
 
 

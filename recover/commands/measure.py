@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar, get_args
 import typer
 from pydantic import ValidationError
 
-from recover.base import console, dist, provenance
+from recover.base import console, dist, hub, provenance
 from recover.base.artifacts import write_json
 from recover.base.errors import RecipeError
 from recover.base.ownership import refuse_input
@@ -140,6 +140,7 @@ def measure_checkpoint(source: str, dtype: str | None, wanted: Wanted, cfg: Meas
     model = load_any(chosen)
     check_fit(model, tokenizer)
     record: Record = {"model": source, "dtype": chosen.dtype, "settings": cfg.model_dump(mode="json")}
+    record["commits"] = hub.pinned()
     if tasks:
         record |= tasks_of.measure(model, tokenizer, tasks, cfg)[0]
     if wanted.harness:

@@ -30,6 +30,7 @@ from recover.models.source import (
     check_tied,
     check_weights,
     check_written,
+    commit_of,
     config_source,
     explained,
     locate,
@@ -192,8 +193,9 @@ def _config(cfg: recipe.Model) -> PretrainedConfig:
             "pruned nor trained here: give the checkpoint it was made from (`recover measure` and `recover diagnose` "
             "take it as it is)"
         )
+    revision = None if Path(source).is_dir() else commit_of(cfg, source)
     with explained(source):
-        return AutoConfig.from_pretrained(source, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code)
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=cfg.trust_remote_code)
 
 
 def _attention(cfg: recipe.Model, config: PretrainedConfig) -> str:

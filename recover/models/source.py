@@ -9,10 +9,11 @@ import re
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
-from recover.base import artifacts, console, dist
+from recover.base import artifacts, console, dist, hub
 from recover.base.clock import part
 from recover.base.errors import ModelError, RecoverError
 from recover.base.products import check_checkpoint, digest_of
@@ -29,6 +30,7 @@ SAFETENSORS: dict[str, str] = {"F32": "float32", "BF16": "bfloat16", "F16": "flo
 ADAPTER = "adapter_config.json"
 RECORD = "recover.json"  # lies in every checkpoint that we exported
 HUB = " (no folder of this name is here, so a hub id)"
+NEAR = 0.6  # likeness of the names of folders, of 1
 
 
 def kind_of(source: str) -> str:
@@ -41,9 +43,33 @@ def kind_of(source: str) -> str:
     if path.exists():
         raise ModelError(f"{source}: not a folder and not a .gguf file; expected one of them, or a hub id")
     looks_like_path = source.startswith((".", "/", "~")) or path.suffix == ".gguf" or source.count("/") > 1
-    if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
-        raise ModelError(f"{source}: no such folder or .gguf file, and not a hub id (owner/name): check the name")
+    if looks_like_path or not hub.named(source):
+        raise ModelError(
+            f"{source}: no such folder or .gguf file{_near(path)}, and not a hub id (owner/name): check the name"
+        )
     return "hub"
+
+
+def _near(path: Path) -> str:
+    """` (there is 'models/tiny')` of the folder or GGUF file that was probably meant, or nothing."""
+    try:
+        there = {found.name: found for found in path.parent.iterdir() if found.is_dir() or found.suffix == ".gguf"}
+    except OSError:
+        return ""
+    names = get_close_matches(path.name, there, n=1, cutoff=NEAR)
+    return f" (there is '{there[names[0]]}')" if names else ""
+
+
+def commit_of(cfg: recipe.Model, source: str) -> str:
+    """The commit of a hub model, or of the repository that `model.tokenizer` names.
+
+    Raises ModelError, at once where there is no network and no copy in the cache.
+    """
+    revision = cfg.revision if source == cfg.source else None
+    try:
+        return hub.commit(hub.Repository("model", source, revision))
+    except hub.NoCommit as error:
+        raise ModelError(f"{source}: no folder of this name is here{_near(Path(source))}, and {error}") from error
 
 
 def locate(cfg: recipe.Model, source: str | None = None) -> Path:
@@ -101,10 +127,11 @@ def whole_folder(folder: Path) -> Path:
 def _download(cfg: recipe.Model, source: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    commit = commit_of(cfg, source)
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + ["*.py"] * cfg.trust_remote_code
     with explained(source + HUB):
         folder = snapshot_download(
-            source, revision=cfg.revision, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
+            source, revision=commit, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
         )
     return Path(folder)
 
@@ -123,8 +150,9 @@ def read_config(cfg: recipe.Model) -> dict[str, Any]:
     if kind_of(source) == "folder":
         config = _read_json(path)
     else:
+        commit = commit_of(cfg, source)
         with explained(source + HUB):
-            config, _ = PretrainedConfig.get_config_dict(source, revision=cfg.revision)
+            config, _ = PretrainedConfig.get_config_dict(source, revision=commit)
             _refuse_adapter(_on_hub(cfg, ADAPTER), source)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(f"{path}: has no 'model_type'; expected the config of a causal language model")
@@ -159,7 +187,7 @@ def _on_hub(cfg: recipe.Model, name: str) -> bool:
 
     quietly = ("gated_repo", "missing_entries", "connection_errors")
     options: dict[str, Any] = {f"_raise_exceptions_for_{each}": False for each in quietly}
-    return cached_file(cfg.source, name, revision=cfg.revision, **options) is not None
+    return cached_file(cfg.source, name, revision=commit_of(cfg, cfg.source), **options) is not None
 
 
 def check_written(folder: Path) -> None:

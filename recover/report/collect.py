@@ -61,7 +61,8 @@ def collect(root: Path) -> RunData:
     recipe = _recipe(root)
     records: Records = {model: _json(root / folder / "measure.json") for model, folder in MEASURE_FOLDER.items()}
     plan = _json(root / "prune" / "plan.json")
-    epochs = _epochs(root / "epochs.jsonl")
+    again = root / "after" / "epochs.jsonl"  # of a run whose epochs were measured again
+    epochs = _epochs(again if (root / "after" / "best.json").is_file() and again.is_file() else root / "epochs.jsonl")
     headline = measures.headline(records)
     made = making.made(root, recipe)
     data: RunData = {

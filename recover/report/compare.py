@@ -44,11 +44,7 @@ def compare(roots: Sequence[Path]) -> Comparison:
         "same_dense": same_dense,
         "comparable": comparable,
         "apart": [
-            *(
-                line
-                for line in (_dense_apart(runs), _rules_apart(runs), _level_apart(runs), _timed_apart(runs))
-                if line
-            ),
+            *filter(None, (_dense_apart(runs), _rules_apart(runs), _level_apart(runs), _timed_apart(runs))),
             *(f"{run['name']}: {line}" for run in runs for line in run["mixed"]),
         ],
     }

@@ -21,7 +21,7 @@ FOLDERS = {name: name for name in ("dense", "prune", "before", "recover", "after
 SHOWN_FIELDS = 3  # of a difference, in one sentence
 DIGITS = 12  # of a digest
 LIBRARIES = ("torch", "transformers")  # named in the table; all are in report.json
-NOT_FIELDS = ("inputs", "stages")  # of a fingerprint
+NOT_FIELDS = ("inputs", "stages", "carried")  # of a fingerprint
 
 
 def made(root: Path, recipe: Json) -> list[Made]:

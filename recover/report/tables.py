@@ -213,8 +213,8 @@ def stages(data: PageData) -> Table | None:
     if not rows:
         return None
     caption = (
-        "A stage is done again when what it is made from changes, and kept else: of the recipe below, as far as it says "
-        "“as shown”. Times are UTC; all versions are in report.json."
+        "A stage is done again when what it is made from changes, and kept else. “As shown”: with the recipe below. "
+        "Times are UTC; all versions are in report.json."
     )
     columns = ("stage", "done", "recover", "with", "recipe")
     return Table("What each stage was made with", caption, tuple((name, "") for name in columns), rows, len(columns))
@@ -226,8 +226,8 @@ def inputs(data: PageData) -> Table | None:
     if not rows:
         return None
     caption = (
-        "Files by the first digits of their SHA-256, files of many megabytes by size and time of change, and what comes "
-        "from a hub by its commit."
+        "Files by the first digits of their SHA-256, files of many megabytes by size and time of change, and what "
+        "comes from a hub by its commit."
     )
     columns = (("read", ""), ("as", ""), ("by", ""))
     return Table("What was read", caption, columns, rows, len(columns))

@@ -21,7 +21,7 @@ from torch import LongTensor, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recover.base import console, dist
-from recover.base.artifacts import check_manifest, read_json, read_jsonl, write_text
+from recover.base.artifacts import check_manifest, read_jsonl, write_text
 from recover.base.clock import part
 from recover.base.errors import RecipeError
 from recover.config.recipe import DenseText, GivenText, PrunedText, Recipe, TeacherText
@@ -157,12 +157,12 @@ class RunContext:
         return [encode_prompt(self.tokenizer, prompt, chat=chat) for prompt, chat in prompts[: cfg.samples]]
 
     def best_adapter(self) -> Path:
-        """Folder of the adapter that `recover/best.json` names.
+        """Folder of the adapter of the epoch that is kept (`RunDirectory.best`).
 
         Raises:
             ArtifactError: the folder is gone, or a file of it is not what was written.
         """
-        folder = self.directory.recover / read_json(self.directory.recover / "best.json")["folder"]
+        folder = self.directory.recover / self.directory.best()["folder"]
         check_manifest(folder)
         return folder
 

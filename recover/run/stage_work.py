@@ -13,11 +13,12 @@ from torch import LongTensor
 
 from recover import __version__
 from recover.base import console, dist, provenance, strict_json, units
-from recover.base.artifacts import append_jsonl, read_json, read_jsonl, write_json, write_text
+from recover.base.artifacts import append_jsonl, check_manifest, read_json, read_jsonl, write_json, write_text
 from recover.base.clock import part
+from recover.base.errors import ArtifactError
 from recover.base.journal import Journal
 from recover.config.base import Dtype
-from recover.config.recipe import Model, dump_recipe
+from recover.config.recipe import Measure, Model, Recipe, dump_recipe
 from recover.export.card import card
 from recover.export.merge import merge
 from recover.export.verify import fresh_process, verify, write_expected
@@ -35,7 +36,10 @@ from recover.report.collect import collect
 from recover.report.render import render
 from recover.run import summary as outcome
 from recover.run.context import RunContext, calibration
+from recover.run.directory import RunDirectory
 from recover.run.estimate import estimate, matrix_rate, refuse, warnings
+from recover.run.input_digests import digests
+from recover.train.checkpoints import best_of, read_adapter
 from recover.train.dense_text import weights_fingerprint
 from recover.train.train import train
 
@@ -145,6 +149,7 @@ def before(context: RunContext) -> None:
 def recover(context: RunContext) -> None:
     """Distil; after each epoch measure generation again, and keep the epoch that generates best."""
     recipe, directory = context.recipe, context.directory
+    dist.on_main(lambda: _forget_epochs_again(directory))
     twin = context.lend()
     untrained = read_json(directory.before / "measure.json")["headline"]["generation"]
     after_epoch = _after_epoch(context, twin)
@@ -162,14 +167,41 @@ def recover(context: RunContext) -> None:
 
 def _after_epoch(context: RunContext, twin: Twin) -> Callable[[int, dict[str, Any]], float | None]:
     """Measure what was trained so far, note it in epochs.jsonl, and give the score that decides."""
+    directory, measured = context.directory, _measuring_epochs(context, twin)
+
+    def score(epoch: int, progress: dict[str, Any]) -> float | None:
+        found = measured()
+        if dist.is_main():
+            if epoch == 1:
+                directory.epochs.unlink(missing_ok=True)  # of a training that was begun anew
+            append_jsonl(directory.epochs, {"epoch": epoch, **progress, **found})
+        return found["score"]
+
+    return score
+
+
+def _epoch_limit(cfg: Measure) -> int | None:
+    """Items of each task after an epoch; None: all."""
+    return min((value for value in (cfg.epoch_limit, cfg.limit) if value is not None), default=None)
+
+
+def _measured_with(recipe: Recipe) -> dict[str, Any]:
+    """All that the figures of an epoch depend on, beside the weights."""
+    measured = recipe.measure.model_dump(mode="json", include={"tasks", "max_new_tokens", "sampling"})
+    probed = recipe.probe.model_dump(mode="json", include={"prompts", "samples", "steps"})
+    fields = {"measure": {**measured, "limit": _epoch_limit(recipe.measure)}, "probe": probed}
+    return {**fields, "inputs": digests(fields)}
+
+
+def _measuring_epochs(context: RunContext, twin: Twin) -> Callable[[], dict[str, Any]]:
+    """What measures the adapter that the twin has: its part of a record of epochs.jsonl, `score` decides."""
     recipe, directory = context.recipe, context.directory
-    limits = [value for value in (recipe.measure.epoch_limit, recipe.measure.limit) if value is not None]
-    limit = min(limits, default=None)
+    limit, measured_with = _epoch_limit(recipe.measure), _measured_with(recipe)
     reference = read_json(directory.dense / "generations.json")
     prompts = context.probe_prompts()
     trajectories = dense_trajectories(twin, context.tokenizer, prompts, recipe.probe)
 
-    def score(epoch: int, progress: dict[str, Any]) -> float | None:
+    def measured() -> dict[str, Any]:
         with twin.folded():
             record, _ = measure(
                 twin.model,
@@ -182,20 +214,74 @@ def _after_epoch(context: RunContext, twin: Twin) -> Callable[[int, dict[str, An
             )
             drift = final_drift(twin, context.tokenizer, prompts, recipe.probe, trajectories=trajectories)
         value = record["headline"]["generation"]
-        if dist.is_main():
-            if epoch == 1:
-                directory.epochs.unlink(missing_ok=True)  # of a training that was begun anew
-            append_jsonl(
-                directory.epochs, {"epoch": epoch, **progress, "measure": record, "drift": drift, "score": value}
-            )
-        return value
+        return {"measure": record, "drift": drift, "score": value, "measured_with": measured_with}
 
-    return score
+    return measured
 
 
 def after(context: RunContext) -> None:
-    """Probe and measure the recovered model, from the adapter on disk."""
+    """Probe and measure the recovered model, from the adapter on disk: that of the epoch that generates best.
+
+    Epochs that were measured in another way than is asked for now are measured again before, from their adapters.
+    """
+    _epochs_again(context)
     _probe_and_measure(context, context.recovered(), context.directory.after)
+
+
+def _epochs_again(context: RunContext) -> None:
+    directory, wanted = context.directory, strict_json.plain(_measured_with(context.recipe))
+    best = read_json(directory.recover / "best.json")
+    trained = {record["epoch"]: record for record in read_jsonl(directory.epochs)}
+    fits = all(trained[each["epoch"]].get("measured_with") == wanted for each in best["epochs"])
+    if fits or not trained:
+        dist.on_main(lambda: _forget_epochs_again(directory))
+        return
+    known = _known_again(directory, wanted)
+    twin = context.recovered()
+    measured = _measuring_epochs(context, twin)
+    rows = []
+    for each in best["epochs"]:
+        epoch, folder = each["epoch"], directory.recover / each["folder"]
+        if epoch not in known:
+            try:
+                dist.on_main(lambda folder=folder: check_manifest(folder))
+            except ArtifactError as error:
+                console.warn(f"epoch {epoch} cannot be measured again and is not chosen from: {error}")
+                continue
+            read_adapter(twin.model, folder)
+            known[epoch] = {**trained[epoch], **measured()}
+            if dist.is_main():
+                append_jsonl(directory.epochs_again, known[epoch])
+        rows.append({**each, "score": known[epoch]["score"]})
+        score = known[epoch]["score"]
+        shown = "generation not measured" if score is None else f"generation {score:.1%}"
+        console.say(f"epoch {epoch}, measured again from its adapter: {shown}")
+    context.release()  # the twin has the adapter of the last epoch
+    if not rows:
+        raise ArtifactError(
+            f"{directory.recover}: no adapter of an epoch is as it was written, so none can be measured again: put one "
+            "back, or train again: recover run RECIPE --from recover"
+        )
+    dist.on_main(lambda: write_json(directory.best_again, {**best_of(rows), "epochs": rows}))
+
+
+def _known_again(directory: RunDirectory, wanted: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Epochs that an earlier call, which was stopped, measured again as is `wanted`; other records go."""
+
+    def read() -> dict[int, dict[str, Any]]:
+        there = read_jsonl(directory.epochs_again) if directory.epochs_again.exists() else []
+        known = {record["epoch"]: record for record in there if record.get("measured_with") == wanted}
+        directory.best_again.unlink(missing_ok=True)
+        if len(known) < len(there):
+            write_text(directory.epochs_again, "".join(f"{strict_json.dumps(each)}\n" for each in known.values()))
+        return known
+
+    return dist.on_main(read)
+
+
+def _forget_epochs_again(directory: RunDirectory) -> None:
+    for path in (directory.best_again, directory.epochs_again):
+        path.unlink(missing_ok=True)
 
 
 def export(context: RunContext) -> None:
@@ -248,8 +334,9 @@ def _card_and_record(context: RunContext) -> tuple[str, dict[str, Any]]:
     recipe, directory = context.recipe, context.directory
     folders = {"dense": directory.dense, "pruned": directory.before, "recovered": directory.after}
     headlines = {name: read_json(folder / "measure.json")["headline"] for name, folder in folders.items()}
-    best = read_json(directory.recover / "best.json")["epoch"]
-    kept = [record for record in read_jsonl(directory.epochs) if record["epoch"] == best][-1]
+    best = directory.best()["epoch"]
+    epochs = directory.epochs_again if directory.best_again.exists() else directory.epochs
+    kept = [record for record in read_jsonl(epochs) if record["epoch"] == best][-1]
     environment = provenance.environment()
     facts = {
         "teacher-scored tokens": f"{kept['tokens']:,} (epoch {kept['epoch']}, the one that generates best)",
@@ -261,6 +348,7 @@ def _card_and_record(context: RunContext) -> tuple[str, dict[str, Any]]:
         "headlines": headlines,
         "kept": kept,
         "environment": environment,
+        "commits": directory.commits_on_record(),
     }
     return card(recipe, read_json(directory.prune / "plan.json"), headlines, facts), record
 

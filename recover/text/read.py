@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recover.base import hub
 from recover.base.errors import DataError
 from recover.config.paths import ROWS, SHEETS, TABLES, TEXTS, ending, matching, meant
 from recover.config.recipe import local_path
@@ -268,6 +269,8 @@ class DataSet(Sequence[Row]):
         self.source = source
         try:
             rows = _data_set(source, subset, split)
+        except hub.NoCommit as error:
+            raise DataError(f"{source}: neither {kinds} nor a data set that can be had: {error}") from error
         except (OSError, ValueError, TypeError, DatasetsError) as error:
             if "config" in str(error).lower() and "available" in str(error):
                 asked = "it has several configurations" if subset is None else f"no configuration '{subset}'"
@@ -296,7 +299,7 @@ def _data_set(source: str, subset: str | None, split: str) -> Any:
     if folder.is_file():  # escaped: `datasets` takes every name for a pattern
         return datasets.load_dataset("parquet", data_files=glob.escape(source), split="train")
     if not folder.is_dir():
-        return datasets.load_dataset(source, subset, split=split)
+        return datasets.load_dataset(source, subset, split=split, revision=_commit(source))
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         saved: Any = datasets.load_from_disk(source)
         if not isinstance(saved, dict):
@@ -307,6 +310,20 @@ def _data_set(source: str, subset: str | None, split: str) -> Any:
     if glob.escape(str(folder.absolute())) != str(folder.absolute()):
         raise ValueError("a folder with [, * or ? in its path; name its files instead, as FOLDER/*.jsonl, or rename it")
     return datasets.load_dataset(source, subset, split=split)
+
+
+def _commit(source: str) -> str | None:
+    """The commit of a data set of the hub; None where only the copy that `datasets` made is there, and no hub."""
+    from datasets import config
+
+    if not hub.named(source):
+        raise hub.NoCommit(f"{source!r} cannot be the name of one of the hub: check the path")
+    try:
+        return hub.commit(hub.Repository("dataset", source))
+    except hub.NoCommit:
+        if Path(config.HF_DATASETS_CACHE, source.replace("/", "___")).is_dir():
+            return None
+        raise
 
 
 def _line(error: Exception) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,14 @@ STEPS = "steps.jsonl"
 PRUNED_TEXT = "pruned_text"
 EPOCH, CHECKPOINT = re.compile(r"epoch-\d+"), re.compile(r"checkpoint-\d+")
 KEPT = 2  # the newest, and the one before: whoever finds the newest broken goes on from it
+
+
+def best_of(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The record of the epoch to keep: of the highest score, and where there is none of the lowest training loss.
+
+    The first of equal ones.
+    """
+    return max(records, key=lambda record: -record["loss"] if record["score"] is None else record["score"])
 
 
 def write_adapter(model: PeftModel, folder: Path) -> None:

@@ -44,6 +44,11 @@ if TYPE_CHECKING:
 
     from recover.models.twin import Twin
 
+# Fields that say how the course is computed, and change none of it.
+NO_MATTER: dict[str, Any] = {
+    **dict.fromkeys(("cache", "shard_weights", "gradient_checkpointing", "save_steps"), True),
+    "loss": {"chunk"},
+}
 LARGEST_GRAPHED = 4_000_000_000  # parameters; a 7B model's step spends its time in the kernels
 
 
@@ -229,7 +234,7 @@ def _fingerprint(twin: Twin, cfg: Recover, seed: int, *, packed: bool) -> str:
     """
     plan = {name: value for name, value in twin.plan.to_json().items() if name != "scores"}
     described = {
-        "config": cfg.model_dump(mode="json", exclude={"cache", "shard_weights"}),
+        "config": cfg.model_dump(mode="json", exclude=NO_MATTER),
         "seed": seed,
         "rows": "packed, even" if packed else "padded",
         "plan": plan,
