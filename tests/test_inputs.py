@@ -197,17 +197,17 @@ def test_a_run_goes_on_with_the_commit_it_began_with(standin: Standin, tmp_path:
     recipe = load_recipe(QUICKSTART, ["model.source=org/tiny"])
     run = RunDirectory(tmp_path / "run")
     with run.lock():
-        stages._pin(recipe, run, anew=False)
+        stages.pin(recipe, run, anew=False)
         stages.note_commits(run)
     marks = digests({"model": {"source": "org/tiny", "revision": None}})
     assert marks == {"model org/tiny@default": OLD} and run.commits_on_record() == marks
     run.mark_done("dense", {"inputs": marks}, {})
     standin.head = NEW
-    stages._pin(recipe, run, anew=False)
+    stages.pin(recipe, run, anew=False)
     assert hub.pinned() == marks
     said = " ".join(capsys.readouterr().err.split())
     assert "has moved on to commit 222222222222; this run stays with 111111111111" in said and "--fresh" in said
-    stages._pin(recipe, run, anew=True)
+    stages.pin(recipe, run, anew=True)
     assert hub.pinned() == {"model org/tiny@default": NEW}
     now = digests({"model": {"source": "org/tiny", "revision": None}})
     assert run.stale_reason("dense", {"inputs": now}) == ("model org/tiny@default: commit 111111111111 -> 222222222222")
@@ -216,10 +216,10 @@ def test_a_run_goes_on_with_the_commit_it_began_with(standin: Standin, tmp_path:
 def test_a_run_without_a_network_goes_on_with_what_it_has_on_record(standin: Standin, tmp_path: Path) -> None:
     recipe, run = load_recipe(QUICKSTART, ["model.source=org/tiny"]), RunDirectory(tmp_path / "run")
     with run.lock():
-        stages._pin(recipe, run, anew=False)
+        stages.pin(recipe, run, anew=False)
         stages.note_commits(run)
     standin.there = False
-    stages._pin(recipe, run, anew=False)
+    stages.pin(recipe, run, anew=False)
     assert source.locate(recipe.model).name == OLD
 
 

@@ -174,7 +174,11 @@ def load_tokenizer(cfg: recipe.Model) -> PreTrainedTokenizerBase:
 
 def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Every id that the tokenizer can give has a row in the embedding (more rows are fine), or raise ModelError."""
-    vocabulary = model.config.vocab_size
+    check_vocabulary(tokenizer, model.config.vocab_size)
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    """As `check_fit`, for a model of so many rows."""
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if largest >= vocabulary:
         raise ModelError(

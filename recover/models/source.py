@@ -246,6 +246,23 @@ def check_tied(folder: Path, tied: bool) -> None:
                 )
 
 
+def check_rows(folder: Path, vocabulary: int) -> None:
+    """Raise ModelError where the embedding in the weights has another number of rows than the config's vocabulary."""
+    from safetensors import safe_open
+
+    for path in _files(folder):
+        for name in _tensors(path):
+            if not re.fullmatch(r"(.+\.)?embed_tokens\.weight", name):
+                continue
+            with safe_open(path, "pt") as file:
+                rows = file.get_slice(name).get_shape()[0]
+            if rows != vocabulary:
+                raise ModelError(
+                    f"{folder}: config.json and weights do not belong together: vocab_size is {vocabulary:,}, and "
+                    f"{name} has {rows:,} rows: correct config.json, or fetch the model again"
+                )
+
+
 def _files(folder: Path) -> list[Path]:
     """The files that the weights are read from."""
     return [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else [folder / name for name in _shards(folder / INDEX)]
@@ -405,6 +422,14 @@ def explained(where: str) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:400]
         raise ModelError(f"{where}: cannot be loaded ({type(error).__name__}: {reason})") from error
+
+
+def context_named(cfg: recipe.Model) -> int | None:
+    """Positions that the model was made for, by its config alone; None if it names none. Raises ModelError."""
+    config = read_config(cfg)
+    inner = config.get("text_config")
+    found = config.get("max_position_embeddings", inner.get("max_position_embeddings") if inner else None)
+    return found if isinstance(found, int) else None
 
 
 def stored_dtype(cfg: recipe.Model) -> Dtype:

@@ -511,6 +511,7 @@ class RunData(PageData):
     summary: str
     missing: list[Gap]
     mixed: list[str]
+    measured_later: list[str]
     provenance: Provenance
     estimate: Json | None
     measures: list[MeasureRow]

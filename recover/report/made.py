@@ -122,6 +122,29 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:-1]) + (" and " if len(names) > 1 else "") + names[-1]
 
 
+def added(root: Path) -> tuple[list[Json], list[str]]:
+    """Records of tasks that were measured later, beside those of the recipe, in the order of their names.
+
+    Those that were measured on another pruning, training or epoch are left out, each with a sentence.
+    """
+    stamps = {stage: peek(root / FOLDERS[stage] / DONE) or {} for stage in ("prune", "recover")}
+    finished = {stage: stamp.get("finished") for stage, stamp in stamps.items()}
+    best = peek(root / "after" / "best.json") or peek(root / "recover" / "best.json") or {}
+    found, left_out = [], []
+    for path in sorted((root / "more").glob("*.json")):
+        record = peek(path)
+        if not isinstance(record, dict) or not isinstance(record.get("models"), dict):
+            continue
+        if record.get("stages") == finished and record.get("epoch") == best.get("epoch"):
+            found.append(record)
+        else:
+            left_out.append(
+                f"Task {record.get('task')} was measured later, on an earlier state of this run, and is left out: "
+                f"measure it again (recover measure {root} --tasks ...), or delete more/{path.name}."
+            )
+    return found, left_out
+
+
 def stage_rows(data: PageData) -> list[tuple[Any, ...]]:
     """A row a stage: when it was done, with which versions, and where its recipe differs from the one shown."""
     return [

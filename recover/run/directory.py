@@ -51,6 +51,7 @@ WRITTEN = {
     "after": rf"best\.json|{MEASURED}",
     "deploy": STAMP,
     "report": STAMP,
+    "more": r"[A-Za-z0-9][A-Za-z0-9._-]*\.json",
 }
 
 
@@ -66,7 +67,7 @@ class RunDirectory:
         # Of the epochs as they were measured again later, in another way than training did.
         self.epochs_again, self.best_again = root / "after" / "epochs.jsonl", root / "after" / "best.json"
         self.epochs, self.verify, self.speed = root / "epochs.jsonl", root / "verify.json", root / "speed.json"
-        self.commits = root / "commits.json"
+        self.commits, self.more = root / "commits.json", root / "more"
         self.report_json, self.report_md = root / "report.json", root / "report.md"
         self.report_html = root / "report.html"
 

@@ -89,13 +89,13 @@ def run(recipe: Recipe, root: Path, *, until: str = "report", start: str | None 
     libraries = time.perf_counter() - began
     directory = RunDirectory(root / recipe.name)
     if until == STAGES[0]:
-        _pin(recipe, directory, anew=False)
+        pin(recipe, directory)
         _only_plan(RunContext(recipe, directory))
         return directory
     with graceful_stop(), directory.lock() if dist.is_main() else nullcontext():
         if until in ("export", "report") and dist.is_main():
             directory.refuse_foreign_deploy()
-        _pin(recipe, directory, anew=start == STAGES[0])
+        pin(recipe, directory, anew=start == STAGES[0])
         if dist.is_main():
             note_commits(directory)
         context = RunContext(recipe, directory)
@@ -105,7 +105,7 @@ def run(recipe: Recipe, root: Path, *, until: str = "report", start: str | None 
     return directory
 
 
-def _pin(recipe: Recipe, directory: RunDirectory, *, anew: bool) -> None:
+def pin(recipe: Recipe, directory: RunDirectory, *, anew: bool = False) -> None:
     """Have every process read of the hub the commits that this run has on record, and the hub's of now of the others.
 
     `anew`: of all of them those of now.

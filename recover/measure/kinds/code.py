@@ -15,7 +15,7 @@ from recover.measure.kinds.work import Generations, Measured, Record, Work
 from recover.measure.model import ModelUnderTest
 from recover.measure.sandbox import Outcome, isolation, run_programs
 from recover.measure.task_rows import filled
-from recover.measure.texts import OF_CODE, mistake, mistakes, pass_at_k, sampling_of, shape, written
+from recover.measure.texts import OF_CODE, mistake, mistakes, pass_at_k, prompt_size, sampling_of, shape, written
 from recover.text.generate import Generation
 
 FENCED = re.compile(r"```(?:python3?|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
@@ -106,4 +106,4 @@ def _samples(items: Sequence[Problem], greedy: Sequence[Generation], outcomes: S
     ]
 
 
-WORK = Work(_problem, measure_code)
+WORK = Work(_problem, measure_code, size=prompt_size)
