@@ -136,7 +136,9 @@ def test_code_that_a_folder_names_is_listed() -> None:
 def record_plan(runs: Path, *overrides: str) -> None:
     """What the first stage of a run writes."""
     recipe = load_recipe("recipes/quickstart.yaml", overrides)
-    stage_work.plan(RunContext(recipe, RunDirectory(runs / recipe.name)))
+    directory = RunDirectory(runs / recipe.name)
+    with directory.lock():
+        stage_work.plan(RunContext(recipe, directory))
 
 
 def test_code_that_is_let_run_is_said_before_and_stands_in_the_report(folder: Path, tmp_path: Path) -> None:

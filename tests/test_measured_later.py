@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from byte_tokenizer import byte_tokenizer
@@ -51,7 +52,7 @@ def tasks(tmp_path: Path) -> Path:
 
 def test_a_task_is_added_to_a_finished_run_without_training(there: RunDirectory, tasks: Path) -> None:
     stamps = {stage: there.done(stage) for stage in ("dense", "prune", "before", "recover", "after")}
-    before = collect(there.root)
+    before: Any = collect(there.root)
     done = call("measure", there.root, "--tasks", tasks / "roses.yaml", tasks / "words.yaml", "--limit", 3)
     assert done.exit_code == 0, done.output
     assert {stage: there.done(stage) for stage in stamps} == stamps

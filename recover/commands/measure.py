@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar, get_args
 import typer
 from pydantic import ValidationError
 
-from recover.base import console, dist, hub, provenance
+from recover.base import console, dist, hub, provenance, threads
 from recover.base.artifacts import write_json
 from recover.base.errors import RecipeError
 from recover.base.ownership import refuse_input
@@ -198,6 +198,8 @@ def measure_checkpoint(
     cfg = tasks_of.fitted(tasks, tokenizer, cfg, context) if fit else cfg
     tasks_of.check_room(tasks, tokenizer, cfg, context)
     model = load_any(chosen)
+    settings = model.config.get_text_config()
+    threads.chosen(settings.hidden_size, getattr(settings, "intermediate_size", None) or 4 * settings.hidden_size)
     check_fit(model, tokenizer)
     record: Record = {"model": source, "dtype": chosen.dtype, "settings": cfg.model_dump(mode="json")}
     record["commits"] = hub.pinned()

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from recover.base import console, products, strict_json
+from recover.base import console, products, provenance, strict_json
 from recover.base.artifacts import DONE, MANIFEST, explained, explaining, read_json, settle, write_json
 from recover.base.errors import ArtifactError
 from recover.base.hub import COMMIT
@@ -163,6 +163,14 @@ class RunDirectory:
         """Of each repository of the hub the commit that this run reads."""
         found = peek(self.commits)
         return found if isinstance(found, dict) else {}
+
+    def threads(self) -> int | None:
+        """Threads of torch with which this run was begun on a machine of as many cores as here; None: not begun so."""
+        env = peek(self.env)
+        if not isinstance(env, dict) or (env.get("machine") or {}).get("cores") != provenance.cores():
+            return None
+        found = (env.get("threads") or {}).get("number")
+        return found if isinstance(found, int) and found > 0 else None
 
     def lost(self, stage: str) -> str | None:
         """The first file of a finished stage that is gone or changed, in words; None: all are as they were written."""

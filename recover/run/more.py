@@ -9,7 +9,7 @@ import json
 from contextlib import nullcontext
 from typing import Any
 
-from recover.base import console, dist, provenance
+from recover.base import console, dist, provenance, threads
 from recover.base.artifacts import write_json
 from recover.base.errors import ArtifactError, RecipeError
 from recover.base.quiet import quiet_libraries
@@ -45,8 +45,10 @@ def measure_more(directory: RunDirectory, names: list[str], fields: Record) -> d
         pin(recipe, directory)
         models = dist.on_main(lambda: _there(own, directory))
         context = RunContext(recipe, directory)
+        model = describe(recipe.model)
+        threads.chosen(model.width, model.intermediate, directory.threads())
         _check_names(context.tasks, own)
-        tasks_of.check_room(context.tasks, context.tokenizer, recipe.measure, describe(recipe.model).context)
+        tasks_of.check_room(context.tasks, context.tokenizer, recipe.measure, model.context)
         found = _measured(context, models)
         if dist.is_main():
             _write(found, context)

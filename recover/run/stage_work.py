@@ -12,7 +12,7 @@ import transformers
 from torch import LongTensor
 
 from recover import __version__
-from recover.base import console, dist, provenance, strict_json, units
+from recover.base import console, dist, provenance, strict_json, threads, units
 from recover.base.artifacts import append_jsonl, check_manifest, read_json, read_jsonl, write_json, write_text
 from recover.base.clock import part
 from recover.base.errors import ArtifactError
@@ -63,6 +63,7 @@ def checked(context: RunContext) -> tuple[dict[str, Any], list[str] | None]:
     code = _say_code(recipe.model)
     model = describe(recipe.model)
     refuse(recipe, model)
+    threads.chosen(model.width, model.intermediate, context.directory.threads())
     context.check_inputs()
     figures = estimate(recipe, model, matrix_rate())
     if dist.is_main():
