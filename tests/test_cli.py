@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import shlex
 import subprocess
 import sys
@@ -267,3 +268,21 @@ def test_what_is_no_run_directory_is_said_with_what_is_beside_it(command: str, r
 
 def test_version() -> None:
     assert call("--version").output == f"recover {recover.__version__}\n"
+
+
+def test_a_folder_of_runs_is_listed_and_a_name_is_enough(
+    run_directory: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = tmp_path / "elsewhere" / "checkpoints"
+    shutil.copytree(run_directory.root, runs / "small")
+    listed = call("show", str(runs))
+    assert listed.exit_code == 0 and re.search(r"small +dense, prune +before, recover, after, export", listed.stdout)
+    assert f"recover show {runs / 'small'}" in listed.stdout
+    monkeypatch.chdir(runs.parent)
+    assert call("show").stdout == listed.stdout.replace(str(runs), "checkpoints")
+    assert re.search(r"dense +done", call("show", "small").stdout)
+    assert call("compare", "small").exit_code == 0 and call("report", "small").exit_code == 0
+    said = call("show", "smal").stderr
+    assert "smal: not a run directory, it has no recipe.yaml; in checkpoints are small" in said
+    said = call("report", str(runs)).stderr
+    assert "it has no recipe.yaml; in it are small" in said
