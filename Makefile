@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine:
 #   make quickstart   install, then run the whole job on the embedded model (CPU, offline, minutes)
 #   make test         install with the test extra, then run the tests
+# For hours, or for a night: make fuzz SECONDS=3600, make fuzz COUNT=100000 KINDS="recipe rows" (docs/fuzzing.md)
 # An environment of your own: make test VENV=/path/to/venv PYTHON=python3.12
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ else
 TORCH ?= torch==2.13.0
 endif
 
-.PHONY: quickstart test lint slow
+.PHONY: quickstart test lint slow fuzz audit sbom
 quickstart: $(STAMP)
 	$(BIN)/recover run recipes/quickstart.yaml
 
@@ -25,10 +26,22 @@ test: $(STAMP)-test
 slow: $(STAMP)-test
 	$(BIN)/python -m pytest -m slow
 
+fuzz: $(STAMP)-test
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false RUST_BACKTRACE=0 $(BIN)/python dev/fuzz.py $(KINDS) \
+		$(if $(COUNT),--count $(COUNT)) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(SEED),--seed $(SEED))
+
 lint: $(STAMP)-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
+
+# Known faults of the locked versions; skipped, with a word, where pip-audit or its database is not to be had.
+audit: $(STAMP)-test
+	-$(BIN)/pip install -q --retries 0 -e ".[audit]"
+	$(BIN)/python dev/dependencies.py audit
+
+sbom: $(STAMP)-test
+	$(BIN)/python dev/dependencies.py sbom
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -36,10 +49,10 @@ $(VENV)/.torch:
 	touch $@
 
 # DS_BUILD_OPS=0: no CUDA extension is compiled at installation.
-$(STAMP): $(VENV)/.torch pyproject.toml
-	DS_BUILD_OPS=0 $(BIN)/pip install -q -e .
+$(STAMP): $(VENV)/.torch pyproject.toml constraints.txt
+	DS_BUILD_OPS=0 $(BIN)/pip install -q -c constraints.txt -e .
 	touch $@
 
-$(STAMP)-test: $(STAMP) pyproject.toml
-	DS_BUILD_OPS=0 $(BIN)/pip install -q -e ".[test]"
+$(STAMP)-test: $(STAMP) pyproject.toml constraints.txt
+	DS_BUILD_OPS=0 $(BIN)/pip install -q -c constraints.txt -e ".[test]"
 	touch $@

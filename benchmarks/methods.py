@@ -40,6 +40,7 @@ METHODS = {
     "width-mlp-fluctuation": "kind: width, mlp: 0.125, multiple: 64, score: fluctuation",
     "magnitude-50": "kind: magnitude, sparsity: 0.5",
     "wanda-50": "kind: wanda, sparsity: 0.5",
+    "wanda-50-outliers": "kind: wanda, sparsity: 0.5, allocation: outliers",
     "wanda-50-owl": "kind: wanda, sparsity: 0.5, allocation: owl",
     "wanda-2of4": "kind: wanda, pattern: '2:4'",
     "sparsegpt-50": "kind: sparsegpt, sparsity: 0.5",

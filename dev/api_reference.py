@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,18 @@ Every error that a caller can mend is a `recover.RecoverError`. The exit codes o
 METHODS = {"Twin": ("dense", "replan", "closed", "folded"), "Plan": ("none", "kept", "dropped", "summary")}
 
 
+def _plain(each: Any) -> str:
+    """A signature or parameter with its annotations as they are written, not as the strings that they are kept as."""
+    text = str(each).replace("pathlib.", "")
+    return re.sub(r"\"([^\"]*)\"|'([^']*)'", lambda found: (found[1] or found[2]).replace("'", '"'), text)
+
+
 def signature(name: str, function: Any) -> str:
     """A call as it is written, a parameter a line where there are many."""
-    text = str(inspect.signature(function)).replace("'", "").replace("pathlib.", "")
+    text = _plain(inspect.signature(function))
     if len(text) < 100:
         return f"recover.{name}{text}"
-    parameters = [str(each).replace("'", "") for each in inspect.signature(function).parameters.values()]
+    parameters = [_plain(each) for each in inspect.signature(function).parameters.values()]
     kinds = [each.kind for each in inspect.signature(function).parameters.values()]
     if inspect.Parameter.KEYWORD_ONLY in kinds:
         parameters.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "*")

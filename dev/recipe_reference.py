@@ -45,6 +45,11 @@ JSONL: one object a line. What each part of a recipe reads from a line, other co
 
 Prompts go through the tokenizer's chat template where there is one; give the bare question.
 
+What is measured should not stand in what the run is made with. `recover plan` looks for each measured item in the first
+100,000 texts of each source and of the calibration, and says how many are there: word for word, or with 60% of their
+runs of five words in common, every number counting as the same word. Runs that more than 5% of a task's items share are
+its template, and do not count. The report shows the counts, with examples. A question in other words is not found.
+
 ## Tasks
 
 A task is a YAML file: what is asked, and what is right. Its `data` lies beside it (`.jsonl`, `.jsonl.gz`, `.parquet`,

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -21,6 +21,7 @@ from recover.base.artifacts import write_json
 from recover.base.errors import ArtifactError, RecipeError, TrainingError
 from recover.base.journal import Journal
 from recover.base.quiet import quiet_libraries
+from recover.config.auto import Facts, settled
 from recover.config.base import Config
 from recover.config.messages import explain
 from recover.config.prune import Calibration, Depth, Magnitude, SparseGpt, Wanda, Width
@@ -157,7 +158,7 @@ def measure(
     max_new_tokens: int = 128,
     sampling: Sampling | None = None,
     samples: int = 3,
-    allow_code_execution: bool = False,
+    allow_code_execution: bool | Literal["unconfined"] = False,
     reference: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -165,10 +166,12 @@ def measure(
 
     A twin is measured pruned, as it is at rest. `tasks`: YAML files, or `embedded:NAME`. `limit`: items of each task.
     `sampling`: measured beside greedy texts. `samples`: texts kept of each task in its record. `reference`: the `texts`
-    of the dense model's record, to count agreement with.
+    of the dense model's record, to count agreement with. `allow_code_execution`: let code tasks run what the model
+    writes, behind a wall of Linux namespaces; "unconfined": without one, with all that you can read and write.
 
     Raises:
-        RecipeError: a task or an option cannot be used. DataError: its data cannot, or an item does not fit the model.
+        RecipeError: a task or an option cannot be used, such as code where there is no wall.
+        DataError: its data cannot, or an item does not fit the model.
     """
     read = [load_task(task) if isinstance(task, str) else task for task in tasks]
     cfg = _config(
@@ -218,6 +221,8 @@ def distill(
     several = tuple(data) if isinstance(data, Sequence) else (data,)
     cfg = _config(Recover, "recover.distill", tokens=tokens, data=several, **fields)
 
+    cfg, _ = settled(cfg, _facts(twin))
+
     def after_epoch(epoch: int, progress: dict[str, Any]) -> float | None:
         return None if score is None else score(twin)
 
@@ -225,6 +230,13 @@ def distill(
     read_adapter(twin.model, folder)
     twin.model.eval()
     return folder
+
+
+def _facts(twin: Twin) -> Facts:
+    """What `auto` values depend on, of a twin without adapters."""
+    plan, parameters = twin.plan, sum(parameter.numel() for parameter in twin.base.parameters())
+    left = min(plan.nonzero, plan.parameters_pruned) if plan.parameters_dense else parameters
+    return Facts(twin.base.config.hidden_size, parameters, max(0.0, 1 - left / parameters))
 
 
 def export(
@@ -250,7 +262,7 @@ def export(
         merged,
         tokenizer,
         folder,
-        card=plain_card(folder.resolve().name, record["plan"]),
+        card=plain_card(folder.resolve().name, record["plan"], twin.base.name_or_path or ""),
         record=record,
         max_shard_size=max_shard_size,
     )

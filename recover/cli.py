@@ -73,6 +73,9 @@ COMMANDS = {
         "gguf",
         "Write an exported checkpoint as one GGUF file: llama.cpp, and what is built on it, runs and quantizes it.",
     ),
+    "families": Listed(
+        "families", "Say which model families are supported, by which methods, and for the others why they are not."
+    ),
 }
 
 LESS_MEMORY = (
@@ -80,6 +83,7 @@ LESS_MEMORY = (
     "measuring by measure.batch_size and probe.batch_size, in pruning by prune.calibration.batch_size; `recover plan` "
     "says how much. Stages that are done are kept"
 )
+WHOLE = "Fetch the model again; if its files are whole, its tokenizer cannot be used for this text"
 
 
 class Lazy(TyperGroup):
@@ -147,6 +151,11 @@ def says_errors(command: Callable[Arguments, Result]) -> Callable[Arguments, Res
                 raise
             _print_traceback(type(error), error, error.__traceback__)
             console.error(f"out of GPU memory: {str(error).partition('. ')[0]}. {LESS_MEMORY}")
+            raise typer.Exit(1) from None
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of a library in Rust: no Exception to Python
+                raise
+            console.error(f"a library stopped at what it was given, most likely the tokenizer's: {error}. {WHOLE}")
             raise typer.Exit(1) from None
 
     return guarded

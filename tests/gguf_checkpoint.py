@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
 from tiny import tiny
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -18,6 +22,7 @@ LLAMA31 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+NARROW = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
 # Every way in which these families differ in a GGUF file.
 VARIANTS = {
     "llama": ("llama", {}),
@@ -26,6 +31,8 @@ VARIANTS = {
     "llama_linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}),
     "mistral": ("mistral", {"head_dim": 32}),
     "qwen2": ("qwen2", {}),
+    "qwen2_narrow": ("qwen2", NARROW),  # a KV group pruned: llama.cpp's loader for Qwen 2 has no room for it
+    "llama_narrow": ("llama_tied", NARROW),
     "qwen3": ("qwen3", {"head_dim": 32}),
 }
 
@@ -45,3 +52,32 @@ def checkpoint(folder: Path, variant: str = "llama", **overrides) -> Path:
     model.save_pretrained(folder)
     words().save_pretrained(folder)
     return folder
+
+
+def llama_cpp(path: Path) -> Any:
+    """llama.cpp with this file, its cache in float32; the test is skipped where it is not installed."""
+    found: Any = pytest.importorskip("xllamacpp", reason="llama.cpp is not here: pip install xllamacpp")
+    cfg = found.CommonParams()
+    cfg.model.path, cfg.n_ctx, cfg.n_gpu_layers, cfg.warmup, cfg.verbosity = str(path), 256, 0, False, -1
+    cfg.cpuparams.n_threads = 1
+    cfg.cache_type_k = cfg.cache_type_v = found.ggml_type.GGML_TYPE_F32
+    cfg.flash_attn_type = found.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    return found.Server(cfg)
+
+
+def said(answer: Any) -> Any:
+    """An answer of llama.cpp: versions of the package give JSON or what it means."""
+    return json.loads(answer) if isinstance(answer, str) else answer
+
+
+def by_llama_cpp(path: Path, prompts: list[list[int]], rows: int) -> torch.Tensor:
+    """Log-probabilities (prompts, rows) of the token after each prompt, computed by llama.cpp."""
+    server = llama_cpp(path)
+    # Any whole letter is written (the bias is not part of what is told): half a letter would be told without numbers.
+    options = {"n_predict": 1, "n_probs": rows, "logit_bias": [[35, 100.0]], "cache_prompt": False, "temperature": 0}
+    told = torch.full((len(prompts), rows), torch.nan)
+    for row, prompt in zip(told, prompts, strict=True):
+        answer = said(server.handle_completions({"prompt": prompt, **options}))
+        for token in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
+            row[token["id"]] = token["logprob"]
+    return told

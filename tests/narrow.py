@@ -9,13 +9,14 @@ import torch
 from tiny import ids, tiny
 
 from recover.config import recipe
-from recover.models.arch import blocks_of
+from recover.models.arch import arch_of, blocks_of
 from recover.models.plan import Plan, Pruned
 from recover.models.twin import Twin
 from recover.prune.width import prune_width
 
 NEURONS, HEAD, SHARED = 96, 16, 2  # of every tiny model; SHARED query heads on a KV head
-MLP_ONLY = {"phi3", "olmo2"}
+MLP_ONLY = {"phi3", "olmo2", "olmo3", "granite_swa"}
+MLP_ONLY |= {"stablelm", "stablelm_parallel", "cohere", "gpt_neox", "gpt_neox_sequential"}
 
 
 def cfg(**fields) -> recipe.Width:
@@ -57,6 +58,11 @@ def inputs_of_last(model, block: int, name: str, tokens: torch.Tensor) -> torch.
     return seen[0]
 
 
+def last(model, block: int):
+    """The linear of an MLP that writes to the residual stream."""
+    return blocks_of(model)[block].mlp.get_submodule(arch_of(model).mlp_linears[-1])
+
+
 def lowest(scores: list[float], count: int) -> set[int]:
     return set(sorted(range(len(scores)), key=lambda unit: (scores[unit], unit))[:count])
 
@@ -66,7 +72,7 @@ def neuron_score(model, block: int, neuron: int, by: str, seen: list[torch.Tenso
     if by == "activation":
         means = [float(sample[:, neuron].abs().mean()) for x in seen for sample in x]
         return sum(mean**2 for mean in means) ** 0.5
-    column = blocks_of(model)[block].mlp.down_proj.weight[:, neuron].double()
+    column = last(model, block).weight[:, neuron].double()
     return float(torch.cat([x[..., neuron].flatten() for x in seen]).var() * (column @ column))
 
 
@@ -78,7 +84,9 @@ def group_score(model, block: int, group: int, by: str, seen: list[torch.Tensor]
             means = [float(sample[:, list(channels)].norm(dim=-1).mean()) for x in seen for sample in x]
             total += sum(mean**2 for mean in means) ** 0.5
         else:
-            weight = blocks_of(model)[block].self_attn.o_proj.weight.double()
+            arch = arch_of(model)
+            path = f"{arch.attention}.{arch.attention_linears[-1]}.weight"
+            weight = blocks_of(model)[block].get_parameter(path).double()
             columns = [
                 float(torch.cat([x[..., c].flatten() for x in seen]).var() * weight[:, c].norm() ** 2) for c in channels
             ]
@@ -90,13 +98,16 @@ def silenced(model, by: str = "activation", neurons: int = 40, groups: int = 1):
     """The model with the lowest units' outgoing columns at 0: what they compute reaches nobody. Nothing is sliced."""
     quiet = copy.deepcopy(model)
     with torch.no_grad():
+        arch = arch_of(model)
+        attention = f"{arch.attention}.{arch.attention_linears[-1]}"
         for block, layer in enumerate(blocks_of(quiet)):
-            seen = [inputs_of_last(model, block, "mlp.down_proj", tokens) for tokens in batches()]
+            name = f"mlp.{arch_of(model).mlp_linears[-1]}"
+            seen = [inputs_of_last(model, block, name, tokens) for tokens in batches()]
             gone = lowest([neuron_score(model, block, n, by, seen) for n in range(NEURONS)], neurons)
-            layer.mlp.down_proj.weight[:, sorted(gone)] = 0
-            seen = [inputs_of_last(model, block, "self_attn.o_proj", tokens) for tokens in batches()]
+            last(quiet, block).weight[:, sorted(gone)] = 0
+            seen = [inputs_of_last(model, block, attention, tokens) for tokens in batches()]
             for group in lowest([group_score(model, block, g, by, seen) for g in range(2)], groups):
-                layer.self_attn.o_proj.weight[:, group * SHARED * HEAD : (group + 1) * SHARED * HEAD] = 0
+                layer.get_submodule(attention).weight[:, group * SHARED * HEAD : (group + 1) * SHARED * HEAD] = 0
     return quiet
 
 

@@ -116,10 +116,11 @@ def _measure(model: str, generation: tuple, choice: tuple, perplexity: float, te
         }
         for (prompt, _, answer), text in zip(PROMPTS, texts, strict=True)
     ]
-    first = (
-        {"mean": 5.2, "p50": 4.0, "p90": 11.0, "p99": 17.0, "max": 19.0}
+    first = {"mean": 5.2, "p10": 1.0, "p50": 4.0, "p90": 11.0} if pruned else {"mean": 21.0, "p50": 22.0, "p90": 30.0}
+    parting = (
+        {"never": 0.0, "p10": 1, "p50": 4, "p90": 11, "curve": [[0, 1.0], [5, 0.5], [12, 0.1], [20, 0.0]]}
         if pruned
-        else {"mean": 21.0, "p50": 22.0, "p90": 30.0, "p99": 36.0, "max": 40.0}
+        else {"never": 0.78, "p10": 22, "p50": None, "p90": None, "curve": [[0, 1.0], [23, 0.9], [41, 0.78]]}
     )
     sums = {
         "kind": "generate",
@@ -136,6 +137,7 @@ def _measure(model: str, generation: tuple, choice: tuple, perplexity: float, te
         "truncated": 156 if pruned else 0,
         "agreement": None if dense else (0.11 if pruned else 0.91),
         "first_divergence": None if dense else first,
+        "parting": None if dense else parting,
         "exact_text": None if dense else (0.0 if pruned else 0.78),
         "samples": samples,
     }
@@ -320,6 +322,8 @@ def _step(step: int, scale: float, part: str) -> dict[str, Any]:
 
 def _epoch(epoch: int) -> dict[str, Any]:
     score = (0.52, 0.81, 0.93, 0.97, 0.96, 0.95)[epoch - 1]
+    wrong = {"mistakes": {"loop": 12 // epoch, "endless": 2, "no_answer": 0, "content": 40 // epoch}}
+    wrong |= {"loop_start": {"mean": 14.0, "p10": 6.0, "p50": 11.0 + epoch, "p90": 20.0}}
     loss = 0.9 * math.exp(-epoch / 1.7) + 0.045
     return {
         "epoch": epoch,
@@ -328,7 +332,9 @@ def _epoch(epoch: int) -> dict[str, Any]:
         "seconds": 52.0 * epoch,
         "train": {"loss": loss, "kl": loss * 0.93, "variance": loss * 0.4, "ce": 1.2 + loss, "lr": 2e-4},
         "measure": {
-            "tasks": {"sums": {"kind": "generate", "items": 100, "exact_match": score, "loop_rate": 0.2 / epoch}},
+            "tasks": {
+                "sums": {"kind": "generate", "items": 100, "exact_match": score, "loop_rate": 0.2 / epoch, **wrong}
+            },
             "headline": {"generation": score, "choice": 0.62 + epoch / 400, "perplexity": 12 - epoch},
         },
         "drift": _final(0.4 / epoch),

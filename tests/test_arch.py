@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+from byte_tokenizer import byte_tokenizer
 from peft import LoraConfig, get_peft_model
-from tiny import FAMILIES, ids, tiny
+from tiny import COMMON, FAMILIES, ids, tiny
 from torch import nn
-from transformers import GPT2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GPT2Config,
+)
+from typer.testing import CliRunner
 
 from recover.base.errors import ModelError
-from recover.models.arch import ARCHS, arch_of, blocks_of, final_norm_of, head_of, linears_of
+from recover.cli import app
+from recover.config import recipe
+from recover.models.arch import ALL_HEADS, ARCHS, arch_of, arch_of_config, blocks_of, final_norm_of, head_of, linears_of
+from recover.models.load import load_model
+from recover.models.refusal import KINDS, WRAPPER
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -44,6 +58,58 @@ def test_the_parts_are_found_through_a_peft_model():
     assert head_of(wrapped)[0] is model.lm_head.weight
 
 
-def test_an_unknown_type_is_refused_with_the_row_to_add():
-    with pytest.raises(ModelError, match=r"'gpt2' is not supported.*Arch\('gpt2'\)"):
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "zzz"}, r"'zzz' is not supported; supported: llama.*add this row.*Arch\('zzz'\)"),
+        (
+            {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}},
+            r"a text model inside a wrapper.*, of type 'gemma3_text'.*save the text model alone and prune that:",
+        ),
+        (
+            {"model_type": "qwen2_5_vl", "text_config": {"model_type": "qwen2_5_vl_text"}},
+            r"of type 'qwen2_5_vl_text', which is not supported either.*`recover families` says",
+        ),
+        ({"model_type": "mixtral", "num_local_experts": 8}, "it is a mixture of experts; a router sends"),
+        ({"model_type": "deepseek_v3", "n_routed_experts": 256}, "it is a mixture of experts"),
+        ({"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]}, "it is a hybrid"),
+        ({"model_type": "new", "mamba_d_state": 16}, "it is a hybrid"),
+    ],
+)
+def test_what_is_not_supported_says_what_it_is_and_what_to_do(config, said):
+    with pytest.raises(ModelError, match=f"^model type '{config['model_type']}' is not supported.*") as caught:
+        arch_of_config(config)
+    assert re.search(said, str(caught.value)) and "\n" not in str(caught.value)
+    if config["model_type"] != "zzz":
+        assert "add this row" not in str(caught.value)
+
+
+def test_a_model_of_transformers_without_a_row_says_the_same():
+    with pytest.raises(ModelError, match="'gpt2' is not supported: it is a model whose projections are Conv1D"):
         arch_of(GPT2Config())
+
+
+def test_the_text_model_of_a_wrapper_is_saved_alone_as_the_message_says(tmp_path):
+    """The lines of the message, on a real wrapper: what is saved is the text model, to the bit."""
+    text = {key: value for key, value in COMMON.items() if key not in ("pad_token_id", "tie_word_embeddings")}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    inside = {**text, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}
+    config = AutoConfig.for_model("gemma3", text_config=inside, vision_config=vision, mm_tokens_per_image=4)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "whole")
+    byte_tokenizer().save_pretrained(tmp_path / "whole")
+    lines = WRAPPER.instead.partition(": ")[2].replace("SOURCE", repr(str(tmp_path / "whole")))
+    known = {each.__name__: each for each in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer)}
+    exec(lines.replace("FOLDER", repr(str(tmp_path / "text"))), known)
+    whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "whole")
+    saved = load_model(recipe.Model(source=str(tmp_path / "text")))
+    assert arch_of(saved).model_type == "gemma3_text"
+    assert torch.equal(saved(ids()).logits, whole(ids()).logits)
+
+
+def test_the_command_says_what_is_supported_and_why_the_rest_is_not():
+    said = CliRunner().invoke(app, ["families"], env={"COLUMNS": "200", "TERM": "dumb"}).stdout
+    for model_type in ARCHS:
+        assert re.search(rf"^ *{model_type} +yes +(yes|no) +yes +(yes|no) +(yes|no) *$", said, re.MULTILINE), model_type
+    assert re.search(r"^ *olmo2 +yes +no +yes +no +no", said, re.MULTILINE) and ALL_HEADS in " ".join(said.split())
+    assert all(f"- {kind.called}" in said for kind in KINDS)

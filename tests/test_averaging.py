@@ -38,7 +38,7 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **_):
         self.after[state.global_step] = {
-            name.replace(".default", ""): parameter.detach().clone()
+            name.replace(".default", ""): parameter.detach().clone().cpu()
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         }

@@ -400,8 +400,8 @@ PREFIX = "{folder: states, prefix: true}"
 def plan_of(folder, cache, *more):
     overrides = [f"recover.cache={cache}", "recover.lora.blocks=after_cut", "recover.tokens=1000", *more]
     recipe = load_recipe(QUICKSTART, overrides)
-    figures, _ = stage_work.checked(RunContext(recipe, RunDirectory(folder / recipe.name)))
-    return recipe, figures["cache_bytes"]
+    found = stage_work.checked(RunContext(recipe, RunDirectory(folder / recipe.name)))
+    return recipe, found["estimate"]["cache_bytes"]
 
 
 def test_plan_says_what_it_takes_on_disk(tmp_path, monkeypatch, capsys):

@@ -4,7 +4,17 @@ import random
 
 import pytest
 
-from recover.maths.collapse import agreement, distinct_n, first_divergence, longest_repeat, loop, loop_start, repetition
+from recover.maths.collapse import (
+    CURVE_POINTS,
+    agreement,
+    distinct_n,
+    first_divergence,
+    longest_repeat,
+    loop,
+    loop_start,
+    parting,
+    repetition,
+)
 
 
 def texts(count=60):
@@ -99,3 +109,22 @@ def test_loops_are_those_that_all_ends_of_texts_show():
         assert loop(ids) == (None if shortest[1] is None else shortest[::-1])
         found += shortest[1] is not None
     assert found > 60
+
+
+def test_the_token_by_which_a_share_of_all_texts_has_parted():
+    found = parting([3, None, 0, 7, None, 3, 12, None, 5, 9])
+    assert found["never"] == pytest.approx(0.3)
+    assert (found["p10"], found["p50"], found["p90"]) == (0, 7, None)
+    assert found["curve"][:3] == [[0, 1.0], [1, 0.9], [4, pytest.approx(0.7)]]
+    assert found["curve"][-1] == [13, pytest.approx(0.3)]
+    assert parting([4])["p10"] == parting([4])["p90"] == 4 and parting([None])["curve"] == [[0, 1.0]]
+    with pytest.raises(ValueError, match="no texts"):
+        parting([])
+
+
+def test_a_curve_of_many_texts_is_thinned_and_keeps_its_ends():
+    positions = [*range(1000), *[None] * 1000]
+    curve = parting(positions)["curve"]
+    assert len(curve) <= CURVE_POINTS + 1 and curve[0] == [0, 1.0] and curve[-1] == [1000, 0.5]
+    for token, share in curve:
+        assert share == pytest.approx(sum(at is None or at >= token for at in positions) / 2000)

@@ -96,7 +96,8 @@ SUBLAYERS = [str(s) for s in sorted(sites_of(range(4))) if s != Site(0, "attenti
 
 
 @pytest.mark.parametrize(
-    ("family", "score"), [("llama", "kl"), ("gemma2", "variance"), ("olmo2", "perplexity"), ("granite", "perplexity")]
+    ("family", "score"),
+    [("llama", "kl"), ("gemma2", "variance"), ("olmo2", "perplexity"), ("granite", "perplexity"), ("phi", "kl")],
 )
 def test_rounds_over_sublayers_are_brute_force(family, score, batches):
     model = tiny(family, num_hidden_layers=4)
@@ -190,7 +191,11 @@ def test_taylor_is_the_slope_of_the_loss_along_the_gate(unit, batches):
         assert record["score"] == pytest.approx(sum(slopes) / len(slopes) / (2 * step), rel=1e-3)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "olmo2", "granite", "phi3"])
+STREAMS = ["gemma2", "olmo2", "granite", "phi3", "exaone4", "glm4", "starcoder2", "apertus"]
+STREAMS += ["stablelm", "stablelm_parallel", "cohere2", "phi", "gpt_neox", "gpt_neox_sequential"]
+
+
+@pytest.mark.parametrize("family", STREAMS)
 def test_the_stream_is_the_same_whatever_the_family(family, batches):
     """Each point lies between two sublayers: closing one makes the points around it equal, and only then."""
     twin = Twin(tiny(family), Plan.none(6))
@@ -225,6 +230,24 @@ def test_on_ties_the_first_goes(batches):
     plan = pruned(model, batches, unit="attention", count=3).plan
     assert (chosen(plan, 1), chosen(plan, 2)) == (["attention:2"], ["attention:4"])
     assert table(plan, 1)[("attention:2",)] == table(plan, 1)[("attention:4",)] == 0
+
+
+def test_halves_of_two_blocks_that_run_side_by_side_are_not_stored_together(batches):
+    model = tiny("phi")
+    with pytest.raises(PruneError, match=r"prune.unit: 'pair' joins half of a block with half of the next"):
+        pruned(copy.deepcopy(model), batches, unit="pair", count=1)
+    sites = ("mlp:1", "attention:2", "attention:4", "mlp:4")
+    plan = pruned(copy.deepcopy(model), batches, unit="sublayer", sites=sites).plan
+    whole = sum(p.numel() for p in blocks_of(model)[0].parameters())
+    mlp, attention = (
+        sum(p.numel() for p in getattr(blocks_of(model)[0], n).parameters()) for n in ("mlp", "self_attn")
+    )
+    assert plan.parallel and len(plan.packed) == 5
+    assert plan.parameters_dense - plan.parameters_pruned == whole
+    # the norm of block 2 is read by the MLP that stays
+    assert plan.parameters_dense - plan.nonzero == whole + mlp + attention
+    merged = merge(Twin(copy.deepcopy(model), plan), torch.float32)
+    assert plan.parameters_pruned == sum(p.numel() for p in merged.parameters())
 
 
 LISTS = [
@@ -451,7 +474,7 @@ def test_a_repair_that_makes_it_worse_is_left_out_and_said(capsys):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2", "olmo3", "exaone4", "glm4"])
 def test_families_with_a_norm_behind_are_not_repaired(family, batches):
     with pytest.raises(
         PruneError, match=rf"prune.repair: 'linear' cannot be folded into {family}: behind each sublayer"

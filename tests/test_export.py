@@ -23,7 +23,7 @@ from recover.config import recipe
 from recover.export.merge import merge, pruned_config
 from recover.export.verify import check, fresh_process, verify, write_expected
 from recover.export.write import write_checkpoint
-from recover.models.arch import linears_of
+from recover.models.arch import blocks_of, linears_of
 from recover.models.plan import Plan, save_plan
 from recover.models.twin import Twin
 from recover.prune import registry
@@ -81,8 +81,8 @@ def test_depth_pruned_and_merged_reloads_as_the_pruned_view(family, tmp_path):
     assert type(loaded).__module__.startswith("transformers.models.")
     scale = logits(twin.model).abs().max()
     assert (logits(loaded.eval()) - logits(twin.model)).abs().max() < 2e-6 * max(1.0, float(scale)) * 3
-    assert len(loaded.model.layers) == loaded.config.num_hidden_layers == 4
-    numbers = [m.layer_idx for m in loaded.modules() if hasattr(m, "layer_idx")]
+    assert len(blocks_of(loaded)) == loaded.config.num_hidden_layers == 4
+    numbers = [m.layer_idx for m in loaded.modules() if getattr(m, "layer_idx", None) is not None]
     assert sorted(set(numbers)) == [0, 1, 2, 3]
     record = checked(tmp_path)
     assert record["ok"], record["problems"]

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
+import gguf
 import pytest
 import torch
-from gguf_checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from gemma_gguf import gemma_file, sentencepiece
+from gguf_checkpoint import by_llama_cpp, checkpoint
+from tiny import ids, tiny_config
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from recover.base import artifacts
 from recover.base.errors import ModelError
 from recover.config import recipe
 from recover.export.gguf.write import write_gguf
 from recover.models import gguf_folder
+from recover.models.gguf_settings import completed
+from recover.models.gguf_tokenizer import TEXT
 from recover.models.load import describe, load_model, load_tokenizer
 from recover.models.source import locate
-
-gguf = pytest.importorskip("gguf", reason="GGUF files need the extra 'gguf'")
 
 
 @pytest.fixture
@@ -134,7 +141,58 @@ def test_of_two_runs_the_second_waits_for_the_first(file, written, monkeypatch):
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-def test_without_the_package_the_error_says_what_to_install(file, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    with pytest.raises(ModelError, match=r"GGUF files need the package 'gguf': pip install 'recover\[gguf\]'"):
-        load_model(cfg(file))
+@pytest.fixture
+def gemma(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECOVER_CACHE", str(tmp_path / "cache"))
+    tokenizer = sentencepiece()
+    return tmp_path / "gemma.gguf", gemma_file(tmp_path / "gemma.gguf", tokenizer), tokenizer
+
+
+def test_a_gemma_file_is_the_model_and_the_tokenizer_that_it_was_made_from(gemma):
+    """Its heads are not of size 256, which transformers takes to scale scores by, whatever the file holds."""
+    path, model, tokenizer = gemma
+    found, read = load_model(cfg(path)), load_tokenizer(cfg(path))
+    assert torch.equal(found(ids(2, 40)).logits, model(ids(2, 40)).logits)
+    for text in ("def sentencepiece(words: int = 900)", "  two  blanks\n\n naïve 東 12", TEXT):
+        assert read(text)["input_ids"] == [2, *tokenizer(text)["input_ids"]], text
+
+
+def test_the_largest_gemma_scales_its_scores_by_its_width():
+    config = tiny_config("gemma3_text", num_hidden_layers=62, layer_types=None, head_dim=32)
+    fields = {"general.architecture": Field("gemma3")}
+    assert completed(config, SimpleNamespace(fields=fields, tensors=[])).query_pre_attn_scalar == 64 // 4
+    config = tiny_config("gemma3_text", head_dim=32)
+    assert completed(config, SimpleNamespace(fields=fields, tensors=[])).query_pre_attn_scalar == 32
+
+
+class Field(NamedTuple):
+    value: Any
+
+    def contents(self) -> Any:
+        return self.value
+
+
+def test_a_tokenizer_that_does_not_use_the_words_of_the_file_is_refused(gemma, monkeypatch):
+    """As transformers 5.17 converted Gemma's: a token for each letter."""
+    path, _, tokenizer = gemma
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    core["model"]["merges"] = []
+    letters = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(core)), eos_token="<eos>")
+    assert len(letters(TEXT)["input_ids"]) == len(TEXT)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: letters)
+    with pytest.raises(
+        ModelError, match=rf"converted wrongly.*cuts {len(TEXT)} letters of English into {len(TEXT)} tok"
+    ):
+        load_tokenizer(cfg(path))
+
+
+@pytest.mark.slow
+def test_llama_cpp_computes_on_a_gemma_file_what_is_read_of_it(gemma):
+    path, _, tokenizer = gemma
+    prompts = [[2, *ids(1, length, vocabulary=900)[0].tolist()] for length in (1, 9, 60)]
+    rows = len(tokenizer)
+    found, model = by_llama_cpp(path, prompts, rows), load_model(cfg(path))
+    with torch.no_grad():
+        expected = torch.stack([model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1) for prompt in prompts])
+    # Its GELU is a table in half precision.
+    assert (found - expected).abs().max() < 5e-4 * expected.abs().max()

@@ -77,6 +77,14 @@ def test_vocabularies_that_llama_cpp_would_read_otherwise_are_refused(tokenizer,
         vocabulary(tokenizer, 5, [0])
 
 
+def test_a_token_without_a_row_that_no_text_gives_is_left_out(capsys):
+    tokenizer = bpe(byte_level())
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    found = vocabulary(tokenizer, 4, [0])
+    assert found.tokens == ["</s>", "a", "b", "ab"] and len(found.types) == 4
+    assert "'<image>' has id 4, the embedding has 4 rows: it is left out" in capsys.readouterr().err
+
+
 def test_ids_without_a_row_texts_without_an_end_and_odd_surroundings_are_refused():
     with pytest.raises(ExportError, match=r"token 'ab' has id 3, the embedding has 3 rows"):
         vocabulary(bpe(byte_level()), 3, [0])

@@ -84,13 +84,15 @@ def test_what_a_killed_conversion_left_is_tidied(tmp_path: Path, monkeypatch: py
     file = write_gguf(checkpoint(tmp_path / "model"), tmp_path / "model.gguf")
     cache = tmp_path / "cache" / "gguf"
     name = f"{artifacts.sha256(file)}-{source.CONVERSION}"
-    for left in (f".{name}.7.writing", ".other-3.7.writing", ".busy-3.7.writing"):
+    other, busy = (f"{digit * 64}-3" for digit in "ab")
+    for left in (f".{name}.7.writing", f".{other}.7.writing", f".{busy}.7.writing", ".mine.7.writing"):
         (cache / left).mkdir(parents=True)
         (cache / left / "model.safetensors").write_text("half")
     (cache / "mine").mkdir()
-    with source._locked(cache / ".busy-3.lock"):
+    with source._locked(cache / f".{busy}.lock"):
         source.locate(recipe.Model(source=str(file)))
-        assert sorted(path.name for path in cache.iterdir()) == [".busy-3.7.writing", ".busy-3.lock", name, "mine"]
+        left = [f".{busy}.7.writing", f".{busy}.lock", ".mine.7.writing", name, "mine"]
+        assert sorted(path.name for path in cache.iterdir()) == left
 
 
 def test_a_disk_that_is_full_is_one_line_whichever_library_writes(tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from tiny import FAMILIES, ids, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from recover.base.errors import ModelError, RecipeError
+from recover.base.errors import DataError, ModelError, RecipeError
 from recover.config import recipe
 from recover.models.load import check_fit, describe, load_model, load_tokenizer
 from recover.models.source import exported_dtype, stored_dtype
+from recover.text.prompts import text_ids
 
 WEIGHTS, INDEX, SHARD = "model.safetensors", "model.safetensors.index.json", "model-00002-of-00005.safetensors"
 
@@ -212,6 +213,51 @@ def test_a_tokenizer_that_does_not_fit_is_refused(stored, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match="tokenizer: cannot be loaded"):
         load_tokenizer(cfg(stored / "one", tokenizer=str(tmp_path)))
+
+
+def with_tokens(*tokens: str, **special: str) -> PreTrainedTokenizerFast:
+    """Words up to id 255, as many as the model has rows, and these tokens past them."""
+    tokenizer = tokenizer_of(256, eos_token="</s>")
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    for name, token in special.items():
+        setattr(tokenizer, name, token)
+    return tokenizer
+
+
+def test_a_token_past_the_embedding_is_refused_where_a_text_gives_it(stored, capsys):
+    model, tokenizer = load_model(cfg(stored / "one")), with_tokens("<image>")
+    check_fit(model, tokenizer)
+    assert text_ids(tokenizer, "w5 w255", special=True) == [5, 255]
+    for text in ("w5 <image> w6", "<image>"):
+        with pytest.raises(
+            DataError, match=r"gives the token '<image>' \(id 256\), and the model's vocabulary ends at"
+        ):
+            text_ids(tokenizer, text, special=True)
+    with pytest.raises(ModelError, match=r"end-of-text token '<end>' has id 256.*so that no text would end"):
+        check_fit(model, with_tokens("<end>", eos_token="<end>"))
+    assert "is used in its place" not in capsys.readouterr().err
+    padded = with_tokens("<pad>", pad_token="<pad>")
+    check_fit(model, padded)
+    assert padded.pad_token_id == 2 and "'</s>' is used in its place" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_tokenizer_says_so_whatever_its_class_would_need(stored, tmp_path):
+    shutil.copytree(stored / "one", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer.json").unlink()
+    for settings in ({"tokenizer_class": "LlamaTokenizer"}, None):
+        (tmp_path / "tokenizer_config.json").unlink(missing_ok=True)
+        if settings:
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        with pytest.raises(ModelError, match=r"holds no tokenizer \(tokenizer\.json or tokenizer\.model\): copy it"):
+            load_tokenizer(cfg(tmp_path))
+
+
+def test_a_vocabulary_that_was_resized_in_one_place_says_in_which(stored, tmp_path, capfd):
+    shutil.copytree(stored / "one", tmp_path, dirs_exist_ok=True)
+    edit_json(tmp_path / "config.json", vocab_size=280)
+    with pytest.raises(ModelError, match=r"vocab_size is 280 in config\.json, and .* has 256 rows.*Set vocab_size to"):
+        load_model(cfg(tmp_path))
+    assert "MISMATCH" not in capfd.readouterr().err, "no library's report before ours"
 
 
 def test_a_tied_head_may_be_stored_too(tmp_path):

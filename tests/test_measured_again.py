@@ -154,20 +154,15 @@ def test_an_adapter_that_is_gone_is_not_chosen_and_is_named(
 
 def test_a_measurement_that_was_stopped_goes_on(there: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     count: Callable[[list[Any]], int] = len
-    measured, called = stage_work._measuring_epochs, []
+    measured, called = stage_work._measured_epoch, []
 
-    def stopped_at_the_second(context: Any, twin: Any) -> Any:
-        work = measured(context, twin)
+    def stopped_at_the_second(*words: Any) -> Any:
+        called.append(1)
+        if count(called) == 2:
+            raise KeyboardInterrupt
+        return measured(*words)
 
-        def one() -> Any:
-            called.append(1)
-            if count(called) == 2:
-                raise KeyboardInterrupt
-            return work()
-
-        return one
-
-    monkeypatch.setattr(stage_work, "_measuring_epochs", stopped_at_the_second)
+    monkeypatch.setattr(stage_work, "_measured_epoch", stopped_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         again(there, MORE)
     assert [each["epoch"] for each in read_jsonl(there.epochs_again)] == [1] and not there.best_again.exists()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from byte_tokenizer import byte_tokenizer
 from tiny import tiny
+from transformers import AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from recover.cli import app
@@ -114,6 +115,24 @@ def test_a_folder_without_weights_or_tokenizer_is_told_by_plan(mine: Path) -> No
         "holds no tokenizer (tokenizer.json or tokenizer.model)"
         in call("measure", str(mine / "model"), "--tasks", "embedded:facts").stderr
     )
+
+
+def test_a_token_without_a_row_is_refused_where_a_text_gives_it(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(mine)
+    tokenizer = AutoTokenizer.from_pretrained(mine / "model")
+    tokenizer.add_tokens([f"<more {number}>" for number in range(300)] + ["<image>"], special_tokens=True)
+    tokenizer.save_pretrained(mine / "model")
+    assert plan(mine).exit_code == 0
+    (mine / "text.jsonl").write_text('{"text": "see <image> there"}\n' * 40)
+    done = plan(mine)
+    assert done.exit_code == 1 and "gives the token '<image>'" in done.stderr and "Traceback" not in done.output
+
+
+def test_a_vocabulary_of_another_size_is_told_by_plan(mine: Path) -> None:
+    path = mine / "model/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": 300}))
+    done = plan(mine)
+    assert done.exit_code == 1 and "vocab_size is 300 in config.json" in done.stderr and "has 256 rows" in done.stderr
 
 
 def test_a_run_directory_or_an_adapter_is_no_model(mine: Path) -> None:

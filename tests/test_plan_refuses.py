@@ -121,16 +121,8 @@ def test_another_vocabulary_than_that_of_the_weights_is_refused_before_they_are_
         (tmp_path / "model" / name).write_bytes((made / "model" / name).read_bytes())
     config = json.loads((made / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
-    with pytest.raises(RecoverError, match=r"vocab_size is 300, and model\.embed_tokens\.weight has 256 rows"):
+    with pytest.raises(RecoverError, match=r"vocab_size is 300 in config\.json, and .*\.weight has 256 rows"):
         plan(made, f"model.source={tmp_path / 'model'}")
-
-
-def test_a_tokenizer_that_gives_more_than_the_vocabulary_is_refused(made: Path, tmp_path: Path) -> None:
-    tokenizer = byte_tokenizer()
-    tokenizer.add_tokens([f"<more-{number}>" for number in range(9)])
-    tokenizer.save_pretrained(tmp_path / "words")
-    with pytest.raises(RecoverError, match=r"the tokenizer gives id .* check model\.tokenizer"):
-        plan(made, f"model.tokenizer={tmp_path / 'words'}")
 
 
 def test_nothing_of_it_is_skipped_by_python_that_skips_asserts(made: Path) -> None:

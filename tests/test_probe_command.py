@@ -145,7 +145,6 @@ def test_a_wrong_option_is_named(tmp_path, option, value, message):
 
 
 def test_a_gguf_file_of_the_dense_model_is_the_dense_model(tmp_path, monkeypatch):
-    pytest.importorskip("gguf")
     from recover.export.gguf.write import write_gguf
 
     monkeypatch.setenv("RECOVER_CACHE", str(tmp_path / "cache"))

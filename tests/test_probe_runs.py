@@ -56,9 +56,17 @@ def test_figures_do_not_depend_on_batches_or_chunks(both, monkeypatch):
 def test_final_drift_is_the_final_record_with_or_without_stored_trajectories(both):
     twin = dropping(copy.deepcopy(both[0]))
     expected = next(record for record in of(both[2], Final) if record.temperature == 1).to_json()
-    assert final_drift(twin, NO_TOKENIZER, prompts(), CFG) == expected
+    found = final_drift(twin, NO_TOKENIZER, prompts(), CFG)
     stored = dense_trajectories(twin, NO_TOKENIZER, prompts(), CFG)
-    assert final_drift(twin, NO_TOKENIZER, prompts(), CFG, trajectories=stored) == expected
+    assert final_drift(twin, NO_TOKENIZER, prompts(), CFG, trajectories=stored) == found
+    each = found.pop("each")
+    assert found == expected and len(each) == expected["prompts"]
+    assert sum(positions for _, positions in each) == expected["positions"]
+    mean = sum(kl for kl, _ in each) / expected["positions"]
+    assert mean == pytest.approx(expected["kl"]["mean"], rel=1e-6)
+    assert [kl / n for kl, n in each] == pytest.approx(
+        [final_drift(twin, NO_TOKENIZER, [prompt], CFG)["kl"]["mean"] for prompt in prompts()], rel=1e-4
+    )
 
 
 def test_a_pair_of_two_models_gives_what_the_twin_gives(both):

@@ -15,7 +15,7 @@ from twins import removed
 
 from recover.base.errors import ModelError
 from recover.maths import divergence as spaces
-from recover.models.arch import blocks_of, final_norm_of
+from recover.models.arch import arch_of, blocks_of, final_norm_of
 from recover.models.site import Site
 from recover.probe.probe import probe
 from recover.probe.records import Sublayer
@@ -24,6 +24,7 @@ from recover.probe.trajectory import along, batches_of, greedy, thinned
 from recover.probe.views import Pair, View
 
 FAMILIES = ["llama", "qwen2_sliding", "gemma2", "gemma3_text", "olmo2", "phi3", "granite"]
+FAMILIES += ["glm4", "starcoder2", "apertus", "phi", "cohere2", "gpt_neox", "gpt_neox_sequential"]
 
 
 def trajectory_of(pair: Pair, count: int = 3):
@@ -67,8 +68,26 @@ def test_equal_models_replace_every_sublayer_by_itself_exactly_with_a_cache_too(
             assert not torch.equal(transition.after_ND, transition.before_ND)
 
 
-def test_sublayers_add_up_to_the_model():
-    dense = endless()
+@pytest.mark.parametrize(("family", "norm"), [("phi", "input_layernorm"), ("gpt_neox", "post_attention_layernorm")])
+def test_an_mlp_beside_attention_is_replaced_at_the_input_of_the_block(family, norm):
+    """Where both read one input, what stands behind another MLP is dense attention plus that MLP of that input."""
+    dense = endless(family)
+    other = other_weights(dense)
+    pair = Pair.of_models(dense, other)
+    trajectory = trajectory_of(pair)
+    for chunk in (None, 3):
+        found = transitions(pair, trajectory, trajectory.scored_BS, chunk=chunk)
+        for number, block in enumerate(blocks_of(other)):
+            attention, mlp = found[Site(number, "attention")], found[Site(number, "mlp")]
+            with torch.no_grad():
+                expected = mlp.before_ND + block.mlp(block.get_submodule(norm)(attention.before_ND))
+            torch.testing.assert_close(mlp.replaced_ND, expected, rtol=1e-4, atol=1e-4)
+            assert not torch.allclose(mlp.replaced_ND, mlp.after_ND, atol=1e-2)
+
+
+@pytest.mark.parametrize("family", ["llama", "cohere2"])
+def test_sublayers_add_up_to_the_model(family):
+    dense = endless(family)
     pair = Pair.of_models(dense, other_weights(dense))
     trajectory = trajectory_of(pair)
     found = transitions(pair, trajectory, trajectory.scored_BS)
@@ -85,8 +104,11 @@ def test_sublayers_add_up_to_the_model():
 def zeroed(model, site: Site):
     """The reference: the last matrix of the sublayer is zero, so it adds nothing."""
     model = copy.deepcopy(model)
-    block = blocks_of(model)[site.block]
-    last = block.self_attn.o_proj if site.part == "attention" else block.mlp.down_proj
+    arch = arch_of(model)
+    inside, linears = {"attention": (arch.attention, arch.attention_linears), "mlp": (arch.mlp, arch.mlp_linears)}[
+        site.part
+    ]
+    last = blocks_of(model)[site.block].get_submodule(f"{inside}.{linears[-1]}")
     last.weight.data.zero_()
     if last.bias is not None:
         last.bias.data.zero_()

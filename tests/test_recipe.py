@@ -300,3 +300,24 @@ def test_the_reference_page_is_of_these_fields(monkeypatch):
     import recipe_reference
 
     assert recipe_reference.page() == recipe_reference.PAGE.read_text(encoding="utf-8")
+
+
+QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+AUTO_LINES = ("recover.lr=auto", "recover.lora={rank: auto, alpha: auto}", "recover.tokens=auto", "recover.warmup=auto")
+
+
+def test_auto_is_read_and_written_as_it_stands_and_a_number_over_it_wins():
+    recipe = load_recipe(QUICKSTART, AUTO_LINES)
+    assert recipe.recover.auto == ("tokens", "lr", "warmup", "lora.rank", "lora.alpha")
+    text = dump_recipe(recipe)
+    assert "lr: auto" in text and "rank: auto" in text and "warmup: auto" in text
+    assert parse_recipe(yaml.safe_load(text), "dumped") == recipe
+    assert load_recipe(QUICKSTART, [*AUTO_LINES, "recover.lr=1e-3"]).recover.lr == 1e-3
+    assert "lr" not in load_recipe(QUICKSTART, [*AUTO_LINES, "recover.lr=1e-3"]).recover.auto
+    assert load_recipe(QUICKSTART).recover.auto == ()
+
+
+@pytest.mark.parametrize("override", ["recover.epochs=auto", "recover.lora.rank=automatic", "recover.lora=auto"])
+def test_auto_is_no_value_of_other_fields(override):
+    with pytest.raises(RecipeError, match=override.partition("=")[0]):
+        load_recipe(QUICKSTART, [override])

@@ -13,11 +13,12 @@ from report_probes import probed
 from report_run import BLOCKS, DROPPED, STEPS, build_run
 
 from recover.base.errors import ArtifactError
-from recover.report import drift, mistakes, verdict, words
+from recover.measure.sandbox import UNCONFINED, WALLED
+from recover.report import drift, mistakes, tables, verdict, words
 from recover.report.collect import CONSEQUENCES, collect, side_by_side
 from recover.report.data import RunData
 from recover.report.exhibits import figures
-from recover.report.figures import svg
+from recover.report.figures import outcome, svg
 from recover.report.render import fence, render, table_cell
 
 EVERYTHING = (
@@ -108,6 +109,27 @@ def test_generation_is_the_mean_of_texts_and_programs(tmp_path: Path) -> None:
         (0.2 + sums["dense"]["value"]) / 2
     )
     assert any(row["task"] == "humaneval" and row["key"] == "pass_at_1" for row in data["measures"])
+
+
+@pytest.mark.parametrize(
+    ("isolation", "said"),
+    [
+        (WALLED, "(humaneval) were run behind Linux namespaces: no network"),
+        (
+            UNCONFINED,
+            "(humaneval) were run unconfined: with limits of time and memory only. They could change any file",
+        ),
+    ],
+)
+def test_the_page_says_where_programs_ran(tmp_path: Path, isolation: str, said: str) -> None:
+    run = build_run(tmp_path)
+    assert not any("Programs" in line for line in collect(run)["limits"])
+    code = {"kind": "code", "items": 10, "pass_at_1": 0.2, "interval95": [0.05, 0.5], "isolation": isolation}
+    rewrite(run / "dense/measure.json", lambda record: record["tasks"].update(humaneval=code))
+    data = collect(run)
+    assert sum(said in line for line in data["limits"]) == 1
+    _, markdown, page = render(run, data)
+    assert said in page.read_text() and said in markdown.read_text()
 
 
 def test_nothing_to_keep_is_no_verdict() -> None:
@@ -261,10 +283,13 @@ def test_mistakes_are_counted_and_one_of_each_is_shown(run: Path) -> None:
         ("recovered", 193, 0),
     ]
     assert [(each["model"], each["mistake"]) for each in data["examples"]] == [
+        ("dense", "content"),
         *(("pruned", kind) for kind in ("loop", "endless", "no_answer", "content")),
         *(("recovered", kind) for kind in ("no_answer", "content")),
     ]
-    assert data["examples"][0]["text"].startswith("14 + 25 = 14 + 25")
+    assert data["examples"][1]["text"].startswith("14 + 25 = 14 + 25")
+    epochs = [(row["form"], row["content"], row["loops_begin"]) for row in data["epochs"]]
+    assert epochs[0] == (0.14, 0.4, 12.0) and epochs[5] == (0.04, 0.06, 17.0)
     assert [row["loop_rate"] for row in data["epochs"]] == [0.2 / epoch for epoch in range(1, 7)]
     (rate,) = (row for row in data["measures"] if row["key"] == "loop_rate")
     assert (rate["dense"]["value"], rate["pruned"]["value"]) == (0.0, 131 / 200)
@@ -275,7 +300,10 @@ def test_mistakes_are_counted_and_one_of_each_is_shown(run: Path) -> None:
     page, text = (run / "report.html").read_text(), (run / "report.md").read_text()
     for written in (page, text):
         assert "a text of pruned that ends in a loop" in written and "formed and wrong" in written
-    assert "| 6 | 200k | 95.0% | 3.3% |" in text
+    assert "| 6 | 200k | 95.0% | 4.0% | 6.0% | 3.3%, from token 17 |" in text
+    assert "Loop rate, to compare: dense 0.0%, pruned 65.5%." in text
+    fails = "Dense, 0.0% of answers by form, 1.0% by content; pruned, 81.0% of answers by form (65.5% loop), 6.0% by"
+    assert f"Do answers fail by form or by content? {fails}" in text
 
 
 def test_other_readings_of_the_same_texts_stand_beside_the_first(tmp_path: Path) -> None:
@@ -288,6 +316,27 @@ def test_other_readings_of_the_same_texts_stand_beside_the_first(tmp_path: Path)
     labels = ["exact match", "exact match, flexible", "pass@1, sampled", "pass@8, sampled", "exact match, sampled"]
     assert [row["label"] for row in rows[:5]] == labels and rows[3]["dense"]["value"] == 0.8
     assert rows[1]["pruned"] == {"value": 0.5, "interval": [0.4, 0.6]} and rows[1]["recovered"] is None
+
+
+def test_texts_that_never_leave_dense_have_a_share_of_their_own(tmp_path: Path) -> None:
+    folder = build_run(tmp_path)
+    data = collect(folder)
+    row = ("sums", "0.0%", "4", "11", "11.0%", "78.0%", "never", "never", "91.0%")
+    found = tables.divergence(data)
+    assert found is not None and found.rows == [row]
+    figure = outcome.parting(data)
+    assert figure is not None and "pruned, 0.0%; recovered, 78.0%" in figure.see
+    assert figure.rows[0] == (0, "100.0%", "100.0%") and figure.rows[-1] == (41, "0.0%", "78.0%")
+    render(folder, data)
+    page = (folder / "report.html").read_text()
+    assert 'id="figure-parting"' in page and ">never</td>" in page
+
+    for part in ("before", "after"):  # as an earlier version wrote it
+        rewrite(folder / part / "measure.json", lambda record: [record["tasks"]["sums"].pop("parting")])
+    older = collect(folder)
+    found = tables.divergence(older)
+    assert found is not None and found.rows == [row]
+    assert outcome.parting(older) is None
 
 
 def test_runs_that_counted_no_mistakes_have_no_table_of_them(tmp_path: Path) -> None:

@@ -86,7 +86,10 @@ def test_repacked_and_merged_reloads_as_the_pruned_view(family, tmp_path):
     with_cache = stock.generate(prompt, use_cache=True, **greedy)
     assert torch.equal(with_cache, stock.generate(prompt, use_cache=False, **greedy))
     # attention 0, MLP 0 | attention 1, MLP 2 | attention 4, MLP 5: nothing is stored for nothing
-    assert twin.plan.packed == (Packed(0, 0), Packed(1, 2), Packed(4, 5)) and len(blocks_of(stock)) == 3
+    packed = (Packed(0, 0), Packed(1, 2), Packed(4, 5))
+    if twin.plan.parallel:  # halves of two blocks would read one input: each stays where it is
+        packed = (Packed(0, 0), Packed(1, None), Packed(None, 2), Packed(4, None), Packed(None, 5))
+    assert twin.plan.packed == packed and len(blocks_of(stock)) == len(packed)
 
 
 def test_a_lone_sublayer_gets_a_zeroed_partner():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -20,11 +21,12 @@ from recover.models.plan import MaskRecord, Plan, load_plan, save_plan
 from recover.models.twin import Twin
 from recover.prune import stream
 from recover.prune.scores import keep_n_m
-from recover.prune.sparsity import fractions_by, prune_magnitude, prune_sparsegpt, prune_wanda
+from recover.prune.sparsity import fractions_by, owl_fractions, prune_magnitude, prune_sparsegpt, prune_wanda
 from recover.prune.stream import Stream, norms, squares
 
 CALIBRATION = Calibration(data="given", samples=5, length=24, batch_size=2)
 FAMILIES = ["llama_tied", "mistral_sliding", "qwen2_sliding", "gemma2", "gemma3_text", "phi3", "smollm3", "granite"]
+FAMILIES += ["glm4", "starcoder2", "apertus", "ministral3", "granite_swa", "phi", "cohere2", "gpt_neox"]
 
 
 @pytest.fixture
@@ -67,7 +69,7 @@ def test_the_stream_is_the_full_forward_with_the_blocks_so_far_pruned(family, ba
             found = norms(walk.measure(index, squares))
             halved = {name: linear.weight * (linear.weight.abs() > 0.05) for name, linear in linears.items()}
             walk.advance(index, halved)
-        assert found.keys() == linears.keys() and len(linears) in (4, 7)
+        assert found.keys() == linears.keys() and len(linears) in (4, 6, 7)
         for name, norm_I in found.items():
             torch.testing.assert_close(norm_I, expected[name].norm(dim=0), rtol=1e-4, atol=1e-5)
             reference.get_submodule(name).weight.data.copy_(halved[name])
@@ -143,7 +145,9 @@ def test_any_n_of_m_against_a_loop_with_ties(n, m):
         ({"sparsity": 1.5}, "less than 1"),
         ({}, "'sparsity' is needed"),
         ({"pattern": "2:4", "allocation": "owl"}, "owl needs pattern: unstructured, found 2:4"),
-        ({"sparsity": 0.05, "allocation": "kl"}, r"leaves \(0, 1\): give a smaller 'spread'"),
+        ({"pattern": "2:4", "allocation": "outliers"}, "outliers needs pattern: unstructured, found 2:4"),
+        ({"sparsity": 0.05, "allocation": "kl"}, r"spread 0\.08 leaves \(0, 1\): give a smaller 'spread'"),
+        ({"sparsity": 0.15, "allocation": "owl"}, r"twice spread 0\.08 leaves \(0, 1\): give a smaller 'spread'"),
     ],
 )
 def test_patterns_and_ratios_that_cannot_be_are_refused(fields, message):
@@ -159,24 +163,46 @@ def test_spread_keeps_the_mean_and_the_bounds():
     assert fractions_by([1.0, 1.0], [2, 2], 0.5, 0.1) == [0.5, 0.5]
 
 
-def test_owl_spares_the_block_with_outliers(batches):
+def published(ratios, sparsity, spread):
+    """Densities as OWL's own code has them: from 0 to twice lambda by the outlier ratios, moved to the mean density."""
+    ratios = np.array(ratios)
+    scaled = (ratios - ratios.min()) / (ratios.max() - ratios.min()) * 2 * spread
+    return 1 - (scaled - scaled.mean() + 1 - sparsity)
+
+
+def test_owl_is_spread_as_published():
+    ratios, sizes = [0.4, 0.1, 2.5, 0.3, 0.2], [7] * 5
+    found = owl_fractions(ratios, sizes, 0.7, 0.08)
+    assert found == pytest.approx(list(published(ratios, 0.7, 0.08)))
+    assert max(found) - min(found) == pytest.approx(0.16) and 0.7 - min(found) > 0.08
+    uneven = owl_fractions(ratios, [1, 2, 3, 4, 5], 0.7, 0.08)
+    assert sum(f * s for f, s in zip(uneven, [1, 2, 3, 4, 5], strict=True)) / 15 == pytest.approx(0.7)
+    assert owl_fractions([1.0, 1.0], [2, 2], 0.5, 0.1) == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("allocation", ["owl", "outliers"])
+def test_the_block_with_outliers_is_spared(batches, allocation):
+    """OWL counts above five times the mean of the whole block, `outliers` above that of each matrix."""
     model = tiny(hidden_size=96, intermediate_size=192)
     for linear in (model.model.layers[3].mlp.up_proj, model.model.layers[3].mlp.gate_proj):
         linear.weight.data[:, :4] *= 30
-    cfg = Wanda(kind="wanda", sparsity=0.5, allocation="owl", spread=0.1, calibration=CALIBRATION)
+    cfg = Wanda(kind="wanda", sparsity=0.5, allocation=allocation, spread=0.1, calibration=CALIBRATION)
     seen = inputs_of(model, batches)
     share = []
     for block in range(6):
         scores = [
-            linears_of(model)[name].weight.detach().abs() * x_NI.norm(dim=0)
+            (linears_of(model)[name].weight.detach().abs() * x_NI.norm(dim=0)).flatten()
             for name, x_NI in seen.items()
             if name.startswith(f"model.layers.{block}.")
         ]
-        share.append(sum(int((s > 5 * s.mean()).sum()) for s in scores) / sum(s.numel() for s in scores))
+        together = [torch.cat(scores)] if allocation == "owl" else scores
+        share.append(sum(int((s > 5 * s.mean()).sum()) for s in together) / sum(s.numel() for s in scores))
     plan, masks, _ = prune_wanda(dense_twin(model), cfg, batches)
     assert plan.calibration["importance"] == pytest.approx(share, rel=1e-3)
     fractions = plan.calibration["sparsity"]
-    assert min(fractions) == fractions[3] == pytest.approx(0.4) and sum(fractions) / 6 == pytest.approx(0.5)
+    assert min(fractions) == fractions[3] and sum(fractions) / 6 == pytest.approx(0.5)
+    expected = published(share, 0.5, 0.1) if allocation == "owl" else fractions_by(share, [1] * 6, 0.5, 0.1)
+    assert fractions == pytest.approx(list(expected), abs=1e-4)
     for name, keep_OI in masks.items():
         assert ((~keep_OI).sum(1) == round(fractions[int(name.split(".")[2])] * keep_OI.shape[1])).all()
 

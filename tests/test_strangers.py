@@ -17,7 +17,7 @@ from recover.base.ownership import begin_diagnosis, is_diagnosis
 from recover.config.recipe import dump_recipe, load_recipe
 from recover.export.write import write_checkpoint
 from recover.run.directory import RunDirectory
-from recover.train.checkpoints import Checkpoints, begin, discard_texts, note
+from recover.train.checkpoints import Asked, Checkpoints, begin, discard_texts, note
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 MODEL = "embedded:fable-2m"
@@ -216,21 +216,22 @@ def test_a_deploy_that_is_a_link_stays_one(tmp_path: Path, dangling: bool) -> No
 
 def test_a_new_training_leaves_what_it_did_not_write(tmp_path: Path) -> None:
     store = Checkpoints(tmp_path, "one")
-    begin(tmp_path, "one")
+    begin(tmp_path, Asked("one", "of one", 100))
     for step in (10, 20, 30, 40):
         store.save(step, {"a": torch.zeros(1)}, {"row": 0})
     artifacts.write_text(tmp_path / "epoch-1" / "adapter_model.safetensors", "x")
     artifacts.write_text(tmp_path / "pruned_text" / "0-000004.json", "{}")
     theirs = ("epoch-best/a", "epoch-1-copy/a", "checkpoints/checkpoint-best/a", "checkpoints/checkpoint-40/notes")
     strangers.fill(tmp_path, (*theirs, "checkpoints/list.txt", "pruned_text/notes.json", "pruned_text/0-copy.json"))
-    begin(tmp_path, "another")
+    begin(tmp_path, Asked("another", "of another", 100))
     files = {name for name in strangers.contents(tmp_path) if (tmp_path / name).is_file()}
     texts = {"pruned_text/notes.json", "pruned_text/0-copy.json"}
     assert files == {"training.json", *theirs, "checkpoints/list.txt", *texts}
     Checkpoints(tmp_path, "another").save(10, {"a": torch.zeros(1)}, {"row": 0})
     note(tmp_path, "another", {}, finished=True)
     files = {name for name in strangers.contents(tmp_path) if (tmp_path / name).is_file()}
-    assert files == {"training.json", "checkpoints.jsonl", *theirs, "checkpoints/list.txt", *texts}
+    last = {f"checkpoints/checkpoint-10/{name}" for name in ("MANIFEST.json", "state.json", "trained.safetensors")}
+    assert files == {"training.json", "checkpoints.jsonl", *last, *theirs, "checkpoints/list.txt", *texts}
     discard_texts(tmp_path / "pruned_text", "0")
     assert (tmp_path / "pruned_text" / "0-copy.json").exists()
 

@@ -17,6 +17,7 @@ from recover.measure.kinds.choice import Choice
 from recover.measure.kinds.code import program
 from recover.measure.kinds.generate import Question
 from recover.measure.kinds.retrieval import Search
+from recover.measure.sandbox import Program
 from recover.measure.task_file import load_task
 from recover.measure.task_rows import filled
 
@@ -177,8 +178,8 @@ def test_a_program_has_lists_a_line_an_element(tmp_path):
     rows = [{"q": "w", "tests": ["assert f() == 1", "assert f()"]}]
     task = load_task(make_task(tmp_path, rows, **CODE, program="{text}\n{tests}"))
     nested = load_task(make_task(tmp_path, [{"d": rows[0]}], kind="code", prompt="", program="{text}\n{d[tests]}"))
-    assert program(nested.file, nested.items[0], "x") == "x\nassert f() == 1\nassert f()"
-    assert program(task.file, task.items[0], "def f(): ...") == "def f(): ...\nassert f() == 1\nassert f()"
+    assert program(nested.file, nested.items[0], "x") == Program("x\n", "assert f() == 1\nassert f()")
+    assert program(task.file, task.items[0], "def f(): ...") == Program("def f(): ...\n", "assert f() == 1\nassert f()")
 
 
 @pytest.mark.parametrize(

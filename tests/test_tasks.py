@@ -113,7 +113,8 @@ def test_generate_task_counts_right_answers_and_compares_with_the_dense_texts(tm
 
     same, _ = measure(model, word_tokenizer(), [load_task(path)], CFG, reference=generations, limit=5)
     assert (same["tasks"]["task"]["agreement"], same["tasks"]["task"]["exact_text"]) == (1.0, 1.0)
-    assert same["tasks"]["task"]["items"] == 5 and same["tasks"]["task"]["first_divergence"]["mean"] == 6.0
+    assert same["tasks"]["task"]["items"] == 5 and same["tasks"]["task"]["first_divergence"] is None
+    assert same["tasks"]["task"]["parting"]["never"] == 1.0
 
     other, _ = measure(tiny(seed=1), word_tokenizer(), [load_task(path)], CFG, reference=generations)
     assert other["tasks"]["task"]["agreement"] < 0.5 and other["tasks"]["task"]["exact_text"] == 0.0
@@ -221,10 +222,14 @@ def test_mistakes_of_form_are_told_from_those_of_content(tmp_path, monkeypatch):
     }
 
 
-def test_a_text_that_never_parts_counts_as_parting_at_its_end():
-    found = against([[1, 2, 3], [1, 2, 3]], [[1, 2, 3], [1, 9]])
-    assert found["first_divergence"]["mean"] == 2.0 and found["exact_text"] == 0.5
-    assert found["agreement"] == pytest.approx((1 + 1 / 3) / 2)
+def test_texts_that_never_part_are_of_their_own_kind():
+    same = [[1, 2, 3]] * 98
+    found = against([*same, [4, 5, 6], [7, 8, 9]], [*same, [4, 9, 6], [7]])
+    assert found["exact_text"] == found["parting"]["never"] == pytest.approx(0.98)
+    assert found["first_divergence"] == {"mean": 1.0, "p10": 1.0, "p50": 1.0, "p90": 1.0}
+    assert [found["parting"][share] for share in ("p10", "p50", "p90")] == [None] * 3
+    assert found["parting"]["curve"] == [[0, 1.0], [2, pytest.approx(0.98)]]
+    assert against(same, same)["first_divergence"] is None
 
 
 @pytest.mark.parametrize(

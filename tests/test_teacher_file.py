@@ -8,7 +8,10 @@ import torch
 import two_processes
 from byte_tokenizer import byte_tokenizer
 from safetensors.torch import load_file
+from test_conversation import ADDED, chatty
 from tiny import tiny
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from recover.base.errors import DataError, RecipeError
 from recover.commands.teacher import teacher_rows, write_teacher
@@ -21,6 +24,7 @@ from recover.train.teacher_file import (
     TeacherStates,
     check_teacher,
     file_row,
+    marks,
     packed,
     read_teacher,
     teacher_samples,
@@ -77,7 +81,7 @@ def test_training_from_the_whole_distribution_is_training_from_the_dense_model(f
 def test_rows_come_back_as_they_were_written_cut_to_length(folder):
     path, cut = write(folder, 5), 20
     rows = list(read_teacher(source(path), 256))
-    samples = teacher_samples(source(path), cut, 256, folder)
+    samples = teacher_samples(source(path), cut, 256, byte_tokenizer(), folder)
     assert [s.ids for s in samples] == [row.sample.ids[:cut] for row in rows if sum(row.sample.mask[1:cut])]
     states = TeacherStates(source(path), folder)
     assert states.cache.missing(row.cut(cut).key for row in rows if len(row.cut(cut).top)) == set()
@@ -144,21 +148,21 @@ def test_a_wrong_row_is_named_by_file_and_line(tmp_path, changes, message):
     path = tmp_path / "teacher.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(DataError) as caught:
-        check_teacher(source(path), 256)
+        check_teacher(source(path), 256, byte_tokenizer())
     assert f"{path}:2: " in str(caught.value) and message in str(caught.value)
 
 
 def test_a_file_without_anything_to_learn_is_refused(tmp_path):
     path = tmp_path / "teacher.jsonl"
     with pytest.raises(DataError, match=r"teacher.jsonl: no such file"):
-        check_teacher(source(path), 256)
+        check_teacher(source(path), 256, byte_tokenizer())
     path.write_text(
         json.dumps({"input_ids": [5, 9], "completion_mask": [1, 0], "top_ids": [], "top_logprobs": []}) + "\n"
     )
     with pytest.raises(DataError, match="no row holds a token to learn"):
-        check_teacher(source(path), 256)
+        check_teacher(source(path), 256, byte_tokenizer())
     with pytest.raises(DataError, match=r"within recover\.length 8"):
-        teacher_samples(source(path), 8, 256, tmp_path)
+        teacher_samples(source(path), 8, 256, byte_tokenizer(), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -187,3 +191,107 @@ def test_any_checkpoint_writes_one(tmp_path):
     with pytest.raises(RecipeError, match="--top: 1000000 tokens, the tokenizer has"):
         write_teacher("embedded:fable-2m", None, str(text), out, top=10**6, length=64, batch_size=2)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["teacher.jsonl", "text.jsonl"]
+
+
+def changed(vocabulary=None, **fields):
+    """The byte tokenizer with another vocabulary, or merges, or special tokens."""
+    core = json.loads(byte_tokenizer().backend_tokenizer.to_str())
+    core["model"]["vocab"] = (vocabulary or dict)(core["model"]["vocab"])
+    core["model"]["merges"] = fields.pop("merges", [])
+    named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", **fields}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(core)), **named)
+
+
+def permuted(vocabulary):
+    names = sorted(vocabulary, key=vocabulary.get)
+    return {token: index for index, token in enumerate([*names[:5], *names[:4:-1]])}
+
+
+def longer(vocabulary):
+    """One more token, made of two letters."""
+    return {**vocabulary, "th": len(vocabulary)}
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "differs"),
+    [
+        (changed(), set()),
+        (changed(permuted), {"vocabulary", "splitting"}),
+        (changed(longer), {"vocabulary", "splitting"}),
+        (changed(longer, merges=[["t", "h"]]), {"vocabulary", "splitting"}),
+        (changed(lambda tokens: {**tokens, **{f"[PAD{n}]": n for n in range(256, 260)}}), set()),
+        (changed(eos_token="<s>"), {"eos"}),
+        (chatty(ADDED), {"template"}),
+    ],
+)
+def test_the_marks_of_a_tokenizer_tell_what_differs(tokenizer, differs):
+    own, found = marks(byte_tokenizer()), marks(tokenizer)
+    assert {name for name in own if own[name] != found[name]} == differs
+    merged = marks(changed(longer, merges=[["t", "h"]]))
+    assert merged["vocabulary"] == marks(changed(longer))["vocabulary"]
+    assert merged["splitting"] != marks(changed(longer))["splitting"]
+
+
+def taught(folder, teacher, **rows):
+    """The file that `recover teacher` writes with this tokenizer, and what a reader with the byte tokenizer says."""
+    model = folder / "teacher"
+    tiny(vocab_size=280).save_pretrained(model)
+    teacher.save_pretrained(model)
+    text, out = folder / "text.jsonl", folder / "taught.jsonl"
+    text.write_text(json.dumps(rows or {"text": "Olga has three roses."}) + "\n")
+    write_teacher(str(model), None, str(text), out, top=4, length=64, batch_size=2)
+    return out
+
+
+def test_a_file_made_with_another_tokenizer_is_refused_by_plan_and_by_training(tmp_path):
+    out = taught(tmp_path, changed(permuted))
+    message = rf"{out}:1: made with another tokenizer: vocabulary [0-9a-f]{{12}}, the model's has [0-9a-f]{{12}}"
+    with pytest.raises(DataError, match=message):
+        check_teacher(source(out), 280, byte_tokenizer())
+    with pytest.raises(DataError, match=message):
+        teacher_samples(source(out), 64, 280, byte_tokenizer(), tmp_path)
+    overrides = [f"recover.data=[{{kind: teacher, source: {out}}}]", "recover.loss={kl: 1.0}"]
+    with pytest.raises(DataError, match=message):
+        stages.run(load_recipe(QUICKSTART, overrides), tmp_path, until="plan")
+    check_teacher(source(taught(tmp_path, byte_tokenizer())), 280, byte_tokenizer())
+
+
+def test_two_teachers_in_one_file_are_told_apart(tmp_path):
+    out = taught(tmp_path, byte_tokenizer())
+    first = out.read_text()
+    out.write_text(first + taught(tmp_path, changed(permuted)).read_text())
+    with pytest.raises(DataError, match=r"taught\.jsonl:2: made with another tokenizer"):
+        check_teacher(source(out), 280, byte_tokenizer())
+
+
+CHAT = {"prompt": "Who has the ring?", "completion": "Olga."}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "row", "said"),
+    [
+        (byte_tokenizer(), {}, None),
+        (changed(eos_token="<s>"), {}, "eos <s>, the model's </s>."),
+        (chatty(ADDED), {}, None),
+        (chatty(ADDED), CHAT, ", the model's none. What is learnt"),
+        (byte_tokenizer(), CHAT, None),
+    ],
+)
+def test_another_end_or_template_is_said(tmp_path, capsys, teacher, row, said):
+    out = taught(tmp_path, teacher, **row)
+    capsys.readouterr()
+    check_teacher(source(out), 280, byte_tokenizer())
+    found = " ".join(capsys.readouterr().err.split())
+    assert ("taught.jsonl: written with the model's vocabulary, but" in found) == (said is not None)
+    assert said is None or said in found
+
+
+def test_a_file_of_an_earlier_version_is_taken_with_a_word(tmp_path, capsys):
+    path = tmp_path / "old.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD) + "\n")
+    check_teacher(source(path), 256, byte_tokenizer())
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("old.jsonl: rows without the marks of their tokenizer") == 1
+    path.write_text(json.dumps({**GOOD, "tokenizer": "gpt2"}) + "\n")
+    with pytest.raises(DataError, match=r"old\.jsonl:1: tokenizer: found str, expected the marks"):
+        check_teacher(source(path), 256, byte_tokenizer())

@@ -13,6 +13,8 @@ import torch
 import two_processes
 from safetensors.torch import load_file
 
+from recover.base.artifacts import read_json
+
 TESTS = Path(__file__).parent
 # Another order of additions moves fp32 gradients by 1e-6 relative; one AdamW step is as large as lr whatever the
 # gradient, so a parameter whose gradient is near 0 may move by more.
@@ -20,6 +22,7 @@ LOSS, GRADIENT, PARAMETER = 1e-6, 1e-5, 5e-5
 FROM_STATES = ["zero2+dense", "zero3+prefix", "zero2+shards+prefix"]
 AVERAGED = ["plain+average", "zero2+average"]
 FOCUSED = ["plain:1+focus", "zero2:2+focus"]
+AUTO = ["plain+auto", "plain:1+auto", "zero2+auto", "zero3+auto"]
 SHARDED = ["plain+shards", "plain:2+shards", "zero2+shards+checkpointing"]
 
 
@@ -62,7 +65,8 @@ def together(tmp_path_factory):
     """Two processes, each engine in turn: name of the variant -> what it did."""
     folder = tmp_path_factory.mktemp("together")
     two_processes.write_text(folder)
-    variants = ["plain", "plain:2", "plain:1", "zero2", "zero3", "zero3:2", *SHARDED, *AVERAGED, *FOCUSED, *FROM_STATES]
+    variants = ["plain", "plain:2", "plain:1", "zero2", "zero3", "zero3:2", *SHARDED, *AVERAGED, *FOCUSED, *AUTO]
+    variants += FROM_STATES
     launched(torchrun(folder, *variants), folder)
     return {variant: torch.load(folder / f"{variant}.pt") for variant in variants} | {"folder": folder}
 
@@ -116,6 +120,19 @@ def test_the_adapter_on_disk_is_what_was_trained(alone, together, variant):
 def test_two_processes_weight_positions_as_one_does(together, variant, tmp_path):
     two_processes.write_text(tmp_path)
     assert_same_course(together[variant], two_processes.run(tmp_path, "x", **two_processes.FOCUSED))
+
+
+@pytest.mark.parametrize("variant", AUTO)
+def test_two_processes_try_the_rates_that_one_tries(together, variant, tmp_path, monkeypatch):
+    monkeypatch.setattr(two_processes.trials, "SHARE", two_processes.trials.SHARE)
+    monkeypatch.setattr(two_processes.trials, "STEPS", two_processes.trials.STEPS)
+    two_processes.write_text(tmp_path)
+    assert_same_course(together[variant], two_processes.run(tmp_path, "x", **two_processes.auto(tmp_path)))
+    ours, theirs = (read_json(Path(f) / "trials.json") for f in (together["folder"] / variant, tmp_path / "x"))
+    assert ours["chosen"] == theirs["chosen"] and len(ours["trials"]) == len(theirs["trials"]) == 5
+    for found, expected in zip(ours["trials"], theirs["trials"], strict=True):
+        assert found["lr"] == expected["lr"] and found["kl"] == pytest.approx(expected["kl"], rel=1e-4)
+        assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-4)
 
 
 @pytest.mark.parametrize("variant", AVERAGED)

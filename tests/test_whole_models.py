@@ -77,16 +77,18 @@ def test_the_weights_alone_of_an_adapter_and_a_tokenizer_beside_one_are_fine(ada
     assert torch.equal(load_model(cfg(adapted))(ids()).logits, tiny("llama")(ids()).logits)
 
 
-def test_an_adapter_on_the_hub_is_seen_before_weights_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import PretrainedConfig
+def test_an_adapter_on_the_hub_is_seen_before_weights_are_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers.utils import hub
 
     asked = []
-    monkeypatch.setattr(PretrainedConfig, "get_config_dict", lambda *_, **__: ({"model_type": "llama"}, {}))
-    monkeypatch.setattr(hub, "cached_file", lambda *words, **_: asked.append(words) or "/cache/adapter_config.json")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.setattr(hub, "cached_file", lambda *words, **_: asked.append(words) or str(tmp_path / words[1]))
+    monkeypatch.setattr(source, "commit_of", lambda *_: "a" * 40)
     with pytest.raises(ModelError, match=r"someone/model: holds adapter_config\.json"):
         describe(cfg("someone/model"))
-    assert asked == [("someone/model", "adapter_config.json")]
+    assert asked == [("someone/model", "config.json"), ("someone/model", "adapter_config.json")]
 
 
 def edited(folder: Path, change: Callable[[Tensors], Tensors], family: str = "llama", **config) -> Path:

@@ -23,6 +23,18 @@ COMMON = {
 }
 SLIDING, FULL = "sliding_attention", "full_attention"
 
+# Ministral 3's: queries grow with the logarithm of their position, past `original_max_position_embeddings`.
+LLAMA4 = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "llama_4_scaling_beta": 0.1,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
 # name -> (model type, what differs from COMMON). Sliding windows are shorter than the test prompts.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -45,6 +57,50 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", {"original_max_position_embeddings": 256}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 3}),
     "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {"sliding_window": 8, "layer_types": [SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL]}),
+    "gemma": ("gemma", {"head_dim": 16}),
+    "ministral3": ("ministral3", {"head_dim": 16, "rope_parameters": LLAMA4}),
+    "exaone4": (
+        "exaone4",
+        {"head_dim": 16, "sliding_window": 8, "layer_types": [SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL]},
+    ),
+    "seed_oss": (
+        "seed_oss",
+        {"head_dim": 16, "attention_out_bias": True, "attention_dropout": 0.0, "residual_dropout": 0.0},
+    ),
+    "ernie4_5": ("ernie4_5", {"head_dim": 16, "use_bias": True}),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", {"head_dim": 16}),
+    "glm": ("glm", {"head_dim": 16}),
+    "glm4": ("glm4", {"head_dim": 16}),
+    "arcee": ("arcee", {"head_dim": 16, "mlp_bias": True}),
+    "nemotron": ("nemotron", {"head_dim": 16}),
+    "starcoder2": ("starcoder2", {"sliding_window": 8}),
+    "apertus": ("apertus", {}),
+    "stablelm": ("stablelm", {"use_qkv_bias": True}),
+    "stablelm_parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    "cohere": ("cohere", {"logit_scale": 0.5, "use_qk_norm": True}),
+    "cohere2": (
+        "cohere2",
+        {
+            "logit_scale": 0.5,
+            "head_dim": 16,
+            "sliding_window": 8,
+            "layer_types": [SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL],
+        },
+    ),
+    "phi": ("phi", {}),
+    "gpt_neox": ("gpt_neox", {}),
+    "gpt_neox_sequential": ("gpt_neox", {"use_parallel_residual": False}),
+    "granite_swa": (
+        "granite_swa",
+        {
+            "logits_scaling": 3.0,
+            "residual_multiplier": 0.5,
+            "embedding_multiplier": 2.0,
+            "sliding_window": 8,
+            "layer_types": [SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL],
+        },
+    ),
     "granite": ("granite", {"logits_scaling": 3.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0}),
 }
 

@@ -25,6 +25,7 @@ from recover.models.twin import Twin
 from recover.probe.probe import final_drift
 from recover.text.generate import generate
 from recover.text.likelihood import Continuation, log_likelihoods
+from recover.train import trials
 from recover.train.train import train
 from recover.train.trainer import RecoverTrainer
 
@@ -86,12 +87,19 @@ def few(twin: Twin, tokenizer) -> list[float]:
     return [*found, *map(float, written[0].ids)]
 
 
+def auto(_folder: Path) -> dict:
+    """Changes of the config: trials of rates, as few steps as they can be."""
+    trials.SHARE, trials.STEPS = 20.0, (1, 2)
+    return {"lr": "auto"}
+
+
 FOCUSED = {"loss": {"kl": 1.0, "ce": 0.1, "focus": {"by": "disagreement", "power": 0.7}}}
 MORE = {
     "dense": lambda folder: cached(folder, "dense"),
     "prefix": lambda folder: cached(folder, "prefix"),
     "shards": lambda _folder: {"shard_weights": True},
     "focus": lambda _folder: FOCUSED,
+    "auto": auto,
     "average": lambda _folder: {"average": 0.5},
     "checkpointing": lambda _folder: {"gradient_checkpointing": True},
     "machines": lambda _folder: os.environ.update(LOCAL_WORLD_SIZE="2") or {},  # as on machines of two processes

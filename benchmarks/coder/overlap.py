@@ -6,24 +6,10 @@ Every number counts as the same word, since problems are often made from others 
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-RUN = 5  # words
-NEAR = 0.6  # share of the runs of the shorter text
-WORD = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+")
-
-
-def normal_words(text: str) -> list[str]:
-    """The words of a text in lower case, `#` for each number; punctuation and white space do not count."""
-    return ["#" if word[0].isdigit() else word for word in WORD.findall(text.casefold())]
-
-
-def runs(text: str) -> frozenset[tuple[str, ...]]:
-    """Every run of five words; a shorter text is one run."""
-    words = normal_words(text)
-    return frozenset(tuple(words[at : at + RUN]) for at in range(max(1, len(words) - RUN + 1)))
+from recover.text.overlap import NEAR, runs
 
 
 class Measured:

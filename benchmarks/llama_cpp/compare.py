@@ -1,6 +1,6 @@
 """Does llama.cpp compute what transformers does, of a model pruned and exported here? Greedy text, logit by logit.
 
-    pip install 'recover[gguf]' llama-cpp-python
+    pip install . llama-cpp-python
     python benchmarks/smollm2/fetch.py
     python benchmarks/llama_cpp/compare.py --out /tmp/llama_cpp
 

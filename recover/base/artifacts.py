@@ -24,7 +24,7 @@ MANIFEST = "MANIFEST.json"
 DONE = "DONE.json"  # the stamp of a finished stage, see run_directory.py
 REPLACED = ".replaced"  # `.NAME.replaced`: the folder NAME of before, until the new one has its name
 TEMPORARY = ".tmp"
-WRITING = ".writing"  # `.NAME.writing`: a folder that is not whole yet
+WRITING = ".writing"  # `.NAME.7.writing`: a folder that is not whole yet
 KEPT = ".kept"  # `NAME.kept`: files of others that lay in NAME when it was written anew
 SHOWN = 3  # files named in a message
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -171,6 +171,25 @@ def check_manifest(folder: Path) -> None:
         raise ArtifactError(f"{folder}: not what was written: {'; '.join(problems)}")
 
 
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, to be filled and published under its name; at the end it is gone.
+
+    Nothing that is there is taken for it, whatever its name: the number in its own is one that is free.
+    """
+    with explaining(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for number in count(os.getpid()):
+            beside = folder.with_name(f".{folder.name}.{number}{WRITING}")
+            with suppress(FileExistsError):
+                beside.mkdir()
+                break
+    try:
+        yield beside
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
 def publish(folder_tmp: Path, folder: Path, *, keep_edited: bool = False) -> None:
     """Give `folder_tmp`, synced and with a manifest, the name `folder`; what we wrote under that name is deleted last.
 
@@ -202,7 +221,7 @@ def settle(folder: Path, names: str, *, keep_edited: bool = False) -> None:
     """
     if not folder.is_dir():
         return
-    ends = f"{re.escape(REPLACED)}|(?:\\.\\d+)?{re.escape(TEMPORARY)}|{re.escape(WRITING)}"
+    ends = f"{re.escape(REPLACED)}|(?:\\.\\d+)?(?:{re.escape(TEMPORARY)}|{re.escape(WRITING)})"
     left = re.compile(f"\\.(?:{names})(?P<end>{ends})")
     for path in sorted(folder.iterdir()):
         match = left.fullmatch(path.name)

@@ -4,11 +4,20 @@ A message says where, what was found, what was expected, what to do. Invariants 
 AssertionError by hand: `python -O` skips an `assert`, which is left to tell types.
 """
 
+LONGEST = 2000  # characters of a line of a message: what was found may be a file
+
 
 class RecoverError(Exception):
-    """Something the user can mend; printed without a traceback."""
+    """Something the user can mend; printed without a traceback. Lines that are far too long are cut in their middle."""
 
     exit_code = 1
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__("\n".join(map(_shortened, str(message).split("\n"))))
+
+
+def _shortened(line: str) -> str:
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
 
 
 class RecipeError(RecoverError, ValueError):

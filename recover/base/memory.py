@@ -6,7 +6,7 @@ autograd keeps in recover's own step, counted tensor by tensor; `tests/test_memo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 GIB = 2**30
 
@@ -33,6 +33,7 @@ class Shape:
     kv_heads: int
     head_size: int
     vocabulary: int
+    mlp_matrices: int = field(default=3, kw_only=True)  # gate, up and down; without a gate 2
 
 
 @dataclass(frozen=True)
@@ -80,16 +81,16 @@ def rows_for(chunk: int, width: int, processors: int) -> int:
 
 
 def adapter_parameters(shape: Shape, rank: int, blocks: int) -> int:
-    """Of LoRA on all seven linears of so many blocks: rank x (in + out) of each."""
+    """Of LoRA on all linears of so many blocks: rank x (in + out) of each."""
     query, kv = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
     attention = 2 * (shape.width + query) + 2 * (shape.width + kv)
-    return blocks * rank * (attention + 3 * (shape.width + shape.intermediate))
+    return blocks * rank * (attention + shape.mlp_matrices * (shape.width + shape.intermediate))
 
 
 def matrix_parameters(shape: Shape) -> int:
-    """Of a block's seven linears."""
+    """Of a block's linears."""
     query, kv = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
-    return shape.width * (2 * query + 2 * kv + 3 * shape.intermediate)
+    return shape.width * (2 * query + 2 * kv + shape.mlp_matrices * shape.intermediate)
 
 
 def block_bytes_per_token(shape: Shape, rank: int, element: int, *, lean: bool = True) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from recover.base import artifacts
-from recover.base.artifacts import MANIFEST
-from recover.base.errors import ArtifactError
+from recover.base.artifacts import DONE, MANIFEST
+from recover.base.errors import ArtifactError, RecoverError
 from recover.base.ownership import peek
 
 Entry = dict[str, Any]
@@ -61,13 +63,38 @@ def lost(root: Path, entries: Any, *, every_byte: bool = False) -> str | None:
     return None
 
 
-def _same(path: Path, entry: Entry, *, every_byte: bool) -> bool:
+def _same(path: Path, entry: Any, *, every_byte: bool) -> bool:
     stat = path.stat()
-    if stat.st_size != entry["bytes"]:
+    if not isinstance(entry, dict) or stat.st_size != entry.get("bytes"):
         return False
-    if stat.st_size > ALWAYS_HASHED and not every_byte and stat.st_mtime_ns == entry["changed"]:
+    if stat.st_size > ALWAYS_HASHED and not every_byte and stat.st_mtime_ns == entry.get("changed"):
         return True
-    return digest_of(path) == entry["sha256"]
+    return digest_of(path) == entry.get("sha256")
+
+
+@contextmanager
+def taken_apart(root: Path) -> Iterator[None]:
+    """Inside, the records of a run or a diagnosis are taken apart; a value that we never write is an ArtifactError.
+
+    It names the first file that is not as its stage wrote it, where a stamp tells.
+    """
+    try:
+        yield
+    except (RecoverError, OSError):
+        raise
+    except Exception as error:  # whatever comes of a text where a table is expected
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise ArtifactError(
+            f"{root}: {_first_changed(root) or 'a file in it is not what was written'}: it cannot be read as a record "
+            f"of recover ({type(error).__name__}: {error}, {Path(place.filename).name}:{place.lineno}). Put the file "
+            "back, or do its stage again: recover run RECIPE --from STAGE"
+        ) from error
+
+
+def _first_changed(root: Path) -> str | None:
+    stamps = (peek(path) for path in sorted(root.glob(f"*/{DONE}")))
+    found = (lost(root, stamp.get("files")) for stamp in stamps if isinstance(stamp, dict))
+    return next(filter(None, found), None)
 
 
 def digest_of(path: Path) -> str:

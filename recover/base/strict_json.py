@@ -38,6 +38,15 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def whole_characters(text: str) -> bool:
+    """Whether a text holds no half of a surrogate pair: JSON can name one, and no file and no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def plain(value: Any) -> Any:
     """`value` with nothing in it but dict, list, str, int, finite float, bool and None."""
     if isinstance(value, float):

@@ -52,7 +52,19 @@ Harness = Annotated[
 ]
 Include = Annotated[Path | None, typer.Option("--lm-eval-include", help="Folder with harness tasks of your own.")]
 Allow = Annotated[
-    bool, typer.Option("--allow-code-execution", help="Let code tasks run what the model writes, locked away.")
+    bool,
+    typer.Option(
+        "--allow-code-execution",
+        help="Let code tasks run what the model writes, behind Linux namespaces: no network, no files, no other "
+        "processes. Refused where there are none.",
+    ),
+]
+Unconfined = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code-execution-unconfined",
+        help="Let code tasks run it without them: such a program can read and write all that you can.",
+    ),
 ]
 Out = Annotated[
     Path | None, typer.Option("--out", help="JSON file for all figures, samples, versions and machine; replaced.")
@@ -106,6 +118,7 @@ def measure(
         int | None, typer.Option("--samples", help="Texts of each task kept. Default: 3.", show_default=False)
     ] = None,
     allow_code_execution: Allow = False,
+    allow_code_execution_unconfined: Unconfined = False,
 ) -> None:
     """Measure any checkpoint: what it writes, chooses, retrieves, expects; the same items and prompts for each.
 
@@ -119,7 +132,8 @@ def measure(
         raise RecipeError("nothing to measure: give --tasks task.yaml ..., or --lm-eval arc_easy,gsm8k")
     given = {"limit": limit, "batch_size": batch_size, "max_new_tokens": max_new_tokens, "samples": samples}
     fields = {name: value for name, value in given.items() if value is not None}
-    fields |= {"allow_code_execution": True} if allow_code_execution else {}
+    allowed = "unconfined" if allow_code_execution_unconfined else allow_code_execution
+    fields |= {"allow_code_execution": allowed} if allowed else {}
     about = {"dtype": dtype, "tokenizer": tokenizer, "revision": revision, "attention": attention}
     about = {name: value for name, value in about.items() if value is not None}
     if out is not None:
@@ -237,6 +251,8 @@ def say(record: Record) -> None:
     for name, task in tasks.items():
         if task.get("mistakes"):
             console.say(f"task {name}: {_mistakes(task)}")
+        if task.get("isolation"):
+            console.say(f"task {name}: programs were run {task['isolation']}")
         if task.get("pass_at_k"):
             figures = [f"pass@{k} {found['value']:.1%}" for k, found in task["pass_at_k"].items()]
             console.say(f"task {name}, sampled: {', '.join(figures)}")

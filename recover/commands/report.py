@@ -96,17 +96,17 @@ def show(run_dir: RunPath = RUNS) -> None:
         console.say(f"of one of them: recover show {runs[0].root}")
         return
     directory = _existing(run_dir)
-    console.table(
-        str(directory.root), ["stage", "state", "finished", "why"], map(_state, stages.status(directory.root))
-    )
-    data = collect(directory.root)
-    for line in data["mixed"]:
-        console.warn(line)
-    outcome.table(data)
-    for epoch in data["epochs"]:
-        if epoch["best"]:
-            score = outcome.worded("generation", epoch["score"])
-            console.say(f"best epoch: {epoch['epoch']} of {len(data['epochs'])}, generation {score}")
+    with products.taken_apart(directory.root):
+        rows = [_state(row) for row in stages.status(directory.root)]
+        console.table(str(directory.root), ["stage", "state", "finished", "why"], rows)
+        data = collect(directory.root)
+        for line in data["mixed"]:
+            console.warn(line)
+        outcome.table(data)
+        for epoch in data["epochs"]:
+            if epoch["best"]:
+                score = outcome.worded("generation", epoch["score"])
+                console.say(f"best epoch: {epoch['epoch']} of {len(data['epochs'])}, generation {score}")
 
 
 def compare(
@@ -120,8 +120,9 @@ def compare(
 
     data = page.compare([_existing(path).root for path in _folders(run_dirs)])
     columns = ["run", "generation", "after recovery", "choice", "after recovery", "perplexity", "weights"]
-    console.table("pruned, and after recovery", columns, map(_compared, data["runs"]))
-    console.table("dense → deployed", page.SPEED_COLUMNS, map(page.speed_row, data["runs"]))
+    with products.taken_apart(run_dirs[0].parent):
+        console.table("pruned, and after recovery", columns, map(_compared, data["runs"]))
+        console.table("dense → deployed", page.SPEED_COLUMNS, map(page.speed_row, data["runs"]))
     for line in data["apart"]:
         console.warn(line)
     if html is not None:

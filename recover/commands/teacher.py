@@ -24,10 +24,11 @@ from recover.distill.distiller import scored_rows
 from recover.distill.loss_topk import TopK, topk_of
 from recover.models.arch import head_of
 from recover.models.load import check_fit, load_tokenizer
+from recover.models.rope import row_positions
 from recover.probe.sources import load_any
 from recover.train.data import collator
 from recover.train.sources import Row, Sample, read_rows, samples_of
-from recover.train.teacher_file import TeacherRow, file_row
+from recover.train.teacher_file import Marks, TeacherRow, file_row, marks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,8 +57,8 @@ def teacher(
 ) -> None:
     """Write the likeliest tokens a model gives each position of a text: for distilling where it is not at hand.
 
-    A recipe takes it as recover.data=[{kind: teacher, source: OUT.jsonl}]; the pruned model must have the same
-    tokenizer. About 16 bytes for each token that is kept.
+    A recipe takes it as recover.data=[{kind: teacher, source: OUT.jsonl}]; each row carries the marks of
+    the teacher's tokenizer, which must be the pruned model's too. About 16 bytes for each token that is kept.
     """
     refuse_input(out, (text,))
     rows, tokens = write_teacher(model, dtype, text, out, top=top, length=length, batch_size=batch_size)
@@ -76,7 +77,14 @@ def write_teacher(
     quiet_libraries()
     cfg = model_cfg(model, dtype)
     rows, tokenizer = read_rows(text), load_tokenizer(cfg)
-    samples = [sample for row in rows for sample in samples_of(row, _given(text, row), tokenizer, length)]
+    own = marks(tokenizer)
+    samples: list[Sample] = []
+    of_sample: list[Marks] = []
+    for row in rows:
+        cfg_row = _given(text, row)
+        found = samples_of(row, cfg_row, tokenizer, length)
+        samples += found
+        of_sample += [own if "text" not in cfg_row.columns else _without_template(own)] * len(found)
     loaded = load_any(cfg)
     check_fit(loaded, tokenizer)
     tokens = len(tokenizer)  # a head may have more rows, for padding, and another model of the family fewer
@@ -84,7 +92,12 @@ def write_teacher(
         raise RecipeError(f"--top: {top} tokens, the tokenizer has {tokens}")
     starts = console.track(range(0, len(samples), batch_size), "teacher reads", unit="batch")
     done = (row for start in starts for row in teacher_rows(loaded, samples[start : start + batch_size], top, tokens))
-    return _write(path, done)
+    return _write(path, zip(done, of_sample, strict=True))
+
+
+def _without_template(own: Marks) -> Marks:
+    """Of plain text, which no template wrote."""
+    return {name: mark for name, mark in own.items() if name != "template"}
 
 
 def _given(text: str, row: Row) -> GivenText:
@@ -103,6 +116,7 @@ def teacher_rows(
     device = next(model.parameters()).device
     batch = {name: value.to(device) for name, value in collator(0, "completion")(rows).items()}
     rows_N, _ = scored_rows(batch.pop("labels"))
+    batch["position_ids"] = row_positions(batch["attention_mask"])
     base: Any = model.base_model
     h_ND = base(**batch, use_cache=False).last_hidden_state.flatten(0, 1).index_select(0, rows_N)
     head = head_of(model)
@@ -113,11 +127,11 @@ def teacher_rows(
     return [TeacherRow(sample, TopK(ids, logp)) for sample, ids, logp in parts]
 
 
-def _write(path: Path, rows: Iterator[TeacherRow]) -> tuple[int, int]:
+def _write(path: Path, rows: Iterator[tuple[TeacherRow, Marks]]) -> tuple[int, int]:
     count = tokens = 0
     with writing(path) as file:
-        for row in rows:
-            file.write(json.dumps(file_row(row), allow_nan=False).encode() + b"\n")
+        for row, own in rows:
+            file.write(json.dumps(file_row(row, own), allow_nan=False).encode() + b"\n")
             count, tokens = count + 1, tokens + len(row.top)
     return count, tokens
 

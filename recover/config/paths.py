@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +71,20 @@ def place_files(tree: dict[str, Any], folder: Path, *, within: str = "") -> None
     for field in FIELDS:
         steps = field.split(".")
         if all(step in ("*", key) for step, key in zip(steps, given, strict=False)):
-            _place(tree, [*given[: len(steps)], *steps[len(given) :]], folder, file=field in FOLDERS)
+            absolute = partial(_absolute, folder=folder, file=field in FOLDERS)
+            _change(tree, [*given[: len(steps)], *steps[len(given) :]], absolute)
 
 
-def _place(node: Any, steps: list[str], folder: Path, *, file: bool) -> None:
+def without_folders(tree: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a recipe's tree in which files are named without the folders of the machine they lie on."""
+    shown = copy.deepcopy(tree)
+    for field in FIELDS:
+        _change(shown, field.split("."), lambda name: os.path.basename(name) if os.path.isabs(name) else name)
+    return shown
+
+
+def _change(node: Any, steps: Sequence[str], change: Callable[[str], str]) -> None:
+    """Put what `change` gives in place of every text that lies there; `*` is any key of a list."""
     step, *rest = steps
     keys: list[Any] = []
     if isinstance(node, list):
@@ -80,9 +93,9 @@ def _place(node: Any, steps: list[str], folder: Path, *, file: bool) -> None:
         keys = [step]
     for key in keys:
         if rest:
-            _place(node[key], rest, folder, file=file)
+            _change(node[key], rest, change)
         elif isinstance(node[key], str):
-            node[key] = _absolute(node[key], folder, file=file)
+            node[key] = change(node[key])
 
 
 def _absolute(name: str, folder: Path, *, file: bool) -> str:

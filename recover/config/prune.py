@@ -186,10 +186,18 @@ class Calibrated(Sparsity):
 
     kind: str
     calibration: Calibration
-    allocation: Literal["uniform", "owl", "kl"] = Field(
-        default="uniform", description="sparser where OWL's outliers are few, or where the KL of a block alone is low"
+    allocation: Literal["uniform", "owl", "outliers", "kl"] = Field(
+        default="uniform",
+        description="sparser where outliers are few, as OWL counts them (arXiv 2310.05175) or matrix by matrix "
+        "(outliers), or where the KL of a block alone is low; docs/results.md compares them",
     )
-    spread: float = Field(default=0.08, gt=0, lt=0.5, description="most that a block's sparsity is off `sparsity`")
+    spread: float = Field(
+        default=0.08,
+        gt=0,
+        lt=0.5,
+        description="most that a block's sparsity is off `sparsity`; with owl its lambda: the sparsest and the least "
+        "sparse block are twice that apart",
+    )
 
     @model_validator(mode="after")
     def _room_for_allocation(self) -> Calibrated:
@@ -197,8 +205,10 @@ class Calibrated(Sparsity):
             return self
         if self.n_m is not None:
             raise ValueError(f"allocation: {self.allocation} needs pattern: unstructured, found {self.pattern}")
-        if not 0 < self.fraction - self.spread < self.fraction + self.spread < 1:
-            raise ValueError(f"sparsity {self.fraction} +- spread {self.spread} leaves (0, 1): give a smaller 'spread'")
+        most = self.spread * (2 if self.allocation == "owl" else 1)
+        if not 0 < self.fraction - most < self.fraction + most < 1:
+            what = f"{'twice ' if self.allocation == 'owl' else ''}spread {self.spread}"
+            raise ValueError(f"sparsity {self.fraction} +- {what} leaves (0, 1): give a smaller 'spread'")
         return self
 
 

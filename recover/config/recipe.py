@@ -108,8 +108,10 @@ class Measure(Config):
     batch_size: int = Field(default=64, ge=1)
     sampling: Sampling | None = Field(default=Sampling(), description="measured beside greedy; null: not at all")
     samples: int = Field(default=3, ge=0, description="texts shown in the report")
-    allow_code_execution: bool = Field(
-        default=False, description="let `code` tasks run what the model writes, locked away in a process of its own"
+    allow_code_execution: bool | Literal["unconfined"] = Field(
+        default=False,
+        description="let `code` tasks run what the model writes, behind a wall ([security.md](security.md)); refused "
+        "where the machine has none. `unconfined`: without a wall, all that you can read and write is the program's",
     )
 
 

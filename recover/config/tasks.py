@@ -154,6 +154,7 @@ class ChoiceFile(PromptFile):
 class CodeFile(WritingFile):
     """The model writes code, which passes if `program`, with its `{text}` and columns filled in, runs to its end.
 
+    What follows the line of `{text}` is its tests. They run in another process than the program, and get data from it.
     The code is the first fenced block of the text, else all of it. A stop ends no text that has opened such a block.
     """
 

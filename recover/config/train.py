@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_serializer, model_validator
 
 from recover.config.base import Config
 
@@ -103,7 +104,8 @@ class TeacherText(Config):
 
     A row: `input_ids`; `completion_mask`, 1 for each token that is learnt (default: all); and for each of those but a
     first token `top_ids` and `top_logprobs`, the k likeliest tokens and their log-probabilities at temperature 1, k the
-    same throughout. What is left of the probability is one class more. The tokenizer must be the model's own.
+    same throughout. What is left of the probability is one class more. `tokenizer`, the marks of the teacher's: another
+    vocabulary, or other merges, than the model's own are refused; rows without it are taken with a warning.
     """
 
     kind: Literal["teacher"] = "teacher"
@@ -116,8 +118,13 @@ Data = Annotated[DenseText | PrunedText | GivenText | TeacherText, Field(discrim
 class Lora(Config):
     """Low-rank adapters on the linear layers of the kept blocks (arXiv 2106.09685)."""
 
-    rank: int = Field(default=16, ge=1)
-    alpha: float | None = Field(default=None, gt=0, description="default: 2 x rank")
+    rank: int = Field(default=16, ge=1, description="auto, or the rank")
+    alpha: float | None = Field(
+        default=None,
+        gt=0,
+        description="auto, or the scale of the update times the rank; default: 2 x rank, with which a higher rank "
+        "takes larger steps at the same rate. auto: the same for every rank, so that one rate serves all",
+    )
     dropout: float = Field(default=0.0, ge=0, lt=1)
     blocks: Literal["all", "after_cut"] = Field(
         default="all",
@@ -207,22 +214,49 @@ class Cache(Config):
     )
 
 
-class Recover(Config):
-    """LoRA distillation from the dense model; the checkpoint that generates best is kept."""
+# Fields of `Recover` that take `auto`, dotted where they lie deeper.
+AUTO = ("tokens", "batch_size", "lr", "warmup", "scheduler", "lora.rank", "lora.alpha")
 
-    epochs: int = Field(default=3, ge=1, description="equal parts of the tokens; generation is measured after each")
-    tokens: int = Field(default=200_000, ge=1, description="teacher-scored tokens over all epochs")
+
+class Recover(Config):
+    """LoRA distillation from the dense model; the checkpoint that generates best is kept.
+
+    Fields whose meaning begins with `auto` take that word for a value: `plan` then says what is taken, and why
+    (`recover/config/auto.py`); the rate of `lr: auto` is found when training begins.
+    """
+
+    epochs: int = Field(
+        default=3,
+        ge=1,
+        description="equal parts of the tokens; generation is measured after each. Of a training that is lengthened "
+        "all together; unchanged, new ones are about as long",
+    )
+    tokens: int = Field(
+        default=200_000,
+        ge=1,
+        description="auto, or teacher-scored tokens over all epochs. Raised when a training is finished, that goes on "
+        "behind its last step, optimizer and all, with the text that is new: the rate rises again (`warmup` of the "
+        "new steps) and falls to zero anew. Not with text of kind `pruned`, nor with `loss.variance_until`",
+    )
     data: tuple[Data, ...] = Field(min_length=1)
     length: int = Field(default=512, ge=8, description="longest sequence, in tokens")
-    batch_size: int = Field(default=16, ge=1, description="sequences per optimizer step, over all processes")
+    batch_size: int = Field(default=16, ge=1, description="auto, or sequences per optimizer step, over all processes")
     micro_batch_size: int | None = Field(
         default=None, ge=1, description="sequences a process holds at once; default: all of its share"
     )
     lora: Lora = Lora()
     loss: Loss = Loss()
-    lr: float = Field(default=2e-4, gt=0)
-    warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps")
-    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    lr: float = Field(
+        default=2e-4,
+        gt=0,
+        description="auto, or the highest learning rate. auto: short trainings of a few rates on the run's own first "
+        "text, within a twentieth of `tokens` more, judged by KL on text that they have not seen; where that is too "
+        "little for them, what models of this width took",
+    )
+    warmup: float = Field(default=0.05, ge=0, lt=1, description="auto, or the share of the steps")
+    scheduler: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="auto, or how the rate goes on after `warmup`: to zero, or as it is"
+    )
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     average: float | None = Field(
@@ -246,6 +280,42 @@ class Recover(Config):
     cache: Cache | None = Field(
         default=None, description="the dense model's states on disk; null: computed in each step"
     )
+
+    _auto: tuple[str, ...] = PrivateAttr(default=())
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _notes_what_is_auto(cls, value: Any, handler: Any) -> Recover:
+        """A field that is `auto` holds its default until it is settled, so that it is a number to all who read it."""
+        if not isinstance(value, Mapping):
+            return handler(value)
+        tree, found = dict(value), []
+        if isinstance(tree.get("lora"), Mapping):
+            tree["lora"] = dict(tree["lora"])
+        for name in AUTO:
+            *above, last = name.split(".")
+            part = tree.get(above[0]) if above else tree
+            if isinstance(part, dict) and part.get(last) == "auto":
+                del part[last]
+                found.append(name)
+        made = handler(tree)
+        made._auto = tuple(found)
+        return made
+
+    @model_serializer(mode="wrap")
+    def _auto_as_it_is_written(self, handler: Any) -> dict[str, Any]:
+        tree = handler(self)
+        for name in self._auto:
+            *above, last = name.split(".")
+            part = tree.get(above[0], {}) if above else tree
+            if last in part:
+                part[last] = "auto"
+        return tree
+
+    @property
+    def auto(self) -> tuple[str, ...]:
+        """The fields that are `auto`, and not settled yet."""
+        return self._auto
 
     @property
     def teacher(self) -> TeacherText | None:

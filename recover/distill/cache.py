@@ -213,7 +213,7 @@ def _reading(path: Path) -> Iterator[None]:
     """Inside, a file that cannot be read is an ArtifactError that names it."""
     try:
         yield
-    except SafetensorError as error:
+    except (SafetensorError, IndexError, TypeError, ValueError) as error:  # or whole, and no shard of ours
         raise ArtifactError(f"{path}: damaged ({error}). {MEND}") from error
     except OSError as error:
         raise explained(error, path) from error

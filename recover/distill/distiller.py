@@ -21,6 +21,7 @@ from recover.kernels.adapter_casts import cast_together
 from recover.models.arch import head_of
 from recover.models.linears import MaskedLinear, OwnLinear
 from recover.models.packed_attention import NAME, Packing, packing_configs
+from recover.models.rope import goes_by_length, row_positions
 from recover.models.site import Site
 from recover.models.step_attention import attending
 
@@ -55,12 +56,13 @@ def scaled(loss: Tensor, scale: Tensor) -> Tensor:
     return loss * (scale + 0.0 * loss.detach())
 
 
-def without_mask(batch: dict[str, Any]) -> dict[str, Any]:
+def without_mask(batch: dict[str, Any], *, needed: bool = False) -> dict[str, Any]:
     """A right-padded batch as training gives it to a model: under causal attention no token sees padding behind it.
 
-    With a mask, attention leaves its causal kernel, and grouped KV heads are copied for each query head.
+    With a mask, attention leaves its causal kernel, and grouped KV heads are copied for each query head. `needed`: it
+    is kept, for a model that goes by how long each row is.
     """
-    return {**batch, "attention_mask": None}
+    return batch if needed else {**batch, "attention_mask": None}
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Distiller:
         self.shared_blocks = _shared_blocks(twin)
         self.packs = packing_configs(twin.base)  # empty: batches must not be packed
         self.adapters = _unmasked_adapters(twin)
+        self.needs_mask = goes_by_length(twin.base)  # of rows that are padded, to know how long each is
 
     def stand_at(self, share: float, focus_mean: float | None = None) -> None:
         """From here on the weights are those that hold after this part of a training's steps.
@@ -297,7 +300,8 @@ def _batch(
     """What the model is called with."""
     if packing is not None:
         return {"input_ids": input_ids, **Packing(*packing).keywords()}
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    return batch if attention_mask is None else {**batch, "position_ids": row_positions(attention_mask)}
 
 
 def _half_precision_adapters(model: nn.Module) -> Any:

@@ -2,13 +2,81 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any, cast
 
-from recover.config.recipe import Recipe, dump_recipe
+import yaml
+
+from recover.base import artifacts
+from recover.config import yaml_values
+from recover.config.paths import without_folders
+from recover.config.recipe import Model, Recipe
 from recover.config.tasks import USES, Figure, headline_figures
-from recover.models.site import SUBLAYERS, Site, pack_sites, zeroed_partners
+from recover.export.write import CARD
+from recover.models.site import SUBLAYERS, Site, packed_as, zeroed_partners
+from recover.models.source import kind_of
 from recover.report import plan_text
 from recover.report.data import Plan
+
+HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
+SNAPSHOT = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/")  # of a hub model in the cache
+LONGEST = 2**16  # characters of a model card that are looked at
+MASKED = (
+    "Its zeros stay only while nobody writes them: a LoRA adapter that is trained on this model and merged with stock "
+    "tools fills them (W + BA has none), and so does full fine-tuning. Apply the masks again after a merge."
+)
+
+
+def origin(cfg: Model) -> dict[str, str]:
+    """What the header of a card says of the dense model: `base_model` where it has an id on a hub, and its licence.
+
+    From its id, or from what its folder says of itself: the card's header, the config. A hub that cannot be reached
+    leaves the licence unknown.
+    """
+    if cfg.source.startswith("embedded:"):
+        return {"license": "apache-2.0"}
+    kind = kind_of(cfg.source)
+    said = _said(_card_of(cfg, kind))
+    found = {key: said[key] for key in ("license", "license_name", "license_link") if key in said}
+    base = cfg.source if kind == "hub" else _id_of(Path(cfg.source), said)
+    return ({"base_model": base} if base else {}) | ({"license": "unknown"} | found)
+
+
+def _id_of(folder: Path, said: dict[str, str]) -> str | None:
+    """The hub id of a model on disk, or of what it was made from, if its files tell."""
+    if cached := SNAPSHOT.search(f"{folder.absolute()}/"):
+        return f"{cached[1]}/{cached[2]}"
+    config = artifacts.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    names = (config.get("_name_or_path"), said.get("base_model"))
+    ids = [name for name in names if isinstance(name, str) and re.fullmatch(HUB_ID, name)]
+    return next((name for name in ids if not Path(name).exists()), None)
+
+
+def _card_of(cfg: Model, kind: str) -> str:
+    """The dense model's own card, empty where there is none to be had."""
+    if kind == "hub":
+        from huggingface_hub import hf_hub_download
+
+        try:
+            path = Path(hf_hub_download(cfg.source, CARD, revision=cfg.revision))
+        except Exception:  # no card, no network, no rights: the licence is then unknown
+            return ""
+    else:
+        path = Path(cfg.source).expanduser() / CARD
+    return path.read_text(encoding="utf-8", errors="replace")[:LONGEST] if path.is_file() else ""
+
+
+def _said(text: str) -> dict[str, str]:
+    """What the header of a card says in words: lists are taken by their first entry."""
+    header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    try:
+        values = yaml.safe_load(header[1]) if header else {}
+    except yaml.YAMLError:
+        values = {}
+    pairs = values.items() if isinstance(values, dict) else ()
+    first = {str(key): value[0] if isinstance(value, list) and value else value for key, value in pairs}
+    return {key: value for key, value in first.items() if isinstance(value, str)}
 
 
 def card(
@@ -19,30 +87,52 @@ def card(
     `headlines`: dense, pruned and recovered, each as `recover.measure.tasks.headline` gives it.
     `facts`: shown as they are, one a line (tokens, seconds, seed, versions).
     """
-    source = recipe.model.source
-    base = "" if source.startswith(("/", ".", "embedded:")) or source.endswith(".gguf") else f"base_model: {source}\n"
+    found = origin(recipe.model)
+    shown = yaml_values.dump(without_folders(recipe.model_dump(mode="json"))).rstrip()
     lines = [
-        f"---\n{base}library_name: transformers\npipeline_tag: text-generation\ntags: [pruned, recover]\n---",
+        _header(found, _data_sets(recipe)),
         f"# {recipe.name}",
-        f"A pruned and recovered version of `{_shown(source)}`. {_what_was_pruned(plan)}",
+        f"A pruned and recovered version of `{_shown(found.get('base_model', recipe.model.source))}`. "
+        f"{_what_was_pruned(plan)}",
         "It loads as any checkpoint of its class does: `AutoModelForCausalLM.from_pretrained(folder)`.",
         "## Figures\n\nGenerative and non-generative figures are apart: one average over both would hide a collapse.",
         _table(headlines),
         "## How it was made\n\n" + "\n".join(f"- {name}: {value}" for name, value in facts.items()),
         "## Limits\n\nOnly the tasks of the recipe were measured; other domains, languages and longer texts may have "
-        "suffered unseen. Licence and intended use are those of the dense model.",
-        f"## Recipe\n\n```yaml\n{dump_recipe(recipe).rstrip()}\n```",
+        f"suffered unseen. Licence and intended use are those of the dense model.{_masked(plan)}",
+        f"## Recipe\n\n```yaml\n{shown}\n```",
     ]
     return "\n\n".join(lines) + "\n"
 
 
-def plain_card(name: str, plan: dict[str, Any]) -> str:
-    """As `card`, of a model that was exported without a run: what was pruned, and no figures."""
-    return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [pruned, recover]\n---\n\n"
-        f"# {name}\n\nA pruned model. {_what_was_pruned(plan)}\n\n"
-        "It loads as any checkpoint of its class does: `AutoModelForCausalLM.from_pretrained(folder)`.\n"
-    )
+def plain_card(name: str, plan: dict[str, Any], source: str = "") -> str:
+    """As `card`, of a model that was exported without a run: what was pruned, and no figures.
+
+    `source`: where the dense model was loaded from, if that is known.
+    """
+    there = source and (Path(source).exists() or re.fullmatch(HUB_ID, source))
+    found = origin(Model(source=source)) if there else {"license": "unknown"}
+    loads = "It loads as any checkpoint of its class does: `AutoModelForCausalLM.from_pretrained(folder)`."
+    return f"{_header(found, [])}\n\n# {name}\n\nA pruned model. {_what_was_pruned(plan)}\n\n{loads}{_masked(plan)}\n"
+
+
+def _header(found: dict[str, str], data_sets: list[str]) -> str:
+    values: dict[str, Any] = {**found, "library_name": "transformers", "pipeline_tag": "text-generation"}
+    values |= {"datasets": data_sets} if data_sets else {}
+    values["tags"] = ["pruned", "recover"]
+    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
+
+
+def _data_sets(recipe: Recipe) -> list[str]:
+    """Hub ids of the data sets that the model was pruned and recovered on."""
+    calibration = getattr(recipe.prune, "calibration", None)
+    named = [getattr(calibration, "data", None)]
+    named += [getattr(source, "prompts", None) or getattr(source, "source", None) for source in recipe.recover.data]
+    return sorted({name for name in named if isinstance(name, str) and re.fullmatch(HUB_ID, name)})
+
+
+def _masked(plan: dict[str, Any]) -> str:
+    return f"\n\n{MASKED}" if plan["masks"] else ""
 
 
 def _shown(source: str) -> str:
@@ -75,7 +165,7 @@ def _zeroed(plan: dict[str, Any]) -> str:
         for block in range(plan["blocks"])
         if block not in plan_text.gone(cast(Plan, plan), part)
     }
-    zeroed = zeroed_partners(pack_sites(kept))
+    zeroed = zeroed_partners(packed_as(plan.get("parallel", False))(kept))
     return f" Of these, {zeroed} sublayers are zeroed partners of lone ones: they add nothing." if zeroed else ""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,20 +36,14 @@ def write_checkpoint(
     _refuse_custom_class(model)
     model.generation_config = _generation_config(model, tokenizer)
     target = folder.resolve()  # a rename has to stay on one disk
-    beside = target.with_name(f".{target.name}{artifacts.WRITING}")
-    shutil.rmtree(beside, ignore_errors=True)
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    try:
-        with artifacts.explaining_libraries(folder, size):
-            beside.mkdir(parents=True)
-            model.save_pretrained(beside, max_shard_size=max_shard_size)
-            respell_config(beside, model.config)
-            write_tokenizer(tokenizer, beside)
-            artifacts.write_text(beside / CARD, card)
-            artifacts.write_json(beside / RECORD, record)
-            artifacts.publish(beside, target, keep_edited=True)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with artifacts.explaining_libraries(folder, size), artifacts.scratch(target) as beside:
+        model.save_pretrained(beside, max_shard_size=max_shard_size)
+        respell_config(beside, model.config)
+        write_tokenizer(tokenizer, beside)
+        artifacts.write_text(beside / CARD, card)
+        artifacts.write_json(beside / RECORD, record)
+        artifacts.publish(beside, target, keep_edited=True)
     return folder
 
 

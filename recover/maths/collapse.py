@@ -6,10 +6,13 @@ first_divergence([7, 8, 9], [7, 8, 1])  # 2
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 Ids = Sequence[int]
 
+CURVE_POINTS = 64  # of `parting`
 LOOP_TURNS, LOOP_TOKENS = 3, 24  # a text ends in a loop: so often the same run of tokens, so many tokens in all
 
 
@@ -75,6 +78,39 @@ def first_divergence(a: Ids, b: Ids) -> int | None:
         if token_a != token_b:
             return position
     return None if len(a) == len(b) else min(len(a), len(b))
+
+
+def parting(positions: Sequence[int | None]) -> dict[str, Any]:
+    """When texts leave others, of `first_divergence` of each pair; None is a text that never does.
+
+    {never: share that never part; p10, p50, p90: the token by which this share of all texts have parted, None where
+    fewer do; curve: [token, share of all that is still equal behind it] wherever it falls, from [0, 1.0] on}.
+
+    Raises:
+        ValueError: no texts.
+    """
+    if not positions:
+        raise ValueError("no texts, expected at least one")
+    parted = sorted(position for position in positions if position is not None)
+    count = len(positions)
+    curve = [[0, 1.0]]
+    for place, position in enumerate(parted, 1):
+        if position + 1 == curve[-1][0]:
+            curve.pop()
+        curve.append([position + 1, 1.0 - place / count])
+    thinned = curve[:: -(-len(curve) // CURVE_POINTS)]
+    quantiles = {f"p{share}": _by_then(parted, share * count / 100) for share in (10, 50, 90)}
+    return {
+        "never": 1.0 - len(parted) / count,
+        **quantiles,
+        "curve": thinned if thinned[-1] == curve[-1] else [*thinned, curve[-1]],
+    }
+
+
+def _by_then(parted: Sequence[int], wanted: float) -> int | None:
+    """The token by which so many have parted."""
+    place = max(1, math.ceil(wanted - 1e-9))
+    return parted[place - 1] if place <= len(parted) else None
 
 
 def agreement(a: Ids, b: Ids) -> float:

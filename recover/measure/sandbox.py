@@ -1,82 +1,59 @@
-"""Runs programs that a model wrote, each in a process of its own that can do little and not for long.
+"""Runs programs that a model wrote behind a wall, and tells which of them pass their tests.
 
-Its limits are the operating system's: processor time, memory, size of files, open files, an empty folder to work in, no
-environment, no packages but Python's own, killed with all its children when time is up; where Linux allows it, no
-network, no view of other processes. An audit hook besides refuses sockets, other programs and writing elsewhere.
-That stops accidents, not an attacker who knows Python: measure models that you trust no further on a machine apart.
+A program runs in one process and its tests in another (`recover/measure/box`), each in Linux namespaces of its own:
+no network, no files but Python's own packages, no environment, no rights, no other processes in sight, limits of
+memory, time and files. The tests ask the program over a socket and compare data: nothing that the program does to its
+own interpreter makes them pass. docs/security.md says what is promised and what is not.
+
+Without a wall nothing is run, unless the user says `unconfined`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import os
-import secrets
-import shutil
-import signal
+import queue
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from types import TracebackType
+from typing import Any, Self
 
 SECONDS = 10.0
 MEMORY_BYTES = 2**30
 FILE_BYTES = 2**24
 OPEN_FILES = 64
-TAIL_BYTES = 4096
-SHOWN = 300  # characters of what a failed program said
+SHOWN = 300  # characters of why a program failed
+WALLED = "behind Linux namespaces: no network, no files, no other processes"
+UNCONFINED = "unconfined: with limits of time and memory only"
+START_SECONDS = 60.0
+REPLY_BYTES = 65536
+ROOT = Path(__file__).parents[2]
+START = "import sys; place = sys.argv.pop(1); sys.path.insert(0, place); from recover.measure.box import keeper; "
+START += "sys.path.remove(place); keeper.main()"
 
-# From the tightest on; the first that this machine allows is taken.
-ISOLATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("no network, processes of its own", ("-r", "-n", "-p", "-f", "--kill-child", "--mount-proc")),
-    ("no network", ("-r", "-n")),
-)
-NOT_ISOLATED = "network not cut off"
 
-# Runs inside. The secret that says "ran to its end" is read before the program is, and a program that exits early
-# never gets to print it.
-INSIDE = """
-import os, resource, sys
-secret, seconds, memory, file_size, files = sys.stdin.readline().split()
-home = os.getcwd() + os.sep
-for kind, limit in (
-    (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, memory), (resource.RLIMIT_FSIZE, file_size),
-    (resource.RLIMIT_NOFILE, files), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_NPROC, 0),
-):
-    resource.setrlimit(kind, (int(limit), int(limit)))
-WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-REFUSED = ("socket.", "subprocess.", "ctypes.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn",
-           "os.kill", "os.link", "os.symlink", "os.chmod", "os.chown", "os.putenv", "pty.", "signal.pthread_kill")
-CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.truncate", "os.utime", "shutil.")
+class NoWall(Exception):
+    """This machine gives no namespaces; the words say why."""
 
-def guard(event, arguments):
-    if event.startswith(REFUSED):
-        raise PermissionError(event)
-    if event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES:
-        inside(event, arguments[:1])
-    elif event.startswith(CHANGES):
-        inside(event, arguments[:2])
 
-def inside(event, places):
-    for place in places:
-        if isinstance(place, (str, bytes)) and not (os.path.realpath(os.fsdecode(place)) + os.sep).startswith(home):
-            raise PermissionError(f"{event} outside of the working folder")
+class KeeperGone(Exception):
+    """The process that runs programs was ended from outside, as by a machine that had no memory left."""
 
-out = sys.stdout
-try:
-    program = compile(open("program.py", encoding="utf-8").read(), "program.py", "exec")
-except Exception:
-    out.write("\\n" + secret + " does not parse")
-    out.flush()
-    raise
-sys.addaudithook(guard)
-exec(program, {"__name__": "__main__"})
-out.write("\\n" + secret)
-out.flush()
-"""
+
+@dataclass(frozen=True)
+class Program:
+    """What a model wrote, with what stands before it, and the tests that come after."""
+
+    text: str
+    tests: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,62 +65,142 @@ class Outcome:
     parsed: bool = True
 
 
-@functools.cache
-def isolation() -> tuple[str, tuple[str, ...]]:
-    """(what programs are cut off from, the command that does it) on this machine."""
-    unshare = shutil.which("unshare")
-    for words, options in ISOLATIONS if unshare else ():
-        command = (str(unshare), *options)
-        if subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0:
-            return words, command
-    return NOT_ISOLATED, ()
+class Keeper:
+    """The process that runs programs, one at a time. A context: it ends, and all in it, when left.
 
+    Raises NoWall if there is to be a wall and this machine has none.
+    """
 
-def run_program(source: str, *, seconds: float = SECONDS, memory_bytes: int = MEMORY_BYTES) -> Outcome:
-    """Run a program to its end or its limits; it passes if it ends by itself, without an exception or an exit."""
-    secret = secrets.token_hex(16)
-    limits = f"{secret} {int(seconds) + 1} {memory_bytes} {FILE_BYTES} {OPEN_FILES}\n"
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        # A lone surrogate, which a model may well write, is no UTF-8.
-        (Path(folder) / "program.py").write_bytes(source.encode("utf-8", "replace"))
-        process = subprocess.Popen(
-            [*isolation()[1], sys.executable, "-I", "-S", "-c", INSIDE],
-            stdin=subprocess.PIPE,
-            stdout=out,  # a file, whose size is limited: a pipe would fill our own memory
-            stderr=err,
-            cwd=folder,
-            env={},
-            start_new_session=True,
+    def __init__(self, *, confined: bool = True) -> None:
+        if confined and sys.platform != "linux":
+            raise NoWall(f"this system is {sys.platform}, not Linux")
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        command = [sys.executable, "-I", "-S", "-c", START, str(ROOT), "walled" if confined else "unconfined"]
+        null, end = subprocess.DEVNULL, theirs.fileno()
+        self.process = subprocess.Popen(
+            command, stdin=end, stdout=null, stderr=null, env={}, cwd="/", start_new_session=True
         )
+        theirs.close()
+        self.control.settimeout(START_SECONDS)
         try:
-            process.communicate(limits.encode(), timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return Outcome(False, f"not done in {seconds:g} s")
-        finally:
-            _kill(process)
-        if process.returncode == 0 and _end_of(out).endswith(secret):
-            return Outcome(True)
-        said = _end_of(err).strip().splitlines()
-        parsed = not _end_of(out).endswith(f"{secret} does not parse")
-    return Outcome(False, said[-1][:SHOWN] if said else f"ended early, exit code {process.returncode}", parsed)
+            found = self._reply()
+        except (OSError, ValueError) as error:
+            found = {"error": f"its process did not start ({error})"}
+        if "error" in found:
+            self.close()
+            raise NoWall(found["error"])
+
+    def _reply(self) -> dict[str, Any]:
+        reply = self.control.recv(REPLY_BYTES)
+        if not reply:
+            raise OSError("it ended")
+        return json.loads(reply)
+
+    def run(self, program: Program, *, seconds: float = SECONDS, memory_bytes: int = MEMORY_BYTES) -> Outcome:
+        """Run a program and its tests to their end or to their limits."""
+        limits = {
+            "seconds": seconds,
+            **{"CPU": int(seconds) + 1, "AS": memory_bytes, "FSIZE": FILE_BYTES, "NOFILE": OPEN_FILES},
+            **{"CORE": 0, "NPROC": 0, "MSGQUEUE": 0, "MEMLOCK": 0},
+        }
+        reading, writing = os.pipe()
+        theirs, ours = socket.socketpair()
+        with contextlib.ExitStack() as stack:
+            verdict = stack.enter_context(os.fdopen(reading, "rb"))
+            with contextlib.ExitStack() as given:
+                given.callback(os.close, writing)
+                ends = [given.enter_context(each) for each in (theirs, ours)]
+                files = [given.enter_context(_file(text)) for text in (program.text, program.tests)]
+                descriptors = [files[0].fileno(), ends[0].fileno(), files[1].fileno(), ends[1].fileno(), writing]
+                with self._gone():
+                    socket.send_fds(self.control, [json.dumps(limits).encode()], descriptors)
+            with self._gone():  # our copies of its descriptors are closed: what it waits for ends with the other side
+                self.control.settimeout(seconds + START_SECONDS)
+                ended = self._reply()
+                if "error" in ended:
+                    raise OSError(ended["error"])
+            return _outcome(ended, verdict.read(REPLY_BYTES), seconds)
+
+    @contextlib.contextmanager
+    def _gone(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self.close()
+            raise KeeperGone(f"the process that runs programs is gone: {error}") from None
+
+    def close(self) -> None:
+        self.control.close()
+        self.process.kill()
+        self.process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _kind: type[BaseException] | None, _error: object, _trace: TracebackType | None) -> None:
+        self.close()
 
 
-def _end_of(file: IO[bytes]) -> str:
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - TAIL_BYTES))
-    return file.read().decode(errors="replace")
+def _file(text: str) -> Any:
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - whoever gets it closes it
+    # A lone surrogate, which a model may well write, is no UTF-8.
+    file.write(text.encode("utf-8", "replace"))
+    file.seek(0)
+    return file
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """The process and all of its session; what has ended already is no error."""
+def _outcome(ended: dict[str, Any], verdict: bytes, seconds: float) -> Outcome:
+    if ended["late"]:
+        return Outcome(False, f"not done in {seconds:g} s")
+    found = json.loads(verdict) if verdict else {"passed": False, "reason": "its tests ended early"}
+    if found["passed"]:
+        return Outcome(True)
+    code = ended["code"]
+    reason = found.get("reason") or ("ended early" if code is None else f"ended early, exit code {code}")
+    reason = reason.encode("utf-8", "backslashreplace").decode()  # a program may say what no file takes
+    return Outcome(False, reason[:SHOWN], found.get("parsed", True))
+
+
+@functools.cache
+def why_no_wall() -> str:
+    """Why this machine has no wall to run programs behind; empty if it has one."""
     try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait()
+        with Keeper() as keeper:
+            found = keeper.run(Program("def one(): return 1", "assert one() == 1"))
+    except (NoWall, KeeperGone) as error:
+        return str(error)
+    return "" if found.passed else f"a first program did not run: {found.reason}"
 
 
-def run_programs(sources: Sequence[str], *, workers: int, seconds: float = SECONDS) -> list[Outcome]:
-    """`run_program` of each, several at a time, in their order."""
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        return list(pool.map(lambda source: run_program(source, seconds=seconds), sources))
+def run_program(
+    source: str, tests: str = "", *, seconds: float = SECONDS, memory_bytes: int = MEMORY_BYTES, confined: bool = True
+) -> Outcome:
+    """Run one program, and its tests."""
+    with Keeper(confined=confined) as keeper:
+        return keeper.run(Program(source, tests), seconds=seconds, memory_bytes=memory_bytes)
+
+
+def run_programs(
+    programs: Sequence[Program], *, workers: int, seconds: float = SECONDS, confined: bool = True
+) -> list[Outcome]:
+    """The outcome of each, several run at a time, in their order.
+
+    Raises NoWall if they are to be confined and cannot be.
+    """
+    count = max(1, min(workers, len(programs)))
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(count) as pool:
+        keepers: queue.Queue[Keeper] = queue.Queue()
+        for each in pool.map(lambda _: Keeper(confined=confined), range(count)):
+            keepers.put(stack.enter_context(each))
+
+        def run(program: Program) -> Outcome:
+            keeper = keepers.get()
+            try:
+                return keeper.run(program, seconds=seconds)
+            except KeeperGone as error:  # the others are run nevertheless
+                keeper = stack.enter_context(Keeper(confined=confined))
+                return Outcome(False, str(error))
+            finally:
+                keepers.put(keeper)
+
+        return list(pool.map(run, programs))

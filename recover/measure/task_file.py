@@ -33,10 +33,14 @@ Shots = list[tuple[str, str]]  # (prompt, what follows it)
 
 @dataclass(frozen=True)
 class Task:
-    """A task file and its items, such as the `Question`s of a generate task."""
+    """A task file and its items, such as the `Question`s of a generate task.
+
+    `asked`: what each item asks, without the examples of a few-shot prompt.
+    """
 
     file: TaskFile
     items: tuple[Any, ...]
+    asked: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -64,7 +68,7 @@ def load_task(source: str) -> Task:
     file = _read_file(path)
     work = work_of(file.kind)
     put = shown_before(file, path) if isinstance(file, PromptFile) else None
-    items, seen, empty = [], set(), []
+    items, asked, seen, empty = [], [], set(), []
     rows = rows_of(file.data, path.parent, subset=file.subset, split=file.split, arguments=file.arguments)
     for where, row in rows:
         if file.once is not None:
@@ -77,6 +81,7 @@ def load_task(source: str) -> Task:
         except EmptyColumn as error:
             empty.append(str(error))
             continue
+        asked.append(work.asked(file, item) if work.asked else item.prompt)
         items.append(put(item) if put else item)
         if len(items) == file.limit:
             break
@@ -86,7 +91,7 @@ def load_task(source: str) -> Task:
     if empty:
         rows_left = f"{len(empty):,} empty rows" if len(empty) > 1 else "1 empty row"
         console.warn(f"task {file.name}: {rows_left} left out ({empty[0]})")
-    return Task(file, tuple(work.together(file, items) if work.together else items))
+    return Task(file, tuple(work.together(file, items) if work.together else items), tuple(asked))
 
 
 def _read_file(path: Path) -> TaskFile:

@@ -20,6 +20,7 @@ from recover.config.tasks import KINDS, WritingFile, headline_figures
 from recover.maths.score import mean
 from recover.measure.kinds.work import Generations, Record, work_of
 from recover.measure.model import ModelUnderTest
+from recover.measure.sandbox import why_no_wall
 from recover.measure.task_file import Task, load_task
 from recover.measure.texts import longest_text
 from recover.text.prompts import encode_prompt
@@ -151,13 +152,25 @@ def _bytes(item: Any) -> int:
 
 
 def check_allowed(tasks: Sequence[Task], cfg: Measure) -> None:
-    """Raises RecipeError if a task would run code that the model writes, and nobody has allowed that."""
-    for task in tasks:
-        if KINDS[task.kind].runs_code and not cfg.allow_code_execution:
-            raise RecipeError(
-                f"task {task.name}: it runs programs that the model writes, locked away but on this machine; to allow "
-                "that, set measure.allow_code_execution: true, or give --allow-code-execution"
-            )
+    """Raises RecipeError if a task would run code that the model writes, and nobody has allowed that.
+
+    Nor is it run where it is to be confined and this machine has no wall for it.
+    """
+    names = [task.name for task in tasks if KINDS[task.kind].runs_code]
+    if not names or cfg.allow_code_execution == "unconfined":
+        return
+    if not cfg.allow_code_execution:
+        raise RecipeError(
+            f"task {names[0]}: it runs programs that the model writes, behind a wall but on this machine; to allow "
+            "that, set measure.allow_code_execution: true, or give --allow-code-execution"
+        )
+    if why := why_no_wall():
+        raise RecipeError(
+            f"task {names[0]}: it runs programs that the model writes, and this machine has no wall for them ({why}): "
+            "Linux namespaces are needed, which containers and some systems forbid (docs/security.md). Leave the task "
+            "out, or, on a machine with nothing to lose, set measure.allow_code_execution: unconfined "
+            "(--allow-code-execution-unconfined)"
+        )
 
 
 def headline(records: dict[str, Record]) -> dict[str, float | None]:

@@ -119,14 +119,19 @@ def shape(texts: Sequence[Generation], right: Sequence[float]) -> Record:
 
 
 def against(dense_ids: Sequence[list[int]] | None, written_ids: Sequence[list[int]]) -> Record:
-    """How far texts are the dense model's, token by token; one that never parts from it parts at its end."""
+    """How far texts are the dense model's, token by token.
+
+    `first_divergence`: the token at which a text leaves dense's (quantiles over those that do), None if none does.
+    `parting`: of all texts, as `collapse.parting` has it. `exact_text`: the share that never does.
+    """
     if dense_ids is None:
-        return {"agreement": None, "first_divergence": None, "exact_text": None}
+        return {"agreement": None, "first_divergence": None, "parting": None, "exact_text": None}
     pairs = list(zip(dense_ids, written_ids, strict=True))
     parted = [collapse.first_divergence(dense, written) for dense, written in pairs]
-    positions = [len(written) if at is None else at for at, written in zip(parted, written_ids, strict=True)]
+    positions = [position for position in parted if position is not None]
     return {
         "agreement": mean([collapse.agreement(dense, written) for dense, written in pairs]),
-        "first_divergence": quantiles(positions),
+        "first_divergence": quantiles(positions) if positions else None,
+        "parting": collapse.parting(parted),
         "exact_text": mean([at is None for at in parted]),
     }

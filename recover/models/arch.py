@@ -9,20 +9,32 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from recover.base.errors import ModelError
 from recover.maths.head import Head
+from recover.models.refusal import unsupported
 from recover.models.site import Site, Sublayer
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
-AROUND_ATTENTION = ("input_layernorm", "post_attention_layernorm")
-AROUND_MLP = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+UP_DOWN = ("up_proj", "down_proj")
+GATE_UP = ("gate_up_proj", "down_proj")
+# Where norms are that do not stand before a sublayer alone.
+BEHIND: dict[str, Any] = {
+    "attention_norms": ("post_attention_layernorm",),
+    "mlp_norms": ("post_feedforward_layernorm",),
+    "norm_behind": True,
+}
+AROUND: dict[str, Any] = {
+    "attention_norms": ("input_layernorm", "post_attention_layernorm"),
+    "mlp_norms": ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    "norm_behind": True,
+}
 
 
 def _no_scale(config: PretrainedConfig) -> float:
@@ -31,6 +43,14 @@ def _no_scale(config: PretrainedConfig) -> float:
 
 def _no_softcap(config: PretrainedConfig) -> float | None:
     return None
+
+
+def _one_behind_the_other(config: PretrainedConfig) -> bool:
+    return False
+
+
+def _side_by_side(config: PretrainedConfig) -> bool:
+    return getattr(config, "use_parallel_residual", True)
 
 
 def _final_softcap(config: PretrainedConfig) -> float | None:
@@ -58,7 +78,18 @@ class Arch:
     softcap: Callable[[PretrainedConfig], float | None] = _no_softcap
     attention_norms: tuple[str, ...] = ("input_layernorm",)
     mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
+    gated: bool = True  # down(activation(gate) * up), else down(activation(up))
+    parallel: Callable[[PretrainedConfig], bool] = _one_behind_the_other  # attention and MLP read one input
+    norm_behind: bool = False  # a norm between the sublayer and the stream: nothing can be folded through it
     kv_groups_stay: str = ""  # why width pruning cannot remove KV groups, empty where it can
+
+    @property
+    def mlp_matrices(self) -> int:
+        """Matrices of (width, neurons) in an MLP, fused ones counted apart."""
+        return 3 if self.gated else 2
+
+
+ALL_HEADS = "its q_norm and k_norm take all heads together, so that removing one changes the others"
 
 
 ARCHS: dict[str, Arch] = {
@@ -68,22 +99,81 @@ ARCHS: dict[str, Arch] = {
         Arch("mistral"),
         Arch("qwen2"),
         Arch("qwen3"),
-        Arch("gemma2", softcap=_final_softcap, attention_norms=AROUND_ATTENTION, mlp_norms=AROUND_MLP),
-        Arch("gemma3_text", softcap=_final_softcap, attention_norms=AROUND_ATTENTION, mlp_norms=AROUND_MLP),
+        Arch("gemma2", softcap=_final_softcap, **AROUND),
+        Arch("gemma3_text", softcap=_final_softcap, **AROUND),
         Arch(
             "phi3",
             attention_linears=("qkv_proj", "o_proj"),
-            mlp_linears=("gate_up_proj", "down_proj"),
+            mlp_linears=GATE_UP,
             kv_groups_stay="q, k and v are one linear, cut by head counts of the config, which both views share",
         ),
         Arch("smollm3"),
-        Arch(
-            "olmo2",
-            attention_norms=("post_attention_layernorm",),
-            mlp_norms=("post_feedforward_layernorm",),
-            kv_groups_stay="its q_norm and k_norm take all heads together, so that removing one changes the others",
-        ),
+        Arch("olmo2", **BEHIND, kv_groups_stay=ALL_HEADS),
+        Arch("olmo3", **BEHIND, kv_groups_stay=ALL_HEADS),
         Arch("granite", logit_scale=lambda config: 1.0 / config.logits_scaling),
+        Arch(
+            "granite_swa",
+            logit_scale=lambda config: 1.0 / config.logits_scaling,
+            kv_groups_stay="its attention has a sink for each head, which is no part of a linear layer",
+        ),
+        Arch("gemma"),
+        Arch("ministral3"),
+        Arch("exaone4", **BEHIND),
+        Arch("seed_oss"),
+        Arch("ernie4_5"),
+        Arch("hunyuan_v1_dense"),
+        Arch("glm", mlp_linears=GATE_UP),
+        Arch(
+            "glm4",
+            mlp_linears=GATE_UP,
+            attention_norms=("input_layernorm", "post_self_attn_layernorm"),
+            mlp_norms=("post_attention_layernorm", "post_mlp_layernorm"),
+            norm_behind=True,
+        ),
+        Arch("arcee", mlp_linears=UP_DOWN, gated=False),
+        Arch("nemotron", mlp_linears=UP_DOWN, gated=False),
+        Arch("starcoder2", mlp_linears=("c_fc", "c_proj"), gated=False),
+        Arch(
+            "stablelm",
+            parallel=lambda config: config.use_parallel_residual,
+            kv_groups_stay="some of its models have a norm for each head",
+        ),
+        Arch("cohere2", parallel=_side_by_side, mlp_norms=(), logit_scale=lambda config: config.logit_scale),
+        Arch(
+            "cohere",
+            parallel=_side_by_side,
+            mlp_norms=(),
+            logit_scale=lambda config: config.logit_scale,
+            kv_groups_stay="some of its models have a norm for each head",
+        ),
+        Arch(
+            "phi",
+            parallel=_side_by_side,
+            norm="model.final_layernorm",
+            attention_linears=("q_proj", "k_proj", "v_proj", "dense"),
+            mlp_linears=("fc1", "fc2"),
+            mlp_norms=(),
+            gated=False,
+        ),
+        Arch(
+            "gpt_neox",
+            blocks="gpt_neox.layers",
+            attention="attention",
+            norm="gpt_neox.final_layer_norm",
+            embed="gpt_neox.embed_in",
+            parallel=_side_by_side,
+            attention_linears=("query_key_value", "dense"),
+            mlp_linears=("dense_h_to_4h", "dense_4h_to_h"),
+            gated=False,
+            kv_groups_stay="q, k and v are one linear, cut by head counts of the config, which both views share",
+        ),
+        Arch(
+            "apertus",
+            mlp_linears=UP_DOWN,
+            gated=False,
+            attention_norms=("attention_layernorm",),
+            mlp_norms=("feedforward_layernorm",),
+        ),
     )
 }
 
@@ -94,20 +184,16 @@ def base_of(model: nn.Module) -> PreTrainedModel:
 
 
 def arch_of(model: PretrainedConfig | nn.Module) -> Arch:
-    """The row of this model or config; raises ModelError that shows the row to add."""
+    """The row of this model or config. Raises ModelError: it has none, what it is, and what to do."""
     config: Any = model if isinstance(model, PretrainedConfig) else base_of(model).config
-    return arch_of_type(config.model_type)
+    return ARCHS[config.model_type] if config.model_type in ARCHS else arch_of_config(config.to_dict())
 
 
-def arch_of_type(model_type: str) -> Arch:
-    """The row of a config's `model_type`; raises ModelError that shows the row to add."""
-    if model_type not in ARCHS:
-        raise ModelError(
-            f"model type '{model_type}' is not supported; supported: {', '.join(ARCHS)}. If its modules are "
-            "named as in Llama, add this row to ARCHS in recover/models/arch.py, a tiny config to tests/tiny.py, and "
-            f"run the tests: Arch({model_type!r}),"
-        )
-    return ARCHS[model_type]
+def arch_of_config(config: Mapping[str, Any]) -> Arch:
+    """The row for a raw config. Raises ModelError: it has none, what it is, and what to do."""
+    if config.get("model_type") not in ARCHS:
+        raise ModelError(unsupported(config, ARCHS))
+    return ARCHS[str(config["model_type"])]
 
 
 def kv_heads_of(config: PretrainedConfig) -> int:
@@ -164,3 +250,19 @@ def head_of(model: nn.Module) -> Head:
     arch, base = arch_of(model), base_of(model)
     head: Any = base.get_submodule(arch.head)
     return Head(head.weight, head.bias, float(arch.logit_scale(base.config)), arch.softcap(base.config))
+
+
+def middle_hooks(block: nn.Module, arch: Arch, act: Callable[[Tensor], Any]) -> list[Any]:
+    """Call `act` with the stream behind the attention of a block that runs it beside the MLP: no module reads it."""
+    entering: list[Tensor] = []
+
+    def enter(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entering[:] = [args[0] if args else kwargs["hidden_states"]]
+
+    def behind(_module: Any, _args: Any, output: Any) -> None:
+        act(entering[0] + (output[0] if isinstance(output, tuple) else output))
+
+    return [
+        block.register_forward_pre_hook(enter, with_kwargs=True),
+        block.get_submodule(arch.attention).register_forward_hook(behind),
+    ]

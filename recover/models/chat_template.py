@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SECONDS = 10.0  # templates take some tenths of a millisecond
 MEMORY = 2**30  # bytes more than the process has
-LONGEST = 2**20  # characters that a template may write around a message
+LONGEST = 2**16  # characters that a template may write around a message: tools and rules are some thousands
 TRIAL = "Olga carries 81 roses."
 MEND = "mend chat_template.jinja (or chat_template in tokenizer_config.json), or take it away"
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 
 from recover.base.errors import ModelError
@@ -24,7 +25,7 @@ from recover.models.gguf_whole import check_tensors
 def write_stock(path: Path, folder: Path, *, shown: Path) -> None:
     """Write the model and tokenizer of the file, which lies `alone`, to the folder; errors name it as `shown`.
 
-    Raises ModelError without the package `gguf` and for tensors as `check_tensors`; else whatever the libraries raise.
+    Raises ModelError for tensors as `check_tensors`; else whatever the libraries raise.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -32,7 +33,7 @@ def write_stock(path: Path, folder: Path, *, shown: Path) -> None:
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     with _opened_once():
         check_tensors(path, shown)
-        reader = _package().GGUFReader(path)
+        reader = gguf.GGUFReader(path)
         config = completed(AutoConfig.from_pretrained(**where), reader)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **where, config=config, dtype=torch.float32, output_loading_info=True
@@ -70,7 +71,6 @@ def _plain(read: Any) -> Any:
 @contextmanager
 def _opened_once() -> Iterator[None]:
     """Inside, every `gguf.GGUFReader` of a file is the first one of that file, and so are its lists of names."""
-    gguf = _package()
     stock: Any = gguf.GGUFReader
     opened: dict[str, Any] = {}
 
@@ -97,11 +97,3 @@ def _opened_once() -> Iterator[None]:
         yield
     finally:
         gguf.GGUFReader, gguf.get_tensor_name_map = stock, names
-
-
-def _package() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise ModelError("GGUF files need the package 'gguf': pip install 'recover[gguf]'") from error
-    return gguf

@@ -29,17 +29,24 @@ SAID_ELSEWHERE = (
     "rope.scaling.original_context_length",
     "attention.causal",
 )
+# Blocks of Gemma's 27B: alone in its family it divides scores by the root of width / heads, the others of a head's
+# size. No key says so: llama.cpp (src/models/gemma2.cpp, gemma3.cpp) tells by the blocks; transformers takes 256.
+LARGEST = {"gemma2": 46, "gemma3": 62}
 KNOWN = ("llama", "mistral", "qwen2", "qwen3")  # files of other kinds are left to what transformers knows of them
 
 
 def completed(config: Any, reader: Any) -> Any:
-    """`config`, as transformers reads it from the file, with head size, scaled positions and biases of the file.
+    """`config`, as transformers reads it from the file, with head size, scaled positions and biases of the file, and
+    with how Gemma scales its scores.
 
     Raises ModelError for a key of the file that says something else than the config, and for positions scaled in a way
     that has no words in the config.
     """
     arch = str(field(reader, "general.architecture"))
     names = {tensor.name for tensor in reader.tensors}
+    if arch in LARGEST:
+        width = config.hidden_size // config.num_attention_heads
+        config.query_pre_attn_scalar = width if config.num_hidden_layers == LARGEST[arch] else head_size_of(config)
     if arch not in KNOWN:
         _refuse_scaling(config, field(reader, f"{arch}.rope.scaling.type"))
         return config

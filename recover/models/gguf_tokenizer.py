@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from recover.base.errors import ModelError
 from recover.models.gguf_settings import field
 
-TOKENS, MERGES, KIND, PRE = (f"tokenizer.ggml.{name}" for name in ("tokens", "merges", "model", "pre"))
+TOKENS, MERGES, SCORES, KIND, PRE = (
+    f"tokenizer.ggml.{name}" for name in ("tokens", "merges", "scores", "model", "pre")
+)
+SPM, BLANK = "llama", "▁"  # SentencePiece's BPE, whose merges are told by scores; the letter that stands for a blank
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 LARGE = 4096  # tokens of a vocabulary that has whole words of common English
 WORD = 0.6  # tokens a letter: more, and the words of the vocabulary are not used
@@ -91,6 +95,8 @@ def _check(tokenizer: Any, reader: Any, shown: Path) -> None:
         problem = f"{len(names)} tokens are not those of the file, such as {names[0]!r}"
     elif merges and core["type"] == "BPE" and [_pair(merge) for merge in core["merges"]] != list(map(_pair, merges)):
         problem = f"it has {len(core['merges'])} merges, and not the {len(merges)} of the file in their order"
+    elif field(reader, KIND) == SPM and ids not in (expected := _by_scores(tokens, field(reader, SCORES) or [])):
+        problem = f"it cuts {len(TEXT)} letters of English into {len(ids)} tokens, its scores into {len(expected[0])}"
     elif len(tokens) > LARGE and len(ids) > WORD * len(TEXT):
         problem = f"it cuts {len(TEXT)} letters of English into {len(ids)} tokens, so that words are not used"
     elif tokenizer.decode(ids).strip() != TEXT:
@@ -102,6 +108,25 @@ def _check(tokenizer: Any, reader: Any, shown: Path) -> None:
             f"{shown}: its tokenizer ('{field(reader, KIND)}') was converted wrongly by transformers "
             f"{transformers.__version__}: {problem}. {WAY_OUT}, or give the checkpoint that the file was made from"
         )
+
+
+def _by_scores(tokens: list[str], scores: list[float]) -> tuple[list[int], list[int]]:
+    """Ids of `TEXT` by SentencePiece's rule, without and with a blank in front: of all neighbours that are a token
+    together, those of the highest score are joined first, on ties the leftmost, until there are none.
+    """
+    score = dict(zip(tokens, scores, strict=False))
+    index = {token: number for number, token in enumerate(tokens)}
+    found = []
+    for prefix in ("", BLANK):
+        parts = list(prefix + TEXT.replace(" ", BLANK))
+        while True:
+            joined = [(score[a + b], -at) for at, (a, b) in enumerate(pairwise(parts)) if a + b in score]
+            if not joined:
+                break
+            at = -max(joined)[1]
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        found.append([index.get(part, -1) for part in parts])
+    return found[0], found[1]
 
 
 def _pair(merge: Any) -> tuple[str, ...]:

@@ -16,7 +16,8 @@ from torch import nn
 from recover.base.errors import ModelError
 from recover.models.arch import base_of
 
-NAMES = ("cache", "past_key_values")  # where both are taken, the first is the one that is not deprecated
+# Where two are taken, the first is the one that is not deprecated; GPT-NeoX's blocks have a name of their own.
+NAMES = ("cache", "past_key_values", "layer_past")
 
 
 @functools.cache

@@ -23,14 +23,21 @@ from recover.base.errors import ModelError
 from recover.base.memory import Shape
 from recover.config import recipe
 from recover.config.base import Dtype
-from recover.models.arch import arch_of_type, head_size_of, kv_heads_of
-from recover.models.chat_template import check_template
+from recover.models import vocabulary
+from recover.models.arch import arch_of, arch_of_config, head_size_of, kv_heads_of
+from recover.models.chat_template import TRIAL, check_template
+from recover.models.config_keys import config_of, keep_known
+from recover.models.gate import unchanged
+from recover.models.rope import by_rows
 from recover.models.source import (
+    CONFIG,
     check_numbers,
+    check_rows,
     check_tied,
     check_weights,
     check_written,
     commit_of,
+    config_in,
     config_source,
     explained,
     locate,
@@ -46,7 +53,9 @@ MISFITS = {"missing_keys": "are missing from the weights", "unexpected_keys": "b
 
 @dataclasses.dataclass(frozen=True)
 class Description(Shape):
-    """What a model is, from its config alone; `bytes` is for the recipe's dtype, `stored` the checkpoint's own."""
+    """What a model is, from its config alone; `bytes` is for the recipe's dtype, `stored` the checkpoint's own.
+
+    `parallel`: blocks run attention and MLP on one input."""
 
     model_type: str
     context: int | None
@@ -54,6 +63,7 @@ class Description(Shape):
     embedding_parameters: int
     bytes: int
     stored: Dtype = "float32"
+    parallel: bool = False
 
 
 def describe(cfg: recipe.Model) -> Description:
@@ -74,12 +84,14 @@ def describe(cfg: recipe.Model) -> Description:
         kv_heads=kv_heads_of(config),
         head_size=head_size_of(config),
         vocabulary=config.vocab_size,
+        mlp_matrices=arch_of(config).mlp_matrices,
         context=getattr(config, "max_position_embeddings", None),
         tied=bool(config.tie_word_embeddings),
         parameters=parameters,
         embedding_parameters=sum(embeddings.values()),
         bytes=parameters * getattr(torch, cfg.dtype).itemsize,
         stored=stored_dtype(cfg),
+        parallel=arch_of(config).parallel(config),
     )
 
 
@@ -110,9 +122,12 @@ def read_whole(
     """
     check_written(folder)
     check_weights(folder)
-    with explained(str(folder)):
+    if "unexpected_keys" in refused and (rows := read_config(cfg).get("vocab_size")):  # a quantizer packs rows
+        check_rows(folder, rows)
+    with unchanged(folder), explained(str(folder)):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=_stock_config(cfg, config_in(folder), folder),
             dtype=getattr(torch, cfg.dtype),
             trust_remote_code=cfg.trust_remote_code,
             use_safetensors=True,
@@ -121,7 +136,8 @@ def read_whole(
             ignore_mismatched_sizes=True,  # they are refused below, by name
             **options,
         )
-    model, info = loaded
+        model, info = loaded
+        model.generation_config = keep_known(model.generation_config)
     check_tied(folder, bool(model.config.tie_word_embeddings))
     if "unexpected_keys" in refused:  # not of a quantizer
         check_numbers(folder, [name for name, weight in model.named_parameters() if weight.is_floating_point()])
@@ -138,6 +154,7 @@ def read_whole(
                 f"{folder}: config.json and weights do not belong together: {len(names)} tensors {MISFITS[misfit]}, "
                 f"such as {', '.join(names[:LISTED])}"
             )
+    by_rows(model)
     return model.eval()
 
 
@@ -153,10 +170,13 @@ def load_tokenizer(cfg: recipe.Model) -> PreTrainedTokenizerBase:
     Raises ModelError: it cannot be loaded, lacks one of these, or its chat template is broken or has no end.
     """
     folder = locate(cfg, cfg.tokenizer)
-    with explained(f"{folder}: tokenizer"):
+    vocabulary.check_there(folder)
+    with unchanged(folder), explained(f"{folder}: tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=cfg.trust_remote_code, local_files_only=True
         )
+        for special in (True, False):  # that it loads does not mean that it works
+            tokenizer.decode(tokenizer(TRIAL, add_special_tokens=special, verbose=False)["input_ids"])
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         raise ModelError(
             f"{folder}: holds no tokenizer (tokenizer.json or tokenizer.model): copy it there, or set model.tokenizer"
@@ -173,33 +193,30 @@ def load_tokenizer(cfg: recipe.Model) -> PreTrainedTokenizerBase:
 
 
 def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Every id that the tokenizer can give has a row in the embedding (more rows are fine), or raise ModelError."""
-    check_vocabulary(tokenizer, model.config.vocab_size)
-
-
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
-    """As `check_fit`, for a model of so many rows."""
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if largest >= vocabulary:
-        raise ModelError(
-            f"the tokenizer gives id {largest} ({token!r}), the model's vocabulary ends at {vocabulary - 1}: "
-            "this tokenizer belongs to another model; check model.tokenizer"
-        )
+    """As `vocabulary.fit`, for the embedding of this model (more rows than words are fine). Raises ModelError."""
+    vocabulary.fit(tokenizer, model.config.get_text_config(decoder=True).vocab_size)
 
 
 def _config(cfg: recipe.Model) -> PretrainedConfig:
     """The config of a supported type, which is checked before transformers sees it and before weights are fetched."""
-    source, raw = config_source(cfg), read_config(cfg)
-    arch_of_type(raw["model_type"])
+    raw = read_config(cfg)
+    arch_of_config(raw)
     if quantized := raw.get("quantization_config"):
         raise ModelError(
             f"{cfg.source}: quantized with '{quantized.get('quant_method')}', and quantized weights are neither "
             "pruned nor trained here: give the checkpoint it was made from (`recover measure` and `recover diagnose` "
             "take it as it is)"
         )
-    revision = None if Path(source).is_dir() else commit_of(cfg, source)
-    with explained(source):
-        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=cfg.trust_remote_code)
+    return _stock_config(cfg, raw, config_source(cfg))
+
+
+def _stock_config(cfg: recipe.Model, raw: dict[str, Any], source: str | Path) -> PretrainedConfig:
+    """The config of checked settings; with code of others let run, as that code makes it."""
+    with explained(str(source)):
+        if cfg.trust_remote_code:
+            revision = None if Path(source).is_dir() else commit_of(cfg, str(source))
+            return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=True)
+        return config_of(raw, str(source), Path(source) / CONFIG)
 
 
 def _attention(cfg: recipe.Model, config: PretrainedConfig) -> str:

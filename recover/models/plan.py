@@ -23,7 +23,7 @@ from torch import Tensor
 from recover.base import artifacts
 from recover.base.errors import ArtifactError
 from recover.models.linears import pack, unpack
-from recover.models.site import Packed, Site, Sublayer, pack_sites, sites_in, sites_of, whole_blocks, zeroed_partners
+from recover.models.site import Packed, Site, Sublayer, packed_as, sites_in, sites_of, whole_blocks, zeroed_partners
 
 PLAN = "plan.json"
 MASKS = "masks.safetensors"
@@ -64,6 +64,7 @@ class _Recorded:
     weights: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     config: dict[str, int] = dataclasses.field(default_factory=dict)
     repair: dict[str, Any] = dataclasses.field(default_factory=dict)
+    parallel: bool = False
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -86,7 +87,8 @@ class Plan(_Recorded):
     shapes; `config` the fields of the model's config that those shapes change. `kind` is a label, that of the recipe: a
     plan is read by what it changes, whoever made it. `scores` holds what was measured, such as every candidate of every
     round, in the order they were tried. `nonzero` counts the weights that can be non-zero, `parameters_pruned` those
-    that have to be stored. `repair` says what a closed-form repair did and brought.
+    that have to be stored. `repair` says what a closed-form repair did and brought. `parallel`: a block runs attention
+    and MLP on one input.
 
     Raises ValueError for a site that is named twice, or of a block that is not there.
     """
@@ -133,7 +135,7 @@ class Plan(_Recorded):
     @property
     def packed(self) -> tuple[Packed, ...]:
         """The blocks of the exported model, each made of kept sites."""
-        return pack_sites(sites_of(range(self.blocks)) - set(self.sites))
+        return packed_as(self.parallel)(sites_of(range(self.blocks)) - set(self.sites))
 
     @property
     def sparsity(self) -> float:
@@ -170,6 +172,8 @@ class Plan(_Recorded):
         """A value that `from_json` turns back into an equal plan."""
         value = dataclasses.asdict(self)
         del value["sites"]
+        if not self.parallel:
+            del value["parallel"]  # earlier versions know no such field
         lists = ("dropped", "dropped_attention", "dropped_mlp")
         return value | {name: getattr(self, name) for name in lists}
 

@@ -2,12 +2,13 @@
 
 The sites that are kept are paired again into ordinary blocks. The residual stream sees only the order of sublayers, so
 attention of one block and MLP of a later one make a block like any other, each with its own norms, and stock classes
-load it. A sublayer without a partner gets a zeroed one: exact, but its parameters are stored for nothing.
+load it. A sublayer without a partner gets a zeroed one: exact, but its parameters are stored for nothing. Where a block
+runs both on one input (GPT-NeoX, Phi, Cohere), only sublayers of one block are partners.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
 Sublayer = Literal["attention", "mlp"]
@@ -53,6 +54,18 @@ class Packed(NamedTuple):
         block = self.mlp if self.attention is None else self.attention
         assert block is not None, "a block of two zeroed sublayers"
         return block
+
+
+def side_by_side(kept: Iterable[Site]) -> tuple[Packed, ...]:
+    """As `pack_sites`, for blocks that run attention and MLP on one input: only those of one block go together."""
+    there = set(kept)
+    blocks = sorted({site.block for site in there})
+    return tuple(Packed(*(b if Site(b, part) in there else None for part in SUBLAYERS)) for b in blocks)
+
+
+def packed_as(parallel: bool) -> Callable[[Iterable[Site]], tuple[Packed, ...]]:
+    """How the kept sites are stored, by whether blocks run attention and MLP on one input."""
+    return side_by_side if parallel else pack_sites
 
 
 def zeroed_partners(packed: Iterable[Packed]) -> int:

@@ -57,7 +57,7 @@ def _least(config: dict[str, Any]) -> int:
     head = config.get("head_dim") or max(1, width // heads)
     kv_heads = config.get("num_key_value_heads") or 1
     attention = 2 * width * head * (heads + kv_heads)
-    mlp = 3 * width * config.get("intermediate_size", 0)
+    mlp = 2 * width * config.get("intermediate_size", 0)
     return width * config.get("vocab_size", 0) + blocks * (attention + mlp)
 
 

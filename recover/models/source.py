@@ -19,16 +19,20 @@ from recover.base.errors import ModelError, RecoverError
 from recover.base.products import check_checkpoint, digest_of
 from recover.config import recipe
 from recover.config.base import Dtype
+from recover.models.config_keys import check_keys
 from recover.models.foreign_code import check, check_settings, code_files, code_named
+from recover.models.gate import check_files
 from recover.models.gguf_whole import alone
 from recover.models.sizes import check_room, check_sizes
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+VOCABULARY = r"(.+\.)?(embed_tokens|lm_head|wte|embed_in|embed_out)\.weight"  # matrices with a row for each token
 COMPARED_ROWS = 4096
 SAFETENSORS: dict[str, str] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 ADAPTER = "adapter_config.json"
 RECORD = "recover.json"  # lies in every checkpoint that we exported
+QUIETLY = ("gated_repo", "missing_entries", "connection_errors")  # about a file that need not be there
 HUB = " (no folder of this name is here, so a hub id)"
 NEAR = 0.6  # likeness of the names of folders, of 1
 
@@ -105,10 +109,12 @@ def _refuse_adapter(there: bool, where: object) -> None:
 def whole_folder(folder: Path) -> Path:
     """The folder, which holds a model or a tokenizer.
 
-    ModelError where it is something else that is taken for one, and where its settings could make code be run.
+    ModelError where it is something else that is taken for one, where a file of it is none or too large, and where its
+    settings could make code be run.
     """
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; expected a model folder with config.json and {WEIGHTS}")
+    check_files(folder)
     check_settings(folder)
     if (folder / "config.json").is_file():
         return folder
@@ -136,6 +142,19 @@ def _download(cfg: recipe.Model, source: str) -> Path:
     return Path(folder)
 
 
+def _of_hub(cfg: recipe.Model, name: str) -> Path | None:
+    """The file of the model's repository in the hub's cache; None where the repository does not have it."""
+    from transformers.utils.hub import cached_file
+
+    found = cached_file(
+        cfg.source,
+        name,
+        revision=commit_of(cfg, cfg.source),
+        **({} if name == CONFIG else {f"_raise_exceptions_for_{each}": False for each in QUIETLY}),
+    )
+    return None if found is None else Path(found)
+
+
 def config_source(cfg: recipe.Model) -> str:
     """Where the config can be read without fetching weights: a hub id, or a local folder."""
     return cfg.source if kind_of(cfg.source) == "hub" else str(locate(cfg))
@@ -143,25 +162,31 @@ def config_source(cfg: recipe.Model) -> str:
 
 def read_config(cfg: recipe.Model) -> dict[str, Any]:
     """The raw config, no weights touched; raises ModelError if it is missing, corrupt or could run code."""
-    from transformers import PretrainedConfig
-
     source = config_source(cfg)
-    path = Path(source) / "config.json"
     if kind_of(source) == "folder":
-        config = _read_json(path)
-    else:
-        commit = commit_of(cfg, source)
-        with explained(source + HUB):
-            config, _ = PretrainedConfig.get_config_dict(source, revision=commit)
-            _refuse_adapter(_on_hub(cfg, ADAPTER), source)
+        return config_in(Path(source))
+    with explained(source + HUB):
+        config = checked(_read_json(_of_hub(cfg, CONFIG) or Path(CONFIG)), source, Path(source) / CONFIG)
+        _refuse_adapter(_of_hub(cfg, ADAPTER) is not None, source)
+    return config
+
+
+def config_in(folder: Path) -> dict[str, Any]:
+    """As `read_config`, of a folder that `locate` gave."""
+    config = checked(_read_json(folder / CONFIG), str(folder), folder / CONFIG)
+    check_room(config, folder)
+    return config
+
+
+def checked(config: Any, source: str, path: Path) -> dict[str, Any]:
+    """The settings of a language model whose keys and sizes are sound; ModelError says which are not."""
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(f"{path}: has no 'model_type'; expected the config of a causal language model")
     if config.get("is_encoder_decoder"):
         raise ModelError(f"{source}: '{config['model_type']}' is an encoder-decoder model; expected a decoder alone")
     check(config, path)
+    check_keys(config, path)
     check_sizes(config, path)
-    if path.is_file():
-        check_room(config, path.parent)
     return config
 
 
@@ -179,15 +204,6 @@ def code_of(cfg: recipe.Model) -> list[str] | None:
         elif kind_of(source) == "hub" and source == cfg.source:
             found |= {f"{source}: {name}" for name in code_named(read_config(cfg))}
     return sorted(found)
-
-
-def _on_hub(cfg: recipe.Model, name: str) -> bool:
-    """Whether the repository has this file, as far as can be told."""
-    from transformers.utils.hub import cached_file
-
-    quietly = ("gated_repo", "missing_entries", "connection_errors")
-    options: dict[str, Any] = {f"_raise_exceptions_for_{each}": False for each in quietly}
-    return cached_file(cfg.source, name, revision=commit_of(cfg, cfg.source), **options) is not None
 
 
 def check_written(folder: Path) -> None:
@@ -246,20 +262,21 @@ def check_tied(folder: Path, tied: bool) -> None:
                 )
 
 
-def check_rows(folder: Path, vocabulary: int) -> None:
-    """Raise ModelError where the embedding in the weights has another number of rows than the config's vocabulary."""
+def check_rows(folder: Path, rows: int) -> None:
+    """Raise ModelError where embedding or head of the weights have not the `rows` that config.json names."""
     from safetensors import safe_open
 
-    for path in _files(folder):
+    for path in _files(folder) if (folder / INDEX).is_file() or (folder / WEIGHTS).is_file() else ():
         for name in _tensors(path):
-            if not re.fullmatch(r"(.+\.)?embed_tokens\.weight", name):
+            if not re.fullmatch(VOCABULARY, name):
                 continue
             with safe_open(path, "pt") as file:
-                rows = file.get_slice(name).get_shape()[0]
-            if rows != vocabulary:
+                found = file.get_slice(name).get_shape()[0]
+            if found != rows:
                 raise ModelError(
-                    f"{folder}: config.json and weights do not belong together: vocab_size is {vocabulary:,}, and "
-                    f"{name} has {rows:,} rows: correct config.json, or fetch the model again"
+                    f"{folder}: vocab_size is {rows:,} in config.json, and {name} has {found:,} rows: the vocabulary "
+                    f"was resized in one of them. Set vocab_size to {found:,} if the weights are right; else save "
+                    "model and tokenizer again, after resize_token_embeddings, with save_pretrained"
                 )
 
 
@@ -337,7 +354,7 @@ def _read_json(path: Path) -> Any:
         raise ModelError(f"{path}: cannot be read as JSON ({error}); fetch the model again") from error
 
 
-CONVERSION = 4  # raised when the same GGUF file gives another folder than before
+CONVERSION = 5  # raised when the same GGUF file gives another folder than before
 
 
 def cache_folder() -> Path:
@@ -358,24 +375,21 @@ def _convert(path: Path) -> Path:
             return folder
         console.say(f"converting {path.name} to safetensors, once, into {folder}")
         _tidy(folder)
-        scratch = folder.with_name(f".{folder.name}.{os.getpid()}{artifacts.WRITING}")
-        try:
-            scratch.mkdir()
+        with artifacts.scratch(folder) as scratch:
             full = artifacts.explaining_libraries(folder, full_alone=True)
             with part("converting GGUF"), alone(path) as link, explained(str(path)), full:
                 write_stock(link, scratch, shown=path)
             artifacts.publish(scratch, folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
 def _tidy(folder: Path) -> None:
     """Remove what conversions left that were killed: those of this folder, whose lock we hold, and unlocked ones."""
+    ours = re.compile(rf"\.([0-9a-f]{{64}}-\d+)\.\d+{re.escape(artifacts.WRITING)}")
     for left in folder.parent.glob(f".*{artifacts.WRITING}"):
-        name = left.name[1:].removesuffix(artifacts.WRITING).rpartition(".")[0]
-        lock = folder.with_name(f".{name}.lock")
-        if name == folder.name or not _is_locked(lock):
+        if (match := ours.fullmatch(left.name)) is None:
+            continue
+        if match[1] == folder.name or not _is_locked(folder.with_name(f".{match[1]}.lock")):
             shutil.rmtree(left, ignore_errors=True)
 
 

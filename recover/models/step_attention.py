@@ -81,9 +81,10 @@ def attend(
 ) -> tuple[Tensor, None]:
     """(B, 1, HG, v) of query (B, HG, 1, d), key (B, H, K, d), value (B, H, K, v); mask (B, 1, 1, K), None: all is seen.
 
-    What is more than one token a row, or asks for more (`softcap`, `position_bias`), is transformers' own.
+    What is more than one token a row, or asks for more (`softcap`, `position_bias`, sinks as `s_aux`), is transformers'
+    own.
     """
-    more = any(others.get(name) is not None for name in ("softcap", "position_bias"))
+    more = any(others.get(name) is not None for name in ("softcap", "position_bias", "s_aux"))
     if query.shape[2] != 1 or (attention_mask is not None and attention_mask.shape[1] != 1) or more:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
     rows, heads = key.shape[:2]

@@ -7,6 +7,7 @@ view it then shows; dense is a short excursion without gradients. Both views nee
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from recover.models.arch import Arch, arch_of, base_of, blocks_of, linears_of, s
 from recover.models.closing import close_sites, closed_sites, make_closable, named_as, switch_class
 from recover.models.linears import MaskedLinear, Switch, check_fit, see_pruned
 from recover.models.modes import modules_below, set_training
+from recover.models.rope import by_rows
 from recover.models.site import Site, sites_of, whole_blocks
 
 if TYPE_CHECKING:
@@ -51,10 +53,11 @@ class Twin:
     ) -> None:
         self.model: Any = model
         self._replan = replan
-        self.plan = plan
+        self.plan = dataclasses.replace(plan, parallel=arch_of(model).parallel(model.config))
         self.arch: Arch = arch_of(model)
         self.switch = Switch()
         check_fit(model, plan, masks or {}, weights or {})
+        by_rows(model)
         model.requires_grad_(False)
         see_pruned(model, masks or {}, weights or {}, self.switch)
         make_closable(self.blocks, self.arch, self.switch)

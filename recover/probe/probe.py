@@ -126,6 +126,7 @@ def final_drift(
 ) -> dict[str, Any]:
     """The `Final` record at T = 1 as a dict, equal to that of `probe` at a part of its cost; raises as `probe` does.
 
+    Beside it `each`: of each prompt the sum of KL over its positions, in nats, and how many these are.
     Give the `dense_trajectories` of the same arguments to save the decoding too.
     """
     pair = Pair.of(twin)
@@ -139,7 +140,10 @@ def final_drift(
 
     found = dist.gather(dist.everywhere(lambda: [examine(trajectory) for trajectory in mine]))
     table = join([table for _, table in found])
-    return final_record(1.0, table, prompts_of([rows for rows, _ in found])).to_json()
+    record = final_record(1.0, table, prompts_of([rows for rows, _ in found])).to_json()
+    prompt_N = torch.cat([rows.prompt_N for rows, _ in found])
+    each = [table["kl"][prompt_N == prompt] for prompt in prompt_N.unique()]
+    return {**record, "each": [[float(kl_K.double().sum()), len(kl_K)] for kl_K in each]}
 
 
 def _batches(pair: Pair, tokenizer: Any, prompts: Prompts, cfg: recipe.Probe) -> list[Batch]:

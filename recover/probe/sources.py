@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recover.base import dist
 from recover.base.errors import ModelError
 from recover.config import recipe
-from recover.models.arch import arch_of_type
+from recover.models.arch import arch_of_config
 from recover.models.load import check_fit, load_model, load_tokenizer, read_whole, ready
 from recover.models.source import locate, read_config
 from recover.probe.views import Pair
@@ -46,7 +46,7 @@ def load_any(cfg: recipe.Model) -> PreTrainedModel:
     if quantization is None:
         return ready(load_model(cfg))
     _check_package(cfg.source, str(dict(quantization).get("quant_method")))
-    arch_of_type(config["model_type"])
+    arch_of_config(config)
     return read_whole(
         cfg,
         locate(cfg),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from recover.base.errors import ModelError
 from recover.models import kv_cache
-from recover.models.arch import arch_of, blocks_of
+from recover.models.arch import arch_of, base_of, blocks_of, middle_hooks
 from recover.models.site import SUBLAYERS, Site
 from recover.probe.decoding import positions
 from recover.probe.trajectory import Trajectory, marked, rows_of, whole
@@ -176,8 +176,30 @@ def _store(
 def _at_middle(
     stack: ExitStack, block: nn.Module, view: View, seen: dict[str, Tensor], act: Callable[[Tensor], None]
 ) -> None:
-    """Call `act` with the stream between the sublayers: the input of what is run first of the MLP and its norms."""
+    """Call `act` with the stream between the sublayers: the input of what is run first of the MLP and its norms.
+
+    Of a block that runs both on one input, no module reads that stream. It is made, and what `act` writes to it is
+    added to what leaves the block: the MLP's input was another all the same.
+    """
     arch = arch_of(view.model)
+    if arch.parallel(base_of(view.model).config):
+        changed: list[Tensor] = []
+
+        def added(middle_BTD: Tensor) -> None:
+            acted = middle_BTD.clone()
+            act(acted)
+            changed[:] = [acted - middle_BTD]
+
+        def leave(module: nn.Module, args: Any, output: Any) -> Any:
+            if not changed:
+                return output
+            delta = changed.pop()
+            return (output[0] + delta, *output[1:]) if isinstance(output, tuple) else output + delta
+
+        for handle in middle_hooks(block, arch, added):
+            stack.callback(handle.remove)
+        stack.callback(block.register_forward_hook(leave).remove)
+        return
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         if "middle" not in seen:
@@ -222,5 +244,5 @@ def _close(stack: ExitStack, block: nn.Module, view: View, site: Site) -> None:
         return (seen["middle"], *output[1:]) if isinstance(output, tuple) else seen["middle"]
 
     stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
-    stack.callback(block.register_forward_hook(leave).remove)
     _at_middle(stack, block, view, seen, between)
+    stack.callback(block.register_forward_hook(leave).remove)

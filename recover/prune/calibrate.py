@@ -17,7 +17,7 @@ from recover.base import console
 from recover.base.errors import DataError, PruneError
 from recover.config.paths import TEXTS, ending
 from recover.config.recipe import Calibration
-from recover.text.prompts import encode_prompt
+from recover.text.prompts import encode_prompt, ids_of
 from recover.text.read import DataSet, Row, rows_at
 
 if TYPE_CHECKING:
@@ -108,9 +108,7 @@ def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # verbose=False: a document longer than the context is no mistake here, it is cut into samples
-    ids: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return _ended(tokenizer, [*ids])
+    return _ended(tokenizer, ids_of(tokenizer, text, special=False))  # a document longer than the context is cut
 
 
 def _ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:

@@ -12,7 +12,7 @@ import torch
 from torch import LongTensor, Tensor, nn
 
 from recover.maths.divergence import kl, log_probabilities, var_p, widen
-from recover.models.arch import arch_of, blocks_of, final_norm_of, head_of
+from recover.models.arch import arch_of, blocks_of, final_norm_of, head_of, middle_hooks
 from recover.models.site import SUBLAYERS, Site
 
 if TYPE_CHECKING:
@@ -82,6 +82,9 @@ def stream_hooks(twin: Twin, seen: dict[int, Tensor], wanted: set[int]) -> list[
     hooks = [final_norm_of(twin.model).register_forward_pre_hook(see(2 * len(blocks)))]
     for index, block in enumerate(blocks):
         hooks.append(block.register_forward_pre_hook(see(2 * index)))
+        if arch.parallel(twin.base.config):
+            hooks += middle_hooks(block, arch, lambda h_BTD, point=2 * index + 1: seen.setdefault(point, h_BTD))
+            continue
         for name in (*arch.mlp_norms, arch.mlp):
             hooks.append(block.get_submodule(name).register_forward_pre_hook(see(2 * index + 1)))
     return hooks

@@ -31,6 +31,7 @@ class Cost:
     blocks: float = 0.0  # share of the blocks that is no longer run
     own: int = 0  # weights that the pruned view holds besides the dense ones, at most
     masked: bool = False
+    zeros: float = 0.0  # weights that become zero, and stay where they are
     passes: int = 0  # of the calibration text, in a search
     flops: float = 0.0  # of that search
     warnings: tuple[str, ...] = ()  # what will probably disappoint

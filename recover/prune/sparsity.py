@@ -1,6 +1,7 @@
 """Which weights become zero: by magnitude, by magnitude times input norm (Wanda), or as others make up (SparseGPT).
 
-How much of each block goes: everywhere the same, or less where outliers sit (OWL) or where it hurts (KL).
+How much of each block goes: everywhere the same, or less where outliers sit (OWL, or counted in each matrix) or where
+it hurts (KL).
 
 Shapes: B batch, T tokens, O out features, I in features.
 """
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from recover.models.twin import Twin
 
 SPARSITY_WALL = 0.55  # share of zeros that a LoRA budget recovers (peers' figures, docs/theory.md)
-OUTLIER = 5.0  # M of OWL: a score so many times its layer's mean is an outlier
+OUTLIER = 5.0  # M of OWL: a score so many times the mean is an outlier
 KL_TOKENS = 8192  # text on which `allocation: kl` runs the model once a block; at least one batch
 
 # For the linear layers of one block, what their inputs summed up to and the block's sparsity: masks and new weights.
@@ -169,30 +170,42 @@ def _allocated(twin: Twin, cfg: Calibrated, batches: Sequence[LongTensor], journ
         with stream.resident(index) as linears, torch.no_grad():
             found = norms(stream.measure(index, squares, advance=True))
             scores = {name: wanda_score(linears[name].weight.detach(), norm_I) for name, norm_I in found.items()}
-            importance.append(_outliers(scores))
+            importance.append(_outliers(scores, of_block=cfg.allocation == "owl"))
         sizes.append(sum(linear.weight.numel() for linear in stream.linears[index].values()))
         norms_of |= {name: norm_I.cpu() for name, norm_I in found.items()}
     if cfg.allocation == "kl":
         importance = _kl_alone(twin, cfg.fraction, stream, norms_of, batches, journal)
-    fractions = fractions_by(importance, sizes, cfg.fraction, cfg.spread)
+    by = owl_fractions if cfg.allocation == "owl" else fractions_by
+    fractions = by(importance, sizes, cfg.fraction, cfg.spread)
     return {"allocation": cfg.allocation, "importance": importance, "sparsity": fractions}
 
 
 def fractions_by(importance: Sequence[float], sizes: Sequence[int], mean: float, most: float) -> list[float]:
-    """Sparsities that fall linearly with importance, within `mean` +- `most`; their mean weighted by size is `mean`.
-
-    Source: Yin et al., "Outlier Weighed Layerwise Sparsity", arXiv 2310.05175, section 4.
-    """
+    """Sparsities that fall linearly with importance, within `mean` +- `most`; their mean weighted by size is `mean`."""
     value, size = torch.tensor(importance, dtype=torch.float64), torch.tensor(sizes, dtype=torch.float64)
     away = value - (value * size).sum() / size.sum()
     largest = away.abs().max()
     return (mean - most * away / largest).tolist() if largest > 0 else [mean] * len(sizes)
 
 
-def _outliers(scores: dict[str, Tensor]) -> float:
-    """Share of the block's weights whose score is above OUTLIER times the mean of their layer."""
-    above = torch.stack([(score_OI > OUTLIER * score_OI.mean()).sum() for score_OI in scores.values()]).sum()
-    return float(above) / sum(score_OI.numel() for score_OI in scores.values())
+def owl_fractions(importance: Sequence[float], sizes: Sequence[int], mean: float, most: float) -> list[float]:
+    """As `fractions_by`, but from the sparsest to the least sparse block it is 2 `most`, wherever `mean` lies between.
+
+    So OWL's authors compute it (github.com/luuyin/OWL); where one block stands out it may be off by more than `most`,
+    which the bounds of the paper (arXiv 2310.05175, section 4) do not say.
+    """
+    value, size = torch.tensor(importance, dtype=torch.float64), torch.tensor(sizes, dtype=torch.float64)
+    away = value - (value * size).sum() / size.sum()
+    width = value.max() - value.min()
+    return (mean - 2 * most * away / width).tolist() if width > 0 else [mean] * len(sizes)
+
+
+def _outliers(scores: dict[str, Tensor], *, of_block: bool) -> float:
+    """Share of the block's weights whose score is above OUTLIER times the mean: of the block, or of their own layer."""
+    count = sum(score_OI.numel() for score_OI in scores.values())
+    mean = torch.stack([score_OI.sum(dtype=torch.float64) for score_OI in scores.values()]).sum() / count
+    above = [(score_OI > OUTLIER * (mean if of_block else score_OI.mean())).sum() for score_OI in scores.values()]
+    return float(torch.stack(above).sum()) / count
 
 
 @torch.no_grad()
@@ -342,13 +355,14 @@ def sparsity_cost(cfg: Sparsity, model: Description) -> Cost:
     said = ["masked weights are stored as zeros: the file is as large and stock kernels are as fast as dense"]
     if cfg.fraction > SPARSITY_WALL:
         said.insert(0, f"{cfg.fraction:.0%} of the weights go: LoRA budgets recover about {SPARSITY_WALL:.0%}")
-    return Cost(masked=True, warnings=tuple(said))
+    zeros = cfg.fraction * (model.parameters - model.embedding_parameters)
+    return Cost(masked=True, zeros=zeros, warnings=tuple(said))
 
 
 def sparsegpt_cost(cfg: SparseGpt, model: Description) -> Cost:
     """As `sparsity_cost`; and every weight of the blocks is rewritten."""
     attention = 2 * model.heads * model.head_size + 2 * model.kv_heads * model.head_size
-    own = model.blocks * model.width * (attention + 3 * model.intermediate)
+    own = model.blocks * model.width * (attention + model.mlp_matrices * model.intermediate)
     return dataclasses.replace(sparsity_cost(cfg, model), own=own)
 
 

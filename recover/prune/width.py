@@ -379,7 +379,7 @@ def width_cost(cfg: Width, model: Description) -> Cost:
 
 def width_weights(cfg: Width, model: Description) -> tuple[int, int]:
     """Of the weights in all blocks, those that go, and those that stay in the linears that are cut."""
-    neuron = 3 * model.width
+    neuron = model.mlp_matrices * model.width
     group = 2 * model.head_size * model.width * (model.heads // model.kv_heads + 1)
     neurons, groups = cfg.neurons(model.intermediate), cfg.kv_groups or 0
     gone = (model.intermediate - neurons) * neuron + groups * group

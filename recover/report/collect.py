@@ -11,9 +11,10 @@ from typing import Any, cast
 
 from recover.base import artifacts, clock
 from recover.base.errors import ArtifactError, RecipeError
+from recover.base.products import taken_apart
 from recover.config import yaml_values
 from recover.config.tasks import KINDS
-from recover.report import drift, measures, mistakes, verdict, words
+from recover.report import drift, measures, mistakes, overlap, verdict, words
 from recover.report import made as making
 from recover.report.curve import curve
 from recover.report.data import (
@@ -23,12 +24,16 @@ from recover.report.data import (
     Json,
     Measure,
     Model,
+    Overlap,
+    Parted,
     Plan,
+    RateTrials,
     Records,
     RunData,
     Sample,
     SampleRecord,
     StageTime,
+    Task,
     Text,
     Tokens,
 )
@@ -59,6 +64,11 @@ def collect(root: Path) -> RunData:
 
     Raises ArtifactError if `root` holds no recipe.yaml, or if a file of the run is corrupt.
     """
+    with taken_apart(root):
+        return _collect(root)
+
+
+def _collect(root: Path) -> RunData:
     recipe = _recipe(root)
     records: Records = {model: _json(root / folder / "measure.json") for model, folder in MEASURE_FOLDER.items()}
     plan = _json(root / "prune" / "plan.json")
@@ -84,6 +94,7 @@ def collect(root: Path) -> RunData:
         "drift": {model: _drift(root / folder) for model, folder in DRIFT_FOLDER.items()},
         "epochs": epochs,
         "training": _json(root / "recover" / "training.json"),
+        "rate_trials": _rate_trials(root),
         "curve": curve(root / "recover" / "steps.jsonl", recipe),
         "tokens": _tokens_used(epochs),
         "speed": _json(root / "speed.json"),
@@ -93,6 +104,7 @@ def collect(root: Path) -> RunData:
         "measured_later": [record["task"] for record in more],
         "samples": side_by_side(records),
         "mistakes": mistakes.counted(records),
+        "overlap": _overlap(root / "plan" / "overlap.json"),
         "examples": mistakes.examples(records),
         "divergence": divergence(records),
         "verdict": verdict.verdict(headline),
@@ -101,7 +113,7 @@ def collect(root: Path) -> RunData:
         "limits": [],
     }
     data["title"], data["summary"] = verdict.title(data), verdict.summary(data)
-    data["limits"] = known_limits(data)
+    data["limits"] = [*known_limits(data), *where_programs_ran(records)]
     return words.jsonable(data)
 
 
@@ -163,9 +175,21 @@ def _json(path: Path) -> Any:
     return value
 
 
+def _rate_trials(root: Path) -> RateTrials | None:
+    """Of the training that there is: a rate that was given later was not found by trials."""
+    given = (yaml_values.read(root / "recipe.yaml").get("recover") or {}).get("lr")
+    return _json(root / "recover" / "trials.json") if given == "auto" else None
+
+
 def _drift(folder: Path) -> Drift | None:
     summary = _json(folder / "probe.json")
     return None if summary is None else drift.read(summary)
+
+
+def _overlap(path: Path) -> list[Overlap] | None:
+    """None where it was not looked for, as in runs of an earlier version."""
+    found = _json(path)
+    return None if found is None else found["found"]
 
 
 def _epochs(path: Path) -> list[Epoch]:
@@ -177,6 +201,7 @@ def _epochs(path: Path) -> list[Epoch]:
     for epoch, record in sorted(latest.items()):
         measured = cast(Measure, record.get("measure") or {})
         train = record.get("train") or {}
+        form, content = mistakes.shares(measured) or (None, None)
         rows.append(
             {
                 **{key: record.get(key) for key in ("step", "tokens", "seconds", "score")},
@@ -184,8 +209,12 @@ def _epochs(path: Path) -> list[Epoch]:
                 "train": train,
                 "headline": measured.get("headline") or {},
                 "loop_rate": mistakes.loop_rate(measured),
+                "loops_begin": mistakes.loops_begin(measured),
+                "form": form,
+                "content": content,
                 "items": {name: task.get("items") for name, task in (measured.get("tasks") or {}).items()},
                 "drift": drift.final_figures(record.get("drift") or {}),
+                "setbacks": record.get("setbacks") or [],
             }
         )
     return _one_best(rows)
@@ -259,7 +288,7 @@ def _with_differences(entry: Sample) -> Sample:
 
 
 def divergence(records: Records) -> list[DivergenceRow]:
-    """One row a generative task: the token at which greedy text first differs from dense (quantiles), and agreement."""
+    """One row a generative task: when greedy texts leave dense's, how many never do, and agreement token by token."""
     names = [
         name for name, task in ((records.get("dense") or {}).get("tasks") or {}).items() if task["kind"] == "generate"
     ]
@@ -268,18 +297,48 @@ def divergence(records: Records) -> list[DivergenceRow]:
         row: DivergenceRow = {"task": name, "pruned": None, "recovered": None}
         for model in ("pruned", "recovered"):
             task = ((records.get(model) or {}).get("tasks") or {}).get(name) or {}
-            row[model] = (
-                {"first": task.get("first_divergence"), "agreement": words.finite(task.get("agreement"))}
-                if task
-                else None
-            )
+            row[model] = _parted(cast(Task, task)) if task else None
         rows.append(row)
     return rows
 
 
+def _parted(task: Task) -> Parted:
+    """A record of an earlier version has no `parting`: it counted texts that never leave dense as leaving at their end.
+
+    Its median holds where most texts do leave.
+    """
+    never = words.finite(task.get("exact_text"))
+    found: Json | None = task.get("parting")
+    if found is None:
+        first = task.get("first_divergence") or {}
+        found = {name: first.get(name) for name, left in (("p50", 0.5), ("p90", 0.1)) if never is None or never < left}
+    return {
+        "never": never,
+        "p50": words.finite(found.get("p50")),
+        "p90": words.finite(found.get("p90")),
+        "curve": [(token, share) for token, share in found.get("curve") or ()],
+        "agreement": words.finite(task.get("agreement")),
+    }
+
+
+def where_programs_ran(records: Records) -> list[str]:
+    """A line for each way in which programs that the models wrote were kept apart from the machine, with its tasks."""
+    tasks: dict[str, set[str]] = {}
+    for record in records.values():
+        for name, task in (record or {"tasks": {}})["tasks"].items():
+            if kept := task.get("isolation"):
+                tasks.setdefault(kept, set()).add(name)
+    danger = " They could change any file of whoever ran them, those of this report too."
+    return [
+        f"Programs that the models wrote ({', '.join(sorted(names))}) were run {kept}."
+        + danger * kept.startswith("unconfined")
+        for kept, names in sorted(tasks.items())
+    ]
+
+
 def known_limits(data: RunData) -> list[str]:
     """What a reader must not conclude from this report, each line true of this very run."""
-    limits = []
+    limits = [f"{text[0].upper()}{text[1:]}." for text in map(overlap.sentence, data["overlap"] or ())]
     small = sorted(
         {
             row["task"]

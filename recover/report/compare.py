@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recover.base.artifacts import write_text
+from recover.base.products import taken_apart
 from recover.config import tasks
 from recover.report import plan_text, render, speed_text, words
 from recover.report.collect import collect
@@ -32,7 +33,17 @@ def compare(roots: Sequence[Path]) -> Comparison:
     are measured by different rules, have no `best`. A run that is not finished is compared by what it has. Raises
     ArtifactError as `collect` does.
     """
-    runs = [_run(collect(root)) for root in roots]
+    runs = [_of(root) for root in roots]
+    with taken_apart(roots[0].parent):
+        return _compare(runs, roots)
+
+
+def _of(root: Path) -> ComparedRun:
+    with taken_apart(root):
+        return _run(collect(root))
+
+
+def _compare(runs: list[ComparedRun], roots: Sequence[Path]) -> Comparison:
     _name_apart(runs, roots)
     runs.sort(key=lambda run: _order(run["kept"]["recovered"]["generation"], run["kept"]["pruned"]["generation"]))
     same_dense = len({run["model"] for run in runs}) <= 1
@@ -184,16 +195,18 @@ def _ratio(value: Any, of: Any) -> float | None:
 def render_compare(data: Comparison, path: Path) -> Path:
     """Write the comparison as one self-contained HTML page; gives its path."""
     html = render.environment(escape=True)
-    drawn = [render.worded(each, found) for each in PICTURES if (found := each.make(data)) is not None]
-    view = {
-        "data": data,
-        "drawn": drawn,
-        "columns": COLUMNS,
-        "rows": [row(run) for run in data["runs"]],
-        "speed_columns": SPEED_COLUMNS,
-        "speed_rows": [speed_row(run) for run in data["runs"]],
-    }
-    write_text(path, render.page(html, "compare.html.j2", view))
+    with taken_apart(path.parent):
+        drawn = [render.worded(each, found) for each in PICTURES if (found := each.make(data)) is not None]
+        view = {
+            "data": data,
+            "drawn": drawn,
+            "columns": COLUMNS,
+            "rows": [row(run) for run in data["runs"]],
+            "speed_columns": SPEED_COLUMNS,
+            "speed_rows": [speed_row(run) for run in data["runs"]],
+        }
+        page = render.page(html, "compare.html.j2", view)
+    write_text(path, page)
     return path
 
 

@@ -49,7 +49,10 @@ class Task(TypedDict, total=False):
     loop_rate: float | None
     loop_start: Quantiles | None
     first_divergence: Quantiles | None
+    parting: Json | None
+    exact_text: float | None
     agreement: float | None
+    isolation: str
 
 
 class Measure(TypedDict, total=False):
@@ -165,8 +168,28 @@ class Example(TypedDict):
     answer: str | None
 
 
+class Overlap(TypedDict):
+    """Items of a task that stand in a text of the run: `same` word for word, `near` others nearly so.
+
+    `field` of the recipe names the text `source`. `examples`: {item, text, same}.
+    """
+
+    field: str
+    source: str
+    task: str
+    items: int
+    same: int
+    near: int
+    examples: list[Json]
+
+
 class Parted(TypedDict):
-    first: Quantiles | None
+    """When greedy texts leave dense's: the token by which half and 90% of all have; `curve`: share still the same."""
+
+    never: float | None
+    p50: float | None
+    p90: float | None
+    curve: list[tuple[int, float]]
     agreement: float | None
 
 
@@ -342,6 +365,7 @@ class Plan(TypedDict, total=False):
     scores: Required[list[Score]]
     config: dict[str, int]
     repair: Repair
+    parallel: bool
     parameters_dense: Required[int]
     parameters_pruned: Required[int]
     modules: Required[list[ModuleZeros]]
@@ -349,8 +373,25 @@ class Plan(TypedDict, total=False):
     patterns: Required[list[str]]
 
 
+class Setback(TypedDict):
+    """A figure that became worse beyond noise; perplexity in nats per token. `interval`: 95%, of now - before.
+
+    `against`: `pruned`, or `epoch N`.
+    """
+
+    figure: str
+    against: str
+    before: float
+    now: float
+    interval: list[float]
+    items: int
+
+
 class Epoch(TypedDict):
-    """`best` is the one that is kept; tokens and seconds are counted from the start of the training."""
+    """`best` is the one that is kept; tokens and seconds are counted from the start of the training.
+
+    `form`, `content`: the share of all texts that is a mistake of form, and that is well formed and wrong.
+    """
 
     step: int | None
     tokens: int | None
@@ -360,8 +401,12 @@ class Epoch(TypedDict):
     train: dict[str, float | None]
     headline: dict[str, float | None]
     loop_rate: float | None
+    loops_begin: float | None
+    form: float | None
+    content: float | None
     items: dict[str, int | None]
     drift: dict[str, Quantiles]
+    setbacks: list[Setback]
     best: bool
 
 
@@ -379,6 +424,27 @@ class Training(TypedDict, total=False):
     rollbacks: int
     finished: bool
     findings: list[Finding]
+
+
+class Trial(TypedDict, total=False):
+    """A short training of `lr: auto`; `kl` is None where its loss was not finite."""
+
+    lr: Required[float]
+    kl: Required[float | None]
+    perplexity: float | None
+    seconds: float
+
+
+class RateTrials(TypedDict, total=False):
+    """recover/trials.json: what was tried for `lr: auto`, what was chosen, and why."""
+
+    prior: float
+    steps: int
+    tokens: int
+    trials: Required[list[Trial]]
+    chosen: Required[float | None]
+    reason: str | None
+    why: str
 
 
 class Band(TypedDict):
@@ -484,6 +550,7 @@ class PageData(TypedDict):
     drift: dict[str, Drift | None]
     epochs: list[Epoch]
     training: Training | None
+    rate_trials: RateTrials | None
     curve: Curve | None
     speed: Speed | None
     mistakes: list[Mistakes]
@@ -519,6 +586,7 @@ class RunData(PageData):
     verify: Json | None
     samples: list[Sample]
     examples: list[Example]
+    overlap: list[Overlap] | None
     verdict: Verdict
     limits: list[str]
 

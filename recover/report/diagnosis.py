@@ -7,6 +7,7 @@ from pathlib import Path
 from recover.base import artifacts, ownership
 from recover.base.artifacts import write_text
 from recover.base.errors import ArtifactError
+from recover.base.products import taken_apart
 from recover.report import drift, render, words
 from recover.report.data import MODELS, DiagnosisData, Drift, Json
 from recover.report.drift import mean_of
@@ -26,12 +27,12 @@ def render_diagnosis(folder: Path) -> Path:
 
     Raises ArtifactError if its summary is corrupt or of another kind.
     """
-    data = collect_diagnosis(folder)
-    view = {"data": data, "points": key_findings(data), **render.exhibited(data, DIAGNOSIS, measured=True)}
-    html = render.environment(escape=True)
-    path = folder / "report.html"
-    write_text(path, render.page(html, "diagnosis.html.j2", view))
-    return path
+    with taken_apart(folder):
+        data = collect_diagnosis(folder)
+        view = {"data": data, "points": key_findings(data), **render.exhibited(data, DIAGNOSIS, measured=True)}
+        page = render.page(render.environment(escape=True), "diagnosis.html.j2", view)
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
 
 
 def collect_diagnosis(folder: Path) -> DiagnosisData:
@@ -43,14 +44,15 @@ def collect_diagnosis(folder: Path) -> DiagnosisData:
     found = drift.read(summary)
     data: DiagnosisData = {
         "name": folder.absolute().name,
-        "dense": render.shown_source(str(summary.get("dense") or "dense")),
-        "other": render.shown_source(str(summary.get("other") or folder.absolute().name)),
+        "dense": words.shown_source(str(summary.get("dense") or "dense")),
+        "other": words.shown_source(str(summary.get("other") or folder.absolute().name)),
         "drift": {"other": found},
         "facts": _facts(summary),
         "title": _title(found),
         "recipe": {},
         "plan": None,
         "training": None,
+        "rate_trials": None,
         "curve": None,
         "speed": None,
         "divergence": [],

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from recover.report import mistakes, tables
+from recover.report import mistakes, overlap, tables
 from recover.report.figures import curve, drift, outcome, plan, sublayers, text, use
 from recover.report.figures.figure import Figure
 from recover.report.tables import Table
@@ -91,15 +91,18 @@ DIAGNOSIS = (
 EXHIBITS: list[Exhibit] = [
     Exhibit("top", "hero", outcome.hero),
     Exhibit("measures", "mistakes", mistakes.table),
+    Exhibit("measures", "overlap", overlap.table),
     Exhibit("recovery", "skipped", tables.skipped),
     Exhibit("recovery", "epochs", outcome.epochs, numbers=True),
     Exhibit("recovery", "training", curve.training),
+    Exhibit("recovery", "rates", tables.rates),
     Exhibit("damage", "last-layer", tables.last_layer),
     Exhibit("damage", "blocks", drift.blocks, numbers=True),
     Exhibit("damage", "sublayers", sublayers.worth, numbers=True),
     Exhibit("damage", "writes", sublayers.writes),
     Exhibit("text", "steps", drift.steps),
     Exhibit("text", "divergence", outcome.divergence),
+    Exhibit("text", "parting", outcome.parting),
     Exhibit("text", "divergence", tables.divergence),
     Exhibit("text", "sampled", text.sampled, numbers=True),
     Exhibit("text", "temperatures", text.temperatures, numbers=True),

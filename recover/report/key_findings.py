@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from recover.report import speed_text, words
-from recover.report.data import Divergence, PageData
+from recover.report.data import MODELS, Divergence, PageData
 from recover.report.drift import by_model, choice_kls, level, mean_of
 from recover.report.figures.sublayers import PART_NAMES
+from recover.report.mistakes import FORM
 
 Point = tuple[str, str, str]  # question, answer, key of the figure or section that shows it
 FEW_TOKENS = 10.0  # a mean KL so many times the median is carried by few tokens
@@ -14,7 +15,8 @@ FEW_TOKENS = 10.0  # a mean KL so many times the median is carried by few tokens
 def key_findings(data: PageData) -> list[Point]:
     """Questions with their answers, only those that this run can answer."""
     first = next(iter(data["drift"]))
-    found = [_where(data, first), _how(data, first), _when(data), _compounds(data), _chooses(data), _gain(data)]
+    found = [_where(data, first), _how(data, first), _when(data), _compounds(data)]
+    found += [_fails(data), _chooses(data), _gain(data)]
     return [point for point in found if point is not None]
 
 
@@ -83,6 +85,30 @@ def _compounds(data: PageData) -> Point | None:
             parts.append(f"{model}, KL {words.number(own)} on its own words and {words.number(direct)} on dense words")
     answer = "; ".join(parts)
     return ("Is it worse on its own words?", f"{answer[0].upper()}{answer[1:]}.", "figure-steps") if answer else None
+
+
+def _fails(data: PageData) -> Point | None:
+    """Whether texts fail by their form, which any text teaches, or by their content."""
+    parts = []
+    for model in MODELS:
+        rows = [row for row in data["mistakes"] if row["model"] == model]
+        items = sum(row["items"] for row in rows)
+        if not items:
+            continue
+        form = sum(count for row in rows for kind, count in row["mistakes"].items() if kind in FORM)
+        content = sum(row["mistakes"].get("content", 0) for row in rows)
+        loops = sum(row["mistakes"].get("loop", 0) for row in rows)
+        looping = f" ({words.percent(loops / items, 1)} loop)" if loops else ""
+        parts.append(
+            f"{model}, {words.percent(form / items, 1)} of answers by form{looping}, "
+            f"{words.percent(content / items, 1)} by content"
+        )
+    answer = "; ".join(parts)
+    return (
+        ("Do answers fail by form or by content?", f"{answer[0].upper()}{answer[1:]}.", "table-mistakes")
+        if parts
+        else None
+    )
 
 
 def _chooses(data: PageData) -> Point | None:

@@ -14,7 +14,7 @@ NAMES = {
     "unparsed": ("does not parse", "does not parse"),
     "content": ("well formed, wrong", "is well formed and wrong"),
 }
-SHOWN = ("pruned", "recovered")  # models whose mistakes are shown
+FORM = ("loop", "endless", "no_answer", "unparsed")
 
 
 def counted(records: Records) -> list[Mistakes]:
@@ -40,11 +40,11 @@ def counted(records: Records) -> list[Mistakes]:
 
 
 def examples(records: Records) -> list[Example]:
-    """One text of each kind of mistake, of pruned and of recovered: {task, model, mistake, prompt, expected, text}."""
+    """One text of each kind of mistake of each model: {task, model, mistake, prompt, expected, text}."""
     found = []
     for name, model, task in _writing(records):
         for kind in NAMES:
-            sample = (task.get("examples") or {}).get(kind) if model in SHOWN else None
+            sample = (task.get("examples") or {}).get(kind)
             if sample is None:
                 continue
             expected, answer = sample.get("expected"), sample.get("answer")
@@ -63,12 +63,12 @@ def examples(records: Records) -> list[Example]:
 
 
 def _writing(records: Records) -> list[tuple[str, Model, Task]]:
-    """(name, model, record) of each task that writes."""
+    """(name, model, record) of each task whose texts are told apart by their mistakes, whatever its kind."""
     return [
         (name, model, task)
         for model, record in records.items()
         for name, task in ((record or {}).get("tasks") or {}).items()
-        if task["kind"] in ("generate", "code")
+        if task.get("mistakes") is not None
     ]
 
 
@@ -77,6 +77,27 @@ def loop_rate(measured: Measure) -> float | None:
     tasks = (measured.get("tasks") or {}).values()
     rates = [rate for task in tasks if (rate := words.finite(task.get("loop_rate"))) is not None]
     return sum(rates) / len(rates) if rates else None
+
+
+def shares(measured: Measure) -> tuple[float, float] | None:
+    """Of all texts of a record, the share that is a mistake of form, and the share well formed and wrong.
+
+    The mean over tasks, each weighing the same; None where no record tells them apart.
+    """
+    tasks = (measured.get("tasks") or {}).values()
+    counts = [(found, task["items"]) for task in tasks if (found := task.get("mistakes")) and task["items"]]
+    if not counts:
+        return None
+    form = [sum(found.get(kind, 0) for kind in FORM) / items for found, items in counts]
+    content = [found.get("content", 0) / items for found, items in counts]
+    return sum(form) / len(counts), sum(content) / len(counts)
+
+
+def loops_begin(measured: Measure) -> float | None:
+    """The token before which half of the loops begin, the mean over tasks with loops; None without any."""
+    starts = [(task.get("loop_start") or {}).get("p50") for task in (measured.get("tasks") or {}).values()]
+    known = [start for start in starts if start is not None]
+    return sum(known) / len(known) if known else None
 
 
 def table(data: PageData) -> Table | None:

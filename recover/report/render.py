@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recover.base.artifacts import write_json, write_text
+from recover.base.products import taken_apart
 from recover.config import tasks, yaml_values
-from recover.report import exhibits, mistakes, plan_text, speed_text, training_text, verdict, words
+from recover.report import exhibits, mistakes, plan_text, setbacks, speed_text, training_text, verdict, words
 from recover.report.data import Cell, RunData
 from recover.report.exhibits import Exhibit, Section
 from recover.report.figures.figure import Figure
@@ -36,13 +37,18 @@ SIGNS = {"yes": "✓", "with care": "~", "no": "✗", "cannot tell": "", "not me
 
 
 def render(root: Path, data: RunData) -> list[Path]:
-    """Write report.json, report.md and report.html into `root`, each whole or not at all; gives their paths."""
-    view = _view(data)
-    html, markdown = environment(escape=True), environment(escape=False)
+    """Write report.json, report.md and report.html into `root`, each whole or not at all; gives their paths.
+
+    Raises ArtifactError, with nothing written, where a file of the run holds what we never write.
+    """
     paths = [root / "report.json", root / "report.md", root / "report.html"]
+    with taken_apart(root):
+        view = _view(data)
+        html, markdown = environment(escape=True), environment(escape=False)
+        texts = [markdown.get_template("report.md.j2").render(view), page(html, "report.html.j2", view)]
     write_json(paths[0], data)
-    write_text(paths[1], markdown.get_template("report.md.j2").render(view))
-    write_text(paths[2], page(html, "report.html.j2", view))
+    for path, text in zip(paths[1:], texts, strict=True):
+        write_text(path, text)
     return paths
 
 
@@ -117,6 +123,7 @@ def _view(data: RunData) -> dict[str, Any]:
         "points": key_findings(data),
         "mistake_names": {kind: heading for kind, (_, heading) in mistakes.NAMES.items()},
         "training_notes": training_text.notes(data),
+        "setbacks": setbacks.told(data["epochs"], data["recipe"], (data["rate_trials"] or {}).get("chosen")),
         "size_rows": speed_text.rows(data["speed"]),
         "speed_notes": speed_text.notes(data["speed"]),
         "measured_on": words.machine((data["speed"] or {}).get("machine")),
@@ -156,7 +163,7 @@ def worded(exhibit: Exhibit, found: Figure | Table) -> dict[str, Any]:
 
 def _facts(data: RunData) -> list[tuple[str, str]]:
     recipe, plan, env, tokens = data["recipe"], data["plan"], data["provenance"]["env"] or {}, data["tokens"]
-    facts = [("dense model", shown_source(str((recipe.get("model") or {}).get("source", words.NOT_MEASURED))))]
+    facts = [("dense model", words.shown_source(str((recipe.get("model") or {}).get("source", words.NOT_MEASURED))))]
     if plan:
         what = plan_text.sites(plan) or plan_text.sizes(plan)
         facts.append(("pruned by", f"{plan['kind']}{f', {what}' if what else ''}"))
@@ -171,17 +178,6 @@ def _facts(data: RunData) -> list[tuple[str, str]]:
     if env.get("machine"):
         facts.append(("on", words.machine(env["machine"])))
     return facts
-
-
-def shown_source(source: str) -> str:
-    """A hub id as it is; of a local path only the last part, since folders of one machine tell others nothing.
-
-    Of an export of ours the run's name, too: `deploy` alone is what all of them are called.
-    """
-    path = Path(source)
-    if path.name == "deploy" and path.parent.name:
-        return f"{path.parent.name}/deploy"
-    return path.name if path.is_absolute() else source
 
 
 def _recovery(data: RunData) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from recover.report import made, words
-from recover.report.data import PageData, RetrievalDrift
+from recover.report.data import CHANGED, PageData, Parted, RetrievalDrift
 from recover.report.drift import by_model, mean_of, spread
 
 DRIFT_NAMES = {
@@ -70,21 +70,35 @@ def floor(data: PageData) -> str:
 
 
 def divergence(data: PageData) -> Table | None:
-    """Per generative task: token by which half, and nine tenths, of the texts left dense; tokens equal to dense."""
+    """Per generative task: how many texts never leave dense's, and the token by which half and nine tenths have."""
     rows = []
     for row in data["divergence"]:
         cells: list[str] = []
         for model in ("pruned", "recovered"):
-            figures_of = row[model] or {}
-            first = figures_of.get("first") or {}
-            cells += [words.number(first.get("p50")), words.number(first.get("p90"))]
-            cells.append(words.percent(figures_of.get("agreement"), 1))
+            parted = row[model]
+            if parted is None:
+                cells += [words.NOT_MEASURED] * 4
+                continue
+            cells += [words.percent(parted["never"], 1), *(_by(parted, share) for share in ("p50", "p90"))]
+            cells.append(words.percent(parted["agreement"], 1))
         rows.append((row["task"], *cells))
     if not rows:
         return None
-    caption = "On the tasks: the token by which 50% and 90% of the greedy texts differ from dense."
-    columns = [(name, model) for model in ("pruned", "recovered") for name in (f"{model}, p50", "p90", "tokens equal")]
+    caption = (
+        "On the tasks: the share of greedy texts that are dense's to the end, and the token by which 50% and 90% of "
+        "all texts have left it; “never” where fewer do."
+    )
+    names = ("never", "50% by", "90% by", "tokens equal")
+    columns = [(f"{model}, {name}" if name == "never" else name, model) for model in CHANGED for name in names]
     return Table("Where texts leave dense", caption, (("task", ""), *columns), rows)
+
+
+def _by(parted: Parted, share: Literal["p50", "p90"]) -> str:
+    """The token, or that so many never part."""
+    if parted[share] is not None:
+        return words.number(parted[share])
+    needed = {"p50": 0.5, "p90": 0.9}[share]
+    return words.NOT_MEASURED if parted["never"] is None or 1 - parted["never"] >= needed else "never"
 
 
 CHOICE_COLUMNS = (
@@ -231,6 +245,29 @@ def inputs(data: PageData) -> Table | None:
     )
     columns = (("read", ""), ("as", ""), ("by", ""))
     return Table("What was read", caption, columns, rows, len(columns))
+
+
+def rates(data: PageData) -> Table | None:
+    """The trials of `lr: auto`, and the rate that was taken."""
+    found = data["rate_trials"]
+    if found is None or found["chosen"] is None:
+        return None
+    if not found["trials"]:
+        rows = [(f"{found['chosen']:.3g}, taken", "–", "–", "–")]
+    else:
+        rows = [
+            (
+                f"{trial['lr']:.3g}{', taken' if trial['lr'] == found['chosen'] else ''}",
+                words.number(trial["kl"]) if trial["kl"] is not None else "not finite",
+                words.number(trial.get("perplexity")) if trial.get("perplexity") else "–",
+                words.duration(trial.get("seconds")),
+            )
+            for trial in found["trials"]
+        ]
+    caption = f"Short trainings before the training, judged on rows that they did not learn. {found.get('why') or ''}."
+    names = ("learning rate", "KL(dense ‖ model), nats", "perplexity", "time")
+    note = f"Taken: {found.get('reason')}." if found["trials"] else ""
+    return Table("Trials of learning rates", caption, tuple((name, "") for name in names), rows, note=note)
 
 
 def times(data: PageData) -> Table | None:

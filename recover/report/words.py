@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 from recover.base import units
@@ -109,6 +110,17 @@ def shown(value: Any, form: str) -> str:
 def clean(text: Any) -> str:
     """Model text safe to lay out: invisible and reordering characters become a visible mark. Templates escape it."""
     return _INVISIBLE.sub("\N{REPLACEMENT CHARACTER}", str(text).encode("utf-8", "replace").decode("utf-8"))
+
+
+def shown_source(source: str) -> str:
+    """A hub id as it is; of a local path only the last part, since folders of one machine tell others nothing.
+
+    Of an export of ours the run's name, too: `deploy` alone is what all of them are called.
+    """
+    path = Path(source)
+    if path.name == "deploy" and path.parent.name:
+        return f"{path.parent.name}/deploy"
+    return path.name if path.is_absolute() else source
 
 
 def beginning(text: str) -> str:

@@ -12,9 +12,11 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+from collections.abc import Iterator
 from functools import cached_property, partial
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import LongTensor, Tensor
@@ -24,40 +26,53 @@ from recover.base import console, dist
 from recover.base.artifacts import check_manifest, read_jsonl, write_text
 from recover.base.clock import part
 from recover.base.errors import RecipeError
-from recover.config.recipe import DenseText, GivenText, PrunedText, Recipe, TeacherText
+from recover.config.recipe import Calibration, Data, DenseText, GivenText, PrunedText, Recipe, TeacherText
 from recover.config.tasks import GenerateFile
 from recover.measure.tasks import Task, check_allowed, check_names, check_room, load_task
+from recover.models import vocabulary
 from recover.models.held import Held
-from recover.models.load import check_fit, check_vocabulary, describe, load_model, load_tokenizer, ready
+from recover.models.load import check_fit, describe, load_model, load_tokenizer, ready
 from recover.models.plan import Plan, load_plan
-from recover.models.source import check_rows, check_tied, check_weights, kind_of, locate
+from recover.models.source import check_rows, check_tied, check_weights, kind_of, locate, read_config
 from recover.models.twin import Twin
 from recover.probe.trajectory import check_steps
-from recover.prune.calibrate import calibration_batches, check_asked
+from recover.prune.calibrate import calibration_batches, check_asked, read_texts
+from recover.report.data import Overlap
+from recover.report.words import shown_source
 from recover.run.directory import RunDirectory
+from recover.run.estimate import settle
 from recover.text.generate import generate
+from recover.text.overlap import overlaps
 from recover.text.prompts import encode_prompt
 from recover.train.checkpoints import read_adapter
 from recover.train.dense_text import weights_fingerprint
 from recover.train.prompted import check_answers, fitting_prompts
-from recover.train.sources import check_given, read_prompts
-from recover.train.teacher_file import check_teacher
+from recover.train.sources import check_given, read_prompts, read_rows
+from recover.train.teacher_file import check_teacher, read_teacher
 
 SAMPLE_ROWS = 4  # of sample_ids
+LOOKED_AT = 100_000  # texts of a source in which measured items are looked for
 
 
 class RunContext:
-    """The recipe, its run directory, and the loaded things that stages ask for."""
+    """The recipe, its run directory, and the loaded things that stages ask for.
+
+    What is `auto` in the recipe is settled here (`chosen` says how), but for the learning rate. Raises RecipeError and
+    ModelError where it cannot be.
+    """
 
     def __init__(self, recipe: Recipe, directory: RunDirectory) -> None:
-        self.recipe = recipe
+        self.recipe, self.chosen = settle(recipe)
         self.directory = directory
         self._twin: tuple[str, Twin] | None = None
         self._held: Held | None = None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.recipe.model)
+        tokenizer, rows = load_tokenizer(self.recipe.model), read_config(self.recipe.model).get("vocab_size")
+        if rows is not None:
+            vocabulary.fit(tokenizer, rows)
+        return tokenizer
 
     @cached_property
     def tasks(self) -> list[Task]:
@@ -190,7 +205,6 @@ class RunContext:
             check_weights(folder)
             check_tied(folder, model.tied)
             check_rows(folder, model.vocabulary)
-        check_vocabulary(self.tokenizer, model.vocabulary)
         check_names(self.tasks, "measure.tasks")
         check_steps(self.probe_prompts(), self.recipe.probe.steps, model.context)
         check_room(self.tasks, self.tokenizer, self.recipe.measure, model.context)
@@ -202,7 +216,54 @@ class RunContext:
                 prompts = fitting_prompts(source, self.recipe.recover.length, self.tokenizer)
                 check_answers(prompts, source, number, self.tokenizer, model.context)
             if isinstance(source, TeacherText):
-                check_teacher(source, model.vocabulary)
+                check_teacher(source, model.vocabulary, self.tokenizer)
+
+
+@part("looking for measured items in the text")
+def overlap_record(context: RunContext) -> dict[str, Any]:
+    """The items of each task that stand in a text which the run is made with: {looked_at: {field: texts}, found}.
+
+    Of each source the first `LOOKED_AT` texts are looked at. All of them were read before, by `check_inputs`.
+    """
+    recipe, limit = context.recipe, context.recipe.measure.limit
+    tasks = {task.name: task.asked[:limit] for task in context.tasks}
+    sources = {f"recover.data.{number}": source for number, source in enumerate(recipe.recover.data)}
+    if (cfg := getattr(recipe.prune, "calibration", None)) is not None:
+        sources["prune.calibration"] = cfg
+    looked_at: dict[str, int] = {}
+    found: list[Overlap] = []
+    for field, source in sources.items():
+        name, texts = _texts_of(context, source)
+        some = list(islice(texts, LOOKED_AT))
+        looked_at[field] = len(some)
+        found += [
+            cast(Overlap, {"field": field, "source": shown_source(name), **each}) for each in overlaps(tasks, some)
+        ]
+    return {"looked_at": looked_at, "found": found}
+
+
+def _texts_of(context: RunContext, source: Data | Calibration) -> tuple[str, Iterator[str]]:
+    """Where the texts of a source come from, and each of them."""
+    if isinstance(source, GivenText):
+        rows = read_rows(source.source, source.split, source.subset)
+        return source.source, (
+            "\n".join(_plain(row.value.get(name)) for name in source.columns.values()) for row in rows
+        )
+    if isinstance(source, TeacherText):
+        rows = read_teacher(source, describe(context.recipe.model).vocabulary)
+        return source.source, (str(context.tokenizer.decode(row.sample.ids)) for row in rows)
+    if isinstance(source, Calibration):
+        return source.data, iter(read_texts(source))
+    prompts = fitting_prompts(source, context.recipe.recover.length, context.tokenizer)
+    return source.prompts, (_plain(row.value["prompt"]) for row in prompts)
+
+
+def _plain(value: Any) -> str:
+    """A text, or the texts of messages, without roles and template."""
+    if not isinstance(value, list):
+        return value if isinstance(value, str) else ""
+    contents = [message.get("content") for message in value if isinstance(message, dict)]
+    return "\n".join(content for content in contents if isinstance(content, str))
 
 
 def calibration(context: RunContext) -> list[LongTensor]:

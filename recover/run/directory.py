@@ -33,12 +33,12 @@ KIND = "run"
 STAMP = re.escape(DONE)
 MEASURED = rf"measure\.json|generations\.json|probe\.jsonl?|{STAMP}"
 # `trial` and `forecast.json` are of earlier versions: a run that holds them is a run still.
-TRAINED = rf"(?:best|training|trial)\.json|steps\.jsonl|epoch-\d+|{STAMP}"
+TRAINED = rf"(?:best|training|trials?)\.json|steps\.jsonl|epoch-\d+|{STAMP}"
 # What a run writes, by folder, as expressions: a crash is mended of these names in these places and of no others.
 WRITTEN = {
     ".": r"(?:RUN|env|verify|speed|forecast|commits)\.json|recipe\.yaml|report\.(?:json|md|html)"
     r"|expected\.safetensors|deploy",
-    "plan": rf"estimate\.json|{STAMP}",
+    "plan": rf"(?:estimate|overlap)\.json|{STAMP}",
     "dense": MEASURED,
     "prune": rf"plan\.json|(?:masks|weights)\.safetensors|written-[0-9a-f]+\.jsonl|{STAMP}",
     "prune/parts": r"parts\.jsonl|part-\d+\.safetensors",
@@ -68,6 +68,7 @@ class RunDirectory:
         self.epochs_again, self.best_again = root / "after" / "epochs.jsonl", root / "after" / "best.json"
         self.epochs, self.verify, self.speed = root / "epochs.jsonl", root / "verify.json", root / "speed.json"
         self.commits, self.more = root / "commits.json", root / "more"
+        self.overlap = self.plan / "overlap.json"
         self.report_json, self.report_md = root / "report.json", root / "report.md"
         self.report_html = root / "report.html"
 
@@ -146,7 +147,7 @@ class RunDirectory:
         if not path.exists():
             return None
         stamp = read_json(path)
-        if not isinstance(stamp, dict) or not isinstance(stamp.get("fingerprint"), dict):
+        if not _is_stamp(stamp, stage) or not _is_time(stamp.get("finished")):
             raise ArtifactError(f"{path}: not a stamp; delete it, and the stage is done again")
         return stamp
 
@@ -200,6 +201,14 @@ class RunDirectory:
         best = peek(self.best_again) or peek(self.recover / "best.json") or {}
         return {"epoch": best.get("epoch"), **{model: record.get("headline") for model, record in records.items()}}
 
+    def forget_training(self) -> None:
+        """Have a training that is finished begin anew, and not be lengthened; one that is not finished goes on."""
+        path = self.recover / "training.json"
+        found = peek(path)
+        if isinstance(found, dict) and found.get("finished"):
+            with explaining(self.root):
+                write_json(path, {**found, "parts": []})
+
     def stale_reason(self, stage: str, fingerprint: dict[str, Any]) -> str | None:
         """Why a stage must be done (again), as `prune.count: 4 -> 5`, or None."""
         stamp = self.done(stage)
@@ -218,6 +227,13 @@ def _stamped(root: Path) -> bool:
     """Whether a stage of ours was finished here: every run of earlier versions holds such a stamp."""
     folders = ["plan", "dense", "prune", "before", "recover", "trial", "after", "deploy", "report"]
     return any(_is_stamp(peek(root / folder / DONE), {"deploy": "export"}.get(folder, folder)) for folder in folders)
+
+
+def _is_time(value: Any) -> bool:
+    try:
+        return datetime.fromisoformat(value) is not None
+    except (TypeError, ValueError):
+        return False
 
 
 def _is_stamp(value: Any, stage: str) -> bool:

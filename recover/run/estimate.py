@@ -14,11 +14,13 @@ import torch
 
 from recover.base import dist, memory
 from recover.base.errors import PruneError, RecipeError, TrainingError
+from recover.config.auto import Chosen, Facts, row_tokens, settled
 from recover.config.recipe import PrunedText, Recipe, Recover
-from recover.models.load import Description
+from recover.models.load import Description, describe
 from recover.models.source import exported_dtype
 from recover.prune.registry import Cost, pruner_of
 from recover.train.settings import refuse_averaging_shares, refuse_sharding_twice, split_batch
+from recover.train.trials import planned
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -78,6 +80,30 @@ def _refuse_cache(recipe: Recipe, model: Description) -> None:
             f"recover.cache.folder: {folder} needs at least {needed:,} bytes, and has {there:,} of them and {free:,} "
             "free: make room, name another folder, lower recover.tokens, or leave recover.cache out"
         )
+
+
+def settle(recipe: Recipe) -> tuple[Recipe, list[Chosen]]:
+    """The recipe with what is `auto` in `recover` replaced, but for `lr`, and what was taken, with reasons.
+
+    Raises:
+        RecipeError: pruning would refuse this model. ModelError: the model cannot be described.
+    """
+    if not {*recipe.recover.auto} - {"lr"}:
+        return recipe, []
+    model = describe(recipe.model)
+    try:
+        cost = pruner_of(recipe.prune).cost(recipe.prune, model)
+    except PruneError as error:
+        raise RecipeError(str(error)) from None
+    facts = Facts(model.width, model.parameters, (cost.gone + cost.zeros) / model.parameters)
+    cfg, chosen = settled(recipe.recover, facts)
+    return recipe.model_copy(update={"recover": cfg}), chosen
+
+
+def rate_plan(cfg: Recover, width: int) -> str:
+    """What `lr: auto` will do, as far as can be said before there is text."""
+    rows = cfg.tokens / row_tokens(cfg)
+    return planned(cfg, width, [round(cfg.tokens / rows)] * round(rows)).why
 
 
 def warnings(recipe: Recipe, model: Description) -> list[str]:

@@ -15,18 +15,14 @@ from typing import Any
 import yaml
 
 from recover.base import hub
-from recover.base.artifacts import DONE
 from recover.base.errors import DataError, RecoverError
 from recover.base.products import digest_of
 from recover.config.paths import FIELDS, FOLDERS, ending, matching
 from recover.config.recipe import local_path
 from recover.measure.task_rows import GENERATOR, PACKAGE, in_package
+from recover.models.gate import listed
 
 HASHED_BYTES = 64 * 2**20  # larger files (weights) are known by size and time of change: hashing them costs minutes
-# What transformers reads of a model folder, by its ending, and in which folder inside it.
-OF_MODELS = (*(".json", ".safetensors", ".jinja", ".model", ".txt", ".py"), *(".spm", ".tiktoken", ".bpe", ".vocab"))
-TEMPLATES = "additional_chat_templates"
-WORDS = ("license", "notice", "readme", "use_policy")  # of text files that are for people
 WRITTEN = ("cache-", "tmp")  # beginnings of what `datasets` puts into a folder that it reads
 GENERATOR_PACKAGE = "reasoning-gym"
 
@@ -139,18 +135,12 @@ def _data_files(data: str, folder: Path) -> Iterator[Path]:
 def _of_folder(folder: Path) -> Iterator[Path]:
     """What is read of a model folder; of any other, a data set's, all its files."""
     if (folder / "config.json").is_file() or (folder / "tokenizer_config.json").is_file():
-        for path in (*folder.iterdir(), *(folder / TEMPLATES).glob("*.jinja")):
-            if path.suffix in OF_MODELS and path.name != DONE and path.is_file() and not _for_people(path):
-                yield path
+        yield from (folder / name for name in listed(folder) if (folder / name).is_file())
         return
     for path in folder.rglob("*"):
         below = path.relative_to(folder).parts
         if path.is_file() and not any(part.startswith(".") for part in below) and not path.name.startswith(WRITTEN):
             yield path
-
-
-def _for_people(path: Path) -> bool:
-    return path.suffix == ".txt" and path.name.lower().startswith(WORDS)
 
 
 def _generators(leaves: Any) -> Iterator[tuple[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from recover.base.clock import part
 from recover.base.errors import ArtifactError
 from recover.base.journal import Journal
 from recover.config.base import Dtype
+from recover.config.paths import without_folders
 from recover.config.recipe import Measure, Model, Recipe, dump_recipe
 from recover.export.card import card
 from recover.export.merge import merge
@@ -32,13 +34,17 @@ from recover.models.twin import Twin
 from recover.probe.probe import dense_trajectories, final_drift, probe, summary
 from recover.probe.tasks import task_drift
 from recover.prune import registry
+from recover.report import overlap
 from recover.report.collect import collect
 from recover.report.render import render
+from recover.report.setbacks import advice, sentence
 from recover.run import summary as outcome
-from recover.run.context import RunContext, calibration
+from recover.run.context import RunContext, calibration, overlap_record
 from recover.run.directory import RunDirectory
-from recover.run.estimate import estimate, matrix_rate, refuse, warnings
+from recover.run.estimate import estimate, matrix_rate, rate_plan, refuse, warnings
 from recover.run.input_digests import digests
+from recover.run.setbacks import setbacks
+from recover.train import trials
 from recover.train.checkpoints import best_of, read_adapter
 from recover.train.dense_text import weights_fingerprint
 from recover.train.train import train
@@ -47,17 +53,21 @@ from recover.train.train import train
 def plan(context: RunContext) -> None:
     """As `checked`; recipe, environment and estimates are put on record."""
     recipe, directory = context.recipe, context.directory
-    figures, code = checked(context)
+    found = checked(context)
     if dist.is_main():
         write_text(directory.recipe, dump_recipe(recipe))
-        write_json(directory.env, {**provenance.environment(), **({} if code is None else {"remote_code": code})})
-        write_json(directory.plan / "estimate.json", figures)
+        said = {"remote_code": found["code"], "commits": directory.commits_on_record() or None}
+        known = {name: value for name, value in said.items() if value is not None}
+        write_json(directory.env, provenance.environment() | known)
+        write_json(directory.plan / "estimate.json", found["estimate"])
+        write_json(directory.overlap, found["overlap"])
 
 
-def checked(context: RunContext) -> tuple[dict[str, Any], list[str] | None]:
+def checked(context: RunContext) -> dict[str, Any]:
     """Refuse what cannot work and say what the rest will cost, before any weight is loaded; nothing is written.
 
-    Gives the estimates, and the code of others that will run (None: none is let run).
+    Gives the `estimate`, the `code` of others that will run (None: none is let run), and on the main process the
+    `overlap` of measured items with the text.
     """
     recipe = context.recipe
     code = _say_code(recipe.model)
@@ -66,11 +76,21 @@ def checked(context: RunContext) -> tuple[dict[str, Any], list[str] | None]:
     threads.chosen(model.width, model.intermediate, context.directory.threads())
     context.check_inputs()
     figures = estimate(recipe, model, matrix_rate())
-    if dist.is_main():
-        console.table("plan (estimates)", ["what", "dense", "pruned"], _plan_rows(figures))
-        for line in warnings(recipe, model):
-            console.warn(line)
-    return figures, code
+    auto = [*map(asdict, context.chosen)]
+    if "lr" in recipe.recover.auto:
+        auto.append({"field": "lr", "value": "auto", "why": rate_plan(recipe.recover, model.width)})
+    record = {"estimate": {**figures, "auto": auto}, "code": code, "overlap": None}
+    if not dist.is_main():
+        return record
+    record["overlap"] = overlaps = overlap_record(context)
+    console.table("plan (estimates)", ["what", "dense", "pruned"], _plan_rows(figures))
+    for each in auto:
+        console.say(f"recover.{each['field']}: {each['value']}: {each['why']}")
+    for line in warnings(recipe, model):
+        console.warn(line)
+    for line in overlap.lines(overlaps):
+        console.warn(line) if overlaps["found"] else console.say(f"[dim]{line}[/dim]")
+    return record
 
 
 def _say_code(cfg: Model) -> list[str] | None:
@@ -152,8 +172,8 @@ def recover(context: RunContext) -> None:
     recipe, directory = context.recipe, context.directory
     dist.on_main(lambda: _forget_epochs_again(directory))
     twin = context.lend()
-    untrained = read_json(directory.before / "measure.json")["headline"]["generation"]
-    after_epoch = _after_epoch(context, twin)
+    untrained = read_json(directory.before / "measure.json")
+    after_epoch = _after_epoch(context, twin, untrained)
     with part("training"):
         train(
             twin,
@@ -162,20 +182,34 @@ def recover(context: RunContext) -> None:
             directory.recover,
             after_epoch,
             recipe.seed,
-            baseline_score=untrained,
+            baseline_score=untrained["headline"]["generation"],
         )
 
 
-def _after_epoch(context: RunContext, twin: Twin) -> Callable[[int, dict[str, Any]], float | None]:
-    """Measure what was trained so far, note it in epochs.jsonl, and give the score that decides."""
-    directory, measured = context.directory, _measuring_epochs(context, twin)
+def _after_epoch(
+    context: RunContext, twin: Twin, untrained: dict[str, Any]
+) -> Callable[[int, dict[str, Any]], float | None]:
+    """Measure what was trained so far, note it in epochs.jsonl, say what became worse, and give the score that decides.
+
+    `untrained`: the pruned model's measurement. `twin` has no adapters yet.
+    """
+    directory, drift = context.directory, _drift_of_epochs(context, twin)
+    pruned, dumped = {"measure": untrained, "drift": drift()}, context.recipe.model_dump(mode="json")
 
     def score(epoch: int, progress: dict[str, Any]) -> float | None:
-        found = measured()
+        found = _measured_epoch(context, twin, drift)
         if dist.is_main():
             if epoch == 1:
                 directory.epochs.unlink(missing_ok=True)  # of a training that was begun anew
-            append_jsonl(directory.epochs, {"epoch": epoch, **progress, **found})
+            now = {"epoch": epoch, **progress, **found}
+            past = read_jsonl(directory.epochs) if directory.epochs.exists() else []
+            worse = setbacks(now, pruned, [each for each in past if each["epoch"] < epoch])
+            append_jsonl(directory.epochs, {**now, "setbacks": worse})
+            for line in [
+                *(f"epoch {epoch}: {sentence(each)}" for each in worse),
+                *advice(worse, dumped, _rate(context)),
+            ]:
+                console.warn(line)
         return found["score"]
 
     return score
@@ -194,30 +228,36 @@ def _measured_with(recipe: Recipe) -> dict[str, Any]:
     return {**fields, "inputs": digests(fields)}
 
 
-def _measuring_epochs(context: RunContext, twin: Twin) -> Callable[[], dict[str, Any]]:
-    """What measures the adapter that the twin has: its part of a record of epochs.jsonl, `score` decides."""
-    recipe, directory = context.recipe, context.directory
-    limit, measured_with = _epoch_limit(recipe.measure), _measured_with(recipe)
-    reference = read_json(directory.dense / "generations.json")
-    prompts = context.probe_prompts()
-    trajectories = dense_trajectories(twin, context.tokenizer, prompts, recipe.probe)
+def _drift_of_epochs(context: RunContext, twin: Twin) -> Callable[[], dict[str, Any]]:
+    """What measures the drift of the twin as it is then, along trajectories that dense takes once."""
+    prompts, cfg = context.probe_prompts(), context.recipe.probe
+    trajectories = dense_trajectories(twin, context.tokenizer, prompts, cfg)
+    return lambda: final_drift(twin, context.tokenizer, prompts, cfg, trajectories=trajectories)
 
-    def measured() -> dict[str, Any]:
-        with twin.folded():
-            record, _ = measure(
-                twin.model,
-                context.tokenizer,
-                context.tasks,
-                recipe.measure,
-                reference=reference,
-                limit=limit,
-                seed=recipe.seed,
-            )
-            drift = final_drift(twin, context.tokenizer, prompts, recipe.probe, trajectories=trajectories)
-        value = record["headline"]["generation"]
-        return {"measure": record, "drift": drift, "score": value, "measured_with": measured_with}
 
-    return measured
+def _measured_epoch(context: RunContext, twin: Twin, drift: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The part of a record of epochs.jsonl that measures the adapter which the twin has; `score` decides."""
+    recipe = context.recipe
+    reference = read_json(context.directory.dense / "generations.json")
+    with twin.folded():
+        record, _ = measure(
+            twin.model,
+            context.tokenizer,
+            context.tasks,
+            recipe.measure,
+            reference=reference,
+            limit=_epoch_limit(recipe.measure),
+            seed=recipe.seed,
+        )
+        drifted = drift()
+    score = record["headline"]["generation"]
+    return {"measure": record, "drift": drifted, "score": score, "measured_with": _measured_with(recipe)}
+
+
+def _rate(context: RunContext) -> float:
+    """The highest learning rate of the training."""
+    cfg = context.recipe.recover
+    return read_json(context.directory.recover / trials.FILE)["chosen"] if "lr" in cfg.auto else cfg.lr
 
 
 def after(context: RunContext) -> None:
@@ -239,7 +279,7 @@ def _epochs_again(context: RunContext) -> None:
         return
     known = _known_again(directory, wanted)
     twin = context.recovered()
-    measured = _measuring_epochs(context, twin)
+    drift = _drift_of_epochs(context, twin)
     rows = []
     for each in best["epochs"]:
         epoch, folder = each["epoch"], directory.recover / each["folder"]
@@ -250,7 +290,8 @@ def _epochs_again(context: RunContext) -> None:
                 console.warn(f"epoch {epoch} cannot be measured again and is not chosen from: {error}")
                 continue
             read_adapter(twin.model, folder)
-            known[epoch] = {**trained[epoch], **measured()}
+            past = {name: value for name, value in trained[epoch].items() if name != "setbacks"}
+            known[epoch] = {**past, **_measured_epoch(context, twin, drift)}
             if dist.is_main():
                 append_jsonl(directory.epochs_again, known[epoch])
         rows.append({**each, "score": known[epoch]["score"]})
@@ -344,8 +385,10 @@ def _card_and_record(context: RunContext) -> tuple[str, dict[str, Any]]:
         "seed": recipe.seed,
         "versions": ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version),
     }
+    if overlaps := read_json(directory.overlap)["found"]:
+        facts["measured items in its text"] = "; ".join(map(overlap.sentence, overlaps))
     record = {
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": without_folders(recipe.model_dump(mode="json")),
         "headlines": headlines,
         "kept": kept,
         "environment": environment,

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -65,6 +66,8 @@ TABLE = (
 OF = {stage.name: stage for stage in TABLE}
 STAGES = tuple(OF)
 UP_TO_DATE = "always brought up to date"
+# What changed where a finished training is lengthened (`train/checkpoints.py` decides).
+LENGTHENS = re.compile(r"(recover\.(tokens|epochs): \S+ -> \S+(; )?)+")
 PLAIN = (NOT_DONE, UP_TO_DATE)  # reasons that go without saying
 
 
@@ -84,7 +87,8 @@ def run(recipe: Recipe, root: Path, *, until: str = "report", start: str | None 
     began = time.perf_counter()
     quiet_libraries()
     dist.start()
-    from recover.run.stage_work import RunContext  # after `quiet_libraries`, which sets what libraries read at import
+    # After `quiet_libraries`, which sets what libraries read at import.
+    from recover.run.stage_work import RunContext
 
     libraries = time.perf_counter() - began
     directory = RunDirectory(root / recipe.name)
@@ -163,7 +167,14 @@ def _bring_up_to_date(stage: str, context: RunContext, *, forced: bool, before: 
         return
     console.heading(f"{STAGES.index(stage) + 1}/{len(STAGES)} {stage}{'' if reason in PLAIN else f', again: {reason}'}")
     if stage == "recover" and reason not in PLAIN:
-        console.say("This replaces the recovery made before; with another name (name=OTHER) both are kept.")
+        goes_on = LENGTHENS.fullmatch(reason) is not None
+        console.say(
+            "Training goes on where it ended, if more is asked for and its last checkpoint is there."
+            if goes_on
+            else "This replaces the recovery made before; with another name (name=OTHER) both are kept."
+        )
+    if stage == "recover" and forced and dist.is_main():
+        context.directory.forget_training()
     if dist.is_main():
         context.directory.unmark(stage)
     with _timed(stage, context.directory.root, before) as clock:

@@ -8,7 +8,7 @@ from typing import Any
 
 from recover.base import console
 from recover.config.tasks import KINDS, USES, headline_figures
-from recover.report import words
+from recover.report import overlap, words
 from recover.report.data import Headline, RunData
 from recover.report.verdict import DENSE_FLOOR
 
@@ -61,6 +61,8 @@ def say(data: RunData, root: Path) -> None:
     fit = [f"{use}: {grade}" for use, grade in grades.items() if grade != "not measured"]
     if fit:
         console.say(f"recovered, fit for {', '.join(fit)}")
+    for found in data["overlap"] or ():
+        console.warn(overlap.sentence(found))
     if (root / "deploy").is_dir():
         console.say(f"model:  {root / 'deploy'}")
     console.say(f"report: {root / 'report.html'} (the same as .md and .json)")

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from recover.base.errors import DataError, StopRequested
+from recover.base.strict_json import whole_characters
 from recover.models.chat_template import SECONDS, TooSlow, within
 
 Message = dict[str, Any]
@@ -84,6 +85,9 @@ def rendered(
             break
         except Exception as error:  # whatever a template of others raises, or calls for
             problems.append(f"({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+            continue
+        if not whole_characters(text):
+            problems.append("(it writes half of a surrogate pair, which is no character)")
             continue
         lost = left_out(messages, text)
         if lost is None:

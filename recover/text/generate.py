@@ -18,10 +18,13 @@ from recover.base import console
 from recover.base.clock import part
 from recover.base.errors import DataError
 from recover.config.recipe import Sampling
+from recover.models.rope import goes_by_length, read_anew_at
 from recover.text.decode import Writing, write
 from recover.text.kv import fits
 from recover.text.prompts import Prompt, batches_by_length, encode_prompt, left_pad
 from recover.text.stops import Stops
+
+REST = 7919  # on the seed of what is written after a text was read anew: other draws than before
 
 
 @dataclass(frozen=True)
@@ -70,15 +73,57 @@ def generate(
     if stop:
         size = inner.get_input_embeddings().num_embeddings
         how = replace(how, stops=Stops(tokenizer, stop, size, unless=unless))
-    writer = write if fits(inner) else plain
     how = replace(how, numbers=tuple(range(len(prompts)) if numbers is None else numbers))
     written: dict[int, Generation] = {}
     with torch.no_grad(), evaluating(inner), _forked_random_state(inner):
         torch.manual_seed(seed + (min(numbers) if numbers else 0))  # for `plain`: no two processes draw alike
-        texts = _as_memory_allows(writer, inner, prompts_ids, how)
+        texts = _with_keys_that_fit(inner, prompts_ids, how)
         for item, ids in console.track(texts, title, total=len(prompts), unit="text"):
             written[item] = _generation(tokenizer, ids, how)
     return [written[item] for item in range(len(prompts))]
+
+
+def _with_keys_that_fit(model: Any, prompts_ids: list[list[int]], how: Writing) -> Iterator[tuple[int, list[int]]]:
+    """(item, ids) as texts end. Where the model reads a text anew at some length, those that get there go on from it.
+
+    One row at a time where neither our caches nor padding serve the model.
+    """
+    ours = fits(model)
+    if not ours and goes_by_length(model):
+        how = replace(how, rows=1)
+    writer, switch = write if ours else plain, read_anew_at(model) if ours else None
+    # Of each item: the tokens that it may have before it is read anew.
+    room = {item: _room(len(ids), how.limit, switch) for item, ids in enumerate(prompts_ids)}
+    first = [item for item, left in room.items() if left < how.limit]
+    others = [item for item, left in room.items() if left == how.limit]
+    yield from _of_some(writer, model, {item: prompts_ids[item] for item in others}, how)
+    begun: dict[int, list[int]] = {}
+    limit = max((room[item] for item in first), default=0)
+    for item, ids in _of_some(writer, model, {item: prompts_ids[item] for item in first}, replace(how, limit=limit)):
+        ids = ids[: room[item]]
+        if len(ids) < room[item] or ids[-1] in how.ends:
+            yield item, ids
+        else:
+            begun[item] = ids
+    if not begun:
+        return
+    rest = replace(how, limit=how.limit - min(room[item] for item in begun), seed=how.seed + REST)
+    longer = {item: prompts_ids[item] + ids for item, ids in begun.items()}
+    for item, ids in _of_some(writer, model, longer, rest):
+        yield item, [*begun[item], *ids[: how.limit - room[item]]]
+
+
+def _room(length: int, limit: int, switch: int | None) -> int:
+    """Tokens that are written after a prompt of this length before the text is longer than `switch`, or all."""
+    return limit if switch is None or length > switch else min(limit, switch - length + 1)
+
+
+def _of_some(writer: Any, model: Any, prompts: dict[int, list[int]], how: Writing) -> Iterator[tuple[int, list[int]]]:
+    """As `writer`, of items by number, as memory allows."""
+    items, numbers = list(prompts), how.numbers or ()
+    numbered = replace(how, numbers=tuple(numbers[item] for item in items))
+    for place, ids in _as_memory_allows(writer, model, [prompts[item] for item in items], numbered):
+        yield items[place], ids
 
 
 def _generation(tokenizer: PreTrainedTokenizerBase, ids: list[int], how: Writing) -> Generation:

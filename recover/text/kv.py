@@ -16,6 +16,7 @@ from transformers import Cache, PreTrainedModel
 
 from recover.kernels import fused
 from recover.models import kv_cache
+from recover.models.rope import goes_by_length
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 MASKED_BY_US = {"sdpa", "eager"}  # attention that takes a mask of (B, 1, T, K)
@@ -153,8 +154,12 @@ def read_on(model: PreTrainedModel, ids_BT: Tensor, length_B: Tensor) -> tuple[T
         return (inputs[0][row_B, length_B - 1][:, None],)
 
     hook = head.register_forward_pre_hook(last_alone)
+    options: dict[str, Any] = kv_cache.taking(model, cache)
+    if goes_by_length(model):  # by that of the row, without its padding
+        at_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        options["position_ids"] = torch.where(at_T < length_B[:, None], at_T, 0)
     try:
-        output = model(input_ids=ids_BT, use_cache=True, **kv_cache.taking(model, cache))
+        output = model(input_ids=ids_BT, use_cache=True, **options)
     finally:
         hook.remove()
     return output.logits[:, -1], cache

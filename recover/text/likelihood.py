@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recover.base import console
 from recover.base.errors import DataError, ModelError
 from recover.models import kv_cache
+from recover.models.rope import goes_by_length
 from recover.models.step_attention import attending_by_step, configs_of
 from recover.text.generate import context_of, evaluating, stock
 from recover.text.kv import Appending, fits, masks, read
@@ -97,7 +98,7 @@ def option_log_likelihoods(
 
     An option of one token costs no more than the prompt. Equal to the rows one by one, up to rounding.
     """
-    if not fits(stock(model)):
+    if not fits(stock(model)) or goes_by_length(stock(model)):  # a prompt alone is not as in a longer text
         flat = iter(
             log_likelihoods(model, [row for group in groups for row in group], batch_size=batch_size, title=title)
         )

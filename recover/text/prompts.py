@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from recover.base.errors import DataError
+from recover.models.vocabulary import refuse_past
 from recover.text.conversation import Message, rendered
 
 Prompt = str | list[Message]  # what a user says, or a conversation that the assistant is to go on with
@@ -48,15 +49,27 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, chat: boo
     return rendered(tokenizer, prompt, ask=True, what="the messages")
 
 
+def ids_of(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
+    """Ids of a text, as the tokenizer gives them; `special`: with the special tokens that it puts around a text.
+
+    Raises:
+        DataError: one of them has no row in the embedding of the model.
+    """
+    # verbose=False: a text longer than the context is no mistake here
+    ids = list(cast("list[int]", tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]))
+    refuse_past(tokenizer, ids, text)
+    return ids
+
+
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
     """Ids of a text; `special`: with the special tokens that the tokenizer puts before it, but never an end token.
 
     A chat template has written its special tokens already.
 
     Raises:
-        DataError: nothing at all to begin with (an empty text and no BOS).
+        DataError: nothing at all to begin with (an empty text and no BOS), or as `ids_of`.
     """
-    ids = cast("list[int]", tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    ids = ids_of(tokenizer, text, special=special)
     if special and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
         ids = ids[:-1]
     if not ids and tokenizer.bos_token_id is not None:

@@ -11,6 +11,7 @@ import csv
 import glob
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 from recover.base import hub
 from recover.base.errors import DataError
+from recover.base.strict_json import whole_characters
 from recover.config.paths import ROWS, SHEETS, TABLES, TEXTS, ending, matching, meant
 from recover.config.recipe import local_path
 
@@ -116,11 +118,18 @@ def json_lines(path: Path, what: str = "") -> Iterator[tuple[str, Any]]:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield f"{path}:{number}", _value(line, f"{path}:{number}")
-    except (OSError, UnicodeDecodeError, EOFError) as error:
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise DataError(f"{what}{unread(path, error)}") from error
 
 
+def _refuse_pipe(path: Path, what: str = "") -> None:
+    """What is no file may never end, or never begin."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"{what}{path}: is a {'folder' if path.is_dir() else 'pipe or device'}; expected a file")
+
+
 def _opened(path: Path, newline: str | None = None) -> Any:
+    _refuse_pipe(path)
     opened: Any = gzip.open if path.suffix.lower() == ".gz" else open
     return opened(path, "rt", encoding="utf-8-sig", newline=newline)
 
@@ -165,7 +174,7 @@ def _value(line: str, where: str) -> Any:
 
 def _written(value: Any, where: str) -> Any:
     """The value, if each text in it can be written: JSON can name half a character, which no tokenizer takes."""
-    half = next((text for text in _texts(value) if not _whole_characters(text)), None)
+    half = next((text for text in _texts(value) if not whole_characters(text)), None)
     if half is None:
         return value
     at = next(index for index, letter in enumerate(half) if "\ud800" <= letter <= "\udfff")
@@ -188,16 +197,9 @@ def _texts(value: Any) -> Iterator[str]:
             left += reversed(item)
 
 
-def _whole_characters(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def text_of(path: Path, what: str = "") -> str:
     """All of a text file. Raises DataError: it cannot be read."""
+    _refuse_pipe(path, what)
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -223,15 +225,16 @@ def _sheet(path: Path, what: str) -> Iterator[tuple[str, Any]]:
                 yield where, dict(zip(names, cells, strict=True))
     except csv.Error as error:
         raise DataError(f"{path}: not a sheet: line {lines.line_num}: {error}") from None
-    except (OSError, UnicodeDecodeError, EOFError) as error:
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise DataError(f"{what}{unread(path, error)}") from error
     finally:
         csv.field_size_limit(before)
 
 
 def _table(path: Path, what: str) -> Iterator[tuple[str, Any]]:
-    from pyarrow import ArrowException, ArrowInvalid, ipc, parquet
+    from pyarrow import ArrowInvalid, ipc, parquet
 
+    _refuse_pipe(path, what)
     try:
         if ending(path.name) == ".parquet":
             with path.open("rb") as file:
@@ -242,10 +245,10 @@ def _table(path: Path, what: str) -> Iterator[tuple[str, Any]]:
             except ArrowInvalid:  # the other of Arrow's two forms, with its parts listed at the end
                 table = ipc.open_file(path).read_all()
         rows = table.to_pylist()
-    except (ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a table that Arrow reads: {error}") from None
     except OSError as error:
         raise DataError(f"{what}{unread(path, error)}") from None
+    except Exception as error:  # Arrow's own kinds, and those of Python for numbers that are damaged
+        raise DataError(f"{path}: not a table that Arrow reads: {_line(error)}") from None
     for number, row in enumerate(rows):
         yield f"{path}, row {number}", row
 
@@ -264,19 +267,17 @@ class DataSet(Sequence[Row]):
         Raises:
             DataError: it does not load.
         """
-        from datasets.exceptions import DatasetsError
-
         self.source = source
         try:
             rows = _data_set(source, subset, split)
         except hub.NoCommit as error:
             raise DataError(f"{source}: neither {kinds} nor a data set that can be had: {error}") from error
-        except (OSError, ValueError, TypeError, DatasetsError) as error:
+        except Exception as error:  # of `datasets`, of Arrow, of whichever reader of files they have
             if "config" in str(error).lower() and "available" in str(error):
                 asked = "it has several configurations" if subset is None else f"no configuration '{subset}'"
                 raise DataError(f"{source}: {asked}: set 'subset' ({_line(error)})") from error
             raise DataError(
-                f"{source}: neither {kinds} nor a data set that loads, split '{split}' ({error})"
+                f"{source}: neither {kinds} nor a data set that loads, split '{split}' ({_line(error)})"
             ) from error
         self.rows = rows
 
@@ -289,7 +290,12 @@ class DataSet(Sequence[Row]):
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
-        return Row(f"{self.source}, row {index}", dict(self.rows[index]))
+        try:
+            return Row(f"{self.source}, row {index}", dict(self.rows[index]))
+        except IndexError:  # the end, for who counts
+            raise
+        except Exception as error:
+            raise DataError(f"{self.source}, row {index}: cannot be read ({_line(error)})") from error
 
 
 def _data_set(source: str, subset: str | None, split: str) -> Any:

@@ -147,7 +147,7 @@ class TrainingStates:
         model = self.distiller.twin.base
         device = next(model.parameters()).device
         on_device: Any = send_to_device(batch, device)
-        states = self.distiller.dense_states(model, **without_mask(on_device))
+        states = self.distiller.dense_states(model, **without_mask(on_device, needed=self.distiller.needs_mask))
         rows = text_rows(batch)
         for row, h_ND in zip(rows, states.h_ND.cpu().split([row.scored for row in rows]), strict=True):
             if row.dense not in self.dense.where:

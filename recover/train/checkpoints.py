@@ -3,9 +3,10 @@
 recover/epoch-1/ ...       adapter_model.safetensors, adapter_config.json, MANIFEST.json
 recover/best.json          the epoch that generated best, and the score of each
 recover/steps.jsonl        a line for each optimizer step: loss and its terms, tokens, seconds
-recover/training.json      which training this is, whether it is finished, and which steps were skipped
+recover/trials.json        of `lr: auto`: trials of learning rates, and what was chosen (`trials.py`)
+recover/training.json      which training this is, whether it is finished, which steps were skipped, and its parts
 recover/checkpoints.jsonl  a line for each checkpoint once it is whole: step, digest of its manifest, bytes
-recover/checkpoints/       what a resume needs; gone once the training is finished
+recover/checkpoints/       what a resume needs; of a finished training the last, from which it can be lengthened
     checkpoint-20/         trained.safetensors, state.json, MANIFEST.json
 recover/data/              text that the dense model wrote
 recover/pruned_text/       text that the pruned model wrote while it was trained (`on_policy.py`)
@@ -13,10 +14,12 @@ recover/pruned_text/       text that the pruned model wrote while it was trained
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,26 +92,42 @@ def read_adapter(model: PeftModel, folder: Path) -> None:
     """Put the adapter of `folder` into the model's.
 
     Raises:
-        ArtifactError: its tensors are not those of this model's adapter.
+        ArtifactError: the file cannot be read, a tensor is not finite, or its tensors are not those of this model's
+            adapter, by name and shape.
     """
-    from peft import set_peft_model_state_dict
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    state = load_file(folder / WEIGHTS)
-    result: Any = set_peft_model_state_dict(model, state)
-    trained = sum(parameter.requires_grad for parameter in model.parameters())
-    if result.unexpected_keys or len(state) != trained:
+    path, mend = folder / WEIGHTS, f"Delete {folder} and run the stage again"
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path}: cannot be read ({error}). {mend}") from error
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected, found = ({name: list(value.shape) for name, value in each.items()} for each in (own, state))
+    if differing := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
+        name = differing[0]
         raise ArtifactError(
-            f"{folder / WEIGHTS}: holds {len(state)} tensors, this model's adapter has {trained}; "
-            f"unknown: {result.unexpected_keys[:3]}. Delete the folder and run the stage again"
+            f"{path}: holds {len(found)} tensors, this model's adapter has {len(expected)}; {name} is "
+            f"{found.get(name, 'not there')}, expected {expected.get(name, 'no such tensor')} ({len(differing)} such "
+            f"tensors). {mend}"
         )
+    for name, value in state.items():
+        if not value.is_floating_point() or not value.isfinite().all():
+            raise ArtifactError(f"{path}: {name} holds no finite numbers of floating point. {mend}")
+    set_peft_model_state_dict(model, state)
 
 
 class Checkpoints:
-    """The checkpoints of one training, known by `fingerprint`. Only the main process may call it."""
+    """The checkpoints of one training, known by `fingerprint`. Only the main process may call it.
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
+    `before`: fingerprints of what it lengthens, whose checkpoints it goes on from.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, before: Sequence[str] = ()) -> None:
         self.folder, self.lines, self.fingerprint = folder / "checkpoints", folder / "checkpoints.jsonl", fingerprint
+        self.known = {fingerprint, *before}
         self.broken: set[Path] = set()
 
     def save(self, step: int, values: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -161,7 +180,7 @@ class Checkpoints:
         if line is not None and line.get("manifest") != sha256(checkpoint / MANIFEST):
             raise ArtifactError(f"{checkpoint}: its manifest is not the one that {self.lines.name} lists")
         state = read_json(checkpoint / STATE)
-        if state["fingerprint"] != self.fingerprint or state["step"] != _step(checkpoint):
+        if state["fingerprint"] not in self.known or state["step"] != _step(checkpoint):
             raise ArtifactError(f"{checkpoint}: of another training or step; expected this one's")
         return state
 
@@ -194,24 +213,50 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def begin(folder: Path, fingerprint: str) -> dict[str, Any]:
-    """What training.json says of this training's past; what an earlier, another one left is cleared away."""
-    return dist.on_main(lambda: _begin(folder, fingerprint))
+@dataclass(frozen=True)
+class Asked:
+    """The training that is asked for: `fingerprint` of all that decides its course; `lineage` of the same but tokens
+    and epochs, by which a finished one is known that it lengthens; `lengthens`: whether it may.
+    """
+
+    fingerprint: str
+    lineage: str
+    tokens: int
+    lengthens: bool = True
+
+    def after(self, parts: Sequence[dict[str, Any]]) -> str:
+        """The fingerprint of what goes on behind these parts."""
+        ends = [(part["fingerprint"], part["ends"]) for part in parts]
+        return hashlib.sha256(f"{self.fingerprint} {ends}".encode()).hexdigest() if parts else self.fingerprint
 
 
-def _begin(folder: Path, fingerprint: str) -> dict[str, Any]:
-    new = {"fingerprint": fingerprint, "finished": False, "skipped": 0, "rollbacks": 0, "findings": []}
+def begin(folder: Path, asked: Asked) -> dict[str, Any]:
+    """What training.json says of this training's past; what an earlier, another one left is cleared away.
+
+    `fingerprint`: what it is known by. `parts`: of a training that is lengthened, each that is finished, with its
+    `fingerprint`, `tokens` over all parts so far and the steps at which its epochs ended.
+    """
+    return dist.on_main(lambda: _begin(folder, asked))
+
+
+def _begin(folder: Path, asked: Asked) -> dict[str, Any]:
+    new: dict[str, Any] = {"fingerprint": asked.fingerprint, "lineage": asked.lineage, "parts": []}
+    new |= {"finished": False, "skipped": 0, "rollbacks": 0, "findings": []}
     stamp = folder / "training.json"
     if stamp.exists():
         try:
             found = {**new, **read_json(stamp)}
         except (ArtifactError, TypeError) as error:
             console.warn(f"{error}; the checkpoints will say which training it was")
-            if Checkpoints(folder, fingerprint).newest() is not None:
+            if Checkpoints(folder, asked.fingerprint).newest() is not None:
                 write_json(stamp, new)
                 return new
         else:
-            if found["fingerprint"] == fingerprint and found["finished"] is False:
+            if found["fingerprint"] == asked.after(found["parts"]) and found["finished"] is False:
+                return found
+            if _can_be_lengthened(folder, found, asked):
+                found |= {"fingerprint": asked.after(found["parts"]), "finished": False}
+                write_json(stamp, found)
                 return found
     with explaining(folder):
         _discard_checkpoints(folder)
@@ -225,21 +270,55 @@ def _begin(folder: Path, fingerprint: str) -> dict[str, Any]:
     return new
 
 
-def note(folder: Path, fingerprint: str, counts: dict[str, Any], *, finished: bool = False) -> None:
-    """Put the counts of skipped steps into training.json; once `finished`, what only a resume would need goes."""
+def _can_be_lengthened(folder: Path, found: dict[str, Any], asked: Asked) -> bool:
+    """Whether a finished training is this one with fewer tokens, and its last checkpoint is there."""
+    parts = found["parts"]
+    if not (asked.lengthens and found["finished"] and parts and found["lineage"] == asked.lineage):
+        return False
+    if parts[-1]["tokens"] >= asked.tokens:
+        return False
+    newest = Checkpoints(folder, parts[-1]["fingerprint"]).newest(good=True)
+    step = parts[-1]["ends"][-1]
+    if newest is None or newest[1]["step"] != step:
+        console.warn(
+            f"{folder / 'checkpoints'}: the last checkpoint of the finished training, checkpoint-{step}, is not there: "
+            "it cannot be gone on with, and training begins anew"
+        )
+        return False
+    console.say(f"the finished training of {parts[-1]['tokens']:,} tokens goes on to {asked.tokens:,}")
+    return True
+
+
+def note(
+    folder: Path,
+    fingerprint: str,
+    counts: dict[str, Any],
+    *,
+    finished: bool = False,
+    part: dict[str, Any] | None = None,
+) -> None:
+    """Put the counts of skipped steps into training.json; once `finished`, the `part` that is, and what goes then.
+
+    The newest checkpoint stays, since the training may be lengthened.
+    """
 
     def write() -> None:
-        write_json(folder / "training.json", {"fingerprint": fingerprint, "finished": finished, **counts})
+        past = read_json(folder / "training.json") if (folder / "training.json").exists() else {}
+        kept = {name: past[name] for name in ("lineage", "parts") if name in past}
+        if part is not None:
+            kept["parts"] = [*kept.get("parts", []), {"fingerprint": fingerprint, **part}]
+        write_json(folder / "training.json", {"fingerprint": fingerprint, "finished": finished, **kept, **counts})
         if finished:
-            _discard_checkpoints(folder)
+            _discard_checkpoints(folder, but=1)
 
     dist.on_main(write)
 
 
-def _discard_checkpoints(folder: Path) -> None:
-    for checkpoint in (folder / "checkpoints").glob("checkpoint-*"):
-        if CHECKPOINT.fullmatch(checkpoint.name):
-            discard(checkpoint, also=(TRAINED, STATE))
+def _discard_checkpoints(folder: Path, but: int = 0) -> None:
+    """All but so many, the newest that are whole."""
+    found = [path for path in (folder / "checkpoints").glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
+    for checkpoint in sorted(found, key=lambda path: ((path / MANIFEST).exists(), _step(path)), reverse=True)[but:]:
+        discard(checkpoint, also=(TRAINED, STATE))
     with suppress(OSError):  # files of others are in it, or it is not there
         (folder / "checkpoints").rmdir()
 

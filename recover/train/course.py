@@ -29,7 +29,7 @@ class Course:
         self.batch_size, self.seed = batch_size, seed
         self.totals, self.skips = totals, Skips()
         self.skips.restore(past, row=0)
-        self.checkpoints = Checkpoints(folder, fingerprint)
+        self.checkpoints = Checkpoints(folder, fingerprint, [part["fingerprint"] for part in past["parts"]])
         self.applied = 0  # optimizer steps that changed parameters
         self.draws: dict[str, Any] = {}  # where the generators stood when the step being made began
         self._coming_draws: dict[str, Any] | None = None

@@ -7,8 +7,9 @@ then it repeats, with a warning). Text that the pruned model is to write (`on_po
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ def build_dataset(
     folder: Path,
     *,
     packed: bool = False,
+    parts: Sequence[dict[str, Any]] = (),
 ) -> Dataset:
     """Rows `input_ids` and `completion_mask` in training order: whole steps, about `cfg.tokens` scored tokens.
 
@@ -48,7 +50,8 @@ def build_dataset(
     of the row, and `writer`, the source whose text it is to hold (-1: it holds its own). What the dense model writes is
     saved to `folder` as it is written, under a name made from all that it depends on; the same call reads it back and
     goes on from there. Same arguments, same rows. `packed`: the rows of each batch hold about equally many tokens
-    together; else each step's rows are alike in length.
+    together; else each step's rows are alike in length. `parts`: of a training that goes on behind finished ones, what
+    these were (`tokens`, and the steps `ends`): their rows come first, as they were, then those of text that is new.
 
     Raises:
         DataError: a source cannot be read or holds nothing to learn (by file and line), or there is too little for
@@ -56,18 +59,13 @@ def build_dataset(
     """
     import datasets
 
-    samples: list[Sample] = []
-    writers: list[int] = []
-    for number, (source, budget) in enumerate(zip(cfg.data, cfg.budgets, strict=True)):
-        if isinstance(source, TeacherText):
-            samples += _of_teacher(source, cfg, twin, seed + number, folder)
-        elif isinstance(source, GivenText):
-            samples += _given(source, cfg, tokenizer, seed + number, budget)
-        elif isinstance(source, DenseText):
-            samples += DenseWriter(source, cfg, twin, tokenizer, seed + number, folder).write(budget)
-        else:
-            samples += _places(source, cfg, twin, tokenizer, seed + number, folder, budget)
-        writers += [number if isinstance(source, PrunedText) else -1] * (len(samples) - len(writers))
+    found = _of_sources(cfg, twin, tokenizer, seed, folder)
+    samples = [sample for source in found for sample in source]
+    writers = [
+        number if isinstance(source, PrunedText) else -1
+        for number, source in enumerate(cfg.data)
+        for _ in found[number]
+    ]
     needed = cfg.batch_size * cfg.epochs
     if len(samples) < needed:
         raise DataError(
@@ -77,7 +75,14 @@ def build_dataset(
     starts = {index: cfg.starts[number] for index, number in enumerate(writers) if number >= 0}
     # Not by the processes, which a training that goes on may have more of: its rows must be the same.
     together = (cfg.micro_batch_size or cfg.batch_size) if packed else None
-    order = training_order([len(sample.ids) for sample in samples], cfg.batch_size, seed, starts, packed=together)
+    lengths = [len(sample.ids) for sample in samples]
+    order: list[int] = []
+    for number, part in enumerate(parts):
+        fewer = cfg.model_copy(update={"tokens": part["tokens"]})
+        held = _beginnings(found, _of_sources(fewer, twin, tokenizer, seed, folder))
+        order += _ordered(held, order, lengths, cfg.batch_size, seed + number, {}, together)
+        del order[part["ends"][-1] * cfg.batch_size :]
+    order += _ordered(range(len(samples)), order, lengths, cfg.batch_size, seed + len(parts), starts, together)
     columns: dict[str, Any] = {
         "input_ids": [np.asarray(samples[index].ids, dtype=np.int32) for index in order],
         "completion_mask": [np.asarray(samples[index].mask, dtype=np.int8) for index in order],
@@ -85,6 +90,46 @@ def build_dataset(
     if max(writers) >= 0:
         columns |= {"number": list(range(len(order))), "writer": [writers[index] for index in order]}
     return datasets.Dataset.from_dict(columns)
+
+
+def _of_sources(
+    cfg: Recover, twin: Twin, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path
+) -> list[list[Sample]]:
+    """The samples of each source; those of a smaller budget are the first ones of a larger one's."""
+    found: list[list[Sample]] = []
+    for number, (source, budget) in enumerate(zip(cfg.data, cfg.budgets, strict=True), seed):
+        if isinstance(source, TeacherText):
+            found.append(_of_teacher(source, cfg, twin, tokenizer, number, folder))
+        elif isinstance(source, GivenText):
+            found.append(_given(source, cfg, tokenizer, number, budget))
+        elif isinstance(source, DenseText):
+            found.append(DenseWriter(source, cfg, twin, tokenizer, number, folder).write(budget))
+        else:
+            found.append(_places(source, cfg, twin, tokenizer, number, folder, budget))
+    return found
+
+
+def _beginnings(all_: list[list[Sample]], fewer: list[list[Sample]]) -> list[int]:
+    """Numbers, in all samples one source after the other, of each source's first ones."""
+    starts = itertools.accumulate((len(source) for source in all_), initial=0)
+    return [start + at for start, source in zip(starts, fewer, strict=False) for at in range(len(source))]
+
+
+def _ordered(
+    held: Iterable[int],
+    gone: Iterable[int],
+    lengths: Sequence[int],
+    batch_size: int,
+    seed: int,
+    starts: Mapping[int, float],
+    packed: int | None,
+) -> list[int]:
+    """The numbers `held` that are not `gone`, in `training_order`."""
+    known = {*gone}
+    fresh = [index for index in held if index not in known]
+    later = {at: starts[index] for at, index in enumerate(fresh) if index in starts}
+    order = training_order([lengths[index] for index in fresh], batch_size, seed, later, packed=packed)
+    return [fresh[at] for at in order]
 
 
 def _places(
@@ -132,9 +177,11 @@ def _given(source: GivenText, cfg: Recover, tokenizer: PreTrainedTokenizerBase, 
     return repeated(samples, tokens, budget, source.source, cfg.loss.scored)
 
 
-def _of_teacher(source: TeacherText, cfg: Recover, twin: Twin, seed: int, folder: Path) -> list[Sample]:
+def _of_teacher(
+    source: TeacherText, cfg: Recover, twin: Twin, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path
+) -> list[Sample]:
     """Samples of a teacher's file, in random order, until their scored tokens reach `cfg.tokens`."""
-    samples = teacher_samples(source, cfg.length, twin.base.config.vocab_size, folder)
+    samples = teacher_samples(source, cfg.length, twin.base.config.vocab_size, tokenizer, folder)
     random.Random(seed).shuffle(samples)
     tokens = 0
     for number, sample in enumerate(samples):

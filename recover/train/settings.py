@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,12 +76,29 @@ def epoch_ends(steps: int, epochs: int) -> list[int]:
     return [round(steps * epoch / epochs) for epoch in range(1, epochs + 1)]
 
 
+def all_ends(parts: Sequence[dict[str, Any]], cfg: Recover, steps: int) -> list[int]:
+    """As `epoch_ends`, of a training that goes on behind finished `parts`: those of the parts, then its own.
+
+    It has as many epochs more as `cfg.epochs` is more than were made; if that is none, epochs of about as many tokens.
+    """
+    before = [end for part in parts for end in part["ends"]]
+    if not parts:
+        return epoch_ends(steps, cfg.epochs)
+    begin, tokens = before[-1], parts[-1]["tokens"]
+    epochs = cfg.epochs - len(before)
+    if epochs < 1:
+        epochs = max(1, round(len(before) * (cfg.tokens - tokens) / tokens))
+    epochs = min(epochs, steps - begin)
+    return [*before, *(begin + end for end in epoch_ends(steps - begin, epochs))]
+
+
 def training_arguments(
-    cfg: Recover, split: BatchSplit, steps: int, seed: int, folder: Path, *, passes: int = 1
+    cfg: Recover, split: BatchSplit, steps: int, seed: int, folder: Path, *, passes: int = 1, begin: int = 0
 ) -> SFTConfig:
     """Arguments of trl's trainer. What it would save, log, report or show by itself is off: our callbacks do that.
 
-    `passes`: how often the trainer may start over the text, for which it must expect so many times the steps.
+    `passes`: how often the trainer may start over the text, for which it must expect so many times the steps. `begin`:
+    the step behind which the schedule begins, after a finished training.
     """
     from trl.trainer.sft_config import SFTConfig
 
@@ -114,7 +132,7 @@ def training_arguments(
         gradient_accumulation_steps=split.accumulation,
         learning_rate=cfg.lr,
         lr_scheduler_type=SCHEDULERS[cfg.scheduler],
-        warmup_steps=math.ceil(cfg.warmup * steps),
+        warmup_steps=math.ceil(cfg.warmup * (steps - begin)),
         weight_decay=cfg.weight_decay,
         max_grad_norm=cfg.max_grad_norm,
         max_length=None,

@@ -12,7 +12,7 @@ from recover.base import console
 from recover.base.errors import DataError
 from recover.config.recipe import GivenText
 from recover.text.conversation import THOUGHTS, EmptyMessage, read_messages, rendered
-from recover.text.prompts import Prompt, encode_prompt
+from recover.text.prompts import Prompt, encode_prompt, ids_of
 from recover.text.read import DataSet, EmptyColumn, Row, rows_at
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ def _prompt(row: Row, column: str | None) -> Prompt:
 
 
 @cache
-def _said(text: str) -> None:
+def say_once(text: str) -> None:
+    """Warn of what every later reading of a source would say again."""
     console.warn(text)
 
 
@@ -99,7 +100,7 @@ def say_left_out(source: str, reasons: Sequence[str]) -> None:
     """How many rows were left out, with the first of the reasons; said once."""
     if reasons:
         rows = f"{len(reasons):,} rows" if len(reasons) > 1 else "1 row"
-        _said(f"{source}: {rows} left out ({reasons[0]})")
+        say_once(f"{source}: {rows} left out ({reasons[0]})")
 
 
 def samples_of(row: Row, cfg: GivenText, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Sample]:
@@ -176,8 +177,7 @@ def _why(row: Row, cfg: GivenText, tokenizer: PreTrainedTokenizerBase, length: i
 
 
 def _pieces(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Sample]:
-    # verbose=False: a text longer than the context is no mistake here
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    ids: list[Any] = ids_of(tokenizer, text, special=True)
     if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)
     pieces = [ids[start : start + length] for start in range(0, len(ids), length)]
@@ -189,7 +189,7 @@ def _answer(row: Row, prompt: str, completion: str, tokenizer: PreTrainedTokeniz
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
         return _conversation(row, messages, tokenizer)
     prompt_ids = encode_prompt(tokenizer, prompt)
-    ids = list(tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"])
+    ids: list[Any] = ids_of(tokenizer, completion, special=False)
     if tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
     return Sample(prompt_ids + ids, [0] * len(prompt_ids) + [1] * len(ids))
@@ -214,7 +214,7 @@ def _conversation(row: Row, value: list[Any], tokenizer: PreTrainedTokenizerBase
     ids: list[int] = []
     mask: list[int] = []
     for turn, text in enumerate(texts):
-        piece = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        piece = ids_of(tokenizer, text, special=False)
         ids += piece
         mask += [turn % 2] * len(piece)
     return Sample(ids, mask)

@@ -1,16 +1,23 @@
 """The file of a teacher that is not at hand: rows of text, and of each position that is learnt its top k. JSONL.
 
-{"input_ids": [5, 9, 7], "completion_mask": [0, 1, 1], "top_ids": [[9, 4], [7, 2]], "top_logprobs": [[-0.1, -2.5], ...]}
+{"input_ids": [5, 9, 7], "completion_mask": [0, 1, 1], "top_ids": [[9, 4], [7, 2]],
+ "top_logprobs": [[-0.1, -2.5], [-1.0, -1.5]], "tokenizer": {"vocabulary": "9f3c...", "splitting": "41d0...", ...}}
+
+Ids mean nothing without their tokenizer, so a row carries its marks (`marks`), and who reads it holds them against the
+pruned model's own.
 
 Legend: N scored positions, K tokens known of each.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,8 +30,21 @@ from recover.distill.cache import SHARD_BYTES, Key, StateCache, row_key
 from recover.distill.loss_topk import TopK
 from recover.text.read import json_lines
 from recover.train.caching import TextRow, pinned
-from recover.train.sources import Sample
+from recover.train.sources import Sample, say_once
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Marks = dict[str, str | None]
+
+# Cut into tokens to know a tokenizer by: words, numbers, code, blanks, accents, signs of other scripts.
+TEXT = (
+    "The people of the small town came together in 1987, for $12,345.60 or more; they'd KNOWN it's re-done.\n\n"
+    "def total(numbers, *, start=0):\n\treturn sum(n ** 2 for n in numbers)  # == start?\r\n    "
+    "Zürich, naïve façade, Straße. Всё хорошо. 今日は良い天気です。 수고하셨습니다. नमस्ते مرحبا \U0001f600\u200d"
+)
+DIGITS, OWN_TOKENS = 12, 2000  # hex digits of a mark; tokens of the vocabulary that are cut again
+PADDING = re.compile(r"\[PAD\d+\]")  # rows of a GGUF file that fill the vocabulary up to a round size
 SLACK = 1e-2  # of a sum of probabilities over 1, as rounded log-probabilities give
 
 
@@ -47,8 +67,61 @@ class TeacherRow:
         return row_key(self.sample.ids, positions)
 
 
-def read_teacher(source: TeacherText, vocabulary: int) -> Iterator[TeacherRow]:
-    """Rows of the file, one by one.
+def marks(tokenizer: PreTrainedTokenizerBase) -> Marks:
+    """What tells a tokenizer from others: {vocabulary, splitting, bos, eos, template}.
+
+    `vocabulary`: which token each id is. `splitting`: into which ids texts are cut, among them the tokens of the
+    vocabulary, so that merges are known by what they do and not by how a file spells them. `template`: the chat
+    template, None without one.
+    """
+    names = sorted((index, token) for token, index in tokenizer.get_vocab().items() if not PADDING.fullmatch(token))
+    some = [index for index, _ in names][:: max(1, len(names) // OWN_TOKENS)]
+    own = " ".join(str(tokenizer.decode([index])) for index in some)
+    ids = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in (TEXT, own)]
+    bos, eos = (None if token is None else str(token) for token in (tokenizer.bos_token, tokenizer.eos_token))
+    template = None if tokenizer.chat_template is None else _mark(tokenizer.chat_template)
+    return {"vocabulary": _mark(names), "splitting": _mark(ids), "bos": bos, "eos": eos, "template": template}
+
+
+def _mark(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:DIGITS]
+
+
+def check_marks(where: str, found: Any, own: Marks) -> None:
+    """Hold the marks of a row against those of the model's tokenizer.
+
+    Another vocabulary or splitting is refused. Another end token, another chat template, or no marks are warned of.
+
+    Raises:
+        DataError: the ids mean other tokens; names `where`.
+    """
+    file = where.rpartition(":")[0]
+    if found is None:
+        say_once(
+            f"{file}: rows without the marks of their tokenizer, as an earlier version wrote them: whether their ids "
+            "mean the tokens of this model is not checked; `recover teacher` writes a file that says it"
+        )
+        return
+    if not isinstance(found, dict):
+        what = type(found).__name__
+        raise DataError(f"{where}: tokenizer: found {what}, expected the marks that `recover teacher` writes")
+    for name, means in (("vocabulary", "an id is another token"), ("splitting", "text is cut into other tokens")):
+        if found.get(name) != own[name]:
+            raise DataError(
+                f"{where}: made with another tokenizer: {name} {found.get(name)}, the model's has {own[name]}: "
+                f"{means}. Write the file with a teacher that has the tokenizer of this model"
+            )
+    changed = [name for name in ("bos", "eos", "template") if name in found and found[name] != own[name]]
+    if changed:
+        theirs = "; ".join(f"{name} {found[name] or 'none'}, the model's {own[name] or 'none'}" for name in changed)
+        say_once(
+            f"{file}: written with the model's vocabulary, but another tokenizer file: {theirs}. What is learnt begins "
+            "or ends unlike what is measured"
+        )
+
+
+def read_teacher(source: TeacherText, vocabulary: int, own: Marks | None = None) -> Iterator[TeacherRow]:
+    """Rows of the file, one by one. `own`: the marks of the model's tokenizer; None: they are not looked at.
 
     Raises:
         DataError: the file cannot be read, or a row is not as it should be, by file and line.
@@ -56,6 +129,8 @@ def read_teacher(source: TeacherText, vocabulary: int) -> Iterator[TeacherRow]:
     width = None
     for where, value in json_lines(Path(source.source)):
         row = _row(where, value, vocabulary)
+        if own is not None:
+            check_marks(where, value.get("tokenizer"), own)
         found = row.top.ids_NK.shape[1]
         if width is not None and len(row.top) and found != width:
             raise DataError(f"{where}: {found} tokens a position, the rows before have {width}: one k for all")
@@ -73,6 +148,10 @@ def _row(where: str, value: Any, vocabulary: int) -> TeacherRow:
         raise DataError(f"{where}: no column {error}, expected input_ids, top_ids and top_logprobs") from None
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise DataError(f"{where}: expected lists of numbers of equal lengths ({error})") from None
+    if ids.dim() != 1 or mask.dim() != 1 or not ids_NK.dim():
+        raise DataError(
+            f"{where}: expected input_ids and completion_mask as lists of numbers, top_ids as a list of lists"
+        )
     if not len(ids_NK):
         ids_NK, logp_NK = ids_NK.reshape(0, 0), logp_NK.reshape(0, 0)
     problem = _problem(ids, mask, ids_NK, logp_NK, vocabulary)
@@ -102,9 +181,9 @@ def _problem(ids: Tensor, mask: Tensor, ids_NK: Tensor, logp_NK: Tensor, vocabul
     return None
 
 
-def check_teacher(source: TeacherText, vocabulary: int) -> None:
-    """Raise DataError if a row of the file is not as it should be, or none has a token to learn."""
-    rows = console.track(read_teacher(source, vocabulary), f"checking {source.source}", unit="row")
+def check_teacher(source: TeacherText, vocabulary: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise DataError if a row of the file is not as it should be, is of another tokenizer, or none is to be learnt."""
+    rows = console.track(read_teacher(source, vocabulary, marks(tokenizer)), f"checking {source.source}", unit="row")
     if not sum(row.sample.scored("completion") for row in rows):
         raise DataError(f"{source.source}: no row holds a token to learn")
 
@@ -115,19 +194,24 @@ def top_cache(source: TeacherText, folder: Path) -> StateCache:
     return StateCache(folder / "teacher", about)
 
 
-def teacher_samples(source: TeacherText, length: int, vocabulary: int, folder: Path) -> list[Sample]:
+def teacher_samples(
+    source: TeacherText, length: int, vocabulary: int, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> list[Sample]:
     """The text of the file, cut to `length`; the top k go to `top_cache`. Rows with nothing to learn are left out.
 
     Raises:
         DataError: a row is not as it should be, by file and line. ArtifactError: the cache cannot be written.
     """
-    return dist.on_main(lambda: _take_in(source, length, vocabulary, top_cache(source, folder)))
+    own = marks(tokenizer)
+    return dist.on_main(
+        lambda: _take_in(source, length, read_teacher(source, vocabulary, own), top_cache(source, folder))
+    )
 
 
-def _take_in(source: TeacherText, length: int, vocabulary: int, cache: StateCache) -> list[Sample]:
+def _take_in(source: TeacherText, length: int, rows: Iterator[TeacherRow], cache: StateCache) -> list[Sample]:
     samples: list[Sample] = []
     fresh: dict[Key, Tensor] = {}
-    for row in console.track(read_teacher(source, vocabulary), f"reading {source.source}", unit="row"):
+    for row in console.track(rows, f"reading {source.source}", unit="row"):
         row = row.cut(length)
         if not len(row.top):
             continue
@@ -155,14 +239,18 @@ def unpacked(value_N2K: Tensor) -> TopK:
     return TopK(ids_NK.contiguous(), bits_NK.contiguous().view(torch.float32))
 
 
-def file_row(row: TeacherRow) -> dict[str, Any]:
-    """The row as the file has it; log-probabilities to six digits, none so low that JSON has no number for it."""
+def file_row(row: TeacherRow, own: Marks | None = None) -> dict[str, Any]:
+    """The row as the file has it; log-probabilities to six digits, none so low that JSON has no number for it.
+
+    `own`: the marks of the teacher's tokenizer.
+    """
     logp = [[float(f"{max(value, -1e4):.6g}") for value in values] for values in row.top.logp_NK.tolist()]
     return {
         "input_ids": row.sample.ids,
         "completion_mask": row.sample.mask,
         "top_ids": row.top.ids_NK.tolist(),
         "top_logprobs": logp,
+        **({} if own is None else {"tokenizer": own}),
     }
 
 

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from recover.base import console, dist, zero
-from recover.base.errors import StopRequested, TrainingError
+from recover.base.errors import DataError, StopRequested, TrainingError
 from recover.config.recipe import Recover
 from recover.models.packed_attention import HALF, packing_configs
 from recover.train.caching import TextRow, TrainingStates, with_states
 from recover.train.callbacks import AfterEpoch, Epochs, Progress
-from recover.train.checkpoints import begin, note
+from recover.train.checkpoints import Asked, begin, note
 from recover.train.course import Course
 from recover.train.data import Collate, build_dataset, collator, packer, tokens_at_once, with_scored
 from recover.train.dense_text import weights_fingerprint
 from recover.train.on_policy import OnPolicy
 from recover.train.settings import (
-    epoch_ends,
+    all_ends,
     refuse_averaging_shares,
     refuse_sharding_twice,
     split_batch,
@@ -37,6 +37,7 @@ from recover.train.stopping import Interrupted, stop_between_steps
 from recover.train.teacher_file import TeacherStates
 from recover.train.totals import Totals
 from recover.train.trainer import RecoverTrainer
+from recover.train.trials import found_rate
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,6 +50,7 @@ NO_MATTER: dict[str, Any] = {
     **dict.fromkeys(("cache", "shard_weights", "gradient_checkpointing", "save_steps"), True),
     "loss": {"chunk"},
 }
+LENGTHENED = ("tokens", "epochs", "patience", "save_steps")  # what may change when a finished training goes on
 LARGEST_GRAPHED = 4_000_000_000  # parameters; a 7B model's step spends its time in the kernels
 
 
@@ -68,7 +70,9 @@ def train(
     the untrained model's: if no epoch beats it there is a warning, and still the best epoch is kept.
 
     Called again with the same arguments after a stop or crash, it goes on from the newest checkpoint that verifies,
-    on any number of processes. Steps that are not finite are skipped and counted in `training.json`.
+    on any number of processes. Called with more `tokens` when it is finished, it goes on behind its last step, with the
+    text that is new and a schedule of its own; epochs, records and what is best are those of all parts. Steps that are
+    not finite are skipped and counted in `training.json`.
     Under DeepSpeed ZeRO-3 the twin cannot be used afterwards: its weights stay dealt out.
 
     Raises:
@@ -81,20 +85,28 @@ def train(
     if next(twin.base.parameters()).dtype is torch.float16:
         raise TrainingError("model.dtype: float16 cannot be trained (gradients underflow): use bfloat16 or float32")
     packed = bool(packing_configs(twin.base))  # else padded
-    fingerprint = _fingerprint(twin, cfg, seed, packed=packed)
-    past = begin(run_folder, fingerprint)
+    past = begin(run_folder, _asked(twin, cfg, seed, packed=packed))
+    fingerprint, parts = past["fingerprint"], past["parts"]
     texts = run_folder / "data"
-    rows = build_dataset(cfg, twin, tokenizer, seed, texts, packed=packed)
-    steps = len(rows) // cfg.batch_size
+    rows = build_dataset(cfg, twin, tokenizer, seed, texts, packed=packed, parts=parts)
+    steps, begun = len(rows) // cfg.batch_size, parts[-1]["ends"][-1] if parts else 0
+    if steps == begun:
+        raise DataError(
+            f"recover.tokens: {cfg.tokens:,} make no step of {cfg.batch_size} more than the finished training's "
+            f"{parts[-1]['tokens']:,}: raise it further"
+        )
+    ends = all_ends(parts, cfg, steps)
     torch.manual_seed(seed)
     twin.add_lora(cfg.lora)
     course = Course(run_folder, fingerprint, batch_size=cfg.batch_size, seed=seed, totals=Totals(), past=past)
     graphed = packed and _may_be_graphed(twin, cfg)
     collate = _collation(tokenizer, cfg, rows, split.micro, packed=packed, graphed=graphed)
+    first = parts[0]["fingerprint"] if parts else fingerprint  # a training that is lengthened keeps its rate
+    cfg = _with_rate(twin, tokenizer, cfg, rows, split.micro, collate, seed, run_folder, first, graphed=graphed)
     own = None
     if "writer" in rows.features:
         own = OnPolicy(cfg, twin, tokenizer, rows, seed, run_folder, fingerprint, with_scored(collate))
-    args = training_arguments(cfg, split, steps, seed, run_folder / "checkpoints", passes=1 + ROLLBACKS)
+    args = training_arguments(cfg, split, steps, seed, run_folder / "checkpoints", passes=1 + ROLLBACKS, begin=begun)
     with stop_between_steps() as stop:
         trainer = RecoverTrainer(
             twin,
@@ -107,6 +119,8 @@ def train(
             stop=stop,
             collate=collate,
             on_policy=own,
+            ends=ends,
+            begin=begun,
         )
         course.follow(trainer)
         _read_states(trainer, cfg, rows, split.micro, texts)
@@ -114,13 +128,14 @@ def train(
             trainer.data_collator = with_scored(trainer.data_collator)
         _announce(twin, rows, steps, split)
         with trainer.light(), trainer.graphed() if graphed else nullcontext():
-            epochs = _train(trainer, cfg, after_epoch, run_folder)
+            epochs = _train(trainer, cfg, after_epoch, run_folder, ends)
         if trainer.shards is not None:
             trainer.shards.end()
     if trainer.is_deepspeed_enabled:
         zero.load_whole_again()
     _judge(epochs.best, baseline_score)
-    note(run_folder, fingerprint, course.skips.to_json(), finished=True)
+    part = {"tokens": cfg.tokens, "ends": [each["step"] for each in epochs.records if each["step"] > begun]}
+    note(run_folder, fingerprint, course.skips.to_json(), finished=True, part=part)
     if stop.requested:  # it came after the last step
         raise StopRequested(stop.requested)
     return run_folder / epochs.best["folder"]
@@ -135,6 +150,44 @@ def _collation(
         return collator(pad, cfg.loss.scored)
     sizes = row_sizes(tokens_at_once(rows, micro)) if graphed else ()
     return packer(pad, cfg.loss.scored, cfg.length, sizes)
+
+
+def _with_rate(
+    twin: Twin,
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: Recover,
+    rows: Dataset,
+    micro: int,
+    collate: Collate,
+    seed: int,
+    folder: Path,
+    fingerprint: str,
+    *,
+    graphed: bool,
+) -> Recover:
+    """The config with the rate that trials find, where it is `auto`."""
+    if "lr" not in cfg.auto:
+        return cfg
+    scored, everything = with_scored(collate), None
+    if cfg.teacher is not None:
+        scored = with_scored(with_states(collate, TeacherStates(cfg.teacher, folder / "data").read))
+    elif cfg.loss.scored != "all":
+        whole = cfg.model_copy(update={"loss": cfg.loss.model_copy(update={"scored": "all"})})
+        packed = bool(packing_configs(twin.base))
+        everything = with_scored(_collation(tokenizer, whole, rows, micro, packed=packed, graphed=graphed))
+    rate = found_rate(
+        twin,
+        cfg,
+        rows,
+        collate=scored,
+        perplexity=everything,
+        micro=micro,
+        seed=seed,
+        folder=folder,
+        fingerprint=fingerprint,
+        graphed=graphed,
+    )
+    return cfg.model_copy(update={"lr": rate})
 
 
 def _may_be_graphed(twin: Twin, cfg: Recover) -> bool:
@@ -177,7 +230,7 @@ def _read_states(trainer: RecoverTrainer, cfg: Recover, rows: Dataset, micro: in
     trainer.data_collator = with_states(trainer.data_collator, read)
 
 
-def _train(trainer: RecoverTrainer, cfg: Recover, after_epoch: AfterEpoch, run_folder: Path) -> Epochs:
+def _train(trainer: RecoverTrainer, cfg: Recover, after_epoch: AfterEpoch, run_folder: Path, ends: list[int]) -> Epochs:
     """To the end of the last epoch; what was found after each.
 
     Raises:
@@ -185,7 +238,7 @@ def _train(trainer: RecoverTrainer, cfg: Recover, after_epoch: AfterEpoch, run_f
     """
     epochs = Epochs(
         folder=run_folder,
-        ends=epoch_ends(trainer.steps, cfg.epochs),
+        ends=ends,
         save_steps=cfg.save_steps,
         patience=cfg.patience,
         course=trainer.course,
@@ -226,18 +279,26 @@ def _judge(best: dict[str, Any], baseline: float | None) -> None:
         )
 
 
-def _fingerprint(twin: Twin, cfg: Recover, seed: int, *, packed: bool) -> str:
-    """Of all that decides a training's course: another one must not go on from its checkpoints.
+def _asked(twin: Twin, cfg: Recover, seed: int, *, packed: bool) -> Asked:
+    """What is asked for, with fingerprints of all that decides its course: another one must not go on from it.
 
     Rows that are `packed` come in another order, and came in yet another one before they were even: who went on in
-    another one would train some twice, others never.
+    another one would train some twice, others never. Where the pruned model writes, text depends on the share of the
+    steps that is made, so such a training is not lengthened.
     """
     plan = {name: value for name, value in twin.plan.to_json().items() if name != "scores"}
+    config = cfg.model_dump(mode="json", exclude=NO_MATTER)
     described = {
-        "config": cfg.model_dump(mode="json", exclude=NO_MATTER),
+        "config": config,
         "seed": seed,
         "rows": "packed, even" if packed else "padded",
         "plan": plan,
         "weights": weights_fingerprint(twin),
     }
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    shorter = {name: value for name, value in config.items() if name not in LENGTHENED}
+    fingerprints = [
+        hashlib.sha256(json.dumps(each, sort_keys=True).encode()).hexdigest()
+        for each in (described, {**described, "config": shorter})
+    ]
+    fades = cfg.loss.variance_until is not None
+    return Asked(*fingerprints, tokens=cfg.tokens, lengthens=not cfg.pruned and not fades)

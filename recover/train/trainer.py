@@ -90,7 +90,12 @@ class RecoverTrainer(SFTTrainer):
         stop: Stop,
         collate: Callable[..., dict[str, Any]],
         on_policy: OnPolicy | None = None,
+        ends: list[int] | None = None,
+        begin: int = 0,
     ) -> None:
+        """`ends`: the last step of each epoch; default: equal ones. `begin`: the step behind which the rate's schedule
+        begins, of a training that goes on behind a finished one.
+        """
         super().__init__(
             model=twin.model,
             args=args,
@@ -104,13 +109,15 @@ class RecoverTrainer(SFTTrainer):
         self.adapted: Any = twin.model
         learning = {name: value for name, value in twin.model.named_parameters() if value.requires_grad}
         self.trained = list(learning.values())
-        self.average = Average(learning, averaged_steps(cfg.average, steps, epoch_ends(steps, cfg.epochs)))
+        self.average = Average(
+            learning, averaged_steps(cfg.average, steps - begin, ends or epoch_ends(steps, cfg.epochs))
+        )
         self.distiller = Distiller(twin, cfg.loss)
         self.graphs: GraphedPasses | None = None  # see `graphed`
         self._unread: list[Tensor] = []  # sums of micro-batches, which the device has yet to compute
         self._step = _Fetched()
         self._ahead = _Fetched()
-        self.steps, self.rows_a_step = steps, cfg.batch_size
+        self.steps, self.begin, self.rows_a_step = steps, begin, cfg.batch_size
         self.max_norm, self._norm, self._rate = cfg.max_grad_norm, 0.0, cfg.lr
         self.course = course
         self.stop = stop
@@ -177,7 +184,7 @@ class RecoverTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """This micro-batch's part of the mean loss per token, as autograd must see it."""
         assert not return_outputs
-        sums = model(**without_mask(inputs), distill=self.distiller)
+        sums = model(**without_mask(inputs, needed=self.distiller.needs_mask), distill=self.distiller)
         self._count(sums)
         return scaled(sums["loss"], self._scale(num_items_in_batch))
 
@@ -334,8 +341,15 @@ class RecoverTrainer(SFTTrainer):
         set_rate(self.lr_scheduler, step)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """For the steps of the training, without the room that the trainer has for starting over."""
-        return super().create_scheduler(self.steps, optimizer)
+        """For the steps of the training, without the room that the trainer has for starting over.
+
+        Behind a finished training the rate rises from zero and falls again, over the steps that came to it.
+        """
+        scheduler = super().create_scheduler(self.steps - self.begin, optimizer)
+        if self.begin:
+            schedule = schedule_of(scheduler)
+            schedule.lr_lambdas = [_later(rate, self.begin) for rate in schedule.lr_lambdas]
+        return scheduler
 
     def _save_checkpoint(self, *_: Any, **__: Any) -> None:
         """All that a resume needs is in ours; transformers' cannot go to another number of processes."""
@@ -403,6 +417,10 @@ class RowsToCome(torch.utils.data.Sampler):
 
     def __len__(self) -> int:
         return self.trainer.steps * self.trainer.rows_a_step
+
+
+def _later(rate: Callable[[int], float], begin: int) -> Callable[[int], float]:
+    return lambda step: rate(max(0, step - begin))
 
 
 def schedule_of(scheduler: Any) -> Any:

@@ -1,6 +1,8 @@
 """What llama.cpp knows of a model family: tensor names, sizes, rope; and what of a config it would compute otherwise.
 
 Source: the GGUF specification (ggml, docs/gguf.md) and llama.cpp's own loaders (src/models/{llama,qwen2,qwen3}.cpp).
+Where its loader for a family takes heads that together are as wide as the model, and these are not (KV groups were
+pruned, or `head_dim` is set), the checkpoint is written as the family that computes the same for heads of any width.
 """
 
 from __future__ import annotations
@@ -9,13 +11,23 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import gguf
+
 from recover.base import console
 from recover.base.errors import ExportError
 from recover.models.arch import head_size_of, kv_heads_of
-from recover.models.source import check_tied, check_weights, check_written, explained, model_folder
+from recover.models.config_keys import config_of
+from recover.models.source import (
+    CONFIG,
+    check_tied,
+    check_weights,
+    check_written,
+    config_in,
+    explained,
+    model_folder,
+)
 
 if TYPE_CHECKING:
-    from gguf import GGUFWriter
     from torch import Tensor
     from transformers import PretrainedConfig
 
@@ -45,12 +57,32 @@ class Family:
     norms: dict[str, str] = dataclasses.field(default_factory=lambda: NORMS)
 
 
+LLAMA = Family("llama", neighbours=True)
 FAMILIES = {
-    "llama": Family("llama", neighbours=True),
-    "mistral": Family("llama", neighbours=True),
+    "llama": LLAMA,
+    "mistral": LLAMA,
     "qwen2": Family("qwen2"),
     "qwen3": Family("qwen3", norms=NORMS | HEAD_NORMS),
 }
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """What this checkpoint is in llama.cpp: its loader of Qwen 2 takes q and o as square matrices, Llama's does not."""
+    square = head_size_of(config) * config.num_attention_heads == config.hidden_size
+    return LLAMA if config.model_type == "qwen2" and not square else FAMILIES[config.model_type]
+
+
+def warn_of_older_readers(config: PretrainedConfig) -> None:
+    """llama.cpp before b8929 takes a bias of q for as wide as the model, and stops with 'wrong shape' where it is not.
+
+    Tried with the builds of the package xllamacpp: 0.2.14 refuses, 2026.4.8929 and later load and compute the same.
+    """
+    heads = head_size_of(config) * config.num_attention_heads
+    if "attn_q" in _biased(config) and heads != config.hidden_size:
+        console.warn(
+            f"gguf: q has a bias of {heads} numbers beside a width of {config.hidden_size}: llama.cpp from b8929 "
+            "(April 2026) on loads the file, older ones say 'wrong shape'"
+        )
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -58,12 +90,10 @@ def read_config(folder: Path) -> PretrainedConfig:
 
     Raises ExportError naming the field that it would not, ModelError for a folder that is no whole checkpoint.
     """
-    from transformers import AutoConfig
-
     check_written(model_folder(folder))
     check_weights(folder)
     with explained(str(folder)):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = config_of(config_in(folder), str(folder), folder / CONFIG)
     check_tied(folder, bool(config.tie_word_embeddings))
     if config.model_type not in FAMILIES:
         raise ExportError(
@@ -89,7 +119,7 @@ def tensor_names(config: PretrainedConfig) -> dict[str, str]:
     """For each tensor that the checkpoint must hold, its name in the GGUF file."""
     biased = _biased(config)
     modules = TOP | ({} if config.tie_word_embeddings else HEAD)
-    block = FAMILIES[config.model_type].norms | ATTENTION | MLP
+    block = family_of(config).norms | ATTENTION | MLP
     for number in range(config.num_hidden_layers):
         modules |= {f"model.layers.{number}.{module}": f"blk.{number}.{name}" for module, name in block.items()}
     names = {}
@@ -109,10 +139,8 @@ def _biased(config: PretrainedConfig) -> set[str]:
     return {*(ATTENTION.values() if config.attention_bias else ()), *(MLP.values() if config.mlp_bias else ())}
 
 
-def add_sizes(writer: GGUFWriter, config: PretrainedConfig) -> None:
+def add_sizes(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
     """Put all that llama.cpp must know to compute the model into the metadata; rope factors are a tensor, see below."""
-    from gguf import RopeScalingType
-
     rope, head = config.rope_parameters, head_size_of(config)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(_context(config))
@@ -126,7 +154,7 @@ def add_sizes(writer: GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_rope_dimension_count(head)
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
     writer.add_vocab_size(config.vocab_size)
 

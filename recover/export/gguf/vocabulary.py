@@ -11,11 +11,12 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import gguf
+
 from recover.base import console
 from recover.base.errors import ExportError
 
 if TYPE_CHECKING:
-    from gguf import GGUFWriter
     from transformers import PreTrainedTokenizerBase
 
 # Splitting rules, as tokenizer.json spells them, applied one after the other.
@@ -76,7 +77,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, stops: Sequence[in
     )
 
 
-def add_vocabulary(writer: GGUFWriter, words: Vocabulary) -> None:
+def add_vocabulary(writer: gguf.GGUFWriter, words: Vocabulary) -> None:
     """Put the vocabulary into the metadata of a GGUF file."""
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(words.pre)
@@ -152,11 +153,17 @@ def _rules(step: dict[str, Any] | None) -> tuple[str, ...]:
 def _tokens(tokenizer: PreTrainedTokenizerBase, core: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
     """Text and type for each row; rows that no token has get a name of their own, as llama.cpp needs one each."""
     tokens, types = [f"[PAD{row}]" for row in range(rows)], [UNUSED] * rows
+    extra = {added["content"] for added in core["added_tokens"]}
     for token, index in tokenizer.get_vocab().items():
-        if index >= rows:
+        if index >= rows and token not in extra:
             raise ExportError(f"tokenizer: token {token!r} has id {index}, the embedding has {rows} rows")
+        if index >= rows:
+            console.warn(f"gguf: token {token!r} has id {index}, the embedding has {rows} rows: it is left out")
+            continue
         tokens[index], types[index] = token, NORMAL
     for added in core["added_tokens"]:
+        if added["id"] >= rows:
+            continue
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
         if added["lstrip"] or added["rstrip"] or added["single_word"]:
             console.warn(f"gguf: token {added['content']!r} takes blanks or words around it; llama.cpp does not")

@@ -13,15 +13,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import gguf
+import numpy as np
+
 from recover.base import artifacts, console
 from recover.base.errors import ExportError
-from recover.export.gguf.family import FAMILIES, add_sizes, read_config, rope_factors, tensor_names
+from recover.export.gguf.family import (
+    add_sizes,
+    family_of,
+    read_config,
+    rope_factors,
+    tensor_names,
+    warn_of_older_readers,
+)
 from recover.export.gguf.vocabulary import add_vocabulary, vocabulary
 from recover.models.source import INDEX, WEIGHTS, explained
 
 if TYPE_CHECKING:
-    import numpy as np
-    from gguf import GGUFWriter
     from torch import Tensor
     from transformers import PretrainedConfig
 
@@ -47,7 +55,7 @@ def write_gguf(folder: Path, out: Path, dtype: str | None = None) -> Path:
 
     Raises:
         ExportError: a family, rope, activation, bias or tokenizer that this writer or llama.cpp does not have, by name;
-            tensors missing or left over; values not finite in `dtype`; the package `gguf` is not installed.
+            tensors missing or left over; values not finite in `dtype`.
         ModelError: the folder is no whole checkpoint.
         ArtifactError: the file could not be written.
     """
@@ -57,6 +65,7 @@ def write_gguf(folder: Path, out: Path, dtype: str | None = None) -> Path:
     dtype = dtype or str(config.dtype or "float32").removeprefix("torch.")
     if dtype not in DTYPES:
         raise ExportError(f"{folder}: {dtype} has no GGUF form here; expected one of {', '.join(DTYPES)}")
+    warn_of_older_readers(config)
     entries = _entries(folder, config, dtype)
     writer = _writer(folder, config, dtype)
     with _whole(out, sum(_nbytes(entry) for entry in entries)) as scratch:
@@ -64,15 +73,11 @@ def write_gguf(folder: Path, out: Path, dtype: str | None = None) -> Path:
     return out
 
 
-def _writer(folder: Path, config: PretrainedConfig, dtype: str) -> GGUFWriter:
+def _writer(folder: Path, config: PretrainedConfig, dtype: str) -> gguf.GGUFWriter:
     """A writer with all metadata and no tensor yet."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise ExportError(f"GGUF files need the package 'gguf' ({error}): pip install 'recover[gguf]'") from None
     from transformers import AutoTokenizer
 
-    writer = gguf.GGUFWriter(None, FAMILIES[config.model_type].arch)
+    writer = gguf.GGUFWriter(None, family_of(config).arch)
     writer.add_type("model")
     writer.add_name(_name(folder))
     writer.add_file_type(DTYPES[dtype][1])
@@ -124,7 +129,7 @@ def _refuse_unequal(folder: Path, config: PretrainedConfig, expected: set[str], 
     if missing := sorted(expected - found):
         raise ExportError(f"{folder}: the weights lack {missing[0]} ({len(missing)} such tensors)")
     if left := sorted(found - expected):
-        arch = FAMILIES[config.model_type].arch
+        arch = family_of(config).arch
         raise ExportError(f"{folder}: llama.cpp's '{arch}' has no place for {left[0]} ({len(left)} such tensors)")
 
 
@@ -144,7 +149,7 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 def _heads(config: PretrainedConfig, source: str) -> int | None:
     """How many heads the rows of this tensor must be reordered in; None for a tensor that stays as it is."""
-    if not FAMILIES[config.model_type].neighbours:
+    if not family_of(config).neighbours:
         return None
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     return heads.get(source.split(".")[-2])
@@ -183,12 +188,9 @@ def _nbytes(entry: Entry) -> int:
     return size
 
 
-def _write(writer: GGUFWriter, entries: list[Entry], path: Path) -> None:
-    import numpy as np
-    from gguf import GGMLQuantizationType
-
+def _write(writer: gguf.GGUFWriter, entries: list[Entry], path: Path) -> None:
     for entry in entries:
-        kind = GGMLQuantizationType[DTYPES[entry.dtype][0]]
+        kind = gguf.GGMLQuantizationType[DTYPES[entry.dtype][0]]
         writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.int16), _nbytes(entry), raw_dtype=kind)
     try:
         writer.write_header_to_file(path)

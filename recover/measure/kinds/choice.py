@@ -78,6 +78,7 @@ def measure_choice(
         "accuracy_normalised": mean([margin(row, item.label) > 0 for row, item in zip(per_byte, items, strict=True)]),
         "chance": mean([1 / len(item.options) for item in items]),
         "margin": mean(margins),
+        "each": right,
         "samples": _samples(items, scores)[: model.cfg.samples],
     }
     return Measured(record)

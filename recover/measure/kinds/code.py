@@ -1,4 +1,7 @@
-"""A code task: the model writes a program, and its tests are run, locked away."""
+"""A code task: the model writes a program, which is run behind a wall, and its tests in another process than it.
+
+What stands in the task's `program` up to the line of `{text}` is run as the program, what follows as its tests.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,12 @@ from recover.config.tasks import CodeFile, Row
 from recover.maths.score import interval95, mean
 from recover.measure.kinds.work import Generations, Measured, Record, Work
 from recover.measure.model import ModelUnderTest
-from recover.measure.sandbox import Outcome, isolation, run_programs
+from recover.measure.sandbox import UNCONFINED, WALLED, Outcome, Program, run_programs
 from recover.measure.task_rows import filled
 from recover.measure.texts import OF_CODE, mistake, mistakes, pass_at_k, prompt_size, sampling_of, shape, written
 from recover.text.generate import Generation
 
+FIELDS = re.compile(r"\{\{|\}\}|\{text\}")  # of a task's program, braces that are written twice too
 FENCED = re.compile(r"```(?:python3?|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 
 
@@ -35,9 +39,19 @@ def _problem(file: CodeFile, row: Row, where: str) -> Problem:
     return problem
 
 
-def program(file: CodeFile, problem: Problem, text: str, where: str = "") -> str:
-    """The program that tests `text`, the code that a model wrote."""
-    return filled(file.program, {**_joined(problem.columns), "text": text}, where, "program")
+def program(file: CodeFile, problem: Problem, text: str, where: str = "") -> Program:
+    """The program of `text`, the code that a model wrote, and its tests."""
+    columns = {**_joined(problem.columns), "text": text}
+    return Program(*(filled(part, columns, where, "program") if part else "" for part in parts_of(file.program)))
+
+
+def parts_of(template: str) -> tuple[str, str]:
+    """(the program, its tests): the tests begin on the line after `{text}`; without `{text}` all is tests."""
+    ends = [match.end() for match in FIELDS.finditer(template) if match[0] == "{text}"]
+    if not ends:
+        return "", template
+    line = template.find("\n", ends[-1]) + 1 or len(template)
+    return template[:line], template[line:]
 
 
 def _joined(value: Any) -> Any:
@@ -58,7 +72,9 @@ def measure_code(
     """
     greedy = written(model, file, [item.prompt for item in items], None)
     codes = [code_of(each.text) for each in greedy]
-    outcomes = _run([program(file, item, code) for item, code in zip(items, codes, strict=True)], file.seconds)
+    confined = model.cfg.allow_code_execution != "unconfined"
+    programs = [program(file, item, code) for item, code in zip(items, codes, strict=True)]
+    outcomes = _run(programs, file.seconds, confined)
     passed = [float(each.passed) for each in outcomes]
     samples = _samples(items, greedy, outcomes)
     found = [
@@ -72,8 +88,9 @@ def measure_code(
         "items": len(items),
         "pass_at_1": mean(passed),
         "interval95": interval95(passed),
-        "pass_at_k": pass_at_k(_passed(file, [*items] * times, drawn), times) if times else None,
-        "isolation": isolation()[0],
+        "pass_at_k": pass_at_k(_passed(file, [*items] * times, drawn, confined), times) if times else None,
+        "isolation": WALLED if confined else UNCONFINED,
+        "each": passed,
         **shape(greedy, passed),
         **mistakes(found, samples, OF_CODE),
         "samples": samples[: model.cfg.samples],
@@ -81,10 +98,10 @@ def measure_code(
     return Measured(record, greedy, sum(len(each.ids) for each in [*greedy, *drawn]))
 
 
-def _passed(file: CodeFile, items: Sequence[Problem], drawn: Sequence[Generation]) -> list[float]:
+def _passed(file: CodeFile, items: Sequence[Problem], drawn: Sequence[Generation], confined: bool) -> list[float]:
     """1.0 where the drawn program passes, else 0.0."""
     programs = [program(file, item, code_of(each.text)) for item, each in zip(items, drawn, strict=True)]
-    return [float(each.passed) for each in _run(programs, file.seconds)]
+    return [float(each.passed) for each in _run(programs, file.seconds, confined)]
 
 
 def code_of(text: str) -> str:
@@ -93,10 +110,10 @@ def code_of(text: str) -> str:
     return fenced.group(1) if fenced else text
 
 
-def _run(programs: Sequence[str], seconds: float) -> list[Outcome]:
+def _run(programs: Sequence[Program], seconds: float, confined: bool) -> list[Outcome]:
     """The outcomes, the same on every process; each runs its share on its share of the cores."""
     workers = max(1, (os.cpu_count() or 1) // dist.local_world_size())
-    return dist.over(programs, lambda mine: run_programs(mine, workers=workers, seconds=seconds))
+    return dist.over(programs, lambda mine: run_programs(mine, workers=workers, seconds=seconds, confined=confined))
 
 
 def _samples(items: Sequence[Problem], greedy: Sequence[Generation], outcomes: Sequence[Outcome]) -> list[Record]:

@@ -73,6 +73,7 @@ def measure_generate(
         **shape(greedy, right),
         **against(dense_ids, [each.ids for each in greedy]),
         **mistakes(found, samples, OF_TEXT),
+        "each": right,
         "samples": samples[: model.cfg.samples],
     }
     return Measured(record, greedy, sum(len(each.ids) for each in [*greedy, *drawn]))

@@ -15,6 +15,8 @@ from recover.text.likelihood import Continuation
 from recover.text.prompts import text_ids
 from recover.text.read import EmptyColumn
 
+TOKEN_CHARACTERS = 4  # of a token of English, about
+
 
 def _text(file: PerplexityFile, row: Row, where: str) -> str:
     text = "" if row.get(file.text, "") is None else column(row, file.text, where)
@@ -42,13 +44,15 @@ def measure_perplexity(
     if not rows:
         raise DataError(f"task {file.name}: no text has two tokens, so nothing can be predicted")
     tokens = sum(row.tokens for row in rows)
-    nats = -math.fsum(model.score(rows, title=f"task {file.name}")) / tokens
+    each = [-score for score in model.score(rows, title=f"task {file.name}")]
+    nats = math.fsum(each) / tokens
     record = {
         "kind": "perplexity",
         "items": len(rows),
         "tokens": tokens,
         "nats_per_token": nats,
         "perplexity": perplexity(nats),
+        "each": [[nats, row.tokens] for nats, row in zip(each, rows, strict=True)],
     }
     return Measured(record)
 
@@ -64,4 +68,9 @@ def _pooled(records: Sequence[Record]) -> float:
     return perplexity(nats / sum(record["tokens"] for record in records))
 
 
-WORK = Work(_text, measure_perplexity, pooled=_pooled)
+def _asked(file: PerplexityFile, text: str) -> str:
+    """About as much of a text as is scored."""
+    return text[: file.length * TOKEN_CHARACTERS]
+
+
+WORK = Work(_text, measure_perplexity, pooled=_pooled, asked=_asked)

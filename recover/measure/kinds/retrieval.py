@@ -78,6 +78,7 @@ def measure_retrieval(
         "accuracy": mean(first),
         "accuracy_interval95": interval95(first),
         "chance": mean([chance_ndcg(len(item.documents), len(item.relevant)) for item in items]),
+        "each": scores,
         "samples": _samples(items, rankings)[: model.cfg.samples],
     }
     return Measured(record)
@@ -106,4 +107,4 @@ def _samples(items: Sequence[Search], rankings: Sequence[Sequence[int]]) -> list
     ]
 
 
-WORK = Work(_search, measure_retrieval, together=_together)
+WORK = Work(_search, measure_retrieval, together=_together, asked=lambda _file, item: item.query)

@@ -14,7 +14,9 @@ from recover.config.tasks import KINDS, Row
 from recover.measure.model import ModelUnderTest
 from recover.text.generate import Generation
 
-Record = dict[str, Any]  # of one task: figures by the keys of the kind's `figures`, `kind`, `items`, `samples`
+# Of one task: figures by the keys of the kind's `figures`, `kind`, `items`, `samples`; and `each`, the main figure of
+# each item (perplexity: nats and tokens of each text), by which two models are compared item by item.
+Record = dict[str, Any]
 Generations = dict[str, list[dict[str, Any]]]  # task -> one {"ids", "text"} per item, greedy
 
 
@@ -38,6 +40,7 @@ class Work:
     `together(items)`: what becomes of the items when all are read.
     `size(tokenizer, file, item)`: tokens of the item that the model reads before it writes; None: items are cut to fit.
     `pooled(records)`: the headline figure of several tasks of this kind, where the kind has one of its own.
+    `asked(file, item)`: the text that tells an item from others; None: its prompt.
     """
 
     make: Callable[[Any, Row, str], Any]
@@ -46,6 +49,7 @@ class Work:
     together: Callable[[Any, list[Any]], list[Any]] | None = None
     pooled: Callable[[Sequence[Record]], float] | None = None
     size: Callable[[Any, Any, Any], int] | None = None
+    asked: Callable[[Any, Any], str] | None = None
 
 
 def work_of(kind: str) -> Work:

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +15,9 @@ from torch import LongTensor
 from recover.base.errors import PruneError
 from recover.base.journal import Journal
 from recover.config.recipe import Depth
-from recover.models.arch import arch_of, arch_of_type, blocks_of, part_of
+from recover.models.arch import ARCHS, arch_of, blocks_of, part_of
 from recover.models.plan import Plan, Pruned
-from recover.models.site import SUBLAYERS, Site, pack_sites, sites_of, whole_blocks, zeroed_partners
+from recover.models.site import SUBLAYERS, Packed, Site, packed_as, sites_of, whole_blocks, zeroed_partners
 from recover.prune.calibrate import calibration_record, check_context
 from recover.prune.depth.repair import refuse_norm_behind, refuse_repair, repaired
 from recover.prune.depth.search import (
@@ -49,6 +50,7 @@ def prune_depth(twin: Twin, cfg: Depth, batches: list[LongTensor], journal: Jour
     check_context(twin.model, batches)
     if cfg.repair != "none":
         refuse_repair(twin, cfg.repair, batches)
+    refuse_pairs(cfg, twin.plan.parallel)
     sites = check_sites(cfg, len(blocks_of(twin.model)))
     choice = choose(twin, cfg, batches, journal) if cfg.listed is None else SearchResult(sites, [])
     _refuse_no_effect(twin, choice.sites, batches)
@@ -58,6 +60,15 @@ def prune_depth(twin: Twin, cfg: Depth, batches: list[LongTensor], journal: Jour
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     plan = _plan(twin, choice, calibration_record(cfg.calibration, batches), weights=shapes, repair=repair)
     return Pruned(plan, {}, weights)
+
+
+def refuse_pairs(cfg: Depth, parallel: bool) -> None:
+    """Raise PruneError for pairs where a pair saves nothing: of neighbours in two blocks that run side by side."""
+    if parallel and cfg.unit == "pair":
+        raise PruneError(
+            "prune.unit: 'pair' joins half of a block with half of the next, and the blocks of this model run "
+            "attention and MLP on one input, so that only halves of one block can be stored together: use 'block'"
+        )
 
 
 def check_sites(cfg: Depth, blocks: int) -> frozenset[Site]:
@@ -116,7 +127,8 @@ def _plan(twin: Twin, choice: SearchResult, calibration: dict[str, Any], **repai
         scores=[{**candidate} for candidate in choice.candidates],
         parameters_dense=dense,
         parameters_pruned=dense,
-        nonzero=dense - sum(_site_parameters(twin, site) for site in choice.sites),
+        parallel=arch_of(twin.model).parallel(twin.base.config),
+        nonzero=dense - sum(_site_parameters(twin, site, choice.sites) for site in choice.sites),
         calibration=calibration,
         **repair,
     )
@@ -124,18 +136,23 @@ def _plan(twin: Twin, choice: SearchResult, calibration: dict[str, Any], **repai
     return dataclasses.replace(plan, parameters_pruned=dense - saved)
 
 
-def _site_parameters(twin: Twin, site: Site) -> int:
-    """Parameters of a sublayer with its norms."""
+def _site_parameters(twin: Twin, site: Site, gone: Collection[Site]) -> int:
+    """Parameters of a sublayer with its norms, but for one that an MLP beside it, which is not `gone`, reads too."""
     arch = arch_of(twin.model)
-    named = blocks_of(twin.model)[site.block].named_parameters()
-    return sum(parameter.numel() for name, parameter in named if part_of(arch, name) == site.part)
+    shared = arch.attention_norms if not arch.mlp_norms and Site(site.block, "mlp") not in gone else ()
+    return sum(
+        parameter.numel()
+        for name, parameter in blocks_of(twin.model)[site.block].named_parameters()
+        if part_of(arch, name) == site.part and name.partition(".")[0] not in shared
+    )
 
 
 def depth_cost(cfg: Depth, model: Description) -> Cost:
     """What dropping takes from a model. Raises PruneError for what `prune_depth` would refuse."""
+    refuse_pairs(cfg, model.parallel)
     check_sites(cfg, model.blocks)
     if cfg.repair != "none":
-        refuse_norm_behind(arch_of_type(model.model_type), cfg.repair)
+        refuse_norm_behind(ARCHS[model.model_type], cfg.repair)
     inside, share = model.parameters - model.embedding_parameters, share_gone(cfg, model)
     return Cost(
         gone=share * inside,
@@ -157,7 +174,7 @@ def _repaired_weights(cfg: Depth, model: Description) -> int:
 def share_gone(cfg: Depth, model: Description) -> float:
     """Of the weights in all blocks, the share no longer run; a count of sublayers is taken for an even mixture."""
     attention = 2 * model.width * model.head_size * (model.heads + model.kv_heads)
-    mlp = 3 * model.width * model.intermediate
+    mlp = model.mlp_matrices * model.width * model.intermediate
     weights = {"attention": attention, "mlp": mlp, "sublayer": (attention + mlp) / 2}
     weights |= dict.fromkeys(("block", "pair"), attention + mlp)
     if cfg.unit == "sublayer" and cfg.sites:
@@ -172,8 +189,13 @@ def share_unstored(cfg: Depth, model: Description) -> float:
     if cfg.unit in ("block", "pair"):
         return cfg.units / model.blocks
     if cfg.unit == "sublayer" and cfg.sites:
-        return 1 - len(pack_sites(sites_of(range(model.blocks)) - named_sites(cfg))) / model.blocks
+        return 1 - len(_packed(cfg, model)) / model.blocks
     return 0.0  # attention (MLP) alone: every MLP (attention) left needs a block; chosen sublayers: nobody knows yet
+
+
+def _packed(cfg: Depth, model: Description) -> tuple[Packed, ...]:
+    """The blocks that are stored without the named sites."""
+    return packed_as(model.parallel)(sites_of(range(model.blocks)) - named_sites(cfg))
 
 
 def search_flops(cfg: Depth, model: Description) -> float:
@@ -207,7 +229,7 @@ def _partners(cfg: Depth, model: Description) -> str:
         most = min(cfg.units // 2, model.blocks - 1)
         shrinks = f"the file shrinks by {most} blocks at most, by none at worst"
         return f"sublayers that go pair up as it happens: {shrinks} (prune.unit: pair is sure to shrink it)"
-    packed = pack_sites(sites_of(range(model.blocks)) - named_sites(cfg))
+    packed = _packed(cfg, model)
     return f"{len(packed)} of {model.blocks} blocks are stored, with {zeroed_partners(packed)} zeroed partners"
 
 

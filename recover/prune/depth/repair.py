@@ -44,7 +44,7 @@ def refuse_repair(twin: Twin, kind: str, batches: list[LongTensor]) -> None:
 
 def refuse_norm_behind(arch: Arch, kind: str) -> None:
     """Raise PruneError for a family with a norm behind each sublayer: nothing can be folded in through it."""
-    if arch.attention_norms != ("input_layernorm",):
+    if arch.norm_behind:
         raise PruneError(
             f"prune.repair: '{kind}' cannot be folded into {arch.model_type}: behind each sublayer it has a norm, "
             "which no matrix passes through. Use prune.repair: none"

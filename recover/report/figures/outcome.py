@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from recover.config import tasks
 from recover.report import words
-from recover.report.data import MODELS, Epoch, PageData, Use, UseFigure
+from recover.report.data import CHANGED, MODELS, Epoch, PageData, Use, UseFigure
 from recover.report.figures.figure import Figure, is_narrow, panels
 from recover.report.figures.panel import Axis, Box, Dots, Level, Line, Mark, Panel, Scale, alone, linear
 from recover.report.figures.svg import Canvas, Linear, Log, apart
@@ -142,12 +142,14 @@ def epochs(data: PageData) -> Figure:
         _epoch_loss(canvas, rows, *places[1])
         return canvas.render()
 
+    told = any(row["form"] is not None for row in rows)
     table = [
         (
             row["epoch"],
             words.count(row["tokens"]),
             words.percent(_epoch_score(row), 1),
-            words.percent(row["loop_rate"], 1),
+            *([words.percent(row[kind], 1) for kind in ("form", "content")] if told else []),
+            words.percent(row["loop_rate"], 1) + _from(row["loops_begin"]),
             words.number(row["train"].get("loss")),
             "best" if row["best"] else "",
         )
@@ -157,7 +159,23 @@ def epochs(data: PageData) -> Figure:
         "A falling loss does not promise better writing, so generation itself is measured after each epoch. "
         "The ring marks the epoch that is kept."
     )
-    return Figure(title, see, draw, ("epoch", "tokens", "generation", "loop rate", "loss", ""), table)
+    names = ("mistakes of form", "well formed, wrong", "loop rate")
+    columns = ("epoch", "tokens", "generation", *(names if told else names[2:]), "loss", "")
+    return Figure(title, see + _loops_of_dense(data), draw, columns, table)
+
+
+def _from(token: float | None) -> str:
+    return "" if token is None else f", from token {words.number(token)}"
+
+
+def _loops_of_dense(data: PageData) -> str:
+    """What a loop rate is to be held against."""
+    rates = {
+        model: [rate for row in data["mistakes"] if row["model"] == model and (rate := row["loop_rate"]) is not None]
+        for model in ("dense", "pruned")
+    }
+    said = [f"{model} {words.percent(sum(found) / len(found), 1)}" for model, found in rates.items() if found]
+    return f" Loop rate, to compare: {', '.join(said)}." if said else ""
 
 
 def _epoch_score(row: Epoch) -> float | None:
@@ -226,12 +244,49 @@ def _epoch_loss(canvas: Canvas, rows: list[Epoch], left: float, right: float, to
 
 def divergence(data: PageData) -> Figure:
     """Share of prompts whose free-running text is still the dense model's, step by step."""
-    title = "How long texts stay equal to the dense model's"
+    see = (
+        "Share of prompts whose greedy text is still equal to the dense model's. Where a curve crosses the dashed "
+        "line, half of the texts have become different."
+    )
     curves = {model: _same_share(data, model) for model in data["drift"]}
+    missing = "Not measured: no probe recorded free-running text."
+    return _still_equal("How long texts stay equal to the dense model's", see, curves, missing)
+
+
+def parting(data: PageData) -> Figure | None:
+    """The same of the answers to tasks, which go on to their end: those that never part have a share of their own."""
+    listed = {model: [parted["curve"] for row in data["divergence"] if (parted := row[model])] for model in CHANGED}
+    curves = {model: curve for model, each in listed.items() if (curve := _mean_curve(each))}
+    if not curves:
+        return None
+    last = max(curve[-1][0] for curve in curves.values())
+    for curve in curves.values():
+        if curve[-1][0] < last:
+            curve.append((last, curve[-1][1]))
+    ends = [f"{model}, {words.percent(curve[-1][1], 1)}" for model, curve in curves.items()]
+    see = (
+        "Share of the answers to tasks that are still the dense model's, token by token; the mean over tasks. A curve "
+        f"ends level at the share of answers that never leave dense's: {'; '.join(ends)}."
+    )
+    return _still_equal("How long answers stay the dense model's", see, curves, "")
+
+
+def _mean_curve(curves: list[list[tuple[int, float]]]) -> list[tuple[int, float]]:
+    """The mean of falling steps, each weighing the same, wherever one of them falls."""
+    known = [curve for curve in curves if curve]
+    places = sorted({token for curve in known for token, _ in curve})
+    return [(token, sum(_level(curve, token) for curve in known) / len(known)) for token in places]
+
+
+def _level(curve: list[tuple[int, float]], token: int) -> float:
+    return next((share for at, share in reversed(curve) if at <= token), 1.0)
+
+
+def _still_equal(title: str, see: str, curves: dict[str, list[tuple[int, float]]], missing: str) -> Figure:
+    """Curves of the share of texts that are still equal, by the number of tokens."""
     curves = {model: curve for model, curve in curves.items() if curve}
     if not curves:
-        return Figure(title, "Not measured: no probe recorded free-running text.")
-
+        return Figure(title, missing)
     last = max(step for curve in curves.values() for step, _ in curve) or 1
     label = "Line chart: " + "; ".join(_curve_words(model, curve) for model, curve in curves.items())
 
@@ -241,14 +296,14 @@ def divergence(data: PageData) -> Figure:
         panel = Panel(x, Axis(linear(0, 1), "percent", 4), marks)
         return alone(width, 300, label, panel, Box(44, width - 84, 20, 240))
 
-    see = (
-        "Share of prompts whose greedy text is still equal to the dense model's. Where a curve crosses the dashed "
-        "line, half of the texts have become different."
-    )
     steps = sorted({step for curve in curves.values() for step, _ in curve})
-    shares = {model: dict(curve) for model, curve in curves.items()}
-    table = [(step, *(words.percent(shares[model].get(step), 1) for model in curves)) for step in steps]
+    table = [(step, *(_share_at(curve, step) for curve in curves.values())) for step in steps]
     return Figure(title, see, draw, ("token", *curves), table)
+
+
+def _share_at(curve: list[tuple[int, float]], step: int) -> str:
+    share = dict(curve).get(step)
+    return words.percent(share if share is not None else _level(curve, step), 1)
 
 
 def _names(curves: dict[str, list[tuple[int, float]]]) -> Mark:
