@@ -35,7 +35,7 @@ def rows_of(
     if data.startswith(GENERATOR):
         yield from _generated(data.removeprefix(GENERATOR), arguments or {})
     elif data.startswith(PACKAGE):
-        yield from _values(str(_in_package(data.removeprefix(PACKAGE))), None, split)
+        yield from _values(str(in_package(data.removeprefix(PACKAGE))), None, split)
     else:
         there = ending(data) or matching(folder / data)
         yield from _values(str(folder / data) if there else data, subset, split)
@@ -47,7 +47,7 @@ def _values(source: str, subset: str | None, split: str) -> Iterator[tuple[str, 
         yield row.where, row.value
 
 
-def _in_package(name: str) -> Path:
+def in_package(name: str) -> Path:
     """The file, or the pattern of several, found without importing it: its code has no say in a measurement."""
     module, _, rest = name.partition("/")
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
