@@ -36,7 +36,7 @@ from step_cost import SEVEN
 from step_models import Bench
 
 from recover.base import console, dist, provenance
-from recover.base.quiet import quiet_libraries
+from recover.base.console import quiet_libraries
 from recover.config import recipe
 from recover.measure.speed import spread, take_turns
 from recover.measure.task_file import load_task

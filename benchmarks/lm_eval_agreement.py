@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from recover.base import console
-from recover.base.quiet import quiet_libraries
+from recover.base.console import quiet_libraries
 from recover.config import recipe
 from recover.measure.harness import harness
 from recover.measure.task_file import load_task

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from recover.base import console
-from recover.base.quiet import quiet_libraries
+from recover.base.console import quiet_libraries
 from recover.commands.measure import model_cfg
 from recover.config import recipe
 from recover.maths.score import extract, is_right

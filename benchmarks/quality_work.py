@@ -141,7 +141,7 @@ class Workbench:
     """The dense model, loaded once, and what the tasks of one process do with copies of it."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        from recover.base.quiet import quiet_libraries
+        from recover.base.console import quiet_libraries
         from recover.measure.tasks import load_task
         from recover.models.load import load_model, load_tokenizer, ready
 

@@ -104,7 +104,7 @@ def settings_of(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
 
 def prepared(recipe: Recipe, options: argparse.Namespace) -> RunContext:
     """Model, tokenizer and tasks of the recipe, loaded once; texts are greedy alone."""
-    from recover.base.quiet import quiet_libraries
+    from recover.base.console import quiet_libraries
     from recover.run.context import RunContext
     from recover.run.directory import RunDirectory
 

@@ -33,7 +33,7 @@ from recover.config.recipe import GivenText, Lora, Model, TeacherText, load_reci
 from recover.export.gguf.write import write_gguf
 from recover.measure.task_file import load_task
 from recover.models.chat_template import check_template
-from recover.models.gguf_head import check_head
+from recover.models.gguf_folder import check_head
 from recover.models.load import describe, load_model, load_tokenizer
 from recover.models.plan import MaskRecord, Plan, load_plan, save_plan
 from recover.models.source import check_weights, locate

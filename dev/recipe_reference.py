@@ -28,22 +28,27 @@ shipped with the package. On the command line any field is set as
 CONFIGS = [recipe.Recipe, recipe.Model, recipe.Depth, recipe.Magnitude, recipe.Wanda, recipe.Width, recipe.Calibration]
 CONFIGS += [recipe.SparseGpt]
 CONFIGS += [recipe.Probe, recipe.Recover, recipe.DenseText, recipe.PrunedText, recipe.GivenText, recipe.TeacherText]
-CONFIGS += [recipe.Lora, recipe.Loss, recipe.Focus, recipe.Cache]
+CONFIGS += [recipe.Lora, recipe.Loss, recipe.Focus, recipe.StopEarly, recipe.Cache]
 CONFIGS += [recipe.Measure, recipe.Sampling, recipe.Export]
 DATA = """## Data
 
-JSONL: one object a line. What each part of a recipe reads from a line, other columns being ignored:
+Rows: JSONL (`.jsonl`, `.ndjson`), JSON, CSV and TSV, each gzipped too (`.gz`), parquet, Arrow, a folder that `datasets`
+reads, or a data set of the hub (`subset` names its configuration). A sheet holds lists, as messages, as JSON. What each
+part of a recipe reads from a line, other columns being ignored:
 
 | part | columns | a line |
 |---|---|---|
-| `prune.calibration.data` | `text` (or `column`) | `{"text": "Any text of the kind the model will meet."}` |
+| `prune.calibration.data` | `text`, or `column` (messages too) | `{"text": "Text as the model will meet it."}` |
 | `recover.data`, kinds `dense` and `pruned`; `probe.prompts` | `prompt` | `{"prompt": "What is 12 times 12?"}` |
 | `recover.data`, kind `given` | as `columns` says, by default `text` | `{"text": "..."}` |
 | ... with `columns: {prompt: prompt, completion: completion}` | these | `{"prompt": "...", "completion": "..."}` |
 | ... with `columns: {messages: messages}` | `messages` | `{"messages": [{"role": "user", "content": "..."}, ...]}` |
 | a task's `data` | as the task says | below |
 
-Prompts go through the tokenizer's chat template where there is one; give the bare question.
+Prompts go through the tokenizer's chat template where there is one; give the bare question. Of messages (system
+prompts, several turns) the last answer is written anew by kinds `dense` and `pruned`. Rows that hold nothing are left
+out and counted; a row that is broken or of another type is refused by file and line. Tools and thoughts (`<think>`)
+that the template does not show are refused with the reason.
 
 What is measured should not stand in what the run is made with. `recover plan` looks for each measured item in the first
 100,000 texts of each source and of the calibration, and says how many are there: word for word, or with 60% of their

@@ -15,8 +15,9 @@ __version__ = "0.1.0"
 FUNCTIONS = ("load", "prune", "probe", "measure", "distill", "export", "run", "report")  # of recover/api.py
 PLACES = {
     **dict.fromkeys(("Calibration", "Depth", "Magnitude", "SparseGpt", "Wanda", "Width"), "recover.config.prune"),
-    **dict.fromkeys(("DenseText", "GivenText", "Lora", "Loss", "PrunedText", "TeacherText"), "recover.config.train"),
+    **dict.fromkeys(("DenseText", "GivenText", "Lora", "PrunedText", "TeacherText"), "recover.config.train"),
     **dict.fromkeys(("Probe", "Sampling"), "recover.config.recipe"),
+    "Loss": "recover.config.loss",
     "Plan": "recover.models.plan",
     "Twin": "recover.models.twin",
     "RecoverError": "recover.base.errors",
@@ -53,9 +54,10 @@ __all__ = [
 if TYPE_CHECKING:
     from recover.api import distill, export, load, measure, probe, prune, report, run
     from recover.base.errors import RecoverError
+    from recover.config.loss import Loss
     from recover.config.prune import Calibration, Depth, Magnitude, SparseGpt, Wanda, Width
     from recover.config.recipe import Probe, Sampling
-    from recover.config.train import DenseText, GivenText, Lora, Loss, PrunedText, TeacherText
+    from recover.config.train import DenseText, GivenText, Lora, PrunedText, TeacherText
     from recover.models.plan import Plan
     from recover.models.twin import Twin
 

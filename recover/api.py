@@ -18,9 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recover.base import dist
 from recover.base.artifacts import write_json
+from recover.base.console import quiet_libraries
 from recover.base.errors import ArtifactError, RecipeError, TrainingError
 from recover.base.journal import Journal
-from recover.base.quiet import quiet_libraries
 from recover.config.auto import Facts, settled
 from recover.config.base import Config
 from recover.config.messages import explain
@@ -51,7 +51,7 @@ from recover.report.render import render
 from recover.run import stages
 from recover.run.context import answers
 from recover.run.directory import RunDirectory
-from recover.text.prompts import text_ids
+from recover.text.prompts import Prompt, text_ids
 from recover.train.checkpoints import read_adapter
 from recover.train.train import train
 
@@ -129,7 +129,9 @@ def _calibrated(
     return cfg, calibration_batches(wanted, tokenizer, seed, write, texts=texts)
 
 
-def _written(twin: Twin, tokenizer: PreTrainedTokenizerBase, cfg: Calibration, prompts: list[str]) -> list[list[int]]:
+def _written(
+    twin: Twin, tokenizer: PreTrainedTokenizerBase, cfg: Calibration, prompts: list[Prompt]
+) -> list[list[int]]:
     assert cfg.answer is not None, "only where answers are asked for"
     return answers(twin, tokenizer, cfg.answer, prompts, batch_size=64)
 

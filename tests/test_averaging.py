@@ -18,8 +18,8 @@ from recover.config.recipe import Recover
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.run import estimate
-from recover.train import skipping
-from recover.train.averaging import Average, averaged_steps
+from recover.train import course
+from recover.train.optimizer_state import Average, averaged_steps
 from recover.train.settings import refuse_averaging_shares
 from recover.train.train import train
 from recover.train.trainer import RecoverTrainer
@@ -124,7 +124,7 @@ def test_a_stopped_run_goes_on_to_the_same_mean(watched, step):
 
 def test_a_mean_goes_back_with_the_training(watched, monkeypatch, capsys):
     """Step 4 is found bad once: back to the checkpoint of step 2, and steps that were undone are not in the mean."""
-    monkeypatch.setattr(skipping, "SKIPS_IN_A_ROW", 1)
+    monkeypatch.setattr(course, "SKIPS_IN_A_ROW", 1)
     folder, _ = watched("straight", Watch(), **LONG, save_steps=2)
     expected = adapters(folder)
     spoilt = []

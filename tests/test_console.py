@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import recover
-from recover.base import console, provenance, strict_json, units
+from recover.base import artifacts, console, provenance, units
 from recover.base.errors import PruneError
 from recover.report import words
 from recover.run.stage_work import _plan_rows
@@ -131,7 +131,7 @@ def test_the_revision_is_of_this_checkout_and_of_no_other(tmp_path: Path) -> Non
 
 def test_the_environment_is_a_record() -> None:
     found = provenance.environment()
-    assert json.loads(strict_json.dumps(found)) == found
+    assert json.loads(artifacts.dumps(found)) == found
     assert found["recover"] == recover.__version__ and found["versions"]["torch"] and found["processes"] == 1
     assert found["machine"]["cores"] >= 1 and found["machine"]["memory_bytes"] > 2**20 and found["argv"][0] == "recover"
 
@@ -159,7 +159,7 @@ def test_control_characters_are_shown_wherever_text_is_printed(
 def test_what_libraries_log_is_shown_so_too(capsys: pytest.CaptureFixture[str]) -> None:
     import logging
 
-    from recover.base.quiet import quiet_libraries
+    from recover.base.console import quiet_libraries
 
     record = logging.LogRecord("transformers", logging.WARNING, "", 0, "type %s", (HOSTILE,), None)
     quiet_libraries()

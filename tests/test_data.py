@@ -15,9 +15,9 @@ from recover.config.recipe import GivenText, Recover
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.text.read import Row
-from recover.train import dense_text
+from recover.train import written_text
 from recover.train.data import build_dataset, collator, training_order
-from recover.train.evening import TOLERANCE, evened
+from recover.train.order import TOLERANCE, evened
 from recover.train.sources import read_rows, samples_of
 
 CHATML = (
@@ -109,8 +109,8 @@ def test_saved_text_is_read_and_a_torn_end_is_written_again(twin, tmp_path, monk
     lines = saved.read_bytes().splitlines(keepends=True)
     assert len(lines) > 2
     saved.write_bytes(b"".join(lines[:2]) + lines[2][:30])
-    calls, write = [], dense_text.write_together
-    monkeypatch.setattr(dense_text, "write_together", lambda *a: calls.append(1) or write(*a))
+    calls, write = [], written_text.write_together
+    monkeypatch.setattr(written_text, "write_together", lambda *a: calls.append(1) or write(*a))
     assert build(recipe_leaf, twin, tmp_path).to_dict() == whole
     assert len(calls) == len(lines) - 2
     build(recipe_leaf, twin, tmp_path)

@@ -18,7 +18,7 @@ import torch
 
 from recover.base.artifacts import append_jsonl, read_json, read_jsonl
 from recover.train.checkpoints import Checkpoints
-from recover.train.skipping import SKIPS_IN_A_ROW, Skips
+from recover.train.course import SKIPS_IN_A_ROW, Skips
 
 RANDOM = random.Random(7)
 

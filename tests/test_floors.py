@@ -114,7 +114,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
     def reachable(start: str) -> set[str]:
         seen, todo = set(), [start]
         while todo:
-            for name in imported(todo.pop(), deferred=False) - seen:
+            for name in imported(todo.pop()) - seen:
                 seen.add(name)
                 todo.append(name)
         return seen

@@ -21,7 +21,7 @@ from recover.base.errors import ModelError, RecoverError
 from recover.cli import app
 from recover.config import recipe
 from recover.export.gguf.write import write_gguf
-from recover.models.gguf_head import check_head
+from recover.models.gguf_folder import check_head
 from recover.models.load import describe, load_model, load_tokenizer
 from recover.models.source import locate
 

@@ -22,9 +22,9 @@ from recover.base import artifacts
 from recover.base.errors import ModelError
 from recover.config import recipe
 from recover.export.gguf.write import write_gguf
-from recover.models import gguf_folder
+from recover.models import gguf_folder, source
+from recover.models.gguf_folder import TEXT
 from recover.models.gguf_settings import completed
-from recover.models.gguf_tokenizer import TEXT
 from recover.models.load import describe, load_model, load_tokenizer
 from recover.models.source import locate
 
@@ -49,7 +49,7 @@ def written(monkeypatch) -> list[Path]:
         found.append(shown)
         write(path, folder, shown=shown)
 
-    monkeypatch.setattr(gguf_folder, "write_stock", noted)
+    monkeypatch.setattr(source, "write_stock", noted)
     return found
 
 
@@ -122,7 +122,7 @@ def test_it_is_converted_and_hashed_once_until_it_changes(file, written, monkeyp
 
 
 def test_of_two_runs_the_second_waits_for_the_first(file, written, monkeypatch):
-    write, begun = gguf_folder.write_stock, threading.Event()
+    write, begun = source.write_stock, threading.Event()
 
     def slowly(path: Path, folder: Path, *, shown: Path) -> None:
         begun.set()
@@ -130,7 +130,7 @@ def test_of_two_runs_the_second_waits_for_the_first(file, written, monkeypatch):
         assert second.is_alive(), "the second run did not wait"
         write(path, folder, shown=shown)
 
-    monkeypatch.setattr(gguf_folder, "write_stock", slowly)
+    monkeypatch.setattr(source, "write_stock", slowly)
     found: list[Path] = []
     second = threading.Thread(target=lambda: (begun.wait(), found.append(locate(cfg(file)))))
     second.start()

@@ -20,11 +20,10 @@ from twins import fill_adapters, masked_twin
 
 from recover.config.recipe import Lora
 from recover.kernels.lora_linear import PlainGate, gated_lora_linear, lora_linear
-from recover.models import lean, rotary
-from recover.models.lean import LeanAttention, LeanMlp, LeanNorm, make_lean
+from recover.models import lean
+from recover.models.lean import LeanAttention, LeanMlp, LeanNorm, make_lean, with_fused_rotary
 from recover.models.linears import Switch
 from recover.models.plan import Plan
-from recover.models.rotary import with_fused_rotary
 from recover.models.twin import Twin
 
 # Whose norms or MLPs are others. An upgrade of transformers that rewords one shows here, as more memory and time.
@@ -42,7 +41,7 @@ def twin_of(family, dtype=torch.float32, *, stock=False):
     twin = Twin(tiny(family).to(dtype), Plan("depth", 6, (2, 4)))
     with pytest.MonkeyPatch.context() as patch:
         if stock:
-            patch.setattr(lean, "make_lean", lambda *_: None)
+            patch.setattr("recover.models.twin.make_lean", lambda *_: None)
         twin.add_lora(Lora(rank=4))
     fill_adapters(twin)
     twin.model.train()
@@ -231,7 +230,7 @@ def test_rotary_is_known_behind_decorators_and_not_mistaken():
         assert with_fused_rotary(attention_calling(other)) is None
     assert with_fused_rotary(attention_calling(copied(plain, rotate_half=lambda x: x))) is None
     assert with_fused_rotary(Phi3Attention) is None and with_fused_rotary(LlamaRMSNorm) is None
-    assert rotary._as_written("x = 1") is None
+    assert lean._as_written("x = 1") is None
 
 
 def renaming(*names):

@@ -15,8 +15,8 @@ from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.prune.calibrate import calibration_batches
 from recover.train.data import build_dataset
-from recover.train.prompted import fitting_prompts
 from recover.train.sources import check_given, read_prompts
+from recover.train.written_text import fitting_prompts
 
 
 def jsonl(path, rows):

@@ -12,7 +12,7 @@ import torch
 from recover.base.memory import rows_for
 from recover.config.recipe import Loss
 from recover.distill.loss import distillation_loss
-from recover.distill.loss_terms import TERMS, loss_terms
+from recover.distill.loss_terms import computed, loss_terms
 
 N, D, V = 23, 16, 97
 MIXTURES = [
@@ -60,7 +60,8 @@ def textbook(pruned, dense, head, weights, labels, bias=None, scale=1.0, softcap
     ce = torch.nn.functional.cross_entropy(z, labels, reduction="sum")
     total = weights.kl * kl + weights.variance * variance + weights.reverse_kl * reverse_kl
     total = t**2 * (total + weights.variance_r * variance_r + weights.jsd * jsd) + weights.ce * ce
-    return {"total": total, "kl": kl, "variance": variance, "reverse_kl": reverse_kl, "ce": ce, "focus": kl * 0}
+    terms = {"kl": kl, "variance": variance, "reverse_kl": reverse_kl, "variance_r": variance_r, "jsd": jsd, "ce": ce}
+    return {"total": total, **terms}
 
 
 def run(weights, *, chunk=7, seed=0, dtype=torch.float64, spread=1.0, bias=False, **head_options):
@@ -87,8 +88,10 @@ def relative(found, expected):
 def test_values_and_gradients_are_the_textbooks(mixture, temperature, head):
     weights = Loss(**mixture, temperature=temperature)
     ours, gradient, truth, truth_gradient = run(weights, **head)
-    for term in TERMS:
-        torch.testing.assert_close(getattr(ours, term), truth[term], rtol=1e-10, atol=1e-10, check_dtype=False)
+    assert ours.terms.keys() == {"kl", "variance", "reverse_kl", "ce"} | {name for name in mixture if name in truth}
+    for term, found in {"total": ours.total, **ours.terms}.items():
+        torch.testing.assert_close(found, truth[term], rtol=1e-10, atol=1e-10, check_dtype=False)
+    assert list(ours.terms) == list(computed(weights)) and ours.focus == 0
     assert ours.tokens.item() == N
     assert relative(gradient, truth_gradient) < 1e-10
 
@@ -126,7 +129,9 @@ def test_identical_models_give_exactly_nothing(dtype):
     weights = Loss(kl=1.0, variance=1.0, variance_r=1.0, reverse_kl=1.0, jsd=1.0, temperature=0.7)
     sums = distillation_loss(h, pruned, head, weights, labels_N=labels, chunk=5)
     sums.total.backward()
-    assert sums.total.item() == sums.kl.item() == sums.variance.item() == sums.reverse_kl.item() == 0
+    assert (
+        sums.total == 0 and len(sums.terms) == 6 and all(sums.terms[name] == 0 for name in sums.terms if name != "ce")
+    )
     assert h.grad.count_nonzero() == 0
 
 
@@ -163,7 +168,7 @@ def test_huge_logits_stay_finite_and_right(size):
     log_q = torch.log_softmax(h.detach().double() @ head.float().double().T, -1)
     kl = (log_p.exp() * (log_p - log_q)).sum()
     assert torch.isfinite(gradient).all()
-    torch.testing.assert_close(ours.kl.double(), kl, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.terms["kl"].double(), kl, rtol=1e-4, atol=1e-4)
 
 
 def test_no_scored_token_gives_zero_and_keeps_the_graph():
@@ -207,9 +212,9 @@ def test_close_to_the_dense_model_every_divergence_is_the_variance():
     beta = 0.3
     sums = distillation_loss(pruned, dense, head, Loss(kl=0.0, jsd=1.0, jsd_beta=beta))
     variance, third = moments(pruned, dense, head)
-    torch.testing.assert_close(sums.variance, variance / 2, rtol=1e-9, atol=0)
-    torch.testing.assert_close(sums.kl - sums.variance, third / 6, rtol=2e-2, atol=0)
-    torch.testing.assert_close(sums.reverse_kl - sums.variance, third / 3, rtol=2e-2, atol=0)
+    torch.testing.assert_close(sums.terms["variance"], variance / 2, rtol=1e-9, atol=0)
+    torch.testing.assert_close(sums.terms["kl"] - sums.terms["variance"], third / 6, rtol=2e-2, atol=0)
+    torch.testing.assert_close(sums.terms["reverse_kl"] - sums.terms["variance"], third / 3, rtol=2e-2, atol=0)
     torch.testing.assert_close(sums.total, beta * (1 - beta) * variance / 2, rtol=2e-3, atol=0)
 
 
@@ -217,7 +222,7 @@ def test_close_to_the_dense_model_every_divergence_is_the_variance():
 def test_jsd_over_its_smaller_weight_tends_to_one_kl_or_the_other(beta):
     pruned, dense, head, _, _ = states(spread=0.3)
     sums = distillation_loss(pruned, dense, head, Loss(kl=0.0, jsd=1.0, jsd_beta=beta))
-    expected = sums.kl if beta < 0.5 else sums.reverse_kl
+    expected = sums.terms["kl"] if beta < 0.5 else sums.terms["reverse_kl"]
     torch.testing.assert_close(sums.total / min(beta, 1 - beta), expected, rtol=1e-3, atol=0)
 
 

@@ -15,11 +15,11 @@ from transformers import TrainerCallback
 from recover.base.errors import StopRequested
 from recover.config.recipe import Loss, Recover
 from recover.distill.loss import distillation_loss
-from recover.distill.loss_terms import TERMS, focused, loss_terms
+from recover.distill.loss_terms import FOCUS, TOTAL, focused, loss_terms
 from recover.distill.loss_topk import topk_of
 from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.train.totals import FOCUS_DECAY, SUMS, Totals
+from recover.train.course import FOCUS_DECAY, Totals
 from recover.train.train import train
 from recover.train.trainer import RecoverTrainer
 
@@ -129,17 +129,17 @@ def test_equal_views_weigh_nothing_and_give_no_nan(by):
     y = torch.randn(4, 9, dtype=torch.float64)
     values, gradient = loss_terms(y, y.clone(), None, focus(by), torch.float64)
     weight = focused(values, focus(by), 0.0)
-    assert weight is None and values[TERMS.index("total")].count_nonzero() == 0
+    assert weight is None and values[TOTAL].count_nonzero() == 0
     assert gradient is not None and gradient.count_nonzero() == 0
-    assert (values[TERMS.index("focus")].count_nonzero() == 0) == (by != "entropy")
+    assert (values[FOCUS].count_nonzero() == 0) == (by != "entropy")
 
 
 def step(focus_sum, tokens):
-    return {**dict.fromkeys(SUMS, 0.0), "focus": focus_sum, "tokens": tokens}
+    return {**dict.fromkeys(Totals(("kl",)).names, 0.0), "focus": focus_sum, "tokens": tokens}
 
 
 def test_the_mean_runs_over_steps_that_were_made():
-    totals = Totals()
+    totals = Totals(("kl",))
     assert totals.focus_mean() is None
     for sums in ([step(3.0, 4), step(1.0, 2)], [step(2.0, 8)]):
         for micro in sums:
@@ -148,7 +148,7 @@ def test_the_mean_runs_over_steps_that_were_made():
     totals.add(step(1e9, 1))
     totals.discard()
     assert totals.focus_mean() == pytest.approx((FOCUS_DECAY * 4 + 2) / (FOCUS_DECAY * 6 + 8))
-    again = Totals()
+    again = Totals(("kl",))
     again.restore(totals.to_json())
     assert again.focus_mean() == totals.focus_mean()
 

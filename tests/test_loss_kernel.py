@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from test_loss_term import term  # noqa: F401 (a fixture)
 
 from recover.config.recipe import Loss
 from recover.distill.loss import distillation_loss
-from recover.distill.loss_terms import TERMS, loss_terms
+from recover.distill.loss_terms import FUSED, loss_terms
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel runs on a GPU only")
 
@@ -44,7 +45,7 @@ def test_values_and_gradient_are_the_plain_ones(mixture, temperature, spread):
     values, gradient, _ = fused_loss_terms(y, z, labels, weights, torch.float32)
     true_values, true_gradient = loss_terms(y.double(), z.double(), labels, weights, torch.float64)
     assert relative(gradient, true_gradient) < 3e-4
-    for index in range(len(TERMS)):
+    for index in range(2 + len(FUSED)):
         assert relative(values[index], true_values[index]) < 1e-3
 
 
@@ -104,8 +105,9 @@ def test_a_whole_focused_bf16_loss_is_right_and_waits_for_nothing(by, power):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert relative(gradient, truth) < 4e-3
-    for name in ("total", "kl", "focus"):
+    for name in ("total", "focus"):
         assert relative(getattr(sums, name), getattr(true_sums, name)) < 1e-3
+    assert relative(sums.terms["kl"], true_sums.terms["kl"]) < 1e-3
 
 
 def test_identical_logits_part_nowhere():
@@ -116,6 +118,31 @@ def test_identical_logits_part_nowhere():
         weights = Loss.model_validate({"focus": {"by": by}})
         values, _, _ = fused_loss_terms(y, y.clone(), None, weights, torch.float32)
         assert values.count_nonzero() == 0
+
+
+def test_a_term_that_the_kernel_does_not_know_is_added_and_waits_for_nothing(term):  # noqa: F811
+    generator = torch.Generator("cuda").manual_seed(0)
+    dense, noise, weight = (torch.randn(n, 64, generator=generator, device="cuda") for n in (300, 300, 5003))
+    dense, weight = dense.bfloat16(), weight.bfloat16()
+    pruned = (dense + 0.05 * noise).bfloat16()
+    weights = Loss(variance=0.1, terms={"hellinger": 2.0})
+
+    def found(dense, pruned, weight):
+        h = pruned.detach().requires_grad_()
+        sums = distillation_loss(h, dense, weight, weights, chunk=128)
+        return sums, torch.autograd.grad(sums.total, h)[0]
+
+    true_sums, truth = found(dense.double(), pruned.double(), weight.double())
+    found(dense, pruned, weight)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sums, gradient = found(dense, pruned, weight)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert relative(gradient, truth) < 4e-3
+    for name, value in sums.terms.items():
+        assert relative(value, true_sums.terms[name]) < 1e-3
 
 
 @pytest.mark.parametrize("head", [{}, {"softcap": 3.0}, {"scale": 0.25}], ids=str)

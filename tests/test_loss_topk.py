@@ -78,11 +78,11 @@ def test_it_grows_with_k_up_to_the_exact_divergence():
     """What k tokens lose is p_t KL(p given tail || q given tail), and never negative."""
     pruned, dense, head, _, _ = states()
     p, q = (logits(h, head).softmax(-1) for h in (dense, pruned))
-    exact = distillation_loss(pruned, dense, head, Loss(kl=1.0)).kl
+    exact = distillation_loss(pruned, dense, head, Loss(kl=1.0)).terms["kl"]
     before = -1.0
     for k in (1, 2, 4, 16, 64, V):
         top = topk_of(logits(dense, head), k)
-        found = distillation_loss(pruned, top, head, Loss(kl=1.0)).kl
+        found = distillation_loss(pruned, top, head, Loss(kl=1.0)).terms["kl"]
         assert before <= found <= exact + 1e-9
         tail_p, tail_q = (share.scatter(-1, top.ids_NK, 0.0) for share in (p, q))
         masses = tail_p.sum(-1), tail_q.sum(-1)

@@ -69,7 +69,7 @@ def kept_bytes(twin, *, checkpointing=False):
 @pytest.mark.parametrize("lean", [True, False], ids=["lean", "stock"])
 def test_a_block_keeps_as_much_as_the_formula_says(changes, dtype, element, lean, monkeypatch):
     if not lean:
-        monkeypatch.setattr("recover.models.lean.make_lean", lambda *_: None)
+        monkeypatch.setattr("recover.models.twin.make_lean", lambda *_: None)
     six, eight = (shape(**changes, blocks=blocks) for blocks in (6, 8))
     found = (kept_bytes(twin_of(eight, dtype)) - kept_bytes(twin_of(six, dtype))) / 2 / TOKENS
     assert found == pytest.approx(memory.block_bytes_per_token(six, RANK, element, lean=lean), rel=0.002)

@@ -20,13 +20,13 @@ from recover.base.artifacts import read_json
 from recover.base.errors import DataError, StopRequested
 from recover.config.recipe import PrunedText
 from recover.maths.collapse import loop
-from recover.train import on_policy, skipping
+from recover.train import course, trainer
 from recover.train.data import build_dataset, collator
 from recover.train.on_policy import cut_to, without_loop
 from recover.train.order import training_order
-from recover.train.prompted import answered
 from recover.train.sources import Sample
 from recover.train.trainer import RecoverTrainer
+from recover.train.written_text import answered
 
 __all__ = ["at_step", "folder"]  # fixtures
 
@@ -139,7 +139,7 @@ def test_loops_are_cut_where_that_is_asked_for(folder, caught, monkeypatch, cut)
     """A model that writes nothing but loops, and one text that is none."""
     looped, straight = [7, 6] * 20, list(range(10, 40))
     monkeypatch.setattr(
-        on_policy, "write_together", lambda _m, _t, prompts, *_: [straight, *([looped] * (len(prompts) - 1))]
+        trainer, "write_together", lambda _m, _t, prompts, *_: [straight, *([looped] * (len(prompts) - 1))]
     )
     go(folder, **own(folder, max_new_tokens=40, cut_loops=cut))
     for record in records(folder):
@@ -295,7 +295,7 @@ def test_a_stopped_run_reads_its_text_and_goes_on_to_the_same_bits(folder, at_st
 
 
 def test_a_run_that_is_stopped_while_the_model_writes_goes_on_to_the_same_bits(folder, monkeypatch, straight):
-    write, calls = on_policy.write_together, []
+    write, calls = trainer.write_together, []
 
     def stopped(*arguments):
         calls.append(1)
@@ -303,7 +303,7 @@ def test_a_run_that_is_stopped_while_the_model_writes_goes_on_to_the_same_bits(f
             os.kill(os.getpid(), signal.SIGTERM)
         return write(*arguments)
 
-    monkeypatch.setattr(on_policy, "write_together", stopped)
+    monkeypatch.setattr(trainer, "write_together", stopped)
     with pytest.raises(StopRequested):
         go(folder, **own(folder), **DROPOUT)
     assert len(records(folder)) == 1 and (folder / "recover/checkpoints/checkpoint-2").exists()
@@ -326,8 +326,8 @@ def test_a_crash_is_gone_on_from_with_the_text_that_was_there(folder, at_step, m
 
 def test_after_going_back_the_text_that_followed_is_written_anew(tmp_path, monkeypatch, capsys):
     """Step 6 is found bad once: back to the checkpoint of step 4, and the text of step 6 is another model's."""
-    monkeypatch.setattr(skipping, "SKIPS_IN_A_ROW", 1)
-    init, write, trainers, steps = RecoverTrainer.__init__, on_policy.write_together, [], []
+    monkeypatch.setattr(course, "SKIPS_IN_A_ROW", 1)
+    init, write, trainers, steps = RecoverTrainer.__init__, trainer.write_together, [], []
 
     class Spoil(TrainerCallback):
         def on_step_begin(self, args, state, control, **_):
@@ -342,9 +342,7 @@ def test_after_going_back_the_text_that_followed_is_written_anew(tmp_path, monke
 
     spoilt: list[int] = []
     monkeypatch.setattr(RecoverTrainer, "__init__", with_callback)
-    monkeypatch.setattr(
-        on_policy, "write_together", lambda *a: steps.append(trainers[-1].state.global_step) or write(*a)
-    )
+    monkeypatch.setattr(trainer, "write_together", lambda *a: steps.append(trainers[-1].state.global_step) or write(*a))
     adapters, texts = [], []
     for name in ("back", "straight"):
         path = tmp_path / name

@@ -17,7 +17,7 @@ from recover.models.packed_attention import Packing, packing_configs
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.train.data import collator, packer, with_scored
-from recover.train.shapes import MULTIPLE, RECORDING, filled, row_sizes
+from recover.train.order import MULTIPLE, RECORDING, filled, row_sizes
 
 PACKED = [family for family in FAMILIES if family != "gemma2"]  # whose attention has a softcap
 WEIGHTS = Loss(variance=0.5, ce=0.1, temperature=2.0, chunk=16)

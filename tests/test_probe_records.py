@@ -8,7 +8,7 @@ from report_probes import records, spread
 from tiny import tiny
 from twins import masked_twin
 
-from recover.base import strict_json
+from recover.base import artifacts
 from recover.base.errors import ArtifactError
 from recover.config.recipe import Probe
 from recover.probe.probe import probe
@@ -24,11 +24,11 @@ def test_every_record_of_a_probe_is_read_as_it_was_written():
     cfg = Probe(samples=3, steps=4, batch_size=2, seeds=(0,), temperatures=(1.0, 0.5))
     written = [*probe(twin, NoTokenizer(), [[5, 6, 7], [8], [9, 10]], cfg), *records()]
     assert {record.probe for record in written} == set(KINDS)
-    lines = [strict_json.dumps(record.to_json()) for record in written]
+    lines = [artifacts.dumps(record.to_json()) for record in written]
     read = [record_of(json.loads(line)) for line in lines]
     assert [type(record) for record in read] == [type(record) for record in written]
-    assert [strict_json.dumps(record.to_json()) for record in read] == lines
-    assert strict_json.dumps(summary(read)) == strict_json.dumps(summary(written))
+    assert [artifacts.dumps(record.to_json()) for record in read] == lines
+    assert artifacts.dumps(summary(read)) == artifacts.dumps(summary(written))
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from recover.text import conversation, embed, likelihood
 from recover.text import generate as generation
 from recover.text.prompts import encode_prompt
 from recover.text.read import Row
-from recover.train.prompted import write_together
 from recover.train.sources import samples_of
+from recover.train.written_text import write_together
 
 # As Qwen3's and SmolLM3's: an answer of no thought begins behind a closed train of thought, an open one without.
 THINKING = (

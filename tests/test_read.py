@@ -11,12 +11,13 @@ import pytest
 from byte_tokenizer import byte_tokenizer
 from pyarrow import ipc, parquet
 from task_folder import GENERATE, make_task
+from test_conversation import ADDED, chatty
 
 from recover.base.errors import DataError, RecipeError
 from recover.config.paths import matching
 from recover.config.recipe import Calibration, DenseText, GivenText
 from recover.measure.task_file import load_task
-from recover.prune.calibrate import read_texts
+from recover.prune.calibrate import calibration_batches, read_texts
 from recover.text.read import rows_at
 from recover.train.sources import check_given, read_prompts, read_rows
 
@@ -44,6 +45,7 @@ def lines(path, opened=open):
 WRITERS = {
     "rows.jsonl": lines,
     "rows.JSONL": lines,
+    "rows.ndjson": lines,
     "rows.json": lines,
     "rows.jsonl.gz": lambda path: lines(path, gzip.open),
     "list.json": lambda path: path.write_text(json.dumps(ROWS)),
@@ -150,6 +152,100 @@ def test_a_configuration_that_is_missing_is_asked_for(configured, subset, said):
         read_texts(Calibration(data=configured, subset=subset))
 
 
+def test_a_folder_gives_its_own_rows_whatever_another_of_its_name_held(tmp_path, configured):
+    """`datasets` by itself goes by the names of folder and configuration alone."""
+    other = tmp_path / "elsewhere" / "set"
+    shutil.copytree(configured, other)
+    (other / "small" / "train.jsonl").write_text(json.dumps({"text": "other"}))
+    assert [row.value["text"] for row in rows_at(configured, subset="small")] == ["small"]
+    assert [row.value["text"] for row in rows_at(str(other), subset="small")] == ["other"]
+    (other / "small" / "train.jsonl").write_text(json.dumps({"text": "changed"}))
+    assert [row.value["text"] for row in rows_at(str(other), subset="small")] == ["changed"]
+
+
+def test_a_row_that_cannot_be_read_in_a_folder_is_told_by_its_cause(tmp_path):
+    (tmp_path / "set").mkdir()
+    rows = [json.dumps({"text": "a"})] * 1000
+    (tmp_path / "set" / "train.jsonl").write_text("\n".join([*rows[:500], "[1]", *rows[500:]]))
+    with pytest.raises(DataError, match=r"set: cannot be read as a data set, split 'train': .*JSON parse error"):
+        rows_at(str(tmp_path / "set"))
+
+
+def spread(path, rows):
+    """Rows with lists as a sheet has them: as JSON."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows([{k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows])
+    return str(path)
+
+
+def turns(number):
+    said = (("system", "Be brief."), ("user", f"one {number}?"), ("assistant", "1"), ("user", "two?"))
+    return [{"role": role, "content": text} for role, text in (*said, ("assistant", "2"))]
+
+
+def test_lists_in_a_sheet_are_read_as_lists_wherever_one_is_asked_for(tmp_path):
+    rows = [
+        {"q": "which?", "options": ["a", "b"], "label": 1, "query": "x", "documents": ["d", "e"], "relevant": 0}
+        | {"messages": turns(number)}
+        for number in range(3)
+    ]
+    source = spread(tmp_path / "s.csv", rows)
+    (first, *_) = load_task(make_task(tmp_path, [], kind="choice", prompt="{q}", data="s.csv")).items
+    assert (first.options, first.label) == (("a", "b"), 1)
+    (first, *_) = load_task(make_task(tmp_path, [], kind="retrieval", data="s.csv")).items
+    assert (first.documents, first.relevant) == (("d", "e"), (0,))
+    asked = [row.value["prompt"] for row in read_prompts(source)]
+    assert asked == [turns(number)[:-1] for number in range(3)]
+    check_given(
+        GivenText(kind="given", source=source, columns={"messages": "messages"}, strict=True), chatty(ADDED), 200
+    )
+    task = make_task(tmp_path, [{"q": '["no list"]', "answer": "[1, 2]"}], **GENERATE)
+    assert load_task(task).items[0].targets == ("[1, 2]",)  # a text stays one where a text is asked for
+
+
+@pytest.mark.parametrize("name", ["m.jsonl", "m.csv", "m.parquet"])
+def test_conversations_are_calibration_text_and_prompts_of_it(tmp_path, name):
+    rows = [{"messages": turns(number)} for number in range(4)]
+    if name.endswith("csv"):
+        spread(tmp_path / name, rows)
+    elif name.endswith("parquet"):
+        parquet.write_table(pa.Table.from_pylist(rows), tmp_path / name)
+    else:
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = Calibration(data=str(tmp_path / name), column="messages", samples=2, length=64)
+    tokenizer = chatty(ADDED)
+    text = "".join(
+        tokenizer.decode(row) for ids_BT in calibration_batches(cfg, tokenizer, 0) for row in ids_BT.tolist()
+    )
+    assert "<system>Be brief.<end><user>one " in text and "<assistant>1<end><user>two?<end><assistant>2<end>" in text
+    asked = []
+    answered = Calibration(data=cfg.data, column="messages", samples=1, length=32, answer=4)
+    calibration_batches(
+        answered, tokenizer, 0, lambda prompts: [asked.append(prompt) or [5] * 40 for prompt in prompts]
+    )
+    assert sorted(map(str, asked)) == sorted(str(turns(number)[:-1]) for number in range(4))
+    with pytest.raises(DataError, match=r"messages need a chat template, and the tokenizer has none"):
+        calibration_batches(cfg, byte_tokenizer(), 0)
+
+
+def test_empty_documents_of_calibration_are_counted(tmp_path, capsys):
+    rows = [{"text": text} for text in ("a", "", None, " ", "b")]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read_texts(Calibration(data=str(tmp_path / "t.jsonl")))
+    assert "t.jsonl: 3 of 5 rows left out, which hold nothing" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_prompt_of_nothing_is_left_out_and_null_is_nothing(tmp_path, capsys):
+    rows = [{"q": q, "more": more, "answer": "1"} for q, more in (("a", None), (None, None), ("", " "), ("b", "c"))]
+    fewshot = {"count": 1}
+    task = load_task(make_task(tmp_path, rows, kind="generate", prompt="Q: {q} {more}", fewshot=fewshot))
+    assert task.asked == ("Q: a ", "Q: b c") and task.items[0].prompt == "Q: b c 1\n\nQ: a "
+    said = " ".join(capsys.readouterr().err.split())
+    assert "2 empty rows left out" in said and "task.jsonl:2: prompt 'Q: {q} {more}': the columns that it asks" in said
+
+
 HALF = r'{"text": "a half: \ud83d.", "prompt": "a half: \ud83d.", "q": "\udc00", "answer": "1"}'
 
 
@@ -185,7 +281,7 @@ def test_half_a_character_deep_inside_and_in_a_key_is_refused(tmp_path):
         ("s.json", b'[{"text": "a"},\n{"text": }]', r"s\.json:2: not JSON"),
         ("s.json", b'{"text": "a"}\n{"text": }\n', r"s\.json:2: not JSON"),
         ("s.json", b"[1]", r"s\.json, row 0: found int, expected one JSON object"),
-        ("s.parquet", b"no parquet", r"s\.parquet: neither"),
+        ("s.parquet", b"no parquet", r"s\.parquet: cannot be read as a data set, .*not a parquet file"),
         ("s.arrow", b"no arrow", r"s\.arrow: not a table"),
         ("s.jsonl.gz", b"no gzip", r"s\.jsonl\.gz: cannot be read"),
         ("s.xml", b"<a/>", r"s\.xml: its ending says nothing of how to read it; expected one of \.jsonl"),

@@ -15,7 +15,6 @@ from recover.base.errors import StopRequested
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.report.curve import curve
-from recover.train.totals import TERMS
 from recover.train.train import train
 from recover.train.trainer import RecoverTrainer
 
@@ -68,11 +67,23 @@ def straight(tmp_path_factory):
 
 def test_each_step_has_a_line_with_what_it_learnt(straight):
     assert [line["step"] for line in straight] == [*range(1, STEPS + 1)]
-    assert all({*TERMS, "grad_norm", "lr", "variance_weight"} <= line.keys() for line in straight)
+    expected = {"loss", "kl", "variance", "reverse_kl", "ce", "grad_norm", "lr", "variance_weight"}
+    assert all(expected <= line.keys() for line in straight)
     for name in ("tokens", "seconds"):
         values = [line[name] for line in straight]
         assert values == sorted(set(values)) and values[0] > 0
     assert straight[-1]["loss"] != straight[0]["loss"]
+
+
+def test_every_term_that_has_a_weight_is_logged_and_they_add_up_to_the_loss(tmp_path):
+    weights = {"kl": 1.0, "variance": 0.2, "variance_r": 0.3, "reverse_kl": 0.4, "jsd": 0.5, "ce": 0.1}
+    epochs = []
+    path = go(tmp_path, lambda _, record: epochs.append(record), loss={**weights, "temperature": 2.0})
+    for line in [*read_jsonl(path), *(record["train"] for record in epochs)]:
+        total = sum((1 if name == "ce" else 4) * weight * line[name] for name, weight in weights.items())
+        assert line["loss"] == pytest.approx(total, rel=1e-5) and all(line[name] > 0 for name in weights)
+    found = curve(path, {"recover": {"loss": weights}})
+    assert found is not None and weights.keys() < found["points"].keys()
 
 
 def test_the_curve_of_the_report_has_the_means_of_the_epochs(tmp_path):

@@ -1,12 +1,15 @@
 """Laws of a teacher's file: training from it is training from the teacher, and wrong rows are named."""
 
+import gzip
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 import two_processes
 from byte_tokenizer import byte_tokenizer
+from pyarrow import parquet
 from safetensors.torch import load_file
 from test_conversation import ADDED, chatty
 from tiny import tiny
@@ -150,6 +153,18 @@ def test_a_wrong_row_is_named_by_file_and_line(tmp_path, changes, message):
     with pytest.raises(DataError) as caught:
         check_teacher(source(path), 256, byte_tokenizer())
     assert f"{path}:2: " in str(caught.value) and message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["t.jsonl.gz", "t.ndjson", "t.json", "t.parquet"])
+def test_a_file_may_be_of_any_form_that_holds_lists(tmp_path, name):
+    rows = [{**GOOD, "tokenizer": marks(byte_tokenizer())}] * 3
+    if name.endswith("parquet"):
+        parquet.write_table(pa.Table.from_pylist(rows), tmp_path / name)
+    else:
+        text = json.dumps(rows) if name.endswith("json") and "nd" not in name else "\n".join(map(json.dumps, rows))
+        (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    found = list(read_teacher(source(tmp_path / name), 256, marks(byte_tokenizer())))
+    assert [row.sample.ids for row in found] == [GOOD["input_ids"]] * 3
 
 
 def test_a_file_without_anything_to_learn_is_refused(tmp_path):

@@ -5,9 +5,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
 
 from recover.base import threads
 
@@ -61,11 +61,7 @@ def test_threads_are_on_record(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_going_on_with_other_threads_is_said(
     before: int | None, kind: str, said: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from types import SimpleNamespace
+    from recover.train.course import say_other_threads
 
-    from recover.train.course import Course
-
-    course: Any = Course.__new__(Course)
-    course.trainer = SimpleNamespace(args=SimpleNamespace(device=SimpleNamespace(type=kind)))
-    course._say_other_threads(Path("checkpoint-2"), before)
+    say_other_threads(Path("checkpoint-2"), before, torch.device(kind))
     assert ("OMP_NUM_THREADS=3" in " ".join(capsys.readouterr().out.split())) == said

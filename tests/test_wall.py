@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -135,5 +136,7 @@ def test_the_table_of_the_docs_is_that_of_the_programs():
     assert len(PROGRAMS) > 100 and len({(each.kind, each.name) for each in PROGRAMS}) == len(PROGRAMS)
     assert {each.kind for each in PROGRAMS} == set(WHAT)
     page = (HERE.parent / "docs" / "security.md").read_text()
+    named = re.findall(r"`((?:tests|recover)/[\w/]+\.(?:py|txt))`", page)
+    assert len(set(named)) > 10 and all((HERE.parent / each).is_file() for each in named)
     assert table() in page and f"{len(PROGRAMS)} programs that try" in page
     assert f"{len(PROGRAMS)} hostile programs" in (HERE.parent / "README.md").read_text()

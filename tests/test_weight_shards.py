@@ -15,9 +15,9 @@ from recover.base.errors import RecipeError, TrainingError
 from recover.config.recipe import Lora, Recover
 from recover.models.plan import Plan
 from recover.models.twin import Twin
+from recover.train import sharded_weights as weight_shards
 from recover.train.settings import refuse_sharding_twice
-from recover.train.sharded import weights as weight_shards
-from recover.train.sharded.weights import WeightShards
+from recover.train.sharded_weights import WeightShards
 
 IDS = torch.arange(24).view(2, 12) % 256
 

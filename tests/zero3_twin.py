@@ -22,7 +22,7 @@ from recover.config import recipe
 from recover.models.masked_lora import hooked, lora_layers
 from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.train.sharded.zero3 import gather_by_block
+from recover.train.sharded_weights import gather_by_block
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 2,

@@ -12,7 +12,7 @@ from typing import Any
 
 from rows import VIEWS
 
-from recover.base.strict_json import loads
+from recover.base.artifacts import loads
 from recover.config.tasks import GenerateFile
 from recover.config.yaml_values import read as read_yaml
 from recover.maths.collapse import first_divergence

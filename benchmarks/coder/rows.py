@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recover.base.strict_json import loads
+from recover.base.artifacts import loads
 from recover.config.tasks import KINDS
 from recover.maths.collapse import loop_start
 

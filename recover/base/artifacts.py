@@ -1,23 +1,27 @@
 """Files that are whole or not there: written beside, synced, renamed; read back with an error that names the file.
 
 A crash at any point leaves the old state or the new one. A folder is published by two renames; a crash between
-them is mended by `settle`, which whoever takes a run directory's lock calls before anything is read.
+them is mended by `settle`, which whoever takes a run directory's lock calls before anything is read. JSON is as the
+standard has it: no NaN, no key twice.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
+import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from recover.base import console, strict_json
+from recover.base import console
 from recover.base.errors import ArtifactError
 
 MANIFEST = "MANIFEST.json"
@@ -70,7 +74,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """As `write_bytes`, as strict JSON: what is not finite becomes null; dataclasses, paths and arrays are taken."""
-    write_text(path, strict_json.dumps(value, indent=1) + "\n")
+    write_text(path, dumps(value, indent=1) + "\n")
+
+
+def write_jsonl(path: Path, records: Iterable[Any]) -> None:
+    """As `write_json`, a line for each record."""
+    write_text(path, "".join(f"{dumps(record)}\n" for record in records))
 
 
 def read_json(path: Path) -> Any:
@@ -80,7 +89,7 @@ def read_json(path: Path) -> Any:
         ArtifactError: missing, unreadable or corrupt.
     """
     try:
-        return strict_json.loads(Path(path).read_bytes())
+        return loads(Path(path).read_bytes())
     except FileNotFoundError:
         raise ArtifactError(
             f"{path}: no such file: the stage that writes it has not run, or the file was deleted since; "
@@ -95,7 +104,7 @@ def read_json(path: Path) -> Any:
 def append_jsonl(path: Path, record: Any, *, synced: bool = True) -> None:
     """Add one line, synced to disk unless told not to; a line torn by an earlier crash is cut off first."""
     path = Path(path)
-    line = strict_json.dumps(record).encode() + b"\n"
+    line = dumps(record).encode() + b"\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b") as file:
@@ -121,7 +130,7 @@ def read_jsonl(path: Path) -> list[Any]:
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(strict_json.loads(line))
+            records.append(loads(line))
         except ValueError as error:
             raise ArtifactError(f"{path}:{number}: corrupt JSON ({error})") from None
     return records
@@ -363,3 +372,71 @@ def explained(error: OSError, path: Path, size: int | None = None) -> ArtifactEr
     where = next(folder for folder in Path(path).absolute().parents if folder.exists())
     free = shutil.disk_usage(where).free
     return ArtifactError(f"{path}: disk full: {needed}{free:,} bytes free; make room, and the same command goes on")
+
+
+def dumps(value: Any, *, indent: int | None = None) -> str:
+    """JSON text of `value`; a number that is not finite becomes null; dataclasses, paths and arrays are taken.
+
+    Raises:
+        TypeError: something else is in it.
+    """
+    return json.dumps(plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def loads(data: bytes) -> Any:
+    """The value in a JSON text.
+
+    Raises:
+        ValueError: not UTF-8, not JSON, nested too deep, or an object with the same key twice.
+    """
+    try:
+        return json.loads(data.decode(), object_pairs_hook=_no_key_twice)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key occurs twice in an object")
+    return found
+
+
+def whole_characters(text: str) -> bool:
+    """Whether a text holds no half of a surrogate pair: JSON can name one, and no file and no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def plain(value: Any) -> Any:
+    """`value` with nothing in it but dict, list, str, int, finite float, bool and None."""
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    if not isinstance(value, type) and dataclasses.is_dataclass(value):
+        return plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+    if isinstance(value, dict):
+        return {str(key): plain(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(child) for child in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):  # a tensor or an array, without importing either library
+        return plain(value.tolist())
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted path and JSON text of each value that holds no others; a list of plain values counts as one."""
+    if isinstance(value, dict) and value:
+        for key, child in value.items():
+            yield from leaves(child, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple) and any(isinstance(child, dict | list | tuple) for child in value):
+        for index, child in enumerate(value):
+            yield from leaves(child, f"{path}.{index}" if path else str(index))
+    else:
+        yield path, dumps(value)

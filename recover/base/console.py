@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from logging import LogRecord, getLogger
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from recover.base import dist, units
@@ -13,6 +16,7 @@ from recover.base import dist, units
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+
 
 Item = TypeVar("Item")
 
@@ -201,3 +205,30 @@ def _live_display() -> Progress:
     )
     progress.start()
     return progress
+
+
+LOGGING = ("", "transformers", "huggingface_hub", "datasets", "accelerate", "peft")
+
+
+def _made_visible(record: LogRecord) -> bool:
+    """Let the record pass, as text without control characters."""
+    record.msg, record.args = visible(record.getMessage()), None
+    return True
+
+
+def quiet_libraries() -> None:
+    """Silence load bars, deprecations inside transformers, and DeepSpeed's notice that a machine has no GPU.
+
+    What the libraries still say may quote a file of others: control characters in it are shown, as in our own lines.
+    """
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|torch\.distributed)\.")
+    for name in LOGGING:
+        for handler in getLogger(name).handlers:
+            if _made_visible not in handler.filters:
+                handler.addFilter(_made_visible)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")

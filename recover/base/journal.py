@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from recover.base import artifacts, console, strict_json
+from recover.base import artifacts, console
 from recover.base.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -44,12 +44,12 @@ class Journal:
         self.lines: list[dict[str, Any]] = []
         if folder is None:
             return
-        header = {"format": FORMAT, "made_from": strict_json.plain(dict(made_from or {}))}
+        header = {"format": FORMAT, "made_from": artifacts.plain(dict(made_from or {}))}
         fault = self._read(folder, header)
         if fault:
             console.warn(f"{folder}: what was done of this work: {fault}; {self._kept()}")
         if fault or not self.lines:
-            lines = "".join(f"{strict_json.dumps(line)}\n" for line in [header, *self.lines])
+            lines = "".join(f"{artifacts.dumps(line)}\n" for line in [header, *self.lines])
             artifacts.write_text(folder / LINES, lines)
             used = {self._file(number) for number in range(len(self.lines))}
             for path in _files(folder) - used:
@@ -79,7 +79,7 @@ class Journal:
             data = safetensors.torch.save({key: tensor.cpu().contiguous() for key, tensor in entry.tensors.items()})
             artifacts.write_bytes(self._file(len(self.lines)), data)
             digest = hashlib.sha256(data).hexdigest()
-        line = {"name": name, "value": strict_json.plain(entry.value), "sha256": digest}
+        line = {"name": name, "value": artifacts.plain(entry.value), "sha256": digest}
         line["line_sha256"] = _digest(line)
         artifacts.append_jsonl(self.folder / LINES, line)
         self.lines.append(line)
@@ -147,13 +147,13 @@ def _files(folder: Path) -> set[Path]:
 
 
 def _digest(line: dict[str, Any]) -> str:
-    text = strict_json.dumps({key: line.get(key) for key in ("name", "value", "sha256")})
+    text = artifacts.dumps({key: line.get(key) for key in ("name", "value", "sha256")})
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _difference(found: Any, header: dict[str, Any]) -> str:
     """The first fields in which two headers differ, and how."""
-    before, now = dict(strict_json.leaves(found)), dict(strict_json.leaves(header))
+    before, now = dict(artifacts.leaves(found)), dict(artifacts.leaves(header))
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     said = [
         f"{name.removeprefix('made_from.')}: {before.get(name, 'absent')} -> {now.get(name, 'absent')}"

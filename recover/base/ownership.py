@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from recover import __version__
-from recover.base import strict_json
+from recover.base import artifacts
 from recover.base.artifacts import TEMPORARY, explained, write_json
 from recover.base.errors import ArtifactError
 
@@ -60,7 +60,7 @@ def mark(folder: Path, kind: str) -> None:
 def peek(path: Path) -> Any:
     """The value in a JSON file that may not be ours; None where there is no file or no JSON in it."""
     try:
-        return strict_json.loads(path.read_bytes()) if path.is_file() else None
+        return artifacts.loads(path.read_bytes()) if path.is_file() else None
     except (OSError, ValueError):
         return None
 

@@ -1,4 +1,7 @@
-"""Stopping on request: a signal becomes an exception, so that every `finally` runs and what was done is kept."""
+"""Stopping on request: a signal becomes an exception, so that every `finally` runs and what was done is kept.
+
+In the middle of a training nothing is to be lost: the step is finished, a checkpoint is written, then it stops.
+"""
 
 from __future__ import annotations
 
@@ -20,22 +23,65 @@ def graceful_stop() -> Iterator[None]:
 
     The handlers of before are put back on exit. Does nothing outside the main thread, where Python takes no handlers.
     """
+    stop = Stop()
+    stop.at_once = True
+    with _handled_by(stop):
+        yield
+
+
+@contextmanager
+def stop_between_steps() -> Iterator[Stop]:
+    """Inside, a stopping signal sets `requested` instead of raising; the handlers of before are put back on exit."""
+    stop = Stop()
+    with _handled_by(stop):
+        yield stop
+
+
+@contextmanager
+def _handled_by(stop: Stop) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in STOPPING}
-
-    def stop(number: int, _frame: FrameType | None) -> None:
-        for each in STOPPING:
-            signal.signal(each, signal.SIG_DFL)
-        raise StopRequested(number)
-
-    for number in STOPPING:
-        if before[number] is not signal.SIG_IGN:  # nohup: what the caller ignores stays ignored
-            signal.signal(number, stop)
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # nohup: what the caller ignores stays ignored
+            signal.signal(number, stop.request)
     try:
         yield
     finally:
         for number, handler in before.items():
             if handler is not None:  # None: set by C code, which Python cannot put back
                 signal.signal(number, handler)
+
+
+class Interrupted(Exception):
+    """Raised out of a step that was begun and has changed nothing yet; on every process at the same micro-step."""
+
+
+class Stop:
+    """`requested`: the number of the signal this process got, or 0; `agreed`: one that all processes know of, or 0.
+
+    Only what is agreed may end the training, or one process would stop while another waits for it.
+    """
+
+    def __init__(self) -> None:
+        self.requested = 0
+        self.agreed = 0
+        self.at_once = False
+
+    def request(self, number: int, _frame: FrameType | None) -> None:
+        """The signal handler: the first signal asks, a second one kills."""
+        for each in STOPPING:
+            signal.signal(each, signal.SIG_DFL)
+        self.requested = number
+        if self.at_once:
+            raise StopRequested(number)
+
+    @contextmanager
+    def immediately(self) -> Iterator[None]:
+        """Inside, a request raises StopRequested at once: for work after a checkpoint that can simply be done again."""
+        self.at_once = True
+        try:
+            yield
+        finally:
+            self.at_once = False

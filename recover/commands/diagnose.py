@@ -13,11 +13,11 @@ from typing import Annotated, Any
 
 import typer
 
-from recover.base import console, dist, strict_json
-from recover.base.artifacts import write_json, write_text
+from recover.base import artifacts, console, dist
+from recover.base.artifacts import write_json
+from recover.base.console import quiet_libraries
 from recover.base.errors import DataError, RecipeError
 from recover.base.ownership import begin_diagnosis
-from recover.base.quiet import quiet_libraries
 from recover.commands.measure import checked
 from recover.config import recipe
 from recover.config.recipe import Model, Probe, local_path
@@ -152,7 +152,7 @@ def diagnosis(
     plain = [record.to_json() for record in records]
     found = summary(records)
     if dist.is_main():
-        write_text(out / "probe.jsonl", "".join(f"{strict_json.dumps(record)}\n" for record in plain))
+        artifacts.write_jsonl(out / "probe.jsonl", plain)
         write_json(out / "probe.json", {"dense": dense.source, "other": other.source, **found})
         for name, columns in positions.items():
             _write_columns(out / name, columns, parquet=parquet)
@@ -242,7 +242,7 @@ def _write_columns(path: Path, columns: dict[str, list[float]], *, parquet: bool
         Dataset.from_dict(columns).to_parquet(str(path.with_suffix(".parquet")))
         return
     lines = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
-    write_text(path.with_suffix(".jsonl"), "".join(f"{strict_json.dumps(line)}\n" for line in lines))
+    artifacts.write_jsonl(path.with_suffix(".jsonl"), lines)
 
 
 def say(found: dict[str, Any]) -> None:

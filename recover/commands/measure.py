@@ -12,9 +12,9 @@ from pydantic import ValidationError
 
 from recover.base import console, dist, provenance
 from recover.base.artifacts import write_json
+from recover.base.console import quiet_libraries
 from recover.base.errors import RecipeError
 from recover.base.ownership import refuse_input
-from recover.base.quiet import quiet_libraries
 from recover.config.base import Config, Dtype
 from recover.config.recipe import Measure, Model
 from recover.config.tasks import KINDS

@@ -23,7 +23,7 @@ FIELDS = (
 )
 FOLDERS = ("recover.cache.folder",)  # made where there is none; never a hub id
 # Endings of files that hold rows; of each but a table, gzipped too.
-LINES, TABLES, SHEETS, TEXTS = (".jsonl", ".json"), (".parquet", ".arrow"), (".csv", ".tsv"), (".txt", ".md")
+LINES, TABLES, SHEETS, TEXTS = (".jsonl", ".ndjson", ".json"), (".parquet", ".arrow"), (".csv", ".tsv"), (".txt", ".md")
 ROWS = (*LINES, *(f"{ending}.gz" for ending in (*LINES, *SHEETS)), *TABLES, *SHEETS, *TEXTS)
 SUFFIXES = {*LINES, *TABLES, *SHEETS, *TEXTS, ".yaml", ".yml", ".gguf", ".gz"}
 

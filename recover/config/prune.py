@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
@@ -18,10 +19,55 @@ from pydantic import (
 
 from recover.config.base import Config
 
-CLOSING = ("kl", "variance", "perplexity")  # scores of depth pruning that are measured with the units really closed
-# What a score of depth pruning means, where its name does not say it.
-MEANINGS = {"kl": "mean KL to dense if that {unit} goes too"}
 N_M = re.compile(r"([1-9]\d{0,3}):([1-9]\d{0,3})")
+
+
+@dataclass(frozen=True)
+class DepthScore:
+    """A score of depth pruning, all that is known of it without a model.
+
+    `make`: `module:function` of (twin, batches) that gives a `recover.prune.depth.scores.Score`. `closing`: it is
+    measured with the units really closed, so sets can be searched by it. `meaning`: what it is called below a figure,
+    with `{unit}` for what goes.
+    """
+
+    name: str
+    make: str
+    closing: bool = False
+    meaning: str = ""
+
+    def says(self, unit: str) -> str:
+        """What a low one means, for a unit called so."""
+        return (self.meaning or f"the score {self.name}").format(unit=unit)
+
+
+def _ours(name: str, make: str, **more: Any) -> DepthScore:
+    return DepthScore(name, f"recover.prune.depth.scores:{make}", **more)
+
+
+DEPTH_SCORES: dict[str, DepthScore] = {
+    score.name: score
+    for score in (
+        _ours("kl", "kl_score", closing=True, meaning="mean KL to dense if that {unit} goes too"),
+        _ours("variance", "variance_score", closing=True),
+        _ours("perplexity", "Perplexity", closing=True),
+        _ours("taylor", "TaylorScore"),
+        _ours("angular", "angular_score"),
+        _ours("block_influence", "influence_score"),
+    )
+}
+
+
+def register_score(score: DepthScore) -> DepthScore:
+    """Make a score of another package known, to recipes and reports. Raises ValueError if its name is taken."""
+    if score.name in DEPTH_SCORES:
+        raise ValueError(f"prune.score {score.name!r}: there is one of that name: give another")
+    DEPTH_SCORES[score.name] = score
+    return score
+
+
+def _or_registered(value: Any, known: ValidatorFunctionWrapHandler) -> Any:
+    return value if isinstance(value, str) and value in DEPTH_SCORES else known(value)
 
 
 class Pruning(Config):
@@ -33,8 +79,9 @@ class Pruning(Config):
 class Calibration(Config):
     """Text on which scores are measured: a file of rows with a `text` column, a text file, or a data set.
 
-    With `answer` each text is a prompt, and the dense model's own answer to it is measured on too. Prompts of the kind
-    that the recovered model is for choose better than text of another kind (docs/results.md).
+    A column may hold messages too, which the chat template writes. With `answer` each text is a prompt (of messages,
+    all but the last answer), and the dense model's own answer to it is measured on too. Prompts of the kind that the
+    recovered model is for choose better than text of another kind (docs/results.md).
     """
 
     data: str
@@ -66,7 +113,9 @@ class Depth(Pruning):
     sites: tuple[Annotated[str, Field(pattern=r"^(attention|mlp):(0|[1-9]\d*)$")], ...] | None = Field(
         default=None, description="which go with `unit: sublayer`, as `attention:5` or `mlp:7`"
     )
-    score: Literal["kl", "variance", "perplexity", "taylor", "angular", "block_influence"] = "kl"
+    score: Annotated[
+        Literal["kl", "variance", "perplexity", "taylor", "angular", "block_influence"], WrapValidator(_or_registered)
+    ] = "kl"
     contiguous: bool = Field(default=False, description="drop one run of neighbours")
     iterative: bool | None = Field(
         default=None, description="score anew after each drop; null: with kl, variance and perplexity"
@@ -111,9 +160,10 @@ class Depth(Pruning):
         asked = "swap" if self.swap else "beam"
         if not (self.swap or self.beam):
             return
-        if self.count is None or not self.rounds or self.score not in CLOSING:
+        if self.count is None or not self.rounds or not self.closing:
+            closing = [score.name for score in DEPTH_SCORES.values() if score.closing]
             raise ValueError(
-                f"'{asked}' compares whole sets: it needs a 'count', a score of {', '.join(CLOSING)}, "
+                f"'{asked}' compares whole sets: it needs a 'count', a score of {', '.join(closing)}, "
                 "and drops one by one (without 'contiguous', nor 'iterative: false')"
             )
         if self.swap and self.unit == "pair":
@@ -134,7 +184,12 @@ class Depth(Pruning):
         """Whether what is left is scored anew after each drop."""
         if self.iterative is not None:
             return self.iterative
-        return self.score in CLOSING and not self.contiguous
+        return self.closing and not self.contiguous
+
+    @property
+    def closing(self) -> bool:
+        """Whether the score is measured with the units really closed."""
+        return DEPTH_SCORES[self.score].closing
 
 
 class Sparsity(Pruning):

@@ -16,10 +16,11 @@ from pydantic import Field, ValidationError, field_validator
 from recover.base.errors import RecipeError
 from recover.config import yaml_values
 from recover.config.base import Config, Dtype
+from recover.config.loss import Focus, Loss
 from recover.config.messages import explain
 from recover.config.paths import place_files
 from recover.config.prune import Calibrated, Calibration, Depth, Magnitude, Prune, SparseGpt, Sparsity, Wanda, Width
-from recover.config.train import Cache, Data, DenseText, Focus, GivenText, Lora, Loss, PrunedText, Recover, TeacherText
+from recover.config.train import Cache, Data, DenseText, GivenText, Lora, PrunedText, Recover, StopEarly, TeacherText
 
 __all__ = [
     "Cache",
@@ -40,6 +41,7 @@ __all__ = [
     "Recover",
     "SparseGpt",
     "Sparsity",
+    "StopEarly",
     "TeacherText",
     "Wanda",
     "Width",
@@ -66,8 +68,11 @@ class Probe(Config):
     """How drift is measured in the three spaces (theory: `docs/theory.md`)."""
 
     prompts: str | None = Field(
-        default=None, description="JSONL with a `prompt` column; default: prompts of the generate tasks"
+        default=None,
+        description="rows with a `prompt`, or `messages`; a file or data set; default: prompts of the generate tasks",
     )
+    subset: str | None = Field(default=None, description="configuration of a data set")
+    split: str = Field(default="train", description="of a data set")
     samples: int = Field(default=32, ge=1)
     steps: int = Field(default=48, ge=1, description="decoding steps along the dense model's own trajectory")
     temperatures: tuple[float, ...] = (0.5, 1.0, 2.0)

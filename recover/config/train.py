@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PrivateAttr, model_serializer, model_validator
 
 from recover.config.base import Config
+from recover.config.loss import TERMS, Loss
 
 
 class _Written(Config):
@@ -132,72 +133,18 @@ class Lora(Config):
     )
 
 
-class Focus(Config):
-    """How much each scored position counts: the measure `by`, to the power of `power`, over its mean.
+class StopEarly(Config):
+    """End a training when more tokens no longer buy generation: after epochs that brought none, the rate falls to zero.
 
-    A few positions decide whether a text goes on as dense would write it, and most of the others agree already. A
-    position's whole loss is multiplied; the weight itself carries no gradient. The mean is a running one over the
-    tokens of the last optimizer steps (some 10), so the weights are 1 on average; in the first step each is 1.
+    Generation is measured while the rate is still high, and the fall brings much of it: so the training does not end
+    at once.
     """
 
-    by: Literal["disagreement", "kl", "entropy"] = Field(
-        default="disagreement",
-        description=r"disagreement: 1 - sum min(p, q), how often two draws from dense and pruned, coupled as well as "
-        r"can be, part here; kl: KL(dense \|\| pruned); entropy: dense's, which is high where a text may branch",
+    patience: int = Field(default=1, ge=1, description="epochs in a row that brought less than `gain`")
+    gain: float = Field(default=0.01, ge=0, lt=1, description="rise over the best epoch before, 0.01: a point")
+    decay: float = Field(
+        default=0.1, ge=0, lt=1, description="over so many more steps, as a share of those made; 0: it ends at once"
     )
-    power: float = Field(default=1.0, gt=0, description="above 1: sharper; below: flatter")
-
-
-class Loss(Config):
-    """Weights of the terms; T = temperature; every term is multiplied by T^2 but CE (Hinton's convention).
-
-    p, q: probabilities of the dense and of the pruned model. No variance beside KL brought generation where tried
-    (docs/results.md); a larger learning rate did.
-    """
-
-    kl: float = Field(default=1.0, ge=0, description=r"KL(dense \|\| pruned)")
-    variance: float = Field(default=0.0, ge=0, description="Var_p(dz) / 2T^2, its second-order form")
-    variance_until: float | None = Field(
-        default=None,
-        gt=0,
-        le=1,
-        description="part of the steps over which the weight `variance` falls linearly to 0; null: it stays as it is",
-    )
-    variance_r: float = Field(
-        default=0.0, ge=0, description="Var_r(dz) / 2T^2, r = p^2 normalised: second-order form of 1 - cos(p, q)"
-    )
-    reverse_kl: float = Field(default=0.0, ge=0, description=r"KL(pruned \|\| dense)")
-    jsd: float = Field(
-        default=0.0, ge=0, description=r"Jensen-Shannon: b KL(p \|\| m) + (1 - b) KL(q \|\| m), m = b p + (1 - b) q"
-    )
-    jsd_beta: float = Field(default=0.5, gt=0, lt=1, description="b of `jsd`, the weight of the dense side")
-    ce: float = Field(default=0.0, ge=0, description="cross-entropy on the text itself")
-    temperature: float = Field(default=1.0, gt=0)
-    focus: Focus | None = Field(default=None, description="which positions count more; null: each the same")
-    scored: Literal["completion", "all"] = Field(default="completion", description="which positions carry loss")
-    chunk: int = Field(default=2048, ge=1, description="most token positions scored at once; a matter of memory only")
-
-    @model_validator(mode="after")
-    def _something_to_learn(self) -> Loss:
-        sees_all = self.kl + self.reverse_kl + self.jsd + self.ce
-        blind = [name for name in ("variance", "variance_r") if getattr(self, name) > 0]
-        if sees_all == 0 and not blind:
-            raise ValueError("all loss weights are 0: nothing would be learnt")
-        if sees_all == 0:
-            alone = " and ".join(blind) + (" alone is" if len(blind) == 1 else " alone are")
-            raise ValueError(f"{alone} blind to tokens that the student raises: give 'kl' a weight beside it")
-        if self.variance_until is not None and self.variance == 0:
-            raise ValueError(
-                "'variance_until' says when 'variance' ends, which is 0: give it a weight, or leave it out"
-            )
-        return self
-
-    def at(self, share: float) -> Loss:
-        """The weights of a step before which this part of the steps was made: as here, but `variance` as far faded."""
-        if self.variance_until is None:
-            return self
-        left = max(0.0, 1.0 - share / self.variance_until)
-        return self.model_copy(update={"variance": self.variance * left, "variance_until": None})
 
 
 class Cache(Config):
@@ -273,6 +220,9 @@ class Recover(Config):
     )
     patience: int | None = Field(
         default=None, ge=1, description="stop after so many epochs without better generation; default: never"
+    )
+    stop: StopEarly | None = Field(
+        default=None, description="end early, with a fall of the rate, when generation rises no more; null: never"
     )
     save_steps: int | None = Field(
         default=None, ge=1, description="steps between checkpoints to resume from; default: each epoch"
@@ -351,7 +301,7 @@ class Recover(Config):
                 "data: text of kind 'pruned' is not in a teacher's file, which knows its own text only: leave one of "
                 "the two out"
             )
-        unknown = [name for name in ("variance", "variance_r", "reverse_kl", "jsd") if getattr(self.loss, name) > 0]
+        unknown = [term.field for term in TERMS.values() if not term.top_k and self.loss.weight(term.name) > 0]
         if unknown or self.loss.temperature != 1:
             what = " and ".join(f"loss.{name}" for name in unknown or ["temperature"])
             raise ValueError(f"{what}: needs the whole distribution, and a teacher's file has its top k: use kl and ce")

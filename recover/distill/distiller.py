@@ -20,6 +20,7 @@ from recover.distill.loss_topk import TopK
 from recover.kernels.adapter_casts import cast_together
 from recover.models.arch import head_of
 from recover.models.linears import MaskedLinear, OwnLinear
+from recover.models.masked_lora import SwitchedLora
 from recover.models.packed_attention import NAME, Packing, packing_configs
 from recover.models.rope import goes_by_length, row_positions
 from recover.models.site import Site
@@ -115,7 +116,7 @@ class Distiller:
         scored: tuple[Tensor, Tensor] | None = None,
         packing: tuple[Tensor, Tensor, int] | None = None,
     ) -> ModelOutput:
-        """Sums over the scored tokens: `loss` (the only one with gradient), `tokens` and the others of `LossSums`.
+        """Sums over the scored tokens: `loss` (the only one with gradient), `tokens`, `focus` and each term's.
 
         Only rows that `labels` score reach the head; what stands in the others changes neither value nor gradient.
         `states` gives what is known of the dense view, on any device, asked for when it is needed: then the dense pass
@@ -188,15 +189,7 @@ class Distiller:
                 chunk=self.cfg.chunk,
                 focus_mean=self.focus_mean,
             )
-        return ModelOutput(
-            loss=sums.total,
-            kl=sums.kl,
-            variance=sums.variance,
-            reverse_kl=sums.reverse_kl,
-            ce=sums.ce,
-            focus=sums.focus,
-            tokens=sums.tokens,
-        )
+        return ModelOutput(loss=sums.total, **sums.terms, focus=sums.focus, tokens=sums.tokens)
 
     def _dense_pass(self, model: Any, batch: dict[str, Any], rows_N: Tensor | None) -> DenseStates:
         caught: list[Tensor] = []
@@ -274,8 +267,6 @@ def _shared_blocks(twin: Twin) -> int:
 
 def _unmasked_adapters(twin: Twin) -> tuple[list[Tensor], float]:
     """Factors of updates that are not seen through a mask, and their scaling: of those that have the commonest one."""
-    from recover.models.masked_lora import SwitchedLora
-
     found: dict[float, list[Tensor]] = {}
     for layer in twin.base.modules():
         if type(layer) is SwitchedLora:

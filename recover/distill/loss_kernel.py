@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recover.distill.loss_terms import TERMS, Lost
+from recover.distill.loss_terms import FUSED, Lost
 
 if TYPE_CHECKING:
-    from recover.config.recipe import Loss
+    from recover.config.loss import Loss
 
 BLOCK = 1024  # elements of a row that a program holds at once; measured on an H200, as are the two below
 WARPS = 8
@@ -32,12 +32,12 @@ STAGES = tl.constexpr(4)  # tiles on their way from memory at a time
 def fused_loss_terms(
     y_CV: Tensor, z_CV: Tensor, labels_C: Tensor | None, weights: Loss, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None, Lost | None]:
-    """What `loss_terms` gives, to fp32 rounding, for fp32 logits with contiguous rows on a GPU.
+    """What `loss_terms` gives of the terms in FUSED, to fp32 rounding, for fp32 logits with contiguous rows on a GPU.
 
     For a `dtype` below fp32 also what each row's gradient lost most by rounding: of a peaked row, about half of it all.
     """
     rows, vocabulary = y_CV.shape
-    values_6C = torch.empty(len(TERMS), rows, dtype=torch.float32, device=y_CV.device)
+    values_RC = torch.empty(2 + len(FUSED), rows, dtype=torch.float32, device=y_CV.device)
     g_CV = None if dtype is None else torch.empty(rows, vocabulary, dtype=dtype, device=y_CV.device)
     rounded = g_CV is not None and g_CV.dtype is not torch.float32
     lost_C = torch.empty(rows, dtype=torch.float32, device=y_CV.device)
@@ -47,7 +47,7 @@ def fused_loss_terms(
             y_CV,
             z_CV,
             y_CV if labels_C is None else labels_C,
-            values_6C,
+            values_RC,
             y_CV if g_CV is None else g_CV,
             lost_C,
             column_C,
@@ -75,7 +75,7 @@ def fused_loss_terms(
             BLOCK=BLOCK,
             num_warps=WARPS,
         )
-    return values_6C, g_CV, Lost(lost_C, column_C) if rounded else None
+    return values_RC, g_CV, Lost(lost_C, column_C) if rounded else None
 
 
 @triton.jit
@@ -265,8 +265,10 @@ def _terms_kernel(
     variance, variance_r = 0.5 * tl.sum(variance_sum, 0), 0.5 * tl.sum(variance_r_sum, 0)
     divergence = w_kl * kl + w_variance * variance + w_variance_r * variance_r + w_reverse * reverse + w_jsd * jsd
     tl.store(values_ptr + row, t * t * divergence + w_ce * ce)
-    tl.store(values_ptr + rows + row, kl)
-    tl.store(values_ptr + 2 * rows + row, variance)
-    tl.store(values_ptr + 3 * rows + row, reverse)
-    tl.store(values_ptr + 4 * rows + row, ce)
-    tl.store(values_ptr + 5 * rows + row, kl if FOCUS == 1 else tl.sum(focus_sum, 0))
+    tl.store(values_ptr + rows + row, kl if FOCUS == 1 else tl.sum(focus_sum, 0))
+    tl.store(values_ptr + 2 * rows + row, kl)
+    tl.store(values_ptr + 3 * rows + row, variance)
+    tl.store(values_ptr + 4 * rows + row, reverse)
+    tl.store(values_ptr + 5 * rows + row, variance_r)
+    tl.store(values_ptr + 6 * rows + row, jsd)
+    tl.store(values_ptr + 7 * rows + row, ce)

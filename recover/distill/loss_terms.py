@@ -1,5 +1,7 @@
 """The formulas of the distillation loss on logits, in plain torch: any device, fp32 or fp64.
 
+What is known of a term besides (its weight, its name, how it is logged) is a record in `recover/config/loss.py`.
+
 Legend: C tokens of one chunk, V vocabulary, 1 a kept axis of size one. With T the temperature, y dense and z pruned
 logits:
 
@@ -27,15 +29,37 @@ underflowed and q not: there q - p is as it stands.
 
 from __future__ import annotations
 
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from recover.config.recipe import Loss
+from recover.config.loss import TERMS
 
-TERMS = ("total", "kl", "variance", "reverse_kl", "ce", "focus")  # focus: the measure that `loss.focus` names, or 0
+if TYPE_CHECKING:
+    from recover.config.loss import Loss
+
+FUSED = ("kl", "variance", "reverse_kl", "variance_r", "jsd", "ce")  # terms that `loss_kernel` forms, in its order
+TOTAL, FOCUS = 0, 1  # rows of values; `focus`: the measure that `loss.focus` names, or 0
+
+
+def rows() -> tuple[str, ...]:
+    """Names of the rows of values (R, C): the total, `focus`, and every term; 0 where one is not computed."""
+    return ("total", "focus", *FUSED, *others())
+
+
+def others() -> tuple[str, ...]:
+    """Terms that have no place in the fused kernel."""
+    return tuple(name for name in TERMS if name not in FUSED)
+
+
+def computed(weights: Loss) -> tuple[str, ...]:
+    """Terms that have a value under these weights."""
+    return tuple(name for name, term in TERMS.items() if term.always or weights.weight(name) > 0)
 
 
 class Lost(NamedTuple):
@@ -45,45 +69,138 @@ class Lost(NamedTuple):
     column_C: Tensor
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """What terms are made of: logits of some tokens from both models, and what the table above derives from them.
+
+    `rise_CV` is q - p, without cancelling.
+    """
+
+    y_CV: Tensor
+    z_CV: Tensor
+    labels_C: Tensor | None
+    t: float
+    p_CV: Tensor
+    q_CV: Tensor
+    u_CV: Tensor
+    x_CV: Tensor
+    rise_CV: Tensor
+
+    @classmethod
+    def of(cls, y_CV: Tensor, z_CV: Tensor, labels_C: Tensor | None, t: float) -> Chunk:
+        """From dense and pruned logits."""
+        p_CV, y_max_C1, y_sum_C1 = softmax(y_CV / t)
+        q_CV, z_max_C1, z_sum_C1 = softmax(z_CV / t)
+        u_CV = (z_CV - y_CV) / t
+        # Not a difference of two logsumexps, which would be rounded at the size of the logits.
+        c_C1 = (z_max_C1 - y_max_C1) + torch.log(z_sum_C1 / y_sum_C1)
+        x_CV = u_CV - c_C1
+        rise_CV = torch.where(x_CV < 1, p_CV * torch.expm1(x_CV.clamp_max(1)), q_CV - p_CV)
+        return cls(y_CV, z_CV, labels_C, t, p_CV, q_CV, u_CV, x_CV, rise_CV)
+
+
+Gradient = Callable[[float], Tensor]
+"""Of a weight w: w times the term's gradient by z / T (by z itself, if it is no divergence), (C, V), a new tensor."""
+
+Formula = Callable[[Chunk, "Loss"], tuple[Tensor, Gradient]]
+"""A term's value per token (C), without its weight and T^2, and its gradient, which is asked for only if it counts."""
+
+
+def kl(chunk: Chunk, weights: Loss) -> tuple[Tensor, Gradient]:
+    """KL(p || q)."""
+    value_C = (chunk.rise_CV - chunk.p_CV * chunk.x_CV).sum(-1).clamp_min(0)
+    return value_C, lambda weight: weight * chunk.rise_CV
+
+
+def variance(chunk: Chunk, weights: Loss) -> tuple[Tensor, Gradient]:
+    """Half the variance of u under p."""
+    return _variance(chunk.p_CV, chunk.u_CV)
+
+
+def reverse_kl(chunk: Chunk, weights: Loss) -> tuple[Tensor, Gradient]:
+    """KL(q || p)."""
+    q_CV, u_CV = chunk.q_CV, chunk.u_CV
+    value_C = (q_CV * chunk.x_CV - chunk.rise_CV).sum(-1).clamp_min(0)
+    return value_C, lambda weight: weight * q_CV * (u_CV - (q_CV * u_CV).sum(-1, keepdim=True))
+
+
+def variance_r(chunk: Chunk, weights: Loss) -> tuple[Tensor, Gradient]:
+    """Half the variance of u under r."""
+    return _variance(softmax(2 / chunk.t * chunk.y_CV)[0], chunk.u_CV)
+
+
+def jsd(chunk: Chunk, weights: Loss) -> tuple[Tensor, Gradient]:
+    """JSD per token, at least 0. log m/p and log q/m never pass through a large e^x."""
+    beta, x_CV, q_CV = weights.jsd_beta, chunk.x_CV, chunk.q_CV
+    a_CV = torch.log1p((1 - beta) * torch.expm1(x_CV.clamp_max(0)))
+    g_CV = -torch.log1p(beta * torch.expm1(-x_CV.clamp_min(0)))
+    a_CV, g_CV = torch.where(x_CV < 0, a_CV, x_CV - g_CV), torch.where(x_CV < 0, x_CV - a_CV, g_CV)
+    qg_CV = q_CV * g_CV
+    value_C = ((1 - beta) * qg_CV - beta * chunk.p_CV * a_CV).sum(-1).clamp_min(0)
+    return value_C, lambda weight: weight * ((1 - beta) * (qg_CV - q_CV * qg_CV.sum(-1, keepdim=True)))
+
+
+def ce(chunk: Chunk, weights: Loss) -> tuple[Tensor, Gradient]:
+    """Cross-entropy on the text itself, at temperature 1; 0 where its tokens are not known."""
+    z_CV, labels_C = chunk.z_CV, chunk.labels_C
+    if labels_C is None:
+        return torch.zeros_like(z_CV[:, 0]), lambda weight: torch.zeros_like(z_CV)
+    log_q_CV = z_CV.log_softmax(-1)
+
+    def gradient(weight: float) -> Tensor:
+        minus_C1 = torch.full_like(labels_C, -1, dtype=z_CV.dtype)[:, None]
+        return weight * log_q_CV.exp().scatter_add_(-1, labels_C[:, None], minus_C1)
+
+    return -log_q_CV.gather(-1, labels_C[:, None]).squeeze(-1), gradient
+
+
 def loss_terms(
     y_CV: Tensor, z_CV: Tensor, labels_C: Tensor | None, weights: Loss, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Per token the values of TERMS (6, C), and unless `dtype` is None the total's gradient by z (C, V), in it.
+    """Per token the values of `rows()` (R, C), and unless `dtype` is None the total's gradient by z (C, V), in it.
 
     Equals the table above. Values of divergences are never negative, and 0 with a gradient of 0 where y equals z.
     """
-    t = weights.temperature
-    p_CV, y_max_C1, y_sum_C1 = _softmax(y_CV / t)
-    q_CV, z_max_C1, z_sum_C1 = _softmax(z_CV / t)
-    u_CV = (z_CV - y_CV) / t
-    # Not a difference of two logsumexps, which would be rounded at the size of the logits.
-    c_C1 = (z_max_C1 - y_max_C1) + torch.log(z_sum_C1 / y_sum_C1)
-    x_CV = u_CV - c_C1
-    rise_CV = torch.where(x_CV < 1, p_CV * torch.expm1(x_CV.clamp_max(1)), q_CV - p_CV)
-    kl_C = (rise_CV - p_CV * x_CV).sum(-1).clamp_min(0)
-    reverse_C = (q_CV * x_CV - rise_CV).sum(-1).clamp_min(0)
-    variance_C, by_variance_CV = _variance(p_CV, u_CV)
-    divergence_C = weights.kl * kl_C + weights.variance * variance_C + weights.reverse_kl * reverse_C
-    # T^2 of the convention, 1/T of the chain rule: T is left
-    g_CV = weights.kl * rise_CV + weights.variance * by_variance_CV
-    if weights.reverse_kl > 0:
-        g_CV += weights.reverse_kl * q_CV * (u_CV - (q_CV * u_CV).sum(-1, keepdim=True))
-    if weights.variance_r > 0:
-        variance_r_C, by_variance_CV = _variance(_softmax(2 / t * y_CV)[0], u_CV)
-        divergence_C = divergence_C + weights.variance_r * variance_r_C
-        g_CV += weights.variance_r * by_variance_CV
-    if weights.jsd > 0:
-        jsd_C, by_jsd_CV = _jsd(p_CV, q_CV, x_CV, weights.jsd_beta)
-        divergence_C = divergence_C + weights.jsd * jsd_C
-        g_CV += weights.jsd * by_jsd_CV
-    g_CV *= t
-    ce_C = torch.zeros_like(kl_C)
-    if labels_C is not None:
-        ce_C = _cross_entropy(z_CV, labels_C, g_CV, weights.ce)
-    total_C = t * t * divergence_C + weights.ce * ce_C
-    focus_C = _focus(weights.focus.by, kl_C, rise_CV, p_CV) if weights.focus is not None else torch.zeros_like(kl_C)
-    values_6C = torch.stack([total_C, kl_C, variance_C, reverse_C, ce_C, focus_C])
-    return values_6C, None if dtype is None else g_CV.to(dtype)
+    chunk = Chunk.of(y_CV, z_CV, labels_C, weights.temperature)
+    values, g_CV = added_up(chunk, weights, computed(weights), gradient=dtype is not None)
+    if weights.focus is not None:
+        values["focus"] = _focus(weights.focus.by, values["kl"], chunk.rise_CV, chunk.p_CV)
+    zero_C = torch.zeros_like(values["kl"])
+    values_RC = torch.stack([values.get(name, zero_C) for name in rows()])
+    return values_RC, None if g_CV is None or dtype is None else g_CV.to(dtype)
+
+
+def added_up(
+    chunk: Chunk, weights: Loss, names: Sequence[str], *, gradient: bool
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Value per token (C) of each of these terms and of their `total`, and the total's gradient by z if it is wanted.
+
+    The gradient is in the logits' dtype, and None as well where no term has a weight.
+    """
+    values: dict[str, Tensor] = {}
+    total_C, g_CV = torch.zeros_like(chunk.z_CV[:, 0]), None
+    for divergence in (True, False):
+        for name in names:
+            if TERMS[name].divergence is not divergence:
+                continue
+            weight = weights.weight(name)
+            values[name], gradient_of = formula(TERMS[name].formula)(chunk, weights)
+            if weight > 0:
+                total_C = total_C + weight * values[name]
+                if gradient:
+                    part_CV = gradient_of(weight)
+                    g_CV = part_CV if g_CV is None else g_CV.add_(part_CV)
+        if divergence:
+            total_C = chunk.t * chunk.t * total_C
+            # T^2 of the convention, 1/T of the chain rule: T is left
+            g_CV = None if g_CV is None else g_CV.mul_(chunk.t)
+    return {**values, "total": total_C}, g_CV
+
+
+@cache
+def formula(name: str) -> Formula:
+    """By `module:function`."""
+    return pkgutil.resolve_name(name)
 
 
 def _focus(by: str, kl_C: Tensor, rise_CV: Tensor, p_CV: Tensor) -> Tensor:
@@ -93,13 +210,13 @@ def _focus(by: str, kl_C: Tensor, rise_CV: Tensor, p_CV: Tensor) -> Tensor:
     return torch.special.entr(p_CV).sum(-1) if by == "entropy" else 0.5 * rise_CV.abs().sum(-1)
 
 
-def focused(values_6C: Tensor, weights: Loss, mean: float | None) -> Tensor | None:
+def focused(values_RC: Tensor, weights: Loss, mean: float | None) -> Tensor | None:
     """Per token what its loss and gradient are multiplied by, None: nothing; in place, `total` is, and `focus` becomes
     the measure to its power. `mean`: of that, over tokens before; None: not known yet, so that each counts the same.
     """
     if weights.focus is None:
         return None
-    total_C, focus_C = values_6C[TERMS.index("total")], values_6C[TERMS.index("focus")]
+    total_C, focus_C = values_RC[TOTAL], values_RC[FOCUS]
     focus_C.clamp_min_(0).pow_(weights.focus.power)
     if not mean:
         return None
@@ -108,7 +225,7 @@ def focused(values_6C: Tensor, weights: Loss, mean: float | None) -> Tensor | No
     return weight_C
 
 
-def _softmax(x_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def softmax(x_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """softmax, and the two numbers per row that it is made with: the maximum, and the sum of exp(x - maximum)."""
     max_C1 = x_CV.amax(-1, keepdim=True)
     weight_CV = (x_CV - max_C1).exp_()
@@ -116,27 +233,18 @@ def _softmax(x_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return weight_CV.div_(sum_C1), max_C1, sum_C1
 
 
-def _variance(w_CV: Tensor, u_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """Half the variance of u under the weights w, and its gradient by u."""
+def _variance(w_CV: Tensor, u_CV: Tensor) -> tuple[Tensor, Gradient]:
+    """Half the variance of u under the weights w."""
     v_CV = u_CV - (w_CV * u_CV).sum(-1, keepdim=True)
     gradient_CV = w_CV * v_CV
-    return 0.5 * (gradient_CV * v_CV).sum(-1), gradient_CV
+    return 0.5 * (gradient_CV * v_CV).sum(-1), lambda weight: weight * gradient_CV
 
 
-def _jsd(p_CV: Tensor, q_CV: Tensor, x_CV: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """JSD per token, at least 0, and its gradient by z / T. log m/p and log q/m never pass through a large e^x."""
-    a_CV = torch.log1p((1 - beta) * torch.expm1(x_CV.clamp_max(0)))
-    g_CV = -torch.log1p(beta * torch.expm1(-x_CV.clamp_min(0)))
-    a_CV, g_CV = torch.where(x_CV < 0, a_CV, x_CV - g_CV), torch.where(x_CV < 0, x_CV - a_CV, g_CV)
-    qg_CV = q_CV * g_CV
-    jsd_C = ((1 - beta) * qg_CV - beta * p_CV * a_CV).sum(-1).clamp_min(0)
-    return jsd_C, (1 - beta) * (qg_CV - q_CV * qg_CV.sum(-1, keepdim=True))
-
-
-def _cross_entropy(z_CV: Tensor, labels_C: Tensor, g_CV: Tensor, weight: float) -> Tensor:
-    """Cross-entropy per token; its gradient is added to `g_CV`, unless the weight is 0."""
-    log_q_CV = z_CV.log_softmax(-1)
-    if weight > 0:
-        minus_C1 = torch.full_like(labels_C, -1, dtype=z_CV.dtype)[:, None]
-        g_CV += weight * log_q_CV.exp().scatter_add_(-1, labels_C[:, None], minus_C1)
-    return -log_q_CV.gather(-1, labels_C[:, None]).squeeze(-1)
+def rounded(g_CV: Tensor, dtype: torch.dtype) -> tuple[Tensor, Lost | None]:
+    """A gradient in this dtype, and of a narrower one what each row lost most by rounding."""
+    if g_CV.dtype is dtype:
+        return g_CV, None
+    stored_CV = g_CV.to(dtype)
+    error_CV = g_CV - stored_CV.to(g_CV.dtype)
+    column_C = error_CV.abs().argmax(-1)
+    return stored_CV, Lost(error_CV.gather(-1, column_C[:, None]).squeeze(-1), column_C)

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from recover.distill.loss_terms import TERMS
+from recover.distill.loss_terms import rows
 
 if TYPE_CHECKING:
-    from recover.config.recipe import Loss
+    from recover.config.loss import Loss
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def topk_of(logits_NV: Tensor, k: int, tokens: int | None = None) -> TopK:
 def topk_terms(
     z_CV: Tensor, top: TopK, labels_C: Tensor | None, weights: Loss, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None]:
-    """As `loss_terms`, for the table above: kl is KL_k; variance and reverse_kl are not known, and given as 0."""
+    """As `loss_terms`, for the table above: kl is KL_k; ce is itself, and other terms are not known, and given as 0."""
     ids_CK = top.ids_NK.to(torch.int64)
     logp_CK = top.logp_NK.to(z_CV.dtype)
     lse_C1 = z_CV.logsumexp(-1, keepdim=True)
@@ -85,5 +85,5 @@ def topk_terms(
     if weights.focus is not None:
         apart_C = (p_CK - logq_CK.exp()).abs().sum(-1) + (tail_p_C1 - log_tail_q_C1.exp()).abs().squeeze(-1)
         values["focus"] = kl_C if weights.focus.by == "kl" else 0.5 * apart_C
-    values_6C = torch.stack([values.get(name, torch.zeros_like(kl_C)) for name in TERMS])
-    return values_6C, None if dtype is None else g_CV.to(dtype)
+    values_RC = torch.stack([values.get(name, torch.zeros_like(kl_C)) for name in rows()])
+    return values_RC, None if dtype is None else g_CV.to(dtype)

@@ -9,8 +9,10 @@ import copy
 import re
 from typing import TYPE_CHECKING, Any
 
+import accelerate
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from recover.base import console
 from recover.base.errors import ExportError
@@ -38,9 +40,6 @@ def merge(twin: Twin, dtype: torch.dtype) -> PreTrainedModel:
     Raises ExportError when a masked weight is not zero, a weight is not finite in `dtype`, or LoRA sits on a dropped
     block.
     """
-    import accelerate
-    from transformers import AutoModelForCausalLM
-
     config = pruned_config(twin.base.config, twin.plan)
     _warn_of_irregular_attention(twin.base.config, config)
     # Parameters on `meta`, buffers (rotary frequencies are in no state dict) made by the constructor as anywhere else.

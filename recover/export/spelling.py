@@ -12,6 +12,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import AutoTokenizer
+
 from recover.base import artifacts, console
 from recover.base.errors import ExportError
 
@@ -155,8 +157,6 @@ def _reads_back(tokenizer: PreTrainedTokenizerBase, folder: Path, values: dict[s
 
 
 def _differs(tokenizer: PreTrainedTokenizerBase, folder: Path, values: dict[str, Any]) -> str | None:
-    from transformers import AutoTokenizer
-
     _write(folder / TOKENIZER, values)
     try:
         read: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

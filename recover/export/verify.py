@@ -20,6 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import safetensors.torch
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from recover.base import artifacts
 from recover.base.clock import part
 from recover.base.errors import ArtifactError, ExportError, RecoverError
@@ -49,9 +55,6 @@ FLAGS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 def write_expected(path: Path, twin: Twin, merged: PreTrainedModel, ids_BT: Tensor) -> None:
     """Record what the folder must reproduce on these ids: fp32 logits of the training view and of the merged model."""
-    import safetensors.torch
-    import torch
-
     with torch.no_grad():
         trained_BTV = twin.model(input_ids=ids_BT.to(twin.model.device), use_cache=False).logits.float().cpu()
         merged_BTV = merged(input_ids=ids_BT.to(merged.device), use_cache=False).logits.float().cpu()
@@ -120,8 +123,6 @@ def _end_with(parent: int) -> None:
 
 def _awaited() -> list[str]:
     """The arguments, once they come; libraries are loaded before. None come where nothing is left to verify."""
-    import transformers
-
     assert transformers.AutoModelForCausalLM and transformers.AutoTokenizer  # loaded when they are named
     return json.loads(sys.stdin.read() or "[]")
 
@@ -179,8 +180,6 @@ def check(folder: Path, expected: Path, plan: Path) -> dict[str, Any]:
 
 def _expected(path: Path) -> tuple[dict[str, Tensor], str]:
     """The tensors that `write_expected` recorded, on the device it recorded."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, "pt") as file:
             device = (file.metadata() or {}).get("device", "cpu")
@@ -191,8 +190,6 @@ def _expected(path: Path) -> tuple[dict[str, Tensor], str]:
 
 def _load(folder: Path, device: str) -> tuple[PreTrainedModel, list[str]]:
     """The folder as anyone loads it, and what is wrong with its keys and weights."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", output_loading_info=True, trust_remote_code=False
@@ -249,8 +246,6 @@ def _pattern_problems(name: str, zero_OI: Tensor, pattern: str) -> list[str]:
 
 def _logits(model: Any, tensors: dict[str, Tensor], problems: list[str]) -> dict[str, Any]:
     """All comparisons of logits. Afterwards the model is on the CPU, and in a wider dtype."""
-    import torch
-
     ids_BT, start = tensors["input_ids"], max(1, tensors["input_ids"].shape[1] // 2)
     logits_BTV = _forward(model, ids_BT)
     text_BT, cached_SV = _generate(model, ids_BT[:1, :start])
@@ -270,8 +265,6 @@ def _logits(model: Any, tensors: dict[str, Tensor], problems: list[str]) -> dict
 
 
 def _forward(model: Any, ids_BT: Tensor) -> Tensor:
-    import torch
-
     with torch.no_grad():
         return model(input_ids=ids_BT, use_cache=False).logits.float()
 
@@ -281,8 +274,6 @@ def _generate(model: Any, prompt_BT: Tensor) -> tuple[Tensor, Tensor]:
 
     Logits are compared and not tokens, which mostly agree even where positions are wrong.
     """
-    import torch
-
     output = model.generate(
         prompt_BT,
         attention_mask=torch.ones_like(prompt_BT),

@@ -6,6 +6,8 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import transformers
+
 from recover.base import artifacts, console
 from recover.base.errors import ExportError
 from recover.export.spelling import respell_config, write_tokenizer
@@ -48,8 +50,6 @@ def write_checkpoint(
 
 
 def _refuse_custom_class(model: PreTrainedModel) -> None:
-    import transformers
-
     cls = type(model)
     if getattr(transformers, cls.__name__, None) is not cls:
         raise ExportError(

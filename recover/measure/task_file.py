@@ -144,7 +144,10 @@ def _shots(file: PromptFile, cfg: Fewshot, path: Path) -> Shots:
     """One example more than is shown: an item may be among them. Of those that ask the same, the first."""
     found: dict[str, str] = {}
     for where, row in _rows(file, cfg, path):
-        item = work_of(file.kind).make(file, row, where)
+        try:
+            item = work_of(file.kind).make(file, row, where)
+        except EmptyColumn:
+            continue
         found.setdefault(item.prompt, _completion(file, cfg, item, row, where))
         if len(found) > cfg.number:
             break

@@ -11,7 +11,7 @@ from typing import Any
 from recover.base.errors import DataError
 from recover.config.paths import ROWS, ending, matching
 from recover.config.tasks import Row
-from recover.text.read import rows_at
+from recover.text.read import EmptyColumn, rows_at
 
 PACKAGE, GENERATOR = "package:", "reasoning_gym:"
 # module -> what pip calls it, where the two differ
@@ -90,10 +90,13 @@ def filled(template: str, row: Row, where: str, what: str = "prompt") -> str:
     """The template with `{column}`, `{column[key]}`, `{column[key][0]}` filled in; `{{` and `}}` are braces.
 
     Nothing else is done: no attribute of a value is read, and no format is applied, whatever Python's `format` can do.
+    A value that is null is filled in as nothing.
 
     Raises:
+        EmptyColumn: of a prompt, all that is filled in holds nothing.
         DataError: it asks for what is not there, or has a brace that opens or closes no such field.
     """
+    held: list[bool] = []
 
     def value(match: re.Match[str]) -> str:
         if match[0] in ("{{", "}}"):
@@ -112,9 +115,14 @@ def filled(template: str, row: Row, where: str, what: str = "prompt") -> str:
                 f"{where}: {what} {template!r} asks for {match[0]}, found columns {', '.join(row) or 'none'}; expected "
                 "{column} or {column[key]}"
             ) from None
-        return str(found)
+        said = "" if found is None else str(found)
+        held.append(bool(said.strip()))
+        return said
 
-    return FIELD.sub(value, template)
+    text = FIELD.sub(value, template)
+    if what == "prompt" and held and not any(held):
+        raise EmptyColumn(f"{where}: prompt {template!r}: the columns that it asks for hold nothing, expected a text")
+    return text
 
 
 def _key(value: Any, key: str) -> str:

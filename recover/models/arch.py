@@ -178,6 +178,14 @@ ARCHS: dict[str, Arch] = {
 }
 
 
+def register(arch: Arch) -> Arch:
+    """Make a family of another package known. Raises ValueError if there is a row of its model type."""
+    if arch.model_type in ARCHS:
+        raise ValueError(f"model type {arch.model_type!r}: there is a row of it already")
+    ARCHS[arch.model_type] = arch
+    return arch
+
+
 def base_of(model: nn.Module) -> PreTrainedModel:
     """The causal LM itself, unwrapped if peft holds it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value, operator]

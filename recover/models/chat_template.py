@@ -10,6 +10,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateSyntaxError
+
 from recover.base.errors import ModelError, RecoverError
 
 if TYPE_CHECKING:
@@ -34,7 +36,6 @@ def check_template(tokenizer: PreTrainedTokenizerBase, where: object) -> None:
     """
     if not isinstance(tokenizer.chat_template, str):
         return
-    from jinja2 import TemplateSyntaxError
 
     try:
         with within(SECONDS), _little_memory():

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig, PretrainedConfig
+
 from recover.base.errors import ModelError
 
 # What a key may say that chooses an implementation. Kernels of packages are allowed where they are installed:
@@ -76,8 +78,6 @@ def _harmless(value: Any) -> bool:
 
 def _of_transformers(key: str) -> bool:
     """Whether setting this attribute replaces one that transformers' classes work with."""
-    from transformers import GenerationConfig, PretrainedConfig
-
     return any(hasattr(kind, key) or key in vars(kind()) for kind in (PretrainedConfig, GenerationConfig))
 
 

@@ -8,18 +8,27 @@ tokens that is most of the time. Here the file is opened once, and its bytes are
 from __future__ import annotations
 
 import functools
+import json
+import math
+import mmap
+import struct
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import gguf
 import numpy as np
+import torch
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from recover.base.errors import ModelError
-from recover.models.gguf_settings import completed
-from recover.models.gguf_tokenizer import split_and_checked
-from recover.models.gguf_whole import check_tensors
+from recover.models.gguf_settings import FREQUENCIES, completed, field
 
 
 def write_stock(path: Path, folder: Path, *, shown: Path) -> None:
@@ -27,9 +36,6 @@ def write_stock(path: Path, folder: Path, *, shown: Path) -> None:
 
     Raises ModelError for tensors as `check_tensors`; else whatever the libraries raise.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     with _opened_once():
         check_tensors(path, shown)
@@ -53,10 +59,6 @@ def _plain(read: Any) -> Any:
     transformers flags what it reads from a GGUF: `save_pretrained` would raise, and peft and trainers branch on the
     flag.
     """
-    import accelerate
-    import torch
-    from transformers import AutoModelForCausalLM
-
     config = type(read.config).from_dict(
         {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
     )
@@ -97,3 +99,273 @@ def _opened_once() -> Iterator[None]:
         yield
     finally:
         gguf.GGUFReader, gguf.get_tensor_name_map = stock, names
+
+
+LISTED = 3  # tensors named in a message
+FEW_BLOCKS = 256  # are soon built, so that what the file lacks of them can be named
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[Path]:
+    """The file in a folder of its own: transformers takes adapters and generation settings from beside a GGUF file."""
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / path.name
+        link.symlink_to(path.absolute())
+        yield link
+
+
+def check_tensors(path: Path, shown: Path) -> None:
+    """Hold the file's tensors against those of the model that its metadata describes; weights are not read.
+
+    Raises ModelError naming the tensors (and the file as `shown`): missing, of another size, of no part of the model.
+    """
+    check_head(path, shown)
+    reader = gguf.GGUFReader(path)
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    try:
+        expected, every = _expected(path, reader)
+    except ModelError as error:
+        raise ModelError(f"{shown}: {error}") from None
+    missing = sorted(expected.keys() - found.keys())
+    if missing:
+        raise ModelError(
+            f"{shown}: lacks {len(missing)} tensors of its model ({_some(missing)}), of {len(expected)}; it holds "
+            f"{len(found)}. Fetch the file again; of a file in several parts, join them first (gguf-split --merge)"
+        )
+    unlike = [name for name in expected if math.prod(map(int, found[name].shape)) != math.prod(expected[name])]
+    if unlike:
+        name = unlike[0]
+        raise ModelError(
+            f"{shown}: {name} has shape {list(map(int, reversed(found[name].shape)))}, and {list(expected[name])} by "
+            f"the file's metadata as transformers reads them ({len(unlike)} such tensors). Fetch the file again, or "
+            "give the checkpoint that it was made from"
+        )
+    left = sorted(name for name in found.keys() - expected.keys() if name != FREQUENCIES)
+    if left and every:
+        raise ModelError(
+            f"{shown}: {len(left)} tensors would be left out ({_some(left)}), and the model would be another one. Give "
+            "the checkpoint that the file was made from"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
+
+
+def _expected(path: Path, reader: Any) -> tuple[dict[str, tuple[int, ...]], bool]:
+    """The shape of each tensor that the model needs, by its name in the file, and whether all of them are named."""
+    arch = str(field(reader, "general.architecture"))
+    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    blocks = field(reader, f"{arch}.block_count")
+    if blocks is not None and not (isinstance(blocks, int) and 0 < blocks <= max(FEW_BLOCKS, len(reader.tensors))):
+        raise ModelError(f"{arch}.block_count is {blocks}, and the file holds {len(reader.tensors)} tensors")
+    if arch not in known or blocks is None:
+        return {}, False  # transformers says what it does not know
+    config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    config = completed(config, reader)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    names = gguf.get_tensor_name_map(known[arch], blocks)
+    shapes: dict[str, tuple[int, ...]] = {}
+    every = True
+    for name, parameter in model.named_parameters():
+        there = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        every = every and there is not None and there not in shapes
+        if there is not None:
+            shapes[there] = tuple(parameter.shape)
+    return shapes, every
+
+
+MAGIC, VERSIONS = b"GGUF", (2, 3)
+STRING, ARRAY = 8, 9
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value, by its type
+DEEPEST = 4  # arrays inside arrays
+MOST_DIMENSIONS = 4
+
+
+def check_head(path: Path, shown: Path) -> None:
+    """Walk the head once; raise ModelError (the file named as `shown`) with the byte at which it is unsound."""
+    if path.stat().st_size < 24:
+        raise ModelError(f"{shown}: {path.stat().st_size} bytes, too short for the head of a GGUF file")
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        _Walk(data, shown).all()
+
+
+class _Walk:
+    def __init__(self, data: mmap.mmap, shown: Path) -> None:
+        self.data, self.shown, self.at, self.end = data, shown, 0, len(data)
+
+    def all(self) -> None:
+        if self.data[:4] != MAGIC:
+            raise self.unsound(f"begins with {self.data[:4]!r}", f"{MAGIC!r}: no GGUF file")
+        self.at = 4
+        version = self.number("<I")
+        if version not in VERSIONS:
+            raise self.unsound(f"version {version}", f"one of {VERSIONS}, little-endian")
+        tensors, keys = self.count(24, "tensors"), self.count(13, "keys")
+        for _ in range(keys):
+            self.text("a key")
+            self.value(self.number("<I"), 0)
+        for _ in range(tensors):
+            self.text("a tensor's name")
+            dimensions = self.number("<I")
+            if dimensions > MOST_DIMENSIONS:
+                raise self.unsound(f"a tensor of {dimensions} dimensions", f"at most {MOST_DIMENSIONS}")
+            self.skip(8 * dimensions + 12, "a tensor's shape and place")
+
+    def value(self, kind: int, depth: int) -> None:
+        if kind == STRING:
+            self.text("a text")
+        elif kind == ARRAY and depth < DEEPEST:
+            inner = self.number("<I")
+            length = self.count(SIZES.get(inner, 8), "values")
+            if inner in SIZES:
+                self.skip(SIZES[inner] * length, "an array")
+            else:
+                for _ in range(length):
+                    self.value(inner, depth + 1)
+        elif kind in SIZES:
+            self.skip(SIZES[kind], "a value")
+        else:
+            raise self.unsound(f"a value of type {kind}", "a type of GGUF, arrays not nested deeper than 4")
+
+    def text(self, what: str) -> None:
+        self.skip(self.count(1, f"bytes of {what}"), what)
+
+    def count(self, size: int, what: str) -> int:
+        """A count of things that take at least `size` bytes each."""
+        count = self.number("<Q")
+        if count * size > self.end - self.at:
+            raise self.unsound(f"{count:,} {what}", f"no more than the {self.end - self.at:,} bytes left can hold")
+        return count
+
+    def number(self, form: str) -> int:
+        start = self.at
+        self.skip(struct.calcsize(form), "a number")
+        return struct.unpack_from(form, self.data, start)[0]
+
+    def skip(self, size: int, what: str) -> None:
+        if size > self.end - self.at:
+            raise self.unsound(f"the end of the file in {what}", "the rest of the head")
+        self.at += size
+
+    def unsound(self, found: str, expected: str) -> ModelError:
+        return ModelError(f"{self.shown}: byte {self.at}: found {found}; expected {expected}. Fetch the file again")
+
+
+TOKENS, MERGES, SCORES, KIND, PRE = (
+    f"tokenizer.ggml.{name}" for name in ("tokens", "merges", "scores", "model", "pre")
+)
+SPM, BLANK = "llama", "▁"  # SentencePiece's BPE, whose merges are told by scores; the letter that stands for a blank
+NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+LARGE = 4096  # tokens of a vocabulary that has whole words of common English
+WORD = 0.6  # tokens a letter: more, and the words of the vocabulary are not used
+TEXT = (
+    "The people of the small town came together in the old house by the river. They had been there before, and they "
+    "knew that the water would rise again with the first warm days of the year."
+)
+WAY_OUT = "Try another version of transformers (5.24 is the one that most is tried with)"
+
+
+def split_and_checked(tokenizer: Any, reader: Any, shown: Path) -> Any:
+    """The tokenizer with the splitting of the file, and without tokens that the file does not have.
+
+    Raises ModelError where its vocabulary, its merges or its tokens of a text are not those of the file.
+    """
+    tokenizer = _without_strangers(tokenizer, field(reader, TOKENS))
+    _split_digits(tokenizer, field(reader, PRE))
+    _check(tokenizer, reader, shown)
+    return tokenizer
+
+
+def _without_strangers(tokenizer: Any, tokens: list[str]) -> Any:
+    """Without the default tokens of its class (`<|endoftext|>`), which got ids past the end of the file's vocabulary.
+
+    They are named in the class alone: a text would get an id that has no row in the embedding.
+    """
+    known = set(tokens)
+    strange = {name for name in NAMED if getattr(tokenizer, name, None) not in (None, *known)}
+    added = {token for token, index in tokenizer.get_vocab().items() if index >= len(tokens)}
+    if not strange and not added:
+        return tokenizer
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    core["added_tokens"] = [token for token in core["added_tokens"] if token["id"] < len(tokens)]
+    core["model"]["vocab"] = _short(core["model"]["vocab"], len(tokens))
+    if core["model"].get("unk_token") not in (None, *known):
+        core["model"]["unk_token"] = None
+    named = {name: getattr(tokenizer, name) for name in NAMED if name not in strange}
+
+    rest = {"chat_template": tokenizer.chat_template, "padding_side": tokenizer.padding_side}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(core)),
+        **{name: token for name, token in named.items() if token is not None},
+        **{name: value for name, value in rest.items() if value is not None},
+    )
+
+
+def _short(vocabulary: Any, length: int) -> Any:
+    if isinstance(vocabulary, dict):
+        return {token: index for token, index in vocabulary.items() if index < length}
+    return vocabulary[:length]
+
+
+def _split_digits(tokenizer: Any, name: Any) -> None:
+    """Undo what transformers forgets of a GGUF: that texts are split as `tokenizer.ggml.pre` names it.
+
+    SmolLM's tokenizer splits off every digit first. Without, blanks and newlines before a digit get other tokens than
+    the model was trained on (found by comparing with llama.cpp; transformers pull request 42908).
+    """
+    if name == "smollm":
+        splitter = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+        tokenizer.backend_tokenizer.pre_tokenizer = splitter
+
+
+def _check(tokenizer: Any, reader: Any, shown: Path) -> None:
+    tokens, merges = field(reader, TOKENS), field(reader, MERGES)
+    found = tokenizer.get_vocab()
+    unlike = [token for index, token in enumerate(tokens) if found.get(token, index) != index]
+    lost = [token for token in tokens if token not in found]
+    core = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    problem = None
+    if unlike or lost or len(found) > len(tokens):
+        names = [*unlike, *lost, *(token for token in found if found[token] >= len(tokens))]
+        problem = f"{len(names)} tokens are not those of the file, such as {names[0]!r}"
+    elif merges and core["type"] == "BPE" and [_pair(merge) for merge in core["merges"]] != list(map(_pair, merges)):
+        problem = f"it has {len(core['merges'])} merges, and not the {len(merges)} of the file in their order"
+    elif field(reader, KIND) == SPM and ids not in (expected := _by_scores(tokens, field(reader, SCORES) or [])):
+        problem = f"it cuts {len(TEXT)} letters of English into {len(ids)} tokens, its scores into {len(expected[0])}"
+    elif len(tokens) > LARGE and len(ids) > WORD * len(TEXT):
+        problem = f"it cuts {len(TEXT)} letters of English into {len(ids)} tokens, so that words are not used"
+    elif tokenizer.decode(ids).strip() != TEXT:
+        problem = f"a text comes back as {tokenizer.decode(ids)[:60]!r}..."
+    if problem:
+        import transformers
+
+        raise ModelError(
+            f"{shown}: its tokenizer ('{field(reader, KIND)}') was converted wrongly by transformers "
+            f"{transformers.__version__}: {problem}. {WAY_OUT}, or give the checkpoint that the file was made from"
+        )
+
+
+def _by_scores(tokens: list[str], scores: list[float]) -> tuple[list[int], list[int]]:
+    """Ids of `TEXT` by SentencePiece's rule, without and with a blank in front: of all neighbours that are a token
+    together, those of the highest score are joined first, on ties the leftmost, until there are none.
+    """
+    score = dict(zip(tokens, scores, strict=False))
+    index = {token: number for number, token in enumerate(tokens)}
+    found = []
+    for prefix in ("", BLANK):
+        parts = list(prefix + TEXT.replace(" ", BLANK))
+        while True:
+            joined = [(score[a + b], -at) for at, (a, b) in enumerate(pairwise(parts)) if a + b in score]
+            if not joined:
+                break
+            at = -max(joined)[1]
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        found.append([index.get(part, -1) for part in parts])
+    return found[0], found[1]
+
+
+def _pair(merge: Any) -> tuple[str, ...]:
+    return tuple(merge.split(" ") if isinstance(merge, str) else merge)

@@ -12,17 +12,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, get_args
 
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from transformers.utils.hub import cached_file
+
 from recover.base import artifacts, console, dist
 from recover.base.clock import part
 from recover.base.errors import ModelError, RecoverError
 from recover.base.products import check_checkpoint, digest_of
 from recover.config import recipe
 from recover.config.base import Dtype
-from recover.models.config_keys import check_keys
+from recover.models.config_keys import check_keys, check_room, check_sizes
 from recover.models.foreign_code import check, check_settings, code_files, code_named
 from recover.models.gate import COMMIT, check_files, commit_in
-from recover.models.gguf_whole import alone
-from recover.models.sizes import check_room, check_sizes
+from recover.models.gguf_folder import alone, write_stock
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -105,8 +108,6 @@ def whole_folder(folder: Path) -> Path:
 
 
 def _download(cfg: recipe.Model, source: str) -> Path:
-    from huggingface_hub import snapshot_download
-
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + ["*.py"] * cfg.trust_remote_code
     with explained(source + HUB):
         folder = snapshot_download(
@@ -157,8 +158,6 @@ def pin(cfg: recipe.Model, recorded: Any) -> None:
 
 def _of_hub(cfg: recipe.Model, name: str) -> Path | None:
     """The file of the model's repository in the hub's cache; None where the repository does not have it."""
-    from transformers.utils.hub import cached_file
-
     found = cached_file(
         cfg.source,
         name,
@@ -279,8 +278,6 @@ def check_tied(folder: Path, tied: bool) -> None:
 
 def check_rows(folder: Path, rows: int) -> None:
     """Raise ModelError where embedding or head of the weights have not the `rows` that config.json names."""
-    from safetensors import safe_open
-
     for path in _files(folder) if (folder / INDEX).is_file() or (folder / WEIGHTS).is_file() else ():
         for name in _tensors(path):
             if not re.fullmatch(VOCABULARY, name):
@@ -302,8 +299,6 @@ def _files(folder: Path) -> list[Path]:
 
 def _equal(path: Path, name: str, other_path: Path, other_name: str) -> bool:
     """Whether two matrices hold the same numbers; some rows of them in memory at a time."""
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as file, safe_open(other_path, "pt") as other_file:
         first, second = file.get_slice(name), other_file.get_slice(other_name)
         shape = first.get_shape()
@@ -321,8 +316,6 @@ def check_numbers(folder: Path, floating: Collection[str]) -> None:
 
     They are quantized, and without the scales that belong to them they would be taken as they are.
     """
-    from safetensors import safe_open
-
     for path in _files(folder):
         with safe_open(path, "pt") as file:
             for name in set(file.keys()) & set(floating):
@@ -349,8 +342,6 @@ def _shards(index: Path) -> dict[str, list[str]]:
 
 def _tensors(path: Path) -> list[str]:
     """Names of the tensors in a file whose header is sound and whose length is what the header says."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
@@ -379,8 +370,6 @@ def cache_folder() -> Path:
 
 def _convert(path: Path) -> Path:
     """The GGUF file as a stock folder in float32, made once for each sha256."""
-    from recover.models.gguf_folder import write_stock
-
     folder = cache_folder() / "gguf" / f"{digest_of(path)}-{CONVERSION}"
     if folder.is_dir():
         return folder
@@ -474,8 +463,6 @@ def exported_dtype(model: Dtype, stored: Dtype, asked: Dtype | None) -> Dtype:
 
 def _widest_dtype(folder: Path) -> str:
     """Of the tensor with the most numbers, which says how the checkpoint as a whole is stored."""
-    from safetensors import safe_open
-
     found: dict[int, str] = {}
     for path in _files(folder) if (folder / INDEX).is_file() or (folder / WEIGHTS).is_file() else ():
         for name in _tensors(path):

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,15 +22,17 @@ from recover.base.errors import ModelError
 from recover.config import recipe
 from recover.models.arch import Arch, arch_of, base_of, blocks_of, linears_of, site_of
 from recover.models.closing import close_sites, closed_sites, make_closable, named_as, switch_class
-from recover.models.linears import MaskedLinear, Switch, check_fit, see_pruned
+from recover.models.lean import make_lean
+from recover.models.linears import MaskedLinear, Switch, see_pruned
+from recover.models.masked_lora import adopt_layer, lora_layers
 from recover.models.modes import modules_below, set_training
+from recover.models.plan import Plan, check_fit
 from recover.models.rope import by_rows
 from recover.models.site import Site, sites_of, whole_blocks
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from recover.models.plan import Plan
 
 # What a forward may be told beside the batch without changing what is distilled.
 _OUTPUT_OPTIONS = {"return_dict", "use_cache", "output_attentions", "output_hidden_states"}
@@ -153,9 +156,6 @@ class Twin:
 
         Raises ModelError for a PeftModel of another model, and for anything but plain LoRA on linear layers.
         """
-        from recover.models.lean import make_lean
-        from recover.models.masked_lora import adopt_layer, lora_layers
-
         if base_of(peft_model) is not self.base:
             raise ModelError("the PeftModel does not wrap this twin's model; expected PeftModel(twin.base, ...)")
         for layer in lora_layers(peft_model):
@@ -171,8 +171,6 @@ class Twin:
         float32 whatever the model's dtype (DeepSpeed's bf16 mode casts them and keeps float32 masters).
         Raises ModelError if no block is left, or if the twin has adapters already.
         """
-        from peft import LoraConfig, get_peft_model
-
         if self.model is not self.base:
             raise ModelError("this twin has adapters already; expected one set: load the model anew")
         sites = self._lora_sites(cfg)

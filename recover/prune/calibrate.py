@@ -17,15 +17,16 @@ from recover.base import console
 from recover.base.errors import DataError, PruneError
 from recover.config.paths import TEXTS, ending
 from recover.config.recipe import Calibration
-from recover.text.prompts import ids_of
-from recover.text.read import DataSet, Row, rows_at
+from recover.text.conversation import EmptyMessage, asking, holds_messages, read_messages, rendered
+from recover.text.prompts import Prompt, ids_of
+from recover.text.read import DataSet, Row, listed, rows_at, say_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FEWEST, MOST = 8, 256  # prompts that are answered at once
 
-Write = Callable[[list[str]], list[list[int]]]  # prompts -> the ids of each with its answer
+Write = Callable[[list[Prompt]], list[list[int]]]  # prompts -> the ids of each with its answer
 
 
 def calibration_batches(
@@ -63,7 +64,7 @@ def _joined(
     seed: int,
     wanted: int,
     write: Write | None,
-    documents: Sequence[str],
+    documents: Sequence[Prompt],
 ) -> list[int]:
     """The documents one after the other, until there are `wanted` ids or no more documents."""
     ids: list[int] = []
@@ -89,7 +90,13 @@ def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [bos] if bos is not None and list(first)[:1] == [bos] else []
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _tokens(tokenizer: PreTrainedTokenizerBase, document: Prompt) -> list[int]:
+    """Ids of a text, or of a conversation as the chat template writes it, up to an end token."""
+    text = document
+    if not isinstance(text, str):
+        if not tokenizer.chat_template:
+            raise DataError("calibration.data: messages need a chat template, and the tokenizer has none: give texts")
+        text = rendered(tokenizer, text, ask=False, what="the messages of calibration.data")
     return _ended(tokenizer, ids_of(tokenizer, text, special=False))  # a document longer than the context is cut
 
 
@@ -98,20 +105,21 @@ def _ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]  # what a model wrote may hold it already
 
 
-def _shuffled(texts: Sequence[str], seed: int) -> Iterator[str]:
+def _shuffled(texts: Sequence[Prompt], seed: int) -> Iterator[Prompt]:
     """Texts in an order that depends on the seed alone, read one by one (a large data set is not read whole).
 
     Those that hold nothing are passed over.
     """
     order = list(range(len(texts)))
     random.Random(seed).shuffle(order)
-    return (text for index in order if (text := texts[index]).strip())
+    return (text for index in order if (text := texts[index]) and not (isinstance(text, str) and text.isspace()))
 
 
-def read_texts(cfg: Calibration) -> Sequence[str]:
+def read_texts(cfg: Calibration) -> Sequence[Prompt]:
     """The documents behind `cfg.data`, in the column `cfg.column` (a text file is one document).
 
-    Raises DataError naming the file and line, or the column, that is wrong.
+    A document is a text, or the messages of a conversation; with `cfg.answer` without its last answer, which is written
+    anew. Raises DataError naming the file and line, or the column, that is wrong.
     """
     try:
         rows = rows_at(cfg.data, subset=cfg.subset, split=cfg.split, kinds="a local text file")
@@ -121,15 +129,21 @@ def read_texts(cfg: Calibration) -> Sequence[str]:
         raise DataError(
             f"calibration.data {cfg.data}: no column '{cfg.column}', found {rows.columns}: set calibration.column"
         )
-    texts = _Column(rows, "text" if ending(cfg.data) in TEXTS else cfg.column)
-    return texts if isinstance(rows, DataSet) else [*texts]
+    texts = _Column(rows, "text" if ending(cfg.data) in TEXTS else cfg.column, asked=cfg.answer is not None)
+    if isinstance(rows, DataSet):  # as large as one likes: read where it is needed
+        return texts
+    documents = [*texts]
+    empty = sum(not document or (isinstance(document, str) and document.isspace()) for document in documents)
+    if empty:
+        say_once(f"calibration.data {cfg.data}: {empty:,} of {len(documents):,} rows left out, which hold nothing")
+    return documents
 
 
 class _Column(Sequence):
-    """One text column of rows, read row by row; what holds nothing is empty text."""
+    """One column of texts or messages, read row by row; what holds nothing is empty text."""
 
-    def __init__(self, rows: Sequence[Row], column: str) -> None:
-        self.rows, self.column = rows, column
+    def __init__(self, rows: Sequence[Row], column: str, *, asked: bool) -> None:
+        self.rows, self.column, self.asked = rows, column, asked
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -137,6 +151,11 @@ class _Column(Sequence):
     def __getitem__(self, index: Any) -> Any:
         row = self.rows[index]
         text = row.value.get(self.column, self)
+        if holds_messages(messages := listed(text)):
+            try:
+                return asking(messages, row.where, self.column) if self.asked else read_messages(messages, row.where)
+            except EmptyMessage:
+                return ""
         if text is not None and not isinstance(text, str):
             raise DataError(
                 f"{row.where}: no text in column '{self.column}', found {sorted(row.value)}: set calibration.column"

@@ -9,6 +9,7 @@ from typing import cast
 
 from recover.base import artifacts
 from recover.base.errors import ArtifactError
+from recover.config.loss import TERMS
 from recover.report.data import Curve, Json, Points
 from recover.report.words import finite
 
@@ -16,7 +17,6 @@ POINTS = 120  # at most; report.json stays small, however long the training
 WINDOW = 8  # steps whose text is sorted by length (train/order.py): a point of fewer shows long text as high loss
 LEAST = 16  # points, before a point may stand for more steps than one
 ENDS = 0.05  # share of the scored steps at either end that "from" and "to" are means over
-TERMS = ("kl", "variance", "reverse_kl", "ce")  # of the loss, as far as they are recorded
 BAND = (0.1, 0.9)  # quantiles
 BANDS = {"grad_norm": (0.0, 1.0)}  # up to the highest, since one outlier there is worth seeing
 
@@ -62,14 +62,15 @@ def curve(path: Path, recipe: Json) -> Curve | None:
 
 def terms(recipe: Json) -> list[str]:
     """KL, by which trainings of different losses compare, and the recorded terms that the recipe gives a weight."""
-    return [name for name in TERMS if name == "kl" or name in weights(recipe)]
+    return list({"kl": None, **weights(recipe)})
 
 
 def weights(recipe: Json) -> dict[str, float]:
     """Terms of the recipe's loss that have a weight, recorded or not."""
-    cfg = {"kl": 1.0, **((recipe.get("recover") or {}).get("loss") or {})}
-    names = (*TERMS, "variance_r", "jsd")
-    return {name: weight for name in names if (weight := finite(cfg.get(name)))}
+    loss = (recipe.get("recover") or {}).get("loss") or {}
+    known = {"kl": 1.0, **loss, **(loss.get("terms") or {})}
+    names = (*TERMS, *(name for name in loss.get("terms") or {} if name not in TERMS))
+    return {name: weight for name in names if (weight := finite(known.get(name)))}
 
 
 def _lines(path: Path) -> list[Line]:

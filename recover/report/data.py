@@ -454,7 +454,7 @@ class Band(TypedDict):
 
 
 class Points(TypedDict, total=False):
-    """Columns of the points of a training curve; the loss, its terms and `grad_norm` are bands."""
+    """Columns of the points of a training curve; the loss and `grad_norm` are bands, and so is each of its terms."""
 
     step: Required[list[int]]
     tokens: Required[list[int]]
@@ -463,10 +463,6 @@ class Points(TypedDict, total=False):
     skipped: Required[list[int]]
     loss: Required[Band]
     grad_norm: Required[Band]
-    kl: Band
-    variance: Band
-    reverse_kl: Band
-    ce: Band
 
 
 class Curve(TypedDict):

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+from recover.config.loss import TERMS
 from recover.report import words
 from recover.report.curve import weights
 from recover.report.data import Curve, Epoch, PageData
 
 MANY = 0.01  # share of steps skipped from which the reader is told to mend the recipe
 
-TERM_NAMES = {
-    "loss": "loss",
-    "kl": "KL",
-    "variance": "variance",
-    "reverse_kl": "reverse KL",
-    "ce": "cross-entropy",
-    "variance_r": "variance over r",
-    "jsd": "Jensen-Shannon",
-}
+
+def label(name: str) -> str:
+    """Of the loss or a term of it; of one whose package is not there, the name that the recipe gives it."""
+    return TERMS[name].label if name in TERMS else name
 
 
 def learnt(data: PageData) -> list[str]:
@@ -46,7 +42,7 @@ def _fall(data: PageData, found: Curve) -> str:
             f", peak GPU memory {words.size(found['peak_memory_bytes'])}" if found["peak_memory_bytes"] else "",
         )
     )
-    what = TERM_NAMES[name]
+    what = label(name)
     steps = found["ends_steps"]
     over = "(the first and the last step)" if steps == 1 else f"(means over the first and the last {steps:,} steps)"
     if last < first:
@@ -63,9 +59,7 @@ def _last_epoch(data: PageData) -> str:
     if len(means) < 2 or means[-1] < means[-2]:
         return ""
     before, last = words.number(means[-2]), words.number(means[-1])
-    return (
-        f"Over the last epoch {TERM_NAMES[name]} did not fall: its mean is {last}, that of the epoch before {before}."
-    )
+    return f"Over the last epoch {label(name)} did not fall: its mean is {last}, that of the epoch before {before}."
 
 
 def _generation(data: PageData, curve: Curve) -> str:
@@ -79,7 +73,7 @@ def _generation(data: PageData, curve: Curve) -> str:
     kept, score = (row["headline"]["generation"] or 0.0 for row in (best, last))
     if score < kept and before is not None and after is not None and after < before:
         return (
-            f"After epoch {best['epoch']}, which is kept, {TERM_NAMES[name]} fell on from {words.number(before)} to "
+            f"After epoch {best['epoch']}, which is kept, {label(name)} fell on from {words.number(before)} to "
             f"{words.number(after)} while generation fell from {words.percent(kept)} to {words.percent(score)}"
             f"{_items(last)}."
         )

@@ -42,12 +42,11 @@ from recover.run.directory import RunDirectory
 from recover.run.estimate import settle
 from recover.text.generate import generate
 from recover.text.overlap import overlaps
-from recover.text.prompts import encode_prompt
+from recover.text.prompts import Prompt, encode_prompt
 from recover.train.checkpoints import read_adapter
-from recover.train.dense_text import weights_fingerprint
-from recover.train.prompted import fitting_prompts
 from recover.train.sources import check_given, read_prompts, read_rows
 from recover.train.teacher_file import check_teacher, read_teacher
+from recover.train.written_text import fitting_prompts, weights_fingerprint
 
 SAMPLE_ROWS = 4  # of sample_ids
 LOOKED_AT = 100_000  # texts of a source in which measured items are looked for
@@ -157,7 +156,7 @@ class RunContext:
         """
         cfg = self.recipe.probe
         if cfg.prompts is not None:
-            prompts = [(row.value["prompt"], None) for row in read_prompts(cfg.prompts)]
+            prompts = [(row.value["prompt"], None) for row in read_prompts(cfg.prompts, cfg.split, cfg.subset)]
         else:
             lists = [
                 [(item.prompt, file.wraps) for item in task.items]
@@ -246,7 +245,7 @@ def _texts_of(context: RunContext, source: Data | Calibration) -> tuple[str, Ite
         rows = read_teacher(source, describe(context.recipe.model).vocabulary)
         return source.source, (str(context.tokenizer.decode(row.sample.ids)) for row in rows)
     if isinstance(source, Calibration):
-        return source.data, iter(read_texts(source))
+        return source.data, map(_plain, read_texts(source))
     prompts = fitting_prompts(source, context.recipe.recover.length, context.tokenizer)
     return source.prompts, (_plain(row.value["prompt"]) for row in prompts)
 
@@ -270,7 +269,7 @@ def calibration(context: RunContext) -> list[LongTensor]:
     return calibration_batches(cfg, context.tokenizer, context.recipe.seed, partial(answered, context, cfg.answer))
 
 
-def answered(context: RunContext, tokens: int, prompts: list[str]) -> list[list[int]]:
+def answered(context: RunContext, tokens: int, prompts: list[Prompt]) -> list[list[int]]:
     """As `answers`, of the dense model; read where they were written before."""
     twin, tokenizer = context.dense(), context.tokenizer
     asked = [list(encode_prompt(tokenizer, prompt)) for prompt in prompts]
@@ -284,7 +283,7 @@ def answered(context: RunContext, tokens: int, prompts: list[str]) -> list[list[
 
 
 def answers(
-    twin: Twin, tokenizer: PreTrainedTokenizerBase, tokens: int, prompts: list[str], *, batch_size: int
+    twin: Twin, tokenizer: PreTrainedTokenizerBase, tokens: int, prompts: list[Prompt], *, batch_size: int
 ) -> list[list[int]]:
     """The ids of each prompt and of up to `tokens` that the dense view writes after it, greedily."""
     size, title = min(len(prompts), batch_size), "dense model writes calibration text"

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from recover.base import console, products, strict_json
+from recover.base import artifacts, console, products
 from recover.base.artifacts import DONE, MANIFEST, explained, explaining, read_json, settle, write_json
 from recover.base.errors import ArtifactError
 from recover.base.ownership import mark, open_lock, owned, peek, refuse_foreign
@@ -168,8 +168,8 @@ class RunDirectory:
         stamp = self.done(stage)
         if stamp is None:
             return NOT_DONE
-        before = dict(strict_json.leaves(stamp["fingerprint"]))
-        now = dict(strict_json.leaves(strict_json.plain(fingerprint)))
+        before = dict(artifacts.leaves(stamp["fingerprint"]))
+        now = dict(artifacts.leaves(artifacts.plain(fingerprint)))
         changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if not changed:
             return self.lost(stage)

@@ -13,7 +13,7 @@ import transformers
 from torch import LongTensor
 
 from recover import __version__
-from recover.base import console, dist, provenance, strict_json, units
+from recover.base import artifacts, console, dist, provenance, units
 from recover.base.artifacts import append_jsonl, read_json, read_jsonl, write_json, write_text
 from recover.base.clock import part
 from recover.base.journal import Journal
@@ -42,8 +42,8 @@ from recover.run.context import RunContext, calibration, overlap_record
 from recover.run.estimate import estimate, matrix_rate, rate_plan, refuse, warnings
 from recover.run.setbacks import setbacks
 from recover.train import trials
-from recover.train.dense_text import weights_fingerprint
 from recover.train.train import train
+from recover.train.written_text import weights_fingerprint
 
 
 def plan(context: RunContext) -> None:
@@ -312,7 +312,7 @@ def _probe_and_measure(context: RunContext, twin: Twin, folder: Path) -> None:
         found += task_drift(twin, tokenizer, context.tasks, items=items, batch_size=cfg.batch_size)
         records = [record.to_json() for record in found]
         if dist.is_main():
-            write_text(folder / "probe.jsonl", "".join(f"{strict_json.dumps(record)}\n" for record in records))
+            artifacts.write_jsonl(folder / "probe.jsonl", records)
             write_json(folder / "probe.json", summary(found))
         _measure(context, twin, folder, reference=read_json(context.directory.dense / "generations.json"))
 

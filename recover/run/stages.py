@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from recover.base import console, dist, units
 from recover.base.clock import Clock, note, stage_clock
+from recover.base.console import quiet_libraries
 from recover.base.errors import ArtifactError, RecipeError
 from recover.base.ownership import peek
-from recover.base.quiet import quiet_libraries
 from recover.base.signals import graceful_stop
 from recover.config.recipe import Recipe, load_recipe
 from recover.run.directory import NOT_DONE, RunDirectory
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from recover.run.context import RunContext
 
 # Training reads these fields of the probe alone: what else is probed before and after asks for no training anew.
-DRIFT_OF_EPOCHS = ("probe.prompts", "probe.samples", "probe.steps", "probe.batch_size")
+DRIFT_OF_EPOCHS = ("probe.prompts", "probe.subset", "probe.split", "probe.samples", "probe.steps", "probe.batch_size")
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from recover.base.artifacts import whole_characters
 from recover.base.errors import DataError, StopRequested
-from recover.base.strict_json import whole_characters
 from recover.models.chat_template import SECONDS, TooSlow, within
 
 Message = dict[str, Any]
@@ -33,6 +33,24 @@ def read_messages(value: Any, where: str) -> list[Message]:
     if not isinstance(value, list) or not value:
         raise DataError(f"{where}: found {value!r:.80}, expected a list of messages with 'role' and 'content'")
     return [_message(message, number, where) for number, message in enumerate(value)]
+
+
+def holds_messages(value: Any) -> bool:
+    """Whether a value is meant as messages: a list of objects with a role."""
+    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) and "role" in each for each in value)
+
+
+def asking(value: list[Any], where: str, column: str) -> list[Message]:
+    """The messages of a row up to where the assistant is to answer: without the answers that they end in.
+
+    Raises:
+        DataError: as `read_messages`; or nobody asks. Names `where`.
+    """
+    ends = [isinstance(each, dict) and each.get("role") == "assistant" for each in value]
+    kept = len(value) - (ends[::-1].index(False) if False in ends else len(value))
+    if not kept:
+        raise DataError(f"{where}: column '{column}' holds answers of the assistant alone: nobody asks for one")
+    return read_messages(value[:kept], where)
 
 
 def _message(message: Any, number: int, where: str) -> Message:

@@ -10,15 +10,18 @@ from __future__ import annotations
 import csv
 import glob
 import gzip
+import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from recover.base import console
+from recover.base.artifacts import whole_characters
 from recover.base.errors import DataError
-from recover.base.strict_json import whole_characters
 from recover.config.paths import ROWS, SHEETS, TABLES, TEXTS, ending, matching, meant
 from recover.config.recipe import local_path
 
@@ -39,7 +42,7 @@ class Row:
     value: dict[str, Any]
 
     def column(self, name: str, kind: type = str) -> Any:
-        """The value in a column, of this type and not empty (a text: more than white space).
+        """The value in a column, of this type and not empty (a text: more than white space). A list may be JSON text.
 
         Raises:
             EmptyColumn: it is null or empty. DataError: it is not there, or of another type.
@@ -49,11 +52,29 @@ class Row:
             raise DataError(f"{self.where}: no column '{name}', found {sorted(self.value)[:MAX_LISTED]}")
         if found is None or found == kind() or (isinstance(found, str) and not found.strip()):
             raise EmptyColumn(f"{self.where}: column '{name}' must hold {kind.__name__}, not empty; found nothing")
+        found = listed(found) if kind is list else found
         if not isinstance(found, kind):
             raise DataError(
                 f"{self.where}: column '{name}' must hold {kind.__name__}, not empty; found {type(found).__name__}"
             )
         return found
+
+
+@cache
+def say_once(text: str) -> None:
+    """Warn of what every later reading of a source would say again."""
+    console.warn(text)
+
+
+def listed(value: Any) -> Any:
+    """The list that a text holds as JSON, since a sheet has no other way to hold one; any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        found = json.loads(value)
+    except (json.JSONDecodeError, RecursionError):
+        return value
+    return found if isinstance(found, list) and all(map(whole_characters, _texts(found))) else value
 
 
 def rows_at(
@@ -274,6 +295,8 @@ class DataSet(Sequence[Row]):
             if "config" in str(error).lower() and "available" in str(error):
                 asked = "it has several configurations" if subset is None else f"no configuration '{subset}'"
                 raise DataError(f"{source}: {asked}: set 'subset' ({_line(error)})") from error
+            if Path(source).exists():
+                raise DataError(f"{source}: cannot be read as a data set, split '{split}': {_causes(error)}") from error
             raise DataError(
                 f"{source}: neither {kinds} nor a data set that loads, split '{split}' ({_line(error)})"
             ) from error
@@ -313,7 +336,33 @@ def _data_set(source: str, subset: str | None, split: str) -> Any:
         return saved[split]
     if glob.escape(str(folder.absolute())) != str(folder.absolute()):
         raise ValueError("a folder with [, * or ? in its path; name its files instead, as FOLDER/*.jsonl, or rename it")
-    return datasets.load_dataset(source, subset, split=split)
+    return datasets.load_dataset(source, subset, split=split, cache_dir=_own_cache(folder))
+
+
+def _own_cache(folder: Path) -> str:
+    """Where `datasets` keeps what it made of a folder, known by the folder's place and the state of its files.
+
+    By itself it goes by the names of folder and configuration: of two folders of one name it gives the rows of the one
+    that was read first, and of one whose files were changed, the rows of before.
+    """
+    from datasets import config
+
+    known = hashlib.sha256(str(folder.absolute()).encode())
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        state = path.stat()
+        known.update(f"\n{path.relative_to(folder)} {state.st_size} {state.st_mtime_ns}".encode())
+    return str(Path(config.HF_DATASETS_CACHE) / f"folder-{known.hexdigest()[:16]}")
+
+
+def _causes(error: BaseException) -> str:
+    """What went wrong, and what was behind it: `datasets` says by itself that something did."""
+    said: list[str] = []
+    found: BaseException | None = error
+    while found is not None and len(said) < 3:
+        if (text := " ".join(str(found).split())[:300]) and text not in said:
+            said.append(text)
+        found = found.__cause__ or found.__context__
+    return ": ".join(said)
 
 
 def _line(error: Exception) -> str:

@@ -1,23 +1,23 @@
-"""Around optimizer steps: progress, checkpoints, and after each epoch the measurement that decides what is kept."""
+"""Around optimizer steps: progress, a line of figures, checkpoints, and after each epoch what decides the best."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-from recover.base import console, dist, units
+from recover.base import artifacts, console, dist, units
 from recover.base.artifacts import read_json, write_json
 from recover.base.errors import ArtifactError, TrainingError
-from recover.train.checkpoints import publish_adapter
-from recover.train.course import Course
-from recover.train.stopping import Stop
-from recover.train.totals import Totals
+from recover.config.recipe import StopEarly
+from recover.train.checkpoints import STEPS, publish_adapter
+from recover.train.course import Totals
+from recover.train.settings import early_ends
+from recover.train.trainer import RecoverTrainer
 
 AfterEpoch = Callable[[int, dict[str, Any]], float | None]
 
@@ -46,14 +46,54 @@ class Progress(TrainerCallback):
         seconds = self.totals.elapsed() - self.paused
         left = seconds / self.done * (state.max_steps - state.global_step)
         rate = (self.totals.tokens - self.first_tokens) / seconds
-        terms = ", ".join(
-            f"{name} {logs[name]:.4g}" for name in ("loss", "kl", "variance", "reverse_kl", "ce") if logs.get(name)
-        )
+        terms = ", ".join(f"{name} {logs[name]:.4g}" for name in ("loss", *self.totals.terms) if logs.get(name))
         if "variance_weight" in logs:
             terms += f", weight of variance {logs['variance_weight']:.4g}"
         console.say(
             f"step {state.global_step}/{state.max_steps}: {terms}, {rate:,.0f} tokens/s, {units.duration(left)} left"
         )
+
+
+class StepLog(TrainerCallback):
+    """Writes `steps.jsonl` of a training, each step once: one that is made again replaces all from there on.
+
+    A line holds `step`, `tokens` scored and `seconds` trained up to it, `lr`, and, but for a skipped step, the means
+    per token of the loss and its terms, `grad_norm` before clipping and the main process's `peak_memory_bytes` so far.
+    """
+
+    def __init__(self, folder: Path, totals: Totals) -> None:
+        self.path, self.totals = folder / STEPS, totals
+        self.last: int | None = None  # of the file; None: not looked at yet
+
+    def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if not dist.is_main() or not logs or "learning_rate" not in logs:
+            return
+        if self.last is None or state.global_step <= self.last:
+            self._rewind(state.global_step)
+        self.last = state.global_step
+        known = ("loss", *self.totals.terms, "grad_norm", "variance_weight")
+        line = {
+            "step": state.global_step,
+            "tokens": self.totals.tokens,
+            "seconds": round(self.totals.elapsed(), 4),
+            "lr": logs["learning_rate"],
+            **{name: logs[name] for name in known if name in logs},
+        }
+        if torch.cuda.is_available():
+            line["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+        # Not synced: waiting for the disk at each step would cost more than a line that a power loss takes.
+        artifacts.append_jsonl(self.path, line, synced=False)
+
+    def _rewind(self, step: int) -> None:
+        """Leave only lines of steps before this one."""
+        if not self.path.exists():
+            return
+        try:
+            lines = [line for line in artifacts.read_jsonl(self.path) if line["step"] < step]
+        except (ArtifactError, KeyError, TypeError) as error:
+            console.warn(f"{self.path}: {error}; the training curve begins anew")
+            lines = []
+        artifacts.write_jsonl(self.path, lines)
 
 
 class Epochs(TrainerCallback):
@@ -71,15 +111,14 @@ class Epochs(TrainerCallback):
         ends: list[int],
         save_steps: int | None,
         patience: int | None,
-        course: Course,
-        stop: Stop,
+        early: StopEarly | None,
+        trainer: RecoverTrainer,
         after_epoch: AfterEpoch,
-        generating: Callable[[], AbstractContextManager[Any]],
-        peak_memory: Callable[[], int | None],
     ) -> None:
         self.folder, self.ends, self.save_steps, self.patience = folder, ends, save_steps, patience
-        self.course, self.totals, self.stop = course, course.totals, stop
-        self.after_epoch, self.generating, self.peak_memory = after_epoch, generating, peak_memory
+        self.planned, self.early = ends, early
+        self.trainer, self.after_epoch = trainer, after_epoch
+        self.totals, self.skips, self.stop = trainer.course.totals, trainer.course.skips, trainer.stop
         self.records: list[dict[str, Any]] = dist.on_main(self._read)
 
     def _read(self) -> list[dict[str, Any]]:
@@ -98,17 +137,38 @@ class Epochs(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **_: Any) -> Any:
         _check_adapter_dtype(model)
         state.max_steps = self.ends[-1]  # without the room for starting over
-        self.course.begin()
+        self.trainer.resume()
         self.records = [record for record in self.records if record["step"] <= state.global_step]
+        self._set_end(state, control)
         if state.global_step in self.ends[len(self.records) :]:
             self._end_epoch(state, control, model)
         self.totals.start_clock()
         return control
 
+    def _set_end(self, state: Any, control: Any) -> None:
+        """Where training ends: as planned, or earlier where the epochs so far call for that (`recover.stop`)."""
+        if self.early is None:
+            return
+        trainer = self.trainer
+        scores = [record["score"] for record in self.records]
+        before, self.ends = self.ends, early_ends(self.planned, scores, self.early, trainer.begin)
+        state.max_steps = self.ends[-1]
+        if self.ends == self.planned:
+            trainer.fall(None)
+            return
+        if self.ends[-1] > self.ends[-2] and len(self.ends) > len(scores):
+            trainer.fall(self.ends[-2], self.ends[-1])
+        if self.ends != before:
+            console.say(
+                f"more tokens bring no more generation (recover.stop): training ends at step {self.ends[-1]:,} instead "
+                f"of {self.planned[-1]:,}"
+            )
+        control.should_training_stop = control.should_training_stop or state.global_step >= self.ends[-1]
+
     def on_step_end(self, args, state, control, **_: Any) -> Any:
-        self.course.trainer.log_step()
-        skips = self.course.skips
-        self.course.trainer.average.add(state.global_step, skipped=skips.row > 0)
+        self.trainer.log_step()
+        skips = self.skips
+        self.trainer.average.add(state.global_step, skipped=skips.row > 0)
         if skips.too_many(last_step=state.global_step == self.ends[-1]):
             return self._start_over(state, control)
         due = self.save_steps is not None and state.global_step % self.save_steps == 0 and skips.row == 0
@@ -118,8 +178,9 @@ class Epochs(TrainerCallback):
 
     def _start_over(self, state: Any, control: Any) -> Any:
         self.totals.stop_clock()
-        self.course.go_back()
+        self.trainer.go_back()
         self.records = [record for record in self.records if record["step"] <= state.global_step]
+        self._set_end(state, control)
         # The trainer's next epoch begins with the text of the step that is now the next one.
         control.should_epoch_stop, control.should_training_stop, control.should_save = True, False, False
         self.totals.start_clock()
@@ -132,7 +193,7 @@ class Epochs(TrainerCallback):
         return control
 
     def _end_epoch(self, state: Any, control: Any, model: Any) -> None:
-        with self.course.trainer.average.in_place():
+        with self.trainer.average.in_place():
             self._keep_epoch(state, control, model)
 
     def _keep_epoch(self, state: Any, control: Any, model: Any) -> None:
@@ -143,13 +204,13 @@ class Epochs(TrainerCallback):
             "step": state.global_step,
             "tokens": self.totals.tokens,
             "seconds": self.totals.seconds,
-            "skipped": self.course.skips.skipped,
-            "rollbacks": self.course.skips.rollbacks,
-            "peak_memory_bytes": self.peak_memory(),
+            "skipped": self.skips.skipped,
+            "rollbacks": self.skips.rollbacks,
+            "peak_memory_bytes": self.trainer.peak_memory(),
             "train": train,
         }
         devices = [dist.device()] if torch.cuda.is_available() else []
-        with self.stop.immediately(), torch.random.fork_rng(devices=devices), self.generating():
+        with self.stop.immediately(), torch.random.fork_rng(devices=devices), self.trainer.generating():
             score = dist.broadcast(self.after_epoch(epoch, context))
         record = {
             "epoch": epoch,
@@ -161,7 +222,7 @@ class Epochs(TrainerCallback):
         self.records.append(record)
         self._write_best()
         kept = " (best so far)" if self.best is record else ""
-        averaged = self.course.trainer.average.count
+        averaged = self.trainer.average.count
         kept += f"; mean of {averaged} steps' adapters" if averaged > 1 else ""
         shown = "generation not measured" if score is None else f"generation {score:.1%}"
         console.say(f"epoch {epoch}/{len(self.ends)}: loss {train['loss']:.4g}, kl {train['kl']:.4g}, {shown}{kept}")
@@ -169,6 +230,7 @@ class Epochs(TrainerCallback):
         if self.patience is not None and waited >= self.patience and epoch < len(self.ends):
             console.say(f"no better generation for {waited} epochs (recover.patience): stopping here")
             control.should_training_stop = True
+        self._set_end(state, control)
 
     def _write_best(self) -> None:
         if dist.is_main():

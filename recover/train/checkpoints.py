@@ -23,6 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
 from recover.base import console, dist
 from recover.base.artifacts import (
     MANIFEST,
@@ -62,9 +66,6 @@ def write_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def _write_adapter(model: PeftModel, values: dict[str, Tensor], folder: Path) -> None:
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save
-
     state = get_peft_model_state_dict(model, state_dict=values, save_embedding_layers=False)
     data = save({name: value.contiguous() for name, value in state.items()}, {"format": "pt"})
     with explaining(folder):
@@ -87,10 +88,6 @@ def read_adapter(model: PeftModel, folder: Path) -> None:
         ArtifactError: the file cannot be read, a tensor is not finite, or its tensors are not those of this model's
             adapter, by name and shape.
     """
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path, mend = folder / WEIGHTS, f"Delete {folder} and run the stage again"
     try:
         state = load_file(path)
@@ -128,8 +125,6 @@ class Checkpoints:
         Raises:
             ArtifactError: it could not be written; what was there before is as it was.
         """
-        from safetensors.torch import save
-
         checkpoint = self.folder / f"checkpoint-{step}"
         beside = checkpoint.with_name(f".{checkpoint.name}.tmp")
         shutil.rmtree(beside, ignore_errors=True)

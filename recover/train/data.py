@@ -13,16 +13,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import numpy as np
+import pyarrow.compute as pc
+import torch
 
 from recover.base import console
 from recover.base.errors import DataError
 from recover.config.recipe import DenseText, GivenText, PrunedText, Recover, TeacherText
-from recover.train.dense_text import DenseWriter, repeated
-from recover.train.order import training_order
-from recover.train.shapes import filled
+from recover.distill.distiller import scored_rows
+from recover.train.order import filled, training_order
 from recover.train.sources import Sample, read_rows, samples_of
 from recover.train.teacher_file import teacher_samples
+from recover.train.written_text import DenseWriter, repeated
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -57,8 +60,6 @@ def build_dataset(
         DataError: a source cannot be read or holds nothing to learn (by file and line), or there is too little for
             an epoch.
     """
-    import datasets
-
     found = _of_sources(cfg, twin, tokenizer, seed, folder)
     samples = [sample for source in found for sample in source]
     writers = [
@@ -193,15 +194,12 @@ def _of_teacher(
 
 def tokens_at_once(rows: Dataset, micro: int) -> list[int]:
     """Tokens of each batch of `micro` rows."""
-    import pyarrow.compute as pc
-
     lengths = pc.call_function("list_value_length", [rows.data.column("input_ids")]).to_numpy()
     return [int(lengths[start : start + micro].sum()) for start in range(0, len(lengths), micro)]
 
 
 def collator(pad: int, scored: str) -> Collate:
     """Rows of `build_dataset` to right-padded `input_ids`, `attention_mask` and `labels` (-100 where no loss is)."""
-    import torch
 
     def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         sizes_B = np.array([len(row["input_ids"]) for row in rows])
@@ -225,7 +223,6 @@ def packer(pad: int, scored: str, longest: int, sizes: Sequence[int] = ()) -> Co
     With `sizes` the row is filled up to one of them (`filled`), by sequences of padding; of equal size, rows of equally
     many sequences have equal shapes.
     """
-    import torch
 
     def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ends_S = np.cumsum([len(row["input_ids"]) for row in rows])
@@ -259,7 +256,6 @@ def _joined(rows: Sequence[dict[str, Any]], scored: str) -> tuple[Any, Any]:
 
 def with_scored(collate: Collate) -> Collate:
     """As `collate`, with `scored`: what `scored_rows` finds, found before the batch is on a device that would wait."""
-    from recover.distill.distiller import scored_rows
 
     def collated(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch = collate(rows)

@@ -21,21 +21,21 @@ from torch import Tensor
 
 from recover.base import console, dist
 from recover.base.artifacts import read_json, write_json
-from recover.base.errors import ArtifactError, StopRequested
+from recover.base.errors import ArtifactError
 from recover.config.recipe import PrunedText, Recover
 from recover.maths.collapse import loop
 from recover.text.prompts import Prompt, encode_prompt
 from recover.train.checkpoints import PRUNED_TEXT, discard_texts
-from recover.train.prompted import answered, fitting_prompts, in_rounds, write_together
 from recover.train.sources import Sample
-from recover.train.stopping import Interrupted
+from recover.train.written_text import answered, fitting_prompts, in_rounds
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from recover.models.twin import Twin
-    from recover.train.trainer import RecoverTrainer
+
+Write = Callable[[Sequence[str], PrunedText, tuple[int, ...], str], list[list[int]]]
+"""What the pruned model, as it is now, writes after prompts: as `written_text.write_together`."""
 
 SHORT = 0.02  # a smaller part of the tokens that is missing in the end is not worth a warning
 
@@ -51,7 +51,6 @@ class OnPolicy:
     def __init__(
         self,
         cfg: Recover,
-        twin: Twin,
         tokenizer: PreTrainedTokenizerBase,
         rows: Dataset,
         seed: int,
@@ -62,7 +61,7 @@ class OnPolicy:
         self.rows, self.collate = rows, collate
         self.writers: list[int] = list(rows["writer"])
         self.sources = {
-            number: _OwnText(source, number, cfg, twin, tokenizer, rows, seed, folder / PRUNED_TEXT, fingerprint)
+            number: _OwnText(source, number, cfg, tokenizer, rows, seed, folder / PRUNED_TEXT, fingerprint)
             for number, source in enumerate(cfg.data)
             if isinstance(source, PrunedText)
         }
@@ -72,14 +71,13 @@ class OnPolicy:
         """The collator to fetch batches with: loaders fetch ahead, when the text is not yet written."""
         return {"numbers": torch.tensor([row["number"] for row in rows])}
 
-    def fill(self, batches: Sequence[dict[str, Any]], trainer: RecoverTrainer) -> list[dict[str, Any]]:
-        """The batches that the numbers stand for, at the trainer's step. All processes must call it.
+    def fill(self, batches: Sequence[dict[str, Any]], step: int, write: Write) -> list[dict[str, Any]]:
+        """The batches that the numbers stand for, when `step` steps are made. All processes must call it.
 
-        Raises:
-            Interrupted: a signal came while the model wrote; nothing of the step is done.
+        What `write` raises goes through: nothing of the step is done then.
         """
         for source in self.sources.values():
-            source.reach(trainer.state.global_step, trainer)
+            source.reach(step, write)
         return [self.collate([self._row(number) for number in batch["numbers"].tolist()]) for batch in batches]
 
     def _row(self, number: int) -> dict[str, Any]:
@@ -98,14 +96,13 @@ class _OwnText:
         source: PrunedText,
         number: int,
         cfg: Recover,
-        twin: Twin,
         tokenizer: PreTrainedTokenizerBase,
         rows: Dataset,
         seed: int,
         folder: Path,
         fingerprint: str,
     ) -> None:
-        self.source, self.number, self.cfg, self.twin, self.tokenizer = source, number, cfg, twin, tokenizer
+        self.source, self.number, self.cfg, self.tokenizer = source, number, cfg, tokenizer
         self.seed, self.folder, self.fingerprint = seed + number, folder, fingerprint
         self.prompts = fitting_prompts(source, cfg.length, tokenizer)
         # In training order: the texts that were planned for.
@@ -114,11 +111,12 @@ class _OwnText:
             for row, writer in enumerate(rows["writer"])
             if writer == number
         }
+        self.steps = len(rows) // cfg.batch_size
         self.first = min(self.planned, default=0) // cfg.batch_size
         self.window: int | None = None
         self.texts: dict[int, Sample] = {}
 
-    def reach(self, step: int, trainer: RecoverTrainer) -> None:
+    def reach(self, step: int, write: Write) -> None:
         """Have the texts of the window that `step` lies in: those at hand, those saved, or new ones."""
         window = (step - self.first) // self.source.every
         if window == self.window:
@@ -128,7 +126,7 @@ class _OwnText:
         places = self._places(window)
         record = dist.on_main(lambda: self._saved(window)) if places else {"rows": []}
         if record is None:
-            record = self._write(window, places, trainer)
+            record = self._write(window, places, step, write)
         self.window = window
         self.texts = {row: self._sample(prompt, ids) for row, prompt, ids in record["rows"]}
 
@@ -138,21 +136,15 @@ class _OwnText:
         end = start + self.source.every * self.cfg.batch_size
         return [row for row in self.planned if start <= row < end]
 
-    def _write(self, window: int, places: list[int], trainer: RecoverTrainer) -> dict[str, Any]:
+    def _write(self, window: int, places: list[int], step: int, write: Write) -> dict[str, Any]:
         began = time.perf_counter()
         before = sum(row < places[0] for row in self.planned)
         rows = in_rounds(self.prompts, before, len(places), self.seed)
         prompts = [row.value["prompt"] for row in rows]
-        step = trainer.state.global_step
-        longest = self.source.longest_at(step / trainer.steps)
+        longest = self.source.longest_at(step / self.steps)
         source = self.source.model_copy(update={"max_new_tokens": longest})
         title = f"pruned model writes for steps {step + 1}-{step + self.source.every}"
-        try:
-            with trainer.stop.immediately(), trainer.generating(), self.twin.folded():
-                written = write_together(self.twin.model, self.tokenizer, prompts, source, (self.seed, window), title)
-        except StopRequested as stop:
-            trainer.stop.agreed = stop.signal_number
-            raise Interrupted from None
+        written = write(prompts, source, (self.seed, window), title)
         ended = sum(len(ids) < longest for ids in written)
         looping = sum(loop(ids) is not None for ids in written)
         if self.source.cut_loops:

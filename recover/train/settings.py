@@ -7,16 +7,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from trl.trainer.sft_config import SFTConfig
 
 from recover.base import dist
 from recover.base.errors import TrainingError
-from recover.config.recipe import Recover
-
-if TYPE_CHECKING:
-    from trl.trainer.sft_config import SFTConfig
+from recover.config.recipe import Recover, StopEarly
 
 SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -76,6 +74,22 @@ def epoch_ends(steps: int, epochs: int) -> list[int]:
     return [round(steps * epoch / epochs) for epoch in range(1, epochs + 1)]
 
 
+def early_ends(ends: list[int], scores: Sequence[float | None], stop: StopEarly | None, begin: int = 0) -> list[int]:
+    """`ends` of epochs, cut where `stop` ends the training: behind the first epoch that calls for it, the fall's end.
+
+    `scores`: of the epochs that were measured. Only epochs that end behind step `begin` call for it.
+    """
+    known = [-1.0 if score is None else score for score in scores]
+    if stop is None or any(score is None for score in scores):
+        return ends
+    for at in range(stop.patience, len(known)):
+        late, early = known[at - stop.patience + 1 : at + 1], known[: at - stop.patience + 1]
+        if at < len(ends) - 1 and ends[at] > begin and max(late) < max(early) + stop.gain:
+            more = math.ceil(stop.decay * ends[at])
+            return [*ends[: at + 1], *([min(ends[at] + more, ends[-1])] if more else [])]
+    return ends
+
+
 def all_ends(parts: Sequence[dict[str, Any]], cfg: Recover, steps: int) -> list[int]:
     """As `epoch_ends`, of a training that goes on behind finished `parts`: those of the parts, then its own.
 
@@ -100,8 +114,6 @@ def training_arguments(
     `passes`: how often the trainer may start over the text, for which it must expect so many times the steps. `begin`:
     the step behind which the schedule begins, after a finished training.
     """
-    from trl.trainer.sft_config import SFTConfig
-
     on_gpu = torch.cuda.is_available()
     precision: dict[str, Any] = {
         # The distiller multiplies half-precision models by float32 adapters itself, with and without DeepSpeed alike.

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from recover.base import console
 from recover.base.errors import DataError
 from recover.config.recipe import GivenText
-from recover.text.conversation import THOUGHTS, EmptyMessage, read_messages, rendered
+from recover.text.conversation import THOUGHTS, EmptyMessage, asking, holds_messages, read_messages, rendered
 from recover.text.prompts import Prompt, encode_prompt, ids_of
-from recover.text.read import DataSet, EmptyColumn, Row, rows_at
+from recover.text.read import DataSet, EmptyColumn, Row, listed, rows_at, say_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,19 +80,11 @@ def read_prompts(
 def _prompt(row: Row, column: str | None) -> Prompt:
     name = column or ("messages" if "prompt" not in row.value and "messages" in row.value else "prompt")
     value = row.value.get(name)
+    if holds_messages(in_text := listed(value)):  # a sheet has them as JSON
+        value = in_text
     if not isinstance(value, list) or not value:
         return row.column(name)
-    ends = [isinstance(each, dict) and each.get("role") == "assistant" for each in value]
-    kept = len(value) - (ends[::-1].index(False) if False in ends else len(value))
-    if not kept:
-        raise DataError(f"{row.where}: column '{name}' holds answers of the assistant alone: nobody asks for one")
-    return read_messages(value[:kept], row.where)
-
-
-@cache
-def say_once(text: str) -> None:
-    """Warn of what every later reading of a source would say again."""
-    console.warn(text)
+    return asking(value, row.where, name)
 
 
 def say_left_out(source: str, reasons: Sequence[str]) -> None:

@@ -28,9 +28,9 @@ from recover.base.errors import DataError
 from recover.config.recipe import TeacherText
 from recover.distill.cache import SHARD_BYTES, Key, StateCache, row_key
 from recover.distill.loss_topk import TopK
-from recover.text.read import json_lines
+from recover.text.read import file_rows, say_once
 from recover.train.caching import TextRow, pinned
-from recover.train.sources import Sample, say_once
+from recover.train.sources import Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,7 +95,7 @@ def check_marks(where: str, found: Any, own: Marks) -> None:
     Raises:
         DataError: the ids mean other tokens; names `where`.
     """
-    file = where.rpartition(":")[0]
+    file = re.split(r":\d+$|, row \d+$", where)[0]
     if found is None:
         say_once(
             f"{file}: rows without the marks of their tokenizer, as an earlier version wrote them: whether their ids "
@@ -127,7 +127,8 @@ def read_teacher(source: TeacherText, vocabulary: int, own: Marks | None = None)
         DataError: the file cannot be read, or a row is not as it should be, by file and line.
     """
     width = None
-    for where, value in json_lines(Path(source.source)):
+    for found in file_rows(Path(source.source)):
+        where, value = found.where, found.value
         row = _row(where, value, vocabulary)
         if own is not None:
             check_marks(where, value.get("tokenizer"), own)

@@ -13,15 +13,17 @@ import torch
 
 from recover.base import console, dist, zero
 from recover.base.errors import DataError, StopRequested, TrainingError
+from recover.base.signals import Interrupted, stop_between_steps
 from recover.config.recipe import Recover
+from recover.distill.loss_terms import computed
 from recover.models.packed_attention import HALF, packing_configs
 from recover.train.caching import TextRow, TrainingStates, with_states
-from recover.train.callbacks import AfterEpoch, Epochs, Progress
+from recover.train.callbacks import AfterEpoch, Epochs, Progress, StepLog
 from recover.train.checkpoints import Asked, begin, note
-from recover.train.course import Course
+from recover.train.course import ROLLBACKS, Course, Totals
 from recover.train.data import Collate, build_dataset, collator, packer, tokens_at_once, with_scored
-from recover.train.dense_text import weights_fingerprint
 from recover.train.on_policy import OnPolicy
+from recover.train.order import row_sizes
 from recover.train.settings import (
     all_ends,
     refuse_averaging_shares,
@@ -29,15 +31,11 @@ from recover.train.settings import (
     split_batch,
     training_arguments,
 )
-from recover.train.shapes import row_sizes
-from recover.train.sharded.weights import SharedOut
-from recover.train.skipping import ROLLBACKS
-from recover.train.step_log import StepLog
-from recover.train.stopping import Interrupted, stop_between_steps
+from recover.train.sharded_weights import SharedOut
 from recover.train.teacher_file import TeacherStates
-from recover.train.totals import Totals
 from recover.train.trainer import RecoverTrainer
 from recover.train.trials import found_rate
+from recover.train.written_text import weights_fingerprint
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,7 +43,7 @@ if TYPE_CHECKING:
 
     from recover.models.twin import Twin
 
-LENGTHENED = ("tokens", "epochs", "patience", "save_steps")  # what may change when a finished training goes on
+LENGTHENED = ("tokens", "epochs", "patience", "stop", "save_steps")  # what may change when a finished training goes on
 LARGEST_GRAPHED = 4_000_000_000  # parameters; a 7B model's step spends its time in the kernels
 
 
@@ -93,14 +91,15 @@ def train(
     ends = all_ends(parts, cfg, steps)
     torch.manual_seed(seed)
     twin.add_lora(cfg.lora)
-    course = Course(run_folder, fingerprint, batch_size=cfg.batch_size, seed=seed, totals=Totals(), past=past)
+    totals = Totals(computed(cfg.loss))
+    course = Course(run_folder, fingerprint, batch_size=cfg.batch_size, seed=seed, totals=totals, past=past)
     graphed = packed and _may_be_graphed(twin, cfg)
     collate = _collation(tokenizer, cfg, rows, split.micro, packed=packed, graphed=graphed)
     first = parts[0]["fingerprint"] if parts else fingerprint  # a training that is lengthened keeps its rate
     cfg = _with_rate(twin, tokenizer, cfg, rows, split.micro, collate, seed, run_folder, first, graphed=graphed)
     own = None
     if "writer" in rows.features:
-        own = OnPolicy(cfg, twin, tokenizer, rows, seed, run_folder, fingerprint, with_scored(collate))
+        own = OnPolicy(cfg, tokenizer, rows, seed, run_folder, fingerprint, with_scored(collate))
     args = training_arguments(cfg, split, steps, seed, run_folder / "checkpoints", passes=1 + ROLLBACKS, begin=begun)
     with stop_between_steps() as stop:
         trainer = RecoverTrainer(
@@ -117,7 +116,6 @@ def train(
             ends=ends,
             begin=begun,
         )
-        course.follow(trainer)
         _read_states(trainer, cfg, rows, split.micro, texts)
         if own is None:
             trainer.data_collator = with_scored(trainer.data_collator)
@@ -236,11 +234,9 @@ def _train(trainer: RecoverTrainer, cfg: Recover, after_epoch: AfterEpoch, run_f
         ends=ends,
         save_steps=cfg.save_steps,
         patience=cfg.patience,
-        course=trainer.course,
-        stop=trainer.stop,
+        early=cfg.stop,
+        trainer=trainer,
         after_epoch=after_epoch,
-        generating=trainer.generating,
-        peak_memory=trainer.peak_memory,
     )
     if cfg.shard_weights and dist.world_size() > 1:
         trainer.add_callback(SharedOut(trainer))
@@ -250,7 +246,7 @@ def _train(trainer: RecoverTrainer, cfg: Recover, after_epoch: AfterEpoch, run_f
     try:
         trainer.train()
     except Interrupted:
-        trainer.course.save(interrupted=True)
+        trainer.save(interrupted=True)
     if trainer.stop.agreed:
         raise StopRequested(trainer.stop.agreed)
     return epochs

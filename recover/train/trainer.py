@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,27 +21,26 @@ from transformers import PrinterCallback, ProgressCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
 from recover.base import dist, zero
-from recover.base.errors import TrainingError
-from recover.config.recipe import Recover
+from recover.base.errors import StopRequested, TrainingError
+from recover.base.signals import Interrupted, Stop
+from recover.config.recipe import PrunedText, Recover
 from recover.distill.distiller import Distiller, scaled, scored_tokens, without_mask
 from recover.distill.graphs import GraphedPasses
 from recover.models.modes import modules_below, plain_modes, set_training
 from recover.models.packed_attention import NAME
 from recover.models.step_attention import attending
-from recover.train.averaging import Average, averaged_steps
+from recover.train.course import Course, frozen_weights, not_finite
+from recover.train.on_policy import OnPolicy
+from recover.train.optimizer_state import Average, Trained, averaged_steps
 from recover.train.settings import epoch_ends
-from recover.train.sharded.weights import WeightShards
-from recover.train.sharded.zero3 import gather_by_block
-from recover.train.stopping import Interrupted, Stop
-from recover.train.totals import SUMS
+from recover.train.sharded_weights import WeightShards, gather_by_block
+from recover.train.written_text import write_together
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
     from recover.models.twin import Twin
-    from recover.train.course import Course
-    from recover.train.on_policy import OnPolicy
 
 
 @dataclass(frozen=True)
@@ -117,6 +116,7 @@ class RecoverTrainer(SFTTrainer):
         self._unread: list[Tensor] = []  # sums of micro-batches, which the device has yet to compute
         self._step = _Fetched()
         self._ahead = _Fetched()
+        self._planned: list[Callable[[int], float]] = []  # the schedule, where `fall` has replaced it
         self.steps, self.begin, self.rows_a_step = steps, begin, cfg.batch_size
         self.max_norm, self._norm, self._rate = cfg.max_grad_norm, 0.0, cfg.lr
         self.course = course
@@ -126,7 +126,7 @@ class RecoverTrainer(SFTTrainer):
         # training.
         vars(twin.base).pop("forward", None)
         # Kept, it would have the model's special tokens rewritten to match, and a copy saved with each checkpoint.
-        self.processing_class = None
+        self.processing_class, self.tokenizer = None, tokenizer
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         if self.accelerator.num_processes != dist.world_size():
@@ -148,11 +148,25 @@ class RecoverTrainer(SFTTrainer):
         self.distiller.stand_at(self.state.global_step / self.steps, self.course.totals.focus_mean())
         if self.on_policy is not None:
             # A loader brings its batches to the device; graphs take none that lies elsewhere.
-            batches = [self._prepare_inputs(batch) for batch in self.on_policy.fill(batches, self)]
+            batches = [self._prepare_inputs(batch) for batch in self._own_text(batches)]
         tokens = torch.zeros((), dtype=torch.int64, device=device)
         for batch in batches:
             tokens += scored_tokens(batch["labels"]).to(device)
         return batches, self.accelerator.reduce(tokens, "sum")
+
+    def _own_text(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The batches that numbers of rows stand for; the pruned model writes what is not written yet."""
+        assert self.on_policy is not None
+
+        def write(prompts: Sequence[str], source: PrunedText, seed: tuple[int, ...], title: str) -> list[list[int]]:
+            try:
+                with self.stop.immediately(), self.generating(), self.distiller.twin.folded():
+                    return write_together(self.adapted, self.tokenizer, prompts, source, seed, title)
+            except StopRequested as stop:
+                self.stop.agreed = stop.signal_number
+                raise Interrupted from None
+
+        return self.on_policy.fill(batches, self.state.global_step, write)
 
     def _prepare_next(self, graphs: GraphedPasses) -> None:
         """Have the device begin with the next step's first batch, while the host is busy with the end of this one."""
@@ -201,7 +215,7 @@ class RecoverTrainer(SFTTrainer):
         Sums that nobody needs before the optimizer step wait for `_judge_step`. DeepSpeed needs them before backward,
         several processes have to agree on a stop.
         """
-        values = [sums[name].detach().double() for name in SUMS]
+        values = [sums[name].detach().double() for name in self.course.totals.names]
         values.append(torch.full_like(values[0], self.stop.requested))
         last, alone = self.accelerator.sync_gradients, self.accelerator.num_processes == 1
         if self.zero_engine is None and (last or (alone and not self.stop.requested)):
@@ -216,7 +230,7 @@ class RecoverTrainer(SFTTrainer):
             self.stop.agreed = self.stop.requested or signal.SIGTERM
             if not self.accelerator.sync_gradients:
                 raise Interrupted  # a step of many micro-batches may outlast the time until we are killed
-        total: dict[str, float] = dict(zip(SUMS, numbers, strict=True))
+        total: dict[str, float] = dict(zip(self.course.totals.names, numbers, strict=True))
         if all(map(math.isfinite, numbers)):
             self.course.totals.add(total)
             return
@@ -242,7 +256,7 @@ class RecoverTrainer(SFTTrainer):
         if bad and skips.found is None:
             skips.found = "the gradient is not finite, though the loss is"
         wrong = skips.found is not None
-        self.course.end_step(undone=undone)
+        self.course.end_step(self.state.global_step + 1, self.adapted, undone=undone)
         if wrong:
             self.adapted.zero_grad(set_to_none=True)  # a step without gradients changes nothing, moments included
         return not wrong
@@ -351,9 +365,41 @@ class RecoverTrainer(SFTTrainer):
             schedule.lr_lambdas = [_later(rate, self.begin) for rate in schedule.lr_lambdas]
         return scheduler
 
+    def fall(self, begin: int | None, end: int = 0) -> None:
+        """From step `begin` on the rate falls in a straight line to zero at step `end`; None: as it was planned."""
+        schedule = schedule_of(self.lr_scheduler)
+        planned = self._planned or list(schedule.lr_lambdas)
+        self._planned = planned
+        schedule.lr_lambdas = planned if begin is None else [_falling(rate, begin, end) for rate in planned]
+        set_rate(self.lr_scheduler, self.state.global_step)
+
     def _save_checkpoint(self, *_: Any, **__: Any) -> None:
         """All that a resume needs is in ours; transformers' cannot go to another number of processes."""
-        self.course.save()
+        self.save()
+
+    @property
+    def held(self) -> Trained:
+        """What the training changes, for a checkpoint."""
+        engine = self.zero_engine
+        return Trained(self.adapted, self.optimizer, self.average, engine, self.engine, self.args.device)
+
+    def save(self, *, interrupted: bool = False) -> None:
+        """Publish a checkpoint; if `interrupted` within a step, of the moment before that step."""
+        self.course.save(self.state.global_step, self.held, interrupted=interrupted)
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint that verifies, or begin."""
+        self.stand_at(self.course.begin(self.state.global_step, self.held))
+
+    def go_back(self) -> None:
+        """Return to the newest checkpoint of a moment when all was in order.
+
+        Raises:
+            TrainingError: it would not help, or did not.
+        """
+        with self.generating():  # where they are whole
+            frozen = not_finite(frozen_weights(self.adapted))
+        self.stand_at(self.course.go_back(self.held, frozen))
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
         # In training order, from the step that is next: drawn ones would have to be brought back to their state.
@@ -421,6 +467,10 @@ class RowsToCome(torch.utils.data.Sampler):
 
 def _later(rate: Callable[[int], float], begin: int) -> Callable[[int], float]:
     return lambda step: rate(max(0, step - begin))
+
+
+def _falling(rate: Callable[[int], float], begin: int, end: int) -> Callable[[int], float]:
+    return lambda step: rate(step) if step < begin else rate(begin) * max(0.0, (end - step) / (end - begin))
 
 
 def schedule_of(scheduler: Any) -> Any:

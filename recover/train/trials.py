@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed
 from accelerate.utils import send_to_device
@@ -103,8 +104,6 @@ def planned(cfg: Recover, width: int, scored: Sequence[int], texts: Sequence[Has
 
 def scored_of(rows: Dataset, scored: str) -> list[int]:
     """Tokens that each row of `build_dataset` scores; 0 where the pruned model is yet to write it."""
-    import numpy as np
-
     writers = rows["writer"] if "writer" in rows.features else [-1] * len(rows)
     masks = rows.with_format("numpy")["completion_mask"]
     return [

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import gguf
+import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from recover.base import console
 from recover.base.errors import ExportError
@@ -174,9 +176,6 @@ def _context(config: PretrainedConfig) -> int:
 
 def rope_factors(config: PretrainedConfig) -> Tensor | None:
     """What llama.cpp divides each rotary frequency by, for Llama 3.1's scaling (factors by wavelength); else None."""
-    import torch
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     rope, head = config.rope_parameters, head_size_of(config)
     if rope["rope_type"] != "llama3":
         return None

@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
+import torch
+from safetensors import safe_open
+from transformers import AutoTokenizer, GenerationConfig
 
 from recover.base import artifacts, console
 from recover.base.errors import ExportError
@@ -75,8 +78,6 @@ def write_gguf(folder: Path, out: Path, dtype: str | None = None) -> Path:
 
 def _writer(folder: Path, config: PretrainedConfig, dtype: str) -> gguf.GGUFWriter:
     """A writer with all metadata and no tensor yet."""
-    from transformers import AutoTokenizer
-
     writer = gguf.GGUFWriter(None, family_of(config).arch)
     writer.add_type("model")
     writer.add_name(_name(folder))
@@ -98,8 +99,6 @@ def _name(folder: Path) -> str:
 
 def _stops(folder: Path, config: PretrainedConfig) -> list[int]:
     """Ids at which `generate` ends a text, the first of them its end-of-text token."""
-    from transformers import GenerationConfig
-
     stops = config.eos_token_id
     if (folder / "generation_config.json").is_file():
         said = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
@@ -140,8 +139,6 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as file:
         names = list(file.keys())
         return {name: tuple(file.get_slice(name).get_shape()) for name in names}
@@ -156,8 +153,6 @@ def _heads(config: PretrainedConfig, source: str) -> int | None:
 
 
 def _load(path: Path, source: str, heads: int | None) -> Tensor:
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as file:
         tensor = file.get_tensor(source)
     return tensor if heads is None else _neighbours(tensor, heads)
@@ -171,8 +166,6 @@ def _neighbours(weight_OI: Tensor, heads: int) -> Tensor:
 
 def _data(entry: Entry) -> np.ndarray:
     """The tensor's bytes as numpy has them: bfloat16, which it does not have, as 16-bit integers."""
-    import torch
-
     cast = entry.load().to(getattr(torch, entry.dtype)).contiguous()
     if not cast.isfinite().all():
         raise ExportError(

@@ -13,6 +13,7 @@ from recover.measure.kinds.work import Generations, Measured, Record, Work
 from recover.measure.model import ModelUnderTest
 from recover.measure.task_rows import column, filled
 from recover.text.likelihood import option_rows
+from recover.text.read import listed
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Choice:
 
 def _choice(file: ChoiceFile, row: Row, where: str) -> Choice:
     if isinstance(file.options, str):
-        options, name = column(row, file.options, where), file.options
+        options, name = listed(column(row, file.options, where)), file.options
     else:
         options, name = [column(row, each, where) for each in file.options], ", ".join(file.options)
     if not isinstance(options, list) or len(options) < 2 or not all(isinstance(each, str) and each for each in options):
@@ -45,7 +46,7 @@ def _label(file: ChoiceFile, row: Row, where: str) -> Any:
     found = column(row, file.target, where)
     if file.labels is None:
         return found
-    labels = column(row, file.labels, where)
+    labels = listed(column(row, file.labels, where))
     if not isinstance(labels, list) or found not in labels:
         raise DataError(f"{where}: column '{file.target}': found {found!r}, expected one of {labels!r}")
     return labels.index(found)

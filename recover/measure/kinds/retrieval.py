@@ -13,6 +13,7 @@ from recover.maths.score import cumulated_gain, interval95, mean, ndcg
 from recover.measure.kinds.work import Generations, Measured, Record, Work
 from recover.measure.model import ModelUnderTest
 from recover.measure.task_rows import column
+from recover.text.read import listed
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,13 @@ class Search:
 
 
 def _search(file: RetrievalFile, row: Row, where: str) -> Search:
-    query, documents = column(row, file.query, where), column(row, file.documents, where)
+    query, documents = column(row, file.query, where), listed(column(row, file.documents, where))
     if file.candidates == "all" and isinstance(documents, str):
         documents, relevant = [documents], [0]
     else:
-        found = column(row, file.relevant, where)
-        relevant = found if isinstance(found, list) else [found]
+        found = listed(column(row, file.relevant, where))
+        numbers = found if isinstance(found, list) else [found]
+        relevant = [int(at) if str(at).isdecimal() and not isinstance(at, bool) else at for at in numbers]
     if not isinstance(query, str) or not query.strip():
         raise DataError(f"{where}: column '{file.query}': found {query!r}, expected a text")
     least = 2 if file.candidates == "own" else 1

@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, N tokens (B * T), D width, V vocabulary.
 from __future__ import annotations
 
 import math
+import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
@@ -18,6 +19,7 @@ import torch
 from torch import LongTensor, Tensor, nn
 
 from recover.base import console
+from recover.config.prune import DEPTH_SCORES
 from recover.models.arch import blocks_of, final_norm_of, head_of
 from recover.models.site import Site
 from recover.prune.passes import (
@@ -43,12 +45,6 @@ if TYPE_CHECKING:
 
 Span = tuple[Site, ...]  # sites that go together, in the order in which the model runs them
 
-STREAM_ROWS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "angular": angular_distance,
-    "block_influence": block_influence,
-}
-OUTPUT_ROWS: dict[str, LogitMeasure] = {"kl": kl_rows, "variance": variance_rows}
-
 
 class Score(Protocol):
     """Scores of candidates, each closed on top of `closed`; `description` is what the progress bar says."""
@@ -57,12 +53,28 @@ class Score(Protocol):
 
 
 def score_of(twin: Twin, name: str, batches: list[LongTensor]) -> Score:
-    """The score by its name in the recipe."""
-    if name in STREAM_ROWS:
-        return StreamScore(twin, batches, STREAM_ROWS[name])
-    if name == "taylor":
-        return TaylorScore(twin, batches)
-    return Perplexity(twin, batches) if name == "perplexity" else OutputScore(twin, batches, OUTPUT_ROWS[name])
+    """The score by its name in the recipe (`DEPTH_SCORES` in `recover/config/prune.py`)."""
+    return pkgutil.resolve_name(DEPTH_SCORES[name].make)(twin, batches)
+
+
+def kl_score(twin: Twin, batches: list[LongTensor]) -> Score:
+    """Mean KL(dense || pruned)."""
+    return OutputScore(twin, batches, kl_rows)
+
+
+def variance_score(twin: Twin, batches: list[LongTensor]) -> Score:
+    """Mean variance of the logits' change under dense's probabilities, its second-order form."""
+    return OutputScore(twin, batches, variance_rows)
+
+
+def angular_score(twin: Twin, batches: list[LongTensor]) -> Score:
+    """Mean angular distance across a span."""
+    return StreamScore(twin, batches, angular_distance)
+
+
+def influence_score(twin: Twin, batches: list[LongTensor]) -> Score:
+    """Mean block influence of a span."""
+    return StreamScore(twin, batches, block_influence)
 
 
 def runs_of(span: Iterable[Site]) -> list[tuple[int, int]]:

@@ -19,7 +19,7 @@ from torch import LongTensor
 
 from recover.base.errors import PruneError
 from recover.base.journal import Entry, Journal
-from recover.config.prune import CLOSING, Depth
+from recover.config.prune import Depth
 from recover.models.arch import blocks_of
 from recover.models.site import SUBLAYERS, Site, sites_in, sites_of
 from recover.prune.depth.scores import Score, Span, score_of
@@ -113,7 +113,7 @@ def choose(twin: Twin, cfg: Depth, batches: list[LongTensor], journal: Journal |
         units = _runs(cfg, units)
         return _once(score_of(twin, cfg.score, batches), cfg, units, 1, [])
     before: list[Candidate] = []
-    if cfg.score in CLOSING and len(units) >= CANDIDATES:
+    if cfg.closing and len(units) >= CANDIDATES:
         pool = min(max(CANDIDATES, 2 * cfg.count), len(units))
         units, before = _least_influence(twin, units, pool, batches, journal)
     score = score_of(twin, cfg.score, batches)
@@ -319,7 +319,7 @@ def search_passes(cfg: Depth, blocks: int) -> int:
     Exact for greedy (of pairs about), the most that a beam needs, and of exchanges the fewest: one turn of the members
     that betters nothing.
     """
-    if cfg.count is None or cfg.score not in CLOSING:
+    if cfg.count is None or not cfg.closing:
         return 0
     there = len(units_of(cfg.unit, blocks))
     if cfg.contiguous:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from recover.config.loss import TERMS
 from recover.report import words
 from recover.report.curve import weights
 from recover.report.data import Band, Curve, Epoch, PageData, Points
 from recover.report.figures.figure import Figure, is_narrow
 from recover.report.figures.svg import Canvas, Linear, Log, apart
-from recover.report.training_text import TERM_NAMES, learnt
+from recover.report.training_text import label, learnt
 
 WIDE_RANGE = 10.0  # highest over lowest mean from which an axis is a log one
 MARGIN = 68.0  # pixels left of a panel, for the values of its axis
 EDGE = 20.0  # pixels right of it, for half of the last value below it
-TERM_STYLES = {"kl": "line", "variance": "thin dashed", "reverse_kl": "line dashed", "ce": "thin"}
+COLUMNS = ("step", "tokens", "seconds", "lr", "skipped")  # of the points that are no bands
+PLAIN = "thin dotted"  # line of a term whose package is not there
 Place = tuple[float, float, float, float]  # left, right, top, baseline
 
 
@@ -74,7 +76,7 @@ def _how_to_read(data: PageData, scores: bool) -> list[str]:
 def _terms(data: PageData) -> list[str]:
     """Terms to be told from the loss: where it has one alone, they are the same but for a factor."""
     weighted = weights(data["recipe"])
-    return [name for name in TERM_STYLES if name in weighted and name in _curve(data)["points"] and len(weighted) > 1]
+    return [name for name in weighted if name in _curve(data)["points"] and len(weighted) > 1]
 
 
 def _score(row: Epoch) -> float | None:
@@ -172,7 +174,7 @@ def _loss(canvas: Canvas, data: PageData, x: Linear, place: Place) -> None:
     _head(canvas, place, f"Loss per token{_sole(data)}", scale)
     canvas.axis_y(y, place[0], place[1], "number", 4)
     for name in drawn:
-        canvas.path(_line(points, name, x, y), f"stroke-muted {TERM_STYLES[name]}")
+        canvas.path(_line(points, name, x, y), f"stroke-muted {TERMS[name].style if name in TERMS else PLAIN}")
     _band(canvas, points, "loss", x, y, "recovered")
     _hits(canvas, points, ("loss", *drawn), x, y)
     _crosses(canvas, points, x, place[3])
@@ -181,7 +183,7 @@ def _loss(canvas: Canvas, data: PageData, x: Linear, place: Place) -> None:
 
 def _sole(data: PageData) -> str:
     """Which term the loss is, where it is one alone."""
-    names = [TERM_NAMES[name] for name in weights(data["recipe"])]
+    names = [label(name) for name in weights(data["recipe"])]
     return f": {names[0]}" if len(names) == 1 else ""
 
 
@@ -208,7 +210,7 @@ def _hits(canvas: Canvas, points: Points, names: tuple[str, ...], x: Linear, y: 
     for index, mean in enumerate(_band_of(points, names[0])["mean"]):
         if mean is None:
             continue
-        figures = [f"{LABELS[name]} {words.number(points[name]['mean'][index])}" for name in names]
+        figures = [f"{_label(name)} {words.number(_band_of(points, name)['mean'][index])}" for name in names]
         low, high = (words.number(_band_of(points, names[0])[part][index]) for part in ("low", "high"))
         figures[0] += f" ({low} to {high})" if low != high else ""
         tip = f"{_steps_words(points, index)}: {', '.join(figures)}"
@@ -235,7 +237,7 @@ def _names(canvas: Canvas, points: Points, drawn: list[str], y: Linear | Log, ri
         return
     for (name, _), height in zip(ends.items(), apart(list(ends.values()), 16), strict=True):
         css = "label ink-recovered" if name == "loss" else "note"
-        canvas.text(right + 8, height + 4, TERM_NAMES[name], css)
+        canvas.text(right + 8, height + 4, label(name), css)
 
 
 def _norm(canvas: Canvas, data: PageData, x: Linear, place: Place) -> None:
@@ -271,12 +273,15 @@ def _rate(canvas: Canvas, data: PageData, x: Linear, place: Place) -> None:
         )
 
 
-LABELS = {**TERM_NAMES, "grad_norm": "gradient norm"}
 PANELS = {"generation": _generation, "loss": _loss, "grad_norm": _norm, "lr": _rate}
 
 
+def _label(name: str) -> str:
+    return "gradient norm" if name == "grad_norm" else label(name)
+
+
 def _table(points: Points) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
-    names = [name for name in LABELS if name in points]
+    names = [name for name in points if name not in COLUMNS]
     rows = [
         (
             f"{step:,}",
@@ -286,4 +291,4 @@ def _table(points: Points) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
         )
         for index, step in enumerate(points["step"])
     ]
-    return ("up to step", "tokens", "seconds", *(LABELS[name] for name in names), "learning rate", "left out"), rows
+    return ("up to step", "tokens", "seconds", *(_label(name) for name in names), "learning rate", "left out"), rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from recover.config.prune import MEANINGS
+from recover.config.prune import DEPTH_SCORES, DepthScore
 from recover.report import plan_text, words
 from recover.report.data import PageData, Plan, Score
 from recover.report.figures.figure import Figure, is_narrow
@@ -100,7 +100,7 @@ def _depth_words(plan: Plan, lanes: dict[str, Rounds]) -> str:
         return see
     by = next((by for record in plan["scores"] if (by := record.get("by")) and record["round"]), None)
     unit = "block" if list(lanes) == ["block"] else "sublayer"
-    meaning = MEANINGS.get(str(by), f"the score {by}").format(unit=unit)
+    meaning = DEPTH_SCORES.get(str(by), DepthScore(str(by), "")).says(unit)
     several = len({number for rounds in lanes.values() for number in rounds}) > 1
     lines = "Each line is one round of the search" if several else "The line is the one round of the search"
     beside = (

@@ -1,4 +1,4 @@
-"""Text that the dense model writes for a recovery, saved as it is written.
+"""Text that models write for a recovery, after prompts, round after round: the dense model's is saved as it is written.
 
 recover/data/dense-<fingerprint>.jsonl   a line for each chunk: its number, and [prompt, ids] of each text
 """
@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recover.base import console, dist
 from recover.base.artifacts import append_jsonl, read_jsonl
-from recover.config.recipe import DenseText, Recover
+from recover.base.errors import DataError
+from recover.config.recipe import DenseText, PrunedText, Recover, Sampling
+from recover.text.generate import generate
 from recover.text.prompts import Prompt, encode_prompt
 from recover.text.read import Row
-from recover.train.prompted import answered, fitting_prompts, in_rounds, write_together
-from recover.train.sources import Sample
+from recover.train.sources import Sample, read_prompts, say_left_out
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from recover.models.twin import Twin
 
@@ -130,3 +133,83 @@ def weights_fingerprint(twin: Twin) -> str:
             plain = name.replace(".base_layer", "")  # the same with adapters on it
             digest.update(f"{plain}{tuple(parameter.shape)}".encode() + some.numpy().tobytes())
     return digest.hexdigest()
+
+
+def fitting_prompts(source: DenseText | PrunedText, length: int, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """The source's prompts, each of which leaves room for an answer within `length` tokens.
+
+    Rows without a prompt, or with one that is too long, are left out and counted; `source.strict` refuses them, and so
+    does a length that more than half of the prompts do not fit.
+
+    Raises:
+        DataError: the chat template cannot write a prompt, by file and line; or most are too long.
+    """
+    prompts: list[Row] = []
+    too_long: list[str] = []
+    rows = read_prompts(source.prompts, source.split, source.subset, column=source.column, strict=source.strict)
+    for row in rows:
+        try:
+            found = len(encode_prompt(tokenizer, row.value["prompt"], chat=source.chat))
+        except DataError as error:
+            raise DataError(f"{row.where}: {error}") from error
+        if found < length:
+            prompts.append(row)
+            continue
+        too_long.append(
+            f"{row.where}: the prompt has {found} tokens, which leaves none of recover.length {length} for an answer: "
+            "shorten it or raise recover.length"
+        )
+        if source.strict:
+            raise DataError(too_long[0])
+    if len(too_long) > len(prompts):
+        count = len(too_long) + len(prompts)
+        raise DataError(f"{source.prompts}: {len(too_long):,} of {count:,} prompts are too long; {too_long[0]}")
+    say_left_out(source.prompts, too_long)
+    return prompts
+
+
+def in_rounds(prompts: Sequence[Row], first: int, count: int, seed: int) -> list[Row]:
+    """`count` prompts from number `first` on, of an endless row of rounds, each of all prompts in another order."""
+    chosen: list[Row] = []
+    while len(chosen) < count:
+        turn, position = divmod(first + len(chosen), len(prompts))
+        order = list(range(len(prompts)))
+        random.Random(seed * 7919 + turn).shuffle(order)
+        chosen += [prompts[index] for index in order[position : position + count - len(chosen)]]
+    return chosen
+
+
+def write_together(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    source: DenseText | PrunedText,
+    seed: tuple[int, ...],
+    title: str,
+) -> list[list[int]]:
+    """The ids that the model writes after each prompt, dealt out to all processes and gathered on each."""
+    drawn = Sampling(temperature=source.temperature, top_p=source.top_p) if source.temperature else None
+    mine = dist.everywhere(
+        lambda: generate(
+            model,
+            tokenizer,
+            dist.shard(prompts),
+            max_new_tokens=source.max_new_tokens,
+            batch_size=source.batch_size,
+            sampling=drawn,
+            seed=one_seed(*seed, dist.rank()),
+            chat=source.chat,
+            title=title,
+        )
+    )
+    return dist.gather([generation.ids for generation in mine])
+
+
+def answered(prompt_ids: list[int], ids: list[int]) -> Sample:
+    """A prompt with what was written after it, which is learnt."""
+    return Sample(prompt_ids + ids, [0] * len(prompt_ids) + [1] * len(ids))
+
+
+def one_seed(*parts: int) -> int:
+    """One seed out of several numbers, unlike for unlike numbers."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")
