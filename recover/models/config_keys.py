@@ -19,8 +19,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig
 
 from recover.base import console
 from recover.base.errors import ModelError
-from recover.models.sizes import MAY_BE_NULL, SIZES
 
+NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+SIZES = (*NEEDED, "intermediate_size", "vocab_size", "max_position_embeddings")
+MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
 # With what is read in their place.
 REFUSED = {
     "configuration_files": "the settings would be read from another file",
@@ -109,9 +111,6 @@ def keep_known(generation: Any) -> Any:
     return type(generation)(**kept)
 
 
-NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
-SIZES = (*NEEDED, "intermediate_size", "vocab_size", "max_position_embeddings")
-MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
 MOST = 2**40
 MOST_BLOCKS = 4096
 NO_HARM = 2**27  # parameters that any machine has room for
