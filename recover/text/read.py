@@ -264,6 +264,7 @@ def _table(path: Path, what: str) -> Iterator[tuple[str, Any]]:
                 table = ipc.open_stream(path).read_all()
             except ArrowInvalid:  # the other of Arrow's two forms, with its parts listed at the end
                 table = ipc.open_file(path).read_all()
+        table.validate(full=True)  # Arrow believes offsets that lead out of the file, and crashes
         rows = table.to_pylist()
     except OSError as error:
         raise DataError(f"{what}{unread(path, error)}") from None
