@@ -267,6 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; 1 where a law was broken."""
     from fuzz_kinds import KINDS
 
+    faulthandler.enable()  # a library in C that crashes says where
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("kinds", nargs="*", help=f"of {', '.join(KINDS)}; default: all")
     parser.add_argument("--count", type=int, help="inputs of each kind; default: 200, without a limit with --seconds")

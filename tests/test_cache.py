@@ -25,7 +25,9 @@ from recover.kernels import fused
 from recover.models.load import describe
 from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.run import estimate, stages
+from recover.run import estimate, stage_work
+from recover.run.context import RunContext
+from recover.run.directory import RunDirectory
 from recover.train import caching as training
 from recover.train.caching import TrainingStates, text_rows, with_states
 from recover.train.data import packer
@@ -398,8 +400,8 @@ PREFIX = "{folder: states, prefix: true}"
 def plan_of(folder, cache, *more):
     overrides = [f"recover.cache={cache}", "recover.lora.blocks=after_cut", "recover.tokens=1000", *more]
     recipe = load_recipe(QUICKSTART, overrides)
-    stages.run(recipe, folder, until="plan")
-    return recipe, read_json(folder / recipe.name / "plan/estimate.json")["cache_bytes"]
+    found = stage_work.checked(RunContext(recipe, RunDirectory(folder / recipe.name)))
+    return recipe, found["estimate"]["cache_bytes"]
 
 
 def test_plan_says_what_it_takes_on_disk(tmp_path, monkeypatch, capsys):

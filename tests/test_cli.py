@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -258,7 +259,8 @@ def test_compare(run_directory: RunDirectory, tmp_path: Path) -> None:
     artifacts.write_text(other / "recipe.yaml", run_directory.recipe.read_text().replace("name: small", "name: other"))
     page = tmp_path / "all.html"
     result = call("compare", str(run_directory.root), str(other), "--html", str(page))
-    assert result.exit_code == 0 and result.stderr == "", result.output
+    mixed = "small: Stage prune was made with another recipe than recipe.yaml has now (seed: 7, and 0 in recipe.yaml)."
+    assert result.exit_code == 0 and " ".join(result.stderr.split()) == f"warning: {mixed}", result.output
     assert re.search(r"small +16\.7% +– ", result.stdout) and re.search(r"other +– +– ", result.stdout)
     assert page.exists() and str(page) in result.stdout
     artifacts.write_text(other / "recipe.yaml", (other / "recipe.yaml").read_text().replace("org/model", "org/else"))
@@ -280,3 +282,21 @@ def test_what_is_no_run_directory_is_said_with_what_is_beside_it(command: str, r
 
 def test_version() -> None:
     assert call("--version").output == f"recover {recover.__version__}\n"
+
+
+def test_a_folder_of_runs_is_listed_and_a_name_is_enough(
+    run_directory: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = tmp_path / "elsewhere" / "checkpoints"
+    shutil.copytree(run_directory.root, runs / "small")
+    listed = call("show", str(runs))
+    assert listed.exit_code == 0 and re.search(r"small +dense, prune +before, recover, after, export", listed.stdout)
+    assert f"recover show {runs / 'small'}" in listed.stdout
+    monkeypatch.chdir(runs.parent)
+    assert call("show").stdout == listed.stdout.replace(str(runs), "checkpoints")
+    assert re.search(r"dense +done", call("show", "small").stdout)
+    assert call("compare", "small").exit_code == 0 and call("report", "small").exit_code == 0
+    said = call("show", "smal").stderr
+    assert "smal: not a run directory, it has no recipe.yaml; in checkpoints are small" in said
+    said = call("report", str(runs)).stderr
+    assert "it has no recipe.yaml; in it are small" in said

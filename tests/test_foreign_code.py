@@ -12,10 +12,13 @@ from typer.testing import CliRunner
 from recover.base.errors import ModelError
 from recover.cli import app
 from recover.config import recipe
-from recover.config.recipe import embedded
+from recover.config.recipe import embedded, load_recipe
 from recover.models.foreign_code import check, code_named
 from recover.models.load import describe, load_model, load_tokenizer
 from recover.report.collect import collect
+from recover.run import stage_work
+from recover.run.context import RunContext
+from recover.run.directory import RunDirectory
 
 KERNEL = "someone/kernel"
 SPELLINGS = ("attn_implementation", "_attn_implementation", "attn_implementation_internal")
@@ -130,16 +133,26 @@ def test_code_that_a_folder_names_is_listed() -> None:
     assert code_named({}) == code_named([]) == set()
 
 
+def record_plan(runs: Path, *overrides: str) -> None:
+    """What the first stage of a run writes."""
+    recipe = load_recipe("recipes/quickstart.yaml", overrides)
+    directory = RunDirectory(runs / recipe.name)
+    with directory.lock():
+        stage_work.plan(RunContext(recipe, directory))
+
+
 def test_code_that_is_let_run_is_said_before_and_stands_in_the_report(folder: Path, tmp_path: Path) -> None:
     (folder / "modeling_x.py").write_text("")
     job = ["plan", "recipes/quickstart.yaml", f"model.source={folder}", "--runs", str(tmp_path)]
     assert "trust_remote_code" not in CliRunner().invoke(app, job).stderr
+    record_plan(tmp_path, f"model.source={folder}")
     assert "remote_code" not in json.loads((tmp_path / "quickstart" / "env.json").read_text())
     done = CliRunner().invoke(app, [*job, "model.trust_remote_code=true"])
     assert done.exit_code == 0, done.output
     said = [line for line in done.stderr.splitlines() if line.startswith("warning: model.trust_remote_code")]
     code = str(folder / "modeling_x.py")
     assert len(said) == 1 and f"comes with {folder} runs with all your rights: {code}" in said[0]
+    record_plan(tmp_path, f"model.source={folder}", "model.trust_remote_code=true")
     assert json.loads((tmp_path / "quickstart" / "env.json").read_text())["remote_code"] == [code]
     assert collect(tmp_path / "quickstart")["provenance"]["env"]["remote_code"] == [code]
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -141,9 +142,25 @@ def table(folder: Path) -> Path:
     return folder / "rows.arrow"
 
 
+def offsets(folder: Path) -> Path:
+    """A column of texts that are said to lie gigabytes behind the file."""
+    import pyarrow
+    from pyarrow import ipc
+
+    sound = pyarrow.table({"prompt": ["Olga carries", "81 roses."]})
+    path = folder / "rows.arrow"
+    with ipc.new_file(str(path), sound.schema) as file:
+        file.write_table(sound)
+    data, found = path.read_bytes(), struct.pack("<3i", 0, 12, 21)
+    assert data.count(found) == 1
+    path.write_bytes(data.replace(found, struct.pack("<3i", 0, 2**30, 2**30 + 9)))
+    return path
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
+        (offsets, "not a table that Arrow reads"),
         (damaged_gzip, "cannot be read: Error -3 while decompressing"),
         (pipe, "is a pipe or device; expected a file"),
         (table, "not a table that Arrow reads"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import os
@@ -21,17 +22,16 @@ from tiny import tiny
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from recover.base import hub as commits
 from recover.base.errors import ArtifactError, ModelError
 from recover.cli import app
 from recover.config import recipe
-from recover.config.recipe import load_recipe
 from recover.export.gguf.write import write_gguf
 from recover.models import config_keys, gate, source
 from recover.models.arch import ARCHS
 from recover.models.load import describe, load_model, load_tokenizer
 from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.run import stages
 from recover.run.input_digests import digests
 from recover.train.checkpoints import read_adapter, write_adapter
 
@@ -234,7 +234,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     cache = tmp_path / "hub"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(source, "_commits", {})
+    scan = functools.partial(huggingface_hub.scan_cache_dir, cache)
+    monkeypatch.setattr(huggingface_hub, "scan_cache_dir", scan)
+    commits.forget()
     repository = cache / "models--someone--model"
     for letter in "ab":
         snapshot = repository / "snapshots" / (letter * 40)
@@ -250,39 +252,27 @@ def move(cache: Path, letter: str) -> None:
     ref.write_text(letter * 40)
 
 
-def test_a_branch_that_moves_is_one_commit_from_its_first_look_on(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_branch_that_moves_is_one_commit_from_its_first_look_on(hub: Path) -> None:
     cfg = recipe.Model(source="someone/model")
-    assert source.commits(cfg) == {}
+    assert commits.pinned() == {}
     before = source.read_config(cfg)["rms_norm_eps"]
     move(hub, "b")
     assert source.read_config(cfg)["rms_norm_eps"] == before != 0.5
     assert source.locate(cfg).name == "a" * 40
     assert load_model(cfg).config.rms_norm_eps == before
-    recorded = source.commits(cfg)
-    assert recorded == {"someone/model@main": "a" * 40}
-    monkeypatch.setattr(source, "_commits", {})
-    source.pin(cfg, recorded)
+    recorded = commits.pinned()
+    assert recorded == {"model someone/model@default": "a" * 40}
+    commits.forget()  # as in a new process
+    commits.pin(recorded)
     assert source.locate(cfg).name == "a" * 40
-    monkeypatch.setattr(source, "_commits", {})
+    commits.forget()
     assert source.locate(cfg).name == "b" * 40
-
-
-def test_a_run_stays_with_the_commit_that_it_began_with(
-    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded = load_recipe(QUICKSTART, ["model.source=someone/model", "measure.limit=2"])
-    env = tmp_path / "quickstart" / "env.json"
-    for letter, start in (("a", None), ("a", None), ("b", "plan")):
-        monkeypatch.setattr(source, "_commits", {})  # as in a new process
-        stages.run(loaded, tmp_path, until="plan", start=start)
-        assert json.loads(env.read_text())["commits"] == {"someone/model@main": letter * 40}
-        move(hub, "b")
 
 
 def test_the_revision_is_of_the_model_and_not_of_another_tokenizer(hub: Path) -> None:
     cfg = recipe.Model(source="embedded:fable-2m", tokenizer="someone/model", revision="v1")
     assert source.locate(cfg, cfg.tokenizer).name == "a" * 40
-    assert source.commits(cfg) == {"someone/model@main": "a" * 40}
+    assert commits.pinned() == {"model someone/model@default": "a" * 40}
 
 
 def test_a_snapshot_of_the_hub_passes_the_same_gate(hub: Path) -> None:

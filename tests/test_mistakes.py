@@ -67,7 +67,7 @@ def given(name: str, **columns: str) -> str:
 def test_it_is_right_as_it_is(mine: Path) -> None:
     done = plan(mine)
     assert done.exit_code == 0, done.output
-    assert "training time" in done.stdout and "1/8 plan" in done.stdout
+    assert "training time" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,9 @@ def test_words_are_of_yaml_and_no_field_is_offered_in_its_own_place(mine: Path, 
 
 
 def test_files_among_the_folders_of_a_glob_are_passed_over(tmp_path: Path, mine: Path) -> None:
-    assert plan(mine, "name=a").exit_code == plan(mine, "name=b").exit_code == 0
+    for name in ("a", "b"):
+        (mine / "runs" / name).mkdir(parents=True)
+        shutil.copy(mine / "my.yaml", mine / "runs" / name / "recipe.yaml")
     (mine / "runs/README.md").write_text("what lies here")
     everything = [str(path) for path in sorted((mine / "runs").iterdir())]
     done = call("compare", *everything)

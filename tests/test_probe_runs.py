@@ -155,7 +155,7 @@ def test_two_vocabularies_are_refused():
     [
         ([], "no prompts"),
         ([[5, 6], []], "prompt 1 has no tokens"),
-        ([[5] * 249], "prompt 0 has 249 tokens; with 8 decoding steps that is more than the 256 positions"),
+        ([[5] * 249], "prompt 0 has 249 tokens; with probe.steps 8 that is more than the 256 positions"),
         ([[5], [256]], r"prompt 1 holds a token outside 0\.\.255"),
     ],
 )

@@ -65,3 +65,70 @@ def test_going_on_with_other_threads_is_said(
 
     say_other_threads(Path("checkpoint-2"), before, torch.device(kind))
     assert ("OMP_NUM_THREADS=3" in " ".join(capsys.readouterr().out.split())) == said
+
+
+def test_the_fastest_number_is_taken_where_it_is_clearly_faster() -> None:
+    assert threads.fastest({1: 10.0, 2: 1.0}, own=2) == 1
+    assert threads.fastest({1: 10.0, 2: 9.0}, own=2) == 2  # torch's own, as long as it is about as good
+    assert threads.fastest({1: 1.0, 2: 1.9, 4: 3.6, 8: 3.7}, own=8) == 8
+    assert threads.fastest({1: 1.0, 2: 1.9, 4: 3.6, 8: 0.4}, own=8) == 4
+
+
+CHOSEN = """
+import sys, torch
+from recover.base import threads
+torch.set_num_threads(4)
+rates = {1: 10.0, 2: 4.0, 4: 1.0}
+timed = []
+threads.rates_of = lambda numbers, width, inner: timed.append((numbers, width, inner)) or rates
+threads.chosen(64, 128, *[int(each) for each in sys.argv[1:]])
+print(torch.get_num_threads(), timed)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "given", "number"),
+    [
+        ((), {}, "1 [([1, 2, 4], 64, 128)]"),
+        (("2",), {}, "2 []"),  # as the run was begun
+        (("9",), {}, "4 []"),
+        ((), {"OMP_NUM_THREADS": "4"}, "4 []"),
+        (("1",), {"OMP_NUM_THREADS": "4"}, "4 []"),
+        ((), {"MKL_NUM_THREADS": "4"}, "4 []"),
+        ((), {"WORLD_SIZE": "2"}, "4 []"),
+    ],
+)
+def test_the_user_the_run_and_the_launcher_decide_before_a_timing(before, given: dict[str, str], number: str) -> None:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "MKL_"))}
+    job = [sys.executable, "-c", CHOSEN, *before]
+    done = subprocess.run(job, env={**kept, **given}, capture_output=True, text=True, check=True)
+    *said, last = done.stdout.splitlines()
+    shown = "1 of 4 threads of torch (speed by threads, 1: 100%, 2: 40%, 4: 10%; OMP_NUM_THREADS sets it)"
+    assert last == number and " ".join(said) == (shown if "[(" in number else "")
+
+
+def test_a_timing_takes_a_second_and_times_every_number() -> None:
+    import time
+
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        began = time.monotonic()
+        rates = threads.rates_of([1, 2], 112, 300)
+        assert time.monotonic() - began < 20 and list(rates) == [1, 2] and min(rates.values()) > 0
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_run_keeps_the_number_that_it_began_with(tmp_path: Path) -> None:
+    from recover.base import provenance
+    from recover.run.directory import RunDirectory
+
+    run = RunDirectory(tmp_path)
+    assert run.threads() is None
+    environment = {"machine": {"cores": provenance.cores()}, "threads": {"number": 3}}
+    run.env.write_text(json.dumps(environment))
+    assert run.threads() == 3
+    run.env.write_text(json.dumps({**environment, "machine": {"cores": 1000}}))
+    assert run.threads() is None  # of another machine

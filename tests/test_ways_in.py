@@ -65,8 +65,6 @@ def test_runs_are_listed_the_newest_first(tmp_path):
     broken.write_text("{")
     done = call("list", str(tmp_path / "runs"))
     assert done.exit_code == 0 and "corrupt JSON" in done.stdout and "second" in done.stdout
-    folder = call("show", str(tmp_path / "runs"))
-    assert folder.exit_code == 1 and "a folder of runs, and not one of them; `recover list" in folder.stderr
 
 
 def test_where_no_run_is_that_is_said(tmp_path):

@@ -85,6 +85,7 @@ def test_an_adapter_on_the_hub_is_seen_before_weights_are_fetched(
     asked = []
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     monkeypatch.setattr(hub, "cached_file", lambda *words, **_: asked.append(words) or str(tmp_path / words[1]))
+    monkeypatch.setattr(source, "commit_of", lambda *_: "a" * 40)
     with pytest.raises(ModelError, match=r"someone/model: holds adapter_config\.json"):
         describe(cfg("someone/model"))
     assert asked == [("someone/model", "config.json"), ("someone/model", "adapter_config.json")]

@@ -1,6 +1,7 @@
 """Every error a user can cause, each with the exit code of the command line.
 
-A message says where, what was found, what was expected, what to do. `assert` stays for our own invariants.
+A message says where, what was found, what was expected, what to do. Invariants of our own raise
+AssertionError by hand: `python -O` skips an `assert`, which is left to tell types.
 """
 
 LONGEST = 2000  # characters of a line of a message: what was found may be a file

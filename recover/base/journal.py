@@ -71,7 +71,8 @@ class Journal:
         """Put the entry on disk, whole or not at all, after those that are there."""
         if self.folder is None:
             return
-        assert self.find(name) is None, f"{name}: decided twice"
+        if self.find(name) is not None:
+            raise AssertionError(f"{name}: decided twice")
         digest = None
         if entry.tensors:
             import safetensors.torch

@@ -22,7 +22,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "prune": ("prune/plan.json", "prune/masks.safetensors", "prune/weights.safetensors"),
     "before": tuple(f"before/{name}" for name in MEASURED),
     "recover": ("recover/best.json", "epochs.jsonl"),  # and the files of the epoch that it names
-    "after": tuple(f"after/{name}" for name in MEASURED),
+    "after": tuple(f"after/{name}" for name in (*MEASURED, "best.json", "epochs.jsonl")),  # of epochs measured again
     "export": ("verify.json", "speed.json"),  # and those of the checkpoint
 }
 OWN_WORDS = ".md"  # a model card is there to be written on

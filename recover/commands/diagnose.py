@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from recover.base import artifacts, console, dist
+from recover.base import artifacts, console, dist, hub
 from recover.base.artifacts import write_json
 from recover.base.console import quiet_libraries
 from recover.base.errors import DataError, RecipeError
@@ -212,6 +212,7 @@ def _key(dense: recipe.Model, other: recipe.Model, wanted: Wanted, cfg: recipe.P
         "probe": cfg.model_dump(mode="json"),
         "length": wanted.length,
         "blocks": list(pair.pruned.numbers),
+        **({"commits": hub.pinned()} if hub.pinned() else {}),
     }
 
 

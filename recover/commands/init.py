@@ -11,8 +11,8 @@ import typer
 
 from recover.base import console, units
 from recover.base.artifacts import write_text
-from recover.base.errors import RecipeError
 from recover.base.console import quiet_libraries
+from recover.base.errors import RecipeError
 from recover.config import named, yaml_values
 from recover.config.recipe import Model
 from recover.config.tasks import KINDS

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from recover.base import console, strict_json, units
-from recover.base.artifacts import read_json
+from recover.base import console, units
+from recover.base.artifacts import plain, read_json
 from recover.base.errors import ArtifactError, RecoverError
 from recover.config import yaml_values
 from recover.run.directory import RunDirectory
@@ -69,7 +69,7 @@ def _pruning(recipe: dict[str, Any]) -> str:
 
 
 def _says(cfg: dict[str, Any], name: str) -> bool:
-    return strict_json.plain(cfg.get(name)) not in (None, "unstructured")
+    return plain(cfg.get(name)) not in (None, "unstructured")
 
 
 COMMANDS = {list: EXAMPLES}

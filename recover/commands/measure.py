@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar, get_args
 import typer
 from pydantic import ValidationError
 
-from recover.base import console, dist, provenance
+from recover.base import console, dist, hub, provenance, threads
 from recover.base.artifacts import write_json
 from recover.base.console import quiet_libraries
 from recover.base.errors import RecipeError
@@ -22,19 +22,28 @@ from recover.config.tasks import KINDS
 from recover.measure import harness
 from recover.measure import tasks as tasks_of
 from recover.models.load import check_fit, load_tokenizer
-from recover.models.source import stored_dtype
+from recover.models.source import context_named, stored_dtype
 from recover.probe.sources import load_any
 from recover.run import input_digests as inputs
+from recover.run import more
+from recover.run.directory import RunDirectory
 
 EXAMPLES = (
     "recover measure embedded:fable-2m --tasks embedded:stories embedded:facts --limit 50",
     "recover measure ORG/NAME --tasks gsm8k.yaml arc_easy.yaml --dtype bfloat16 --batch-size 256 --out figures.json",
     "recover measure checkpoints/quickstart/deploy --tasks humaneval.yaml --allow-code-execution",
     "recover measure ORG/NAME --suite standard --limit 200 --allow-code-execution",
+    "recover measure checkpoints/quickstart --tasks gsm8k.yaml",
     "recover measure ORG/NAME --lm-eval arc_easy,gsm8k --limit 200",
 )
 Source = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A hub id, a folder, a GGUF file, or embedded:NAME.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A hub id, a folder, a GGUF file, or embedded:NAME; or a run directory, whose dense, pruned and recovered "
+        "models are measured, and get a column each in its report.",
+        show_default=False,
+    ),
 ]
 More = Annotated[
     list[str] | None, typer.Argument(metavar="[TASK]...", help="More tasks, after --tasks.", show_default=False)
@@ -95,47 +104,70 @@ class Wanted:
 
 def measure(
     model: Source,
-    more: More = None,
+    others: More = None,
     tasks: Tasks = None,
     suite: Suite = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Items of each task, the first ones.")] = None,
     out: Out = None,
     lm_eval: Harness = "",
     lm_eval_include: Include = None,
-    batch_size: Annotated[int, typer.Option("--batch-size")] = 64,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Texts cut here are counted.")] = 256,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Default: 64; of a run, its recipe's.", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-new-tokens",
+            help="Texts cut here are counted. Default: 128, or what the longest prompt leaves of the model's context; "
+            "of a run, its recipe's.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="Default: as the checkpoint is stored.")] = None,
-    samples: Annotated[int, typer.Option("--samples", help="Texts of each task kept in the JSON.")] = 3,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="Where it lies, if not beside the model.", show_default=False)
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Of a hub model: branch, tag or commit.", show_default=False)
+    ] = None,
+    attention: Annotated[
+        str | None, typer.Option("--attention", help="sdpa (the default) or eager.", show_default=False)
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", help="Texts of each task kept. Default: 3.", show_default=False)
+    ] = None,
     allow_code_execution: Allow = False,
     allow_code_execution_unconfined: Unconfined = False,
 ) -> None:
-    """Measure any checkpoint: what it writes, chooses, retrieves, expects; the same items and prompts for each."""
-    names = [*(named.suite(suite) if suite else ()), *(tasks or ()), *(more or ())]
+    """Measure any checkpoint: what it writes, chooses, retrieves, expects; the same items and prompts for each.
+
+    Of a run directory: tasks that its recipe does not have, on its dense, pruned and recovered model, without training.
+    """
+    names = [*(named.suite(suite) if suite else ()), *(tasks or ()), *(others or ())]
     theirs = tuple(name.strip() for name in lm_eval.split(",") if name.strip())
-    if more and not tasks:
-        raise RecipeError(f"{more[0]}: found after the model; tasks are named after --tasks")
+    if others and not tasks:
+        raise RecipeError(f"{others[0]}: found after the model; tasks are named after --tasks")
     if not names and not theirs:
         raise RecipeError(
             "nothing to measure: give --tasks gsm8k task.yaml ..., --suite standard, or --lm-eval arc_easy,gsm8k"
         )
-    cfg = checked(
-        Measure,
-        _option,
-        tasks=tuple(names) or ("none",),
-        limit=limit,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        samples=samples,
-        sampling=None,
-        allow_code_execution="unconfined" if allow_code_execution_unconfined else allow_code_execution,
-    )
+    given = {"limit": limit, "batch_size": batch_size, "max_new_tokens": max_new_tokens, "samples": samples}
+    fields = {name: value for name, value in given.items() if value is not None}
+    allowed = "unconfined" if allow_code_execution_unconfined else allow_code_execution
+    fields |= {"allow_code_execution": allowed} if allowed else {}
+    about = {"dtype": dtype, "tokenizer": tokenizer, "revision": revision, "attention": attention}
+    about = {name: value for name, value in about.items() if value is not None}
     if out is not None:
         refuse_input(out, (model, *names, *inputs.files_of([str(Path(name).absolute()) for name in names])))
     # The launcher's processes share the items; without one this does nothing.
     dist.start()
-    wanted = Wanted(tuple(names), theirs, lm_eval_include)
-    record = measure_checkpoint(model, dtype, wanted, cfg)
-    say(record)
+    if _is_run(model):
+        record = _measure_run(Path(model), names, theirs, about, fields)
+    else:
+        cfg = checked(Measure, _option, tasks=tuple(names) or ("none",), sampling=None, **fields)
+        wanted = Wanted(tuple(names), theirs, lm_eval_include)
+        record = measure_checkpoint(model, wanted, cfg, fit=max_new_tokens is None, **about)
+        say(record)
     if out is not None:
         write(record, out)
     dist.stop()
@@ -155,25 +187,57 @@ def _option(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def measure_checkpoint(source: str, dtype: str | None, wanted: Wanted, cfg: Measure) -> Record:
+def _is_run(model: str) -> bool:
+    folder = Path(model).expanduser()
+    return (
+        not (folder / "config.json").is_file() and RunDirectory(folder).recipe.is_file() and RunDirectory(folder).is_run
+    )
+
+
+def _measure_run(
+    folder: Path, names: list[str], theirs: tuple[str, ...], about: dict[str, str], fields: dict[str, Any]
+) -> Record:
+    """Measure a run's models on more tasks, and write its report again; the records by model."""
+    if theirs or about:
+        option = "--lm-eval" if theirs else _option(next(iter(about)))
+        raise RecipeError(
+            f"{option}: {folder} is a run directory, whose models are measured as its recipe has them: leave it out, "
+            f"or measure its checkpoint, {folder / 'deploy'}"
+        )
+    record = more.measure_more(RunDirectory(folder), names, fields)
+    for model, measured in record.items():
+        say({**measured, "model": f"{folder}, {model}", "dtype": measured["settings"]["dtype"]})
+    return record
+
+
+def measure_checkpoint(
+    source: str, wanted: Wanted, cfg: Measure, *, dtype: str | None = None, fit: bool = False, **about: str
+) -> Record:
     """The record of a checkpoint (hub id, folder, GGUF, embedded:NAME); tasks are read before any weight is.
 
-    The same on every process of a launch.
+    The same on every process of a launch. `fit`: texts are as long as the longest prompt leaves of the model's context,
+    where that is less than `cfg.max_new_tokens`. `about`: other fields of the model.
 
     Raises:
         RecipeError, DataError, ModelError: a task, the model, or an item cannot be used; the harness is not installed.
     """
     quiet_libraries()
     tasks = [tasks_of.load_task(name) for name in wanted.tasks]
-    _check_names([task.name for task in tasks])
+    tasks_of.check_names(tasks, "--tasks")
     tasks_of.check_allowed(tasks, cfg)
     if wanted.harness:
         harness.require()
-    chosen = model_cfg(source, dtype)
+    chosen = model_cfg(source, dtype, **about)
     tokenizer = load_tokenizer(chosen)
+    context = context_named(chosen)
+    cfg = tasks_of.fitted(tasks, tokenizer, cfg, context) if fit else cfg
+    tasks_of.check_room(tasks, tokenizer, cfg, context)
     model = load_any(chosen)
+    settings = model.config.get_text_config()
+    threads.chosen(settings.hidden_size, getattr(settings, "intermediate_size", None) or 4 * settings.hidden_size)
     check_fit(model, tokenizer)
     record: Record = {"model": source, "dtype": chosen.dtype, "settings": cfg.model_dump(mode="json")}
+    record["commits"] = hub.pinned()
     if tasks:
         record |= tasks_of.measure(model, tokenizer, tasks, cfg)[0]
     if wanted.harness:
@@ -183,18 +247,13 @@ def measure_checkpoint(source: str, dtype: str | None, wanted: Wanted, cfg: Meas
     return record
 
 
-def _check_names(names: list[str]) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise RecipeError(f"--tasks: more than one task is called {twice[0]!r}: give each a name of its own")
-
-
-def model_cfg(source: str, dtype: str | None) -> Model:
-    """The model in the dtype that was asked for, else in the one its config names."""
+def model_cfg(source: str, dtype: str | None, **about: str) -> Model:
+    """The model in the dtype that was asked for, else in the one its config names; `about`: its other fields."""
     known = get_args(Dtype)
     if dtype is not None and dtype not in known:
         raise RecipeError(f"--dtype: found {dtype!r}, expected one of {', '.join(known)}")
-    return Model(source=source, dtype=dtype or stored_dtype(Model(source=source)))  # type: ignore[arg-type]
+    cfg = checked(Model, _option, source=source, **about)
+    return cfg.model_copy(update={"dtype": dtype or stored_dtype(cfg)})
 
 
 def say(record: Record) -> None:

@@ -14,7 +14,11 @@ from recover.report.data import CHANGED, ComparedRun
 from recover.run import summary as outcome
 from recover.run.directory import RunDirectory
 
-RunPath = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run directory, such as checkpoints/quickstart.")]
+RUNS = Path("checkpoints")  # where runs are written by default
+RunPath = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", help="Run directory, such as checkpoints/quickstart, its name, or a folder of runs."),
+]
 Folders = Annotated[
     list[Path], typer.Argument(metavar="FOLDER...", help="Run directories, or folders that `recover diagnose` wrote.")
 ]
@@ -47,7 +51,10 @@ def report(
                 "replace files in it. Expected a run directory"
             )
         _say_lost(directory)
-        render(directory.root, collect(directory.root))
+        data = collect(directory.root)
+        for line in data["mixed"]:
+            console.warn(f"{directory.root}: {line}")
+        render(directory.root, data)
         console.say(str(directory.report_html))
         roots.append(directory.root)
     if len(roots) > 1:
@@ -76,16 +83,25 @@ def _say_lost(directory: RunDirectory) -> None:
             )
 
 
-def show(run_dir: RunPath) -> None:
-    """Say which stages of a run are done, why one would be done again, the best epoch, and the headline figures."""
+def show(run_dir: RunPath = RUNS) -> None:
+    """Say which stages of a run are done, why one would be done again, the best epoch, and the headline figures.
+
+    Of a folder of runs: which there are.
+    """
     from recover.report.collect import collect
     from recover.run import stages
 
+    if (runs := _runs_in(run_dir)) and not (run_dir / "recipe.yaml").is_file():
+        console.table(str(run_dir), ["run", "done", "open"], [_listed(run) for run in runs])
+        console.say(f"of one of them: recover show {runs[0].root}")
+        return
     directory = _existing(run_dir)
     with products.taken_apart(directory.root):
         rows = [_state(row) for row in stages.status(directory.root)]
         console.table(str(directory.root), ["stage", "state", "finished", "why"], rows)
         data = collect(directory.root)
+        for line in data["mixed"]:
+            console.warn(line)
         outcome.table(data)
         for epoch in data["epochs"]:
             if epoch["best"]:
@@ -141,14 +157,31 @@ def _folders(paths: list[Path]) -> list[Path]:
 
 
 def _existing(path: Path) -> RunDirectory:
-    directory = RunDirectory(path)
+    """The run in this folder, or of this name in the folder where runs are written by default."""
+    directory = next(
+        (run for run in map(RunDirectory, (path, RUNS / path)) if run.recipe.is_file()), RunDirectory(path)
+    )
     if not directory.recipe.is_file():
-        if any(path.glob("*/recipe.yaml")):
-            raise ArtifactError(f"{path}: a folder of runs, and not one of them; `recover list {path}` lists them")
-        beside = sorted(found.parent.as_posix() for found in path.absolute().parent.glob("*/recipe.yaml"))
-        there = f"; beside it are {', '.join(Path(name).name for name in beside)}" if beside else ""
-        raise ArtifactError(f"{path}: not a run directory, it has no recipe.yaml{there}")
+        inside, beside = _runs_in(path), _runs_in(path.absolute().parent) or _runs_in(RUNS)
+        there = ", ".join(run.root.name for run in inside or beside)
+        where = "in it are" if inside else "beside it are" if _runs_in(path.absolute().parent) else f"in {RUNS} are"
+        raise ArtifactError(
+            f"{path}: not a run directory, it has no recipe.yaml{f'; {where} {there}' if there else ''}"
+        )
     return directory
+
+
+def _runs_in(folder: Path) -> list[RunDirectory]:
+    return [RunDirectory(found.parent) for found in sorted(folder.glob("*/recipe.yaml"))]
+
+
+def _listed(run: RunDirectory) -> list[str]:
+    """A row of the list of runs: its name, the stages that are done, and those that are not."""
+    from recover.run import stages
+
+    names = [stage for stage in stages.STAGES if not stages.OF[stage].always]
+    done = [stage for stage in names if run.done(stage) is not None]
+    return [run.root.name, ", ".join(done) or "–", ", ".join(stage for stage in names if stage not in done) or "–"]
 
 
 COMMANDS = {
@@ -157,7 +190,7 @@ COMMANDS = {
         "recover report checkpoints/drop2 checkpoints/drop4 checkpoints/wanda",
         "recover report my-diagnosis",
     ),
-    show: ("recover show checkpoints/quickstart",),
+    show: ("recover show checkpoints/quickstart", "recover show quickstart", "recover show"),
     compare: (
         "recover compare checkpoints/drop2 checkpoints/drop4",
         "recover compare checkpoints/* --html all.html",

@@ -74,7 +74,10 @@ def quickstart(overrides: Overrides = None, runs: Runs = Path("checkpoints"), fr
 
 
 def plan(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("checkpoints")) -> None:
-    """Check a recipe and say what it will cost, before any weight is loaded."""
+    """Check a recipe and say what it will cost, before any weight is loaded.
+
+    Nothing is written. Of a run that is there it says which stages would be done again, and why.
+    """
     _run(recipe, overrides, runs, "plan")
 
 

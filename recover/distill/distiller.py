@@ -130,7 +130,8 @@ class Distiller:
         with self._passes(model, packing):
             known = self._dense_pass(model, batch, rows_N) if states is None else states().to(input_ids.device)
             teacher, prefix_BTD = (known, None) if isinstance(known, TopK) else (known.h_ND, known.prefix_BTD)
-            assert len(teacher) == len(rows_N), "the states of another batch"
+            if len(teacher) != len(rows_N):
+                raise AssertionError("the states of another batch")
             h_pruned_ND = self._pruned_pass(model, batch, rows_N, prefix_BTD)
         return self.loss(model, h_pruned_ND, teacher, labels_N)
 

@@ -129,7 +129,8 @@ class GraphedPasses:
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             if parameter.grad is None:
                 parameter.grad = gradient
-            assert parameter.grad is gradient, "a gradient came from elsewhere"
+            if parameter.grad is not gradient:
+                raise AssertionError("a gradient came from elsewhere")
 
     def _try_to_record(self, batch: dict[str, Any]) -> None:
         try:

@@ -69,7 +69,8 @@ def gated_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of gate and up, and `gated(gate, up)` once more if `product`. `into` holds that of up; it may be dx."""
     gate, up, dx = gate.contiguous(), up.contiguous(), dx.contiguous()
-    assert into is None or (into.is_contiguous() and into.shape == up.shape), "no room for the gradient of up"
+    if not (into is None or (into.is_contiguous() and into.shape == up.shape)):
+        raise AssertionError("no room for the gradient of up")
     dgate, dup, block = torch.empty_like(gate), torch.empty_like(up) if into is None else into, 1024
     x = torch.empty_like(gate) if product else None
     with torch.cuda.device_of(gate):

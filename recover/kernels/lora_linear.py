@@ -165,7 +165,8 @@ def lora_linear(
     autocast too; the others are cast to it, and the gradients of a and b come in theirs. `weight` and `bias` get none.
     Beside its inputs only x a^T is kept for backward, and the casts of a and b.
     """
-    assert weight_OI.dtype == x.dtype, f"a weight of {weight_OI.dtype} on an input of {x.dtype}"
+    if weight_OI.dtype != x.dtype:
+        raise AssertionError(f"a weight of {weight_OI.dtype} on an input of {x.dtype}")
     return _LoraLinear.apply(x, weight_OI, bias_O, a_RI, b_OR, scaling)  # type: ignore[return-value]
 
 
@@ -183,5 +184,6 @@ def gated_lora_linear(
 
     Autograd by itself keeps activation(gate) and the product too: twice as much. Backward computes both again.
     """
-    assert weight_OI.dtype == gate.dtype == up.dtype, (weight_OI.dtype, gate.dtype, up.dtype)
+    if not (weight_OI.dtype == gate.dtype == up.dtype):
+        raise AssertionError((weight_OI.dtype, gate.dtype, up.dtype))
     return _GatedLoraLinear.apply(gate, up, way, weight_OI, bias_O, a_RI, b_OR, scaling)  # type: ignore[return-value]

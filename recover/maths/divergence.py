@@ -248,6 +248,7 @@ def quantiles(values_N: Tensor | Sequence[float]) -> dict[str, float | None]:
     values_N = torch.as_tensor(values_N, dtype=torch.float64).detach().flatten()
     if not len(values_N):
         return dict.fromkeys(("mean", "p50", "p90", "p99", "max"))
-    assert torch.isfinite(values_N).all(), "a non-finite value reached a summary: it must be refused where it arises"
+    if not torch.isfinite(values_N).all():
+        raise AssertionError("a non-finite value reached a summary: it must be refused where it arises")
     p50, p90, p99, largest = torch.quantile(values_N, values_N.new_tensor([0.5, 0.9, 0.99, 1.0])).tolist()
     return {"mean": values_N.mean().item(), "p50": p50, "p90": p90, "p99": p99, "max": largest}

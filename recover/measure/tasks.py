@@ -8,20 +8,37 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from recover.base import console
 from recover.base.clock import part
-from recover.base.errors import RecipeError
+from recover.base.errors import DataError, RecipeError
 from recover.config.recipe import Measure
-from recover.config.tasks import KINDS, headline_figures
+from recover.config.tasks import KINDS, WritingFile, headline_figures
 from recover.maths.score import mean
 from recover.measure.kinds.work import Generations, Record, work_of
 from recover.measure.model import ModelUnderTest
 from recover.measure.sandbox import why_no_wall
 from recover.measure.task_file import Task, load_task
+from recover.measure.texts import longest_text
+from recover.text.prompts import encode_prompt
 
-__all__ = ["Task", "check_allowed", "headline", "load_task", "measure"]
+__all__ = [
+    "Task",
+    "check_allowed",
+    "check_names",
+    "check_room",
+    "headline",
+    "load_task",
+    "longest_item",
+    "longest_text",
+    "measure",
+]
+
+SHORTEST = 16  # tokens of a text: less is no measurement of writing
+NORMALIZED = 2  # tokens of a byte at most: a tokenizer may write a character out before it cuts
 
 
 @part("measuring")
@@ -65,6 +82,73 @@ def measure(
         "tokens_per_second": tokens / writing_seconds if tokens else None,
     }
     return record, texts
+
+
+def check_names(tasks: Sequence[Task], where: str) -> None:
+    """Raises RecipeError if two tasks have one name: a record holds one of them. `where`: the field, or the option."""
+    names = [task.name for task in tasks]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise RecipeError(f"{where}: more than one task is called {twice[0]!r}: give each a name of its own")
+
+
+def check_room(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, cfg: Measure, context: int | None) -> None:
+    """Raises DataError for the longest item of the first task of which one does not fit into `context` tokens.
+
+    With what is written after it, if anything is; of the items that `cfg.limit` leaves.
+    """
+    if context is None:
+        return
+    for task in tasks:
+        tokens, item = longest_item(task, tokenizer, cfg, context)
+        new = longest_text(task.file, cfg)
+        if item is None or tokens + new <= context:
+            continue
+        what = f"task {task.name}: the prompt {item.prompt[:60]!r} has {tokens:,} tokens"
+        if not new:
+            raise DataError(f"{what} with the longest option, the model's context is {context:,}: shorten it")
+        own = isinstance(task.file, WritingFile) and task.file.max_new_tokens == new < cfg.max_new_tokens
+        field = f"max_new_tokens of the task, {new:,}," if own else f"measure.max_new_tokens {new:,}"
+        raise DataError(
+            f"{what}; with {field} that exceeds the model's context of {context:,}: shorten the prompt, or lower "
+            f"{'max_new_tokens' if own else 'measure.max_new_tokens'}"
+        )
+
+
+def fitted(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, cfg: Measure, context: int | None) -> Measure:
+    """The config with texts as long as the longest prompt leaves room for in `context`, where that is less.
+
+    Where that is next to nothing it stays as it is, for `check_room` to refuse.
+    """
+    writing = [task for task in tasks if isinstance(task.file, WritingFile)]
+    left = [] if context is None else [context - longest_item(task, tokenizer, cfg, context)[0] for task in writing]
+    room = min(left, default=cfg.max_new_tokens)
+    if not SHORTEST <= room < cfg.max_new_tokens:
+        return cfg
+    console.say(
+        f"texts are written to {room} tokens at most: the longest prompt leaves no more of the model's context of "
+        f"{context} (--max-new-tokens)"
+    )
+    return cfg.model_copy(update={"max_new_tokens": room})
+
+
+def longest_item(task: Task, tokenizer: PreTrainedTokenizerBase, cfg: Measure, context: int) -> tuple[int, Any]:
+    """(tokens, item) of the item that the model reads most of; (0, None) where none could fail to fit `context`.
+
+    Texts that are far too short for that are not looked at: a token has a byte at least.
+    """
+    size = work_of(task.kind).size
+    if size is None:
+        return 0, None
+    beside = NORMALIZED * len(encode_prompt(tokenizer, "a", chat=getattr(task.file, "wraps", None)))
+    room = context - longest_text(task.file, cfg) - beside
+    longer = [item for item in task.items[: cfg.limit] if NORMALIZED * _bytes(item) > room]
+    found = [(size(tokenizer, task.file, item), item) for item in longer]
+    return max(found, key=lambda each: each[0], default=(0, None))
+
+
+def _bytes(item: Any) -> int:
+    return len(item.prompt.encode()) + max((len(each.encode()) for each in getattr(item, "options", ())), default=0)
 
 
 def check_allowed(tasks: Sequence[Task], cfg: Measure) -> None:

@@ -7,15 +7,19 @@ several the first in this order counts. What is wrong all the same is well forme
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from recover.config.recipe import Sampling
-from recover.config.tasks import CodeFile, GenerateFile
+from transformers import PreTrainedTokenizerBase
+
+from recover.config.recipe import Measure, Sampling
+from recover.config.tasks import CodeFile, GenerateFile, PromptFile, TaskFile, WritingFile
 from recover.maths import collapse
 from recover.maths.collapse import loop_start
 from recover.maths.score import interval95, mean, pass_at, quantiles
 from recover.measure.kinds.work import Record
 from recover.measure.model import ModelUnderTest
 from recover.text.generate import Generation
+from recover.text.prompts import encode_prompt
 
 FENCE = "```"  # opens a block of code in a text
 LOOP, ENDLESS, NO_ANSWER, UNPARSED, CONTENT = "loop", "endless", "no_answer", "unparsed", "content"
@@ -48,13 +52,25 @@ def mistakes(found: Sequence[str | None], samples: Sequence[Record], kinds: Sequ
     }
 
 
+def longest_text(file: TaskFile, cfg: Measure) -> int:
+    """Most tokens that are written after a prompt of the task; 0 where none are."""
+    if not isinstance(file, WritingFile):
+        return 0
+    return min(file.max_new_tokens or cfg.max_new_tokens, cfg.max_new_tokens)
+
+
+def prompt_size(tokenizer: PreTrainedTokenizerBase, file: PromptFile, item: Any) -> int:
+    """Tokens of an item's prompt, as the model is asked it."""
+    return len(encode_prompt(tokenizer, item.prompt, chat=file.wraps))
+
+
 def written(
     model: ModelUnderTest, file: GenerateFile | CodeFile, prompts: Sequence[str], sampling: Sampling | None
 ) -> list[Generation]:
     """One text per prompt, as the task file asks for it."""
     return model.generate(
         prompts,
-        max_new_tokens=min(file.max_new_tokens or model.cfg.max_new_tokens, model.cfg.max_new_tokens),
+        max_new_tokens=longest_text(file, model.cfg),
         sampling=sampling,
         chat=file.wraps,
         stop=file.stop,

@@ -158,8 +158,10 @@ class MaskedLinear(nn.Linear):
 
         With `own_OI` the pruned view has that weight under its mask and not the dense one (SparseGPT rewrites weights).
         """
-        assert type(linear) in (nn.Linear, cls), f"a linear layer of type {type(linear)} would lose its own forward"
-        assert keep_OI.dtype == torch.bool and keep_OI.shape == (linear.out_features, linear.in_features), keep_OI.shape
+        if type(linear) not in (nn.Linear, cls):
+            raise AssertionError(f"a linear layer of type {type(linear)} would lose its own forward")
+        if not (keep_OI.dtype == torch.bool and keep_OI.shape == (linear.out_features, linear.in_features)):
+            raise AssertionError(keep_OI.shape)
         masked: Any = linear
         masked.__class__ = cls
         # Not persistent: a state dict stays the stock model's.
@@ -204,7 +206,8 @@ class OwnLinear(nn.Linear):
     @classmethod
     def convert(cls, linear: nn.Linear, weight_OI: Tensor, bias_O: Tensor | None, switch: Switch) -> OwnLinear:
         """Turn this very module into one with an own weight; without `bias_O` the dense bias is seen in both views."""
-        assert type(linear) is nn.Linear, f"a linear layer of type {type(linear)} would lose its own forward"
+        if type(linear) is not nn.Linear:
+            raise AssertionError(f"a linear layer of type {type(linear)} would lose its own forward")
         own: Any = linear
         own.__class__ = cls
         own.out_features, own.in_features = weight_OI.shape

@@ -36,6 +36,7 @@ from recover.models.source import (
     check_tied,
     check_weights,
     check_written,
+    commit_of,
     config_in,
     config_source,
     explained,
@@ -213,7 +214,8 @@ def _stock_config(cfg: recipe.Model, raw: dict[str, Any], source: str | Path) ->
     """The config of checked settings; with code of others let run, as that code makes it."""
     with explained(str(source)):
         if cfg.trust_remote_code:
-            return AutoConfig.from_pretrained(source, revision=cfg.revision, trust_remote_code=True)
+            revision = None if Path(source).is_dir() else commit_of(cfg, str(source))
+            return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=True)
         return config_of(raw, str(source), Path(source) / CONFIG)
 
 

@@ -214,11 +214,14 @@ def save_plan(plan: Plan, masks: dict[str, Tensor], folder: Path, weights: dict[
     Raises ArtifactError (disk full, no permission); asserts that masks and weights are as the plan says.
     """
     path = folder / MASKS
-    assert masks.keys() == plan.masks.keys(), "masks and certificates are not of the same weights"
+    if masks.keys() != plan.masks.keys():
+        raise AssertionError("masks and certificates are not of the same weights")
     for name, keep_OI in masks.items():
-        assert MaskRecord.of(keep_OI, plan.masks[name].pattern) == plan.masks[name], f"{name}: not as certified"
+        if MaskRecord.of(keep_OI, plan.masks[name].pattern) != plan.masks[name]:
+            raise AssertionError(f"{name}: not as certified")
     weights = weights or {}
-    assert {name: tuple(weight.shape) for name, weight in weights.items()} == plan.weights, "weights not as planned"
+    if {name: tuple(weight.shape) for name, weight in weights.items()} != plan.weights:
+        raise AssertionError("weights not as planned")
     packed = {name: pack(keep_OI).cpu().contiguous() for name, keep_OI in masks.items()}
     plain = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
     hashes = {"masks_sha256": _save(packed, path), "weights_sha256": _save(plain, folder / WEIGHTS)}

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +17,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import cached_file
 
-from recover.base import artifacts, console, dist
+from recover.base import artifacts, console, dist, hub
 from recover.base.clock import part
 from recover.base.errors import ModelError, RecoverError
 from recover.base.products import check_checkpoint, digest_of
@@ -24,7 +25,7 @@ from recover.config import recipe
 from recover.config.base import Dtype
 from recover.models.config_keys import check_keys, check_room, check_sizes
 from recover.models.foreign_code import check, check_settings, code_files, code_named
-from recover.models.gate import COMMIT, check_files, commit_in
+from recover.models.gate import check_files
 from recover.models.gguf_folder import alone, write_stock
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -36,6 +37,7 @@ ADAPTER = "adapter_config.json"
 RECORD = "recover.json"  # lies in every checkpoint that we exported
 QUIETLY = ("gated_repo", "missing_entries", "connection_errors")  # about a file that need not be there
 HUB = " (no folder of this name is here, so a hub id)"
+NEAR = 0.6  # likeness of the names of folders, of 1
 
 
 def kind_of(source: str) -> str:
@@ -48,9 +50,33 @@ def kind_of(source: str) -> str:
     if path.exists():
         raise ModelError(f"{source}: not a folder and not a .gguf file; expected one of them, or a hub id")
     looks_like_path = source.startswith((".", "/", "~")) or path.suffix == ".gguf" or source.count("/") > 1
-    if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
-        raise ModelError(f"{source}: no such folder or .gguf file, and not a hub id (owner/name): check the name")
+    if looks_like_path or not hub.named(source):
+        raise ModelError(
+            f"{source}: no such folder or .gguf file{_near(path)}, and not a hub id (owner/name): check the name"
+        )
     return "hub"
+
+
+def _near(path: Path) -> str:
+    """` (there is 'models/tiny')` of the folder or GGUF file that was probably meant, or nothing."""
+    try:
+        there = {found.name: found for found in path.parent.iterdir() if found.is_dir() or found.suffix == ".gguf"}
+    except OSError:
+        return ""
+    names = get_close_matches(path.name, there, n=1, cutoff=NEAR)
+    return f" (there is '{there[names[0]]}')" if names else ""
+
+
+def commit_of(cfg: recipe.Model, source: str) -> str:
+    """The commit of a hub model, or of the repository that `model.tokenizer` names.
+
+    Raises ModelError, at once where there is no network and no copy in the cache.
+    """
+    revision = cfg.revision if source == cfg.source else None
+    try:
+        return hub.commit(hub.Repository("model", source, revision))
+    except hub.NoCommit as error:
+        raise ModelError(f"{source}: no folder of this name is here{_near(Path(source))}, and {error}") from error
 
 
 def locate(cfg: recipe.Model, source: str | None = None) -> Path:
@@ -108,52 +134,13 @@ def whole_folder(folder: Path) -> Path:
 
 
 def _download(cfg: recipe.Model, source: str) -> Path:
+    commit = commit_of(cfg, source)
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + ["*.py"] * cfg.trust_remote_code
     with explained(source + HUB):
         folder = snapshot_download(
-            source, revision=_revision(cfg, source), allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
+            source, revision=commit, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
         )
-    _note_commit(cfg, source, Path(folder))
     return Path(folder)
-
-
-# (repository, revision asked for) -> the commit that it was when it was first looked at. A branch may move between two
-# calls, and the one would be mixed with the other.
-_commits: dict[tuple[str, str], str] = {}
-
-
-def _asked(cfg: recipe.Model, source: str) -> str:
-    """The revision that the recipe asks for: its `revision` is of the model, and not of another tokenizer."""
-    return (cfg.revision if source == cfg.source else None) or "main"
-
-
-def _revision(cfg: recipe.Model, source: str) -> str:
-    asked = _asked(cfg, source)
-    return _commits.get((source, asked), asked)
-
-
-def _note_commit(cfg: recipe.Model, source: str, snapshot: Path) -> None:
-    commit = commit_in(snapshot)
-    if commit is not None:
-        _commits.setdefault((source, _asked(cfg, source)), commit)
-
-
-def _hub_sources(cfg: recipe.Model) -> list[str]:
-    return [source for source in dict.fromkeys((cfg.source, cfg.tokenizer)) if source and kind_of(source) == "hub"]
-
-
-def commits(cfg: recipe.Model) -> dict[str, str]:
-    """`owner/name@revision` -> commit of each hub repository of the recipe that was looked at."""
-    found = {f"{source}@{_asked(cfg, source)}": _revision(cfg, source) for source in _hub_sources(cfg)}
-    return {name: commit for name, commit in found.items() if COMMIT.fullmatch(commit)}
-
-
-def pin(cfg: recipe.Model, recorded: Any) -> None:
-    """Use these commits, as `commits` gave them in an earlier call, whatever the branches are now."""
-    for source in _hub_sources(cfg):
-        commit = recorded.get(f"{source}@{_asked(cfg, source)}") if isinstance(recorded, dict) else None
-        if isinstance(commit, str) and COMMIT.fullmatch(commit):
-            _commits[source, _asked(cfg, source)] = commit
 
 
 def _of_hub(cfg: recipe.Model, name: str) -> Path | None:
@@ -161,11 +148,9 @@ def _of_hub(cfg: recipe.Model, name: str) -> Path | None:
     found = cached_file(
         cfg.source,
         name,
-        revision=_revision(cfg, cfg.source),
+        revision=commit_of(cfg, cfg.source),
         **({} if name == CONFIG else {f"_raise_exceptions_for_{each}": False for each in QUIETLY}),
     )
-    if found is not None:
-        _note_commit(cfg, cfg.source, Path(found).parent)
     return None if found is None else Path(found)
 
 
@@ -440,6 +425,14 @@ def explained(where: str) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:400]
         raise ModelError(f"{where}: cannot be loaded ({type(error).__name__}: {reason})") from error
+
+
+def context_named(cfg: recipe.Model) -> int | None:
+    """Positions that the model was made for, by its config alone; None if it names none. Raises ModelError."""
+    config = read_config(cfg)
+    inner = config.get("text_config")
+    found = config.get("max_position_embeddings", inner.get("max_position_embeddings") if inner else None)
+    return found if isinstance(found, int) else None
 
 
 def stored_dtype(cfg: recipe.Model) -> Dtype:

@@ -82,15 +82,21 @@ def batches_of(ids: list[list[int]], view: View, *, size: int, steps: int) -> li
     return [pad(start, ids[start : start + size], device) for start in range(0, len(ids), size)]
 
 
+def check_steps(ids: list[list[int]], steps: int, context: int | None) -> None:
+    """Raises DataError, naming the first prompt that with `steps` more tokens is longer than the model's context."""
+    for number, row in enumerate(ids):
+        if context is not None and len(row) + steps > context:
+            raise DataError(
+                f"probe: prompt {number} has {len(row)} tokens; with probe.steps {steps} that is more than the "
+                f"{context} positions of the model. Shorten it, or lower probe.steps"
+            )
+
+
 def check_ids(ids: list[list[int]], view: View, *, steps: int) -> None:
     """Raises DataError, naming the first prompt that with `steps` more tokens is too long, or has a token too high."""
     config = base_of(view.model).config
+    check_steps(ids, steps, config.max_position_embeddings)
     for number, row in enumerate(ids):
-        if len(row) + steps > config.max_position_embeddings:
-            raise DataError(
-                f"probe: prompt {number} has {len(row)} tokens; with {steps} decoding steps that is more than the "
-                f"{config.max_position_embeddings} positions of the model. Shorten it, or lower probe.steps"
-            )
         if max(row) >= config.vocab_size or min(row) < 0:
             raise DataError(
                 f"probe: prompt {number} holds a token outside 0..{config.vocab_size - 1}: "

@@ -19,12 +19,13 @@ from recover.config.paths import TEXTS, ending
 from recover.config.recipe import Calibration
 from recover.text.conversation import EmptyMessage, asking, holds_messages, read_messages, rendered
 from recover.text.named import prompt_rows
-from recover.text.prompts import Prompt, ids_of
+from recover.text.prompts import Prompt, encode_prompt, ids_of
 from recover.text.read import DataSet, Row, listed, say_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+LOOKED_AT = 5_000  # prompts, before any is answered
 FEWEST, MOST = 8, 256  # prompts that are answered at once
 
 Write = Callable[[list[Prompt]], list[list[int]]]  # prompts -> the ids of each with its answer
@@ -45,7 +46,8 @@ def calibration_batches(
     `write`. `texts`: the documents, in place of those in `cfg.data`.
     Warns when the text gives fewer samples; raises DataError when it is shorter than one sample.
     """
-    assert (cfg.answer is None) == (write is None), "answers are asked for, and nothing writes them"
+    if (cfg.answer is None) != (write is None):
+        raise AssertionError("answers are asked for, and nothing writes them")
     bos = _bos(tokenizer)
     body = cfg.length - len(bos)
     ids = _joined(cfg, tokenizer, seed, cfg.samples * body, write, read_texts(cfg) if texts is None else texts)
@@ -57,6 +59,22 @@ def calibration_batches(
         console.warn(f"{found}: {count} samples of {cfg.length} and not calibration.samples: {cfg.samples}")
     samples = torch.tensor([bos + ids[i * body : (i + 1) * body] for i in range(count)], dtype=torch.long)
     return list(samples.split(cfg.batch_size))  # type: ignore[arg-type]
+
+
+def check_asked(cfg: Calibration, tokenizer: PreTrainedTokenizerBase, context: int | None) -> None:
+    """Raises DataError for the first prompt that leaves no room for `cfg.answer` tokens in the model's context.
+
+    Of a large data set the first thousands are looked at.
+    """
+    for number, text in enumerate(islice(read_texts(cfg), LOOKED_AT)):
+        if context is None or cfg.answer is None or not (text.strip() if isinstance(text, str) else text):
+            continue
+        tokens = len(encode_prompt(tokenizer, text))
+        if tokens + cfg.answer > context:
+            raise DataError(
+                f"prune.calibration.answer: {cfg.answer} tokens after prompt {number} of {cfg.data}, which has "
+                f"{tokens}, exceed the model's context of {context}: lower it, or leave that prompt out"
+            )
 
 
 def _joined(

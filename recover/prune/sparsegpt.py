@@ -57,7 +57,8 @@ def rewrite(
     w_j - e U_ij; `choose` sees the scores (w_i / U_ii)^2 of the next `group` columns as they then are. Beyond `step`
     columns, errors are applied at once. `group` divides `step`. `replays` make it faster on a CUDA device.
     """
-    assert step % group == 0, (step, group)
+    if step % group:
+        raise AssertionError((step, group))
     columns = len(weight_IO)
     gone_IO = torch.zeros_like(weight_IO, dtype=torch.bool)
     for start in range(0, columns, step):

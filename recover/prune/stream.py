@@ -217,7 +217,8 @@ class _Watch:
             measured = self.measure(x.detach().reshape(-1, x.shape[-1]))
             self.totals[name] = self.totals[name].add_(measured) if name in self.totals else measured
         else:
-            assert self.seen[self.first[name]] is x, f"{name}: shares its input in one pass and not in another"
+            if self.seen[self.first[name]] is not x:
+                raise AssertionError(f"{name}: shares its input in one pass and not in another")
         if len(self.seen) == len(self.linears):
             self.seen = {}
             if self.stop:

@@ -320,7 +320,8 @@ def _features(features: int, removal: _Removal, kept_K: Tensor) -> Tensor:
     In an MLP it is one feature of each of the fused parts (Phi-3: gate and up in one matrix, one after the other).
     """
     each, rest = divmod(features, removal.units)
-    assert not rest, f"{features} features are not {removal.units} equal units"
+    if rest:
+        raise AssertionError(f"{features} features are not {removal.units} equal units")
     if removal.part == "mlp":
         return torch.cat([kept_K + part * removal.units for part in range(each)])
     return (kept_K.unsqueeze(1) * each + torch.arange(each)).flatten()

@@ -13,7 +13,9 @@ from recover.base import artifacts, clock
 from recover.base.errors import ArtifactError, RecipeError
 from recover.base.products import taken_apart
 from recover.config import yaml_values
+from recover.config.tasks import KINDS
 from recover.report import drift, measures, mistakes, overlap, verdict, words
+from recover.report import made as making
 from recover.report.curve import curve
 from recover.report.data import (
     DivergenceRow,
@@ -70,8 +72,12 @@ def _collect(root: Path) -> RunData:
     recipe = _recipe(root)
     records: Records = {model: _json(root / folder / "measure.json") for model, folder in MEASURE_FOLDER.items()}
     plan = _json(root / "prune" / "plan.json")
-    epochs = _epochs(root / "epochs.jsonl")
-    headline = measures.headline(records)
+    again = root / "after" / "epochs.jsonl"  # of a run whose epochs were measured again
+    epochs = _epochs(again if (root / "after" / "best.json").is_file() and again.is_file() else root / "epochs.jsonl")
+    more, left_out = making.added(root)
+    headline = measures.headline(_for_headline(records, more))
+    records = _joined(records, more)
+    made = making.made(root, recipe)
     data: RunData = {
         "schema": SCHEMA,
         "name": recipe.get("name") or root.name,
@@ -79,6 +85,7 @@ def _collect(root: Path) -> RunData:
         "missing": [
             {"file": file, "means": text} for file, text in CONSEQUENCES.items() if not (root / file).is_file()
         ],
+        "mixed": [*making.mixed(made), *left_out],
         "provenance": {"env": _json(root / "env.json"), "deployed": _json(root / "deploy" / "recover.json")},
         "plan": _plan_summary(plan),
         "estimate": _json(root / "plan" / "estimate.json"),
@@ -93,6 +100,8 @@ def _collect(root: Path) -> RunData:
         "speed": _json(root / "speed.json"),
         "verify": _json(root / "verify.json"),
         "times": cast(list[StageTime], clock.spent(root)),
+        "made": made,
+        "measured_later": [record["task"] for record in more],
         "samples": side_by_side(records),
         "mistakes": mistakes.counted(records),
         "overlap": _overlap(root / "plan" / "overlap.json"),
@@ -106,6 +115,40 @@ def _collect(root: Path) -> RunData:
     data["title"], data["summary"] = verdict.title(data), verdict.summary(data)
     data["limits"] = [*known_limits(data), *where_programs_ran(records)]
     return words.jsonable(data)
+
+
+def _joined(records: Records, more: list[Json]) -> Records:
+    """The records with those tasks too that were measured later."""
+    joined: Records = {}
+    for model, record in records.items():
+        tasks = {each["task"]: each["models"][model] for each in more if model in each["models"]}
+        whole: Json = {**(record or {}), "tasks": {**((record or {}).get("tasks") or {}), **tasks}}
+        joined[model] = cast(Measure, whole) if record is not None or tasks else None
+    return joined
+
+
+def _for_headline(records: Records, more: list[Json]) -> Records:
+    """With those later tasks alone whose use the recipe's tasks do not measure: what was judged stays as it was."""
+    own = {
+        KINDS[task["kind"]].headline
+        for record in records.values()
+        for task in ((record or {}).get("tasks") or {}).values()
+        if task["kind"] in KINDS
+    }
+    kinds = {each["task"]: next(iter(each["models"].values()))["kind"] for each in more if each["models"]}
+    wanted = [
+        each for each in more if kinds.get(each["task"]) in KINDS and KINDS[kinds[each["task"]]].headline not in own
+    ]
+    joined = _joined(records, wanted)
+    alone = [each for each in wanted if KINDS[kinds[each["task"]]].use is None]
+    for model, record in joined.items():
+        for each in alone if len(alone) == 1 else ():
+            if record is None:
+                continue
+            kind = KINDS[kinds[each["task"]]]
+            value = (each["models"].get(model) or {}).get(kind.main.key)
+            record["headline"] = {**(record.get("headline") or {}), kind.headline: value}
+    return joined
 
 
 def _recipe(root: Path) -> Json:
@@ -315,6 +358,11 @@ def known_limits(data: RunData) -> list[str]:
         limits.append(
             "Choice ranks given options by likelihood. It is no evidence that the model can write the same answer, and "
             "a model at chance level keeps a share of dense that looks better than it is."
+        )
+    if data["measured_later"]:
+        limits.append(
+            f"Measured later, and not among the tasks of the recipe: {', '.join(data['measured_later'])}. Where the "
+            "recipe's own tasks measure a use, they alone decide its verdict and chose the epoch."
         )
     epoch_items = (data["epochs"][-1]["items"] if data["epochs"] else {}) or {}
     full = {row["task"]: row["items"] for row in data["measures"] if row["main"]}

@@ -55,7 +55,8 @@ def _compare(runs: list[ComparedRun], roots: Sequence[Path]) -> Comparison:
         "same_dense": same_dense,
         "comparable": comparable,
         "apart": [
-            line for line in (_dense_apart(runs), _rules_apart(runs), _level_apart(runs), _timed_apart(runs)) if line
+            *filter(None, (_dense_apart(runs), _rules_apart(runs), _level_apart(runs), _timed_apart(runs))),
+            *(f"{run['name']}: {line}" for run in runs for line in run["mixed"]),
         ],
     }
 
@@ -147,6 +148,7 @@ def _run(data: RunData) -> ComparedRun:
         "model": _model(data["recipe"].get("model") or {}),
         "summary": data["summary"],
         "missing": [gap["means"] for gap in data["missing"]],
+        "mixed": data["mixed"],
         "pruned": plan_text.short(data["plan"]),
         "parameters": _ratio(plan.get("parameters_pruned"), plan.get("parameters_dense")),
         "decoding": speed_text.value(speed, "decode_tokens_per_second"),

@@ -519,6 +519,19 @@ class StageTime(TypedDict):
     parts: dict[str, float]
 
 
+class Made(TypedDict):
+    """What a stage was made with, by its stamp; `versions` by package, `inputs` by name their digests."""
+
+    stage: str
+    finished: str
+    recipe: Json
+    differs: list[str]
+    versions: dict[str, str | None]
+    machine: Json | None
+    inputs: dict[str, str]
+    stages: dict[str, str | None]
+
+
 # Pages.
 
 
@@ -539,6 +552,7 @@ class PageData(TypedDict):
     mistakes: list[Mistakes]
     divergence: list[DivergenceRow]
     times: list[StageTime]
+    made: list[Made]
 
 
 class Gap(TypedDict):
@@ -559,6 +573,8 @@ class RunData(PageData):
     schema: int
     summary: str
     missing: list[Gap]
+    mixed: list[str]
+    measured_later: list[str]
     provenance: Provenance
     estimate: Json | None
     measures: list[MeasureRow]
@@ -578,6 +594,7 @@ class ComparedRun(TypedDict):
     model: str
     summary: str
     missing: list[str]
+    mixed: list[str]
     pruned: str
     parameters: float | None
     decoding: float | None

@@ -59,6 +59,7 @@ def collect_diagnosis(folder: Path) -> DiagnosisData:
         "epochs": [],
         "mistakes": [],
         "times": [],
+        "made": [],
         "headline": dict.fromkeys(MODELS),
     }
     return words.jsonable(data)

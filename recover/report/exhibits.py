@@ -113,6 +113,8 @@ EXHIBITS: list[Exhibit] = [
     Exhibit("pruned", "plan", plan.pruned, numbers=True),
     Exhibit("pruned", "repair", tables.repair),
     Exhibit("origin", "times", tables.times),
+    Exhibit("origin", "stages", tables.stages),
+    Exhibit("origin", "inputs", tables.inputs),
 ]
 
 

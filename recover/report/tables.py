@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from recover.report import words
+from recover.report import made, words
 from recover.report.data import CHANGED, PageData, Parted, RetrievalDrift
 from recover.report.drift import by_model, mean_of, spread
 
@@ -219,6 +219,32 @@ def skipped(data: PageData) -> Table | None:
     caption = "Steps that changed nothing, the newest of them: what was not finite, and in which training sequences."
     names = ("step", "found", "sequences", "not finite")
     return Table("Steps left out", caption, tuple((name, "") for name in names), rows, numbers=len(names))
+
+
+def stages(data: PageData) -> Table | None:
+    """What each stage was made with."""
+    rows = made.stage_rows(data)
+    if not rows:
+        return None
+    caption = (
+        "A stage is done again when what it is made from changes, and kept else. “As shown”: with the recipe below. "
+        "Times are UTC; all versions are in report.json."
+    )
+    columns = ("stage", "done", "recover", "with", "recipe")
+    return Table("What each stage was made with", caption, tuple((name, "") for name in columns), rows, len(columns))
+
+
+def inputs(data: PageData) -> Table | None:
+    """Files, data sets and models that the stages read."""
+    rows = made.input_rows(data)
+    if not rows:
+        return None
+    caption = (
+        "Files by the first digits of their SHA-256, files of many megabytes by size and time of change, and what "
+        "comes from a hub by its commit."
+    )
+    columns = (("read", ""), ("as", ""), ("by", ""))
+    return Table("What was read", caption, columns, rows, len(columns))
 
 
 def rates(data: PageData) -> Table | None:

@@ -23,19 +23,20 @@ from torch import LongTensor, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recover.base import console, dist
-from recover.base.artifacts import check_manifest, read_json, read_jsonl, write_text
+from recover.base.artifacts import check_manifest, read_jsonl, write_text
 from recover.base.clock import part
 from recover.base.errors import RecipeError
 from recover.config.recipe import Calibration, Data, DenseText, GivenText, PrunedText, Recipe, TeacherText
 from recover.config.tasks import GenerateFile
-from recover.measure.tasks import Task, check_allowed, load_task
+from recover.measure.tasks import Task, check_allowed, check_names, check_room, load_task
 from recover.models import vocabulary
 from recover.models.held import Held
 from recover.models.load import check_fit, describe, load_model, load_tokenizer, ready
 from recover.models.plan import Plan, load_plan
 from recover.models.source import check_rows, check_tied, check_weights, kind_of, locate, read_config
 from recover.models.twin import Twin
-from recover.prune.calibrate import calibration_batches, read_texts
+from recover.probe.trajectory import check_steps
+from recover.prune.calibrate import calibration_batches, check_asked, read_texts
 from recover.report.data import Overlap
 from recover.report.words import shown_source
 from recover.run.directory import RunDirectory
@@ -46,7 +47,7 @@ from recover.text.prompts import Prompt, encode_prompt
 from recover.train.checkpoints import read_adapter
 from recover.train.sources import check_given, read_prompts, read_rows
 from recover.train.teacher_file import check_teacher, read_teacher
-from recover.train.written_text import fitting_prompts, weights_fingerprint
+from recover.train.written_text import check_answers, fitting_prompts, weights_fingerprint
 
 SAMPLE_ROWS = 4  # of sample_ids
 LOOKED_AT = 100_000  # texts of a source in which measured items are looked for
@@ -85,7 +86,7 @@ class RunContext:
         if cfg is None:
             return []
         if cfg.answer is not None:
-            read_texts(cfg)  # to refuse it now; the answers take the dense model
+            check_asked(cfg, self.tokenizer, describe(self.recipe.model).context)  # the answers take the dense model
             return []
         return calibration_batches(cfg, self.tokenizer, self.recipe.seed)
 
@@ -171,12 +172,12 @@ class RunContext:
         return [encode_prompt(self.tokenizer, prompt, chat=chat) for prompt, chat in prompts[: cfg.samples]]
 
     def best_adapter(self) -> Path:
-        """Folder of the adapter that `recover/best.json` names.
+        """Folder of the adapter of the epoch that is kept (`RunDirectory.best`).
 
         Raises:
             ArtifactError: the folder is gone, or a file of it is not what was written.
         """
-        folder = self.directory.recover / read_json(self.directory.recover / "best.json")["folder"]
+        folder = self.directory.recover / self.directory.best()["folder"]
         check_manifest(folder)
         return folder
 
@@ -191,24 +192,30 @@ class RunContext:
         """Read every file that the run will need, so that a bad one is refused before hours are spent.
 
         Raises:
-            DataError: a task, a prompt, calibration or given text cannot be used, by file and line.
-            ModelError: the weights of a local model are not there, or cut short.
+            DataError: a task, a prompt, calibration or given text cannot be used, by file and line; or one does not fit
+                the model's context, with what is to be written after it.
+            RecipeError: two tasks have one name.
+            ModelError: the weights of a local model are not there, cut short, or have another vocabulary than the
+                config; or the tokenizer gives ids that the model has no row for.
         """
-        if kind_of(self.recipe.model.source) == "folder":
-            folder, model = locate(self.recipe.model), describe(self.recipe.model)
+        model = describe(self.recipe.model)
+        if kind_of(self.recipe.model.source) != "hub":
+            folder = locate(self.recipe.model)
             check_weights(folder)
-            check_rows(folder, model.vocabulary)
             check_tied(folder, model.tied)
-        self.probe_prompts()  # and with them the tasks
-        _ = self.tasks
+            check_rows(folder, model.vocabulary)
+        check_names(self.tasks, "measure.tasks")
+        check_steps(self.probe_prompts(), self.recipe.probe.steps, model.context)
+        check_room(self.tasks, self.tokenizer, self.recipe.measure, model.context)
         _ = self.calibration
-        for source in self.recipe.recover.data:
+        for number, source in enumerate(self.recipe.recover.data):
             if isinstance(source, GivenText):
                 check_given(source, self.tokenizer, self.recipe.recover.length)
             if isinstance(source, DenseText | PrunedText):
-                fitting_prompts(source, self.recipe.recover.length, self.tokenizer)
+                prompts = fitting_prompts(source, self.recipe.recover.length, self.tokenizer)
+                check_answers(prompts, source, number, self.tokenizer, model.context)
             if isinstance(source, TeacherText):
-                check_teacher(source, describe(self.recipe.model).vocabulary, self.tokenizer)
+                check_teacher(source, model.vocabulary, self.tokenizer)
 
 
 @part("looking for measured items in the text")

@@ -14,13 +14,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from recover.base import artifacts, console, products
+from recover.base import artifacts, console, products, provenance
 from recover.base.artifacts import DONE, MANIFEST, explained, explaining, read_json, settle, write_json
 from recover.base.errors import ArtifactError
+from recover.base.hub import COMMIT
 from recover.base.ownership import mark, open_lock, owned, peek, refuse_foreign
 
 SHOWN_CHANGES = 3  # in the reason why a stage is stale
+# Fields that are a matter of memory, time or leave alone: what is made with others of them is as good.
+NO_MATTER = re.compile(
+    r"(measure|probe)\.batch_size|measure\.allow_code_execution|"
+    r"recover\.(cache(\..+)?|shard_weights|gradient_checkpointing|loss\.chunk|save_steps)"
+)
 NOT_DONE = "not done yet"
+SHOWN_DIGITS = 12  # of a commit
 
 KIND = "run"
 STAMP = re.escape(DONE)
@@ -29,7 +36,8 @@ MEASURED = rf"measure\.json|generations\.json|probe\.jsonl?|{STAMP}"
 TRAINED = rf"(?:best|training|trials?)\.json|steps\.jsonl|epoch-\d+|{STAMP}"
 # What a run writes, by folder, as expressions: a crash is mended of these names in these places and of no others.
 WRITTEN = {
-    ".": r"(?:RUN|env|verify|speed|forecast)\.json|recipe\.yaml|report\.(?:json|md|html)|expected\.safetensors|deploy",
+    ".": r"(?:RUN|env|verify|speed|forecast|commits)\.json|recipe\.yaml|report\.(?:json|md|html)"
+    r"|expected\.safetensors|deploy",
     "plan": rf"(?:estimate|overlap)\.json|{STAMP}",
     "dense": MEASURED,
     "prune": rf"plan\.json|(?:masks|weights)\.safetensors|written-[0-9a-f]+\.jsonl|{STAMP}",
@@ -40,9 +48,10 @@ WRITTEN = {
         for stage in ("recover", "trial")
         for below, names in (("", TRAINED), ("/checkpoints", r"checkpoint-\d+"), ("/pruned_text", r"\d+-\d+\.json"))
     },
-    "after": MEASURED,
+    "after": rf"best\.json|{MEASURED}",
     "deploy": STAMP,
     "report": STAMP,
+    "more": r"[A-Za-z0-9][A-Za-z0-9._-]*\.json",
 }
 
 
@@ -55,7 +64,10 @@ class RunDirectory:
         self.plan, self.dense, self.prune = root / "plan", root / "dense", root / "prune"
         self.before, self.recover, self.after = root / "before", root / "recover", root / "after"
         self.deploy, self.report = root / "deploy", root / "report"
+        # Of the epochs as they were measured again later, in another way than training did.
+        self.epochs_again, self.best_again = root / "after" / "epochs.jsonl", root / "after" / "best.json"
         self.epochs, self.verify, self.speed = root / "epochs.jsonl", root / "verify.json", root / "speed.json"
+        self.commits, self.more = root / "commits.json", root / "more"
         self.overlap = self.plan / "overlap.json"
         self.report_json, self.report_md = root / "report.json", root / "report.md"
         self.report_html = root / "report.html"
@@ -139,11 +151,27 @@ class RunDirectory:
             raise ArtifactError(f"{path}: not a stamp; delete it, and the stage is done again")
         return stamp
 
-    def mark_done(self, stage: str, fingerprint: dict[str, Any]) -> None:
-        """Stamp a stage as done with all that it was made from and what it wrote; the last thing it writes."""
-        stamp = {"stage": stage, "finished": datetime.now(UTC).isoformat(), "fingerprint": fingerprint}
+    def mark_done(self, stage: str, fingerprint: dict[str, Any], made: dict[str, Any] | None = None) -> None:
+        """Stamp a stage as done with all that it was made from and what it wrote; the last thing it writes.
+
+        `made`: versions and machine (`provenance.environment`), for the report.
+        """
+        stamp = {"stage": stage, "finished": datetime.now(UTC).isoformat(), "fingerprint": fingerprint, "made": made}
         with explaining(self.root):
             write_json(self.folder(stage) / DONE, {**stamp, "files": products.written(self.root, stage)})
+
+    def commits_on_record(self) -> dict[str, str]:
+        """Of each repository of the hub the commit that this run reads."""
+        found = peek(self.commits)
+        return found if isinstance(found, dict) else {}
+
+    def threads(self) -> int | None:
+        """Threads of torch with which this run was begun on a machine of as many cores as here; None: not begun so."""
+        env = peek(self.env)
+        if not isinstance(env, dict) or (env.get("machine") or {}).get("cores") != provenance.cores():
+            return None
+        found = (env.get("threads") or {}).get("number")
+        return found if isinstance(found, int) and found > 0 else None
 
     def lost(self, stage: str) -> str | None:
         """The first file of a finished stage that is gone or changed, in words; None: all are as they were written."""
@@ -154,6 +182,24 @@ class RunDirectory:
     def unmark(self, stage: str) -> None:
         """Take the stamp away before the stage is worked on again."""
         (self.folder(stage) / DONE).unlink(missing_ok=True)
+
+    def best(self) -> dict[str, Any]:
+        """The record of the epoch that is kept, with those of all `epochs`: as they were measured last.
+
+        Raises ArtifactError if it is not there, or cannot be read.
+        """
+        return read_json(self.best_again if self.best_again.exists() else self.recover / "best.json")
+
+    @property
+    def measured(self) -> dict[str, Path]:
+        """Where the record of each model lies."""
+        return {"dense": self.dense, "pruned": self.before, "recovered": self.after}
+
+    def carried(self) -> dict[str, Any]:
+        """The headline figures of each model, and the epoch that is kept; None for what is not there."""
+        records = {model: peek(folder / "measure.json") or {} for model, folder in self.measured.items()}
+        best = peek(self.best_again) or peek(self.recover / "best.json") or {}
+        return {"epoch": best.get("epoch"), **{model: record.get("headline") for model, record in records.items()}}
 
     def forget_training(self) -> None:
         """Have a training that is finished begin anew, and not be lengthened; one that is not finished goes on."""
@@ -168,8 +214,7 @@ class RunDirectory:
         stamp = self.done(stage)
         if stamp is None:
             return NOT_DONE
-        before = dict(artifacts.leaves(stamp["fingerprint"]))
-        now = dict(artifacts.leaves(artifacts.plain(fingerprint)))
+        before, now = _compared(stamp, artifacts.plain(fingerprint))
         changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if not changed:
             return self.lost(stage)
@@ -195,11 +240,40 @@ def _is_stamp(value: Any, stage: str) -> bool:
     return isinstance(value, dict) and value.get("stage") == stage and isinstance(value.get("fingerprint"), dict)
 
 
+def _compared(stamp: dict[str, Any], fingerprint: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """The leaves of a stamp's fingerprint and of the one that is asked for now, without those of no matter.
+
+    A stamp of an earlier version knows other sections, inputs and stages: what only one side knows says nothing then.
+    """
+    before, now = (dict(artifacts.leaves(side)) for side in (stamp["fingerprint"], fingerprint))
+    if "made" not in stamp:
+        known, both = fingerprint.keys() & stamp["fingerprint"].keys(), before.keys() & now.keys()
+
+        def counts(name: str) -> bool:
+            section = next((each for each in known if name == each or name.startswith(f"{each}.")), None)
+            return section is not None and (section not in ("inputs", "stages") or name in both)
+
+        before, now = ({name: text for name, text in side.items() if counts(name)} for side in (before, now))
+    before, now = (
+        {name: text for name, text in side.items() if not NO_MATTER.fullmatch(name)} for side in (before, now)
+    )
+    return before, now
+
+
+def _input_change(name: str, before: str | None, now: str | None) -> str:
+    if before is None or now is None:
+        return f"{name} is new" if before is None else f"{name} is not read any more"
+    commits = [value.strip('"') for value in (before, now)]
+    if all(COMMIT.fullmatch(value) for value in commits):
+        return f"{name}: commit {' -> '.join(value[:SHOWN_DIGITS] for value in commits)}"
+    return f"{name} was changed"
+
+
 def _change(name: str, before: dict[str, Any], now: dict[str, Any]) -> str:
     """One difference of two fingerprints in words; times of stages and digests of files say nothing to a reader."""
     part, _, rest = name.partition(".")
     if part == "stages":
         return f"{rest} was done again"
-    if part == "inputs" and name in before and name in now:
-        return f"{rest} was changed"
+    if part == "inputs":
+        return _input_change(rest, before.get(name), now.get(name))
     return f"{name}: {before.get(name, 'absent')} -> {now.get(name, 'absent')}".replace('"', "")

@@ -36,6 +36,12 @@ def refuse(recipe: Recipe, model: Description) -> None:
     except PruneError as error:
         raise RecipeError(str(error)) from None
     _refuse_cache(recipe, model)
+    calibration = getattr(recipe.prune, "calibration", None)
+    if calibration is not None and calibration.length > (model.context or calibration.length):
+        raise RecipeError(
+            f"prune.calibration.length: {calibration.length} tokens, the model's context is {model.context}: give at "
+            "most that"
+        )
     if recipe.recover.length > (model.context or recipe.recover.length):
         raise RecipeError(f"recover.length: {recipe.recover.length} tokens, the model's context is {model.context}")
     _refuse_training(recipe.recover)

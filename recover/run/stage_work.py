@@ -13,13 +13,14 @@ import transformers
 from torch import LongTensor
 
 from recover import __version__
-from recover.base import artifacts, console, dist, provenance, units
-from recover.base.artifacts import append_jsonl, read_json, read_jsonl, write_json, write_text
+from recover.base import artifacts, console, dist, provenance, threads, units
+from recover.base.artifacts import append_jsonl, check_manifest, read_json, read_jsonl, write_json, write_text
 from recover.base.clock import part
+from recover.base.errors import ArtifactError
 from recover.base.journal import Journal
 from recover.config.base import Dtype
 from recover.config.paths import without_folders
-from recover.config.recipe import Model, dump_recipe
+from recover.config.recipe import Measure, Model, Recipe, dump_recipe
 from recover.export.card import card
 from recover.export.merge import merge
 from recover.export.verify import fresh_process, verify, write_expected
@@ -28,7 +29,7 @@ from recover.measure.speed import compare_speed
 from recover.measure.tasks import measure
 from recover.models.load import describe, load_model, ready
 from recover.models.plan import save_plan
-from recover.models.source import code_of, commits, exported_dtype, stored_dtype
+from recover.models.source import code_of, exported_dtype, stored_dtype
 from recover.models.twin import Twin
 from recover.probe.probe import dense_trajectories, final_drift, probe, summary
 from recover.probe.tasks import task_drift
@@ -39,33 +40,49 @@ from recover.report.render import render
 from recover.report.setbacks import advice, sentence
 from recover.run import summary as outcome
 from recover.run.context import RunContext, calibration, overlap_record
+from recover.run.directory import RunDirectory
 from recover.run.estimate import estimate, matrix_rate, rate_plan, refuse, warnings
+from recover.run.input_digests import digests
 from recover.run.setbacks import setbacks
 from recover.train import trials
+from recover.train.checkpoints import best_of, read_adapter
 from recover.train.train import train
 from recover.train.written_text import weights_fingerprint
 
 
 def plan(context: RunContext) -> None:
-    """Refuse what cannot work and say what the rest will cost, before any weight is loaded."""
+    """As `checked`; recipe, environment and estimates are put on record."""
     recipe, directory = context.recipe, context.directory
+    found = checked(context)
+    if dist.is_main():
+        write_text(directory.recipe, dump_recipe(recipe))
+        said = {"remote_code": found["code"], "commits": directory.commits_on_record() or None}
+        known = {name: value for name, value in said.items() if value is not None}
+        write_json(directory.env, provenance.environment() | known)
+        write_json(directory.plan / "estimate.json", found["estimate"])
+        write_json(directory.overlap, found["overlap"])
+
+
+def checked(context: RunContext) -> dict[str, Any]:
+    """Refuse what cannot work and say what the rest will cost, before any weight is loaded; nothing is written.
+
+    Gives the `estimate`, the `code` of others that will run (None: none is let run), and on the main process the
+    `overlap` of measured items with the text.
+    """
+    recipe = context.recipe
     code = _say_code(recipe.model)
     model = describe(recipe.model)
     refuse(recipe, model)
+    threads.chosen(model.width, model.intermediate, context.directory.threads())
     context.check_inputs()
     figures = estimate(recipe, model, matrix_rate())
-    if not dist.is_main():
-        return
-    write_text(directory.recipe, dump_recipe(recipe))
-    said = {"remote_code": code, "commits": commits(recipe.model) or None}
-    known = {name: value for name, value in said.items() if value is not None}
-    write_json(directory.env, provenance.environment() | known)
     auto = [*map(asdict, context.chosen)]
     if "lr" in recipe.recover.auto:
         auto.append({"field": "lr", "value": "auto", "why": rate_plan(recipe.recover, model.width)})
-    write_json(directory.plan / "estimate.json", {**figures, "auto": auto})
-    overlaps = overlap_record(context)
-    write_json(directory.overlap, overlaps)
+    record = {"estimate": {**figures, "auto": auto}, "code": code, "overlap": None}
+    if not dist.is_main():
+        return record
+    record["overlap"] = overlaps = overlap_record(context)
     console.table("plan (estimates)", ["what", "dense", "pruned"], _plan_rows(figures))
     for each in auto:
         console.say(f"recover.{each['field']}: {each['value']}: {each['why']}")
@@ -73,6 +90,7 @@ def plan(context: RunContext) -> None:
         console.warn(line)
     for line in overlap.lines(overlaps):
         console.warn(line) if overlaps["found"] else console.say(f"[dim]{line}[/dim]")
+    return record
 
 
 def _say_code(cfg: Model) -> list[str] | None:
@@ -152,6 +170,7 @@ def before(context: RunContext) -> None:
 def recover(context: RunContext) -> None:
     """Distil; after each epoch measure generation again, and keep the epoch that generates best."""
     recipe, directory = context.recipe, context.directory
+    dist.on_main(lambda: _forget_epochs_again(directory))
     twin = context.lend()
     untrained = read_json(directory.before / "measure.json")
     after_epoch = _after_epoch(context, twin, untrained)
@@ -174,32 +193,15 @@ def _after_epoch(
 
     `untrained`: the pruned model's measurement. `twin` has no adapters yet.
     """
-    recipe, directory = context.recipe, context.directory
-    limits = [value for value in (recipe.measure.epoch_limit, recipe.measure.limit) if value is not None]
-    limit = min(limits, default=None)
-    reference = read_json(directory.dense / "generations.json")
-    prompts = context.probe_prompts()
-    trajectories = dense_trajectories(twin, context.tokenizer, prompts, recipe.probe)
-    drift = final_drift(twin, context.tokenizer, prompts, recipe.probe, trajectories=trajectories)
-    pruned, dumped = {"measure": untrained, "drift": drift}, recipe.model_dump(mode="json")
+    directory, drift = context.directory, _drift_of_epochs(context, twin)
+    pruned, dumped = {"measure": untrained, "drift": drift()}, context.recipe.model_dump(mode="json")
 
     def score(epoch: int, progress: dict[str, Any]) -> float | None:
-        with twin.folded():
-            record, _ = measure(
-                twin.model,
-                context.tokenizer,
-                context.tasks,
-                recipe.measure,
-                reference=reference,
-                limit=limit,
-                seed=recipe.seed,
-            )
-            drift = final_drift(twin, context.tokenizer, prompts, recipe.probe, trajectories=trajectories)
-        value = record["headline"]["generation"]
+        found = _measured_epoch(context, twin, drift)
         if dist.is_main():
             if epoch == 1:
                 directory.epochs.unlink(missing_ok=True)  # of a training that was begun anew
-            now = {"epoch": epoch, **progress, "measure": record, "drift": drift, "score": value}
+            now = {"epoch": epoch, **progress, **found}
             past = read_jsonl(directory.epochs) if directory.epochs.exists() else []
             worse = setbacks(now, pruned, [each for each in past if each["epoch"] < epoch])
             append_jsonl(directory.epochs, {**now, "setbacks": worse})
@@ -208,9 +210,48 @@ def _after_epoch(
                 *advice(worse, dumped, _rate(context)),
             ]:
                 console.warn(line)
-        return value
+        return found["score"]
 
     return score
+
+
+def _epoch_limit(cfg: Measure) -> int | None:
+    """Items of each task after an epoch; None: all."""
+    return min((value for value in (cfg.epoch_limit, cfg.limit) if value is not None), default=None)
+
+
+def _measured_with(recipe: Recipe) -> dict[str, Any]:
+    """All that the figures of an epoch depend on, beside the weights."""
+    measured = recipe.measure.model_dump(mode="json", include={"tasks", "max_new_tokens", "sampling"})
+    probed = recipe.probe.model_dump(mode="json", include={"prompts", "samples", "steps"})
+    fields = {"measure": {**measured, "limit": _epoch_limit(recipe.measure)}, "probe": probed}
+    return {**fields, "inputs": digests(fields)}
+
+
+def _drift_of_epochs(context: RunContext, twin: Twin) -> Callable[[], dict[str, Any]]:
+    """What measures the drift of the twin as it is then, along trajectories that dense takes once."""
+    prompts, cfg = context.probe_prompts(), context.recipe.probe
+    trajectories = dense_trajectories(twin, context.tokenizer, prompts, cfg)
+    return lambda: final_drift(twin, context.tokenizer, prompts, cfg, trajectories=trajectories)
+
+
+def _measured_epoch(context: RunContext, twin: Twin, drift: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The part of a record of epochs.jsonl that measures the adapter which the twin has; `score` decides."""
+    recipe = context.recipe
+    reference = read_json(context.directory.dense / "generations.json")
+    with twin.folded():
+        record, _ = measure(
+            twin.model,
+            context.tokenizer,
+            context.tasks,
+            recipe.measure,
+            reference=reference,
+            limit=_epoch_limit(recipe.measure),
+            seed=recipe.seed,
+        )
+        drifted = drift()
+    score = record["headline"]["generation"]
+    return {"measure": record, "drift": drifted, "score": score, "measured_with": _measured_with(recipe)}
 
 
 def _rate(context: RunContext) -> float:
@@ -220,8 +261,69 @@ def _rate(context: RunContext) -> float:
 
 
 def after(context: RunContext) -> None:
-    """Probe and measure the recovered model, from the adapter on disk."""
+    """Probe and measure the recovered model, from the adapter on disk: that of the epoch that generates best.
+
+    Epochs that were measured in another way than is asked for now are measured again before, from their adapters.
+    """
+    _epochs_again(context)
     _probe_and_measure(context, context.recovered(), context.directory.after)
+
+
+def _epochs_again(context: RunContext) -> None:
+    directory, wanted = context.directory, artifacts.plain(_measured_with(context.recipe))
+    best = read_json(directory.recover / "best.json")
+    trained = {record["epoch"]: record for record in read_jsonl(directory.epochs)}
+    fits = all(trained[each["epoch"]].get("measured_with") == wanted for each in best["epochs"])
+    if fits or not trained:
+        dist.on_main(lambda: _forget_epochs_again(directory))
+        return
+    known = _known_again(directory, wanted)
+    twin = context.recovered()
+    drift = _drift_of_epochs(context, twin)
+    rows = []
+    for each in best["epochs"]:
+        epoch, folder = each["epoch"], directory.recover / each["folder"]
+        if epoch not in known:
+            try:
+                dist.on_main(lambda folder=folder: check_manifest(folder))
+            except ArtifactError as error:
+                console.warn(f"epoch {epoch} cannot be measured again and is not chosen from: {error}")
+                continue
+            read_adapter(twin.model, folder)
+            past = {name: value for name, value in trained[epoch].items() if name != "setbacks"}
+            known[epoch] = {**past, **_measured_epoch(context, twin, drift)}
+            if dist.is_main():
+                append_jsonl(directory.epochs_again, known[epoch])
+        rows.append({**each, "score": known[epoch]["score"]})
+        score = known[epoch]["score"]
+        shown = "generation not measured" if score is None else f"generation {score:.1%}"
+        console.say(f"epoch {epoch}, measured again from its adapter: {shown}")
+    context.release()  # the twin has the adapter of the last epoch
+    if not rows:
+        raise ArtifactError(
+            f"{directory.recover}: no adapter of an epoch is as it was written, so none can be measured again: put one "
+            "back, or train again: recover run RECIPE --from recover"
+        )
+    dist.on_main(lambda: write_json(directory.best_again, {**best_of(rows), "epochs": rows}))
+
+
+def _known_again(directory: RunDirectory, wanted: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Epochs that an earlier call, which was stopped, measured again as is `wanted`; other records go."""
+
+    def read() -> dict[int, dict[str, Any]]:
+        there = read_jsonl(directory.epochs_again) if directory.epochs_again.exists() else []
+        known = {record["epoch"]: record for record in there if record.get("measured_with") == wanted}
+        directory.best_again.unlink(missing_ok=True)
+        if len(known) < len(there):
+            write_text(directory.epochs_again, "".join(f"{artifacts.dumps(each)}\n" for each in known.values()))
+        return known
+
+    return dist.on_main(read)
+
+
+def _forget_epochs_again(directory: RunDirectory) -> None:
+    for path in (directory.best_again, directory.epochs_again):
+        path.unlink(missing_ok=True)
 
 
 def export(context: RunContext) -> None:
@@ -274,8 +376,9 @@ def _card_and_record(context: RunContext) -> tuple[str, dict[str, Any]]:
     recipe, directory = context.recipe, context.directory
     folders = {"dense": directory.dense, "pruned": directory.before, "recovered": directory.after}
     headlines = {name: read_json(folder / "measure.json")["headline"] for name, folder in folders.items()}
-    best = read_json(directory.recover / "best.json")["epoch"]
-    kept = [record for record in read_jsonl(directory.epochs) if record["epoch"] == best][-1]
+    best = directory.best()["epoch"]
+    epochs = directory.epochs_again if directory.best_again.exists() else directory.epochs
+    kept = [record for record in read_jsonl(epochs) if record["epoch"] == best][-1]
     environment = provenance.environment()
     facts = {
         "teacher-scored tokens": f"{kept['tokens']:,} (epoch {kept['epoch']}, the one that generates best)",
@@ -289,6 +392,7 @@ def _card_and_record(context: RunContext) -> tuple[str, dict[str, Any]]:
         "headlines": headlines,
         "kept": kept,
         "environment": environment,
+        "commits": directory.commits_on_record(),
     }
     return card(recipe, read_json(directory.prune / "plan.json"), headlines, facts), record
 

@@ -16,34 +16,33 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recover.base import console, dist, units
+from recover.base import console, dist, hub, provenance, units
+from recover.base.artifacts import write_json
 from recover.base.clock import Clock, note, stage_clock
 from recover.base.console import quiet_libraries
 from recover.base.errors import ArtifactError, RecipeError
-from recover.base.ownership import peek
 from recover.base.signals import graceful_stop
 from recover.config.recipe import Recipe, load_recipe
-from recover.run.directory import NOT_DONE, RunDirectory
-from recover.run.input_digests import digests
+from recover.run.directory import NOT_DONE, SHOWN_DIGITS, RunDirectory
+from recover.run.input_digests import digests, repositories
 
 if TYPE_CHECKING:
     from recover.run.context import RunContext
-
-# Training reads these fields of the probe alone: what else is probed before and after asks for no training anew.
-DRIFT_OF_EPOCHS = ("probe.prompts", "probe.subset", "probe.split", "probe.samples", "probe.steps", "probe.batch_size")
 
 
 @dataclass(frozen=True)
 class Stage:
     """One stage: `fields` of the recipe and the stages whose files it `reads` are all that it is made from.
 
-    `always`: seconds of work, done again at every run, so that it is never out of date.
+    `always`: seconds of work, done again at every run, so that it is never out of date. `carries`: figures of other
+    stages, and the epoch that is kept, go into what it writes; these themselves count, and not when they were made.
     """
 
     name: str
     fields: tuple[str, ...]
     reads: tuple[str, ...] = ()
     always: bool = False
+    carries: bool = False
 
     def run(self, context: RunContext) -> None:
         """Do the work; raises what its function in `stage_work.py` raises."""
@@ -52,15 +51,16 @@ class Stage:
         WORK[self.name](context)
 
 
-# In their order.
+# In their order. Training reads nothing that measuring alone depends on: it measures after each epoch, and where that
+# is done in another way later, stage `after` measures the epochs again from their adapters.
 TABLE = (
     Stage("plan", ("name", "seed", "model", "prune", "probe", "recover", "measure", "export"), always=True),
     Stage("dense", ("seed", "model", "measure")),
     Stage("prune", ("seed", "model", "prune")),
     Stage("before", ("seed", "model", "prune", "probe", "measure"), reads=("dense", "prune")),
-    Stage("recover", ("seed", "model", "prune", *DRIFT_OF_EPOCHS, "measure", "recover"), reads=("dense", "prune")),
+    Stage("recover", ("seed", "model", "prune", "recover"), reads=("prune",)),
     Stage("after", ("seed", "model", "prune", "probe", "measure", "recover"), reads=("dense", "prune", "recover")),
-    Stage("export", ("seed", "name", "model", "prune", "recover", "export"), reads=("prune", "recover")),
+    Stage("export", ("seed", "name", "model", "prune", "recover", "export"), reads=("prune", "recover"), carries=True),
     Stage("report", ("name",), reads=("dense", "prune", "before", "recover", "after", "export"), always=True),
 )
 OF = {stage.name: stage for stage in TABLE}
@@ -74,7 +74,8 @@ PLAIN = (NOT_DONE, UP_TO_DATE)  # reasons that go without saying
 def run(recipe: Recipe, root: Path, *, until: str = "report", start: str | None = None) -> RunDirectory:
     """Bring the run up to date through stage `until`, and give back its directory.
 
-    A stage that is done and not stale is skipped; from `start` on every stage is done again.
+    A stage that is done and not stale is skipped; from `start` on every stage is done again. Until `plan`, nothing is
+    written: the recipe is checked, what it will cost is said, and which stages of a run that is there would be done.
 
     Raises:
         RecoverError: one of its kinds, by what went wrong; stages that were done stay done.
@@ -87,22 +88,74 @@ def run(recipe: Recipe, root: Path, *, until: str = "report", start: str | None 
     quiet_libraries()
     dist.start()
     # After `quiet_libraries`, which sets what libraries read at import.
-    from recover.models.source import pin
     from recover.run.stage_work import RunContext
 
     libraries = time.perf_counter() - began
     directory = RunDirectory(root / recipe.name)
+    if until == STAGES[0]:
+        pin(recipe, directory)
+        _only_plan(RunContext(recipe, directory))
+        return directory
     with graceful_stop(), directory.lock() if dist.is_main() else nullcontext():
         if until in ("export", "report") and dist.is_main():
             directory.refuse_foreign_deploy()
-        if start != STAGES[0]:  # all is done again: then with what the hub has now
-            recorded = peek(directory.env)
-            pin(recipe.model, recorded.get("commits") if isinstance(recorded, dict) else None)
+        pin(recipe, directory, anew=start == STAGES[0])
+        if dist.is_main():
+            note_commits(directory)
         context = RunContext(recipe, directory)
         for stage in STAGES[: STAGES.index(until) + 1]:
             forced = start is not None and STAGES.index(stage) >= STAGES.index(start)
             _bring_up_to_date(stage, context, forced=forced, before=libraries if stage == STAGES[0] else 0.0)
     return directory
+
+
+def pin(recipe: Recipe, directory: RunDirectory, *, anew: bool = False) -> None:
+    """Have every process read of the hub the commits that this run has on record, and the hub's of now of the others.
+
+    `anew`: of all of them those of now.
+    """
+    wanted = repositories(recipe.model_dump(mode="json"))
+    hub.forget()
+    hub.pin(dist.on_main(lambda: _commits(wanted, directory, anew=anew)))
+
+
+def _commits(wanted: list[hub.Repository], directory: RunDirectory, *, anew: bool) -> dict[str, str]:
+    recorded = {} if anew else directory.commits_on_record()
+    hub.pin({str(each): recorded[str(each)] for each in wanted if str(each) in recorded})
+    for each in wanted:
+        with suppress(hub.NoCommit):  # who reads it says so, with the field's name
+            found, now = hub.commit(each), hub.newest(each) if str(each) in recorded else None
+            if now is not None and now != found:
+                console.warn(
+                    f"{each}: has moved on to commit {now[:SHOWN_DIGITS]}; this run stays with {found[:SHOWN_DIGITS]}, "
+                    "which it began with. For the new one: recover run RECIPE --fresh"
+                )
+    return hub.pinned(wanted)
+
+
+def note_commits(directory: RunDirectory) -> None:
+    """Put on record which commits of the hub this run reads, if it reads any."""
+    if hub.pinned() != directory.commits_on_record():
+        write_json(directory.commits, hub.pinned())
+
+
+def _only_plan(context: RunContext) -> None:
+    """Check, and say what a run would do; nothing is written: the folder may hold a finished run of another recipe."""
+    from recover.run.stage_work import checked
+
+    dist.on_main(context.directory.refuse_foreign)
+    checked(context)
+    if dist.is_main() and context.directory.is_run:
+        rows = [_planned(stage, context) for stage in STAGES if not OF[stage].always]
+        console.table(f"{context.directory.root}: what a run would do", ["stage", "what", "why"], rows)
+
+
+def _planned(stage: str, context: RunContext) -> list[str]:
+    """A row for a stage of a run that is there: kept, to do, or again, and why."""
+    reason = context.directory.stale_reason(stage, fingerprint(stage, context.recipe, context.directory))
+    if reason is None:
+        return [stage, "kept", ""]
+    return [stage, "to do", ""] if reason == NOT_DONE else [stage, "again", reason]
 
 
 def _bring_up_to_date(stage: str, context: RunContext, *, forced: bool, before: float) -> None:
@@ -128,7 +181,7 @@ def _bring_up_to_date(stage: str, context: RunContext, *, forced: bool, before: 
         OF[stage].run(context)
         dist.barrier()
         if dist.is_main():
-            context.directory.mark_done(stage, marks)
+            context.directory.mark_done(stage, marks, provenance.environment())
     if stage != "report":  # whose last lines are the outcome of the run
         console.say(f"[dim]{stage} took {units.duration(clock.seconds)}[/dim]")
 
@@ -177,13 +230,15 @@ def fingerprint(stage: str, recipe: Recipe, directory: RunDirectory) -> dict[str
     resolved = recipe.model_dump(mode="json")
     leaves = {cfg: reduce(lambda tree, name: tree[name], cfg.split("."), resolved) for cfg in OF[stage].fields}
     stamps = {name: (directory.done(name) or {}).get("finished") for name in OF[stage].reads}
-    return {**leaves, "inputs": digests(leaves), "stages": stamps}
+    carried = {"carried": directory.carried()} if OF[stage].carries else {}
+    return {**leaves, **carried, "inputs": digests(leaves), "stages": stamps}
 
 
 def status(root: Path) -> list[dict[str, Any]]:
     """For each stage of a run directory: done or not, when, and why it is stale against its own recipe."""
     directory = RunDirectory(root)
     recipe = load_recipe(directory.recipe)
+    hub.pin(directory.commits_on_record())
     rows = []
     for stage in STAGES:
         stamp = directory.done(stage)

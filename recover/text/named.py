@@ -17,7 +17,7 @@ from urllib.error import HTTPError
 from recover.base import console
 from recover.base.errors import DataError
 from recover.config.named import BLEND, Part, Source, blend_paths, read_blend
-from recover.text.read import Row, rows_at
+from recover.text.read import EmptyColumn, Row, rows_at
 from recover.text.rows import (
     FUNCTIONS,
     GENERATOR,
@@ -186,7 +186,10 @@ def _prompts(part: Part, source: Source, folder: Path) -> list[Row]:
         revision=source.revision,
     )
     for where, row in rows:
-        text = filled(template, row, where).strip()
+        try:
+            text = filled(template, row, where).strip()
+        except EmptyColumn:
+            continue
         if text:
             found.setdefault(text, Row(where, {"prompt": text}))
     prompts = list(found.values())

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from recover.base import console
+from recover.base import console, hub
 from recover.base.artifacts import whole_characters
 from recover.base.errors import DataError
 from recover.config.paths import ROWS, SHEETS, TABLES, TEXTS, ending, matching, meant
@@ -270,6 +270,7 @@ def _table(path: Path, what: str) -> Iterator[tuple[str, Any]]:
                 table = ipc.open_stream(path).read_all()
             except ArrowInvalid:  # the other of Arrow's two forms, with its parts listed at the end
                 table = ipc.open_file(path).read_all()
+        table.validate(full=True)  # Arrow believes offsets that lead out of the file, and crashes
         rows = table.to_pylist()
     except OSError as error:
         raise DataError(f"{what}{unread(path, error)}") from None
@@ -302,6 +303,8 @@ class DataSet(Sequence[Row]):
         self.source = source
         try:
             rows = _data_set(source, subset, split, revision)
+        except hub.NoCommit as error:
+            raise DataError(f"{source}: neither {kinds} nor a data set that can be had: {error}") from error
         except Exception as error:  # of `datasets`, of Arrow, of whichever reader of files they have
             if "config" in str(error).lower() and "available" in str(error):
                 asked = "it has several configurations" if subset is None else f"no configuration '{subset}'"
@@ -337,7 +340,7 @@ def _data_set(source: str, subset: str | None, split: str, revision: str | None)
     if folder.is_file():  # escaped: `datasets` takes every name for a pattern
         return datasets.load_dataset("parquet", data_files=glob.escape(source), split="train")
     if not folder.is_dir():
-        return datasets.load_dataset(source, subset, split=split, revision=revision)
+        return datasets.load_dataset(source, subset, split=split, revision=_commit(source, revision))
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         saved: Any = datasets.load_from_disk(source)
         if not isinstance(saved, dict):
@@ -374,6 +377,20 @@ def _causes(error: BaseException) -> str:
             said.append(text)
         found = found.__cause__ or found.__context__
     return ": ".join(said)
+
+
+def _commit(source: str, revision: str | None) -> str | None:
+    """The commit of a data set of the hub; None where only the copy that `datasets` made is there, and no hub."""
+    from datasets import config
+
+    if not hub.named(source):
+        raise hub.NoCommit(f"{source!r} cannot be the name of one of the hub: check the path")
+    try:
+        return hub.commit(hub.Repository("dataset", source, revision))
+    except hub.NoCommit:
+        if Path(config.HF_DATASETS_CACHE, source.replace("/", "___")).is_dir():
+            return None
+        raise
 
 
 def _line(error: Exception) -> str:

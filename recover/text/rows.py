@@ -65,7 +65,7 @@ def rows_of(
     elif data.startswith(FUNCTIONS):
         yield from _functions(data.removeprefix(FUNCTIONS))
     elif data.startswith(PACKAGE):
-        yield from _values(str(_in_package(data.removeprefix(PACKAGE))), None, split)
+        yield from _values(str(in_package(data.removeprefix(PACKAGE))), None, split)
     else:
         there = ending(data) or matching(folder / data)
         yield from _values(str(folder / data) if there else data, subset, split, revision)
@@ -78,7 +78,7 @@ def _values(source: str, subset: str | None, split: str, revision: str | None = 
         yield row.where, row.value
 
 
-def _in_package(name: str) -> Path:
+def in_package(name: str) -> Path:
     """The file, or the pattern of several, found without importing it: its code has no say in a measurement."""
     module, _, rest = name.partition("/")
     places = places_of(module)

@@ -14,7 +14,7 @@ from recover.base import artifacts, console, dist, units
 from recover.base.artifacts import read_json, write_json
 from recover.base.errors import ArtifactError, TrainingError
 from recover.config.recipe import StopEarly
-from recover.train.checkpoints import STEPS, publish_adapter
+from recover.train.checkpoints import STEPS, best_of, publish_adapter
 from recover.train.course import Totals
 from recover.train.settings import early_ends
 from recover.train.trainer import RecoverTrainer
@@ -132,7 +132,7 @@ class Epochs(TrainerCallback):
     @property
     def best(self) -> dict[str, Any]:
         """The record of the epoch to keep."""
-        return max(self.records, key=_merit)
+        return best_of(self.records)
 
     def on_train_begin(self, args, state, control, model=None, **_: Any) -> Any:
         _check_adapter_dtype(model)
@@ -235,11 +235,6 @@ class Epochs(TrainerCallback):
     def _write_best(self) -> None:
         if dist.is_main():
             write_json(self.folder / "best.json", {**self.best, "epochs": self.records})
-
-
-def _merit(record: dict[str, Any]) -> tuple[float, float]:
-    """`max` takes the first of equal ones; a score, where there is one, decides alone."""
-    return (-record["loss"], 0.0) if record["score"] is None else (record["score"], 0.0)
 
 
 def _check_adapter_dtype(model: Any) -> None:

@@ -57,6 +57,14 @@ EPOCH, CHECKPOINT = re.compile(r"epoch-\d+"), re.compile(r"checkpoint-\d+")
 KEPT = 2  # the newest, and the one before: whoever finds the newest broken goes on from it
 
 
+def best_of(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The record of the epoch to keep: of the highest score, and where there is none of the lowest training loss.
+
+    The first of equal ones.
+    """
+    return max(records, key=lambda record: -record["loss"] if record["score"] is None else record["score"])
+
+
 def write_adapter(model: PeftModel, folder: Path) -> None:
     """Write the adapter's two files into `folder`. All processes must call it (ZeRO-3 gathers the adapter)."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -43,6 +43,11 @@ if TYPE_CHECKING:
 
     from recover.models.twin import Twin
 
+# Fields that say how the course is computed, and change none of it.
+NO_MATTER: dict[str, Any] = {
+    **dict.fromkeys(("cache", "shard_weights", "gradient_checkpointing", "save_steps"), True),
+    "loss": {"chunk"},
+}
 LENGTHENED = ("tokens", "epochs", "patience", "stop", "save_steps")  # what may change when a finished training goes on
 LARGEST_GRAPHED = 4_000_000_000  # parameters; a 7B model's step spends its time in the kernels
 
@@ -278,7 +283,7 @@ def _asked(twin: Twin, cfg: Recover, seed: int, *, packed: bool) -> Asked:
     steps that is made, so such a training is not lengthened.
     """
     plan = {name: value for name, value in twin.plan.to_json().items() if name != "scores"}
-    config = cfg.model_dump(mode="json", exclude={"cache", "shard_weights"})
+    config = cfg.model_dump(mode="json", exclude=NO_MATTER)
     described = {
         "config": config,
         "seed": seed,

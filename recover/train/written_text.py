@@ -168,6 +168,27 @@ def fitting_prompts(source: DenseText | PrunedText, length: int, tokenizer: PreT
     return prompts
 
 
+def check_answers(
+    prompts: Sequence[Row],
+    source: DenseText | PrunedText,
+    number: int,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int | None,
+) -> None:
+    """Raises DataError where an answer of full length to one of the prompts would exceed the model's context.
+
+    `number`: of the source among `recover.data`.
+    """
+    for row in prompts:
+        found = len(encode_prompt(tokenizer, row.value["prompt"], chat=source.chat))
+        if context is not None and found + source.max_new_tokens > context:
+            raise DataError(
+                f"recover.data.{number}.max_new_tokens: {source.max_new_tokens} tokens after the prompt of "
+                f"{row.where}, which has {found}, exceed the model's context of {context}: lower it, or leave that "
+                "prompt out"
+            )
+
+
 def in_rounds(prompts: Sequence[Row], first: int, count: int, seed: int) -> list[Row]:
     """`count` prompts from number `first` on, of an endless row of rounds, each of all prompts in another order."""
     chosen: list[Row] = []

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from recover.base.errors import DataError
 from recover.config.tasks import ChoiceFile, Row
 from recover.maths.score import interval95, mean
@@ -113,4 +115,9 @@ def _complete(file: ChoiceFile, item: Choice) -> str:
     return file.separator + item.options[item.label]
 
 
-WORK = Work(_choice, measure_choice, complete=_complete)
+def _size(tokenizer: PreTrainedTokenizerBase, file: ChoiceFile, item: Choice) -> int:
+    rows = option_rows(tokenizer, item.prompt, item.options, separator=file.separator, chat=file.wraps)
+    return max(len(row.ids) for row in rows)
+
+
+WORK = Work(_choice, measure_choice, complete=_complete, size=_size)

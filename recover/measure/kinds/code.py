@@ -17,7 +17,7 @@ from recover.maths.score import interval95, mean
 from recover.measure.kinds.work import Generations, Measured, Record, Work
 from recover.measure.model import ModelUnderTest
 from recover.measure.sandbox import UNCONFINED, WALLED, Outcome, Program, run_programs
-from recover.measure.texts import OF_CODE, mistake, mistakes, pass_at_k, sampling_of, shape, written
+from recover.measure.texts import OF_CODE, mistake, mistakes, pass_at_k, prompt_size, sampling_of, shape, written
 from recover.text.generate import Generation
 from recover.text.rows import filled
 
@@ -123,4 +123,4 @@ def _samples(items: Sequence[Problem], greedy: Sequence[Generation], outcomes: S
     ]
 
 
-WORK = Work(_problem, measure_code)
+WORK = Work(_problem, measure_code, size=prompt_size)

@@ -10,7 +10,17 @@ from recover.config.tasks import GenerateFile, Reading, Row
 from recover.maths.score import extract, interval95, is_right, mean
 from recover.measure.kinds.work import Generations, Measured, Record, Work
 from recover.measure.model import ModelUnderTest
-from recover.measure.texts import OF_TEXT, against, mistake, mistakes, pass_at_k, sampling_of, shape, written
+from recover.measure.texts import (
+    OF_TEXT,
+    against,
+    mistake,
+    mistakes,
+    pass_at_k,
+    prompt_size,
+    sampling_of,
+    shape,
+    written,
+)
 from recover.text.generate import Generation
 from recover.text.rows import column, filled
 
@@ -111,4 +121,4 @@ def _complete(_file: GenerateFile, item: Question) -> str:
     return f" {item.targets[0]}"
 
 
-WORK = Work(_question, measure_generate, complete=_complete)
+WORK = Work(_question, measure_generate, complete=_complete, size=prompt_size)

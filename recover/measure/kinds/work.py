@@ -38,6 +38,7 @@ class Work:
     `measure(model, file, items, reference)`: `reference` holds the dense model's greedy texts, or is None.
     `complete(file, item)`: what follows the prompt in a few-shot example; None: the task file has to say it.
     `together(items)`: what becomes of the items when all are read.
+    `size(tokenizer, file, item)`: tokens of the item that the model reads before it writes; None: items are cut to fit.
     `pooled(records)`: the headline figure of several tasks of this kind, where the kind has one of its own.
     `asked(file, item)`: the text that tells an item from others; None: its prompt.
     """
@@ -47,6 +48,7 @@ class Work:
     complete: Callable[[Any, Any], str] | None = None
     together: Callable[[Any, list[Any]], list[Any]] | None = None
     pooled: Callable[[Sequence[Record]], float] | None = None
+    size: Callable[[Any, Any, Any], int] | None = None
     asked: Callable[[Any, Any], str] | None = None
 
 

@@ -169,6 +169,7 @@ def _title(tip: str) -> str:
 
 def _value(value: object) -> str:
     if isinstance(value, int | float):
-        assert math.isfinite(value), "a shape lies at no finite place"
+        if not math.isfinite(value):
+            raise AssertionError("a shape lies at no finite place")
         return f"{value:.1f}".removesuffix(".0")
     return escape(str(value))
