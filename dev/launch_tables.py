@@ -5,20 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from recover.base.memory import GIB, Shape, Training, launch_for, measuring_bytes, training_parts
+from recover.base.memory import GIB, PUBLISHED, Training, launch_for, measuring_bytes, training_parts
 
 PAGE = Path(__file__).parent.parent / "launch" / "README.md"
 
-# Sizes of models as published: parameters, blocks, width, intermediate, heads, KV heads, head size, vocabulary.
-MODELS = {
-    "0.1B (SmolLM2-135M)": Shape(134_515_008, 30, 576, 1536, 9, 3, 64, 49_152),
-    "1B (Llama-3.2-1B)": Shape(1_235_814_400, 16, 2048, 8192, 32, 8, 64, 128_256),
-    "3B (Llama-3.2-3B)": Shape(3_212_749_824, 28, 3072, 8192, 24, 8, 128, 128_256),
-    "7B (Qwen2.5-7B)": Shape(7_615_616_512, 28, 3584, 18944, 28, 4, 128, 152_064),
-    "13B (Llama-2-13B)": Shape(13_015_864_320, 40, 5120, 13824, 40, 40, 128, 32_000),
-    "32B (Qwen2.5-32B)": Shape(32_763_876_352, 64, 5120, 27648, 40, 8, 128, 152_064),
-    "70B (Llama-3.1-70B)": Shape(70_553_706_496, 80, 8192, 28672, 64, 8, 128, 128_256),
-}
 GPUS = (24, 48, 80, 141)
 TOKENS = 2048
 # (blocks with adapters, tokens, checkpointing, measured GiB): Qwen2.5-7B's shape on one H200.
@@ -37,7 +27,7 @@ def _gib(size: float) -> str:
 def parts_table() -> str:
     """GiB on one GPU for each part, at 2,048 tokens."""
     rows = []
-    for name, shape in MODELS.items():
+    for name, shape in PUBLISHED.items():
         plain, less = (training_parts(shape, Training(TOKENS, checkpointing=on)) for on in (False, True))
         sums = [sum(parts.values()) for parts in (plain, less)]
         cells = [plain["weights"], plain["adapters"], plain["activations"], less["activations"], plain["loss"], *sums]
@@ -59,7 +49,7 @@ def choice_table() -> str:
     """The launch file for each model and GPU."""
     head = ["model", *(f"{size} GB" for size in GPUS)]
     return _table(
-        head, [[name, *(launch_for(shape, size * GIB, TOKENS) for size in GPUS)] for name, shape in MODELS.items()]
+        head, [[name, *(launch_for(shape, size * GIB, TOKENS) for size in GPUS)] for name, shape in PUBLISHED.items()]
     )
 
 
@@ -68,7 +58,7 @@ def measured_table() -> str:
     rows = []
     for kept, tokens, checkpointing, measured in MEASURED:
         parts = training_parts(
-            MODELS["7B (Qwen2.5-7B)"], Training(tokens, kept_blocks=kept, checkpointing=checkpointing)
+            PUBLISHED["7B (Qwen2.5-7B)"], Training(tokens, kept_blocks=kept, checkpointing=checkpointing)
         )
         total = (sum(parts.values()) - parts["runtime"]) / GIB
         name = f"{kept} blocks, {'with' if checkpointing else 'without'} checkpointing"

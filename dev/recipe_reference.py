@@ -6,14 +6,14 @@ import inspect
 import json
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from recover.config import recipe
+from recover.config import named, recipe, yaml_values
 from recover.config.base import Config
 from recover.config.tasks import KINDS, Fewshot, Reading
 
@@ -57,8 +57,9 @@ its template, and do not count. The report shows the counts, with examples. A qu
 
 ## Tasks
 
-A task is a YAML file: what is asked, and what is right. Its `data` lies beside it (`.jsonl`, `.jsonl.gz`, `.parquet`,
-`.arrow`) or in an installed package (`package:NAME/path`), is made up (`reasoning_gym:NAME`), or is a hub data set.
+A task is a YAML file: what is asked, and what is right; some go by [a name](#names). Its `data` lies beside it
+(`.jsonl`, `.jsonl.gz`, `.parquet`, `.arrow`) or in an installed package (`package:NAME/path`), is made up
+(`reasoning_gym:NAME`), or is a hub data set.
 Generation is what recovery is judged by, so a recipe wants at least one `generate` (or `code`) task:
 
 ```yaml
@@ -114,6 +115,14 @@ this of dense, pruned and recovered, and `epochs.jsonl` after each epoch.
 The dense model must be able to do it: where it scores next to nothing (or chance), nothing can be lost, and `run`
 says so.
 """
+NAMES = """## Names
+
+`measure.tasks`, and `recover measure MODEL --tasks`, take these names beside files, and `--suite` takes a list of them.
+`blend:NAME` stands where prompts are asked for (`recover.data.*.prompts`, `prune.calibration.data` with
+`column: prompt`), and `blend:math+code` for both. Each is a YAML file in `recover/named/`, to be copied and changed.
+Its data is not shipped: it comes from the first of its sources that can be had, packages pinned by sha256, data sets of
+the hub by commit. What is missing is said with what would bring it.
+"""
 TASKS: list[type[BaseModel]] = [*(kind.file for kind in KINDS.values()), Fewshot, Reading]
 
 
@@ -161,7 +170,37 @@ def rows(cfg: type[BaseModel]) -> Iterator[str]:
 
 def page() -> str:
     """The whole page."""
-    return "\n".join([HEAD, *sections(CONFIGS), DATA, *sections(TASKS)])
+    return "\n".join([HEAD, *sections(CONFIGS), DATA, *sections(TASKS), NAMES, *names(), *sections([named.Source])])
+
+
+def names() -> Iterator[str]:
+    """Tables of tasks, suites and blends, with licence and sources of their data."""
+    yield "| task | kind | what it is | licence | sources, the first that can be had |\n|---|---|---|---|---|"
+    for name in named.task_names():
+        path = named.task_path(name)
+        tree = yaml_values.read(path)
+        sources = named.read_sources(tree["sources"], path)
+        about = tree["about"]
+        yield f"| `{name}` | {tree['kind']} | {about} | {_licences(sources)} | {_places(sources)} |"
+    yield "\n| suite | tasks | what it is |\n|---|---|---|"
+    for name, suite in named.lists().suites.items():
+        yield f"| `{name}` | {', '.join(suite.tasks)} | {suite.about} |"
+    yield "\n| blend | prompts | licence | sources, the first that can be had |\n|---|---|---|---|"
+    for name in named.blend_names():
+        for part in named.read_blend(named.blend_paths(f"blend:{name}")[0]).parts:
+            about = f"only without the above: {part.about}" if part.instead else part.about
+            yield f"| `{name}` | {about} | {_licences(part.sources)} | {_places(part.sources)} |"
+    yield ""
+
+
+def _licences(sources: Sequence[named.Source]) -> str:
+    return ", ".join(dict.fromkeys(source.license or "?" for source in sources))
+
+
+def _places(sources: Sequence[named.Source]) -> str:
+    return ", ".join(
+        f"hub: {source.data}" if source.revision else f"`{source.pip or source.data}`" for source in sources
+    )
 
 
 def sections(leaves: list[type[BaseModel]]) -> Iterator[str]:

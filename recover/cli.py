@@ -35,6 +35,17 @@ class Listed(NamedTuple):
 
 # In the order of the list; `says` is how the function's docstring begins. The functions are in each module's COMMANDS.
 COMMANDS = {
+    "quickstart": Listed(
+        "run", "Do the whole job on the small model that ships with the package: CPU, offline, minutes."
+    ),
+    "doctor": Listed(
+        "doctor",
+        "Say what this machine can run: versions, GPU, memory, disk, hub, data that goes by a name, sizes of models.",
+    ),
+    "init": Listed(
+        "init",
+        "Write a recipe for any model: what goes, what text, which tasks, sized to this machine; each line says why.",
+    ),
     "run": Listed("run", "Do all stages of a recipe: plan, dense, prune, before, recover, after, export, report."),
     "plan": Listed("run", "Check a recipe and say what it will cost, before any weight is loaded."),
     "prune": Listed("run", "Run up to pruning: which blocks or weights go, and the scores behind it."),
@@ -52,6 +63,10 @@ COMMANDS = {
     "show": Listed(
         "report",
         "Say which stages of a run are done, why one would be done again, the best epoch, and the headline figures.",
+    ),
+    "list": Listed(
+        "list",
+        "List the runs of a folder, the newest first: what is done, and generation of dense, pruned and recovered.",
     ),
     "compare": Listed(
         "report",
@@ -117,14 +132,14 @@ app = typer.Typer(
     cls=Lazy,
     help="Prune a language model and get its generation back.",
     epilog="[bold]Examples[/bold]\n\n"
-    "  recover run recipes/quickstart.yaml            all of it, in minutes on a CPU\n\n"
+    "  recover quickstart                             all of it on a small model, in minutes on a CPU\n\n"
+    "  recover init ORG/NAME --drop 10% --for math    a recipe for any model, sized to this machine\n\n"
     "  recover plan recipes/quickstart.yaml           what it will cost, before any weight is loaded\n\n"
     "  recover show checkpoints/quickstart            which stages are done, and what came out\n\n"
     "  recover measure ORG/NAME --tasks my_task.yaml  any checkpoint, no recipe\n\n"
     "  accelerate launch --config_file launch/gpu.yaml -m recover run recipes/quickstart.yaml",
     rich_markup_mode="rich",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,  # plain tracebacks: they are for reports and logs
 )
 

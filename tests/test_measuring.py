@@ -79,7 +79,7 @@ def test_the_same_figures_from_float32_where_that_is_asked_for(folder, paths, tm
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing to measure: give --tasks task.yaml ..., or --lm-eval"),
+        ([], "nothing to measure: give --tasks gsm8k task.yaml ..., --suite standard, or --lm-eval"),
         (["written.yaml"], "written.yaml: found after the model; tasks are named after --tasks"),
         (["--tasks", "gone.yaml"], "gone.yaml: No such file"),
         (["--tasks", "written.yaml", "written.yaml"], "more than one task is called 'written'"),

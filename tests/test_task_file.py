@@ -19,7 +19,7 @@ from recover.measure.kinds.generate import Question
 from recover.measure.kinds.retrieval import Search
 from recover.measure.sandbox import Program
 from recover.measure.task_file import load_task
-from recover.measure.task_rows import filled
+from recover.text.rows import filled
 
 CODE = {"kind": "code", "prompt": "{q}"}
 RETRIEVAL = {"kind": "retrieval"}

@@ -7,6 +7,7 @@ and what each does on its own through `everywhere`: both raise the failure on ev
 from __future__ import annotations
 
 import atexit
+import importlib.util
 import json
 import os
 import pickle
@@ -75,9 +76,15 @@ def start() -> None:
     """Bring up the process group that the launcher's environment describes; does nothing with one process, or again.
 
     Raises:
-        TrainingError: more processes on this machine than GPUs, or a group of another size than was launched.
+        TrainingError: more processes on this machine than GPUs, a group of another size than was launched, or
+            DeepSpeed is asked for and not installed.
     """
     if _deepspeed():
+        if importlib.util.find_spec("deepspeed") is None:
+            raise TrainingError(
+                "the launch file asks for DeepSpeed, which is not installed: pip install 'recover[deepspeed]', or take "
+                "a launch file that needs none, such as launch/gpu.yaml"
+            )
         zero.skip_compilation()
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched == 1:

@@ -36,6 +36,18 @@ class Shape:
     mlp_matrices: int = field(default=3, kw_only=True)  # gate, up and down; without a gate 2
 
 
+# Sizes of models as published: parameters, blocks, width, intermediate, heads, KV heads, head size, vocabulary.
+PUBLISHED = {
+    "0.1B (SmolLM2-135M)": Shape(134_515_008, 30, 576, 1536, 9, 3, 64, 49_152),
+    "1B (Llama-3.2-1B)": Shape(1_235_814_400, 16, 2048, 8192, 32, 8, 64, 128_256),
+    "3B (Llama-3.2-3B)": Shape(3_212_749_824, 28, 3072, 8192, 24, 8, 128, 128_256),
+    "7B (Qwen2.5-7B)": Shape(7_615_616_512, 28, 3584, 18944, 28, 4, 128, 152_064),
+    "13B (Llama-2-13B)": Shape(13_015_864_320, 40, 5120, 13824, 40, 40, 128, 32_000),
+    "32B (Qwen2.5-32B)": Shape(32_763_876_352, 64, 5120, 27648, 40, 8, 128, 152_064),
+    "70B (Llama-3.1-70B)": Shape(70_553_706_496, 80, 8192, 28672, 64, 8, 128, 128_256),
+}
+
+
 @dataclass(frozen=True)
 class Training:
     """What of a recipe and a launch decides its memory. `tokens` and `cached` are those of one process.

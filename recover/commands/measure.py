@@ -15,6 +15,7 @@ from recover.base.artifacts import write_json
 from recover.base.console import quiet_libraries
 from recover.base.errors import RecipeError
 from recover.base.ownership import refuse_input
+from recover.config import named
 from recover.config.base import Config, Dtype
 from recover.config.recipe import Measure, Model
 from recover.config.tasks import KINDS
@@ -31,6 +32,7 @@ EXAMPLES = (
     "recover measure embedded:fable-2m --tasks embedded:stories embedded:facts --limit 50",
     "recover measure ORG/NAME --tasks gsm8k.yaml arc_easy.yaml --dtype bfloat16 --batch-size 256 --out figures.json",
     "recover measure checkpoints/quickstart/deploy --tasks humaneval.yaml --allow-code-execution",
+    "recover measure ORG/NAME --suite standard --limit 200 --allow-code-execution",
     "recover measure checkpoints/quickstart --tasks gsm8k.yaml",
     "recover measure ORG/NAME --lm-eval arc_easy,gsm8k --limit 200",
 )
@@ -46,7 +48,23 @@ Source = Annotated[
 More = Annotated[
     list[str] | None, typer.Argument(metavar="[TASK]...", help="More tasks, after --tasks.", show_default=False)
 ]
-Tasks = Annotated[list[str] | None, typer.Option("--tasks", help="Task files (YAML), or embedded:NAME; one or more.")]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tasks",
+        help="Names (gsm8k, mmlu: docs/recipe.md), task files (YAML), embedded:NAME; one or more.",
+        autocompletion=named.task_names,
+    ),
+]
+
+
+def _suites() -> list[str]:
+    return [*named.lists().suites]
+
+
+Suite = Annotated[
+    str | None, typer.Option("--suite", help="Named tasks together: standard, base, or choice.", autocompletion=_suites)
+]
 Harness = Annotated[
     str, typer.Option("--lm-eval", help="Tasks of lm-evaluation-harness, commas between them (extra 'eval').")
 ]
@@ -88,6 +106,7 @@ def measure(
     model: Source,
     others: More = None,
     tasks: Tasks = None,
+    suite: Suite = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Items of each task, the first ones.")] = None,
     out: Out = None,
     lm_eval: Harness = "",
@@ -124,12 +143,14 @@ def measure(
 
     Of a run directory: tasks that its recipe does not have, on its dense, pruned and recovered model, without training.
     """
-    names = [*(tasks or ()), *(others or ())]
+    names = [*(named.suite(suite) if suite else ()), *(tasks or ()), *(others or ())]
     theirs = tuple(name.strip() for name in lm_eval.split(",") if name.strip())
     if others and not tasks:
         raise RecipeError(f"{others[0]}: found after the model; tasks are named after --tasks")
     if not names and not theirs:
-        raise RecipeError("nothing to measure: give --tasks task.yaml ..., or --lm-eval arc_easy,gsm8k")
+        raise RecipeError(
+            "nothing to measure: give --tasks gsm8k task.yaml ..., --suite standard, or --lm-eval arc_easy,gsm8k"
+        )
     given = {"limit": limit, "batch_size": batch_size, "max_new_tokens": max_new_tokens, "samples": samples}
     fields = {name: value for name, value in given.items() if value is not None}
     allowed = "unconfined" if allow_code_execution_unconfined else allow_code_execution

@@ -9,7 +9,8 @@ import typer
 
 from recover.base import dist
 from recover.base.errors import RecipeError
-from recover.config.recipe import load_recipe
+from recover.config.messages import field_paths
+from recover.config.recipe import Recipe, load_recipe
 
 OVERRIDE_HELP = (
     "Fields to set over the recipe: [bold]prune.count=3[/bold] [bold]recover.lr=1e-3[/bold] "
@@ -18,7 +19,18 @@ OVERRIDE_HELP = (
 RecipePath = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="YAML file of one complete run.", show_default=False)
 ]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=OVERRIDE_HELP, show_default=False)]
+
+
+def _fields(incomplete: str) -> list[str]:
+    """For a shell: the fields of a recipe that begin so."""
+    paths = (path.replace("recover.data.", "recover.data.0.") for path in field_paths(Recipe))
+    return sorted({f"{path}=" for path in paths if path.startswith(incomplete)})
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help=OVERRIDE_HELP, show_default=False, autocompletion=_fields),
+]
 Runs = Annotated[Path, typer.Option("--runs", help="Folder of run directories; this run writes to RUNS/<name>.")]
 From = Annotated[
     str | None,
@@ -56,6 +68,11 @@ def run(
     _run(recipe, overrides, runs, "report", "plan" if fresh else start)
 
 
+def quickstart(overrides: Overrides = None, runs: Runs = Path("checkpoints"), fresh: Fresh = False) -> None:
+    """Do the whole job on the small model that ships with the package: CPU, offline, minutes."""
+    _run(Path("embedded:quickstart"), overrides, runs, "report", "plan" if fresh else None)
+
+
 def plan(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("checkpoints")) -> None:
     """Check a recipe and say what it will cost, before any weight is loaded.
 
@@ -91,6 +108,10 @@ COMMANDS = {
         "recover run recipes/quickstart.yaml name=mine 'prune={kind: depth, blocks: [3, 4]}'",
         "recover run recipes/quickstart.yaml --from recover",
         "accelerate launch --config_file launch/zero2.yaml -m recover run recipes/quickstart.yaml",
+    ),
+    quickstart: (
+        "recover quickstart",
+        "recover quickstart prune.count=3 name=three",
     ),
     plan: (
         "recover plan recipes/quickstart.yaml",

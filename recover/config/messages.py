@@ -102,10 +102,10 @@ def _sentence(
 
 
 def _meant(name: str, path: str, model: type[BaseModel], root: type[BaseModel]) -> str:
-    if path in _paths(root):  # right for another kind of the same part: a guess would name the very field again
+    if path in field_paths(root):  # right for another kind of the same part: a guess would name the very field again
         return f"Kind {', '.join(map(repr, _kinds(model)))} takes {', '.join(model.model_fields)}"
     if not get_close_matches(name, model.model_fields, n=1, cutoff=0.75):
-        elsewhere = [path for path in _paths(root) if path.rpartition(".")[2] == name]
+        elsewhere = [path for path in field_paths(root) if path.rpartition(".")[2] == name]
         if elsewhere:
             return f"Did you mean {' or '.join(repr(path) for path in dict.fromkeys(elsewhere[:3]))}?"
     return _nearest(name, list(model.model_fields))
@@ -117,11 +117,12 @@ def _nearest(name: str, options: list[str]) -> str:
     return f"Did you mean {close[0]!r}?" if close else f"Expected one of {', '.join(options)}"
 
 
-def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def field_paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Each field of a model and of those below it, as a dotted path; lists without their places."""
     for name, field in model.model_fields.items():
         yield f"{prefix}{name}"
         for child in _models(field.annotation):
-            yield from _paths(child, f"{prefix}{name}.")
+            yield from field_paths(child, f"{prefix}{name}.")
 
 
 def _description(model: type[BaseModel], name: str) -> str:

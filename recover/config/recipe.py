@@ -148,12 +148,12 @@ class Recipe(Config):
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a YAML file, with `key.path=value` overrides, files in it as absolute paths.
+    """The recipe in a YAML file, or `embedded:NAME`, with `key.path=value` overrides, files in it as absolute paths.
 
     Raises:
         RecipeError: no such file, not YAML, or every field that is wrong, each with what was meant.
     """
-    path = Path(path)
+    path = local_path(str(path))
     tree = yaml_values.read(path)
     place_files(tree, path.parent)
     origins = {}
@@ -173,16 +173,16 @@ def parse_recipe(mapping: Mapping[str, Any], where: str, origins: Mapping[str, s
 
 
 def embedded(name: str) -> Path:
-    """The file or folder `embedded:NAME` that is shipped with the package; a task needs no folder and no suffix.
+    """The file or folder `embedded:NAME` that is shipped with the package; tasks and recipes by their bare names.
 
     Raises:
         RecipeError: there is none of this name; the message lists what there is.
     """
     root = Path(__file__).parents[1] / "embedded"
-    for path in (root / name, root / "tasks" / f"{name}.yaml"):
+    for path in (root / name, root / "tasks" / f"{name}.yaml", root / "recipes" / f"{name}.yaml"):
         if name and ".." not in path.parts and path.is_relative_to(root) and os.path.exists(path):
             return path
-    there = sorted([path.name for path in root.glob("*")] + [path.stem for path in root.glob("tasks/*.yaml")])
+    there = sorted([path.name for path in root.glob("*")] + [path.stem for path in root.glob("*/*.yaml")])
     raise RecipeError(f"embedded:{name}: not shipped with the package. There are: {', '.join(there) or 'none'}")
 
 

@@ -27,9 +27,15 @@ class TaskFile(Config):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     kind: str
-    data: str = Field(description="a file beside the task, package:..., reasoning_gym:..., or a hub data set")
+    about: str | None = Field(None, description="what it is, for whoever reads the file")
+    data: str = Field(
+        description="a file beside the task, package:..., reasoning_gym:..., or a hub data set; or `sources`, a list, "
+        "of which the first that can be had is taken"
+    )
     subset: str | None = Field(None, description="of a hub data set")
     split: str = Field("test", description="of a hub data set")
+    revision: str | None = Field(None, description="of a hub data set: branch, tag or commit")
+    license: str | None = Field(None, description="of the data")
     arguments: dict[str, Any] = Field(default={}, description="of a reasoning_gym data set")
     once: str | None = Field(None, description="column whose value names an item: rows that repeat one are passed over")
     limit: int | None = Field(None, ge=1, description="items used, the first ones; default: all")

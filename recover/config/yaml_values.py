@@ -6,6 +6,8 @@ PyYAML reads YAML 1.1, where `2:4` is the number 124, `no` is false and `1e-3` i
 from __future__ import annotations
 
 import re
+import textwrap
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,70 @@ def read(path: Path) -> dict[str, Any]:
 def dump(value: Any) -> str:
     """YAML text that `load` reads back as the same value; keys keep their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=120)
+
+
+def dump_commented(rows: Iterable[tuple[str, Any, str]]) -> str:
+    """YAML text of (dotted path, value, comment), in this order, each on a line with its comment behind it.
+
+    Numbers in a path are places in a list. A row whose value is `HEADING` gives the comment of the fields below it. A
+    comment that leaves no room on its line stands above it.
+    """
+    comments: dict[str, str] = {}
+    tree: dict[str, Any] = {}
+    for path, value, comment in rows:
+        comments[path] = comment
+        *way, last = path.split(".")
+        node = tree
+        for step in way:
+            node = node.setdefault(step, {})
+        if value is not HEADING:
+            node[last] = value if not isinstance(value, dict) else {**value}
+    lines = [_with_comment(*line) for line in _lines(tree, comments, "", "")]
+    return "".join(f"{line}\n" for line in lines)
+
+
+HEADING = object()
+COMMENT_COLUMN = 40
+LINE_END = 120
+
+
+def _lines(tree: dict[str, Any], comments: dict[str, str], path: str, margin: str) -> Iterator[tuple[str, str]]:
+    """(text, comment) of each line of these fields, or of the items of a list, whose names are numbers."""
+    listed = bool(tree) and all(name.isdecimal() for name in tree)
+    for name, value in tree.items():
+        here = f"{path}.{name}" if path else name
+        begin = f"{margin}- " if listed else f"{margin}{name}:"
+        if not isinstance(value, dict):
+            yield f"{begin}{'' if listed else ' '}{_scalar(value)}".rstrip(), comments.get(here, "")
+            continue
+        if not listed:
+            yield begin, comments.get(here, "")
+        below = list(_lines(value, comments, here, margin + "  "))
+        if listed:
+            below[0] = (begin + below[0][0].lstrip(), below[0][1])
+        yield from below
+
+
+def _scalar(value: Any) -> str:
+    """A value on one line as people write it: `3_000_000`, `2e-4`."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10_000:
+        return f"{value:_}"
+    if isinstance(value, float) and 0 < abs(value) < 1e-2:
+        mantissa, _, exponent = f"{value:e}".partition("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10**6)
+    return text.removesuffix("...\n").strip()
+
+
+def _with_comment(text: str, comment: str) -> str:
+    if not comment:
+        return text
+    line = f"{text:<{COMMENT_COLUMN}}  # {comment}"
+    if len(line) <= LINE_END:
+        return line
+    margin = " " * (len(text) - len(text.lstrip()))
+    above = textwrap.wrap(comment, LINE_END - len(margin) - 2, break_on_hyphens=False)
+    return "\n".join([*(f"{margin}# {each}" for each in above), text])
 
 
 def apply_override(tree: dict[str, Any], override: str) -> str:

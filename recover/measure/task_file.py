@@ -21,12 +21,13 @@ from recover.base import console
 from recover.base.errors import DataError, RecipeError
 from recover.config import yaml_values
 from recover.config.messages import explain
+from recover.config.named import is_task_name, read_sources, task_path
 from recover.config.paths import ending
-from recover.config.recipe import local_path
 from recover.config.tasks import KINDS, Fewshot, PromptFile, Row, TaskFile, WritingFile
 from recover.measure.kinds.work import work_of
-from recover.measure.task_rows import column, filled, rows_of
+from recover.text.named import NotHad, described, first_had
 from recover.text.read import EmptyColumn
+from recover.text.rows import column, filled, rows_of
 
 Shots = list[tuple[str, str]]  # (prompt, what follows it)
 
@@ -58,18 +59,27 @@ class Task:
 
 
 def load_task(source: str) -> Task:
-    """Read a task and all its items from a YAML file, or `embedded:NAME`.
+    """Read a task and all its items: one that goes by a name (`gsm8k`), a YAML file, or `embedded:NAME`.
 
     Raises:
         RecipeError: there is no such file, or one of its fields is wrong.
         DataError: its data is not there, is empty, or has a row of the wrong shape; names file and line.
     """
-    path = local_path(source)
+    path = task_path(source)
     file = _read_file(path)
+    if is_task_name(source):
+        console.say(f"[dim]task {file.name}: {file.about}[/dim]")
     work = work_of(file.kind)
     put = shown_before(file, path) if isinstance(file, PromptFile) else None
     items, asked, seen, empty = [], [], set(), []
-    rows = rows_of(file.data, path.parent, subset=file.subset, split=file.split, arguments=file.arguments)
+    rows = rows_of(
+        file.data,
+        path.parent,
+        subset=file.subset,
+        split=file.split,
+        arguments=file.arguments,
+        revision=file.revision,
+    )
     for where, row in rows:
         if file.once is not None:
             name = str(column(row, file.once, where))
@@ -106,10 +116,31 @@ def _read_file(path: Path) -> TaskFile:
         found = f"found {tree['kind']!r}" if "kind" in tree else "is missing"
         raise RecipeError(f"{path}: kind: {found}, expected one of {', '.join(KINDS)}")
     model = kind.file
+    if "sources" in tree:
+        tree = _from_first_had(tree, path)
     try:
         return model.model_validate(tree)
     except ValidationError as error:
         raise RecipeError("\n".join(explain(error, model, str(path), {}))) from None
+
+
+def _from_first_had(tree: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The fields of a task with those of the first of its `sources` that can be had here."""
+    if "data" in tree:
+        raise RecipeError(f"{path}: both data and sources: the rows come from one of them; leave one out")
+    rest = {name: value for name, value in tree.items() if name != "sources"}
+    try:
+        source = first_had(read_sources(tree["sources"], path), path.parent)
+    except NotHad as error:
+        raise NotHad(
+            f"task {tree.get('name', path.stem)}: its data cannot be had here; {error}. Or use a file of your own: "
+            f"copy {path}, and write `data: FILE` in place of its `sources`, with the columns that this file has",
+            error.brings,
+        ) from None
+    given = {"data": source.data, "subset": source.subset, "split": source.split, "revision": source.revision}
+    given |= {"license": source.license, "arguments": source.arguments}
+    about = f"{tree.get('about', path.stem)} ({described(source)})"
+    return {**rest, **{name: value for name, value in given.items() if value}, **source.fields, "about": about}
 
 
 def shown_before(file: PromptFile, path: Path) -> Callable[[Any], Any]:
@@ -159,7 +190,10 @@ def _rows(file: PromptFile, cfg: Fewshot, path: Path) -> Iterator[tuple[str, Row
         yield from ((f"{path}: fewshot.rows.{number}", row) for number, row in enumerate(cfg.rows))
         return
     subset, split = cfg.subset or file.subset, cfg.split or file.split
-    yield from rows_of(cfg.data or file.data, path.parent, subset=subset, split=split, arguments=file.arguments)
+    revision = None if cfg.data else file.revision
+    yield from rows_of(
+        cfg.data or file.data, path.parent, subset=subset, split=split, arguments=file.arguments, revision=revision
+    )
 
 
 def _completion(file: PromptFile, cfg: Fewshot, item: Any, row: Row, where: str) -> str:

@@ -18,8 +18,9 @@ from recover.base.errors import DataError, PruneError
 from recover.config.paths import TEXTS, ending
 from recover.config.recipe import Calibration
 from recover.text.conversation import EmptyMessage, asking, holds_messages, read_messages, rendered
+from recover.text.named import prompt_rows
 from recover.text.prompts import Prompt, encode_prompt, ids_of
-from recover.text.read import DataSet, Row, listed, rows_at, say_once
+from recover.text.read import DataSet, Row, listed, say_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -140,7 +141,7 @@ def read_texts(cfg: Calibration) -> Sequence[Prompt]:
     anew. Raises DataError naming the file and line, or the column, that is wrong.
     """
     try:
-        rows = rows_at(cfg.data, subset=cfg.subset, split=cfg.split, kinds="a local text file")
+        rows = prompt_rows(cfg.data, subset=cfg.subset, split=cfg.split, kinds="a local text file")
     except DataError as error:
         raise DataError(f"calibration.data: {error}") from error
     if isinstance(rows, DataSet) and cfg.column not in rows.columns:

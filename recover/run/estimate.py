@@ -114,7 +114,7 @@ def warnings(recipe: Recipe, model: Description) -> list[str]:
     return [*found, *pruner_of(recipe.prune).cost(recipe.prune, model).warnings]
 
 
-def _training(recipe: Recipe, model: Description, cost: Cost) -> memory.Training:
+def training_memory(recipe: Recipe, model: Description, cost: Cost) -> memory.Training:
     """What decides the memory of this recipe without DeepSpeed (which takes less: `launch/README.md`)."""
     cfg = recipe.recover
     micro = cfg.micro_batch_size or cfg.batch_size // dist.world_size()
@@ -184,7 +184,7 @@ def estimate(recipe: Recipe, model: Description, rate: float) -> dict[str, Any]:
         "search_seconds": cost.flops / (rate * STEP_EFFICIENCY),  # by one process
         "training_flops": flops,
         "training_seconds": seconds,
-        "memory_bytes_per_process": memory.peak_bytes(model, _training(recipe, model, cost)),
+        "memory_bytes_per_process": memory.peak_bytes(model, training_memory(recipe, model, cost)),
         "cache_bytes": cache_bytes(recipe, model),
         "matrix_rate_flops": rate,
         "processes": dist.world_size(),

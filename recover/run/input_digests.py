@@ -17,10 +17,11 @@ import yaml
 from recover.base import hub
 from recover.base.errors import DataError, RecoverError
 from recover.base.products import digest_of
+from recover.config.named import BLEND, blend_paths, is_task_name, task_path
 from recover.config.paths import FIELDS, FOLDERS, ending, matching
 from recover.config.recipe import local_path
-from recover.measure.task_rows import GENERATOR, PACKAGE, in_package
 from recover.models.gate import listed
+from recover.text.rows import FUNCTIONS, GENERATOR, PACKAGE, in_package
 
 HASHED_BYTES = 64 * 2**20  # larger files (weights) are known by size and time of change: hashing them costs minutes
 WRITTEN = ("cache-", "tmp")  # beginnings of what `datasets` puts into a folder that it reads
@@ -80,7 +81,7 @@ def _at(tree: Any, steps: Sequence[str]) -> Iterator[str]:
 
 def _of_hub(name: str, folder: Path) -> bool:
     """Whether a name is read from the hub: no path, and nothing that is here or is made here."""
-    made_here = name.startswith(("embedded:", GENERATOR, PACKAGE))
+    made_here = name.startswith(("embedded:", GENERATOR, PACKAGE, FUNCTIONS, BLEND))
     return not (made_here or ending(name) or not hub.named(name) or matching(folder / name))
 
 
@@ -100,8 +101,11 @@ def _files(value: Any, name: str = "") -> Iterator[Path]:
     elif isinstance(value, list | tuple):
         for child in value:
             yield from _files(child)
+    elif isinstance(value, str) and value.startswith(BLEND):
+        for path in blend_paths(value):
+            yield from _files_at(path)
     elif isinstance(value, str) and value:
-        path = local_path(value)
+        path = _task_path(value)
         if path.is_absolute():
             yield from _files_at(path)
 
@@ -114,7 +118,7 @@ def _files_at(path: Path) -> Iterator[Path]:
             continue
         yield found
         if found.suffix in {".yaml", ".yml"}:
-            for data, folder in _data_of(str(found)):
+            for data, folder in [*_data_of(str(found)), *_alternatives(found)]:
                 yield from _data_files(data, folder)
 
 
@@ -124,7 +128,7 @@ def _data_files(data: str, folder: Path) -> Iterator[Path]:
             there = matching(in_package(data.removeprefix(PACKAGE)))
         except DataError:
             return  # who reads the task says what is missing
-    elif data.startswith(GENERATOR):
+    elif data.startswith((GENERATOR, FUNCTIONS)):
         return
     else:
         there = matching(folder / data)
@@ -157,10 +161,31 @@ def _generators(leaves: Any) -> Iterator[tuple[str, str]]:
 def _data_of(task: str) -> list[tuple[str, Path]]:
     """The data of items and of examples that a task file names, each with the folder from which it is seen."""
     try:
-        path = local_path(task)
+        path = _task_path(task)
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, OSError, RecursionError, RecoverError):
         return []  # who reads the task says what is wrong with it
     named = [value, value.get("fewshot")] if isinstance(value, dict) else []
     found = [each.get("data") for each in named if isinstance(each, dict)]
     return [(data, path.parent) for data in found if isinstance(data, str)]
+
+
+def _task_path(name: str) -> Path:
+    """Where a task lies that goes by a name; else the path that a name is."""
+    return task_path(name) if is_task_name(name) else local_path(name)
+
+
+def _alternatives(file: Path) -> Iterator[tuple[str, Path]]:
+    """The data that each source of a task names, or of a blend's parts: whichever comes or goes, other rows are read.
+
+    Data sets of the hub are pinned in the file itself.
+    """
+    try:
+        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, OSError, RecursionError):
+        return  # who reads the file says what is wrong with it
+    parts = [value, *(value.get("parts") or ())] if isinstance(value, dict) else []
+    for part in parts:
+        for source in (part.get("sources") or ()) if isinstance(part, dict) else ():
+            if isinstance(source, dict) and isinstance(source.get("data"), str):
+                yield source["data"], file.parent

@@ -78,12 +78,18 @@ def listed(value: Any) -> Any:
 
 
 def rows_at(
-    source: str, *, subset: str | None = None, split: str = "train", what: str = "", kinds: str = "a local file"
+    source: str,
+    *,
+    subset: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    what: str = "",
+    kinds: str = "a local file",
 ) -> Sequence[Row]:
     """All rows of a file (`ROWS` lists the endings), of all files that a pattern matches, or of a data set.
 
-    `subset` and `split` are of data sets. `what` begins a message about a file, `kinds` says what else `source` could
-    have been.
+    `subset` and `split` are of data sets, `revision` of those of the hub. `what` begins a message about a file, `kinds`
+    says what else `source` could have been.
 
     Raises:
         DataError: it is not there, cannot be read, or a row is not an object; by file and line.
@@ -93,7 +99,7 @@ def rows_at(
     if files == [path] and path.is_dir():
         return DataSet(str(path), subset=subset, split=split, kinds=kinds)
     if not files and not ending(source):
-        return DataSet(source, subset=subset, split=split, kinds=kinds)
+        return DataSet(source, subset=subset, split=split, revision=revision, kinds=kinds)
     if not files:
         missing = "no file matches" if "*" in source else f"no such file{meant(path)}"
         raise DataError(f"{what}{path}: {missing}")
@@ -281,7 +287,13 @@ class DataSet(Sequence[Row]):
     """
 
     def __init__(
-        self, source: str, *, subset: str | None = None, split: str = "train", kinds: str = "a local file"
+        self,
+        source: str,
+        *,
+        subset: str | None = None,
+        split: str = "train",
+        revision: str | None = None,
+        kinds: str = "a local file",
     ) -> None:
         """`kinds`: of files, which `source` would be if it were none of the hub, as a message says it.
 
@@ -290,7 +302,7 @@ class DataSet(Sequence[Row]):
         """
         self.source = source
         try:
-            rows = _data_set(source, subset, split)
+            rows = _data_set(source, subset, split, revision)
         except hub.NoCommit as error:
             raise DataError(f"{source}: neither {kinds} nor a data set that can be had: {error}") from error
         except Exception as error:  # of `datasets`, of Arrow, of whichever reader of files they have
@@ -321,14 +333,14 @@ class DataSet(Sequence[Row]):
             raise DataError(f"{self.source}, row {index}: cannot be read ({_line(error)})") from error
 
 
-def _data_set(source: str, subset: str | None, split: str) -> Any:
+def _data_set(source: str, subset: str | None, split: str, revision: str | None) -> Any:
     import datasets
 
     folder = Path(source)
     if folder.is_file():  # escaped: `datasets` takes every name for a pattern
         return datasets.load_dataset("parquet", data_files=glob.escape(source), split="train")
     if not folder.is_dir():
-        return datasets.load_dataset(source, subset, split=split, revision=_commit(source))
+        return datasets.load_dataset(source, subset, split=split, revision=_commit(source, revision))
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         saved: Any = datasets.load_from_disk(source)
         if not isinstance(saved, dict):
@@ -367,14 +379,14 @@ def _causes(error: BaseException) -> str:
     return ": ".join(said)
 
 
-def _commit(source: str) -> str | None:
+def _commit(source: str, revision: str | None) -> str | None:
     """The commit of a data set of the hub; None where only the copy that `datasets` made is there, and no hub."""
     from datasets import config
 
     if not hub.named(source):
         raise hub.NoCommit(f"{source!r} cannot be the name of one of the hub: check the path")
     try:
-        return hub.commit(hub.Repository("dataset", source))
+        return hub.commit(hub.Repository("dataset", source, revision))
     except hub.NoCommit:
         if Path(config.HF_DATASETS_CACHE, source.replace("/", "___")).is_dir():
             return None

@@ -11,8 +11,9 @@ from recover.base import console
 from recover.base.errors import DataError
 from recover.config.recipe import GivenText
 from recover.text.conversation import THOUGHTS, EmptyMessage, asking, holds_messages, read_messages, rendered
+from recover.text.named import prompt_rows
 from recover.text.prompts import Prompt, encode_prompt, ids_of
-from recover.text.read import DataSet, EmptyColumn, Row, listed, rows_at, say_once
+from recover.text.read import DataSet, EmptyColumn, Row, listed, say_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,12 +41,14 @@ class Sample:
 
 
 def read_rows(source: str, split: str = "train", subset: str | None = None) -> Sequence[Row]:
-    """All rows of a file (`rows_at` says of which kinds), or of a data set; `embedded:NAME` for shipped files.
+    """All rows of a file (`rows_at` says of which kinds), of a data set, or of a blend (`blend:math`).
+
+    `embedded:NAME` is a shipped file.
 
     Raises:
         DataError: it cannot be read, a line is no JSON object (by file and line), or there is no row.
     """
-    rows = rows_at(source, subset=subset, split=split)
+    rows = prompt_rows(source, subset=subset, split=split)
     if not rows:
         raise DataError(f"{source}: no rows; expected at least one")
     return rows

@@ -13,9 +13,9 @@ from recover.config.tasks import ChoiceFile, Row
 from recover.maths.score import interval95, mean
 from recover.measure.kinds.work import Generations, Measured, Record, Work
 from recover.measure.model import ModelUnderTest
-from recover.measure.task_rows import column, filled
 from recover.text.likelihood import option_rows
 from recover.text.read import listed
+from recover.text.rows import column, filled
 
 
 @dataclass(frozen=True)

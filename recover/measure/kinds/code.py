@@ -17,9 +17,9 @@ from recover.maths.score import interval95, mean
 from recover.measure.kinds.work import Generations, Measured, Record, Work
 from recover.measure.model import ModelUnderTest
 from recover.measure.sandbox import UNCONFINED, WALLED, Outcome, Program, run_programs
-from recover.measure.task_rows import filled
 from recover.measure.texts import OF_CODE, mistake, mistakes, pass_at_k, prompt_size, sampling_of, shape, written
 from recover.text.generate import Generation
+from recover.text.rows import filled
 
 FIELDS = re.compile(r"\{\{|\}\}|\{text\}")  # of a task's program, braces that are written twice too
 FENCED = re.compile(r"```(?:python3?|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)

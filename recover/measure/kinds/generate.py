@@ -10,7 +10,6 @@ from recover.config.tasks import GenerateFile, Reading, Row
 from recover.maths.score import extract, interval95, is_right, mean
 from recover.measure.kinds.work import Generations, Measured, Record, Work
 from recover.measure.model import ModelUnderTest
-from recover.measure.task_rows import column, filled
 from recover.measure.texts import (
     OF_TEXT,
     against,
@@ -23,6 +22,7 @@ from recover.measure.texts import (
     written,
 )
 from recover.text.generate import Generation
+from recover.text.rows import column, filled
 
 
 @dataclass(frozen=True)

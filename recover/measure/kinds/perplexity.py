@@ -9,11 +9,11 @@ from recover.base.errors import DataError
 from recover.config.tasks import PerplexityFile, Row
 from recover.measure.kinds.work import Generations, Measured, Record, Work
 from recover.measure.model import ModelUnderTest
-from recover.measure.task_rows import column
 from recover.text.generate import context_of
 from recover.text.likelihood import Continuation
 from recover.text.prompts import text_ids
 from recover.text.read import EmptyColumn
+from recover.text.rows import column
 
 TOKEN_CHARACTERS = 4  # of a token of English, about
 

@@ -12,8 +12,8 @@ from recover.config.tasks import RetrievalFile, Row
 from recover.maths.score import cumulated_gain, interval95, mean, ndcg
 from recover.measure.kinds.work import Generations, Measured, Record, Work
 from recover.measure.model import ModelUnderTest
-from recover.measure.task_rows import column
 from recover.text.read import listed
+from recover.text.rows import column
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,143 @@
+"""`recover doctor`: what this machine can run, and what is missing for more. `cli.py` gives it its place."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import shutil
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from recover import __version__
+from recover.base import console, memory, provenance, units
+from recover.base.errors import RecipeError
+from recover.config import named, yaml_values
+from recover.measure.sandbox import why_no_wall
+from recover.run.draft import Machine, this_machine
+from recover.text.named import NotHad, first_had, hub_unreached
+
+EXAMPLES = ("recover doctor",)
+Row = tuple[str, str, str]  # what, what was found, what it is for or what to do
+OPTIONAL = {  # distribution -> what it is for
+    "deepspeed": "ZeRO launches (launch/zero*.yaml); pip install 'recover[deepspeed]'",
+    "lm-eval": "recover measure --lm-eval; pip install 'recover[eval]'",
+    "triton": "fused kernels on a GPU; comes with torch for CUDA",
+}
+TOKENS = 2048  # at once on a process, in what is said of sizes
+
+
+def doctor() -> None:
+    """Say what this machine can run: versions, GPU, memory, disk, hub, data that goes by a name, sizes of models."""
+    machine, software = this_machine(), [*_software()]
+    console.table("software", ["what", "found", ""], software)
+    console.table("machine", ["what", "found", ""], _machine(machine))
+    console.table(f"LoRA recovery, rank 16, {TOKENS:,} tokens at once", ["model", "fits", "needs"], _sizes(machine))
+    console.table("data that goes by a name", ["what", "here", ""], _data())
+    wrong = [f"{name} {found}: {note}" for name, found, note in software if note.startswith("too old")]
+    if wrong:
+        raise RecipeError("; ".join(wrong))
+
+
+def _software() -> Iterator[Row]:
+    yield "recover", __version__, ""
+    yield "python", platform.python_version(), ""
+    for requirement in _required():
+        found = _version(requirement.name)
+        if found is None:
+            yield requirement.name, "not installed", f"needed: {requirement}"
+        elif requirement.specifier.contains(Version(found), prereleases=True):
+            yield requirement.name, found, ""
+        else:
+            yield requirement.name, found, f"too old: {requirement}"
+    for name, use in OPTIONAL.items():
+        found = _version(name)
+        yield name, found or "not installed", "" if found else f"for {use}"
+
+
+def _required() -> list[Requirement]:
+    """What is needed of the libraries that matter most; without a specifier where recover is not installed itself."""
+    try:
+        found = [Requirement(line) for line in metadata.requires("recover") or ()]
+    except metadata.PackageNotFoundError:
+        found = []
+    needed = {each.name: each for each in found if each.marker is None or each.marker.evaluate({"extra": ""})}
+    names = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "gguf")
+    return [needed.get(name, Requirement(name)) for name in names]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _machine(machine: Machine) -> Iterator[Row]:
+    found = provenance.machine()
+    yield "processor", f"{found['processor']}, {found['cores']} cores", ""
+    yield "memory", units.size(found["memory_bytes"]), ""
+    yield "disk, free here", units.size(shutil.disk_usage(Path.cwd()).free), "runs go to checkpoints/ below this folder"
+    for gpu in found["gpus"]:
+        yield "GPU", f"{gpu['name']}, {units.size(gpu['memory_bytes'])}", ""
+    if machine.device == "cuda":
+        yield "CUDA of torch", str(torch.version.cuda), ""
+        half = machine.dtype == "bfloat16"
+        yield "bfloat16", "yes" if half else "no", "" if half else "model.dtype: float16 on this GPU"
+        yield "fused kernels", "yes" if importlib.util.find_spec("triton") else "no, triton is missing", ""
+    else:
+        built = torch.version.cuda
+        why = f"torch is built for CUDA {built}, and sees no GPU" if built else "torch is built for the CPU"
+        yield "GPU", "none", f"{why}; model.dtype: float32, and small models"
+    why = why_no_wall()
+    yield "wall for code", "no" if why else "yes", f"code tasks are refused: {why} (docs/security.md)" if why else ""
+    reason = hub_unreached()
+    yield "hub", "reached" if reason is None else "not reached", reason or ""
+
+
+def _sizes(machine: Machine) -> Iterator[Row]:
+    """Whether models of published sizes train here, by `plan`'s arithmetic."""
+    element = 2 if machine.device == "cuda" else 4
+    for name, shape in memory.PUBLISHED.items():
+        plain, less = (
+            memory.peak_bytes(shape, memory.Training(TOKENS, checkpointing=on, element=element)) for on in (False, True)
+        )
+        if plain <= machine.usable:
+            yield name, "yes", units.size(plain)
+        elif less <= machine.usable:
+            yield name, "with gradient checkpointing", units.size(less)
+        else:
+            yield name, "no", units.size(less)
+
+
+def _data() -> Iterator[Row]:
+    for name in named.task_names():
+        path = named.task_path(name)
+        try:
+            sources = named.read_sources(yaml_values.read(path)["sources"], path)
+            source = first_had(sources, path.parent, fetch=False)
+        except NotHad as error:
+            yield name, "no", " or ".join(dict.fromkeys(error.brings))
+            continue
+        yield name, "yes", source.pip or source.data
+    for name in named.blend_names():
+        yield from _blend(name)
+
+
+def _blend(name: str) -> Iterator[Row]:
+    path = named.blend_paths(f"blend:{name}")[0]
+    had, brings = [], []
+    for part in named.read_blend(path).parts:
+        try:
+            had.append(first_had(part.sources, path.parent, fetch=False).data)
+        except NotHad as error:
+            brings += error.brings
+    missing = f"more by {' or '.join(dict.fromkeys(brings))}" if brings else ""
+    yield f"blend:{name}", "yes" if had else "no", missing
+
+
+COMMANDS = {doctor: EXAMPLES}

@@ -1,0 +1,227 @@
+"""`recover init`: a recipe for any model, each line with its reason, sized to this machine."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from recover.base import console, units
+from recover.base.artifacts import write_text
+from recover.base.console import quiet_libraries
+from recover.base.errors import RecipeError
+from recover.config import named, yaml_values
+from recover.config.recipe import Model
+from recover.config.tasks import KINDS
+from recover.measure.sandbox import why_no_wall
+from recover.measure.task_file import load_task
+from recover.models.load import describe, load_tokenizer
+from recover.models.source import exported_dtype
+from recover.run import draft
+from recover.run.estimate import ELEMENT_BYTES, estimate, matrix_rate, refuse
+from recover.run.target import Wanted, target
+from recover.text.named import NotHad, prompt_rows
+from recover.train.sources import read_prompts
+
+EXAMPLES = (
+    "recover init ORG/NAME --drop 10% --for math,code,chat",
+    "recover init ORG/NAME --params 1.2B --out smaller.yaml",
+    "recover init model.gguf --memory 8GB --by width --for chat",
+    "recover init my-folder --sparsity 2:4 --prompts prompts.jsonl --tasks my_task.yaml arc_easy",
+)
+PROMPT = '{"prompt": "What is 7 times 8?"}'
+OWN = "a file of your own in its place (--prompts, --tasks)"
+A_WALL = "a machine that has a wall for the programs that a model writes (docs/security.md)"
+LONG_SECONDS = 24 * 3600  # of training, about which something is said
+
+Source = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A hub id, a folder, a GGUF file, or embedded:NAME.", show_default=False)
+]
+More = Annotated[
+    list[str] | None, typer.Argument(metavar="[TASK]...", help="More tasks, after --tasks.", show_default=False)
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="The recipe to write; default: its name and .yaml, in this folder.")
+]
+Drop = Annotated[str | None, typer.Option("--drop", help="Share of the blocks, 10%, or how many; the default is 10%.")]
+WidthShare = Annotated[str | None, typer.Option("--width", help="Share of the MLP neurons, 25%.")]
+Zeros = Annotated[str | None, typer.Option("--sparsity", help="Share of the weights, 50%, or a pattern, 2:4.")]
+Params = Annotated[str | None, typer.Option("--params", help="Parameters that may stay, 1.2B.")]
+Memory = Annotated[str | None, typer.Option("--memory", help="For weights and a KV cache of 4,096 tokens, 8GB.")]
+Speedup = Annotated[float | None, typer.Option("--speedup", help="Of decoding, by the weights a token reads, 1.3.")]
+By = Annotated[
+    str, typer.Option("--by", help="What goes for --params and --memory: depth (blocks), or width (neurons).")
+]
+For = Annotated[str, typer.Option("--for", help="What it is wanted for: math, code, chat, commas between them.")]
+Prompts = Annotated[
+    Path | None, typer.Option("--prompts", help="Prompts of your own (JSONL), in place of those of --for.")
+]
+Tasks = Annotated[
+    list[str] | None, typer.Option("--tasks", help="Tasks of your own, or by name, in place of those of --for.")
+]
+
+
+def init(
+    model: Source,
+    more: More = None,
+    out: Out = None,
+    drop: Drop = None,
+    width: WidthShare = None,
+    sparsity: Zeros = None,
+    params: Params = None,
+    memory: Memory = None,
+    speedup: Speedup = None,
+    by: By = "depth",
+    uses: For = "math,code,chat",
+    prompts: Prompts = None,
+    tasks: Tasks = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", help="Teacher-scored tokens of the recovery.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Of the run.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Write over a file that is there.")] = False,
+) -> None:
+    """Write a recipe for any model: what goes, what text, which tasks, sized to this machine; each line says why."""
+    if more and not tasks:
+        raise RecipeError(f"{more[0]}: found after the model; tasks are named after --tasks")
+    if out is not None and out.exists() and not replace:
+        raise RecipeError(f"{out}: is there; name another --out, or say --replace")
+    quiet_libraries()
+    wanted = Wanted(drop, width, sparsity, params, memory, speedup, by)
+    folder = Path.cwd() if out is None else out.parent
+    found = Model(source=model)
+    description = describe(found)
+    chat = bool(load_tokenizer(found).chat_template)
+    texts, missing = _texts(_uses(uses), prompts, [*(tasks or ()), *(more or ())], folder, chat=chat)
+    calibration = draft.calibration_for(texts, description)
+    machine = draft.this_machine()
+    dtype: Any = draft.dtype_for(machine, description)[0]
+    element = ELEMENT_BYTES[exported_dtype(dtype, description.stored, None)]
+    goal = target(wanted, description, calibration, element)
+    source = draft.relative(model, folder)
+    lines = draft.draft(source, description, goal, texts, machine, name=name, tokens=tokens)
+    recipe = draft.recipe_of(lines)
+    refuse(recipe, description)
+    path = out or Path(f"{recipe.name}.yaml")
+    if path.exists() and not replace:
+        raise RecipeError(f"{path}: is there; name another --out, or say --replace")
+    cost = estimate(recipe, description, matrix_rate())
+    write_text(path, draft.written(lines, _head(machine, path, cost, missing)))
+    _say(path, machine, cost, missing, [*goal.cost.warnings], fits=draft.fits(lines), code=texts.runs_code)
+
+
+def _uses(text: str) -> list[named.Use]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise RecipeError(f"--for: found {text!r}, expected some of {', '.join(named.lists().uses)}")
+    return [named.use(name) for name in dict.fromkeys(names)]
+
+
+def _texts(
+    uses: Sequence[named.Use], prompts: Path | None, tasks: Sequence[str], folder: Path, *, chat: bool
+) -> tuple[draft.Texts, list[str]]:
+    """What the recipe reads, and what of it cannot be had here, with what would bring it.
+
+    What a user names must be there. Of what goes by a name, what cannot be had is left in the recipe, and said.
+    """
+    missing: dict[tuple[str, ...], list[str]] = {}
+    if prompts is not None:
+        rows = read_prompts(str(prompts))
+        if not all(isinstance(row.value["prompt"], str) for row in rows):
+            raise RecipeError(f"--prompts {prompts}: holds conversations; expected lines such as {PROMPT}")
+        sources = [(draft.relative(str(prompts), folder), f"{len(rows):,} prompts of your own")]
+    else:
+        sources = [(f"blend:{use.blend}", _blend_about(use, missing)) for use in uses]
+    asked = list(tasks) or list(dict.fromkeys(task for use in uses for task in (use.tasks if chat else use.plain)))
+    listed = [(_task_name(task, folder), _task_about(task, missing)) for task in asked]
+    kinds = [KINDS[str(yaml_values.read(named.task_path(task)).get("kind"))] for task in asked]
+    probe = None if any(kind.name == "generate" for kind in kinds) else sources[0][0]
+    said = [f"{', '.join(names)}: {', or '.join([*ways, OWN])}" for ways, names in missing.items()]
+    return draft.Texts(tuple(sources), tuple(listed), any(kind.runs_code for kind in kinds), probe), said
+
+
+Missing = dict[tuple[str, ...], list[str]]  # what would bring it -> what is missing
+
+
+def _blend_about(use: named.Use, missing: Missing) -> str:
+    try:
+        rows = prompt_rows(f"blend:{use.blend}")
+    except NotHad as error:
+        return _lacking(f"blend:{use.blend}", error, missing)
+    return f"{len(rows):,} prompts here: {use.about}"
+
+
+def _task_name(task: str, folder: Path) -> str:
+    return task if named.is_task_name(task) else draft.relative(task, folder)
+
+
+def _task_about(task: str, missing: Missing) -> str:
+    try:
+        loaded = load_task(task)
+    except NotHad as error:
+        return _lacking(task, error, missing)
+    if KINDS[loaded.kind].runs_code and why_no_wall():
+        return _lacking(task, NotHad("", [A_WALL]), missing)
+    return f"{len(loaded.items):,} items: {loaded.file.about or loaded.kind}"
+
+
+def _lacking(name: str, error: NotHad, missing: Missing) -> str:
+    ways = tuple(sorted({*error.brings}, reverse=True))
+    missing.setdefault(ways, []).append(name)
+    return "CANNOT BE USED HERE: see the top of this file"
+
+
+def _head(machine: draft.Machine, path: Path, cost: dict[str, Any], missing: Sequence[str]) -> Iterator[str]:
+    yield f"Written by `recover init` for {machine.name}, {units.size(machine.memory)}. Then:"
+    yield f"  recover plan {path}"
+    yield f"  recover run {path}"
+    if machine.count > 1:
+        yield f"  accelerate launch --config_file launch/gpu.yaml --num_processes {machine.count} -m recover run {path}"
+    yield f"Training takes at least {units.duration(cost['training_seconds'])} here, beside writing text and measuring."
+    yield "Values come from recover/config/defaults.py and docs/results.md; docs/recipes.md says what to expect."
+    for each in missing:
+        yield from textwrap.wrap(f"CANNOT BE USED HERE: {each}", 116, break_on_hyphens=False)
+
+
+def _say(
+    path: Path,
+    machine: draft.Machine,
+    cost: dict[str, Any],
+    missing: Sequence[str],
+    warnings: Sequence[str],
+    *,
+    fits: bool,
+    code: bool,
+) -> None:
+    dense, pruned = cost["parameters_dense"], cost["parameters_pruned"]
+    sizes = [units.size(cost[f"file_bytes_{view}"]) for view in ("dense", "pruned")]
+    rows = [
+        ["parameters", f"{dense:,}", f"{pruned:,}"],
+        ["file", *sizes],
+        ["teacher-scored tokens", "", f"{cost['teacher_tokens']:,}"],
+        ["training time", "", f"at least {units.duration(cost['training_seconds'])}"],
+        ["memory", "", f"about {units.size(cost['memory_bytes_per_process'])} of {units.size(machine.memory)}"],
+    ]
+    console.table(f"{path}, for {machine.name} (estimates)", ["what", "dense", "pruned"], rows)
+    for line in warnings:
+        console.warn(line)
+    if not fits:
+        console.warn(
+            "training does not fit this machine by the arithmetic of `plan`: take a larger one, or several GPUs"
+        )
+    if cost["training_seconds"] > LONG_SECONDS:
+        console.warn("training takes more than a day here: give --tokens, or take a machine with a GPU")
+    if code:
+        console.warn(
+            "a task runs what the model writes, locked away: the recipe has measure.allow_code_execution: true"
+        )
+    for each in missing:
+        console.warn(f"cannot be used here: {each}")
+    console.say(f"wrote {path}")
+    console.say(
+        f"[dim]next: recover plan {path}{', which refuses it until nothing is missing' if missing else ''}[/dim]"
+    )
+
+
+COMMANDS = {init: EXAMPLES}
