@@ -11,9 +11,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from tiny import tiny
+from tiny import LIKE_OTHERS, tiny
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are left out by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Families that are like another one are tested with the slow tests."""
+    for item in items:
+        given = getattr(item, "callspec", None)
+        if given and any(isinstance(value, str) and value in LIKE_OTHERS for value in given.params.values()):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

@@ -105,6 +105,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# Made of parts that another family has too: their tests are slow ones (`conftest.py`), so that the suite stays short.
+LIKE_OTHERS = {
+    *(
+        "llama_tied",
+        "qwen2_sliding",
+        "ministral3",
+        "exaone4",
+        "seed_oss",
+        "ernie4_5",
+        "hunyuan_v1_dense",
+        "glm",
+        "arcee",
+    ),
+    *("gemma", "starcoder2", "stablelm", "cohere2", "gpt_neox_sequential", "granite"),
+}
+
+
 def tiny_config(family: str, **overrides: Any) -> Any:
     """The config of one family at tiny size."""
     model_type, differences = FAMILIES[family]
