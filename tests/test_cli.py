@@ -116,7 +116,7 @@ def test_every_command_has_examples_that_parse(command: str, recipe_path: Path, 
     result = call(command, "--help")
     assert result.exit_code == 0 and "Examples" in result.output
     lines = [line.strip() for line in result.output.partition("Examples")[2].splitlines() if line.strip()]
-    assert lines and all(f"recover {command} " in line for line in lines)
+    assert lines and all(f"recover {command} " in f"{line} " for line in lines)
     if command in STAGE_OF:
         for line in lines:
             if not line.startswith("accelerate"):
