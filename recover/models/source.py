@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
-from huggingface_hub import snapshot_download
+import huggingface_hub
 from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import cached_file
 
@@ -137,7 +137,7 @@ def _download(cfg: recipe.Model, source: str) -> Path:
     commit = commit_of(cfg, source)
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + ["*.py"] * cfg.trust_remote_code
     with explained(source + HUB):
-        folder = snapshot_download(
+        folder = huggingface_hub.snapshot_download(
             source, revision=commit, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
         )
     return Path(folder)
