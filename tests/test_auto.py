@@ -76,8 +76,8 @@ def test_what_is_given_stays_as_it_is():
 
 def test_plan_says_what_auto_is_and_the_run_holds_numbers(tmp_path, capsys):
     overrides = ("recover.lr=auto", "recover.tokens=auto", "recover.lora={rank: auto, alpha: auto}", "prune.count=null")
-    recipe = load_recipe(QUICKSTART, [*overrides, "prune.blocks=[3, 11]"])
-    directory = stages.run(recipe, tmp_path, until="plan")
+    small = ("prune.blocks=[3, 11]", "measure.limit=2", "measure.sampling=null", "probe.samples=2")
+    directory = stages.run(load_recipe(QUICKSTART, [*overrides, *small]), tmp_path, until="dense")
     text = " ".join(capsys.readouterr().out.split())
     assert "recover.tokens: 290000: one for each of 294,355 parameters that go" in text
     assert "recover.lora.alpha: 64.0" in text and "recover.lr: auto: 5% of recover.tokens" in text
