@@ -23,7 +23,8 @@ RECIPE = """
 name: mine
 model: {source: ./model}
 prune: {kind: depth, count: 1, calibration: {data: text.jsonl, samples: 2, length: 16}}
-recover: {tokens: 400, epochs: 1, length: 64, batch_size: 4, data: [{kind: dense, prompts: prompts.jsonl}]}
+recover:
+  {tokens: 400, epochs: 1, length: 64, batch_size: 4, data: [{kind: dense, prompts: prompts.jsonl, max_new_tokens: 32}]}
 measure: {tasks: [task.yaml], max_new_tokens: 8}
 """
 TASK = 'name: qa\nkind: generate\ndata: qa.jsonl\nprompt: "{question}"\n'

@@ -84,6 +84,10 @@ def commands(runs: Path) -> dict[str, list[str | Path]]:
         ],
         "teacher": ["teacher", MODEL, runs / "text.jsonl", out / "t.jsonl", "--top", "4", "--length", "16"],
         "families": ["families"],
+        "quickstart": ["quickstart", "--runs", runs, *TINY],
+        "init": ["init", MODEL, "--out", out / "my.yaml"],
+        "list": ["list", runs],
+        "doctor": ["doctor"],
         "gguf": ["gguf", run / "deploy", out / "model.gguf"],
     }
 

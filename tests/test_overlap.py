@@ -124,7 +124,7 @@ def planned(tmp_path, *overrides):
     choice = make_task(tmp_path, [{"q": OTHER, "options": ["a", "b"], "label": 0}], name="choice", **CHOICE)
     blocks = "prune={kind: depth, blocks: [3]}"
     recipe = load_recipe(QUICKSTART, [*SMALL, blocks, f"measure.tasks=[{task}, {choice}]", *overrides])
-    return stages.run(recipe, tmp_path / "runs", until="plan")
+    return stages.run(recipe, tmp_path / "runs", until="dense")  # a plan alone writes nothing
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -154,9 +154,7 @@ def test_calibration_is_looked_at_too_and_only_items_that_are_measured(tmp_path,
 
 
 def test_no_item_of_the_quickstart_stands_in_its_text(tmp_path, capsys):
-    directory = stages.run(load_recipe(QUICKSTART), tmp_path, until="plan")
-    record = read_json(directory.overlap)
-    assert record == {"looked_at": {"recover.data.0": 5600, "prune.calibration": 256}, "found": []}
+    stages.run(load_recipe(QUICKSTART), tmp_path, until="plan")
     assert "looked for in 5,856 texts that the run is made with: none stands there" in capsys.readouterr().out
 
 

@@ -335,7 +335,7 @@ def test_parquet_and_what_is_no_data_set(tmp_path):
     assert len(calibration_batches(calibration(path, column="body"), byte_tokenizer(), seed=0)) == 2
     with pytest.raises(DataError, match=r"no column 'text', found \['body'\]"):
         calibration_batches(calibration(path), byte_tokenizer(), seed=0)
-    with pytest.raises(DataError, match="neither a local text file nor a data set that loads"):
+    with pytest.raises(DataError, match="neither a local text file nor a data set that can be had"):
         calibration_batches(calibration(tmp_path / "absent"), byte_tokenizer(), seed=0)
     with pytest.raises(DataError, match=r"absent.txt: no such file"):
         calibration_batches(calibration(tmp_path / "absent.txt"), byte_tokenizer(), seed=0)

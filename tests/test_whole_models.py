@@ -80,11 +80,9 @@ def test_the_weights_alone_of_an_adapter_and_a_tokenizer_beside_one_are_fine(ada
 def test_an_adapter_on_the_hub_is_seen_before_weights_are_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers.utils import hub
-
     asked = []
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    monkeypatch.setattr(hub, "cached_file", lambda *words, **_: asked.append(words) or str(tmp_path / words[1]))
+    monkeypatch.setattr(source, "cached_file", lambda *words, **_: asked.append(words) or str(tmp_path / words[1]))
     monkeypatch.setattr(source, "commit_of", lambda *_: "a" * 40)
     with pytest.raises(ModelError, match=r"someone/model: holds adapter_config\.json"):
         describe(cfg("someone/model"))

@@ -147,7 +147,7 @@ def test_text_is_needed():
 
 
 def small_recipe(**prune) -> recipe.Recipe:
-    text = {"data": "org/text"}
+    text = {"data": "org/text", "length": 64}
     return parse_recipe(
         {
             "name": "narrow",

@@ -81,6 +81,7 @@ class Arch:
     gated: bool = True  # down(activation(gate) * up), else down(activation(up))
     parallel: Callable[[PretrainedConfig], bool] = _one_behind_the_other  # attention and MLP read one input
     norm_behind: bool = False  # a norm between the sublayer and the stream: nothing can be folded through it
+    packs: bool = True  # its blocks hand on to attention where sequences of a packed row begin
     kv_groups_stay: str = ""  # why width pruning cannot remove KV groups, empty where it can
 
     @property
@@ -131,7 +132,7 @@ ARCHS: dict[str, Arch] = {
             norm_behind=True,
         ),
         Arch("arcee", mlp_linears=UP_DOWN, gated=False),
-        Arch("nemotron", mlp_linears=UP_DOWN, gated=False),
+        Arch("nemotron", mlp_linears=UP_DOWN, gated=False, packs=False),
         Arch("starcoder2", mlp_linears=("c_fc", "c_proj"), gated=False),
         Arch(
             "stablelm",

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from recover.models.arch import ARCHS
 from recover.models.step_attention import configs_of
 
 NAME = "recover_packed"
@@ -45,6 +46,9 @@ class Packing(NamedTuple):
 def packing_configs(model: nn.Module) -> list[PretrainedConfig]:
     """What to have attend by NAME; empty where attention does more than `attend` knows (a softcap, dropout, sinks)."""
     configs = configs_of(model)
+    row = ARCHS.get(configs[0].model_type) if configs else None
+    if row is not None and not row.packs:
+        return []
     capped = any(getattr(config, "attn_logit_softcapping", None) is not None for config in configs)
     drops = any(getattr(config, "attention_dropout", None) for config in configs)
     sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
