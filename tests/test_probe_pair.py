@@ -83,9 +83,8 @@ def test_models_of_two_widths_are_compared_where_they_can_be():
 
 def test_a_prompt_too_long_for_the_other_model_alone_is_refused():
     other = endless(max_position_embeddings=64)
-    with pytest.raises(
-        DataError, match="prompt 1 has 60 tokens; with probe.steps 8 that is more than the 64 positions"
-    ):
+    said = r"prompt 1 has 60 tokens; with probe\.steps 8 that is more than the 64 positions"
+    with pytest.raises(DataError, match=said):
         probe(Pair.of_models(endless(), other), NO_TOKENIZER, [[5] * 9, [5] * 60], CFG)
 
 
