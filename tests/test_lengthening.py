@@ -10,6 +10,7 @@ import torch
 import two_processes
 from byte_tokenizer import byte_tokenizer
 from safetensors.torch import load_file
+from test_trainer import at_step  # noqa: F401
 from tiny import tiny
 
 from recover.base.artifacts import read_json, read_jsonl
@@ -124,19 +125,12 @@ def test_a_lengthened_training_goes_on_from_weights_and_moments_and_warms_up_aga
     assert [*itertools.chain(*(part["ends"] for part in parts))] == [each["step"] for each in best["epochs"]]
 
 
-def test_a_lengthened_training_that_is_stopped_goes_on_to_the_same_bits(folder, monkeypatch):
+def test_a_lengthened_training_that_is_stopped_goes_on_to_the_same_bits(folder, at_step, monkeypatch):  # noqa: F811
     go(folder, SHORT, "straight")
     straight = go(folder, LONG, "straight")
     go(folder, SHORT)
     step = len(read_jsonl(folder / "recover" / "steps.jsonl")) + 3
-    fetch = RecoverTrainer.get_batch_samples
-
-    def stopped(trainer, *arguments):
-        if trainer.state.global_step + 1 == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return fetch(trainer, *arguments)
-
-    monkeypatch.setattr(RecoverTrainer, "get_batch_samples", stopped)
+    at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(StopRequested):
         go(folder, LONG)
     monkeypatch.undo()

@@ -8,6 +8,7 @@ import torch
 import two_processes
 from byte_tokenizer import byte_tokenizer
 from safetensors.torch import load_file
+from test_trainer import at_step  # noqa: F401
 from tiny import tiny
 
 from recover.base.artifacts import read_json, read_jsonl
@@ -17,7 +18,6 @@ from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.train.settings import early_ends
 from recover.train.train import train
-from recover.train.trainer import RecoverTrainer
 
 ENDS = [10, 20, 30, 40]
 
@@ -71,19 +71,12 @@ def test_the_rate_falls_to_zero_before_it_ends_and_the_end_is_measured(tmp_path,
     assert read_json(tmp_path / "recover/training.json")["finished"]
 
 
-def test_a_fall_that_is_stopped_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+def test_a_fall_that_is_stopped_goes_on_to_the_same_bits(tmp_path, at_step, monkeypatch):  # noqa: F811
     two_processes.write_text(tmp_path)
     scores = [0.5, 0.5, 0.8, 0.9]
     straight = load_file(go(tmp_path, "straight", scores) / "adapter_model.safetensors")
     step = read_json(tmp_path / "straight/best.json")["epochs"][1]["step"] + 2
-    fetch = RecoverTrainer.get_batch_samples
-
-    def stopped(trainer, *arguments):
-        if trainer.state.global_step + 1 == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return fetch(trainer, *arguments)
-
-    monkeypatch.setattr(RecoverTrainer, "get_batch_samples", stopped)
+    at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(StopRequested):
         go(tmp_path, "recover", scores)
     monkeypatch.undo()

@@ -7,7 +7,6 @@ gives the tokenizer alone. What is not listed is not read. What settings may say
 
 from __future__ import annotations
 
-import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -130,11 +129,3 @@ def _stamps(folder: Path) -> dict[str, Stamp]:
         found = (folder / name).stat()
         stamps[name] = Stamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
     return stamps
-
-
-COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
-def commit_in(snapshot: Path) -> str | None:
-    """The commit that a folder of the hub's cache is of."""
-    return snapshot.name if COMMIT.fullmatch(snapshot.name) and snapshot.parent.name == "snapshots" else None
