@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import accelerate
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from recover.base import console
 from recover.base.errors import ExportError
-from recover.models.arch import part_of
+from recover.models.arch import part_of, writes_out
 from recover.models.linears import Factors, MaskedLinear, effective_weight, pruned_tensor
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from recover.models.twin import Twin
 
 # Lists of a config that are as long as they like, and may by chance be as long as the model is deep.
-NOT_PER_BLOCK = re.compile(r"architectures|.*token_ids?|.*_ids|id2label|label2id")
+NOT_PER_BLOCK = re.compile(r"architectures|.*token_ids?|.*_ids|id2label|label2id|mlp_only_layers")
 
 
 def merge(twin: Twin, dtype: torch.dtype) -> PreTrainedModel:
@@ -48,7 +49,7 @@ def merge(twin: Twin, dtype: torch.dtype) -> PreTrainedModel:
     names = _dense_names(stock, twin)
     state = {}
     for name, (dense_name, zeroed) in console.track(names.items(), "merge", unit="tensor"):
-        tensor = _merged(twin, dense_name, dtype)
+        tensor = _merged(twin, dense_name, _kept_dtype(stock, name, dtype))
         state[name] = torch.zeros_like(tensor) if zeroed else tensor
     stock.load_state_dict(state, strict=True, assign=True)
     stock.tie_weights()
@@ -61,9 +62,11 @@ def pruned_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig:
 
     Every list with one entry a block (`layer_types`, SmolLM3's `no_rope_layers`) is indexed by the dense block that
     each exported block's attention comes from; `max_window_layers` (Qwen2: blocks from there on slide) counts those
-    below it. Left stale, a checkpoint does not load, or loads with other attention.
+    below it; which blocks have a mixture of experts is said by where their MLPs come from. Left stale, a checkpoint
+    does not load, or loads with other attention.
     """
     sources = [packed.source for packed in plan.packed]
+    mlps = [packed.source if packed.mlp is None else packed.mlp for packed in plan.packed]
     values = config.to_dict()
     blocks = values["num_hidden_layers"]
     for name, value in values.items():
@@ -71,12 +74,31 @@ def pruned_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig:
             values[name] = [value[block] for block in sources]
     if isinstance(values.get("max_window_layers"), int):
         values["max_window_layers"] = sum(block < values["max_window_layers"] for block in sources)
+    values |= _mixture_fields(values, mlps)
     values["num_hidden_layers"] = len(sources)
     values["use_cache"] = True  # training may have switched it off
     values.update(plan.config)
     for stale in ("quantization_config", "sparsity_config", "transformers_version"):
         values.pop(stale, None)  # of how the dense weights were stored; vLLM refuses a sparsity_config
     return type(config).from_dict(values)
+
+
+def _mixture_fields(values: Mapping[str, Any], mlps: list[int]) -> dict[str, Any]:
+    """What says which blocks have a plain MLP, and how many heads predict further tokens, for MLPs of these blocks.
+
+    Such heads (MTP) are no part of the causal LM that was loaded, so the export has none.
+    """
+    found: dict[str, Any] = {}
+    if isinstance(plain := values.get("mlp_only_layers"), list):
+        step = values["decoder_sparse_step"]
+        kept = [new for new, block in enumerate(mlps) if block in plain or (block + 1) % step]
+        found |= {"mlp_only_layers": kept, "decoder_sparse_step": 1}
+    if isinstance(first := values.get("first_k_dense_replace"), int):
+        found["first_k_dense_replace"] = sum(block < first for block in mlps)
+    if values.get("num_nextn_predict_layers"):
+        console.say("export: heads that predict further tokens (MTP) are not loaded, and the export has none")
+        found["num_nextn_predict_layers"] = 0
+    return found
 
 
 def _warn_of_irregular_attention(dense: PretrainedConfig, pruned: PretrainedConfig) -> None:
@@ -86,6 +108,12 @@ def _warn_of_irregular_attention(dense: PretrainedConfig, pruned: PretrainedConf
     if period < len(before) and after != (before[:period] * len(after))[: len(after)]:
         text = f"the kept blocks no longer alternate attention every {period} blocks as {dense.model_type} does"
         console.warn(f"export: {text}: llama.cpp may misread them")
+
+
+def _kept_dtype(stock: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The export's dtype, float32 for what this class computes with in float32 whatever dtype it is loaded in."""
+    patterns = getattr(stock, "_keep_in_fp32_modules_strict", None) or ()
+    return torch.float32 if any(re.search(pattern, name) for pattern in patterns) else dtype
 
 
 def _dense_names(stock: PreTrainedModel, twin: Twin) -> dict[str, tuple[str, bool]]:
@@ -107,12 +135,7 @@ def _inside(twin: Twin, packed: Packed, inside: str) -> tuple[str, bool]:
     arch = twin.arch
     part = part_of(arch, inside)
     kept = packed.attention if part == "attention" else packed.mlp
-    last = (
-        f"{arch.attention}.{arch.attention_linears[-1]}"
-        if part == "attention"
-        else f"{arch.mlp}.{arch.mlp_linears[-1]}"
-    )
-    zeroed = kept is None and inside.rpartition(".")[0] == last
+    zeroed = kept is None and writes_out(arch, inside)
     return f"{arch.blocks}.{packed.source if kept is None else kept}.{inside}", zeroed
 
 

@@ -175,6 +175,9 @@ class Twin:
             raise ModelError("this twin has adapters already; expected one set: load the model anew")
         sites = self._lora_sites(cfg)
         targets = [name for name in linears_of(self.model) if site_of(self.arch, name) in sites]
+        if self.arch.experts is not None:
+            # peft takes a linear that is called as a matrix of experts once was for that, wherever it is.
+            targets = [name for name in targets if site_of(self.arch, name).part == "attention"]
         config = LoraConfig(
             r=cfg.rank,
             lora_alpha=cfg.alpha or 2 * cfg.rank,  # type: ignore[arg-type]
