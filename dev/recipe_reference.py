@@ -25,7 +25,16 @@ Fields without a default must be given. Relative files are looked up from the re
 shipped with the package. On the command line any field is set as
 `recover run RECIPE recover.lr=1e-3 recover.data.0.share=2`.
 """
-CONFIGS = [recipe.Recipe, recipe.Model, recipe.Depth, recipe.Magnitude, recipe.Wanda, recipe.Width, recipe.Calibration]
+CONFIGS = [
+    recipe.Recipe,
+    recipe.Model,
+    recipe.Depth,
+    recipe.Magnitude,
+    recipe.Wanda,
+    recipe.Width,
+    recipe.Experts,
+    recipe.Calibration,
+]
 CONFIGS += [recipe.SparseGpt]
 CONFIGS += [recipe.Probe, recipe.Recover, recipe.DenseText, recipe.PrunedText, recipe.GivenText, recipe.TeacherText]
 CONFIGS += [recipe.Lora, recipe.Loss, recipe.Focus, recipe.StopEarly, recipe.Cache]

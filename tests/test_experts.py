@@ -7,18 +7,22 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from byte_tokenizer import byte_tokenizer
 from tiny import MIXTURES, ids, tiny
 from transformers import AutoModelForCausalLM
 from twins import Distill, fill_adapters
 
+from recover.base.errors import ModelError, PruneError
 from recover.config import recipe
 from recover.export.merge import merge
 from recover.export.verify import check, write_expected
 from recover.export.write import write_checkpoint
-from recover.models.plan import load_plan, save_plan
+from recover.models.experts import keeping, mixtures_of
+from recover.models.plan import Plan, load_plan, save_plan
 from recover.models.twin import Twin
 from recover.prune.depth.depth import prune_depth
+from recover.prune.experts import prune_experts
 
 DEPTH = {"blocks": (2, 3)}, {"unit": "mlp", "blocks": (1, 3)}, {"unit": "attention", "blocks": (3,)}
 
@@ -67,8 +71,6 @@ def test_less_depth_is_trained_and_exported(family, cut, tmp_path):
 
 
 def twin_plan(model):
-    from recover.models.plan import Plan
-
     return Plan.none(model.config.num_hidden_layers)
 
 
@@ -96,3 +98,209 @@ def test_older_readers_find_how_many_experts_there_are(tmp_path):
     values = json.loads((tmp_path / "deploy" / "config.json").read_text())
     assert values["num_experts"] == values["num_local_experts"] == 8
     assert values["mlp_only_layers"] == [] and values["decoder_sparse_step"] == 1
+
+
+def batches() -> list[torch.Tensor]:
+    return [ids(2, 24, seed=7), ids(1, 24, seed=8)]
+
+
+def prune(model, **fields):
+    cfg = recipe.Experts(calibration=recipe.Calibration(data="text"), **fields)
+    return prune_experts(Twin(copy.deepcopy(model), twin_plan(model)), cfg, batches())
+
+
+def without(model, kept):
+    """A stock model built anew with fewer experts, their weights picked one by one: it shares no code with the twin."""
+    values = model.config.to_dict()
+    name = next(name for name in ("num_local_experts", "n_routed_experts", "num_experts") if name in values)
+    values[name] = len(next(iter(kept.values())))
+    smaller = AutoModelForCausalLM.from_config(type(model.config).from_dict(values), dtype=torch.float32).eval()
+    weights = {}
+    for name, value in model.state_dict().items():
+        parts = name.split(".")
+        routed = parts[3:4] == ["mlp"] and parts[4] in ("gate", "router", "experts") and "gate_proj" not in parts
+        weights[name] = torch.stack([value[e] for e in kept[int(parts[2])]]) if routed else value
+    smaller.load_state_dict(weights)
+    return smaller
+
+
+def some(model, left: int) -> dict[int, tuple[int, ...]]:
+    """Other experts in each block, as many in each half."""
+    kept = {}
+    for index, block in enumerate(model.model.layers):
+        if hasattr(block.mlp, "experts"):
+            half = block.mlp.experts.num_experts // 2
+            first = sorted((index + n) % half for n in range(left // 2))
+            kept[index] = (*first, *(half + n for n in range(left - left // 2)))
+    return kept
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_routing_among_those_that_stay_is_that_of_a_model_without_the_others(family):
+    dense = tiny(family)
+    left = {"mixtral": 3, "olmoe": 4, "qwen3_moe": 5, "deepseek_v3": 6}.get(family, 3)
+    kept = some(dense, left)
+    reference = without(dense, kept)
+    twin = Twin(copy.deepcopy(dense), Plan("experts", 6, experts=kept))
+    # The sum over a token's experts is in another order where their numbers are.
+    torch.testing.assert_close(logits(twin.model), logits(reference), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits(reference), logits(dense), atol=1e-2)
+    with twin.dense() as model:
+        assert torch.equal(logits(model), logits(dense))
+    assert dict(twin.base.state_dict()).keys() == dict(dense.state_dict()).keys()
+    for index, block in enumerate(twin.blocks):
+        if hasattr(block.mlp, "experts"):
+            other = reference.model.layers[index].mlp
+            x = torch.randn(9, 64, generator=torch.Generator().manual_seed(index))
+            _, weights, chosen = mixtures_of(twin.model)[index].router(x)
+            _, expected, places = (other.router if family == "gpt_oss" else other.gate)(x)
+            assert torch.equal(weights, expected) and torch.equal(chosen, torch.tensor(kept[index])[places])
+
+
+def expert_output(model, block: int, expert: int, x: torch.Tensor) -> torch.Tensor:
+    """What one expert gives for one token, by the matrices of a checkpoint."""
+    experts = model.model.layers[block].mlp.experts
+    if model.config.model_type == "gpt_oss":
+        both = x @ experts.gate_up_proj[expert] + experts.gate_up_proj_bias[expert]
+        gate, up = both[0::2].clamp(max=7.0), both[1::2].clamp(-7.0, 7.0)
+        return (up + 1) * gate * torch.sigmoid(1.702 * gate) @ experts.down_proj[expert] + experts.down_proj_bias[
+            expert
+        ]
+    inner = len(experts.gate_up_proj[expert]) // 2
+    gate, up = experts.gate_up_proj[expert][:inner] @ x, experts.gate_up_proj[expert][inner:] @ x
+    return experts.down_proj[expert] @ (F.silu(gate) * up)
+
+
+@torch.no_grad()
+def by_the_paper(model, block: int) -> tuple[list[float], list[int]]:
+    """REAP's score and the number of tokens of each expert: token after token, expert after expert."""
+    mlp = model.model.layers[block].mlp
+    router, seen = mlp.router if hasattr(mlp, "router") else mlp.gate, []
+    hook = router.register_forward_pre_hook(lambda _m, args: seen.append(args[0].reshape(-1, 64)))
+    for tokens in batches():
+        model(tokens)
+    hook.remove()
+    totals, counts = [0.0] * mlp.experts.num_experts, [0] * mlp.experts.num_experts
+    for x in torch.cat(seen):
+        _, weights, chosen = router(x[None])
+        for weight, expert in zip(weights[0].tolist(), chosen[0].tolist(), strict=True):
+            totals[expert] += weight * float(expert_output(model, block, expert, x).norm())
+            counts[expert] += 1
+    return [total / max(count, 1) for total, count in zip(totals, counts, strict=True)], counts
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_reap_and_frequency_are_those_of_a_double_loop(family):
+    dense, gone = tiny(family), 2
+    reap, frequency = (prune(dense, count=gone, score=score) for score in ("reap", "frequency"))
+    for record, other in zip(reap.plan.scores, frequency.plan.scores, strict=True):
+        scores, counts = by_the_paper(dense, record["block"])
+        assert record["experts"] == pytest.approx(scores, rel=1e-4) and record["tokens"] == other["tokens"] == counts
+        for found, values in ((record, scores), (other, counts)):
+            groups = 2 if family == "deepseek_v3" else 1
+            size = len(values) // groups
+            lost = set()
+            for group in range(groups):
+                members = range(group * size, (group + 1) * size)
+                lost |= set(sorted(members, key=lambda e: (values[e], e))[: gone // groups])
+            assert found["kept"] == [e for e in range(len(values)) if e not in lost]
+    assert reap.plan.experts == {record["block"]: tuple(record["kept"]) for record in reap.plan.scores}
+
+
+def test_kl_is_that_of_models_without_each_expert():
+    """Each candidate is closed on top of what the blocks before lost, against stock models built without it."""
+    dense = tiny("qwen3_moe", num_hidden_layers=3, mlp_only_layers=[1])
+    plan = prune(dense, count=1, score="kl", candidates=3).plan
+    reap = prune(dense, count=3, score="reap").plan
+    every = tuple(range(8))
+    before = logits_of(dense)
+    lost: dict[int, tuple[int, ...]] = {}
+    for record in plan.scores:
+        block = record["block"]
+        asked = {e for e in every if e not in reap.experts[block]}
+        measured = {expert: kl for expert, kl in record["closed"]}
+        assert set(measured) == asked and record["by"] == "kl"
+        for expert, found in measured.items():
+            closed = {0: every, 2: every, **lost, block: tuple(e for e in every if e != expert)}
+            twin = Twin(copy.deepcopy(dense), twin_plan(dense))
+            with keeping(twin.model, closed):
+                after = logits_of(twin.model)
+            kl = sum((p.exp() * (p - q)).sum(-1).sum() for p, q in zip(before, after, strict=True))
+            assert found == pytest.approx(float(kl) / sum(b.numel() for b in batches()), rel=1e-3, abs=1e-7)
+        least = min(measured, key=lambda e: measured[e])
+        lost[block] = tuple(e for e in every if e != least)
+    assert plan.experts == lost
+
+
+@torch.no_grad()
+def logits_of(model):
+    return [model(tokens, use_cache=False).logits.double().log_softmax(-1) for tokens in batches()]
+
+
+@pytest.mark.parametrize(("family", "score"), [*((family, "reap") for family in MIXTURES), ("qwen3_moe", "kl")])
+def test_fewer_experts_are_trained_and_exported(family, score, tmp_path):
+    dense = tiny(family)
+    pruned = prune(dense, count=2, score=score)
+    twin = Twin(copy.deepcopy(dense), *pruned)
+    assert not torch.allclose(logits(twin.model), logits(dense), atol=1e-3)
+    twin.add_lora(recipe.Lora(rank=3))
+    fill_adapters(twin)
+    stock = exported(twin, pruned, tmp_path)
+    torch.testing.assert_close(logits(stock), logits(twin.model), rtol=2e-4, atol=2e-4)
+    left = stock.config.num_local_experts
+    assert left == dense.config.num_local_experts - 2 and set(pruned.plan.config.values()) == {left}
+    with twin.dense() as model:
+        assert torch.equal(logits(model), logits(dense))
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "said"),
+    [
+        ("qwen3_moe", {"count": 7}, "7 of 8 experts go, which leaves 1, and a token goes through 2 .*at most 6 can go"),
+        ("qwen3_moe", {"count": 9}, "9 of 8 experts go, which leaves 0"),
+        ("qwen3_moe", {"share": 0.01}, r"prune.share: 0 of 8 experts go: 0.01 of them is less than one"),
+        ("deepseek_v3", {"count": 3}, "from 2 groups of equal size.*give a multiple of 2"),
+        ("deepseek_v3", {"count": 6}, "leaves 2, and .*at most 4 can go"),
+        ("deepseek_v3", {"count": 2, "score": "kl"}, "'kl' closes one expert, and the router chooses from 2 groups"),
+        ("qwen3_moe", {"count": 2, "score": "kl", "candidates": 1}, r"prune.candidates: 1: expected 2 .* to 8"),
+        ("llama", {"count": 2}, "it has no mixture of experts"),
+    ],
+)
+def test_what_a_router_cannot_do_with_is_refused_by_plan_and_pruning(family, fields, said, tmp_path):
+    from recover.models.load import describe
+    from recover.prune.experts import experts_cost
+
+    model = tiny(family)
+    with pytest.raises(PruneError, match=said):
+        prune(model, **fields)
+    model.config.save_pretrained(tmp_path)
+    cfg = recipe.Experts(calibration=recipe.Calibration(data="text"), **fields)
+    with pytest.raises(PruneError, match=said):
+        experts_cost(cfg, describe(recipe.Model(source=str(tmp_path))))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_the_cost_of_a_plan_is_what_goes(family, tmp_path):
+    from recover.models.load import describe
+    from recover.prune.experts import experts_cost
+
+    dense = tiny(family)
+    dense.config.save_pretrained(tmp_path)
+    cfg = recipe.Experts(calibration=recipe.Calibration(data="text"), count=2)
+    cost, plan = experts_cost(cfg, describe(recipe.Model(source=str(tmp_path)))), prune(dense, count=2).plan
+    assert cost.unstored == plan.parameters_dense - plan.parameters_pruned and cost.gone == 0
+
+
+def test_experts_of_a_plan_have_to_fit():
+    dense = tiny("qwen3_moe")
+    kept = some(dense, 4)
+    for wrong, said in (
+        ({**kept, 0: (1, 2, 3)}, "expected the same of each block"),
+        ({**kept, 1: (0, 1, 2, 3)}, "this model has some in"),
+        ({**kept, 0: (0, 2, 1, 5)}, "expected numbers from 0 to 7, ascending"),
+        ({**kept, 0: (0, 1, 2, 8)}, "expected numbers from 0 to 7, ascending"),
+        (dict.fromkeys(kept, (3,)), "2 at least"),
+    ):
+        with pytest.raises(ModelError, match=said):
+            Twin(copy.deepcopy(dense), Plan("experts", 6, experts=wrong))
+    assert Plan.from_json(json.loads(json.dumps(Plan("experts", 6, experts=kept).to_json()))).experts == kept

@@ -27,7 +27,8 @@ class Mixture:
     """Mixtures of experts in the place of MLPs, in all blocks but `plain` of them.
 
     experts: in each block; used: of them, by a token. intermediate: neurons of an expert; shared: neurons that every
-    token goes through beside them. expert: parameters of one; always: of router and shared experts in a block.
+    token goes through beside them. expert: parameters of one; row: of the router for it; always: of router and shared
+    experts in a block. groups: that a router chooses from; used_groups: from so many of them for a token.
     """
 
     experts: int
@@ -37,6 +38,9 @@ class Mixture:
     always: int
     shared: int = 0
     plain: int = 0
+    row: int = 0
+    groups: int = 1
+    used_groups: int = 1
 
     def mean(self, mixed: float, plain: float, blocks: int) -> float:
         """Of a figure that blocks with a mixture have, and plain ones, the mean over all blocks."""

@@ -19,7 +19,18 @@ from recover.config.base import Config, Dtype
 from recover.config.loss import Focus, Loss
 from recover.config.messages import explain
 from recover.config.paths import place_files
-from recover.config.prune import Calibrated, Calibration, Depth, Magnitude, Prune, SparseGpt, Sparsity, Wanda, Width
+from recover.config.prune import (
+    Calibrated,
+    Calibration,
+    Depth,
+    Experts,
+    Magnitude,
+    Prune,
+    SparseGpt,
+    Sparsity,
+    Wanda,
+    Width,
+)
 from recover.config.train import Cache, Data, DenseText, GivenText, Lora, PrunedText, Recover, StopEarly, TeacherText
 
 __all__ = [
@@ -31,6 +42,7 @@ __all__ = [
     "DenseText",
     "Depth",
     "Dtype",
+    "Experts",
     "Focus",
     "GivenText",
     "Lora",

@@ -156,12 +156,23 @@ def _merged(twin: Twin, name: str, dtype: torch.dtype) -> Tensor:
     tensor = pruned_tensor(linear, cfg)
     if cfg == "weight" and isinstance(linear, nn.Linear):
         tensor = _effective(linear, _factors(module, name))
+    tensor = _left(twin, path, tensor)
     merged = (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu()
     if not merged.isfinite().all():
         raise ExportError(f"{name}: not finite in {dtype}: export in a wider dtype, or look at the training log")
     if cfg == "weight" and isinstance(linear, MaskedLinear):
         _certify(name, merged, linear, twin)
     return merged
+
+
+def _left(twin: Twin, path: str, tensor: Tensor) -> Tensor:
+    """Of a tensor of routers or experts, the rows of those that stay; others as they are."""
+    match = re.match(re.escape(f"{twin.arch.blocks}.") + rf"(\d+)\.{twin.arch.mlp}\.(.+)", path)
+    parts = twin.arch.experts
+    if match is None or parts is None or match[2] not in (parts.router, parts.experts):
+        return tensor
+    kept = twin.plan.experts.get(int(match[1]))
+    return tensor if kept is None else tensor[torch.tensor(kept, device=tensor.device)]
 
 
 def _effective(linear: nn.Linear, factors: Factors | None) -> Tensor:

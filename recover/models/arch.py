@@ -58,7 +58,7 @@ def _final_softcap(config: PretrainedConfig) -> float | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Experts:
+class ExpertNames:
     """Names inside an MLP that is a mixture of experts; a block without a module `experts` there has a plain MLP.
 
     The router has a row an expert in its weight and in all else that it holds, and gives (logits, weights, experts) of
@@ -99,7 +99,7 @@ class Arch:
     norm_behind: bool = False  # a norm between the sublayer and the stream: nothing can be folded through it
     packs: bool = True  # its blocks hand on to attention where sequences of a packed row begin
     kv_groups_stay: str = ""  # why width pruning cannot remove KV groups, empty where it can
-    experts: Experts | None = None  # how an MLP is a mixture of experts, where one is
+    experts: ExpertNames | None = None  # how an MLP is a mixture of experts, where one is
 
     @property
     def mlp_matrices(self) -> int:
@@ -193,19 +193,19 @@ ARCHS: dict[str, Arch] = {
             attention_norms=("attention_layernorm",),
             mlp_norms=("feedforward_layernorm",),
         ),
-        Arch("mixtral", experts=Experts()),
-        Arch("olmoe", kv_groups_stay=ALL_HEADS, experts=Experts()),
-        Arch("qwen3_moe", experts=Experts(width="moe_intermediate_size")),
-        Arch("gpt_oss", kv_groups_stay=SINKS, experts=Experts(router="router", gives_scores=True)),
+        Arch("mixtral", experts=ExpertNames()),
+        Arch("olmoe", kv_groups_stay=ALL_HEADS, experts=ExpertNames()),
+        Arch("qwen3_moe", experts=ExpertNames(width="moe_intermediate_size")),
+        Arch("gpt_oss", kv_groups_stay=SINKS, experts=ExpertNames(router="router", gives_scores=True)),
         Arch(
             "glm4_moe",
-            experts=Experts(shared="shared_experts", width="moe_intermediate_size", grouped=True),
+            experts=ExpertNames(shared="shared_experts", width="moe_intermediate_size", grouped=True),
         ),
         Arch(
             "deepseek_v3",
             attention_linears=("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
             kv_groups_stay="its heads share keys and values that are compressed (MLA)",
-            experts=Experts(shared="shared_experts", width="moe_intermediate_size", grouped=True),
+            experts=ExpertNames(shared="shared_experts", width="moe_intermediate_size", grouped=True),
         ),
     )
 }
@@ -290,6 +290,14 @@ def experts_of(config: PretrainedConfig) -> tuple[int, int]:
         return 0, 0
     settings: Any = config
     return settings.num_local_experts, settings.num_experts_per_tok
+
+
+def groups_of(config: PretrainedConfig) -> tuple[int, int]:
+    """From how many groups of experts this model's routers choose, and from how many of them for one token."""
+    names, settings = arch_of(config).experts, config
+    if names is None or not names.grouped:
+        return 1, 1
+    return getattr(settings, "n_group", None) or 1, getattr(settings, "topk_group", None) or 1
 
 
 def writes_out(arch: Arch, inside: str) -> bool:

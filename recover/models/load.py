@@ -29,6 +29,7 @@ from recover.models.arch import (
     arch_of_config,
     blocks_of,
     experts_of,
+    groups_of,
     head_size_of,
     kv_heads_of,
     mixture_in,
@@ -113,6 +114,7 @@ def _mixture(model: PreTrainedModel) -> Mixture | None:
     if arch.experts is None or not mixed:
         return None
     experts, used = experts_of(model.config)
+    groups, used_groups = groups_of(model.config)
     routed = sum(each.numel() for each in mixed[0].get_submodule(arch.experts.experts).parameters())
     shared: Any = mixed[0].get_submodule(arch.experts.shared) if arch.experts.shared else None
     return Mixture(
@@ -123,6 +125,9 @@ def _mixture(model: PreTrainedModel) -> Mixture | None:
         always=sum(each.numel() for each in mixed[0].parameters()) - routed,
         shared=0 if shared is None else shared.get_submodule(arch.mlp_linears[-1]).in_features,
         plain=len(blocks) - len(mixed),
+        row=sum(each[0].numel() for each in mixed[0].get_submodule(arch.experts.router).parameters()),
+        groups=groups,
+        used_groups=used_groups,
     )
 
 

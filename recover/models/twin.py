@@ -22,6 +22,7 @@ from recover.base.errors import ModelError
 from recover.config import recipe
 from recover.models.arch import Arch, arch_of, base_of, blocks_of, linears_of, site_of
 from recover.models.closing import close_sites, closed_sites, make_closable, named_as, switch_class
+from recover.models.experts import keep_experts, make_routable
 from recover.models.lean import make_lean
 from recover.models.linears import MaskedLinear, Switch, see_pruned
 from recover.models.masked_lora import adopt_layer, lora_layers
@@ -64,6 +65,8 @@ class Twin:
         model.requires_grad_(False)
         see_pruned(model, masks or {}, weights or {}, self.switch)
         make_closable(self.blocks, self.arch, self.switch)
+        make_routable(model, self.switch)
+        keep_experts(model, plan.experts)
         switch_class(model, _distilling)
         self.close(plan.sites)
 

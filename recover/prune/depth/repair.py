@@ -51,8 +51,8 @@ def refuse_norm_behind(arch: Arch, kind: str) -> None:
         )
     if arch.experts is not None:
         raise PruneError(
-            f"prune.repair: '{kind}' cannot be folded into {arch.model_type}: what its experts write goes through no one "
-            "matrix. Use prune.repair: none"
+            f"prune.repair: '{kind}' cannot be folded into {arch.model_type}: what its experts write goes through "
+            "no one matrix. Use prune.repair: none"
         )
 
 
