@@ -9,20 +9,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from byte_tokenizer import byte_tokenizer
+from peft import PeftModel
 from tiny import MIXTURES, ids, tiny
 from transformers import AutoModelForCausalLM
 from twins import Distill, fill_adapters
 
-from recover.base.errors import ModelError, PruneError
+from recover.base.errors import ExportError, ModelError, PruneError
 from recover.config import recipe
 from recover.export.merge import merge
 from recover.export.verify import check, write_expected
 from recover.export.write import write_checkpoint
-from recover.models.experts import keeping, mixtures_of
+from recover.models.experts import ExpertFactors, keeping, mixtures_of
+from recover.models.masked_lora import ExpertLora
 from recover.models.plan import Plan, load_plan, save_plan
 from recover.models.twin import Twin
 from recover.prune.depth.depth import prune_depth
 from recover.prune.experts import prune_experts
+from recover.train.checkpoints import read_adapter, write_adapter
 
 DEPTH = {"blocks": (2, 3)}, {"unit": "mlp", "blocks": (1, 3)}, {"unit": "attention", "blocks": (3,)}
 
@@ -218,7 +221,7 @@ def test_kl_is_that_of_models_without_each_expert():
     for record in plan.scores:
         block = record["block"]
         asked = {e for e in every if e not in reap.experts[block]}
-        measured = {expert: kl for expert, kl in record["closed"]}
+        measured = dict(record["closed"])
         assert set(measured) == asked and record["by"] == "kl"
         for expert, found in measured.items():
             closed = {0: every, 2: every, **lost, block: tuple(e for e in every if e != expert)}
@@ -304,3 +307,102 @@ def test_experts_of_a_plan_have_to_fit():
         with pytest.raises(ModelError, match=said):
             Twin(copy.deepcopy(dense), Plan("experts", 6, experts=wrong))
     assert Plan.from_json(json.loads(json.dumps(Plan("experts", 6, experts=kept).to_json()))).experts == kept
+
+
+PARTS = (("router",), ("experts",), ("linears", "experts", "router"))
+
+
+def learnt(twin: Twin, parts) -> Twin:
+    """Whatever is trained, moved at random."""
+    twin.add_lora(recipe.Lora(rank=3, parts=parts))
+    generator = torch.Generator().manual_seed(5)
+    for parameter in twin.model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.1
+    return twin
+
+
+@pytest.mark.parametrize("parts", PARTS, ids="+".join)
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_routers_and_experts_learn_and_are_exported(family, parts, tmp_path):
+    dense = tiny(family)
+    pruned = prune(dense, count=2)
+    twin = Twin(copy.deepcopy(dense), *pruned)
+    before = logits(twin.model)
+    twin.add_lora(recipe.Lora(rank=3, parts=parts))
+    torch.testing.assert_close(logits(twin.model), before, rtol=1e-5, atol=1e-5)  # nothing is learnt yet
+    twin = learnt(Twin(copy.deepcopy(dense), *pruned), parts)
+    assert not torch.allclose(logits(twin.model), before, atol=1e-2)
+    with twin.dense() as model:
+        assert torch.equal(logits(model), logits(dense))
+    stock = exported(twin, pruned, tmp_path)
+    torch.testing.assert_close(logits(stock), logits(twin.model), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_gradients_are_those_of_the_weights_themselves(family):
+    """Of A and B by the chain rule, from the gradient of a stock model's matrices with the update in them."""
+    dense = tiny(family)
+    kept = some(dense, 6 if family == "deepseek_v3" else 3)
+    left = {type(dense.config).attribute_map.get("num_local_experts", "num_local_experts"): len(kept[max(kept)])}
+    twin = learnt(Twin(copy.deepcopy(dense), Plan("experts", 6, experts=kept, config=left)), ("experts", "router"))
+    twin.model(ids()).logits.square().sum().backward()
+    stock = merge(twin, torch.float32).requires_grad_()
+    stock(ids()).logits.square().sum().backward()
+    block = max(kept)
+    mlp, other = twin.base.model.layers[block].mlp, stock.model.layers[block].mlp
+    router, taught = (each.router if family == "gpt_oss" else each.gate for each in (mlp, other))
+    grads = router.modules_to_save["default"].weight.grad
+    torch.testing.assert_close(grads[list(kept[block])], taught.weight.grad, rtol=2e-3, atol=2e-3)
+    assert not grads[[e for e in range(len(grads)) if e not in kept[block]]].any()
+    layer = mlp.experts
+    while hasattr(layer, "parameter_name"):
+        weight = getattr(other.experts, layer.parameter_name).grad
+        weight = weight.transpose(1, 2) if family == "gpt_oss" else weight
+        factors, a = layer.factors(), layer.lora_A["default"].weight.grad.unflatten(0, (layer.num_experts, -1))
+        b = layer.lora_B["default"].weight.grad.unflatten(1, (-1, layer.num_experts))
+        for place, expert in enumerate(kept[block]):
+            expected = factors.scaling * factors.b_EOR[expert].T @ weight[place]
+            torch.testing.assert_close(a[expert], expected, rtol=2e-3, atol=2e-3)
+            expected = factors.scaling * weight[place] @ factors.a_ERI[expert].T
+            torch.testing.assert_close(b[..., expert], expected, rtol=2e-3, atol=2e-3)
+        layer = layer.base_layer
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_an_adapter_is_read_again_and_by_peft_alone(family, tmp_path):
+    dense = tiny(family)
+    twin = learnt(Twin(copy.deepcopy(dense), twin_plan(dense)), PARTS[-1])
+    write_adapter(twin.model, tmp_path)
+    again = Twin(copy.deepcopy(dense), twin_plan(dense))
+    read_adapter(again.add_lora(recipe.Lora(rank=3, parts=PARTS[-1])), tmp_path)
+    assert torch.equal(logits(again.model), logits(twin.model))
+    if family == "qwen3_moe":
+        alone = PeftModel.from_pretrained(copy.deepcopy(dense), tmp_path)
+        torch.testing.assert_close(logits(alone), logits(twin.model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("lost", ["one expert", "all"])
+def test_a_lost_update_of_an_expert_is_noticed(lost, monkeypatch):
+    twin = learnt(Twin(tiny("qwen3_moe"), Plan.none(6)), ("experts",))
+    whole = ExpertLora.factors
+
+    def without_one(layer):
+        a_ERI, b_EOR, scaling = whole(layer)
+        b_EOR = b_EOR.clone()
+        b_EOR[5 if lost == "one expert" else slice(None)] = 0
+        return ExpertFactors(a_ERI, b_EOR, scaling)
+
+    monkeypatch.setattr(ExpertLora, "factors", without_one)
+    with pytest.raises(ExportError, match=rf"expert {5 if lost == 'one expert' else 0} is off by .* an update is lost"):
+        merge(twin, torch.float32)
+    monkeypatch.undo()
+    monkeypatch.setattr("recover.export.merge.expert_factors", lambda layer: {})
+    with pytest.raises(ExportError, match="were learnt and are in no exported tensor"):
+        merge(twin, torch.float32)
+
+
+@pytest.mark.parametrize("parts", [("experts",), ("linears", "router")])
+def test_a_model_without_experts_has_no_such_parts(parts):
+    with pytest.raises(ModelError, match=r"lora.parts: .* no block that learns has experts; use \[linears\]"):
+        Twin(tiny("llama"), Plan.none(6)).add_lora(recipe.Lora(parts=parts))

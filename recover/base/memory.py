@@ -6,6 +6,7 @@ autograd keeps in recover's own step, counted tensor by tensor; `tests/test_memo
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 GIB = 2**30
@@ -94,6 +95,7 @@ class Training:
     """What of a recipe and a launch decides its memory. `tokens` and `cached` are those of one process.
 
     tokens: sequences at once x their length. cached: tokens in the KV cache while generation is measured.
+    parts: what learns of a mixture, as `lora.parts`.
     own: weights that the pruned view has beside the dense ones. averaged: adapters are (`recover.average`).
     lean: norms and MLPs keep no more than they must (`models/lean.py`; never under masks or ZeRO-3).
     sharded: processes of a machine that share out the blocks' weights (`recover.shard_weights`); 1: whole on each.
@@ -102,6 +104,7 @@ class Training:
 
     tokens: int
     rank: int = 16
+    parts: tuple[str, ...] = ("linears",)
     averaged: bool = False
     chunk: int = 2048
     checkpointing: bool = False
@@ -133,12 +136,20 @@ def rows_for(chunk: int, width: int, processors: int) -> int:
     return 128 * max(range(1, chunk // 128 + 1), key=busy) if chunk >= 128 else chunk
 
 
-def adapter_parameters(shape: Shape, rank: int, blocks: int) -> int:
-    """Of LoRA on all linears of so many blocks: rank x (in + out) of each; beside a mixture, on attention's alone."""
+def adapter_parameters(shape: Shape, rank: int, blocks: int, parts: Collection[str] = ("linears",)) -> int:
+    """Of LoRA on all linears of so many blocks: rank x (in + out) of each; beside a mixture, on attention's alone.
+
+    `parts`, as `lora.parts`: of a mixture also (or only) every expert's two matrices, and routers as they are.
+    """
     query, kv = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
     attention = 2 * (shape.width + query) + 2 * (shape.width + kv)
-    mlp = 0 if shape.mixture else shape.mlp_matrices * (shape.width + shape.intermediate)
-    return blocks * rank * (attention + mlp)
+    one = shape.mixture
+    if one is None:
+        return blocks * rank * (attention + shape.mlp_matrices * (shape.width + shape.intermediate))
+    expert = 2 * shape.width + 3 * one.intermediate  # gate and up in one matrix, and down
+    mixed = (rank * expert if "experts" in parts else 0) + (one.row if "router" in parts else 0)
+    attended = blocks * rank * attention if "linears" in parts else 0
+    return attended + round(one.mean(one.experts * mixed, 0, shape.blocks) * blocks)
 
 
 def matrix_parameters(shape: Shape) -> int:
@@ -205,7 +216,7 @@ def training_parts(shape: Shape, training: Training) -> dict[str, int]:
         "weights": round(0 if training.offload else shape.parameters * training.element * share) - shape.blocks * away,
         "masks": shape.parameters // 8 if training.masked else 0,
         "own": training.own * training.element,  # buffers: ZeRO-3 does not share them out
-        "adapters": round(adapter_parameters(shape, training.rank, kept) * _adapter_bytes(training)),
+        "adapters": round(adapter_parameters(shape, training.rank, kept, training.parts) * _adapter_bytes(training)),
         # One more block: what is computed again, or the gradients of the block that backward is in.
         "activations": training.tokens * (kept * stored + block),
         "loss": min(training.tokens, rows) * shape.vocabulary * LOGIT_BYTES,

@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM
 from recover.base import console
 from recover.base.errors import ExportError
 from recover.models.arch import part_of, writes_out
+from recover.models.experts import ExpertFactors
 from recover.models.linears import Factors, MaskedLinear, effective_weight, pruned_tensor
+from recover.models.masked_lora import ExpertLora, TrainedCopy, adapted_tensors, expert_factors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -48,9 +50,14 @@ def merge(twin: Twin, dtype: torch.dtype) -> PreTrainedModel:
         stock = AutoModelForCausalLM.from_config(config, attn_implementation=twin.base.config._attn_implementation)
     names = _dense_names(stock, twin)
     state = {}
+    learnt = set(adapted_tensors(twin.base))
     for name, (dense_name, zeroed) in console.track(names.items(), "merge", unit="tensor"):
-        tensor = _merged(twin, dense_name, _kept_dtype(stock, name, dtype))
+        tensor, used = _merged(twin, dense_name, _kept_dtype(stock, name, dtype))
         state[name] = torch.zeros_like(tensor) if zeroed else tensor
+        learnt -= used
+    if learnt:
+        lost = f"{sorted(learnt)[0]} and {len(learnt) - 1} other tensors"
+        raise ExportError(f"{lost} were learnt and are in no exported tensor: report it, with the version of peft")
     stock.load_state_dict(state, strict=True, assign=True)
     stock.tie_weights()
     stock.generation_config = copy.deepcopy(twin.base.generation_config)
@@ -140,29 +147,35 @@ def _inside(twin: Twin, packed: Packed, inside: str) -> tuple[str, bool]:
 
 
 def _refuse_lora_elsewhere(twin: Twin, merged: set[str]) -> None:
-    wrapped = [name for name, module in twin.base.named_modules() if hasattr(module, "base_layer")]
-    lost = [name for name in wrapped if f"{name}.weight" not in merged]
+    lost = [name for name in adapted_tensors(twin.base) if name not in merged]
     if lost:
         raise ExportError(
-            f"LoRA sits on {lost[0]} and {len(lost) - 1} other layers that the pruned model does not have"
+            f"LoRA sits on {lost[0]} and {len(lost) - 1} other tensors that the pruned model does not have"
         )
 
 
-def _merged(twin: Twin, name: str, dtype: torch.dtype) -> Tensor:
-    """One tensor of the pruned view, cast once, on the CPU."""
+def _merged(twin: Twin, name: str, dtype: torch.dtype) -> tuple[Tensor, set[str]]:
+    """One tensor of the pruned view, cast once, on the CPU; and its name if what was learnt is in it."""
     path, _, cfg = name.rpartition(".")
     module: Any = twin.base.get_submodule(path)
-    linear = getattr(module, "base_layer", module)
+    learnt = isinstance(module, TrainedCopy)
+    if isinstance(module, TrainedCopy):
+        module = module.seen()
+    linear: Any = module.get_base_layer() if isinstance(module, ExpertLora) else getattr(module, "base_layer", module)
     tensor = pruned_tensor(linear, cfg)
+    if isinstance(module, ExpertLora) and cfg in (factors := expert_factors(module)):
+        tensor, learnt = _with_updates(tensor, factors[cfg], linear.is_transposed), True
+        _check_updates(name, tensor, module)
     if cfg == "weight" and isinstance(linear, nn.Linear):
-        tensor = _effective(linear, _factors(module, name))
+        factors = _factors(module, name)
+        tensor, learnt = _effective(linear, factors), factors is not None
     tensor = _left(twin, path, tensor)
     merged = (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu()
     if not merged.isfinite().all():
         raise ExportError(f"{name}: not finite in {dtype}: export in a wider dtype, or look at the training log")
     if cfg == "weight" and isinstance(linear, MaskedLinear):
         _certify(name, merged, linear, twin)
-    return merged
+    return merged, {name} if learnt else set()
 
 
 def _left(twin: Twin, path: str, tensor: Tensor) -> Tensor:
@@ -182,6 +195,28 @@ def _effective(linear: nn.Linear, factors: Factors | None) -> Tensor:
     if factors is None:
         return weight_OI
     return weight_OI.float() + (factors.b_OR.float() @ factors.a_RI.float()) * factors.scaling
+
+
+def _with_updates(stored: Tensor, factors: ExpertFactors, transposed: bool) -> Tensor:
+    """Every expert's matrix with its update, in float32."""
+    update_EOI = torch.bmm(factors.b_EOR.float(), factors.a_ERI.float()) * factors.scaling
+    return stored.float() + (update_EOI.transpose(1, 2) if transposed else update_EOI)
+
+
+def _check_updates(name: str, merged: Tensor, layer: Any) -> None:
+    """Raise ExportError unless each expert has the update that peft's own code computes for it, to its rounding."""
+    while layer.parameter_name != name.rpartition(".")[2]:
+        layer = layer.base_layer
+    (adapter,) = [each for each in layer.active_adapters if each in layer.lora_A]
+    dense, update = layer.get_param().detach(), layer.get_delta_weight(adapter).detach()
+    for expert, (found, before, expected) in enumerate(zip(merged, dense, update, strict=True)):
+        off = float((found - before.float() - expected.float()).abs().max())
+        rounding = 4 * torch.finfo(update.dtype).eps * float(expected.abs().max())
+        if not off <= rounding + 4 * torch.finfo(torch.float32).eps * float(before.abs().max()):
+            raise ExportError(
+                f"{name}: expert {expert} is off by {off:.3g} from its weight with what was learnt (rounding: "
+                f"{rounding:.3g}): an update is lost or taken twice. Please report it, with the version of peft"
+            )
 
 
 def _factors(module: Any, name: str) -> Factors | None:

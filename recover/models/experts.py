@@ -88,15 +88,17 @@ class SwitchedExperts(nn.Module):
     stock_forward: Callable[..., Tensor]
     masks: tuple[str, ...]  # which of IN and OUT are masked; the masks are buffers, a row of bytes an expert
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """(N, D): the sum of what each token's experts give, by router weights."""
-        return self.run(hidden_states, top_k_index, top_k_weights, {})
-
-    def run(self, h_ND: Tensor, index_NP: Tensor, weight_NP: Tensor, factors: Mapping[str, ExpertFactors]) -> Tensor:
-        """As `forward`, with updates of low rank on the matrices that `factors` names."""
-        masks = () if self.switch.dense else self.masks
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        factors: Mapping[str, ExpertFactors] | None = None,
+    ) -> Tensor:
+        """(N, D): the sum of what each token's experts give, by router weights; `factors`: updates of low rank."""
+        masks, factors = () if self.switch.dense else self.masks, factors or {}
         if self.see is None and not masks and not factors:
-            return type(self).stock_forward(self, h_ND, index_NP, weight_NP)
+            return type(self).stock_forward(self, hidden_states, top_k_index, top_k_weights)
 
         def linear(x_SI: Tensor, name: str, expert: int) -> Tensor:
             bias_O = getattr(self, f"{name}_bias")[expert] if hasattr(self, f"{name}_bias") else None
@@ -112,7 +114,7 @@ class SwitchedExperts(nn.Module):
             a_RI, b_OR = (each.to(x_SI.dtype) for each in (own.a_RI, own.b_OR))
             return y_SO + own.scaling * F.linear(F.linear(x_SI, a_RI), b_OR)
 
-        return self._by_expert(h_ND, index_NP, weight_NP, linear)
+        return self._by_expert(hidden_states, top_k_index, top_k_weights, linear)
 
     def _by_expert(
         self, h_ND: Tensor, index_NP: Tensor, weight_NP: Tensor, linear: Callable[[Tensor, str, int], Tensor]

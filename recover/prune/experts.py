@@ -139,9 +139,9 @@ def _by_block(of_block: dict[Any, list[float]]) -> dict[int, list[float]]:
 def _say_idle(tokens: dict[int, list[float]]) -> None:
     idle = sum(count == 0 for counts in tokens.values() for count in counts)
     if idle:
-        every = sum(map(len, tokens.values()))
+        seen = f"{idle} of {sum(map(len, tokens.values()))} experts"
         console.warn(
-            f"prune.calibration: {idle} of {every} experts saw no token, and count as 0: they go first. More samples, or "
+            f"prune.calibration: {seen} saw no token, and count as 0: they go first. More samples, or "
             "texts of more kinds, would tell them apart"
         )
 

@@ -44,6 +44,11 @@ def refuse(recipe: Recipe, model: Description) -> None:
         )
     if recipe.recover.length > (model.context or recipe.recover.length):
         raise RecipeError(f"recover.length: {recipe.recover.length} tokens, the model's context is {model.context}")
+    if model.mixture is None and {*recipe.recover.lora.parts} - {"linears"}:
+        raise RecipeError(
+            f"recover.lora.parts: {list(recipe.recover.lora.parts)}, and {model.model_type} models have no experts: use "
+            "[linears]"
+        )
     _refuse_training(recipe.recover)
 
 
@@ -123,6 +128,7 @@ def training_memory(recipe: Recipe, model: Description, cost: Cost) -> memory.Tr
     return memory.Training(
         tokens=micro * cfg.length,
         rank=cfg.lora.rank,
+        parts=cfg.lora.parts,
         averaged=cfg.average is not None,
         chunk=cfg.loss.chunk,
         checkpointing=cfg.gradient_checkpointing,
