@@ -155,8 +155,10 @@ def test_routing_among_those_that_stay_is_that_of_a_model_without_the_others(fam
         if hasattr(block.mlp, "experts"):
             other = reference.model.layers[index].mlp
             x = torch.randn(9, 64, generator=torch.Generator().manual_seed(index))
-            _, weights, chosen = mixtures_of(twin.model)[index].router(x)
-            _, expected, places = (other.router if family == "gpt_oss" else other.gate)(x)
+            found, weights, chosen = mixtures_of(twin.model)[index].router(x)
+            scores, expected, places = (other.router if family == "gpt_oss" else other.gate)(x)
+            gone = [expert for expert in range(found.shape[1]) if expert not in kept[index]]
+            assert torch.equal(found[:, kept[index]], scores) and (found[:, gone] == -torch.inf).all()
             assert torch.equal(weights, expected) and torch.equal(chosen, torch.tensor(kept[index])[places])
 
 

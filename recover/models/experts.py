@@ -54,10 +54,11 @@ class SwitchedRouter(nn.Module):
     switch: Switch
     keep_K: Tensor | None
     stock_forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    num_experts: int
     dtype: torch.dtype  # of the weight that is read: one that is trained is float32
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (N, E or K), weights (N, P) and experts (N, P) of each token."""
+        """Logits (N, E), weights (N, P) and experts (N, P) of each token; experts that are gone have -inf."""
         stock = type(self).stock_forward
         keep_K = None if self.switch.dense else self.keep_K
         if keep_K is None and all(each.dtype == self.dtype for each in self.parameters(recurse=False)):
@@ -69,8 +70,9 @@ class SwitchedRouter(nn.Module):
         }
         if keep_K is None:
             return stock(_Seen(self, **others), hidden_states)
-        logits, weights, places = stock(_Seen(self, num_experts=len(keep_K), **others), hidden_states)
-        return logits, weights, keep_K[places]
+        logits_NK, weights, places = stock(_Seen(self, num_experts=len(keep_K), **others), hidden_states)
+        logits_NE = logits_NK.new_full((len(logits_NK), self.num_experts), float("-inf"))
+        return logits_NE.index_copy(1, keep_K, logits_NK), weights, keep_K[places]
 
     def _rows(self) -> dict[str, Tensor]:
         """Buffers with a number an expert."""

@@ -7,7 +7,7 @@ marked experimental, is not written into adapter files and would miss it).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners import lora
@@ -117,10 +117,9 @@ class ExpertLora(lora.layer.ParamWrapper):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The experts alone in the dense view, with the updates in the pruned one."""
-        experts: Any = self.get_base_layer()
-        if self.switch.dense:
-            return experts(x, *args, **kwargs)
-        return experts(x, *args, **kwargs, factors=expert_factors(self))
+        experts = cast(SwitchedExperts, self.get_base_layer())
+        factors = None if self.switch.dense else expert_factors(self)
+        return experts(x, *args, **kwargs, factors=factors)
 
     def factors(self) -> ExpertFactors | None:
         """The active adapter's factors, or none if it is disabled; raises ModelError if several are active."""
@@ -129,7 +128,8 @@ class ExpertLora(lora.layer.ParamWrapper):
             return None
         if len(names) > 1:
             raise ModelError(f"adapters {names} are active at once on experts; expected one: delete the others")
-        a, b = self.lora_A[names[0]].weight, self.lora_B[names[0]].weight  # (E R, I) and (O, R E), peft's layouts
+        layers: Any = self.lora_A[names[0]], self.lora_B[names[0]]
+        a, b = (layer.weight for layer in layers)  # (E R, I) and (O, R E), as peft has them
         a_ERI = a.unflatten(0, (self.num_experts, -1))
         b_EOR = b.unflatten(1, (-1, self.num_experts)).permute(2, 0, 1)
         return ExpertFactors(a_ERI, b_EOR, self.scaling[names[0]])

@@ -46,8 +46,8 @@ def refuse(recipe: Recipe, model: Description) -> None:
         raise RecipeError(f"recover.length: {recipe.recover.length} tokens, the model's context is {model.context}")
     if model.mixture is None and {*recipe.recover.lora.parts} - {"linears"}:
         raise RecipeError(
-            f"recover.lora.parts: {list(recipe.recover.lora.parts)}, and {model.model_type} models have no experts: use "
-            "[linears]"
+            f"recover.lora.parts: {list(recipe.recover.lora.parts)}, and {model.model_type} models have no experts: "
+            "use [linears]"
         )
     _refuse_training(recipe.recover)
 
