@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from tiny import MIXTURES, ids, tiny
 from transformers import AutoModelForCausalLM
 from twins import Distill, fill_adapters
 
+from recover.base.artifacts import read_json
 from recover.base.errors import ExportError, ModelError, PruneError
 from recover.config import recipe
+from recover.config.recipe import load_recipe
 from recover.export.merge import merge
 from recover.export.verify import check, write_expected
 from recover.export.write import write_checkpoint
@@ -23,8 +26,12 @@ from recover.models.experts import ExpertFactors, keeping, mixtures_of
 from recover.models.masked_lora import ExpertLora
 from recover.models.plan import Plan, load_plan, save_plan
 from recover.models.twin import Twin
+from recover.probe.records import record_of
+from recover.probe.routing import routing
 from recover.prune.depth.depth import prune_depth
 from recover.prune.experts import prune_experts
+from recover.report import plan_text, tables
+from recover.run import stages
 from recover.train.checkpoints import read_adapter, write_adapter
 
 DEPTH = {"blocks": (2, 3)}, {"unit": "mlp", "blocks": (1, 3)}, {"unit": "attention", "blocks": (3,)}
@@ -408,3 +415,72 @@ def test_a_lost_update_of_an_expert_is_noticed(lost, monkeypatch):
 def test_a_model_without_experts_has_no_such_parts(parts):
     with pytest.raises(ModelError, match=r"lora.parts: .* no block that learns has experts; use \[linears\]"):
         Twin(tiny("llama"), Plan.none(6)).add_lora(recipe.Lora(parts=parts))
+
+
+def test_routing_counts_each_token_once_for_each_of_its_experts():
+    dense = tiny("deepseek_v3")
+    pruned = prune(dense, count=2)
+    twin = learnt(Twin(copy.deepcopy(dense), *pruned), ("router",))
+    rows = [ids(1, tokens, seed=tokens)[0].tolist() for tokens in (9, 17)]
+    found = routing(twin, rows)
+    stock = merge(twin, torch.float32)
+    assert [record.block for record in found] == [2, 3, 4, 5]
+    for record in found:
+        for model, given in ((dense, record.dense), (stock, record.pruned)):
+            seen = []
+            hook = model.model.layers[record.block].mlp.gate.register_forward_hook(
+                lambda _m, _a, out, s=seen: s.append(out[2])
+            )
+            for row in rows:
+                model(torch.tensor([row]))
+            hook.remove()
+            kept = range(8) if model is dense else pruned.plan.experts[record.block]
+            chosen = [kept[place] for places in seen for place in places.flatten().tolist()]
+            assert given == [chosen.count(expert) for expert in range(8)] and sum(given) == 2 * 26
+    assert record_of(found[0].to_json()) == found[0] and routing(Twin(tiny("llama"), Plan.none(6)), rows) == []
+
+
+def test_the_report_says_which_experts_went_and_who_does_the_work():
+    plan = {"blocks": 2, "kind": "experts", "modules": [], "dropped": [], "experts": {"1": [0, 1, 3]}, "sparsity": None}
+    plan["scores"] = [
+        {"block": 1, "by": "reap", "experts": [1.0, 2.0, 1.0, 4.0], "tokens": [1, 1, 1, 1], "kept": [0, 1, 3]}
+    ]
+    routed = [{"block": 1, "dense": [4, 4, 4, 4], "pruned": [8, 8, 0, 0]}]
+    data = {"plan": plan, "drift": {"pruned": {"routing": routed}, "recovered": None}}
+    assert tables.removed(data).rows == [("block 1", "2", "12.5%")]
+    work = tables.experts(data)
+    assert work.rows == [("block 1", "25.0%", "4.0 of 4", "0", "50.0%", "2.0 of 3", "1")]
+    assert [model for _, model in work.columns] == ["", *3 * ["dense"], *3 * ["pruned"]]
+    assert (
+        plan_text.subject(plan) == "Removing 1 of 4 experts of every mixture"
+        and plan_text.short(plan) == "1 of 4 experts"
+    )
+    nothing = {"plan": None, "drift": {"pruned": None, "recovered": None}}
+    assert tables.removed(nothing) is None and tables.experts(nothing) is None
+
+
+@pytest.mark.slow
+def test_a_whole_run_of_a_mixture(tmp_path):
+    tokenizer = byte_tokenizer()
+    sizes = {"num_hidden_layers": 3, "vocab_size": len(tokenizer), "max_position_embeddings": 1024}
+    tiny("qwen3_moe", **sizes).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    calibration = "{data: 'embedded:tasks/calibration.jsonl', samples: 4, length: 64}"
+    changes = [
+        "measure.limit=3",
+        "measure.max_new_tokens=8",
+        "measure.sampling=null",
+        "probe.samples=2",
+        "probe.steps=3",
+    ]
+    changes += ["recover.tokens=600", "recover.epochs=2", "recover.batch_size=4", "recover.length=400"]
+    changes += ["recover.data.0.max_new_tokens=8", f"model.source={tmp_path / 'dense'}"]
+    changes += [f"prune={{kind: experts, share: 0.25, score: kl, calibration: {calibration}}}"]
+    changes += ["recover.lora.parts=[linears, experts, router]"]
+    recipe_file = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+    directory = stages.run(load_recipe(recipe_file, changes), tmp_path / "runs")
+    assert read_json(directory.verify)["ok"]
+    config = read_json(directory.deploy / "config.json")
+    assert config["num_experts"] == config["num_local_experts"] == 6
+    assert config["output_router_logits"] is False  # trl would have it said
+    assert "## Who does the work" in (directory.root / "report.md").read_text()

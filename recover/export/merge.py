@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 NOT_PER_BLOCK = re.compile(r"architectures|.*token_ids?|.*_ids|id2label|label2id|mlp_only_layers")
 
 
+@torch.no_grad()
 def merge(twin: Twin, dtype: torch.dtype) -> PreTrainedModel:
     """The pruned view as a stock model of `dtype` on the CPU, in eval mode: `save_pretrained` gives a stock checkpoint.
 
