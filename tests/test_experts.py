@@ -473,10 +473,10 @@ def test_a_whole_run_of_a_mixture(tmp_path):
         "probe.samples=2",
         "probe.steps=3",
     ]
-    changes += ["recover.tokens=600", "recover.epochs=2", "recover.batch_size=4", "recover.length=400"]
-    changes += ["recover.data.0.max_new_tokens=8", f"model.source={tmp_path / 'dense'}"]
+    changes += ["train.tokens=600", "train.epochs=2", "train.batch_size=4", "train.length=400"]
+    changes += ["train.data.0.max_new_tokens=8", f"model.source={tmp_path / 'dense'}"]
     changes += [f"prune={{kind: experts, share: 0.25, score: kl, calibration: {calibration}}}"]
-    changes += ["recover.lora.parts=[linears, experts, router]"]
+    changes += ["train.lora.parts=[linears, experts, router]"]
     recipe_file = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
     directory = stages.run(load_recipe(recipe_file, changes), tmp_path / "runs")
     assert read_json(directory.verify)["ok"]
