@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from narrow import logits, prune
-from tiny import ids, tiny
+from tiny import tiny
 
 import recover
 from recover.base.errors import PruneError

@@ -294,8 +294,8 @@ class Width(Pruning):
     kv_groups: int | None = Field(default=None, ge=1, description="how many KV groups of each block go")
     score: Literal["activation", "fluctuation", "obs"] = Field(
         default="activation",
-        description="activation: how large a unit's activations are (Minitron); fluctuation: how much they vary, times "
-        "its outgoing weights (FLAP); obs: the error that is left where the other units make up for it as best they can",
+        description="activation: how large a unit's activations are (Minitron); fluctuation: how much they vary, "
+        "times its outgoing weights (FLAP); obs: the error that is left where the other units make up for it",
     )
     repair: Literal["none", "linear"] = Field(
         default="none",
