@@ -10,6 +10,7 @@ import typer
 
 from recover.base import console, products
 from recover.base.errors import ArtifactError
+from recover.report import verdict
 from recover.report.data import CHANGED, ComparedRun
 from recover.run import summary as outcome
 from recover.run.directory import RunDirectory
@@ -123,6 +124,8 @@ def compare(
     with products.taken_apart(run_dirs[0].parent):
         console.table("pruned, and after recovery", columns, map(_compared, data["runs"]))
         console.table("dense → deployed", page.SPEED_COLUMNS, map(page.speed_row, data["runs"]))
+    if ranking := page.ranking(data):
+        console.say(f"{ranking}.")
     for line in data["apart"]:
         console.warn(line)
     if html is not None:
@@ -134,7 +137,7 @@ def _compared(run: ComparedRun) -> list[str | None]:
     perplexity = run["perplexity"]["recovered"]
     return [
         run["name"],
-        *(_percent(share) for share in kept),
+        *(None if share is None else verdict.share(share) for share in kept),
         None if perplexity is None else f"{perplexity:.4g}",
         _percent(run["parameters"]),
     ]

@@ -94,6 +94,9 @@ class Calibration(Config):
     answer: int | None = Field(
         default=None, ge=1, description="most tokens that the dense model writes after each text, greedily; null: none"
     )
+    strict: bool = Field(
+        default=False, description="refuse a row that would be left out: one that holds nothing, or (`answer`) too long"
+    )
 
 
 class Depth(Pruning):

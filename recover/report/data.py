@@ -89,7 +89,7 @@ class Cell(TypedDict):
 
 
 class MeasureRow(TypedDict):
-    """One metric of one task, for all models; `kept` is the share of dense."""
+    """One metric of one task, for all models; `kept` is the share of dense, above chance if that is known."""
 
     task: str
     kind: str
@@ -100,6 +100,7 @@ class MeasureRow(TypedDict):
     better: str
     main: bool
     against_dense: bool
+    meaning: str
     dense: Cell | None
     pruned: Cell | None
     recovered: Cell | None
@@ -107,14 +108,13 @@ class MeasureRow(TypedDict):
 
 
 class Answer(TypedDict):
-    """Whether a model is fit for a use; `graded_share` is what the grade is read off: above chance if that is known."""
+    """Whether a model is fit for a use; `kept`, of dense and above chance if that is known, is what is graded."""
 
     grade: str
     reason: str
     value: float | None
     dense: float | None
     kept: float | None
-    graded_share: float | None
     chance: float | None
     interval: list[float] | None
     certain: bool
@@ -588,7 +588,10 @@ class RunData(PageData):
 
 
 class ComparedRun(TypedDict):
-    """One run of a comparison; `kept`, `grades` and `interval` by model and use, `kl` as (tokens, mean per token)."""
+    """One run of a comparison; `kept`, `grades` and `interval` by model and use, `kl` as (tokens, mean per token).
+
+    `pruned_generation` is the figure itself, not its share of dense.
+    """
 
     name: str
     model: str
@@ -605,6 +608,7 @@ class ComparedRun(TypedDict):
     epochs: list[tuple[int | None, float | None]]
     kl: list[tuple[float, float]]
     dense: dict[Use, float | None]
+    pruned_generation: float | None
     interval: dict[Changed, dict[Use, list[float] | None]]
     kept: dict[Changed, dict[Use, float | None]]
     grades: dict[Changed, dict[Use, str]]
@@ -612,10 +616,14 @@ class ComparedRun(TypedDict):
 
 
 class Comparison(TypedDict):
-    """Runs side by side; `apart` says what must not be compared, and why."""
+    """Runs side by side; `apart` says what must not be compared, and why.
+
+    `best` is better than all others beyond noise; if none is, `equal` names the first ones, which noise does not part.
+    """
 
     runs: list[ComparedRun]
     best: str | None
+    equal: list[str]
     same_dense: bool
     comparable: bool
     apart: list[str]

@@ -224,6 +224,8 @@ class Epochs(TrainerCallback):
         kept = " (best so far)" if self.best is record else ""
         averaged = self.trainer.average.count
         kept += f"; mean of {averaged} steps' adapters" if averaged > 1 else ""
+        if left_out := self.skips.skipped:
+            kept += f"; {left_out:,} {'steps' if left_out > 1 else 'step'} left out up to here"
         shown = "generation not measured" if score is None else f"generation {score:.1%}"
         console.say(f"epoch {epoch}/{len(self.ends)}: loss {train['loss']:.4g}, kl {train['kl']:.4g}, {shown}{kept}")
         waited = epoch - self.best["epoch"]

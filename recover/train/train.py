@@ -17,6 +17,7 @@ from recover.base.signals import Interrupted, stop_between_steps
 from recover.config.recipe import Train
 from recover.distill.loss_terms import computed
 from recover.models.packed_attention import HALF, packing_configs
+from recover.text.generate import context_of
 from recover.train.caching import TextRow, TrainingStates, with_states
 from recover.train.callbacks import AfterEpoch, Epochs, Progress, StepLog
 from recover.train.checkpoints import Asked, begin, note
@@ -104,7 +105,8 @@ def train(
     cfg = _with_rate(twin, tokenizer, cfg, rows, split.micro, collate, seed, run_folder, first, graphed=graphed)
     own = None
     if "writer" in rows.features:
-        own = OnPolicy(cfg, tokenizer, rows, seed, run_folder, fingerprint, with_scored(collate))
+        context = context_of(twin.model)
+        own = OnPolicy(cfg, tokenizer, rows, seed, run_folder, fingerprint, with_scored(collate), context)
     args = training_arguments(cfg, split, steps, seed, run_folder / "checkpoints", passes=1 + ROLLBACKS, begin=begun)
     with stop_between_steps() as stop:
         trainer = RecoverTrainer(
