@@ -151,6 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     what = parser.add_subparsers(dest="what", required=True)
     build = what.add_parser("build", help="the site")
     build.add_argument("--if-had", action="store_true", help="build nothing where mkdocs-material is not installed")
+    build.add_argument("--config", type=Path, default=ROOT / "mkdocs.yml", help="another mkdocs.yml")
     what.add_parser("pictures", help="of a report").add_argument("run", type=Path)
     wanted = parser.parse_args(arguments)
     if wanted.what == "pictures":
@@ -159,12 +160,13 @@ def main(arguments: list[str] | None = None) -> int:
     if missing:
         print("docs: mkdocs-material is not installed (pip install 'recover[docs]')")
         return 0 if wanted.if_had else 1
-    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--clean", "--quiet", "-f", str(ROOT / "mkdocs.yml")]
-    done = subprocess.run(words, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
-    if done.returncode == 0:
-        print(
-            "docs: built build/site: open build/site/index.html, or with a search: python -m http.server -d build/site"
-        )
+    # Not --quiet: with it mkdocs forgets its warnings, and --strict has nothing to fail for.
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--clean", "-f", str(wanted.config)]
+    done = subprocess.run(words, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        print(done.stdout + "\n".join(line for line in done.stderr.splitlines() if not line.startswith("INFO")))
+    else:
+        print("docs: built; open its index.html, or with a search: python -m http.server -d build/site")
     return done.returncode
 
 

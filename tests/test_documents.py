@@ -89,10 +89,29 @@ def test_links_of_the_site_are_those_of_the_repository(page: str, address: str, 
         assert SITE.site_address(page, address, "https://host/x/") == "https://host/x/blob/main/recover/api.py"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("material") is None, reason="mkdocs-material is not installed")
-def test_the_site_builds_without_a_lost_link() -> None:
-    done = subprocess.run([sys.executable, "dev/docs_site.py", "build"], cwd=ROOT, capture_output=True, text=True)
+HAS_MKDOCS = importlib.util.find_spec("material") is not None
+
+
+def built(config: Path) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "dev/docs_site.py", "build", "--config", str(config)]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(not HAS_MKDOCS, reason="mkdocs-material is not installed")
+def test_the_site_builds() -> None:
+    done = built(ROOT / "mkdocs.yml")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not HAS_MKDOCS, reason="mkdocs-material is not installed")
+@pytest.mark.parametrize(("link", "code"), [("#here", 0), ("gone.md", 1), ("#gone", 1), ("/gone.md", 1)])
+def test_a_site_with_a_lost_link_is_not_built(link: str, code: int, tmp_path: Path) -> None:
+    settings = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[0]
+    (tmp_path / "mkdocs.yml").write_text(re.sub(r"\n(hooks|docs_dir|site_dir|extra_css): .*", "", settings))
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text(f"# Here\n\n[a link]({link})\n")
+    done = built(tmp_path / "mkdocs.yml")
+    assert done.returncode == code and (code == 0 or "gone" in done.stdout), done.stdout + done.stderr
 
 
 # What is written as code.
