@@ -152,13 +152,13 @@ def test_a_whole_run_sends_each_step_each_epoch_and_the_outcome(tmp_path: Path) 
     (notes,) = Notes.opened
     assert notes.ended
     steps = [(step, values) for step, values in notes.lines if "train/loss" in values]
-    assert [step for step, _ in steps] == [each["step"] for each in read_jsonl(directory.recover / "steps.jsonl")]
+    assert [step for step, _ in steps] == [each["step"] for each in read_jsonl(directory.train / "steps.jsonl")]
     epochs = [values["epoch/generation"] for _, values in notes.lines if "epoch/generation" in values]
     assert epochs == [each["score"] for each in read_jsonl(directory.epochs)]
     step, last = notes.lines[-1]
-    assert step == read_json(directory.recover / "best.json")["step"]
+    assert step == read_json(directory.train / "best.json")["step"]
     assert last["recovered/generation"] == read_json(directory.after / "measure.json")["headline"]["generation"]
-    before = {path: path.read_bytes() for path in (directory.root / "recover").glob("*.json")}
+    before = {path: path.read_bytes() for path in (directory.root / "train").glob("*.json")}
     run(tmp_path, "prune={kind: depth, blocks: [3, 11]}", "track=[]")
     assert len(Notes.opened) == 1 and all(path.read_bytes() == data for path, data in before.items())
     assert RunDirectory(directory.root).done("after") is not None
