@@ -16,7 +16,9 @@ else
 TORCH ?= torch==2.13.0
 endif
 
-.PHONY: quickstart test lint slow fuzz audit sbom docs
+.PHONY: install quickstart test lint slow fuzz audit sbom docs
+install: $(STAMP)
+
 quickstart: $(STAMP)
 	$(BIN)/recover run recipes/quickstart.yaml
 

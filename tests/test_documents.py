@@ -196,3 +196,60 @@ def test_make_targets_that_are_named_are_there() -> None:
         named |= {*re.findall(r"`make ([a-z]+)", (ROOT / page).read_text())}
         named |= {*re.findall(r"^    make ([a-z]+)", (ROOT / page).read_text(), flags=re.M)}
     assert named and named <= {*targets}
+
+
+# Ways in: what nobody runs here is held to what is.
+
+
+def test_the_image_is_made_by_the_makefile() -> None:
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+    kept = (ROOT / ".dockerignore").read_text().splitlines()
+    assert copied and all((ROOT / name).exists() and f"!{name}" in kept for name in copied)
+    pins = {found for found in re.findall(r"torch==[\d.]+", (ROOT / "Makefile").read_text())}
+    assert {found for found in re.findall(r"torch==[\d.]+", "\n".join(lines))} == pins and len(pins) == 1
+    made = next(line for line in lines if line.startswith("RUN make "))
+    called = subprocess.run(
+        ["make", "-n", "install", "VENV=/nowhere", "TORCH=torch==0"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert made.split()[2] == "install" and called.returncode == 0, called.stderr
+    assert "/nowhere/bin/pip install -q torch==0" in called.stdout and "-c constraints.txt -e ." in called.stdout
+    for call in re.findall(r"^#   docker run .* recover (.*?) *(?:#.*)?$", "\n".join(lines), flags=re.M):
+        assert not call.strip() or call.split()[0] in COMMANDS, call
+
+
+def test_the_workflow_calls_what_is_there() -> None:
+    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    jobs = yaml.safe_load(text)["jobs"]
+    calls = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.M)
+    for call in calls:
+        words = call.split()
+        if words[0] == "make":
+            assert {*words[1:]} <= {*targets}, call
+        elif words[0] == "docker":
+            assert words[1] == "build" or words[-1] in COMMANDS, call
+        else:
+            assert words[0] == "sudo" or (ROOT / words[0]).is_file(), call
+    assert ".ci/run" in calls
+    least = re.search(r'requires-python = ">=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert least and least[1] in jobs["check"]["strategy"]["matrix"]["python"]
+
+
+def test_the_citation_is_of_this_version() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = (ROOT / "pyproject.toml").read_text()
+    assert {"cff-version", "message", "title", "authors"} <= cited.keys()
+    assert f'version = "{cited["version"]}"' in project and f'license = "{cited["license"]}"' in project
+    assert f"## {cited['version']}\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")), ids=lambda path: path.name
+)
+def test_forms_of_issues_are_forms(path: Path) -> None:
+    form = yaml.safe_load(path.read_text())
+    if path.name != "config.yml":
+        assert {"name", "description", "body"} <= form.keys()
+        asked = [part["id"] for part in form["body"] if part["type"] != "markdown"]
+        assert len({*asked}) == len(asked) and all(part["attributes"] for part in form["body"])
