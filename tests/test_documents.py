@@ -206,8 +206,8 @@ def test_the_image_is_made_by_the_makefile() -> None:
     copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
     kept = (ROOT / ".dockerignore").read_text().splitlines()
     assert copied and all((ROOT / name).exists() and f"!{name}" in kept for name in copied)
-    pins = {found for found in re.findall(r"torch==[\d.]+", (ROOT / "Makefile").read_text())}
-    assert {found for found in re.findall(r"torch==[\d.]+", "\n".join(lines))} == pins and len(pins) == 1
+    pins = set(re.findall(r"torch==[\d.]+", (ROOT / "Makefile").read_text()))
+    assert set(re.findall(r"torch==[\d.]+", "\n".join(lines))) == pins and len(pins) == 1
     made = next(line for line in lines if line.startswith("RUN make "))
     called = subprocess.run(
         ["make", "-n", "install", "VENV=/nowhere", "TORCH=torch==0"], cwd=ROOT, capture_output=True, text=True
