@@ -127,8 +127,9 @@ PICTURES = (
     ("report-top", "header", 1050),
     ("report-measures", "#measures", 820),
     ("report-samples", "#samples", 620),
-    ("report-recovery", "#recovery", 900),
-    ("report-damage", "#damage", 900),
+    ("report-items", "#changed", 480),
+    ("report-recovery", "#recovery", 560),
+    ("report-damage", "#figure-blocks", 560),
 )
 
 
@@ -139,8 +140,11 @@ def pictures(run: Path) -> int:
 
     with Browser() as browser:
         browser.open(run / "report.html", width=1000)
+        browser.evaluate("document.querySelector('details.item')?.setAttribute('open', '')")
         for name, selector, height in PICTURES:
-            top = browser.evaluate(f"document.querySelector('{selector}').getBoundingClientRect().top + scrollY")
+            top = browser.evaluate(f"document.querySelector('{selector}')?.getBoundingClientRect().top + scrollY")
+            if top is None:
+                raise SystemExit(f"{run}: its report has no {selector}: take a run that has all parts")
             browser.picture(ROOT / DOCS / "images" / f"{name}.png", top=max(0, int(top) - 16), height=height)
     return 0
 
