@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from recover.report import mistakes, overlap, tables
+from recover.report import items, mistakes, overlap, tables
 from recover.report.figures import curve, drift, outcome, plan, sublayers, text, use
 from recover.report.figures.figure import Figure
 from recover.report.tables import Table
@@ -128,6 +128,7 @@ DIAGNOSIS = (
 EXHIBITS: list[Exhibit] = [
     Exhibit("top", "hero", outcome.hero),
     Exhibit("measures", "mistakes", mistakes.table),
+    Exhibit("measures", "exchanged", items.table),
     Exhibit("measures", "overlap", overlap.table),
     Exhibit("recovery", "skipped", tables.skipped),
     Exhibit("recovery", "epochs", outcome.epochs, numbers=True),

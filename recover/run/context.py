@@ -41,6 +41,7 @@ from recover.report.data import Overlap
 from recover.report.words import shown_source
 from recover.run.directory import RunDirectory
 from recover.run.estimate import settle
+from recover.run.tracking import Tracking
 from recover.text.generate import generate
 from recover.text.overlap import overlaps
 from recover.text.prompts import Prompt, encode_prompt
@@ -63,6 +64,7 @@ class RunContext:
     def __init__(self, recipe: Recipe, directory: RunDirectory) -> None:
         self.recipe, self.chosen = settle(recipe)
         self.directory = directory
+        self.tracking = Tracking(self.recipe, directory.root)
         self._twin: tuple[str, Twin] | None = None
         self._held: Held | None = None
 

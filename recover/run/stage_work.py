@@ -44,6 +44,7 @@ from recover.run.directory import RunDirectory
 from recover.run.estimate import estimate, matrix_rate, rate_plan, refuse, warnings
 from recover.run.input_digests import digests
 from recover.run.setbacks import setbacks
+from recover.run.tracking import refuse as refuse_trackers
 from recover.train import train as training
 from recover.train import trials
 from recover.train.checkpoints import best_of, read_adapter
@@ -73,6 +74,7 @@ def checked(context: RunContext) -> dict[str, Any]:
     code = _say_code(recipe.model)
     model = describe(recipe.model)
     refuse(recipe, model)
+    refuse_trackers(recipe.track)
     threads.chosen(model.width, model.intermediate, context.directory.threads())
     context.check_inputs()
     figures = estimate(recipe, model, matrix_rate())
@@ -183,6 +185,7 @@ def train(context: RunContext) -> None:
             after_epoch,
             recipe.seed,
             baseline_score=untrained["headline"]["generation"],
+            log_step=context.tracking.step,
         )
 
 
@@ -205,6 +208,8 @@ def _after_epoch(
             past = read_jsonl(directory.epochs) if directory.epochs.exists() else []
             worse = setbacks(now, pruned, [each for each in past if each["epoch"] < epoch])
             append_jsonl(directory.epochs, {**now, "setbacks": worse})
+            kl, loss = found["drift"]["kl"]["mean"], progress["train"]["loss"]
+            context.tracking.epoch(progress["step"], found["measure"]["headline"], kl, loss)
             for line in [
                 *(f"epoch {epoch}: {sentence(each)}" for each in worse),
                 *advice(worse, dumped, _rate(context)),
@@ -405,6 +410,15 @@ def report(context: RunContext) -> None:
     data = collect(root)
     render(root, data)
     outcome.say(data, root)
+    _track_outcome(context)
+
+
+def _track_outcome(context: RunContext) -> None:
+    directory = context.directory
+    folders = {"dense": directory.dense, "pruned": directory.before, "recovered": directory.after}
+    headlines = {name: read_json(folder / "measure.json")["headline"] for name, folder in folders.items()}
+    exported = str((directory.done("export") or {}).get("finished"))
+    context.tracking.outcome(directory.best()["step"], headlines, directory.report_html, exported)
 
 
 def _probe_and_measure(context: RunContext, twin: Twin, folder: Path) -> None:

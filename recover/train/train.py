@@ -19,7 +19,7 @@ from recover.distill.loss_terms import computed
 from recover.models.packed_attention import HALF, packing_configs
 from recover.text.generate import context_of
 from recover.train.caching import TextRow, TrainingStates, with_states
-from recover.train.callbacks import AfterEpoch, Epochs, Progress, StepLog
+from recover.train.callbacks import AfterEpoch, Epochs, LogStep, Progress, StepLog
 from recover.train.checkpoints import Asked, begin, note
 from recover.train.course import ROLLBACKS, Course, Totals
 from recover.train.data import Collate, build_dataset, collator, packer, tokens_at_once, with_scored
@@ -61,12 +61,14 @@ def train(
     after_epoch: AfterEpoch,
     seed: int,
     baseline_score: float | None = None,
+    log_step: LogStep | None = None,
 ) -> Path:
     """Train LoRA on `twin`; the folder of the adapter that scored best after an epoch (`best.json` names it).
 
     `after_epoch(epoch, {"step", "tokens", "seconds", "train": means per token and lr})` runs on every process, when
     the model can generate; higher scores are better, None means that the training loss decides. `baseline_score` is
-    the untrained model's: if no epoch beats it there is a warning, and still the best epoch is kept.
+    the untrained model's: if no epoch beats it there is a warning, and still the best epoch is kept. `log_step(step,
+    line)` gets each line of `steps.jsonl` on the main process.
 
     Called again with the same arguments after a stop or crash, it goes on from the newest checkpoint that verifies,
     on any number of processes. Called with more `tokens` when it is finished, it goes on behind its last step, with the
@@ -128,7 +130,7 @@ def train(
             trainer.data_collator = with_scored(trainer.data_collator)
         _announce(twin, rows, steps, split)
         with trainer.light(), trainer.graphed() if graphed else nullcontext():
-            epochs = _train(trainer, cfg, after_epoch, run_folder, ends)
+            epochs = _train(trainer, cfg, after_epoch, run_folder, ends, log_step)
         if trainer.shards is not None:
             trainer.shards.end()
     if trainer.is_deepspeed_enabled:
@@ -230,7 +232,14 @@ def _read_states(trainer: RecoverTrainer, cfg: Train, rows: Dataset, micro: int,
     trainer.data_collator = with_states(trainer.data_collator, read)
 
 
-def _train(trainer: RecoverTrainer, cfg: Train, after_epoch: AfterEpoch, run_folder: Path, ends: list[int]) -> Epochs:
+def _train(
+    trainer: RecoverTrainer,
+    cfg: Train,
+    after_epoch: AfterEpoch,
+    run_folder: Path,
+    ends: list[int],
+    log_step: LogStep | None,
+) -> Epochs:
     """To the end of the last epoch; what was found after each.
 
     Raises:
@@ -249,7 +258,7 @@ def _train(trainer: RecoverTrainer, cfg: Train, after_epoch: AfterEpoch, run_fol
         trainer.add_callback(SharedOut(trainer))
     trainer.add_callback(epochs)
     trainer.add_callback(Progress(trainer.course.totals))
-    trainer.add_callback(StepLog(run_folder, trainer.course.totals))
+    trainer.add_callback(StepLog(run_folder, trainer.course.totals, log_step))
     try:
         trainer.train()
     except Interrupted:
