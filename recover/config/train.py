@@ -117,9 +117,15 @@ Data = Annotated[DenseText | PrunedText | GivenText | TeacherText, Field(discrim
 
 
 class Lora(Config):
-    """Low-rank adapters on the linear layers of the kept blocks (arXiv 2106.09685)."""
+    """Low-rank adapters on the linear layers of the kept blocks (arXiv 2106.09685); of mixtures, what `parts` names."""
 
     rank: int = Field(default=16, ge=1, description="auto, or the rank")
+    parts: tuple[Literal["linears", "experts", "router"], ...] = Field(
+        default=("linears",),
+        min_length=1,
+        description="what learns: adapters on linear layers (beside experts: of attention), adapters on the matrices "
+        "of experts, and routers as they are, without adapters; a router alone is Router-KD (arXiv 2603.02217)",
+    )
     alpha: float | None = Field(
         default=None,
         gt=0,
@@ -131,6 +137,12 @@ class Lora(Config):
         default="all",
         description="after_cut: only behind the first dropped block; what lies before runs once for both views",
     )
+
+    @model_validator(mode="after")
+    def _dropout_of_linears(self) -> Lora:
+        if self.dropout and "experts" in self.parts:
+            raise ValueError("'dropout' is for linear layers: experts see no dropped-out input, so leave it 0")
+        return self
 
 
 class StopEarly(Config):

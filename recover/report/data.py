@@ -337,6 +337,14 @@ class RetrievalDrift(TypedDict, total=False):
     relevance: dict[str, Quantiles] | None
 
 
+class Routing(TypedDict):
+    """Tokens that each expert of a block was given on the prompts, in the dense numbering."""
+
+    block: int
+    dense: list[int]
+    pruned: list[int]
+
+
 class Drift(TypedDict):
     """The summary of one probe; of the two lenses, the one with the final norm."""
 
@@ -351,6 +359,7 @@ class Drift(TypedDict):
     sampled: list[SampledDrift]
     choices: list[ChoiceDrift]
     retrieval: list[RetrievalDrift]
+    routing: list[Routing]
 
 
 # What was pruned, trained and deployed.
@@ -364,6 +373,9 @@ class Score(TypedDict, total=False):
     parts: list[str]
     score: Required[float | None]
     by: str
+    block: int
+    experts: list[float]
+    kept: list[int]
     chosen: bool
     beside: list[str]
 
@@ -405,6 +417,7 @@ class Plan(TypedDict, total=False):
     config: dict[str, int]
     repair: Repair
     parallel: bool
+    experts: dict[str, list[int]]
     parameters_dense: Required[int]
     parameters_pruned: Required[int]
     modules: Required[list[ModuleZeros]]

@@ -32,6 +32,7 @@ from recover.models.plan import save_plan
 from recover.models.source import code_of, exported_dtype, stored_dtype
 from recover.models.twin import Twin
 from recover.probe.probe import dense_trajectories, final_drift, probe, summary
+from recover.probe.routing import routing
 from recover.probe.tasks import task_drift
 from recover.prune import registry
 from recover.report import overlap
@@ -112,8 +113,10 @@ def _plan_rows(figures: dict[str, Any]) -> list[list[str]]:
     least = units.duration(seconds)
     search = [["search for what goes", "", f"{passes:,} passes of calibration text, at least {least}"]]
     files = [f"{units.size(figures[f'file_bytes_{of}'])}, {figures[f'file_dtype_{of}']}" for of in ("dense", "pruned")]
+    active = ["of them used for a token", f"{figures['active_dense']:,}", f"{figures['active_pruned']:,}"]
     return [
         ["parameters", f"{figures['parameters_dense']:,}", f"{figures['parameters_pruned']:,}"],
+        *([active] if figures["active_dense"] != figures["parameters_dense"] else []),
         ["file", *files],
         *(search if passes else []),
         ["teacher-scored tokens", "", f"{figures['teacher_tokens']:,}"],
@@ -427,6 +430,7 @@ def _probe_and_measure(context: RunContext, twin: Twin, folder: Path) -> None:
     items = min(cfg.items, context.recipe.measure.limit or cfg.items)
     with twin.folded():
         found = probe(twin, tokenizer, context.probe_prompts(), cfg)
+        found += routing(twin, context.probe_prompts()[: cfg.samples])
         found += task_drift(twin, tokenizer, context.tasks, items=items, batch_size=cfg.batch_size)
         records = [record.to_json() for record in found]
         if dist.is_main():

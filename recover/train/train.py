@@ -16,6 +16,7 @@ from recover.base.errors import DataError, StopRequested, TrainingError
 from recover.base.signals import Interrupted, stop_between_steps
 from recover.config.recipe import Train
 from recover.distill.loss_terms import computed
+from recover.models.arch import arch_of
 from recover.models.packed_attention import HALF, packing_configs
 from recover.text.generate import context_of
 from recover.train.caching import TextRow, TrainingStates, with_states
@@ -209,6 +210,7 @@ def _may_be_graphed(twin: Twin, cfg: Train) -> bool:
         "a teacher's file": cfg.teacher is not None,
         "model.dtype float32": twin.base.dtype not in HALF,
         "lora.dropout": cfg.lora.dropout > 0,
+        "experts, each of which gets other tokens each time": arch_of(twin.base).experts is not None,
         "dropout of the model itself": any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in twin.base.modules()),
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)

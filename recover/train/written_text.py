@@ -130,7 +130,7 @@ def weights_fingerprint(twin: Twin) -> str:
     for name, parameter in twin.base.named_parameters():
         if not parameter.requires_grad:
             some = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].float().cpu()
-            plain = name.replace(".base_layer", "")  # the same with adapters on it
+            plain = name.replace(".base_layer", "").replace(".original_module", "")  # the same with adapters on it
             digest.update(f"{plain}{tuple(parameter.shape)}".encode() + some.numpy().tobytes())
     return digest.hexdigest()
 
