@@ -24,6 +24,7 @@ from torch import LongTensor, Tensor, nn
 from transformers import CONFIG_MAPPING
 
 from recover.base import console
+from recover.base.artifacts import JsonObject
 from recover.base.errors import PruneError
 from recover.base.journal import Journal
 from recover.config.recipe import Width
@@ -327,11 +328,11 @@ def _features(features: int, removal: _Removal, kept_K: Tensor) -> Tensor:
     return (kept_K.unsqueeze(1) * each + torch.arange(each)).flatten()
 
 
-def _record(block: int, removal: _Removal, score_U: Tensor, kept_K: Tensor, by: str) -> dict[str, Any]:
+def _record(block: int, removal: _Removal, score_U: Tensor, kept_K: Tensor, by: str) -> JsonObject:
     """Neurons are too many to list one by one; of a few KV groups all scores are kept."""
     total = float(score_U.sum())
     share = 1 - float(score_U[kept_K].sum()) / total if total else 0.0
-    record: dict[str, Any] = {"block": block, "part": removal.part, "by": by, "units": removal.units}
+    record: JsonObject = {"block": block, "part": removal.part, "by": by, "units": removal.units}
     record |= {"removed": removal.units - removal.left, "share_of_score": share}
     if removal.part == "attention":
         record |= {"groups": score_U.tolist(), "kept": kept_K.tolist()}
@@ -341,9 +342,9 @@ def _record(block: int, removal: _Removal, score_U: Tensor, kept_K: Tensor, by: 
 def _plan(
     twin: Twin,
     config: dict[str, int],
-    records: list[dict[str, Any]],
+    records: list[JsonObject],
     weights: dict[str, Tensor],
-    calibration: dict[str, Any],
+    calibration: JsonObject,
 ) -> Plan:
     parameters = dict(twin.model.named_parameters())
     dense = sum(parameter.numel() for parameter in parameters.values())
