@@ -108,7 +108,7 @@ def _prune(goal: Target, texts: Texts) -> Iterator[Line]:
     yield "prune", HEADING, "what goes"
     fields = {
         Depth: ("kind", "count", "score"),
-        Width: ("kind", "mlp", "score"),
+        Width: ("kind", "mlp", "score", "repair"),
         Wanda: ("kind", "sparsity", "allocation"),
         SparseGpt: ("kind", "pattern"),
     }[type(cfg)]
@@ -121,7 +121,7 @@ def _prune(goal: Target, texts: Texts) -> Iterator[Line]:
     yield "prune.calibration.data", calibration.data, defaults.OWN_TEXT_SOURCE
     yield "prune.calibration.column", calibration.column, "of that data"
     yield "prune.calibration.answer", calibration.answer, defaults.ANSWER_SOURCE
-    yield "prune.calibration.samples", calibration.samples, defaults.SAMPLES_SOURCE
+    yield "prune.calibration.samples", calibration.samples, why.get("samples", defaults.SAMPLES_SOURCE)
     yield "prune.calibration.length", calibration.length, "tokens of a sample"
 
 
