@@ -24,7 +24,7 @@ from recover.base.journal import Journal
 from recover.config.auto import Facts, settled
 from recover.config.base import Config
 from recover.config.messages import explain
-from recover.config.prune import Calibration, Depth, Magnitude, SparseGpt, Wanda, Width
+from recover.config.prune import Calibration, Depth, Experts, Magnitude, SparseGpt, Wanda, Width
 from recover.config.recipe import Measure, Model, Probe, Sampling, load_recipe
 from recover.config.train import Data, Train
 from recover.export.card import plain_card
@@ -56,7 +56,7 @@ from recover.text.prompts import Prompt, text_ids
 from recover.train.checkpoints import read_adapter
 from recover.train.train import train
 
-Method = Depth | Magnitude | Wanda | SparseGpt | Width
+Method = Depth | Magnitude | Wanda | SparseGpt | Width | Experts
 Text = str | Path | Sequence[str]
 
 # Read by the exported model and by the twin, whose logits must agree: which words they are does not matter.

@@ -87,7 +87,13 @@ def taken_apart(root: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (RecoverError, OSError):
+    except (
+        RecoverError,
+        OSError,
+        NameError,
+        ImportError,
+        MemoryError,
+    ):  # the last three: no value of a file gives them
         raise
     except Exception as error:  # whatever comes of a text where a table is expected
         place = traceback.extract_tb(error.__traceback__)[-1]

@@ -52,6 +52,7 @@ WRITTEN = {
     "after": rf"best\.json|{MEASURED}",
     "deploy": STAMP,
     "report": STAMP,
+    "track": r"run\.json",
     "more": r"[A-Za-z0-9][A-Za-z0-9._-]*\.json",
 }
 

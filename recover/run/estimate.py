@@ -45,6 +45,11 @@ def refuse(recipe: Recipe, model: Description) -> None:
         )
     if recipe.train.length > (model.context or recipe.train.length):
         raise RecipeError(f"train.length: {recipe.train.length} tokens, the model's context is {model.context}")
+    if model.mixture is None and {*recipe.train.lora.parts} - {"linears"}:
+        raise RecipeError(
+            f"train.lora.parts: {list(recipe.train.lora.parts)}, and {model.model_type} models have no experts: "
+            "use [linears]"
+        )
     _refuse_training(recipe.train)
 
 
@@ -96,7 +101,7 @@ def settle(recipe: Recipe) -> tuple[Recipe, list[Chosen]]:
         cost = pruner_of(recipe.prune).cost(recipe.prune, model)
     except PruneError as error:
         raise RecipeError(str(error)) from None
-    facts = Facts(model.width, model.parameters, (cost.gone + cost.zeros) / model.parameters)
+    facts = Facts(model.width, model.parameters, cost.share(model))
     cfg, chosen = settled(recipe.train, facts)
     return recipe.model_copy(update={"train": cfg}), chosen
 
@@ -124,6 +129,7 @@ def training_memory(recipe: Recipe, model: Description, cost: Cost) -> memory.Tr
     return memory.Training(
         tokens=micro * cfg.length,
         rank=cfg.lora.rank,
+        parts=cfg.lora.parts,
         averaged=cfg.average is not None,
         chunk=cfg.loss.chunk,
         checkpointing=cfg.gradient_checkpointing,
@@ -166,6 +172,8 @@ class Estimate(TypedDict):
 
     parameters_dense: int
     parameters_pruned: int
+    active_dense: int
+    active_pruned: int
     file_bytes_dense: int
     file_bytes_pruned: int
     file_dtype_dense: str
@@ -185,18 +193,21 @@ class Estimate(TypedDict):
 def estimate(recipe: Recipe, model: Description, rate: float) -> Estimate:
     """Sizes, tokens, seconds and bytes that the run will need, per process where it says so.
 
+    Of a mixture of experts, `active` counts the weights that a token goes through; of others, all that run.
     A distillation step costs 2 FLOP per weight and token for the dense pass, 2 for the pruned forward and 2 for its
     backward (frozen weights have no gradient of their own).
     """
     cost = pruner_of(recipe.prune).cost(recipe.prune, model)
-    pruned, stored = model.parameters - cost.gone, model.parameters - cost.unstored
+    pruned, stored = model.active - cost.gone, model.parameters - cost.unstored
     exported = exported_dtype(recipe.model.dtype, model.stored, recipe.export.dtype)
     tokens = recipe.train.tokens
-    flops = tokens * (2 * model.parameters + 4 * pruned)
+    flops = tokens * (2 * model.active + 4 * pruned)
     seconds = flops / (rate * STEP_EFFICIENCY * dist.world_size())
     return {
         "parameters_dense": model.parameters,
         "parameters_pruned": round(stored),
+        "active_dense": model.active,
+        "active_pruned": round(pruned),
         "file_bytes_dense": model.parameters * ELEMENT_BYTES[model.stored],
         "file_bytes_pruned": round(stored * ELEMENT_BYTES[exported]),
         "file_dtype_dense": model.stored,

@@ -42,6 +42,7 @@ from recover.models.plan import save_plan
 from recover.models.source import code_of, exported_dtype, stored_dtype
 from recover.models.twin import Twin
 from recover.probe.probe import dense_trajectories, final_drift, probe, summary
+from recover.probe.routing import routing
 from recover.probe.tasks import task_drift
 from recover.prune import registry
 from recover.report import overlap
@@ -64,6 +65,7 @@ from recover.run.directory import RunDirectory
 from recover.run.estimate import Estimate, estimate, matrix_rate, rate_plan, refuse, warnings
 from recover.run.input_digests import digests
 from recover.run.setbacks import Compared, setbacks
+from recover.run.tracking import refuse as refuse_trackers
 from recover.train import train as training
 from recover.train import trials
 from recover.train.callbacks import AfterEpoch
@@ -102,6 +104,7 @@ def checked(context: RunContext) -> Checked:
     code = _say_code(recipe.model)
     model = describe(recipe.model)
     refuse(recipe, model)
+    refuse_trackers(recipe.track)
     threads.chosen(model.width, model.intermediate, context.directory.threads())
     context.check_inputs()
     figures = estimate(recipe, model, matrix_rate())
@@ -142,8 +145,10 @@ def _plan_rows(figures: Estimate) -> list[list[str]]:
         f"{units.size(figures['file_bytes_dense'])}, {figures['file_dtype_dense']}",
         f"{units.size(figures['file_bytes_pruned'])}, {figures['file_dtype_pruned']}",
     ]
+    active = ["of them used for a token", f"{figures['active_dense']:,}", f"{figures['active_pruned']:,}"]
     return [
         ["parameters", f"{figures['parameters_dense']:,}", f"{figures['parameters_pruned']:,}"],
+        *([active] if figures["active_dense"] != figures["parameters_dense"] else []),
         ["file", *files],
         *(search if passes else []),
         ["teacher-scored tokens", "", f"{figures['teacher_tokens']:,}"],
@@ -215,6 +220,7 @@ def train(context: RunContext) -> None:
             after_epoch,
             recipe.seed,
             baseline_score=untrained["headline"]["generation"],
+            log_step=context.tracking.step,
         )
 
 
@@ -236,6 +242,8 @@ def _after_epoch(context: RunContext, twin: Twin, untrained: MeasureRecord) -> A
             past: list[EpochLine] = read_jsonl(directory.epochs) if directory.epochs.exists() else []
             worse = setbacks(now, pruned, [each for each in past if each["epoch"] < epoch])
             append_jsonl(directory.epochs, {**now, "setbacks": worse})
+            kl, loss = found["drift"]["kl"]["mean"], progress["train"]["loss"]
+            context.tracking.epoch(progress["step"], found["measure"]["headline"], kl, loss)
             for line in [
                 *(f"epoch {epoch}: {sentence(each)}" for each in worse),
                 *advice(worse, dumped, _rate(context)),
@@ -446,6 +454,15 @@ def report(context: RunContext) -> None:
     data = collect(root)
     render(root, data)
     outcome.say(data, root)
+    _track_outcome(context)
+
+
+def _track_outcome(context: RunContext) -> None:
+    directory = context.directory
+    folders = {"dense": directory.dense, "pruned": directory.before, "recovered": directory.after}
+    headlines = {name: read_json(folder / "measure.json")["headline"] for name, folder in folders.items()}
+    exported = str((directory.done("export") or {}).get("finished"))
+    context.tracking.outcome(directory.best()["step"], headlines, directory.report_html, exported)
 
 
 def _probe_and_measure(context: RunContext, twin: Twin, folder: Path) -> None:
@@ -454,6 +471,7 @@ def _probe_and_measure(context: RunContext, twin: Twin, folder: Path) -> None:
     items = min(cfg.items, context.recipe.measure.limit or cfg.items)
     with twin.folded():
         found = probe(twin, tokenizer, context.probe_prompts(), cfg)
+        found += routing(twin, context.probe_prompts()[: cfg.samples])
         found += task_drift(twin, tokenizer, context.tasks, items=items, batch_size=cfg.batch_size)
         records = [record.to_json() for record in found]
         if dist.is_main():

@@ -104,9 +104,12 @@ def run(recipe: Recipe, root: Path, *, until: str = "report", start: str | None 
         if dist.is_main():
             note_commits(directory)
         context = RunContext(recipe, directory)
-        for stage in STAGES[: STAGES.index(until) + 1]:
-            forced = start is not None and STAGES.index(stage) >= STAGES.index(start)
-            _bring_up_to_date(stage, context, forced=forced, before=libraries if stage == STAGES[0] else 0.0)
+        try:
+            for stage in STAGES[: STAGES.index(until) + 1]:
+                forced = start is not None and STAGES.index(stage) >= STAGES.index(start)
+                _bring_up_to_date(stage, context, forced=forced, before=libraries if stage == STAGES[0] else 0.0)
+        finally:
+            context.tracking.finish()
     return directory
 
 

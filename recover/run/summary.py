@@ -37,9 +37,9 @@ def blind(record: MeasureRecord) -> Iterator[str]:
                 f"task {name}: the dense model itself scores {words.percent(value, 1)}, near {near}, so it cannot show "
                 "what pruning loses: compare the task's prompt and right answers with the texts in dense/measure.json"
             )
-        elif (task.get("truncated") or 0) > CUT_SHARE * task["items"]:
+        elif (cut := task.get("truncated") or 0) > CUT_SHARE * task["items"]:
             yield (
-                f"task {name}: {task['truncated']} of {task['items']} texts of the dense model ran into the limit of "
+                f"task {name}: {cut} of {task['items']} texts of the dense model ran into the limit of "
                 "tokens: raise measure.max_new_tokens (or the task's own)"
             )
 

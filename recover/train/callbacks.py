@@ -21,6 +21,7 @@ from recover.train.settings import early_ends
 from recover.train.trainer import RecoverTrainer
 
 AfterEpoch = Callable[[int, EpochProgress], float | None]
+LogStep = Callable[[int, dict[str, float]], None]
 
 
 class Progress(TrainerCallback):
@@ -60,10 +61,11 @@ class StepLog(TrainerCallback):
 
     A line holds `step`, `tokens` scored and `seconds` trained up to it, `lr`, and, but for a skipped step, the means
     per token of the loss and its terms, `grad_norm` before clipping and the main process's `peak_memory_bytes` so far.
+    `log_step` gets the step and its line too.
     """
 
-    def __init__(self, folder: Path, totals: Totals) -> None:
-        self.path, self.totals = folder / STEPS, totals
+    def __init__(self, folder: Path, totals: Totals, log_step: LogStep | None = None) -> None:
+        self.path, self.totals, self.log_step = folder / STEPS, totals, log_step
         self.last: int | None = None  # of the file; None: not looked at yet
 
     def on_log(self, args, state, control, logs: dict[str, float] | None = None, **_: Any) -> None:
@@ -84,6 +86,8 @@ class StepLog(TrainerCallback):
             line["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         # Not synced: waiting for the disk at each step would cost more than a line that a power loss takes.
         artifacts.append_jsonl(self.path, line, synced=False)
+        if self.log_step is not None:
+            self.log_step(state.global_step, line)
 
     def _rewind(self, step: int) -> None:
         """Leave only lines of steps before this one."""
@@ -225,6 +229,8 @@ class Epochs(TrainerCallback):
         kept = " (best so far)" if self.best is record else ""
         averaged = self.trainer.average.count
         kept += f"; mean of {averaged} steps' adapters" if averaged > 1 else ""
+        if left_out := self.skips.skipped:
+            kept += f"; {left_out:,} {'steps' if left_out > 1 else 'step'} left out up to here"
         shown = "generation not measured" if score is None else f"generation {score:.1%}"
         console.say(f"epoch {epoch}/{len(self.ends)}: loss {means['loss']:.4g}, kl {means['kl']:.4g}, {shown}{kept}")
         waited = epoch - self.best["epoch"]

@@ -54,6 +54,7 @@ ADAPTER = "adapter_config.json"
 TRAINED, STATE = "trained.safetensors", "state.json"
 STEPS = "steps.jsonl"
 PRUNED_TEXT = "pruned_text"
+COPIED = ".modules_to_save."  # in the names of a router that is trained: peft's file has its buffers too
 EPOCH, CHECKPOINT = re.compile(r"epoch-\d+"), re.compile(r"checkpoint-\d+")
 KEPT = 2  # the newest, and the one before: whoever finds the newest broken goes on from it
 
@@ -151,8 +152,9 @@ def best_of(records: Sequence[EpochScore]) -> EpochScore:
 def write_adapter(model: PeftModel, folder: Path) -> None:
     """Write the adapter's two files into `folder`. All processes must call it (ZeRO-3 gathers the adapter)."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    beside = {name: buffer for name, buffer in model.state_dict().items() if COPIED in name and name not in trained}
     with gathered(*trained.values()):
-        values = {name: p.detach().cpu().clone() for name, p in trained.items()} if dist.is_main() else {}
+        values = {name: p.detach().cpu().clone() for name, p in (trained | beside).items()} if dist.is_main() else {}
     dist.on_main(lambda: _write_adapter(model, values, folder))
 
 

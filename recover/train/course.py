@@ -41,6 +41,7 @@ FOCUS_DECAY = 0.9  # a step: the mean that weights of `loss.focus` are divided b
 SKIPS_IN_A_ROW = 8  # before going back to a checkpoint the first time; half as many after each time
 ROLLBACKS = 3
 NAMED = 4  # tensors, in a message
+MEND = "lower train.lr, or use model.dtype float32 or bfloat16"
 FINDINGS = 50  # kept in training.json, the newest
 
 
@@ -81,7 +82,8 @@ class Course:
             self.skips.found += ", and the optimizer went over it"
             self.skips.row = self.skips.allowed
         tensors = not_finite(gradients(model))
-        console.warn(self.skips.skip(step, (self.batch_size * (step - 1) + 1, self.batch_size * step), tensors))
+        if line := self.skips.skip(step, (self.batch_size * (step - 1) + 1, self.batch_size * step), tensors):
+            console.warn(line)
         self.skips.found = None
         self.totals.discard()
         note(self.folder, self.fingerprint, self.skips.to_json())
@@ -139,10 +141,8 @@ class Course:
         self._restore(*found, trained)
         self.totals.seconds = seconds
         note(self.folder, self.fingerprint, self.skips.to_json())
-        console.warn(
-            f"{row} steps in a row were skipped: back to {found[0].name} "
-            f"({self.skips.rollbacks} of {ROLLBACKS} times; {self.skips.allowed} in a row are too many from here on)"
-        )
+        times = f"{self.skips.rollbacks} of {ROLLBACKS} times"
+        console.say(f"{row} steps in a row were not finite: back to {found[0].name} ({times})")
         return found[1]["step"]
 
     def _restore(self, checkpoint: Path, state: CheckpointState, trained: Trained) -> None:
@@ -163,7 +163,7 @@ class Course:
         reseed_draws(self.seed, state["step"], dist.rank())
 
     def _diagnosis(self, frozen: list[str], *, stranded: bool) -> str:
-        finding, cause = self.skips.findings[-1], "lower train.lr, or use model.dtype float32 or bfloat16"
+        finding, cause = self.skips.findings[-1], MEND
         if frozen:
             cause = f"these weights of the model itself are not finite: {', '.join(frozen)}; load it anew"
         elif stranded:
@@ -200,15 +200,18 @@ class Skips:
         return max(1, SKIPS_IN_A_ROW >> self.rollbacks)
 
     def skip(self, step: int, sequences: tuple[int, int], tensors: list[str]) -> str:
-        """Count this step as skipped; the line to print."""
+        """Count this step as skipped; the line to print for the first of a training, empty for all others.
+
+        training.json has the last ones with the tensors that were not finite.
+        """
         self.skipped += 1
         self.row += 1
         first, last = sequences
         finding: Finding = {"step": step, "found": self.found or "", "sequences": [first, last], "tensors": tensors}
         self.findings = [*self.findings, finding][-FINDINGS:]
-        return (
-            f"step {step}: {described(finding)}; the step is skipped ({self.row} in a row, {self.allowed} are too many)"
-        )
+        if self.skipped > 1:
+            return ""
+        return f"step {step}: {self.found}; such steps change no weight, and are counted. If more follow: {MEND}"
 
     def proceed(self) -> None:
         """The step being made is in order."""

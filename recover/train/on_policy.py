@@ -87,11 +87,12 @@ class OnPolicy:
         folder: Path,
         fingerprint: str,
         collate: Collate,
+        context: int | None = None,
     ) -> None:
         self.rows, self.collate = rows, collate
         self.writers: list[int] = list(rows["writer"])
         self.sources = {
-            number: _OwnText(source, number, cfg, tokenizer, rows, seed, folder / PRUNED_TEXT, fingerprint)
+            number: _OwnText(source, number, cfg, tokenizer, rows, seed, folder / PRUNED_TEXT, fingerprint, context)
             for number, source in enumerate(cfg.data)
             if isinstance(source, PrunedText)
         }
@@ -131,10 +132,11 @@ class _OwnText:
         seed: int,
         folder: Path,
         fingerprint: str,
+        context: int | None,
     ) -> None:
         self.source, self.number, self.cfg, self.tokenizer = source, number, cfg, tokenizer
         self.seed, self.folder, self.fingerprint = seed + number, folder, fingerprint
-        self.prompts = fitting_prompts(source, cfg.length, tokenizer)
+        self.prompts = fitting_prompts(source, cfg.length, tokenizer, context)
         # In training order: the texts that were planned for.
         self.planned = {
             row: Sample(rows[row]["input_ids"], rows[row]["completion_mask"])

@@ -16,10 +16,12 @@ from recover.base.errors import DataError, StopRequested, TrainingError
 from recover.base.signals import Interrupted, stop_between_steps
 from recover.config.recipe import Train
 from recover.distill.loss_terms import computed
+from recover.models.arch import arch_of
 from recover.models.packed_attention import HALF, packing_configs
 from recover.report.data import EpochScore
+from recover.text.generate import context_of
 from recover.train.caching import TextRow, TrainingStates, with_states
-from recover.train.callbacks import AfterEpoch, Epochs, Progress, StepLog
+from recover.train.callbacks import AfterEpoch, Epochs, LogStep, Progress, StepLog
 from recover.train.checkpoints import Asked, PartEnds, begin, note
 from recover.train.course import ROLLBACKS, Course, Totals
 from recover.train.data import build_dataset, collator, packer, tokens_at_once, with_scored
@@ -62,12 +64,14 @@ def train(
     after_epoch: AfterEpoch,
     seed: int,
     baseline_score: float | None = None,
+    log_step: LogStep | None = None,
 ) -> Path:
     """Train LoRA on `twin`; the folder of the adapter that scored best after an epoch (`best.json` names it).
 
     `after_epoch(epoch, {"step", "tokens", "seconds", "train": means per token and lr})` runs on every process, when
     the model can generate; higher scores are better, None means that the training loss decides. `baseline_score` is
-    the untrained model's: if no epoch beats it there is a warning, and still the best epoch is kept.
+    the untrained model's: if no epoch beats it there is a warning, and still the best epoch is kept. `log_step(step,
+    line)` gets each line of `steps.jsonl` on the main process.
 
     Called again with the same arguments after a stop or crash, it goes on from the newest checkpoint that verifies,
     on any number of processes. Called with more `tokens` when it is finished, it goes on behind its last step, with the
@@ -106,7 +110,8 @@ def train(
     cfg = _with_rate(twin, tokenizer, cfg, rows, split.micro, collate, seed, run_folder, first, graphed=graphed)
     own = None
     if "writer" in rows.features:
-        own = OnPolicy(cfg, tokenizer, rows, seed, run_folder, fingerprint, with_scored(collate))
+        context = context_of(twin.model)
+        own = OnPolicy(cfg, tokenizer, rows, seed, run_folder, fingerprint, with_scored(collate), context)
     args = training_arguments(cfg, split, steps, seed, run_folder / "checkpoints", passes=1 + ROLLBACKS, begin=begun)
     with stop_between_steps() as stop:
         trainer = RecoverTrainer(
@@ -128,7 +133,7 @@ def train(
             trainer.data_collator = with_scored(trainer.data_collator)
         _announce(twin, rows, steps, split)
         with trainer.light(), trainer.graphed() if graphed else nullcontext():
-            epochs = _train(trainer, cfg, after_epoch, run_folder, ends)
+            epochs = _train(trainer, cfg, after_epoch, run_folder, ends, log_step)
         if trainer.shards is not None:
             trainer.shards.end()
     if trainer.is_deepspeed_enabled:
@@ -207,6 +212,7 @@ def _may_be_graphed(twin: Twin, cfg: Train) -> bool:
         "a teacher's file": cfg.teacher is not None,
         "model.dtype float32": twin.base.dtype not in HALF,
         "lora.dropout": cfg.lora.dropout > 0,
+        "experts, each of which gets other tokens each time": arch_of(twin.base).experts is not None,
         "dropout of the model itself": any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in twin.base.modules()),
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
@@ -230,7 +236,14 @@ def _read_states(trainer: RecoverTrainer, cfg: Train, rows: Dataset, micro: int,
     trainer.data_collator = with_states(trainer.data_collator, read)
 
 
-def _train(trainer: RecoverTrainer, cfg: Train, after_epoch: AfterEpoch, run_folder: Path, ends: list[int]) -> Epochs:
+def _train(
+    trainer: RecoverTrainer,
+    cfg: Train,
+    after_epoch: AfterEpoch,
+    run_folder: Path,
+    ends: list[int],
+    log_step: LogStep | None,
+) -> Epochs:
     """To the end of the last epoch; what was found after each.
 
     Raises:
@@ -249,7 +262,7 @@ def _train(trainer: RecoverTrainer, cfg: Train, after_epoch: AfterEpoch, run_fol
         trainer.add_callback(SharedOut(trainer))
     trainer.add_callback(epochs)
     trainer.add_callback(Progress(trainer.course.totals))
-    trainer.add_callback(StepLog(run_folder, trainer.course.totals))
+    trainer.add_callback(StepLog(run_folder, trainer.course.totals, log_step))
     try:
         trainer.train()
     except Interrupted:
