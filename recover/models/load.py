@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from recover.base import console, dist, units
+from recover.base.artifacts import JsonObject
 from recover.base.errors import ModelError
 from recover.base.memory import Mixture, Shape
 from recover.config import recipe
@@ -246,7 +247,7 @@ def _config(cfg: recipe.Model) -> PretrainedConfig:
     return _stock_config(cfg, raw, config_source(cfg))
 
 
-def _stock_config(cfg: recipe.Model, raw: dict[str, Any], source: str | Path) -> PretrainedConfig:
+def _stock_config(cfg: recipe.Model, raw: JsonObject, source: str | Path) -> PretrainedConfig:
     """The config of checked settings; with code of others let run, as that code makes it."""
     with explained(str(source)):
         if cfg.trust_remote_code:
