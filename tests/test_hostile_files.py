@@ -158,6 +158,13 @@ def test_aliases_that_stand_for_billions_are_refused_wherever_yaml_is_read(tmp_p
     assert card._said(card._card_of(Model(source=str(folder)), "folder")) == {}
 
 
+def test_a_message_has_an_end_however_many_fields_are_wrong(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(f"name: x\nmodel: {{source: a}}\nrecover: {{data: [{', '.join('a' * 200)}]}}\n")
+    with pytest.raises(RecipeError, match=r"x\.yaml: \d+ more such fields") as raised:
+        load_recipe(tmp_path / "x.yaml", [])
+    assert len(str(raised.value).splitlines()) == 21
+
+
 @pytest.mark.parametrize("text", ["a: &a [*a]", "a: &a {b: *a}", "? &a [*a]\n: 1", "a: &a [1, [2, *a]]"])
 def test_an_alias_of_what_it_is_in_is_refused(text: str) -> None:
     with pytest.raises(RecipeError, match=r"x:1:\d+: an alias stands for what it is a part of"):
