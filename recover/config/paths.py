@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from recover.base.artifacts import JsonObject
+from recover.base.errors import DataError
 
 # Fields that name files, or a hub id.
 FIELDS = (
@@ -52,7 +53,10 @@ def matching(path: Path) -> list[Path]:
         return []
     if "*" in base or "?" in base:
         folder, rest = Path(), [base, *rest]
-    return sorted(found for found in folder.glob("/".join(rest).replace("[", "[[]")) if found.is_file())
+    try:
+        return sorted(found for found in folder.glob("/".join(rest).replace("[", "[[]")) if found.is_file())
+    except OSError as error:  # a folder on the way that may not be read
+        raise DataError(f"{path}: cannot look for its files: {error.filename}: {error.strerror}") from None
 
 
 def meant(path: Path) -> str:

@@ -315,8 +315,9 @@ def check_numbers(folder: Path, floating: Collection[str]) -> None:
 
 def _shards(index: Path) -> dict[str, list[str]]:
     content = _read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    found = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map: dict[str, Any] = found if isinstance(found, dict) else {}
+    if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
         raise ModelError(f"{index}: has no 'weight_map' from tensor names to files; fetch the model again")
     shards: dict[str, list[str]] = {}
     for key, name in weight_map.items():
