@@ -94,6 +94,9 @@ class Calibration(Config):
     answer: int | None = Field(
         default=None, ge=1, description="most tokens that the dense model writes after each text, greedily; null: none"
     )
+    strict: bool = Field(
+        default=False, description="refuse a row that would be left out: one that holds nothing, or (`answer`) too long"
+    )
 
 
 class Depth(Pruning):
@@ -292,7 +295,16 @@ class Width(Pruning):
     kind: Literal["width"] = "width"
     mlp: float | None = Field(default=None, gt=0, lt=1, description="share of the neurons that goes")
     kv_groups: int | None = Field(default=None, ge=1, description="how many KV groups of each block go")
-    score: Literal["activation", "fluctuation"] = "activation"
+    score: Literal["activation", "fluctuation", "obs"] = Field(
+        default="activation",
+        description="activation: how large a unit's activations are (Minitron); fluctuation: how much they vary, "
+        "times its outgoing weights (FLAP); obs: the error that is left where the other units make up for it",
+    )
+    repair: Literal["none", "linear"] = Field(
+        default="none",
+        description="linear: outgoing weights of the units that stay are rewritten by least squares on the calibration "
+        "text, to make up for those that go",
+    )
     multiple: int | None = Field(
         default=None,
         ge=1,

@@ -158,6 +158,16 @@ class Recipe(Config):
     train: Train
     measure: Measure
     export: Export = Export()
+    track: tuple[str, ...] = Field(
+        default=(),
+        description="trackers that get losses, rates, generation and the report, as accelerate names them: "
+        "tensorboard, wandb, mlflow; a run that goes on is the same run there",
+    )
+
+    @field_validator("track", mode="before")
+    @classmethod
+    def _one_name(cls, names: Any) -> Any:
+        return (names,) if isinstance(names, str) else names
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, model_serializer, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_serializer, model_validator
 
+from recover.base.artifacts import JsonObject
 from recover.config.base import Config
 from recover.config.loss import TERMS, Loss
 
@@ -243,6 +244,16 @@ class Train(Config):
         default=None, description="the dense model's states on disk; null: computed in each step"
     )
 
+    @field_validator("lr")
+    @classmethod
+    def _trains(cls, rate: float) -> float:
+        """A step moves each weight of an adapter by about the rate: from 1 on nothing is left of what was learnt."""
+        if not rate <= 1:
+            raise ValueError(
+                f"found {rate:g}: expected at most 1; adapters train at 1e-4 to 2e-3, and `auto` tries a few"
+            )
+        return rate
+
     _auto: tuple[str, ...] = PrivateAttr(default=())
 
     @model_validator(mode="wrap")
@@ -265,7 +276,7 @@ class Train(Config):
         return made
 
     @model_serializer(mode="wrap")
-    def _auto_as_it_is_written(self, handler: Any) -> dict[str, Any]:
+    def _auto_as_it_is_written(self, handler: Any) -> JsonObject:
         tree = handler(self)
         for name in self._auto:
             *above, last = name.split(".")

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from recover.base import console, dist, units
+from recover.base.artifacts import JsonObject
 from recover.base.errors import ModelError
 from recover.base.memory import Mixture, Shape
 from recover.config import recipe
@@ -207,12 +208,14 @@ def load_tokenizer(cfg: recipe.Model) -> PreTrainedTokenizerBase:
     """
     folder = locate(cfg, cfg.tokenizer)
     vocabulary.check_there(folder)
+    vocabulary.check_parts(folder)
     with unchanged(folder), explained(f"{folder}: tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=cfg.trust_remote_code, local_files_only=True
         )
         for special in (True, False):  # that it loads does not mean that it works
             tokenizer.decode(tokenizer(TRIAL, add_special_tokens=special, verbose=False)["input_ids"])
+        vocabulary.check_time(tokenizer, folder)
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         raise ModelError(
             f"{folder}: holds no tokenizer (tokenizer.json or tokenizer.model): copy it there, or set model.tokenizer"
@@ -246,7 +249,7 @@ def _config(cfg: recipe.Model) -> PretrainedConfig:
     return _stock_config(cfg, raw, config_source(cfg))
 
 
-def _stock_config(cfg: recipe.Model, raw: dict[str, Any], source: str | Path) -> PretrainedConfig:
+def _stock_config(cfg: recipe.Model, raw: JsonObject, source: str | Path) -> PretrainedConfig:
     """The config of checked settings; with code of others let run, as that code makes it."""
     with explained(str(source)):
         if cfg.trust_remote_code:
