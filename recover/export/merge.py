@@ -151,8 +151,8 @@ def _refuse_lora_elsewhere(twin: Twin, merged: set[str]) -> None:
     lost = [name for name in adapted_tensors(twin.base) if name not in merged]
     if lost:
         raise ExportError(
-            f"LoRA sits on {lost[0].removesuffix('.weight')} and {len(lost) - 1} other layers that the pruned model does "
-            "not have"
+            f"LoRA sits on {lost[0].removesuffix('.weight')} and {len(lost) - 1} other layers that the pruned model "
+            "does not have"
         )
 
 
