@@ -579,3 +579,9 @@ def test_what_is_not_done_to_experts_is_refused(cfg, message, tmp_path):
     dense.config.save_pretrained(tmp_path)
     with pytest.raises(PruneError, match=message):
         registry.pruner_of(cfg).cost(cfg, describe(recipe.Model(source=str(tmp_path))))
+
+
+def test_the_recipe_for_a_real_mixture_is_one():
+    cfg = load_recipe(Path(__file__).parent.parent / "recipes" / "olmoe-1b-7b-experts25.yaml")
+    assert isinstance(cfg.prune, recipe.Experts) and cfg.prune.removed(64) == 16
+    assert cfg.train.lora.parts == ("linears", "experts", "router")
