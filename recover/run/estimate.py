@@ -44,6 +44,12 @@ def refuse(recipe: Recipe, model: Description) -> None:
         )
     if recipe.recover.length > (model.context or recipe.recover.length):
         raise RecipeError(f"recover.length: {recipe.recover.length} tokens, the model's context is {model.context}")
+    widest = max(model.width, model.intermediate, model.heads * model.head_size)
+    if recipe.recover.lora.rank > widest:
+        raise RecipeError(
+            f"recover.lora.rank: {recipe.recover.lora.rank:,} is more than the widest matrix of the model has rows, "
+            f"{widest:,}: a matrix of that rank holds all there is; lower it"
+        )
     _refuse_training(recipe.recover)
 
 

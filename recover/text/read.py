@@ -12,6 +12,7 @@ import glob
 import gzip
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from recover.base import console, hub
-from recover.base.artifacts import whole_characters
+from recover.base.artifacts import loads, whole_characters
 from recover.base.errors import DataError
 from recover.config.paths import ROWS, SHEETS, TABLES, TEXTS, ending, matching, meant
 from recover.config.recipe import local_path
@@ -71,8 +72,8 @@ def listed(value: Any) -> Any:
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     try:
-        found = json.loads(value)
-    except (json.JSONDecodeError, RecursionError):
+        found = loads(value)
+    except ValueError:
         return value
     return found if isinstance(found, list) and all(map(whole_characters, _texts(found))) else value
 
@@ -170,7 +171,7 @@ def _is_whole(path: Path) -> bool:
         json.loads(first)
     except json.JSONDecodeError as error:
         return first.startswith("{") and error.pos >= len(first) - 1
-    except RecursionError:
+    except (ValueError, RecursionError):
         pass
     return False
 
@@ -179,11 +180,9 @@ def _whole(path: Path) -> Iterator[tuple[str, Any]]:
     with _opened(path) as file:
         text = file.read()
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not JSON ({error})") from None
-    except RecursionError as error:
-        raise DataError(f"{path}:1: not JSON ({error})") from None
+        value = loads(text)
+    except ValueError as error:
+        raise DataError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON ({error})") from None
     rows = value if isinstance(value, list) else [value]
     for number, row in enumerate(rows):
         where = f"{path}, row {number}"
@@ -192,8 +191,8 @@ def _whole(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _value(line: str, where: str) -> Any:
     try:
-        value = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = loads(line)
+    except ValueError as error:
         raise DataError(f"{where}: not JSON ({error}); a JSONL file holds one object a line") from error
     return _written(value, where) if "\\u" in line else value
 
@@ -233,11 +232,15 @@ def text_of(path: Path, what: str = "") -> str:
 
 
 def _sheet(path: Path, what: str) -> Iterator[tuple[str, Any]]:
-    """Rows of a CSV or TSV file by the names in its first line; every cell is text, and an empty one is empty text."""
+    """Rows of a CSV or TSV file by the names in its first line; every cell is text, and an empty one is empty text.
+
+    Cells of a CSV file whose first line has no comma may be parted by semicolons or tabs, as spreadsheets of many
+    countries write it.
+    """
     before = csv.field_size_limit(LONGEST_CELL)
     try:
         with _opened(path, newline="") as file:
-            lines = csv.reader(file, delimiter="\t" if ending(path.name) == ".tsv" else ",", strict=True)
+            lines = csv.reader(file, delimiter=_parted_by(path), strict=True)
             names = next(lines, [])
             if len(set(names)) < len(names) or not all(names):
                 raise DataError(f"{path}:1: columns {names}: expected a name for each, and none twice")
@@ -255,6 +258,14 @@ def _sheet(path: Path, what: str) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{what}{unread(path, error)}") from error
     finally:
         csv.field_size_limit(before)
+
+
+def _parted_by(path: Path) -> str:
+    if ending(path.name) == ".tsv":
+        return "\t"
+    with _opened(path, newline="") as file:
+        first = file.readline(LONGEST_CELL)
+    return "," if "," in first else max(";\t,", key=first.count) if any(mark in first for mark in ";\t") else ","
 
 
 def _table(path: Path, what: str) -> Iterator[tuple[str, Any]]:
@@ -301,8 +312,11 @@ class DataSet(Sequence[Row]):
             DataError: it does not load.
         """
         self.source = source
+        if os.path.isdir(source) and not any(path.is_file() for path in Path(source).rglob("*")):
+            raise DataError(f"{source}: an empty folder; expected files of rows in it: {', '.join(ROWS)}")
         try:
-            rows = _data_set(source, subset, split, revision)
+            with console.silent("datasets", "huggingface_hub"):
+                rows = _data_set(source, subset, split, revision)
         except hub.NoCommit as error:
             raise DataError(f"{source}: neither {kinds} nor a data set that can be had: {error}") from error
         except Exception as error:  # of `datasets`, of Arrow, of whichever reader of files they have
@@ -348,6 +362,13 @@ def _data_set(source: str, subset: str | None, split: str, revision: str | None)
         if split not in saved:
             raise ValueError(f"saved splits: {', '.join(saved)}")
         return saved[split]
+    kinds = {ending(path.name) for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")}
+    kinds -= {"", ".md"}
+    if subset is None and len(kinds) > 1:
+        raise ValueError(
+            f"files of several kinds ({', '.join(sorted(kinds))}), of which only one would be read: name the files "
+            "instead, as FOLDER/*.jsonl"
+        )
     if glob.escape(str(folder.absolute())) != str(folder.absolute()):
         raise ValueError("a folder with [, * or ? in its path; name its files instead, as FOLDER/*.jsonl, or rename it")
     return datasets.load_dataset(source, subset, split=split, cache_dir=_own_cache(folder))
