@@ -25,6 +25,7 @@ from recover.config import recipe
 from recover.models.arch import ALL_HEADS, ARCHS, arch_of, arch_of_config, blocks_of, final_norm_of, head_of, linears_of
 from recover.models.load import load_model
 from recover.models.refusal import KINDS, WRAPPER
+from recover.models.wrapper import WRAPPERS
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -63,12 +64,12 @@ def test_the_parts_are_found_through_a_peft_model():
     [
         ({"model_type": "zzz"}, r"'zzz' is not supported; supported: llama.*add this row.*Arch\('zzz'\)"),
         (
-            {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}},
-            r"a text model inside a wrapper.*, of type 'gemma3_text'.*save the text model alone and prune that:",
+            {"model_type": "internvl", "text_config": {"model_type": "qwen3"}},
+            r"a text model inside a wrapper.*, of type 'qwen3'.*save the text model alone and prune that:",
         ),
         (
-            {"model_type": "qwen2_5_vl", "text_config": {"model_type": "qwen2_5_vl_text"}},
-            r"of type 'qwen2_5_vl_text', which is not supported either.*`recover families` says",
+            {"model_type": "llama4", "text_config": {"model_type": "llama4_text"}},
+            r"of type 'llama4_text', which is not supported either.*`recover families` says",
         ),
         ({"model_type": "mixtral", "num_local_experts": 8}, "it is a mixture of experts; a router sends"),
         ({"model_type": "deepseek_v3", "n_routed_experts": 256}, "it is a mixture of experts"),
@@ -113,3 +114,4 @@ def test_the_command_says_what_is_supported_and_why_the_rest_is_not():
         assert re.search(rf"^ *{model_type} +yes +(yes|no) +yes +(yes|no) +(yes|no) *$", said, re.MULTILINE), model_type
     assert re.search(r"^ *olmo2 +yes +no +yes +no +no", said, re.MULTILINE) and ALL_HEADS in " ".join(said.split())
     assert all(f"- {kind.called}" in said for kind in KINDS)
+    assert all(re.search(rf"^ *{wrapper} +\w", said, re.MULTILINE) for wrapper in WRAPPERS)

@@ -18,6 +18,7 @@ from recover.base import console
 from recover.base.errors import ExportError
 from recover.models.arch import part_of
 from recover.models.linears import Factors, MaskedLinear, effective_weight, pruned_tensor
+from recover.models.wrapper import remember, wrapped_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -53,6 +54,7 @@ def merge(twin: Twin, dtype: torch.dtype) -> PreTrainedModel:
     stock.load_state_dict(state, strict=True, assign=True)
     stock.tie_weights()
     stock.generation_config = copy.deepcopy(twin.base.generation_config)
+    remember(stock, wrapped_of(twin.base))
     return stock.requires_grad_(False).eval()
 
 

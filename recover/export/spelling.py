@@ -53,17 +53,24 @@ def respell_config(folder: Path, config: PretrainedConfig) -> None:
     values.pop("auto_map", None)
     if values.get("dtype") is not None:
         values["torch_dtype"] = values["dtype"]
-    if isinstance(rope := values.get("rope_parameters"), dict):
-        both = values | old_rope(values["model_type"], rope)
-        old = {key: value for key, value in both.items() if key != "rope_parameters"}
-        if _rope_of(config, both) == _rope_of(config, old) == _rope_of(config, values):
-            values = both
-        else:
-            console.warn(
-                "export: these rotary positions have no form in the config of transformers 4, so readers that know "
-                f"that form alone (older vLLM, MLX, llama.cpp's converter) compute others: {json.dumps(rope)[:200]}"
-            )
-    _write(folder / CONFIG, values)
+    if isinstance(inner := values.get("text_config"), dict):
+        values["text_config"] = _both_ropes(inner, config.get_text_config(decoder=True))
+    _write(folder / CONFIG, _both_ropes(values, config))
+
+
+def _both_ropes(values: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:
+    """The settings of one model with its rotary positions in both spellings, if there are some with two."""
+    if not isinstance(rope := values.get("rope_parameters"), dict):
+        return values
+    both = values | old_rope(values["model_type"], rope)
+    old = {key: value for key, value in both.items() if key != "rope_parameters"}
+    if _rope_of(config, both) == _rope_of(config, old) == _rope_of(config, values):
+        return both
+    console.warn(
+        "export: these rotary positions have no form in the config of transformers 4, so readers that know "
+        f"that form alone (older vLLM, MLX, llama.cpp's converter) compute others: {json.dumps(rope)[:200]}"
+    )
+    return values
 
 
 def old_rope(model_type: str, rope: dict[str, Any]) -> dict[str, Any]:
@@ -77,8 +84,8 @@ def old_rope(model_type: str, rope: dict[str, Any]) -> dict[str, Any]:
     for key in ("rope_theta", "partial_rotary_factor"):
         if rope.get(key) is not None:
             found[key] = rope[key]
-    if scaling.get("rope_type", "default") == "default":
-        return {**found, "rope_scaling": None}
+    if scaling.get("rope_type", "default") == "default":  # `mrope_section` and the like say how images are counted
+        return {**found, "rope_scaling": scaling if scaling.keys() - {"rope_type"} else None}
     if scaling["rope_type"] == "longrope" and "original_max_position_embeddings" in scaling:
         found["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
     if model_type in OLD_KEYS:

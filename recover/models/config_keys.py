@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ GENERATION = (
     *("typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "no_repeat_ngram_size", "max_length"),
     *("max_new_tokens", "min_length", "min_new_tokens", "use_cache", "_from_model_config", "transformers_version"),
 )
+# Settings of the parts of a wrapper, each with a class of its own.
+NESTED = ("text_config", "vision_config", "audio_config")
 SHOWN = 3
 _said: set[tuple[str, ...]] = set()
 
@@ -89,13 +92,28 @@ def config_of(raw: dict[str, Any], source: str, where: object) -> Any:
     allowed = allowed_of(raw["model_type"])
     if not allowed:
         allowed = frozenset(raw)  # transformers says that it does not know the type
-    known = SILENT | GenerationConfig().to_dict().keys()
-    _say_left_out(sorted(raw.keys() - allowed - known), where)
+    left_out: list[str] = []
+    kept = _kept(raw, allowed, left_out)
+    _say_left_out(sorted(left_out), where)
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps({key: raw[key] for key in raw if key in allowed}))
+        (Path(folder) / "config.json").write_text(json.dumps(kept))
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     config._name_or_path = source
     return config
+
+
+def _kept(raw: dict[str, Any], allowed: frozenset[str], left_out: list[str], above: str = "") -> dict[str, Any]:
+    """The allowed settings, those of parts by the class of the part; names of the others are added to `left_out`.
+
+    A part whose type is not named, or unknown, is as it is: its wrapper's class says what it takes.
+    """
+    known = SILENT | GenerationConfig().to_dict().keys()
+    left_out += [f"{above}{key}" for key in raw.keys() - allowed - known]
+    kept = {key: raw[key] for key in raw if key in allowed}
+    for key in NESTED:
+        if isinstance(inner := kept.get(key), dict) and (known_here := allowed_of(str(inner.get("model_type")))):
+            kept[key] = _kept(inner, known_here, left_out, f"{key}.")
+    return kept
 
 
 def _say_left_out(names: list[str], where: object) -> None:
@@ -135,7 +153,7 @@ def check_sizes(config: dict[str, Any], where: object) -> None:
         raise ModelError(f"{where}: quantization_config is {_short(config['quantization_config'])}; expected a mapping")
 
 
-def check_room(config: dict[str, Any], folder: Path) -> None:
+def check_room(config: Mapping[str, Any], folder: Path) -> None:
     """Raise ModelError where the config, whose sizes are sound, means more parameters than the weights could hold.
 
     What is too little or too much by less is found by name when the weights are read: this is for what would take all
@@ -150,7 +168,7 @@ def check_room(config: dict[str, Any], folder: Path) -> None:
         )
 
 
-def _least(config: dict[str, Any]) -> int:
+def _least(config: Mapping[str, Any]) -> int:
     """Parameters of embedding, attention and MLP matrices, as far as the config names their sizes."""
     if any(config.get(name) is None for name in NEEDED):
         return 0

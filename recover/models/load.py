@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from recover.base import console, dist, units
 from recover.base.errors import ModelError
@@ -43,7 +46,9 @@ from recover.models.source import (
     locate,
     read_config,
     stored_dtype,
+    tensor_files,
 )
+from recover.models.wrapper import opened, remember, text_config, text_values, wrapper_of
 
 LISTED = 3  # tensors named in a message
 SAID_BYTES = 2 * 2**30  # of weights: they take long enough to read that silence would look like a fault
@@ -122,12 +127,23 @@ def read_whole(
     """
     check_written(folder)
     check_weights(folder)
-    if "unexpected_keys" in refused and (rows := read_config(cfg).get("vocab_size")):  # a quantizer packs rows
+    raw = config_in(folder)
+    if "unexpected_keys" in refused and (rows := text_values(raw).get("vocab_size")):  # a quantizer packs rows
         check_rows(folder, rows)
-    with unchanged(folder), explained(str(folder)):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=_stock_config(cfg, config_in(folder), folder),
+    with ExitStack() as stack:
+        stack.enter_context(unchanged(folder))
+        stack.enter_context(explained(str(folder)))
+        config, wrapped = _stock_config(cfg, raw, folder), None
+        kind: Any = AutoModelForCausalLM
+        place: Path | None = folder
+        if wrapper_of(raw) is not None:
+            wrapped = opened(tensor_files(folder), config, folder)
+            config, place = wrapped.dense, None
+            kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            options["state_dict"] = stack.enter_context(wrapped.slices())
+        loaded: Any = kind.from_pretrained(
+            place,
+            config=config,
             dtype=getattr(torch, cfg.dtype),
             trust_remote_code=cfg.trust_remote_code,
             use_safetensors=True,
@@ -137,10 +153,16 @@ def read_whole(
             **options,
         )
         model, info = loaded
+        if wrapped is not None and (folder / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
         model.generation_config = keep_known(model.generation_config)
+        remember(model, wrapped)
     check_tied(folder, bool(model.config.tie_word_embeddings))
     if "unexpected_keys" in refused:  # not of a quantizer
-        check_numbers(folder, [name for name, weight in model.named_parameters() if weight.is_floating_point()])
+        floating = [name for name, weight in model.named_parameters() if weight.is_floating_point()]
+        if wrapped is not None:
+            floating = [wrapped.text.get(name, name) for name in floating]
+        check_numbers(folder, floating)
     if unlike := sorted(info["mismatched_keys"]):
         name, stored, expected = unlike[0]
         raise ModelError(
@@ -200,14 +222,20 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
 def _config(cfg: recipe.Model) -> PretrainedConfig:
     """The config of a supported type, which is checked before transformers sees it and before weights are fetched."""
     raw = read_config(cfg)
-    arch_of_config(raw)
+    if wrapper_of(raw) is None:
+        arch_of_config(raw)
     if quantized := raw.get("quantization_config"):
         raise ModelError(
             f"{cfg.source}: quantized with '{quantized.get('quant_method')}', and quantized weights are neither "
             "pruned nor trained here: give the checkpoint it was made from (`recover measure` and `recover diagnose` "
             "take it as it is)"
         )
-    return _stock_config(cfg, raw, config_source(cfg))
+    config = _stock_config(cfg, raw, config_source(cfg))
+    if wrapper_of(raw) is not None:
+        with explained(cfg.source):
+            config = text_config(config)
+        arch_of_config(config.to_dict())
+    return config
 
 
 def _stock_config(cfg: recipe.Model, raw: dict[str, Any], source: str | Path) -> PretrainedConfig:

@@ -21,9 +21,9 @@ class Kind(NamedTuple):
 
 
 WRAPPER = Kind(
-    "a text model inside a wrapper, beside parts that read images or sound",
-    "gemma3, mistral3, qwen2_5_vl, llama4",
-    "its text model lies in a part of it, and the export would have to be the same wrapper",
+    "a text model inside a wrapper of its own kind, beside parts that read images or sound",
+    "llama4, gemma3n, internvl, paligemma",
+    "its text model lies in a part of it, and WRAPPERS in recover/models/wrapper.py has no row that says where",
     "save the text model alone and prune that: whole = AutoModelForImageTextToText.from_pretrained(SOURCE); text = "
     "AutoModelForCausalLM.from_config(whole.config.text_config); text.model = whole.model.language_model; text.lm_head "
     "= whole.lm_head; text.save_pretrained(FOLDER); AutoTokenizer.from_pretrained(SOURCE).save_pretrained(FOLDER)",

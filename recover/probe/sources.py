@@ -13,6 +13,7 @@ from recover.config import recipe
 from recover.models.arch import arch_of_config
 from recover.models.load import check_fit, load_model, load_tokenizer, read_whole, ready
 from recover.models.source import locate, read_config
+from recover.models.wrapper import wrapper_of
 from recover.probe.views import Pair
 
 # quant_method of a checkpoint -> the package that reads it (a GGUF file is converted, and needs none of them)
@@ -46,6 +47,11 @@ def load_any(cfg: recipe.Model) -> PreTrainedModel:
     if quantization is None:
         return ready(load_model(cfg))
     _check_package(cfg.source, str(dict(quantization).get("quant_method")))
+    if wrapper_of(config) is not None:
+        raise ModelError(
+            f"{cfg.source}: a quantized text model inside a wrapper ('{config['model_type']}'), of which the parts are "
+            "not told apart: give the checkpoint that it was made from"
+        )
     arch_of_config(config)
     return read_whole(
         cfg,
