@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from recover.base.errors import ModelError
 from recover.config import recipe
 from recover.export.merge import merge
-from recover.models.arch import ARCHS, arch_of, blocks_of, linears_of
+from recover.models.arch import ARCHS, arch_of, blocks_of, linears_in, linears_of
 from recover.models.plan import Plan, load_plan, save_plan
 from recover.models.site import SUBLAYERS, Packed, Site, pack_sites, sites_of, whole_blocks
 from recover.models.twin import Twin
@@ -34,10 +34,10 @@ def zeroed(model, sites):
     """The model with the last linear of each site at 0: another way to say that the site adds nothing."""
     model, arch = copy.deepcopy(model), arch_of(model)
     for site in sites:
-        last = arch.attention_linears[-1] if site.part == "attention" else arch.mlp_linears[-1]
-        path = f"{arch.attention if site.part == 'attention' else arch.mlp}.{last}"
-        for parameter in blocks_of(model)[site.block].get_submodule(path).parameters():
-            parameter.data.zero_()
+        block = blocks_of(model)[site.block]
+        for path in set(linears_in(block, arch, site.part)) & set(arch.last_linears):
+            for parameter in block.get_submodule(path).parameters():
+                parameter.data.zero_()
     return model
 
 
@@ -127,8 +127,9 @@ def test_every_tensor_of_a_block_belongs_to_a_sublayer():
     """With rows for all families, the repacked export above would have failed; here the rows are complete by name."""
     for family in FAMILIES:
         arch = arch_of(tiny(family))
-        inside = {name.partition(".")[0] for name, _ in blocks_of(tiny(family))[0].named_parameters()}
-        known = {arch.attention, arch.mlp, *arch.attention_norms, *arch.mlp_norms}
+        blocks = blocks_of(tiny(family))
+        inside = {name.partition(".")[0] for block in blocks for name, _ in block.named_parameters()}
+        known = {arch.attention, arch.mlp, *filter(None, [arch.mixer]), *arch.attention_norms, *arch.mlp_norms}
         shared = set(arch.mlp_norms) if arch.parallel(tiny(family).config) else set()  # both read behind one norm
         assert inside <= known and known - inside <= shared, family
     assert {tiny(family).config.model_type for family in FAMILIES} == set(ARCHS)

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from recover.base.errors import ModelError
 from recover.config import recipe
 from recover.export.merge import merge
-from recover.export.verify import check, write_expected
+from recover.export.verify import TRAINED, check, write_expected
 from recover.export.write import write_checkpoint
 from recover.models.arch import linears_of
 from recover.models.load import describe, load_model
@@ -120,6 +120,19 @@ WRAPPED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Tensor], int]
         4,
     ),
 }
+WRAPPED["qwen3_5"] = (
+    {
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 16,
+        "rope_parameters": {**MROPE, "partial_rotary_factor": 1.0, "mrope_interleaved": True},
+    },
+    {"vision_config": {**QWEN_VISION, "num_position_embeddings": 16}, "image_token_id": IMAGE},
+    PATCHES,
+    4,
+)
 GONE: Any = (2, Site(4, "attention"), Site(5, "mlp"))
 
 
@@ -199,7 +212,8 @@ def test_the_export_is_the_same_wrapper_around_the_pruned_text_model(model_type,
     pair: Any = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     loaded, info = pair
     assert type(loaded) is type(dense) and not any(info[key] for key in ("missing_keys", "unexpected_keys"))
-    torch.testing.assert_close(logits(loaded.eval()), logits(twin.model), rtol=2e-4, atol=2e-4)
+    near = max(2e-4, TRAINED * record["rounding"])  # a recurrence carries rounding far
+    torch.testing.assert_close(logits(loaded.eval()), logits(twin.model), rtol=2e-4, atol=near)
     before = load_file(tmp_path / "dense" / WEIGHTS)
     after = {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
     assert others(before).keys() == others(after).keys() != set()
@@ -211,7 +225,7 @@ def test_the_export_is_the_same_wrapper_around_the_pruned_text_model(model_type,
     )
     assert seen.isfinite().all() and (seen - unseen).abs().max() > 1e-3
     again = load_model(cfg(folder))  # an export is a model like any other
-    torch.testing.assert_close(logits(again), logits(twin.model), rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(logits(again), logits(twin.model), rtol=2e-4, atol=near)
 
 
 @pytest.mark.parametrize("model_type", WRAPPED)
@@ -221,6 +235,18 @@ def test_without_pruning_the_export_sees_what_the_dense_wrapper_sees(model_type,
     loaded = AutoModelForImageTextToText.from_pretrained(folder).eval()
     assert torch.equal(logits(loaded, **with_image(model_type)), logits(dense, **with_image(model_type)))
     assert load_file(folder / WEIGHTS).keys() == load_file(tmp_path / "dense" / WEIGHTS).keys()
+
+
+def test_tensors_that_no_class_reads_are_copied_too_and_said(tmp_path, capsys):
+    """Heads that draft tokens (MTP) are no part of any class: they go on as they are, or are said to be left out."""
+    whole("qwen3_5", tmp_path / "dense")
+    tensors = load_file(tmp_path / "dense" / WEIGHTS)
+    drafts = {"mtp.fc.weight": torch.rand(64, 128), "mtp.layers.0.mlp.up_proj.weight": torch.rand(96, 64)}
+    save_file(tensors | drafts, tmp_path / "dense" / WEIGHTS, metadata={"format": "pt"})
+    folder = exported(Twin(load_model(cfg(tmp_path / "dense")), Plan("depth", 6, GONE)), tmp_path)
+    written = load_file(folder / WEIGHTS)
+    assert all(torch.equal(written[name], value) for name, value in drafts.items())
+    assert "mtp.fc.weight and 1 more" in " ".join(capsys.readouterr().out.split())
 
 
 def test_masks_and_narrowing_reach_the_export_and_are_certified_there(tmp_path):

@@ -22,6 +22,7 @@ COMMON = {
     "initializer_range": 0.1,
 }
 SLIDING, FULL = "sliding_attention", "full_attention"
+CONV, LINEAR = "conv", "linear_attention"
 
 # Ministral 3's: queries grow with the logarithm of their position, past `original_max_position_embeddings`.
 LLAMA4 = {
@@ -101,9 +102,63 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": [SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL],
         },
     ),
+    "lfm2": ("lfm2", {"block_auto_adjust_ff_dim": False, "layer_types": [CONV, CONV, FULL, CONV, FULL, FULL]}),
+    "qwen3_5_text": (
+        "qwen3_5_text",
+        {
+            "head_dim": 16,
+            "layer_types": [LINEAR, LINEAR, FULL, LINEAR, FULL, FULL],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 16,
+        },
+    ),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        {
+            "num_local_experts": 0,
+            "shared_intermediate_size": 96,
+            "layer_types": [LINEAR, LINEAR, FULL, LINEAR, FULL, FULL],
+            "position_embedding_type": "rope",
+            "mamba_n_heads": 8,
+            "mamba_d_state": 16,
+            "mamba_chunk_size": 8,
+            "logits_scaling": 3.0,
+            "residual_multiplier": 0.5,
+            "embedding_multiplier": 2.0,
+            "attention_multiplier": 0.25,
+        },
+    ),
+    "falcon_h1": (
+        "falcon_h1",
+        {
+            "head_dim": 16,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 16,
+            "mamba_d_state": 16,
+            "mamba_d_ssm": 128,
+            "mamba_chunk_size": 8,
+            "lm_head_multiplier": 0.5,
+            "embedding_multiplier": 2.0,
+            "key_multiplier": 0.7,
+            "attention_in_multiplier": 0.9,
+            "attention_out_multiplier": 0.8,
+            "ssm_in_multiplier": 1.1,
+            "ssm_out_multiplier": 0.6,
+            "ssm_multipliers": [0.9, 0.8, 0.7, 1.1, 1.2],
+            "mlp_multipliers": [0.9, 1.1],
+        },
+    ),
     "granite": ("granite", {"logits_scaling": 3.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0}),
 }
 
+HYBRIDS = {
+    "lfm2",
+    "qwen3_5_text",
+    "granitemoehybrid",
+    "falcon_h1",
+}  # blocks that keep a state: texts are written by transformers' own `generate`
 
 # Made of parts that another family has too: their tests are slow ones (`conftest.py`), so that the suite stays short.
 LIKE_OTHERS = {

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from recover.models.twin import Twin
 
 # Lists of a config that are as long as they like, and may by chance be as long as the model is deep.
-NOT_PER_BLOCK = re.compile(r"architectures|.*token_ids?|.*_ids|id2label|label2id")
+NOT_PER_BLOCK = re.compile(r"architectures|.*token_ids?|.*_ids|id2label|label2id|.*_multipliers|time_step_limit")
 
 
 def merge(twin: Twin, dtype: torch.dtype) -> PreTrainedModel:
@@ -73,6 +73,8 @@ def pruned_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig:
             values[name] = [value[block] for block in sources]
     if isinstance(values.get("max_window_layers"), int):
         values["max_window_layers"] = sum(block < values["max_window_layers"] for block in sources)
+    if values.get("full_attn_idxs") is not None:  # LFM2 as it was first published
+        values["full_attn_idxs"] = [at for at, block in enumerate(sources) if block in config.full_attn_idxs]
     values["num_hidden_layers"] = len(sources)
     values["use_cache"] = True  # training may have switched it off
     values.update(plan.config)
@@ -109,12 +111,7 @@ def _inside(twin: Twin, packed: Packed, inside: str) -> tuple[str, bool]:
     arch = twin.arch
     part = part_of(arch, inside)
     kept = packed.attention if part == "attention" else packed.mlp
-    last = (
-        f"{arch.attention}.{arch.attention_linears[-1]}"
-        if part == "attention"
-        else f"{arch.mlp}.{arch.mlp_linears[-1]}"
-    )
-    zeroed = kept is None and inside.rpartition(".")[0] == last
+    zeroed = kept is None and inside.rpartition(".")[0] in arch.last_linears
     return f"{arch.blocks}.{packed.source if kept is None else kept}.{inside}", zeroed
 
 

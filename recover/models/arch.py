@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from recover.base.errors import ModelError
 from recover.maths.head import Head
 from recover.models.refusal import unsupported
-from recover.models.site import Site, Sublayer
+from recover.models.site import SUBLAYERS, Site, Sublayer
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -43,6 +43,14 @@ def _no_scale(config: PretrainedConfig) -> float:
 
 def _no_softcap(config: PretrainedConfig) -> float | None:
     return None
+
+
+def _all_alike(config: Mapping[str, Any]) -> str:
+    return ""
+
+
+def _with_experts(config: Mapping[str, Any]) -> str:
+    return "it is a mixture of experts; its dense models are supported" if config.get("num_local_experts") else ""
 
 
 def _one_behind_the_other(config: PretrainedConfig) -> bool:
@@ -82,6 +90,11 @@ class Arch:
     parallel: Callable[[PretrainedConfig], bool] = _one_behind_the_other  # attention and MLP read one input
     norm_behind: bool = False  # a norm between the sublayer and the stream: nothing can be folded through it
     packs: bool = True  # its blocks hand on to attention where sequences of a packed row begin
+    mixer: str = ""  # what some or all blocks have in the place of attention, or beside it: it keeps a state
+    mixer_linears: tuple[str, ...] = ()
+    unadapted: tuple[str, ...] = ()  # linears of the mixer that peft puts no LoRA on
+    neurons: str = "intermediate_size"  # the field of the config that says how wide an MLP is
+    unlike: Callable[[Mapping[str, Any]], str] = _all_alike  # why this model of the type is not supported, if it is not
     kv_groups_stay: str = ""  # why width pruning cannot remove KV groups, empty where it can
 
     @property
@@ -89,7 +102,14 @@ class Arch:
         """Matrices of (width, neurons) in an MLP, fused ones counted apart."""
         return 3 if self.gated else 2
 
+    @property
+    def last_linears(self) -> tuple[str, ...]:
+        """What writes to the residual stream, by its name inside a block; not every block has all of them."""
+        parts = (self.attention, self.attention_linears), (self.mixer, self.mixer_linears), (self.mlp, self.mlp_linears)
+        return tuple(f"{name}.{linears[-1]}" for name, linears in parts if name)
 
+
+MIXED = "some of its blocks have a mixer in the place of attention, or beside it, without keys and values"
 ALL_HEADS = "its q_norm and k_norm take all heads together, so that removing one changes the others"
 
 
@@ -169,6 +189,50 @@ ARCHS: dict[str, Arch] = {
             kv_groups_stay="q, k and v are one linear, cut by head counts of the config, which both views share",
         ),
         Arch(
+            "lfm2",
+            norm="model.embedding_norm",
+            attention_linears=("q_proj", "k_proj", "v_proj", "out_proj"),
+            attention_norms=("operator_norm",),
+            mlp="feed_forward",
+            mlp_linears=("w1", "w3", "w2"),
+            mlp_norms=("ffn_norm",),
+            mixer="conv",
+            mixer_linears=("in_proj", "out_proj"),
+            packs=False,
+            kv_groups_stay=MIXED,
+        ),
+        Arch(
+            "qwen3_5_text",
+            mixer="linear_attn",
+            mixer_linears=("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"),
+            packs=False,
+            kv_groups_stay=MIXED,
+        ),
+        Arch(
+            "granitemoehybrid",
+            logit_scale=lambda config: 1.0 / config.logits_scaling,
+            mlp="shared_mlp",
+            mlp_linears=("input_linear", "output_linear"),
+            neurons="shared_intermediate_size",
+            mixer="mamba",
+            mixer_linears=("in_proj", "out_proj"),
+            packs=False,
+            kv_groups_stay=MIXED,
+            unlike=_with_experts,
+        ),
+        Arch(
+            "falcon_h1",
+            norm="model.final_layernorm",
+            logit_scale=lambda config: config.lm_head_multiplier,
+            mlp="feed_forward",
+            mlp_norms=("pre_ff_layernorm",),
+            mixer="mamba",
+            mixer_linears=("in_proj", "out_proj"),
+            unadapted=("out_proj",),
+            packs=False,
+            kv_groups_stay=MIXED,
+        ),
+        Arch(
             "apertus",
             mlp_linears=UP_DOWN,
             gated=False,
@@ -195,14 +259,20 @@ def base_of(model: nn.Module) -> PreTrainedModel:
 def arch_of(model: PretrainedConfig | nn.Module) -> Arch:
     """The row of this model or config. Raises ModelError: it has none, what it is, and what to do."""
     config: Any = model if isinstance(model, PretrainedConfig) else base_of(model).config
-    return ARCHS[config.model_type] if config.model_type in ARCHS else arch_of_config(config.to_dict())
+    arch = ARCHS.get(config.model_type)
+    return arch_of_config(config.to_dict()) if arch is None or arch.unlike is not _all_alike else arch
 
 
 def arch_of_config(config: Mapping[str, Any]) -> Arch:
     """The row for a raw config. Raises ModelError: it has none, what it is, and what to do."""
     if config.get("model_type") not in ARCHS:
         raise ModelError(unsupported(config, ARCHS))
-    return ARCHS[str(config["model_type"])]
+    arch = ARCHS[str(config["model_type"])]
+    if reason := arch.unlike(config):
+        raise ModelError(
+            f"this model of type '{arch.model_type}' is not supported: {reason}. `recover families` says more"
+        )
+    return arch
 
 
 def kv_heads_of(config: PretrainedConfig) -> int:
@@ -228,24 +298,47 @@ def final_norm_of(model: nn.Module) -> nn.Module:
 def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
     """Every linear layer of every block, by its module name in the stock model (also where peft has wrapped it)."""
     arch, base = arch_of(model), base_of(model)
-    sites = [f"{arch.attention}.{name}" for name in arch.attention_linears]
-    sites += [f"{arch.mlp}.{name}" for name in arch.mlp_linears]
-    names = [f"{arch.blocks}.{i}.{site}" for i in range(len(blocks_of(model))) for site in sites]
+    names = [
+        f"{arch.blocks}.{index}.{name}"
+        for index, block in enumerate(blocks_of(model))
+        for part in SUBLAYERS
+        for name in linears_in(block, arch, part)
+    ]
     modules = {name: base.get_submodule(name) for name in names}
     return {name: getattr(module, "base_layer", module) for name, module in modules.items()}  # type: ignore[misc]
 
 
+def modules_in(block: nn.Module, arch: Arch, part: Sublayer) -> list[str]:
+    """Names inside the block of what a sublayer runs: of the first, attention, the mixer in its place, or both."""
+    if part == "mlp":
+        return [arch.mlp]
+    return [name for name in (arch.attention, arch.mixer) if name and name in block._modules] or [arch.attention]
+
+
+def linears_in(block: nn.Module, arch: Arch, part: Sublayer) -> list[str]:
+    """Names inside the block of a sublayer's linear layers; of each module the last writes to the residual stream."""
+    linears = {arch.mixer: arch.mixer_linears, arch.attention: arch.attention_linears, arch.mlp: arch.mlp_linears}
+    return [f"{name}.{linear}" for name in modules_in(block, arch, part) for linear in linears[name]]
+
+
+def attending(model: nn.Module) -> list[Site]:
+    """The sublayers that attend, and not by a state alone; they tell how many tokens a cache has."""
+    arch = arch_of(model)
+    names = [modules_in(block, arch, "attention") for block in blocks_of(model)]
+    return [Site(index, "attention") for index, inside in enumerate(names) if arch.attention in inside]
+
+
 def site_of(arch: Arch, name: str) -> Site:
     """The sublayer that a linear layer (by its module name) belongs to."""
-    match = re.match(re.escape(arch.blocks) + rf"\.(\d+)\.({arch.attention}|{arch.mlp})\.", name)
+    match = re.match(re.escape(arch.blocks) + r"\.(\d+)\.(\w+)\.", name)
     assert match, name
-    return Site(int(match[1]), "attention" if match[2] == arch.attention else "mlp")
+    return Site(int(match[1]), part_of(arch, match[2]))
 
 
 def part_of(arch: Arch, inside: str) -> Sublayer:
     """The sublayer that a tensor or module belongs to, by its name inside the block."""
     first = inside.partition(".")[0]
-    if first == arch.attention or first in arch.attention_norms:
+    if first in (arch.attention, arch.mixer or arch.attention) or first in arch.attention_norms:
         return "attention"
     if first == arch.mlp or first in arch.mlp_norms:
         return "mlp"

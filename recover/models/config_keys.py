@@ -40,7 +40,8 @@ ALWAYS = frozenset(
         *("model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "quantization_config"),
         *("tie_word_embeddings", "is_encoder_decoder", "layer_types", "num_labels", "tokenizer_class"),
         *("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq"),
-        *("sliding_window_pattern", "_sliding_window_pattern"),
+        *("sliding_window_pattern", "_sliding_window_pattern", "full_attention_interval"),
+        *("block_ff_dim", "tie_embedding"),  # LFM2
     )
 )
 # Left out without a word: how it was loaded where it was saved, what the recipe decides, or a generation config says.

@@ -84,7 +84,7 @@ def describe(cfg: recipe.Model) -> Description:
         model_type=config.model_type,
         blocks=config.num_hidden_layers,
         width=config.hidden_size,
-        intermediate=config.intermediate_size,
+        intermediate=getattr(config, arch_of(config).neurons),
         heads=config.num_attention_heads,
         kv_heads=kv_heads_of(config),
         head_size=head_size_of(config),

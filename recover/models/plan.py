@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from recover.base import artifacts
 from recover.base.errors import ArtifactError, ModelError
-from recover.models.arch import blocks_of, linears_of
+from recover.models.arch import attending, blocks_of, linears_of
 from recover.models.linears import pack, unpack
 from recover.models.site import Packed, Site, Sublayer, packed_as, sites_in, sites_of, whole_blocks, zeroed_partners
 
@@ -286,11 +286,21 @@ def _certified(packed: Tensor, record: MaskRecord, where: str) -> Tensor:
     return keep_OI
 
 
+def check_attends(model: PreTrainedModel, sites: Collection[Site]) -> None:
+    """Raise ModelError where no attention is left without these sites, of a model whose other blocks keep a state."""
+    if set(attending(model)) <= set(sites):
+        raise ModelError(
+            f"no attention is left of {', '.join(map(str, attending(model)))}, and the length of a cache, with it the "
+            "position of every new token, is read off one: leave one of them"
+        )
+
+
 def check_fit(model: PreTrainedModel, plan: Plan, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     """Raise ModelError unless plan, masks and weights belong to this model and to each other."""
     linears, blocks = linears_of(model), blocks_of(model)
     if plan.blocks != len(blocks):
         raise ModelError(f"the plan is for {plan.blocks} blocks, this model has {len(blocks)}: prune this model anew")
+    check_attends(model, plan.sites)
     for what, planned, given in (("masks", plan.masks, masks), ("weights", plan.weights, weights)):
         differing = sorted(set(planned) ^ set(given))
         if differing:

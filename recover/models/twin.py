@@ -174,7 +174,9 @@ class Twin:
         if self.model is not self.base:
             raise ModelError("this twin has adapters already; expected one set: load the model anew")
         sites = self._lora_sites(cfg)
-        targets = [name for name in linears_of(self.model) if site_of(self.arch, name) in sites]
+        without = tuple(f".{self.arch.mixer}.{linear}" for linear in self.arch.unadapted)
+        linears = [name for name in linears_of(self.model) if not name.endswith(without)]
+        targets = [name for name in linears if site_of(self.arch, name) in sites]
         config = LoraConfig(
             r=cfg.rank,
             lora_alpha=cfg.alpha or 2 * cfg.rank,  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, A
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from recover.base import console
 from recover.base.errors import ModelError
 from recover.models.config_keys import allowed_of
 
@@ -55,6 +56,7 @@ WRAPPERS: dict[str, Wrapper] = {
         Wrapper("qwen2_vl", ("qwen2",), text_as="qwen2"),
         Wrapper("qwen2_5_vl", ("qwen2",), text_as="qwen2"),
         Wrapper("qwen3_vl", ("qwen3",), text_as="qwen3"),
+        Wrapper("qwen3_5", ("qwen3_5_text",), beside=r"mtp\."),
     )
 }
 
@@ -166,7 +168,7 @@ def opened(files: Mapping[str, Path], config: Any, folder: Path) -> Wrapped:
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     found: dict[str, list[str]] = {}
-    converted, strange = set(), []
+    converted, strange, beside = set(), [], []
     for source in files:
         name, by = rename_source_key(source, renamings, converters, whole.base_model_prefix, meta)
         if name not in meta and source in meta:
@@ -174,8 +176,15 @@ def opened(files: Mapping[str, Path], config: Any, folder: Path) -> Wrapped:
         converted |= {name} if by is not None else set()
         if name in meta:
             found.setdefault(name, []).append(source)
-        elif not (wrapper.beside and re.match(wrapper.beside, source)):
+        elif wrapper.beside and re.match(wrapper.beside, source):
+            beside.append(source)
+        else:
             strange.append(source)
+    if beside:
+        console.say(
+            f"[dim]{folder.name}: {beside[0]} and {len(beside) - 1} more: no class of transformers reads them; an export "
+            "has them as they are, made for the dense model[/dim]"
+        )
     tied = set(whole.all_tied_weights_keys)  # those that are another one under a second name
     missing = sorted(meta.keys() - found.keys() - tied)
     for names, what in ((missing, "are missing from the weights"), (strange, "belong to no part of it")):

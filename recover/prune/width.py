@@ -27,7 +27,7 @@ from recover.base import console
 from recover.base.errors import PruneError
 from recover.base.journal import Journal
 from recover.config.recipe import Width
-from recover.models.arch import Arch, arch_of, blocks_of, head_size_of, kv_heads_of, linears_of
+from recover.models.arch import ARCHS, arch_of, blocks_of, head_size_of, kv_heads_of, linears_in, linears_of
 from recover.models.plan import Plan, Pruned
 from recover.models.site import Site, Sublayer
 from recover.prune.calibrate import calibration_record, check_context
@@ -55,7 +55,7 @@ class Sizes:
     def of(cls, config: PretrainedConfig) -> Sizes:
         """The sizes of every block of a model with this config."""
         return cls(
-            neurons=config.intermediate_size,
+            neurons=getattr(config, arch_of(config).neurons),
             heads=config.num_attention_heads,
             groups=kv_heads_of(config),
             head_size=head_size_of(config),
@@ -73,7 +73,7 @@ def narrowed(config: PretrainedConfig, cfg: Width) -> dict[str, int]:
     With fewer heads `head_dim` has to be said: most configs take hidden size / heads where it is missing.
     """
     dense = Sizes.of(config)
-    fields = {} if cfg.mlp is None else {"intermediate_size": _neurons_left(dense.neurons, cfg)}
+    fields = {} if cfg.mlp is None else {arch_of(config).neurons: _neurons_left(dense.neurons, cfg)}
     if cfg.kv_groups is not None:
         fields |= _heads_left(config, dense, cfg.kv_groups)
     return fields
@@ -144,7 +144,7 @@ def prune_width(twin: Twin, cfg: Width, batches: list[LongTensor], journal: Jour
     config = narrowed(model.config, cfg)
     _say_rounded(cfg, model.config, config)
     _warn_of_head_size(model.config, config)
-    removals = list(_removals(Sizes.of(model.config), config))
+    removals = list(_removals(model.config, config))
     places = {site: last for removal in removals for site, last in _last_linears(twin, removal)}
     scores = unit_scores(model, {str(site): place for site, place in places.items()}, batches, cfg.score)
     weights: dict[str, Tensor] = {}
@@ -159,7 +159,7 @@ def prune_width(twin: Twin, cfg: Width, batches: list[LongTensor], journal: Jour
 
 
 def _say_rounded(cfg: Width, dense: PretrainedConfig, config: dict[str, int]) -> None:
-    left, neurons = config.get("intermediate_size"), dense.intermediate_size
+    left, neurons = config.get(arch_of(dense).neurons), Sizes.of(dense).neurons
     if left is not None and cfg.mlp is not None:
         step = f"the nearest multiple of {cfg.step(neurons)}"
         console.say(f"prune.mlp {cfg.mlp}: {left:,} of {neurons:,} neurons stay ({1 - left / neurons:.1%} go), {step}")
@@ -174,24 +174,24 @@ def _warn_of_head_size(dense: PretrainedConfig, config: dict[str, int]) -> None:
         console.warn(f"{text}: readers that take hidden size / heads instead (older vLLM) will refuse the export")
 
 
-def _removals(dense: Sizes, config: dict[str, int]) -> Iterator[_Removal]:
+def _removals(stock: PretrainedConfig, config: dict[str, int]) -> Iterator[_Removal]:
+    dense, neurons = Sizes.of(stock), arch_of(stock).neurons
     if "num_key_value_heads" in config:
         yield _Removal("attention", dense.groups, config["num_key_value_heads"], dense.head_size)
-    if "intermediate_size" in config:
-        yield _Removal("mlp", dense.neurons, config["intermediate_size"], 1)
+    if neurons in config:
+        yield _Removal("mlp", dense.neurons, config[neurons], 1)
 
 
-def _names(arch: Arch, block: int, part: Sublayer) -> list[str]:
+def _names(twin: Twin, block: int, part: Sublayer) -> list[str]:
     """The linears of a sublayer, the one that writes to the residual stream last."""
-    inside = arch.attention if part == "attention" else arch.mlp
-    linears = arch.attention_linears if part == "attention" else arch.mlp_linears
-    return [f"{arch.blocks}.{block}.{inside}.{name}" for name in linears]
+    inside = linears_in(twin.blocks[block], twin.arch, part)
+    return [f"{twin.arch.blocks}.{block}.{name}" for name in inside]
 
 
 def _last_linears(twin: Twin, removal: _Removal) -> Iterator[tuple[Site, Outgoing]]:
     linears = linears_of(twin.model)
     for block in range(len(blocks_of(twin.model))):
-        last = _names(twin.arch, block, removal.part)[-1]
+        last = _names(twin, block, removal.part)[-1]
         yield Site(block, removal.part), Outgoing(linears[last], removal.units, removal.head)
 
 
@@ -300,7 +300,7 @@ def highest(score_U: Tensor, count: int) -> Tensor:
 def _sliced(twin: Twin, block: int, removal: _Removal, kept_K: Tensor) -> dict[str, Tensor]:
     """The parameters of a sublayer that change: rows of all its linears but the last, columns of that."""
     linears, weights = linears_of(twin.model), {}
-    *into, last = _names(twin.arch, block, removal.part)
+    *into, last = _names(twin, block, removal.part)
     for name in into:
         rows_K = _features(linears[name].out_features, removal, kept_K)
         weights |= {f"{name}.{cfg}": tensor[rows_K] for cfg, tensor in _tensors(linears[name])}
@@ -365,7 +365,7 @@ def width_cost(cfg: Width, model: Description) -> Cost:
     """What narrowing takes from a model. Raises PruneError for what `prune_width` would refuse."""
     sizes: Any = {
         "hidden_size": model.width,
-        "intermediate_size": model.intermediate,
+        ARCHS[model.model_type].neurons: model.intermediate,
         "num_attention_heads": model.heads,
         "num_key_value_heads": model.kv_heads,
         "head_dim": model.head_size,

@@ -16,7 +16,7 @@ from recover.base.errors import PruneError
 from recover.base.journal import Journal
 from recover.config.recipe import Depth
 from recover.models.arch import ARCHS, arch_of, blocks_of, part_of
-from recover.models.plan import Plan, Pruned
+from recover.models.plan import Plan, Pruned, check_attends
 from recover.models.site import SUBLAYERS, Packed, Site, packed_as, sites_of, whole_blocks, zeroed_partners
 from recover.prune.calibrate import calibration_record, check_context
 from recover.prune.depth.repair import refuse_norm_behind, refuse_repair, repaired
@@ -53,6 +53,7 @@ def prune_depth(twin: Twin, cfg: Depth, batches: list[LongTensor], journal: Jour
     refuse_pairs(cfg, twin.plan.parallel)
     sites = check_sites(cfg, len(blocks_of(twin.model)))
     choice = choose(twin, cfg, batches, journal) if cfg.listed is None else SearchResult(sites, [])
+    check_attends(twin.base, choice.sites)
     _refuse_no_effect(twin, choice.sites, batches)
     weights, repair = {}, {}
     if cfg.repair != "none":
@@ -132,8 +133,9 @@ def _plan(twin: Twin, choice: SearchResult, calibration: dict[str, Any], **repai
         calibration=calibration,
         **repair,
     )
-    saved = (len(modules) - len(plan.packed)) * sum(parameter.numel() for parameter in modules[0].parameters())
-    return dataclasses.replace(plan, parameters_pruned=dense - saved)
+    sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in modules]
+    stored = sum(sizes[packed.source] for packed in plan.packed)
+    return dataclasses.replace(plan, parameters_pruned=dense - sum(sizes) + stored)
 
 
 def _site_parameters(twin: Twin, site: Site, gone: Collection[Site]) -> int:
