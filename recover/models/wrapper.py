@@ -182,7 +182,7 @@ def opened(files: Mapping[str, Path], config: Any, folder: Path) -> Wrapped:
             strange.append(source)
     if beside:
         console.say(
-            f"[dim]{folder.name}: {beside[0]} and {len(beside) - 1} more: no class of transformers reads them; an export "
+            f"[dim]{folder.name}: {beside[0]} and {len(beside) - 1} more: read by no class of transformers; an export "
             "has them as they are, made for the dense model[/dim]"
         )
     tied = set(whole.all_tied_weights_keys)  # those that are another one under a second name
