@@ -152,7 +152,7 @@ def small_recipe(prune):
             "name": "small",
             "model": {"source": "org/model"},
             "prune": {"calibration": calibration, **prune},
-            "recover": {"data": [{"kind": "dense", "prompts": "embedded:prompts"}], "length": 64},
+            "train": {"data": [{"kind": "dense", "prompts": "embedded:prompts"}], "length": 64},
             "measure": {"tasks": ["embedded:sums"]},
         },
         "my.yaml",

@@ -41,7 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": {"source": "./model"},
         "prune": {"kind": "depth", "count": 1, "calibration": {"data": "./text.jsonl", "samples": 2, "length": 16}},
         "probe": {"steps": 4},
-        "recover": {
+        "train": {
             "tokens": 400,
             "epochs": 1,
             "batch_size": 4,
@@ -79,10 +79,10 @@ def test_it_is_right_as_it_is(made: Path) -> None:
         ),
         (["measure.tasks=[task.yaml, same.yaml]"], "measure.tasks: more than one task is called 'task'"),
         (
-            ["recover.data.0.max_new_tokens=35"],
-            "recover.data.0.max_new_tokens: 35 tokens after the prompt of {folder}/rows.jsonl:2, which has 30",
+            ["train.data.0.max_new_tokens=35"],
+            "train.data.0.max_new_tokens: 35 tokens after the prompt of {folder}/rows.jsonl:2, which has 30",
         ),
-        (["recover.length=65"], "recover.length: 65 tokens, the model's context is 64"),
+        (["train.length=65"], "train.length: 65 tokens, the model's context is 64"),
     ],
 )
 def test_what_does_not_fit_the_context_is_refused(

@@ -29,7 +29,7 @@ from judged import Judged, judged
 from rows import kept
 
 RESAMPLES = 2000
-TOKENS = "recover.tokens="
+TOKENS = "train.tokens="
 Pairs = Sequence[tuple[Sequence[bool], Sequence[bool]]]  # of each task (dense, other) of the same items
 
 

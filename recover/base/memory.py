@@ -53,9 +53,9 @@ class Training:
     """What of a recipe and a launch decides its memory. `tokens` and `cached` are those of one process.
 
     tokens: sequences at once x their length. cached: tokens in the KV cache while generation is measured.
-    own: weights that the pruned view has beside the dense ones. averaged: adapters are (`recover.average`).
+    own: weights that the pruned view has beside the dense ones. averaged: adapters are (`train.average`).
     lean: norms and MLPs keep no more than they must (`models/lean.py`; never under masks or ZeRO-3).
-    sharded: processes of a machine that share out the blocks' weights (`recover.shard_weights`); 1: whole on each.
+    sharded: processes of a machine that share out the blocks' weights (`train.shard_weights`); 1: whole on each.
     element: bytes of a weight. zero: DeepSpeed's stage, 0 without it. offload: the shares lie in host memory.
     """
 
@@ -184,7 +184,7 @@ def peak_bytes(shape: Shape, training: Training) -> int:
     return max(training_bytes, measuring_bytes(shape, training), sharing_out_bytes(shape, training))
 
 
-# Launch file, recover.shard_weights, checkpointing, offload, from the least trouble to the most.
+# Launch file, train.shard_weights, checkpointing, offload, from the least trouble to the most.
 CHOICES = (
     ("gpu", 0, False, False, False),
     ("gpu + shard_weights", 0, True, False, False),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-from recover.base import artifacts, clock
+from recover.base import artifacts, clock, earlier
 from recover.base.errors import ArtifactError, RecipeError
 from recover.base.products import taken_apart
 from recover.config import yaml_values
@@ -93,9 +93,9 @@ def _collect(root: Path) -> RunData:
         "measures": measures.rows(records),
         "drift": {model: _drift(root / folder) for model, folder in DRIFT_FOLDER.items()},
         "epochs": epochs,
-        "training": _json(root / "recover" / "training.json"),
-        "rate_trials": _rate_trials(root),
-        "curve": curve(root / "recover" / "steps.jsonl", recipe),
+        "training": _json(earlier.place(root, "train/training.json")),
+        "rate_trials": _rate_trials(root, recipe),
+        "curve": curve(earlier.place(root, "train/steps.jsonl"), recipe),
         "tokens": _tokens_used(epochs),
         "speed": _json(root / "speed.json"),
         "verify": _json(root / "verify.json"),
@@ -158,7 +158,7 @@ def _recipe(root: Path) -> Json:
             f"{path}: not found, so {root} is not a run directory. Give the folder that `recover run` wrote"
         )
     try:
-        return yaml_values.read(path)
+        return earlier.sections(yaml_values.read(path), str(path))
     except RecipeError as error:
         raise ArtifactError(f"{error}. It was written by stage plan: run that stage again") from error
 
@@ -175,10 +175,10 @@ def _json(path: Path) -> Any:
     return value
 
 
-def _rate_trials(root: Path) -> RateTrials | None:
+def _rate_trials(root: Path, recipe: Json) -> RateTrials | None:
     """Of the training that there is: a rate that was given later was not found by trials."""
-    given = (yaml_values.read(root / "recipe.yaml").get("recover") or {}).get("lr")
-    return _json(root / "recover" / "trials.json") if given == "auto" else None
+    given = (recipe.get("train") or {}).get("lr")
+    return _json(earlier.place(root, "train/trials.json")) if given == "auto" else None
 
 
 def _drift(folder: Path) -> Drift | None:
@@ -189,7 +189,9 @@ def _drift(folder: Path) -> Drift | None:
 def _overlap(path: Path) -> list[Overlap] | None:
     """None where it was not looked for, as in runs of an earlier version."""
     found = _json(path)
-    return None if found is None else found["found"]
+    if found is None:
+        return None
+    return [cast(Overlap, {**each, "field": earlier.current(each["field"])}) for each in found["found"]]
 
 
 def _epochs(path: Path) -> list[Epoch]:

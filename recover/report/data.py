@@ -436,7 +436,7 @@ class Trial(TypedDict, total=False):
 
 
 class RateTrials(TypedDict, total=False):
-    """recover/trials.json: what was tried for `lr: auto`, what was chosen, and why."""
+    """train/trials.json: what was tried for `lr: auto`, what was chosen, and why."""
 
     prior: float
     steps: int

@@ -149,7 +149,7 @@ class RunContext:
         else:
             twin = Twin(model, *load_plan(self.directory.prune))
         if view == "recovered":
-            read_adapter(twin.add_lora(self.recipe.recover.lora), self.best_adapter())
+            read_adapter(twin.add_lora(self.recipe.train.lora), self.best_adapter())
             twin.model.eval()
         self._twin = (view, twin)
         return twin
@@ -181,7 +181,7 @@ class RunContext:
         Raises:
             ArtifactError: the folder is gone, or a file of it is not what was written.
         """
-        folder = self.directory.recover / self.directory.best()["folder"]
+        folder = self.directory.train / self.directory.best()["folder"]
         check_manifest(folder)
         return folder
 
@@ -212,11 +212,11 @@ class RunContext:
         check_steps(self.probe_prompts(), self.recipe.probe.steps, model.context)
         check_room(self.tasks, self.tokenizer, self.recipe.measure, model.context)
         _ = self.calibration
-        for number, source in enumerate(self.recipe.recover.data):
+        for number, source in enumerate(self.recipe.train.data):
             if isinstance(source, GivenText):
-                check_given(source, self.tokenizer, self.recipe.recover.length)
+                check_given(source, self.tokenizer, self.recipe.train.length)
             if isinstance(source, DenseText | PrunedText):
-                prompts = fitting_prompts(source, self.recipe.recover.length, self.tokenizer)
+                prompts = fitting_prompts(source, self.recipe.train.length, self.tokenizer)
                 check_answers(prompts, source, number, self.tokenizer, model.context)
             if isinstance(source, TeacherText):
                 check_teacher(source, model.vocabulary, self.tokenizer)
@@ -230,7 +230,7 @@ def overlap_record(context: RunContext) -> dict[str, Any]:
     """
     recipe, limit = context.recipe, context.recipe.measure.limit
     tasks = {task.name: task.asked[:limit] for task in context.tasks}
-    sources = {f"recover.data.{number}": source for number, source in enumerate(recipe.recover.data)}
+    sources = {f"train.data.{number}": source for number, source in enumerate(recipe.train.data)}
     if (cfg := getattr(recipe.prune, "calibration", None)) is not None:
         sources["prune.calibration"] = cfg
     looked_at: dict[str, int] = {}
@@ -257,7 +257,7 @@ def _texts_of(context: RunContext, source: Data | Calibration) -> tuple[str, Ite
         return source.source, (str(context.tokenizer.decode(row.sample.ids)) for row in rows)
     if isinstance(source, Calibration):
         return source.data, map(_plain, read_texts(source))
-    prompts = fitting_prompts(source, context.recipe.recover.length, context.tokenizer)
+    prompts = fitting_prompts(source, context.recipe.train.length, context.tokenizer)
     return source.prompts, (_plain(row.value["prompt"]) for row in prompts)
 
 

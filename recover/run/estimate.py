@@ -15,7 +15,7 @@ import torch
 from recover.base import dist, memory
 from recover.base.errors import PruneError, RecipeError, TrainingError
 from recover.config.auto import Chosen, Facts, row_tokens, settled
-from recover.config.recipe import PrunedText, Recipe, Recover
+from recover.config.recipe import PrunedText, Recipe, Train
 from recover.models.load import Description, describe
 from recover.models.source import exported_dtype
 from recover.prune.registry import Cost, pruner_of
@@ -42,12 +42,12 @@ def refuse(recipe: Recipe, model: Description) -> None:
             f"prune.calibration.length: {calibration.length} tokens, the model's context is {model.context}: give at "
             "most that"
         )
-    if recipe.recover.length > (model.context or recipe.recover.length):
-        raise RecipeError(f"recover.length: {recipe.recover.length} tokens, the model's context is {model.context}")
-    _refuse_training(recipe.recover)
+    if recipe.train.length > (model.context or recipe.train.length):
+        raise RecipeError(f"train.length: {recipe.train.length} tokens, the model's context is {model.context}")
+    _refuse_training(recipe.train)
 
 
-def _refuse_training(cfg: Recover) -> None:
+def _refuse_training(cfg: Train) -> None:
     """What training itself would refuse, after everything before it was done for nothing."""
     try:
         split_batch(cfg, dist.world_size())
@@ -58,7 +58,7 @@ def _refuse_training(cfg: Recover) -> None:
     needed = cfg.batch_size * cfg.epochs
     if cfg.tokens < needed:  # a sequence has one scored token at least
         raise RecipeError(
-            f"recover.tokens: {cfg.tokens:,} tokens are less than {cfg.epochs} epochs of one step of "
+            f"train.tokens: {cfg.tokens:,} tokens are less than {cfg.epochs} epochs of one step of "
             f"{cfg.batch_size} sequences: raise tokens, or lower batch_size or epochs"
         )
 
@@ -68,7 +68,7 @@ def _refuse_cache(recipe: Recipe, model: Description) -> None:
 
     Training refuses again, by the text itself, before it computes anything.
     """
-    cfg = recipe.recover.cache
+    cfg = recipe.train.cache
     if cfg is None:
         return
     folder = Path(cfg.folder).absolute()
@@ -77,18 +77,18 @@ def _refuse_cache(recipe: Recipe, model: Description) -> None:
     needed = cache_bytes(recipe, model)
     if needed > free + there:
         raise RecipeError(
-            f"recover.cache.folder: {folder} needs at least {needed:,} bytes, and has {there:,} of them and {free:,} "
-            "free: make room, name another folder, lower recover.tokens, or leave recover.cache out"
+            f"train.cache.folder: {folder} needs at least {needed:,} bytes, and has {there:,} of them and {free:,} "
+            "free: make room, name another folder, lower train.tokens, or leave train.cache out"
         )
 
 
 def settle(recipe: Recipe) -> tuple[Recipe, list[Chosen]]:
-    """The recipe with what is `auto` in `recover` replaced, but for `lr`, and what was taken, with reasons.
+    """The recipe with what is `auto` in `train` replaced, but for `lr`, and what was taken, with reasons.
 
     Raises:
         RecipeError: pruning would refuse this model. ModelError: the model cannot be described.
     """
-    if not {*recipe.recover.auto} - {"lr"}:
+    if not {*recipe.train.auto} - {"lr"}:
         return recipe, []
     model = describe(recipe.model)
     try:
@@ -96,11 +96,11 @@ def settle(recipe: Recipe) -> tuple[Recipe, list[Chosen]]:
     except PruneError as error:
         raise RecipeError(str(error)) from None
     facts = Facts(model.width, model.parameters, (cost.gone + cost.zeros) / model.parameters)
-    cfg, chosen = settled(recipe.recover, facts)
-    return recipe.model_copy(update={"recover": cfg}), chosen
+    cfg, chosen = settled(recipe.train, facts)
+    return recipe.model_copy(update={"train": cfg}), chosen
 
 
-def rate_plan(cfg: Recover, width: int) -> str:
+def rate_plan(cfg: Train, width: int) -> str:
     """What `lr: auto` will do, as far as can be said before there is text."""
     rows = cfg.tokens / row_tokens(cfg)
     return planned(cfg, width, [round(cfg.tokens / rows)] * round(rows)).why
@@ -116,7 +116,7 @@ def warnings(recipe: Recipe, model: Description) -> list[str]:
 
 def training_memory(recipe: Recipe, model: Description, cost: Cost) -> memory.Training:
     """What decides the memory of this recipe without DeepSpeed (which takes less: `launch/README.md`)."""
-    cfg = recipe.recover
+    cfg = recipe.train
     micro = cfg.micro_batch_size or cfg.batch_size // dist.world_size()
     own = max((each.batch_size * cfg.length for each in cfg.data if isinstance(each, PrunedText)), default=0)
     texts = min(recipe.measure.max_new_tokens + PROMPT_TOKENS, model.context or 2**31)
@@ -137,11 +137,11 @@ def training_memory(recipe: Recipe, model: Description, cost: Cost) -> memory.Tr
 
 
 def cache_bytes(recipe: Recipe, model: Description) -> int:
-    """Bytes that `recover.cache` takes on disk at least: a state for each scored token, once more with the prefix.
+    """Bytes that `train.cache` takes on disk at least: a state for each scored token, once more with the prefix.
 
     A prefix holds positions without loss too (prompts, unless `loss.scored` is all), which only the text can tell.
     """
-    cfg = recipe.recover
+    cfg = recipe.train
     if cfg.cache is None:
         return 0
     return cfg.tokens * model.width * ELEMENT_BYTES[recipe.model.dtype] * (1 + cfg.cache.prefix)
@@ -169,7 +169,7 @@ def estimate(recipe: Recipe, model: Description, rate: float) -> dict[str, Any]:
     cost = pruner_of(recipe.prune).cost(recipe.prune, model)
     pruned, stored = model.parameters - cost.gone, model.parameters - cost.unstored
     exported = exported_dtype(recipe.model.dtype, model.stored, recipe.export.dtype)
-    tokens = recipe.recover.tokens
+    tokens = recipe.train.tokens
     flops = tokens * (2 * model.parameters + 4 * pruned)
     seconds = flops / (rate * STEP_EFFICIENCY * dist.world_size())
     return {

@@ -44,9 +44,9 @@ from recover.run.directory import RunDirectory
 from recover.run.estimate import estimate, matrix_rate, rate_plan, refuse, warnings
 from recover.run.input_digests import digests
 from recover.run.setbacks import setbacks
+from recover.train import train as training
 from recover.train import trials
 from recover.train.checkpoints import best_of, read_adapter
-from recover.train.train import train
 from recover.train.written_text import weights_fingerprint
 
 
@@ -77,15 +77,15 @@ def checked(context: RunContext) -> dict[str, Any]:
     context.check_inputs()
     figures = estimate(recipe, model, matrix_rate())
     auto = [*map(asdict, context.chosen)]
-    if "lr" in recipe.recover.auto:
-        auto.append({"field": "lr", "value": "auto", "why": rate_plan(recipe.recover, model.width)})
+    if "lr" in recipe.train.auto:
+        auto.append({"field": "lr", "value": "auto", "why": rate_plan(recipe.train, model.width)})
     record = {"estimate": {**figures, "auto": auto}, "code": code, "overlap": None}
     if not dist.is_main():
         return record
     record["overlap"] = overlaps = overlap_record(context)
     console.table("plan (estimates)", ["what", "dense", "pruned"], _plan_rows(figures))
     for each in auto:
-        console.say(f"recover.{each['field']}: {each['value']}: {each['why']}")
+        console.say(f"train.{each['field']}: {each['value']}: {each['why']}")
     for line in warnings(recipe, model):
         console.warn(line)
     for line in overlap.lines(overlaps):
@@ -167,7 +167,7 @@ def before(context: RunContext) -> None:
     _probe_and_measure(context, context.pruned(), context.directory.before)
 
 
-def recover(context: RunContext) -> None:
+def train(context: RunContext) -> None:
     """Distil; after each epoch measure generation again, and keep the epoch that generates best."""
     recipe, directory = context.recipe, context.directory
     dist.on_main(lambda: _forget_epochs_again(directory))
@@ -175,11 +175,11 @@ def recover(context: RunContext) -> None:
     untrained = read_json(directory.before / "measure.json")
     after_epoch = _after_epoch(context, twin, untrained)
     with part("training"):
-        train(
+        training.train(
             twin,
             context.tokenizer,
-            recipe.recover,
-            directory.recover,
+            recipe.train,
+            directory.train,
             after_epoch,
             recipe.seed,
             baseline_score=untrained["headline"]["generation"],
@@ -256,8 +256,8 @@ def _measured_epoch(context: RunContext, twin: Twin, drift: Callable[[], dict[st
 
 def _rate(context: RunContext) -> float:
     """The highest learning rate of the training."""
-    cfg = context.recipe.recover
-    return read_json(context.directory.recover / trials.FILE)["chosen"] if "lr" in cfg.auto else cfg.lr
+    cfg = context.recipe.train
+    return read_json(context.directory.train / trials.FILE)["chosen"] if "lr" in cfg.auto else cfg.lr
 
 
 def after(context: RunContext) -> None:
@@ -271,7 +271,7 @@ def after(context: RunContext) -> None:
 
 def _epochs_again(context: RunContext) -> None:
     directory, wanted = context.directory, artifacts.plain(_measured_with(context.recipe))
-    best = read_json(directory.recover / "best.json")
+    best = read_json(directory.train / "best.json")
     trained = {record["epoch"]: record for record in read_jsonl(directory.epochs)}
     fits = all(trained[each["epoch"]].get("measured_with") == wanted for each in best["epochs"])
     if fits or not trained:
@@ -282,7 +282,7 @@ def _epochs_again(context: RunContext) -> None:
     drift = _drift_of_epochs(context, twin)
     rows = []
     for each in best["epochs"]:
-        epoch, folder = each["epoch"], directory.recover / each["folder"]
+        epoch, folder = each["epoch"], directory.train / each["folder"]
         if epoch not in known:
             try:
                 dist.on_main(lambda folder=folder: check_manifest(folder))
@@ -301,8 +301,8 @@ def _epochs_again(context: RunContext) -> None:
     context.release()  # the twin has the adapter of the last epoch
     if not rows:
         raise ArtifactError(
-            f"{directory.recover}: no adapter of an epoch is as it was written, so none can be measured again: put one "
-            "back, or train again: recover run RECIPE --from recover"
+            f"{directory.train}: no adapter of an epoch is as it was written, so none can be measured again: put one "
+            "back, or train again: recover run RECIPE --from train"
         )
     dist.on_main(lambda: write_json(directory.best_again, {**best_of(rows), "epochs": rows}))
 
@@ -442,7 +442,7 @@ WORK: dict[str, Callable[[RunContext], None]] = {
     "dense": dense,
     "prune": prune,
     "before": before,
-    "recover": recover,
+    "train": train,
     "after": after,
     "export": export,
     "report": report,

@@ -146,7 +146,7 @@ class Epochs(TrainerCallback):
         return control
 
     def _set_end(self, state: Any, control: Any) -> None:
-        """Where training ends: as planned, or earlier where the epochs so far call for that (`recover.stop`)."""
+        """Where training ends: as planned, or earlier where the epochs so far call for that (`train.stop`)."""
         if self.early is None:
             return
         trainer = self.trainer
@@ -160,7 +160,7 @@ class Epochs(TrainerCallback):
             trainer.fall(self.ends[-2], self.ends[-1])
         if self.ends != before:
             console.say(
-                f"more tokens bring no more generation (recover.stop): training ends at step {self.ends[-1]:,} instead "
+                f"more tokens bring no more generation (train.stop): training ends at step {self.ends[-1]:,} instead "
                 f"of {self.planned[-1]:,}"
             )
         control.should_training_stop = control.should_training_stop or state.global_step >= self.ends[-1]
@@ -228,7 +228,7 @@ class Epochs(TrainerCallback):
         console.say(f"epoch {epoch}/{len(self.ends)}: loss {train['loss']:.4g}, kl {train['kl']:.4g}, {shown}{kept}")
         waited = epoch - self.best["epoch"]
         if self.patience is not None and waited >= self.patience and epoch < len(self.ends):
-            console.say(f"no better generation for {waited} epochs (recover.patience): stopping here")
+            console.say(f"no better generation for {waited} epochs (train.patience): stopping here")
             control.should_training_stop = True
         self._set_end(state, control)
 

@@ -1,15 +1,15 @@
 """Files of a training run: adapters, and checkpoints to go on from, each whole or not there.
 
-recover/epoch-1/ ...       adapter_model.safetensors, adapter_config.json, MANIFEST.json
-recover/best.json          the epoch that generated best, and the score of each
-recover/steps.jsonl        a line for each optimizer step: loss and its terms, tokens, seconds
-recover/trials.json        of `lr: auto`: trials of learning rates, and what was chosen (`trials.py`)
-recover/training.json      which training this is, whether it is finished, which steps were skipped, and its parts
-recover/checkpoints.jsonl  a line for each checkpoint once it is whole: step, digest of its manifest, bytes
-recover/checkpoints/       what a resume needs; of a finished training the last, from which it can be lengthened
+train/epoch-1/ ...       adapter_model.safetensors, adapter_config.json, MANIFEST.json
+train/best.json          the epoch that generated best, and the score of each
+train/steps.jsonl        a line for each optimizer step: loss and its terms, tokens, seconds
+train/trials.json        of `lr: auto`: trials of learning rates, and what was chosen (`trials.py`)
+train/training.json      which training this is, whether it is finished, which steps were skipped, and its parts
+train/checkpoints.jsonl  a line for each checkpoint once it is whole: step, digest of its manifest, bytes
+train/checkpoints/       what a resume needs; of a finished training the last, from which it can be lengthened
     checkpoint-20/         trained.safetensors, state.json, MANIFEST.json
-recover/data/              text that the dense model wrote
-recover/pruned_text/       text that the pruned model wrote while it was trained (`on_policy.py`)
+train/data/              text that the dense model wrote
+train/pruned_text/       text that the pruned model wrote while it was trained (`on_policy.py`)
 """
 
 from __future__ import annotations

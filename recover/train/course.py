@@ -153,7 +153,7 @@ class Course:
         reseed_draws(self.seed, state["step"], dist.rank())
 
     def _diagnosis(self, frozen: list[str], *, stranded: bool) -> str:
-        finding, cause = self.skips.findings[-1], "lower recover.lr, or use model.dtype float32 or bfloat16"
+        finding, cause = self.skips.findings[-1], "lower train.lr, or use model.dtype float32 or bfloat16"
         if frozen:
             cause = f"these weights of the model itself are not finite: {', '.join(frozen)}; load it anew"
         elif stranded:

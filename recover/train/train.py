@@ -14,7 +14,7 @@ import torch
 from recover.base import console, dist, zero
 from recover.base.errors import DataError, StopRequested, TrainingError
 from recover.base.signals import Interrupted, stop_between_steps
-from recover.config.recipe import Recover
+from recover.config.recipe import Train
 from recover.distill.loss_terms import computed
 from recover.models.packed_attention import HALF, packing_configs
 from recover.train.caching import TextRow, TrainingStates, with_states
@@ -55,7 +55,7 @@ LARGEST_GRAPHED = 4_000_000_000  # parameters; a 7B model's step spends its time
 def train(
     twin: Twin,
     tokenizer: PreTrainedTokenizerBase,
-    cfg: Recover,
+    cfg: Train,
     run_folder: Path,
     after_epoch: AfterEpoch,
     seed: int,
@@ -95,7 +95,7 @@ def train(
     steps, begun = len(rows) // cfg.batch_size, parts[-1]["ends"][-1] if parts else 0
     if steps == begun:
         raise DataError(
-            f"recover.tokens: {cfg.tokens:,} make no step of {cfg.batch_size} more than the finished training's "
+            f"train.tokens: {cfg.tokens:,} make no step of {cfg.batch_size} more than the finished training's "
             f"{parts[-1]['tokens']:,}: raise it further"
         )
     ends = all_ends(parts, cfg, steps)
@@ -145,7 +145,7 @@ def train(
 
 
 def _collation(
-    tokenizer: PreTrainedTokenizerBase, cfg: Recover, rows: Dataset, micro: int, *, packed: bool, graphed: bool
+    tokenizer: PreTrainedTokenizerBase, cfg: Train, rows: Dataset, micro: int, *, packed: bool, graphed: bool
 ) -> Collate:
     """How rows become a batch: packed into one row, filled up to few sizes for graphs; else padded."""
     pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
@@ -158,7 +158,7 @@ def _collation(
 def _with_rate(
     twin: Twin,
     tokenizer: PreTrainedTokenizerBase,
-    cfg: Recover,
+    cfg: Train,
     rows: Dataset,
     micro: int,
     collate: Collate,
@@ -167,7 +167,7 @@ def _with_rate(
     fingerprint: str,
     *,
     graphed: bool,
-) -> Recover:
+) -> Train:
     """The config with the rate that trials find, where it is `auto`."""
     if "lr" not in cfg.auto:
         return cfg
@@ -193,7 +193,7 @@ def _with_rate(
     return cfg.model_copy(update={"lr": rate})
 
 
-def _may_be_graphed(twin: Twin, cfg: Recover) -> bool:
+def _may_be_graphed(twin: Twin, cfg: Train) -> bool:
     """Whether steps may be replayed as CUDA graphs; where a GPU could and a recipe cannot, the reason is said.
 
     A graph repeats the same kernels on the same memory: whatever draws, waits or shares weights out stays outside.
@@ -205,8 +205,8 @@ def _may_be_graphed(twin: Twin, cfg: Recover) -> bool:
         "the work of each kernel outlasts its launch at this size": size > LARGEST_GRAPHED,
         "several processes": dist.world_size() > 1,
         "DeepSpeed": dist.zero_stage() > 0,
-        "recover.gradient_checkpointing": cfg.gradient_checkpointing,
-        "recover.cache": cfg.cache is not None,
+        "train.gradient_checkpointing": cfg.gradient_checkpointing,
+        "train.cache": cfg.cache is not None,
         "a teacher's file": cfg.teacher is not None,
         "model.dtype float32": twin.base.dtype not in HALF,
         "lora.dropout": cfg.lora.dropout > 0,
@@ -218,7 +218,7 @@ def _may_be_graphed(twin: Twin, cfg: Recover) -> bool:
     return reason is None
 
 
-def _read_states(trainer: RecoverTrainer, cfg: Recover, rows: Dataset, micro: int, texts: Path) -> None:
+def _read_states(trainer: RecoverTrainer, cfg: Train, rows: Dataset, micro: int, texts: Path) -> None:
     """Where the dense view's states are on disk, batches come with them; those of a cache are filled first."""
     read: Callable[[Sequence[TextRow]], Any]
     if cfg.cache is not None:
@@ -233,7 +233,7 @@ def _read_states(trainer: RecoverTrainer, cfg: Recover, rows: Dataset, micro: in
     trainer.data_collator = with_states(trainer.data_collator, read)
 
 
-def _train(trainer: RecoverTrainer, cfg: Recover, after_epoch: AfterEpoch, run_folder: Path, ends: list[int]) -> Epochs:
+def _train(trainer: RecoverTrainer, cfg: Train, after_epoch: AfterEpoch, run_folder: Path, ends: list[int]) -> Epochs:
     """To the end of the last epoch; what was found after each.
 
     Raises:
@@ -276,11 +276,11 @@ def _judge(best: dict[str, Any], baseline: float | None) -> None:
         console.warn(
             f"no epoch generates better than the pruned model before training (best {score:.1%}, before "
             f"{baseline:.1%}); epoch {best['epoch']} is kept all the same. "
-            "More tokens, other text (recover.data) or less pruning may help"
+            "More tokens, other text (train.data) or less pruning may help"
         )
 
 
-def _asked(twin: Twin, cfg: Recover, seed: int, *, packed: bool) -> Asked:
+def _asked(twin: Twin, cfg: Train, seed: int, *, packed: bool) -> Asked:
     """What is asked for, with fingerprints of all that decides its course: another one must not go on from it.
 
     Rows that are `packed` come in another order, and came in yet another one before they were even: who went on in

@@ -23,7 +23,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from recover.base import dist, zero
 from recover.base.errors import StopRequested, TrainingError
 from recover.base.signals import Interrupted, Stop
-from recover.config.recipe import PrunedText, Recover
+from recover.config.recipe import PrunedText, Train
 from recover.distill.distiller import Distiller, scaled, scored_tokens, without_mask
 from recover.distill.graphs import GraphedPasses
 from recover.models.modes import modules_below, plain_modes, set_training
@@ -80,7 +80,7 @@ class RecoverTrainer(SFTTrainer):
         self,
         twin: Twin,
         tokenizer: PreTrainedTokenizerBase,
-        cfg: Recover,
+        cfg: Train,
         rows: Dataset,
         *,
         args: Any,

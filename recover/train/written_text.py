@@ -1,6 +1,6 @@
 """Text that models write for a recovery, after prompts, round after round: the dense model's is saved as it is written.
 
-recover/data/dense-<fingerprint>.jsonl   a line for each chunk: its number, and [prompt, ids] of each text
+train/data/dense-<fingerprint>.jsonl   a line for each chunk: its number, and [prompt, ids] of each text
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from recover.base import console, dist
 from recover.base.artifacts import append_jsonl, read_jsonl
 from recover.base.errors import DataError
-from recover.config.recipe import DenseText, PrunedText, Recover, Sampling
+from recover.config.recipe import DenseText, PrunedText, Sampling, Train
 from recover.text.generate import generate
 from recover.text.prompts import Prompt, encode_prompt
 from recover.text.read import Row
@@ -33,7 +33,7 @@ class DenseWriter:
     """Text that the dense model writes from prompts, round after round, each round with other random draws."""
 
     def __init__(
-        self, source: DenseText, cfg: Recover, twin: Twin, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path
+        self, source: DenseText, cfg: Train, twin: Twin, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path
     ) -> None:
         self.source, self.cfg, self.twin, self.tokenizer, self.seed = source, cfg, twin, tokenizer, seed
         self.prompts = fitting_prompts(source, cfg.length, tokenizer)
@@ -156,8 +156,8 @@ def fitting_prompts(source: DenseText | PrunedText, length: int, tokenizer: PreT
             prompts.append(row)
             continue
         too_long.append(
-            f"{row.where}: the prompt has {found} tokens, which leaves none of recover.length {length} for an answer: "
-            "shorten it or raise recover.length"
+            f"{row.where}: the prompt has {found} tokens, which leaves none of train.length {length} for an answer: "
+            "shorten it or raise train.length"
         )
         if source.strict:
             raise DataError(too_long[0])
@@ -177,13 +177,13 @@ def check_answers(
 ) -> None:
     """Raises DataError where an answer of full length to one of the prompts would exceed the model's context.
 
-    `number`: of the source among `recover.data`.
+    `number`: of the source among `train.data`.
     """
     for row in prompts:
         found = len(encode_prompt(tokenizer, row.value["prompt"], chat=source.chat))
         if context is not None and found + source.max_new_tokens > context:
             raise DataError(
-                f"recover.data.{number}.max_new_tokens: {source.max_new_tokens} tokens after the prompt of "
+                f"train.data.{number}.max_new_tokens: {source.max_new_tokens} tokens after the prompt of "
                 f"{row.where}, which has {found}, exceed the model's context of {context}: lower it, or leave that "
                 "prompt out"
             )
