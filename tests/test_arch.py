@@ -75,6 +75,11 @@ def test_the_parts_are_found_through_a_peft_model():
         ({"model_type": "deepseek_v3", "n_routed_experts": 256}, "it is a mixture of experts"),
         ({"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]}, "it is a hybrid"),
         ({"model_type": "new", "mamba_d_state": 16}, "it is a hybrid"),
+        ({"model_type": "nemotron_h", "ssm_state_size": 16}, "it is a hybrid of another kind.*one of them in a block"),
+        ({"model_type": "gemma3n", "text_config": {}}, "embeddings for each block"),
+        ({"model_type": "gemma4", "text_config": {"num_kv_shared_layers": 10}}, "share keys and values"),
+        ({"model_type": "gemma4_text", "hidden_size_per_layer_input": 256}, "embeddings for each block"),
+        ({"model_type": "gemma4_unified", "text_config": {}}, "differ in the sizes of their heads"),
     ],
 )
 def test_what_is_not_supported_says_what_it_is_and_what_to_do(config, said):

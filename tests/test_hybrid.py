@@ -9,16 +9,23 @@ from typing import Any
 import pytest
 import torch
 from cached import cached
+from narrow import prune as narrowed
+from test_load import cfg
 from test_packing import WEIGHTS, rows, twin_of
 from tiny import HYBRIDS, ids, tiny
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 from twins import fill_adapters
 
 from recover.base.errors import ModelError, PruneError
+from recover.base.memory import kv_bytes_per_token
 from recover.config.recipe import Calibration, Depth, Lora
 from recover.distill.distiller import Distiller
 from recover.export.merge import merge
+from recover.measure import speed
 from recover.models.arch import arch_of, blocks_of, linears_of, modules_in
+from recover.models.kv_cache import given_by
+from recover.models.load import describe, load_model
 from recover.models.plan import Plan
 from recover.models.site import Site
 from recover.models.twin import Twin
@@ -145,6 +152,32 @@ def test_an_export_has_the_kinds_of_the_blocks_that_are_left(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_plan_knows_parameters_and_cache_of_a_hybrid(family, tmp_path):
+    model = tiny(family)
+    model.save_pretrained(tmp_path)
+    described = describe(cfg(tmp_path))
+    assert described.parameters == model.num_parameters() and described.intermediate == 96 and described.beside == 0
+    cache = model(ids(1, 7), use_cache=True)
+    kept = given_by(cache).layers
+    grown = sum(layer.keys.numel() + layer.values.numel() for layer in kept if getattr(layer, "keys", None) is not None)
+    assert kv_bytes_per_token(described, 1) * 7 == speed.kv_bytes_per_token(model.config, 1) * 7 == grown
+
+
+def test_the_neurons_of_lfm2_are_those_that_its_class_computes(tmp_path):
+    """Its published configs name two thirds more, to be rounded; an export names what there is."""
+    sizes = {"block_auto_adjust_ff_dim": True, "intermediate_size": 144, "block_multiple_of": 32}
+    model = tiny("lfm2", **sizes)
+    model.save_pretrained(tmp_path / "dense")
+    dense = load_model(cfg(tmp_path / "dense"))
+    assert torch.equal(dense(ids()).logits, model(ids()).logits)
+    assert describe(cfg(tmp_path / "dense")).intermediate == dense.config.intermediate_size == 96
+    plan = narrowed(dense, mlp=0.4)
+    merge(Twin(dense, *plan), torch.float32).save_pretrained(tmp_path / "out")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert stock.model.layers[0].feed_forward.w1.out_features == plan.plan.config["intermediate_size"] == 56
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_last_attention_stays(family):
     """It tells how many tokens a cache has."""
     model = tiny(family)
@@ -156,9 +189,9 @@ def test_the_last_attention_stays(family):
         pytest.skip("attention of block 0 stays anyway")
     with pytest.raises(ModelError, match="no attention is left"):
         Twin(copy.deepcopy(model), Plan("depth", 6, tuple(Site(block, "attention") for block in attending)))
-    cfg = Depth(kind="depth", count=4, unit="attention", calibration=Calibration(data="text"), score="kl")
+    drop = Depth(kind="depth", count=4, unit="attention", calibration=Calibration(data="text"), score="kl")
     batches: Any = [ids(2, 16)]
-    plan, _, _ = registry.prune(Twin(copy.deepcopy(model), Plan.none(6)), cfg, batches)
+    plan, _, _ = registry.prune(Twin(copy.deepcopy(model), Plan.none(6)), drop, batches)
     assert len(plan.dropped_attention) == 4 and set(attending) - set(plan.dropped_attention)
     with pytest.raises(PruneError, match="drop at most 4"):
-        registry.prune(Twin(model, Plan.none(6)), cfg.model_copy(update={"count": 5}), batches)
+        registry.prune(Twin(model, Plan.none(6)), drop.model_copy(update={"count": 5}), batches)

@@ -200,6 +200,7 @@ def test_the_text_model_computes_what_the_wrapper_does_on_text_and_nothing_else_
     assert not [name for name, _ in text.named_modules() if "vision" in name or "visual" in name]
     described = describe(cfg(tmp_path / "dense"))
     assert described.parameters == text.num_parameters() < dense.num_parameters() and described.blocks == 6
+    assert described.parameters + described.beside == dense.num_parameters()
 
 
 @pytest.mark.parametrize("model_type", WRAPPED)

@@ -260,7 +260,7 @@ def arch_of(model: PretrainedConfig | nn.Module) -> Arch:
     """The row of this model or config. Raises ModelError: it has none, what it is, and what to do."""
     config: Any = model if isinstance(model, PretrainedConfig) else base_of(model).config
     arch = ARCHS.get(config.model_type)
-    return arch_of_config(config.to_dict()) if arch is None or arch.unlike is not _all_alike else arch
+    return arch_of_config(config.to_dict()) if arch is None or arch.unlike(vars(config)) else arch
 
 
 def arch_of_config(config: Mapping[str, Any]) -> Arch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    FineGrainedFP8Config,
     GenerationConfig,
+    Mxfp4Config,  # pyright: ignore[reportAttributeAccessIssue]
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,7 +29,7 @@ from recover.base.memory import Shape
 from recover.config import recipe
 from recover.config.base import Dtype
 from recover.models import vocabulary
-from recover.models.arch import arch_of, arch_of_config, head_size_of, kv_heads_of
+from recover.models.arch import arch_of, arch_of_config, attending, head_size_of, kv_heads_of
 from recover.models.chat_template import TRIAL, check_template
 from recover.models.config_keys import config_of, keep_known
 from recover.models.gate import unchanged
@@ -48,7 +50,7 @@ from recover.models.source import (
     stored_dtype,
     tensor_files,
 )
-from recover.models.wrapper import opened, remember, text_config, text_values, wrapper_of
+from recover.models.wrapper import beside, opened, remember, text_config, text_values, wrapper_of
 
 LISTED = 3  # tensors named in a message
 SAID_BYTES = 2 * 2**30  # of weights: they take long enough to read that silence would look like a fault
@@ -56,11 +58,16 @@ SAID_BYTES = 2 * 2**30  # of weights: they take long enough to read that silence
 MISFITS = {"missing_keys": "are missing from the weights", "unexpected_keys": "belong to no part of it"}
 
 
+# What transformers unpacks on any machine, exactly: numbers of few bits, times the scale of their block.
+UNPACKED: dict[str, Any] = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
+
+
 @dataclasses.dataclass(frozen=True)
 class Description(Shape):
     """What a model is, from its config alone; `bytes` is for the recipe's dtype, `stored` the checkpoint's own.
 
-    `parallel`: blocks run attention and MLP on one input."""
+    `parallel`: blocks run attention and MLP on one input. `beside`: parameters of a wrapper's other parts, which are in
+    its files and not in `parameters`."""
 
     model_type: str
     context: int | None
@@ -69,6 +76,7 @@ class Description(Shape):
     bytes: int
     stored: Dtype = "float32"
     parallel: bool = False
+    beside: int = 0
 
 
 def describe(cfg: recipe.Model) -> Description:
@@ -97,7 +105,18 @@ def describe(cfg: recipe.Model) -> Description:
         bytes=parameters * getattr(torch, cfg.dtype).itemsize,
         stored=stored_dtype(cfg),
         parallel=arch_of(config).parallel(config),
+        attending=len(attending(model)),
+        beside=parameters_beside(cfg),
     )
+
+
+def parameters_beside(cfg: recipe.Model) -> int:
+    """Of a wrapper's other parts, which are copied and not loaded; 0 for a text model. Raises ModelError."""
+    raw = read_config(cfg)
+    if wrapper_of(raw) is None:
+        return 0
+    with explained(cfg.source):
+        return beside(_stock_config(cfg, raw, config_source(cfg)))
 
 
 def load_model(cfg: recipe.Model) -> PreTrainedModel:
@@ -141,6 +160,9 @@ def read_whole(
             config, place = wrapped.dense, None
             kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
             options["state_dict"] = stack.enter_context(wrapped.slices())
+        if (method := _method(raw)) in UNPACKED:
+            console.say(f"[dim]{cfg.source}: stored as {method}, and unpacked to {cfg.dtype}[/dim]")
+            options["quantization_config"] = UNPACKED[method](dequantize=True)
         loaded: Any = kind.from_pretrained(
             place,
             config=config,
@@ -159,10 +181,8 @@ def read_whole(
         remember(model, wrapped)
     check_tied(folder, bool(model.config.tie_word_embeddings))
     if "unexpected_keys" in refused:  # not of a quantizer
-        floating = [name for name, weight in model.named_parameters() if weight.is_floating_point()]
-        if wrapped is not None:
-            floating = [wrapped.text.get(name, name) for name in floating]
-        check_numbers(folder, floating)
+        floating: list[str] = [name for name, weight in model.named_parameters() if weight.is_floating_point()]
+        check_numbers(folder, floating if wrapped is None else [wrapped.text.get(name, name) for name in floating])
     if unlike := sorted(info["mismatched_keys"]):
         name, stored, expected = unlike[0]
         raise ModelError(
@@ -224,11 +244,11 @@ def _config(cfg: recipe.Model) -> PretrainedConfig:
     raw = read_config(cfg)
     if wrapper_of(raw) is None:
         arch_of_config(raw)
-    if quantized := raw.get("quantization_config"):
+    if (method := _method(raw)) is not None and method not in UNPACKED:
         raise ModelError(
-            f"{cfg.source}: quantized with '{quantized.get('quant_method')}', and quantized weights are neither "
-            "pruned nor trained here: give the checkpoint it was made from (`recover measure` and `recover diagnose` "
-            "take it as it is)"
+            f"{cfg.source}: quantized with '{method}', and quantized weights are neither pruned nor trained here: give "
+            "the checkpoint it was made from (`recover measure` and `recover diagnose` take it as it is; weights in "
+            f"{' and '.join(UNPACKED)} are unpacked when they are read)"
         )
     config = _stock_config(cfg, raw, config_source(cfg))
     if wrapper_of(raw) is not None:
@@ -238,13 +258,30 @@ def _config(cfg: recipe.Model) -> PretrainedConfig:
     return config
 
 
+def _method(raw: Mapping[str, Any]) -> str | None:
+    """How the weights are quantized, None if they are not."""
+    quantized = raw.get("quantization_config")
+    return str(quantized.get("quant_method")) if quantized else None
+
+
 def _stock_config(cfg: recipe.Model, raw: dict[str, Any], source: str | Path) -> PretrainedConfig:
     """The config of checked settings; with code of others let run, as that code makes it."""
     with explained(str(source)):
         if cfg.trust_remote_code:
             revision = None if Path(source).is_dir() else commit_of(cfg, str(source))
             return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=True)
-        return config_of(raw, str(source), Path(source) / CONFIG)
+        return _with_true_sizes(config_of(raw, str(source), Path(source) / CONFIG))
+
+
+def _with_true_sizes(config: Any) -> Any:
+    """The config, with the neurons that an MLP has; LFM2's names others, of which the class computes them."""
+    if getattr(config, "block_auto_adjust_ff_dim", False):
+        neurons = int(2 * config.intermediate_size / 3)
+        if config.block_ffn_dim_multiplier is not None:
+            neurons = int(config.block_ffn_dim_multiplier * neurons)
+            neurons = -(-neurons // config.block_multiple_of) * config.block_multiple_of
+        config.intermediate_size, config.block_auto_adjust_ff_dim = neurons, False
+    return config
 
 
 def _attention(cfg: recipe.Model, config: PretrainedConfig) -> str:

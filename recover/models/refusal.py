@@ -22,7 +22,7 @@ class Kind(NamedTuple):
 
 WRAPPER = Kind(
     "a text model inside a wrapper of its own kind, beside parts that read images or sound",
-    "llama4, gemma3n, internvl, paligemma",
+    "llama4, internvl, paligemma, aya_vision",
     "its text model lies in a part of it, and WRAPPERS in recover/models/wrapper.py has no row that says where",
     "save the text model alone and prune that: whole = AutoModelForImageTextToText.from_pretrained(SOURCE); text = "
     "AutoModelForCausalLM.from_config(whole.config.text_config); text.model = whole.model.language_model; text.lm_head "
@@ -35,10 +35,24 @@ MIXTURE = Kind(
     "give a dense model of the same size as the experts that a token uses",
 )
 HYBRID = Kind(
-    "a hybrid, whose blocks keep a state beside attention or in place of it (Mamba, linear attention, convolutions)",
-    "qwen3_next, qwen3_5, lfm2, falcon_h1, nemotron_h, granitemoehybrid, jamba",
-    "here a block is attention and an MLP",
-    "give a model whose blocks all attend",
+    "a hybrid of another kind, whose blocks keep a state (Mamba, linear attention, convolutions)",
+    "nemotron_h, qwen3_next, jamba, bamba, zamba2, olmo_hybrid",
+    "its blocks are not a mixer or attention and then an MLP (nemotron_h has one of them in a block), or have experts, "
+    "or none of them was tried",
+    "give one of the hybrids that are supported (lfm2, qwen3_5_text, granitemoehybrid, falcon_h1)",
+)
+PER_BLOCK = Kind(
+    "a model with embeddings for each block, or with blocks that share keys and values",
+    "gemma3n, gemma4 (E2B, E4B)",
+    "a block that goes takes a part of one matrix of all blocks with it, and others lose the keys and values that they "
+    "read",
+    "give a model of the family without them, such as Gemma 3",
+)
+GEMMA4 = Kind(
+    "a model whose blocks differ in the sizes of their heads, and scale the stream behind them",
+    "gemma4 (12B, 31B)",
+    "sublayers of two blocks cannot be stored as one, and settings by number of a block would have to move with it",
+    "give Gemma 3",
 )
 CONV1D = Kind(
     "a model whose projections are Conv1D, with the weight the other way round",
@@ -46,7 +60,7 @@ CONV1D = Kind(
     "masks, adapters and slices are made for nn.Linear",
     "give a model of a later family",
 )
-KINDS = (WRAPPER, MIXTURE, HYBRID, CONV1D)
+KINDS = (WRAPPER, MIXTURE, HYBRID, PER_BLOCK, GEMMA4, CONV1D)
 TYPES = {
     **dict.fromkeys(("gpt2", "gpt_bigcode", "openai-gpt"), CONV1D),
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "jamba", "bamba", "zamba2"), HYBRID),
@@ -55,7 +69,14 @@ TYPES = {
 
 def kind_of_model(config: Mapping[str, Any]) -> Kind | None:
     """Which of `KINDS` this config is of; None where it is of none that is known."""
-    if isinstance(config.get(TEXT), Mapping):
+    inner = config.get(TEXT)
+    name, settings = str(config.get("model_type")), inner if isinstance(inner, Mapping) else config
+    shared = settings.get("num_kv_shared_layers") or settings.get("hidden_size_per_layer_input")
+    if name.startswith("gemma3n") or (name.startswith("gemma4") and shared):
+        return PER_BLOCK
+    if name.startswith("gemma4"):
+        return GEMMA4
+    if isinstance(inner, Mapping):
         return WRAPPER
     if any(isinstance(value := config.get(name), int) and value > 1 for name in EXPERTS):
         return MIXTURE

@@ -26,6 +26,8 @@ from recover.base.errors import ModelError
 from recover.models.config_keys import allowed_of
 
 TEXT = "text_config"
+# What belongs to the numbers of few bits in a weight, under its name.
+SCALES = re.compile(r"(.*\.weight)(_scale_inv|_scale)|(.*\.)(activation_scale|input_scale)")
 LISTED = 3  # tensors named in a message
 OF_IMAGES = ("mrope_section", "mrope_interleaved")  # rotary settings that say nothing where all tokens are text
 
@@ -82,6 +84,8 @@ def text_config(config: Any) -> Any:
         rope = values.get("rope_parameters") or {}
         values["rope_parameters"] = {key: value for key, value in rope.items() if key not in OF_IMAGES}
         values["model_type"] = wrapper.text_as
+    if quantized := config_of_quantization(config):
+        values["quantization_config"] = quantized
     values["tie_word_embeddings"] = bool(config.tie_word_embeddings)
     kind: Any = CONFIG_MAPPING[wrapper.text_as] if wrapper.text_as else type(inner)
     made = kind.from_dict(values)
@@ -93,7 +97,8 @@ def text_config(config: Any) -> Any:
 class Wrapped:
     """What a text model was taken out of: the wrapper's config, and where each tensor lies in its folder.
 
-    `text`: for each tensor of the causal LM its name in the files. `others`: names in the files of all else.
+    `text`: for each tensor of the causal LM its name in the files, `scales`: those that belong to numbers of few bits
+    in it. `others`: names in the files of all else.
     `dense`: the config of the causal LM as it was.
     """
 
@@ -104,13 +109,15 @@ class Wrapped:
     files: dict[str, Path]
     text: dict[str, str]
     others: tuple[str, ...]
+    scales: dict[str, str]
 
     @contextmanager
     def slices(self) -> Iterator[dict[str, Any]]:
         """Tensors of the causal LM by name, read when they are taken, for `from_pretrained(state_dict=)`."""
         with ExitStack() as stack:
             opened = {path: stack.enter_context(safe_open(path, "pt")) for path in set(self.files.values())}
-            yield {name: opened[self.files[source]].get_slice(source) for name, source in self.text.items()}
+            names = {**self.text, **self.scales}
+            yield {name: opened[self.files[source]].get_slice(source) for name, source in names.items()}
 
     def tensor(self, source: str) -> Tensor:
         """A tensor of the folder, by its name in the files, as it is stored."""
@@ -140,9 +147,24 @@ class Wrapped:
             if key not in before or before[key] != value:
                 setattr(inner, key, value)
         config.dtype = inner.dtype = pruned.dtype
+        if config_of_quantization(config):
+            del config.quantization_config  # what it says is unpacked
         stock: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
         config.architectures = [stock.__name__]
         return config
+
+
+def config_of_quantization(config: Any) -> Any:
+    """What a config says of weights of few bits, None where they are none."""
+    return getattr(config, "quantization_config", None)
+
+
+def beside(config: Any) -> int:
+    """Parameters of all parts but the text model."""
+    with torch.device("meta"):
+        whole = AutoModelForImageTextToText.from_config(config)
+    wrapper = WRAPPERS[config.model_type]
+    return sum(value.numel() for name, value in whole.named_parameters() if not _is_text(wrapper, name))
 
 
 def wrapped_of(model: Any) -> Wrapped | None:
@@ -169,7 +191,16 @@ def opened(files: Mapping[str, Path], config: Any, folder: Path) -> Wrapped:
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     found: dict[str, list[str]] = {}
     converted, strange, beside = set(), [], []
+    scales: dict[str, str] = {}  # of the text model's weights
     for source in files:
+        if (scale := SCALES.fullmatch(source)) and config_of_quantization(config):
+            weight = scale[1] or f"{scale[3]}weight"
+            name, _ = rename_source_key(weight, renamings, converters, whole.base_model_prefix, meta)
+            if name not in meta or not _is_text(wrapper, name):
+                strange.append(source)
+            else:
+                scales[_in_text(wrapper, name).removesuffix("weight") + source.rpartition(".")[2]] = source
+            continue
         name, by = rename_source_key(source, renamings, converters, whole.base_model_prefix, meta)
         if name not in meta and source in meta:
             name, by = source, None
@@ -196,8 +227,8 @@ def opened(files: Mapping[str, Path], config: Any, folder: Path) -> Wrapped:
     plain = {name: sources[0] for name, sources in found.items() if name not in converted}
     _check_shapes(folder, files, plain, meta)
     text = {_in_text(wrapper, name): source for name, source in plain.items() if _is_text(wrapper, name)}
-    others = tuple(sorted(files.keys() - set(text.values())))
-    return Wrapped(wrapper, folder, config, text_config(config), dict(files), text, others)
+    others = tuple(sorted(files.keys() - set(text.values()) - set(scales.values())))
+    return Wrapped(wrapper, folder, config, text_config(config), dict(files), text, others, scales)
 
 
 def _is_text(wrapper: Wrapper, name: str) -> bool:

@@ -11,7 +11,7 @@ from recover.base import dist
 from recover.base.errors import ModelError
 from recover.config import recipe
 from recover.models.arch import arch_of_config
-from recover.models.load import check_fit, load_model, load_tokenizer, read_whole, ready
+from recover.models.load import UNPACKED, check_fit, load_model, load_tokenizer, read_whole, ready
 from recover.models.source import locate, read_config
 from recover.models.wrapper import wrapper_of
 from recover.probe.views import Pair
@@ -44,7 +44,7 @@ def load_any(cfg: recipe.Model) -> PreTrainedModel:
     """
     config = read_config(cfg)
     quantization = config.get("quantization_config")
-    if quantization is None:
+    if quantization is None or dict(quantization).get("quant_method") in UNPACKED:
         return ready(load_model(cfg))
     _check_package(cfg.source, str(dict(quantization).get("quant_method")))
     if wrapper_of(config) is not None:
@@ -65,7 +65,8 @@ def load_any(cfg: recipe.Model) -> PreTrainedModel:
 def _check_package(source: str, method: str) -> None:
     if method not in PACKAGES:
         raise ModelError(
-            f"{source}: quantized with '{method}'; expected one of {', '.join(PACKAGES)}, a GGUF file, or none"
+            f"{source}: quantized with '{method}'; expected one of {', '.join((*PACKAGES, *UNPACKED))}, a GGUF file, or "
+            "none"
         )
     package = PACKAGES[method]
     if importlib.util.find_spec(package) is None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import LongTensor, Tensor, nn
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from recover.base import console
 from recover.base.errors import PruneError
@@ -34,7 +34,7 @@ from recover.prune.calibrate import calibration_record, check_context
 from recover.prune.registry import Cost, Pruner, register
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from recover.models.load import Description
     from recover.models.twin import Twin
@@ -370,7 +370,11 @@ def width_cost(cfg: Width, model: Description) -> Cost:
         "num_key_value_heads": model.kv_heads,
         "head_dim": model.head_size,
     }
-    narrowed(CONFIG_MAPPING[model.model_type](**sizes), cfg)
+    # A hybrid's class checks the sizes of its mixers too, and none of them changes.
+    kind = PretrainedConfig if ARCHS[model.model_type].mixer else CONFIG_MAPPING[model.model_type]
+    settings: Any = kind(**sizes)
+    settings.model_type = model.model_type
+    narrowed(settings, cfg)
     gone, stay = width_weights(cfg, model)
     share = gone / (model.parameters - model.embedding_parameters)
     said = f"{share:.0%} of the blocks' weights go: LoRA budgets recover about {WIDTH_WALL:.0%}"

@@ -168,6 +168,7 @@ def estimate(recipe: Recipe, model: Description, rate: float) -> dict[str, Any]:
     """
     cost = pruner_of(recipe.prune).cost(recipe.prune, model)
     pruned, stored = model.parameters - cost.gone, model.parameters - cost.unstored
+    copied = model.beside * ELEMENT_BYTES[model.stored]  # parts of a wrapper that are not loaded
     exported = exported_dtype(recipe.model.dtype, model.stored, recipe.export.dtype)
     tokens = recipe.train.tokens
     flops = tokens * (2 * model.parameters + 4 * pruned)
@@ -175,8 +176,8 @@ def estimate(recipe: Recipe, model: Description, rate: float) -> dict[str, Any]:
     return {
         "parameters_dense": model.parameters,
         "parameters_pruned": round(stored),
-        "file_bytes_dense": model.parameters * ELEMENT_BYTES[model.stored],
-        "file_bytes_pruned": round(stored * ELEMENT_BYTES[exported]),
+        "file_bytes_dense": model.parameters * ELEMENT_BYTES[model.stored] + copied,
+        "file_bytes_pruned": round(stored * ELEMENT_BYTES[exported]) + copied,
         "file_dtype_dense": model.stored,
         "file_dtype_pruned": exported,
         "teacher_tokens": tokens,
