@@ -64,10 +64,8 @@ def load_any(cfg: recipe.Model) -> PreTrainedModel:
 
 def _check_package(source: str, method: str) -> None:
     if method not in PACKAGES:
-        raise ModelError(
-            f"{source}: quantized with '{method}'; expected one of {', '.join((*PACKAGES, *UNPACKED))}, a GGUF file, or "
-            "none"
-        )
+        known = ", ".join((*PACKAGES, *UNPACKED))
+        raise ModelError(f"{source}: quantized with '{method}'; expected one of {known}, a GGUF file, or none")
     package = PACKAGES[method]
     if importlib.util.find_spec(package) is None:
         raise ModelError(
