@@ -16,7 +16,7 @@ from recover.prune.width import prune_width
 
 NEURONS, HEAD, SHARED = 96, 16, 2  # of every tiny model; SHARED query heads on a KV head
 MLP_ONLY = {"phi3", "olmo2", "olmo3", "granite_swa"}
-MLP_ONLY |= {*HYBRIDS}
+MLP_ONLY |= {*HYBRIDS, "gemma4_text", "gemma4_unified_text"}
 MLP_ONLY |= {"stablelm", "stablelm_parallel", "cohere", "gpt_neox", "gpt_neox_sequential"}
 
 

@@ -77,9 +77,6 @@ def test_the_parts_are_found_through_a_peft_model():
         ({"model_type": "new", "mamba_d_state": 16}, "it is a hybrid"),
         ({"model_type": "nemotron_h", "ssm_state_size": 16}, "it is a hybrid of another kind.*one of them in a block"),
         ({"model_type": "gemma3n", "text_config": {}}, "embeddings for each block"),
-        ({"model_type": "gemma4", "text_config": {"num_kv_shared_layers": 10}}, "share keys and values"),
-        ({"model_type": "gemma4_text", "hidden_size_per_layer_input": 256}, "embeddings for each block"),
-        ({"model_type": "gemma4_unified", "text_config": {}}, "differ in the sizes of their heads"),
     ],
 )
 def test_what_is_not_supported_says_what_it_is_and_what_to_do(config, said):
@@ -88,6 +85,20 @@ def test_what_is_not_supported_says_what_it_is_and_what_to_do(config, said):
     assert re.search(said, str(caught.value)) and "\n" not in str(caught.value)
     if config["model_type"] != "zzz":
         assert "add this row" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "granitemoehybrid", "num_local_experts": 8}, "its dense models are supported"),
+        ({"model_type": "gemma4_text", "num_kv_shared_layers": 10}, "blocks that share keys and values"),
+        ({"model_type": "gemma4_text", "hidden_size_per_layer_input": 256}, "embeddings for each block"),
+        ({"model_type": "gemma4_text", "enable_moe_block": True}, "a mixture of experts beside each MLP"),
+    ],
+)
+def test_models_of_a_supported_type_that_are_otherwise_are_refused(config, said):
+    with pytest.raises(ModelError, match=f"this model of type '{config['model_type']}' is not supported.*{said}"):
+        arch_of_config(config)
 
 
 def test_a_model_of_transformers_without_a_row_says_the_same():

@@ -31,9 +31,10 @@ from recover.models.twin import Twin
 OTHER_MLPS = {"phi3", "glm", "glm4", "apertus", "arcee", "nemotron", "starcoder2", "seed_oss"}
 OTHER_MLPS |= {"gpt_neox", "gpt_neox_sequential", "phi", "lfm2", "granitemoehybrid", "falcon_h1"}
 OTHER_NORMS = {"gemma", "gemma2", "gemma3_text", "olmo2", "olmo3", "nemotron", "starcoder2", "qwen3_5_text"}
+OTHER_NORMS |= {"gemma4_text", "gemma4_unified_text"}
 OTHER_NORMS |= {"cohere", "cohere2", "gpt_neox", "gpt_neox_sequential", "phi", "stablelm", "stablelm_parallel"}
 OTHER_ROTARY = {"phi3", "olmo2", "olmo3", "glm", "glm4", "ernie4_5", "nemotron", "qwen3_5_text"}
-OTHER_ROTARY |= {"cohere", "cohere2", "gpt_neox", "gpt_neox_sequential"}
+OTHER_ROTARY |= {"gemma4_text", "gemma4_unified_text", "cohere", "cohere2", "gpt_neox", "gpt_neox_sequential"}
 ATTENDING = {"lfm2": 3, "granitemoehybrid": 3}  # of 6 blocks; the others have a mixer
 
 FORWARD = inspect.unwrap(LlamaAttention.forward)

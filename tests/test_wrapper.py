@@ -15,12 +15,13 @@ import torch
 from byte_tokenizer import byte_tokenizer
 from safetensors.torch import load_file, save_file
 from test_load import cfg
-from tiny import COMMON, LLAMA4, ids
+from tiny import COMMON, GEMMA4, LLAMA4, ids
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from recover.base.errors import ModelError
 from recover.config import recipe
+from recover.export.card import plain_card
 from recover.export.merge import merge
 from recover.export.verify import TRAINED, check, write_expected
 from recover.export.write import write_checkpoint
@@ -133,6 +134,36 @@ WRAPPED["qwen3_5"] = (
     PATCHES,
     4,
 )
+GRID = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), -1).view(1, 16, 2)
+WRAPPED["gemma4"] = (
+    GEMMA4,
+    {
+        "vision_config": {
+            **{key: value for key, value in SIGLIP.items() if key != "image_size"},
+            **{"num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "pooling_kernel_size": 2},
+            "position_embedding_size": 16,
+        },
+        "image_token_id": IMAGE,
+    },
+    {"pixel_values": torch.rand(1, 16, 48, generator=torch.Generator().manual_seed(3)), "image_position_ids": GRID},
+    4,
+)
+WRAPPED["gemma4_unified"] = (
+    GEMMA4,
+    {
+        "vision_config": {
+            **{"patch_size": 4, "pooling_kernel_size": 2, "mm_embed_dim": 64, "mm_posemb_size": 16},
+            "output_proj_dims": 64,
+        },
+        "image_token_id": IMAGE,
+    },
+    {
+        "pixel_values": torch.rand(1, 4, 192, generator=torch.Generator().manual_seed(3)),
+        "image_position_ids": GRID[:, :4],
+    },
+    4,
+)
+PLANNED = {"parameters_dense": 0, "parameters_pruned": 0, "blocks": 6, "masks": {}, "kind": "none"}
 GONE: Any = (2, Site(4, "attention"), Site(5, "mlp"))
 
 
@@ -146,6 +177,9 @@ def whole(model_type: str, folder: Path) -> Any:
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
                 torch.nn.init.normal_(parameter, mean=parameter.data.mean().item(), std=0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.uniform_(0.5, 1.5)
     model.generation_config.pad_token_id = 0
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
@@ -180,7 +214,9 @@ def exported(twin: Twin, root: Path, **options: Any) -> Path:
     masks: Any = {name: linear.keep for name, linear in linears_of(twin.model).items() if name in twin.plan.masks}  # pyright: ignore[reportAttributeAccessIssue]
     save_plan(twin.plan, masks, root / "prune")
     write_expected(root / "expected.safetensors", twin, merged, ids(2, 40, vocabulary=240))
-    return write_checkpoint(merged, byte_tokenizer(), root / "deploy", card="", record={}, **options)
+    return write_checkpoint(
+        merged, byte_tokenizer(), root / "deploy", card=plain_card("x", PLANNED), record={}, **options
+    )
 
 
 def others(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -219,6 +255,8 @@ def test_the_export_is_the_same_wrapper_around_the_pruned_text_model(model_type,
     after = {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
     assert others(before).keys() == others(after).keys() != set()
     assert all(torch.equal(value, after[name]) for name, value in others(before).items())
+    said = (folder / "README.md").read_text()
+    assert "AutoModelForImageTextToText" in said and "pipeline_tag: image-text-to-text" in said
     assert (folder / "preprocessor_config.json").is_file() and len(list(folder.glob("*.safetensors"))) > 1
     seen, unseen = (
         logits(loaded, **with_image(model_type)),

@@ -36,6 +36,18 @@ LLAMA4 = {
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
 }
+# Heads of another size where a block attends to all; there keys are values too.
+GEMMA4 = {
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "sliding_window": 8,
+    "hidden_size_per_layer_input": 0,
+    "layer_types": [SLIDING, SLIDING, FULL, SLIDING, FULL, FULL],
+    "final_logit_softcapping": 20.0,
+    "use_bidirectional_attention": None,
+}
 # name -> (model type, what differs from COMMON). Sliding windows are shorter than the test prompts.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -150,6 +162,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_multipliers": [0.9, 1.1],
         },
     ),
+    "gemma4_text": ("gemma4_text", {**GEMMA4, "num_kv_shared_layers": 0}),
+    "gemma4_unified_text": ("gemma4_unified_text", {**GEMMA4, "num_kv_shared_layers": 0}),
     "granite": ("granite", {"logits_scaling": 3.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0}),
 }
 
@@ -173,7 +187,7 @@ LIKE_OTHERS = {
         "glm",
         "arcee",
     ),
-    *("gemma", "starcoder2", "stablelm", "cohere2", "gpt_neox_sequential", "granite"),
+    *("gemma4_unified_text", "gemma", "starcoder2", "stablelm", "cohere2", "gpt_neox_sequential", "granite"),
 }
 
 
@@ -191,6 +205,9 @@ def tiny(family: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTraine
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):  # stock init is 1 and 0: mistakes there would not show
                 torch.nn.init.normal_(parameter, mean=parameter.data.mean().item(), std=0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.uniform_(0.5, 1.5)
     return model.eval()
 
 

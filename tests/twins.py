@@ -21,6 +21,9 @@ def removed(model: PreTrainedModel, dropped: tuple[int, ...]) -> PreTrainedModel
     for name, value in values.items():
         if isinstance(value, list) and len(value) == model.config.num_hidden_layers:
             values[name] = [value[i] for i in keep]
+    if values.get("per_layer_config"):
+        sizes = {int(block): each for block, each in values["per_layer_config"].items()}
+        values["per_layer_config"] = {new: sizes[old] for new, old in enumerate(keep) if old in sizes}
     values["num_hidden_layers"] = len(keep)
     smaller = AutoModelForCausalLM.from_config(type(config).from_dict(values), dtype=torch.float32).eval()
     weights = {}

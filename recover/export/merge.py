@@ -71,6 +71,9 @@ def pruned_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig:
     for name, value in values.items():
         if isinstance(value, list) and len(value) == blocks and not NOT_PER_BLOCK.fullmatch(name):
             values[name] = [value[block] for block in sources]
+    if values.get("per_layer_config"):  # Gemma 4: sizes of heads, by number of a block
+        known = {int(number): sizes for number, sizes in values["per_layer_config"].items()}
+        values["per_layer_config"] = {at: known[block] for at, block in enumerate(sources) if block in known}
     if isinstance(values.get("max_window_layers"), int):
         values["max_window_layers"] = sum(block < values["max_window_layers"] for block in sources)
     if values.get("full_attn_idxs") is not None:  # LFM2 as it was first published

@@ -53,10 +53,16 @@ def write_checkpoint(
             config = _write_wrapped(model, wrapped, beside, max_shard_size)
         respell_config(beside, config)
         write_tokenizer(tokenizer, beside)
-        artifacts.write_text(beside / CARD, card)
+        artifacts.write_text(beside / CARD, card if wrapped is None else _of_wrapper(card))
         artifacts.write_json(beside / RECORD, record)
         artifacts.publish(beside, target, keep_edited=True)
     return folder
+
+
+def _of_wrapper(card: str) -> str:
+    """The card of a text model, for the wrapper that it is in."""
+    card = card.replace("AutoModelForCausalLM.from_pretrained", "AutoModelForImageTextToText.from_pretrained")
+    return card.replace("pipeline_tag: text-generation", "pipeline_tag: image-text-to-text")
 
 
 def _write_wrapped(model: PreTrainedModel, wrapped: Wrapped, folder: Path, max_shard_size: str) -> PretrainedConfig:

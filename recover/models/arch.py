@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from recover.base.errors import ModelError
 from recover.maths.head import Head
-from recover.models.refusal import unsupported
+from recover.models.refusal import PER_BLOCK, unsupported
 from recover.models.site import SUBLAYERS, Site, Sublayer
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -51,6 +51,15 @@ def _all_alike(config: Mapping[str, Any]) -> str:
 
 def _with_experts(config: Mapping[str, Any]) -> str:
     return "it is a mixture of experts; its dense models are supported" if config.get("num_local_experts") else ""
+
+
+def _with_parts_of_blocks(config: Mapping[str, Any]) -> str:
+    """Gemma 4's E2B, E4B and 26B-A4B."""
+    if config.get("num_kv_shared_layers") or config.get("hidden_size_per_layer_input"):
+        return f"it has {PER_BLOCK.called.partition('a model with ')[2]}: {PER_BLOCK.why}"
+    if config.get("use_double_wide_mlp"):
+        return "some of its blocks have MLPs of twice the width"
+    return "it has a mixture of experts beside each MLP" if config.get("enable_moe_block") else ""
 
 
 def _one_behind_the_other(config: PretrainedConfig) -> bool:
@@ -95,7 +104,13 @@ class Arch:
     unadapted: tuple[str, ...] = ()  # linears of the mixer that peft puts no LoRA on
     neurons: str = "intermediate_size"  # the field of the config that says how wide an MLP is
     unlike: Callable[[Mapping[str, Any]], str] = _all_alike  # why this model of the type is not supported, if it is not
+    whole: bool = False  # halves of two blocks make no block: something of each block acts on the stream behind it
+    last_stays: bool = False  # the class takes the last block for one that attends to all
     kv_groups_stay: str = ""  # why width pruning cannot remove KV groups, empty where it can
+
+    def together(self, config: PretrainedConfig) -> bool:
+        """Whether only the sublayers of one block can be stored as a block."""
+        return self.whole or self.parallel(config)
 
     @property
     def mlp_matrices(self) -> int:
@@ -232,6 +247,20 @@ ARCHS: dict[str, Arch] = {
             packs=False,
             kv_groups_stay=MIXED,
         ),
+        *(
+            Arch(
+                f"gemma4{name}",
+                softcap=_final_softcap,
+                attention_norms=(*AROUND["attention_norms"], "layer_scalar"),  # a factor on the stream behind a block
+                mlp_norms=AROUND["mlp_norms"],
+                norm_behind=True,
+                whole=True,
+                last_stays=True,
+                unlike=_with_parts_of_blocks,
+                kv_groups_stay="its blocks differ in the sizes of their heads",
+            )
+            for name in ("_text", "_unified_text")
+        ),
         Arch(
             "apertus",
             mlp_linears=UP_DOWN,
@@ -276,13 +305,19 @@ def arch_of_config(config: Mapping[str, Any]) -> Arch:
 
 
 def kv_heads_of(config: PretrainedConfig) -> int:
-    """Key-value heads of a block: as many as query heads where the config names none."""
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    """Key-value heads of a block (the first one, where they differ): as many as query heads where none are named."""
+    return getattr(_of_first(config), "num_key_value_heads", None) or config.num_attention_heads
 
 
 def head_size_of(config: PretrainedConfig) -> int:
-    """Rows of one attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """Rows of one attention head (of the first block, where they differ)."""
+    return getattr(_of_first(config), "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _of_first(config: Any) -> Any:
+    """The settings of the first block: transformers refuses to say of all what differs between them."""
+    single = vars(config).get("per_layer_config") or getattr(type(config), "per_layer_config", None)
+    return config.per_layer_config[0] if single else config
 
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:
@@ -318,7 +353,13 @@ def modules_in(block: nn.Module, arch: Arch, part: Sublayer) -> list[str]:
 def linears_in(block: nn.Module, arch: Arch, part: Sublayer) -> list[str]:
     """Names inside the block of a sublayer's linear layers; of each module the last writes to the residual stream."""
     linears = {arch.mixer: arch.mixer_linears, arch.attention: arch.attention_linears, arch.mlp: arch.mlp_linears}
-    return [f"{name}.{linear}" for name in modules_in(block, arch, part) for linear in linears[name]]
+    inside = {name: block.get_submodule(name) for name in modules_in(block, arch, part)}
+    return [
+        f"{name}.{linear}"
+        for name, module in inside.items()
+        for linear in linears[name]
+        if module._modules.get(linear) is not None  # of Gemma 4, some blocks take their keys for values
+    ]
 
 
 def attending(model: nn.Module) -> list[Site]:
@@ -326,6 +367,13 @@ def attending(model: nn.Module) -> list[Site]:
     arch = arch_of(model)
     names = [modules_in(block, arch, "attention") for block in blocks_of(model)]
     return [Site(index, "attention") for index, inside in enumerate(names) if arch.attention in inside]
+
+
+def staying(model: nn.Module) -> set[Site]:
+    """What cannot go beside the attention of block 0."""
+    arch = arch_of(model)
+    last = {Site(len(blocks_of(model)) - 1, "attention")} if arch.last_stays else set()
+    return last | set(attending(model)[:1])
 
 
 def site_of(arch: Arch, name: str) -> Site:

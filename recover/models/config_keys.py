@@ -31,6 +31,9 @@ REFUSED = {
     "per_layer_config": "single blocks would have other sizes",
     "fusion_config": "parts of the model would be replaced",
 }
+GEMMA4 = "gemma4"  # whose blocks have heads of two sizes: by number of a block, or one size for all that attend to all
+HEADS = ("head_dim", "num_key_value_heads")
+OF_GEMMA4 = frozenset(("per_layer_config", "global_head_dim", "num_global_key_value_heads"))
 # Of every model: who it is, how it is stored, its sizes (code reads some that its class does not declare), and words of
 # older versions for what the classes declare.
 ALWAYS = frozenset(
@@ -67,8 +70,20 @@ _said: set[tuple[str, ...]] = set()
 def check_keys(config: dict[str, Any], where: object) -> None:
     """Raise ModelError for a key that stands for another model or other files than those that are looked at."""
     for key in REFUSED.keys() & config.keys():
+        if key == "per_layer_config" and _sizes_of_heads(config):
+            continue
         if config[key] not in (None, {}, []):
             raise ModelError(f"{where}: {key} is there, and {REFUSED[key]}; expected no such key: take it out")
+
+
+def _sizes_of_heads(config: dict[str, Any]) -> bool:
+    """Whether settings of single blocks are of a family that has them, and say how its heads are and nothing else."""
+    blocks = config.get("per_layer_config")
+    if not str(config.get("model_type")).startswith(GEMMA4) or not isinstance(blocks, dict):
+        return False
+    sizes = [size for each in blocks.values() if isinstance(each, dict) for size in each.items()]
+    numbers = all(str(number).isdigit() and isinstance(each, dict) for number, each in blocks.items())
+    return numbers and all(name in HEADS and type(size) is int and 1 <= size <= MOST for name, size in sizes)
 
 
 def allowed_of(model_type: str) -> frozenset[str]:
@@ -81,7 +96,7 @@ def allowed_of(model_type: str) -> frozenset[str]:
         declared = {field.name for field in dataclasses.fields(kind) if field.init}
     else:  # a config whose class takes its settings by name
         declared = set(inspect.signature(kind.__init__).parameters)
-    return ALWAYS | declared | renamed
+    return ALWAYS | declared | renamed | (OF_GEMMA4 if model_type.startswith(GEMMA4) else frozenset())
 
 
 def config_of(raw: dict[str, Any], source: str, where: object) -> Any:

@@ -66,8 +66,8 @@ UNPACKED: dict[str, Any] = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
 class Description(Shape):
     """What a model is, from its config alone; `bytes` is for the recipe's dtype, `stored` the checkpoint's own.
 
-    `parallel`: blocks run attention and MLP on one input. `beside`: parameters of a wrapper's other parts, which are in
-    its files and not in `parameters`."""
+    `parallel`: only the sublayers of one block can be stored as a block. `beside`: parameters of a wrapper's other
+    parts, which are in its files and not in `parameters`."""
 
     model_type: str
     context: int | None
@@ -104,7 +104,7 @@ def describe(cfg: recipe.Model) -> Description:
         embedding_parameters=sum(embeddings.values()),
         bytes=parameters * getattr(torch, cfg.dtype).itemsize,
         stored=stored_dtype(cfg),
-        parallel=arch_of(config).parallel(config),
+        parallel=arch_of(config).together(config),
         attending=len(attending(model)),
         beside=parameters_beside(cfg),
     )

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from recover.base import artifacts
 from recover.base.errors import ArtifactError, ModelError
-from recover.models.arch import attending, blocks_of, linears_of
+from recover.models.arch import arch_of, attending, blocks_of, linears_of
 from recover.models.linears import pack, unpack
 from recover.models.site import Packed, Site, Sublayer, packed_as, sites_in, sites_of, whole_blocks, zeroed_partners
 
@@ -292,6 +292,11 @@ def check_attends(model: PreTrainedModel, sites: Collection[Site]) -> None:
         raise ModelError(
             f"no attention is left of {', '.join(map(str, attending(model)))}, and the length of a cache, with it the "
             "position of every new token, is read off one: leave one of them"
+        )
+    last = Site(len(blocks_of(model)) - 1, "attention")
+    if arch_of(model).last_stays and last in sites:
+        raise ModelError(
+            f"{last} cannot go: {arch_of(model).model_type} takes its last block for one that attends to all"
         )
 
 

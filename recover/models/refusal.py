@@ -46,13 +46,7 @@ PER_BLOCK = Kind(
     "gemma3n, gemma4 (E2B, E4B)",
     "a block that goes takes a part of one matrix of all blocks with it, and others lose the keys and values that they "
     "read",
-    "give a model of the family without them, such as Gemma 3",
-)
-GEMMA4 = Kind(
-    "a model whose blocks differ in the sizes of their heads, and scale the stream behind them",
-    "gemma4 (12B, 31B)",
-    "sublayers of two blocks cannot be stored as one, and settings by number of a block would have to move with it",
-    "give Gemma 3",
+    "give a model of the family without them, such as Gemma 3 or Gemma 4 12B and 31B",
 )
 CONV1D = Kind(
     "a model whose projections are Conv1D, with the weight the other way round",
@@ -60,7 +54,7 @@ CONV1D = Kind(
     "masks, adapters and slices are made for nn.Linear",
     "give a model of a later family",
 )
-KINDS = (WRAPPER, MIXTURE, HYBRID, PER_BLOCK, GEMMA4, CONV1D)
+KINDS = (WRAPPER, MIXTURE, HYBRID, PER_BLOCK, CONV1D)
 TYPES = {
     **dict.fromkeys(("gpt2", "gpt_bigcode", "openai-gpt"), CONV1D),
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "jamba", "bamba", "zamba2"), HYBRID),
@@ -74,8 +68,6 @@ def kind_of_model(config: Mapping[str, Any]) -> Kind | None:
     shared = settings.get("num_kv_shared_layers") or settings.get("hidden_size_per_layer_input")
     if name.startswith("gemma3n") or (name.startswith("gemma4") and shared):
         return PER_BLOCK
-    if name.startswith("gemma4"):
-        return GEMMA4
     if isinstance(inner, Mapping):
         return WRAPPER
     if any(isinstance(value := config.get(name), int) and value > 1 for name in EXPERTS):

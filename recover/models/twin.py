@@ -56,7 +56,7 @@ class Twin:
     ) -> None:
         self.model: Any = model
         self._replan = replan
-        self.plan = dataclasses.replace(plan, parallel=arch_of(model).parallel(model.config))
+        self.plan = dataclasses.replace(plan, parallel=arch_of(model).together(model.config))
         self.arch: Arch = arch_of(model)
         self.switch = Switch()
         check_fit(model, plan, masks or {}, weights or {})

@@ -58,6 +58,8 @@ WRAPPERS: dict[str, Wrapper] = {
         Wrapper("qwen2_vl", ("qwen2",), text_as="qwen2"),
         Wrapper("qwen2_5_vl", ("qwen2",), text_as="qwen2"),
         Wrapper("qwen3_vl", ("qwen3",), text_as="qwen3"),
+        Wrapper("gemma4", ("gemma4_text",)),
+        Wrapper("gemma4_unified", ("gemma4_unified_text",)),
         Wrapper("qwen3_5", ("qwen3_5_text",), beside=r"mtp\."),
     )
 }

@@ -67,8 +67,8 @@ def refuse_pairs(cfg: Depth, parallel: bool) -> None:
     """Raise PruneError for pairs where a pair saves nothing: of neighbours in two blocks that run side by side."""
     if parallel and cfg.unit == "pair":
         raise PruneError(
-            "prune.unit: 'pair' joins half of a block with half of the next, and the blocks of this model run "
-            "attention and MLP on one input, so that only halves of one block can be stored together: use 'block'"
+            "prune.unit: 'pair' joins half of a block with half of the next. The blocks of this model run attention and "
+            "MLP on one input, or have a factor behind them: only halves of one block can be stored together. Use 'block'"
         )
 
 
@@ -128,7 +128,7 @@ def _plan(twin: Twin, choice: SearchResult, calibration: dict[str, Any], **repai
         scores=[{**candidate} for candidate in choice.candidates],
         parameters_dense=dense,
         parameters_pruned=dense,
-        parallel=arch_of(twin.model).parallel(twin.base.config),
+        parallel=arch_of(twin.model).together(twin.base.config),
         nonzero=dense - sum(_site_parameters(twin, site, choice.sites) for site in choice.sites),
         calibration=calibration,
         **repair,

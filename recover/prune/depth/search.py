@@ -20,7 +20,7 @@ from torch import LongTensor
 from recover.base.errors import PruneError
 from recover.base.journal import Entry, Journal
 from recover.config.prune import Depth
-from recover.models.arch import attending, blocks_of
+from recover.models.arch import blocks_of, staying
 from recover.models.site import SUBLAYERS, Site, sites_in, sites_of
 from recover.prune.depth.scores import Score, Span, score_of
 
@@ -124,12 +124,15 @@ def choose(twin: Twin, cfg: Depth, batches: list[LongTensor], journal: Journal |
 
 
 def _may_go(twin: Twin, units: list[Span], count: int) -> list[Span]:
-    """Those without the first attention, which stays: it tells how many tokens a cache has. In most models it is that
-    of block 0, which is in none. Raises PruneError where fewer than `count` are left."""
-    stays = attending(twin.model)[0]
-    left = [unit for unit in units if stays not in unit]
+    """Those without what stays, in most models the attention of block 0, which is in none: it tells how many tokens a
+    cache has. Raises PruneError where fewer than `count` are left."""
+    stays = staying(twin.model)
+    left = [unit for unit in units if not stays & set(unit)]
     if len(left) < count:
-        raise PruneError(f"prune.count: {count} of {len(left)} that may go: drop at most {len(left)} ({stays} stays)")
+        named = ", ".join(map(str, sorted(stays)))
+        raise PruneError(
+            f"prune.count: {count} of {len(left)} that may go: drop at most {len(left)} (staying: {named})"
+        )
     return left
 
 
@@ -177,8 +180,8 @@ def _left(twin: Twin, cfg: Depth, units: list[Span], closed: frozenset[Site]) ->
         return [unit for unit in units if unit[0] not in closed]
     blocks = len(blocks_of(twin.model))
     there, dense = set(units), set(pairs_of(blocks))
-    stays = attending(twin.model)[0]
-    left = [pair for pair in pairs_of(blocks, closed) if stays not in pair]
+    stays = staying(twin.model)
+    left = [pair for pair in pairs_of(blocks, closed) if not stays & set(pair)]
     return [pair for pair in left if pair in there or pair not in dense] or left
 
 
