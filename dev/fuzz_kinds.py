@@ -6,6 +6,7 @@ Models are tiny (tests/tiny.py), so that an input takes milliseconds; what is fu
 from __future__ import annotations
 
 import copy
+import functools
 import gzip
 import json
 import os
@@ -18,15 +19,17 @@ from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
+import datasets
 import datasets.config
 import fuzz_mutate as mutate
+import report_run
 import torch
 import yaml
 from gguf_checkpoint import checkpoint
-from report_run import build_run
 from tiny import tiny
 from transformers.utils import chat_template_utils
 
+from recover.base import products
 from recover.commands import report as reports
 from recover.config import recipe
 from recover.config.recipe import GivenText, Lora, Model, TeacherText, load_recipe
@@ -41,9 +44,9 @@ from recover.models.twin import Twin
 from recover.prune.calibrate import read_texts
 from recover.run.directory import RunDirectory
 from recover.text.prompts import encode_prompt
+from recover.train import teacher_file
 from recover.train.checkpoints import read_adapter, write_adapter
 from recover.train.sources import check_given, read_prompts
-from recover.train.teacher_file import check_teacher
 
 ROOT = Path(__file__).parent.parent
 YAML_PIECES = (
@@ -287,7 +290,7 @@ class Tasks(Kind):
 class DataRows(Kind):
     """Files of rows, of every ending, as prompts, given text and calibration text."""
 
-    ENDINGS = ("jsonl", "jsonl", "json", "csv", "tsv", "txt", "jsonl.gz", "parquet", "arrow")
+    ENDINGS = ("jsonl", "jsonl", "json", "csv", "tsv", "txt", "jsonl.gz", "parquet", "arrow", "saved")
 
     def prepare(self) -> None:
         import pyarrow
@@ -299,11 +302,18 @@ class DataRows(Kind):
         parquet.write_table(table, self.folder / "sound.parquet")
         with ipc.new_file(str(self.folder / "sound.arrow"), table.schema) as file:
             file.write_table(table)
+        datasets.Dataset(table).save_to_disk(self.folder / "sound")
+        self.saved = {path.name: path.read_bytes() for path in (self.folder / "sound").iterdir()}
         self.tables = {name: (self.folder / f"sound.{name}").read_bytes() for name in ("parquet", "arrow")}
         self.sheet = 'prompt,completion,text\n"a, ""b""",c,d\n1,,"two\nlines"\n'
 
     def make(self, chance: random.Random) -> None:
         self.ending = chance.choice(self.ENDINGS)
+        if self.ending == "saved":
+            name = chance.choice(sorted(self.saved))
+            for each, data in self.saved.items():
+                self.path = self.put(f"saved/{each}", data if each != name else self.damaged(data, chance)).parent
+            return
         if self.ending in self.tables:
             data = mutate.raw(self.tables[self.ending], chance)
         elif self.ending in ("csv", "tsv", "txt"):
@@ -320,6 +330,14 @@ class DataRows(Kind):
         for old in self.folder.glob("rows.*"):
             old.unlink()
         self.path = self.put(f"rows.{self.ending}", data)
+
+    def damaged(self, data: bytes, chance: random.Random) -> bytes:
+        """A file that `save_to_disk` wrote: a table, or settings."""
+        return (
+            mutate.as_json(mutate.tree(json.loads(data), chance), chance)
+            if data[:1] == b"{"
+            else mutate.raw(data, chance)
+        )
 
     def work(self, chance: random.Random) -> None:
         use = chance.randrange(4)
@@ -342,7 +360,7 @@ class ModelFolder(Kind):
     changed = ("config.json",)
 
     def prepare(self) -> None:
-        checkpoint(self.folder / "model")
+        checkpoint(self.folder / "model", num_hidden_layers=1)
         self.model = self.folder / "model"
         (self.model / "chat_template.jinja").write_text(TEMPLATE)
         self.cfg = Model(source=str(self.model))
@@ -437,7 +455,8 @@ class GgufHeads(Kind):
     first: int | None = None
 
     def prepare(self) -> None:
-        self.content = write_gguf(checkpoint(self.folder / "model"), self.folder / "sound.gguf").read_bytes()
+        model = checkpoint(self.folder / "model", num_hidden_layers=1)
+        self.content = write_gguf(model, self.folder / "sound.gguf").read_bytes()
         shutil.rmtree(self.folder / "model")
         self.size = len(self.content)
 
@@ -539,6 +558,7 @@ class TeacherFiles(Kind):
 
     def prepare(self) -> None:
         self.tokenizer = load_tokenizer(Model(source=recipe.embedded("fable-2m").as_posix()))
+        teacher_file.marks = functools.cache(teacher_file.marks)  # of this one tokenizer: nine tenths of the time
 
     ROW: ClassVar = {"input_ids": [1, 5, 9, 7], "completion_mask": [0, 1, 0, 1], "top_ids": [[5, 4], [7, 3]]}
 
@@ -549,27 +569,29 @@ class TeacherFiles(Kind):
         self.path = self.put("teacher.jsonl", lines)
 
     def work(self, chance: random.Random) -> None:
-        check_teacher(TeacherText(kind="teacher", source=str(self.path)), 64, self.tokenizer)
+        teacher_file.check_teacher(TeacherText(kind="teacher", source=str(self.path)), 64, self.tokenizer)
 
 
 class Runs(Kind):
     """The files of a finished run, as the commands that show, report and compare it read them."""
 
     def prepare(self) -> None:
-        self.run, self.other = build_run(self.folder), build_run(self.folder, name="other")
+        report_run.BLOCKS, report_run.DROPPED, report_run.STEPS = 4, (1,), 6  # a page is drawn for each input
+        self.run, self.other = (report_run.build_run(self.folder, name=name) for name in ("run", "other"))
         for stage in ("plan", "dense", "prune", "before", "train", "after", "export", "report"):
             RunDirectory(self.run).mark_done(stage, {"seed": 0, "model": {"source": "x"}})
         self.sound = {
             path.relative_to(self.run).as_posix(): path.read_bytes() for path in self.run.rglob("*") if path.is_file()
         }
+        self.changed: list[str] = []
 
     def make(self, chance: random.Random) -> None:
-        for path in self.run.rglob("*"):
-            if path.is_file() and path.relative_to(self.run).as_posix() not in self.sound:
-                path.unlink()
-        for name, data in self.sound.items():
-            self.put(f"{self.run.name}/{name}", data)
-        for name in chance.sample(list(self.sound), chance.choice((1, 1, 2))):
+        for name in ("report.json", "report.md", "report.html", *self.changed):
+            (self.run / name).unlink(missing_ok=True)
+        for name in {*self.changed, "report.json", "report.md", "report.html"} & self.sound.keys():
+            self.put(f"{self.run.name}/{name}", self.sound[name])
+        self.changed = chance.sample(list(self.sound), chance.choice((1, 1, 2)))
+        for name in self.changed:
             self.put(f"{self.run.name}/{name}", self.damaged(name, chance))
 
     def damaged(self, name: str, chance: random.Random) -> bytes:
@@ -597,6 +619,9 @@ class Runs(Kind):
             )
         )
         use()
+
+    def after(self) -> None:
+        products._digests.clear()
 
 
 KINDS: dict[str, type[Kind]] = {

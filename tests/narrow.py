@@ -6,7 +6,7 @@ import copy
 import functools
 
 import torch
-from tiny import HYBRIDS, ids, tiny
+from tiny import HYBRIDS, MIXTURES, ids, tiny
 
 from recover.config import recipe
 from recover.models.arch import arch_of, blocks_of
@@ -16,7 +16,7 @@ from recover.prune.width import prune_width
 
 NEURONS, HEAD, SHARED = 96, 16, 2  # of every tiny model; SHARED query heads on a KV head
 MLP_ONLY = {"phi3", "olmo2", "olmo3", "granite_swa"}
-MLP_ONLY |= {*HYBRIDS, "gemma4_text", "gemma4_unified_text"}
+MLP_ONLY |= {*HYBRIDS, "gemma4_text", "gemma4_unified_text", "olmoe", "gpt_oss", "deepseek_v3"}
 MLP_ONLY |= {"stablelm", "stablelm_parallel", "cohere", "gpt_neox", "gpt_neox_sequential"}
 
 
@@ -29,6 +29,8 @@ def batches() -> list[torch.Tensor]:
 
 
 def widths(family: str) -> dict:
+    if family in MIXTURES:
+        return {"kv_groups": 1}
     return {"mlp": 0.4} if family in MLP_ONLY else {"mlp": 0.4, "kv_groups": 1}
 
 
@@ -103,10 +105,11 @@ def silenced(model, by: str = "activation", neurons: int = 40, groups: int = 1):
         arch = arch_of(model)
         attention = f"{arch.attention}.{arch.attention_linears[-1]}"
         for block, layer in enumerate(blocks_of(quiet)):
-            name = f"{arch.mlp}.{arch.mlp_linears[-1]}"
-            seen = [inputs_of_last(model, block, name, tokens) for tokens in batches()]
-            gone = lowest([neuron_score(model, block, n, by, seen) for n in range(NEURONS)], neurons)
-            last(quiet, block).weight[:, sorted(gone)] = 0
+            if neurons:
+                name = f"{arch.mlp}.{arch.mlp_linears[-1]}"
+                seen = [inputs_of_last(model, block, name, tokens) for tokens in batches()]
+                gone = lowest([neuron_score(model, block, n, by, seen) for n in range(NEURONS)], neurons)
+                last(quiet, block).weight[:, sorted(gone)] = 0
             if not groups:
                 continue
             seen = [inputs_of_last(model, block, attention, tokens) for tokens in batches()]

@@ -4,10 +4,12 @@ import argparse
 import gzip
 import hashlib
 import json
+import math
 import random
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from report_run import build_run
@@ -467,8 +469,21 @@ def _read_decisively(out, rows):
 # What is read off many runs.
 
 
+def test_what_kl_foretells_is_fitted_without_the_pruning_it_is_told_of():
+    from decisive import foretold
+
+    def run(pruning, kl, share):
+        views = {"dense": {"generation": 0.5}, "recovered": {"generation": 0.5 * share, "kl": {"mean": kl}}}
+        return SimpleNamespace(row={"pruning": pruning, **views})
+
+    lawful = [run(name, kl, math.exp(-10 * kl)) for name, kl in (("a", 0.01), ("a", 0.1), ("b", 0.05))]
+    said = foretold([*lawful, run("odd", 0.02, 0.5)])  # type: ignore[list-item]
+    assert "| recovered | odd | 1 | 10.00 | +31.9% |" in said  # exp(-0.2) - 0.5
+    assert foretold(lawful) == ""  # two prunings say nothing of a third
+
+
 def test_a_share_is_paired_and_a_law_is_found_again():
-    from decisive import majority, power_law, rank_correlation, share_kept
+    from decisive import decay, majority, power_law, rank_correlation, share_kept
 
     dense = [True] * 50 + [False] * 50
     assert share_kept([(dense, dense)]) == (1.0, 1.0, 1.0)  # the same items: nothing can differ
@@ -481,4 +496,6 @@ def test_a_share_is_paired_and_a_law_is_found_again():
     assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 400]) == pytest.approx(1)
     assert rank_correlation([1, 2, 2, 3], [4, 3, 3, 1]) == pytest.approx(-1)
     assert rank_correlation([1, 1, 1], [1, 2, 3]) is None
+    kept = [math.exp(-11.5 * kl) for kl in (0.01, 0.05, 0.2)]
+    assert decay([0.01, 0.05, 0.2], kept) == pytest.approx(11.5)
     assert [majority(each) for each in (["7", "8", "8"], ["7", "8"], [None, "9"], [None])] == ["8", "7", "9", None]

@@ -232,7 +232,12 @@ def test_a_data_set_is_read_from_one_commit(standin: Standin, monkeypatch: pytes
         asked.append((name, revision))
         return datasets.Dataset.from_list([{"text": "a"}])
 
+    class Json:  # as the reader of `datasets` that the hub's files ask for
+        __module__ = "datasets.packaged_modules.json.json"
+        config = SimpleNamespace(data_files=None)
+
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, revision: Json() if revision == OLD else None)
     assert rows_at("org/rows")[0].value == {"text": "a"}
     standin.head = NEW
     assert len(rows_at("org/rows")) == 1 and asked == [("org/rows", OLD)] * 2

@@ -35,9 +35,13 @@ def zeroed(model, sites):
     model, arch = copy.deepcopy(model), arch_of(model)
     for site in sites:
         block = blocks_of(model)[site.block]
-        for path in set(linears_in(block, arch, site.part)) & set(arch.last_linears):
-            for parameter in block.get_submodule(path).parameters():
-                parameter.data.zero_()
+        if site.part == "mlp" and hasattr(block.get_submodule(arch.mlp), "experts"):
+            writing = [p for name, p in block.mlp.named_parameters() if "down_proj" in name]
+        else:
+            last = set(linears_in(block, arch, site.part)) & set(arch.last_linears)
+            writing = [parameter for path in last for parameter in block.get_submodule(path).parameters()]
+        for parameter in writing:
+            parameter.data.zero_()
     for index in whole_blocks(sites):
         if hasattr(blocks_of(model)[index], "layer_scalar"):  # goes with the block
             blocks_of(model)[index].layer_scalar.fill_(1)

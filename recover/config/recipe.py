@@ -20,7 +20,18 @@ from recover.config.base import Config, Dtype
 from recover.config.loss import Focus, Loss
 from recover.config.messages import explain
 from recover.config.paths import place_files
-from recover.config.prune import Calibrated, Calibration, Depth, Magnitude, Prune, SparseGpt, Sparsity, Wanda, Width
+from recover.config.prune import (
+    Calibrated,
+    Calibration,
+    Depth,
+    Experts,
+    Magnitude,
+    Prune,
+    SparseGpt,
+    Sparsity,
+    Wanda,
+    Width,
+)
 from recover.config.train import Cache, Data, DenseText, GivenText, Lora, PrunedText, StopEarly, TeacherText, Train
 
 __all__ = [
@@ -32,6 +43,7 @@ __all__ = [
     "DenseText",
     "Depth",
     "Dtype",
+    "Experts",
     "Focus",
     "GivenText",
     "Lora",
@@ -146,6 +158,16 @@ class Recipe(Config):
     train: Train
     measure: Measure
     export: Export = Export()
+    track: tuple[str, ...] = Field(
+        default=(),
+        description="trackers that get losses, rates, generation and the report, as accelerate names them: "
+        "tensorboard, wandb, mlflow; a run that goes on is the same run there",
+    )
+
+    @field_validator("track", mode="before")
+    @classmethod
+    def _one_name(cls, names: Any) -> Any:
+        return (names,) if isinstance(names, str) else names
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -75,6 +75,22 @@ def _final_softcap(config: PretrainedConfig) -> float | None:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpertNames:
+    """Names inside an MLP that is a mixture of experts; a block without a module `experts` there has a plain MLP.
+
+    The router has a row an expert in its weight and in all else that it holds, and gives (logits, weights, experts) of
+    each token. The experts are 3-D parameters of one module: `gate_up_proj` and `down_proj`, with a matrix each.
+    """
+
+    router: str = "gate"
+    experts: str = "experts"
+    shared: str = ""  # an MLP beside them that every token goes through, with the linears of a plain one
+    width: str = "intermediate_size"  # of the config: neurons of an expert
+    gives_scores: bool = False  # the MLP gives (hidden states, router scores)
+    grouped: bool = False  # experts are chosen from groups of equal size, `n_group` of them
+
+
+@dataclasses.dataclass(frozen=True)
 class Arch:
     """Names inside one architecture, from the causal LM down.
 
@@ -107,6 +123,7 @@ class Arch:
     whole: bool = False  # halves of two blocks make no block: something of each block acts on the stream behind it
     last_stays: bool = False  # the class takes the last block for one that attends to all
     kv_groups_stay: str = ""  # why width pruning cannot remove KV groups, empty where it can
+    experts: ExpertNames | None = None  # how an MLP is a mixture of experts, where one is
 
     def together(self, config: PretrainedConfig) -> bool:
         """Whether only the sublayers of one block can be stored as a block."""
@@ -125,6 +142,7 @@ class Arch:
 
 
 MIXED = "some of its blocks have a mixer in the place of attention, or beside it, without keys and values"
+SINKS = "its attention has a sink for each head, which is no part of a linear layer"
 ALL_HEADS = "its q_norm and k_norm take all heads together, so that removing one changes the others"
 
 
@@ -150,7 +168,7 @@ ARCHS: dict[str, Arch] = {
         Arch(
             "granite_swa",
             logit_scale=lambda config: 1.0 / config.logits_scaling,
-            kv_groups_stay="its attention has a sink for each head, which is no part of a linear layer",
+            kv_groups_stay=SINKS,
         ),
         Arch("gemma"),
         Arch("ministral3"),
@@ -268,6 +286,20 @@ ARCHS: dict[str, Arch] = {
             attention_norms=("attention_layernorm",),
             mlp_norms=("feedforward_layernorm",),
         ),
+        Arch("mixtral", experts=ExpertNames()),
+        Arch("olmoe", kv_groups_stay=ALL_HEADS, experts=ExpertNames()),
+        Arch("qwen3_moe", experts=ExpertNames(width="moe_intermediate_size")),
+        Arch("gpt_oss", kv_groups_stay=SINKS, experts=ExpertNames(router="router", gives_scores=True)),
+        Arch(
+            "glm4_moe",
+            experts=ExpertNames(shared="shared_experts", width="moe_intermediate_size", grouped=True),
+        ),
+        Arch(
+            "deepseek_v3",
+            attention_linears=("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
+            kv_groups_stay="its heads share keys and values that are compressed (MLA)",
+            experts=ExpertNames(shared="shared_experts", width="moe_intermediate_size", grouped=True),
+        ),
     )
 }
 
@@ -352,13 +384,17 @@ def modules_in(block: nn.Module, arch: Arch, part: Sublayer) -> list[str]:
 
 def linears_in(block: nn.Module, arch: Arch, part: Sublayer) -> list[str]:
     """Names inside the block of a sublayer's linear layers; of each module the last writes to the residual stream."""
-    linears = {arch.mixer: arch.mixer_linears, arch.attention: arch.attention_linears, arch.mlp: arch.mlp_linears}
-    inside = {name: block.get_submodule(name) for name in modules_in(block, arch, part)}
+    linears = {arch.mixer: arch.mixer_linears, arch.attention: arch.attention_linears}
+    names = modules_in(block, arch, part)
+    if part == "mlp" and mixture_in(arch, block):  # those of a mixture are its shared experts'
+        assert arch.experts is not None
+        names = [f"{arch.mlp}.{arch.experts.shared}"] if arch.experts.shared else []
+    inside = {name: block.get_submodule(name) for name in names}
     return [
         f"{name}.{linear}"
         for name, module in inside.items()
-        for linear in linears[name]
-        if module._modules.get(linear) is not None  # of Gemma 4, some blocks take their keys for values
+        for linear in linears.get(name, arch.mlp_linears)
+        if module._modules.get(linear) is not None  # what a config leaves out; in Gemma 4 keys may be values too
     ]
 
 
@@ -374,6 +410,38 @@ def staying(model: nn.Module) -> set[Site]:
     arch = arch_of(model)
     last = {Site(len(blocks_of(model)) - 1, "attention")} if arch.last_stays else set()
     return last | set(attending(model)[:1])
+
+
+def mixture_in(arch: Arch, block: nn.Module) -> bool:
+    """Whether the MLP of this block is a mixture of experts."""
+    return arch.experts is not None and hasattr(block.get_submodule(arch.mlp), arch.experts.experts)
+
+
+def experts_of(config: PretrainedConfig) -> tuple[int, int]:
+    """How many experts a mixture of this model has, and how many of them a token goes through; (0, 0) without one."""
+    if arch_of(config).experts is None:
+        return 0, 0
+    settings: Any = config
+    return settings.num_local_experts, settings.num_experts_per_tok
+
+
+def groups_of(config: PretrainedConfig) -> tuple[int, int]:
+    """From how many groups of experts this model's routers choose, and from how many of them for one token."""
+    names, settings = arch_of(config).experts, config
+    if names is None or not names.grouped:
+        return 1, 1
+    return getattr(settings, "n_group", None) or 1, getattr(settings, "topk_group", None) or 1
+
+
+def writes_out(arch: Arch, inside: str) -> bool:
+    """Whether a tensor, by its name inside the block, is of what a sublayer writes to the residual stream with."""
+    module, _, name = inside.rpartition(".")
+    if module in arch.last_linears:
+        return True
+    last, mixture = arch.mlp_linears[-1], arch.experts
+    if mixture is not None and module == f"{arch.mlp}.{mixture.experts}":
+        return name.removesuffix("_bias") == last
+    return mixture is not None and module == f"{arch.mlp}.{mixture.shared}.{last}"
 
 
 def site_of(arch: Arch, name: str) -> Site:

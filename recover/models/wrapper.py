@@ -22,6 +22,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from recover.base import console
+from recover.base.artifacts import JsonObject
 from recover.base.errors import ModelError
 from recover.models.config_keys import allowed_of
 
@@ -70,10 +71,10 @@ def wrapper_of(config: Mapping[str, Any]) -> Wrapper | None:
     return WRAPPERS.get(str(config.get("model_type")))
 
 
-def text_values(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def text_values(config: JsonObject) -> JsonObject:
     """The settings of the text model in a raw config; older files of some wrappers have them beside the others."""
     inner = config.get(TEXT)
-    return inner if wrapper_of(config) is not None and isinstance(inner, Mapping) else config
+    return inner if wrapper_of(config) is not None and isinstance(inner, dict) else config
 
 
 def text_config(config: Any) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from recover.base import dist, memory, provenance, units
+from recover.base.artifacts import JsonObject
 from recover.config import defaults, yaml_values
 from recover.config.prune import Depth, SparseGpt, Wanda, Width
 from recover.config.recipe import Calibration, Recipe, parse_recipe
@@ -107,7 +108,7 @@ def _prune(goal: Target, texts: Texts) -> Iterator[Line]:
     yield "prune", HEADING, "what goes"
     fields = {
         Depth: ("kind", "count", "score"),
-        Width: ("kind", "mlp", "score"),
+        Width: ("kind", "mlp", "score", "repair"),
         Wanda: ("kind", "sparsity", "allocation"),
         SparseGpt: ("kind", "pattern"),
     }[type(cfg)]
@@ -120,7 +121,7 @@ def _prune(goal: Target, texts: Texts) -> Iterator[Line]:
     yield "prune.calibration.data", calibration.data, defaults.OWN_TEXT_SOURCE
     yield "prune.calibration.column", calibration.column, "of that data"
     yield "prune.calibration.answer", calibration.answer, defaults.ANSWER_SOURCE
-    yield "prune.calibration.samples", calibration.samples, defaults.SAMPLES_SOURCE
+    yield "prune.calibration.samples", calibration.samples, why.get("samples", defaults.SAMPLES_SOURCE)
     yield "prune.calibration.length", calibration.length, "tokens of a sample"
 
 
@@ -213,7 +214,7 @@ def _length_why(length: int, model: Description) -> str:
     return room if length < (model.context or 2**31) else f"the model's context; {room} would be better"
 
 
-def _values(lines: Sequence[Line]) -> dict[str, Any]:
+def _values(lines: Sequence[Line]) -> JsonObject:
     return {path: value for path, value, _ in lines}
 
 
