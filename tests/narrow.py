@@ -6,7 +6,7 @@ import copy
 import functools
 
 import torch
-from tiny import MIXTURES, ids, tiny
+from tiny import HYBRIDS, MIXTURES, ids, tiny
 
 from recover.config import recipe
 from recover.models.arch import arch_of, blocks_of
@@ -16,16 +16,8 @@ from recover.prune.width import prune_width
 
 NEURONS, HEAD, SHARED = 96, 16, 2  # of every tiny model; SHARED query heads on a KV head
 MLP_ONLY = {"phi3", "olmo2", "olmo3", "granite_swa"}
-MLP_ONLY |= {
-    "olmoe",
-    "gpt_oss",
-    "deepseek_v3",
-    "stablelm",
-    "stablelm_parallel",
-    "cohere",
-    "gpt_neox",
-    "gpt_neox_sequential",
-}
+MLP_ONLY |= {*HYBRIDS, "gemma4_text", "gemma4_unified_text", "olmoe", "gpt_oss", "deepseek_v3"}
+MLP_ONLY |= {"stablelm", "stablelm_parallel", "cohere", "gpt_neox", "gpt_neox_sequential"}
 
 
 def cfg(**fields) -> recipe.Width:
@@ -71,7 +63,8 @@ def inputs_of_last(model, block: int, name: str, tokens: torch.Tensor) -> torch.
 
 def last(model, block: int):
     """The linear of an MLP that writes to the residual stream."""
-    return blocks_of(model)[block].mlp.get_submodule(arch_of(model).mlp_linears[-1])
+    arch = arch_of(model)
+    return blocks_of(model)[block].get_submodule(f"{arch.mlp}.{arch.mlp_linears[-1]}")
 
 
 def lowest(scores: list[float], count: int) -> set[int]:
@@ -113,10 +106,12 @@ def silenced(model, by: str = "activation", neurons: int = 40, groups: int = 1):
         attention = f"{arch.attention}.{arch.attention_linears[-1]}"
         for block, layer in enumerate(blocks_of(quiet)):
             if neurons:
-                name = f"mlp.{arch_of(model).mlp_linears[-1]}"
+                name = f"{arch.mlp}.{arch.mlp_linears[-1]}"
                 seen = [inputs_of_last(model, block, name, tokens) for tokens in batches()]
                 gone = lowest([neuron_score(model, block, n, by, seen) for n in range(NEURONS)], neurons)
                 last(quiet, block).weight[:, sorted(gone)] = 0
+            if not groups:
+                continue
             seen = [inputs_of_last(model, block, attention, tokens) for tokens in batches()]
             for group in lowest([group_score(model, block, g, by, seen) for g in range(2)], groups):
                 layer.get_submodule(attention).weight[:, group * SHARED * HEAD : (group + 1) * SHARED * HEAD] = 0

@@ -25,6 +25,7 @@ from recover.config import recipe
 from recover.models.arch import ALL_HEADS, ARCHS, arch_of, arch_of_config, blocks_of, final_norm_of, head_of, linears_of
 from recover.models.load import load_model
 from recover.models.refusal import KINDS, WRAPPER
+from recover.models.wrapper import WRAPPERS
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -63,17 +64,19 @@ def test_the_parts_are_found_through_a_peft_model():
     [
         ({"model_type": "zzz"}, r"'zzz' is not supported; supported: llama.*add this row.*Arch\('zzz'\)"),
         (
-            {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}},
-            r"a text model inside a wrapper.*, of type 'gemma3_text'.*save the text model alone and prune that:",
+            {"model_type": "internvl", "text_config": {"model_type": "qwen3"}},
+            r"a text model inside a wrapper.*, of type 'qwen3'.*save the text model alone and prune that:",
         ),
         (
-            {"model_type": "qwen2_5_vl", "text_config": {"model_type": "qwen2_5_vl_text"}},
-            r"of type 'qwen2_5_vl_text', which is not supported either.*`recover families` says",
+            {"model_type": "llama4", "text_config": {"model_type": "llama4_text"}},
+            r"of type 'llama4_text', which is not supported either.*`recover families` says",
         ),
         ({"model_type": "qwen2_moe", "num_experts": 60}, "it is a mixture of experts of another kind; its router"),
         ({"model_type": "granitemoe", "num_local_experts": 32}, "it is a mixture of experts"),
         ({"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]}, "it is a hybrid"),
         ({"model_type": "new", "mamba_d_state": 16}, "it is a hybrid"),
+        ({"model_type": "nemotron_h", "ssm_state_size": 16}, "it is a hybrid of another kind.*one of them in a block"),
+        ({"model_type": "gemma3n", "text_config": {}}, "embeddings for each block"),
     ],
 )
 def test_what_is_not_supported_says_what_it_is_and_what_to_do(config, said):
@@ -82,6 +85,20 @@ def test_what_is_not_supported_says_what_it_is_and_what_to_do(config, said):
     assert re.search(said, str(caught.value)) and "\n" not in str(caught.value)
     if config["model_type"] != "zzz":
         assert "add this row" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "granitemoehybrid", "num_local_experts": 8}, "its dense models are supported"),
+        ({"model_type": "gemma4_text", "num_kv_shared_layers": 10}, "blocks that share keys and values"),
+        ({"model_type": "gemma4_text", "hidden_size_per_layer_input": 256}, "embeddings for each block"),
+        ({"model_type": "gemma4_text", "enable_moe_block": True}, "a mixture of experts beside each MLP"),
+    ],
+)
+def test_models_of_a_supported_type_that_are_otherwise_are_refused(config, said):
+    with pytest.raises(ModelError, match=f"this model of type '{config['model_type']}' is not supported.*{said}"):
+        arch_of_config(config)
 
 
 def test_a_model_of_transformers_without_a_row_says_the_same():
@@ -114,3 +131,4 @@ def test_the_command_says_what_is_supported_and_why_the_rest_is_not():
     assert re.search(r"^ *olmo2 +yes +no +yes +no +no +no", said, re.MULTILINE) and ALL_HEADS in " ".join(said.split())
     assert re.search(r"^ *olmoe +yes +no +no +no +yes +no", said, re.MULTILINE)
     assert all(f"- {kind.called}" in said for kind in KINDS)
+    assert all(re.search(rf"^ *{wrapper} +\w", said, re.MULTILINE) for wrapper in WRAPPERS)

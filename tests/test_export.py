@@ -14,7 +14,7 @@ import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, ids, tiny
+from tiny import FAMILIES, HYBRIDS, ids, tiny
 from transformers import AutoModelForCausalLM
 
 from recover.base import artifacts
@@ -29,6 +29,8 @@ from recover.models.twin import Twin
 from recover.prune import registry
 
 DROPPED = (2, 4)
+# A state that is multiplied at every token carries rounding further, and so do heads without a scale.
+SENSITIVE = {*HYBRIDS, "gemma4_text", "gemma4_unified_text"}
 
 
 def trained(twin: Twin, blocks: str = "all") -> Twin:
@@ -80,7 +82,8 @@ def test_depth_pruned_and_merged_reloads_as_the_pruned_view(family, tmp_path):
     assert not any(info.get(key) for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(loaded).__module__.startswith("transformers.models.")
     scale = logits(twin.model).abs().max()
-    assert (logits(loaded.eval()) - logits(twin.model)).abs().max() < 2e-6 * max(1.0, float(scale)) * 3
+    rounding = 2e-5 if family in SENSITIVE else 2e-6
+    assert (logits(loaded.eval()) - logits(twin.model)).abs().max() < rounding * max(1.0, float(scale)) * 3
     assert len(blocks_of(loaded)) == loaded.config.num_hidden_layers == 4
     numbers = [m.layer_idx for m in loaded.modules() if getattr(m, "layer_idx", None) is not None]
     assert sorted(set(numbers)) == [0, 1, 2, 3]

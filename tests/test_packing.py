@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES, ids, tiny
+from tiny import FAMILIES, HYBRIDS, ids, tiny
 from twins import fill_adapters, masked_twin
 
 from recover.config.recipe import Lora, Loss
@@ -19,7 +19,9 @@ from recover.models.twin import Twin
 from recover.train.data import collator, packer, with_scored
 from recover.train.order import MULTIPLE, RECORDING, filled, row_sizes
 
-NOT_PACKED = ("gemma2", "nemotron", "gpt_oss")  # a softcap; blocks that do not hand on where sequences begin; sinks
+# A softcap; blocks that do not hand on where sequences begin; sinks; blocks with a state, which would go from one to
+# the next.
+NOT_PACKED = {"gemma2", "nemotron", "gpt_oss", *HYBRIDS}
 PACKED = [family for family in FAMILIES if family not in NOT_PACKED]
 WEIGHTS = Loss(variance=0.5, ce=0.1, temperature=2.0, chunk=16)
 

@@ -167,7 +167,9 @@ def test_equal_views_give_exactly_zero_at_every_step_with_a_cache():
     assert not spaces.state_drift(dense.cached_ND, pruned.cached_ND)["embedding"].any()
 
 
-@pytest.mark.parametrize("family", ["llama_tied", "qwen2_sliding", "gemma2", "gemma3_text", "smollm3", "granite"])
+@pytest.mark.parametrize(
+    "family", ["llama_tied", "qwen2_sliding", "gemma2", "gemma3_text", "smollm3", "granite", "lfm2"]
+)
 def test_cached_decoding_is_one_full_forward_in_both_views_of_every_family(family):
     """And the lens through the final norm is the model's own head: scale and softcap included."""
     model = endless(family)

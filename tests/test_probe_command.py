@@ -40,7 +40,7 @@ def smaller(tmp_path_factory) -> Path:
         ("gptq", "pip install gptqmodel"),
         ("torchao", "pip install torchao"),
         ("bitsandbytes", "pip install bitsandbytes"),
-        ("hqq", "expected one of awq, gptq, bitsandbytes, torchao, a GGUF file, or none"),
+        ("hqq", "expected one of awq, gptq, bitsandbytes, torchao, fp8, mxfp4, a GGUF"),
     ],
 )
 def test_a_quantized_checkpoint_asks_for_its_package(tmp_path, monkeypatch, method, message):

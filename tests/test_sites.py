@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from recover.base.errors import ModelError
 from recover.config import recipe
 from recover.export.merge import merge
-from recover.models.arch import ARCHS, arch_of, blocks_of, linears_of
+from recover.models.arch import ARCHS, arch_of, blocks_of, linears_in, linears_of
 from recover.models.plan import Plan, load_plan, save_plan
 from recover.models.site import SUBLAYERS, Packed, Site, pack_sites, sites_of, whole_blocks
 from recover.models.twin import Twin
@@ -34,15 +34,17 @@ def zeroed(model, sites):
     """The model with the last linear of each site at 0: another way to say that the site adds nothing."""
     model, arch = copy.deepcopy(model), arch_of(model)
     for site in sites:
-        last = arch.attention_linears[-1] if site.part == "attention" else arch.mlp_linears[-1]
-        path = f"{arch.attention if site.part == 'attention' else arch.mlp}.{last}"
         block = blocks_of(model)[site.block]
-        if site.part == "mlp" and hasattr(block.mlp, "experts"):
+        if site.part == "mlp" and hasattr(block.get_submodule(arch.mlp), "experts"):
             writing = [p for name, p in block.mlp.named_parameters() if "down_proj" in name]
         else:
-            writing = block.get_submodule(path).parameters()
+            last = set(linears_in(block, arch, site.part)) & set(arch.last_linears)
+            writing = [parameter for path in last for parameter in block.get_submodule(path).parameters()]
         for parameter in writing:
             parameter.data.zero_()
+    for index in whole_blocks(sites):
+        if hasattr(blocks_of(model)[index], "layer_scalar"):  # goes with the block
+            blocks_of(model)[index].layer_scalar.fill_(1)
     return model
 
 
@@ -55,18 +57,26 @@ def trained(twin: Twin) -> Twin:
     return twin
 
 
+def gone(model):
+    """Another attention than the last where that stays."""
+    if not arch_of(model).last_stays:
+        return GONE
+    return (*(site for site in GONE if site != Site(5, "attention")), Site(4, "attention"))
+
+
 def sublayer_twin(family: str = "llama") -> Twin:
-    return Twin(tiny(family), Plan("depth", 6, GONE))
+    model = tiny(family)
+    return Twin(model, Plan("depth", 6, gone(model)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_closed_sublayer_adds_nothing_and_the_dense_view_has_it(family):
     dense = tiny(family)
-    twin = Twin(copy.deepcopy(dense), Plan("depth", 6, GONE))
+    twin = Twin(copy.deepcopy(dense), Plan("depth", 6, gone(dense)))
     assert torch.equal(logits(twin.model), logits(zeroed(dense, twin.plan.sites)))
     with twin.dense() as model:
         assert torch.equal(logits(model), logits(dense))
-    assert twin.closed_sites == set(twin.plan.sites) and twin.closed_blocks == (3,)
+    assert twin.closed_sites == set(twin.plan.sites) and 3 in twin.closed_blocks
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "smollm3"])
@@ -94,6 +104,8 @@ def test_repacked_and_merged_reloads_as_the_pruned_view(family, tmp_path):
     packed = (Packed(0, 0), Packed(1, 2), Packed(4, 5))
     if twin.plan.parallel:  # halves of two blocks would read one input: each stays where it is
         packed = (Packed(0, 0), Packed(1, None), Packed(None, 2), Packed(4, None), Packed(None, 5))
+    if twin.arch.last_stays:
+        packed = (Packed(0, 0), Packed(1, None), Packed(None, 2), Packed(5, 5))
     assert twin.plan.packed == packed and len(blocks_of(stock)) == len(packed)
 
 
@@ -132,8 +144,10 @@ def test_every_tensor_of_a_block_belongs_to_a_sublayer():
     """With rows for all families, the repacked export above would have failed; here the rows are complete by name."""
     for family in FAMILIES:
         arch = arch_of(tiny(family))
-        inside = {name.partition(".")[0] for name, _ in blocks_of(tiny(family))[0].named_parameters()}
-        known = {arch.attention, arch.mlp, *arch.attention_norms, *arch.mlp_norms}
+        blocks = blocks_of(tiny(family))
+        tensors = [name for block in blocks for name in block.state_dict()]
+        inside = {name.partition(".")[0] for name in tensors}
+        known = {arch.attention, arch.mlp, *filter(None, [arch.mixer]), *arch.attention_norms, *arch.mlp_norms}
         shared = set(arch.mlp_norms) if arch.parallel(tiny(family).config) else set()  # both read behind one norm
         assert inside <= known and known - inside <= shared, family
     assert {tiny(family).config.model_type for family in FAMILIES} == set(ARCHS)

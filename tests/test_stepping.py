@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_decode import prompts, texts
-from tiny import FAMILIES, ids, tiny
+from tiny import FAMILIES, HYBRIDS, ids, tiny
 from torch import nn
 from twins import fill_adapters, masked_twin
 
@@ -46,7 +46,7 @@ def classes(model):
     return [(type(module), "switch" in vars(module)) for module in model.modules()]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in HYBRIDS])
 def test_a_family_writes_the_same_by_few_products(joining, family):
     model, asked = tiny(family), prompts(7)
     expected, before = texts(plain, model, asked, limit=8, rows=7), classes(model)
@@ -56,7 +56,10 @@ def test_a_family_writes_the_same_by_few_products(joining, family):
         arch, there = arch_of(model), linears_of(model)
         parts = [part for part in (arch.attention_linears, arch.mlp_linears) if len(part) in (3, 4)]
         joined = {name for part in parts for name in part[:-1]}
-        assert len(names) == sum(name.rpartition(".")[2] in joined for name in there)
+        lacking = {name.rpartition(".")[0] for name in there} if family.startswith("gemma4") else set()
+        lacking = {path for path in lacking if path.endswith("attn") and f"{path}.v_proj" not in there}
+        alone = sum(name.rpartition(".")[0] in lacking and name.rpartition(".")[2] in joined for name in there)
+        assert len(names) == sum(name.rpartition(".")[2] in joined for name in there) - alone
     assert texts(write, model, asked, limit=8, rows=3) == expected
     assert not replaced(model) and classes(model) == before
 

@@ -40,6 +40,8 @@ def test_closed_is_removed(family):
     twin = Twin(copy.deepcopy(dense), Plan.none(6))
     before = dense(input_ids).logits
     for dropped in DROPS:
+        if 5 in dropped and twin.arch.last_stays:
+            continue
         reference = removed(dense, dropped)
         with torch.no_grad(), twin.closed(set(dropped)):
             for mask in (whole, padded):

@@ -22,6 +22,7 @@ COMMON = {
     "initializer_range": 0.1,
 }
 SLIDING, FULL = "sliding_attention", "full_attention"
+CONV, LINEAR = "conv", "linear_attention"
 
 # Ministral 3's: queries grow with the logarithm of their position, past `original_max_position_embeddings`.
 LLAMA4 = {
@@ -34,6 +35,18 @@ LLAMA4 = {
     "beta_slow": 1.0,
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
+}
+# Heads of another size where a block attends to all; there keys are values too.
+GEMMA4 = {
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "sliding_window": 8,
+    "hidden_size_per_layer_input": 0,
+    "layer_types": [SLIDING, SLIDING, FULL, SLIDING, FULL, FULL],
+    "final_logit_softcapping": 20.0,
+    "use_bidirectional_attention": None,
 }
 # name -> (model type, what differs from COMMON). Sliding windows are shorter than the test prompts.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -101,6 +114,56 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": [SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL],
         },
     ),
+    "lfm2": ("lfm2", {"block_auto_adjust_ff_dim": False, "layer_types": [CONV, CONV, FULL, CONV, FULL, FULL]}),
+    "qwen3_5_text": (
+        "qwen3_5_text",
+        {
+            "head_dim": 16,
+            "layer_types": [LINEAR, LINEAR, FULL, LINEAR, FULL, FULL],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 16,
+        },
+    ),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        {
+            "num_local_experts": 0,
+            "shared_intermediate_size": 96,
+            "layer_types": [LINEAR, LINEAR, FULL, LINEAR, FULL, FULL],
+            "position_embedding_type": "rope",
+            "mamba_n_heads": 8,
+            "mamba_d_state": 16,
+            "mamba_chunk_size": 8,
+            "logits_scaling": 3.0,
+            "residual_multiplier": 0.5,
+            "embedding_multiplier": 2.0,
+            "attention_multiplier": 0.25,
+        },
+    ),
+    "falcon_h1": (
+        "falcon_h1",
+        {
+            "head_dim": 16,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 16,
+            "mamba_d_state": 16,
+            "mamba_d_ssm": 128,
+            "mamba_chunk_size": 8,
+            "lm_head_multiplier": 0.5,
+            "embedding_multiplier": 2.0,
+            "key_multiplier": 0.7,
+            "attention_in_multiplier": 0.9,
+            "attention_out_multiplier": 0.8,
+            "ssm_in_multiplier": 1.1,
+            "ssm_out_multiplier": 0.6,
+            "ssm_multipliers": [0.9, 0.8, 0.7, 1.1, 1.2],
+            "mlp_multipliers": [0.9, 1.1],
+        },
+    ),
+    "gemma4_text": ("gemma4_text", {**GEMMA4, "num_kv_shared_layers": 0}),
+    "gemma4_unified_text": ("gemma4_unified_text", {**GEMMA4, "num_kv_shared_layers": 0}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}),
     "olmoe": ("olmoe", {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 32}),
     "qwen3_moe": (
@@ -132,6 +195,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granite", {"logits_scaling": 3.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0}),
 }
 
+HYBRIDS = {
+    "lfm2",
+    "qwen3_5_text",
+    "granitemoehybrid",
+    "falcon_h1",
+}  # blocks that keep a state: texts are written by transformers' own `generate`
 
 # Whose MLPs are mixtures of experts, in some blocks at least.
 MIXTURES = ("mixtral", "olmoe", "qwen3_moe", "qwen3_moe_step", "gpt_oss", "glm4_moe", "deepseek_v3")
@@ -150,7 +219,7 @@ LIKE_OTHERS = {
         "arcee",
     ),
     *("mixtral", "olmoe", "qwen3_moe_step", "glm4_moe"),
-    *("gemma", "starcoder2", "stablelm", "cohere2", "gpt_neox_sequential", "granite"),
+    *("gemma4_unified_text", "gemma", "starcoder2", "stablelm", "cohere2", "gpt_neox_sequential", "granite"),
 }
 
 
@@ -168,6 +237,9 @@ def tiny(family: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTraine
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):  # stock init is 1 and 0: mistakes there would not show
                 torch.nn.init.normal_(parameter, mean=parameter.data.mean().item(), std=0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.uniform_(0.5, 1.5)
     return model.eval()
 
 

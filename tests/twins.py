@@ -21,6 +21,9 @@ def removed(model: PreTrainedModel, dropped: tuple[int, ...]) -> PreTrainedModel
     for name, value in values.items():
         if isinstance(value, list) and len(value) == model.config.num_hidden_layers:
             values[name] = [value[i] for i in keep]
+    if values.get("per_layer_config"):
+        sizes = {int(block): each for block, each in values["per_layer_config"].items()}
+        values["per_layer_config"] = {new: sizes[old] for new, old in enumerate(keep) if old in sizes}
     if "mlp_only_layers" in values:  # of the new blocks, those that are plain in the model itself
         plain = [i for i, block in enumerate(model.model.layers) if not hasattr(block.mlp, "experts")]
         values |= {"mlp_only_layers": [keep.index(i) for i in plain if i in keep], "decoder_sparse_step": 1}

@@ -61,6 +61,7 @@ class Shape:
     head_size: int
     vocabulary: int
     mlp_matrices: int = field(default=3, kw_only=True)  # gate, up and down; without a gate 2
+    attending: int | None = field(default=None, kw_only=True)  # blocks with keys and values, where not all have them
     mixture: Mixture | None = field(default=None, kw_only=True)
 
     @property
@@ -193,8 +194,8 @@ def _mixture_bytes_per_token(shape: Shape, one: Mixture, rank: int, element: int
 
 
 def kv_bytes_per_token(shape: Shape, element: int) -> int:
-    """Of the KV cache, all blocks."""
-    return 2 * shape.blocks * shape.kv_heads * shape.head_size * element
+    """Of the KV cache, all blocks that attend."""
+    return 2 * (shape.attending or shape.blocks) * shape.kv_heads * shape.head_size * element
 
 
 def training_parts(shape: Shape, training: Training) -> dict[str, int]:

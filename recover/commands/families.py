@@ -8,6 +8,7 @@ from recover.base import console
 from recover.export.gguf.family import FAMILIES
 from recover.models.arch import ARCHS, Arch
 from recover.models.refusal import KINDS
+from recover.models.wrapper import WRAPPERS, Wrapper
 
 EXAMPLES = ("recover families",)
 NOT_ONE = "prune.repair: the norm behind each sublayer lets nothing be folded in"
@@ -21,6 +22,10 @@ def families() -> None:
     console.table("supported, by config.json's model_type", columns, map(_row, ARCHS.values()))
     for line in _reasons():
         console.say(line)
+    console.table(
+        "supported, as text models inside a wrapper", ["model_type", "text model"], map(_inside, WRAPPERS.values())
+    )
+    console.say("exported as the same wrapper, its other parts as they were, bit for bit")
     console.say("")
     console.say("not supported:")
     for kind in KINDS:
@@ -31,6 +36,11 @@ def _row(arch: Arch) -> list[str]:
     dense = arch.experts is None
     can = (True, dense and not arch.norm_behind, dense, not arch.kv_groups_stay, not dense, arch.model_type in FAMILIES)
     return [arch.model_type, *("yes" if yes else "no" for yes in can)]
+
+
+def _inside(wrapper: Wrapper) -> list[str]:
+    """The wrapper, and the row of its text model in the table above."""
+    return [wrapper.model_type, ", ".join(wrapper.texts)]
 
 
 def _reasons() -> Iterator[str]:

@@ -21,6 +21,7 @@ from recover.models.arch import part_of, writes_out
 from recover.models.experts import IN, OUT, ExpertFactors, SwitchedExperts, expert_mask
 from recover.models.linears import Factors, MaskedLinear, effective_weight, pruned_tensor
 from recover.models.masked_lora import ExpertLora, TrainedCopy, adapted_tensors, expert_factors
+from recover.models.wrapper import remember, wrapped_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
     from recover.models.twin import Twin
 
 # Lists of a config that are as long as they like, and may by chance be as long as the model is deep.
-NOT_PER_BLOCK = re.compile(r"architectures|.*token_ids?|.*_ids|id2label|label2id|mlp_only_layers")
+NOT_PER_BLOCK = re.compile(
+    r"architectures|.*token_ids?|.*_ids|id2label|label2id|mlp_only_layers|.*_multipliers|time_step_limit"
+)
 
 
 @torch.no_grad()
@@ -62,6 +65,7 @@ def merge(twin: Twin, dtype: torch.dtype) -> PreTrainedModel:
     stock.load_state_dict(state, strict=True, assign=True)
     stock.tie_weights()
     stock.generation_config = copy.deepcopy(twin.base.generation_config)
+    remember(stock, wrapped_of(twin.base))
     return stock.requires_grad_(False).eval()
 
 
@@ -80,8 +84,13 @@ def pruned_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig:
     for name, value in values.items():
         if isinstance(value, list) and len(value) == blocks and not NOT_PER_BLOCK.fullmatch(name):
             values[name] = [value[block] for block in sources]
+    if values.get("per_layer_config"):  # Gemma 4: sizes of heads, by number of a block
+        known = {int(number): sizes for number, sizes in values["per_layer_config"].items()}
+        values["per_layer_config"] = {at: known[block] for at, block in enumerate(sources) if block in known}
     if isinstance(values.get("max_window_layers"), int):
         values["max_window_layers"] = sum(block < values["max_window_layers"] for block in sources)
+    if values.get("full_attn_idxs") is not None:  # LFM2 as it was first published
+        values["full_attn_idxs"] = [at for at, block in enumerate(sources) if block in config.full_attn_idxs]
     values |= _mixture_fields(values, mlps)
     values["num_hidden_layers"] = len(sources)
     values["use_cache"] = True  # training may have switched it off

@@ -56,17 +56,25 @@ def respell_config(folder: Path, config: PretrainedConfig) -> None:
     values.pop("auto_map", None)
     if values.get("dtype") is not None:
         values["torch_dtype"] = values["dtype"]
-    if isinstance(rope := values.get("rope_parameters"), dict):
-        both = values | old_rope(values["model_type"], rope)
-        old = {key: value for key, value in both.items() if key != "rope_parameters"}
-        if _rope_of(config, both) == _rope_of(config, old) == _rope_of(config, values):
-            values = both
-        else:
-            console.warn(
-                "export: these rotary positions have no form in the config of transformers 4, so readers that know "
-                f"that form alone (older vLLM, MLX, llama.cpp's converter) compute others: {json.dumps(rope)[:200]}"
-            )
-    _write(folder / CONFIG, _renamed(config) | values)
+    if isinstance(inner := values.get("text_config"), dict):
+        text = config.get_text_config(decoder=True)
+        values["text_config"] = _renamed(text) | _both_ropes(inner, text)
+    _write(folder / CONFIG, _renamed(config) | _both_ropes(values, config))
+
+
+def _both_ropes(values: JsonObject, config: PretrainedConfig) -> JsonObject:
+    """The settings of one model with its rotary positions in both spellings, if there are some with two."""
+    if not isinstance(rope := values.get("rope_parameters"), dict):
+        return values
+    both = values | old_rope(values["model_type"], rope)
+    old = {key: value for key, value in both.items() if key != "rope_parameters"}
+    if _rope_of(config, both) == _rope_of(config, old) == _rope_of(config, values):
+        return both
+    console.warn(
+        "export: these rotary positions have no form in the config of transformers 4, so readers that know "
+        f"that form alone (older vLLM, MLX, llama.cpp's converter) compute others: {json.dumps(rope)[:200]}"
+    )
+    return values
 
 
 def _renamed(config: PretrainedConfig) -> dict[str, Any]:
@@ -89,8 +97,8 @@ def old_rope(model_type: str, rope: JsonObject) -> JsonObject:
     for key in ("rope_theta", "partial_rotary_factor"):
         if rope.get(key) is not None:
             found[key] = rope[key]
-    if scaling.get("rope_type", "default") == "default":
-        return {**found, "rope_scaling": None}
+    if scaling.get("rope_type", "default") == "default":  # `mrope_section` and the like say how images are counted
+        return {**found, "rope_scaling": scaling if scaling.keys() - {"rope_type"} else None}
     if scaling["rope_type"] == "longrope" and "original_max_position_embeddings" in scaling:
         found["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
     if model_type in OLD_KEYS:

@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from recover.base import artifacts
 from recover.base.clock import part
@@ -47,6 +47,7 @@ CACHED = 4.0  # the same weights, one token at a time
 RELOADED = 1.0  # the same weights on the same device
 
 NEW_TOKENS = 16
+TEXT, TOWER = "text_config", "model.language_model."  # settings and module of a text model inside a wrapper
 # The argument, before its parent's id, of a process that is given the others when there is something to verify.
 WAITING = "--waiting"
 WATCHED_SECONDS = 0.2
@@ -218,7 +219,7 @@ def check(folder: Path, expected: Path, plan: Path) -> Verified:
         "ok": not problems,
         "problems": problems,
         "dtype": dtype,
-        "blocks": model.config.num_hidden_layers,
+        "blocks": model.config.get_text_config(decoder=True).num_hidden_layers,
         "parameters": parameters,
         "zeros": zeros,
         **logits,
@@ -240,7 +241,7 @@ def _expected(path: Path) -> tuple[dict[str, Tensor], str]:
 def _load(folder: Path, device: str) -> tuple[PreTrainedModel, list[str]]:
     """The folder as anyone loads it, and what is wrong with its keys and weights."""
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = _class_of(folder).from_pretrained(
             folder, dtype="auto", output_loading_info=True, trust_remote_code=False
         )
         AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -254,14 +255,27 @@ def _load(folder: Path, device: str) -> tuple[PreTrainedModel, list[str]]:
     return model.to(device).eval(), problems
 
 
+def _class_of(folder: Path) -> Any:
+    """The auto class of the folder: a wrapper is loaded with all its parts."""
+    inside = artifacts.read_json(folder / "config.json").get(TEXT)
+    return AutoModelForCausalLM if inside is None else AutoModelForImageTextToText
+
+
+def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Its parameters under the names that a plan has: those of a text model without a wrapper around it."""
+    text = model.config.get_text_config(decoder=True) is not model.config
+    weights = dict(model.named_parameters())
+    return {name.replace(TOWER, "model.", 1): weight for name, weight in weights.items()} if text else weights  # type: ignore[return-value]
+
+
 def _size_problems(model: PreTrainedModel, planned: PlanRecord) -> list[str]:
     """Sizes that pruning changed are those of the plan, in the config and in the weights that it names."""
     problems = []
     for name, value in planned.get("config", {}).items():
-        found = getattr(model.config, name, None)
+        found = getattr(model.config.get_text_config(decoder=True), name, None)
         if found != value:
             problems.append(f"config.json: {name} is {found}, the plan says {value}")
-    weights = dict(model.named_parameters())
+    weights = _weights(model)
     for name, shape in planned.get("weights", {}).items() if planned.get("config") else ():
         found = tuple(weights[name].shape) if name in weights else None
         if found != tuple(shape):

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
+from huggingface_hub import save_torch_state_dict
 
 from recover.base import artifacts, console
 from recover.base.errors import ExportError
 from recover.export.spelling import respell_config, write_tokenizer
+from recover.models.arch import arch_of
+from recover.models.wrapper import Wrapped, wrapped_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 CARD = "README.md"
 RECORD = "recover.json"
+# What turns images and sound into a wrapper's inputs.
+PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
 def write_checkpoint(
@@ -41,13 +47,43 @@ def write_checkpoint(
     target = folder.resolve()  # a rename has to stay on one disk
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     with artifacts.explaining_libraries(folder, size), artifacts.scratch(target) as beside:
-        model.save_pretrained(beside, max_shard_size=max_shard_size)
-        respell_config(beside, model.config)
+        config = model.config
+        if (wrapped := wrapped_of(model)) is None:
+            model.save_pretrained(beside, max_shard_size=max_shard_size)
+        else:
+            config = _write_wrapped(model, wrapped, beside, max_shard_size)
+        respell_config(beside, config)
         write_tokenizer(tokenizer, beside)
-        artifacts.write_text(beside / CARD, card)
+        artifacts.write_text(beside / CARD, card if wrapped is None else _of_wrapper(card))
         artifacts.write_json(beside / RECORD, record)
         artifacts.publish(beside, target, keep_edited=True)
     return folder
+
+
+def _of_wrapper(card: str) -> str:
+    """The card of a text model, for the wrapper that it is in."""
+    card = card.replace("AutoModelForCausalLM.from_pretrained", "AutoModelForImageTextToText.from_pretrained")
+    return card.replace("pipeline_tag: text-generation", "pipeline_tag: image-text-to-text")
+
+
+def _write_wrapped(model: PreTrainedModel, wrapped: Wrapped, folder: Path, max_shard_size: str) -> PretrainedConfig:
+    """Write the wrapper around this text model, and give its config.
+
+    Tensors have the names that they had in the dense folder, those of other parts their very bits: they are read a
+    shard at a time.
+    """
+    blocks = arch_of(model).blocks
+    tied = set(model.all_tied_weights_keys)  # pyright: ignore[reportArgumentType]
+    text = {wrapped.source_name(name, blocks): value for name, value in model.state_dict().items() if name not in tied}
+    tensors = text | {source: wrapped.tensor(source) for source in wrapped.others}
+    save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
+    config = wrapped.config_around(model.config)
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)  # pyright: ignore[reportOptionalMemberAccess]
+    for name in PROCESSORS:
+        if (source := wrapped.folder / name).is_file():
+            shutil.copyfile(source, folder / name)
+    return config
 
 
 def _refuse_custom_class(model: PreTrainedModel) -> None:

@@ -25,6 +25,7 @@ from recover.report.data import Ratio
 from recover.text.generate import context_of
 
 SIDES = ("dense", "deployed")
+FULL, STATES = "full_attention", ("conv", "linear_attention")  # kinds of blocks: those with a state alone have no keys
 RATES = ("prefill_tokens_per_second", "decode_tokens_per_second")
 
 LEAST, MOST, SECONDS = 7, 25, 3.0  # repeats: as many as fit the seconds
@@ -35,8 +36,10 @@ Turn = Callable[[], tuple[float, ...]]
 
 
 def kv_bytes_per_token(config: Any, element_bytes: int) -> int:
-    """Bytes that the KV cache grows by for each token: 2 (K and V) x blocks x KV heads x head size."""
-    return 2 * config.num_hidden_layers * kv_heads_of(config) * head_size_of(config) * element_bytes
+    """Bytes that the KV cache grows by for each token: 2 (K and V) x blocks that attend x KV heads x head size."""
+    types = getattr(config, "layer_types", None) or [FULL] * config.num_hidden_layers
+    attending = sum(kind not in STATES for kind in types)
+    return 2 * attending * kv_heads_of(config) * head_size_of(config) * element_bytes
 
 
 def take_turns(

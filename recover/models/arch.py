@@ -17,8 +17,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from recover.base.errors import ModelError
 from recover.maths.head import Head
-from recover.models.refusal import unsupported
-from recover.models.site import Site, Sublayer
+from recover.models.refusal import PER_BLOCK, unsupported
+from recover.models.site import SUBLAYERS, Site, Sublayer
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -43,6 +43,23 @@ def _no_scale(config: PretrainedConfig) -> float:
 
 def _no_softcap(config: PretrainedConfig) -> float | None:
     return None
+
+
+def _all_alike(config: Mapping[str, Any]) -> str:
+    return ""
+
+
+def _with_experts(config: Mapping[str, Any]) -> str:
+    return "it is a mixture of experts; its dense models are supported" if config.get("num_local_experts") else ""
+
+
+def _with_parts_of_blocks(config: Mapping[str, Any]) -> str:
+    """Gemma 4's E2B, E4B and 26B-A4B."""
+    if config.get("num_kv_shared_layers") or config.get("hidden_size_per_layer_input"):
+        return f"it has {PER_BLOCK.called.partition('a model with ')[2]}: {PER_BLOCK.why}"
+    if config.get("use_double_wide_mlp"):
+        return "some of its blocks have MLPs of twice the width"
+    return "it has a mixture of experts beside each MLP" if config.get("enable_moe_block") else ""
 
 
 def _one_behind_the_other(config: PretrainedConfig) -> bool:
@@ -98,15 +115,33 @@ class Arch:
     parallel: Callable[[PretrainedConfig], bool] = _one_behind_the_other  # attention and MLP read one input
     norm_behind: bool = False  # a norm between the sublayer and the stream: nothing can be folded through it
     packs: bool = True  # its blocks hand on to attention where sequences of a packed row begin
+    mixer: str = ""  # what some or all blocks have in the place of attention, or beside it: it keeps a state
+    mixer_linears: tuple[str, ...] = ()
+    unadapted: tuple[str, ...] = ()  # linears of the mixer that peft puts no LoRA on
+    neurons: str = "intermediate_size"  # the field of the config that says how wide an MLP is
+    unlike: Callable[[Mapping[str, Any]], str] = _all_alike  # why this model of the type is not supported, if it is not
+    whole: bool = False  # halves of two blocks make no block: something of each block acts on the stream behind it
+    last_stays: bool = False  # the class takes the last block for one that attends to all
     kv_groups_stay: str = ""  # why width pruning cannot remove KV groups, empty where it can
     experts: ExpertNames | None = None  # how an MLP is a mixture of experts, where one is
+
+    def together(self, config: PretrainedConfig) -> bool:
+        """Whether only the sublayers of one block can be stored as a block."""
+        return self.whole or self.parallel(config)
 
     @property
     def mlp_matrices(self) -> int:
         """Matrices of (width, neurons) in an MLP, fused ones counted apart."""
         return 3 if self.gated else 2
 
+    @property
+    def last_linears(self) -> tuple[str, ...]:
+        """What writes to the residual stream, by its name inside a block; not every block has all of them."""
+        parts = (self.attention, self.attention_linears), (self.mixer, self.mixer_linears), (self.mlp, self.mlp_linears)
+        return tuple(f"{name}.{linears[-1]}" for name, linears in parts if name)
 
+
+MIXED = "some of its blocks have a mixer in the place of attention, or beside it, without keys and values"
 SINKS = "its attention has a sink for each head, which is no part of a linear layer"
 ALL_HEADS = "its q_norm and k_norm take all heads together, so that removing one changes the others"
 
@@ -187,6 +222,64 @@ ARCHS: dict[str, Arch] = {
             kv_groups_stay="q, k and v are one linear, cut by head counts of the config, which both views share",
         ),
         Arch(
+            "lfm2",
+            norm="model.embedding_norm",
+            attention_linears=("q_proj", "k_proj", "v_proj", "out_proj"),
+            attention_norms=("operator_norm",),
+            mlp="feed_forward",
+            mlp_linears=("w1", "w3", "w2"),
+            mlp_norms=("ffn_norm",),
+            mixer="conv",
+            mixer_linears=("in_proj", "out_proj"),
+            packs=False,
+            kv_groups_stay=MIXED,
+        ),
+        Arch(
+            "qwen3_5_text",
+            mixer="linear_attn",
+            mixer_linears=("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"),
+            packs=False,
+            kv_groups_stay=MIXED,
+        ),
+        Arch(
+            "granitemoehybrid",
+            logit_scale=lambda config: 1.0 / config.logits_scaling,
+            mlp="shared_mlp",
+            mlp_linears=("input_linear", "output_linear"),
+            neurons="shared_intermediate_size",
+            mixer="mamba",
+            mixer_linears=("in_proj", "out_proj"),
+            packs=False,
+            kv_groups_stay=MIXED,
+            unlike=_with_experts,
+        ),
+        Arch(
+            "falcon_h1",
+            norm="model.final_layernorm",
+            logit_scale=lambda config: config.lm_head_multiplier,
+            mlp="feed_forward",
+            mlp_norms=("pre_ff_layernorm",),
+            mixer="mamba",
+            mixer_linears=("in_proj", "out_proj"),
+            unadapted=("out_proj",),
+            packs=False,
+            kv_groups_stay=MIXED,
+        ),
+        *(
+            Arch(
+                f"gemma4{name}",
+                softcap=_final_softcap,
+                attention_norms=(*AROUND["attention_norms"], "layer_scalar"),  # a factor on the stream behind a block
+                mlp_norms=AROUND["mlp_norms"],
+                norm_behind=True,
+                whole=True,
+                last_stays=True,
+                unlike=_with_parts_of_blocks,
+                kv_groups_stay="its blocks differ in the sizes of their heads",
+            )
+            for name in ("_text", "_unified_text")
+        ),
+        Arch(
             "apertus",
             mlp_linears=UP_DOWN,
             gated=False,
@@ -227,24 +320,36 @@ def base_of(model: nn.Module) -> PreTrainedModel:
 def arch_of(model: PretrainedConfig | nn.Module) -> Arch:
     """The row of this model or config. Raises ModelError: it has none, what it is, and what to do."""
     config: Any = model if isinstance(model, PretrainedConfig) else base_of(model).config
-    return ARCHS[config.model_type] if config.model_type in ARCHS else arch_of_config(config.to_dict())
+    arch = ARCHS.get(config.model_type)
+    return arch_of_config(config.to_dict()) if arch is None or arch.unlike(vars(config)) else arch
 
 
 def arch_of_config(config: Mapping[str, Any]) -> Arch:
     """The row for a raw config. Raises ModelError: it has none, what it is, and what to do."""
     if config.get("model_type") not in ARCHS:
         raise ModelError(unsupported(config, ARCHS))
-    return ARCHS[str(config["model_type"])]
+    arch = ARCHS[str(config["model_type"])]
+    if reason := arch.unlike(config):
+        raise ModelError(
+            f"this model of type '{arch.model_type}' is not supported: {reason}. `recover families` says more"
+        )
+    return arch
 
 
 def kv_heads_of(config: PretrainedConfig) -> int:
-    """Key-value heads of a block: as many as query heads where the config names none."""
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    """Key-value heads of a block (the first one, where they differ): as many as query heads where none are named."""
+    return getattr(_of_first(config), "num_key_value_heads", None) or config.num_attention_heads
 
 
 def head_size_of(config: PretrainedConfig) -> int:
-    """Rows of one attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """Rows of one attention head (of the first block, where they differ)."""
+    return getattr(_of_first(config), "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _of_first(config: Any) -> Any:
+    """The settings of the first block: transformers refuses to say of all what differs between them."""
+    single = vars(config).get("per_layer_config") or getattr(type(config), "per_layer_config", None)
+    return config.per_layer_config[0] if single else config
 
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:
@@ -260,23 +365,51 @@ def final_norm_of(model: nn.Module) -> nn.Module:
 def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
     """Every linear layer of every block, by its module name in the stock model (also where peft has wrapped it)."""
     arch, base = arch_of(model), base_of(model)
-    blocks = enumerate(blocks_of(model))
-    names = [f"{arch.blocks}.{i}.{site}" for i, block in blocks for site in _linear_names(arch, block)]
+    names = [
+        f"{arch.blocks}.{index}.{name}"
+        for index, block in enumerate(blocks_of(model))
+        for part in SUBLAYERS
+        for name in linears_in(block, arch, part)
+    ]
     modules = {name: base.get_submodule(name) for name in names}
     return {name: getattr(module, "base_layer", module) for name, module in modules.items()}  # type: ignore[misc]
 
 
-def _linear_names(arch: Arch, block: nn.Module) -> list[str]:
-    """Of one block: those of a mixture are its shared experts', and those that a config leaves out are None."""
-    attention = block.get_submodule(arch.attention)
-    names = [f"{arch.attention}.{name}" for name in arch.attention_linears if getattr(attention, name) is not None]
-    inside = arch.mlp
-    if mixture_in(arch, block):
+def modules_in(block: nn.Module, arch: Arch, part: Sublayer) -> list[str]:
+    """Names inside the block of what a sublayer runs: of the first, attention, the mixer in its place, or both."""
+    if part == "mlp":
+        return [arch.mlp]
+    return [name for name in (arch.attention, arch.mixer) if name and name in block._modules] or [arch.attention]
+
+
+def linears_in(block: nn.Module, arch: Arch, part: Sublayer) -> list[str]:
+    """Names inside the block of a sublayer's linear layers; of each module the last writes to the residual stream."""
+    linears = {arch.mixer: arch.mixer_linears, arch.attention: arch.attention_linears}
+    names = modules_in(block, arch, part)
+    if part == "mlp" and mixture_in(arch, block):  # those of a mixture are its shared experts'
         assert arch.experts is not None
-        if not arch.experts.shared:
-            return names
-        inside = f"{arch.mlp}.{arch.experts.shared}"
-    return names + [f"{inside}.{name}" for name in arch.mlp_linears]
+        names = [f"{arch.mlp}.{arch.experts.shared}"] if arch.experts.shared else []
+    inside = {name: block.get_submodule(name) for name in names}
+    return [
+        f"{name}.{linear}"
+        for name, module in inside.items()
+        for linear in linears.get(name, arch.mlp_linears)
+        if module._modules.get(linear) is not None  # what a config leaves out; in Gemma 4 keys may be values too
+    ]
+
+
+def attending(model: nn.Module) -> list[Site]:
+    """The sublayers that attend, and not by a state alone; they tell how many tokens a cache has."""
+    arch = arch_of(model)
+    names = [modules_in(block, arch, "attention") for block in blocks_of(model)]
+    return [Site(index, "attention") for index, inside in enumerate(names) if arch.attention in inside]
+
+
+def staying(model: nn.Module) -> set[Site]:
+    """What cannot go beside the attention of block 0."""
+    arch = arch_of(model)
+    last = {Site(len(blocks_of(model)) - 1, "attention")} if arch.last_stays else set()
+    return last | set(attending(model)[:1])
 
 
 def expert_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -320,19 +453,19 @@ def groups_of(config: PretrainedConfig) -> tuple[int, int]:
 def writes_out(arch: Arch, inside: str) -> bool:
     """Whether a tensor, by its name inside the block, is of what a sublayer writes to the residual stream with."""
     module, _, name = inside.rpartition(".")
-    if module == f"{arch.attention}.{arch.attention_linears[-1]}":
+    if module in arch.last_linears:
         return True
     last, mixture = arch.mlp_linears[-1], arch.experts
     if mixture is not None and module == f"{arch.mlp}.{mixture.experts}":
         return name.removesuffix("_bias") == last
-    return module in {f"{arch.mlp}.{last}"} | ({f"{arch.mlp}.{mixture.shared}.{last}"} if mixture else set())
+    return mixture is not None and module == f"{arch.mlp}.{mixture.shared}.{last}"
 
 
 def site_of(arch: Arch, name: str) -> Site:
     """The sublayer that a linear layer (by its module name) belongs to."""
-    match = re.match(re.escape(arch.blocks) + rf"\.(\d+)\.({arch.attention}|{arch.mlp})\.", name)
+    match = re.match(re.escape(arch.blocks) + r"\.(\d+)\.(\w+)\.", name)
     assert match, name
-    return Site(int(match[1]), "attention" if match[2] == arch.attention else "mlp")
+    return Site(int(match[1]), part_of(arch, match[2]))
 
 
 def block_of(name: str) -> int:
@@ -343,7 +476,7 @@ def block_of(name: str) -> int:
 def part_of(arch: Arch, inside: str) -> Sublayer:
     """The sublayer that a tensor or module belongs to, by its name inside the block."""
     first = inside.partition(".")[0]
-    if first == arch.attention or first in arch.attention_norms:
+    if first in (arch.attention, arch.mixer or arch.attention) or first in arch.attention_norms:
         return "attention"
     if first == arch.mlp or first in arch.mlp_norms:
         return "mlp"

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from recover.base.errors import ModelError
 from recover.models import kv_cache
-from recover.models.arch import Arch, mixture_in
+from recover.models.arch import Arch, mixture_in, modules_in, part_of
 from recover.models.linears import Switch
-from recover.models.site import SUBLAYERS, Site, Sublayer, whole_blocks
+from recover.models.site import SUBLAYERS, Site, whole_blocks
 
 
 def make_closable(blocks: Iterable[nn.Module], arch: Arch, switch: Switch) -> None:
@@ -28,11 +28,13 @@ def make_closable(blocks: Iterable[nn.Module], arch: Arch, switch: Switch) -> No
     Raises ModelError for a model that belongs to a twin, and for blocks that take no KV cache under a name known here.
     """
     for index, block in enumerate(blocks):
-        attention, mlp = (_sublayer(block, arch, part) for part in SUBLAYERS)
-        for module, kind in ((block, _Block), (attention, _Attention), (mlp, _Mlp)):
+        parts = [(module, _kind(arch, name)) for name, module in _sublayers(block, arch)]
+        attends = any(kind is _Attention for _, kind in parts)
+        for module, kind in ((block, _Block if attends else _MixingBlock), *parts):
             stock: Any = module
             switch_class(stock, functools.partial(_closable, kind))
             stock.switch, stock.closed, stock.index = switch, False, index
+        mlp: Any = block.get_submodule(arch.mlp)
         mlp.gives_scores = mixture_in(arch, block) and arch.experts is not None and arch.experts.gives_scores
 
 
@@ -47,8 +49,8 @@ def close_sites(blocks: Any, arch: Arch, sites: frozenset[Site]) -> None:
     whole = set(whole_blocks(sites))
     for index, block in enumerate(blocks):
         block.closed = index in whole
-        for part in SUBLAYERS:
-            _sublayer(block, arch, part).closed = Site(index, part) in sites
+        for name, module in _sublayers(block, arch):
+            module.closed = Site(index, part_of(arch, name)) in sites
 
 
 def closed_sites(blocks: Any, arch: Arch) -> frozenset[Site]:
@@ -57,7 +59,7 @@ def closed_sites(blocks: Any, arch: Arch) -> frozenset[Site]:
         Site(index, part)
         for index, block in enumerate(blocks)
         for part in SUBLAYERS
-        if _sublayer(block, arch, part).closed
+        if block.get_submodule(modules_in(block, arch, part)[0]).closed
     )
 
 
@@ -79,8 +81,13 @@ def stock_class(module: nn.Module) -> type[nn.Module]:
     return next(one for one in type(module).__mro__ if "forward" in vars(one) and not issubclass(one, _Closable))
 
 
-def _sublayer(block: nn.Module, arch: Arch, part: Sublayer) -> Any:
-    return block.get_submodule(arch.attention if part == "attention" else arch.mlp)
+def _sublayers(block: nn.Module, arch: Arch) -> list[tuple[str, Any]]:
+    """Every module of a block's sublayers, with its name."""
+    return [(name, block.get_submodule(name)) for part in SUBLAYERS for name in modules_in(block, arch, part)]
+
+
+def _kind(arch: Arch, name: str) -> type[_Closable]:
+    return {arch.mixer: _Mixer, arch.attention: _Attention, arch.mlp: _Mlp}[name]
 
 
 class _Closable:
@@ -113,10 +120,33 @@ class _Block(_Closable):
         return (h_BTD,) if self.switch.tuples else h_BTD
 
 
+class _MixingBlock(_Block):
+    """Without attention: what it leaves in a cache is a state, which says nothing of lengths."""
+
+    def nothing(self, h_BTD: Tensor, cache: Any) -> Any:
+        return (h_BTD,) if self.switch.tuples else h_BTD
+
+
 class _Attention(_Closable):
     def nothing(self, h_BTD: Tensor, cache: Any) -> Any:
         _trace(cache, h_BTD, self.index)
         return torch.zeros_like(h_BTD), None
+
+
+class _Mixer(_Closable):
+    """Run as where nothing is trained: a fused kernel for training takes the weights of its linear layers itself, past
+    adapters and masks. Gradients are the same, and a mixer has no dropout."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        flags = vars(self)
+        training, flags["training"] = flags["training"], False
+        try:
+            return super().forward(hidden_states, *args, **kwargs)
+        finally:
+            flags["training"] = training
+
+    def nothing(self, h_BTD: Tensor, cache: Any) -> Any:
+        return torch.zeros_like(h_BTD)
 
 
 class _Mlp(_Closable):

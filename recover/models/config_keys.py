@@ -31,6 +31,9 @@ REFUSED = {
     "per_layer_config": "single blocks would have other sizes",
     "fusion_config": "parts of the model would be replaced",
 }
+GEMMA4 = "gemma4"  # whose blocks have heads of two sizes: by number of a block, or one size for all that attend to all
+HEADS = ("head_dim", "num_key_value_heads")
+OF_GEMMA4 = frozenset(("per_layer_config", "global_head_dim", "num_global_key_value_heads"))
 # Of every model: who it is, how it is stored, its sizes (code reads some that its class does not declare), and words of
 # older versions for what the classes declare.
 ALWAYS = frozenset(
@@ -40,7 +43,8 @@ ALWAYS = frozenset(
         *("model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "quantization_config"),
         *("tie_word_embeddings", "is_encoder_decoder", "layer_types", "num_labels", "tokenizer_class"),
         *("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq"),
-        *("sliding_window_pattern", "_sliding_window_pattern"),
+        *("sliding_window_pattern", "_sliding_window_pattern", "full_attention_interval"),
+        *("block_ff_dim", "tie_embedding"),  # LFM2
     )
 )
 # Left out without a word: how it was loaded where it was saved, what the recipe decides, or a generation config says.
@@ -57,6 +61,8 @@ GENERATION = (
     *("typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "no_repeat_ngram_size", "max_length"),
     *("max_new_tokens", "min_length", "min_new_tokens", "use_cache", "_from_model_config", "transformers_version"),
 )
+# Settings of the parts of a wrapper, each with a class of its own.
+NESTED = ("text_config", "vision_config", "audio_config")
 SHOWN = 3
 _said: set[tuple[str, ...]] = set()
 
@@ -64,8 +70,20 @@ _said: set[tuple[str, ...]] = set()
 def check_keys(config: JsonObject, where: object) -> None:
     """Raise ModelError for a key that stands for another model or other files than those that are looked at."""
     for key in REFUSED.keys() & config.keys():
+        if key == "per_layer_config" and _sizes_of_heads(config):
+            continue
         if config[key] not in (None, {}, []):
             raise ModelError(f"{where}: {key} is there, and {REFUSED[key]}; expected no such key: take it out")
+
+
+def _sizes_of_heads(config: dict[str, Any]) -> bool:
+    """Whether settings of single blocks are of a family that has them, and say how its heads are and nothing else."""
+    blocks = config.get("per_layer_config")
+    if not str(config.get("model_type")).startswith(GEMMA4) or not isinstance(blocks, dict):
+        return False
+    sizes = [size for each in blocks.values() if isinstance(each, dict) for size in each.items()]
+    numbers = all(str(number).isdigit() and isinstance(each, dict) for number, each in blocks.items())
+    return numbers and all(name in HEADS and type(size) is int and 1 <= size <= MOST for name, size in sizes)
 
 
 def allowed_of(model_type: str) -> frozenset[str]:
@@ -78,7 +96,7 @@ def allowed_of(model_type: str) -> frozenset[str]:
         declared = {field.name for field in dataclasses.fields(kind) if field.init}
     else:  # a config whose class takes its settings by name
         declared = set(inspect.signature(kind.__init__).parameters)
-    return ALWAYS | declared | renamed
+    return ALWAYS | declared | renamed | (OF_GEMMA4 if model_type.startswith(GEMMA4) else frozenset())
 
 
 def config_of(raw: JsonObject, source: str, where: object) -> Any:
@@ -90,13 +108,28 @@ def config_of(raw: JsonObject, source: str, where: object) -> Any:
     allowed = allowed_of(raw["model_type"])
     if not allowed:
         allowed = frozenset(raw)  # transformers says that it does not know the type
-    known = SILENT | GenerationConfig().to_dict().keys()
-    _say_left_out(sorted(raw.keys() - allowed - known), where)
+    left_out: list[str] = []
+    kept = _kept(raw, allowed, left_out)
+    _say_left_out(sorted(left_out), where)
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps({key: raw[key] for key in raw if key in allowed}))
+        (Path(folder) / "config.json").write_text(json.dumps(kept))
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     config._name_or_path = source
     return config
+
+
+def _kept(raw: dict[str, Any], allowed: frozenset[str], left_out: list[str], above: str = "") -> dict[str, Any]:
+    """The allowed settings, those of parts by the class of the part; names of the others are added to `left_out`.
+
+    A part whose type is not named, or unknown, is as it is: its wrapper's class says what it takes.
+    """
+    known = SILENT | GenerationConfig().to_dict().keys()
+    left_out += [f"{above}{key}" for key in raw.keys() - allowed - known]
+    kept = {key: raw[key] for key in raw if key in allowed}
+    for key in NESTED:
+        if isinstance(inner := kept.get(key), dict) and (known_here := allowed_of(str(inner.get("model_type")))):
+            kept[key] = _kept(inner, known_here, left_out, f"{key}.")
+    return kept
 
 
 def _say_left_out(names: list[str], where: object) -> None:

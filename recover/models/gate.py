@@ -24,6 +24,7 @@ READ: dict[str, int | None] = {
     "adapter_config.json": SETTINGS,
     "processor_config.json": SETTINGS,
     "preprocessor_config.json": SETTINGS,
+    "video_preprocessor_config.json": SETTINGS,
     "model.safetensors.index.json": 4 * SETTINGS,
     "tokenizer_config.json": 4 * SETTINGS,
     "special_tokens_map.json": 4 * SETTINGS,

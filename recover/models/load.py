@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    FineGrainedFP8Config,
+    GenerationConfig,
+    Mxfp4Config,  # pyright: ignore[reportAttributeAccessIssue]
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from recover.base import console, dist, units
 from recover.base.artifacts import JsonObject
@@ -29,6 +34,7 @@ from recover.models import vocabulary
 from recover.models.arch import (
     arch_of,
     arch_of_config,
+    attending,
     blocks_of,
     experts_of,
     groups_of,
@@ -54,7 +60,9 @@ from recover.models.source import (
     locate,
     read_config,
     stored_dtype,
+    tensor_files,
 )
+from recover.models.wrapper import beside, opened, remember, text_config, text_values, wrapper_of
 
 LISTED = 3  # tensors named in a message
 SAID_BYTES = 2 * 2**30  # of weights: they take long enough to read that silence would look like a fault
@@ -62,11 +70,16 @@ SAID_BYTES = 2 * 2**30  # of weights: they take long enough to read that silence
 MISFITS = {"missing_keys": "are missing from the weights", "unexpected_keys": "belong to no part of it"}
 
 
+# What transformers unpacks on any machine, exactly: numbers of few bits, times the scale of their block.
+UNPACKED: dict[str, Any] = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
+
+
 @dataclasses.dataclass(frozen=True)
 class Description(Shape):
     """What a model is, from its config alone; `bytes` is for the recipe's dtype, `stored` the checkpoint's own.
 
-    `parallel`: blocks run attention and MLP on one input. `block_parameters`: of each block, in its order."""
+    `parallel`: only the sublayers of one block can be stored as a block. `block_parameters`: of each block, in its
+    order. `beside`: parameters of a wrapper's other parts, which are in its files and not in `parameters`."""
 
     model_type: str
     context: int | None
@@ -75,6 +88,7 @@ class Description(Shape):
     bytes: int
     stored: Dtype = "float32"
     parallel: bool = False
+    beside: int = 0
     block_parameters: tuple[int, ...] = ()
 
 
@@ -91,7 +105,7 @@ def describe(cfg: recipe.Model) -> Description:
         model_type=config.model_type,
         blocks=config.num_hidden_layers,
         width=config.hidden_size,
-        intermediate=config.intermediate_size,
+        intermediate=getattr(config, arch_of(config).neurons),
         heads=config.num_attention_heads,
         kv_heads=kv_heads_of(config),
         head_size=head_size_of(config),
@@ -103,7 +117,9 @@ def describe(cfg: recipe.Model) -> Description:
         embedding_parameters=sum(embeddings.values()),
         bytes=parameters * getattr(torch, cfg.dtype).itemsize,
         stored=stored_dtype(cfg),
-        parallel=arch_of(config).parallel(config),
+        parallel=arch_of(config).together(config),
+        attending=len(attending(model)),
+        beside=parameters_beside(cfg),
         block_parameters=tuple(sum(each.numel() for each in block.parameters()) for block in blocks_of(model)),
         mixture=_mixture(model),
     )
@@ -133,6 +149,15 @@ def _mixture(model: PreTrainedModel) -> Mixture | None:
     )
 
 
+def parameters_beside(cfg: recipe.Model) -> int:
+    """Of a wrapper's other parts, which are copied and not loaded; 0 for a text model. Raises ModelError."""
+    raw = read_config(cfg)
+    if wrapper_of(raw) is None:
+        return 0
+    with explained(cfg.source):
+        return beside(_stock_config(cfg, raw, config_source(cfg)))
+
+
 def load_model(cfg: recipe.Model) -> PreTrainedModel:
     """The dense model in eval mode and the recipe's dtype, every tensor read from a checked file and finite.
 
@@ -160,14 +185,32 @@ def read_whole(
     """
     check_written(folder)
     check_weights(folder)
-    if "unexpected_keys" in refused and (rows := read_config(cfg).get("vocab_size")):  # a quantizer packs rows
+    raw = config_in(folder)
+    if "unexpected_keys" in refused and (rows := text_values(raw).get("vocab_size")):  # a quantizer packs rows
         check_rows(folder, rows)
-    with unchanged(folder), explained(str(folder)):
-        model, info = _from_folder(cfg, folder, **options)
+    with ExitStack() as stack:
+        stack.enter_context(unchanged(folder))
+        stack.enter_context(explained(str(folder)))
+        config, wrapped = _stock_config(cfg, raw, folder), None
+        kind: Any = AutoModelForCausalLM
+        place: Path | None = folder
+        if wrapper_of(raw) is not None:
+            wrapped = opened(tensor_files(folder), config, folder)
+            config, place = wrapped.dense, None
+            kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            options["state_dict"] = stack.enter_context(wrapped.slices())
+        if (method := _method(raw)) in UNPACKED:
+            console.say(f"[dim]{cfg.source}: stored as {method}, and unpacked to {cfg.dtype}[/dim]")
+            options["quantization_config"] = UNPACKED[method](dequantize=True)
+        model, info = _from_pretrained(cfg, kind, place, config, **options)
+        if wrapped is not None and (folder / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
         model.generation_config = keep_known(model.generation_config)
+        remember(model, wrapped)
     check_tied(folder, bool(model.config.tie_word_embeddings))
     if "unexpected_keys" in refused:  # not of a quantizer
-        check_numbers(folder, [name for name, weight in model.named_parameters() if weight.is_floating_point()])
+        floating: list[str] = [name for name, weight in model.named_parameters() if weight.is_floating_point()]
+        check_numbers(folder, floating if wrapped is None else [wrapped.text.get(name, name) for name in floating])
     _refuse_misfits(folder, info, refused)
     by_rows(model)
     return model.eval()
@@ -176,23 +219,29 @@ def read_whole(
 def check_account(cfg: recipe.Model) -> None:
     """Hold the tensors of a local folder against its config by name and size, from their headers alone.
 
-    As transformers would load them, renamed ones among them. Raises ModelError as `read_whole` does for those that are
-    missing, left over, or of another size.
+    As transformers would load them, renamed ones among them; of a wrapper, and of weights that are unpacked, that is
+    left to `read_whole`. Raises ModelError as that does for tensors that are missing, left over, or of another size.
     """
     folder = locate(cfg)
+    raw = config_in(folder)
     if is_deepspeed_zero3_enabled():  # there a model is made in shares, and `read_whole` looks at them
         return
+    if wrapper_of(raw) is not None or _method(raw) is not None:
+        return
     with explained(str(folder)):
-        _, info = _from_folder(cfg, folder, device_map={"": "meta"})
+        config = _stock_config(cfg, raw, folder)
+        _, info = _from_pretrained(cfg, AutoModelForCausalLM, folder, config, device_map={"": "meta"})
     _refuse_misfits(folder, info, MISFITS)
 
 
-def _from_folder(cfg: recipe.Model, folder: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _from_pretrained(
+    cfg: recipe.Model, kind: Any, place: Path | None, config: PretrainedConfig, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """What `from_pretrained` gives with these options, and what it says of the tensors instead of printing that."""
     with console.silent("transformers"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=_stock_config(cfg, config_in(folder), folder),
+        return kind.from_pretrained(
+            place,
+            config=config,
             dtype=getattr(torch, cfg.dtype),
             trust_remote_code=cfg.trust_remote_code,
             use_safetensors=True,
@@ -201,7 +250,6 @@ def _from_folder(cfg: recipe.Model, folder: Path, **options: Any) -> tuple[PreTr
             ignore_mismatched_sizes=True,  # they are refused by name
             **options,
         )
-    return loaded
 
 
 def _refuse_misfits(folder: Path, info: dict[str, Any], refused: Collection[str]) -> None:
@@ -265,14 +313,26 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
 def _config(cfg: recipe.Model) -> PretrainedConfig:
     """The config of a supported type, which is checked before transformers sees it and before weights are fetched."""
     raw = read_config(cfg)
-    arch_of_config(raw)
-    if quantized := raw.get("quantization_config"):
+    if wrapper_of(raw) is None:
+        arch_of_config(raw)
+    if (method := _method(raw)) is not None and method not in UNPACKED:
         raise ModelError(
-            f"{cfg.source}: quantized with '{quantized.get('quant_method')}', and quantized weights are neither "
-            "pruned nor trained here: give the checkpoint it was made from (`recover measure` and `recover diagnose` "
-            "take it as it is)"
+            f"{cfg.source}: quantized with '{method}', and quantized weights are neither pruned nor trained here: give "
+            "the checkpoint it was made from (`recover measure` and `recover diagnose` take it as it is; weights in "
+            f"{' and '.join(UNPACKED)} are unpacked when they are read)"
         )
-    return _stock_config(cfg, raw, config_source(cfg))
+    config = _stock_config(cfg, raw, config_source(cfg))
+    if wrapper_of(raw) is not None:
+        with explained(cfg.source):
+            config = text_config(config)
+        arch_of_config(config.to_dict())
+    return config
+
+
+def _method(raw: Mapping[str, Any]) -> str | None:
+    """How the weights are quantized, None if they are not."""
+    quantized = raw.get("quantization_config")
+    return str(quantized.get("quant_method")) if quantized else None
 
 
 def _stock_config(cfg: recipe.Model, raw: JsonObject, source: str | Path) -> PretrainedConfig:
@@ -281,7 +341,18 @@ def _stock_config(cfg: recipe.Model, raw: JsonObject, source: str | Path) -> Pre
         if cfg.trust_remote_code:
             revision = None if Path(source).is_dir() else commit_of(cfg, str(source))
             return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=True)
-        return config_of(raw, str(source), Path(source) / CONFIG)
+        return _with_true_sizes(config_of(raw, str(source), Path(source) / CONFIG))
+
+
+def _with_true_sizes(config: Any) -> Any:
+    """The config, with the neurons that an MLP has; LFM2's names others, of which the class computes them."""
+    if getattr(config, "block_auto_adjust_ff_dim", False):
+        neurons = int(2 * config.intermediate_size / 3)
+        if config.block_ffn_dim_multiplier is not None:
+            neurons = int(config.block_ffn_dim_multiplier * neurons)
+            neurons = -(-neurons // config.block_multiple_of) * config.block_multiple_of
+        config.intermediate_size, config.block_auto_adjust_ff_dim = neurons, False
+    return config
 
 
 def _attention(cfg: recipe.Model, config: PretrainedConfig) -> str:

@@ -24,7 +24,16 @@ from transformers import PreTrainedModel
 from recover.base import artifacts
 from recover.base.artifacts import JsonObject
 from recover.base.errors import ArtifactError, ModelError
-from recover.models.arch import arch_of, base_of, blocks_of, expert_shapes, experts_of, linears_of, mixture_in
+from recover.models.arch import (
+    arch_of,
+    attending,
+    base_of,
+    blocks_of,
+    expert_shapes,
+    experts_of,
+    linears_of,
+    mixture_in,
+)
 from recover.models.linears import pack, unpack
 from recover.models.site import Packed, Site, Sublayer, packed_as, sites_in, sites_of, whole_blocks, zeroed_partners
 
@@ -317,11 +326,26 @@ def _certified(packed: Tensor, record: MaskRecord, where: str) -> Tensor:
     return keep_OI
 
 
+def check_attends(model: PreTrainedModel, sites: Collection[Site]) -> None:
+    """Raise ModelError where no attention is left without these sites, of a model whose other blocks keep a state."""
+    if set(attending(model)) <= set(sites):
+        raise ModelError(
+            f"no attention is left of {', '.join(map(str, attending(model)))}, and the length of a cache, with it the "
+            "position of every new token, is read off one: leave one of them"
+        )
+    last = Site(len(blocks_of(model)) - 1, "attention")
+    if arch_of(model).last_stays and last in sites:
+        raise ModelError(
+            f"{last} cannot go: {arch_of(model).model_type} takes its last block for one that attends to all"
+        )
+
+
 def check_fit(model: PreTrainedModel, plan: Plan, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     """Raise ModelError unless plan, masks and weights belong to this model and to each other."""
     linears, blocks = linears_of(model), blocks_of(model)
     if plan.blocks != len(blocks):
         raise ModelError(f"the plan is for {plan.blocks} blocks, this model has {len(blocks)}: prune this model anew")
+    check_attends(model, plan.sites)
     _check_experts(model, plan.experts)
     for what, planned, given in (("masks", plan.masks, masks), ("weights", plan.weights, weights)):
         differing = sorted(set(planned) ^ set(given))

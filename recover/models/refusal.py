@@ -21,9 +21,9 @@ class Kind(NamedTuple):
 
 
 WRAPPER = Kind(
-    "a text model inside a wrapper, beside parts that read images or sound",
-    "gemma3, mistral3, qwen2_5_vl, llama4",
-    "its text model lies in a part of it, and the export would have to be the same wrapper",
+    "a text model inside a wrapper of its own kind, beside parts that read images or sound",
+    "llama4, internvl, paligemma, aya_vision",
+    "its text model lies in a part of it, and WRAPPERS in recover/models/wrapper.py has no row that says where",
     "save the text model alone and prune that: whole = AutoModelForImageTextToText.from_pretrained(SOURCE); text = "
     "AutoModelForCausalLM.from_config(whole.config.text_config); text.model = whole.model.language_model; text.lm_head "
     "= whole.lm_head; text.save_pretrained(FOLDER); AutoTokenizer.from_pretrained(SOURCE).save_pretrained(FOLDER)",
@@ -35,10 +35,18 @@ MIXTURE = Kind(
     "give one of the mixtures that are supported, or a dense model of the size of the experts that a token uses",
 )
 HYBRID = Kind(
-    "a hybrid, whose blocks keep a state beside attention or in place of it (Mamba, linear attention, convolutions)",
-    "qwen3_next, qwen3_5, lfm2, falcon_h1, nemotron_h, granitemoehybrid, jamba",
-    "here a block is attention and an MLP",
-    "give a model whose blocks all attend",
+    "a hybrid of another kind, whose blocks keep a state (Mamba, linear attention, convolutions)",
+    "nemotron_h, qwen3_next, jamba, bamba, zamba2, olmo_hybrid",
+    "its blocks are not a mixer or attention and then an MLP (nemotron_h has one of them in a block), or have experts, "
+    "or none of them was tried",
+    "give one of the hybrids that are supported (lfm2, qwen3_5_text, granitemoehybrid, falcon_h1)",
+)
+PER_BLOCK = Kind(
+    "a model with embeddings for each block, or with blocks that share keys and values",
+    "gemma3n, gemma4 (E2B, E4B)",
+    "a block that goes takes a part of one matrix of all blocks with it, and others lose the keys and values that they "
+    "read",
+    "give a model of the family without them, such as Gemma 3 or Gemma 4 12B and 31B",
 )
 CONV1D = Kind(
     "a model whose projections are Conv1D, with the weight the other way round",
@@ -46,7 +54,7 @@ CONV1D = Kind(
     "masks, adapters and slices are made for nn.Linear",
     "give a model of a later family",
 )
-KINDS = (WRAPPER, MIXTURE, HYBRID, CONV1D)
+KINDS = (WRAPPER, MIXTURE, HYBRID, PER_BLOCK, CONV1D)
 TYPES = {
     **dict.fromkeys(("gpt2", "gpt_bigcode", "openai-gpt"), CONV1D),
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "jamba", "bamba", "zamba2"), HYBRID),
@@ -55,7 +63,12 @@ TYPES = {
 
 def kind_of_model(config: Mapping[str, Any]) -> Kind | None:
     """Which of `KINDS` this config is of; None where it is of none that is known."""
-    if isinstance(config.get(TEXT), Mapping):
+    inner = config.get(TEXT)
+    name, settings = str(config.get("model_type")), inner if isinstance(inner, Mapping) else config
+    shared = settings.get("num_kv_shared_layers") or settings.get("hidden_size_per_layer_input")
+    if name.startswith("gemma3n") or (name.startswith("gemma4") and shared):
+        return PER_BLOCK
+    if isinstance(inner, Mapping):
         return WRAPPER
     if any(isinstance(value := config.get(name), int) and value > 1 for name in EXPERTS):
         return MIXTURE

@@ -24,10 +24,11 @@ from recover.base.errors import ModelError, RecoverError
 from recover.base.products import check_checkpoint, digest_of
 from recover.config import recipe
 from recover.config.base import Dtype
-from recover.models.config_keys import check_keys, check_room, check_sizes
+from recover.models.config_keys import NESTED, check_keys, check_room, check_sizes
 from recover.models.foreign_code import check, check_settings, code_files, code_named
 from recover.models.gate import check_files
 from recover.models.gguf_folder import alone, write_stock
+from recover.models.wrapper import text_values
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -174,7 +175,7 @@ def read_config(cfg: recipe.Model) -> JsonObject:
 def config_in(folder: Path) -> JsonObject:
     """As `read_config`, of a folder that `locate` gave."""
     config = checked(_read_json(folder / CONFIG), str(folder), folder / CONFIG)
-    check_room(config, folder)
+    check_room(text_values(config), folder)
     return config
 
 
@@ -185,8 +186,9 @@ def checked(config: Any, source: str, path: Path) -> JsonObject:
     if config.get("is_encoder_decoder"):
         raise ModelError(f"{source}: '{config['model_type']}' is an encoder-decoder model; expected a decoder alone")
     check(config, path)
-    check_keys(config, path)
-    check_sizes(config, path)
+    for settings in (config, *(inner for key, inner in config.items() if key in NESTED and isinstance(inner, dict))):
+        check_keys(settings, path)
+        check_sizes(settings, path)
     return config
 
 
@@ -265,7 +267,7 @@ def check_tied(folder: Path, tied: bool) -> None:
     """Raise ModelError where the config ties head and embedding (`tied`) and the weights hold two unlike matrices."""
     if not tied or not ((folder / INDEX).is_file() or (folder / WEIGHTS).is_file()):
         return
-    place = {name: path for path in _files(folder) for name in _tensors(path)}
+    place = tensor_files(folder)
     for head in (name for name in place if re.fullmatch(r"(.+\.)?lm_head\.weight", name)):
         for embedding in (name for name in place if re.fullmatch(r"(.+\.)?embed_tokens\.weight", name)):
             if not _equal(place[head], head, place[embedding], embedding):
@@ -296,6 +298,11 @@ def check_rows(folder: Path, rows: int) -> None:
 def _files(folder: Path) -> list[Path]:
     """The files that the weights are read from."""
     return [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else [folder / name for name in _shards(folder / INDEX)]
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """The file of each tensor of the folder, by its name. Raises ModelError for a file that is not whole."""
+    return {name: path for path in _files(folder) for name in _tensors(path)}
 
 
 def _equal(path: Path, name: str, other_path: Path, other_name: str) -> bool:
@@ -447,8 +454,7 @@ def explained(where: str) -> Iterator[None]:
 def context_named(cfg: recipe.Model) -> int | None:
     """Positions that the model was made for, by its config alone; None if it names none. Raises ModelError."""
     config = read_config(cfg)
-    inner = config.get("text_config")
-    found = config.get("max_position_embeddings", inner.get("max_position_embeddings") if inner else None)
+    found = text_values(config).get("max_position_embeddings")
     return found if isinstance(found, int) else None
 
 
@@ -458,7 +464,8 @@ def stored_dtype(cfg: recipe.Model) -> Dtype:
     Raises ModelError.
     """
     config = read_config(cfg)
-    stored = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    named = (each.get(key) for each in (config, text_values(config)) for key in ("dtype", "torch_dtype"))
+    stored = str(next(filter(None, named), None)).removeprefix("torch.")
     if stored not in get_args(Dtype) and kind_of(cfg.source) == "folder":
         stored = _widest_dtype(locate(cfg))
     return next((known for known in get_args(Dtype) if known == stored), "float32")

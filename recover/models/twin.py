@@ -58,7 +58,7 @@ class Twin:
     ) -> None:
         self.model: Any = model
         self._replan = replan
-        self.plan = dataclasses.replace(plan, parallel=arch_of(model).parallel(model.config))
+        self.plan = dataclasses.replace(plan, parallel=arch_of(model).together(model.config))
         self.arch: Arch = arch_of(model)
         self.switch = Switch()
         check_fit(model, plan, masks or {}, weights or {})
@@ -200,7 +200,9 @@ class Twin:
 
     def _lora_targets(self, cfg: recipe.Lora, sites: frozenset[Site]) -> tuple[list[str], list[str], list[str]]:
         """Names of linear layers, of experts' matrices and of routers that learn."""
-        linears = [name for name in linears_of(self.model) if site_of(self.arch, name) in sites]
+        without = tuple(f".{self.arch.mixer}.{linear}" for linear in self.arch.unadapted)
+        adapted = [name for name in linears_of(self.model) if not name.endswith(without)]
+        linears = [name for name in adapted if site_of(self.arch, name) in sites]
         names, mixed = self.arch.experts, [block for block in mixtures_of(self.model) if Site(block, "mlp") in sites]
         if {"experts", "router"} & {*cfg.parts} and (names is None or not mixed):
             raise ModelError(f"lora.parts: {list(cfg.parts)}: no block that learns has experts; use [linears]")

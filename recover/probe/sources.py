@@ -11,8 +11,9 @@ from recover.base import dist
 from recover.base.errors import ModelError
 from recover.config import recipe
 from recover.models.arch import arch_of_config
-from recover.models.load import check_fit, load_model, load_tokenizer, read_whole, ready
+from recover.models.load import UNPACKED, check_fit, load_model, load_tokenizer, read_whole, ready
 from recover.models.source import locate, read_config
+from recover.models.wrapper import wrapper_of
 from recover.probe.views import Pair
 
 # quant_method of a checkpoint -> the package that reads it (a GGUF file is converted, and needs none of them)
@@ -43,9 +44,14 @@ def load_any(cfg: recipe.Model) -> PreTrainedModel:
     """
     config = read_config(cfg)
     quantization = config.get("quantization_config")
-    if quantization is None:
+    if quantization is None or dict(quantization).get("quant_method") in UNPACKED:
         return ready(load_model(cfg))
     _check_package(cfg.source, str(dict(quantization).get("quant_method")))
+    if wrapper_of(config) is not None:
+        raise ModelError(
+            f"{cfg.source}: a quantized text model inside a wrapper ('{config['model_type']}'), of which the parts are "
+            "not told apart: give the checkpoint that it was made from"
+        )
     arch_of_config(config)
     return read_whole(
         cfg,
@@ -58,9 +64,8 @@ def load_any(cfg: recipe.Model) -> PreTrainedModel:
 
 def _check_package(source: str, method: str) -> None:
     if method not in PACKAGES:
-        raise ModelError(
-            f"{source}: quantized with '{method}'; expected one of {', '.join(PACKAGES)}, a GGUF file, or none"
-        )
+        known = ", ".join((*PACKAGES, *UNPACKED))
+        raise ModelError(f"{source}: quantized with '{method}'; expected one of {known}, a GGUF file, or none")
     package = PACKAGES[method]
     if importlib.util.find_spec(package) is None:
         raise ModelError(

@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import LongTensor, Tensor, nn
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from recover.base import console
 from recover.base.artifacts import JsonObject
 from recover.base.errors import PruneError
 from recover.base.journal import Journal
 from recover.config.recipe import Width
-from recover.models.arch import Arch, arch_of, blocks_of, head_size_of, kv_heads_of, linears_of
+from recover.models.arch import ARCHS, arch_of, blocks_of, head_size_of, kv_heads_of, linears_in, linears_of
 from recover.models.plan import Plan, Pruned
 from recover.models.site import Site, Sublayer
 from recover.prune.calibrate import calibration_record, check_context
@@ -37,7 +37,7 @@ from recover.prune.registry import Cost, Pruner, register
 from recover.prune.stream import Stream, check_finite, gram
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from recover.models.load import Description
     from recover.models.twin import Twin
@@ -58,7 +58,7 @@ class Sizes:
     def of(cls, config: PretrainedConfig) -> Sizes:
         """The sizes of every block of a model with this config."""
         return cls(
-            neurons=config.intermediate_size,
+            neurons=getattr(config, arch_of(config).neurons),
             heads=config.num_attention_heads,
             groups=kv_heads_of(config),
             head_size=head_size_of(config),
@@ -78,7 +78,7 @@ def narrowed(config: PretrainedConfig, cfg: Width) -> dict[str, int]:
     dense = Sizes.of(config)
     if cfg.mlp is not None:
         _refuse_neurons(config)
-    fields = {} if cfg.mlp is None else {"intermediate_size": _neurons_left(dense.neurons, cfg)}
+    fields = {} if cfg.mlp is None else {arch_of(config).neurons: _neurons_left(dense.neurons, cfg)}
     if cfg.kv_groups is not None:
         fields |= _heads_left(config, dense, cfg.kv_groups)
     return fields
@@ -158,7 +158,7 @@ def prune_width(twin: Twin, cfg: Width, batches: list[LongTensor], journal: Jour
     config = narrowed(model.config, cfg)
     _say_rounded(cfg, model.config, config)
     _warn_of_head_size(model.config, config)
-    removals = list(_removals(Sizes.of(model.config), config))
+    removals = list(_removals(model.config, config))
     scores: dict[str, Tensor] = {}
     if cfg.score != "obs":
         places = {site: last for removal in removals for site, last in _last_linears(twin, removal)}
@@ -200,7 +200,7 @@ def _compensated(
         check_finite(sums)
         pruned = {}
         for removal in removals:
-            name = _names(twin.arch, block, removal.part)[-1]
+            name = _names(twin, block, removal.part)[-1]
             weight_OI = linears[name].weight
             made = compensate(weight_OI, sums[name], removal.units, removal.left, chosen.get(removal.part), name)
             runs = weight_OI.shape[1] // removal.units
@@ -212,7 +212,7 @@ def _compensated(
 
 
 def _say_rounded(cfg: Width, dense: PretrainedConfig, config: dict[str, int]) -> None:
-    left, neurons = config.get("intermediate_size"), dense.intermediate_size
+    left, neurons = config.get(arch_of(dense).neurons), Sizes.of(dense).neurons
     if left is not None and cfg.mlp is not None:
         step = f"the nearest multiple of {cfg.step(neurons)}"
         console.say(f"prune.mlp {cfg.mlp}: {left:,} of {neurons:,} neurons stay ({1 - left / neurons:.1%} go), {step}")
@@ -227,24 +227,24 @@ def _warn_of_head_size(dense: PretrainedConfig, config: dict[str, int]) -> None:
         console.warn(f"{text}: readers that take hidden size / heads instead (older vLLM) will refuse the export")
 
 
-def _removals(dense: Sizes, config: dict[str, int]) -> Iterator[_Removal]:
+def _removals(stock: PretrainedConfig, config: dict[str, int]) -> Iterator[_Removal]:
+    dense, neurons = Sizes.of(stock), arch_of(stock).neurons
     if "num_key_value_heads" in config:
         yield _Removal("attention", dense.groups, config["num_key_value_heads"], dense.head_size)
-    if "intermediate_size" in config:
-        yield _Removal("mlp", dense.neurons, config["intermediate_size"], 1)
+    if neurons in config:
+        yield _Removal("mlp", dense.neurons, config[neurons], 1)
 
 
-def _names(arch: Arch, block: int, part: Sublayer) -> list[str]:
+def _names(twin: Twin, block: int, part: Sublayer) -> list[str]:
     """The linears of a sublayer, the one that writes to the residual stream last."""
-    inside = arch.attention if part == "attention" else arch.mlp
-    linears = arch.attention_linears if part == "attention" else arch.mlp_linears
-    return [f"{arch.blocks}.{block}.{inside}.{name}" for name in linears]
+    inside = linears_in(twin.blocks[block], twin.arch, part)
+    return [f"{twin.arch.blocks}.{block}.{name}" for name in inside]
 
 
 def _last_linears(twin: Twin, removal: _Removal) -> Iterator[tuple[Site, Outgoing]]:
     linears = linears_of(twin.model)
     for block in range(len(blocks_of(twin.model))):
-        last = _names(twin.arch, block, removal.part)[-1]
+        last = _names(twin, block, removal.part)[-1]
         yield Site(block, removal.part), Outgoing(linears[last], removal.units, removal.head)
 
 
@@ -358,7 +358,7 @@ def _sliced(
     `rewritten_OI`: stands in the place of the last one's weight.
     """
     linears, weights = linears_of(twin.model), {}
-    *into, last = _names(twin.arch, block, removal.part)
+    *into, last = _names(twin, block, removal.part)
     for name in into:
         rows_K = _features(linears[name].out_features, removal, kept_K)
         weights |= {f"{name}.{cfg}": tensor[rows_K] for cfg, tensor in _tensors(linears[name])}
@@ -426,12 +426,16 @@ def width_cost(cfg: Width, model: Description) -> Cost:
     """What narrowing takes from a model. Raises PruneError for what `prune_width` would refuse."""
     sizes: Any = {
         "hidden_size": model.width,
-        "intermediate_size": model.intermediate,
+        ARCHS[model.model_type].neurons: model.intermediate,
         "num_attention_heads": model.heads,
         "num_key_value_heads": model.kv_heads,
         "head_dim": model.head_size,
     }
-    narrowed(CONFIG_MAPPING[model.model_type](**sizes), cfg)
+    # A hybrid's class checks the sizes of its mixers too, and none of them changes.
+    kind = PretrainedConfig if ARCHS[model.model_type].mixer else CONFIG_MAPPING[model.model_type]
+    settings: Any = kind(**sizes)
+    settings.model_type = model.model_type
+    narrowed(settings, cfg)
     gone, stay = width_weights(cfg, model)
     share = gone / (model.parameters - model.embedding_parameters)
     said = f"{share:.0%} of the blocks' weights go: LoRA budgets recover about {WIDTH_WALL:.0%}"

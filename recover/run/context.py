@@ -35,6 +35,7 @@ from recover.models.load import check_account, check_fit, describe, load_model, 
 from recover.models.plan import Plan, load_plan
 from recover.models.source import check_rows, check_tied, check_weights, kind_of, locate, read_config
 from recover.models.twin import Twin
+from recover.models.wrapper import text_values
 from recover.probe.trajectory import check_steps
 from recover.prune.calibrate import calibration_batches, check_asked, read_texts
 from recover.report.data import Overlap, OverlapRecord
@@ -70,7 +71,10 @@ class RunContext:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        tokenizer, rows = load_tokenizer(self.recipe.model), read_config(self.recipe.model).get("vocab_size")
+        tokenizer, rows = (
+            load_tokenizer(self.recipe.model),
+            text_values(read_config(self.recipe.model)).get("vocab_size"),
+        )
         if rows is not None:
             vocabulary.fit(tokenizer, rows)
         return tokenizer

@@ -205,6 +205,7 @@ def estimate(recipe: Recipe, model: Description, rate: float) -> Estimate:
     """
     cost = pruner_of(recipe.prune).cost(recipe.prune, model)
     pruned, stored = model.active - cost.gone, model.parameters - cost.unstored
+    copied = model.beside * ELEMENT_BYTES[model.stored]  # parts of a wrapper that are not loaded
     exported = exported_dtype(recipe.model.dtype, model.stored, recipe.export.dtype)
     tokens = recipe.train.tokens
     flops = tokens * (2 * model.active + 4 * pruned)
@@ -214,8 +215,8 @@ def estimate(recipe: Recipe, model: Description, rate: float) -> Estimate:
         "parameters_pruned": round(stored),
         "active_dense": model.active,
         "active_pruned": round(pruned),
-        "file_bytes_dense": model.parameters * ELEMENT_BYTES[model.stored],
-        "file_bytes_pruned": round(stored * ELEMENT_BYTES[exported]),
+        "file_bytes_dense": model.parameters * ELEMENT_BYTES[model.stored] + copied,
+        "file_bytes_pruned": round(stored * ELEMENT_BYTES[exported]) + copied,
         "file_dtype_dense": model.stored,
         "file_dtype_pruned": exported,
         "teacher_tokens": tokens,

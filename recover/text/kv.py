@@ -16,6 +16,7 @@ from transformers import Cache, PreTrainedModel
 
 from recover.kernels import fused
 from recover.models import kv_cache
+from recover.models.arch import arch_of
 from recover.models.rope import goes_by_length
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -98,7 +99,9 @@ class Slots(Cache):
 def fits(model: PreTrainedModel) -> bool:
     """Whether these caches and masks serve the model: softmax attention in every block, full or in a sliding window."""
     config = model.config.get_text_config()
-    return _types(config) <= {FULL, SLIDING} and config._attn_implementation in MASKED_BY_US
+    return (
+        not arch_of(model).mixer and _types(config) <= {FULL, SLIDING} and config._attn_implementation in MASKED_BY_US
+    )
 
 
 def _types(config: Any) -> set[str]:

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from recover.base import console, dist, zero
+from recover.models.arch import modules_in
+from recover.models.site import SUBLAYERS
 
 if TYPE_CHECKING:
     from recover.models.twin import Twin
@@ -411,7 +413,8 @@ def gather_by_block(twin: Twin) -> None:
     arch = twin.arch
     for block in twin.blocks:
         trained = any(parameter.requires_grad for parameter in block.parameters())
-        parts = [block] if trained else [block.get_submodule(name) for name in (arch.attention, arch.mlp)]
+        inside = [name for part in SUBLAYERS for name in modules_in(block, arch, part)]
+        parts = [block] if trained else [block.get_submodule(name) for name in inside]
         for part in parts:
             zero.gather_at_once(part)
     model: Any = twin.model

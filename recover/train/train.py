@@ -89,6 +89,11 @@ def train(
     if next(twin.base.parameters()).dtype is torch.float16:
         raise TrainingError("model.dtype: float16 cannot be trained (gradients underflow): use bfloat16 or float32")
     packed = bool(packing_configs(twin.base))  # else padded
+    if twin.arch.mixer:
+        console.say(
+            f"[dim]{twin.arch.model_type}: rows are padded and not packed: its blocks keep a state, which would go on "
+            "from one text to the next[/dim]"
+        )
     past = begin(run_folder, _asked(twin, cfg, seed, packed=packed))
     fingerprint, parts = past["fingerprint"], past["parts"]
     texts = run_folder / "data"

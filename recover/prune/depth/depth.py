@@ -17,7 +17,7 @@ from recover.base.errors import PruneError
 from recover.base.journal import Journal
 from recover.config.recipe import Depth
 from recover.models.arch import ARCHS, arch_of, blocks_of, part_of
-from recover.models.plan import Plan, Pruned
+from recover.models.plan import Plan, Pruned, check_attends
 from recover.models.site import SUBLAYERS, Packed, Site, packed_as, sites_of, whole_blocks, zeroed_partners
 from recover.prune.calibrate import calibration_record, check_context
 from recover.prune.depth.repair import refuse_norm_behind, refuse_repair, repaired
@@ -54,6 +54,7 @@ def prune_depth(twin: Twin, cfg: Depth, batches: list[LongTensor], journal: Jour
     refuse_pairs(cfg, twin.plan.parallel)
     sites = check_sites(cfg, len(blocks_of(twin.model)))
     choice = choose(twin, cfg, batches, journal) if cfg.listed is None else SearchResult(sites, [])
+    check_attends(twin.base, choice.sites)
     _refuse_no_effect(twin, choice.sites, batches)
     weights, repair = {}, {}
     if cfg.repair != "none":
@@ -67,8 +68,8 @@ def refuse_pairs(cfg: Depth, parallel: bool) -> None:
     """Raise PruneError for pairs where a pair saves nothing: of neighbours in two blocks that run side by side."""
     if parallel and cfg.unit == "pair":
         raise PruneError(
-            "prune.unit: 'pair' joins half of a block with half of the next, and the blocks of this model run "
-            "attention and MLP on one input, so that only halves of one block can be stored together: use 'block'"
+            "prune.unit: 'pair' joins half of a block with half of the next. In this model, which runs attention and "
+            "MLP on one input or has a factor behind blocks, only halves of one can be stored together: use 'block'"
         )
 
 
@@ -128,7 +129,7 @@ def _plan(twin: Twin, choice: SearchResult, calibration: JsonObject, **repair: A
         scores=[{**candidate} for candidate in choice.candidates],
         parameters_dense=dense,
         parameters_pruned=dense,
-        parallel=arch_of(twin.model).parallel(twin.base.config),
+        parallel=arch_of(twin.model).together(twin.base.config),
         nonzero=dense - sum(_site_parameters(twin, site, choice.sites) for site in choice.sites),
         calibration=calibration,
         **repair,

@@ -20,7 +20,7 @@ from torch import LongTensor, Tensor, nn
 from recover.base import console
 from recover.base.artifacts import JsonObject
 from recover.base.errors import PruneError
-from recover.models.arch import Arch, arch_of, linears_of
+from recover.models.arch import Arch, arch_of, linears_in, linears_of
 from recover.models.site import Site
 from recover.prune.depth.scores import runs_of
 from recover.prune.passes import final_hidden, kl_rows, residual_stream, row_sum, site_at
@@ -132,10 +132,7 @@ def _mean_kl(twin: Twin, batches: list[LongTensor], dense: list[Tensor], closed:
 
 def _last_linear(twin: Twin, site: Site) -> str:
     arch = arch_of(twin.model)
-    sublayer, linears = (
-        (arch.attention, arch.attention_linears) if site.part == "attention" else (arch.mlp, arch.mlp_linears)
-    )
-    return f"{arch.blocks}.{site.block}.{sublayer}.{linears[-1]}"
+    return f"{arch.blocks}.{site.block}.{linears_in(twin.blocks[site.block], arch, site.part)[-1]}"
 
 
 @dataclasses.dataclass

@@ -20,7 +20,7 @@ from torch import LongTensor
 from recover.base.errors import PruneError
 from recover.base.journal import Entry, Journal
 from recover.config.prune import Depth
-from recover.models.arch import blocks_of
+from recover.models.arch import blocks_of, staying
 from recover.models.site import SUBLAYERS, Site, sites_in, sites_of
 from recover.prune.depth.scores import Score, Span, score_of
 
@@ -110,8 +110,9 @@ def choose(twin: Twin, cfg: Depth, batches: list[LongTensor], journal: Journal |
         raise PruneError(f"prune.score: '{cfg.score}' is measured on text: give prune.calibration")
     units = units_of(cfg.unit, len(blocks_of(twin.model)))
     if cfg.contiguous:
-        units = _runs(cfg, units)
+        units = _may_go(twin, _runs(cfg, units), 1)
         return _once(score_of(twin, cfg.score, batches), cfg, units, 1, [])
+    units = _may_go(twin, units, cfg.count)
     before: list[Candidate] = []
     if cfg.closing and len(units) >= CANDIDATES:
         pool = min(max(CANDIDATES, 2 * cfg.count), len(units))
@@ -120,6 +121,19 @@ def choose(twin: Twin, cfg: Depth, batches: list[LongTensor], journal: Journal |
     if cfg.rounds:
         return SetSearch(score, cfg, partial(_left, twin, cfg, units), journal, list(before)).run()
     return _once(score, cfg, units, cfg.count, before)
+
+
+def _may_go(twin: Twin, units: list[Span], count: int) -> list[Span]:
+    """Those without what stays, in most models the attention of block 0, which is in none: it tells how many tokens a
+    cache has. Raises PruneError where fewer than `count` are left."""
+    stays = staying(twin.model)
+    left = [unit for unit in units if not stays & set(unit)]
+    if len(left) < count:
+        named = ", ".join(map(str, sorted(stays)))
+        raise PruneError(
+            f"prune.count: {count} of {len(left)} that may go: drop at most {len(left)} (staying: {named})"
+        )
+    return left
 
 
 def _runs(cfg: Depth, units: list[Span]) -> list[Span]:
@@ -166,7 +180,8 @@ def _left(twin: Twin, cfg: Depth, units: list[Span], closed: frozenset[Site]) ->
         return [unit for unit in units if unit[0] not in closed]
     blocks = len(blocks_of(twin.model))
     there, dense = set(units), set(pairs_of(blocks))
-    left = pairs_of(blocks, closed)
+    stays = staying(twin.model)
+    left = [pair for pair in pairs_of(blocks, closed) if not stays & set(pair)]
     return [pair for pair in left if pair in there or pair not in dense] or left
 
 
