@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from recover.base.artifacts import JsonObject
+from recover.base.errors import DataError
 
 # Fields that name files, or a hub id.
 FIELDS = (
@@ -52,11 +53,18 @@ def matching(path: Path) -> list[Path]:
         return []
     if "*" in base or "?" in base:
         folder, rest = Path(), [base, *rest]
-    return sorted(found for found in folder.glob("/".join(rest).replace("[", "[[]")) if found.is_file())
+    try:
+        return sorted(found for found in folder.glob("/".join(rest).replace("[", "[[]")) if found.is_file())
+    except OSError as error:  # a folder on the way that may not be read
+        raise DataError(f"{path}: cannot look for its files: {error.filename}: {error.strerror}") from None
 
 
 def meant(path: Path) -> str:
-    """`. Did you mean '...'?` of a file beside the path with its ending and nearly its name, or nothing."""
+    """What was probably meant, as `. Did you mean NAME?` of a file beside the path with nearly its name, or nothing."""
+    if os.path.islink(path):
+        return f": a link to {os.readlink(path)}, which is not there"
+    if "$" in str(path):
+        return ": variables such as $HOME are not filled in; write the path out, or begin it with ~"
     if not path.parent.is_dir():
         return ""
     there = {found.stem: found for found in path.parent.iterdir() if found.suffix == path.suffix}

@@ -10,6 +10,7 @@ import yaml
 
 from recover.base import artifacts
 from recover.base.artifacts import JsonObject
+from recover.base.errors import RecipeError
 from recover.config import yaml_values
 from recover.config.paths import without_folders
 from recover.config.recipe import Model, Recipe
@@ -66,15 +67,18 @@ def _card_of(cfg: Model, kind: str) -> str:
             return ""
     else:
         path = Path(cfg.source).expanduser() / CARD
-    return path.read_text(encoding="utf-8", errors="replace")[:LONGEST] if path.is_file() else ""
+    if not path.is_file():
+        return ""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.read(LONGEST)
 
 
 def _said(text: str) -> dict[str, str]:
     """What the header of a card says in words: lists are taken by their first entry."""
     header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     try:
-        values = yaml.safe_load(header[1]) if header else {}
-    except yaml.YAMLError:
+        values = yaml_values.load(header[1], CARD) if header else {}
+    except RecipeError:
         values = {}
     pairs = values.items() if isinstance(values, dict) else ()
     first = {str(key): value[0] if isinstance(value, list) and value else value for key, value in pairs}

@@ -149,11 +149,11 @@ def _row(where: str, value: Any, vocabulary: int) -> TeacherRow:
         raise DataError(f"{where}: no column {error}, expected input_ids, top_ids and top_logprobs") from None
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise DataError(f"{where}: expected lists of numbers of equal lengths ({error})") from None
-    if ids.dim() != 1 or mask.dim() != 1 or not ids_NK.dim():
+    if ids.dim() != 1 or mask.dim() != 1 or not ids_NK.dim() or not logp_NK.dim():
         raise DataError(
-            f"{where}: expected input_ids and completion_mask as lists of numbers, top_ids as a list of lists"
+            f"{where}: expected input_ids and completion_mask as lists of numbers, the others as lists of such lists"
         )
-    if not len(ids_NK):
+    if not len(ids_NK) and not len(logp_NK):
         ids_NK, logp_NK = ids_NK.reshape(0, 0), logp_NK.reshape(0, 0)
     problem = _problem(ids, mask, ids_NK, logp_NK, vocabulary)
     if problem:
