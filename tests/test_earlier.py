@@ -139,7 +139,7 @@ def test_reports_of_it_say_the_same(old: Path, whole: Path, tmp_path: Path, caps
     capsys.readouterr()
     commands.show(old)
     shown = capsys.readouterr().out
-    assert " train " in shown and "open" not in shown and "stale" not in shown
+    assert " train " in shown and " open " not in shown and " stale " not in shown
     commands.report([old])
     assert "| train |" in (old / "report.md").read_text()
 
