@@ -99,6 +99,25 @@ def test_every_stage_of_it_is_done_and_training_stays(old: Path, untrained: None
     assert shown.count(WORD) == 1 and f"{old / 'recipe.yaml'}: {WORD}" in shown
 
 
+def test_a_field_that_came_later_makes_nothing_stale_unless_it_is_set(old: Path, untrained: None) -> None:
+    """In stamps of before, and in what a report says of them: as if its default had been written."""
+    for path in old.glob("*/DONE.json"):
+        stamp = read_json(path)
+        for section, field in (("recover", "weight_decay"), ("prune", "sparsity"), ("measure", "max_new_tokens")):
+            stamp["fingerprint"].get(section, {}).pop(field, None)
+        path.write_text(json.dumps(stamp))
+    states = {row["stage"]: row["stale"] for row in stages.status(old)}
+    asked = "max_new_tokens: 128 -> 24"  # neither what is set otherwise now, nor what has no default, is passed over
+    assert asked in str(states["dense"]) and "prune.sparsity: absent -> 0.25" in str(states["prune"])
+    assert "weight_decay" not in str(states)
+    assert "weight_decay" not in " ".join(collect(old)["mixed"])
+    recipe = load_recipe(old / "recipe.yaml", ["train.weight_decay=0.5"])
+    directory = RunDirectory(old)
+    assert "train.weight_decay: 0.0 -> 0.5" in str(
+        directory.stale_reason("train", stages.fingerprint("train", recipe, directory))
+    )
+
+
 def test_stages_after_training_read_its_folder(old: Path, untrained: None) -> None:
     run(old.parent, *ONE[:-1], "measure.limit=4", until="after")
     assert RunDirectory(old).done("after") is not None and not (old / "train").exists()
@@ -120,7 +139,7 @@ def test_reports_of_it_say_the_same(old: Path, whole: Path, tmp_path: Path, caps
     capsys.readouterr()
     commands.show(old)
     shown = capsys.readouterr().out
-    assert " train " in shown and "open" not in shown and "stale" not in shown
+    assert " train " in shown and " open " not in shown and " stale " not in shown
     commands.report([old])
     assert "| train |" in (old / "report.md").read_text()
 

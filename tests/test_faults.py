@@ -238,7 +238,7 @@ def test_a_broken_list_of_checkpoints_loses_none(saved, text):
 @pytest.mark.parametrize("name", ["training.json", "best.json", "checkpoints.jsonl"])
 def test_a_broken_record_loses_no_training(straight, tmp_path, name):
     assert faulty.stopped_at(tmp_path / "run", 5)[0] == 128 + signal.SIGTERM
-    flip(tmp_path / "run/recover" / name, 3)
+    flip(tmp_path / "run/train" / name, 3)
     code, output = faulty.run(tmp_path / "run")
     assert code == 0 and "going on from checkpoint-2" in output, output
     assert faulty.same(faulty.adapter(tmp_path / "run"), straight)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
 from recover.base import earlier
 from recover.base.errors import RecipeError
@@ -195,6 +196,20 @@ def parse_recipe(mapping: Mapping[str, Any], where: str, origins: Mapping[str, s
         return Recipe.model_validate(mapping)
     except ValidationError as error:
         raise RecipeError("\n".join(explain(error, Recipe, where, origins or {}))) from None
+
+
+def completed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections of a recipe that an earlier version wrote, with the fields that came later: each has its default.
+
+    What is no section, or none of now, stays as it is.
+    """
+    found = dict(fields)
+    for name, field in Recipe.model_fields.items():
+        if name in found:
+            section = TypeAdapter(Annotated[field.annotation, field])
+            with suppress(ValidationError):
+                found[name] = section.dump_python(section.validate_python(found[name]), mode="json")
+    return found
 
 
 def embedded(name: str) -> Path:

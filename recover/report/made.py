@@ -13,6 +13,7 @@ from typing import Any
 from recover.base import artifacts, earlier
 from recover.base.artifacts import DONE
 from recover.base.ownership import peek
+from recover.config.recipe import completed
 from recover.report import words
 from recover.report.data import Json, Made, PageData
 
@@ -42,7 +43,7 @@ def made(root: Path, recipe: Json) -> list[Made]:
                 "stage": stage,
                 "finished": str(stamp.get("finished")),
                 "recipe": fields,
-                "differs": list(_differing(fields, recipe)),
+                "differs": list(_differing(completed(fields), recipe)),
                 "versions": {"recover": environment.get("recover"), **(environment.get("versions") or {})},
                 "machine": environment.get("machine"),
                 "inputs": dict(fingerprint.get("inputs") or {}),
@@ -53,7 +54,7 @@ def made(root: Path, recipe: Json) -> list[Made]:
 
 
 def _differing(fields: Json, recipe: Json) -> Iterator[str]:
-    now = dict(artifacts.leaves(artifacts.plain({name: _at(recipe, name) for name in fields})))
+    now = dict(artifacts.leaves(artifacts.plain(completed({name: _at(recipe, name) for name in fields}))))
     then = dict(artifacts.leaves(fields))
     for name in {**then, **now}:
         if then.get(name) != now.get(name):

@@ -19,6 +19,7 @@ from recover.base.artifacts import DONE, MANIFEST, JsonObject, explained, explai
 from recover.base.errors import ArtifactError
 from recover.base.hub import COMMIT
 from recover.base.ownership import mark, open_lock, owned, peek, refuse_foreign
+from recover.config.recipe import completed
 from recover.report.data import Best
 
 SHOWN_CHANGES = 3  # in the reason why a stage is stale
@@ -289,9 +290,10 @@ def _is_stamp(value: Any, stage: str) -> bool:
 def _compared(stamp: Stamp, fingerprint: JsonObject) -> tuple[dict[str, str], dict[str, str]]:
     """The leaves of a stamp's fingerprint and of the one that is asked for now, without those of no matter.
 
-    A stamp of an earlier version knows other sections, inputs and stages: what only one side knows says nothing then.
+    A field that came later has its default in a stamp that knows none. A stamp of an earlier version yet knows other
+    sections, inputs and stages: what only one side knows says nothing then.
     """
-    before, now = (dict(artifacts.leaves(side)) for side in (stamp["fingerprint"], fingerprint))
+    before, now = (dict(artifacts.leaves(side)) for side in (completed(stamp["fingerprint"]), fingerprint))
     if "made" not in stamp:
         known, both = fingerprint.keys() & stamp["fingerprint"].keys(), before.keys() & now.keys()
 
