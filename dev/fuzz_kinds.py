@@ -202,14 +202,14 @@ class Recipes(Kind):
         self.put("recipe.yaml", data)
         keys = (
             "prune.count",
-            "recover.data.0.share",
-            "recover.data.9",
+            "train.data.0.share",
+            "train.data.9",
             "a.b",
             "",
             "model",
             "prune",
             "..",
-            "recover.lr",
+            "train.lr",
         )
         self.overrides = []
         if chance.random() < 0.3:
@@ -578,7 +578,7 @@ class Runs(Kind):
     def prepare(self) -> None:
         report_run.BLOCKS, report_run.DROPPED, report_run.STEPS = 4, (1,), 6  # a page is drawn for each input
         self.run, self.other = (report_run.build_run(self.folder, name=name) for name in ("run", "other"))
-        for stage in ("plan", "dense", "prune", "before", "recover", "after", "export", "report"):
+        for stage in ("plan", "dense", "prune", "before", "train", "after", "export", "report"):
             RunDirectory(self.run).mark_done(stage, {"seed": 0, "model": {"source": "x"}})
         self.sound = {
             path.relative_to(self.run).as_posix(): path.read_bytes() for path in self.run.rglob("*") if path.is_file()

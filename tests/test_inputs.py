@@ -59,7 +59,7 @@ def leaves(user: Path) -> dict[str, Any]:
         "model": {"source": str(user / "model"), "revision": None},
         "prune": {"calibration": {"data": str(user / "set")}},
         "probe": {"prompts": str(user / "prompts.jsonl")},
-        "recover": {
+        "train": {
             "data": [{"kind": "given", "source": str(user / "gi*.jsonl")}],
             "cache": {"folder": str(user / "set" / "deep")},
         },
@@ -248,7 +248,7 @@ def test_repositories_of_a_recipe_are_all_found(user: Path) -> None:
     recipe = leaves(user)
     recipe["model"] = {"source": "org/tiny", "tokenizer": "org/words", "revision": "v2"}
     recipe["prune"]["calibration"]["data"] = "wikitext"
-    recipe["recover"]["data"].append({"kind": "dense", "prompts": "org/asked"})
+    recipe["train"]["data"].append({"kind": "dense", "prompts": "org/asked"})
     recipe["measure"]["tasks"].append(str(user / "far.yaml"))
     found = sorted(map(str, repositories(recipe)))
     assert found == [

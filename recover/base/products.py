@@ -6,14 +6,21 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from recover.base import artifacts
+from recover.base import artifacts, earlier
 from recover.base.artifacts import DONE, MANIFEST
 from recover.base.errors import ArtifactError, RecoverError
 from recover.base.ownership import peek
 
-Entry = dict[str, Any]
+
+class FileEntry(TypedDict):
+    """A file as its stage wrote it: its size, its time of change in nanoseconds, and its sha256."""
+
+    bytes: int
+    changed: int
+    sha256: str
+
 
 MEASURED = ("measure.json", "generations.json", "probe.json", "probe.jsonl")
 # Names of files by stage, from the run directory on.
@@ -21,7 +28,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "dense": tuple(f"dense/{name}" for name in MEASURED),
     "prune": ("prune/plan.json", "prune/masks.safetensors", "prune/weights.safetensors"),
     "before": tuple(f"before/{name}" for name in MEASURED),
-    "recover": ("recover/best.json", "epochs.jsonl"),  # and the files of the epoch that it names
+    "train": ("train/best.json", "epochs.jsonl"),  # and the files of the epoch that it names
     "after": tuple(f"after/{name}" for name in (*MEASURED, "best.json", "epochs.jsonl")),  # of epochs measured again
     "export": ("verify.json", "speed.json"),  # and those of the checkpoint
 }
@@ -32,9 +39,9 @@ GONE, CHANGED = "is gone", "is not what was written"
 _digests: dict[tuple[Any, ...], str] = {}
 
 
-def written(root: Path, stage: str) -> dict[str, Entry]:
+def written(root: Path, stage: str) -> dict[str, FileEntry]:
     """Bytes, time and sha256 of each file that this stage has written, by name; to be kept in its stamp."""
-    entries = {}
+    entries: dict[str, FileEntry] = {}
     for path, known in _files(root, stage):
         if path.is_file() and path.suffix != OWN_WORDS:
             stat = path.stat()
@@ -80,7 +87,13 @@ def taken_apart(root: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (RecoverError, OSError):
+    except (
+        RecoverError,
+        OSError,
+        NameError,
+        ImportError,
+        MemoryError,
+    ):  # the last three: no value of a file gives them
         raise
     except Exception as error:  # whatever comes of a text where a table is expected
         place = traceback.extract_tb(error.__traceback__)[-1]
@@ -108,14 +121,14 @@ def digest_of(path: Path) -> str:
 
 def _files(root: Path, stage: str) -> Iterator[tuple[Path, str | None]]:
     """Each file that the stage may have written, and its sha256 where a manifest has it."""
-    yield from ((root / name, None) for name in NAMES.get(stage, ()))
+    yield from ((earlier.place(root, name), None) for name in NAMES.get(stage, ()))
     folder = None
     if stage == "export":
         folder = root / "deploy"
-    elif stage == "recover":
-        best = peek(root / "recover" / "best.json")
+    elif stage == "train":
+        best = peek(earlier.place(root, "train/best.json"))
         named = best.get("folder") if isinstance(best, dict) else None
-        folder = root / "recover" / named if isinstance(named, str) else None
+        folder = earlier.place(root, "train") / named if isinstance(named, str) else None
     listed = peek(folder / MANIFEST) if folder is not None else None
     if folder is not None and isinstance(listed, dict) and isinstance(listed.get("files"), dict):
         yield folder / MANIFEST, None

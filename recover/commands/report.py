@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from recover.base import console, products
-from recover.base.errors import ArtifactError
+from recover.base.artifacts import write_text
+from recover.base.errors import ArtifactError, RecipeError
+from recover.report import verdict
 from recover.report.data import CHANGED, ComparedRun
 from recover.run import summary as outcome
-from recover.run.directory import RunDirectory
+from recover.run.directory import RunDirectory, StageState
 
 RUNS = Path("checkpoints")  # where runs are written by default
 RunPath = Annotated[
@@ -32,6 +34,13 @@ def report(
         typer.Option(
             "--out", help="The page that compares several runs, replaced when it is there; default: beside them."
         ),
+    ] = None,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", help="Write the main figures of all runs as a table, too.")
+    ] = None,
+    latex: Annotated[
+        Path | None,
+        typer.Option("--latex", help="Write that table for LaTeX (booktabs), too; replaced when it is there."),
     ] = None,
 ) -> None:
     """Write the report of each run again, finished or not, and a comparison of several; of a diagnosis, its page."""
@@ -62,6 +71,7 @@ def report(
         if out is None and beside.exists() and not is_page(beside):
             raise ArtifactError(f"{beside}: is there and is no page of recover's; say with --out where to write")
         _compare_page(roots, out or beside)
+    _paper_table(roots, csv, latex)
 
 
 def _compare_page(roots: list[Path], path: Path) -> None:
@@ -71,6 +81,17 @@ def _compare_page(roots: list[Path], path: Path) -> None:
     for line in data["apart"]:
         console.warn(line)
     console.say(str(render_compare(data, path)))
+
+
+def _paper_table(roots: list[Path], csv: Path | None, latex: Path | None) -> None:
+    from recover.report.compare import as_csv, as_latex, paper_table
+
+    if (csv or latex) and not roots:
+        raise RecipeError("--csv, --latex: a table of runs; a diagnosis has none")
+    for path, written in ((csv, as_csv), (latex, as_latex)):
+        if path is not None:
+            write_text(path, written(*paper_table(roots)))
+            console.say(str(path))
 
 
 def _say_lost(directory: RunDirectory) -> None:
@@ -123,6 +144,8 @@ def compare(
     with products.taken_apart(run_dirs[0].parent):
         console.table("pruned, and after recovery", columns, map(_compared, data["runs"]))
         console.table("dense → deployed", page.SPEED_COLUMNS, map(page.speed_row, data["runs"]))
+    if ranking := page.ranking(data):
+        console.say(f"{ranking}.")
     for line in data["apart"]:
         console.warn(line)
     if html is not None:
@@ -134,7 +157,7 @@ def _compared(run: ComparedRun) -> list[str | None]:
     perplexity = run["perplexity"]["recovered"]
     return [
         run["name"],
-        *(_percent(share) for share in kept),
+        *(None if share is None else verdict.share(share) for share in kept),
         None if perplexity is None else f"{perplexity:.4g}",
         _percent(run["parameters"]),
     ]
@@ -144,8 +167,8 @@ def _percent(share: float | None) -> str | None:
     return None if share is None else f"{share:.1%}"
 
 
-def _state(row: dict[str, Any]) -> list[str]:
-    if not row["done"]:
+def _state(row: StageState) -> list[str]:
+    if row["finished"] is None:
         return [row["stage"], "open", "", ""]
     finished = datetime.fromisoformat(row["finished"]).astimezone().strftime("%Y-%m-%d %H:%M")
     return [row["stage"], "stale" if row["stale"] else "done", finished, row["stale"] or ""]
@@ -188,6 +211,7 @@ COMMANDS = {
     report: (
         "recover report checkpoints/quickstart",
         "recover report checkpoints/drop2 checkpoints/drop4 checkpoints/wanda",
+        "recover report checkpoints/drop2 checkpoints/drop4 --csv table.csv --latex table.tex",
         "recover report my-diagnosis",
     ),
     show: ("recover show checkpoints/quickstart", "recover show quickstart", "recover show"),

@@ -2,13 +2,13 @@
 
 A term is a `LossTerm` here and a formula in `recover/distill/loss_terms.py`, whose table says what each is. Weights,
 logs, training curves and checkpoints go through the records. A term of another package is registered, and gets its
-weight from `recover.loss.terms`.
+weight from `train.loss.terms`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import (
     Field,
@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from recover.base.artifacts import JsonObject
 from recover.config.base import Config
 
 FORMULAS = "recover.distill.loss_terms"
@@ -30,7 +31,7 @@ TAKEN += ("tokens", "total", "variance_weight")
 class LossTerm:
     """One term of the loss, all that is known of it without a model.
 
-    `name`: of its weight in `recover.loss` (in `recover.loss.terms`, if another package registers it), and of its mean
+    `name`: of its weight in `train.loss` (in `train.loss.terms`, if another package registers it), and of its mean
     per token in logs. `label` and `style`: its name and its line (classes of `style.css`) in the report. `formula`:
     `module:function`, a `recover.distill.loss_terms.Formula`. `divergence`: between two distributions at the
     temperature T, so multiplied by T^2. `blind`: to tokens that the pruned model raises, so no loss on its own.
@@ -50,7 +51,7 @@ class LossTerm:
 
     @property
     def field(self) -> str:
-        """Where its weight stands, in `recover.loss`."""
+        """Where its weight stands, in `train.loss`."""
         return self.name if self.name in Loss.model_fields else f"terms.{self.name}"
 
 
@@ -166,7 +167,7 @@ class Loss(Config):
         return self
 
     @model_serializer(mode="wrap")
-    def _as_before_there_were_terms(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _as_before_there_were_terms(self, dump: SerializerFunctionWrapHandler) -> JsonObject:
         """Without `terms` where there are none: what a run of an earlier version was made from reads the same."""
         fields = dump(self)
         return fields if self.terms else {name: value for name, value in fields.items() if name != "terms"}

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from recover.base.artifacts import JsonObject
 from recover.base.errors import DataError
 
 # Fields that name files, or a hub id.
@@ -18,12 +19,12 @@ FIELDS = (
     "model.tokenizer",
     "prune.calibration.data",
     "probe.prompts",
-    "recover.data.*.prompts",
-    "recover.data.*.source",
+    "train.data.*.prompts",
+    "train.data.*.source",
     "measure.tasks.*",
-    "recover.cache.folder",
+    "train.cache.folder",
 )
-FOLDERS = ("recover.cache.folder",)  # made where there is none; never a hub id
+FOLDERS = ("train.cache.folder",)  # made where there is none; never a hub id
 # Endings of files that hold rows; of each but a table, gzipped too.
 LINES, TABLES, SHEETS, TEXTS = (".jsonl", ".ndjson", ".json"), (".parquet", ".arrow"), (".csv", ".tsv"), (".txt", ".md")
 ROWS = (*LINES, *(f"{ending}.gz" for ending in (*LINES, *SHEETS)), *TABLES, *SHEETS, *TEXTS)
@@ -69,7 +70,7 @@ def meant(path: Path) -> str:
     return f". Did you mean '{there[near[0]]}'?" if near else ""
 
 
-def place_files(tree: dict[str, Any], folder: Path, *, within: str = "") -> None:
+def place_files(tree: JsonObject, folder: Path, *, within: str = "") -> None:
     """Make relative files in an unchecked recipe absolute, as seen from `folder`.
 
     `within` limits it to one dotted field and what is below. A hub id and `embedded:NAME` stay what they are.
@@ -82,7 +83,7 @@ def place_files(tree: dict[str, Any], folder: Path, *, within: str = "") -> None
             _change(tree, [*given[: len(steps)], *steps[len(given) :]], absolute)
 
 
-def without_folders(tree: dict[str, Any]) -> dict[str, Any]:
+def without_folders(tree: JsonObject) -> JsonObject:
     """A copy of a recipe's tree in which files are named without the folders of the machine they lie on."""
     shown = copy.deepcopy(tree)
     for field in FIELDS:

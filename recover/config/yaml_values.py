@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from recover.base.artifacts import JsonObject
 from recover.base.errors import RecipeError
 from recover.config.paths import meant
 
@@ -118,7 +119,7 @@ def _refuse_repeats(top: yaml.Node) -> None:
         )
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> JsonObject:
     """The fields of a YAML file; an empty one has none.
 
     Raises:
@@ -160,7 +161,7 @@ def dump_commented(rows: Iterable[tuple[str, Any, str]]) -> str:
     comment that leaves no room on its line stands above it.
     """
     comments: dict[str, str] = {}
-    tree: dict[str, Any] = {}
+    tree: JsonObject = {}
     for path, value, comment in rows:
         comments[path] = comment
         *way, last = path.split(".")
@@ -178,7 +179,7 @@ COMMENT_COLUMN = 40
 LINE_END = 120
 
 
-def _lines(tree: dict[str, Any], comments: dict[str, str], path: str, margin: str) -> Iterator[tuple[str, str]]:
+def _lines(tree: JsonObject, comments: dict[str, str], path: str, margin: str) -> Iterator[tuple[str, str]]:
     """(text, comment) of each line of these fields, or of the items of a list, whose names are numbers."""
     listed = bool(tree) and all(name.isdecimal() for name in tree)
     for name, value in tree.items():
@@ -217,7 +218,7 @@ def _with_comment(text: str, comment: str) -> str:
     return "\n".join([*(f"{margin}# {each}" for each in above), text])
 
 
-def apply_override(tree: dict[str, Any], override: str) -> str:
+def apply_override(tree: JsonObject, override: str) -> str:
     """Set one `a.b.0.c=VALUE` (VALUE as YAML) in `tree`, making mappings on the way; its dotted key is returned.
 
     Raises:
@@ -227,7 +228,7 @@ def apply_override(tree: dict[str, Any], override: str) -> str:
     steps = key.strip().split(".")
     where = f"override '{override}'"
     if not equals or not all(steps):
-        raise RecipeError(f"{where}: expected KEY=VALUE, such as recover.lr=1e-3")
+        raise RecipeError(f"{where}: expected KEY=VALUE, such as train.lr=1e-3")
     value = load(text, where)
     node: Any = tree
     for depth, step in enumerate(steps):

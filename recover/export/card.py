@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import yaml
 
 from recover.base import artifacts
+from recover.base.artifacts import JsonObject
 from recover.base.errors import RecipeError
 from recover.config import yaml_values
 from recover.config.paths import without_folders
 from recover.config.recipe import Model, Recipe
 from recover.config.tasks import USES, Figure, headline_figures
 from recover.export.write import CARD
+from recover.models.plan import PlanRecord
 from recover.models.site import SUBLAYERS, Site, packed_as, zeroed_partners
 from recover.models.source import kind_of
 from recover.report import plan_text
@@ -84,7 +86,7 @@ def _said(text: str) -> dict[str, str]:
 
 
 def card(
-    recipe: Recipe, plan: dict[str, Any], headlines: dict[str, dict[str, float | None]], facts: dict[str, Any]
+    recipe: Recipe, plan: PlanRecord, headlines: dict[str, dict[str, float | None]], facts: dict[str, str | int]
 ) -> str:
     """Markdown with the header that model hubs read.
 
@@ -109,7 +111,7 @@ def card(
     return "\n\n".join(lines) + "\n"
 
 
-def plain_card(name: str, plan: dict[str, Any], source: str = "") -> str:
+def plain_card(name: str, plan: PlanRecord, source: str = "") -> str:
     """As `card`, of a model that was exported without a run: what was pruned, and no figures.
 
     `source`: where the dense model was loaded from, if that is known.
@@ -121,7 +123,7 @@ def plain_card(name: str, plan: dict[str, Any], source: str = "") -> str:
 
 
 def _header(found: dict[str, str], data_sets: list[str]) -> str:
-    values: dict[str, Any] = {**found, "library_name": "transformers", "pipeline_tag": "text-generation"}
+    values: JsonObject = {**found, "library_name": "transformers", "pipeline_tag": "text-generation"}
     values |= {"datasets": data_sets} if data_sets else {}
     values["tags"] = ["pruned", "recover"]
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
@@ -131,11 +133,11 @@ def _data_sets(recipe: Recipe) -> list[str]:
     """Hub ids of the data sets that the model was pruned and recovered on."""
     calibration = getattr(recipe.prune, "calibration", None)
     named = [getattr(calibration, "data", None)]
-    named += [getattr(source, "prompts", None) or getattr(source, "source", None) for source in recipe.recover.data]
+    named += [getattr(source, "prompts", None) or getattr(source, "source", None) for source in recipe.train.data]
     return sorted({name for name in named if isinstance(name, str) and re.fullmatch(HUB_ID, name)})
 
 
-def _masked(plan: dict[str, Any]) -> str:
+def _masked(plan: PlanRecord) -> str:
     return f"\n\n{MASKED}" if plan["masks"] else ""
 
 
@@ -144,7 +146,7 @@ def _shown(source: str) -> str:
     return source.rsplit("/", 1)[-1] if source.startswith("/") else source
 
 
-def _what_was_pruned(plan: dict[str, Any]) -> str:
+def _what_was_pruned(plan: PlanRecord) -> str:
     became = f"{plan['parameters_dense']:,} parameters became {plan['parameters_pruned']:,}."
     if sites := plan_text.sites(cast(Plan, plan)):
         return f"Of its {plan['blocks']} blocks these are dropped: {sites}. {became}{_zeroed(plan)}"
@@ -161,7 +163,7 @@ def _what_was_pruned(plan: dict[str, Any]) -> str:
     )
 
 
-def _zeroed(plan: dict[str, Any]) -> str:
+def _zeroed(plan: PlanRecord) -> str:
     """What a depth plan stores for nothing, if anything."""
     kept = {
         Site(block, part)

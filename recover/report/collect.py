@@ -9,12 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-from recover.base import artifacts, clock
+from recover.base import artifacts, clock, earlier
 from recover.base.errors import ArtifactError, RecipeError
 from recover.base.products import taken_apart
 from recover.config import yaml_values
 from recover.config.tasks import KINDS
-from recover.report import drift, measures, mistakes, overlap, verdict, words
+from recover.maths import paired
+from recover.report import drift, items, measures, mistakes, overlap, verdict, words
 from recover.report import made as making
 from recover.report.curve import curve
 from recover.report.data import (
@@ -22,17 +23,17 @@ from recover.report.data import (
     Drift,
     Epoch,
     Json,
-    Measure,
+    MeasureRecord,
     Model,
     Overlap,
     Parted,
     Plan,
     RateTrials,
     Records,
+    Rise,
     RunData,
     Sample,
     SampleRecord,
-    StageTime,
     Task,
     Text,
     Tokens,
@@ -93,17 +94,18 @@ def _collect(root: Path) -> RunData:
         "measures": measures.rows(records),
         "drift": {model: _drift(root / folder) for model, folder in DRIFT_FOLDER.items()},
         "epochs": epochs,
-        "training": _json(root / "recover" / "training.json"),
-        "rate_trials": _rate_trials(root),
-        "curve": curve(root / "recover" / "steps.jsonl", recipe),
+        "training": _json(earlier.place(root, "train/training.json")),
+        "rate_trials": _rate_trials(root, recipe),
+        "curve": curve(earlier.place(root, "train/steps.jsonl"), recipe),
         "tokens": _tokens_used(epochs),
         "speed": _json(root / "speed.json"),
         "verify": _json(root / "verify.json"),
-        "times": cast(list[StageTime], clock.spent(root)),
+        "times": clock.spent(root),
         "made": made,
         "measured_later": [record["task"] for record in more],
         "samples": side_by_side(records),
         "mistakes": mistakes.counted(records),
+        "exchanged": items.exchanged(root, records),
         "overlap": _overlap(root / "plan" / "overlap.json"),
         "examples": mistakes.examples(records),
         "divergence": divergence(records),
@@ -123,7 +125,7 @@ def _joined(records: Records, more: list[Json]) -> Records:
     for model, record in records.items():
         tasks = {each["task"]: each["models"][model] for each in more if model in each["models"]}
         whole: Json = {**(record or {}), "tasks": {**((record or {}).get("tasks") or {}), **tasks}}
-        joined[model] = cast(Measure, whole) if record is not None or tasks else None
+        joined[model] = cast(MeasureRecord, whole) if record is not None or tasks else None
     return joined
 
 
@@ -158,7 +160,7 @@ def _recipe(root: Path) -> Json:
             f"{path}: not found, so {root} is not a run directory. Give the folder that `recover run` wrote"
         )
     try:
-        return yaml_values.read(path)
+        return earlier.sections(yaml_values.read(path), str(path))
     except RecipeError as error:
         raise ArtifactError(f"{error}. It was written by stage plan: run that stage again") from error
 
@@ -175,10 +177,10 @@ def _json(path: Path) -> Any:
     return value
 
 
-def _rate_trials(root: Path) -> RateTrials | None:
+def _rate_trials(root: Path, recipe: Json) -> RateTrials | None:
     """Of the training that there is: a rate that was given later was not found by trials."""
-    given = (yaml_values.read(root / "recipe.yaml").get("recover") or {}).get("lr")
-    return _json(root / "recover" / "trials.json") if given == "auto" else None
+    given = (recipe.get("train") or {}).get("lr")
+    return _json(earlier.place(root, "train/trials.json")) if given == "auto" else None
 
 
 def _drift(folder: Path) -> Drift | None:
@@ -189,7 +191,9 @@ def _drift(folder: Path) -> Drift | None:
 def _overlap(path: Path) -> list[Overlap] | None:
     """None where it was not looked for, as in runs of an earlier version."""
     found = _json(path)
-    return None if found is None else found["found"]
+    if found is None:
+        return None
+    return [cast(Overlap, {**each, "field": earlier.current(each["field"])}) for each in found["found"]]
 
 
 def _epochs(path: Path) -> list[Epoch]:
@@ -198,8 +202,9 @@ def _epochs(path: Path) -> list[Epoch]:
         return []
     latest = {record["epoch"]: record for record in artifacts.read_jsonl(path)}
     rows = []
+    before: Json | None = None
     for epoch, record in sorted(latest.items()):
-        measured = cast(Measure, record.get("measure") or {})
+        measured = cast(MeasureRecord, record.get("measure") or {})
         train = record.get("train") or {}
         form, content = mistakes.shares(measured) or (None, None)
         rows.append(
@@ -215,9 +220,34 @@ def _epochs(path: Path) -> list[Epoch]:
                 "items": {name: task.get("items") for name, task in (measured.get("tasks") or {}).items()},
                 "drift": drift.final_figures(record.get("drift") or {}),
                 "setbacks": record.get("setbacks") or [],
+                "rise": None if before is None else _rise(before, record),
             }
         )
+        before = record
     return _one_best(rows)
+
+
+def _rise(before: Json, now: Json) -> Rise | None:
+    """None where the two epochs were not measured on the same items, or their records do not hold them."""
+    tasks = [(record.get("measure") or {}).get("tasks") or {} for record in (before, now)]
+    names = [name for name, task in tasks[1].items() if task["kind"] in KINDS and _generates(task["kind"])]
+    pairs = [[(each.get(name) or {}).get("each") or [] for each in tasks] for name in names]
+    if not pairs or any(len(was) != len(is_now) for was, is_now in pairs):
+        return None
+    change = paired.of_means([(was, is_now) for was, is_now in pairs])
+    if change is None:
+        return None
+    tokens = [words.finite(record.get("tokens")) for record in (before, now)]
+    return {
+        "value": change.value,
+        "interval": [change.low, change.high],
+        "tokens": None if None in tokens else int((tokens[1] or 0) - (tokens[0] or 0)),
+        "real": change.rose or change.fell,
+    }
+
+
+def _generates(kind: str) -> bool:
+    return KINDS[kind].headline == "generation"
 
 
 def _one_best(rows: list[Epoch]) -> list[Epoch]:

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recover.base import console, dist
 from recover.base.artifacts import check_manifest, read_jsonl, write_text
 from recover.base.clock import part
-from recover.base.errors import RecipeError
+from recover.base.errors import DataError, RecipeError
 from recover.config.recipe import Calibration, Data, DenseText, GivenText, PrunedText, Recipe, TeacherText
 from recover.config.tasks import GenerateFile
 from recover.measure.tasks import Task, check_allowed, check_names, check_room, load_task
@@ -37,17 +37,18 @@ from recover.models.source import check_rows, check_tied, check_weights, kind_of
 from recover.models.twin import Twin
 from recover.probe.trajectory import check_steps
 from recover.prune.calibrate import calibration_batches, check_asked, read_texts
-from recover.report.data import Overlap
+from recover.report.data import Overlap, OverlapRecord
 from recover.report.words import shown_source
 from recover.run.directory import RunDirectory
 from recover.run.estimate import settle
+from recover.run.tracking import Tracking
 from recover.text.generate import generate
 from recover.text.overlap import overlaps
 from recover.text.prompts import Prompt, encode_prompt
 from recover.train.checkpoints import read_adapter
 from recover.train.sources import check_given, read_prompts, read_rows
 from recover.train.teacher_file import check_teacher, read_teacher
-from recover.train.written_text import check_answers, fitting_prompts, weights_fingerprint
+from recover.train.written_text import fitting_prompts, weights_fingerprint
 
 SAMPLE_ROWS = 4  # of sample_ids
 LOOKED_AT = 100_000  # texts of a source in which measured items are looked for
@@ -63,6 +64,7 @@ class RunContext:
     def __init__(self, recipe: Recipe, directory: RunDirectory) -> None:
         self.recipe, self.chosen = settle(recipe)
         self.directory = directory
+        self.tracking = Tracking(self.recipe, directory.root)
         self._twin: tuple[str, Twin] | None = None
         self._held: Held | None = None
 
@@ -145,7 +147,7 @@ class RunContext:
         else:
             twin = Twin(model, *load_plan(self.directory.prune))
         if view == "recovered":
-            read_adapter(twin.add_lora(self.recipe.recover.lora), self.best_adapter())
+            read_adapter(twin.add_lora(self.recipe.train.lora), self.best_adapter())
             twin.model.eval()
         self._twin = (view, twin)
         return twin
@@ -177,7 +179,7 @@ class RunContext:
         Raises:
             ArtifactError: the folder is gone, or a file of it is not what was written.
         """
-        folder = self.directory.recover / self.directory.best()["folder"]
+        folder = self.directory.train / self.directory.best()["folder"]
         check_manifest(folder)
         return folder
 
@@ -208,25 +210,27 @@ class RunContext:
         check_steps(self.probe_prompts(), self.recipe.probe.steps, model.context)
         check_room(self.tasks, self.tokenizer, self.recipe.measure, model.context)
         _ = self.calibration
-        for number, source in enumerate(self.recipe.recover.data):
+        for number, source in enumerate(self.recipe.train.data):
             if isinstance(source, GivenText):
-                check_given(source, self.tokenizer, self.recipe.recover.length)
+                check_given(source, self.tokenizer, self.recipe.train.length)
             if isinstance(source, DenseText | PrunedText):
-                prompts = fitting_prompts(source, self.recipe.recover.length, self.tokenizer)
-                check_answers(prompts, source, number, self.tokenizer, model.context)
+                try:
+                    fitting_prompts(source, self.recipe.train.length, self.tokenizer, model.context)
+                except DataError as error:
+                    raise DataError(f"train.data.{number}: {error}") from error
             if isinstance(source, TeacherText):
                 check_teacher(source, model.vocabulary, self.tokenizer)
 
 
 @part("looking for measured items in the text")
-def overlap_record(context: RunContext) -> dict[str, Any]:
+def overlap_record(context: RunContext) -> OverlapRecord:
     """The items of each task that stand in a text which the run is made with: {looked_at: {field: texts}, found}.
 
     Of each source the first `LOOKED_AT` texts are looked at. All of them were read before, by `check_inputs`.
     """
     recipe, limit = context.recipe, context.recipe.measure.limit
     tasks = {task.name: task.asked[:limit] for task in context.tasks}
-    sources = {f"recover.data.{number}": source for number, source in enumerate(recipe.recover.data)}
+    sources = {f"train.data.{number}": source for number, source in enumerate(recipe.train.data)}
     if (cfg := getattr(recipe.prune, "calibration", None)) is not None:
         sources["prune.calibration"] = cfg
     looked_at: dict[str, int] = {}
@@ -253,7 +257,8 @@ def _texts_of(context: RunContext, source: Data | Calibration) -> tuple[str, Ite
         return source.source, (str(context.tokenizer.decode(row.sample.ids)) for row in rows)
     if isinstance(source, Calibration):
         return source.data, map(_plain, read_texts(source))
-    prompts = fitting_prompts(source, context.recipe.recover.length, context.tokenizer)
+    model = describe(context.recipe.model)
+    prompts = fitting_prompts(source, context.recipe.train.length, context.tokenizer, model.context)
     return source.prompts, (_plain(row.value["prompt"]) for row in prompts)
 
 
@@ -268,12 +273,18 @@ def _plain(value: Any) -> str:
 def calibration(context: RunContext) -> list[LongTensor]:
     """The batches of `prune.calibration`, none without one. What the dense model wrote before is read, not written.
 
-    Raises DataError for text that cannot be used, and for a prompt that leaves no room for an answer.
+    Prompts that leave no room for an answer are left out. Raises DataError for text that cannot be used.
     """
     cfg = getattr(context.recipe.prune, "calibration", None)
     if cfg is None or cfg.answer is None:
         return context.calibration
-    return calibration_batches(cfg, context.tokenizer, context.recipe.seed, partial(answered, context, cfg.answer))
+    return calibration_batches(
+        cfg,
+        context.tokenizer,
+        context.recipe.seed,
+        partial(answered, context, cfg.answer),
+        context=describe(context.recipe.model).context,
+    )
 
 
 def answered(context: RunContext, tokens: int, prompts: list[Prompt]) -> list[list[int]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,11 @@ import torch
 
 from recover.base import console
 from recover.base.errors import DataError
-from recover.config.recipe import DenseText, GivenText, PrunedText, Recover, TeacherText
-from recover.distill.distiller import scored_rows
+from recover.config.recipe import DenseText, GivenText, PrunedText, TeacherText, Train
+from recover.distill.distiller import Batch, scored_rows
+from recover.train.checkpoints import PartEnds
 from recover.train.order import filled, training_order
-from recover.train.sources import Sample, read_rows, samples_of
+from recover.train.sources import Collate, Sample, SampleRow, read_rows, samples_of
 from recover.train.teacher_file import teacher_samples
 from recover.train.written_text import DenseWriter, repeated
 
@@ -34,18 +35,15 @@ if TYPE_CHECKING:
     from recover.models.twin import Twin
 
 
-Collate = Callable[..., dict[str, Any]]  # of rows of `build_dataset`
-
-
 def build_dataset(
-    cfg: Recover,
+    cfg: Train,
     twin: Twin,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     folder: Path,
     *,
     packed: bool = False,
-    parts: Sequence[dict[str, Any]] = (),
+    parts: Sequence[PartEnds] = (),
 ) -> Dataset:
     """Rows `input_ids` and `completion_mask` in training order: whole steps, about `cfg.tokens` scored tokens.
 
@@ -70,7 +68,7 @@ def build_dataset(
     needed = cfg.batch_size * cfg.epochs
     if len(samples) < needed:
         raise DataError(
-            f"recover.tokens: {cfg.tokens:,} tokens make {len(samples)} sequences; {cfg.epochs} epochs of at least "
+            f"train.tokens: {cfg.tokens:,} tokens make {len(samples)} sequences; {cfg.epochs} epochs of at least "
             f"one step of {cfg.batch_size} need {needed}: raise tokens, or lower batch_size or epochs"
         )
     starts = {index: cfg.starts[number] for index, number in enumerate(writers) if number >= 0}
@@ -84,7 +82,7 @@ def build_dataset(
         order += _ordered(held, order, lengths, cfg.batch_size, seed + number, {}, together)
         del order[part["ends"][-1] * cfg.batch_size :]
     order += _ordered(range(len(samples)), order, lengths, cfg.batch_size, seed + len(parts), starts, together)
-    columns: dict[str, Any] = {
+    columns: dict[str, list[Any]] = {
         "input_ids": [np.asarray(samples[index].ids, dtype=np.int32) for index in order],
         "completion_mask": [np.asarray(samples[index].mask, dtype=np.int8) for index in order],
     }
@@ -94,7 +92,7 @@ def build_dataset(
 
 
 def _of_sources(
-    cfg: Recover, twin: Twin, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path
+    cfg: Train, twin: Twin, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path
 ) -> list[list[Sample]]:
     """The samples of each source; those of a smaller budget are the first ones of a larger one's."""
     found: list[list[Sample]] = []
@@ -135,7 +133,7 @@ def _ordered(
 
 def _places(
     source: PrunedText,
-    cfg: Recover,
+    cfg: Train,
     twin: Twin,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
@@ -157,7 +155,7 @@ def _places(
     return samples
 
 
-def _given(source: GivenText, cfg: Recover, tokenizer: PreTrainedTokenizerBase, seed: int, budget: int) -> list[Sample]:
+def _given(source: GivenText, cfg: Train, tokenizer: PreTrainedTokenizerBase, seed: int, budget: int) -> list[Sample]:
     """Samples of a given source, rows in random order, until their scored tokens reach `budget`."""
     rows = read_rows(source.source, source.split, source.subset)
     order = list(range(len(rows)))
@@ -172,14 +170,14 @@ def _given(source: GivenText, cfg: Recover, tokenizer: PreTrainedTokenizerBase, 
         samples += found
         tokens += sum(sample.scored(cfg.loss.scored) for sample in found)
     if skipped:
-        console.warn(f"{source.source}: {skipped} rows left out: no token to learn within recover.length {cfg.length}")
+        console.warn(f"{source.source}: {skipped} rows left out: no token to learn within train.length {cfg.length}")
     if not samples:
-        raise DataError(f"{source.source}: no row holds a token to learn within recover.length {cfg.length}")
+        raise DataError(f"{source.source}: no row holds a token to learn within train.length {cfg.length}")
     return repeated(samples, tokens, budget, source.source, cfg.loss.scored)
 
 
 def _of_teacher(
-    source: TeacherText, cfg: Recover, twin: Twin, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path
+    source: TeacherText, cfg: Train, twin: Twin, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path
 ) -> list[Sample]:
     """Samples of a teacher's file, in random order, until their scored tokens reach `cfg.tokens`."""
     samples = teacher_samples(source, cfg.length, twin.base.config.vocab_size, tokenizer, folder)
@@ -201,7 +199,7 @@ def tokens_at_once(rows: Dataset, micro: int) -> list[int]:
 def collator(pad: int, scored: str) -> Collate:
     """Rows of `build_dataset` to right-padded `input_ids`, `attention_mask` and `labels` (-100 where no loss is)."""
 
-    def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def collate(rows: Sequence[SampleRow]) -> Batch:
         sizes_B = np.array([len(row["input_ids"]) for row in rows])
         held_BT = np.arange(sizes_B.max()) < sizes_B[:, None]
         ids, labels = _joined(rows, scored)
@@ -224,7 +222,7 @@ def packer(pad: int, scored: str, longest: int, sizes: Sequence[int] = ()) -> Co
     many sequences have equal shapes.
     """
 
-    def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def collate(rows: Sequence[SampleRow]) -> Batch:
         ends_S = np.cumsum([len(row["input_ids"]) for row in rows])
         total = int(ends_S[-1])
         size, most = filled(total, sizes) if sizes else (total, 0)
@@ -246,7 +244,7 @@ def packer(pad: int, scored: str, longest: int, sizes: Sequence[int] = ()) -> Co
     return collate
 
 
-def _joined(rows: Sequence[dict[str, Any]], scored: str) -> tuple[Any, Any]:
+def _joined(rows: Sequence[SampleRow], scored: str) -> tuple[Any, Any]:
     """Tokens and labels of all rows, one after the other."""
     ids = np.concatenate([row["input_ids"] for row in rows])
     if scored == "all":
@@ -257,7 +255,7 @@ def _joined(rows: Sequence[dict[str, Any]], scored: str) -> tuple[Any, Any]:
 def with_scored(collate: Collate) -> Collate:
     """As `collate`, with `scored`: what `scored_rows` finds, found before the batch is on a device that would wait."""
 
-    def collated(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def collated(rows: Sequence[SampleRow]) -> Batch:
         batch = collate(rows)
         return {**batch, "scored": scored_rows(batch["labels"])}
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from recover.base import console
 from recover.base.errors import DataError
 from recover.config.recipe import GivenText
+from recover.distill.distiller import Batch
 from recover.text.conversation import THOUGHTS, EmptyMessage, asking, holds_messages, read_messages, rendered
 from recover.text.named import prompt_rows
 from recover.text.prompts import Prompt, encode_prompt, ids_of
@@ -38,6 +39,18 @@ class Sample:
     def cut(self, length: int) -> Sample:
         """The first `length` tokens."""
         return Sample(self.ids[:length], self.mask[:length])
+
+
+class SampleRow(TypedDict):
+    """A row of `build_dataset`; where the pruned model is to write, with the row's `number` and its `writer`."""
+
+    input_ids: Sequence[int]
+    completion_mask: Sequence[int]
+    number: NotRequired[int]
+    writer: NotRequired[int]
+
+
+Collate = Callable[[Sequence[SampleRow]], Batch]  # of rows of `build_dataset`
 
 
 def read_rows(source: str, split: str = "train", subset: str | None = None) -> Sequence[Row]:
@@ -114,7 +127,7 @@ def samples_of(row: Row, cfg: GivenText, tokenizer: PreTrainedTokenizerBase, len
         return []
     if cfg.strict and not found:
         raise DataError(
-            f"{row.where}: no token to learn within recover.length {length}: shorten it, raise recover.length, or "
+            f"{row.where}: no token to learn within train.length {length}: shorten it, raise train.length, or "
             "leave 'strict' out"
         )
     return found
@@ -158,7 +171,7 @@ def check_given(cfg: GivenText, tokenizer: PreTrainedTokenizerBase, length: int)
         elif not samples_of(rows[index], cfg, tokenizer, length):
             left_out.append(_why(rows[index], cfg, tokenizer, length))
     if len(left_out) == len(rows):
-        raise DataError(f"{cfg.source}: no row holds a token to learn within recover.length {length}; {left_out[0]}")
+        raise DataError(f"{cfg.source}: no row holds a token to learn within train.length {length}; {left_out[0]}")
     say_left_out(cfg.source, left_out)
 
 

@@ -14,14 +14,17 @@ import torch
 from recover.base import console, dist, zero
 from recover.base.errors import DataError, StopRequested, TrainingError
 from recover.base.signals import Interrupted, stop_between_steps
-from recover.config.recipe import Recover
+from recover.config.recipe import Train
 from recover.distill.loss_terms import computed
+from recover.models.arch import arch_of
 from recover.models.packed_attention import HALF, packing_configs
+from recover.report.data import EpochScore
+from recover.text.generate import context_of
 from recover.train.caching import TextRow, TrainingStates, with_states
-from recover.train.callbacks import AfterEpoch, Epochs, Progress, StepLog
-from recover.train.checkpoints import Asked, begin, note
+from recover.train.callbacks import AfterEpoch, Epochs, LogStep, Progress, StepLog
+from recover.train.checkpoints import Asked, PartEnds, begin, note
 from recover.train.course import ROLLBACKS, Course, Totals
-from recover.train.data import Collate, build_dataset, collator, packer, tokens_at_once, with_scored
+from recover.train.data import build_dataset, collator, packer, tokens_at_once, with_scored
 from recover.train.on_policy import OnPolicy
 from recover.train.order import row_sizes
 from recover.train.settings import (
@@ -32,6 +35,7 @@ from recover.train.settings import (
     training_arguments,
 )
 from recover.train.sharded_weights import SharedOut
+from recover.train.sources import Collate
 from recover.train.teacher_file import TeacherStates
 from recover.train.trainer import RecoverTrainer
 from recover.train.trials import found_rate
@@ -44,7 +48,7 @@ if TYPE_CHECKING:
     from recover.models.twin import Twin
 
 # Fields that say how the course is computed, and change none of it.
-NO_MATTER: dict[str, Any] = {
+NO_MATTER: Any = {
     **dict.fromkeys(("cache", "shard_weights", "gradient_checkpointing", "save_steps"), True),
     "loss": {"chunk"},
 }
@@ -55,17 +59,19 @@ LARGEST_GRAPHED = 4_000_000_000  # parameters; a 7B model's step spends its time
 def train(
     twin: Twin,
     tokenizer: PreTrainedTokenizerBase,
-    cfg: Recover,
+    cfg: Train,
     run_folder: Path,
     after_epoch: AfterEpoch,
     seed: int,
     baseline_score: float | None = None,
+    log_step: LogStep | None = None,
 ) -> Path:
     """Train LoRA on `twin`; the folder of the adapter that scored best after an epoch (`best.json` names it).
 
     `after_epoch(epoch, {"step", "tokens", "seconds", "train": means per token and lr})` runs on every process, when
     the model can generate; higher scores are better, None means that the training loss decides. `baseline_score` is
-    the untrained model's: if no epoch beats it there is a warning, and still the best epoch is kept.
+    the untrained model's: if no epoch beats it there is a warning, and still the best epoch is kept. `log_step(step,
+    line)` gets each line of `steps.jsonl` on the main process.
 
     Called again with the same arguments after a stop or crash, it goes on from the newest checkpoint that verifies,
     on any number of processes. Called with more `tokens` when it is finished, it goes on behind its last step, with the
@@ -90,7 +96,7 @@ def train(
     steps, begun = len(rows) // cfg.batch_size, parts[-1]["ends"][-1] if parts else 0
     if steps == begun:
         raise DataError(
-            f"recover.tokens: {cfg.tokens:,} make no step of {cfg.batch_size} more than the finished training's "
+            f"train.tokens: {cfg.tokens:,} make no step of {cfg.batch_size} more than the finished training's "
             f"{parts[-1]['tokens']:,}: raise it further"
         )
     ends = all_ends(parts, cfg, steps)
@@ -104,7 +110,8 @@ def train(
     cfg = _with_rate(twin, tokenizer, cfg, rows, split.micro, collate, seed, run_folder, first, graphed=graphed)
     own = None
     if "writer" in rows.features:
-        own = OnPolicy(cfg, tokenizer, rows, seed, run_folder, fingerprint, with_scored(collate))
+        context = context_of(twin.model)
+        own = OnPolicy(cfg, tokenizer, rows, seed, run_folder, fingerprint, with_scored(collate), context)
     args = training_arguments(cfg, split, steps, seed, run_folder / "checkpoints", passes=1 + ROLLBACKS, begin=begun)
     with stop_between_steps() as stop:
         trainer = RecoverTrainer(
@@ -126,13 +133,13 @@ def train(
             trainer.data_collator = with_scored(trainer.data_collator)
         _announce(twin, rows, steps, split)
         with trainer.light(), trainer.graphed() if graphed else nullcontext():
-            epochs = _train(trainer, cfg, after_epoch, run_folder, ends)
+            epochs = _train(trainer, cfg, after_epoch, run_folder, ends, log_step)
         if trainer.shards is not None:
             trainer.shards.end()
     if trainer.is_deepspeed_enabled:
         zero.load_whole_again()
     _judge(epochs.best, baseline_score)
-    part = {"tokens": cfg.tokens, "ends": [each["step"] for each in epochs.records if each["step"] > begun]}
+    part: PartEnds = {"tokens": cfg.tokens, "ends": [each["step"] for each in epochs.records if each["step"] > begun]}
     note(run_folder, fingerprint, course.skips.to_json(), finished=True, part=part)
     if stop.requested:  # it came after the last step
         raise StopRequested(stop.requested)
@@ -140,7 +147,7 @@ def train(
 
 
 def _collation(
-    tokenizer: PreTrainedTokenizerBase, cfg: Recover, rows: Dataset, micro: int, *, packed: bool, graphed: bool
+    tokenizer: PreTrainedTokenizerBase, cfg: Train, rows: Dataset, micro: int, *, packed: bool, graphed: bool
 ) -> Collate:
     """How rows become a batch: packed into one row, filled up to few sizes for graphs; else padded."""
     pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
@@ -153,7 +160,7 @@ def _collation(
 def _with_rate(
     twin: Twin,
     tokenizer: PreTrainedTokenizerBase,
-    cfg: Recover,
+    cfg: Train,
     rows: Dataset,
     micro: int,
     collate: Collate,
@@ -162,7 +169,7 @@ def _with_rate(
     fingerprint: str,
     *,
     graphed: bool,
-) -> Recover:
+) -> Train:
     """The config with the rate that trials find, where it is `auto`."""
     if "lr" not in cfg.auto:
         return cfg
@@ -188,7 +195,7 @@ def _with_rate(
     return cfg.model_copy(update={"lr": rate})
 
 
-def _may_be_graphed(twin: Twin, cfg: Recover) -> bool:
+def _may_be_graphed(twin: Twin, cfg: Train) -> bool:
     """Whether steps may be replayed as CUDA graphs; where a GPU could and a recipe cannot, the reason is said.
 
     A graph repeats the same kernels on the same memory: whatever draws, waits or shares weights out stays outside.
@@ -200,11 +207,12 @@ def _may_be_graphed(twin: Twin, cfg: Recover) -> bool:
         "the work of each kernel outlasts its launch at this size": size > LARGEST_GRAPHED,
         "several processes": dist.world_size() > 1,
         "DeepSpeed": dist.zero_stage() > 0,
-        "recover.gradient_checkpointing": cfg.gradient_checkpointing,
-        "recover.cache": cfg.cache is not None,
+        "train.gradient_checkpointing": cfg.gradient_checkpointing,
+        "train.cache": cfg.cache is not None,
         "a teacher's file": cfg.teacher is not None,
         "model.dtype float32": twin.base.dtype not in HALF,
         "lora.dropout": cfg.lora.dropout > 0,
+        "experts, each of which gets other tokens each time": arch_of(twin.base).experts is not None,
         "dropout of the model itself": any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in twin.base.modules()),
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
@@ -213,7 +221,7 @@ def _may_be_graphed(twin: Twin, cfg: Recover) -> bool:
     return reason is None
 
 
-def _read_states(trainer: RecoverTrainer, cfg: Recover, rows: Dataset, micro: int, texts: Path) -> None:
+def _read_states(trainer: RecoverTrainer, cfg: Train, rows: Dataset, micro: int, texts: Path) -> None:
     """Where the dense view's states are on disk, batches come with them; those of a cache are filled first."""
     read: Callable[[Sequence[TextRow]], Any]
     if cfg.cache is not None:
@@ -228,7 +236,14 @@ def _read_states(trainer: RecoverTrainer, cfg: Recover, rows: Dataset, micro: in
     trainer.data_collator = with_states(trainer.data_collator, read)
 
 
-def _train(trainer: RecoverTrainer, cfg: Recover, after_epoch: AfterEpoch, run_folder: Path, ends: list[int]) -> Epochs:
+def _train(
+    trainer: RecoverTrainer,
+    cfg: Train,
+    after_epoch: AfterEpoch,
+    run_folder: Path,
+    ends: list[int],
+    log_step: LogStep | None,
+) -> Epochs:
     """To the end of the last epoch; what was found after each.
 
     Raises:
@@ -247,7 +262,7 @@ def _train(trainer: RecoverTrainer, cfg: Recover, after_epoch: AfterEpoch, run_f
         trainer.add_callback(SharedOut(trainer))
     trainer.add_callback(epochs)
     trainer.add_callback(Progress(trainer.course.totals))
-    trainer.add_callback(StepLog(run_folder, trainer.course.totals))
+    trainer.add_callback(StepLog(run_folder, trainer.course.totals, log_step))
     try:
         trainer.train()
     except Interrupted:
@@ -265,17 +280,17 @@ def _announce(twin: Twin, rows: Dataset, steps: int, split: Any) -> None:
     )
 
 
-def _judge(best: dict[str, Any], baseline: float | None) -> None:
+def _judge(best: EpochScore, baseline: float | None) -> None:
     score = best["score"]
     if baseline is not None and score is not None and score <= baseline:
         console.warn(
             f"no epoch generates better than the pruned model before training (best {score:.1%}, before "
             f"{baseline:.1%}); epoch {best['epoch']} is kept all the same. "
-            "More tokens, other text (recover.data) or less pruning may help"
+            "More tokens, other text (train.data) or less pruning may help"
         )
 
 
-def _asked(twin: Twin, cfg: Recover, seed: int, *, packed: bool) -> Asked:
+def _asked(twin: Twin, cfg: Train, seed: int, *, packed: bool) -> Asked:
     """What is asked for, with fingerprints of all that decides its course: another one must not go on from it.
 
     Rows that are `packed` come in another order, and came in yet another one before they were even: who went on in
