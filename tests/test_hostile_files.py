@@ -15,17 +15,19 @@ import pytest
 from byte_tokenizer import byte_tokenizer
 from task_folder import GENERATE, make_task
 
-from recover.base.errors import DataError, ModelError, RecipeError
+from recover.base.errors import DataError, ModelError, RecipeError, RecoverError
 from recover.config import recipe, yaml_values
 from recover.config.paths import matching
-from recover.config.recipe import Model, TeacherText, load_recipe
+from recover.config.recipe import Calibration, Model, TeacherText, load_recipe
 from recover.export import card
 from recover.measure.task_file import load_task
 from recover.models import vocabulary
-from recover.models.load import load_tokenizer
+from recover.models.load import describe, load_tokenizer
 from recover.models.source import check_weights, locate
+from recover.prune.calibrate import read_texts
 from recover.run.input_digests import digests
 from recover.text.prompts import ids_of
+from recover.text.read import rows_at
 from recover.text.rows import filled
 from recover.train.teacher_file import read_teacher
 
@@ -229,3 +231,35 @@ def test_lists_of_a_teacher_that_do_not_belong_together(
     path.write_text(json.dumps(ROW | change | {"top_logprobs": found}))
     with pytest.raises(DataError, match=r"teacher\.jsonl:1: (top_ids and top_logprobs have shapes|expected)"):
         list(read_teacher(TeacherText(kind="teacher", source=str(path)), 64))
+
+
+LONG = "a" * 5000
+NAMES = {
+    "long": LONG,
+    "a long table": f"{LONG}.parquet",
+    "a long model": f"{LONG}.gguf",
+    "a long recipe": f"{LONG}.yaml",
+    "many folders": "/" + "a/" * 4000,
+    "a zero": "a\0b",
+    "half a letter": "\ud800.jsonl",
+    "stars": "*" * 300,
+    "stars in a name": "x/**a/*.jsonl",
+}
+READERS: dict[str, Callable[[str], object]] = {
+    "a model": lambda name: locate(Model(source=name)),
+    "its config": lambda name: describe(Model(source=name)),
+    "a tokenizer": lambda name: load_tokenizer(Model(source="embedded:fable-2m", tokenizer=name)),
+    "a task": load_task,
+    "rows": rows_at,
+    "texts": lambda name: read_texts(Calibration(data=name)),
+    "a recipe": load_recipe,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_no_file_can_have_is_that_of_no_file(name: str, reader: str) -> None:
+    with pytest.raises(RecoverError) as raised:
+        READERS[reader](NAMES[name])
+    assert len(str(raised.value)) < 5000
+    digests({"model": {"source": NAMES[name]}, "measure": {"tasks": [NAMES[name]]}})

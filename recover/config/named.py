@@ -6,6 +6,7 @@ is read where `blend:NAME` stands for a file of prompts.
 
 from __future__ import annotations
 
+import os
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -105,7 +106,7 @@ def task_path(source: str) -> Path:
     if is_task_name(source):
         return ROOT / "tasks" / f"{source}.yaml"
     path = local_path(source)
-    if path.suffix or len(path.parts) > 1 or path.exists():
+    if path.suffix or len(path.parts) > 1 or os.path.exists(path):
         return path
     raise RecipeError(f"task {source!r}: neither a file nor a task that goes by a name. {_meant(source, task_names())}")
 

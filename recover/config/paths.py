@@ -57,6 +57,8 @@ def matching(path: Path) -> list[Path]:
         return sorted(found for found in folder.glob("/".join(rest).replace("[", "[[]")) if found.is_file())
     except OSError as error:  # a folder on the way that may not be read
         raise DataError(f"{path}: cannot look for its files: {error.filename}: {error.strerror}") from None
+    except ValueError as error:
+        raise DataError(f"{path}: {error}; expected * and ? within names, ** as the whole name of a folder") from None
 
 
 def meant(path: Path) -> str:

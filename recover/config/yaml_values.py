@@ -5,6 +5,7 @@ PyYAML reads YAML 1.1, where `2:4` is the number 124, `no` is false and `1e-3` i
 
 from __future__ import annotations
 
+import os
 import re
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -124,9 +125,9 @@ def read(path: Path) -> JsonObject:
     Raises:
         RecipeError: no such file, not text, not YAML, not fields, or larger than such a file is.
     """
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if os.path.exists(path) and not path.is_file() and not path.is_dir():
         raise RecipeError(f"{path}: is a pipe or device; expected a YAML file")
-    if path.is_file() and path.stat().st_size > LARGEST:
+    if os.path.isfile(path) and path.stat().st_size > LARGEST:
         raise RecipeError(f"{path}: {path.stat().st_size:,} bytes; expected at most {LARGEST:,}, of a YAML file")
     try:
         text = path.read_text("utf-8")
@@ -140,6 +141,8 @@ def read(path: Path) -> JsonObject:
         raise RecipeError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8") from None
+    except ValueError as error:
+        raise RecipeError(f"{str(path)!r}: cannot be the name of a file: {error}") from None
     tree = load(text, str(path))
     if not isinstance(tree, dict | None):
         raise RecipeError(f"{path}: expected fields, as 'name: value' on lines of their own")

@@ -45,11 +45,11 @@ NEAR = 0.6  # likeness of the names of folders, of 1
 def kind_of(source: str) -> str:
     """`folder`, `gguf` or `hub`; raises ModelError for a path that is not there and for what is no hub id."""
     path = Path(source).expanduser()
-    if source.startswith("embedded:") or path.is_dir():
+    if source.startswith("embedded:") or os.path.isdir(path):  # False, too, of what can be no file's name
         return "folder"
-    if path.suffix == ".gguf" and path.is_file():
+    if path.suffix == ".gguf" and os.path.isfile(path):
         return "gguf"
-    if path.exists():
+    if os.path.exists(path):
         raise ModelError(f"{source}: not a folder and not a .gguf file; expected one of them, or a hub id")
     looks_like_path = source.startswith((".", "/", "~")) or path.suffix == ".gguf" or source.count("/") > 1
     if looks_like_path or not hub.named(source):

@@ -320,7 +320,7 @@ class DataSet(Sequence[Row]):
             if "config" in str(error).lower() and "available" in str(error):
                 asked = "it has several configurations" if subset is None else f"no configuration '{subset}'"
                 raise DataError(f"{source}: {asked}: set 'subset' ({_line(error)})") from error
-            if Path(source).exists():
+            if os.path.exists(source):  # which takes a name that no file system can have for one that is not there
                 raise DataError(f"{source}: cannot be read as a data set, split '{split}': {_causes(error)}") from error
             raise DataError(
                 f"{source}: neither {kinds} nor a data set that loads, split '{split}' ({_line(error)})"
