@@ -26,7 +26,16 @@ shipped with the package. On the command line any field is set as
 `recover run RECIPE train.lr=1e-3 train.data.0.share=2`. The section `train` was called `recover` before; that name is
 still read, with a word.
 """
-CONFIGS = [recipe.Recipe, recipe.Model, recipe.Depth, recipe.Magnitude, recipe.Wanda, recipe.Width, recipe.Calibration]
+CONFIGS = [
+    recipe.Recipe,
+    recipe.Model,
+    recipe.Depth,
+    recipe.Magnitude,
+    recipe.Wanda,
+    recipe.Width,
+    recipe.Experts,
+    recipe.Calibration,
+]
 CONFIGS += [recipe.SparseGpt]
 CONFIGS += [recipe.Probe, recipe.Train, recipe.DenseText, recipe.PrunedText, recipe.GivenText, recipe.TeacherText]
 CONFIGS += [recipe.Lora, recipe.Loss, recipe.Focus, recipe.StopEarly, recipe.Cache]

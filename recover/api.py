@@ -24,7 +24,7 @@ from recover.base.journal import Journal
 from recover.config.auto import Facts, settled
 from recover.config.base import Config
 from recover.config.messages import explain
-from recover.config.prune import Calibration, Depth, Magnitude, SparseGpt, Wanda, Width
+from recover.config.prune import Calibration, Depth, Experts, Magnitude, SparseGpt, Wanda, Width
 from recover.config.recipe import Measure, Model, Probe, Sampling, load_recipe
 from recover.config.train import Data, Train
 from recover.export.card import plain_card
@@ -46,6 +46,7 @@ from recover.probe.views import Pair
 from recover.prune import registry
 from recover.prune.calibrate import calibration_batches
 from recover.report.collect import collect
+from recover.report.data import EpochProgress
 from recover.report.diagnosis import is_diagnosis, render_diagnosis
 from recover.report.render import render
 from recover.run import stages
@@ -55,7 +56,7 @@ from recover.text.prompts import Prompt, text_ids
 from recover.train.checkpoints import read_adapter
 from recover.train.train import train
 
-Method = Depth | Magnitude | Wanda | SparseGpt | Width
+Method = Depth | Magnitude | Wanda | SparseGpt | Width | Experts
 Text = str | Path | Sequence[str]
 
 # Read by the exported model and by the twin, whose logits must agree: which words they are does not matter.
@@ -225,7 +226,7 @@ def distill(
 
     cfg, _ = settled(cfg, _facts(twin))
 
-    def after_epoch(epoch: int, progress: dict[str, Any]) -> float | None:
+    def after_epoch(epoch: int, progress: EpochProgress) -> float | None:
         return None if score is None else score(twin)
 
     folder = train(twin, tokenizer, cfg, Path(out), after_epoch, seed)

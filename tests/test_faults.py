@@ -136,17 +136,20 @@ def test_a_cause_that_stays_ends_in_a_diagnosis(tmp_path):
     code, output = faulty.poisoned_at(tmp_path / "run", "gradient", math.inf, range(7, 10_000), tokens=1500)
     assert code == 1 and "TrainingError: step 4: the gradient is not finite" in output, output
     assert "after 3 returns to a checkpoint" in output and "sequences 25-32" in output
+    warned = [line for line in output.splitlines() if line.startswith("warning: step")]
+    assert len(warned) == 1 and len(warned[0]) < 200 and "lower train.lr" in warned[0], warned
 
 
 def test_rollbacks_come_sooner_each_time():
-    skips, rows = Skips(), []
+    skips, rows, lines = Skips(), [], []
     for skips.rollbacks in range(4):
         skips.row = 0
         skips.found = "nan"
         while not skips.too_many(last_step=False):
-            skips.skip(1, (1, 2), [])
+            lines.append(skips.skip(1, (1, 2), []))
         rows.append(skips.row)
     assert rows == [SKIPS_IN_A_ROW, 4, 2, 1]
+    assert len(lines) == 15 and [bool(line) for line in lines] == [True] + 14 * [False]
 
 
 @pytest.fixture

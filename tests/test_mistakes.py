@@ -80,6 +80,7 @@ def test_it_is_right_as_it_is(mine: Path) -> None:
         (given("chat.jsonl"), "chat.jsonl:1: no column 'text', found ['messages']"),
         (given("chat.jsonl", messages="messages"), "messages need a chat template, and the tokenizer has none"),
         ("train.micro_batch_size=3", "train.micro_batch_size: 3 does not divide the 4 sequences"),
+        ("train.lr=2e3", "train.lr: found 2000: expected at most 1; adapters train at 1e-4 to 2e-3"),
         ("train.tokens=3", "train.tokens: 3 tokens are less than 1 epochs of one step of 4 sequences"),
         ("measure.tasks=[qa.jsonl]", "qa.jsonl: data, not a task"),
     ],

@@ -16,6 +16,8 @@ from tiny import tiny
 from recover.base.errors import RecoverError
 from recover.config.recipe import load_recipe
 from recover.run import stages
+from recover.run.context import RunContext, calibration
+from recover.run.directory import RunDirectory
 
 CONTEXT = 64
 GENERATE = "name: {name}\nkind: generate\ndata: rows.jsonl\nprompt: '{{question}}'\n{more}"
@@ -66,7 +68,11 @@ def test_it_is_right_as_it_is(made: Path) -> None:
     ("overrides", "said"),
     [
         (["prune.calibration.length=65"], "prune.calibration.length: 65 tokens, the model's context is 64"),
-        (["prune.calibration.answer=40"], "prune.calibration.answer: 40 tokens after prompt 0 of {folder}/text.jsonl"),
+        (
+            ["prune.calibration.answer=40"],
+            "prune.calibration.answer: 40 tokens after prompt 0, of 33 tokens, where the context is 64 of "
+            "{folder}/text.jsonl, and after every other one",
+        ),
         (["probe.steps=25"], "probe: prompt 1 has 40 tokens; with probe.steps 25"),
         (["measure.max_new_tokens=25"], "with measure.max_new_tokens 25 that exceeds the model's context of 64"),
         (
@@ -79,8 +85,13 @@ def test_it_is_right_as_it_is(made: Path) -> None:
         ),
         (["measure.tasks=[task.yaml, same.yaml]"], "measure.tasks: more than one task is called 'task'"),
         (
-            ["train.data.0.max_new_tokens=35"],
-            "train.data.0.max_new_tokens: 35 tokens after the prompt of {folder}/rows.jsonl:2, which has 30",
+            ["train.data.0.max_new_tokens=64"],
+            "train.data.0: {folder}/rows.jsonl: 2 of 2 prompts are too long; {folder}/rows.jsonl:1: the prompt has 1 "
+            "tokens; with max_new_tokens 64 of the source that exceeds the model's context of 64",
+        ),
+        (
+            ["train.data.0.max_new_tokens=35", "train.data.0.strict=true"],
+            "train.data.0: {folder}/rows.jsonl:2: the prompt has 30 tokens; with max_new_tokens 35 of the source",
         ),
         (["train.length=65"], "train.length: 65 tokens, the model's context is 64"),
     ],
@@ -98,6 +109,27 @@ def test_what_does_not_fit_the_context_is_refused(
     with pytest.raises(RecoverError) as error:
         plan(made, *overrides)
     assert said.format(folder=made, q=question) in str(error.value)
+
+
+def test_a_prompt_without_room_for_its_answer_is_left_out(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One prompt too long among many stops no run: of calibration and of a source of text alike."""
+    monkeypatch.chdir(made)
+    rows = [{"text": text, "prompt": text} for text in (*["why?"] * 11, "why?" * 12, " ")]
+    (made / "asked.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    asked = ["prune.calibration.data=asked.jsonl", "prune.calibration.answer=30"]
+    text = ["train.data.0.prompts=asked.jsonl", "train.data.0.max_new_tokens=30"]
+    plan(made, *asked, *text)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "asked.jsonl: 1 of 13 prompts left out, which leave no room for calibration.answer (prompt 11, of 48" in said
+    assert "asked.jsonl: 1 of 13 rows left out, which hold nothing" in said
+    assert "the prompt has 48 tokens, which leaves none of train.length 48" in said or "exceeds the" in said
+    context = RunContext(load_recipe(made / "my.yaml", [*asked, *text]), RunDirectory(tmp_path))
+    batches = calibration(context)
+    assert batches and not any(ids_BT.shape[1] > CONTEXT for ids_BT in batches)
+    with pytest.raises(RecoverError, match=r"asked\.jsonl:13: holds no text for prune\.calibration"):
+        plan(made, *asked, *text, "prune.calibration.strict=true")
 
 
 def test_items_beyond_the_limit_do_not_count(made: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,13 @@ from report_probes import probed
 from report_run import BLOCKS, DROPPED, STEPS, build_run
 
 from recover.base.errors import ArtifactError
+from recover.base.products import taken_apart
+from recover.commands.report import compare as compare_command
+from recover.config.tasks import KINDS
 from recover.measure.sandbox import UNCONFINED, WALLED
 from recover.report import drift, mistakes, tables, verdict, words
 from recover.report.collect import CONSEQUENCES, collect, side_by_side
+from recover.report.compare import compare
 from recover.report.data import RunData
 from recover.report.exhibits import figures
 from recover.report.figures import outcome, svg
@@ -142,9 +147,59 @@ def test_nothing_to_keep_is_no_verdict() -> None:
 def test_chance_is_taken_off_where_it_is_known() -> None:
     pruned, dense = ({"value": value, "interval": None, "chance": 0.25} for value in (0.55, 0.65))
     answer = verdict.judge(pruned, dense, "choice")
-    assert answer["graded_share"] == pytest.approx(0.30 / 0.40)
-    assert answer["kept"] == pytest.approx(0.55 / 0.65)
+    assert answer["kept"] == pytest.approx(0.30 / 0.40)
     assert answer["grade"] == "no"
+    guessing = verdict.judge({**pruned, "value": 0.2, "interval": [0.1, 0.3]}, dense, "choice")
+    assert guessing["kept"] == 0.0 and guessing["interval"] == [0.0, pytest.approx(0.05 / 0.40)]
+
+
+def test_a_share_of_dense_is_one_figure_wherever_it_stands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Choice by chance 25%: 62.1 of 64.5% are 96.3% as they stand, and 93.9%, 94, of what dense does above chance."""
+    runs = [build_run(tmp_path, name=name) for name in ("a", "b")]
+    for run in runs:
+        for folder in ("dense", "before", "after"):
+            rewrite(run / folder / "measure.json", lambda record: record["tasks"]["facts"].update(chance=0.25))
+    data = collect(runs[0])
+    said = verdict.share((0.621 - 0.25) / (0.645 - 0.25))
+    assert said == "94%" == verdict.share(data["verdict"]["pruned"]["choice"]["kept"])
+    row = next(row for row in data["measures"] if row["task"] == "facts" and row["main"])
+    assert verdict.share(row["kept"]["pruned"]) == said and f"choice at {said} of dense" in data["summary"]
+    render(runs[0], data)
+    page = (runs[0] / "report.html").read_text(encoding="utf-8")
+    assert f"<b>{said}</b> of dense, above chance" in page and "96" not in re.findall(r"(\d+)[.\d]*% of dense", page)
+    found = compare(runs)
+    assert verdict.share(found["runs"][0]["kept"]["pruned"]["choice"]) == said
+    compare_command(runs)
+    assert said in capsys.readouterr().out
+
+
+def test_what_was_not_measured_takes_no_card(run: Path) -> None:
+    render(run, collect(run))
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert page.count('<article class="card"') == 2 and "verdict on retrieval" not in page
+    assert "Not measured: retrieval." in page
+    assert "| retrieval |" not in (run / "report.md").read_text() and "Not measured: retrieval." in (
+        run / "report.md"
+    ).read_text(encoding="utf-8")
+
+
+def test_words_are_explained_where_they_stand(run: Path) -> None:
+    data = collect(run)
+    assert all(row["meaning"] for row in data["measures"])
+    ours = [kind for kind in KINDS.values() if kind.work.startswith("recover.")]
+    assert ours and all(figure.meaning for kind in ours for figure in kind.figures)
+    render(run, data)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    measured, damage = (page.split(f'<h2 id="{key}"')[1].split("<h2 ")[0] for key in ("measures", "damage"))
+    assert "<dt>exact match</dt>" in measured and "<dt>kept</dt>" in measured and "<dt>KL</dt>" in damage
+    assert "- exact match: " in (run / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_fault_of_our_own_is_not_called_a_damaged_file(tmp_path: Path) -> None:
+    with pytest.raises(NameError), taken_apart(tmp_path):
+        undefined  # noqa: B018, F821
+    with pytest.raises(ArtifactError, match="not what was written"), taken_apart(tmp_path):
+        raise TypeError("a number where a table is expected")
 
 
 def test_retrieval_is_never_pretended(run: Path) -> None:

@@ -15,10 +15,11 @@ from report_page import Page, rewrite
 from report_probes import probed, write_diagnosis
 from report_run import build_run
 
+from recover.commands.report import compare as compare_command
 from recover.commands.report import report
 from recover.report import words
 from recover.report.collect import collect
-from recover.report.compare import compare, render_compare
+from recover.report.compare import compare, ranking, render_compare
 from recover.report.diagnosis import render_diagnosis
 from recover.report.exhibits import EXHIBITS, Exhibit, figures, made
 from recover.report.figures.figure import Figure
@@ -312,10 +313,43 @@ def test_rendering_twice_gives_the_same_bytes(tmp_path: Path) -> None:
 # Several runs.
 
 
+POOR = {"exact_match": 0.4, "interval95": [0.33, 0.47]}
+
+
+def test_runs_within_noise_of_one_another_are_called_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """59.0 and 58.0% of 200 items are no ranking; 40% is."""
+    scores = {
+        "a": {"exact_match": 0.59, "interval95": [0.521, 0.656]},
+        "b": {"exact_match": 0.58, "interval95": [0.511, 0.646]},
+        "c": POOR,
+    }
+    runs = [build_run(tmp_path, name=name) for name in scores]
+    for run, score in zip(runs, scores.values(), strict=True):
+        rewrite(run / "after/measure.json", lambda record, score=score: record["tasks"]["sums"].update(score))
+    data = compare(runs)
+    assert data["best"] is None and data["equal"] == ["a", "b"]
+    assert ranking(data) == "a and b keep most generation, equal within noise"
+    page = render_compare(data, tmp_path / "compare.html").read_text(encoding="utf-8")
+    assert f"<h1>{ranking(data)}</h1>" in page and page.count('class="best"') == 2
+    compare_command(runs)
+    assert ranking(data) in capsys.readouterr().out
+
+
+def test_names_of_levels_stand_outside_the_ring(tmp_path: Path) -> None:
+    """The epoch that is kept is the last one and as good as dense: its ring reaches right of the axis."""
+    data = collect(build_run(tmp_path))
+    for row in data["epochs"]:
+        row["best"] = row is data["epochs"][-1]
+    for drawn in (figures(data)["epochs"].wide, figures(data)["epochs"].narrow):
+        ((x, radius),) = re.findall(r'<circle class="ring" cx="([\d.]+)" cy="[\d.]+" r="([\d.]+)"', drawn)
+        names = re.findall(r'<text class="label ink-\w+" x="([\d.]+)"', drawn)
+        assert len(names) == 2 and all(float(name) > float(x) + float(radius) for name in names)
+
+
 def test_compare_orders_by_recovered_generation_and_keeps_unfinished_runs(tmp_path: Path) -> None:
     good = build_run(tmp_path, name="good")
     poor = build_run(tmp_path, name="poor")
-    rewrite(poor / "after/measure.json", lambda record: record["tasks"]["sums"].update(exact_match=0.4))
+    rewrite(poor / "after/measure.json", lambda record: record["tasks"]["sums"].update(POOR))
     open_ = build_run(tmp_path, name="open", without=("after/measure.json", "after/probe.json", "epochs.jsonl"))
     data = compare([open_, poor, good])
     assert [run["name"] for run in data["runs"]] == ["good", "poor", "open"]

@@ -383,6 +383,9 @@ def dumps(value: Any, *, indent: int | None = None) -> str:
     return json.dumps(plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
+JsonObject = dict[str, Any]  # an object of JSON or YAML whose fields are not ours to name, or not all of one kind
+
+
 def loads(data: bytes) -> Any:
     """The value in a JSON text.
 

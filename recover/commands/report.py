@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from recover.base import console, products
 from recover.base.artifacts import write_text
 from recover.base.errors import ArtifactError, RecipeError
+from recover.report import verdict
 from recover.report.data import CHANGED, ComparedRun
 from recover.run import summary as outcome
-from recover.run.directory import RunDirectory
+from recover.run.directory import RunDirectory, StageState
 
 RUNS = Path("checkpoints")  # where runs are written by default
 RunPath = Annotated[
@@ -143,6 +144,8 @@ def compare(
     with products.taken_apart(run_dirs[0].parent):
         console.table("pruned, and after recovery", columns, map(_compared, data["runs"]))
         console.table("dense → deployed", page.SPEED_COLUMNS, map(page.speed_row, data["runs"]))
+    if ranking := page.ranking(data):
+        console.say(f"{ranking}.")
     for line in data["apart"]:
         console.warn(line)
     if html is not None:
@@ -154,7 +157,7 @@ def _compared(run: ComparedRun) -> list[str | None]:
     perplexity = run["perplexity"]["recovered"]
     return [
         run["name"],
-        *(_percent(share) for share in kept),
+        *(None if share is None else verdict.share(share) for share in kept),
         None if perplexity is None else f"{perplexity:.4g}",
         _percent(run["parameters"]),
     ]
@@ -164,8 +167,8 @@ def _percent(share: float | None) -> str | None:
     return None if share is None else f"{share:.1%}"
 
 
-def _state(row: dict[str, Any]) -> list[str]:
-    if not row["done"]:
+def _state(row: StageState) -> list[str]:
+    if row["finished"] is None:
         return [row["stage"], "open", "", ""]
     finished = datetime.fromisoformat(row["finished"]).astimezone().strftime("%Y-%m-%d %H:%M")
     return [row["stage"], "stale" if row["stale"] else "done", finished, row["stale"] or ""]

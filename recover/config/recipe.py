@@ -20,7 +20,18 @@ from recover.config.base import Config, Dtype
 from recover.config.loss import Focus, Loss
 from recover.config.messages import explain
 from recover.config.paths import place_files
-from recover.config.prune import Calibrated, Calibration, Depth, Magnitude, Prune, SparseGpt, Sparsity, Wanda, Width
+from recover.config.prune import (
+    Calibrated,
+    Calibration,
+    Depth,
+    Experts,
+    Magnitude,
+    Prune,
+    SparseGpt,
+    Sparsity,
+    Wanda,
+    Width,
+)
 from recover.config.train import Cache, Data, DenseText, GivenText, Lora, PrunedText, StopEarly, TeacherText, Train
 
 __all__ = [
@@ -32,6 +43,7 @@ __all__ = [
     "DenseText",
     "Depth",
     "Dtype",
+    "Experts",
     "Focus",
     "GivenText",
     "Lora",

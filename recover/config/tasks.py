@@ -132,7 +132,7 @@ class Reading(Config):
         for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, RecursionError, OverflowError) as error:
                 raise ValueError(f"not a regular expression: {pattern!r}: {error}") from None
         return patterns
 
@@ -198,7 +198,8 @@ class PerplexityFile(TaskFile):
 class Figure:
     """One figure of a task's record: how to word it and which way is better (`same`: as near to dense as can be).
 
-    `main` figures are those of verdicts; `against_dense` ones compare with dense, which has none itself.
+    `main` figures are those of verdicts; `against_dense` ones compare with dense, which has none itself. `meaning`
+    explains the label to a reader of the report.
     """
 
     key: str
@@ -207,6 +208,7 @@ class Figure:
     better: str
     main: bool = False
     against_dense: bool = False
+    meaning: str = ""
 
     def worded(self, value: float) -> str:
         """The value for a table in the terminal."""
@@ -277,10 +279,20 @@ def headline_figures() -> dict[str, tuple[str, Figure]]:
     return {name: first[name] for name in [*USES, *first] if name in first}
 
 
-LOOPS = Figure("loop_rate", "loop rate", "percent", "lower")
-ENDED = Figure("ended", "answers that end", "percent", "higher")
-LENGTH = Figure("length", "length, tokens", "number", "same")
-TRUNCATED = Figure("truncated", "cut at the limit, texts", "count", "lower")
+LOOPS = Figure(
+    "loop_rate",
+    "loop rate",
+    "percent",
+    "lower",
+    meaning="texts that end in a run of tokens repeated at least three times over 24 tokens or more",
+)
+ENDED = Figure(
+    "ended", "answers that end", "percent", "higher", meaning="texts that the model ended itself, within the limit"
+)
+LENGTH = Figure("length", "length, tokens", "number", "same", meaning="mean length of a text")
+TRUNCATED = Figure(
+    "truncated", "cut at the limit, texts", "count", "lower", meaning="texts that ran into the limit of new tokens"
+)
 
 register(Use("generation", "generative", "Can it write answers?", "exact match of written answers"))
 register(Use("choice", "choice", "Can it pick among given options?", "accuracy among given options"))
@@ -292,15 +304,60 @@ register(
         "recover.measure.kinds.generate",
         "exact match",
         (
-            Figure("exact_match", "exact match", "percent", "higher", main=True),
-            Figure("sampled_exact_match", "exact match, sampled", "percent", "higher"),
-            Figure("exact_text", "texts equal to dense", "percent", "higher", against_dense=True),
-            Figure("agreement", "tokens equal to dense", "percent", "higher", against_dense=True),
+            Figure(
+                "exact_match",
+                "exact match",
+                "percent",
+                "higher",
+                main=True,
+                meaning="answers read off the greedy text that equal the right one",
+            ),
+            Figure(
+                "sampled_exact_match",
+                "exact match, sampled",
+                "percent",
+                "higher",
+                meaning="the same of texts drawn at random instead of greedily",
+            ),
+            Figure(
+                "exact_text",
+                "texts equal to dense",
+                "percent",
+                "higher",
+                against_dense=True,
+                meaning="greedy texts that are the dense model's from first to last token",
+            ),
+            Figure(
+                "agreement",
+                "tokens equal to dense",
+                "percent",
+                "higher",
+                against_dense=True,
+                meaning="places of a text that hold the token that dense wrote there",
+            ),
             ENDED,
             LOOPS,
-            Figure("repetition", "repeated 4-grams", "percent", "lower"),
-            Figure("longest_repeat", "longest repeat, tokens", "number", "lower"),
-            Figure("distinct_2", "distinct 2-grams", "percent", "same"),
+            Figure(
+                "repetition",
+                "repeated 4-grams",
+                "percent",
+                "lower",
+                meaning="runs of four tokens that stood in the same text before",
+            ),
+            Figure(
+                "longest_repeat",
+                "longest repeat, tokens",
+                "number",
+                "lower",
+                meaning="the longest run of tokens that occurs twice in a text, in the mean",
+            ),
+            Figure(
+                "distinct_2",
+                "distinct 2-grams",
+                "percent",
+                "same",
+                meaning="different pairs of neighbouring tokens among all pairs of a text",
+            ),
             LENGTH,
             TRUNCATED,
         ),
@@ -314,9 +371,28 @@ register(
         "recover.measure.kinds.choice",
         "accuracy",
         (
-            Figure("accuracy", "accuracy", "percent", "higher", main=True),
-            Figure("accuracy_normalised", "accuracy, by length", "percent", "higher"),
-            Figure("margin", "margin, nats", "number", "higher"),
+            Figure(
+                "accuracy",
+                "accuracy",
+                "percent",
+                "higher",
+                main=True,
+                meaning="items whose right option is the likeliest, by the sum of log-probabilities of its tokens",
+            ),
+            Figure(
+                "accuracy_normalised",
+                "accuracy, by length",
+                "percent",
+                "higher",
+                meaning="the same with that sum divided by the option's length in bytes",
+            ),
+            Figure(
+                "margin",
+                "margin, nats",
+                "number",
+                "higher",
+                meaning="log-probability of the right option less that of the best wrong one, in the mean",
+            ),
         ),
         use="choice",
     )
@@ -328,7 +404,14 @@ register(
         "recover.measure.kinds.code",
         "pass@1",
         (
-            Figure("pass_at_1", "programs that pass their tests", "percent", "higher", main=True),
+            Figure(
+                "pass_at_1",
+                "programs that pass their tests",
+                "percent",
+                "higher",
+                main=True,
+                meaning="greedy programs that pass all tests of their item",
+            ),
             ENDED,
             LOOPS,
             LENGTH,
@@ -345,8 +428,21 @@ register(
         "recover.measure.kinds.retrieval",
         "nDCG@10",
         (
-            Figure("score", "ranking score", "percent", "higher", main=True),
-            Figure("accuracy", "relevant document first", "percent", "higher"),
+            Figure(
+                "score",
+                "ranking score",
+                "percent",
+                "higher",
+                main=True,
+                meaning="nDCG@10: how near to the top of ten the relevant documents stand; 100%: all first",
+            ),
+            Figure(
+                "accuracy",
+                "relevant document first",
+                "percent",
+                "higher",
+                meaning="queries whose nearest document is a relevant one",
+            ),
         ),
         use="retrieval",
     )
@@ -357,6 +453,15 @@ register(
         PerplexityFile,
         "recover.measure.kinds.perplexity",
         "perplexity",
-        (Figure("perplexity", "perplexity", "number", "lower", main=True),),
+        (
+            Figure(
+                "perplexity",
+                "perplexity",
+                "number",
+                "lower",
+                main=True,
+                meaning="exp of a token's mean negative log-probability: a choice among so many equally likely tokens",
+            ),
+        ),
     )
 )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, model_serializer, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_serializer, model_validator
 
+from recover.base.artifacts import JsonObject
 from recover.config.base import Config
 from recover.config.loss import TERMS, Loss
 
@@ -117,9 +118,15 @@ Data = Annotated[DenseText | PrunedText | GivenText | TeacherText, Field(discrim
 
 
 class Lora(Config):
-    """Low-rank adapters on the linear layers of the kept blocks (arXiv 2106.09685)."""
+    """Low-rank adapters on the linear layers of the kept blocks (arXiv 2106.09685); of mixtures, what `parts` names."""
 
     rank: int = Field(default=16, ge=1, description="auto, or the rank")
+    parts: tuple[Literal["linears", "experts", "router"], ...] = Field(
+        default=("linears",),
+        min_length=1,
+        description="what learns: adapters on linear layers (beside experts: of attention), adapters on the matrices "
+        "of experts, and routers as they are, without adapters; a router alone is Router-KD (arXiv 2603.02217)",
+    )
     alpha: float | None = Field(
         default=None,
         gt=0,
@@ -131,6 +138,12 @@ class Lora(Config):
         default="all",
         description="after_cut: only behind the first dropped block; what lies before runs once for both views",
     )
+
+    @model_validator(mode="after")
+    def _dropout_of_linears(self) -> Lora:
+        if self.dropout and "experts" in self.parts:
+            raise ValueError("'dropout' is for linear layers: experts see no dropped-out input, so leave it 0")
+        return self
 
 
 class StopEarly(Config):
@@ -231,6 +244,16 @@ class Train(Config):
         default=None, description="the dense model's states on disk; null: computed in each step"
     )
 
+    @field_validator("lr")
+    @classmethod
+    def _trains(cls, rate: float) -> float:
+        """A step moves each weight of an adapter by about the rate: from 1 on nothing is left of what was learnt."""
+        if not rate <= 1:
+            raise ValueError(
+                f"found {rate:g}: expected at most 1; adapters train at 1e-4 to 2e-3, and `auto` tries a few"
+            )
+        return rate
+
     _auto: tuple[str, ...] = PrivateAttr(default=())
 
     @model_validator(mode="wrap")
@@ -253,7 +276,7 @@ class Train(Config):
         return made
 
     @model_serializer(mode="wrap")
-    def _auto_as_it_is_written(self, handler: Any) -> dict[str, Any]:
+    def _auto_as_it_is_written(self, handler: Any) -> JsonObject:
         tree = handler(self)
         for name in self._auto:
             *above, last = name.split(".")

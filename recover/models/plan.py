@@ -10,20 +10,21 @@ Shapes: O out features, I in features.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 import safetensors.torch
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recover.base import artifacts
+from recover.base.artifacts import JsonObject
 from recover.base.errors import ArtifactError, ModelError
-from recover.models.arch import blocks_of, linears_of
+from recover.models.arch import arch_of, base_of, blocks_of, experts_of, linears_of, mixture_in
 from recover.models.linears import pack, unpack
 from recover.models.site import Packed, Site, Sublayer, packed_as, sites_in, sites_of, whole_blocks, zeroed_partners
 
@@ -50,6 +51,34 @@ class MaskRecord:
         return cls((out_features, in_features), keep_OI.numel() - int(torch.count_nonzero(keep_OI)), pattern)
 
 
+class MaskEntry(TypedDict):
+    """A `MaskRecord` as plan.json has it."""
+
+    shape: Sequence[int]
+    zeros: int
+    pattern: str
+
+
+class PlanRecord(TypedDict):
+    """plan.json; `Plan` says what each field is. The file has the digests of the plan's tensors too."""
+
+    kind: str
+    blocks: int
+    scores: list[JsonObject]
+    masks: dict[str, MaskEntry]
+    parameters_dense: int
+    parameters_pruned: int
+    nonzero: int
+    calibration: JsonObject
+    weights: dict[str, Sequence[int]]
+    config: dict[str, int]
+    repair: JsonObject
+    parallel: NotRequired[bool]
+    dropped: Sequence[int]
+    dropped_attention: Sequence[int]
+    dropped_mlp: Sequence[int]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Recorded:
     """What a plan and its file have in common: see `Plan`."""
@@ -57,16 +86,17 @@ class _Recorded:
     kind: str
     blocks: int
     _: dataclasses.KW_ONLY
-    scores: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    scores: list[JsonObject] = dataclasses.field(default_factory=list)
     masks: dict[str, MaskRecord] = dataclasses.field(default_factory=dict)
     parameters_dense: int = 0
     parameters_pruned: int = 0
     nonzero: int = 0
-    calibration: dict[str, Any] = dataclasses.field(default_factory=dict)
+    calibration: JsonObject = dataclasses.field(default_factory=dict)
     weights: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     config: dict[str, int] = dataclasses.field(default_factory=dict)
-    repair: dict[str, Any] = dataclasses.field(default_factory=dict)
+    repair: JsonObject = dataclasses.field(default_factory=dict)
     parallel: bool = False
+    experts: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -90,7 +120,7 @@ class Plan(_Recorded):
     plan is read by what it changes, whoever made it. `scores` holds what was measured, such as every candidate of every
     round, in the order they were tried. `nonzero` counts the weights that can be non-zero, `parameters_pruned` those
     that have to be stored. `repair` says what a closed-form repair did and brought. `parallel`: a block runs attention
-    and MLP on one input.
+    and MLP on one input. `experts`: by block, the experts that stay, ascending; without it all do.
 
     Raises ValueError for a site that is named twice, or of a block that is not there.
     """
@@ -170,14 +200,15 @@ class Plan(_Recorded):
             changes.append(f"{len(self.weights)} weights rewritten")
         return changes
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> PlanRecord:
         """A value that `from_json` turns back into an equal plan."""
         value = dataclasses.asdict(self)
         del value["sites"]
-        if not self.parallel:
-            del value["parallel"]  # earlier versions know no such field
+        for field in ("parallel", "experts"):
+            if not value[field]:
+                del value[field]  # earlier versions know no such field
         lists = ("dropped", "dropped_attention", "dropped_mlp")
-        return value | {name: getattr(self, name) for name in lists}
+        return cast(PlanRecord, value | {name: getattr(self, name) for name in lists})
 
     @classmethod
     def from_json(cls, value: Any, where: str = PLAN) -> Plan:
@@ -225,7 +256,7 @@ def save_plan(plan: Plan, masks: dict[str, Tensor], folder: Path, weights: dict[
     packed = {name: pack(keep_OI).cpu().contiguous() for name, keep_OI in masks.items()}
     plain = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
     hashes = {"masks_sha256": _save(packed, path), "weights_sha256": _save(plain, folder / WEIGHTS)}
-    artifacts.write_json(folder / PLAN, plan.to_json() | hashes)
+    artifacts.write_json(folder / PLAN, {**plan.to_json(), **hashes})
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> str | None:
@@ -291,6 +322,7 @@ def check_fit(model: PreTrainedModel, plan: Plan, masks: Mapping[str, Tensor], w
     linears, blocks = linears_of(model), blocks_of(model)
     if plan.blocks != len(blocks):
         raise ModelError(f"the plan is for {plan.blocks} blocks, this model has {len(blocks)}: prune this model anew")
+    _check_experts(model, plan.experts)
     for what, planned, given in (("masks", plan.masks, masks), ("weights", plan.weights, weights)):
         differing = sorted(set(planned) ^ set(given))
         if differing:
@@ -308,6 +340,25 @@ def check_fit(model: PreTrainedModel, plan: Plan, masks: Mapping[str, Tensor], w
         if name not in linears or f"{name}.weight" not in weights:
             raise ModelError(f"weight '{parameter}' belongs to no linear layer of this {model.config.model_type} model")
         _check_shape(parameter, weight, linears[name], masked=name in masks)
+
+
+def _check_experts(model: nn.Module, kept: Mapping[int, tuple[int, ...]]) -> None:
+    """Raise ModelError unless these experts can stay: there, ascending, equally many, as many as a token goes to."""
+    arch, config = arch_of(model), base_of(model).config
+    mixed = [index for index, block in enumerate(blocks_of(model)) if mixture_in(arch, block)]
+    if not kept:
+        return
+    if sorted(kept) != mixed:
+        raise ModelError(f"the plan keeps experts of blocks {sorted(kept)}, this model has some in {mixed}")
+    experts, used = experts_of(config)
+    counts = {len(each) for each in kept.values()}
+    if len(counts) > 1 or min(counts) < used:
+        raise ModelError(f"the plan keeps {sorted(counts)} experts: expected the same of each block, {used} at least")
+    for index, each in kept.items():
+        if list(each) != sorted(set(each)) or not 0 <= each[0] <= each[-1] < experts:
+            raise ModelError(
+                f"block {index}: experts {list(each)}: expected numbers from 0 to {experts - 1}, ascending"
+            )
 
 
 def _check_shape(parameter: str, weight: Tensor, linear: object, *, masked: bool) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import LongTensor, Tensor
 
 from recover.base import console
+from recover.base.artifacts import JsonObject
 from recover.base.errors import DataError, PruneError
 from recover.config.paths import TEXTS, ending
 from recover.config.recipe import Calibration
@@ -38,19 +39,24 @@ def calibration_batches(
     write: Write | None = None,
     *,
     texts: Sequence[str] | None = None,
+    context: int | None = None,
 ) -> list[LongTensor]:
     """Up to `cfg.samples` samples of `cfg.length` tokens, in batches (B, T); the same seed gives the same ones.
 
     Documents are shuffled, joined by EOS and cut; every sample starts with BOS where the tokenizer puts one (models
     trained with a BOS have unlike activations without). With `cfg.answer` a document is a prompt and its answer by
-    `write`. `texts`: the documents, in place of those in `cfg.data`.
+    `write`; prompts that leave it no room in a model of this `context` are passed over. `texts`: the documents, in
+    place of those in `cfg.data`.
     Warns when the text gives fewer samples; raises DataError when it is shorter than one sample.
     """
     if (cfg.answer is None) != (write is None):
         raise AssertionError("answers are asked for, and nothing writes them")
     bos = _bos(tokenizer)
     body = cfg.length - len(bos)
-    ids = _joined(cfg, tokenizer, seed, cfg.samples * body, write, read_texts(cfg) if texts is None else texts)
+    documents = _shuffled(read_texts(cfg) if texts is None else texts, seed)
+    if write is not None:
+        documents = (prompt for prompt in documents if _excess(cfg, tokenizer, prompt, context) is None)
+    ids = _joined(cfg, tokenizer, cfg.samples * body, write, documents)
     count = min(cfg.samples, len(ids) // body)
     found = f"calibration.data {cfg.data}: {len(ids):,} tokens in all"
     if count == 0:
@@ -62,32 +68,49 @@ def calibration_batches(
 
 
 def check_asked(cfg: Calibration, tokenizer: PreTrainedTokenizerBase, context: int | None) -> None:
-    """Raises DataError for the first prompt that leaves no room for `cfg.answer` tokens in the model's context.
+    """Say how many prompts leave no room for `cfg.answer` tokens in the model's context; they will be left out.
 
-    Of a large data set the first thousands are looked at.
+    Of a large data set the first thousands are looked at. Raises DataError where no prompt is left, and with
+    `cfg.strict` for the first that would be left out.
     """
-    for number, text in enumerate(islice(read_texts(cfg), LOOKED_AT)):
-        if context is None or cfg.answer is None or not (text.strip() if isinstance(text, str) else text):
-            continue
-        tokens = len(encode_prompt(tokenizer, text))
-        if tokens + cfg.answer > context:
-            raise DataError(
-                f"prune.calibration.answer: {cfg.answer} tokens after prompt {number} of {cfg.data}, which has "
-                f"{tokens}, exceed the model's context of {context}: lower it, or leave that prompt out"
-            )
+    prompts = list(islice(read_texts(cfg), LOOKED_AT))
+    asked = [(number, prompt) for number, prompt in enumerate(prompts) if _holds(prompt)]
+    found = ((number, _excess(cfg, tokenizer, prompt, context)) for number, prompt in asked)
+    long = [f"prompt {number}, {reason}" for number, reason in found if reason is not None]
+    if long and (cfg.strict or len(long) == len(asked)):
+        raise DataError(
+            f"prune.calibration.answer: {cfg.answer} tokens after {long[0]} of {cfg.data}"
+            f"{'' if cfg.strict else ', and after every other one'}: lower it, or give shorter prompts"
+            f"{', or leave strict out' if cfg.strict else ''}"
+        )
+    if long:
+        say_once(
+            f"calibration.data {cfg.data}: {len(long):,} of {len(prompts):,} prompts left out, which leave no room for "
+            f"calibration.answer ({long[0]})"
+        )
+
+
+def _excess(cfg: Calibration, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, context: int | None) -> str | None:
+    """Why there is no room for an answer to this prompt in the model's context; None if there is."""
+    if context is None or cfg.answer is None:
+        return None
+    tokens = len(encode_prompt(tokenizer, prompt))
+    return f"of {tokens} tokens, where the context is {context}" if tokens + cfg.answer > context else None
+
+
+def _holds(document: Prompt) -> bool:
+    return bool(document) and not (isinstance(document, str) and document.isspace())
 
 
 def _joined(
     cfg: Calibration,
     tokenizer: PreTrainedTokenizerBase,
-    seed: int,
     wanted: int,
     write: Write | None,
-    documents: Sequence[Prompt],
+    texts: Iterator[Prompt],
 ) -> list[int]:
     """The documents one after the other, until there are `wanted` ids or no more documents."""
     ids: list[int] = []
-    texts = _shuffled(documents, seed)
     while len(ids) < wanted:
         if write is None or cfg.answer is None:
             rows = [_tokens(tokenizer, text) for text in islice(texts, 1)]
@@ -131,7 +154,7 @@ def _shuffled(texts: Sequence[Prompt], seed: int) -> Iterator[Prompt]:
     """
     order = list(range(len(texts)))
     random.Random(seed).shuffle(order)
-    return (text for index in order if (text := texts[index]) and not (isinstance(text, str) and text.isspace()))
+    return (text for index in order if _holds(text := texts[index]))
 
 
 def read_texts(cfg: Calibration) -> Sequence[Prompt]:
@@ -152,9 +175,11 @@ def read_texts(cfg: Calibration) -> Sequence[Prompt]:
     if isinstance(rows, DataSet):  # as large as one likes: read where it is needed
         return texts
     documents = [*texts]
-    empty = sum(not document or (isinstance(document, str) and document.isspace()) for document in documents)
+    empty = [row.where for row, document in zip(rows, documents, strict=True) if not _holds(document)]
+    if empty and cfg.strict:
+        raise DataError(f"{empty[0]}: holds no text for prune.calibration: fill the row, or leave strict out")
     if empty:
-        say_once(f"calibration.data {cfg.data}: {empty:,} of {len(documents):,} rows left out, which hold nothing")
+        say_once(f"calibration.data {cfg.data}: {len(empty):,} of {len(documents):,} rows left out, which hold nothing")
     return documents
 
 
@@ -190,7 +215,7 @@ def check_context(model: PreTrainedModel, batches: Sequence[Tensor]) -> None:
         raise PruneError(f"calibration.length: {length} tokens, the model's context is {context}: give at most that")
 
 
-def calibration_record(cfg: Calibration | None, batches: Sequence[Tensor]) -> dict[str, Any]:
+def calibration_record(cfg: Calibration | None, batches: Sequence[Tensor]) -> JsonObject:
     """What scores were measured on, for `plan.calibration`; empty when on nothing."""
     if cfg is None:
         return {}

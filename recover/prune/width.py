@@ -24,6 +24,7 @@ from torch import LongTensor, Tensor, nn
 from transformers import CONFIG_MAPPING
 
 from recover.base import console
+from recover.base.artifacts import JsonObject
 from recover.base.errors import PruneError
 from recover.base.journal import Journal
 from recover.config.recipe import Width
@@ -75,10 +76,20 @@ def narrowed(config: PretrainedConfig, cfg: Width) -> dict[str, int]:
     With fewer heads `head_dim` has to be said: most configs take hidden size / heads where it is missing.
     """
     dense = Sizes.of(config)
+    if cfg.mlp is not None:
+        _refuse_neurons(config)
     fields = {} if cfg.mlp is None else {"intermediate_size": _neurons_left(dense.neurons, cfg)}
     if cfg.kv_groups is not None:
         fields |= _heads_left(config, dense, cfg.kv_groups)
     return fields
+
+
+def _refuse_neurons(config: PretrainedConfig) -> None:
+    if arch_of(config).experts is not None:
+        raise PruneError(
+            f"prune.mlp: the MLPs of {config.model_type} are mixtures of experts, and neurons of experts are not cut: "
+            "remove whole experts with prune.kind: experts, or KV groups alone"
+        )
 
 
 def _neurons_left(neurons: int, cfg: Width) -> int:
@@ -92,7 +103,8 @@ def _neurons_left(neurons: int, cfg: Width) -> int:
 def _heads_left(config: PretrainedConfig, dense: Sizes, groups: int) -> dict[str, int]:
     reason = arch_of(config).kv_groups_stay
     if reason:
-        raise PruneError(f"prune.kv_groups: {config.model_type} keeps its KV groups: {reason}. Use prune.mlp alone")
+        instead = "prune.mlp alone" if arch_of(config).experts is None else "another way to prune"
+        raise PruneError(f"prune.kv_groups: {config.model_type} keeps its KV groups: {reason}. Use {instead}")
     if not 0 < groups < dense.groups:
         raise PruneError(f"prune.kv_groups: {groups} of {dense.groups} KV groups to remove: keep at least one")
     fields = _head_fields(dense.without(groups))
@@ -374,9 +386,9 @@ def _features(features: int, removal: _Removal, kept_K: Tensor) -> Tensor:
     return (kept_K.unsqueeze(1) * each + torch.arange(each)).flatten()
 
 
-def _record(block: int, removal: _Removal, score_U: Tensor | None, kept_K: Tensor, by: str) -> dict[str, Any]:
+def _record(block: int, removal: _Removal, score_U: Tensor | None, kept_K: Tensor, by: str) -> JsonObject:
     """Neurons are too many to list one by one; of a few KV groups all scores are kept, where each has one."""
-    record: dict[str, Any] = {"block": block, "part": removal.part, "by": by, "units": removal.units}
+    record: JsonObject = {"block": block, "part": removal.part, "by": by, "units": removal.units}
     record["removed"] = removal.units - removal.left
     if score_U is not None:
         total = float(score_U.sum())
@@ -390,9 +402,9 @@ def _record(block: int, removal: _Removal, score_U: Tensor | None, kept_K: Tenso
 def _plan(
     twin: Twin,
     config: dict[str, int],
-    records: list[dict[str, Any]],
+    records: list[JsonObject],
     weights: dict[str, Tensor],
-    calibration: dict[str, Any],
+    calibration: JsonObject,
 ) -> Plan:
     parameters = dict(twin.model.named_parameters())
     dense = sum(parameter.numel() for parameter in parameters.values())

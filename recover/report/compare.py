@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -30,11 +31,11 @@ PICTURES = (
 
 
 def compare(roots: Sequence[Path]) -> Comparison:
-    """{"runs": one summary a run, "best": name or None, "comparable", "same_dense", "apart"}; JSON-able.
+    """{"runs": one summary a run, "best": name or None, "equal", "comparable", "same_dense", "apart"}; JSON-able.
 
     `apart` says in words what must not be set side by side, and why. Runs that start from different dense models, or
-    are measured by different rules, have no `best`. A run that is not finished is compared by what it has. Raises
-    ArtifactError as `collect` does.
+    are measured by different rules, have no `best`; nor have runs whose first ones differ by no more than noise: those
+    are the `equal` ones. A run that is not finished is compared by what it has. Raises ArtifactError as `collect` does.
     """
     runs = [_of(root) for root in roots]
     with taken_apart(roots[0].parent):
@@ -52,9 +53,11 @@ def _compare(runs: list[ComparedRun], roots: Sequence[Path]) -> Comparison:
     same_dense = len({run["model"] for run in runs}) <= 1
     comparable = same_dense and len({run["measure"] for run in runs}) <= 1
     measured = bool(runs) and runs[0]["kept"]["recovered"]["generation"] is not None
+    first = [run["name"] for run in runs if not beyond_noise(runs[0], run)] if measured and comparable else []
     return {
         "runs": runs,
-        "best": runs[0]["name"] if measured and comparable else None,
+        "best": first[0] if len(first) == 1 else None,
+        "equal": first if len(first) > 1 else [],
         "same_dense": same_dense,
         "comparable": comparable,
         "paired": _paired(runs) if measured and comparable else [],
@@ -63,6 +66,34 @@ def _compare(runs: list[ComparedRun], roots: Sequence[Path]) -> Comparison:
             *(f"{run['name']}: {line}" for run in runs for line in run["mixed"]),
         ],
     }
+
+
+def beyond_noise(better: ComparedRun, other: ComparedRun) -> bool:
+    """Whether generation after recovery differs by more than the intervals of both, taken as independent, explain.
+
+    Half-widths add as squares. Both runs have the same items, whose own spread is in each interval, so this calls
+    more runs equal than a test item by item would.
+    """
+    if other is better:
+        return False
+    (high, high_interval), (low, low_interval) = (
+        (run["kept"]["recovered"]["generation"], run["interval"]["recovered"]["generation"]) for run in (better, other)
+    )
+    if high is None or low is None:
+        return True
+    below = high - high_interval[0] if high_interval else 0.0
+    above = low_interval[1] - low if low_interval else 0.0
+    return high - low > math.hypot(below, above)
+
+
+def ranking(data: Comparison) -> str:
+    """Which run keeps most generation, in one line, as far as that can be said; empty if nothing can."""
+    if data["best"]:
+        return f"{data['best']} keeps most generation"
+    if not data["equal"]:
+        return ""
+    *names, last = data["equal"]
+    return f"{', '.join(names)} and {last} keep most generation, equal within noise"
 
 
 def _paired(runs: list[ComparedRun]) -> list[Paired]:
@@ -181,6 +212,7 @@ def _run(data: RunData) -> ComparedRun:
         "tokens": (data["tokens"] or {}).get("kept"),
         "epochs": [(row["tokens"], words.finite(row["headline"].get("generation"))) for row in data["epochs"]],
         "kl": _kl(data["curve"]),
+        "pruned_generation": data["verdict"]["pruned"]["generation"]["value"],
         "dense": {use: ((data["headline"]["dense"] or {}).get(use) or {}).get("value") for use in tasks.USES},
         "interval": {model: {use: data["verdict"][model][use]["interval"] for use in tasks.USES} for model in CHANGED},
         "right": {row["task"]: row["each"] for row in data["exchanged"] if row["model"] == "recovered"},
@@ -223,6 +255,8 @@ def render_compare(data: Comparison, path: Path) -> Path:
         drawn = [render.worded(each, found) for each in PICTURES if (found := each.make(data)) is not None]
         view = {
             "data": data,
+            "ranking": ranking(data),
+            "first": data["equal"] or [data["best"]],
             "drawn": drawn,
             "columns": COLUMNS,
             "rows": [row(run) for run in data["runs"]],

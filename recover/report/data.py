@@ -6,9 +6,12 @@ written, so that a key may be absent in those of an earlier version. `Quantiles`
 
 from __future__ import annotations
 
-from typing import Any, Literal, NotRequired, Required
+from typing import Literal, NotRequired, Required
 
 from typing_extensions import TypedDict
+
+from recover.base.artifacts import JsonObject as Json
+from recover.base.clock import StageTime
 
 Use = str
 Model = Literal["dense", "pruned", "recovered"]
@@ -19,7 +22,6 @@ MODELS: tuple[Model, ...] = ("dense", "pruned", "recovered")
 CHANGED: tuple[Changed, ...] = ("pruned", "recovered")
 SPACES: tuple[Space, ...] = ("embedding", "logit", "probability")
 
-Json = dict[str, Any]  # an object of a file that is shown as it is, or read by name
 Quantiles = dict[str, float | None]
 
 
@@ -46,6 +48,7 @@ class Task(TypedDict, total=False):
     samples: list[SampleRecord]
     mistakes: dict[str, int]
     examples: dict[str, SampleRecord]
+    truncated: int
     loop_rate: float | None
     loop_start: Quantiles | None
     first_divergence: Quantiles | None
@@ -56,12 +59,28 @@ class Task(TypedDict, total=False):
     each: list[float]
 
 
-class Measure(TypedDict, total=False):
-    tasks: Required[dict[str, Task]]
+class MeasureRecord(TypedDict):
+    """measure.json: all tasks of one model, and a figure for each use."""
+
+    tasks: dict[str, Task]
     headline: dict[str, float | None]
+    seconds: NotRequired[float]
+    tokens_per_second: NotRequired[float | None]
 
 
-Records = dict[Model, Measure | None]
+class GreedyText(TypedDict):
+    """A text of generations.json, by task and item; what was asked, and the right answer where there is one.
+
+    Earlier versions wrote `ids` and `text` alone.
+    """
+
+    ids: list[int]
+    text: str
+    prompt: NotRequired[str]
+    expected: NotRequired[str | None]
+
+
+Records = dict[Model, MeasureRecord | None]
 
 
 # What was measured.
@@ -90,7 +109,7 @@ class Cell(TypedDict):
 
 
 class MeasureRow(TypedDict):
-    """One metric of one task, for all models; `kept` is the share of dense."""
+    """One metric of one task, for all models; `kept` is the share of dense, above chance if that is known."""
 
     task: str
     kind: str
@@ -101,6 +120,7 @@ class MeasureRow(TypedDict):
     better: str
     main: bool
     against_dense: bool
+    meaning: str
     dense: Cell | None
     pruned: Cell | None
     recovered: Cell | None
@@ -108,14 +128,13 @@ class MeasureRow(TypedDict):
 
 
 class Answer(TypedDict):
-    """Whether a model is fit for a use; `graded_share` is what the grade is read off: above chance if that is known."""
+    """Whether a model is fit for a use; `kept`, of dense and above chance if that is known, is what is graded."""
 
     grade: str
     reason: str
     value: float | None
     dense: float | None
     kept: float | None
-    graded_share: float | None
     chance: float | None
     interval: list[float] | None
     certain: bool
@@ -220,6 +239,13 @@ class Overlap(TypedDict):
     same: int
     near: int
     examples: list[Json]
+
+
+class OverlapRecord(TypedDict):
+    """plan/overlap.json: how many texts of each field were looked at, and which hold measured items."""
+
+    looked_at: dict[str, int]
+    found: list[Overlap]
 
 
 class Parted(TypedDict):
@@ -337,6 +363,14 @@ class RetrievalDrift(TypedDict, total=False):
     relevance: dict[str, Quantiles] | None
 
 
+class Routing(TypedDict):
+    """Tokens that each expert of a block was given on the prompts, in the dense numbering."""
+
+    block: int
+    dense: list[int]
+    pruned: list[int]
+
+
 class Drift(TypedDict):
     """The summary of one probe; of the two lenses, the one with the final norm."""
 
@@ -351,6 +385,7 @@ class Drift(TypedDict):
     sampled: list[SampledDrift]
     choices: list[ChoiceDrift]
     retrieval: list[RetrievalDrift]
+    routing: list[Routing]
 
 
 # What was pruned, trained and deployed.
@@ -364,6 +399,9 @@ class Score(TypedDict, total=False):
     parts: list[str]
     score: Required[float | None]
     by: str
+    block: int
+    experts: list[float]
+    kept: list[int]
     chosen: bool
     beside: list[str]
 
@@ -405,6 +443,7 @@ class Plan(TypedDict, total=False):
     config: dict[str, int]
     repair: Repair
     parallel: bool
+    experts: dict[str, list[int]]
     parameters_dense: Required[int]
     parameters_pruned: Required[int]
     modules: Required[list[ModuleZeros]]
@@ -460,10 +499,62 @@ class Finding(TypedDict):
 
 
 class Training(TypedDict, total=False):
+    """What train/training.json says to a reader; all that it holds is `train.checkpoints.TrainingRecord`."""
+
     skipped: int
     rollbacks: int
     finished: bool
     findings: list[Finding]
+
+
+class EpochScore(TypedDict):
+    """An epoch as train/best.json has it: the folder of its adapter, what it scored, and its training loss."""
+
+    epoch: int
+    step: int
+    folder: str
+    score: float | None
+    loss: float
+
+
+class Best(EpochScore):
+    """train/best.json, and after/best.json: the epoch that is kept, and all of them."""
+
+    epochs: list[EpochScore]
+
+
+class EpochProgress(TypedDict):
+    """Where a training stands when an epoch ends; `train`: means per token of the loss and its terms, and `lr`."""
+
+    step: int
+    tokens: int
+    seconds: float
+    skipped: int
+    rollbacks: int
+    peak_memory_bytes: int | None
+    train: dict[str, float | None]
+
+
+class EpochDrift(TemperatureDrift, total=False):
+    """Drift at the last layer, T = 1; `each`: of each prompt the sum of KL in nats, and how many positions it is of."""
+
+    each: list[tuple[float, int]]
+
+
+class EpochMeasured(TypedDict):
+    """What was measured of an epoch's adapter, and all that these figures depend on."""
+
+    measure: MeasureRecord
+    drift: EpochDrift
+    score: float | None
+    measured_with: Json
+
+
+class EpochLine(EpochProgress, EpochMeasured):
+    """A line of epochs.jsonl."""
+
+    epoch: int
+    setbacks: NotRequired[list[Setback]]
 
 
 class Trial(TypedDict, total=False):
@@ -552,13 +643,6 @@ class Speed(TypedDict):
     machine: NotRequired[Json]
 
 
-class StageTime(TypedDict):
-    stage: str
-    seconds: float
-    calls: int
-    parts: dict[str, float]
-
-
 class Made(TypedDict):
     """What a stage was made with, by its stamp; `versions` by package, `inputs` by name their digests."""
 
@@ -629,7 +713,10 @@ class RunData(PageData):
 
 
 class ComparedRun(TypedDict):
-    """One run of a comparison; `kept`, `grades` and `interval` by model and use, `kl` as (tokens, mean per token)."""
+    """One run of a comparison; `kept`, `grades` and `interval` by model and use, `kl` as (tokens, mean per token).
+
+    `pruned_generation` is the figure itself, not its share of dense.
+    """
 
     name: str
     model: str
@@ -646,6 +733,7 @@ class ComparedRun(TypedDict):
     epochs: list[tuple[int | None, float | None]]
     kl: list[tuple[float, float]]
     dense: dict[Use, float | None]
+    pruned_generation: float | None
     interval: dict[Changed, dict[Use, list[float] | None]]
     right: dict[str, list[int]]
     kept: dict[Changed, dict[Use, float | None]]
@@ -665,10 +753,14 @@ class Paired(TypedDict):
 
 
 class Comparison(TypedDict):
-    """Runs side by side; `apart` says what must not be compared, and why; `paired` holds each against the best."""
+    """Runs side by side; `apart` says what must not be compared, and why; `paired` holds each against the best.
+
+    `best` is better than all others beyond noise; if none is, `equal` names the first ones, which noise does not part.
+    """
 
     runs: list[ComparedRun]
     best: str | None
+    equal: list[str]
     same_dense: bool
     comparable: bool
     paired: list[Paired]

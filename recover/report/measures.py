@@ -7,13 +7,15 @@ from typing import cast
 
 from recover.config.tasks import KINDS, USES, Figure
 from recover.report import words
-from recover.report.data import Cell, Headline, Json, Measure, MeasureRow, Records, Task, UseFigure
+from recover.report.data import Cell, Headline, Json, MeasureRecord, MeasureRow, Records, Task, UseFigure
+from recover.report.verdict import share_of
 
 
 def rows(records: Records) -> list[MeasureRow]:
     """One row a task and metric, in the order of the tasks; a cell is None where the model was not measured.
 
-    A metric that no model has is left out; `kept` is the share of dense, for main figures of which more is better.
+    A metric that no model has is left out; `kept` is the share of dense, above chance if that is known, for main
+    figures of which more is better.
     """
     found = []
     for name, kind in _tasks(records).items():
@@ -22,7 +24,8 @@ def rows(records: Records) -> list[MeasureRow]:
             if not any(cells.values()):
                 continue
             items = next((task.get("items") for record in records.values() if (task := _task(record, name))), None)
-            kept = {model: _kept(cells[model], cells["dense"], metric) for model in ("pruned", "recovered")}
+            chance = words.finite((_task(records["dense"], name) or {}).get("chance")) or 0.0
+            kept = {model: _kept(cells[model], cells["dense"], metric, chance) for model in ("pruned", "recovered")}
             row = {"task": name, "kind": kind, "items": items, **asdict(metric), **cells, "kept": kept}
             found.append(cast(MeasureRow, row))
     return found
@@ -35,9 +38,15 @@ def _metrics(records: Records, name: str, kind: str) -> list[Figure]:
     """
     first, *rest = KINDS[kind].figures if kind in KINDS else (None,)
     readings, ks = (_parts(records, name, part) for part in ("also", "pass_at_k"))
-    also = [Figure(f"also.{each}", f"exact match, {each}", "percent", "higher") for each in readings]
+    also = [
+        Figure(f"also.{each}", f"exact match, {each}", "percent", "higher", meaning=f"the same texts, read by {each}")
+        for each in readings
+    ]
     ends = [k for k in sorted(map(int, ks)) if k in (min(map(int, ks)), max(map(int, ks)))]
-    drawn = [Figure(f"pass_at_k.{k}", f"pass@{k}, sampled", "percent", "higher") for k in ends]
+    drawn = [
+        Figure(f"pass_at_k.{k}", f"pass@{k}, sampled", "percent", "higher", meaning=f"one of {k} drawn texts is right")
+        for k in ends
+    ]
     return [*([first] if first else []), *also, *drawn, *rest]
 
 
@@ -50,11 +59,11 @@ def _tasks(records: Records) -> dict[str, str]:
     return {name: task["kind"] for record in records.values() if record for name, task in record["tasks"].items()}
 
 
-def _task(record: Measure | None, name: str) -> Task | None:
+def _task(record: MeasureRecord | None, name: str) -> Task | None:
     return ((record or {}).get("tasks") or {}).get(name)
 
 
-def _cell(record: Measure | None, name: str, metric: Figure) -> Cell | None:
+def _cell(record: MeasureRecord | None, name: str, metric: Figure) -> Cell | None:
     task = _task(record, name)
     if task is None:
         return None
@@ -74,10 +83,10 @@ def _interval(task: Task | Json) -> list[float] | None:
     return [bound for bound in bounds if bound is not None] if len(bounds) == 2 and None not in bounds else None
 
 
-def _kept(cell: Cell | None, dense: Cell | None, metric: Figure) -> float | None:
-    if cell is None or dense is None or not metric.main or metric.better != "higher" or dense["value"] <= 0:
+def _kept(cell: Cell | None, dense: Cell | None, metric: Figure, chance: float) -> float | None:
+    if cell is None or dense is None or not metric.main or metric.better != "higher" or dense["value"] <= chance:
         return None
-    return cell["value"] / dense["value"]
+    return share_of(cell["value"], dense["value"], chance)
 
 
 def headline(records: Records) -> dict[str, Headline | None]:
@@ -85,7 +94,7 @@ def headline(records: Records) -> dict[str, Headline | None]:
     return {model: None if record is None else _headline(record) for model, record in records.items()}
 
 
-def _headline(record: Measure) -> Headline:
+def _headline(record: MeasureRecord) -> Headline:
     means: dict[str, UseFigure | None] = {}
     for use in USES:
         tasks = {name: task for name, task in record["tasks"].items() if _use(task) == use}

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,11 +114,14 @@ def fence(text: str) -> str:
 
 def _view(data: RunData) -> dict[str, Any]:
     """What the templates need beside the data, worded."""
+    sections = [_of_run(section, data) for section in exhibits.RUN]
     return {
         "data": data,
-        **exhibited(data, exhibits.RUN),
+        **exhibited(data, sections),
+        "terms": list(dict(term for section in sections for term in section.terms).items()),
         "models": ("dense", "pruned", "recovered"),
         "questions": [(use.name, use.question) for use in tasks.USES.values()],
+        "unmeasured": verdict.unmeasured(data["verdict"]),
         "signs": SIGNS,
         "facts": _facts(data),
         "recovery": _recovery(data),
@@ -133,6 +136,16 @@ def _view(data: RunData) -> dict[str, Any]:
         "recipe": yaml_values.dump(data["recipe"]),
         "provenance": json.dumps(data["provenance"], indent=2, ensure_ascii=False),
     }
+
+
+def _of_run(section: Section, data: RunData) -> Section:
+    """With what only the run's own figures tell: what its measures mean, and how its recovery went."""
+    if section.key == "recovery":
+        return replace(section, intro=_recovery(data))
+    if section.key == "measures":
+        measured = {row["label"]: row["meaning"] for row in data["measures"] if row["meaning"]}
+        return replace(section, terms=(*section.terms, *measured.items()))
+    return section
 
 
 def exhibited(data: Any, sections: Sequence[Section], *, measured: bool = False) -> dict[str, Any]:

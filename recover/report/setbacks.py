@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from recover.report import words
 from recover.report.data import Epoch, Json, Setback
 
+USUAL_RATE = 2e-3  # the highest that any recipe here trains adapters with
 NAMES = {"kl": "KL along the dense model's own texts"}
 
 
@@ -70,7 +71,8 @@ def _rate(rate: float | None, *, auto: bool) -> str:
     trials = "" if auto else ", or train.lr=auto, which tries a few"
     if rate is None:
         return f"A lower learning rate (train.lr){trials}."
-    return f"A lower learning rate: train.lr={rate / 2:.2g} instead of {rate:.2g}{trials}."
+    lower = min(rate / 2, USUAL_RATE)
+    return f"A lower learning rate: train.lr={lower:.2g} instead of {rate:.2g}{trials}."
 
 
 def told(epochs: Sequence[Epoch], recipe: Json, rate: float | None = None) -> list[str]:

@@ -8,7 +8,8 @@ All thresholds of the report are here. A grade is read off the share of the dens
     cannot tell  dense itself is within 5 points of nothing (of chance, where a task states its chance level)
     not measured no task of that use was run
 
-Where a choice task states its chance level, the share is of what dense does above chance.
+Where a choice task states its chance level, the share kept is of what dense does above chance, on the page, in tables
+and in comparisons alike; a model at chance or below keeps nothing.
 """
 
 from __future__ import annotations
@@ -56,17 +57,16 @@ def judge(figure: UseFigure | None, dense: UseFigure | None, use: Use) -> Answer
         level = f"chance ({words.percent(chance)})" if chance else "zero"
         reason = f"Dense itself scores {words.percent(dense['value'])}, near {level}: nothing to keep."
         return _no_answer("cannot tell", reason, figure, dense)
-    skill = (figure["value"] - chance) / (dense["value"] - chance)
-    interval = figure["interval"] and [(bound - chance) / (dense["value"] - chance) for bound in figure["interval"]]
-    grade = grade_of(skill, interval[0] if interval else None)
+    kept = share_of(figure["value"], dense["value"], chance)
+    interval = figure["interval"] and [share_of(bound, dense["value"], chance) for bound in figure["interval"]]
+    grade = grade_of(kept, interval[0] if interval else None)
     ends = {grade_of(bound, None) for bound in interval or ()}
     return {
         "grade": grade,
-        "reason": _reason(figure, dense, skill, interval, chance),
+        "reason": _reason(figure, dense, kept, interval, chance),
         "value": figure["value"],
         "dense": dense["value"],
-        "kept": figure["value"] / dense["value"],
-        "graded_share": skill,
+        "kept": kept,
         "chance": chance,
         "interval": interval,
         "certain": ends <= {grade},
@@ -80,17 +80,21 @@ def _no_answer(grade: str, reason: str, figure: UseFigure | None, dense: UseFigu
         "value": figure["value"] if figure else None,
         "dense": dense["value"] if dense else None,
         "kept": None,
-        "graded_share": None,
         "chance": None,
         "interval": None,
         "certain": True,
     }
 
 
-def _reason(figure: UseFigure, dense: UseFigure, skill: float, interval: list[float] | None, chance: float) -> str:
+def share_of(value: float, dense: float, chance: float) -> float:
+    """What is kept of dense, above chance; from 0 on. `dense` is above `chance`."""
+    return max(0.0, (value - chance) / (dense - chance))
+
+
+def _reason(figure: UseFigure, dense: UseFigure, kept: float, interval: list[float] | None, chance: float) -> str:
     """The figures in one sentence, and what the interval leaves open."""
     what = f"of what dense does above chance ({words.percent(chance)})" if chance else "of dense"
-    text = f"{words.percent(figure['value'], 1)} against {words.percent(dense['value'], 1)}: {share(skill)} {what}"
+    text = f"{words.percent(figure['value'], 1)} against {words.percent(dense['value'], 1)}: {share(kept)} {what}"
     if not interval:
         return f"{text}; no interval is known."
     lowest, highest = grade_of(interval[0], None), grade_of(interval[1], None)
@@ -102,6 +106,11 @@ def share(kept: float) -> str:
     """A share of dense in whole percent, with a digit more where rounding would hide its side of a threshold."""
     close = any(abs(kept - threshold) < 0.01 and kept != threshold for threshold in (KEPT_YES, KEPT_CARE))
     return words.percent(kept, 1 if close else None)
+
+
+def unmeasured(found: Verdict) -> list[Use]:
+    """Uses that no task of the run measured on any model: they have no verdict to show."""
+    return [use for use in tasks.USES if all(found[model][use]["grade"] == "not measured" for model in CHANGED)]
 
 
 def title(data: RunData) -> str:

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recover.base import console, dist
 from recover.base.artifacts import check_manifest, read_jsonl, write_text
 from recover.base.clock import part
-from recover.base.errors import RecipeError
+from recover.base.errors import DataError, RecipeError
 from recover.config.recipe import Calibration, Data, DenseText, GivenText, PrunedText, Recipe, TeacherText
 from recover.config.tasks import GenerateFile
 from recover.measure.tasks import Task, check_allowed, check_names, check_room, load_task
@@ -37,7 +37,7 @@ from recover.models.source import check_rows, check_tied, check_weights, kind_of
 from recover.models.twin import Twin
 from recover.probe.trajectory import check_steps
 from recover.prune.calibrate import calibration_batches, check_asked, read_texts
-from recover.report.data import Overlap
+from recover.report.data import Overlap, OverlapRecord
 from recover.report.words import shown_source
 from recover.run.directory import RunDirectory
 from recover.run.estimate import settle
@@ -48,7 +48,7 @@ from recover.text.prompts import Prompt, encode_prompt
 from recover.train.checkpoints import read_adapter
 from recover.train.sources import check_given, read_prompts, read_rows
 from recover.train.teacher_file import check_teacher, read_teacher
-from recover.train.written_text import check_answers, fitting_prompts, weights_fingerprint
+from recover.train.written_text import fitting_prompts, weights_fingerprint
 
 SAMPLE_ROWS = 4  # of sample_ids
 LOOKED_AT = 100_000  # texts of a source in which measured items are looked for
@@ -214,14 +214,16 @@ class RunContext:
             if isinstance(source, GivenText):
                 check_given(source, self.tokenizer, self.recipe.train.length)
             if isinstance(source, DenseText | PrunedText):
-                prompts = fitting_prompts(source, self.recipe.train.length, self.tokenizer)
-                check_answers(prompts, source, number, self.tokenizer, model.context)
+                try:
+                    fitting_prompts(source, self.recipe.train.length, self.tokenizer, model.context)
+                except DataError as error:
+                    raise DataError(f"train.data.{number}: {error}") from error
             if isinstance(source, TeacherText):
                 check_teacher(source, model.vocabulary, self.tokenizer)
 
 
 @part("looking for measured items in the text")
-def overlap_record(context: RunContext) -> dict[str, Any]:
+def overlap_record(context: RunContext) -> OverlapRecord:
     """The items of each task that stand in a text which the run is made with: {looked_at: {field: texts}, found}.
 
     Of each source the first `LOOKED_AT` texts are looked at. All of them were read before, by `check_inputs`.
@@ -255,7 +257,8 @@ def _texts_of(context: RunContext, source: Data | Calibration) -> tuple[str, Ite
         return source.source, (str(context.tokenizer.decode(row.sample.ids)) for row in rows)
     if isinstance(source, Calibration):
         return source.data, map(_plain, read_texts(source))
-    prompts = fitting_prompts(source, context.recipe.train.length, context.tokenizer)
+    model = describe(context.recipe.model)
+    prompts = fitting_prompts(source, context.recipe.train.length, context.tokenizer, model.context)
     return source.prompts, (_plain(row.value["prompt"]) for row in prompts)
 
 
@@ -270,12 +273,18 @@ def _plain(value: Any) -> str:
 def calibration(context: RunContext) -> list[LongTensor]:
     """The batches of `prune.calibration`, none without one. What the dense model wrote before is read, not written.
 
-    Raises DataError for text that cannot be used, and for a prompt that leaves no room for an answer.
+    Prompts that leave no room for an answer are left out. Raises DataError for text that cannot be used.
     """
     cfg = getattr(context.recipe.prune, "calibration", None)
     if cfg is None or cfg.answer is None:
         return context.calibration
-    return calibration_batches(cfg, context.tokenizer, context.recipe.seed, partial(answered, context, cfg.answer))
+    return calibration_batches(
+        cfg,
+        context.tokenizer,
+        context.recipe.seed,
+        partial(answered, context, cfg.answer),
+        context=describe(context.recipe.model).context,
+    )
 
 
 def answered(context: RunContext, tokens: int, prompts: list[Prompt]) -> list[list[int]]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import torch
 
 from recover.base import dist, memory
+from recover.base.artifacts import JsonObject
 from recover.base.errors import PruneError, RecipeError, TrainingError
 from recover.config.auto import Chosen, Facts, row_tokens, settled
 from recover.config.recipe import PrunedText, Recipe, Train
@@ -44,6 +45,11 @@ def refuse(recipe: Recipe, model: Description) -> None:
         )
     if recipe.train.length > (model.context or recipe.train.length):
         raise RecipeError(f"train.length: {recipe.train.length} tokens, the model's context is {model.context}")
+    if model.mixture is None and {*recipe.train.lora.parts} - {"linears"}:
+        raise RecipeError(
+            f"train.lora.parts: {list(recipe.train.lora.parts)}, and {model.model_type} models have no experts: "
+            "use [linears]"
+        )
     _refuse_training(recipe.train)
 
 
@@ -95,7 +101,7 @@ def settle(recipe: Recipe) -> tuple[Recipe, list[Chosen]]:
         cost = pruner_of(recipe.prune).cost(recipe.prune, model)
     except PruneError as error:
         raise RecipeError(str(error)) from None
-    facts = Facts(model.width, model.parameters, (cost.gone + cost.zeros) / model.parameters)
+    facts = Facts(model.width, model.parameters, cost.share(model))
     cfg, chosen = settled(recipe.train, facts)
     return recipe.model_copy(update={"train": cfg}), chosen
 
@@ -123,6 +129,7 @@ def training_memory(recipe: Recipe, model: Description, cost: Cost) -> memory.Tr
     return memory.Training(
         tokens=micro * cfg.length,
         rank=cfg.lora.rank,
+        parts=cfg.lora.parts,
         averaged=cfg.average is not None,
         chunk=cfg.loss.chunk,
         checkpointing=cfg.gradient_checkpointing,
@@ -160,21 +167,47 @@ def matrix_rate() -> float:
     return products * 2 * size**3 / (time.perf_counter() - started)
 
 
-def estimate(recipe: Recipe, model: Description, rate: float) -> dict[str, Any]:
+class Estimate(TypedDict):
+    """Sizes, tokens, seconds and bytes that a run will need, in plan/estimate.json."""
+
+    parameters_dense: int
+    parameters_pruned: int
+    active_dense: int
+    active_pruned: int
+    file_bytes_dense: int
+    file_bytes_pruned: int
+    file_dtype_dense: str
+    file_dtype_pruned: str
+    teacher_tokens: int
+    search_passes: int
+    search_seconds: float
+    training_flops: float
+    training_seconds: float
+    memory_bytes_per_process: int
+    cache_bytes: int
+    matrix_rate_flops: float
+    processes: int
+    auto: NotRequired[list[JsonObject]]
+
+
+def estimate(recipe: Recipe, model: Description, rate: float) -> Estimate:
     """Sizes, tokens, seconds and bytes that the run will need, per process where it says so.
 
+    Of a mixture of experts, `active` counts the weights that a token goes through; of others, all that run.
     A distillation step costs 2 FLOP per weight and token for the dense pass, 2 for the pruned forward and 2 for its
     backward (frozen weights have no gradient of their own).
     """
     cost = pruner_of(recipe.prune).cost(recipe.prune, model)
-    pruned, stored = model.parameters - cost.gone, model.parameters - cost.unstored
+    pruned, stored = model.active - cost.gone, model.parameters - cost.unstored
     exported = exported_dtype(recipe.model.dtype, model.stored, recipe.export.dtype)
     tokens = recipe.train.tokens
-    flops = tokens * (2 * model.parameters + 4 * pruned)
+    flops = tokens * (2 * model.active + 4 * pruned)
     seconds = flops / (rate * STEP_EFFICIENCY * dist.world_size())
     return {
         "parameters_dense": model.parameters,
         "parameters_pruned": round(stored),
+        "active_dense": model.active,
+        "active_pruned": round(pruned),
         "file_bytes_dense": model.parameters * ELEMENT_BYTES[model.stored],
         "file_bytes_pruned": round(stored * ELEMENT_BYTES[exported]),
         "file_dtype_dense": model.stored,

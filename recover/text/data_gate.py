@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from recover.base.errors import DataError
+from recover.base.errors import DataError, RecipeError
+from recover.config import yaml_values
 
 if TYPE_CHECKING:
     from pyarrow import Array, RecordBatch
@@ -220,8 +221,6 @@ def outside(name: Any) -> bool:
 
 def _named(settings: Path) -> Iterator[Any]:
     """Whatever is named as data, at any depth."""
-    import yaml
-
     if not settings.is_file():
         return
     if settings.stat().st_size > LARGEST_SETTINGS:
@@ -230,9 +229,9 @@ def _named(settings: Path) -> Iterator[Any]:
     if settings.suffix == ".md":
         text = text.partition("---")[2].partition("\n---")[0] if text.lstrip().startswith("---") else ""
     try:
-        found = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise DataError(f"{settings}: not YAML: {' '.join(str(error).split())[:200]}") from None
+        found = yaml_values.load(text, str(settings))
+    except RecipeError as error:
+        raise DataError(str(error)) from None
     configs = found.get("configs") if isinstance(found, dict) else None
     for config in configs if isinstance(configs, list) else ():
         if isinstance(config, dict):

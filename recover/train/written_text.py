@@ -16,7 +16,7 @@ from recover.base import console, dist
 from recover.base.artifacts import append_jsonl, read_jsonl
 from recover.base.errors import DataError
 from recover.config.recipe import DenseText, PrunedText, Sampling, Train
-from recover.text.generate import generate
+from recover.text.generate import context_of, generate
 from recover.text.prompts import Prompt, encode_prompt
 from recover.text.read import Row
 from recover.train.sources import Sample, read_prompts, say_left_out
@@ -36,7 +36,7 @@ class DenseWriter:
         self, source: DenseText, cfg: Train, twin: Twin, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path
     ) -> None:
         self.source, self.cfg, self.twin, self.tokenizer, self.seed = source, cfg, twin, tokenizer, seed
-        self.prompts = fitting_prompts(source, cfg.length, tokenizer)
+        self.prompts = fitting_prompts(source, cfg.length, tokenizer, context_of(twin.model))
         self.path = folder / f"dense-{self._fingerprint()}.jsonl"
 
     def write(self, budget: int) -> list[Sample]:
@@ -130,16 +130,19 @@ def weights_fingerprint(twin: Twin) -> str:
     for name, parameter in twin.base.named_parameters():
         if not parameter.requires_grad:
             some = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].float().cpu()
-            plain = name.replace(".base_layer", "")  # the same with adapters on it
+            plain = name.replace(".base_layer", "").replace(".original_module", "")  # the same with adapters on it
             digest.update(f"{plain}{tuple(parameter.shape)}".encode() + some.numpy().tobytes())
     return digest.hexdigest()
 
 
-def fitting_prompts(source: DenseText | PrunedText, length: int, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+def fitting_prompts(
+    source: DenseText | PrunedText, length: int, tokenizer: PreTrainedTokenizerBase, context: int | None = None
+) -> list[Row]:
     """The source's prompts, each of which leaves room for an answer within `length` tokens.
 
-    Rows without a prompt, or with one that is too long, are left out and counted; `source.strict` refuses them, and so
-    does a length that more than half of the prompts do not fit.
+    And for one of `source.max_new_tokens` within the model's `context`, where that is known. Rows without a prompt, or
+    with one that is too long, are left out and counted; `source.strict` refuses them, and so do lengths that more than
+    half of the prompts do not fit.
 
     Raises:
         DataError: the chat template cannot write a prompt, by file and line; or most are too long.
@@ -152,13 +155,19 @@ def fitting_prompts(source: DenseText | PrunedText, length: int, tokenizer: PreT
             found = len(encode_prompt(tokenizer, row.value["prompt"], chat=source.chat))
         except DataError as error:
             raise DataError(f"{row.where}: {error}") from error
-        if found < length:
+        if found >= length:
+            too_long.append(
+                f"{row.where}: the prompt has {found} tokens, which leaves none of train.length {length} for an "
+                "answer: shorten it or raise train.length"
+            )
+        elif context is not None and found + source.max_new_tokens > context:
+            too_long.append(
+                f"{row.where}: the prompt has {found} tokens; with max_new_tokens {source.max_new_tokens} of the "
+                f"source that exceeds the model's context of {context}: lower it, or shorten the prompt"
+            )
+        else:
             prompts.append(row)
             continue
-        too_long.append(
-            f"{row.where}: the prompt has {found} tokens, which leaves none of train.length {length} for an answer: "
-            "shorten it or raise train.length"
-        )
         if source.strict:
             raise DataError(too_long[0])
     if len(too_long) > len(prompts):
@@ -166,27 +175,6 @@ def fitting_prompts(source: DenseText | PrunedText, length: int, tokenizer: PreT
         raise DataError(f"{source.prompts}: {len(too_long):,} of {count:,} prompts are too long; {too_long[0]}")
     say_left_out(source.prompts, too_long)
     return prompts
-
-
-def check_answers(
-    prompts: Sequence[Row],
-    source: DenseText | PrunedText,
-    number: int,
-    tokenizer: PreTrainedTokenizerBase,
-    context: int | None,
-) -> None:
-    """Raises DataError where an answer of full length to one of the prompts would exceed the model's context.
-
-    `number`: of the source among `train.data`.
-    """
-    for row in prompts:
-        found = len(encode_prompt(tokenizer, row.value["prompt"], chat=source.chat))
-        if context is not None and found + source.max_new_tokens > context:
-            raise DataError(
-                f"train.data.{number}.max_new_tokens: {source.max_new_tokens} tokens after the prompt of "
-                f"{row.where}, which has {found}, exceed the model's context of {context}: lower it, or leave that "
-                "prompt out"
-            )
 
 
 def in_rounds(prompts: Sequence[Row], first: int, count: int, seed: int) -> list[Row]:

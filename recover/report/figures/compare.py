@@ -209,8 +209,8 @@ def courses(data: Comparison) -> Figure | None:
 
 
 def _course(run: ComparedRun) -> list[tuple[float, float]]:
-    kept, dense = run["kept"]["pruned"]["generation"], run["dense"]["generation"]
-    start = [(0.0, kept * dense)] if kept is not None and dense is not None else []
+    pruned = run["pruned_generation"]
+    start = [(0.0, pruned)] if pruned is not None else []
     return start + [(tokens, score) for tokens, score in run["epochs"] if tokens is not None and score is not None]
 
 

@@ -11,6 +11,7 @@ from recover.report.figures.svg import Canvas, Linear, Log, apart
 
 ROW = 40  # pixels from bar to bar
 HEAD = 58  # pixels above the first bar
+RING = 11.0  # radius of the ring around the epoch that is kept; names of levels stand right of it
 HALF_WIDTH = 125.0  # pixels of "half by token 123"
 
 
@@ -135,7 +136,7 @@ def epochs(data: PageData) -> Figure:
     def draw(width: float) -> str:
         stacked = is_narrow(width)
         canvas = Canvas(width, 560 if stacked else 290, "Line chart: " + "; ".join(_epoch_words(row) for row in rows))
-        places = [(44.0, width - 62, 0.0), (44.0, width - 8, 294.0)]
+        places = [(44.0, width - 72, 0.0), (44.0, width - 8, 294.0)]
         if not stacked:
             places = [(44.0, width * 0.6, 0.0), (width * 0.6 + 108, width - 8, 0.0)]
         _epoch_generation(canvas, data, *places[0])
@@ -197,14 +198,14 @@ def _epoch_generation(canvas: Canvas, data: PageData, left: float, right: float,
         level = _value(data, model, "generation")
         if level:
             canvas.line(left, y(level["value"]), right, y(level["value"]), f"stroke-{model} level")
-            canvas.text(right + 6, y(level["value"]) + 4, model, f"label ink-{model}")
+            canvas.text(right + RING + 4, y(level["value"]) + 4, model, f"label ink-{model}")
     start = _value(data, "pruned", "generation")
     scored = [(row, score) for row in rows if (score := _epoch_score(row)) is not None]
     line = [(x(0), y(start["value"]))] if start else []
     canvas.path(line + [(x(row["epoch"]), y(score)) for row, score in scored], "stroke-recovered line")
     for row, score in scored:
         if row["best"]:
-            canvas.dot(x(row["epoch"]), y(score), 11, "ring")
+            canvas.dot(x(row["epoch"]), y(score), RING, "ring")
             canvas.text(
                 x(row["epoch"]),
                 y(score) + (28 if score >= (y.lo + y.hi) / 2 else -18),  # away from the lines of dense and of pruned
