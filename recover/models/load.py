@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from recover.base import console, dist, units
 from recover.base.artifacts import JsonObject
@@ -35,7 +36,7 @@ from recover.models.arch import (
     kv_heads_of,
     mixture_in,
 )
-from recover.models.chat_template import TRIAL, check_template
+from recover.models.chat_template import TRIAL, check_file, check_template
 from recover.models.config_keys import config_of, keep_known
 from recover.models.gate import unchanged
 from recover.models.rope import by_rows
@@ -162,6 +163,33 @@ def read_whole(
     if "unexpected_keys" in refused and (rows := read_config(cfg).get("vocab_size")):  # a quantizer packs rows
         check_rows(folder, rows)
     with unchanged(folder), explained(str(folder)):
+        model, info = _from_folder(cfg, folder, **options)
+        model.generation_config = keep_known(model.generation_config)
+    check_tied(folder, bool(model.config.tie_word_embeddings))
+    if "unexpected_keys" in refused:  # not of a quantizer
+        check_numbers(folder, [name for name, weight in model.named_parameters() if weight.is_floating_point()])
+    _refuse_misfits(folder, info, refused)
+    by_rows(model)
+    return model.eval()
+
+
+def check_account(cfg: recipe.Model) -> None:
+    """Hold the tensors of a local folder against its config by name and size, from their headers alone.
+
+    As transformers would load them, renamed ones among them. Raises ModelError as `read_whole` does for those that are
+    missing, left over, or of another size.
+    """
+    folder = locate(cfg)
+    if is_deepspeed_zero3_enabled():  # there a model is made in shares, and `read_whole` looks at them
+        return
+    with explained(str(folder)):
+        _, info = _from_folder(cfg, folder, device_map={"": "meta"})
+    _refuse_misfits(folder, info, MISFITS)
+
+
+def _from_folder(cfg: recipe.Model, folder: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """What `from_pretrained` gives with these options, and what it says of the tensors instead of printing that."""
+    with console.silent("transformers"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=_stock_config(cfg, config_in(folder), folder),
@@ -170,14 +198,13 @@ def read_whole(
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
+            ignore_mismatched_sizes=True,  # they are refused by name
             **options,
         )
-        model, info = loaded
-        model.generation_config = keep_known(model.generation_config)
-    check_tied(folder, bool(model.config.tie_word_embeddings))
-    if "unexpected_keys" in refused:  # not of a quantizer
-        check_numbers(folder, [name for name, weight in model.named_parameters() if weight.is_floating_point()])
+    return loaded
+
+
+def _refuse_misfits(folder: Path, info: dict[str, Any], refused: Collection[str]) -> None:
     if unlike := sorted(info["mismatched_keys"]):
         name, stored, expected = unlike[0]
         raise ModelError(
@@ -191,8 +218,6 @@ def read_whole(
                 f"{folder}: config.json and weights do not belong together: {len(names)} tensors {MISFITS[misfit]}, "
                 f"such as {', '.join(names[:LISTED])}"
             )
-    by_rows(model)
-    return model.eval()
 
 
 def ready(model: PreTrainedModel) -> PreTrainedModel:
@@ -209,6 +234,7 @@ def load_tokenizer(cfg: recipe.Model) -> PreTrainedTokenizerBase:
     folder = locate(cfg, cfg.tokenizer)
     vocabulary.check_there(folder)
     vocabulary.check_parts(folder)
+    check_file(folder)
     with unchanged(folder), explained(f"{folder}: tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=cfg.trust_remote_code, local_files_only=True
