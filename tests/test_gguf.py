@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from recover.base.errors import ArtifactError, ExportError, ModelError
 from recover.config import recipe
 from recover.export.gguf.write import write_gguf
+from recover.models.load import load_model
 
 
 def read(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
@@ -88,6 +89,44 @@ def test_matrices_are_cast_once_and_vectors_are_float32(dtype, kind, tmp_path):
     for name, tensor in state.items():
         expected = tensor.to(getattr(torch, dtype)).float() if tensor.dim() > 1 else tensor
         assert np.array_equal(tensors[renamed(name)], expected.numpy()), name
+
+
+STEPS = {"q8_0": 127, "q5_0": 16, "q5_1": 31, "q4_0": 8, "q4_1": 15}  # of the largest weight, or of the whole span
+
+
+@pytest.mark.parametrize("dtype", STEPS)
+def test_a_quantized_file_is_the_checkpoint_to_half_a_step(dtype, tmp_path):
+    """Reference: each 32 weights of a row have a grid; embedding and head have the grid of eight bits."""
+    folder = checkpoint(tmp_path / "deploy", "llama")
+    path = write_gguf(folder, tmp_path / "out.gguf", dtype)
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    fields, tensors = read(path)
+    assert fields["general.file_type"] == getattr(gguf.LlamaFileType, f"MOSTLY_{dtype.upper()}")
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        found, kind = tensors[renamed(name)], kinds[renamed(name)]
+        exact = tensor.numpy()
+        if tensor.dim() == 1:
+            assert kind == "F32" and np.array_equal(found, exact), name
+            continue
+        if "q_proj" in name or "k_proj" in name:
+            exact = np.stack([exact[row_in_checkpoint(row, 16)] for row in range(len(exact))])
+        fine = renamed(name) in ("token_embd.weight", "output.weight")
+        assert kind == ("Q8_0" if fine else dtype.upper()), name
+        grids = exact.reshape(-1, 32)
+        span = np.ptp(grids, axis=1) if kind.endswith("_1") else np.abs(grids).max(axis=1)
+        step = span / STEPS[kind.lower()]
+        off = np.abs(found.reshape(-1, 32) - grids).max(axis=1)
+        # A grid of -8 to 7 ends a step before its largest weight; scale and least weight are float16.
+        most = (1.0 if kind in ("Q4_0", "Q5_0") else 0.5) + STEPS[kind.lower()] / 2**11
+        assert (off <= step * most + np.abs(grids).max(axis=1) / 2**10).all(), (name, (off / step).max())
+        assert (off > 0).any(), name
+
+
+def test_rows_that_no_grid_divides_stay_wide(tmp_path):
+    path = write_gguf(recipe.embedded("fable-2m"), tmp_path / "fable.gguf", "q4_0")  # rows of 112
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert kinds["token_embd.weight"] == "F16" and "Q4_0" in kinds.values()
+    assert read(path)[1]["blk.0.ffn_down.weight"].shape == (112, 288)
 
 
 def test_the_dtype_is_the_checkpoints_unless_asked_for(tmp_path):
@@ -288,3 +327,17 @@ def test_llama_cpp_computes_what_transformers_does(variant, tmp_path):
     with torch.no_grad():
         expected = torch.stack([model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1) for prompt in prompts])
     assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
+def test_llama_cpp_computes_on_a_quantized_file_what_is_read_of_it(dtype, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    path = write_gguf(checkpoint(tmp_path / "deploy", "llama"), tmp_path / "out.gguf", dtype)
+    prompts = [ids(1, length, vocabulary=1024)[0].tolist() for length in (1, 9, 200)]
+    found = by_llama_cpp(path, prompts, ROWS)
+    model = load_model(recipe.Model(source=str(path)))
+    with torch.no_grad():
+        expected = torch.stack([model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1) for prompt in prompts])
+    # Products of quantized weights are taken with activations of eight bits.
+    assert (found - expected).abs().max() < 2e-2 * expected.abs().max()

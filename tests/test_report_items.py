@@ -169,9 +169,10 @@ def test_nothing_is_said_of_a_rise_that_cannot_be_known(run: Path) -> None:
 def test_runs_are_compared_item_by_item_with_the_best(tmp_path: Path) -> None:
     best = given(build_run(tmp_path / "a", name="best"), dense=set(), pruned=set(), recovered={1})
     worse = given(build_run(tmp_path / "b", name="worse"), dense=set(), pruned=set(), recovered={1, *range(50, 60)})
-    for root, value in ((best, 0.97), (worse, 0.9)):
+    for root, value in ((best, 0.97), (worse, 0.7)):
         record = read_json(root / "after" / "measure.json")
         record["headline"]["generation"] = record["tasks"]["sums"]["exact_match"] = value
+        record["tasks"]["sums"]["interval95"] = [value - 0.03, value + 0.03]
         write_json(root / "after" / "measure.json", record)
     data = compare([worse, best])
     assert data["best"] == "best"

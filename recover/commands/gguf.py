@@ -13,6 +13,7 @@ from recover.export.gguf.write import write_gguf
 EXAMPLES = (
     "recover gguf checkpoints/quickstart/deploy quickstart.gguf",
     "recover gguf checkpoints/quickstart/deploy quickstart-f16.gguf --dtype float16",
+    "recover gguf checkpoints/quickstart/deploy quickstart-q8.gguf --dtype q8_0",
 )
 Deploy = Annotated[
     Path, typer.Argument(metavar="DEPLOY", help="Folder of a checkpoint, such as checkpoints/quickstart/deploy.")
@@ -20,7 +21,11 @@ Deploy = Annotated[
 Out = Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write; replaced when it is there.")]
 Dtype = Annotated[
     str | None,
-    typer.Option("--dtype", help="float32, float16 or bfloat16; else that of the checkpoint.", show_default=False),
+    typer.Option(
+        "--dtype",
+        help="float32, float16, bfloat16, or quantized: q8_0, q5_1, q5_0, q4_1, q4_0; else that of the checkpoint.",
+        show_default=False,
+    ),
 ]
 
 

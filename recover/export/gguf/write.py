@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -38,6 +39,11 @@ if TYPE_CHECKING:
 
 # dtype -> (name of the tensor type, number of the file type) in GGUF
 DTYPES = {"float32": ("F32", 0), "float16": ("F16", 1), "bfloat16": ("BF16", 32)}
+# Each rounded to nearest on a grid of its own for 32 weights of a row, without calibration, as llama.cpp's own.
+QUANTIZED = {"q8_0": ("Q8_0", 7), "q5_1": ("Q5_1", 9), "q5_0": ("Q5_0", 8), "q4_1": ("Q4_1", 3), "q4_0": ("Q4_0", 2)}
+KINDS = DTYPES | QUANTIZED
+FINE = "q8_0"  # of embedding and head, which lose most: llama.cpp keeps them finer too
+WIDE = "float16"  # of a matrix whose rows are not made of whole grids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +59,8 @@ class Entry:
 def write_gguf(folder: Path, out: Path, dtype: str | None = None) -> Path:
     """Write the checkpoint in `folder` to `out`, one tensor in memory at a time; `dtype` None is the checkpoint's own.
 
-    Matrices are cast once to `dtype` (a key of DTYPES); vectors are float32, which is all that llama.cpp takes there.
+    Matrices are cast once to `dtype` (a key of KINDS); vectors are float32, which is all that llama.cpp takes there.
+    Of a quantized one embedding and head are q8_0, and matrices with rows that no grid divides float16.
     What was under `out` is replaced in one rename.
 
     Raises:
@@ -66,8 +73,8 @@ def write_gguf(folder: Path, out: Path, dtype: str | None = None) -> Path:
         raise ExportError(f"{out}: expected a file name that ends in .gguf")
     config = read_config(folder)
     dtype = dtype or str(config.dtype or "float32").removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise ExportError(f"{folder}: {dtype} has no GGUF form here; expected one of {', '.join(DTYPES)}")
+    if dtype not in KINDS:
+        raise ExportError(f"{folder}: {dtype} has no GGUF form here; expected one of {', '.join(KINDS)}")
     warn_of_older_readers(config)
     entries = _entries(folder, config, dtype)
     writer = _writer(folder, config, dtype)
@@ -81,7 +88,7 @@ def _writer(folder: Path, config: PretrainedConfig, dtype: str) -> gguf.GGUFWrit
     writer = gguf.GGUFWriter(None, family_of(config).arch)
     writer.add_type("model")
     writer.add_name(_name(folder))
-    writer.add_file_type(DTYPES[dtype][1])
+    writer.add_file_type(KINDS[dtype][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_sizes(writer, config)
     with explained(f"{folder}: tokenizer"):
@@ -117,11 +124,25 @@ def _entries(folder: Path, config: PretrainedConfig, dtype: str) -> list[Entry]:
     for source, name in names.items():
         path, shape = found[source]
         load = partial(_load, path, source, _heads(config, source))
-        entries.append(Entry(name, shape, dtype if len(shape) > 1 else "float32", load))
+        entries.append(Entry(name, shape, _dtype(name, shape, dtype), load))
     factors = rope_factors(config)
     if factors is not None:
         entries.append(Entry("rope_freqs.weight", tuple(factors.shape), "float32", lambda: factors))
     return entries
+
+
+def _dtype(name: str, shape: tuple[int, ...], dtype: str) -> str:
+    if len(shape) == 1:
+        return "float32"
+    if dtype not in QUANTIZED:
+        return dtype
+    dtype = FINE if name in ("token_embd.weight", "output.weight") else dtype
+    return WIDE if shape[-1] % _grid(dtype)[0] else dtype
+
+
+def _grid(dtype: str) -> tuple[int, int]:
+    """(weights that share a grid, bytes that they take)."""
+    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[KINDS[dtype][0]]]
 
 
 def _refuse_unequal(folder: Path, config: PretrainedConfig, expected: set[str], found: set[str]) -> None:
@@ -166,6 +187,9 @@ def _neighbours(weight_OI: Tensor, heads: int) -> Tensor:
 
 def _data(entry: Entry) -> np.ndarray:
     """The tensor's bytes as numpy has them: bfloat16, which it does not have, as 16-bit integers."""
+    if entry.dtype in QUANTIZED:
+        exact = _data(dataclasses.replace(entry, dtype="float32"))
+        return gguf.quants.quantize(exact, gguf.GGMLQuantizationType[QUANTIZED[entry.dtype][0]])
     cast = entry.load().to(getattr(torch, entry.dtype)).contiguous()
     if not cast.isfinite().all():
         raise ExportError(
@@ -175,15 +199,13 @@ def _data(entry: Entry) -> np.ndarray:
 
 
 def _nbytes(entry: Entry) -> int:
-    size = 4 if entry.dtype == "float32" else 2
-    for extent in entry.shape:
-        size *= extent
-    return size
+    weights, size = _grid(entry.dtype)
+    return math.prod(entry.shape) // weights * size
 
 
 def _write(writer: gguf.GGUFWriter, entries: list[Entry], path: Path) -> None:
     for entry in entries:
-        kind = gguf.GGMLQuantizationType[DTYPES[entry.dtype][0]]
+        kind = gguf.GGMLQuantizationType[KINDS[entry.dtype][0]]
         writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.int16), _nbytes(entry), raw_dtype=kind)
     try:
         writer.write_header_to_file(path)
