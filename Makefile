@@ -16,7 +16,9 @@ else
 TORCH ?= torch==2.13.0
 endif
 
-.PHONY: quickstart test lint slow fuzz audit sbom
+.PHONY: install quickstart test lint slow fuzz audit sbom docs
+install: $(STAMP)
+
 quickstart: $(STAMP)
 	$(BIN)/recover run recipes/quickstart.yaml
 
@@ -39,6 +41,12 @@ lint: $(STAMP)-test
 audit: $(STAMP)-test
 	-$(BIN)/pip install -q --retries 0 -e ".[audit]"
 	$(BIN)/python dev/dependencies.py audit
+
+# The documentation site, into build/site; a link that leads nowhere is an error. DOCS=--if-had: skipped, with a word,
+# where mkdocs-material is not to be had.
+docs: $(STAMP)
+	-$(BIN)/pip install -q --retries 0 -c constraints.txt -e ".[docs]"
+	$(BIN)/python dev/docs_site.py build $(DOCS)
 
 sbom: $(STAMP)-test
 	$(BIN)/python dev/dependencies.py sbom

@@ -83,7 +83,7 @@ class Bench:
             folder = self.folder("whole")
             code, output = faulty.stopped_at(folder, 2 * STEPS)
             assert code == 128 + signal.SIGTERM, output
-            return folder / "recover"
+            return folder / "train"
 
         folder = self.folder("damaged")
         shutil.copytree(self.once("checkpoints", make), folder)
@@ -95,7 +95,7 @@ class Bench:
         return folder
 
     def goes_on(self, folder: Path) -> Trial:
-        return faulty.newest_is_listed(folder / "recover") or faulty.goes_on(folder, self.expected)
+        return faulty.newest_is_listed(folder / "train") or faulty.goes_on(folder, self.expected)
 
 
 def killed_at_any_time(bench: Bench, _number: int, draw: Random) -> Trial:
@@ -132,7 +132,7 @@ def signalled(bench: Bench, number: int, draw: Random) -> Trial:
     after, between = draw.uniform(0.02, bench.seconds), draw.uniform(0, 0.05)
     code = faulty.interrupted(folder, signals, after, between)
     # A second signal kills, and so does the first one before the command has taken its handlers.
-    kills = len(signals) > 1 or not (folder / "recover").exists()
+    kills = len(signals) > 1 or not (folder / "train").exists()
     allowed = (0, 128 + signals[0], *((-signals[0],) if kills else ()))
     return bench.goes_on(folder) if code in allowed else f"signals {signals} after {after:.3f} s: exit code {code}"
 
@@ -215,7 +215,7 @@ def not_finite(bench: Bench, number: int, draw: Random) -> Trial:
     code, output = faulty.poisoned_at(folder, where, value, range(micro_step, micro_step + 1))
     if code != 0:
         return f"{value} in {where}, micro-step {micro_step}: exit code {code}: {output}"
-    training, weights = read_json(folder / "recover/training.json"), faulty.adapter(folder)
+    training, weights = read_json(folder / "train/training.json"), faulty.adapter(folder)
     right = training["skipped"] == 1 or (value == 1e38 and training["skipped"] == 0)
     finite = all(bool(weight.isfinite().all()) for weight in weights.values())
     return None if right and finite else f"{value} in {where}: {training['skipped']} steps were skipped"

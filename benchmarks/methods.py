@@ -100,8 +100,8 @@ def start(name: str, options: argparse.Namespace) -> subprocess.Popen:
     overrides = [
         f"name={name}",
         f"prune={{{pruning}}}",
-        f"recover.tokens={options.tokens}",
-        f"recover.epochs={options.epochs}",
+        f"train.tokens={options.tokens}",
+        f"train.epochs={options.epochs}",
         *options.set,
     ]
     log = (options.out / f"{name}.log").open("w")
@@ -118,12 +118,12 @@ def _calibration(recipe: Path) -> str:
 
 def text_is_written(run: Path) -> bool:
     """The first step of training has been prepared: all text is there."""
-    return (run / "recover" / "checkpoints.jsonl").exists() or (run / "report.json").exists()
+    return (run / "train" / "checkpoints.jsonl").exists() or (run / "report.json").exists()
 
 
 def lend(first: Path, other: Path) -> None:
     """The dense model's figures and texts, as the other run would make them itself."""
-    for part in ("dense", "recover/data"):
+    for part in ("dense", "train/data"):
         if not (other / part).exists():
             shutil.copytree(first / part, other / part)
 

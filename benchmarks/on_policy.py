@@ -31,7 +31,7 @@ from crew import Crew, Row
 from quality_work import at_most
 
 from recover.base.artifacts import write_json
-from recover.config.recipe import DenseText, Recipe, Recover, load_recipe
+from recover.config.recipe import DenseText, Recipe, Train, load_recipe
 from recover.maths.score import interval95
 from recover.measure.tasks import load_task, measure
 from recover.models.load import load_model, load_tokenizer, ready
@@ -75,13 +75,13 @@ def main() -> None:
 
     recipe = recipe_for(options)
     locate(recipe.model)  # a GGUF file is converted by one process, not by all
-    Crew(Trial, options, tasks_for(recipe.recover, options)).run(options.seconds, keep)
+    Crew(Trial, options, tasks_for(recipe.train, options)).run(options.seconds, keep)
     _finish(rows, options.out)
 
 
 def recipe_for(options: argparse.Namespace) -> Recipe:
-    recipe = load_recipe(options.recipe, [f"recover.tokens={options.tokens}", "recover.epochs=1", *options.set])
-    return recipe.model_copy(update={"recover": at_most(recipe.recover, options.texts_at_once)})
+    recipe = load_recipe(options.recipe, [f"train.tokens={options.tokens}", "train.epochs=1", *options.set])
+    return recipe.model_copy(update={"train": at_most(recipe.train, options.texts_at_once)})
 
 
 def keep_rows(out: Path, rows: list[Row]) -> None:
@@ -115,7 +115,7 @@ class Task(NamedTuple):
 PLAN = Task("plan")
 
 
-def tasks_for(cfg: Recover, options: argparse.Namespace) -> list[Task]:
+def tasks_for(cfg: Train, options: argparse.Namespace) -> list[Task]:
     """Seed by seed; workers that would wait for rows to take as long as begin with the next seed."""
     names = list(_rows(cfg, options.arms, options.temperature))
     return [PLAN, *(Task(name, seed) for seed in options.seeds for name in names)]
@@ -127,7 +127,7 @@ def _finish(rows: list[Row], out: Path) -> None:
     print(table)
 
 
-def _rows(cfg: Recover, arms: list[str], temperature: float) -> dict[str, Recover]:
+def _rows(cfg: Train, arms: list[str], temperature: float) -> dict[str, Train]:
     """Name and config of the rows of one seed; those of equal time have their tokens still to be set."""
     off = {"off-policy": cfg}
     drawn = [
@@ -141,7 +141,7 @@ def _rows(cfg: Recover, arms: list[str], temperature: float) -> dict[str, Recove
     return off | on | equal
 
 
-def on_policy(cfg: Recover, arm: str, temperature: float) -> Recover:
+def on_policy(cfg: Train, arm: str, temperature: float) -> Train:
     """The config with a share of every `dense` source turned into text of the pruned model."""
     share, *rest = map(float, arm.split(","))
     further = dict(zip(("every", "start"), rest, strict=False))
@@ -153,7 +153,7 @@ def on_policy(cfg: Recover, arm: str, temperature: float) -> Recover:
             continue
         own = {**fields, **further, "kind": "pruned", "share": source.share * share, "temperature": temperature}
         data += [own] if share == 1 else [{**fields, "share": source.share * (1 - share)}, own]
-    return Recover.model_validate({**cfg.model_dump(), "data": data})
+    return Train.model_validate({**cfg.model_dump(), "data": data})
 
 
 class Trial:
@@ -173,7 +173,7 @@ class Trial:
         if task == PLAN:
             self._plan()
             return [{"row": "dense", **self.dense_figures}, {"row": "pruned", **self.measured(self.twin())}]
-        cfg = _rows(self.recipe.recover, self.options.arms, self.options.temperature)[task.row]
+        cfg = _rows(self.recipe.train, self.options.arms, self.options.temperature)[task.row]
         if task.as_long_as is not None:
             rows = json.loads((self.out / "on_policy.json").read_text())
             took = {row["row"]: row["seconds"] for row in rows if row.get("seed") == task.seed}
@@ -196,7 +196,7 @@ class Trial:
         """The pruned model without adapters, as every row begins."""
         return Twin(copy.deepcopy(self.model), *load_plan(self.out / "prune"))
 
-    def recovered(self, cfg: Recover, task: Task) -> dict[str, Any]:
+    def recovered(self, cfg: Train, task: Task) -> dict[str, Any]:
         """Figures after one recovery: its quality, teacher tokens and time."""
         twin, folder, context = self.twin(), self.out / "training" / f"{task.row}, seed {task.seed}", {}
         shutil.rmtree(folder, ignore_errors=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crew import Row
 
-from recover.config.recipe import DenseText, PrunedText, Recipe, Recover, load_recipe
+from recover.config.recipe import DenseText, PrunedText, Recipe, Train, load_recipe
 
 if TYPE_CHECKING:
     from recover.models.twin import Twin
@@ -32,15 +32,15 @@ class Variant:
 
 
 def loss(**weights: float) -> tuple[str, ...]:
-    return tuple(f"recover.loss.{name}={weight}" for name, weight in {"kl": 0.0, **weights}.items())
+    return tuple(f"train.loss.{name}={weight}" for name, weight in {"kl": 0.0, **weights}.items())
 
 
 def fading(weight: float) -> tuple[str, ...]:
     """KL, and beside it a variance whose weight has fallen to 0 after half of the steps."""
-    return (*loss(kl=1, variance=weight), "recover.loss.variance_until=0.5")
+    return (*loss(kl=1, variance=weight), "train.loss.variance_until=0.5")
 
 
-AFTER_CUT = ("recover.lora.blocks=after_cut",)
+AFTER_CUT = ("train.lora.blocks=after_cut",)
 VARIANTS = {
     "kl": Variant(),
     "kl + 1 var": Variant(loss(kl=1, variance=1)),
@@ -101,9 +101,9 @@ def recipe_for(options: argparse.Namespace, variant: Variant, seed: int) -> Reci
     base = load_recipe(options.recipe, options.set)
     fields = [
         *options.set,
-        "recover.epochs=1",
-        f"recover.tokens={round(options.tokens * variant.tokens)}",
-        f"recover.lr={base.recover.lr * variant.lr}",
+        "train.epochs=1",
+        f"train.tokens={round(options.tokens * variant.tokens)}",
+        f"train.lr={base.train.lr * variant.lr}",
         f"seed={base.seed + seed}",
         "measure.sampling=null",
         *variant.fields,
@@ -112,12 +112,12 @@ def recipe_for(options: argparse.Namespace, variant: Variant, seed: int) -> Reci
         calibration = getattr(base.prune, "calibration", None)
         if calibration is None:
             sys.exit(f"{options.recipe}: its prune.calibration is the given text, and it has none")
-        fields.append(f"recover.data=[{{kind: given, source: {json.dumps(calibration.data)}}}]")
+        fields.append(f"train.data=[{{kind: given, source: {json.dumps(calibration.data)}}}]")
     recipe = load_recipe(options.recipe, fields)
-    return recipe.model_copy(update={"recover": at_most(recipe.recover, options.texts_at_once)})
+    return recipe.model_copy(update={"train": at_most(recipe.train, options.texts_at_once)})
 
 
-def at_most(cfg: Recover, texts: int) -> Recover:
+def at_most(cfg: Train, texts: int) -> Train:
     """The config with so many texts at most written at once: several workers may write at the same time."""
     data = [
         source.model_copy(update={"batch_size": min(source.batch_size, texts)})
@@ -188,7 +188,7 @@ class Workbench:
 
         most = max(VARIANTS[name].tokens for name in self.options.only if not VARIANTS[name].given)
         recipe = recipe_for(self.options, Variant(tokens=most), task.seed)
-        build_dataset(recipe.recover, self.twin(planned=False), self.tokenizer, recipe.seed, self.texts_of(task.seed))
+        build_dataset(recipe.train, self.twin(planned=False), self.tokenizer, recipe.seed, self.texts_of(task.seed))
         return []
 
     def texts_of(self, seed: int) -> Path:
@@ -217,7 +217,7 @@ class Workbench:
         folder.mkdir(parents=True)
         texts = self.texts_of(task.seed)
         (folder / "data").symlink_to(texts.resolve())
-        train(twin, self.tokenizer, recipe.recover, folder, after_epoch, recipe.seed)
+        train(twin, self.tokenizer, recipe.train, folder, after_epoch, recipe.seed)
         shutil.rmtree(folder)
         named = {"variant": task.variant, "seed": task.seed, "tokens_asked": self.options.tokens}
         learnt = None if VARIANTS[task.variant].given else text_id(texts)
@@ -256,7 +256,7 @@ class Workbench:
         from recover.text.prompts import text_ids
         from recover.train.data import collator
 
-        device, chunk = twin.base.device, self.recipe.recover.loss.chunk
+        device, chunk = twin.base.device, self.recipe.train.loss.chunk
         pad: Any = self.tokenizer.pad_token_id
         collate, distiller = collator(pad, "all"), Distiller(twin, Loss(chunk=chunk))
         chosen = [task for task in self.tasks if task.kind == "perplexity"]
@@ -267,8 +267,8 @@ class Workbench:
             rows.append({"input_ids": ids, "completion_mask": [1] * len(ids)})
         sums: dict[str, float] = {}
         with torch.no_grad(), evaluating(twin.model):
-            for start in range(0, len(rows), self.recipe.recover.batch_size):
-                batch = collate(rows[start : start + self.recipe.recover.batch_size])
+            for start in range(0, len(rows), self.recipe.train.batch_size):
+                batch = collate(rows[start : start + self.recipe.train.batch_size])
                 found = twin.model(**{name: value.to(device) for name, value in batch.items()}, distill=distiller)
                 for name in ("kl", "variance", "reverse_kl", "ce", "tokens"):
                     sums[name] = sums.get(name, 0.0) + float(found[name])

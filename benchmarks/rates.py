@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from recover.base.console import quiet_libraries
-from recover.config.recipe import DenseText, Recipe, Recover, load_recipe
+from recover.config.recipe import DenseText, Recipe, Train, load_recipe
 from recover.distill.distiller import Distiller, without_mask
 from recover.models.load import load_model, load_tokenizer, ready
 from recover.models.plan import Plan
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for tokens, rank, alpha, rate in settings(options):
         setting = f"{tokens} tokens, rank {rank}, alpha {alpha:g}, lr {rate:g}"
         if setting not in known:
-            cfg = configured(recipe.recover, options.out / "learnt.jsonl", tokens, lr=rate, rank=rank, alpha=alpha)
+            cfg = configured(recipe.train, options.out / "learnt.jsonl", tokens, lr=rate, rank=rank, alpha=alpha)
             row = {"setting": setting, "tokens": tokens, "rank": rank, "alpha": alpha, "lr": rate}
             row |= trained(recipe, cfg, options)
             with path.open("a") as file:
@@ -89,7 +89,7 @@ def alpha_of(text: str, rank: int) -> float:
 
 def split(recipe: Recipe, held: int, out: Path) -> None:
     """learnt.jsonl and judged.jsonl: the prompts of the first source, in random order, but for the last, and these."""
-    source = recipe.recover.data[0]
+    source = recipe.train.data[0]
     assert isinstance(source, DenseText), "the first source is to be of kind dense"
     prompts = [row.value["prompt"] for row in read_prompts(source.prompts, source.split, source.subset)]
     random.Random(5).shuffle(prompts)
@@ -97,21 +97,21 @@ def split(recipe: Recipe, held: int, out: Path) -> None:
         (out / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in part))
 
 
-def configured(cfg: Recover, prompts: Path, tokens: int, **changes: Any) -> Recover:
+def configured(cfg: Train, prompts: Path, tokens: int, **changes: Any) -> Train:
     """The recipe's training on text from these prompts."""
     lora = {**cfg.lora.model_dump(), "rank": changes.pop("rank", 1), "alpha": changes.pop("alpha", 1.0)}
     data = [{**cfg.data[0].model_dump(), "prompts": str(prompts)}]
-    return Recover.model_validate(
+    return Train.model_validate(
         {**cfg.model_dump(), "epochs": 1, "tokens": tokens, "data": data, "lora": lora, **changes}
     )
 
 
-def trained(recipe: Recipe, cfg: Recover, options: argparse.Namespace) -> dict[str, float]:
+def trained(recipe: Recipe, cfg: Train, options: argparse.Namespace) -> dict[str, float]:
     """Figures of the model after one training."""
     tokenizer, texts, folder = load_tokenizer(recipe.model), options.out / "data", options.out / "training"
     model = ready(load_model(recipe.model))
     twin = Twin(model, Plan("depth", model.config.num_hidden_layers, tuple(sorted(options.blocks))))
-    asked = configured(recipe.recover, options.out / "judged.jsonl", options.judged_tokens, batch_size=1)
+    asked = configured(recipe.train, options.out / "judged.jsonl", options.judged_tokens, batch_size=1)
     rows = build_dataset(asked, twin, tokenizer, recipe.seed, texts).with_format("numpy")
     shutil.rmtree(folder, ignore_errors=True)
     texts.mkdir(exist_ok=True)
@@ -125,7 +125,7 @@ def trained(recipe: Recipe, cfg: Recover, options: argparse.Namespace) -> dict[s
 
 
 @torch.no_grad()
-def sums(twin: Twin, cfg: Recover, rows: Any, scored: str) -> dict[str, float]:
+def sums(twin: Twin, cfg: Train, rows: Any, scored: str) -> dict[str, float]:
     """KL and cross-entropy per scored token over the rows."""
     distiller, collate, device = Distiller(twin, cfg.loss), collator(0, scored), next(twin.base.parameters()).device
     twin.model.eval()

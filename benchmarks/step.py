@@ -8,7 +8,7 @@ Qwen2.5-7B's shape, or another's (`--shape`), with random weights in bfloat16 (l
 random tokens, every one but the first scored; 28 dense blocks, a student of 20 (blocks 16 to 23 dropped), LoRA of rank
 16 on all seven linears, KL.
 A step is both passes, the loss, backward, clipping and AdamW. Plain: the student is a stock model of 20 blocks with
-peft, the teacher another one, full logits. Where states are known, what `recover.cache` reads from disk stands in
+peft, the teacher another one, full logits. Where states are known, what `train.cache` reads from disk stands in
 pinned host memory.
 
 Time: median over repetitions on the device's clock, after a warm-up. Share: FLOPs that the row's own passes need

@@ -47,7 +47,7 @@ from training_profile import StepProfile
 
 from recover.base import dist
 from recover.base.artifacts import read_jsonl
-from recover.config.recipe import Recover
+from recover.config.recipe import Train
 from recover.distill import distiller
 from recover.kernels import lora_linear
 from recover.models.plan import Plan
@@ -88,8 +88,8 @@ def write_text(path: Path, sequences: int, shrink: int) -> int:
     return scored
 
 
-def cfg_of(text: Path, tokens: int) -> Recover:
-    return Recover.model_validate(
+def cfg_of(text: Path, tokens: int) -> Train:
+    return Train.model_validate(
         {
             "data": [{"kind": "given", "source": str(text), "columns": {name: name for name in COLUMNS}}],
             "epochs": 1,

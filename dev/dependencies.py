@@ -28,7 +28,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 LOCK, BILL = ROOT / "constraints.txt", ROOT / "sbom.cdx.json"
-EXTRAS = ("test",)  # of this package; `eval` and `audit` are not part of what is tested
+EXTRAS = ("test",)  # of this package; `eval`, `audit` and `docs` are not part of what is tested
 HEAD = """\
 # Versions of everything that `make quickstart` and `make test` install, as they were tested together (Python {python}).
 # Written by `python dev/dependencies.py lock`; pip install -c constraints.txt -e .

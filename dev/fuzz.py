@@ -2,7 +2,7 @@
 
     python dev/fuzz.py                         every kind, 200 inputs each
     python dev/fuzz.py recipe rows --count 100000
-    python dev/fuzz.py --seconds 600           ten minutes of each kind
+    python dev/fuzz.py --seconds 600           ten minutes of each kind; Ctrl-C ends sooner, with what was done
     python dev/fuzz.py config --seed 4711 --count 1 --keep /tmp/input    one input again, to look at
 
 An input is taken, or refused by an error of ours: anything else raised is a fault. So is more than `SECONDS` for one
@@ -35,6 +35,7 @@ from typing import Any
 
 SECONDS = 30.0  # three times the longest bound of the program itself, which is that of a chat template
 NET_SECONDS = 120  # then the process is ended, with a traceback: a library does not come back
+NET_AGAIN = 30.0  # seconds after which the net is hung up anew: it is a thread, which takes longer than most inputs
 ROOM = 3 * 2**30  # bytes of address space that inputs may take
 WARM = 200  # inputs after which libraries have loaded what they load
 GROWTH = 96 * 2**20  # bytes that a process may have more after the last input than after the `WARM`th
@@ -97,6 +98,8 @@ class Outcome:
 
 _scratch: Path | None = None  # the folder that may be written in; None: nothing is listened to
 _broken: list[str] = []
+_stopped: list[int] = []  # signals that asked for the end: after this input, with a row of what was done
+_hung = 0.0  # when the net was hung up, by the clock; 0: it is not
 
 
 def _listen(event: str, arguments: tuple[Any, ...]) -> None:
@@ -143,7 +146,11 @@ def fuzz(
     with _folder() as scratch, _bounded():
         kind = KINDS[name](scratch / "input")
         began, warm = time.monotonic(), 0
-        while (count is None or outcome.inputs < count) and (seconds is None or time.monotonic() - began < seconds):
+        while (
+            not _stopped
+            and (count is None or outcome.inputs < count)
+            and (seconds is None or time.monotonic() - began < seconds)
+        ):
             _one(kind, seed + outcome.inputs, outcome)
             if outcome.inputs == WARM:
                 warm = _resident()
@@ -164,8 +171,8 @@ def _one(kind: Any, seed: int, outcome: Outcome) -> None:
     _broken.clear()
     began = time.monotonic()
     problem = None
+    _hang_net(began)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        faulthandler.dump_traceback_later(NET_SECONDS, exit=True, file=sys.__stderr__ or 2)
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
         _scratch = kind.folder.parent
         try:
@@ -184,13 +191,20 @@ def _one(kind: Any, seed: int, outcome: Outcome) -> None:
         finally:
             _scratch = None
             signal.setitimer(signal.ITIMER_REAL, 0)
-            faulthandler.cancel_dump_traceback_later()
     kind.after()
     outcome.inputs += 1
     outcome.slowest = max(outcome.slowest, time.monotonic() - began)
     for what in [problem, *_broken]:
         if what is not None:
             outcome.faults.append(Fault(seed, what))
+
+
+def _hang_net(now: float) -> None:
+    """End the process where an input does not come back, between `NET_SECONDS - NET_AGAIN` and `NET_SECONDS` later."""
+    global _hung
+    if now - _hung > NET_AGAIN or not _hung:
+        faulthandler.dump_traceback_later(NET_SECONDS, exit=True, file=sys.__stderr__ or 2)
+        _hung = now
 
 
 def _made(kind: Any, seed: str) -> random.Random:
@@ -219,9 +233,11 @@ def _message(said: str) -> str | None:
 
 @contextlib.contextmanager
 def _folder() -> Iterator[Path]:
-    """A new folder, which is also where temporary files go."""
+    """A new folder, which is also where temporary files go; in memory, where the machine has such a place."""
     before = tempfile.tempdir
-    with tempfile.TemporaryDirectory() as name:
+    shared = Path("/dev/shm")
+    place = shared if "TMPDIR" not in os.environ and shared.is_dir() and os.access(shared, os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=place) as name:
         scratch = Path(name).resolve()
         for inside in ("input", "tmp", "cache", "home"):
             (scratch / inside).mkdir()
@@ -245,6 +261,7 @@ def _bounded() -> Iterator[None]:
     def stop(_number: int, _frame: FrameType | None) -> None:
         raise Slow
 
+    global _hung
     limit = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = signal.signal(signal.SIGALRM, stop)
@@ -254,6 +271,8 @@ def _bounded() -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limit)
         signal.signal(signal.SIGALRM, before)
+        faulthandler.cancel_dump_traceback_later()
+        _hung = 0.0
 
 
 def _resident() -> int:
@@ -277,10 +296,14 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     if unknown := sorted(set(asked.kinds) - KINDS.keys()):
         parser.error(f"no kind {unknown[0]!r}; kinds are {', '.join(KINDS)}")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda got, _frame: _stopped.append(got))
     count = asked.count or (None if asked.seconds else 200)
     broken = 0
     print("| kind | inputs | refused | faults | seconds | slowest, s | growth, MiB |\n|---|---|---|---|---|---|---|")
     for name in asked.kinds or KINDS:
+        if _stopped:
+            break
         outcome = fuzz(name, count=count, seconds=asked.seconds, seed=asked.seed, keep=asked.keep)
         print(outcome.row(), flush=True)
         broken += len(outcome.faults)

@@ -20,13 +20,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import datasets.config
 import fuzz_mutate as mutate
+import report_run
 import torch
 import yaml
 from gguf_checkpoint import checkpoint
-from report_run import build_run
 from tiny import tiny
 from transformers.utils import chat_template_utils
 
+from recover.base import products
 from recover.commands import report as reports
 from recover.config import recipe
 from recover.config.recipe import GivenText, Lora, Model, TeacherText, load_recipe
@@ -199,14 +200,14 @@ class Recipes(Kind):
         self.put("recipe.yaml", data)
         keys = (
             "prune.count",
-            "recover.data.0.share",
-            "recover.data.9",
+            "train.data.0.share",
+            "train.data.9",
             "a.b",
             "",
             "model",
             "prune",
             "..",
-            "recover.lr",
+            "train.lr",
         )
         self.overrides = []
         if chance.random() < 0.3:
@@ -342,7 +343,7 @@ class ModelFolder(Kind):
     changed = ("config.json",)
 
     def prepare(self) -> None:
-        checkpoint(self.folder / "model")
+        checkpoint(self.folder / "model", num_hidden_layers=1)
         self.model = self.folder / "model"
         (self.model / "chat_template.jinja").write_text(TEMPLATE)
         self.cfg = Model(source=str(self.model))
@@ -437,7 +438,8 @@ class GgufHeads(Kind):
     first: int | None = None
 
     def prepare(self) -> None:
-        self.content = write_gguf(checkpoint(self.folder / "model"), self.folder / "sound.gguf").read_bytes()
+        model = checkpoint(self.folder / "model", num_hidden_layers=1)
+        self.content = write_gguf(model, self.folder / "sound.gguf").read_bytes()
         shutil.rmtree(self.folder / "model")
         self.size = len(self.content)
 
@@ -556,20 +558,22 @@ class Runs(Kind):
     """The files of a finished run, as the commands that show, report and compare it read them."""
 
     def prepare(self) -> None:
-        self.run, self.other = build_run(self.folder), build_run(self.folder, name="other")
-        for stage in ("plan", "dense", "prune", "before", "recover", "after", "export", "report"):
+        report_run.BLOCKS, report_run.DROPPED, report_run.STEPS = 4, (1,), 6  # a page is drawn for each input
+        self.run, self.other = (report_run.build_run(self.folder, name=name) for name in ("run", "other"))
+        for stage in ("plan", "dense", "prune", "before", "train", "after", "export", "report"):
             RunDirectory(self.run).mark_done(stage, {"seed": 0, "model": {"source": "x"}})
         self.sound = {
             path.relative_to(self.run).as_posix(): path.read_bytes() for path in self.run.rglob("*") if path.is_file()
         }
+        self.changed: list[str] = []
 
     def make(self, chance: random.Random) -> None:
-        for path in self.run.rglob("*"):
-            if path.is_file() and path.relative_to(self.run).as_posix() not in self.sound:
-                path.unlink()
-        for name, data in self.sound.items():
-            self.put(f"{self.run.name}/{name}", data)
-        for name in chance.sample(list(self.sound), chance.choice((1, 1, 2))):
+        for name in ("report.json", "report.md", "report.html", *self.changed):
+            (self.run / name).unlink(missing_ok=True)
+        for name in {*self.changed, "report.json", "report.md", "report.html"} & self.sound.keys():
+            self.put(f"{self.run.name}/{name}", self.sound[name])
+        self.changed = chance.sample(list(self.sound), chance.choice((1, 1, 2)))
+        for name in self.changed:
             self.put(f"{self.run.name}/{name}", self.damaged(name, chance))
 
     def damaged(self, name: str, chance: random.Random) -> bytes:
@@ -597,6 +601,9 @@ class Runs(Kind):
             )
         )
         use()
+
+    def after(self) -> None:
+        products._digests.clear()
 
 
 KINDS: dict[str, type[Kind]] = {

@@ -23,11 +23,21 @@ HEAD = """# Recipe reference
 Every field of a recipe, from `recover/config/` (`python dev/recipe_reference.py` writes this page; a test holds it).
 Fields without a default must be given. Relative files are looked up from the recipe's folder; `embedded:NAME` is
 shipped with the package. On the command line any field is set as
-`recover run RECIPE recover.lr=1e-3 recover.data.0.share=2`.
+`recover run RECIPE train.lr=1e-3 train.data.0.share=2`. The section `train` was called `recover` before; that name is
+still read, with a word.
 """
-CONFIGS = [recipe.Recipe, recipe.Model, recipe.Depth, recipe.Magnitude, recipe.Wanda, recipe.Width, recipe.Calibration]
+CONFIGS = [
+    recipe.Recipe,
+    recipe.Model,
+    recipe.Depth,
+    recipe.Magnitude,
+    recipe.Wanda,
+    recipe.Width,
+    recipe.Experts,
+    recipe.Calibration,
+]
 CONFIGS += [recipe.SparseGpt]
-CONFIGS += [recipe.Probe, recipe.Recover, recipe.DenseText, recipe.PrunedText, recipe.GivenText, recipe.TeacherText]
+CONFIGS += [recipe.Probe, recipe.Train, recipe.DenseText, recipe.PrunedText, recipe.GivenText, recipe.TeacherText]
 CONFIGS += [recipe.Lora, recipe.Loss, recipe.Focus, recipe.StopEarly, recipe.Cache]
 CONFIGS += [recipe.Measure, recipe.Sampling, recipe.Export]
 DATA = """## Data
@@ -39,8 +49,8 @@ part of a recipe reads from a line, other columns being ignored:
 | part | columns | a line |
 |---|---|---|
 | `prune.calibration.data` | `text`, or `column` (messages too) | `{"text": "Text as the model will meet it."}` |
-| `recover.data`, kinds `dense` and `pruned`; `probe.prompts` | `prompt` | `{"prompt": "What is 12 times 12?"}` |
-| `recover.data`, kind `given` | as `columns` says, by default `text` | `{"text": "..."}` |
+| `train.data`, kinds `dense` and `pruned`; `probe.prompts` | `prompt` | `{"prompt": "What is 12 times 12?"}` |
+| `train.data`, kind `given` | as `columns` says, by default `text` | `{"text": "..."}` |
 | ... with `columns: {prompt: prompt, completion: completion}` | these | `{"prompt": "...", "completion": "..."}` |
 | ... with `columns: {messages: messages}` | `messages` | `{"messages": [{"role": "user", "content": "..."}, ...]}` |
 | a task's `data` | as the task says | below |
@@ -118,7 +128,7 @@ says so.
 NAMES = """## Names
 
 `measure.tasks`, and `recover measure MODEL --tasks`, take these names beside files, and `--suite` takes a list of them.
-`blend:NAME` stands where prompts are asked for (`recover.data.*.prompts`, `prune.calibration.data` with
+`blend:NAME` stands where prompts are asked for (`train.data.*.prompts`, `prune.calibration.data` with
 `column: prompt`), and `blend:math+code` for both. Each is a YAML file in `recover/named/`, to be copied and changed.
 Its data is not shipped: it comes from the first of its sources that can be had, packages pinned by sha256, data sets of
 the hub by commit. What is missing is said with what would bring it.

@@ -51,7 +51,7 @@ NO_FIGURE = re.compile(
     r".*seconds|.*tokens_per_second|times|.*matrix_rate.*|peak_memory.*|speed|machine|versions?|.*_version|environment|env"
     r"|provenance|fingerprint|files|recipe|title|summary|limits|means|reason|finished"
 )
-RENAMED = {"train": "recover"}  # folders of a run by a newer name
+RENAMED = {"train": "recover"}  # a newer name -> one that all commits share: of a folder, a stage, a section
 
 
 # Recording.
@@ -193,9 +193,14 @@ def known(path: Path) -> bool:
 
 def old_name(path: Path) -> str:
     """A file by the name that all commits share."""
-    first, *rest = path.parts
-    name = Path(RENAMED.get(first, first), *rest).as_posix()
+    name = old_word(path.as_posix())
     return re.sub(r"written-[0-9a-f]+", "written", name)  # a digest of the recipe
+
+
+def old_word(text: str) -> str:
+    """A stage, a field or a file by the name that all commits share."""
+    first = re.split(r"[./]", text, maxsplit=1)[0]
+    return RENAMED.get(first, first) + text[len(first) :]
 
 
 def of_file(path: Path) -> Any:
@@ -225,10 +230,10 @@ def tensors(path: Path) -> dict[str, str]:
 def without(work: str, value: Any) -> Any:
     """The same value, without what is no figure, and without the folder in which it was made."""
     if isinstance(value, dict):
-        return {key: without(work, inner) for key, inner in value.items() if not NO_FIGURE.fullmatch(key)}
+        return {old_word(key): without(work, inner) for key, inner in value.items() if not NO_FIGURE.fullmatch(key)}
     if isinstance(value, list):
         return [without(work, inner) for inner in value]
-    return value.replace(work, "WORK") if isinstance(value, str) else value
+    return old_word(value.replace(work, "WORK")) if isinstance(value, str) else value
 
 
 # Comparing.

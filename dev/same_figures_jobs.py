@@ -1,7 +1,7 @@
 """What `same_figures.py` runs: small jobs that between them pass through every family, kind of pruning and loss.
 
 A job is words for the command line `recover`, never a call of a function: files move, the command line does not.
-Recipes keep to field names that older commits know.
+Recipes keep to field names that older commits know: `recover` is what `train` was called before.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _run(name: str, command: str, recipe: str, *more: str, **options: Any) -> Jo
 
 
 def _quickstart(whole: bool) -> Job:
-    name, path = "quickstart-whole" if whole else "quickstart", str(ROOT / "recipes/quickstart.yaml")
+    name, path = "quickstart-whole" if whole else "quickstart", "embedded:quickstart"  # as each checkout has it
     return _run(name, "run", path, f"name={name}", *(() if whole else QUICKSTART), seconds=7200.0)
 
 

@@ -14,7 +14,9 @@ __version__ = "0.1.0"
 
 FUNCTIONS = ("load", "prune", "probe", "measure", "distill", "export", "run", "report")  # of recover/api.py
 PLACES = {
-    **dict.fromkeys(("Calibration", "Depth", "Magnitude", "SparseGpt", "Wanda", "Width"), "recover.config.prune"),
+    **dict.fromkeys(
+        ("Calibration", "Depth", "Experts", "Magnitude", "SparseGpt", "Wanda", "Width"), "recover.config.prune"
+    ),
     **dict.fromkeys(("DenseText", "GivenText", "Lora", "PrunedText", "TeacherText"), "recover.config.train"),
     **dict.fromkeys(("Probe", "Sampling"), "recover.config.recipe"),
     "Loss": "recover.config.loss",
@@ -27,6 +29,7 @@ __all__ = [
     "Calibration",
     "DenseText",
     "Depth",
+    "Experts",
     "GivenText",
     "Lora",
     "Loss",
@@ -55,7 +58,7 @@ if TYPE_CHECKING:
     from recover.api import distill, export, load, measure, probe, prune, report, run
     from recover.base.errors import RecoverError
     from recover.config.loss import Loss
-    from recover.config.prune import Calibration, Depth, Magnitude, SparseGpt, Wanda, Width
+    from recover.config.prune import Calibration, Depth, Experts, Magnitude, SparseGpt, Wanda, Width
     from recover.config.recipe import Probe, Sampling
     from recover.config.train import DenseText, GivenText, Lora, PrunedText, TeacherText
     from recover.models.plan import Plan

@@ -24,9 +24,9 @@ from recover.base.journal import Journal
 from recover.config.auto import Facts, settled
 from recover.config.base import Config
 from recover.config.messages import explain
-from recover.config.prune import Calibration, Depth, Magnitude, SparseGpt, Wanda, Width
+from recover.config.prune import Calibration, Depth, Experts, Magnitude, SparseGpt, Wanda, Width
 from recover.config.recipe import Measure, Model, Probe, Sampling, load_recipe
-from recover.config.train import Data, Recover
+from recover.config.train import Data, Train
 from recover.export.card import plain_card
 from recover.export.merge import merge
 from recover.export.verify import verify, write_expected
@@ -55,7 +55,7 @@ from recover.text.prompts import Prompt, text_ids
 from recover.train.checkpoints import read_adapter
 from recover.train.train import train
 
-Method = Depth | Magnitude | Wanda | SparseGpt | Width
+Method = Depth | Magnitude | Wanda | SparseGpt | Width | Experts
 Text = str | Path | Sequence[str]
 
 # Read by the exported model and by the twin, whose logits must agree: which words they are does not matter.
@@ -211,7 +211,7 @@ def distill(
     `data`: one or more of `DenseText`, `GivenText`, `PrunedText`, `TeacherText`. `tokens`: scored by the dense view,
     over all epochs. `out`: a folder for text, checkpoints and adapters; the same call goes on where it was stopped.
     `score`: called after each epoch, higher is better; without one the training loss decides. `fields`: any other of a
-    recipe's `recover` (`epochs`, `lr`, `batch_size`, `length`, `lora`, `loss`, ...).
+    recipe's `train` (`epochs`, `lr`, `batch_size`, `length`, `lora`, `loss`, ...).
 
     Raises:
         TrainingError: not finite again and again, or launched so that the weights would stay dealt out.
@@ -221,7 +221,7 @@ def distill(
     if dist.zero_stage() == 3:
         raise TrainingError("recover.distill: under DeepSpeed's ZeRO-3 the twin's weights stay dealt out: use a recipe")
     several = tuple(data) if isinstance(data, Sequence) else (data,)
-    cfg = _config(Recover, "recover.distill", tokens=tokens, data=several, **fields)
+    cfg = _config(Train, "recover.distill", tokens=tokens, data=several, **fields)
 
     cfg, _ = settled(cfg, _facts(twin))
 

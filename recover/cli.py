@@ -46,7 +46,7 @@ COMMANDS = {
         "init",
         "Write a recipe for any model: what goes, what text, which tasks, sized to this machine; each line says why.",
     ),
-    "run": Listed("run", "Do all stages of a recipe: plan, dense, prune, before, recover, after, export, report."),
+    "run": Listed("run", "Do all stages of a recipe: plan, dense, prune, before, train, after, export, report."),
     "plan": Listed("run", "Check a recipe and say what it will cost, before any weight is loaded."),
     "prune": Listed("run", "Run up to pruning: which blocks or weights go, and the scores behind it."),
     "probe": Listed(
@@ -94,7 +94,7 @@ COMMANDS = {
 }
 
 LESS_MEMORY = (
-    "Less is taken in training by recover.micro_batch_size, recover.gradient_checkpointing and recover.loss.chunk, in "
+    "Less is taken in training by train.micro_batch_size, train.gradient_checkpointing and train.loss.chunk, in "
     "measuring by measure.batch_size and probe.batch_size, in pruning by prune.calibration.batch_size; `recover plan` "
     "says how much. Stages that are done are kept"
 )

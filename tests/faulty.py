@@ -43,7 +43,7 @@ def train_tiny(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any)
         two_processes.write_text(folder)
         twin = Twin(tiny().to(dtype), Plan("depth", 6, (2, 4)))
         cfg = two_processes.cfg(folder, **{**OPTIONS, **changes})
-        return train(twin, byte_tokenizer(), cfg, folder / "recover", lambda epoch, _: float(epoch), seed=3)
+        return train(twin, byte_tokenizer(), cfg, folder / "train", lambda epoch, _: float(epoch), seed=3)
 
 
 def start(work: Callable[[], Any], log: Path) -> int:
@@ -90,7 +90,7 @@ def run(folder: Path, work: Callable[[], Any] | None = None, **changes: Any) -> 
     return code, log.read_text()
 
 
-def adapter(folder: Path, stage: str = "recover") -> dict[str, torch.Tensor]:
+def adapter(folder: Path, stage: str = "train") -> dict[str, torch.Tensor]:
     """What the training of this folder published last."""
     last = sorted((folder / stage).glob("epoch-*"))[-1]
     artifacts.check_manifest(last)
@@ -108,7 +108,7 @@ def goes_on(folder: Path, expected: dict[str, torch.Tensor], **changes: Any) -> 
         return f"exit code {code}: {output}"
     if not same(adapter(folder), expected):
         return f"other weights: {output}"
-    steps = [line["step"] for line in artifacts.read_jsonl(folder / "recover" / STEPS)]
+    steps = [line["step"] for line in artifacts.read_jsonl(folder / "train" / STEPS)]
     if steps != list(range(1, len(steps) + 1)):
         return f"lines of steps {steps}: {output}"
     left = [path.name for path in folder.rglob(".*") if path.name != ".lock"]

@@ -6,7 +6,7 @@ import copy
 import functools
 
 import torch
-from tiny import ids, tiny
+from tiny import MIXTURES, ids, tiny
 
 from recover.config import recipe
 from recover.models.arch import arch_of, blocks_of
@@ -16,7 +16,16 @@ from recover.prune.width import prune_width
 
 NEURONS, HEAD, SHARED = 96, 16, 2  # of every tiny model; SHARED query heads on a KV head
 MLP_ONLY = {"phi3", "olmo2", "olmo3", "granite_swa"}
-MLP_ONLY |= {"stablelm", "stablelm_parallel", "cohere", "gpt_neox", "gpt_neox_sequential"}
+MLP_ONLY |= {
+    "olmoe",
+    "gpt_oss",
+    "deepseek_v3",
+    "stablelm",
+    "stablelm_parallel",
+    "cohere",
+    "gpt_neox",
+    "gpt_neox_sequential",
+}
 
 
 def cfg(**fields) -> recipe.Width:
@@ -28,6 +37,8 @@ def batches() -> list[torch.Tensor]:
 
 
 def widths(family: str) -> dict:
+    if family in MIXTURES:
+        return {"kv_groups": 1}
     return {"mlp": 0.4} if family in MLP_ONLY else {"mlp": 0.4, "kv_groups": 1}
 
 
@@ -101,10 +112,11 @@ def silenced(model, by: str = "activation", neurons: int = 40, groups: int = 1):
         arch = arch_of(model)
         attention = f"{arch.attention}.{arch.attention_linears[-1]}"
         for block, layer in enumerate(blocks_of(quiet)):
-            name = f"mlp.{arch_of(model).mlp_linears[-1]}"
-            seen = [inputs_of_last(model, block, name, tokens) for tokens in batches()]
-            gone = lowest([neuron_score(model, block, n, by, seen) for n in range(NEURONS)], neurons)
-            last(quiet, block).weight[:, sorted(gone)] = 0
+            if neurons:
+                name = f"mlp.{arch_of(model).mlp_linears[-1]}"
+                seen = [inputs_of_last(model, block, name, tokens) for tokens in batches()]
+                gone = lowest([neuron_score(model, block, n, by, seen) for n in range(NEURONS)], neurons)
+                last(quiet, block).weight[:, sorted(gone)] = 0
             seen = [inputs_of_last(model, block, attention, tokens) for tokens in batches()]
             for group in lowest([group_score(model, block, g, by, seen) for g in range(2)], groups):
                 layer.get_submodule(attention).weight[:, group * SHARED * HEAD : (group + 1) * SHARED * HEAD] = 0

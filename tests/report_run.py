@@ -73,7 +73,7 @@ def build_run(root: Path, *, name: str = "tiny-drop4", kind: str = "depth", with
     for part in ("before", "after"):
         records, summary = _probe(part)
         files[f"{part}/probe.json"], files[f"{part}/probe.jsonl"] = summary, records
-    files["recover/steps.jsonl"] = steps()
+    files["train/steps.jsonl"] = steps()
     files["epochs.jsonl"] = [_epoch(epoch) for epoch in range(1, 7)]
     for path, value in files.items():
         if path not in without:
@@ -99,7 +99,7 @@ def _recipe(name: str, kind: str) -> dict[str, Any]:
         "seed": 0,
         "model": {"source": "embedded:model", "dtype": "float32"},
         "prune": prune,
-        "recover": {"epochs": 6, "tokens": 200_000, "lr": 2e-4},
+        "train": {"epochs": 6, "tokens": 200_000, "lr": 2e-4},
         "measure": {"tasks": ["embedded:sums", "embedded:facts"], "limit": 200, "epoch_limit": 100},
     }
 

@@ -1,4 +1,4 @@
-"""The lines of `recover/steps.jsonl` of a run that was never made: a loss that falls in scatter, as losses do."""
+"""The lines of `train/steps.jsonl` of a run that was never made: a loss that falls in scatter, as losses do."""
 
 from __future__ import annotations
 

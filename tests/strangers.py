@@ -16,9 +16,9 @@ NAMES = (
     *("prune/plan.json", "prune/masks.safetensors", "prune/weights.safetensors", "prune/.plan.json.7.tmp"),
     *("prune/parts/parts.jsonl", "prune/parts/part-0.safetensors"),
     *("before/measure.json", "after/measure.json", "trial/trial.json", "trial/epoch-1/adapter_model.safetensors"),
-    *("recover/best.json", "recover/training.json", "recover/steps.jsonl", "recover/checkpoints.jsonl"),
-    *("recover/epoch-1/adapter_model.safetensors", "recover/epoch-1/MANIFEST.json", "recover/.epoch-1.tmp/a"),
-    *("recover/checkpoints/checkpoint-20/state.json", "recover/pruned_text/0-000001.json", "recover/data/a.jsonl"),
+    *("train/best.json", "train/training.json", "train/steps.jsonl", "train/checkpoints.jsonl"),
+    *("train/epoch-1/adapter_model.safetensors", "train/epoch-1/MANIFEST.json", "train/.epoch-1.tmp/a"),
+    *("train/checkpoints/checkpoint-20/state.json", "train/pruned_text/0-000001.json", "train/data/a.jsonl"),
     *("deploy/model.safetensors", "deploy/mine.txt", "deploy/DONE.json", ".deploy.replaced/a.txt", ".deploy.writing/b"),
     *(".mine.replaced/photo.jpg", ".deploy.tmp/c"),
 )

@@ -13,7 +13,7 @@ from recover.base.artifacts import read_json
 from recover.base.errors import RecipeError
 from recover.config.auto import Facts, prior_rate, settled
 from recover.config.recipe import load_recipe
-from recover.config.train import AUTO, Recover
+from recover.config.train import AUTO, Train
 from recover.models.load import describe
 from recover.models.plan import Plan
 from recover.models.twin import Twin
@@ -29,7 +29,7 @@ ALL = {"tokens": "auto", "batch_size": "auto", "lr": "auto", "warmup": "auto", "
 
 def config(**changes):
     data = [{"kind": "dense", "prompts": "x.jsonl", "max_new_tokens": 256}]
-    return Recover.model_validate({"data": data, **changes})
+    return Train.model_validate({"data": data, **changes})
 
 
 def test_every_field_that_takes_auto_is_settled_but_the_rate():
@@ -75,29 +75,29 @@ def test_what_is_given_stays_as_it_is():
 
 
 def test_plan_says_what_auto_is_and_the_run_holds_numbers(tmp_path, capsys):
-    overrides = ("recover.lr=auto", "recover.tokens=auto", "recover.lora={rank: auto, alpha: auto}", "prune.count=null")
+    overrides = ("train.lr=auto", "train.tokens=auto", "train.lora={rank: auto, alpha: auto}", "prune.count=null")
     small = ("prune.blocks=[3, 11]", "measure.limit=2", "measure.sampling=null", "probe.samples=2")
     directory = stages.run(load_recipe(QUICKSTART, [*overrides, *small]), tmp_path, until="dense")
     text = " ".join(capsys.readouterr().out.split())
-    assert "recover.tokens: 290000: one for each of 294,355 parameters that go" in text
-    assert "recover.lora.alpha: 64.0" in text and "recover.lr: auto: 5% of recover.tokens" in text
-    written = load_recipe(directory.recipe).recover
+    assert "train.tokens: 290000: one for each of 294,355 parameters that go" in text
+    assert "train.lora.alpha: 64.0" in text and "train.lr: auto: 5% of train.tokens" in text
+    written = load_recipe(directory.recipe).train
     assert (written.tokens, written.lora.rank, written.lora.alpha, written.auto) == (290_000, 32, 64.0, ("lr",))
     fields = [each["field"] for each in read_json(directory.plan / "estimate.json")["auto"]]
     assert fields == ["tokens", "lora.rank", "lora.alpha", "lr"]
 
 
 def test_zeros_count_as_pruned():
-    recipe = load_recipe(QUICKSTART, ["prune={kind: magnitude, sparsity: 0.5}", "recover.tokens=auto"])
+    recipe = load_recipe(QUICKSTART, ["prune={kind: magnitude, sparsity: 0.5}", "train.tokens=auto"])
     found, _ = settle(recipe)
     model = describe(recipe.model)
     inside = model.parameters - model.embedding_parameters
-    assert found.recover.tokens == pytest.approx(0.5 * inside, rel=0.05)
+    assert found.train.tokens == pytest.approx(0.5 * inside, rel=0.05)
 
 
 def test_a_pruning_that_cannot_be_is_refused_by_its_field():
     with pytest.raises(RecipeError, match="blocks"):
-        settle(load_recipe(QUICKSTART, ["prune={kind: depth, blocks: [99]}", "recover.tokens=auto"]))
+        settle(load_recipe(QUICKSTART, ["prune={kind: depth, blocks: [99]}", "train.tokens=auto"]))
 
 
 def test_a_twin_has_the_facts_of_its_recipe():
@@ -112,8 +112,8 @@ def loss_of(folder, rank, alpha):
     two_processes.write_text(folder)
     changes = {"lora": {"rank": rank, "alpha": alpha}, "lr": 2e-3, "loss": {"kl": 1.0}, "epochs": 1, "warmup": 0.0}
     twin = Twin(tiny(), Plan("depth", 6, (2, 4)))
-    train(twin, byte_tokenizer(), two_processes.cfg(folder, **changes), folder / "recover", lambda *_: None, 0)
-    return read_json(folder / "recover" / "best.json")["loss"]
+    train(twin, byte_tokenizer(), two_processes.cfg(folder, **changes), folder / "train", lambda *_: None, 0)
+    return read_json(folder / "train" / "best.json")["loss"]
 
 
 def test_one_rate_goes_as_far_at_every_rank_where_alpha_is_fixed(tmp_path):

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from recover.base import dist
 from recover.base.artifacts import read_json
 from recover.base.errors import ArtifactError, RecipeError, StopRequested, TrainingError
-from recover.config.recipe import Recover
+from recover.config.recipe import Train
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.run import estimate
@@ -198,12 +198,12 @@ def test_values_of_another_adapter_are_refused():
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_shares_of_adapters_are_not_averaged(monkeypatch, stage):
-    cfg = Recover.model_validate({"data": [{"kind": "given", "source": "x.jsonl"}], "average": 0.2})
+    cfg = Train.model_validate({"data": [{"kind": "given", "source": "x.jsonl"}], "average": 0.2})
     monkeypatch.setattr(dist, "zero_stage", lambda: stage)
     if stage < 3:
         refuse_averaging_shares(cfg)
         return
-    with pytest.raises(TrainingError, match=r"recover\.average.*zero2\.yaml"):
+    with pytest.raises(TrainingError, match=r"train\.average.*zero2\.yaml"):
         refuse_averaging_shares(cfg)
-    with pytest.raises(RecipeError, match=r"recover\.average"):
+    with pytest.raises(RecipeError, match=r"train\.average"):
         estimate._refuse_training(cfg)

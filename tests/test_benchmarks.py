@@ -129,7 +129,7 @@ def test_quality_fades_the_variance_by_half(options):
 
     recipe = BENCHMARKS.parent / "recipes/smollm2-135m-drop3.yaml"
     for name, weight in (("kl + 1 var -> 0", 1.0), ("kl + 3 var -> 0", 3.0)):
-        loss = load_recipe(recipe, VARIANTS[name].fields).recover.loss
+        loss = load_recipe(recipe, VARIANTS[name].fields).train.loss
         assert loss.kl == 1.0
         assert [loss.at(share).variance for share in (0.0, 0.25, 0.5, 1.0)] == [weight, weight / 2, 0.0, 0.0]
 
@@ -205,7 +205,7 @@ def test_rows_at_equal_time_wait_for_those_they_take_as_long_as(options):
 
     from recover.config.recipe import load_recipe
 
-    cfg = load_recipe(BENCHMARKS.parent / "recipes/smollm2-135m-drop3.yaml").recover
+    cfg = load_recipe(BENCHMARKS.parent / "recipes/smollm2-135m-drop3.yaml").train
     options.arms, options.temperature, options.seeds = ["0.5"], 1.0, [4, 7]
     tasks = on_policy.tasks_for(cfg, options)
     assert len(tasks) == 1 + 2 * 5 and tasks[0].needs == set()

@@ -17,7 +17,7 @@ from twins import masked_twin
 
 from recover.base.artifacts import read_json, sha256
 from recover.base.errors import ArtifactError, RecipeError
-from recover.config.recipe import Cache, Lora, Loss, Recover, load_recipe
+from recover.config.recipe import Cache, Lora, Loss, Train, load_recipe
 from recover.distill import cache as caching
 from recover.distill.cache import StateCache, about, row_key
 from recover.distill.distiller import DenseStates, Distiller, scored_rows
@@ -383,14 +383,14 @@ def test_a_disk_without_room_is_refused_before_anything_runs(tmp_path, monkeypat
     monkeypatch.setattr(training.shutil, "disk_usage", lambda _: free)
     scored, tokens = (sum(getattr(row, name) for row in text_rows(COLLATE(rows))) for name in ("scored", "tokens"))
     needed = (scored + tokens) * 64 * 4
-    with pytest.raises(ArtifactError, match=rf"recover\.cache needs {needed:,} bytes more, 9,000 are free"):
+    with pytest.raises(ArtifactError, match=rf"train\.cache needs {needed:,} bytes more, 9,000 are free"):
         states.fill(rows, COLLATE, 2)
 
 
 def test_a_prefix_needs_shared_blocks():
     data = [{"kind": "given", "source": "x"}]
     with pytest.raises(ValueError, match=r"cache\.prefix: both views share no block"):
-        Recover.model_validate({"data": data, "cache": {"folder": "x", "prefix": True}})
+        Train.model_validate({"data": data, "cache": {"folder": "x", "prefix": True}})
 
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
@@ -398,7 +398,7 @@ PREFIX = "{folder: states, prefix: true}"
 
 
 def plan_of(folder, cache, *more):
-    overrides = [f"recover.cache={cache}", "recover.lora.blocks=after_cut", "recover.tokens=1000", *more]
+    overrides = [f"train.cache={cache}", "train.lora.blocks=after_cut", "train.tokens=1000", *more]
     recipe = load_recipe(QUICKSTART, overrides)
     found = stage_work.checked(RunContext(recipe, RunDirectory(folder / recipe.name)))
     return recipe, found["estimate"]["cache_bytes"]
@@ -408,7 +408,7 @@ def test_plan_says_what_it_takes_on_disk(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     recipe, both = plan_of(tmp_path, PREFIX)
     width = describe(recipe.model).width
-    assert recipe.recover.cache.folder == str(tmp_path / "states")  # there is none yet, and it is a folder all the same
+    assert recipe.train.cache.folder == str(tmp_path / "states")  # there is none yet, and it is a folder all the same
     assert both == 2 * 1000 * width * 4 and "dense states on disk" in capsys.readouterr().out
     assert plan_of(tmp_path, "{folder: states}")[1] == 1000 * width * 4
     capsys.readouterr()
@@ -419,12 +419,12 @@ def test_plan_refuses_a_full_disk_but_counts_what_is_there(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     free = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _: free)
-    with pytest.raises(RecipeError, match=r"recover\.cache\.folder: .* has 0 of them and 1,000,000 free: make room"):
-        plan_of(tmp_path, PREFIX, "recover.tokens=100_000")
+    with pytest.raises(RecipeError, match=r"train\.cache\.folder: .* has 0 of them and 1,000,000 free: make room"):
+        plan_of(tmp_path, PREFIX, "train.tokens=100_000")
     (tmp_path / "states/0123").mkdir(parents=True)
     with open(tmp_path / "states/0123/x.safetensors", "wb") as file:
         file.truncate(10**9)
-    plan_of(tmp_path, PREFIX, "recover.tokens=100_000")
+    plan_of(tmp_path, PREFIX, "train.tokens=100_000")
 
 
 def test_left_over_temporary_files_go_only_when_old(tmp_path):

@@ -34,7 +34,7 @@ def a_recipe(folder: Path, source: str) -> recipe.Recipe:
                 "name": "mine",
                 "model": {"source": source},
                 "prune": {"kind": "depth", "count": 1, "calibration": {"data": "text.jsonl"}},
-                "recover": {
+                "train": {
                     "data": [
                         {"kind": "dense", "prompts": "prompts.jsonl"},
                         {"kind": "given", "source": "org/texts"},

@@ -46,7 +46,7 @@ STAGE_OF = {
     "plan": "plan",
     "prune": "prune",
     "probe": "before",
-    "train": "recover",
+    "train": "train",
     "export": "export",
 }
 
@@ -62,7 +62,7 @@ def recipe_path(tmp_path: Path) -> Path:
         "name": "small",
         "model": {"source": "org/model"},
         "prune": {"kind": "depth", "blocks": [1, 2]},
-        "recover": {"data": [{"kind": "dense", "prompts": "prompts.jsonl"}]},
+        "train": {"data": [{"kind": "dense", "prompts": "prompts.jsonl"}]},
         "measure": {"tasks": ["task.yaml"]},
     }
     path.write_text(yaml.safe_dump(tree))
@@ -144,22 +144,22 @@ def test_every_command_has_examples_that_parse(command: str, recipe_path: Path, 
 
 def test_run_help_shows_how_to_override() -> None:
     text = call("run", "--help").output
-    assert "recover run recipes/quickstart.yaml prune.count=3 recover.lr=1e-3" in text and "KEY=VALUE" in text
+    assert "recover run recipes/quickstart.yaml prune.count=3 train.lr=1e-3" in text and "KEY=VALUE" in text
 
 
 @pytest.mark.parametrize(("command", "stage"), STAGE_OF.items())
 def test_each_command_runs_up_to_its_stage(command: str, stage: str, recipe_path: Path, asked: list[Any]) -> None:
-    assert call(command, str(recipe_path), "recover.lr=1e-3", "--runs", "elsewhere").exit_code == 0
+    assert call(command, str(recipe_path), "train.lr=1e-3", "--runs", "elsewhere").exit_code == 0
     ((recipe, root, how),) = asked
-    assert recipe.recover.lr == 1e-3 and root == Path("elsewhere") and how == {"until": stage, "start": None}
+    assert recipe.train.lr == 1e-3 and root == Path("elsewhere") and how == {"until": stage, "start": None}
     assert stage in stages.STAGES
 
 
 def test_from_and_fresh(recipe_path: Path, asked: list[Any]) -> None:
-    call("run", str(recipe_path), "--from", "recover")
+    call("run", str(recipe_path), "--from", "train")
     call("run", str(recipe_path), "--fresh")
-    assert [how["start"] for _, _, how in asked] == ["recover", "plan"]
-    both = call("run", str(recipe_path), "--fresh", "--from", "recover")
+    assert [how["start"] for _, _, how in asked] == ["train", "plan"]
+    both = call("run", str(recipe_path), "--fresh", "--from", "train")
     assert both.exit_code == 2 and "give one of them" in both.stderr and len(asked) == 2
 
 
@@ -213,11 +213,11 @@ def test_out_of_memory_says_what_takes_less(recipe_path: Path, monkeypatch: pyte
 
 
 def test_recipe_errors_reach_the_shell(recipe_path: Path) -> None:
-    done = python("-m", "recover", "run", str(recipe_path), "prune.blcks=[1]", "recover.lr=[dim]")
+    done = python("-m", "recover", "run", str(recipe_path), "prune.blcks=[1]", "train.lr=[dim]")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == [
         "error: override 'prune.blcks=[1]': prune.blcks: unknown field. Did you mean 'blocks'?",
-        "override 'recover.lr=[dim]': recover.lr: found [\"dim\"]: it should be a valid number",
+        "override 'train.lr=[dim]': train.lr: found [\"dim\"]: it should be a valid number",
     ]
 
 
@@ -290,7 +290,7 @@ def test_a_folder_of_runs_is_listed_and_a_name_is_enough(
     runs = tmp_path / "elsewhere" / "checkpoints"
     shutil.copytree(run_directory.root, runs / "small")
     listed = call("show", str(runs))
-    assert listed.exit_code == 0 and re.search(r"small +dense, prune +before, recover, after, export", listed.stdout)
+    assert listed.exit_code == 0 and re.search(r"small +dense, prune +before, train, after, export", listed.stdout)
     assert f"recover show {runs / 'small'}" in listed.stdout
     monkeypatch.chdir(runs.parent)
     beside = "".join(call("show").stdout.split())  # a long path is broken into lines

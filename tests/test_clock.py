@@ -67,13 +67,13 @@ def test_outside_of_a_stage_and_of_one_inside_another_nothing_goes_astray(wait):
 def test_calls_that_were_stopped_count_and_earlier_ones_of_a_done_stage_do_not(tmp_path):
     assert spent(tmp_path) == []
     note(tmp_path, "plan", Clock(1.0, {OTHER: 1.0}), done=True)
-    note(tmp_path, "recover", Clock(9.0, {"training": 9.0}), done=True)
-    note(tmp_path, "recover", Clock(4.0, {"training": 3.0, OTHER: 1.0}), done=False)
+    note(tmp_path, "train", Clock(9.0, {"training": 9.0}), done=True)
+    note(tmp_path, "train", Clock(4.0, {"training": 3.0, OTHER: 1.0}), done=False)
     note(tmp_path, "plan", Clock(2.0, {OTHER: 2.0}), done=True)
-    note(tmp_path, "recover", Clock(2.0, {"measuring": 2.0}), done=True)
+    note(tmp_path, "train", Clock(2.0, {"measuring": 2.0}), done=True)
     assert spent(tmp_path) == [
         {"stage": "plan", "seconds": 2.0, "parts": {OTHER: 2.0}, "calls": 1},
-        {"stage": "recover", "seconds": 6.0, "parts": {"training": 3.0, OTHER: 1.0, "measuring": 2.0}, "calls": 2},
+        {"stage": "train", "seconds": 6.0, "parts": {"training": 3.0, OTHER: 1.0, "measuring": 2.0}, "calls": 2},
     ]
 
 
@@ -81,15 +81,15 @@ def test_the_report_has_a_table_of_it(tmp_path):
     root = build_run(tmp_path)
     assert "Where the time went" not in render(root, collect(root))[1].read_text()
     note(root, "plan", Clock(1.0, {"checking inputs": 0.96, OTHER: 0.04}), done=True)
-    note(root, "recover", Clock(8.0, {"training": 8.0}), done=False)
-    note(root, "recover", Clock(1100.0, {"training": 60.0, OTHER: 1000.0, "writing text": 40.0}), done=True)
+    note(root, "train", Clock(8.0, {"training": 8.0}), done=False)
+    note(root, "train", Clock(1100.0, {"training": 60.0, OTHER: 1000.0, "writing text": 40.0}), done=True)
     note(root, "report", Clock(5.0, {OTHER: 5.0}), done=True)
     data = collect(root)
-    assert [row["stage"] for row in data["times"]] == ["plan", "recover", "report"]
+    assert [row["stage"] for row in data["times"]] == ["plan", "train", "report"]
     paths = render(root, data)
     markdown, page = (path.read_text() for path in paths[1:])
     assert "| plan | 1.0 s | checking inputs 1.0 s | " in markdown
-    assert "| recover (2 calls) | 1,108 s | training 68 s, writing text 40 s, other 1,000 s | " in markdown
+    assert "| train (2 calls) | 1,108 s | training 68 s, writing text 40 s, other 1,000 s | " in markdown
     assert "| all | 1,109 s | – | " in markdown and "| report |" not in markdown
     assert 'id="table-times"' in page and "training 68 s, writing text 40 s" in page
 

@@ -4,10 +4,12 @@ import argparse
 import gzip
 import hashlib
 import json
+import math
 import random
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from report_run import build_run
@@ -187,26 +189,26 @@ def test_every_name_is_a_recipe_and_every_table_holds_names():
     known = Known()
     names = [*known.fields, *(name for table in known.tables.values() for name in table)]
     assert len({known.variant(name, BASE, 0).recipe(BASE).name for name in names}) == len(set(names))
-    wanda = known.variant("wanda50", BASE, 3, ("recover.lr=5e-4",)).recipe(BASE)
+    wanda = known.variant("wanda50", BASE, 3, ("train.lr=5e-4",)).recipe(BASE)
     assert wanda.prune.calibration == load_recipe(BASE).prune.calibration  # type: ignore[union-attr]
     assert known.variant("1M+drop2+lr1e-4+repair", BASE, 0).pruning == "drop2+repair"
-    assert (wanda.name, wanda.seed, wanda.recover.lr) == ("wanda50-seed3", 3, 5e-4)
+    assert (wanda.name, wanda.seed, wanda.train.lr) == ("wanda50-seed3", 3, 5e-4)
     assert known.variant("drop4@7", BASE, 0).recipe(BASE).name == "drop4-seed7"
     with pytest.raises(SystemExit, match=r"drop4@x: found 'x' behind @, expected a seed"):
         known.variant("drop4@x", BASE, 0)
     with pytest.raises(SystemExit, match=r"drop2\+lr9: 'lr9' is not in .*known: drop2"):
         known.variant("drop2+lr9", BASE, 0)
-    with pytest.raises(SystemExit, match=r"drop4: .*recover\.lr"):
-        known.variant("drop4", BASE, 0, ("recover.lr=-1",)).recipe(BASE)
+    with pytest.raises(SystemExit, match=r"drop4: .*train\.lr"):
+        known.variant("drop4", BASE, 0, ("train.lr=-1",)).recipe(BASE)
 
 
 @pytest.mark.parametrize(
     ("field", "differs"),
     [
-        ("recover.lr=1e-4", set()),
-        ("recover.tokens=5_000", set()),
-        ("recover.data.0.share=0.9", set()),
-        ("recover.data.1.temperature=1", {"text 1"}),
+        ("train.lr=1e-4", set()),
+        ("train.tokens=5_000", set()),
+        ("train.data.0.share=0.9", set()),
+        ("train.data.1.temperature=1", {"text 1"}),
         ("prune.count=3", {"prune"}),
         ("probe.steps=7", {"prune"}),
         ("measure.limit=9", {"dense", "prune"}),
@@ -232,18 +234,18 @@ def donor(tmp_path):
         (directory.folder(stage) / "measure.json").write_text(f'"{stage}"')
         directory.mark_done(stage, fingerprint(stage, recipe, directory))
     directory.recipe.write_text(dump_recipe(recipe))
-    (directory.recover / "data").mkdir(parents=True)
-    (directory.recover / "data" / "dense-abc.jsonl").write_text('{"chunk": 0, "rows": [["a prompt", [7, 8]]]}\n')
-    (directory.recover / "steps.jsonl").write_text("{}\n")
+    (directory.train / "data").mkdir(parents=True)
+    (directory.train / "data" / "dense-abc.jsonl").write_text('{"chunk": 0, "rows": [["a prompt", [7, 8]]]}\n')
+    (directory.train / "steps.jsonl").write_text("{}\n")
     return directory.root
 
 
 @pytest.mark.parametrize(
     ("fields", "lent"),
     [
-        (["recover.lr=1e-4"], ["dense", "prune", "before", "dense-abc.jsonl"]),
+        (["train.lr=1e-4"], ["dense", "prune", "before", "dense-abc.jsonl"]),
         (["prune.count=3"], ["dense", "dense-abc.jsonl"]),
-        (["recover.data.0.temperature=1"], ["dense", "prune", "before"]),
+        (["train.data.0.temperature=1"], ["dense", "prune", "before"]),
         (["probe.steps=7"], ["dense", "prune", "dense-abc.jsonl"]),
         (["measure.limit=5"], ["prune", "dense-abc.jsonl"]),
         (["seed=1"], []),
@@ -264,7 +266,7 @@ def test_a_run_takes_over_what_it_would_make_itself(tmp_path, donor, fields, len
 def test_text_that_is_still_being_written_is_not_taken_over(tmp_path, donor):
     from lending import lend
 
-    (donor / "recover" / "steps.jsonl").unlink()
+    (donor / "train" / "steps.jsonl").unlink()
     recipe = load_recipe(QUICKSTART, ["name=other"])
     assert lend(recipe, tmp_path / "other", [donor]) == ["dense", "prune", "before"]
 
@@ -275,23 +277,23 @@ def test_of_text_the_beginning_is_taken_that_the_budget_asks_for(tmp_path, donor
     # 30 chunks of 10 texts of 100 tokens each.
     chunk = {"rows": [["a prompt", [7] * 100]] * 10}
     lines = [json.dumps({"chunk": number, **chunk}) + "\n" for number in range(30)]
-    (donor / "recover" / "data" / "dense-abc.jsonl").write_text("".join(lines))
-    small = load_recipe(QUICKSTART, ["name=small", "recover.tokens=5_000"])
-    taken = tmp_path / "small" / "recover" / "data" / "dense-abc.jsonl"
+    (donor / "train" / "data" / "dense-abc.jsonl").write_text("".join(lines))
+    small = load_recipe(QUICKSTART, ["name=small", "train.tokens=5_000"])
+    taken = tmp_path / "small" / "train" / "data" / "dense-abc.jsonl"
     assert lend(small, tmp_path / "small", [donor])[-1] == "dense-abc.jsonl"
     assert taken.read_text() == "".join(lines[:6])  # 5,500 tokens: a tenth more, since cut ends do not count
     assert lend(small, tmp_path / "small", [donor]) == []
-    more = load_recipe(QUICKSTART, ["name=small", "recover.tokens=10_000"])
+    more = load_recipe(QUICKSTART, ["name=small", "train.tokens=10_000"])
     assert lend(more, tmp_path / "small", [donor]) == ["dense-abc.jsonl"]
     assert taken.read_text() == "".join(lines[:11])
     # What is shorter than the budget is taken whole, of two donors the one that has more.
-    (tmp_path / "less" / "recover" / "data").mkdir(parents=True)
-    for name in ("recipe.yaml", "recover/steps.jsonl"):
+    (tmp_path / "less" / "train" / "data").mkdir(parents=True)
+    for name in ("recipe.yaml", "train/steps.jsonl"):
         (tmp_path / "less" / name).write_text((donor / name).read_text())
-    (tmp_path / "less" / "recover" / "data" / "dense-abc.jsonl").write_text("".join(lines[:20]))
-    large = load_recipe(QUICKSTART, ["name=large", "recover.tokens=1_000_000"])
+    (tmp_path / "less" / "train" / "data" / "dense-abc.jsonl").write_text("".join(lines[:20]))
+    large = load_recipe(QUICKSTART, ["name=large", "train.tokens=1_000_000"])
     lend(large, tmp_path / "large", [tmp_path / "less", donor])
-    assert (tmp_path / "large" / "recover" / "data" / "dense-abc.jsonl").read_text() == "".join(lines)
+    assert (tmp_path / "large" / "train" / "data" / "dense-abc.jsonl").read_text() == "".join(lines)
 
 
 def _asked(out, **options):
@@ -336,8 +338,8 @@ def _finish(folder, recipe):
     for stage in ("dense", "prune", "before"):
         directory.folder(stage).mkdir(parents=True, exist_ok=True)
         directory.mark_done(stage, fingerprint(stage, recipe, directory))
-    directory.recover.mkdir(exist_ok=True)
-    (directory.recover / "steps.jsonl").write_text("{}\n")
+    directory.train.mkdir(exist_ok=True)
+    (directory.train / "steps.jsonl").write_text("{}\n")
 
 
 def test_who_needs_little_text_does_not_wait_for_much_of_it(tmp_path):
@@ -427,8 +429,8 @@ def test_variants_share_work_and_are_not_run_twice(tmp_path, capsys):
     from experiments import main, read_rows
 
     small = ["measure.limit=4", "measure.max_new_tokens=16", "measure.sampling=null", "probe.samples=2"]
-    small += ["probe.steps=4", "recover.epochs=2", "recover.tokens=600", "recover.batch_size=4"]
-    small += ["prune.calibration.samples=2", "prune.calibration.length=64", "recover.data.0.max_new_tokens=24"]
+    small += ["probe.steps=4", "train.epochs=2", "train.tokens=600", "train.batch_size=4"]
+    small += ["prune.calibration.samples=2", "prune.calibration.length=64", "train.data.0.max_new_tokens=24"]
     asked = [str(QUICKSTART), "--out", str(tmp_path), "--only", "lr1e-3", "lr1e-3+rank16", "--set", *small]
     assert main(asked) == 0
     first, second = read_rows(tmp_path / "results.jsonl")
@@ -442,10 +444,10 @@ def test_variants_share_work_and_are_not_run_twice(tmp_path, capsys):
     assert main(asked) == 0
     assert (tmp_path / "results.jsonl").read_text() == lines
     # One that cannot work is told by its row, and does not end the others.
-    assert main([*asked, "recover.length=9"]) == 1
+    assert main([*asked, "train.length=9"]) == 1
     rows = read_rows(tmp_path / "results.jsonl")
     assert [row["status"] for row in rows] == ["failed", "failed"]
-    assert "recover.length" in capsys.readouterr().out
+    assert "train.length" in capsys.readouterr().out
 
 
 def _read_decisively(out, rows):
@@ -467,8 +469,21 @@ def _read_decisively(out, rows):
 # What is read off many runs.
 
 
+def test_what_kl_foretells_is_fitted_without_the_pruning_it_is_told_of():
+    from decisive import foretold
+
+    def run(pruning, kl, share):
+        views = {"dense": {"generation": 0.5}, "recovered": {"generation": 0.5 * share, "kl": {"mean": kl}}}
+        return SimpleNamespace(row={"pruning": pruning, **views})
+
+    lawful = [run(name, kl, math.exp(-10 * kl)) for name, kl in (("a", 0.01), ("a", 0.1), ("b", 0.05))]
+    said = foretold([*lawful, run("odd", 0.02, 0.5)])  # type: ignore[list-item]
+    assert "| recovered | odd | 1 | 10.00 | +31.9% |" in said  # exp(-0.2) - 0.5
+    assert foretold(lawful) == ""  # two prunings say nothing of a third
+
+
 def test_a_share_is_paired_and_a_law_is_found_again():
-    from decisive import majority, power_law, rank_correlation, share_kept
+    from decisive import decay, majority, power_law, rank_correlation, share_kept
 
     dense = [True] * 50 + [False] * 50
     assert share_kept([(dense, dense)]) == (1.0, 1.0, 1.0)  # the same items: nothing can differ
@@ -481,4 +496,6 @@ def test_a_share_is_paired_and_a_law_is_found_again():
     assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 400]) == pytest.approx(1)
     assert rank_correlation([1, 2, 2, 3], [4, 3, 3, 1]) == pytest.approx(-1)
     assert rank_correlation([1, 1, 1], [1, 2, 3]) is None
+    kept = [math.exp(-11.5 * kl) for kl in (0.01, 0.05, 0.2)]
+    assert decay([0.01, 0.05, 0.2], kept) == pytest.approx(11.5)
     assert [majority(each) for each in (["7", "8", "8"], ["7", "8"], [None, "9"], [None])] == ["8", "7", "9", None]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import tiny
 
 from recover.base.errors import DataError
-from recover.config.recipe import GivenText, Recover
+from recover.config.recipe import GivenText, Train
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.text.read import Row
@@ -48,7 +48,7 @@ def prompts(folder, count=5, **options):
 
 def cfg(*sources, **changes):
     fields = {"epochs": 1, "tokens": 200, "length": 32, "batch_size": 4, "data": list(sources)}
-    return Recover.model_validate({**fields, **changes})
+    return Train.model_validate({**fields, **changes})
 
 
 def scored(rows, how="completion"):

@@ -28,9 +28,9 @@ SMALL = (
     "measure.sampling=null",
     "probe.samples=2",
     "probe.steps=4",
-    "recover.tokens=600",
-    "recover.epochs=2",
-    "recover.batch_size=4",
+    "train.tokens=600",
+    "train.epochs=2",
+    "train.batch_size=4",
 )
 CALIBRATION = "{data: 'embedded:tasks/calibration.jsonl', samples: 2, length: 64}"
 
@@ -83,7 +83,7 @@ def test_a_run_ends_in_a_checkpoint_that_stock_classes_load(tmp_path, prune, blo
     epochs = read_jsonl(directory.epochs)
     assert [record["epoch"] for record in epochs] == [1, 2]
     best = max(epochs, key=lambda record: (record["score"], -record["epoch"]))
-    assert read_json(directory.recover / "best.json")["epoch"] == best["epoch"]
+    assert read_json(directory.train / "best.json")["epoch"] == best["epoch"]
     strange = [path for path in directory.root.rglob("*") if path.is_file() and not known(directory, path)]
     assert not strange, "WRITTEN of run_directory.py does not list all that a run writes"
     report = read_json(directory.report_json)
@@ -96,9 +96,9 @@ def known(directory: RunDirectory, path: Path) -> bool:
     published = (
         below.parts[0] == "deploy" or below.parts[1] in ("epoch-1", "epoch-2") if len(below.parts) > 1 else False
     )
-    if published or below.parts[:2] == ("recover", "data"):
+    if published or below.parts[:2] == ("train", "data"):
         return True
-    if below.parts[:2] == ("recover", "checkpoints") and len(below.parts) > 3:  # the last one stays, to go on from
+    if below.parts[:2] == ("train", "checkpoints") and len(below.parts) > 3:  # the last one stays, to go on from
         below = below.parents[len(below.parts) - 4]
         path = directory.root / below
     names = WRITTEN.get(below.parent.as_posix(), "")
@@ -121,12 +121,12 @@ def test_a_second_run_does_nothing_and_a_changed_field_is_named(tmp_path, capsys
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_training_goes_on_where_it_was(tmp_path, number, capsys):
-    overrides = ["recover.tokens=6000", "recover.save_steps=5", "prune={kind: depth, blocks: [3]}"]
+    overrides = ["train.tokens=6000", "train.save_steps=5", "prune={kind: depth, blocks: [3]}"]
     command = [sys.executable, "-m", "recover", "run", str(QUICKSTART), "--runs", str(tmp_path), *SMALL, *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as process:
-        checkpoints = tmp_path / "quickstart" / "recover" / "checkpoints"
+        checkpoints = tmp_path / "quickstart" / "train" / "checkpoints"
         deadline = time.monotonic() + 240
         while not list(checkpoints.glob("checkpoint-[1-9]*/MANIFEST.json")):
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
@@ -136,11 +136,11 @@ def test_a_stopped_training_goes_on_where_it_was(tmp_path, number, capsys):
     assert process.returncode == 128 + number, output
     assert "Traceback" not in output
     directory = RunDirectory(tmp_path / "quickstart")
-    assert directory.done("before") is not None and directory.done("recover") is None
-    run(tmp_path, *overrides, until="recover")
+    assert directory.done("before") is not None and directory.done("train") is None
+    run(tmp_path, *overrides, until="train")
     output = capsys.readouterr().out
     assert "going on from checkpoint-" in output and "dense    done" in output
-    assert directory.done("recover") is not None
+    assert directory.done("train") is not None
 
 
 @pytest.mark.slow
@@ -218,9 +218,9 @@ def test_a_bad_model_is_refused_by_name(tmp_path, case):
         ("prune={kind: depth, blocks: [1,2,3,4,5,6,7,8,9,10,11,0]}", RecipeError, "12"),
         (f"prune={{kind: depth, count: 12, calibration: {CALIBRATION}}}", RecipeError, "12"),
         ("prune={kind: depth, blocks: [0]}", RecipeError, "block 0"),
-        ("recover.length=4096", RecipeError, "recover.length"),
+        ("train.length=4096", RecipeError, "train.length"),
         ("measure.tasks=[nowhere.yaml]", RecoverError, "nowhere.yaml"),
-        ("recover.length=20", DataError, "leaves none of recover.length 20"),
+        ("train.length=20", DataError, "leaves none of train.length 20"),
     ],
 )
 def test_what_cannot_work_is_refused_before_weights_are_loaded(tmp_path, override, kind, named):
@@ -231,4 +231,4 @@ def test_what_cannot_work_is_refused_before_weights_are_loaded(tmp_path, overrid
 def test_an_empty_data_set_is_refused_at_plan(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(DataError, match=r"empty\.jsonl"):
-        run(tmp_path, f"recover.data.0.prompts={tmp_path / 'empty.jsonl'}", until="plan")
+        run(tmp_path, f"train.data.0.prompts={tmp_path / 'empty.jsonl'}", until="plan")

@@ -86,7 +86,7 @@ def test_a_stop_within_a_step_does_not_wait_for_its_end(straight, tmp_path, micr
     """Micro-step 3 is the first of step 2: what is saved is the end of step 1."""
     code, output = faulty.stopped_at(tmp_path / "run", micro_step)
     assert code == 128 + signal.SIGTERM, output
-    assert read_jsonl(tmp_path / "run/recover/checkpoints.jsonl")[-1]["step"] == 1
+    assert read_jsonl(tmp_path / "run/train/checkpoints.jsonl")[-1]["step"] == 1
     assert faulty.goes_on(tmp_path / "run", straight) is None
 
 
@@ -117,19 +117,19 @@ def test_a_nan_costs_one_step_and_nothing_else(tmp_path, where):
     """Step 2 of 6; what is trained on besides is the same, so the losses are not far from a clean run's."""
     code, output = faulty.poisoned_at(tmp_path / "run", where, math.nan, range(3, 4), tokens=1500)
     assert code == 0, output
-    training = read_json(tmp_path / "run/recover/training.json")
+    training = read_json(tmp_path / "run/train/training.json")
     assert (training["skipped"], training["rollbacks"]) == (1, 0)
     (finding,) = training["findings"]
     assert finding["step"] == 2 and finding["sequences"] == [9, 16] and "not finite" in finding["found"]
     assert finding["tensors"][0].startswith("gradient of base_model.model.model.layers.")
-    assert all(math.isfinite(epoch["loss"]) for epoch in read_json(tmp_path / "run/recover/best.json")["epochs"])
+    assert all(math.isfinite(epoch["loss"]) for epoch in read_json(tmp_path / "run/train/best.json")["epochs"])
 
 
 def test_a_nan_in_the_last_step_is_trained_again(straight, tmp_path):
     code, output = faulty.poisoned_at(tmp_path / "run", "loss", math.inf, range(6, 7))
     assert code == 0 and "back to checkpoint-2" in output, output
     assert faulty.same(faulty.adapter(tmp_path / "run"), straight)
-    assert read_json(tmp_path / "run/recover/training.json")["rollbacks"] == 1
+    assert read_json(tmp_path / "run/train/training.json")["rollbacks"] == 1
 
 
 def test_a_cause_that_stays_ends_in_a_diagnosis(tmp_path):
@@ -137,7 +137,7 @@ def test_a_cause_that_stays_ends_in_a_diagnosis(tmp_path):
     assert code == 1 and "TrainingError: step 4: the gradient is not finite" in output, output
     assert "after 3 returns to a checkpoint" in output and "sequences 25-32" in output
     warned = [line for line in output.splitlines() if line.startswith("warning: step")]
-    assert len(warned) == 1 and len(warned[0]) < 200 and "lower recover.lr" in warned[0], warned
+    assert len(warned) == 1 and len(warned[0]) < 200 and "lower train.lr" in warned[0], warned
 
 
 def test_rollbacks_come_sooner_each_time():
@@ -248,7 +248,7 @@ def test_two_trainings_in_one_folder_refuse(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     first = faulty.start(lambda: faulty.train_tiny(folder), tmp_path / "first.log")
-    while not (folder / "recover").exists():
+    while not (folder / "train").exists():
         pass
     code, output = faulty.run(folder)
     assert code == 1 and "works on this run" in output

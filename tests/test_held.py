@@ -94,7 +94,7 @@ def test_every_view_is_made_of_one_reading(made, reads):
     dense = logits(made.dense().model)
     pruned = logits(made.pruned().model)
     twin = made.lend()
-    twin.add_lora(made.recipe.recover.lora)  # what training does to it
+    twin.add_lora(made.recipe.train.lora)  # what training does to it
     assert torch.equal(logits(made.stock()), dense) and torch.equal(logits(made.pruned().model), pruned)
     assert made.pruned() is not twin and torch.equal(logits(made.dense().model), dense)
     assert reads == ["embedded:fable-2m"]

@@ -75,7 +75,7 @@ def test_the_modules_do_write_when_they_are_imported(hostile: Path) -> None:
 def test_a_whole_run_imports_nothing_from_the_folder_it_is_given_in(hostile: Path, script: str, tmp_path: Path) -> None:
     for name in ("recover.py", "runpy.py"):
         write(hostile, name)
-    job = ["run", str(QUICKSTART), "--runs", str(tmp_path / "runs"), *SMALL, "recover.epochs=1", "model.source=."]
+    job = ["run", str(QUICKSTART), "--runs", str(tmp_path / "runs"), *SMALL, "train.epochs=1", "model.source=."]
     done = call(hostile, script, *job, "prune={kind: depth, blocks: [3]}")
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "runs" / "quickstart" / "verify.json").read_text())["ok"]

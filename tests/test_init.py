@@ -62,11 +62,12 @@ def aimed(of: Description = SMALL, **wanted: Any) -> Target:
 @pytest.mark.parametrize(
     ("wanted", "kind", "fields"),
     [
-        ({}, "depth", {"count": 2}),
+        ({}, "width", {"mlp": 0.125}),
+        ({"drop": "10%"}, "depth", {"count": 2}),
         ({"drop": "25%"}, "depth", {"count": 6}),
         ({"drop": "3"}, "depth", {"count": 3}),
         ({"drop": "1%"}, "depth", {"count": 1}),
-        ({"width": "25%"}, "width", {"mlp": 0.25, "score": "fluctuation"}),
+        ({"width": "25%"}, "width", {"mlp": 0.25, "score": "obs", "repair": "linear"}),
         ({"width": "0.125"}, "width", {"mlp": 0.125}),
         ({"sparsity": "50%"}, "wanda", {"sparsity": 0.5, "allocation": "outliers"}),
         ({"sparsity": "5%"}, "wanda", {"sparsity": 0.05, "allocation": "uniform"}),
@@ -91,7 +92,7 @@ def test_parameters_are_reached_by_the_least_that_does(of, by):
 
 
 def test_memory_counts_the_cache_of_the_blocks_that_stay():
-    found = aimed(SEVEN, memory="12GB")
+    found = aimed(SEVEN, memory="12GB", by="depth")
     kept = SEVEN.blocks - found.prune.count
 
     def taken(blocks: int) -> float:
@@ -124,7 +125,10 @@ def test_speed_is_of_the_weights_that_a_token_reads():
         ({"sparsity": "4:2"}, "--sparsity: found '4:2', expected N:M with N < M"),
         ({"params": "1.2X"}, "--params: found '1.2X', expected a number such as 1.2B"),
         ({"params": "9B"}, r"--params 9B: the dense model has [\d,]+ parameters, which is enough"),
-        ({"params": "1M"}, r"--params 1M: .* no pruning by depth reaches it \(22 were tried\); .*--by width"),
+        (
+            {"params": "1M", "by": "depth"},
+            r"--params 1M: .* no pruning by depth reaches it \(22 were tried\); .*--by width",
+        ),
         ({"memory": "8"}, "--memory: found '8', expected a number such as 8GB"),
         ({"memory": "1KB", "by": "width"}, "no pruning by width reaches it"),
         ({"speedup": 0.9}, "--speedup: found 0.9, expected more than 1"),
@@ -151,23 +155,23 @@ def test_the_draft_is_a_recipe_and_fits_the_machine(wanted, machine):
     assert draft.fits(lines)
     assert memory.peak_bytes(SMALL, training_memory(recipe, SMALL, goal.cost)) <= machine.usable
     assert recipe.name == f"small-0.5b-{goal.word}" and recipe.measure.allow_code_execution
-    assert [each.prompts for each in recipe.recover.data] == ["blend:math", "blend:code"]
+    assert [each.prompts for each in recipe.train.data] == ["blend:math", "blend:code"]
     size = defaults.training(SMALL.parameters)
-    assert (recipe.recover.lr, recipe.recover.lora.rank) == (size.lr, size.rank)
+    assert (recipe.train.lr, recipe.train.lora.rank) == (size.lr, size.rank)
 
 
 def test_a_larger_machine_takes_more_at_once_and_recomputes_less():
     def made(machine: Machine) -> Any:
-        return draft.recipe_of(draft.draft("org/7B", SEVEN, aimed(SEVEN), TEXTS, machine))
+        return draft.recipe_of(draft.draft("org/7B", SEVEN, aimed(SEVEN, drop="10%"), TEXTS, machine))
 
     large, small = made(H200), made(Machine("cuda", "card", 26 * GB, "bfloat16"))
-    assert large.recover.micro_batch_size > (small.recover.micro_batch_size or 0)
-    assert not large.recover.gradient_checkpointing
+    assert large.train.micro_batch_size > (small.train.micro_batch_size or 0)
+    assert not large.train.gradient_checkpointing
     assert large.measure.batch_size > small.measure.batch_size >= 1
-    assert large.recover.data[0].batch_size > small.recover.data[0].batch_size
-    tight = draft.draft("org/7B", SEVEN, aimed(SEVEN), TEXTS, Machine("cuda", "card", 22 * GB, "bfloat16"))
-    assert draft.recipe_of(tight).recover.gradient_checkpointing and draft.fits(tight)
-    none = draft.draft("org/7B", SEVEN, aimed(SEVEN), TEXTS, Machine("cuda", "card", 12 * GB, "bfloat16"))
+    assert large.train.data[0].batch_size > small.train.data[0].batch_size
+    tight = draft.draft("org/7B", SEVEN, aimed(SEVEN, drop="10%"), TEXTS, Machine("cuda", "card", 22 * GB, "bfloat16"))
+    assert draft.recipe_of(tight).train.gradient_checkpointing and draft.fits(tight)
+    none = draft.draft("org/7B", SEVEN, aimed(SEVEN, drop="10%"), TEXTS, Machine("cuda", "card", 12 * GB, "bfloat16"))
     assert not draft.fits(none) and "TOO LARGE for this machine" in draft.written(none)
 
 
@@ -180,11 +184,11 @@ def test_a_cpu_takes_float32_where_it_has_room_for_it():
 def test_tokens_grow_with_what_goes():
     size = defaults.training(SMALL.parameters)
     few, many = (draft.recipe_of(draft.draft("m", SMALL, aimed(drop=n), TEXTS, H200)) for n in ("1", "6"))
-    assert few.recover.tokens == size.tokens < many.recover.tokens <= defaults.MOST_TOKENS
+    assert few.train.tokens == size.tokens < many.train.tokens <= defaults.MOST_TOKENS
     assert defaults.tokens(size, 2 * size.share)[0] == 2 * size.tokens
     assert defaults.tokens(size, 0.9)[0] == defaults.MOST_TOKENS
     given = draft.draft("m", SMALL, aimed(), TEXTS, H200, tokens=12_345)
-    assert ("recover.tokens", 12_345, "as asked for") in given
+    assert ("train.tokens", 12_345, "as asked for") in given
     rates = [defaults.training(count).lr for count in (2e6, 135e6, 0.6e9, 7e9)]
     assert rates == sorted(rates, reverse=True)
 
@@ -255,7 +259,7 @@ def test_what_it_writes_passes_plan(here, wanted):
     done = call("init", "embedded:fable-2m", *wanted, *OWN, "--out", "to/my.yaml")
     assert done.exit_code == 0, done.output
     recipe = load_recipe(here / "to" / "my.yaml")
-    assert recipe.recover.data[0].prompts == str(here / "mine" / "prompts.jsonl")
+    assert recipe.train.data[0].prompts == str(here / "mine" / "prompts.jsonl")
     planned = call("plan", "to/my.yaml")
     assert planned.exit_code == 0, planned.output
     assert "wrote to/my.yaml" in done.stdout and "recover plan to/my.yaml" in done.stdout
@@ -323,10 +327,9 @@ def test_a_recipe_that_is_there_is_not_written_over(here):
     again = call("init", "embedded:fable-2m", *OWN, "--tokens", "600")
     assert again.exit_code == 2 and "is there; name another --out" in again.stderr and written.read_text() == before
     assert (
-        call("init", "embedded:fable-2m", *OWN, "--tokens", "600", "--replace", "--name", "fable-2m-drop1").exit_code
-        == 0
+        call("init", "embedded:fable-2m", *OWN, "--tokens", "600", "--replace", "--name", written.stem).exit_code == 0
     )
-    assert load_recipe(written).recover.tokens == 600
+    assert load_recipe(written).train.tokens == 600
 
 
 def test_the_smallest_gpu_counts(monkeypatch):

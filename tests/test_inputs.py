@@ -59,7 +59,7 @@ def leaves(user: Path) -> dict[str, Any]:
         "model": {"source": str(user / "model"), "revision": None},
         "prune": {"calibration": {"data": str(user / "set")}},
         "probe": {"prompts": str(user / "prompts.jsonl")},
-        "recover": {
+        "train": {
             "data": [{"kind": "given", "source": str(user / "gi*.jsonl")}],
             "cache": {"folder": str(user / "set" / "deep")},
         },
@@ -232,7 +232,12 @@ def test_a_data_set_is_read_from_one_commit(standin: Standin, monkeypatch: pytes
         asked.append((name, revision))
         return datasets.Dataset.from_list([{"text": "a"}])
 
+    class Json:  # as the reader of `datasets` that the hub's files ask for
+        __module__ = "datasets.packaged_modules.json.json"
+        config = SimpleNamespace(data_files=None)
+
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, revision: Json() if revision == OLD else None)
     assert rows_at("org/rows")[0].value == {"text": "a"}
     standin.head = NEW
     assert len(rows_at("org/rows")) == 1 and asked == [("org/rows", OLD)] * 2
@@ -243,7 +248,7 @@ def test_repositories_of_a_recipe_are_all_found(user: Path) -> None:
     recipe = leaves(user)
     recipe["model"] = {"source": "org/tiny", "tokenizer": "org/words", "revision": "v2"}
     recipe["prune"]["calibration"]["data"] = "wikitext"
-    recipe["recover"]["data"].append({"kind": "dense", "prompts": "org/asked"})
+    recipe["train"]["data"].append({"kind": "dense", "prompts": "org/asked"})
     recipe["measure"]["tasks"].append(str(user / "far.yaml"))
     found = sorted(map(str, repositories(recipe)))
     assert found == [

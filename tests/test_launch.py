@@ -17,7 +17,7 @@ from tiny import tiny_config
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_hf_deepspeed_config
 
 from recover.base import memory
-from recover.config.recipe import Recover
+from recover.config.recipe import Train
 from recover.train.settings import split_batch, training_arguments
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +77,7 @@ def test_deepspeed_leaves_sizes_to_the_recipe_and_adapters_in_float32(path):
 @pytest.mark.parametrize("path", JSONS, ids=by_name)
 @pytest.mark.parametrize(("processes", "micro"), [(1, 4), (2, None), (8, 2), (16, 1)])
 def test_deepspeed_takes_it_with_what_the_trainer_fills_in(path, processes, micro, tmp_path, monkeypatch):
-    cfg = Recover.model_validate(
+    cfg = Train.model_validate(
         {"data": [{"kind": "dense", "prompts": "p"}], "batch_size": 32, "micro_batch_size": micro, "max_grad_norm": 0.5}
     )
     split = split_batch(cfg, processes)
@@ -134,15 +134,15 @@ def started(monkeypatch):
 
 @pytest.mark.parametrize("path", YAMLS, ids=by_name)
 def test_what_it_starts(path, started):
-    arguments, environment = started("--config_file", str(path), "-m", "recover", "run", "a.yaml", "recover.lr=1e-3")
+    arguments, environment = started("--config_file", str(path), "-m", "recover", "run", "a.yaml", "train.lr=1e-3")
     named = (load_config_from_file(str(path)).deepspeed_config or {}).get("deepspeed_config_file")
     assert environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") == named
     assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
     if path.stem == "cpu":
-        assert arguments == [sys.executable, "-m", "recover", "run", "a.yaml", "recover.lr=1e-3"]
+        assert arguments == [sys.executable, "-m", "recover", "run", "a.yaml", "train.lr=1e-3"]
         return
     assert arguments.training_script == "recover" and arguments.module
-    assert arguments.training_script_args == ["run", "a.yaml", "recover.lr=1e-3"]
+    assert arguments.training_script_args == ["run", "a.yaml", "train.lr=1e-3"]
     machines = 2 if path.stem == "multi_node" else 1
     assert int(arguments.nproc_per_node) * machines == PROCESSES.get(path.stem, 2)
     assert int(arguments.nnodes.split(":")[0]) == machines
@@ -201,7 +201,7 @@ def test_slurm_passes_a_failure_on(tmp_path):
 def test_two_machines_under_slurm_do_a_whole_run(tmp_path):
     """Two launchers on this machine find each other as two machines do: multi_node.yaml, on CPUs, to the report."""
     small = ["measure.limit=6", "measure.max_new_tokens=24", "measure.sampling=null", "probe.samples=2"]
-    small += ["probe.steps=4", "recover.tokens=600", "recover.epochs=2", "recover.batch_size=4"]
+    small += ["probe.steps=4", "train.tokens=600", "train.epochs=2", "train.batch_size=4"]
     small.append("prune={kind: depth, blocks: [3]}")
     done = slurm(
         tmp_path,

@@ -9,7 +9,7 @@ from test_conversation import ADDED, chatty
 from tiny import tiny
 
 from recover.base.errors import DataError
-from recover.config.recipe import Calibration, DenseText, GivenText, Recover
+from recover.config.recipe import Calibration, DenseText, GivenText, Train
 from recover.measure.task_file import load_task
 from recover.models.plan import Plan
 from recover.models.twin import Twin
@@ -59,7 +59,7 @@ def test_prompts_that_are_too_long_or_empty_are_left_out_and_counted(tmp_path, c
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (PROMPTS[:2], r"p\.jsonl:2: the prompt has 40 tokens, which leaves none of recover\.length 32"),
+        (PROMPTS[:2], r"p\.jsonl:2: the prompt has 40 tokens, which leaves none of train\.length 32"),
         (PROMPTS[2:3], r"p\.jsonl:1: column 'prompt' must hold str, not empty"),
     ],
 )
@@ -97,7 +97,7 @@ def test_empty_rows_of_given_text_are_left_out_in_plan_and_in_training(tmp_path,
     check_given(GivenText.model_validate(given), tokenizer, 64)
     said = " ".join(capsys.readouterr().err.split())
     assert "t.jsonl: 1 row left out" in said and "t.jsonl:31: " in said
-    cfg = Recover.model_validate({"epochs": 1, "tokens": 10_000, "length": 64, "batch_size": 4, "data": [given]})
+    cfg = Train.model_validate({"epochs": 1, "tokens": 10_000, "length": 64, "batch_size": 4, "data": [given]})
     build_dataset(cfg, Twin(tiny(), Plan("depth", 6, (2,))), tokenizer, 0, tmp_path / "data")
     assert "1 rows left out" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(DataError, match=r"t\.jsonl:31: "):
@@ -138,7 +138,7 @@ def test_the_last_answer_of_a_conversation_is_written_anew(tmp_path):
     path = jsonl(tmp_path / "m.jsonl", [*rows, {"prompt": "plain"}])
     tokenizer = chatty(ADDED)
     data = {"kind": "dense", "prompts": path, "max_new_tokens": 8, "batch_size": 4}
-    cfg = Recover.model_validate({"epochs": 1, "tokens": 60, "length": 120, "batch_size": 2, "data": [data]})
+    cfg = Train.model_validate({"epochs": 1, "tokens": 60, "length": 120, "batch_size": 2, "data": [data]})
     written = build_dataset(cfg, Twin(tiny(), Plan("depth", 6, (2,))), tokenizer, 0, tmp_path / "data")
     prompts = {
         tokenizer.decode(

@@ -39,7 +39,7 @@ def twin():
     return Twin(tiny(), Plan("depth", 6, (2, 4)))
 
 
-def go(folder, tokens, name="recover", **changes):
+def go(folder, tokens, name="train", **changes):
     given = two_processes.cfg(
         folder, **{"tokens": tokens, "batch_size": 4, "warmup": 0.2, "lr": 3e-3, "loss": LOSS, **changes}
     )
@@ -91,7 +91,7 @@ def test_the_text_of_each_source_goes_on(folder):
 
 def test_a_lengthened_training_goes_on_from_weights_and_moments_and_warms_up_again(folder, monkeypatch, capsys):
     ended = go(folder, SHORT)
-    recover = folder / "recover"
+    recover = folder / "train"
     before, state = read_jsonl(recover / "steps.jsonl"), next((recover / "checkpoints").glob("checkpoint-*"))
     saved = load_file(state / "trained.safetensors")
     begun = []
@@ -129,7 +129,7 @@ def test_a_lengthened_training_that_is_stopped_goes_on_to_the_same_bits(folder, 
     go(folder, SHORT, "straight")
     straight = go(folder, LONG, "straight")
     go(folder, SHORT)
-    step = len(read_jsonl(folder / "recover" / "steps.jsonl")) + 3
+    step = len(read_jsonl(folder / "train" / "steps.jsonl")) + 3
     at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(StopRequested):
         go(folder, LONG)
@@ -137,7 +137,7 @@ def test_a_lengthened_training_that_is_stopped_goes_on_to_the_same_bits(folder, 
     found = go(folder, LONG)
     assert all(torch.equal(found[name], straight[name]) for name in straight)
     again = go(folder, 1600)  # and once more
-    assert [part["tokens"] for part in read_json(folder / "recover" / "training.json")["parts"]] == [SHORT, LONG, 1600]
+    assert [part["tokens"] for part in read_json(folder / "train" / "training.json")["parts"]] == [SHORT, LONG, 1600]
     assert any(not torch.equal(again[name], found[name]) for name in found)
 
 
@@ -147,8 +147,8 @@ def test_a_training_that_patience_ended_is_lengthened_from_where_it_stood(folder
     score = lambda *_: next(scores)  # noqa: E731
     for tokens in (SHORT, LONG):
         cfg = two_processes.cfg(folder, **{**given, "tokens": tokens})
-        train(twin(), byte_tokenizer(), cfg, folder / "recover", score, seed=3)
-    parts = read_json(folder / "recover" / "training.json")["parts"]
+        train(twin(), byte_tokenizer(), cfg, folder / "train", score, seed=3)
+    parts = read_json(folder / "train" / "training.json")["parts"]
     assert len(parts[0]["ends"]) == 2 and len(parts[1]["ends"]) == 1
     rows = 4 * parts[1]["ends"][-1]
     assert rows == len(texts(build_dataset(cfg, twin(), byte_tokenizer(), 3, folder, packed=True, parts=parts[:1])))
@@ -171,25 +171,23 @@ def test_what_is_not_the_same_training_begins_anew(folder, why, changes):
     loss = {"loss": changes["loss"]} if "loss" in changes else {}
     go(folder, SHORT, **loss)
     go(folder, **changes)
-    parts = read_json(folder / "recover" / "training.json")["parts"]
+    parts = read_json(folder / "train" / "training.json")["parts"]
     assert [part["tokens"] for part in parts] == [changes["tokens"]], why
-    assert read_jsonl(folder / "recover" / "steps.jsonl")[0]["step"] == 1
+    assert read_jsonl(folder / "train" / "steps.jsonl")[0]["step"] == 1
 
 
 def test_without_its_last_checkpoint_it_says_so_and_begins_anew(folder, capsys):
     go(folder, SHORT)
-    for path in (folder / "recover" / "checkpoints").rglob("trained.safetensors"):
+    for path in (folder / "train" / "checkpoints").rglob("trained.safetensors"):
         path.write_bytes(path.read_bytes()[:-9])
     go(folder, LONG)
     assert "cannot be gone on with, and training begins anew" in capsys.readouterr().err
-    assert [part["tokens"] for part in read_json(folder / "recover" / "training.json")["parts"]] == [LONG]
+    assert [part["tokens"] for part in read_json(folder / "train" / "training.json")["parts"]] == [LONG]
 
 
 def test_too_few_tokens_more_for_a_step_are_refused(folder):
     go(folder, SHORT)
-    with pytest.raises(
-        DataError, match=r"recover\.tokens: 701 make no step of 4 more than the finished training's 700"
-    ):
+    with pytest.raises(DataError, match=r"train\.tokens: 701 make no step of 4 more than the finished training's 700"):
         go(folder, SHORT + 1)
 
 
@@ -209,20 +207,20 @@ def test_epochs_that_are_new_follow_those_that_were(folder, parts, epochs, token
 
 def test_a_run_goes_on_when_tokens_are_raised_and_starts_over_when_told_to(tmp_path, capsys):
     small = ["measure.limit=6", "measure.max_new_tokens=8", "measure.sampling=null", "probe.samples=2", "probe.steps=4"]
-    small += ["probe.items=0", "probe.sublayers=false", "recover.epochs=1", "recover.batch_size=4"]
+    small += ["probe.items=0", "probe.sublayers=false", "train.epochs=1", "train.batch_size=4"]
     small += ["prune={kind: depth, blocks: [3, 11]}"]
 
     def run(tokens, **options):
-        recipe = load_recipe(QUICKSTART, [*small, f"recover.tokens={tokens}"])
-        return stages.run(recipe, tmp_path, until="recover", **options)
+        recipe = load_recipe(QUICKSTART, [*small, f"train.tokens={tokens}"])
+        return stages.run(recipe, tmp_path, until="train", **options)
 
     run(400)
     directory = run(800)
     text = " ".join(capsys.readouterr().out.split())
-    assert "recover.tokens: 400 -> 800" in text and "Training goes on where it ended" in text
+    assert "train.tokens: 400 -> 800" in text and "Training goes on where it ended" in text
     assert "replaces the recovery" not in text
     assert [line["epoch"] for line in read_jsonl(directory.epochs)] == [1, 2]
-    assert len(read_json(directory.recover / "training.json")["parts"]) == 2
-    run(1200, start="recover")
+    assert len(read_json(directory.train / "training.json")["parts"]) == 2
+    run(1200, start="train")
     assert [line["epoch"] for line in read_jsonl(directory.epochs)] == [1]
-    assert len(read_json(directory.recover / "training.json")["parts"]) == 1
+    assert len(read_json(directory.train / "training.json")["parts"]) == 1

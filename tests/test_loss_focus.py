@@ -13,7 +13,7 @@ from tiny import tiny
 from transformers import TrainerCallback
 
 from recover.base.errors import StopRequested
-from recover.config.recipe import Loss, Recover
+from recover.config.recipe import Loss, Train
 from recover.distill.loss import distillation_loss
 from recover.distill.loss_terms import FOCUS, TOTAL, focused, loss_terms
 from recover.distill.loss_topk import topk_of
@@ -119,9 +119,9 @@ def test_of_a_teachers_top_k_the_rest_is_one_class(by, k):
 
 def test_a_teachers_file_has_no_entropy():
     data = [{"kind": "teacher", "source": "x.jsonl"}]
-    Recover.model_validate({"data": data, "loss": {"focus": {"by": "disagreement"}}})
+    Train.model_validate({"data": data, "loss": {"focus": {"by": "disagreement"}}})
     with pytest.raises(ValueError, match=r"loss\.focus\.by: dense's entropy needs the whole distribution"):
-        Recover.model_validate({"data": data, "loss": {"focus": {"by": "entropy"}}})
+        Train.model_validate({"data": data, "loss": {"focus": {"by": "entropy"}}})
 
 
 @pytest.mark.parametrize("by", MEASURES)

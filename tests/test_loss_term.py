@@ -12,7 +12,7 @@ from tiny import tiny
 
 from recover.base.artifacts import read_jsonl
 from recover.config.loss import TERMS, LossTerm, register
-from recover.config.recipe import Loss, Recover
+from recover.config.recipe import Loss, Train
 from recover.distill.loss import distillation_loss, with_others
 from recover.distill.loss_terms import FUSED, computed, loss_terms, rows
 from recover.models.plan import Plan
@@ -91,14 +91,14 @@ def test_a_training_learns_by_it_logs_it_and_the_report_draws_it(term, tmp_path)
     cfg = two_processes.cfg(tmp_path, loss={"kl": 0.5, "terms": {"hellinger": 2.0}})
     twin = Twin(tiny(), Plan("depth", 6, (2, 4)))
     epochs = []
-    folder = tmp_path / "recover"
+    folder = tmp_path / "train"
     train(twin, byte_tokenizer(), cfg, folder, lambda epoch, record: epochs.append(record), seed=3)
     lines = read_jsonl(folder / "steps.jsonl")
     for record in [*lines, *(each["train"] for each in epochs)]:
         assert record["hellinger"] > 0
         assert record["loss"] == pytest.approx(0.5 * record["kl"] + 2 * record["hellinger"], rel=1e-5)
     assert lines[-1]["hellinger"] < lines[0]["hellinger"]
-    found = curve(folder / "steps.jsonl", {"recover": cfg.model_dump()})
+    found = curve(folder / "steps.jsonl", {"train": cfg.model_dump()})
     assert found is not None and found["ends"]["hellinger"][0] is not None
     run = a_run(tmp_path / "run", lines, **cfg.loss.model_dump(include={"kl", "terms"}))
     assert all(">KL<" in svg and ">Hellinger<" in svg for svg in drawn(run))
@@ -121,7 +121,7 @@ def test_a_recipe_is_held_against_what_is_registered(term):
             Loss(terms=weights)
     with pytest.raises(ValueError, match=r"loss\.terms\.hellinger: needs the whole distribution"):
         data = [{"kind": "teacher", "source": "x.jsonl"}]
-        Recover.model_validate({"data": data, "loss": {"terms": {"hellinger": 1.0}}})
+        Train.model_validate({"data": data, "loss": {"terms": {"hellinger": 1.0}}})
 
 
 @pytest.mark.parametrize("name", ["hellinger", "kl", "chunk", "tokens", "grad_norm", "a-b"])

@@ -22,7 +22,7 @@ from recover.run.directory import RunDirectory
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 VERSIONS = {"recover": "0.1.0", "versions": {"torch": "2.13.0", "transformers": "5.24.0"}, "machine": None}
-DONE = ("dense", "prune", "before", "recover", "after", "export")
+DONE = ("dense", "prune", "before", "train", "after", "export")
 
 
 def stamped(root: Path, **changes: dict[str, Any]) -> RunDirectory:
@@ -72,21 +72,21 @@ def test_a_run_of_one_recipe_is_not_mixed_and_says_what_each_stage_was_made_with
         ),
         (
             {stage: {"fingerprint": {"seed": 3}} for stage in DONE},
-            "Stage dense, prune, before, recover, after and export was made with another recipe than recipe.yaml has "
+            "Stage dense, prune, before, train, after and export was made with another recipe than recipe.yaml has "
             "now (seed: 3, and 0 in recipe.yaml).",
         ),
         (
-            {"after": {"fingerprint": {"stages": {"dense": "2020-01-01", "prune": None, "recover": None}}}},
+            {"after": {"fingerprint": {"stages": {"dense": "2020-01-01", "prune": None, "train": None}}}},
             "Stage after was made from an earlier dense, which was done again since.",
         ),
         (
             {"after": {"fingerprint": {"inputs": {"/data/sums.jsonl": "b" * 64}}}},
-            "/data/sums.jsonl was changed within this run: dense, prune, before, recover and export read one, and "
+            "/data/sums.jsonl was changed within this run: dense, prune, before, train and export read one, and "
             "after another.",
         ),
         (
             {"export": {"made": {"versions": {"torch": "2.14.0", "transformers": "5.24.0"}}}},
-            "Stages were made with different versions of torch (2.13.0: dense, prune, before, recover and after; "
+            "Stages were made with different versions of torch (2.13.0: dense, prune, before, train and after; "
             "2.14.0: export).",
         ),
     ],

@@ -15,7 +15,7 @@ from recover.report.collect import collect
 from recover.run import stage_work, stages
 from recover.run.directory import RunDirectory
 
-TWO = ("prune={kind: magnitude, sparsity: 0.4}", "recover.epochs=2", "probe.sublayers=false", "recover.lr=1e-2")
+TWO = ("prune={kind: magnitude, sparsity: 0.4}", "train.epochs=2", "probe.sublayers=false", "train.lr=1e-2")
 FEW, MORE = "measure.limit=2", "measure.limit=4"
 
 
@@ -33,7 +33,7 @@ def otherwise(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def there(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
     """A copy of the run, in a program that must not train."""
-    monkeypatch.setattr(stage_work, "train", refuse)
+    monkeypatch.setattr(stage_work.training, "train", refuse)
     return RunDirectory(shutil.copytree(whole, tmp_path / whole.name))
 
 
@@ -54,11 +54,11 @@ def figures(record: dict[str, Any]) -> dict[str, Any]:
 def test_other_rules_of_measuring_train_nothing_and_give_what_a_run_by_them_gives(
     there: RunDirectory, otherwise: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trained, exported = there.done("recover"), there.done("export")
+    trained, exported = there.done("train"), there.done("export")
     again(there, MORE, until="report")
     said = capsys.readouterr().out
     assert "measure.limit: 2 -> 4" in said and "epoch 2, measured again from its adapter" in said
-    assert there.done("recover") == trained
+    assert there.done("train") == trained
     other = RunDirectory(otherwise)
     mine, theirs = read_jsonl(there.epochs_again), read_jsonl(other.epochs)
     assert [each["epoch"] for each in mine] == [1, 2]
@@ -80,7 +80,7 @@ def test_other_rules_of_measuring_train_nothing_and_give_what_a_run_by_them_give
     again(there, MORE)
     assert "measured again" not in capsys.readouterr().out
     again(there, FEW)
-    assert not there.epochs_again.exists() and there.done("recover") == trained
+    assert not there.epochs_again.exists() and there.done("train") == trained
     assert [epoch["items"]["stories"] for epoch in collect(there.root)["epochs"]] == [2, 2]
 
 
@@ -107,12 +107,12 @@ def test_the_epoch_that_is_best_by_the_new_rules_is_kept_and_exported(
 @pytest.mark.parametrize(
     ("overrides", "redone"),
     [
-        (("measure.batch_size=7", "probe.batch_size=3", "recover.save_steps=3"), set()),
-        (("recover.gradient_checkpointing=true", "recover.loss.chunk=64"), set()),
+        (("measure.batch_size=7", "probe.batch_size=3", "train.save_steps=3"), set()),
+        (("train.gradient_checkpointing=true", "train.loss.chunk=64"), set()),
         (("measure.samples=5",), {"dense", "before", "after"}),
         (("probe.samples=3",), {"before", "after"}),
         (("measure.tasks=[embedded:stories, embedded:facts]",), {"dense", "before", "after"}),
-        (("recover.lr=1e-3",), {"recover", "after", "export"}),
+        (("train.lr=1e-3",), {"train", "after", "export"}),
         (("export.dtype=bfloat16",), {"export"}),
     ],
 )
@@ -136,17 +136,17 @@ def test_more_samples_are_shown_without_training_and_without_a_new_export(there:
 
 
 def test_a_lost_record_is_measured_again_without_training(there: RunDirectory) -> None:
-    names, trained = ("dense/generations.json", "before/probe.jsonl"), there.done("recover")
+    names, trained = ("dense/generations.json", "before/probe.jsonl"), there.done("train")
     for name in names:
         (there.root / name).unlink()
     again(there)
-    assert all((there.root / name).exists() for name in names) and there.done("recover") == trained
+    assert all((there.root / name).exists() for name in names) and there.done("train") == trained
 
 
 def test_an_adapter_that_is_gone_is_not_chosen_and_is_named(
     there: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.rmtree(there.recover / f"epoch-{3 - there.best()['epoch']}")
+    shutil.rmtree(there.train / f"epoch-{3 - there.best()['epoch']}")
     again(there, MORE)
     assert "cannot be measured again and is not chosen from" in capsys.readouterr().err
     assert [each["epoch"] for each in there.best()["epochs"]] == [there.best()["epoch"]]
@@ -173,7 +173,7 @@ def test_a_measurement_that_was_stopped_goes_on(there: RunDirectory, monkeypatch
 
 def test_a_run_of_an_earlier_version_is_not_trained_again_for_what_that_noted_otherwise(whole: Path, tmp_path) -> None:
     there = RunDirectory(shutil.copytree(whole, tmp_path / whole.name))
-    path = there.folder("recover") / "DONE.json"
+    path = there.folder("train") / "DONE.json"
     stamp = read_json(path)
     dense = (there.done("dense") or {})["fingerprint"]
     del stamp["made"]
@@ -182,7 +182,7 @@ def test_a_run_of_an_earlier_version_is_not_trained_again_for_what_that_noted_ot
     stamp["fingerprint"]["stages"]["dense"] = "2026-01-01"
     path.write_text(json.dumps(stamp))
     recipe = load_recipe(QUICKSTART, [*SMALL, *TWO, MORE])
-    assert there.stale_reason("recover", stages.fingerprint("recover", recipe, there)) is None
-    stamp["fingerprint"]["recover"]["lr"] = 7
+    assert there.stale_reason("train", stages.fingerprint("train", recipe, there)) is None
+    stamp["fingerprint"]["train"]["lr"] = 7
     path.write_text(json.dumps(stamp))
-    assert there.stale_reason("recover", stages.fingerprint("recover", recipe, there)) == "recover.lr: 7 -> 0.01"
+    assert there.stale_reason("train", stages.fingerprint("train", recipe, there)) == "train.lr: 7 -> 0.01"

@@ -20,7 +20,7 @@ from recover.report.collect import collect
 from recover.run.directory import RunDirectory
 
 ONE = (
-    *("prune={kind: depth, blocks: [3]}", "recover.epochs=1", "probe.sublayers=false", "measure.limit=2"),
+    *("prune={kind: depth, blocks: [3]}", "train.epochs=1", "probe.sublayers=false", "measure.limit=2"),
     *("measure.tasks=[embedded:facts]", "probe.prompts=embedded:tasks/prompts.jsonl"),
 )
 MORE = "name: {name}\nkind: generate\ndata: rows.jsonl\nprompt: '{{question}}'\n"
@@ -51,7 +51,7 @@ def tasks(tmp_path: Path) -> Path:
 
 
 def test_a_task_is_added_to_a_finished_run_without_training(there: RunDirectory, tasks: Path) -> None:
-    stamps = {stage: there.done(stage) for stage in ("dense", "prune", "before", "recover", "after")}
+    stamps = {stage: there.done(stage) for stage in ("dense", "prune", "before", "train", "after")}
     before: Any = collect(there.root)
     done = call("measure", there.root, "--tasks", tasks / "roses.yaml", tasks / "words.yaml", "--limit", 3)
     assert done.exit_code == 0, done.output
@@ -82,7 +82,7 @@ def test_a_task_is_added_to_a_finished_run_without_training(there: RunDirectory,
 
 def test_what_was_measured_on_an_earlier_recovery_is_left_out_and_named(there: RunDirectory, tasks: Path) -> None:
     assert call("measure", there.root, "--tasks", tasks / "words.yaml", "--limit", 1).exit_code == 0
-    path = there.folder("recover") / "DONE.json"
+    path = there.folder("train") / "DONE.json"
     path.write_text(json.dumps({**read_json(path), "finished": "2030-01-01T00:00:00"}))
     data = collect(there.root)
     assert data["measured_later"] == [] and "words" not in {row["task"] for row in data["measures"]}
@@ -106,7 +106,7 @@ def test_what_cannot_be_added_is_refused_before_a_model_is_read(there: RunDirect
 
 
 def test_a_run_that_is_not_trained_yet_has_two_models(there: RunDirectory, tasks: Path) -> None:
-    there.unmark("recover")
+    there.unmark("train")
     done = call("measure", there.root, "--tasks", tasks / "words.yaml", "--limit", 1)
     assert done.exit_code == 0, done.output
     assert list(read_json(there.more / "words.json")["models"]) == ["dense", "pruned"]

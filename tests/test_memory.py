@@ -75,6 +75,50 @@ def test_a_block_keeps_as_much_as_the_formula_says(changes, dtype, element, lean
     assert found == pytest.approx(memory.block_bytes_per_token(six, RANK, element, lean=lean), rel=0.002)
 
 
+@pytest.mark.parametrize(("dtype", "element"), [(torch.bfloat16, 2), (torch.float32, 4)], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_experts_per_tok": 3}, {"num_local_experts": 12}, {"intermediate_size": 64}]
+)
+def test_a_block_with_experts_keeps_as_much_as_the_formula_says(changes, dtype, element, tmp_path):
+    found = {}
+    for blocks in (6, 8):
+        model = tiny("mixtral", num_hidden_layers=blocks, **changes).to(dtype)
+        twin = Twin(model, Plan("depth", blocks, (2, 4)))
+        twin.add_lora(Lora(rank=RANK))
+        found[blocks] = kept_bytes(twin)
+    model.config.save_pretrained(tmp_path)
+    described = describe(Model(source=str(tmp_path)))
+    expected = memory.block_bytes_per_token(described, RANK, element)
+    assert (found[8] - found[6]) / 2 / TOKENS == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "glm4_moe", "deepseek_v3"])
+def test_experts_are_counted_as_they_are(family, tmp_path):
+    """Active: without what the experts that a token does not go through hold, tensor by tensor."""
+    model = tiny(family)
+    model.config.save_pretrained(tmp_path)
+    described = describe(Model(source=str(tmp_path)))
+    idle = 0
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            experts, used = len(parameter), model.config.num_experts_per_tok
+            idle += (experts - used) * parameter[0].numel()
+    assert described.active == model.num_parameters() - idle < described.parameters == model.num_parameters()
+    sizes = [sum(each.numel() for each in block.parameters()) for block in model.model.layers]
+    assert list(described.block_parameters) == sizes
+    twin = Twin(model, Plan("depth", 6, (2,)))
+    twin.add_lora(Lora(rank=RANK))
+    trained = sum(parameter.numel() for parameter in twin.model.parameters() if parameter.requires_grad)
+    if family == "deepseek_v3":  # whose attention has other matrices
+        return
+    assert trained == memory.adapter_parameters(described, RANK, blocks=5)
+    parts = ("linears", "experts", "router")
+    twin = Twin(tiny(family), Plan.none(6))
+    twin.add_lora(Lora(rank=RANK, parts=parts))
+    trained = sum(parameter.numel() for parameter in twin.model.parameters() if parameter.requires_grad)
+    assert trained == memory.adapter_parameters(described, RANK, 6, parts)
+
+
 def test_with_checkpointing_a_block_keeps_its_input():
     six, eight = (twin_of(shape(blocks=blocks), torch.bfloat16) for blocks in (6, 8))
     found = (kept_bytes(eight, checkpointing=True) - kept_bytes(six, checkpointing=True)) / 2 / TOKENS
@@ -152,7 +196,7 @@ def small_recipe(prune):
             "name": "small",
             "model": {"source": "org/model"},
             "prune": {"calibration": calibration, **prune},
-            "recover": {"data": [{"kind": "dense", "prompts": "embedded:prompts"}], "length": 64},
+            "train": {"data": [{"kind": "dense", "prompts": "embedded:prompts"}], "length": 64},
             "measure": {"tasks": ["embedded:sums"]},
         },
         "my.yaml",

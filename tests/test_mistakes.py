@@ -23,7 +23,7 @@ RECIPE = """
 name: mine
 model: {source: ./model}
 prune: {kind: depth, count: 1, calibration: {data: text.jsonl, samples: 2, length: 16}}
-recover:
+train:
   {tokens: 400, epochs: 1, length: 64, batch_size: 4, data: [{kind: dense, prompts: prompts.jsonl, max_new_tokens: 32}]}
 measure: {tasks: [task.yaml], max_new_tokens: 8}
 """
@@ -62,7 +62,7 @@ def plan(folder: Path, *overrides: str) -> Result:
 
 
 def given(name: str, **columns: str) -> str:
-    return f"recover.data=[{{kind: given, source: {name}, columns: {json.dumps(columns or {'text': 'text'})}}}]"
+    return f"train.data=[{{kind: given, source: {name}, columns: {json.dumps(columns or {'text': 'text'})}}}]"
 
 
 def test_it_is_right_as_it_is(mine: Path) -> None:
@@ -79,9 +79,9 @@ def test_it_is_right_as_it_is(mine: Path) -> None:
         (given("gone.jsonl"), "gone.jsonl: no such file"),
         (given("chat.jsonl"), "chat.jsonl:1: no column 'text', found ['messages']"),
         (given("chat.jsonl", messages="messages"), "messages need a chat template, and the tokenizer has none"),
-        ("recover.micro_batch_size=3", "recover.micro_batch_size: 3 does not divide the 4 sequences"),
-        ("recover.lr=2e3", "recover.lr: found 2000: expected at most 1; adapters train at 1e-4 to 2e-3"),
-        ("recover.tokens=3", "recover.tokens: 3 tokens are less than 1 epochs of one step of 4 sequences"),
+        ("train.micro_batch_size=3", "train.micro_batch_size: 3 does not divide the 4 sequences"),
+        ("train.lr=2e3", "train.lr: found 2000: expected at most 1; adapters train at 1e-4 to 2e-3"),
+        ("train.tokens=3", "train.tokens: 3 tokens are less than 1 epochs of one step of 4 sequences"),
         ("measure.tasks=[qa.jsonl]", "qa.jsonl: data, not a task"),
     ],
 )
@@ -158,7 +158,7 @@ def test_a_run_directory_or_an_adapter_is_no_model(mine: Path) -> None:
     [
         ("prune.sparsity=0.5", "prune.sparsity: unknown field. Kind 'depth' takes kind, unit, count"),
         ("measure.tasks=task.yaml", "it should be a list, as [a, b]"),
-        ("recover.tokens=6k", "it should be a whole number"),
+        ("train.tokens=6k", "it should be a whole number"),
         ("export.max_shard_size=lots", "expected a number of KB, MB, GB or TB, such as 5GB"),
         ("name=a b", "it should be of letters, digits"),
     ],

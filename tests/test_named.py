@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -301,7 +302,16 @@ def test_a_data_set_of_the_hub_is_asked_for_at_its_commit(monkeypatch, tmp_path)
         asked.append({"name": name, "subset": subset, **words})
         return datasets.Dataset.from_list([GSM8K])
 
+    class Json:  # as the reader of `datasets` that the hub's files ask for
+        __module__ = "datasets.packaged_modules.json.json"
+        config = SimpleNamespace(data_files=None)
+
+    def builder(_name: str, _subset: str | None, *, revision: str) -> Any:
+        assert revision == "cc7b047b6e5bb11b4f1af84efc572db110a51b3c"
+        return Json()
+
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
     monkeypatch.setattr(found, "hub_unreached", lambda: None)
     monkeypatch.setattr(found, "places_of", lambda module: [])
     monkeypatch.setattr(found, "files_behind", lambda data, folder: [])

@@ -47,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": {"source": "./model"},
         "prune": {"kind": "depth", "count": 1, "calibration": {"data": "./text.jsonl", "samples": 4, "length": 32}},
         "probe": {"samples": 2, "steps": 4},
-        "recover": {
+        "train": {
             "epochs": 1,
             "tokens": 300,
             "length": 64,
@@ -89,7 +89,7 @@ def held(done: Result, said: str) -> None:
 
 
 def given(source: str, **columns: str) -> str:
-    return f"recover.data=[{json.dumps({'kind': 'given', 'source': source, 'columns': columns or {'text': 'text'}})}]"
+    return f"train.data=[{json.dumps({'kind': 'given', 'source': source, 'columns': columns or {'text': 'text'}})}]"
 
 
 def sheet(between: str) -> bytes:
@@ -244,11 +244,11 @@ def test_a_generation_config_that_ends_elsewhere_is_said(mine: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("recover.lora.rank=97", "recover.lora.rank: 97 is more than the widest matrix of the model has rows, 96"),
-        ("recover.lora.rank=96", ""),
+        ("train.lora.rank=97", "train.lora.rank: 97 is more than the widest matrix of the model has rows, 96"),
+        ("train.lora.rank=96", ""),
         ("seed=4294967296", "seed: found 4294967296: it should be less than 4294967296"),
-        ("recover.loss.temperature=1e-9", "recover.loss.temperature: found 1e-09: it should be greater than or equal"),
-        ("recover.lr=1.5", "recover.lr: found 1.5: expected at most 1"),
+        ("train.loss.temperature=1e-9", "train.loss.temperature: found 1e-09: it should be greater than or equal"),
+        ("train.lr=1.5", "train.lr: found 1.5: expected at most 1"),
     ],
 )
 def test_numbers_as_people_mistype_them(mine: Path, override: str, said: str) -> None:

@@ -39,7 +39,7 @@ def own(folder, **changes):
 
 def records(folder):
     """What was written, in order."""
-    return [read_json(path) for path in sorted((folder / "recover/pruned_text").iterdir())]
+    return [read_json(path) for path in sorted((folder / "train/pruned_text").iterdir())]
 
 
 @pytest.fixture
@@ -249,7 +249,7 @@ def test_tokens_are_as_planned_or_fewer(folder):
     contexts = []
     go(folder, after_epoch=lambda _, context: contexts.append(context) or 1.0, **own(folder, temperature=1.0))
     cfg = two_processes.cfg(folder, **own(folder))
-    planned = build_dataset(cfg, depth_twin(), byte_tokenizer(), 3, folder / "recover/data")
+    planned = build_dataset(cfg, depth_twin(), byte_tokenizer(), 3, folder / "train/data")
     scored = (collator(0, "completion")([*planned])["labels"][:, 1:] != -100).sum().item()
     missing = records(folder)[-1]["owed"]
     assert contexts[-1]["tokens"] == scored - missing and 0 <= missing < 0.1 * scored
@@ -288,7 +288,7 @@ def test_a_stopped_run_reads_its_text_and_goes_on_to_the_same_bits(folder, at_st
     with pytest.raises(StopRequested):
         go(folder, **own(folder), **DROPOUT)
     monkeypatch.undo()
-    stamps = {path: path.stat().st_mtime_ns for path in (folder / "recover/pruned_text").iterdir()}
+    stamps = {path: path.stat().st_mtime_ns for path in (folder / "train/pruned_text").iterdir()}
     assert len(stamps) == 2
     assert_same(adapter(go(folder, **own(folder), **DROPOUT)), folder, straight)
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
@@ -306,7 +306,7 @@ def test_a_run_that_is_stopped_while_the_model_writes_goes_on_to_the_same_bits(f
     monkeypatch.setattr(trainer, "write_together", stopped)
     with pytest.raises(StopRequested):
         go(folder, **own(folder), **DROPOUT)
-    assert len(records(folder)) == 1 and (folder / "recover/checkpoints/checkpoint-2").exists()
+    assert len(records(folder)) == 1 and (folder / "train/checkpoints/checkpoint-2").exists()
     assert_same(adapter(go(folder, **own(folder), **DROPOUT)), folder, straight)
 
 
@@ -318,10 +318,10 @@ def test_a_crash_is_gone_on_from_with_the_text_that_was_there(folder, at_step, m
     with pytest.raises(MemoryError):
         go(folder, **own(folder), **DROPOUT)
     monkeypatch.undo()
-    inodes = [path.stat().st_ino for path in sorted((folder / "recover/pruned_text").iterdir())]
+    inodes = [path.stat().st_ino for path in sorted((folder / "train/pruned_text").iterdir())]
     assert len(inodes) == 3
     assert_same(adapter(go(folder, **own(folder), **DROPOUT)), folder, straight)
-    assert [path.stat().st_ino for path in sorted((folder / "recover/pruned_text").iterdir())][:3] == inodes
+    assert [path.stat().st_ino for path in sorted((folder / "train/pruned_text").iterdir())][:3] == inodes
 
 
 def test_after_going_back_the_text_that_followed_is_written_anew(tmp_path, monkeypatch, capsys):
@@ -358,7 +358,7 @@ def test_after_going_back_the_text_that_followed_is_written_anew(tmp_path, monke
 
 def test_a_training_begun_anew_does_not_read_an_earlier_ones_text(folder):
     go(folder, **own(folder))
-    before = [path.stat().st_ino for path in sorted((folder / "recover/pruned_text").iterdir())]
+    before = [path.stat().st_ino for path in sorted((folder / "train/pruned_text").iterdir())]
     go(folder, **own(folder), lr=3e-2)
     after = records(folder)
     assert len(after) == len(before) and len({record["fingerprint"] for record in after}) == 1

@@ -21,7 +21,7 @@ from recover.models import source
 MODEL = "embedded:fable-2m"
 TINY = (
     *("measure.limit=2", "measure.max_new_tokens=8", "measure.sampling=null", "probe.samples=1", "probe.steps=2"),
-    *("recover.tokens=120", "recover.epochs=1", "recover.batch_size=2", "prune={kind: depth, blocks: [3, 11]}"),
+    *("train.tokens=120", "train.epochs=1", "train.batch_size=2", "prune={kind: depth, blocks: [3, 11]}"),
 )
 # Beside what a run writes, with names as near to ours as can be; a file of a folder that is published anew may move.
 STAY = (
@@ -30,11 +30,11 @@ STAY = (
     *("deploy.kept/from-before.txt", "plan/notes.txt", "plan/.mine.json.7.tmp", "report/mine.html", "trial/mine.json"),
     *("dense/mine.json", "dense/.x.json.7.tmp", "dense/measure.json.bak", "before/probe-copy.jsonl", "after/a/b.txt"),
     *("prune/plan-copy.json", "prune/.x.json.7.tmp", "prune/parts/part-x.safetensors", "prune/written-mine.txt"),
-    *("recover/epoch-best/a", "recover/epoch-1-copy/adapter_model.safetensors", "recover/epoch-one.json"),
-    *("recover/checkpoints/notes.txt", "recover/checkpoints/checkpoint-best/a", "recover/pruned_text/notes.json"),
-    *("recover/.mine.tmp/a", "recover/data/mine.txt", "recover/best.json.bak", "recover/steps.jsonl.gz"),
+    *("train/epoch-best/a", "train/epoch-1-copy/adapter_model.safetensors", "train/epoch-one.json"),
+    *("train/checkpoints/notes.txt", "train/checkpoints/checkpoint-best/a", "train/pruned_text/notes.json"),
+    *("train/.mine.tmp/a", "train/data/mine.txt", "train/best.json.bak", "train/steps.jsonl.gz"),
 )
-MAY_MOVE = ("deploy/mine.txt", "deploy/below/photo.jpg", "deploy/.x.tmp", "recover/epoch-1/mine.txt")
+MAY_MOVE = ("deploy/mine.txt", "deploy/below/photo.jpg", "deploy/.x.tmp", "train/epoch-1/mine.txt")
 
 
 def call(*arguments: str | Path):
@@ -73,7 +73,7 @@ def commands(runs: Path) -> dict[str, list[str | Path]]:
     recipe_words = [QUICKSTART, "--runs", runs, *TINY]
     return {
         **{name: [name, *recipe_words] for name in ("plan", "prune", "probe", "train", "export", "run")},
-        "run --fresh": ["run", *recipe_words, "recover.lr=1e-3", "--fresh"],
+        "run --fresh": ["run", *recipe_words, "train.lr=1e-3", "--fresh"],
         "report": ["report", run],
         "show": ["show", run],
         "compare": ["compare", run, "--html", out / "page.html"],

@@ -130,11 +130,11 @@ def planned(tmp_path, *overrides):
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_plan_says_which_measured_items_the_text_of_a_recovery_holds(tmp_path, capsys, source):
     make, count = SOURCES[source]
-    directory = planned(tmp_path, f"recover.data=[{json.dumps(make(tmp_path / 'data.jsonl'))}]")
+    directory = planned(tmp_path, f"train.data=[{json.dumps(make(tmp_path / 'data.jsonl'))}]")
     record, said = read_json(directory.overlap), " ".join(capsys.readouterr().err.split())
     of_task = [row for row in record["found"] if row["task"] == "task"]
     assert [row["same"] for row in of_task] == [1] * count
-    assert ("task task: 1 of 2 measured items stand in recover.data.0 (data." in said) == bool(count)
+    assert ("task task: 1 of 2 measured items stand in train.data.0 (data." in said) == bool(count)
 
 
 def test_calibration_is_looked_at_too_and_only_items_that_are_measured(tmp_path, capsys):
@@ -162,12 +162,12 @@ def test_a_report_shows_how_many_items_with_an_example(tmp_path):
     folder = build_run(tmp_path)
     assert collect(folder)["overlap"] is None
     (folder / "plan").mkdir(exist_ok=True)
-    row = {"field": "recover.data.0", "source": "q.jsonl", "task": "sums", "items": 200, "same": 150, "near": 3}
+    row = {"field": "train.data.0", "source": "q.jsonl", "task": "sums", "items": 200, "same": 150, "near": 3}
     example = {"item": "A <b>baker</b> has 14 rolls.", "text": "Once, a baker had 14 rolls.", "same": True}
     (folder / "plan/overlap.json").write_text(json.dumps({"found": [{**row, "examples": [example]}]}))
     data = collect(folder)
     assert data["overlap"] is not None and data["overlap"][0]["same"] == 150
-    assert data["limits"][0].startswith("Task sums: 150 of 200 measured items stand in recover.data.0 (q.jsonl) word")
+    assert data["limits"][0].startswith("Task sums: 150 of 200 measured items stand in train.data.0 (q.jsonl) word")
     render(folder, data)
     for name in ("report.md", "report.html"):
         page = (folder / name).read_text()

@@ -19,7 +19,7 @@ from recover.models.twin import Twin
 from recover.train.data import collator, packer, with_scored
 from recover.train.order import MULTIPLE, RECORDING, filled, row_sizes
 
-NOT_PACKED = ("gemma2", "nemotron")  # a softcap; blocks that do not hand on where sequences begin
+NOT_PACKED = ("gemma2", "nemotron", "gpt_oss")  # a softcap; blocks that do not hand on where sequences begin; sinks
 PACKED = [family for family in FAMILIES if family not in NOT_PACKED]
 WEIGHTS = Loss(variance=0.5, ce=0.1, temperature=2.0, chunk=16)
 

@@ -43,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": {"source": "./model"},
         "prune": {"kind": "depth", "count": 1, "calibration": {"data": "./text.jsonl", "samples": 2, "length": 16}},
         "probe": {"steps": 4},
-        "recover": {
+        "train": {
             "tokens": 400,
             "epochs": 1,
             "batch_size": 4,
@@ -85,15 +85,15 @@ def test_it_is_right_as_it_is(made: Path) -> None:
         ),
         (["measure.tasks=[task.yaml, same.yaml]"], "measure.tasks: more than one task is called 'task'"),
         (
-            ["recover.data.0.max_new_tokens=64"],
-            "recover.data.0: {folder}/rows.jsonl: 2 of 2 prompts are too long; {folder}/rows.jsonl:1: the prompt has 1 "
+            ["train.data.0.max_new_tokens=64"],
+            "train.data.0: {folder}/rows.jsonl: 2 of 2 prompts are too long; {folder}/rows.jsonl:1: the prompt has 1 "
             "tokens; with max_new_tokens 64 of the source that exceeds the model's context of 64",
         ),
         (
-            ["recover.data.0.max_new_tokens=35", "recover.data.0.strict=true"],
-            "recover.data.0: {folder}/rows.jsonl:2: the prompt has 30 tokens; with max_new_tokens 35 of the source",
+            ["train.data.0.max_new_tokens=35", "train.data.0.strict=true"],
+            "train.data.0: {folder}/rows.jsonl:2: the prompt has 30 tokens; with max_new_tokens 35 of the source",
         ),
-        (["recover.length=65"], "recover.length: 65 tokens, the model's context is 64"),
+        (["train.length=65"], "train.length: 65 tokens, the model's context is 64"),
     ],
 )
 def test_what_does_not_fit_the_context_is_refused(
@@ -119,12 +119,12 @@ def test_a_prompt_without_room_for_its_answer_is_left_out(
     rows = [{"text": text, "prompt": text} for text in (*["why?"] * 11, "why?" * 12, " ")]
     (made / "asked.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     asked = ["prune.calibration.data=asked.jsonl", "prune.calibration.answer=30"]
-    text = ["recover.data.0.prompts=asked.jsonl", "recover.data.0.max_new_tokens=30"]
+    text = ["train.data.0.prompts=asked.jsonl", "train.data.0.max_new_tokens=30"]
     plan(made, *asked, *text)
     said = " ".join(capsys.readouterr().err.split())
     assert "asked.jsonl: 1 of 13 prompts left out, which leave no room for calibration.answer (prompt 11, of 48" in said
     assert "asked.jsonl: 1 of 13 rows left out, which hold nothing" in said
-    assert "the prompt has 48 tokens, which leaves none of recover.length 48" in said or "exceeds the" in said
+    assert "the prompt has 48 tokens, which leaves none of train.length 48" in said or "exceeds the" in said
     context = RunContext(load_recipe(made / "my.yaml", [*asked, *text]), RunDirectory(tmp_path))
     batches = calibration(context)
     assert batches and not any(ids_BT.shape[1] > CONTEXT for ids_BT in batches)

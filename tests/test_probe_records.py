@@ -12,7 +12,7 @@ from recover.base import artifacts
 from recover.base.errors import ArtifactError
 from recover.config.recipe import Probe
 from recover.probe.probe import probe
-from recover.probe.records import KINDS, Block, Final, record_of, summary
+from recover.probe.records import KINDS, Block, Final, Routing, record_of, summary
 
 
 class NoTokenizer:
@@ -22,7 +22,7 @@ class NoTokenizer:
 def test_every_record_of_a_probe_is_read_as_it_was_written():
     twin = masked_twin(tiny())
     cfg = Probe(samples=3, steps=4, batch_size=2, seeds=(0,), temperatures=(1.0, 0.5))
-    written = [*probe(twin, NoTokenizer(), [[5, 6, 7], [8], [9, 10]], cfg), *records()]
+    written = [*probe(twin, NoTokenizer(), [[5, 6, 7], [8], [9, 10]], cfg), *records(), Routing(0, [3, 1], [])]
     assert {record.probe for record in written} == set(KINDS)
     lines = [artifacts.dumps(record.to_json()) for record in written]
     read = [record_of(json.loads(line)) for line in lines]

@@ -18,7 +18,7 @@ from recover.run import stages
 from recover.run.directory import RunDirectory
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
-ONE = ("prune={kind: magnitude, sparsity: 0.25}", "recover.epochs=1", "probe.sublayers=false", "measure.limit=2")
+ONE = ("prune={kind: magnitude, sparsity: 0.25}", "train.epochs=1", "probe.sublayers=false", "measure.limit=2")
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +53,9 @@ def again(root: Path):
 
 def test_an_untouched_copy_is_done(there: Path) -> None:
     assert set(states(there).values()) == {None}
-    finished = read_json(there / "recover" / "DONE.json")["finished"]
+    finished = read_json(there / "train" / "DONE.json")["finished"]
     assert again(there).exit_code == 0
-    assert read_json(there / "recover" / "DONE.json")["finished"] == finished
+    assert read_json(there / "train" / "DONE.json")["finished"] == finished
 
 
 FILES = [
@@ -64,9 +64,9 @@ FILES = [
     ("prune", "prune/plan.json"),
     ("prune", "prune/masks.safetensors"),
     ("before", "before/probe.jsonl"),
-    ("recover", "recover/best.json"),
-    ("recover", "recover/epoch-1/adapter_model.safetensors"),
-    ("recover", "epochs.jsonl"),
+    ("train", "train/best.json"),
+    ("train", "train/epoch-1/adapter_model.safetensors"),
+    ("train", "epochs.jsonl"),
     ("after", "after/measure.json"),
     ("export", "deploy/model.safetensors"),
     ("export", "deploy/config.json"),
@@ -89,12 +89,12 @@ def test_a_stage_whose_file_went_lost_is_not_done(
 
 @pytest.mark.parametrize(("stage", "name"), FILES[2:4] + FILES[5:8])
 def test_training_is_not_done_again_for_a_lost_file_without_a_word(there: Path, stage: str, name: str) -> None:
-    before = (there / "recover" / "DONE.json").read_bytes()
+    before = (there / "train" / "DONE.json").read_bytes()
     (there / name).unlink()
     done = again(there)
     assert done.exit_code == 1
     assert f"{name} is gone" in done.stderr and f"--from {stage}" in done.stderr
-    assert (there / "recover" / "DONE.json").read_bytes() == before
+    assert (there / "train" / "DONE.json").read_bytes() == before
 
 
 def test_a_damaged_checkpoint_is_written_again_and_nothing_before(there: Path) -> None:

@@ -18,7 +18,7 @@ SMALL: dict[str, Any] = {
     "name": "small",
     "model": {"source": "org/model"},
     "prune": {"kind": "depth", "count": 2, "calibration": {"data": "org/text"}},
-    "recover": {"data": [{"kind": "dense", "prompts": "embedded:prompts"}]},
+    "train": {"data": [{"kind": "dense", "prompts": "embedded:prompts"}]},
     "measure": {"tasks": ["embedded:sums"]},
 }
 
@@ -41,14 +41,14 @@ def changed(**leaves: Any) -> dict[str, Any]:
 
 def test_defaults_are_filled_in(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path))
-    assert recipe.seed == 0 and recipe.recover.loss.kl == 1.0 and isinstance(recipe.prune, Depth)
+    assert recipe.seed == 0 and recipe.train.loss.kl == 1.0 and isinstance(recipe.prune, Depth)
 
 
 # What a user does wrong -> what the message says.
 # ruff: noqa: E501
 MESSAGES: list[tuple[dict[str, Any], str]] = [
     (changed(prune={"kind": "wanda", "sparsty": 0.5, "calibration": {"data": "x"}}), "my.yaml: prune.sparsty: unknown field. Did you mean 'sparsity'?"),
-    (changed(lr=1e-3), "my.yaml: lr: unknown field. Did you mean 'recover.lr'?"),
+    (changed(lr=1e-3), "my.yaml: lr: unknown field. Did you mean 'train.lr'?"),
     (changed(zzz=1), "my.yaml: zzz: unknown field. Expected one of name, seed, model"),
     (changed(prune={"kind": "dept", "count": 1}), "my.yaml: prune: unknown kind \"dept\". Did you mean 'depth'?"),
     (changed(prune={"count": 1}), "my.yaml: prune: 'kind' is missing, expected one of depth, magnitude, wanda"),
@@ -63,15 +63,15 @@ MESSAGES: list[tuple[dict[str, Any], str]] = [
     (changed(measure={"tasks": ["a"], "sampling": {"temp": 1}}), "measure.sampling.temp: unknown field. Did you mean 'temperature'?"),
     (changed(probe={"temperatures": [1.0, 0.0]}), "my.yaml: probe.temperatures: temperatures must be greater than 0"),
     (changed(probe={"samples": True}), "my.yaml: probe.samples: found \"true\""),
-    (changed(recover={"data": [{"kind": "dense", "prompts": "p", "share": math.nan}]}), "recover.data.0.share: found NaN"),
-    (changed(recover={"data": [{"kind": "given", "source": "p", "columns": {"txt": "a"}}]}), "recover.data.0.columns.txt: found \"txt\". Did you mean 'text'?"),
-    (changed(recover={**SMALL["recover"], "lr": math.inf}), "my.yaml: recover.lr: found Infinity"),
-    (changed(recover={**SMALL["recover"], "loss": {"kl": 0}}), "my.yaml: recover.loss: all loss weights are 0"),
-    (changed(recover={**SMALL["recover"], "loss": {"kl": 0, "variance": 1}}), "variance alone is blind"),
-    (changed(recover={**SMALL["recover"], "loss": {"variance_until": 0.5}}), "recover.loss: 'variance_until' says when 'variance' ends, which is 0"),
-    (changed(recover={**SMALL["recover"], "loss": {"variance": 1, "variance_until": 0}}), "recover.loss.variance_until: found 0"),
-    (changed(recover={**SMALL["recover"], "average": 0.5, "epochs": 3}), "my.yaml: recover: average: 0.5 of all steps is more than one of 3 epochs has: give at most 0.333"),
-    (changed(recover={**SMALL["recover"], "average": 0}), "my.yaml: recover.average: found 0"),
+    (changed(train={"data": [{"kind": "dense", "prompts": "p", "share": math.nan}]}), "train.data.0.share: found NaN"),
+    (changed(train={"data": [{"kind": "given", "source": "p", "columns": {"txt": "a"}}]}), "train.data.0.columns.txt: found \"txt\". Did you mean 'text'?"),
+    (changed(train={**SMALL["train"], "lr": math.inf}), "my.yaml: train.lr: found Infinity"),
+    (changed(train={**SMALL["train"], "loss": {"kl": 0}}), "my.yaml: train.loss: all loss weights are 0"),
+    (changed(train={**SMALL["train"], "loss": {"kl": 0, "variance": 1}}), "variance alone is blind"),
+    (changed(train={**SMALL["train"], "loss": {"variance_until": 0.5}}), "train.loss: 'variance_until' says when 'variance' ends, which is 0"),
+    (changed(train={**SMALL["train"], "loss": {"variance": 1, "variance_until": 0}}), "train.loss.variance_until: found 0"),
+    (changed(train={**SMALL["train"], "average": 0.5, "epochs": 3}), "my.yaml: train: average: 0.5 of all steps is more than one of 3 epochs has: give at most 0.333"),
+    (changed(train={**SMALL["train"], "average": 0}), "my.yaml: train.average: found 0"),
     (changed(name="../elsewhere"), "my.yaml: name: found \"../elsewhere\""),
 ]  # fmt: skip
 
@@ -87,7 +87,7 @@ def test_every_problem_is_listed_at_once() -> None:
 
 
 def test_items_that_are_wrong_are_not_also_counted_as_absent() -> None:
-    assert "at least" not in problem(changed(recover={"data": [{"kind": "dens"}]}))
+    assert "at least" not in problem(changed(train={"data": [{"kind": "dens"}]}))
 
 
 FILES = [
@@ -123,7 +123,7 @@ def test_missing_file_and_bytes_that_are_no_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pattern", ["2:4", "4:8"])
 def test_resolved_recipe_is_read_back_equal(tmp_path: Path, pattern: str) -> None:
     tree = changed(prune={"kind": "wanda", "pattern": pattern, "calibration": {"data": "c.txt"}})
-    recipe = load_recipe(write(tmp_path, tree), ["recover.lr=1e-5", "probe.temperatures=[0.5, 2]"])
+    recipe = load_recipe(write(tmp_path, tree), ["train.lr=1e-5", "probe.temperatures=[0.5, 2]"])
     (tmp_path / "elsewhere").mkdir()
     again = load_recipe(write(tmp_path / "elsewhere", dump_recipe(recipe)))
     assert again == recipe
@@ -133,26 +133,26 @@ def test_overrides(tmp_path: Path) -> None:
     recipe = load_recipe(
         write(tmp_path),
         [
-            "recover.lr=1e-3",
+            "train.lr=1e-3",
             "prune={kind: depth, blocks: [2, 3]}",
-            "recover.data.0.share=2",
-            "recover.loss.kl=0.5",
+            "train.data.0.share=2",
+            "train.loss.kl=0.5",
             "seed = 3",
         ],
     )
-    assert recipe.recover.lr == 1e-3 and recipe.prune.blocks == (2, 3) and recipe.seed == 3  # type: ignore[union-attr]
-    assert recipe.recover.data[0].share == 2 and recipe.recover.loss.kl == 0.5
+    assert recipe.train.lr == 1e-3 and recipe.prune.blocks == (2, 3) and recipe.seed == 3  # type: ignore[union-attr]
+    assert recipe.train.data[0].share == 2 and recipe.train.loss.kl == 0.5
 
 
 OVERRIDES = [
     ("prune.cuont=3", "override 'prune.cuont=3': prune.cuont: unknown field. Did you mean 'count'?"),
-    ("recover.lr=-1", "override 'recover.lr=-1': recover.lr: found -1: it should be greater than 0"),
-    ("recover.lr=fast", "override 'recover.lr=fast': recover.lr: found \"fast\""),
+    ("train.lr=-1", "override 'train.lr=-1': train.lr: found -1: it should be greater than 0"),
+    ("train.lr=fast", "override 'train.lr=fast': train.lr: found \"fast\""),
     ("prune.count", "override 'prune.count': expected KEY=VALUE"),
     ("=3", "override '=3': expected KEY=VALUE"),
     ("a..b=3", "expected KEY=VALUE"),
-    ("recover.data.1.share=2", "recover.data is a list of 1: expected an index from 0 to 0, found '1'"),
-    ("recover.data.x=2", "expected an index from 0 to 0, found 'x'"),
+    ("train.data.1.share=2", "train.data is a list of 1: expected an index from 0 to 0, found '1'"),
+    ("train.data.x=2", "expected an index from 0 to 0, found 'x'"),
     ("name.x=2", "name is 'small' and has no field 'x'"),
     ("prune={", "override 'prune={':1:2:"),
     (
@@ -180,13 +180,13 @@ def test_files_are_found_from_the_recipe_and_in_overrides_from_here(
     tree = changed(
         model={"source": "model", "tokenizer": "org/tokenizer"},
         prune={"kind": "wanda", "sparsity": 0.5, "calibration": {"data": "../data/c.txt"}},
-        recover={"data": [{"kind": "given", "source": "org/set"}, {"kind": "dense", "prompts": "p.jsonl"}]},
+        train={"data": [{"kind": "given", "source": "org/set"}, {"kind": "dense", "prompts": "p.jsonl"}]},
         measure={"tasks": ["embedded:sums", "task.yaml"]},
     )
-    recipe = load_recipe(write(recipes, tree), ["recover.data.1.prompts=q.jsonl"])
+    recipe = load_recipe(write(recipes, tree), ["train.data.1.prompts=q.jsonl"])
     assert recipe.model.source == str(recipes / "model") and recipe.model.tokenizer == "org/tokenizer"
     assert recipe.prune.calibration.data == str(tmp_path / "data" / "c.txt")  # type: ignore[union-attr]
-    given_text, dense_text = recipe.recover.data
+    given_text, dense_text = recipe.train.data
     assert given_text.source == "org/set" and dense_text.prompts == str(here / "q.jsonl")  # type: ignore[union-attr]
     assert recipe.measure.tasks == ("embedded:sums", str(recipes / "task.yaml"))
 
@@ -209,7 +209,7 @@ names = st.sampled_from(
         "seed",
         "model",
         "prune",
-        "recover",
+        "train",
         "data",
         "kind",
         "count",
@@ -303,21 +303,21 @@ def test_the_reference_page_is_of_these_fields(monkeypatch):
 
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
-AUTO_LINES = ("recover.lr=auto", "recover.lora={rank: auto, alpha: auto}", "recover.tokens=auto", "recover.warmup=auto")
+AUTO_LINES = ("train.lr=auto", "train.lora={rank: auto, alpha: auto}", "train.tokens=auto", "train.warmup=auto")
 
 
 def test_auto_is_read_and_written_as_it_stands_and_a_number_over_it_wins():
     recipe = load_recipe(QUICKSTART, AUTO_LINES)
-    assert recipe.recover.auto == ("tokens", "lr", "warmup", "lora.rank", "lora.alpha")
+    assert recipe.train.auto == ("tokens", "lr", "warmup", "lora.rank", "lora.alpha")
     text = dump_recipe(recipe)
     assert "lr: auto" in text and "rank: auto" in text and "warmup: auto" in text
     assert parse_recipe(yaml.safe_load(text), "dumped") == recipe
-    assert load_recipe(QUICKSTART, [*AUTO_LINES, "recover.lr=1e-3"]).recover.lr == 1e-3
-    assert "lr" not in load_recipe(QUICKSTART, [*AUTO_LINES, "recover.lr=1e-3"]).recover.auto
-    assert load_recipe(QUICKSTART).recover.auto == ()
+    assert load_recipe(QUICKSTART, [*AUTO_LINES, "train.lr=1e-3"]).train.lr == 1e-3
+    assert "lr" not in load_recipe(QUICKSTART, [*AUTO_LINES, "train.lr=1e-3"]).train.auto
+    assert load_recipe(QUICKSTART).train.auto == ()
 
 
-@pytest.mark.parametrize("override", ["recover.epochs=auto", "recover.lora.rank=automatic", "recover.lora=auto"])
+@pytest.mark.parametrize("override", ["train.epochs=auto", "train.lora.rank=automatic", "train.lora=auto"])
 def test_auto_is_no_value_of_other_fields(override):
     with pytest.raises(RecipeError, match=override.partition("=")[0]):
         load_recipe(QUICKSTART, [override])

@@ -30,7 +30,7 @@ EVERYTHING = (
     *("env.json", "plan/estimate.json", "dense/measure.json", "before/measure.json", "after/measure.json"),
     *("prune/plan.json", "before/probe.json", "before/probe.jsonl", "after/probe.json", "after/probe.jsonl"),
     *("epochs.jsonl", "verify.json", "speed.json", "deploy/recover.json"),
-    "recover/steps.jsonl",
+    "train/steps.jsonl",
 )
 
 
@@ -257,7 +257,7 @@ def test_any_missing_file_is_said_and_nothing_breaks(tmp_path: Path, missing: st
     Page(paths[2].read_text(encoding="utf-8"))
     named = {gap["file"] for gap in data["missing"]}
     optional = {"env.json", "plan/estimate.json", "before/probe.jsonl", "after/probe.jsonl", "deploy/recover.json"}
-    optional |= {"recover/steps.jsonl"}  # older runs have none
+    optional |= {"train/steps.jsonl"}  # older runs have none
     assert named == set() if missing in optional else named == {missing}
 
 
@@ -286,7 +286,7 @@ def test_not_a_run_directory(tmp_path: Path) -> None:
         collect(tmp_path)
 
 
-@pytest.mark.parametrize("file", ["dense/measure.json", "prune/plan.json", "recipe.yaml", "recover/steps.jsonl"])
+@pytest.mark.parametrize("file", ["dense/measure.json", "prune/plan.json", "recipe.yaml", "train/steps.jsonl"])
 def test_corrupt_file_is_named(tmp_path: Path, file: str) -> None:
     run = build_run(tmp_path)
     (run / file).write_text('{"a": [1, \n')

@@ -25,7 +25,7 @@ from recover.report.figures.compare import losses
 from recover.report.render import render
 from recover.report.training_text import learnt
 
-RECIPE = {"recover": {"loss": {"kl": 1.0, "variance": 0.5}}}
+RECIPE = {"train": {"loss": {"kl": 1.0, "variance": 0.5}}}
 
 
 def write(path: Path, lines: list[dict[str, Any]]) -> Path:
@@ -43,9 +43,9 @@ def found_in(folder: Path, lines: list[dict[str, Any]], recipe: dict[str, Any] =
 def a_run(folder: Path, lines: list[dict[str, Any]] | None = None, **loss: float) -> Path:
     run = build_run(folder)
     if lines is not None:
-        write(run / "recover/steps.jsonl", lines)
+        write(run / "train/steps.jsonl", lines)
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    recipe["recover"]["loss"] = {"kl": 1.0, **loss}
+    recipe["train"]["loss"] = {"kl": 1.0, **loss}
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return run
 
@@ -115,8 +115,8 @@ def test_a_point_of_skipped_steps_alone_has_no_figures(tmp_path: Path) -> None:
 def test_terms_are_kl_and_those_with_a_weight(tmp_path: Path) -> None:
     lines = steps(20)
     loss = {"kl": 0.0, "ce": 1.0, "variance": 0.0, "jsd": 0.5}
-    assert {"loss", "kl", "ce", "grad_norm"} < found_in(tmp_path, lines, {"recover": {"loss": loss}})["points"].keys()
-    for recipe in ({}, {"recover": {}}, RECIPE):
+    assert {"loss", "kl", "ce", "grad_norm"} < found_in(tmp_path, lines, {"train": {"loss": loss}})["points"].keys()
+    for recipe in ({}, {"train": {}}, RECIPE):
         points = found_in(tmp_path, lines, recipe)["points"]
         assert "kl" in points and "reverse_kl" not in points and ("variance" in points) == (recipe is RECIPE)
 
@@ -127,7 +127,7 @@ def test_terms_are_kl_and_those_with_a_weight(tmp_path: Path) -> None:
 def test_no_file_and_no_line_are_no_curve(tmp_path: Path) -> None:
     assert curve(tmp_path / "steps.jsonl", RECIPE) is None
     assert curve(write(tmp_path / "steps.jsonl", []), RECIPE) is None
-    run = build_run(tmp_path, without=("recover/steps.jsonl",))
+    run = build_run(tmp_path, without=("train/steps.jsonl",))
     data = collect(run)
     assert data["curve"] is None and not figures(data)["training"].measured and learnt(data) == []
     assert losses(compare([run])) is None
@@ -267,7 +267,7 @@ def test_picture_before_the_first_epoch(tmp_path: Path) -> None:
 
 def test_runs_are_drawn_together_by_kl(tmp_path: Path) -> None:
     runs = [build_run(tmp_path, name=name) for name in ("a", "b")]
-    write(runs[1] / "recover/steps.jsonl", steps(200))
+    write(runs[1] / "train/steps.jsonl", steps(200))
     figure = losses(compare(runs))
     assert figure is not None and {row[0] for row in figure.rows} == {"a", "b"}
     points = collect(runs[1])["curve"]["points"]

@@ -102,7 +102,7 @@ def test_skipped_steps_and_returns_are_said(tmp_path: Path, skipped: int, rollba
     run = build_run(tmp_path)
     finding = {"step": 12, "found": "the loss is not finite (kl nan)", "sequences": [89, 96], "tensors": []}
     record = {"skipped": skipped, "rollbacks": rollbacks, "findings": [finding] * skipped, "finished": True}
-    (run / "recover/training.json").write_text(json.dumps(record))
+    (run / "train/training.json").write_text(json.dumps(record))
     data = collect(run)
     notes = training_text.notes(data)
     assert len(notes) == len(said) and all(part in note for part, note in zip(said, notes, strict=True))
@@ -110,7 +110,7 @@ def test_skipped_steps_and_returns_are_said(tmp_path: Path, skipped: int, rollba
         text = path.read_text(encoding="utf-8")
         assert all(part in text for part in said)
         assert ("kl nan" in text) == bool(skipped)
-    assert ("lower recover.lr" in " ".join(notes)) == (skipped >= 4)
+    assert ("lower train.lr" in " ".join(notes)) == (skipped >= 4)
 
 
 def test_each_cut_of_a_repair_is_listed(tmp_path: Path) -> None:

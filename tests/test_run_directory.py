@@ -17,16 +17,13 @@ def test_stale_reason_names_the_field(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     marks: dict[str, Any] = {
         "prune": {"kind": "depth", "count": 4, "blocks": None},
-        "recover": {"data": [{"share": 1.0}]},
+        "train": {"data": [{"share": 1.0}]},
     }
     assert run.done("prune") is None and run.stale_reason("prune", marks) == "not done yet"
     run.mark_done("prune", marks)
     assert run.stale_reason("prune", marks) is None
     assert run.stale_reason("prune", {**marks, "prune": {**marks["prune"], "count": 5}}) == "prune.count: 4 -> 5"
-    assert (
-        run.stale_reason("prune", {**marks, "recover": {"data": [{"share": 2.0}]}})
-        == "recover.data.0.share: 1.0 -> 2.0"
-    )
+    assert run.stale_reason("prune", {**marks, "train": {"data": [{"share": 2.0}]}}) == "train.data.0.share: 1.0 -> 2.0"
     assert run.stale_reason("prune", {**marks, "seed": "a"}) == "seed: absent -> a"
     listed = {**marks, "prune": {"kind": "depth", "count": None, "blocks": (2, 3)}}
     assert run.stale_reason("prune", listed) == "prune.count: 4 -> null; prune.blocks: null -> [2, 3]"

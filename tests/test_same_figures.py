@@ -27,7 +27,8 @@ def write_run(root, *, recovery="recover", weight=1.0, kl=0.25, seconds=3.0):
     steps = [{"step": step, "loss": 1 / step, "kl": kl, "seconds": seconds} for step in (1, 2)]
     (root / recovery / "steps.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     (root / recovery / "DONE.json").write_text(json.dumps({"finished": str(seconds)}))
-    (root / "report.json").write_text(json.dumps({"epochs": [{"score": 0.5}], "times": [seconds], "folder": str(root)}))
+    report = {"epochs": [{"score": 0.5}], "times": [seconds], "folder": str(root), "made": [{"stage": recovery}]}
+    (root / "report.json").write_text(json.dumps({**report, "overlap": [{"field": f"{recovery}.data.0"}]}))
 
 
 def recorded(same_figures, root):
@@ -42,8 +43,8 @@ def test_runs_that_differ_in_times_places_and_names_of_folders_are_the_same(same
     assert sorted(one["jobs"]["job"]) == ["deploy/model.safetensors", "recover/steps.jsonl", "report.json"]
     assert one["jobs"] == two["jobs"]
     assert same_figures.compare(one, two, 10) == 0
-    # Two tensors, two steps of three figures, a score and a folder.
-    assert "one and two: 0 of 10 figures of 1 jobs differ" in capsys.readouterr().out
+    # Two tensors, two steps of three figures, a score, a folder, a stage and a field.
+    assert "one and two: 0 of 12 figures of 1 jobs differ" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

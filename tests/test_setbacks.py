@@ -137,11 +137,11 @@ def test_figures_are_said_with_the_interval_of_their_change():
 
 
 def test_the_advice_names_fields_and_what_to_put_there():
-    recipe = {"recover": {"lr": 1e-3, "tokens": 200_000, "loss": {"scored": "completion"}}}
+    recipe = {"train": {"lr": 1e-3, "tokens": 200_000, "loss": {"scored": "completion"}}}
     text = " ".join(advice(setbacks(epoch(nats=4.0), epoch(0), []), recipe))
-    assert "recover.lr=0.0005 instead of 0.001" in text and "`recover.loss.scored: all`" in text
+    assert "train.lr=0.0005 instead of 0.001" in text and "`train.loss.scored: all`" in text
     assert "that perplexity is measured on" in text and "More text" not in text
-    text = " ".join(advice(setbacks(epoch(kl=0.4), epoch(0), []), {"recover": {"loss": {"scored": "all"}}}))
+    text = " ".join(advice(setbacks(epoch(kl=0.4), epoch(0), []), {"train": {"loss": {"scored": "all"}}}))
     assert "scored: all" not in text and "More text" in text
     assert advice([], recipe) == []
 
@@ -161,7 +161,7 @@ def test_the_report_tells_it_of_the_kept_epoch_and_of_epochs_that_fell(tmp_path)
         text = (run / name).read_text()
         assert "Epoch 4, which is kept: perplexity is worse than the pruned model&#39;s" in text.replace("'", "&#39;")
         assert "Epoch 6: generation is worse than after epoch 4: 90.0%, now 50.0%" in text
-        assert "recover.lr=0.0001 instead of 0.0002" in text and "choice is worse" not in text
+        assert "train.lr=0.0001 instead of 0.0002" in text and "choice is worse" not in text
 
 
 def test_a_report_of_nothing_worse_says_nothing(tmp_path):
@@ -173,12 +173,10 @@ def test_a_report_of_nothing_worse_says_nothing(tmp_path):
 
 def test_a_recovery_at_a_rate_far_too_high_is_told_when_its_epoch_ends(tmp_path, capsys):
     settings = ["measure.limit=24", "measure.max_new_tokens=8", "measure.sampling=null", "probe.samples=8"]
-    settings += ["probe.steps=8", "probe.items=0", "probe.sublayers=false", "recover.tokens=400", "recover.epochs=1"]
-    settings += ["recover.lr=0.3", "prune={kind: depth, blocks: [3, 11]}"]
-    directory = stages.run(load_recipe(QUICKSTART, settings), tmp_path, until="recover")
+    settings += ["probe.steps=8", "probe.items=0", "probe.sublayers=false", "train.tokens=400", "train.epochs=1"]
+    settings += ["train.lr=0.3", "prune={kind: depth, blocks: [3, 11]}"]
+    directory = stages.run(load_recipe(QUICKSTART, settings), tmp_path, until="train")
     (line,) = read_jsonl(directory.epochs)
     assert {"choice", "kl"} <= {each["figure"] for each in line["setbacks"]}
     error = capsys.readouterr().err
-    assert (
-        "epoch 1: KL along the dense model's own texts is worse" in error and "recover.lr=0.15 instead of 0.3" in error
-    )
+    assert "epoch 1: KL along the dense model's own texts is worse" in error and "train.lr=0.15 instead of 0.3" in error

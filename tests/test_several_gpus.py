@@ -62,17 +62,17 @@ def test_a_copy_of_a_run_keeps_its_pruning_and_its_text_and_nothing_that_was_lea
     files = [
         "prune/DONE.json",
         "before/measure.json",
-        "recover/data/dense-1.jsonl",
-        "recover/DONE.json",
+        "train/data/dense-1.jsonl",
+        "train/DONE.json",
         "epochs.jsonl",
     ]
-    files += ["recover/epoch-1/adapter_model.safetensors", "after/measure.json", "deploy/DONE.json", "report.html"]
+    files += ["train/epoch-1/adapter_model.safetensors", "after/measure.json", "deploy/DONE.json", "report.html"]
     for name in files:
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).write_text("{}")
     copy = untrained_copy(tmp_path / "run", tmp_path / "copy")
     left = {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()}
-    assert left == {"prune/DONE.json", "before/measure.json", "recover/data/dense-1.jsonl"}
+    assert left == {"prune/DONE.json", "before/measure.json", "train/data/dense-1.jsonl"}
 
 
 def test_a_checkpoint_that_is_not_whole_is_found(tmp_path):

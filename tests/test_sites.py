@@ -36,7 +36,12 @@ def zeroed(model, sites):
     for site in sites:
         last = arch.attention_linears[-1] if site.part == "attention" else arch.mlp_linears[-1]
         path = f"{arch.attention if site.part == 'attention' else arch.mlp}.{last}"
-        for parameter in blocks_of(model)[site.block].get_submodule(path).parameters():
+        block = blocks_of(model)[site.block]
+        if site.part == "mlp" and hasattr(block.mlp, "experts"):
+            writing = [p for name, p in block.mlp.named_parameters() if "down_proj" in name]
+        else:
+            writing = block.get_submodule(path).parameters()
+        for parameter in writing:
             parameter.data.zero_()
     return model
 

@@ -91,7 +91,7 @@ def test_every_block_attends_by_it_and_gives_the_same_logits(monkeypatch, family
     torch.testing.assert_close(found, expected)
     blocks = len(blocks_of(model)) if configs_of(model) else 0  # some are eager, or let it not be replaced
     assert steps == [11] * blocks + [1] * blocks
-    assert blocks or family in ("gemma2", "granite_swa", "stablelm", "stablelm_parallel")
+    assert blocks or family in ("gemma2", "granite_swa", "gpt_oss", "stablelm", "stablelm_parallel")
 
 
 def test_outside_and_after_an_error_models_attend_as_before():

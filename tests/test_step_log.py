@@ -25,8 +25,8 @@ def go(folder, after_epoch=lambda epoch, _: float(epoch), **changes):
     two_processes.write_text(folder)
     twin = Twin(tiny(), Plan("depth", 6, (2, 4)))
     cfg = two_processes.cfg(folder, save_steps=1, **changes)
-    train(twin, byte_tokenizer(), cfg, folder / "recover", after_epoch, seed=3)
-    return folder / "recover" / "steps.jsonl"
+    train(twin, byte_tokenizer(), cfg, folder / "train", after_epoch, seed=3)
+    return folder / "train" / "steps.jsonl"
 
 
 def stop_before_step(monkeypatch, number):
@@ -50,7 +50,7 @@ def stopped_early(folder, monkeypatch):
     with pytest.raises(StopRequested):
         go(folder)
     monkeypatch.undo()
-    path = folder / "recover" / "steps.jsonl"
+    path = folder / "train" / "steps.jsonl"
     stopped = len(read_jsonl(path))
     assert 0 < stopped < STEPS
     return path, stopped
@@ -82,7 +82,7 @@ def test_every_term_that_has_a_weight_is_logged_and_they_add_up_to_the_loss(tmp_
     for line in [*read_jsonl(path), *(record["train"] for record in epochs)]:
         total = sum((1 if name == "ce" else 4) * weight * line[name] for name, weight in weights.items())
         assert line["loss"] == pytest.approx(total, rel=1e-5) and all(line[name] > 0 for name in weights)
-    found = curve(path, {"recover": {"loss": weights}})
+    found = curve(path, {"train": {"loss": weights}})
     assert found is not None and weights.keys() < found["points"].keys()
 
 
@@ -93,7 +93,7 @@ def test_the_curve_of_the_report_has_the_means_of_the_epochs(tmp_path):
         epochs.append(record)
         return float(epoch)
 
-    recipe = {"recover": two_processes.cfg(tmp_path).model_dump()}
+    recipe = {"train": two_processes.cfg(tmp_path).model_dump()}
     found = curve(go(tmp_path, after_epoch), recipe)
     assert found is not None and found["last_step"] == STEPS and found["tokens_per_second"] > 0
     points = found["points"]

@@ -1,4 +1,4 @@
-"""`recover.stop`: a training ends when generation rises no more, and its rate falls to zero before it does."""
+"""`train.stop`: a training ends when generation rises no more, and its rate falls to zero before it does."""
 
 import os
 import signal
@@ -58,8 +58,8 @@ def go(folder, name, scores, **changes):
 
 def test_the_rate_falls_to_zero_before_it_ends_and_the_end_is_measured(tmp_path, capsys):
     two_processes.write_text(tmp_path)
-    best = go(tmp_path, "recover", [0.5, 0.5, 0.8, 0.9])
-    steps, record = read_jsonl(tmp_path / "recover/steps.jsonl"), read_json(tmp_path / "recover/best.json")
+    best = go(tmp_path, "train", [0.5, 0.5, 0.8, 0.9])
+    steps, record = read_jsonl(tmp_path / "train/steps.jsonl"), read_json(tmp_path / "train/best.json")
     ends = [each["step"] for each in record["epochs"]]
     assert best.name == "epoch-3" and [each["score"] for each in record["epochs"]] == [0.5, 0.5, 0.8]
     assert len(steps) == ends[2] == ends[1] + -(-3 * ends[1] // 10)
@@ -67,8 +67,8 @@ def test_the_rate_falls_to_zero_before_it_ends_and_the_end_is_measured(tmp_path,
     fall = rates[ends[1] :]
     assert {*rates[2 : ends[1]]} == {3e-3} and fall[0] == 3e-3 and 0 < fall[-1] < 1.5 * 3e-3 / len(fall)
     assert fall == sorted(fall, reverse=True)
-    assert "more tokens bring no more generation (recover.stop)" in capsys.readouterr().out
-    assert read_json(tmp_path / "recover/training.json")["finished"]
+    assert "more tokens bring no more generation (train.stop)" in capsys.readouterr().out
+    assert read_json(tmp_path / "train/training.json")["finished"]
 
 
 def test_a_fall_that_is_stopped_goes_on_to_the_same_bits(tmp_path, at_step, monkeypatch):  # noqa: F811
@@ -78,13 +78,13 @@ def test_a_fall_that_is_stopped_goes_on_to_the_same_bits(tmp_path, at_step, monk
     step = read_json(tmp_path / "straight/best.json")["epochs"][1]["step"] + 2
     at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(StopRequested):
-        go(tmp_path, "recover", scores)
+        go(tmp_path, "train", scores)
     monkeypatch.undo()
-    found = load_file(go(tmp_path, "recover", scores) / "adapter_model.safetensors")
+    found = load_file(go(tmp_path, "train", scores) / "adapter_model.safetensors")
     assert all(torch.equal(found[name], straight[name]) for name in straight)
 
 
 def test_without_a_fall_it_ends_at_once(tmp_path):
     two_processes.write_text(tmp_path)
-    go(tmp_path, "recover", [0.5, 0.5, 0.8, 0.9], stop={"decay": 0})
-    assert len(read_json(tmp_path / "recover/best.json")["epochs"]) == 2
+    go(tmp_path, "train", [0.5, 0.5, 0.8, 0.9], stop={"decay": 0})
+    assert len(read_json(tmp_path / "train/best.json")["epochs"]) == 2

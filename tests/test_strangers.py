@@ -125,16 +125,16 @@ def test_files_of_others_in_a_run_of_ours_stay(tmp_path: Path) -> None:
         ".x.12.tmp",
         "src/.y.tmp",
         ".src.replaced/z",
-        "recover/.mine.tmp",
+        "train/.mine.tmp",
         "prune/a.tmp",
     )
     strangers.fill(tmp_path, theirs)
-    strangers.fill(tmp_path, (".recipe.yaml.12.tmp", "recover/.epoch-2.tmp/a", "prune/.plan.json.9.tmp"))
+    strangers.fill(tmp_path, (".recipe.yaml.12.tmp", "train/.epoch-2.tmp/a", "prune/.plan.json.9.tmp"))
     before = strangers.contents(tmp_path)
     with run.lock():
         pass
     left = {name for name in strangers.contents(tmp_path) if name != ".lock"}
-    gone = {".recipe.yaml.12.tmp", "recover/.epoch-2.tmp", "recover/.epoch-2.tmp/a", "prune/.plan.json.9.tmp"}
+    gone = {".recipe.yaml.12.tmp", "train/.epoch-2.tmp", "train/.epoch-2.tmp/a", "prune/.plan.json.9.tmp"}
     assert before.keys() - left - {".lock"} == gone
 
 

@@ -109,7 +109,12 @@ def test_generate_task_counts_right_answers_and_compares_with_the_dense_texts(tm
     assert task["exact_match"] == 0.75 == record["headline"]["generation"] and task["items"] == 8
     assert task["agreement"] is task["first_divergence"] is task["exact_text"] is task["sampled_exact_match"] is None
     assert len(task["samples"]) == 2 and task["samples"][0]["correct"] is True
-    assert generations == {"task": [{"ids": each.ids, "text": each.text} for each in texts]}
+    assert generations == {
+        "task": [
+            {"ids": each.ids, "text": each.text, "prompt": row["q"], "expected": row["answer"]}
+            for each, row in zip(texts, rows, strict=True)
+        ]
+    }
 
     same, _ = measure(model, word_tokenizer(), [load_task(path)], CFG, reference=generations, limit=5)
     assert (same["tasks"]["task"]["agreement"], same["tasks"]["task"]["exact_text"]) == (1.0, 1.0)

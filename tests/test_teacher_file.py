@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from recover.base.errors import DataError, RecipeError
 from recover.commands.teacher import teacher_rows, write_teacher
-from recover.config.recipe import GivenText, Recover, TeacherText, load_recipe
+from recover.config.recipe import GivenText, TeacherText, Train, load_recipe
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.run import stages
@@ -115,7 +115,7 @@ def test_rows_of_the_head_that_are_no_tokens_count_as_tail(folder):
 
 def test_plan_reads_the_whole_file(tmp_path):
     path = tmp_path / "teacher.jsonl"
-    overrides = [f"recover.data=[{{kind: teacher, source: {path}}}]", "recover.loss={kl: 1.0}"]
+    overrides = [f"train.data=[{{kind: teacher, source: {path}}}]", "train.loss={kl: 1.0}"]
     path.write_text(json.dumps(GOOD) + "\n")
     stages.run(load_recipe(QUICKSTART, overrides), tmp_path, until="plan")
     path.write_text(json.dumps({**GOOD, "input_ids": [5, 10**6, 7]}) + "\n")
@@ -176,7 +176,7 @@ def test_a_file_without_anything_to_learn_is_refused(tmp_path):
     )
     with pytest.raises(DataError, match="no row holds a token to learn"):
         check_teacher(source(path), 256, byte_tokenizer())
-    with pytest.raises(DataError, match=r"within recover\.length 8"):
+    with pytest.raises(DataError, match=r"within train\.length 8"):
         teacher_samples(source(path), 8, 256, byte_tokenizer(), tmp_path)
 
 
@@ -192,7 +192,7 @@ def test_a_file_without_anything_to_learn_is_refused(tmp_path):
 )
 def test_what_a_file_cannot_do_is_refused_by_the_recipe(changes, message):
     with pytest.raises(ValueError, match=message):
-        Recover.model_validate({"data": [{"kind": "teacher", "source": "x"}], **changes})
+        Train.model_validate({"data": [{"kind": "teacher", "source": "x"}], **changes})
 
 
 def test_any_checkpoint_writes_one(tmp_path):
@@ -265,7 +265,7 @@ def test_a_file_made_with_another_tokenizer_is_refused_by_plan_and_by_training(t
         check_teacher(source(out), 280, byte_tokenizer())
     with pytest.raises(DataError, match=message):
         teacher_samples(source(out), 64, 280, byte_tokenizer(), tmp_path)
-    overrides = [f"recover.data=[{{kind: teacher, source: {out}}}]", "recover.loss={kl: 1.0}"]
+    overrides = [f"train.data=[{{kind: teacher, source: {out}}}]", "train.loss={kl: 1.0}"]
     with pytest.raises(DataError, match=message):
         stages.run(load_recipe(QUICKSTART, overrides), tmp_path, until="plan")
     check_teacher(source(taught(tmp_path, byte_tokenizer())), 280, byte_tokenizer())

@@ -36,7 +36,7 @@ def depth_twin(**overrides):
 
 def go(folder, twin=None, after_epoch=lambda epoch, context: float(epoch), **changes):
     cfg = two_processes.cfg(folder, **changes)
-    return train(twin or depth_twin(), byte_tokenizer(), cfg, folder / "recover", after_epoch, seed=3)
+    return train(twin or depth_twin(), byte_tokenizer(), cfg, folder / "train", after_epoch, seed=3)
 
 
 def adapter(path):
@@ -72,8 +72,8 @@ def test_the_loss_falls_and_the_best_adapter_is_published(folder, tmp_path):
         return [0.5, 0.9, 0.9, 0.1][epoch - 1]
 
     best = go(folder, after_epoch=after_epoch, epochs=4, tokens=2400, lr=3e-3)
-    assert best == folder / "recover" / "epoch-2"  # the first of equal ones
-    record = read_json(folder / "recover" / "best.json")
+    assert best == folder / "train" / "epoch-2"  # the first of equal ones
+    record = read_json(folder / "train" / "best.json")
     assert (record["epoch"], record["folder"], record["score"]) == (2, "epoch-2", 0.9)
     assert [entry["score"] for entry in record["epochs"]] == [0.5, 0.9, 0.9, 0.1]
     losses = [context["train"]["loss"] for _, context in contexts]
@@ -82,8 +82,8 @@ def test_the_loss_falls_and_the_best_adapter_is_published(folder, tmp_path):
     assert contexts[-1][1]["tokens"] >= 2000 and contexts[-1][1]["seconds"] > 0
     assert set(contexts[0][1]["train"]) == {"loss", "kl", "variance", "reverse_kl", "ce", "lr"}
     for epoch in range(1, 5):
-        check_manifest(folder / "recover" / f"epoch-{epoch}")
-    (last,) = (folder / "recover" / "checkpoints").iterdir()  # from which the training can be lengthened
+        check_manifest(folder / "train" / f"epoch-{epoch}")
+    (last,) = (folder / "train" / "checkpoints").iterdir()  # from which the training can be lengthened
     assert last.name == f"checkpoint-{contexts[-1][1]['step']}"
 
 
@@ -153,8 +153,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, at_step, monkeypatch, 
     found = adapter(go(stopped, after_epoch=after_epoch, **options))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert [epoch for epoch, _ in measured] == ([1, 2] if step <= 2 else [2])
-    assert read_json(straight / "recover/best.json")["epochs"][1] == pytest.approx(
-        read_json(stopped / "recover/best.json")["epochs"][1]
+    assert read_json(straight / "train/best.json")["epochs"][1] == pytest.approx(
+        read_json(stopped / "train/best.json")["epochs"][1]
     )
 
 
@@ -166,7 +166,7 @@ def test_a_broken_checkpoint_is_passed_over(tmp_path, at_step, monkeypatch, caps
     expected = adapter(go(straight))
     stopped_at(at_step, broken, 3, save_steps=1)
     monkeypatch.undo()
-    checkpoints = sorted((broken / "recover/checkpoints").iterdir())
+    checkpoints = sorted((broken / "train/checkpoints").iterdir())
     assert [path.name for path in checkpoints] == ["checkpoint-2", "checkpoint-3"]
     state = checkpoints[-1] / "trained.safetensors"
     state.write_bytes(state.read_bytes()[:-40])
@@ -212,26 +212,26 @@ def test_a_model_that_is_not_finite_stops_with_a_diagnosis(folder, at_step):
     with pytest.raises(TrainingError, match=r"step 3: the loss is not finite \(.*kl nan.*model\.norm\.weight; load it"):
         go(folder, twin)
     assert all(parameter.isfinite().all() for parameter in twin.model.parameters() if parameter.requires_grad)
-    assert read_json(folder / "recover/training.json")["skipped"] == 2
+    assert read_json(folder / "train/training.json")["skipped"] == 2
 
 
 def test_patience_stops_and_says_so(folder, capsys):
     scores = [0.5, 0.4, 0.3, 0.9]
     best = go(folder, after_epoch=lambda epoch, _: scores[epoch - 1], epochs=4, tokens=1600, patience=2)
     assert best.name == "epoch-1"
-    assert "recover.patience" in capsys.readouterr().out
-    assert len(read_json(folder / "recover/best.json")["epochs"]) == 3
+    assert "train.patience" in capsys.readouterr().out
+    assert len(read_json(folder / "train/best.json")["epochs"]) == 3
 
 
 def test_no_gain_over_the_pruned_model_is_said(folder, capsys):
     cfg = two_processes.cfg(folder)
-    train(depth_twin(), byte_tokenizer(), cfg, folder / "recover", lambda *_: 0.1, seed=0, baseline_score=0.2)
+    train(depth_twin(), byte_tokenizer(), cfg, folder / "train", lambda *_: 0.1, seed=0, baseline_score=0.2)
     assert "no epoch generates better than the pruned model before training" in capsys.readouterr().err
 
 
 def test_without_a_score_the_lowest_loss_is_kept(folder):
     best = go(folder, after_epoch=lambda *_: None)
-    epochs = read_json(folder / "recover/best.json")["epochs"]
+    epochs = read_json(folder / "train/best.json")["epochs"]
     assert best.name == min(epochs, key=lambda record: record["loss"])["folder"]
 
 
@@ -267,7 +267,7 @@ def test_float16_is_refused(folder):
 
 
 def test_too_little_text_for_the_epochs_is_refused(folder):
-    with pytest.raises(DataError, match=r"recover\.tokens"):
+    with pytest.raises(DataError, match=r"train\.tokens"):
         go(folder, tokens=50)
 
 
@@ -289,7 +289,7 @@ def test_text_that_the_dense_model_writes_is_what_is_learnt(folder):
     prompts.write_text("".join(json.dumps({"prompt": f"say {i}:"}) + "\n" for i in range(10)))
     data = [{"kind": "dense", "prompts": str(prompts), "max_new_tokens": 12, "batch_size": 8}]
     go(folder, data=data, tokens=300)
-    (written,) = (folder / "recover/data").iterdir()
+    (written,) = (folder / "train/data").iterdir()
     stamp = written.stat().st_mtime_ns
     go(folder, data=data, tokens=300)
     assert written.stat().st_mtime_ns == stamp  # a finished training starts anew, from the same text

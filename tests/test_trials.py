@@ -16,7 +16,7 @@ from recover.base.artifacts import read_json, read_jsonl
 from recover.base.errors import StopRequested, TrainingError
 from recover.base.signals import graceful_stop
 from recover.config.auto import prior_rate
-from recover.config.recipe import Recover
+from recover.config.recipe import Train
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.report.collect import collect
@@ -38,7 +38,7 @@ def cfg(folder, **changes):
     return two_processes.cfg(folder, **{"lr": "auto", "batch_size": 4, **changes})
 
 
-def go(folder, name="recover", **changes):
+def go(folder, name="train", **changes):
     twin = Twin(tiny(), Plan("depth", 6, (2, 4)))
     path = train(twin, byte_tokenizer(), cfg(folder, **changes), folder / name, lambda epoch, _: float(epoch), seed=3)
     return load_file(path / "adapter_model.safetensors")
@@ -46,7 +46,7 @@ def go(folder, name="recover", **changes):
 
 def recipe(tokens, **changes):
     data = [{"kind": "given", "source": "x.jsonl"}]
-    return Recover.model_validate({"data": data, "tokens": tokens, "batch_size": 16, "lr": "auto", **changes})
+    return Train.model_validate({"data": data, "tokens": tokens, "batch_size": 16, "lr": "auto", **changes})
 
 
 @pytest.mark.parametrize(
@@ -129,16 +129,16 @@ def test_the_rate_is_chosen_by_kl_then_perplexity_then_the_lowest(found, chosen,
 
 
 def test_trials_that_all_diverge_ask_for_a_rate():
-    with pytest.raises(TrainingError, match=r"recover\.lr: auto: each of the trials, from 0\.0005 to 0\.002"):
+    with pytest.raises(TrainingError, match=r"train\.lr: auto: each of the trials, from 0\.0005 to 0\.002"):
         _best([trial(rate, None) for rate in PLAN.rates], PLAN)
 
 
 def test_the_training_is_to_the_bit_that_of_the_chosen_rate(folder, capsys):
     ours = go(folder, tokens=1200)
-    record = read_json(folder / "recover" / "trials.json")
+    record = read_json(folder / "train" / "trials.json")
     assert len(record["trials"]) == 5 and record["chosen"] in [each["lr"] for each in record["trials"]]
     assert f"lr: auto: {record['chosen']:.3g}" in capsys.readouterr().out
-    steps = read_jsonl(folder / "recover" / "steps.jsonl")
+    steps = read_jsonl(folder / "train" / "steps.jsonl")
     assert max(step["lr"] for step in steps) == record["chosen"]
     theirs = go(folder, "given", tokens=1200, lr=record["chosen"])
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -166,7 +166,7 @@ def test_trials_that_are_stopped_go_on_behind_those_that_are_done(folder, monkey
     monkeypatch.setattr(trials._Bench, "trial", stopped_in_the_third)
     with pytest.raises(StopRequested), graceful_stop():
         go(folder)
-    assert len(read_json(folder / "recover" / "trials.json")["trials"]) == 2
+    assert len(read_json(folder / "train" / "trials.json")["trials"]) == 2
     found = go(folder)
     assert made[2:] == [made[2], *made[3:]] and len(made) == 6  # the third again, and two more
     assert all(torch.equal(found[name], straight[name]) for name in straight)
@@ -229,19 +229,19 @@ def test_a_rate_that_diverges_is_not_chosen_and_is_shown(folder, monkeypatch, ca
         trials._Bench, "_step", lambda bench, at, adam: step(bench, at, adam) and adam.param_groups[0]["lr"] < 4e-3
     )
     go(folder)
-    record = read_json(folder / "recover" / "trials.json")
+    record = read_json(folder / "train" / "trials.json")
     assert record["trials"][-1]["kl"] is None and record["chosen"] != record["trials"][-1]["lr"]
     assert "trials of learning rates" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("reason", [None, "5% of recover.tokens"])
+@pytest.mark.parametrize("reason", [None, "5% of train.tokens"])
 def test_the_report_has_the_table_of_trials(tmp_path, reason):
     run = build_run(tmp_path)
     text = (run / "recipe.yaml").read_text()
     (run / "recipe.yaml").write_text(text.replace("lr: 0.0002", "lr: auto"))
     found = [] if reason else [trial(5e-4, 0.31), trial(1e-3, 0.22), trial(2e-3, None)]
     rest = {"chosen": 1e-3, "reason": reason or "lowest KL", "why": reason or "3 trials of 20 steps"}
-    (run / "recover" / "trials.json").write_text(json.dumps({"trials": found, **rest}))
+    (run / "train" / "trials.json").write_text(json.dumps({"trials": found, **rest}))
     render(run, collect(run))
     text = (run / "report.md").read_text()
     assert "Trials of learning rates" in text and "0.001, taken" in text
@@ -250,5 +250,5 @@ def test_the_report_has_the_table_of_trials(tmp_path, reason):
 
 def test_a_rate_that_is_given_shows_no_trials_of_before(tmp_path):
     run = build_run(tmp_path)
-    (run / "recover" / "trials.json").write_text(json.dumps({"trials": [], "chosen": 1e-3, "reason": "x"}))
+    (run / "train" / "trials.json").write_text(json.dumps({"trials": [], "chosen": 1e-3, "reason": "x"}))
     assert collect(run)["rate_trials"] is None

@@ -42,9 +42,9 @@ def test_the_shipped_recipe_is_the_repositorys():
 def test_quickstart_runs_the_shipped_recipe(monkeypatch):
     asked: list[Any] = []
     monkeypatch.setattr(stages, "run", lambda recipe, root, **how: asked.append((recipe, root, how)))
-    assert call("quickstart", "recover.tokens=600", "--runs", "there").exit_code == 0
-    assert call("run", "embedded:quickstart", "recover.tokens=600", "--fresh").exit_code == 0
-    wanted = load_recipe(ROOT / "recipes" / "quickstart.yaml", ["recover.tokens=600"])
+    assert call("quickstart", "train.tokens=600", "--runs", "there").exit_code == 0
+    assert call("run", "embedded:quickstart", "train.tokens=600", "--fresh").exit_code == 0
+    wanted = load_recipe(ROOT / "recipes" / "quickstart.yaml", ["train.tokens=600"])
     assert [recipe for recipe, _, _ in asked] == [wanted, wanted]
     assert (asked[0][1], asked[0][2]) == (Path("there"), {"until": "report", "start": None})
     unknown = call("run", "embedded:quickstrat")
@@ -125,8 +125,8 @@ def completed(line: str, word: int) -> list[str]:
     [
         ("recover qui", 1, ["quickstart"]),
         ("recover ", 1, [*COMMANDS]),
-        ("recover run my.yaml recover.lora.ra", 3, ["recover.lora.rank="]),
-        ("recover run my.yaml recover.data.0.sh", 3, ["recover.data.0.share="]),
+        ("recover run my.yaml train.lora.ra", 3, ["train.lora.rank="]),
+        ("recover run my.yaml train.data.0.sh", 3, ["train.data.0.share="]),
         ("recover run --fr", 2, ["--from", "--fresh"]),
         ("recover measure model --suite ch", 4, ["choice"]),
         ("recover measure model --tasks gsm8k_", 4, ["gsm8k_5shot"]),
@@ -174,7 +174,7 @@ def environment(folder: Path, package: Path) -> Path:
 
 
 SMALL = (
-    *("recover.tokens=600", "recover.epochs=1", "measure.limit=6", "measure.sampling=null", "probe.samples=2"),
+    *("train.tokens=600", "train.epochs=1", "measure.limit=6", "measure.sampling=null", "probe.samples=2"),
     *("probe.steps=4", "probe.sublayers=false", "probe.items=0", "prune.calibration.samples=4"),
 )
 

@@ -12,7 +12,7 @@ from tiny import tiny
 
 from recover.base import dist
 from recover.base.errors import RecipeError, TrainingError
-from recover.config.recipe import Lora, Recover
+from recover.config.recipe import Lora, Train
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.train import sharded_weights as weight_shards
@@ -198,7 +198,7 @@ def test_zero3_and_shards_are_refused_together(stage, tmp_path, monkeypatch):
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "ds.json"))
-    cfg = Recover.model_validate({"data": [{"kind": "given", "source": "x.jsonl"}], "shard_weights": True})
+    cfg = Train.model_validate({"data": [{"kind": "given", "source": "x.jsonl"}], "shard_weights": True})
     assert dist.zero_stage() == stage
     if stage == 2:
         refuse_sharding_twice(cfg)
@@ -210,7 +210,7 @@ def test_zero3_and_shards_are_refused_together(stage, tmp_path, monkeypatch):
 def test_the_plan_refuses_it_too(monkeypatch):
     from recover.run import estimate
 
-    cfg = Recover.model_validate({"data": [{"kind": "given", "source": "x.jsonl"}], "shard_weights": True})
+    cfg = Train.model_validate({"data": [{"kind": "given", "source": "x.jsonl"}], "shard_weights": True})
     monkeypatch.setattr(dist, "zero_stage", lambda: 3)
     with pytest.raises(RecipeError, match="shard_weights"):
         estimate._refuse_training(cfg)

@@ -11,7 +11,7 @@ from byte_tokenizer import byte_tokenizer
 from cached import cache_of
 from narrow import MLP_ONLY, case, logits, prune, silenced, width_twin
 from peft import get_peft_model
-from tiny import FAMILIES, ids, tiny
+from tiny import FAMILIES, MIXTURES, ids, tiny
 from transformers import AutoModelForCausalLM
 from twins import Distill, fill_adapters, stepwise
 
@@ -27,12 +27,15 @@ from recover.models.twin import Twin
 from recover.text.decode import Writing, write
 from recover.text.generate import plain
 
+NARROWED = [family for family in FAMILIES if family not in MIXTURES or family not in MLP_ONLY]
 
-@pytest.mark.parametrize("family", FAMILIES)
+
+@pytest.mark.parametrize("family", NARROWED)
 def test_the_pruned_view_is_the_dense_model_with_units_silenced(family):
     dense, twin = case(family)[0], width_twin(family)
     # 0.6 * 96 = 57.6 neurons, the nearest multiple of 8 is 56
-    reference = silenced(dense, groups=0 if family in MLP_ONLY else 1)
+    neurons = 0 if family in MIXTURES else 40
+    reference = silenced(dense, neurons=neurons, groups=0 if family in MLP_ONLY else 1)
     torch.testing.assert_close(logits(twin.model), logits(reference), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(logits(twin.model), logits(dense), atol=1e-2)
     with twin.dense() as model:
@@ -40,7 +43,7 @@ def test_the_pruned_view_is_the_dense_model_with_units_silenced(family):
     assert dict(twin.base.state_dict()).keys() == dict(dense.state_dict()).keys()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NARROWED)
 def test_both_views_are_right_with_a_cache(family):
     twin, tokens = width_twin(family), ids(2, 20)
     mask = torch.ones_like(tokens)
@@ -49,7 +52,7 @@ def test_both_views_are_right_with_a_cache(family):
         torch.testing.assert_close(stepwise(model, tokens, mask), logits(model, tokens), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NARROWED)
 def test_trained_merged_and_reloaded_is_the_pruned_view(family, tmp_path):
     twin = width_twin(family)
     untrained = logits(twin.model)
@@ -80,9 +83,16 @@ def test_every_family_has_a_case_and_some_keep_their_groups():
     }
     for family in MLP_ONLY:
         with pytest.raises(
-            PruneError, match=rf"prune.kv_groups: {FAMILIES[family][0]} keeps its KV groups: .*Use prune.mlp alone"
+            PruneError,
+            match=rf"prune.kv_groups: {FAMILIES[family][0]} keeps its KV groups: .*Use (prune.mlp alone|another)",
         ):
             prune(tiny(family), kv_groups=1)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_neurons_of_experts_are_not_cut(family):
+    with pytest.raises(PruneError, match=r"prune.mlp: the MLPs of .* are mixtures of experts.*prune.kind: experts"):
+        prune(tiny(family), mlp=0.4)
 
 
 def test_biases_are_sliced_too():

@@ -153,7 +153,7 @@ def small_recipe(**prune) -> recipe.Recipe:
             "name": "narrow",
             "model": {"source": "org/model"},
             "prune": {"kind": "width", "calibration": text, **prune},
-            "recover": {"data": [{"kind": "dense", "prompts": "embedded:prompts"}], "length": 64},
+            "train": {"data": [{"kind": "dense", "prompts": "embedded:prompts"}], "length": 64},
             "measure": {"tasks": ["embedded:sums"]},
         },
         "my.yaml",

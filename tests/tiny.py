@@ -101,9 +101,40 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": [SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL],
         },
     ),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}),
+    "olmoe": ("olmoe", {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 32}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"norm_topk_prob": True, "mlp_only_layers": [1]},
+    ),
+    "qwen3_moe_step": (
+        "qwen3_moe",
+        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
+        | {"decoder_sparse_step": 2},
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}
+        | {"sliding_window": 8, "layer_types": [SLIDING, FULL] * 3},
+    ),
+    "glm4_moe": (
+        "glm4_moe",
+        {"head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"first_k_dense_replace": 2, "use_qk_norm": True},
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 2, "topk_group": 1}
+        | {"num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8}
+        | {"qk_nope_head_dim": 8, "v_head_dim": 16, "first_k_dense_replace": 2},
+    ),
     "granite": ("granite", {"logits_scaling": 3.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0}),
 }
 
+
+# Whose MLPs are mixtures of experts, in some blocks at least.
+MIXTURES = ("mixtral", "olmoe", "qwen3_moe", "qwen3_moe_step", "gpt_oss", "glm4_moe", "deepseek_v3")
 
 # Made of parts that another family has too: their tests are slow ones (`conftest.py`), so that the suite stays short.
 LIKE_OTHERS = {
@@ -118,6 +149,7 @@ LIKE_OTHERS = {
         "glm",
         "arcee",
     ),
+    *("mixtral", "olmoe", "qwen3_moe_step", "glm4_moe"),
     *("gemma", "starcoder2", "stablelm", "cohere2", "gpt_neox_sequential", "granite"),
 }
 

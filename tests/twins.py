@@ -21,6 +21,11 @@ def removed(model: PreTrainedModel, dropped: tuple[int, ...]) -> PreTrainedModel
     for name, value in values.items():
         if isinstance(value, list) and len(value) == model.config.num_hidden_layers:
             values[name] = [value[i] for i in keep]
+    if "mlp_only_layers" in values:  # of the new blocks, those that are plain in the model itself
+        plain = [i for i, block in enumerate(model.model.layers) if not hasattr(block.mlp, "experts")]
+        values |= {"mlp_only_layers": [keep.index(i) for i in plain if i in keep], "decoder_sparse_step": 1}
+    if "first_k_dense_replace" in values:
+        values["first_k_dense_replace"] -= sum(i < values["first_k_dense_replace"] for i in dropped)
     values["num_hidden_layers"] = len(keep)
     smaller = AutoModelForCausalLM.from_config(type(config).from_dict(values), dtype=torch.float32).eval()
     weights = {}

@@ -19,7 +19,7 @@ from tiny import tiny
 from transformers import TrainerCallback
 
 from recover.base import dist
-from recover.config.recipe import Probe, Recover
+from recover.config.recipe import Probe, Train
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.probe.probe import final_drift
@@ -33,7 +33,7 @@ LAUNCH = Path(__file__).parent.parent / "launch"
 STEPS = 3
 
 
-def cfg(folder: Path, **changes) -> Recover:
+def cfg(folder: Path, **changes) -> Train:
     """Uneven lengths, prompts masked: processes and micro-batches hold unlike numbers of scored tokens.
 
     The loss differs from step to step.
@@ -50,7 +50,7 @@ def cfg(folder: Path, **changes) -> Recover:
         "lora": {"rank": 4},
         "loss": {"kl": 1.0, "variance": 0.2, "variance_until": 0.5, "ce": 0.1, "temperature": 2.0},
     }
-    return Recover.model_validate({**fields, **changes})
+    return Train.model_validate({**fields, **changes})
 
 
 def own_text(folder: Path, **changes) -> dict:

@@ -10,8 +10,10 @@ generations.json and probe.json. Run with `measure.samples` no less than the ite
 2. Each run: how long texts stay the dense model's, KL and top token along the dense texts, length, and the rate
    r = -ln(kept) / length: kept = exp(-r length), as if each token could end an answer.
 3. Rank correlation over runs of each figure with what is kept.
-4. Figures against tokens, where runs differ in nothing else: y = a tokens^b, b, and how far runs lie off.
-5. Votes: the answer that most runs give, against dense.
+4. kept = exp(-c KL) over all runs, KL the mean along the dense texts: c, and how far each pruning's runs lie off where
+   c is fitted without them.
+5. Figures against tokens, where runs differ in nothing else: y = a tokens^b, b, and how far runs lie off.
+6. Votes: the answer that most runs give, against dense.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from judged import Judged, judged
 from rows import kept
 
 RESAMPLES = 2000
-TOKENS = "recover.tokens="
+TOKENS = "train.tokens="
 Pairs = Sequence[tuple[Sequence[bool], Sequence[bool]]]  # of each task (dense, other) of the same items
 
 
@@ -57,7 +59,7 @@ def report(runs: Sequence[Judged], vote: Sequence[str] | None = None) -> str:
     """All tables."""
     figures = {run.name: figures_of(run) for run in runs}
     voters = [run for run in runs if vote is None or run.name in vote]
-    parts = [shares(runs), texts(figures), correlations(figures), laws(runs, figures), votes(voters)]
+    parts = [shares(runs), texts(figures), correlations(figures), foretold(runs), laws(runs, figures), votes(voters)]
     return "\n".join(part for part in parts if part)
 
 
@@ -161,6 +163,43 @@ def correlations(figures: dict[str, dict[str, float]]) -> str:
         if value is not None:
             rows.append([name, len(both), f"{value:+.2f}"])
     return table("## Rank correlation with what is kept", ["figure", "runs", "rho"], rows) if rows else ""
+
+
+def decay(kl: Sequence[float], share: Sequence[float]) -> float:
+    """c of share = exp(-c KL), by least squares of the logarithm."""
+    kl_N, log_N = np.asarray(kl), -np.log(np.maximum(share, 1e-3))
+    return float((kl_N * log_N).sum() / np.square(kl_N).sum())
+
+
+def foretold(runs: Sequence[Judged]) -> str:
+    """What KL says of what is kept, of recovered models and of those that were not trained; by pruning."""
+    found = {
+        view: [
+            (run.row["pruning"] or "base", run.row[view]["kl"]["mean"], share)
+            for run in runs
+            if "kl" in run.row.get(view, {}) and (share := kept(run.row, view)) is not None
+        ]
+        for view in ("recovered", "pruned")
+    }
+    recovered = found["recovered"]
+    prunings = list(dict.fromkeys(pruning for pruning, _, _ in recovered))
+    if len(prunings) < 3:
+        return ""
+    whole = decay([kl for _, kl, _ in recovered], [share for _, _, share in recovered])
+    rows = []
+    for view, points in found.items():
+        for pruning in dict.fromkeys(each for each, _, _ in points):
+            others = [(kl, share) for each, kl, share in recovered if each != pruning]
+            c = decay(*zip(*others, strict=True))
+            mine = [(kl, share) for each, kl, share in points if each == pruning]
+            off = sorted({f"{math.exp(-c * kl) - share:+.1%}" for kl, share in mine}, key=lambda text: float(text[:-1]))
+            shown = off if len(off) < 4 else [off[0], off[-1]]
+            rows.append([view, pruning, len(mine), f"{c:.2f}", " to ".join(shown) if len(off) > 3 else ", ".join(off)])
+    errors = [math.exp(-whole * kl) - share for _, kl, share in recovered]
+    root = np.sqrt(np.mean(np.square(errors)))
+    said = f"c = {whole:.2f}, {len(errors)} recovered runs: root mean square error {root:.1%}"
+    heads = ["models", "pruning", "runs", "c of the others", "foretold, less what is kept"]
+    return table(f"## kept = exp(-c KL): {said}", heads, rows)
 
 
 def power_law(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, list[float]]:

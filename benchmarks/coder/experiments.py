@@ -238,7 +238,7 @@ class Experiments:
         if status == DONE:
             self.quickest = min(self.quickest or seconds, seconds)
             if not self.options.keep:
-                shutil.rmtree(run.folder / "recover" / "checkpoints", ignore_errors=True)
+                shutil.rmtree(run.folder / "train" / "checkpoints", ignore_errors=True)
         elif status == FAILED:
             self.failed += 1
             print(_tail(self.options.out / f"{run.variant.run}.log"), flush=True)

@@ -22,8 +22,7 @@ from recover.run.directory import RunDirectory
 from recover.run.stages import fingerprint
 
 STAGES = ("dense", "prune", "before")
-TEXT = "recover/data"
-ROOM = 1.1  # of the tokens asked for: those behind `recover.length` do not count
+ROOM = 1.1  # of the tokens asked for: those behind `train.length` do not count
 
 Needs = dict[tuple[str, str], int]  # (name, digest) of `common_work` -> tokens of text; 0 for a stage
 
@@ -33,13 +32,13 @@ def lend(recipe: Recipe, target: Path, donors: Iterable[Path]) -> list[str]:
     donors = [donor for donor in donors if donor != target and (donor / "recipe.yaml").exists()]
     lent = [stage for stage in STAGES if _lend_stage(stage, recipe, target, donors)]
     tokens = max((tokens for tokens in needs(recipe).values()), default=0)
-    folders = [donor / TEXT for donor in donors if text_is_written(donor) and _same_text(recipe, donor)]
-    return lent + _lend_text(folders, target / TEXT, round(ROOM * tokens))
+    folders = [texts_of(donor) for donor in donors if text_is_written(donor) and _same_text(recipe, donor)]
+    return lent + _lend_text(folders, texts_of(target), round(ROOM * tokens))
 
 
 def needs(recipe: Recipe) -> Needs:
     """What the run makes or takes over, and how much of it."""
-    budgets = recipe.recover.budgets
+    budgets = recipe.train.budgets
     return {
         (name, digest): budgets[int(name.split()[1])] if name.startswith("text") else 0
         for name, digest in common_work(recipe).items()
@@ -145,7 +144,12 @@ def made(run: Path, work: str) -> bool:
     return RunDirectory(run).done({"prune": "before"}.get(work, work)) is not None
 
 
+def texts_of(run: Path) -> Path:
+    """Where the text lies that the dense model wrote for a run."""
+    return RunDirectory(run).train / "data"
+
+
 def text_is_written(run: Path) -> bool:
     """A first step was made, so the text for all steps is there."""
-    steps = run / "recover" / "steps.jsonl"
+    steps = RunDirectory(run).train / "steps.jsonl"
     return steps.exists() and steps.stat().st_size > 0

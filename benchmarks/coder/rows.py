@@ -11,6 +11,7 @@ from typing import Any
 from recover.base.artifacts import loads
 from recover.config.tasks import KINDS
 from recover.maths.collapse import loop_start
+from recover.run.directory import RunDirectory
 
 Row = dict[str, Any]
 VIEWS = {"dense": "dense", "pruned": "before", "recovered": "after"}
@@ -24,7 +25,7 @@ def read_row(run: Path) -> Row:
     if plan:
         row["plan"] = _plan(plan)
     row["epochs"] = [_epoch(record) for record in _lines(run / "epochs.jsonl")]
-    best = _json(run / "recover" / "best.json")
+    best = _json(RunDirectory(run).train / "best.json")
     if best:
         row["kept_epoch"] = best.get("epoch")
     if row["epochs"]:

@@ -100,10 +100,10 @@ def common_work(recipe: Recipe) -> dict[str, str]:
         "dense": {**start, "measure": tree["measure"]},
         "prune": {**start, "prune": tree["prune"], "probe": tree["probe"], "measure": tree["measure"]},
     }
-    for number, source in enumerate(tree["recover"]["data"]):
+    for number, source in enumerate(tree["train"]["data"]):
         if source["kind"] == "dense":
             fields = {name: value for name, value in source.items() if name != "share"}
-            work[f"text {number}"] = {**start, "source": fields, "length": tree["recover"]["length"]}
+            work[f"text {number}"] = {**start, "source": fields, "length": tree["train"]["length"]}
     return {name: _digest(fields) for name, fields in work.items()}
 
 

@@ -19,7 +19,7 @@ from recover.base.artifacts import read_json, read_jsonl
 from recover.config.recipe import load_recipe
 
 STOP_AFTER = 5  # steps
-SHARDED = ("recover.shard_weights=true",)
+SHARDED = ("train.shard_weights=true",)
 
 Row = dict[str, Any]
 Keep = Callable[[Row], None]  # is given each row as it comes
@@ -44,7 +44,7 @@ class Job:
     def __init__(self, recipe: Path, fields: Sequence[str], out: Path, gpus: int, command: str = "run") -> None:
         self.recipe, self.fields, self.out, self.gpus, self.command = recipe, list(fields), out, gpus, command
         loaded = load_recipe(recipe, self.fields)
-        self.name, self.seed, self.batch = loaded.name, loaded.seed, loaded.recover.batch_size
+        self.name, self.seed, self.batch = loaded.name, loaded.seed, loaded.train.batch_size
 
     def variants(self) -> list[Variant]:
         one = Launch("one", gpu=0)
@@ -56,7 +56,7 @@ class Job:
             Variant(
                 "one GPU, cut as on several",
                 one,
-                fields=(f"recover.micro_batch_size={self.batch // self.gpus}",),
+                fields=(f"train.micro_batch_size={self.batch // self.gpus}",),
             ),
             Variant(f"{self.gpus} x zero2, stopped, on one GPU", zero2, then=one),
             Variant(f"one GPU, stopped, {self.gpus} x {last.engine}", one, then=last),
@@ -102,7 +102,7 @@ class Job:
         if variant.then is None:
             self.go(variant.launch, where, variant.fields)
             return
-        steps = self.run_directory(where) / "recover" / "steps.jsonl"
+        steps = self.run_directory(where) / "train" / "steps.jsonl"
         process = variant.launch.start(self.words(where, variant.fields), self.out / f"{where}.log")
         if not until(lambda: lines(steps) >= STOP_AFTER, process):
             raise RuntimeError(f"{variant.name}: ended before step {STOP_AFTER}: exit code {process.poll()}")
@@ -116,10 +116,10 @@ class Job:
         except RuntimeError as error:
             return {"row": name, "error": str(error)}
         run, log = self.run_directory(where), self.out / f"{where}.log"
-        kept = read_json(run / "recover" / "best.json")
+        kept = read_json(run / "train" / "best.json")
         return {
             "row": name,
-            "steps": read_jsonl(run / "recover" / "steps.jsonl"),
+            "steps": read_jsonl(run / "train" / "steps.jsonl"),
             "epochs": [
                 {"score": epoch["score"], "kl": epoch["drift"]["kl"]["mean"], "loss": epoch["train"]["loss"]}
                 for epoch in read_jsonl(run / "epochs.jsonl")

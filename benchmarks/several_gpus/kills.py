@@ -31,7 +31,7 @@ def kills(job: Job, trials: int, engines: Sequence[str], keep: Keep) -> None:
         launch = Launch(name, job.gpus)
         straight = untrained_copy(base, job.run_directory(where))
         launch.run(job.words(where, fields), job.out / f"{where}.log")
-        steps = read_jsonl(straight / "recover" / "steps.jsonl")
+        steps = read_jsonl(straight / "train" / "steps.jsonl")
         for number in range(trials):
             found = trial(job, launch, base, f"{where}-{number}", steps, fields)
             keep({"row": " ".join([f"{job.gpus} x {name}", *fields]), "steps": len(steps), **found})
@@ -45,7 +45,7 @@ def kills(job: Job, trials: int, engines: Sequence[str], keep: Keep) -> None:
 
 def trial(job: Job, launch: Launch, base: Path, where: str, straight: Sequence[Row], fields: Sequence[str]) -> Row:
     run, log = untrained_copy(base, job.run_directory(where)), job.out / f"{where}.log"
-    steps = run / "recover" / "steps.jsonl"
+    steps = run / "train" / "steps.jsonl"
     process = launch.start(job.words(where, fields), log)
     after = RANDOM.randint(1, max(1, len(straight) - 3))
     if not until(lambda: lines(steps) >= after, process):
@@ -61,7 +61,7 @@ def trial(job: Job, launch: Launch, base: Path, where: str, straight: Sequence[R
     found: Row = {"after_step": after, "seconds_to_exit": time.monotonic() - killed, "alive": len(alive)}
     for each in alive:
         each.kill()
-    found["half_published"] = half_published(run / "recover")
+    found["half_published"] = half_published(run / "train")
     try:
         launch.run(job.words(where, fields), log)
     except RuntimeError as error:
@@ -69,7 +69,7 @@ def trial(job: Job, launch: Launch, base: Path, where: str, straight: Sequence[R
     went_on = [line for line in log.read_text(errors="replace").splitlines() if "going on from" in line]
     again = read_jsonl(steps)
     found |= {"went_on": went_on, "loss": furthest(again, straight, "loss")}
-    found["finished"] = read_json(run / "recover" / "training.json")["finished"]
+    found["finished"] = read_json(run / "train" / "training.json")["finished"]
     return found
 
 

@@ -89,7 +89,7 @@ def untrained_copy(run: Path, other: Path) -> Path:
     for name in OF_A_TRAINING:
         path = other / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    for path in (other / "recover").iterdir():
+    for path in (other / "train").iterdir():
         if path.name != "data":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     return other

@@ -34,11 +34,11 @@ from launching import ENGINES, ON_GPUS, ROOT
 
 from recover.base.artifacts import write_json
 
-SMOLLM2 = ["recover.tokens=150000", "recover.epochs=2", "measure.sampling=null", "probe.samples=32"]
-SMOLLM2 += ["recover.data.0.batch_size=512", "recover.data.1.batch_size=512"]  # several runs share a GPU
-EMBEDDED = ["recover.tokens=20000", "recover.epochs=2", "recover.save_steps=5", "measure.sampling=null"]
-TINY = ["recover.tokens=6000", "recover.epochs=2", "recover.batch_size=4", "measure.limit=4", "measure.sampling=null"]
-TINY += ["measure.max_new_tokens=24", "probe.samples=2", "probe.steps=4", "recover.save_steps=5"]
+SMOLLM2 = ["train.tokens=150000", "train.epochs=2", "measure.sampling=null", "probe.samples=32"]
+SMOLLM2 += ["train.data.0.batch_size=512", "train.data.1.batch_size=512"]  # several runs share a GPU
+EMBEDDED = ["train.tokens=20000", "train.epochs=2", "train.save_steps=5", "measure.sampling=null"]
+TINY = ["train.tokens=6000", "train.epochs=2", "train.batch_size=4", "measure.limit=4", "measure.sampling=null"]
+TINY += ["measure.max_new_tokens=24", "probe.samples=2", "probe.steps=4", "train.save_steps=5"]
 TINY += ["prune={kind: depth, blocks: [3]}"]
 QUICKSTART = ROOT / "recipes/quickstart.yaml"
 

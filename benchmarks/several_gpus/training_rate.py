@@ -37,7 +37,7 @@ from two_processes import caught_by
 
 from recover.base import dist
 from recover.base.artifacts import read_jsonl, write_json
-from recover.config.recipe import Recover
+from recover.config.recipe import Train
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.train.checkpoints import STEPS
@@ -64,14 +64,14 @@ def write_text(path: Path, sequences: int, length: int) -> None:
     path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
 
 
-def cfg(options: argparse.Namespace, folder: Path) -> Recover:
+def cfg(options: argparse.Namespace, folder: Path) -> Train:
     sequences = options.batch * dist.world_size()
     text = folder / "text.jsonl"
     steps = WARM_UP + options.steps + PROFILED * options.profile
     dist.on_main(lambda: write_text(text, sequences * steps, options.length))
     cache = {"none": None, "dense": {"folder": str(folder / "states")}}
     cache["prefix"] = {"folder": str(folder / "states"), "prefix": True}
-    return Recover.model_validate(
+    return Train.model_validate(
         {
             "data": [{"kind": "given", "source": str(text)}],
             "epochs": 1,
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--blocks", choices=["all", "after_cut"], default="all", help="where LoRA goes")
     parser.add_argument("--cache", choices=["none", "dense", "prefix"], default="none", help="states read from disk")
     parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--shard-weights", action="store_true", help="recover.shard_weights")
+    parser.add_argument("--shard-weights", action="store_true", help="train.shard_weights")
     parser.add_argument("--batch", type=int, default=4, help="sequences of a process (%(default)s)")
     parser.add_argument("--length", type=int, default=2048, help="their tokens (%(default)s)")
     parser.add_argument("--chunk", type=int, default=2048, help="recover's loss.chunk (%(default)s)")

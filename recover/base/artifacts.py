@@ -384,6 +384,9 @@ def dumps(value: Any, *, indent: int | None = None) -> str:
     return json.dumps(plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
+TOO_DEEP = "nested too deep"
+
+
 def loads(data: bytes | str) -> Any:
     """The value in a JSON text.
 
@@ -396,7 +399,7 @@ def loads(data: bytes | str) -> Any:
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise
     except RecursionError:
-        raise ValueError("nested too deep") from None
+        raise ValueError(TOO_DEEP) from None
     except ValueError as error:
         if "int_max_str_digits" in str(error):  # of Python's, which tells how to change Python
             raise ValueError(f"a number of more than {sys.get_int_max_str_digits():,} digits") from None

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recover.base import artifacts
+from recover.base import artifacts, earlier
 
 FILE = "times.jsonl"
 OTHER = "other"
@@ -93,12 +93,13 @@ def spent(root: Path) -> list[dict[str, Any]]:
     path = root / FILE
     found: dict[str, dict[str, Any]] = {}
     for record in artifacts.read_jsonl(path) if path.is_file() else ():
-        before = found.get(record["stage"])
+        stage = earlier.current(record["stage"])
+        before = found.get(stage)
         if before is None or before["done"]:
-            before = {"stage": record["stage"], "seconds": 0.0, "parts": {}, "calls": 0}
+            before = {"stage": stage, "seconds": 0.0, "parts": {}, "calls": 0}
         parts = {name: before["parts"].get(name, 0.0) for name in {**before["parts"], **record["parts"]}}
-        found[record["stage"]] = {
-            "stage": record["stage"],
+        found[stage] = {
+            "stage": stage,
             "seconds": before["seconds"] + record["seconds"],
             "parts": {name: seconds + record["parts"].get(name, 0.0) for name, seconds in parts.items()},
             "calls": before["calls"] + 1,

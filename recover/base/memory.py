@@ -6,12 +6,14 @@ autograd keeps in recover's own step, counted tensor by tensor; `tests/test_memo
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 GIB = 2**30
 
 # Per logit of a chunk: two sides in fp32, the gradient, and what the fused terms need (measured: 12.4, H200).
 LOGIT_BYTES = 13
+ROUTED_BYTES = 36  # of a token and expert that it goes through: router weights, and places as 64-bit numbers
 RUNTIME_BYTES = 3 * GIB // 2  # CUDA context, NCCL, cuBLAS: not the model's, and on every GPU
 PROCESSORS = 132  # multiprocessors of an H100 or H200; what has fewer holds about as many rows of logits
 USABLE = 0.95  # of a GPU's memory: the allocator leaves gaps
@@ -19,6 +21,31 @@ USABLE = 0.95  # of a GPU's memory: the allocator leaves gaps
 # launch/*.json: DeepSpeed sets aside a bucket of so many float32 gradients, two of them in ZeRO-2.
 BUCKET = 20_000_000
 LIVE_PARAMETERS = 1_000_000_000  # that ZeRO-3 holds whole at a time (stage3_max_live_parameters)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Mixtures of experts in the place of MLPs, in all blocks but `plain` of them.
+
+    experts: in each block; used: of them, by a token. intermediate: neurons of an expert; shared: neurons that every
+    token goes through beside them. expert: parameters of one; row: of the router for it; always: of router and shared
+    experts in a block. groups: that a router chooses from; used_groups: from so many of them for a token.
+    """
+
+    experts: int
+    used: int
+    intermediate: int
+    expert: int
+    always: int
+    shared: int = 0
+    plain: int = 0
+    row: int = 0
+    groups: int = 1
+    used_groups: int = 1
+
+    def mean(self, mixed: float, plain: float, blocks: int) -> float:
+        """Of a figure that blocks with a mixture have, and plain ones, the mean over all blocks."""
+        return (mixed * (blocks - self.plain) + plain * self.plain) / blocks
 
 
 @dataclass(frozen=True)
@@ -34,6 +61,21 @@ class Shape:
     head_size: int
     vocabulary: int
     mlp_matrices: int = field(default=3, kw_only=True)  # gate, up and down; without a gate 2
+    mixture: Mixture | None = field(default=None, kw_only=True)
+
+    @property
+    def active(self) -> int:
+        """Parameters that a token goes through: of a mixture, as many experts as the router gives it."""
+        one = self.mixture
+        return self.parameters - (
+            0 if one is None else (self.blocks - one.plain) * (one.experts - one.used) * one.expert
+        )
+
+    @property
+    def mlp_active(self) -> float:
+        """Of an MLP's parameters those that a token goes through; the mean over blocks where they differ."""
+        plain, one = self.mlp_matrices * self.width * self.intermediate, self.mixture
+        return plain if one is None else one.mean(one.used * one.expert + one.always, plain, self.blocks)
 
 
 # Sizes of models as published: parameters, blocks, width, intermediate, heads, KV heads, head size, vocabulary.
@@ -53,14 +95,16 @@ class Training:
     """What of a recipe and a launch decides its memory. `tokens` and `cached` are those of one process.
 
     tokens: sequences at once x their length. cached: tokens in the KV cache while generation is measured.
-    own: weights that the pruned view has beside the dense ones. averaged: adapters are (`recover.average`).
+    parts: what learns of a mixture, as `lora.parts`.
+    own: weights that the pruned view has beside the dense ones. averaged: adapters are (`train.average`).
     lean: norms and MLPs keep no more than they must (`models/lean.py`; never under masks or ZeRO-3).
-    sharded: processes of a machine that share out the blocks' weights (`recover.shard_weights`); 1: whole on each.
+    sharded: processes of a machine that share out the blocks' weights (`train.shard_weights`); 1: whole on each.
     element: bytes of a weight. zero: DeepSpeed's stage, 0 without it. offload: the shares lie in host memory.
     """
 
     tokens: int
     rank: int = 16
+    parts: tuple[str, ...] = ("linears",)
     averaged: bool = False
     chunk: int = 2048
     checkpointing: bool = False
@@ -92,17 +136,28 @@ def rows_for(chunk: int, width: int, processors: int) -> int:
     return 128 * max(range(1, chunk // 128 + 1), key=busy) if chunk >= 128 else chunk
 
 
-def adapter_parameters(shape: Shape, rank: int, blocks: int) -> int:
-    """Of LoRA on all linears of so many blocks: rank x (in + out) of each."""
+def adapter_parameters(shape: Shape, rank: int, blocks: int, parts: Collection[str] = ("linears",)) -> int:
+    """Of LoRA on all linears of so many blocks: rank x (in + out) of each; beside a mixture, on attention's alone.
+
+    `parts`, as `lora.parts`: of a mixture also (or only) every expert's two matrices, and routers as they are.
+    """
     query, kv = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
     attention = 2 * (shape.width + query) + 2 * (shape.width + kv)
-    return blocks * rank * (attention + shape.mlp_matrices * (shape.width + shape.intermediate))
+    one = shape.mixture
+    if one is None:
+        return blocks * rank * (attention + shape.mlp_matrices * (shape.width + shape.intermediate))
+    expert = 2 * shape.width + 3 * one.intermediate  # gate and up in one matrix, and down
+    mixed = (rank * expert if "experts" in parts else 0) + (one.row if "router" in parts else 0)
+    attended = blocks * rank * attention if "linears" in parts else 0
+    return attended + round(one.mean(one.experts * mixed, 0, shape.blocks) * blocks)
 
 
 def matrix_parameters(shape: Shape) -> int:
     """Of a block's linears."""
     query, kv = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
-    return shape.width * (2 * query + 2 * kv + shape.mlp_matrices * shape.intermediate)
+    one, plain = shape.mixture, shape.mlp_matrices * shape.width * shape.intermediate
+    mlp = plain if one is None else one.mean(one.experts * one.expert + one.always, plain, shape.blocks)
+    return shape.width * (2 * query + 2 * kv) + round(mlp)
 
 
 def block_bytes_per_token(shape: Shape, rank: int, element: int, *, lean: bool = True) -> int:
@@ -111,13 +166,30 @@ def block_bytes_per_token(shape: Shape, rank: int, element: int, *, lean: bool =
     D width, Q and K the widths of all query and KV heads, F intermediate, R rank, A heads, E bytes of a number. Both
     norms' inputs and outputs, which the adapters behind them share, 4 D E; q, k, v and the attention's output 2 Q E +
     2 K E; gate and up 2 F E; adapters 7 R E; softmax sums 4 A. If not lean, norms keep fp32 inputs and one number a
-    row, and the MLP its activation and product, 2 F E more.
+    row, and the MLP its activation and product, 2 F E more. Of a mixture see `_mixture_bytes_per_token`.
     """
     query, kv = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+    if shape.mixture:
+        return _mixture_bytes_per_token(shape, shape.mixture, rank, element, lean=lean)
     kept = element * (4 * shape.width + 2 * query + 2 * kv + 2 * shape.intermediate + 7 * rank) + 4 * shape.heads
     if lean:
         return kept
     return kept + 2 * (4 - element) * shape.width + 8 + 2 * element * shape.intermediate
+
+
+def _mixture_bytes_per_token(shape: Shape, one: Mixture, rank: int, element: int, *, lean: bool) -> int:
+    """As `block_bytes_per_token`, the mean over blocks with a mixture and plain ones, adapters on attention alone.
+
+    Of each expert that a token goes through gate, activation and up, 3 F E, and its output, D E, with router weights
+    and places in several orders; of shared experts 3 S E; the router's probabilities in float32.
+    """
+    query, kv = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+    around = element * (3 * shape.width + 2 * query + 2 * kv + 4 * rank) + 4 * shape.heads
+    if not lean:
+        around += 2 * (4 - element) * shape.width + 8
+    routed = one.used * (element * (3 * one.intermediate + shape.width + 1) + ROUTED_BYTES) + 4 * one.experts
+    mixed, plain = routed + element * 3 * one.shared, element * 3 * shape.intermediate
+    return round(around + one.mean(mixed, plain, shape.blocks))
 
 
 def kv_bytes_per_token(shape: Shape, element: int) -> int:
@@ -144,7 +216,7 @@ def training_parts(shape: Shape, training: Training) -> dict[str, int]:
         "weights": round(0 if training.offload else shape.parameters * training.element * share) - shape.blocks * away,
         "masks": shape.parameters // 8 if training.masked else 0,
         "own": training.own * training.element,  # buffers: ZeRO-3 does not share them out
-        "adapters": round(adapter_parameters(shape, training.rank, kept) * _adapter_bytes(training)),
+        "adapters": round(adapter_parameters(shape, training.rank, kept, training.parts) * _adapter_bytes(training)),
         # One more block: what is computed again, or the gradients of the block that backward is in.
         "activations": training.tokens * (kept * stored + block),
         "loss": min(training.tokens, rows) * shape.vocabulary * LOGIT_BYTES,
@@ -184,7 +256,7 @@ def peak_bytes(shape: Shape, training: Training) -> int:
     return max(training_bytes, measuring_bytes(shape, training), sharing_out_bytes(shape, training))
 
 
-# Launch file, recover.shard_weights, checkpointing, offload, from the least trouble to the most.
+# Launch file, train.shard_weights, checkpointing, offload, from the least trouble to the most.
 CHOICES = (
     ("gpu", 0, False, False, False),
     ("gpu + shard_weights", 0, True, False, False),

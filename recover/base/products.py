@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from recover.base import artifacts
+from recover.base import artifacts, earlier
 from recover.base.artifacts import DONE, MANIFEST
 from recover.base.errors import ArtifactError, RecoverError
 from recover.base.ownership import peek
@@ -21,7 +21,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "dense": tuple(f"dense/{name}" for name in MEASURED),
     "prune": ("prune/plan.json", "prune/masks.safetensors", "prune/weights.safetensors"),
     "before": tuple(f"before/{name}" for name in MEASURED),
-    "recover": ("recover/best.json", "epochs.jsonl"),  # and the files of the epoch that it names
+    "train": ("train/best.json", "epochs.jsonl"),  # and the files of the epoch that it names
     "after": tuple(f"after/{name}" for name in (*MEASURED, "best.json", "epochs.jsonl")),  # of epochs measured again
     "export": ("verify.json", "speed.json"),  # and those of the checkpoint
 }
@@ -114,14 +114,14 @@ def digest_of(path: Path) -> str:
 
 def _files(root: Path, stage: str) -> Iterator[tuple[Path, str | None]]:
     """Each file that the stage may have written, and its sha256 where a manifest has it."""
-    yield from ((root / name, None) for name in NAMES.get(stage, ()))
+    yield from ((earlier.place(root, name), None) for name in NAMES.get(stage, ()))
     folder = None
     if stage == "export":
         folder = root / "deploy"
-    elif stage == "recover":
-        best = peek(root / "recover" / "best.json")
+    elif stage == "train":
+        best = peek(earlier.place(root, "train/best.json"))
         named = best.get("folder") if isinstance(best, dict) else None
-        folder = root / "recover" / named if isinstance(named, str) else None
+        folder = earlier.place(root, "train") / named if isinstance(named, str) else None
     listed = peek(folder / MANIFEST) if folder is not None else None
     if folder is not None and isinstance(listed, dict) and isinstance(listed.get("files"), dict):
         yield folder / MANIFEST, None

@@ -14,7 +14,7 @@ from recover.base.artifacts import write_text
 from recover.base.console import quiet_libraries
 from recover.base.errors import RecipeError
 from recover.config import named, yaml_values
-from recover.config.recipe import Model
+from recover.config.recipe import Model, Width
 from recover.config.tasks import KINDS
 from recover.measure.sandbox import why_no_wall
 from recover.measure.task_file import load_task
@@ -27,9 +27,10 @@ from recover.text.named import NotHad, prompt_rows
 from recover.train.sources import read_prompts
 
 EXAMPLES = (
-    "recover init ORG/NAME --drop 10% --for math,code,chat",
+    "recover init ORG/NAME --width 12.5% --for math,code,chat",
+    "recover init ORG/NAME --drop 10% --for math",
     "recover init ORG/NAME --params 1.2B --out smaller.yaml",
-    "recover init model.gguf --memory 8GB --by width --for chat",
+    "recover init model.gguf --memory 8GB --by depth --for chat",
     "recover init my-folder --sparsity 2:4 --prompts prompts.jsonl --tasks my_task.yaml arc_easy",
 )
 PROMPT = '{"prompt": "What is 7 times 8?"}'
@@ -46,14 +47,14 @@ More = Annotated[
 Out = Annotated[
     Path | None, typer.Option("--out", help="The recipe to write; default: its name and .yaml, in this folder.")
 ]
-Drop = Annotated[str | None, typer.Option("--drop", help="Share of the blocks, 10%, or how many; the default is 10%.")]
-WidthShare = Annotated[str | None, typer.Option("--width", help="Share of the MLP neurons, 25%.")]
+Drop = Annotated[str | None, typer.Option("--drop", help="Share of the blocks, 10%, or how many.")]
+WidthShare = Annotated[str | None, typer.Option("--width", help="Share of the MLP neurons; the default is 12.5%.")]
 Zeros = Annotated[str | None, typer.Option("--sparsity", help="Share of the weights, 50%, or a pattern, 2:4.")]
 Params = Annotated[str | None, typer.Option("--params", help="Parameters that may stay, 1.2B.")]
 Memory = Annotated[str | None, typer.Option("--memory", help="For weights and a KV cache of 4,096 tokens, 8GB.")]
 Speedup = Annotated[float | None, typer.Option("--speedup", help="Of decoding, by the weights a token reads, 1.3.")]
 By = Annotated[
-    str, typer.Option("--by", help="What goes for --params and --memory: depth (blocks), or width (neurons).")
+    str | None, typer.Option("--by", help="What goes for --params and --memory: width (neurons; default), or depth.")
 ]
 For = Annotated[str, typer.Option("--for", help="What it is wanted for: math, code, chat, commas between them.")]
 Prompts = Annotated[
@@ -74,7 +75,7 @@ def init(
     params: Params = None,
     memory: Memory = None,
     speedup: Speedup = None,
-    by: By = "depth",
+    by: By = None,
     uses: For = "math,code,chat",
     prompts: Prompts = None,
     tasks: Tasks = None,
@@ -108,7 +109,16 @@ def init(
         raise RecipeError(f"{path}: is there; name another --out, or say --replace")
     cost = estimate(recipe, description, matrix_rate())
     write_text(path, draft.written(lines, _head(machine, path, cost, missing)))
-    _say(path, machine, cost, missing, [*goal.cost.warnings], fits=draft.fits(lines), code=texts.runs_code)
+    _say(
+        path,
+        machine,
+        cost,
+        missing,
+        [*goal.cost.warnings],
+        fits=draft.fits(lines),
+        narrow=isinstance(recipe.prune, Width),
+        code=texts.runs_code,
+    )
 
 
 def _uses(text: str) -> list[named.Use]:
@@ -192,6 +202,7 @@ def _say(
     warnings: Sequence[str],
     *,
     fits: bool,
+    narrow: bool,
     code: bool,
 ) -> None:
     dense, pruned = cost["parameters_dense"], cost["parameters_pruned"]
@@ -207,8 +218,9 @@ def _say(
     for line in warnings:
         console.warn(line)
     if not fits:
+        less = ", or --drop (narrower MLPs lie beside the dense ones)" if narrow else ""
         console.warn(
-            "training does not fit this machine by the arithmetic of `plan`: take a larger one, or several GPUs"
+            f"training does not fit this machine by the arithmetic of `plan`: take a larger one, or several GPUs{less}"
         )
     if cost["training_seconds"] > LONG_SECONDS:
         console.warn("training takes more than a day here: give --tokens, or take a machine with a GPU")

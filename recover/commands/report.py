@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from recover.base import console, products
-from recover.base.errors import ArtifactError
+from recover.base.artifacts import write_text
+from recover.base.errors import ArtifactError, RecipeError
 from recover.report import verdict
 from recover.report.data import CHANGED, ComparedRun
 from recover.run import summary as outcome
@@ -33,6 +34,13 @@ def report(
         typer.Option(
             "--out", help="The page that compares several runs, replaced when it is there; default: beside them."
         ),
+    ] = None,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", help="Write the main figures of all runs as a table, too.")
+    ] = None,
+    latex: Annotated[
+        Path | None,
+        typer.Option("--latex", help="Write that table for LaTeX (booktabs), too; replaced when it is there."),
     ] = None,
 ) -> None:
     """Write the report of each run again, finished or not, and a comparison of several; of a diagnosis, its page."""
@@ -63,6 +71,7 @@ def report(
         if out is None and beside.exists() and not is_page(beside):
             raise ArtifactError(f"{beside}: is there and is no page of recover's; say with --out where to write")
         _compare_page(roots, out or beside)
+    _paper_table(roots, csv, latex)
 
 
 def _compare_page(roots: list[Path], path: Path) -> None:
@@ -72,6 +81,17 @@ def _compare_page(roots: list[Path], path: Path) -> None:
     for line in data["apart"]:
         console.warn(line)
     console.say(str(render_compare(data, path)))
+
+
+def _paper_table(roots: list[Path], csv: Path | None, latex: Path | None) -> None:
+    from recover.report.compare import as_csv, as_latex, paper_table
+
+    if (csv or latex) and not roots:
+        raise RecipeError("--csv, --latex: a table of runs; a diagnosis has none")
+    for path, written in ((csv, as_csv), (latex, as_latex)):
+        if path is not None:
+            write_text(path, written(*paper_table(roots)))
+            console.say(str(path))
 
 
 def _say_lost(directory: RunDirectory) -> None:
@@ -191,6 +211,7 @@ COMMANDS = {
     report: (
         "recover report checkpoints/quickstart",
         "recover report checkpoints/drop2 checkpoints/drop4 checkpoints/wanda",
+        "recover report checkpoints/drop2 checkpoints/drop4 --csv table.csv --latex table.tex",
         "recover report my-diagnosis",
     ),
     show: ("recover show checkpoints/quickstart", "recover show quickstart", "recover show"),

@@ -13,8 +13,8 @@ from recover.config.messages import field_paths
 from recover.config.recipe import Recipe, load_recipe
 
 OVERRIDE_HELP = (
-    "Fields to set over the recipe: [bold]prune.count=3[/bold] [bold]recover.lr=1e-3[/bold] "
-    "[bold]recover.data.0.share=2[/bold] (dotted path, list index from 0, value as YAML)."
+    "Fields to set over the recipe: [bold]prune.count=3[/bold] [bold]train.lr=1e-3[/bold] "
+    "[bold]train.data.0.share=2[/bold] (dotted path, list index from 0, value as YAML)."
 )
 RecipePath = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="YAML file of one complete run.", show_default=False)
@@ -23,7 +23,7 @@ RecipePath = Annotated[
 
 def _fields(incomplete: str) -> list[str]:
     """For a shell: the fields of a recipe that begin so."""
-    paths = (path.replace("recover.data.", "recover.data.0.") for path in field_paths(Recipe))
+    paths = (path.replace("train.data.", "train.data.0.") for path in field_paths(Recipe))
     return sorted({f"{path}=" for path in paths if path.startswith(incomplete)})
 
 
@@ -37,7 +37,7 @@ From = Annotated[
     typer.Option(
         "--from",
         metavar="STAGE",
-        help="Do this stage and all after it again: plan, dense, prune, before, recover, after, export or report.",
+        help="Do this stage and all after it again: plan, dense, prune, before, train, after, export or report.",
     ),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Do every stage again, whatever is done.")]
@@ -59,7 +59,7 @@ def run(
     start: From = None,
     fresh: Fresh = False,
 ) -> None:
-    """Do all stages of a recipe: plan, dense, prune, before, recover, after, export, report.
+    """Do all stages of a recipe: plan, dense, prune, before, train, after, export, report.
 
     What is done and still fits the recipe is skipped; a training that was stopped goes on where it was.
     """
@@ -93,7 +93,7 @@ def probe(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("ch
 
 def train(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("checkpoints")) -> None:
     """Run up to recovery: LoRA distillation from the dense model, generation measured after each epoch."""
-    _run(recipe, overrides, runs, "recover")
+    _run(recipe, overrides, runs, "train")
 
 
 def export(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("checkpoints")) -> None:
@@ -104,9 +104,9 @@ def export(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("c
 COMMANDS = {
     run: (
         "recover run recipes/quickstart.yaml",
-        "recover run recipes/quickstart.yaml prune.count=3 recover.lr=1e-3",
+        "recover run recipes/quickstart.yaml prune.count=3 train.lr=1e-3",
         "recover run recipes/quickstart.yaml name=mine 'prune={kind: depth, blocks: [3, 4]}'",
-        "recover run recipes/quickstart.yaml --from recover",
+        "recover run recipes/quickstart.yaml --from train",
         "accelerate launch --config_file launch/zero2.yaml -m recover run recipes/quickstart.yaml",
     ),
     quickstart: (
@@ -127,7 +127,7 @@ COMMANDS = {
     ),
     train: (
         "recover train recipes/quickstart.yaml",
-        "recover train recipes/quickstart.yaml recover.epochs=5",
+        "recover train recipes/quickstart.yaml train.epochs=5",
     ),
     export: (
         "recover export recipes/quickstart.yaml",

@@ -57,7 +57,7 @@ def teacher(
 ) -> None:
     """Write the likeliest tokens a model gives each position of a text: for distilling where it is not at hand.
 
-    A recipe takes it as recover.data=[{kind: teacher, source: OUT.jsonl}]; each row carries the marks of
+    A recipe takes it as train.data=[{kind: teacher, source: OUT.jsonl}]; each row carries the marks of
     the teacher's tokenizer, which must be the pruned model's too. About 16 bytes for each token that is kept.
     """
     refuse_input(out, (text,))

@@ -1,4 +1,4 @@
-"""What `auto` stands for in `recover`: values from the model's size and how much of it is pruned, each with a reason.
+"""What `auto` stands for in `train`: values from the model's size and how much of it is pruned, each with a reason.
 
 They follow from docs/results.md: three models (width 112, 576, 896) at one to three prunings each. Nothing of the
 machine enters, so a training goes on with the same values elsewhere.
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from recover.config.train import DenseText, GivenText, PrunedText, Recover
+from recover.config.train import DenseText, GivenText, PrunedText, Train
 
 ALPHA = 64.0  # 2 x rank at rank 32, with which most figures of docs/results.md were made
 WIDE = 768  # width from which rank 64 was used, 32 below
@@ -49,7 +49,7 @@ def prior_rate(width: int, alpha: float) -> float:
     return min(0.0192 * (2000 / width) ** 0.76, 0.064) / alpha
 
 
-def settled(cfg: Recover, facts: Facts) -> tuple[Recover, list[Chosen]]:
+def settled(cfg: Train, facts: Facts) -> tuple[Train, list[Chosen]]:
     """The config with every `auto` but that of `lr` replaced, and what was taken, in the order it was."""
     chosen: list[Chosen] = []
 
@@ -71,7 +71,7 @@ def settled(cfg: Recover, facts: Facts) -> tuple[Recover, list[Chosen]]:
         return cfg, []
     tree = cfg.model_dump(mode="json")
     values: Mapping[str, Any] = {"tokens": tokens, "batch_size": batch, "warmup": warmup, "scheduler": scheduler}
-    return Recover.model_validate({**tree, **values, "lora": {**tree["lora"], "rank": rank, "alpha": alpha}}), chosen
+    return Train.model_validate({**tree, **values, "lora": {**tree["lora"], "rank": rank, "alpha": alpha}}), chosen
 
 
 def _tokens(facts: Facts) -> tuple[int, str]:
@@ -86,7 +86,7 @@ def _tokens(facts: Facts) -> tuple[int, str]:
     return int(round(value, digits)), f"one for each of {gone:,.0f} parameters that go{limit}"
 
 
-def row_tokens(cfg: Recover) -> float:
+def row_tokens(cfg: Train) -> float:
     """Scored tokens that a row may hold on average, guessed before any text is there: half of what it can hold."""
     shares = [source.share for source in cfg.data if isinstance(source, DenseText | PrunedText | GivenText)]
     longest = [
@@ -98,7 +98,7 @@ def row_tokens(cfg: Recover) -> float:
     return max(1.0, sum(weights) / rows / 2)
 
 
-def _batch(rows: float, cfg: Recover) -> tuple[int, str]:
+def _batch(rows: float, cfg: Train) -> tuple[int, str]:
     """The largest that gives enough steps; many small steps brought more than few large ones."""
     value = next((size for size in BATCHES if rows / size >= STEPS), BATCHES[-1])
     return value, f"about {rows / value:,.0f} steps of it; below {STEPS} a smaller one learns more from the same text"

@@ -2,7 +2,7 @@
 
 A term is a `LossTerm` here and a formula in `recover/distill/loss_terms.py`, whose table says what each is. Weights,
 logs, training curves and checkpoints go through the records. A term of another package is registered, and gets its
-weight from `recover.loss.terms`.
+weight from `train.loss.terms`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TAKEN += ("tokens", "total", "variance_weight")
 class LossTerm:
     """One term of the loss, all that is known of it without a model.
 
-    `name`: of its weight in `recover.loss` (in `recover.loss.terms`, if another package registers it), and of its mean
+    `name`: of its weight in `train.loss` (in `train.loss.terms`, if another package registers it), and of its mean
     per token in logs. `label` and `style`: its name and its line (classes of `style.css`) in the report. `formula`:
     `module:function`, a `recover.distill.loss_terms.Formula`. `divergence`: between two distributions at the
     temperature T, so multiplied by T^2. `blind`: to tokens that the pruned model raises, so no loss on its own.
@@ -50,7 +50,7 @@ class LossTerm:
 
     @property
     def field(self) -> str:
-        """Where its weight stands, in `recover.loss`."""
+        """Where its weight stands, in `train.loss`."""
         return self.name if self.name in Loss.model_fields else f"terms.{self.name}"
 
 

@@ -16,12 +16,12 @@ FIELDS = (
     "model.tokenizer",
     "prune.calibration.data",
     "probe.prompts",
-    "recover.data.*.prompts",
-    "recover.data.*.source",
+    "train.data.*.prompts",
+    "train.data.*.source",
     "measure.tasks.*",
-    "recover.cache.folder",
+    "train.cache.folder",
 )
-FOLDERS = ("recover.cache.folder",)  # made where there is none; never a hub id
+FOLDERS = ("train.cache.folder",)  # made where there is none; never a hub id
 # Endings of files that hold rows; of each but a table, gzipped too.
 LINES, TABLES, SHEETS, TEXTS = (".jsonl", ".ndjson", ".json"), (".parquet", ".arrow"), (".csv", ".tsv"), (".txt", ".md")
 ROWS = (*LINES, *(f"{ending}.gz" for ending in (*LINES, *SHEETS)), *TABLES, *SHEETS, *TEXTS)

@@ -295,7 +295,16 @@ class Width(Pruning):
     kind: Literal["width"] = "width"
     mlp: float | None = Field(default=None, gt=0, lt=1, description="share of the neurons that goes")
     kv_groups: int | None = Field(default=None, ge=1, description="how many KV groups of each block go")
-    score: Literal["activation", "fluctuation"] = "activation"
+    score: Literal["activation", "fluctuation", "obs"] = Field(
+        default="activation",
+        description="activation: how large a unit's activations are (Minitron); fluctuation: how much they vary, "
+        "times its outgoing weights (FLAP); obs: the error that is left where the other units make up for it",
+    )
+    repair: Literal["none", "linear"] = Field(
+        default="none",
+        description="linear: outgoing weights of the units that stay are rewritten by least squares on the calibration "
+        "text, to make up for those that go",
+    )
     multiple: int | None = Field(
         default=None,
         ge=1,
@@ -319,7 +328,42 @@ class Width(Pruning):
         return round((1 - (self.mlp or 0.0)) * dense / step) * step
 
 
-def _has_text(cfg: Depth | Magnitude | Wanda | SparseGpt | Width) -> Depth | Magnitude | Wanda | SparseGpt | Width:
+class Experts(Pruning):
+    """Take whole experts out of every mixture, equally many, and their rows out of the routers; shared experts stay."""
+
+    module: ClassVar[str] = "recover.prune.experts"
+    kind: Literal["experts"] = "experts"
+    count: int | None = Field(default=None, ge=1, description="how many experts of each block go")
+    share: float | None = Field(default=None, gt=0, lt=1, description="or the share that goes, rounded to whole ones")
+    score: Literal["reap", "frequency", "kl"] = Field(
+        default="reap",
+        description="reap: mean over an expert's tokens of router weight x norm of its output (arXiv 2510.13999); "
+        "frequency: tokens routed to it; kl: KL to dense with it really closed, so that the router chooses others",
+    )
+    candidates: int | None = Field(
+        default=None,
+        ge=1,
+        description="with kl: experts of a block, the lowest by reap, that are closed one by one; default: twice those "
+        "that go",
+    )
+    calibration: Calibration
+
+    @model_validator(mode="after")
+    def _one_number(self) -> Experts:
+        if (self.count is None) == (self.share is None):
+            raise ValueError("give either 'count' (experts of each block that go) or 'share'")
+        if self.candidates is not None and self.score != "kl":
+            raise ValueError(f"'candidates' are for score: kl, found score: {self.score}")
+        return self
+
+    def removed(self, experts: int) -> int:
+        """How many of so many experts go."""
+        return self.count if self.count is not None else round((self.share or 0.0) * experts)
+
+
+def _has_text(
+    cfg: Depth | Magnitude | Wanda | SparseGpt | Width | Experts,
+) -> Depth | Magnitude | Wanda | SparseGpt | Width | Experts:
     """In a recipe; in Python, text may be given beside the config."""
     if isinstance(cfg, Depth) and cfg.count is not None and cfg.calibration is None:
         raise ValueError("'count' needs 'calibration': scores are measured on text")
@@ -350,7 +394,7 @@ def _of_others(value: Any, known: ValidatorFunctionWrapHandler) -> Any:
 
 
 Prune = Annotated[
-    Depth | Magnitude | Wanda | SparseGpt | Width,
+    Depth | Magnitude | Wanda | SparseGpt | Width | Experts,
     Discriminator("kind"),
     AfterValidator(_has_text),
     WrapValidator(_of_others),

@@ -1,6 +1,6 @@
 """A recipe is one complete run, in YAML: every field typed, unknown fields refused, no torch.
 
-recipe = load_recipe("recipes/quickstart.yaml", ["recover.lr=1e-3", "prune.count=3"])
+recipe = load_recipe("recipes/quickstart.yaml", ["train.lr=1e-3", "prune.count=3"])
 """
 
 from __future__ import annotations
@@ -13,14 +13,26 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
+from recover.base import earlier
 from recover.base.errors import RecipeError
 from recover.config import yaml_values
 from recover.config.base import Config, Dtype
 from recover.config.loss import Focus, Loss
 from recover.config.messages import explain
 from recover.config.paths import place_files
-from recover.config.prune import Calibrated, Calibration, Depth, Magnitude, Prune, SparseGpt, Sparsity, Wanda, Width
-from recover.config.train import Cache, Data, DenseText, GivenText, Lora, PrunedText, Recover, StopEarly, TeacherText
+from recover.config.prune import (
+    Calibrated,
+    Calibration,
+    Depth,
+    Experts,
+    Magnitude,
+    Prune,
+    SparseGpt,
+    Sparsity,
+    Wanda,
+    Width,
+)
+from recover.config.train import Cache, Data, DenseText, GivenText, Lora, PrunedText, StopEarly, TeacherText, Train
 
 __all__ = [
     "Cache",
@@ -31,6 +43,7 @@ __all__ = [
     "DenseText",
     "Depth",
     "Dtype",
+    "Experts",
     "Focus",
     "GivenText",
     "Lora",
@@ -38,11 +51,11 @@ __all__ = [
     "Magnitude",
     "Prune",
     "PrunedText",
-    "Recover",
     "SparseGpt",
     "Sparsity",
     "StopEarly",
     "TeacherText",
+    "Train",
     "Wanda",
     "Width",
 ]
@@ -144,9 +157,19 @@ class Recipe(Config):
     model: Model
     prune: Prune
     probe: Probe = Probe()
-    recover: Recover
+    train: Train
     measure: Measure
     export: Export = Export()
+    track: tuple[str, ...] = Field(
+        default=(),
+        description="trackers that get losses, rates, generation and the report, as accelerate names them: "
+        "tensorboard, wandb, mlflow; a run that goes on is the same run there",
+    )
+
+    @field_validator("track", mode="before")
+    @classmethod
+    def _one_name(cls, names: Any) -> Any:
+        return (names,) if isinstance(names, str) else names
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -156,11 +179,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: no such file, not YAML, or every field that is wrong, each with what was meant.
     """
     path = local_path(str(path))
-    tree = yaml_values.read(path)
+    tree = earlier.sections(yaml_values.read(path), str(path))
     place_files(tree, path.parent)
     origins = {}
     for override in overrides:
-        key = yaml_values.apply_override(tree, override)
+        key = yaml_values.apply_override(tree, earlier.override(override))
         place_files(tree, Path.cwd(), within=key)
         origins[key] = f"override '{override}'"
     return parse_recipe(tree, str(path), origins)

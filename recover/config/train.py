@@ -15,7 +15,7 @@ class _Written(Config):
     """What holds for text that a model writes from prompts, whichever writes it.
 
     A row's prompt is a text, or a conversation (`messages`) whose last answer is written anew. Rows that hold none, and
-    prompts that leave no room for an answer within `recover.length`, are left out and counted.
+    prompts that leave no room for an answer within `train.length`, are left out and counted.
     """
 
     kind: Literal["dense", "pruned"]
@@ -38,7 +38,7 @@ class DenseText(_Written):
     """Text that the dense model writes itself, from prompts: rows with a `prompt`, or with `messages`.
 
     Of messages the last answer is written anew. Rows that hold no prompt, and prompts that leave no room for an answer
-    within `recover.length`, are left out and counted.
+    within `train.length`, are left out and counted.
     """
 
     kind: Literal["dense"] = "dense"
@@ -88,7 +88,7 @@ class PrunedText(_Written):
 class GivenText(Config):
     """Text as it is: a file of rows (JSONL, JSON, CSV, TSV, parquet, Arrow), a text file, or a data set.
 
-    Rows that hold nothing, or nothing to learn within `recover.length`, are left out and counted.
+    Rows that hold nothing, or nothing to learn within `train.length`, are left out and counted.
     """
 
     kind: Literal["given"] = "given"
@@ -121,9 +121,15 @@ Data = Annotated[DenseText | PrunedText | GivenText | TeacherText, Field(discrim
 
 
 class Lora(Config):
-    """Low-rank adapters on the linear layers of the kept blocks (arXiv 2106.09685)."""
+    """Low-rank adapters on the linear layers of the kept blocks (arXiv 2106.09685); of mixtures, what `parts` names."""
 
     rank: int = Field(default=16, ge=1, description="auto, or the rank")
+    parts: tuple[Literal["linears", "experts", "router"], ...] = Field(
+        default=("linears",),
+        min_length=1,
+        description="what learns: adapters on linear layers (beside experts: of attention), adapters on the matrices "
+        "of experts, and routers as they are, without adapters; a router alone is Router-KD (arXiv 2603.02217)",
+    )
     alpha: float | None = Field(
         default=None,
         gt=0,
@@ -135,6 +141,12 @@ class Lora(Config):
         default="all",
         description="after_cut: only behind the first dropped block; what lies before runs once for both views",
     )
+
+    @model_validator(mode="after")
+    def _dropout_of_linears(self) -> Lora:
+        if self.dropout and "experts" in self.parts:
+            raise ValueError("'dropout' is for linear layers: experts see no dropped-out input, so leave it 0")
+        return self
 
 
 class StopEarly(Config):
@@ -165,11 +177,11 @@ class Cache(Config):
     )
 
 
-# Fields of `Recover` that take `auto`, dotted where they lie deeper.
+# Fields of `Train` that take `auto`, dotted where they lie deeper.
 AUTO = ("tokens", "batch_size", "lr", "warmup", "scheduler", "lora.rank", "lora.alpha")
 
 
-class Recover(Config):
+class Train(Config):
     """LoRA distillation from the dense model; the checkpoint that generates best is kept.
 
     Fields whose meaning begins with `auto` take that word for a value: `plan` then says what is taken, and why
@@ -249,7 +261,7 @@ class Recover(Config):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _notes_what_is_auto(cls, value: Any, handler: Any) -> Recover:
+    def _notes_what_is_auto(cls, value: Any, handler: Any) -> Train:
         """A field that is `auto` holds its default until it is settled, so that it is a number to all who read it."""
         if not isinstance(value, Mapping):
             return handler(value)
@@ -307,7 +319,7 @@ class Recover(Config):
         return [round(self.tokens * share / sum(self.shares)) for share in self.shares]
 
     @model_validator(mode="after")
-    def _teacher_knows_little(self) -> Recover:
+    def _teacher_knows_little(self) -> Train:
         if self.teacher is None:
             return self
         if self.pruned:
@@ -327,12 +339,12 @@ class Recover(Config):
         if len(self.data) > 1 or self.cache is not None or self.loss.scored == "all":
             raise ValueError(
                 "data: a teacher's file stands alone: it says what is learnt (no loss.scored all), in place of the "
-                "dense view (no recover.cache), and of all text (no other source)"
+                "dense view (no train.cache), and of all text (no other source)"
             )
         return self
 
     @model_validator(mode="after")
-    def _own_text_is_no_model(self) -> Recover:
+    def _own_text_is_no_model(self) -> Train:
         if self.pruned and self.loss.ce > 0:
             raise ValueError(
                 "loss.ce: cross-entropy on text of kind 'pruned' would teach the pruned model its own mistakes: leave "
@@ -341,20 +353,20 @@ class Recover(Config):
         return self
 
     @model_validator(mode="after")
-    def _cached_text_is_known(self) -> Recover:
+    def _cached_text_is_known(self) -> Train:
         if self.cache is None:
             return self
         if self.pruned:
             raise ValueError(
                 "cache: is filled before the first step, and text of kind 'pruned' is written while the model learns: "
-                "leave recover.cache or that text out"
+                "leave train.cache or that text out"
             )
         if self.cache.prefix and self.lora.blocks != "after_cut":
             raise ValueError("cache.prefix: both views share no block unless lora.blocks is 'after_cut'")
         return self
 
     @model_validator(mode="after")
-    def _averages_within_epochs(self) -> Recover:
+    def _averages_within_epochs(self) -> Train:
         """An epoch's mean holds none of the steps before it."""
         if self.average is not None and self.average * self.epochs > 1 + 1e-9:
             raise ValueError(
@@ -364,7 +376,7 @@ class Recover(Config):
         return self
 
     @model_validator(mode="after")
-    def _begins_with_something(self) -> Recover:
+    def _begins_with_something(self) -> Train:
         """Before a pruned source's `start`, the other sources must fill the steps."""
         for start in {*self.starts} - {0.0}:
             others = sum(share for share, own in zip(self.shares, self.starts, strict=True) if own < start)

@@ -180,7 +180,7 @@ def apply_override(tree: dict[str, Any], override: str) -> str:
     steps = key.strip().split(".")
     where = f"override '{override}'"
     if not equals or not all(steps):
-        raise RecipeError(f"{where}: expected KEY=VALUE, such as recover.lr=1e-3")
+        raise RecipeError(f"{where}: expected KEY=VALUE, such as train.lr=1e-3")
     value = load(text, where)
     node: Any = tree
     for depth, step in enumerate(steps):

@@ -127,7 +127,7 @@ def _data_sets(recipe: Recipe) -> list[str]:
     """Hub ids of the data sets that the model was pruned and recovered on."""
     calibration = getattr(recipe.prune, "calibration", None)
     named = [getattr(calibration, "data", None)]
-    named += [getattr(source, "prompts", None) or getattr(source, "source", None) for source in recipe.recover.data]
+    named += [getattr(source, "prompts", None) or getattr(source, "source", None) for source in recipe.train.data]
     return sorted({name for name in named if isinstance(name, str) and re.fullmatch(HUB_ID, name)})
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import accelerate
@@ -16,8 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from recover.base import console
 from recover.base.errors import ExportError
-from recover.models.arch import part_of
+from recover.models.arch import part_of, writes_out
+from recover.models.experts import ExpertFactors
 from recover.models.linears import Factors, MaskedLinear, effective_weight, pruned_tensor
+from recover.models.masked_lora import ExpertLora, TrainedCopy, adapted_tensors, expert_factors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -27,9 +30,10 @@ if TYPE_CHECKING:
     from recover.models.twin import Twin
 
 # Lists of a config that are as long as they like, and may by chance be as long as the model is deep.
-NOT_PER_BLOCK = re.compile(r"architectures|.*token_ids?|.*_ids|id2label|label2id")
+NOT_PER_BLOCK = re.compile(r"architectures|.*token_ids?|.*_ids|id2label|label2id|mlp_only_layers")
 
 
+@torch.no_grad()
 def merge(twin: Twin, dtype: torch.dtype) -> PreTrainedModel:
     """The pruned view as a stock model of `dtype` on the CPU, in eval mode: `save_pretrained` gives a stock checkpoint.
 
@@ -47,9 +51,14 @@ def merge(twin: Twin, dtype: torch.dtype) -> PreTrainedModel:
         stock = AutoModelForCausalLM.from_config(config, attn_implementation=twin.base.config._attn_implementation)
     names = _dense_names(stock, twin)
     state = {}
+    learnt = set(adapted_tensors(twin.base))
     for name, (dense_name, zeroed) in console.track(names.items(), "merge", unit="tensor"):
-        tensor = _merged(twin, dense_name, dtype)
+        tensor, used = _merged(twin, dense_name, _kept_dtype(stock, name, dtype))
         state[name] = torch.zeros_like(tensor) if zeroed else tensor
+        learnt -= used
+    if learnt:
+        lost = f"{sorted(learnt)[0]} and {len(learnt) - 1} other tensors"
+        raise ExportError(f"{lost} were learnt and are in no exported tensor: report it, with the version of peft")
     stock.load_state_dict(state, strict=True, assign=True)
     stock.tie_weights()
     stock.generation_config = copy.deepcopy(twin.base.generation_config)
@@ -61,9 +70,11 @@ def pruned_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig:
 
     Every list with one entry a block (`layer_types`, SmolLM3's `no_rope_layers`) is indexed by the dense block that
     each exported block's attention comes from; `max_window_layers` (Qwen2: blocks from there on slide) counts those
-    below it. Left stale, a checkpoint does not load, or loads with other attention.
+    below it; which blocks have a mixture of experts is said by where their MLPs come from. Left stale, a checkpoint
+    does not load, or loads with other attention.
     """
     sources = [packed.source for packed in plan.packed]
+    mlps = [packed.source if packed.mlp is None else packed.mlp for packed in plan.packed]
     values = config.to_dict()
     blocks = values["num_hidden_layers"]
     for name, value in values.items():
@@ -71,12 +82,31 @@ def pruned_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig:
             values[name] = [value[block] for block in sources]
     if isinstance(values.get("max_window_layers"), int):
         values["max_window_layers"] = sum(block < values["max_window_layers"] for block in sources)
+    values |= _mixture_fields(values, mlps)
     values["num_hidden_layers"] = len(sources)
     values["use_cache"] = True  # training may have switched it off
     values.update(plan.config)
     for stale in ("quantization_config", "sparsity_config", "transformers_version"):
         values.pop(stale, None)  # of how the dense weights were stored; vLLM refuses a sparsity_config
     return type(config).from_dict(values)
+
+
+def _mixture_fields(values: Mapping[str, Any], mlps: list[int]) -> dict[str, Any]:
+    """What says which blocks have a plain MLP, and how many heads predict further tokens, for MLPs of these blocks.
+
+    Such heads (MTP) are no part of the causal LM that was loaded, so the export has none.
+    """
+    found: dict[str, Any] = {}
+    if isinstance(plain := values.get("mlp_only_layers"), list):
+        step = values["decoder_sparse_step"]
+        kept = [new for new, block in enumerate(mlps) if block in plain or (block + 1) % step]
+        found |= {"mlp_only_layers": kept, "decoder_sparse_step": 1}
+    if isinstance(first := values.get("first_k_dense_replace"), int):
+        found["first_k_dense_replace"] = sum(block < first for block in mlps)
+    if values.get("num_nextn_predict_layers"):
+        console.say("export: heads that predict further tokens (MTP) are not loaded, and the export has none")
+        found["num_nextn_predict_layers"] = 0
+    return found
 
 
 def _warn_of_irregular_attention(dense: PretrainedConfig, pruned: PretrainedConfig) -> None:
@@ -86,6 +116,12 @@ def _warn_of_irregular_attention(dense: PretrainedConfig, pruned: PretrainedConf
     if period < len(before) and after != (before[:period] * len(after))[: len(after)]:
         text = f"the kept blocks no longer alternate attention every {period} blocks as {dense.model_type} does"
         console.warn(f"export: {text}: llama.cpp may misread them")
+
+
+def _kept_dtype(stock: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The export's dtype, float32 for what this class computes with in float32 whatever dtype it is loaded in."""
+    patterns = getattr(stock, "_keep_in_fp32_modules_strict", None) or ()
+    return torch.float32 if any(re.search(pattern, name) for pattern in patterns) else dtype
 
 
 def _dense_names(stock: PreTrainedModel, twin: Twin) -> dict[str, tuple[str, bool]]:
@@ -107,38 +143,50 @@ def _inside(twin: Twin, packed: Packed, inside: str) -> tuple[str, bool]:
     arch = twin.arch
     part = part_of(arch, inside)
     kept = packed.attention if part == "attention" else packed.mlp
-    last = (
-        f"{arch.attention}.{arch.attention_linears[-1]}"
-        if part == "attention"
-        else f"{arch.mlp}.{arch.mlp_linears[-1]}"
-    )
-    zeroed = kept is None and inside.rpartition(".")[0] == last
+    zeroed = kept is None and writes_out(arch, inside)
     return f"{arch.blocks}.{packed.source if kept is None else kept}.{inside}", zeroed
 
 
 def _refuse_lora_elsewhere(twin: Twin, merged: set[str]) -> None:
-    wrapped = [name for name, module in twin.base.named_modules() if hasattr(module, "base_layer")]
-    lost = [name for name in wrapped if f"{name}.weight" not in merged]
+    lost = [name for name in adapted_tensors(twin.base) if name not in merged]
     if lost:
         raise ExportError(
-            f"LoRA sits on {lost[0]} and {len(lost) - 1} other layers that the pruned model does not have"
+            f"LoRA sits on {lost[0]} and {len(lost) - 1} other tensors that the pruned model does not have"
         )
 
 
-def _merged(twin: Twin, name: str, dtype: torch.dtype) -> Tensor:
-    """One tensor of the pruned view, cast once, on the CPU."""
+def _merged(twin: Twin, name: str, dtype: torch.dtype) -> tuple[Tensor, set[str]]:
+    """One tensor of the pruned view, cast once, on the CPU; and its name if what was learnt is in it."""
     path, _, cfg = name.rpartition(".")
     module: Any = twin.base.get_submodule(path)
-    linear = getattr(module, "base_layer", module)
+    learnt = isinstance(module, TrainedCopy)
+    if isinstance(module, TrainedCopy):
+        module = module.seen()
+    linear: Any = module.get_base_layer() if isinstance(module, ExpertLora) else getattr(module, "base_layer", module)
     tensor = pruned_tensor(linear, cfg)
+    if isinstance(module, ExpertLora) and cfg in (factors := expert_factors(module)):
+        tensor, learnt = _with_updates(tensor, factors[cfg], linear.is_transposed), True
+        _check_updates(name, tensor, module)
     if cfg == "weight" and isinstance(linear, nn.Linear):
-        tensor = _effective(linear, _factors(module, name))
+        factors = _factors(module, name)
+        tensor, learnt = _effective(linear, factors), factors is not None
+    tensor = _left(twin, path, tensor)
     merged = (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu()
     if not merged.isfinite().all():
         raise ExportError(f"{name}: not finite in {dtype}: export in a wider dtype, or look at the training log")
     if cfg == "weight" and isinstance(linear, MaskedLinear):
         _certify(name, merged, linear, twin)
-    return merged
+    return merged, {name} if learnt else set()
+
+
+def _left(twin: Twin, path: str, tensor: Tensor) -> Tensor:
+    """Of a tensor of routers or experts, the rows of those that stay; others as they are."""
+    match = re.match(re.escape(f"{twin.arch.blocks}.") + rf"(\d+)\.{twin.arch.mlp}\.(.+)", path)
+    parts = twin.arch.experts
+    if match is None or parts is None or match[2] not in (parts.router, parts.experts):
+        return tensor
+    kept = twin.plan.experts.get(int(match[1]))
+    return tensor if kept is None else tensor[torch.tensor(kept, device=tensor.device)]
 
 
 def _effective(linear: nn.Linear, factors: Factors | None) -> Tensor:
@@ -148,6 +196,28 @@ def _effective(linear: nn.Linear, factors: Factors | None) -> Tensor:
     if factors is None:
         return weight_OI
     return weight_OI.float() + (factors.b_OR.float() @ factors.a_RI.float()) * factors.scaling
+
+
+def _with_updates(stored: Tensor, factors: ExpertFactors, transposed: bool) -> Tensor:
+    """Every expert's matrix with its update, in float32."""
+    update_EOI = torch.bmm(factors.b_EOR.float(), factors.a_ERI.float()) * factors.scaling
+    return stored.float() + (update_EOI.transpose(1, 2) if transposed else update_EOI)
+
+
+def _check_updates(name: str, merged: Tensor, layer: Any) -> None:
+    """Raise ExportError unless each expert has the update that peft's own code computes for it, to its rounding."""
+    while layer.parameter_name != name.rpartition(".")[2]:
+        layer = layer.base_layer
+    (adapter,) = [each for each in layer.active_adapters if each in layer.lora_A]
+    dense, update = layer.get_param().detach(), layer.get_delta_weight(adapter).detach()
+    for expert, (found, before, expected) in enumerate(zip(merged, dense, update, strict=True)):
+        off = float((found - before.float() - expected.float()).abs().max())
+        rounding = 4 * torch.finfo(update.dtype).eps * float(expected.abs().max())
+        if not off <= rounding + 4 * torch.finfo(torch.float32).eps * float(before.abs().max()):
+            raise ExportError(
+                f"{name}: expert {expert} is off by {off:.3g} from its weight with what was learnt (rounding: "
+                f"{rounding:.3g}): an update is lost or taken twice. Please report it, with the version of peft"
+            )
 
 
 def _factors(module: Any, name: str) -> Factors | None:

@@ -7,6 +7,7 @@ and no scaling, and says nothing. Of a tokenizer it saves a class name and a lis
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -63,7 +64,16 @@ def respell_config(folder: Path, config: PretrainedConfig) -> None:
                 "export: these rotary positions have no form in the config of transformers 4, so readers that know "
                 f"that form alone (older vLLM, MLX, llama.cpp's converter) compute others: {json.dumps(rope)[:200]}"
             )
-    _write(folder / CONFIG, values)
+    _write(folder / CONFIG, _renamed(config) | values)
+
+
+def _renamed(config: PretrainedConfig) -> dict[str, Any]:
+    """Settings that are saved under another name than the class declares, by the declared name, which version 4 reads.
+
+    Qwen3-MoE's `num_experts`: without it version 4 and vLLM would take 128.
+    """
+    declared = {field.name for field in dataclasses.fields(type(config))} if dataclasses.is_dataclass(config) else set()
+    return {name: getattr(config, name) for name in type(config).attribute_map if name in declared}
 
 
 def old_rope(model_type: str, rope: dict[str, Any]) -> dict[str, Any]:

@@ -251,6 +251,8 @@ def _logits(model: Any, tensors: dict[str, Tensor], problems: list[str]) -> dict
     text_BT, cached_SV = _generate(model, ids_BT[:1, :start])
     whole_SV = _forward(model, text_BT[:, :-1])[0, start - 1 :]
     wide = model.to(device="cpu", dtype=torch.float64 if model.dtype == torch.float32 else torch.float32)
+    if getattr(wide.config, "_experts_implementation", None) == "grouped_mm":  # torch has no such product in float64
+        wide.set_experts_implementation("eager")
     unit = float((_forward(wide, ids_BT.cpu()) - logits_BTV.cpu()).abs().max())
     trained = _difference(logits_BTV, tensors["trained"], TRAINED * unit, "logits and the training view", problems)
     merged = _difference(logits_BTV, tensors["merged"], RELOADED * unit, "logits and the merged model", problems)

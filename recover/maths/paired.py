@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,3 +67,25 @@ def _change(value: float, variance: float, differences: Sequence[np.ndarray]) ->
     half = Z95 * float(np.sqrt(variance))
     items = sum(map(len, differences))
     return Change(value, value - half, value + half, items, sum(int(np.count_nonzero(each)) for each in differences))
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Of items right or wrong: `lost` were right before alone, `won` are now alone; `p` of McNemar's exact test."""
+
+    lost: int
+    won: int
+    p: float
+
+
+def mcnemar(before: Sequence[float], now: Sequence[float]) -> Exchange:
+    """Whether two measurements of the same items, an item at the same place, differ in more than chance exchanges.
+
+    `p` is the probability of an exchange at least as uneven if an item that changed were as likely lost as won: the
+    two-sided binomial test (McNemar 1947, in its exact form). Values above one half count as right.
+    """
+    was, is_now = np.asarray(before) > 0.5, np.asarray(now) > 0.5
+    lost, won = int((was & ~is_now).sum()), int((~was & is_now).sum())
+    changed = lost + won
+    tail = sum(math.comb(changed, k) for k in range(min(lost, won) + 1))
+    return Exchange(lost, won, min(1.0, 2 * tail / 2**changed))

@@ -23,6 +23,7 @@ from recover.measure.model import ModelUnderTest
 from recover.measure.sandbox import why_no_wall
 from recover.measure.task_file import Task, load_task
 from recover.measure.texts import longest_text
+from recover.text.generate import Generation
 from recover.text.prompts import encode_prompt
 
 __all__ = [
@@ -74,7 +75,7 @@ def measure(
         records[task.name] = found.record
         if found.texts is not None:
             writing_seconds, tokens = writing_seconds + time.perf_counter() - began, tokens + found.tokens
-            texts[task.name] = [{"ids": each.ids, "text": each.text} for each in found.texts]
+            texts[task.name] = [_written(each, item) for each, item in zip(found.texts, items, strict=True)]
     record = {
         "tasks": records,
         "headline": headline(records),
@@ -82,6 +83,13 @@ def measure(
         "tokens_per_second": tokens / writing_seconds if tokens else None,
     }
     return record, texts
+
+
+def _written(text: Generation, item: Any) -> dict[str, Any]:
+    """A row of `Generations`, with what was asked, so that an item can be looked at without its task."""
+    expected = getattr(item, "targets", None)  # a kind may have no text that is the right one
+    asked = {"prompt": item.prompt, "expected": expected[0] if expected else None}
+    return {"ids": text.ids, "text": text.text, **asked}
 
 
 def check_names(tasks: Sequence[Task], where: str) -> None:

@@ -58,6 +58,22 @@ def _final_softcap(config: PretrainedConfig) -> float | None:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpertNames:
+    """Names inside an MLP that is a mixture of experts; a block without a module `experts` there has a plain MLP.
+
+    The router has a row an expert in its weight and in all else that it holds, and gives (logits, weights, experts) of
+    each token. The experts are 3-D parameters of one module: `gate_up_proj` and `down_proj`, with a matrix each.
+    """
+
+    router: str = "gate"
+    experts: str = "experts"
+    shared: str = ""  # an MLP beside them that every token goes through, with the linears of a plain one
+    width: str = "intermediate_size"  # of the config: neurons of an expert
+    gives_scores: bool = False  # the MLP gives (hidden states, router scores)
+    grouped: bool = False  # experts are chosen from groups of equal size, `n_group` of them
+
+
+@dataclasses.dataclass(frozen=True)
 class Arch:
     """Names inside one architecture, from the causal LM down.
 
@@ -83,6 +99,7 @@ class Arch:
     norm_behind: bool = False  # a norm between the sublayer and the stream: nothing can be folded through it
     packs: bool = True  # its blocks hand on to attention where sequences of a packed row begin
     kv_groups_stay: str = ""  # why width pruning cannot remove KV groups, empty where it can
+    experts: ExpertNames | None = None  # how an MLP is a mixture of experts, where one is
 
     @property
     def mlp_matrices(self) -> int:
@@ -90,6 +107,7 @@ class Arch:
         return 3 if self.gated else 2
 
 
+SINKS = "its attention has a sink for each head, which is no part of a linear layer"
 ALL_HEADS = "its q_norm and k_norm take all heads together, so that removing one changes the others"
 
 
@@ -115,7 +133,7 @@ ARCHS: dict[str, Arch] = {
         Arch(
             "granite_swa",
             logit_scale=lambda config: 1.0 / config.logits_scaling,
-            kv_groups_stay="its attention has a sink for each head, which is no part of a linear layer",
+            kv_groups_stay=SINKS,
         ),
         Arch("gemma"),
         Arch("ministral3"),
@@ -175,6 +193,20 @@ ARCHS: dict[str, Arch] = {
             attention_norms=("attention_layernorm",),
             mlp_norms=("feedforward_layernorm",),
         ),
+        Arch("mixtral", experts=ExpertNames()),
+        Arch("olmoe", kv_groups_stay=ALL_HEADS, experts=ExpertNames()),
+        Arch("qwen3_moe", experts=ExpertNames(width="moe_intermediate_size")),
+        Arch("gpt_oss", kv_groups_stay=SINKS, experts=ExpertNames(router="router", gives_scores=True)),
+        Arch(
+            "glm4_moe",
+            experts=ExpertNames(shared="shared_experts", width="moe_intermediate_size", grouped=True),
+        ),
+        Arch(
+            "deepseek_v3",
+            attention_linears=("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
+            kv_groups_stay="its heads share keys and values that are compressed (MLA)",
+            experts=ExpertNames(shared="shared_experts", width="moe_intermediate_size", grouped=True),
+        ),
     )
 }
 
@@ -228,11 +260,55 @@ def final_norm_of(model: nn.Module) -> nn.Module:
 def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
     """Every linear layer of every block, by its module name in the stock model (also where peft has wrapped it)."""
     arch, base = arch_of(model), base_of(model)
-    sites = [f"{arch.attention}.{name}" for name in arch.attention_linears]
-    sites += [f"{arch.mlp}.{name}" for name in arch.mlp_linears]
-    names = [f"{arch.blocks}.{i}.{site}" for i in range(len(blocks_of(model))) for site in sites]
+    blocks = enumerate(blocks_of(model))
+    names = [f"{arch.blocks}.{i}.{site}" for i, block in blocks for site in _linear_names(arch, block)]
     modules = {name: base.get_submodule(name) for name in names}
     return {name: getattr(module, "base_layer", module) for name, module in modules.items()}  # type: ignore[misc]
+
+
+def _linear_names(arch: Arch, block: nn.Module) -> list[str]:
+    """Of one block: those of a mixture are its shared experts', and those that a config leaves out are None."""
+    attention = block.get_submodule(arch.attention)
+    names = [f"{arch.attention}.{name}" for name in arch.attention_linears if getattr(attention, name) is not None]
+    inside = arch.mlp
+    if mixture_in(arch, block):
+        assert arch.experts is not None
+        if not arch.experts.shared:
+            return names
+        inside = f"{arch.mlp}.{arch.experts.shared}"
+    return names + [f"{inside}.{name}" for name in arch.mlp_linears]
+
+
+def mixture_in(arch: Arch, block: nn.Module) -> bool:
+    """Whether the MLP of this block is a mixture of experts."""
+    return arch.experts is not None and hasattr(block.get_submodule(arch.mlp), arch.experts.experts)
+
+
+def experts_of(config: PretrainedConfig) -> tuple[int, int]:
+    """How many experts a mixture of this model has, and how many of them a token goes through; (0, 0) without one."""
+    if arch_of(config).experts is None:
+        return 0, 0
+    settings: Any = config
+    return settings.num_local_experts, settings.num_experts_per_tok
+
+
+def groups_of(config: PretrainedConfig) -> tuple[int, int]:
+    """From how many groups of experts this model's routers choose, and from how many of them for one token."""
+    names, settings = arch_of(config).experts, config
+    if names is None or not names.grouped:
+        return 1, 1
+    return getattr(settings, "n_group", None) or 1, getattr(settings, "topk_group", None) or 1
+
+
+def writes_out(arch: Arch, inside: str) -> bool:
+    """Whether a tensor, by its name inside the block, is of what a sublayer writes to the residual stream with."""
+    module, _, name = inside.rpartition(".")
+    if module == f"{arch.attention}.{arch.attention_linears[-1]}":
+        return True
+    last, mixture = arch.mlp_linears[-1], arch.experts
+    if mixture is not None and module == f"{arch.mlp}.{mixture.experts}":
+        return name.removesuffix("_bias") == last
+    return module in {f"{arch.mlp}.{last}"} | ({f"{arch.mlp}.{mixture.shared}.{last}"} if mixture else set())
 
 
 def site_of(arch: Arch, name: str) -> Site:

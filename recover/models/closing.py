@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from recover.base.errors import ModelError
 from recover.models import kv_cache
-from recover.models.arch import Arch
+from recover.models.arch import Arch, mixture_in
 from recover.models.linears import Switch
 from recover.models.site import SUBLAYERS, Site, Sublayer, whole_blocks
 
@@ -33,6 +33,7 @@ def make_closable(blocks: Iterable[nn.Module], arch: Arch, switch: Switch) -> No
             stock: Any = module
             switch_class(stock, functools.partial(_closable, kind))
             stock.switch, stock.closed, stock.index = switch, False, index
+        mlp.gives_scores = mixture_in(arch, block) and arch.experts is not None and arch.experts.gives_scores
 
 
 def close_sites(blocks: Any, arch: Arch, sites: frozenset[Site]) -> None:
@@ -119,8 +120,10 @@ class _Attention(_Closable):
 
 
 class _Mlp(_Closable):
+    gives_scores: bool
+
     def nothing(self, h_BTD: Tensor, cache: Any) -> Any:
-        return torch.zeros_like(h_BTD)
+        return (torch.zeros_like(h_BTD), None) if self.gives_scores else torch.zeros_like(h_BTD)
 
 
 @functools.cache

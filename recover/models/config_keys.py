@@ -72,7 +72,7 @@ def allowed_of(model_type: str) -> frozenset[str]:
     if model_type not in CONFIG_MAPPING:
         return frozenset()
     kind: Any = CONFIG_MAPPING[model_type]
-    renamed = frozenset(kind.attribute_map)
+    renamed = {*kind.attribute_map, *kind.attribute_map.values()}  # transformers saves under the second
     if dataclasses.is_dataclass(kind):
         declared = {field.name for field in dataclasses.fields(kind) if field.init}
     else:  # a config whose class takes its settings by name

@@ -21,11 +21,20 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from recover.base import console, dist, units
 from recover.base.errors import ModelError
-from recover.base.memory import Shape
+from recover.base.memory import Mixture, Shape
 from recover.config import recipe
 from recover.config.base import Dtype
 from recover.models import vocabulary
-from recover.models.arch import arch_of, arch_of_config, head_size_of, kv_heads_of
+from recover.models.arch import (
+    arch_of,
+    arch_of_config,
+    blocks_of,
+    experts_of,
+    groups_of,
+    head_size_of,
+    kv_heads_of,
+    mixture_in,
+)
 from recover.models.chat_template import TRIAL, check_file, check_template
 from recover.models.config_keys import config_of, keep_known
 from recover.models.gate import unchanged
@@ -56,7 +65,7 @@ MISFITS = {"missing_keys": "are missing from the weights", "unexpected_keys": "b
 class Description(Shape):
     """What a model is, from its config alone; `bytes` is for the recipe's dtype, `stored` the checkpoint's own.
 
-    `parallel`: blocks run attention and MLP on one input."""
+    `parallel`: blocks run attention and MLP on one input. `block_parameters`: of each block, in its order."""
 
     model_type: str
     context: int | None
@@ -65,6 +74,7 @@ class Description(Shape):
     bytes: int
     stored: Dtype = "float32"
     parallel: bool = False
+    block_parameters: tuple[int, ...] = ()
 
 
 def describe(cfg: recipe.Model) -> Description:
@@ -93,6 +103,32 @@ def describe(cfg: recipe.Model) -> Description:
         bytes=parameters * getattr(torch, cfg.dtype).itemsize,
         stored=stored_dtype(cfg),
         parallel=arch_of(config).parallel(config),
+        block_parameters=tuple(sum(each.numel() for each in block.parameters()) for block in blocks_of(model)),
+        mixture=_mixture(model),
+    )
+
+
+def _mixture(model: PreTrainedModel) -> Mixture | None:
+    """What the model's mixtures of experts are, counted on one of them; None without any."""
+    arch, blocks = arch_of(model), blocks_of(model)
+    mixed = [block.get_submodule(arch.mlp) for block in blocks if mixture_in(arch, block)]
+    if arch.experts is None or not mixed:
+        return None
+    experts, used = experts_of(model.config)
+    groups, used_groups = groups_of(model.config)
+    routed = sum(each.numel() for each in mixed[0].get_submodule(arch.experts.experts).parameters())
+    shared: Any = mixed[0].get_submodule(arch.experts.shared) if arch.experts.shared else None
+    return Mixture(
+        experts=experts,
+        used=used,
+        intermediate=getattr(model.config, arch.experts.width),
+        expert=routed // experts,
+        always=sum(each.numel() for each in mixed[0].parameters()) - routed,
+        shared=0 if shared is None else shared.get_submodule(arch.mlp_linears[-1]).in_features,
+        plain=len(blocks) - len(mixed),
+        row=sum(each[0].numel() for each in mixed[0].get_submodule(arch.experts.router).parameters()),
+        groups=groups,
+        used_groups=used_groups,
     )
 
 

@@ -7,14 +7,16 @@ marked experimental, is not written into adapter files and would miss it).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners import lora
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from recover.base.errors import ModelError
 from recover.kernels.lora_linear import lora_linear
+from recover.models.experts import ExpertFactors, SwitchedExperts, SwitchedRouter
 from recover.models.linears import Factors, MaskedLinear, OwnLinear, Switch, effective_weight, masked_lora_linear
 
 
@@ -104,6 +106,60 @@ class MaskedLora(SwitchedLora):
         return (effective_OI - weight_OI).to(weight_OI.dtype)
 
 
+class ExpertLora(lora.layer.ParamWrapper):
+    """LoRA on a matrix of every expert; peft puts one around the other where both matrices of an expert have it.
+
+    An expert's update is applied to that expert's tokens. (peft adds all updates to all weights, a copy of them each
+    time, which autograd would keep.)
+    """
+
+    switch: Switch
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The experts alone in the dense view, with the updates in the pruned one."""
+        experts = cast(SwitchedExperts, self.get_base_layer())
+        factors = None if self.switch.dense else expert_factors(self)
+        return experts(x, *args, **kwargs, factors=factors)
+
+    def factors(self) -> ExpertFactors | None:
+        """The active adapter's factors, or none if it is disabled; raises ModelError if several are active."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or not names:
+            return None
+        if len(names) > 1:
+            raise ModelError(f"adapters {names} are active at once on experts; expected one: delete the others")
+        layers: Any = self.lora_A[names[0]], self.lora_B[names[0]]
+        a, b = (layer.weight for layer in layers)  # (E R, I) and (O, R E), as peft has them
+        a_ERI = a.unflatten(0, (self.num_experts, -1))
+        b_EOR = b.unflatten(1, (-1, self.num_experts)).permute(2, 0, 1)
+        return ExpertFactors(a_ERI, b_EOR, self.scaling[names[0]])
+
+
+def expert_factors(layer: Any) -> dict[str, ExpertFactors]:
+    """The updates around experts, by the name of the matrix that each is of."""
+    found: dict[str, ExpertFactors] = {}
+    while isinstance(layer, ExpertLora):
+        if (factors := layer.factors()) is not None:
+            found[layer.parameter_name] = factors
+        layer = layer.base_layer
+    return found
+
+
+class TrainedCopy(ModulesToSaveWrapper):
+    """A router that learns, in the pruned view, beside the one that it was, which the dense view has."""
+
+    switch: Switch
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the view's router gives."""
+        return (self.original_module if self.switch.dense else self.seen())(*args, **kwargs)
+
+    def seen(self) -> nn.Module:
+        """The module of the pruned view."""
+        name = next(iter(self.active_adapters), None)
+        return self.original_module if self.disable_adapters or name is None else self.modules_to_save[name]
+
+
 def base_parameters(layer: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias below a LoRA layer, as the pruned view has them."""
     base: Any = layer.base_layer
@@ -127,10 +183,41 @@ def _one_dtype(x: Tensor, weight: torch.dtype, factors: Factors) -> bool:
 
 def adopt_layer(layer: Any, switch: Switch) -> None:
     """Make a LoRA layer of peft follow `switch`; raises ModelError for a LoRA variant that the twin cannot switch."""
-    if type(layer) not in (lora.Linear, SwitchedLora, MaskedLora) or layer.lora_variant:
-        raise ModelError(f"LoRA layer of type {type(layer).__name__} is not supported; expected plain LoRA on linears")
+    kind = type(layer)
+    if kind is lora.layer.ParamWrapper and isinstance(layer.get_base_layer(), SwitchedExperts):
+        layer.__class__, layer.switch = ExpertLora, switch
+        return
+    if kind not in (lora.Linear, SwitchedLora, MaskedLora) or layer.lora_variant:
+        raise ModelError(f"LoRA layer of type {kind.__name__} is not supported; expected plain LoRA on linears")
     layer.__class__ = MaskedLora if isinstance(layer.base_layer, MaskedLinear) else SwitchedLora
     layer.switch = switch
+
+
+def adopt_copy(wrapper: Any, switch: Switch) -> None:
+    """Make a module that peft trains in another's place follow `switch`; ModelError for what is no router."""
+    copies = list(wrapper.modules_to_save.values())
+    if not all(isinstance(copy, SwitchedRouter) for copy in copies):
+        raise ModelError(f"{type(copies[0]).__name__} is trained as a whole; expected LoRA, or routers of experts")
+    wrapper.__class__, wrapper.switch = TrainedCopy, switch
+    for copy in copies:
+        copy.switch = switch
+
+
+def trained_copies(model: nn.Module) -> list[nn.Module]:
+    """Every module below `model` of which peft trains a copy."""
+    return [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+
+
+def adapted_tensors(model: nn.Module) -> list[str]:
+    """The stock names of all tensors below `model` that adapters change, or of which a copy is trained."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        plain = name.replace(".base_layer", "")
+        if isinstance(module, lora.layer.ParamWrapper):
+            found.append(f"{plain}.{module.parameter_name}")
+        elif isinstance(module, lora.LoraLayer | ModulesToSaveWrapper):
+            found.append(f"{plain}.weight")
+    return found
 
 
 def lora_layers(model: nn.Module) -> list[nn.Module]:

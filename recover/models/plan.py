@@ -18,12 +18,12 @@ import safetensors.torch
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recover.base import artifacts
 from recover.base.errors import ArtifactError, ModelError
-from recover.models.arch import blocks_of, linears_of
+from recover.models.arch import arch_of, base_of, blocks_of, experts_of, linears_of, mixture_in
 from recover.models.linears import pack, unpack
 from recover.models.site import Packed, Site, Sublayer, packed_as, sites_in, sites_of, whole_blocks, zeroed_partners
 
@@ -67,6 +67,7 @@ class _Recorded:
     config: dict[str, int] = dataclasses.field(default_factory=dict)
     repair: dict[str, Any] = dataclasses.field(default_factory=dict)
     parallel: bool = False
+    experts: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -90,7 +91,7 @@ class Plan(_Recorded):
     plan is read by what it changes, whoever made it. `scores` holds what was measured, such as every candidate of every
     round, in the order they were tried. `nonzero` counts the weights that can be non-zero, `parameters_pruned` those
     that have to be stored. `repair` says what a closed-form repair did and brought. `parallel`: a block runs attention
-    and MLP on one input.
+    and MLP on one input. `experts`: by block, the experts that stay, ascending; without it all do.
 
     Raises ValueError for a site that is named twice, or of a block that is not there.
     """
@@ -174,8 +175,9 @@ class Plan(_Recorded):
         """A value that `from_json` turns back into an equal plan."""
         value = dataclasses.asdict(self)
         del value["sites"]
-        if not self.parallel:
-            del value["parallel"]  # earlier versions know no such field
+        for field in ("parallel", "experts"):
+            if not value[field]:
+                del value[field]  # earlier versions know no such field
         lists = ("dropped", "dropped_attention", "dropped_mlp")
         return value | {name: getattr(self, name) for name in lists}
 
@@ -291,6 +293,7 @@ def check_fit(model: PreTrainedModel, plan: Plan, masks: Mapping[str, Tensor], w
     linears, blocks = linears_of(model), blocks_of(model)
     if plan.blocks != len(blocks):
         raise ModelError(f"the plan is for {plan.blocks} blocks, this model has {len(blocks)}: prune this model anew")
+    _check_experts(model, plan.experts)
     for what, planned, given in (("masks", plan.masks, masks), ("weights", plan.weights, weights)):
         differing = sorted(set(planned) ^ set(given))
         if differing:
@@ -308,6 +311,25 @@ def check_fit(model: PreTrainedModel, plan: Plan, masks: Mapping[str, Tensor], w
         if name not in linears or f"{name}.weight" not in weights:
             raise ModelError(f"weight '{parameter}' belongs to no linear layer of this {model.config.model_type} model")
         _check_shape(parameter, weight, linears[name], masked=name in masks)
+
+
+def _check_experts(model: nn.Module, kept: Mapping[int, tuple[int, ...]]) -> None:
+    """Raise ModelError unless these experts can stay: there, ascending, equally many, as many as a token goes to."""
+    arch, config = arch_of(model), base_of(model).config
+    mixed = [index for index, block in enumerate(blocks_of(model)) if mixture_in(arch, block)]
+    if not kept:
+        return
+    if sorted(kept) != mixed:
+        raise ModelError(f"the plan keeps experts of blocks {sorted(kept)}, this model has some in {mixed}")
+    experts, used = experts_of(config)
+    counts = {len(each) for each in kept.values()}
+    if len(counts) > 1 or min(counts) < used:
+        raise ModelError(f"the plan keeps {sorted(counts)} experts: expected the same of each block, {used} at least")
+    for index, each in kept.items():
+        if list(each) != sorted(set(each)) or not 0 <= each[0] <= each[-1] < experts:
+            raise ModelError(
+                f"block {index}: experts {list(each)}: expected numbers from 0 to {experts - 1}, ascending"
+            )
 
 
 def _check_shape(parameter: str, weight: Tensor, linear: object, *, masked: bool) -> None:

@@ -29,10 +29,10 @@ WRAPPER = Kind(
     "= whole.lm_head; text.save_pretrained(FOLDER); AutoTokenizer.from_pretrained(SOURCE).save_pretrained(FOLDER)",
 )
 MIXTURE = Kind(
-    "a mixture of experts",
-    "mixtral, qwen3_moe, olmoe, gpt_oss, deepseek_v3, granitemoe",
-    "a router sends each token to some of many MLPs, and here a block has one",
-    "give a dense model of the same size as the experts that a token uses",
+    "a mixture of experts of another kind",
+    "qwen2_moe, granitemoe, phimoe, ernie4_5_moe, hunyuan_v1_moe, minimax_m2",
+    "its router, its experts or what runs beside them are none of the kinds that a row can name, or not tried",
+    "give one of the mixtures that are supported, or a dense model of the size of the experts that a token uses",
 )
 HYBRID = Kind(
     "a hybrid, whose blocks keep a state beside attention or in place of it (Mamba, linear attention, convolutions)",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,9 +23,10 @@ from recover.base.errors import ModelError
 from recover.config import recipe
 from recover.models.arch import Arch, arch_of, base_of, blocks_of, linears_of, site_of
 from recover.models.closing import close_sites, closed_sites, make_closable, named_as, switch_class
+from recover.models.experts import IN, OUT, keep_experts, make_routable, mixtures_of
 from recover.models.lean import make_lean
 from recover.models.linears import MaskedLinear, Switch, see_pruned
-from recover.models.masked_lora import adopt_layer, lora_layers
+from recover.models.masked_lora import adopt_copy, adopt_layer, lora_layers, trained_copies
 from recover.models.modes import modules_below, set_training
 from recover.models.plan import Plan, check_fit
 from recover.models.rope import by_rows
@@ -64,6 +66,8 @@ class Twin:
         model.requires_grad_(False)
         see_pruned(model, masks or {}, weights or {}, self.switch)
         make_closable(self.blocks, self.arch, self.switch)
+        make_routable(model, self.switch)
+        keep_experts(model, plan.experts)
         switch_class(model, _distilling)
         self.close(plan.sites)
 
@@ -160,29 +164,54 @@ class Twin:
             raise ModelError("the PeftModel does not wrap this twin's model; expected PeftModel(twin.base, ...)")
         for layer in lora_layers(peft_model):
             adopt_layer(layer, self.switch)
+        for copied in trained_copies(peft_model):
+            adopt_copy(copied, self.switch)
         make_lean(self.base, self.switch)
         self.model = peft_model
         return peft_model
 
     def add_lora(self, cfg: recipe.Lora) -> PeftModel:
-        """Put LoRA on the linear layers of the kept blocks; B = 0, so nothing changes yet.
+        """Put LoRA on the linear layers of the kept blocks; B = 0, so nothing changes yet. Or on `lora.parts`.
 
         `blocks: after_cut` leaves out the blocks before the first dropped one: both views then share them. Adapters are
         float32 whatever the model's dtype (DeepSpeed's bf16 mode casts them and keeps float32 masters).
-        Raises ModelError if no block is left, or if the twin has adapters already.
+        Raises ModelError if no block is left, if a part is not there, or if the twin has adapters already.
         """
         if self.model is not self.base:
             raise ModelError("this twin has adapters already; expected one set: load the model anew")
         sites = self._lora_sites(cfg)
-        targets = [name for name in linears_of(self.model) if site_of(self.arch, name) in sites]
+        linears, experts, routers = self._lora_targets(cfg, sites)
         config = LoraConfig(
             r=cfg.rank,
             lora_alpha=cfg.alpha or 2 * cfg.rank,  # type: ignore[arg-type]
             lora_dropout=cfg.dropout,
-            target_modules=targets,
+            target_modules=linears or DUMMY_TARGET_MODULES,
+            target_parameters=experts or None,
+            modules_to_save=routers or None,
             task_type="CAUSAL_LM",
         )
-        return self.adopt(get_peft_model(self.base, config))  # type: ignore[arg-type]
+        found = self.adopt(get_peft_model(self.base, config))  # type: ignore[arg-type]
+        for parameter in found.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        keep_experts(self.model, self.plan.experts)  # in the routers' copies too
+        return found
+
+    def _lora_targets(self, cfg: recipe.Lora, sites: frozenset[Site]) -> tuple[list[str], list[str], list[str]]:
+        """Names of linear layers, of experts' matrices and of routers that learn."""
+        linears = [name for name in linears_of(self.model) if site_of(self.arch, name) in sites]
+        names, mixed = self.arch.experts, [block for block in mixtures_of(self.model) if Site(block, "mlp") in sites]
+        if {"experts", "router"} & {*cfg.parts} and (names is None or not mixed):
+            raise ModelError(f"lora.parts: {list(cfg.parts)}: no block that learns has experts; use [linears]")
+        if names is None:
+            return linears, [], []
+        # peft takes a linear that is called as a matrix of experts once was for that, wherever it is.
+        linears = [name for name in linears if site_of(self.arch, name).part == "attention"]
+        inside = [f"{self.arch.blocks}.{block}.{self.arch.mlp}" for block in mixed]
+        experts = [f"{mlp}.{names.experts}.{matrix}" for mlp in inside for matrix in (IN, OUT)]
+        routers = [f"{mlp}.{names.router}" for mlp in inside]
+        each = (("linears", linears), ("experts", experts), ("router", routers))
+        return tuple(found if part in cfg.parts else [] for part, found in each)  # type: ignore[return-value]
 
     def _lora_sites(self, cfg: recipe.Lora) -> frozenset[Site]:
         dropped = set(self.plan.sites)

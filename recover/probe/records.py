@@ -209,10 +209,26 @@ class Identity(_Record):
     pruned: dict[str, float]
 
 
-Record = Final | Block | Sublayer | Step | Divergence | Sampled | Choice | Retrieval | Identity
+@dataclasses.dataclass(frozen=True)
+class Routing(_Record):
+    """How many tokens each expert of a block's mixture was given, on the prompts: dense numbering in both views.
+
+    `pruned` is empty where that view does not run the mixture.
+    """
+
+    probe: ClassVar[str] = "routing"
+    block: int
+    dense: list[int]
+    pruned: list[int]
 
 
-KINDS = {kind.probe: kind for kind in (Final, Block, Sublayer, Step, Divergence, Sampled, Choice, Retrieval, Identity)}
+Record = Final | Block | Sublayer | Step | Divergence | Sampled | Choice | Retrieval | Identity | Routing
+
+
+KINDS: dict[str, type[Record]] = {
+    kind.probe: kind
+    for kind in (Final, Block, Sublayer, Step, Divergence, Sampled, Choice, Retrieval, Identity, Routing)
+}
 
 
 def record_of(value: dict[str, Any]) -> Record:
@@ -269,4 +285,5 @@ def summary(records: Sequence[Record]) -> dict[str, Any]:
         "choices": of("choice"),
         "retrieval": of("retrieval"),
         "identity": next(iter(of("identity")), None),
+        "routing": of("routing"),
     }

@@ -36,6 +36,10 @@ class Cost:
     flops: float = 0.0  # of that search
     warnings: tuple[str, ...] = ()  # what will probably disappoint
 
+    def share(self, model: Description) -> float:
+        """Of the model's weights, the share that is taken away or zeroed."""
+        return max((self.gone + self.zeros) / model.active, (self.unstored + self.zeros) / model.parameters)
+
 
 @dataclass(frozen=True)
 class Pruner:

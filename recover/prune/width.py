@@ -16,7 +16,7 @@ groups), K kept units.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -31,7 +31,9 @@ from recover.models.arch import Arch, arch_of, blocks_of, head_size_of, kv_heads
 from recover.models.plan import Plan, Pruned
 from recover.models.site import Site, Sublayer
 from recover.prune.calibrate import calibration_record, check_context
+from recover.prune.compensate import Compensated, compensate
 from recover.prune.registry import Cost, Pruner, register
+from recover.prune.stream import Stream, check_finite, gram
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -73,10 +75,20 @@ def narrowed(config: PretrainedConfig, cfg: Width) -> dict[str, int]:
     With fewer heads `head_dim` has to be said: most configs take hidden size / heads where it is missing.
     """
     dense = Sizes.of(config)
+    if cfg.mlp is not None:
+        _refuse_neurons(config)
     fields = {} if cfg.mlp is None else {"intermediate_size": _neurons_left(dense.neurons, cfg)}
     if cfg.kv_groups is not None:
         fields |= _heads_left(config, dense, cfg.kv_groups)
     return fields
+
+
+def _refuse_neurons(config: PretrainedConfig) -> None:
+    if arch_of(config).experts is not None:
+        raise PruneError(
+            f"prune.mlp: the MLPs of {config.model_type} are mixtures of experts, and neurons of experts are not cut: "
+            "remove whole experts with prune.kind: experts, or KV groups alone"
+        )
 
 
 def _neurons_left(neurons: int, cfg: Width) -> int:
@@ -90,7 +102,8 @@ def _neurons_left(neurons: int, cfg: Width) -> int:
 def _heads_left(config: PretrainedConfig, dense: Sizes, groups: int) -> dict[str, int]:
     reason = arch_of(config).kv_groups_stay
     if reason:
-        raise PruneError(f"prune.kv_groups: {config.model_type} keeps its KV groups: {reason}. Use prune.mlp alone")
+        instead = "prune.mlp alone" if arch_of(config).experts is None else "another way to prune"
+        raise PruneError(f"prune.kv_groups: {config.model_type} keeps its KV groups: {reason}. Use {instead}")
     if not 0 < groups < dense.groups:
         raise PruneError(f"prune.kv_groups: {groups} of {dense.groups} KV groups to remove: keep at least one")
     fields = _head_fields(dense.without(groups))
@@ -145,17 +158,56 @@ def prune_width(twin: Twin, cfg: Width, batches: list[LongTensor], journal: Jour
     _say_rounded(cfg, model.config, config)
     _warn_of_head_size(model.config, config)
     removals = list(_removals(Sizes.of(model.config), config))
-    places = {site: last for removal in removals for site, last in _last_linears(twin, removal)}
-    scores = unit_scores(model, {str(site): place for site, place in places.items()}, batches, cfg.score)
+    scores: dict[str, Tensor] = {}
+    if cfg.score != "obs":
+        places = {site: last for removal in removals for site, last in _last_linears(twin, removal)}
+        scores = unit_scores(model, {str(site): place for site, place in places.items()}, batches, cfg.score)
+    stream = Stream(twin, batches) if cfg.score == "obs" or cfg.repair == "linear" else None
     weights: dict[str, Tensor] = {}
     records = []
-    for block in range(len(blocks_of(model))):
+    for block in console.track(range(len(blocks_of(model))), "width", unit="block"):
+        chosen: dict[Sublayer, Tensor] = {}
+        for removal in removals if scores else ():
+            chosen[removal.part] = highest(scores[str(Site(block, removal.part))], removal.left)
+        found = _compensated(twin, stream, block, removals, chosen, cfg) if stream else {}
         for removal in removals:
-            score_U = scores[str(Site(block, removal.part))]
-            kept_K = highest(score_U, removal.left)
-            weights |= _sliced(twin, block, removal, kept_K)
-            records.append(_record(block, removal, score_U, kept_K, cfg.score))
+            made = found.get(removal.part)
+            kept_K = made.kept_K if made else chosen[removal.part]
+            rewritten_OI = made.weight_OI if made and cfg.repair == "linear" else None
+            weights |= _sliced(twin, block, removal, kept_K, rewritten_OI)
+            record = _record(block, removal, scores.get(str(Site(block, removal.part))), kept_K, cfg.score)
+            errors = {"error": made.error, "error_plain": made.error_plain} if made else {}
+            records.append(record | errors)
     return Pruned(_plan(twin, config, records, weights, calibration_record(cfg.calibration, batches)), {}, weights)
+
+
+def _compensated(
+    twin: Twin,
+    stream: Stream,
+    block: int,
+    removals: Sequence[_Removal],
+    chosen: Mapping[Sublayer, Tensor],
+    cfg: Width,
+) -> dict[Sublayer, Compensated]:
+    """For each sublayer that loses units: what stays, and its last linear rewritten; the stream goes on through both.
+
+    What the linear sees is measured with all blocks before it already pruned.
+    """
+    found: dict[Sublayer, Compensated] = {}
+    with stream.resident(block) as linears:
+        sums = stream.measure(block, gram)
+        check_finite(sums)
+        pruned = {}
+        for removal in removals:
+            name = _names(twin.arch, block, removal.part)[-1]
+            weight_OI = linears[name].weight
+            made = compensate(weight_OI, sums[name], removal.units, removal.left, chosen.get(removal.part), name)
+            runs = weight_OI.shape[1] // removal.units
+            stays_I = torch.zeros(removal.units).index_fill(0, made.kept_K, 1.0).repeat_interleave(runs).to(weight_OI)
+            pruned[name] = made.weight_OI.to(weight_OI.dtype) if cfg.repair == "linear" else weight_OI * stays_I
+            found[removal.part] = made._replace(weight_OI=made.weight_OI.to(weight_OI.dtype).cpu())
+        stream.advance(block, pruned)
+    return found
 
 
 def _say_rounded(cfg: Width, dense: PretrainedConfig, config: dict[str, int]) -> None:
@@ -297,15 +349,21 @@ def highest(score_U: Tensor, count: int) -> Tensor:
     return torch.argsort(score_U, stable=True)[len(score_U) - count :].sort().values
 
 
-def _sliced(twin: Twin, block: int, removal: _Removal, kept_K: Tensor) -> dict[str, Tensor]:
-    """The parameters of a sublayer that change: rows of all its linears but the last, columns of that."""
+def _sliced(
+    twin: Twin, block: int, removal: _Removal, kept_K: Tensor, rewritten_OI: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The parameters of a sublayer that change: rows of all its linears but the last, columns of that.
+
+    `rewritten_OI`: stands in the place of the last one's weight.
+    """
     linears, weights = linears_of(twin.model), {}
     *into, last = _names(twin.arch, block, removal.part)
     for name in into:
         rows_K = _features(linears[name].out_features, removal, kept_K)
         weights |= {f"{name}.{cfg}": tensor[rows_K] for cfg, tensor in _tensors(linears[name])}
     columns_K = _features(linears[last].in_features, removal, kept_K)
-    weights[f"{last}.weight"] = linears[last].weight.detach().cpu()[:, columns_K].contiguous()
+    whole_OI = linears[last].weight.detach().cpu() if rewritten_OI is None else rewritten_OI
+    weights[f"{last}.weight"] = whole_OI[:, columns_K].contiguous()
     return weights
 
 
@@ -327,14 +385,16 @@ def _features(features: int, removal: _Removal, kept_K: Tensor) -> Tensor:
     return (kept_K.unsqueeze(1) * each + torch.arange(each)).flatten()
 
 
-def _record(block: int, removal: _Removal, score_U: Tensor, kept_K: Tensor, by: str) -> dict[str, Any]:
-    """Neurons are too many to list one by one; of a few KV groups all scores are kept."""
-    total = float(score_U.sum())
-    share = 1 - float(score_U[kept_K].sum()) / total if total else 0.0
+def _record(block: int, removal: _Removal, score_U: Tensor | None, kept_K: Tensor, by: str) -> dict[str, Any]:
+    """Neurons are too many to list one by one; of a few KV groups all scores are kept, where each has one."""
     record: dict[str, Any] = {"block": block, "part": removal.part, "by": by, "units": removal.units}
-    record |= {"removed": removal.units - removal.left, "share_of_score": share}
+    record["removed"] = removal.units - removal.left
+    if score_U is not None:
+        total = float(score_U.sum())
+        record["share_of_score"] = 1 - float(score_U[kept_K].sum()) / total if total else 0.0
     if removal.part == "attention":
-        record |= {"groups": score_U.tolist(), "kept": kept_K.tolist()}
+        record |= {"groups": score_U.tolist()} if score_U is not None else {}
+        record["kept"] = kept_K.tolist()
     return record
 
 

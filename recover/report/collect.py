@@ -9,12 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-from recover.base import artifacts, clock
+from recover.base import artifacts, clock, earlier
 from recover.base.errors import ArtifactError, RecipeError
 from recover.base.products import taken_apart
 from recover.config import yaml_values
 from recover.config.tasks import KINDS
-from recover.report import drift, measures, mistakes, overlap, verdict, words
+from recover.maths import paired
+from recover.report import drift, items, measures, mistakes, overlap, verdict, words
 from recover.report import made as making
 from recover.report.curve import curve
 from recover.report.data import (
@@ -29,6 +30,7 @@ from recover.report.data import (
     Plan,
     RateTrials,
     Records,
+    Rise,
     RunData,
     Sample,
     SampleRecord,
@@ -93,9 +95,9 @@ def _collect(root: Path) -> RunData:
         "measures": measures.rows(records),
         "drift": {model: _drift(root / folder) for model, folder in DRIFT_FOLDER.items()},
         "epochs": epochs,
-        "training": _json(root / "recover" / "training.json"),
-        "rate_trials": _rate_trials(root),
-        "curve": curve(root / "recover" / "steps.jsonl", recipe),
+        "training": _json(earlier.place(root, "train/training.json")),
+        "rate_trials": _rate_trials(root, recipe),
+        "curve": curve(earlier.place(root, "train/steps.jsonl"), recipe),
         "tokens": _tokens_used(epochs),
         "speed": _json(root / "speed.json"),
         "verify": _json(root / "verify.json"),
@@ -104,6 +106,7 @@ def _collect(root: Path) -> RunData:
         "measured_later": [record["task"] for record in more],
         "samples": side_by_side(records),
         "mistakes": mistakes.counted(records),
+        "exchanged": items.exchanged(root, records),
         "overlap": _overlap(root / "plan" / "overlap.json"),
         "examples": mistakes.examples(records),
         "divergence": divergence(records),
@@ -158,7 +161,7 @@ def _recipe(root: Path) -> Json:
             f"{path}: not found, so {root} is not a run directory. Give the folder that `recover run` wrote"
         )
     try:
-        return yaml_values.read(path)
+        return earlier.sections(yaml_values.read(path), str(path))
     except RecipeError as error:
         raise ArtifactError(f"{error}. It was written by stage plan: run that stage again") from error
 
@@ -175,10 +178,10 @@ def _json(path: Path) -> Any:
     return value
 
 
-def _rate_trials(root: Path) -> RateTrials | None:
+def _rate_trials(root: Path, recipe: Json) -> RateTrials | None:
     """Of the training that there is: a rate that was given later was not found by trials."""
-    given = (yaml_values.read(root / "recipe.yaml").get("recover") or {}).get("lr")
-    return _json(root / "recover" / "trials.json") if given == "auto" else None
+    given = (recipe.get("train") or {}).get("lr")
+    return _json(earlier.place(root, "train/trials.json")) if given == "auto" else None
 
 
 def _drift(folder: Path) -> Drift | None:
@@ -189,7 +192,9 @@ def _drift(folder: Path) -> Drift | None:
 def _overlap(path: Path) -> list[Overlap] | None:
     """None where it was not looked for, as in runs of an earlier version."""
     found = _json(path)
-    return None if found is None else found["found"]
+    if found is None:
+        return None
+    return [cast(Overlap, {**each, "field": earlier.current(each["field"])}) for each in found["found"]]
 
 
 def _epochs(path: Path) -> list[Epoch]:
@@ -198,6 +203,7 @@ def _epochs(path: Path) -> list[Epoch]:
         return []
     latest = {record["epoch"]: record for record in artifacts.read_jsonl(path)}
     rows = []
+    before: Json | None = None
     for epoch, record in sorted(latest.items()):
         measured = cast(Measure, record.get("measure") or {})
         train = record.get("train") or {}
@@ -215,9 +221,34 @@ def _epochs(path: Path) -> list[Epoch]:
                 "items": {name: task.get("items") for name, task in (measured.get("tasks") or {}).items()},
                 "drift": drift.final_figures(record.get("drift") or {}),
                 "setbacks": record.get("setbacks") or [],
+                "rise": None if before is None else _rise(before, record),
             }
         )
+        before = record
     return _one_best(rows)
+
+
+def _rise(before: Json, now: Json) -> Rise | None:
+    """None where the two epochs were not measured on the same items, or their records do not hold them."""
+    tasks = [(record.get("measure") or {}).get("tasks") or {} for record in (before, now)]
+    names = [name for name, task in tasks[1].items() if task["kind"] in KINDS and _generates(task["kind"])]
+    pairs = [[(each.get(name) or {}).get("each") or [] for each in tasks] for name in names]
+    if not pairs or any(len(was) != len(is_now) for was, is_now in pairs):
+        return None
+    change = paired.of_means([(was, is_now) for was, is_now in pairs])
+    if change is None:
+        return None
+    tokens = [words.finite(record.get("tokens")) for record in (before, now)]
+    return {
+        "value": change.value,
+        "interval": [change.low, change.high],
+        "tokens": None if None in tokens else int((tokens[1] or 0) - (tokens[0] or 0)),
+        "real": change.rose or change.fell,
+    }
+
+
+def _generates(kind: str) -> bool:
+    return KINDS[kind].headline == "generation"
 
 
 def _one_best(rows: list[Epoch]) -> list[Epoch]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from recover.base.artifacts import write_text
 from recover.base.products import taken_apart
 from recover.config import tasks
-from recover.report import plan_text, render, speed_text, words
+from recover.maths import paired
+from recover.report import items, plan_text, render, speed_text, words
 from recover.report.collect import collect
-from recover.report.data import CHANGED, ComparedRun, Comparison, Curve, Json, RunData
+from recover.report.data import CHANGED, MODELS, ComparedRun, Comparison, Curve, Json, Model, Paired, RunData
 from recover.report.exhibits import Exhibit
 from recover.report.figures.compare import courses, losses, share_cell, trade, ways
 
@@ -57,6 +60,7 @@ def _compare(runs: list[ComparedRun], roots: Sequence[Path]) -> Comparison:
         "equal": first if len(first) > 1 else [],
         "same_dense": same_dense,
         "comparable": comparable,
+        "paired": _paired(runs) if measured and comparable else [],
         "apart": [
             *filter(None, (_dense_apart(runs), _rules_apart(runs), _level_apart(runs), _timed_apart(runs))),
             *(f"{run['name']}: {line}" for run in runs for line in run["mixed"]),
@@ -90,6 +94,25 @@ def ranking(data: Comparison) -> str:
         return ""
     *names, last = data["equal"]
     return f"{', '.join(names)} and {last} keep most generation, equal within noise"
+
+
+def _paired(runs: list[ComparedRun]) -> list[Paired]:
+    """Each run's recovered model against the best run's, task by task, where both were asked the same items."""
+    best, found = runs[0], []
+    for run in runs[1:]:
+        for task, right in run["right"].items():
+            if len(best["right"].get(task, ())) == len(right):
+                test = paired.mcnemar(best["right"][task], right)
+                counts: Paired = {
+                    "run": run["name"],
+                    "task": task,
+                    "items": len(right),
+                    "lost": test.lost,
+                    "won": test.won,
+                    "p": test.p,
+                }
+                found.append(counts)
+    return found
 
 
 def _name_apart(runs: list[ComparedRun], roots: Sequence[Path]) -> None:
@@ -192,6 +215,7 @@ def _run(data: RunData) -> ComparedRun:
         "pruned_generation": data["verdict"]["pruned"]["generation"]["value"],
         "dense": {use: ((data["headline"]["dense"] or {}).get(use) or {}).get("value") for use in tasks.USES},
         "interval": {model: {use: data["verdict"][model][use]["interval"] for use in tasks.USES} for model in CHANGED},
+        "right": {row["task"]: row["each"] for row in data["exchanged"] if row["model"] == "recovered"},
         "kept": {model: {use: data["verdict"][model][use]["kept"] for use in tasks.USES} for model in CHANGED},
         "grades": {model: {use: data["verdict"][model][use]["grade"] for use in tasks.USES} for model in CHANGED},
         "perplexity": {model: (figures or {}).get("perplexity") for model, figures in data["headline"].items()},
@@ -236,6 +260,7 @@ def render_compare(data: Comparison, path: Path) -> Path:
             "drawn": drawn,
             "columns": COLUMNS,
             "rows": [row(run) for run in data["runs"]],
+            "paired": [(each, items.chance(each["p"])) for each in data["paired"]],
             "speed_columns": SPEED_COLUMNS,
             "speed_rows": [speed_row(run) for run in data["runs"]],
         }
@@ -293,3 +318,90 @@ def speed_row(run: ComparedRun) -> list[str]:
         if key in speed_text.RATES:
             cells.append(speed_text.ratio(run["speed"], key))
     return cells
+
+
+# A table that fits a paper.
+
+
+def paper_table(roots: Sequence[Path]) -> tuple[list[str], list[list[str | float | None]]]:
+    """(columns, rows): of each run its dense, pruned and recovered model, with the main figure of each task.
+
+    A figure takes three columns: value, and the ends of its 95% interval, where it has one. Shares are from 0 to 1. One
+    dense row serves all runs that have the same dense model and rules. Raises ArtifactError as `collect` does.
+    """
+    found = []
+    for root in roots:
+        with taken_apart(root):
+            found.append(collect(root))
+    mains = list(
+        dict.fromkeys((row["task"], row["label"]) for data in found for row in data["measures"] if row["main"])
+    )
+    columns = ["run", "model", "parameters", "tokens"]
+    columns += [f"{task} {label}{end}" for task, label in mains for end in ("", " low", " high")]
+    rows, seen = [], set()
+    for data in found:
+        wholes = _one_text([data["recipe"].get("model"), _rules(data["recipe"].get("measure") or {})])
+        for model in MODELS:
+            if model == "dense" and wholes in seen:
+                continue
+            rows.append([*_model_cells(data, model), *_figure_cells(data, model, mains)])
+        seen.add(wholes)
+    return columns, rows
+
+
+def _model_cells(data: RunData, model: Model) -> list[str | float | None]:
+    plan: Json = cast(Json, data["plan"] or {})
+    tokens = (data["tokens"] or {}).get("kept") if model == "recovered" else None
+    return [data["name"], model, plan.get("parameters_dense" if model == "dense" else "parameters_pruned"), tokens]
+
+
+def _figure_cells(data: RunData, model: Model, mains: list[tuple[str, str]]) -> list[str | float | None]:
+    rows = {(row["task"], row["label"]): row for row in data["measures"] if row["main"]}
+    found: list[str | float | None] = []
+    for main in mains:
+        cell = rows[main][model] if main in rows else None
+        found += [cell["value"], *(cell["interval"] or (None, None))] if cell else [None, None, None]
+    return found
+
+
+def as_csv(columns: Sequence[str], rows: Sequence[Sequence[str | float | None]]) -> str:
+    """The table with all digits; what was not measured is empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def as_latex(columns: Sequence[str], rows: Sequence[Sequence[str | float | None]]) -> str:
+    """The table for LaTeX with the package booktabs: shares in percent, intervals in brackets, a rule between runs."""
+    names = [_tex(name) for name in (*columns[:4], *columns[4::3])]
+    lines = [
+        "% needs \\usepackage{booktabs}; brackets are 95% intervals",
+        f"\\begin{{tabular}}{{ll{'r' * (len(names) - 2)}}}",
+        "\\toprule",
+        " & ".join(names) + " \\\\",
+        "\\midrule",
+    ]
+    for number, row in enumerate(rows):
+        if number and row[0] != rows[number - 1][0]:
+            lines.append("\\midrule")
+        name = _tex(str(row[0])) if not number or row[0] != rows[number - 1][0] else ""
+        cells = [name, str(row[1]), *(words.count(each) if each is not None else "--" for each in row[2:4])]
+        for at, column in zip(range(4, len(row), 3), columns[4::3], strict=True):
+            cells.append(_tex_figure(column, *row[at : at + 3]))
+        lines.append(" & ".join(cells) + " \\\\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
+
+
+def _tex_figure(column: str, value: Any, low: Any, high: Any) -> str:
+    if value is None:
+        return "--"
+    share = not column.endswith("perplexity")
+    shown = [f"{100 * each:.1f}" if share else f"{each:.2f}" for each in (value, low, high) if each is not None]
+    return shown[0] if len(shown) == 1 else f"{shown[0]} [{shown[1]}, {shown[2]}]"
+
+
+def _tex(text: str) -> str:
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)

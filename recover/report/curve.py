@@ -1,4 +1,4 @@
-"""The training curve: `recover/steps.jsonl`, a line for each optimizer step, thinned to what a picture can show."""
+"""The training curve: `train/steps.jsonl`, a line for each optimizer step, thinned to what a picture can show."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def terms(recipe: Json) -> list[str]:
 
 def weights(recipe: Json) -> dict[str, float]:
     """Terms of the recipe's loss that have a weight, recorded or not."""
-    loss = (recipe.get("recover") or {}).get("loss") or {}
+    loss = (recipe.get("train") or {}).get("loss") or {}
     known = {"kl": 1.0, **loss, **(loss.get("terms") or {})}
     names = (*TERMS, *(name for name in loss.get("terms") or {} if name not in TERMS))
     return {name: weight for name in names if (weight := finite(known.get(name)))}

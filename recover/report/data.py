@@ -53,6 +53,7 @@ class Task(TypedDict, total=False):
     exact_text: float | None
     agreement: float | None
     isolation: str
+    each: list[float]
 
 
 class Measure(TypedDict, total=False):
@@ -166,6 +167,44 @@ class Example(TypedDict):
     text: str
     expected: str | None
     answer: str | None
+
+
+class ChangedItem(TypedDict):
+    """An item that dense has right and another model wrong (`lost`), or the other way (`won`); `other` is its text."""
+
+    way: str
+    item: int
+    prompt: str
+    expected: str | None
+    dense: str
+    other: Text
+
+
+class Exchanged(TypedDict):
+    """Dense and `model` on the items of a task: `right` in both, `lost`, `won`, `p` of McNemar's exact test.
+
+    `each`: 1 for an item that `model` has right, else 0. `shown`: those of the items lost and won that are looked at.
+    """
+
+    task: str
+    kind: str
+    model: Changed
+    items: int
+    right: int
+    lost: int
+    won: int
+    p: float
+    each: list[int]
+    shown: list[ChangedItem]
+
+
+class Rise(TypedDict):
+    """Generation of an epoch less that of the one before, with its 95% interval over items, and the tokens between."""
+
+    value: float
+    interval: list[float]
+    tokens: int | None
+    real: bool
 
 
 class Overlap(TypedDict):
@@ -298,6 +337,14 @@ class RetrievalDrift(TypedDict, total=False):
     relevance: dict[str, Quantiles] | None
 
 
+class Routing(TypedDict):
+    """Tokens that each expert of a block was given on the prompts, in the dense numbering."""
+
+    block: int
+    dense: list[int]
+    pruned: list[int]
+
+
 class Drift(TypedDict):
     """The summary of one probe; of the two lenses, the one with the final norm."""
 
@@ -312,6 +359,7 @@ class Drift(TypedDict):
     sampled: list[SampledDrift]
     choices: list[ChoiceDrift]
     retrieval: list[RetrievalDrift]
+    routing: list[Routing]
 
 
 # What was pruned, trained and deployed.
@@ -325,6 +373,9 @@ class Score(TypedDict, total=False):
     parts: list[str]
     score: Required[float | None]
     by: str
+    block: int
+    experts: list[float]
+    kept: list[int]
     chosen: bool
     beside: list[str]
 
@@ -366,6 +417,7 @@ class Plan(TypedDict, total=False):
     config: dict[str, int]
     repair: Repair
     parallel: bool
+    experts: dict[str, list[int]]
     parameters_dense: Required[int]
     parameters_pruned: Required[int]
     modules: Required[list[ModuleZeros]]
@@ -407,6 +459,7 @@ class Epoch(TypedDict):
     items: dict[str, int | None]
     drift: dict[str, Quantiles]
     setbacks: list[Setback]
+    rise: NotRequired[Rise | None]
     best: bool
 
 
@@ -436,7 +489,7 @@ class Trial(TypedDict, total=False):
 
 
 class RateTrials(TypedDict, total=False):
-    """recover/trials.json: what was tried for `lr: auto`, what was chosen, and why."""
+    """train/trials.json: what was tried for `lr: auto`, what was chosen, and why."""
 
     prior: float
     steps: int
@@ -550,6 +603,7 @@ class PageData(TypedDict):
     curve: Curve | None
     speed: Speed | None
     mistakes: list[Mistakes]
+    exchanged: list[Exchanged]
     divergence: list[DivergenceRow]
     times: list[StageTime]
     made: list[Made]
@@ -610,13 +664,25 @@ class ComparedRun(TypedDict):
     dense: dict[Use, float | None]
     pruned_generation: float | None
     interval: dict[Changed, dict[Use, list[float] | None]]
+    right: dict[str, list[int]]
     kept: dict[Changed, dict[Use, float | None]]
     grades: dict[Changed, dict[Use, str]]
     perplexity: dict[str, float | None]
 
 
+class Paired(TypedDict):
+    """A run's recovered model and the best run's, item by item: `lost` right in the best alone, `won` here alone."""
+
+    run: str
+    task: str
+    items: int
+    lost: int
+    won: int
+    p: float
+
+
 class Comparison(TypedDict):
-    """Runs side by side; `apart` says what must not be compared, and why.
+    """Runs side by side; `apart` says what must not be compared, and why; `paired` holds each against the best.
 
     `best` is better than all others beyond noise; if none is, `equal` names the first ones, which noise does not part.
     """
@@ -626,6 +692,7 @@ class Comparison(TypedDict):
     equal: list[str]
     same_dense: bool
     comparable: bool
+    paired: list[Paired]
     apart: list[str]
 
 

@@ -57,6 +57,7 @@ def collect_diagnosis(folder: Path) -> DiagnosisData:
         "speed": None,
         "divergence": [],
         "epochs": [],
+        "exchanged": [],
         "mistakes": [],
         "times": [],
         "made": [],

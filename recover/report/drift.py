@@ -67,6 +67,7 @@ def read(summary: Json) -> Drift:
         "sampled": [_sampled(row) for row in summary.get("sampled") or ()],
         "choices": summary.get("choices") or [],
         "retrieval": summary.get("retrieval") or [],
+        "routing": summary.get("routing") or [],
     }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from recover.report import mistakes, overlap, tables
+from recover.report import items, mistakes, overlap, tables
 from recover.report.figures import curve, drift, outcome, plan, sublayers, text, use
 from recover.report.figures.figure import Figure
 from recover.report.tables import Table
@@ -128,6 +128,7 @@ DIAGNOSIS = (
 EXHIBITS: list[Exhibit] = [
     Exhibit("top", "hero", outcome.hero),
     Exhibit("measures", "mistakes", mistakes.table),
+    Exhibit("measures", "exchanged", items.table),
     Exhibit("measures", "overlap", overlap.table),
     Exhibit("recovery", "skipped", tables.skipped),
     Exhibit("recovery", "epochs", outcome.epochs, numbers=True),
@@ -137,6 +138,7 @@ EXHIBITS: list[Exhibit] = [
     Exhibit("damage", "blocks", drift.blocks, numbers=True),
     Exhibit("damage", "sublayers", sublayers.worth, numbers=True),
     Exhibit("damage", "writes", sublayers.writes),
+    Exhibit("damage", "experts", tables.experts),
     Exhibit("text", "steps", drift.steps),
     Exhibit("text", "divergence", outcome.divergence),
     Exhibit("text", "parting", outcome.parting),
@@ -148,6 +150,7 @@ EXHIBITS: list[Exhibit] = [
     Exhibit("uses", "choices-table", tables.choices),
     Exhibit("uses", "retrieval", tables.retrieval),
     Exhibit("pruned", "plan", plan.pruned, numbers=True),
+    Exhibit("pruned", "removed", tables.removed),
     Exhibit("pruned", "repair", tables.repair),
     Exhibit("origin", "times", tables.times),
     Exhibit("origin", "stages", tables.stages),

@@ -15,9 +15,27 @@ FEW_TOKENS = 10.0  # a mean KL so many times the median is carried by few tokens
 def key_findings(data: PageData) -> list[Point]:
     """Questions with their answers, only those that this run can answer."""
     first = next(iter(data["drift"]))
-    found = [_where(data, first), _how(data, first), _when(data), _compounds(data)]
-    found += [_fails(data), _chooses(data), _gain(data)]
+    found = [_gain(data), _rising(data), _where(data, first), _how(data, first), _when(data), _compounds(data)]
+    found += [_fails(data), _chooses(data)]
     return [point for point in found if point is not None]
+
+
+def _rising(data: PageData) -> Point | None:
+    """What the last epoch brought, and whether more tokens may bring more."""
+    last = data["epochs"][-1] if data["epochs"] else None
+    rise = last.get("rise") if last else None
+    if last is None or rise is None:
+        return None
+    low, high = (f"{100 * bound:+.1f}".replace("-", "−") for bound in rise["interval"])
+    tokens = f", of {words.count(rise['tokens'])} tokens" if rise["tokens"] else ""
+    change = f"{100 * rise['value']:+.1f} points [{low}, {high}] over the last epoch{tokens}".replace("-", "−")
+    if rise["real"] and rise["value"] > 0:
+        answer = f"Yes: {change}. More train.tokens go on from where it ended."
+    elif rise["real"]:
+        answer = f"No, it fell: {change}. More of the same text will not help."
+    else:
+        answer = f"Not beyond noise: {change}."
+    return ("Is recovery still rising?", answer, "figure-epochs")
 
 
 def _where(data: PageData, model: str) -> Point | None:

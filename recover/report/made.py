@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from recover.base import artifacts
+from recover.base import artifacts, earlier
 from recover.base.artifacts import DONE
 from recover.base.ownership import peek
 from recover.report import words
 from recover.report.data import Json, Made, PageData
 
 # Stages that made what is shown, in their order, and the folder in which each leaves its stamp.
-FOLDERS = {name: name for name in ("dense", "prune", "before", "recover", "after")} | {"export": "deploy"}
+FOLDERS = {name: name for name in ("dense", "prune", "before", "train", "after")} | {"export": "deploy"}
 SHOWN_FIELDS = 3  # of a difference, in one sentence
 DIGITS = 12  # of a digest
 LIBRARIES = ("torch", "transformers")  # named in the table; all are in report.json
@@ -31,7 +31,7 @@ def made(root: Path, recipe: Json) -> list[Made]:
     """
     found: list[Made] = []
     for stage, folder in FOLDERS.items():
-        stamp = peek(root / folder / DONE)
+        stamp = earlier.stamp(peek(earlier.place(root, folder) / DONE))
         fingerprint = stamp.get("fingerprint") if isinstance(stamp, dict) else None
         if not isinstance(stamp, dict) or not isinstance(fingerprint, dict):
             continue
@@ -127,15 +127,15 @@ def added(root: Path) -> tuple[list[Json], list[str]]:
 
     Those that were measured on another pruning, training or epoch are left out, each with a sentence.
     """
-    stamps = {stage: peek(root / FOLDERS[stage] / DONE) or {} for stage in ("prune", "recover")}
+    stamps = {stage: peek(earlier.place(root, stage) / DONE) or {} for stage in ("prune", "train")}
     finished = {stage: stamp.get("finished") for stage, stamp in stamps.items()}
-    best = peek(root / "after" / "best.json") or peek(root / "recover" / "best.json") or {}
+    best = peek(root / "after" / "best.json") or peek(earlier.place(root, "train/best.json")) or {}
     found, left_out = [], []
     for path in sorted((root / "more").glob("*.json")):
         record = peek(path)
         if not isinstance(record, dict) or not isinstance(record.get("models"), dict):
             continue
-        if record.get("stages") == finished and record.get("epoch") == best.get("epoch"):
+        if earlier.keys(record.get("stages") or {}) == finished and record.get("epoch") == best.get("epoch"):
             found.append(record)
         else:
             left_out.append(

@@ -6,7 +6,7 @@ from recover.report import words
 from recover.report.data import Json, Overlap, RunData
 from recover.report.tables import Table
 
-USED_FOR = {"prune": "what pruning is chosen by", "recover": "what recovery learns from"}
+USED_FOR = {"prune": "what pruning is chosen by", "train": "what recovery learns from"}
 EXAMPLE = 120  # characters of a text in the table
 
 

@@ -18,6 +18,8 @@ def subject(plan: Plan | None) -> str:
             parts.append(f"{len(blocks)} of {plan['blocks']} {what}")
     if parts:
         return f"Dropping {' and '.join(parts)}"
+    if plan.get("experts"):
+        return f"Removing {experts(plan)} of every mixture"
     if plan.get("config"):
         return f"Narrowing every block ({sizes(plan)})"
     if plan["sparsity"]:
@@ -38,10 +40,19 @@ def short(plan: Plan | None) -> str:
     parts = [f"{number} {what}" for number, what in counts if number]
     if parts:
         return f"{' and '.join(parts)} of {plan['blocks']}"
+    if plan.get("experts"):
+        return experts(plan)
     if plan.get("sparsity"):
         pattern = [pattern for pattern in plan["patterns"] if pattern != "unstructured"]
         return " ".join([plan["kind"], *(pattern or [words.percent(plan["sparsity"])])])
     return str(plan["kind"])
+
+
+def experts(plan: Plan) -> str:
+    """How many experts go: "32 of 128 experts"."""
+    left = len(next(iter((plan.get("experts") or {}).values()), []))
+    every = len(plan["scores"][0].get("experts") or [])
+    return f"{every - left} of {every} experts"
 
 
 def sites(plan: Plan) -> str:

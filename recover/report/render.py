@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -68,8 +69,9 @@ def page(templates: Environment, template: str, view: dict[str, Any]) -> str:
     return templates.get_template(template).render(view, **assets)
 
 
+@functools.cache
 def environment(*, escape: bool) -> Environment:
-    """Templates with the filters of the report; an undefined name is an error, not an empty string."""
+    """Templates with the filters of the report, compiled once; an undefined name is an error, not an empty string."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     found = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=escape, undefined=StrictUndefined)

@@ -47,32 +47,32 @@ def advice(found: Sequence[Setback], recipe: Json, rate: float | None = None) ->
 
     `rate`: the highest learning rate of the training, where the recipe says `auto`.
     """
-    recover = recipe.get("recover") or {}
+    train = recipe.get("train") or {}
     figures = {each["figure"] for each in found}
     texts = figures & {"choice", "retrieval", "perplexity"}
     lines = []
     if figures:
-        lines.append(_rate(words.finite(recover.get("lr")) or rate, auto=recover.get("lr") == "auto"))
-    if texts and (recover.get("loss") or {}).get("scored", "completion") == "completion":
-        lines.append("`recover.loss.scored: all` learns the prompts too, which holds perplexity nearer to dense.")
+        lines.append(_rate(words.finite(train.get("lr")) or rate, auto=train.get("lr") == "auto"))
+    if texts and (train.get("loss") or {}).get("scored", "completion") == "completion":
+        lines.append("`train.loss.scored: all` learns the prompts too, which holds perplexity nearer to dense.")
     if texts:
         lines.append(
-            f"Another blend of recover.data: text of the kind that {' and '.join(sorted(texts))} "
+            f"Another blend of train.data: text of the kind that {' and '.join(sorted(texts))} "
             f"{'is' if len(texts) == 1 else 'are'} measured on, beside that of generation."
         )
     if figures & {"generation", "kl"}:
-        tokens = words.finite(recover.get("tokens"))
-        more = f" (recover.tokens, now {words.count(tokens)})" if tokens else ""
+        tokens = words.finite(train.get("tokens"))
+        more = f" (train.tokens, now {words.count(tokens)})" if tokens else ""
         lines.append(f"More text, and of more kinds{more}: what is learnt from a little holds for that alone.")
     return lines
 
 
 def _rate(rate: float | None, *, auto: bool) -> str:
-    trials = "" if auto else ", or recover.lr=auto, which tries a few"
+    trials = "" if auto else ", or train.lr=auto, which tries a few"
     if rate is None:
-        return f"A lower learning rate (recover.lr){trials}."
+        return f"A lower learning rate (train.lr){trials}."
     lower = min(rate / 2, USUAL_RATE)
-    return f"A lower learning rate: recover.lr={lower:.2g} instead of {rate:.2g}{trials}."
+    return f"A lower learning rate: train.lr={lower:.2g} instead of {rate:.2g}{trials}."
 
 
 def told(epochs: Sequence[Epoch], recipe: Json, rate: float | None = None) -> list[str]:

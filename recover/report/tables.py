@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from recover.report import made, words
+from recover.report import made, plan_text, words
 from recover.report.data import CHANGED, PageData, Parted, RetrievalDrift
 from recover.report.drift import by_model, mean_of, spread
 
@@ -170,6 +171,59 @@ def _retrieval_row(model: str, row: RetrievalDrift) -> tuple[Any, ...]:
     cells = (*map(words.number, figures), words.percent(row.get("top1"), 1))
     name = ", ".join(filter(None, (row.get("task"), row["pooling"])))
     return (name, model, words.count(row.get("queries")), *cells, *judged)
+
+
+def experts(data: PageData) -> Table | None:
+    """How evenly the tokens of the prompts are given to experts, block by block, in each model."""
+    found = by_model(data, lambda summary: summary["routing"])
+    if not found:
+        return None
+    first = next(iter(found.values()))
+    kept = (data["plan"] or {}).get("experts") or {}
+    rows: list[tuple[Any, ...]] = []
+    for index, row in enumerate(first):
+        left = kept.get(str(row["block"]), range(len(row["dense"])))
+        others = [
+            [each[index]["pruned"][expert] for expert in left if each[index]["pruned"]] for each in found.values()
+        ]
+        rows.append((f"block {row['block']}", *(cell for each in (row["dense"], *others) for cell in _load(each))))
+    caption = (
+        "Tokens of the prompts, by expert. Busiest: its share of all. As if: the number of experts that, with equal "
+        "shares, would be as even (the exponential of the entropy). Idle: experts that are there and got none."
+    )
+    names = [(name, model) for model in ("dense", *found) for name in (f"{model}, busiest", "as if", "idle")]
+    return Table("Who does the work", caption, (("", ""), *names), rows)
+
+
+def removed(data: PageData) -> Table | None:
+    """Which experts went, block by block."""
+    plan = data["plan"]
+    if not plan or not plan.get("experts"):
+        return None
+    rows: list[tuple[Any, ...]] = []
+    for record in plan["scores"]:
+        scores, kept = record.get("experts") or [], set(record.get("kept") or ())
+        gone = [expert for expert in range(len(scores)) if expert not in kept]
+        share = sum(scores[expert] for expert in gone) / (sum(scores) or 1.0)
+        rows.append((f"block {record.get('block')}", ", ".join(map(str, gone)), words.percent(share, 1)))
+    by = {
+        "frequency": "of the fewest tokens",
+        "kl": "whose closing costs the least KL, of those of the lowest REAP score",
+    }
+    least = by.get(str(plan["scores"][0].get("by")), "of the lowest REAP score (router weight x norm of the output)")
+    caption = (
+        f"From each mixture went {plan_text.experts(plan)}: those {least}. Their share of the block's sum of scores."
+    )
+    return Table("Which experts were removed", caption, (("", ""), ("experts", ""), ("share", "")), rows, numbers=2)
+
+
+def _load(tokens: list[int]) -> tuple[str, str, str]:
+    total = sum(tokens)
+    if not total:
+        return words.NOT_MEASURED, words.NOT_MEASURED, words.NOT_MEASURED
+    shares = [count / total for count in tokens]
+    even = math.exp(-sum(share * math.log(share) for share in shares if share))
+    return words.percent(max(shares), 1), f"{even:.1f} of {len(tokens)}", str(sum(not count for count in tokens))
 
 
 def repair(data: PageData) -> Table | None:

@@ -99,7 +99,7 @@ def _items(row: Epoch) -> str:
 
 
 def _until(data: PageData) -> float | None:
-    return words.finite(((data["recipe"].get("recover") or {}).get("loss") or {}).get("variance_until"))
+    return words.finite(((data["recipe"].get("train") or {}).get("loss") or {}).get("variance_until"))
 
 
 def _fades(data: PageData) -> str:
@@ -125,7 +125,7 @@ def notes(data: PageData) -> list[str]:
         text = f"{skipped:,}{of} training step{'s were' if skipped > 1 else ' was'} not finite and left out"
         if steps:
             text += f" ({words.percent(skipped / steps)})"
-        advice = ": lower recover.lr, or train in float32 or bfloat16" if steps and skipped / steps >= MANY else ""
+        advice = ": lower train.lr, or train in float32 or bfloat16" if steps and skipped / steps >= MANY else ""
         found.append(f"{text}; {'they' if skipped > 1 else 'it'} changed no weight{advice}.")
     if rollbacks:
         times = "once" if rollbacks == 1 else f"{rollbacks} times"

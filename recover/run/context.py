@@ -41,6 +41,7 @@ from recover.report.data import Overlap
 from recover.report.words import shown_source
 from recover.run.directory import RunDirectory
 from recover.run.estimate import settle
+from recover.run.tracking import Tracking
 from recover.text.generate import generate
 from recover.text.overlap import overlaps
 from recover.text.prompts import Prompt, encode_prompt
@@ -63,6 +64,7 @@ class RunContext:
     def __init__(self, recipe: Recipe, directory: RunDirectory) -> None:
         self.recipe, self.chosen = settle(recipe)
         self.directory = directory
+        self.tracking = Tracking(self.recipe, directory.root)
         self._twin: tuple[str, Twin] | None = None
         self._held: Held | None = None
 
@@ -145,7 +147,7 @@ class RunContext:
         else:
             twin = Twin(model, *load_plan(self.directory.prune))
         if view == "recovered":
-            read_adapter(twin.add_lora(self.recipe.recover.lora), self.best_adapter())
+            read_adapter(twin.add_lora(self.recipe.train.lora), self.best_adapter())
             twin.model.eval()
         self._twin = (view, twin)
         return twin
@@ -177,7 +179,7 @@ class RunContext:
         Raises:
             ArtifactError: the folder is gone, or a file of it is not what was written.
         """
-        folder = self.directory.recover / self.directory.best()["folder"]
+        folder = self.directory.train / self.directory.best()["folder"]
         check_manifest(folder)
         return folder
 
@@ -210,14 +212,14 @@ class RunContext:
         check_steps(self.probe_prompts(), self.recipe.probe.steps, model.context)
         check_room(self.tasks, self.tokenizer, self.recipe.measure, model.context)
         _ = self.calibration
-        for number, source in enumerate(self.recipe.recover.data):
+        for number, source in enumerate(self.recipe.train.data):
             if isinstance(source, GivenText):
-                check_given(source, self.tokenizer, self.recipe.recover.length)
+                check_given(source, self.tokenizer, self.recipe.train.length)
             if isinstance(source, DenseText | PrunedText):
                 try:
-                    fitting_prompts(source, self.recipe.recover.length, self.tokenizer, model.context)
+                    fitting_prompts(source, self.recipe.train.length, self.tokenizer, model.context)
                 except DataError as error:
-                    raise DataError(f"recover.data.{number}: {error}") from error
+                    raise DataError(f"train.data.{number}: {error}") from error
             if isinstance(source, TeacherText):
                 check_teacher(source, model.vocabulary, self.tokenizer)
 
@@ -230,7 +232,7 @@ def overlap_record(context: RunContext) -> dict[str, Any]:
     """
     recipe, limit = context.recipe, context.recipe.measure.limit
     tasks = {task.name: task.asked[:limit] for task in context.tasks}
-    sources = {f"recover.data.{number}": source for number, source in enumerate(recipe.recover.data)}
+    sources = {f"train.data.{number}": source for number, source in enumerate(recipe.train.data)}
     if (cfg := getattr(recipe.prune, "calibration", None)) is not None:
         sources["prune.calibration"] = cfg
     looked_at: dict[str, int] = {}
@@ -258,7 +260,7 @@ def _texts_of(context: RunContext, source: Data | Calibration) -> tuple[str, Ite
     if isinstance(source, Calibration):
         return source.data, map(_plain, read_texts(source))
     model = describe(context.recipe.model)
-    prompts = fitting_prompts(source, context.recipe.recover.length, context.tokenizer, model.context)
+    prompts = fitting_prompts(source, context.recipe.train.length, context.tokenizer, model.context)
     return source.prompts, (_plain(row.value["prompt"]) for row in prompts)
 
 

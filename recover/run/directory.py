@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from recover.base import artifacts, console, products, provenance
+from recover.base import artifacts, console, earlier, products, provenance
 from recover.base.artifacts import DONE, MANIFEST, explained, explaining, read_json, settle, write_json
 from recover.base.errors import ArtifactError
 from recover.base.hub import COMMIT
@@ -24,7 +24,7 @@ SHOWN_CHANGES = 3  # in the reason why a stage is stale
 # Fields that are a matter of memory, time or leave alone: what is made with others of them is as good.
 NO_MATTER = re.compile(
     r"(measure|probe)\.batch_size|measure\.allow_code_execution|"
-    r"recover\.(cache(\..+)?|shard_weights|gradient_checkpointing|loss\.chunk|save_steps)"
+    r"train\.(cache(\..+)?|shard_weights|gradient_checkpointing|loss\.chunk|save_steps)"
 )
 NOT_DONE = "not done yet"
 SHOWN_DIGITS = 12  # of a commit
@@ -32,7 +32,7 @@ SHOWN_DIGITS = 12  # of a commit
 KIND = "run"
 STAMP = re.escape(DONE)
 MEASURED = rf"measure\.json|generations\.json|probe\.jsonl?|{STAMP}"
-# `trial` and `forecast.json` are of earlier versions: a run that holds them is a run still.
+# `recover`, `trial` and `forecast.json` are of earlier versions: a run that holds them is a run still.
 TRAINED = rf"(?:best|training|trials?)\.json|steps\.jsonl|epoch-\d+|{STAMP}"
 # What a run writes, by folder, as expressions: a crash is mended of these names in these places and of no others.
 WRITTEN = {
@@ -45,12 +45,13 @@ WRITTEN = {
     "before": MEASURED,
     **{
         f"{stage}{below}": names
-        for stage in ("recover", "trial")
+        for stage in ("train", "recover", "trial")
         for below, names in (("", TRAINED), ("/checkpoints", r"checkpoint-\d+"), ("/pruned_text", r"\d+-\d+\.json"))
     },
     "after": rf"best\.json|{MEASURED}",
     "deploy": STAMP,
     "report": STAMP,
+    "track": r"run\.json",
     "more": r"[A-Za-z0-9][A-Za-z0-9._-]*\.json",
 }
 
@@ -62,7 +63,7 @@ class RunDirectory:
         self.root = root = Path(root)
         self.recipe, self.env = root / "recipe.yaml", root / "env.json"
         self.plan, self.dense, self.prune = root / "plan", root / "dense", root / "prune"
-        self.before, self.recover, self.after = root / "before", root / "recover", root / "after"
+        self.before, self.train, self.after = root / "before", earlier.place(root, "train"), root / "after"
         self.deploy, self.report = root / "deploy", root / "report"
         # Of the epochs as they were measured again later, in another way than training did.
         self.epochs_again, self.best_again = root / "after" / "epochs.jsonl", root / "after" / "best.json"
@@ -74,7 +75,7 @@ class RunDirectory:
 
     def folder(self, stage: str) -> Path:
         """Where a stage writes, and where its stamp lies."""
-        return self.root / {"export": "deploy"}.get(stage, stage)
+        return {"export": self.deploy, "train": self.train}.get(stage, self.root / stage)
 
     def refuse_foreign(self) -> None:
         """Raise ArtifactError, with nothing written, if the folder holds something and is no run of ours."""
@@ -146,7 +147,7 @@ class RunDirectory:
         path = self.folder(stage) / DONE
         if not path.exists():
             return None
-        stamp = read_json(path)
+        stamp = earlier.stamp(read_json(path))
         if not _is_stamp(stamp, stage) or not _is_time(stamp.get("finished")):
             raise ArtifactError(f"{path}: not a stamp; delete it, and the stage is done again")
         return stamp
@@ -188,7 +189,7 @@ class RunDirectory:
 
         Raises ArtifactError if it is not there, or cannot be read.
         """
-        return read_json(self.best_again if self.best_again.exists() else self.recover / "best.json")
+        return read_json(self.best_again if self.best_again.exists() else self.train / "best.json")
 
     @property
     def measured(self) -> dict[str, Path]:
@@ -198,12 +199,12 @@ class RunDirectory:
     def carried(self) -> dict[str, Any]:
         """The headline figures of each model, and the epoch that is kept; None for what is not there."""
         records = {model: peek(folder / "measure.json") or {} for model, folder in self.measured.items()}
-        best = peek(self.best_again) or peek(self.recover / "best.json") or {}
+        best = peek(self.best_again) or peek(self.train / "best.json") or {}
         return {"epoch": best.get("epoch"), **{model: record.get("headline") for model, record in records.items()}}
 
     def forget_training(self) -> None:
         """Have a training that is finished begin anew, and not be lengthened; one that is not finished goes on."""
-        path = self.recover / "training.json"
+        path = self.train / "training.json"
         found = peek(path)
         if isinstance(found, dict) and found.get("finished"):
             with explaining(self.root):
@@ -225,8 +226,9 @@ class RunDirectory:
 
 def _stamped(root: Path) -> bool:
     """Whether a stage of ours was finished here: every run of earlier versions holds such a stamp."""
-    folders = ["plan", "dense", "prune", "before", "recover", "trial", "after", "deploy", "report"]
-    return any(_is_stamp(peek(root / folder / DONE), {"deploy": "export"}.get(folder, folder)) for folder in folders)
+    folders = ["plan", "dense", "prune", "before", "train", "recover", "trial", "after", "deploy", "report"]
+    stages = {"deploy": "export", "recover": "train"}
+    return any(_is_stamp(earlier.stamp(peek(root / name / DONE)), stages.get(name, name)) for name in folders)
 
 
 def _is_time(value: Any) -> bool:

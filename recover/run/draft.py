@@ -94,11 +94,11 @@ def draft(source: str, model: Description, goal: Target, texts: Texts, machine: 
         ("model.dtype", dtype, dtype_why),
         *_prune(goal, texts),
         *_probe(texts, machine),
-        *_recover(model, goal, size, machine, given.get("tokens")),
+        *_train(model, goal, size, machine, given.get("tokens")),
         *_data(texts, new_tokens),
         *_measure(texts, model, machine),
     ]
-    lines = _set(lines, "recover.length", length, _length_why(length, model))
+    lines = _set(lines, "train.length", length, _length_why(length, model))
     return _fitted(lines, model, goal, machine, new_tokens)
 
 
@@ -107,7 +107,7 @@ def _prune(goal: Target, texts: Texts) -> Iterator[Line]:
     yield "prune", HEADING, "what goes"
     fields = {
         Depth: ("kind", "count", "score"),
-        Width: ("kind", "mlp", "score"),
+        Width: ("kind", "mlp", "score", "repair"),
         Wanda: ("kind", "sparsity", "allocation"),
         SparseGpt: ("kind", "pattern"),
     }[type(cfg)]
@@ -120,7 +120,7 @@ def _prune(goal: Target, texts: Texts) -> Iterator[Line]:
     yield "prune.calibration.data", calibration.data, defaults.OWN_TEXT_SOURCE
     yield "prune.calibration.column", calibration.column, "of that data"
     yield "prune.calibration.answer", calibration.answer, defaults.ANSWER_SOURCE
-    yield "prune.calibration.samples", calibration.samples, defaults.SAMPLES_SOURCE
+    yield "prune.calibration.samples", calibration.samples, why.get("samples", defaults.SAMPLES_SOURCE)
     yield "prune.calibration.length", calibration.length, "tokens of a sample"
 
 
@@ -143,30 +143,30 @@ def _probe(texts: Texts, machine: Machine) -> Iterator[Line]:
     yield "probe.batch_size", 16, "prompts at once"
 
 
-def _recover(
+def _train(
     model: Description, goal: Target, size: defaults.Training, machine: Machine, tokens: int | None
 ) -> Iterator[Line]:
     unlike = "; not measured at this size" if model.parameters > defaults.MEASURED_UP_TO else ""
     budget, why = (tokens, "as asked for") if tokens else _tokens(goal, model, size)
-    yield "recover", HEADING, "how generation is brought back: LoRA, by distilling from the dense model"
-    yield "recover.epochs", defaults.EPOCHS, defaults.EPOCHS_SOURCE
-    yield "recover.tokens", budget, why if tokens else why + unlike
-    yield "recover.length", 0, ""
-    yield "recover.batch_size", size.batch_size, f"sequences a step; {size.source}"
-    yield "recover.micro_batch_size", size.batch_size, ""
-    yield "recover.gradient_checkpointing", False, ""
+    yield "train", HEADING, "how generation is brought back: LoRA, by distilling from the dense model"
+    yield "train.epochs", defaults.EPOCHS, defaults.EPOCHS_SOURCE
+    yield "train.tokens", budget, why if tokens else why + unlike
+    yield "train.length", 0, ""
+    yield "train.batch_size", size.batch_size, f"sequences a step; {size.source}"
+    yield "train.micro_batch_size", size.batch_size, ""
+    yield "train.gradient_checkpointing", False, ""
     if unlike:
-        yield "recover.lr", "auto", "no rate was measured at this size: short trials on the run's own text find one"
+        yield "train.lr", "auto", "no rate was measured at this size: short trials on the run's own text find one"
     else:
-        yield "recover.lr", size.lr, size.source
-    yield "recover.warmup", defaults.WARMUP, defaults.WARMUP_SOURCE
-    yield "recover.scheduler", defaults.SCHEDULER, defaults.SCHEDULER_SOURCE
-    yield "recover.lora", HEADING, "adapters on all linear layers of the blocks that stay"
-    yield "recover.lora.rank", size.rank, "of the adapters; 256 at the same rate kept 9 points less (0.5B)"
-    yield "recover.loss", HEADING, "KL(dense || pruned); neither variance nor weights on tokens brought more"
-    yield "recover.loss.kl", 1.0, "its weight"
-    yield "recover.loss.scored", defaults.SCORED, defaults.SCORED_SOURCE
-    yield "recover.loss.chunk", CHUNKS[0], ""
+        yield "train.lr", size.lr, size.source
+    yield "train.warmup", defaults.WARMUP, defaults.WARMUP_SOURCE
+    yield "train.scheduler", defaults.SCHEDULER, defaults.SCHEDULER_SOURCE
+    yield "train.lora", HEADING, "adapters on all linear layers of the blocks that stay"
+    yield "train.lora.rank", size.rank, "of the adapters; 256 at the same rate kept 9 points less (0.5B)"
+    yield "train.loss", HEADING, "KL(dense || pruned); neither variance nor weights on tokens brought more"
+    yield "train.loss.kl", 1.0, "its weight"
+    yield "train.loss.scored", defaults.SCORED, defaults.SCORED_SOURCE
+    yield "train.loss.chunk", CHUNKS[0], ""
 
 
 def _tokens(goal: Target, model: Description, size: defaults.Training) -> tuple[int, str]:
@@ -176,9 +176,9 @@ def _tokens(goal: Target, model: Description, size: defaults.Training) -> tuple[
 
 
 def _data(texts: Texts, new_tokens: int) -> Iterator[Line]:
-    yield "recover.data", HEADING, "text that the dense model writes itself, in equal parts of the tokens"
+    yield "train.data", HEADING, "text that the dense model writes itself, in equal parts of the tokens"
     for number, (prompts, about) in enumerate(texts.prompts):
-        at = f"recover.data.{number}"
+        at = f"train.data.{number}"
         yield f"{at}.kind", "dense", "the dense model's own text keeps its distribution; given text does not"
         yield f"{at}.prompts", prompts, about
         yield f"{at}.share", 1.0, "part of the tokens, relative to the other sources"
@@ -226,8 +226,8 @@ def _fitted(lines: list[Line], model: Description, goal: Target, machine: Machin
     element = ELEMENT_BYTES[_values(lines)["model.dtype"]]
     room = f"of {units.size(machine.memory)} ({machine.name})"
     writing = _at_once(model, element, machine, defaults.PROMPT_TOKENS + new_tokens)
-    for number in range(sum(path.endswith(".prompts") and path.startswith("recover.data") for path, _, _ in lines)):
-        lines = _set(lines, f"recover.data.{number}.batch_size", writing, f"texts written at once, {room}")
+    for number in range(sum(path.endswith(".prompts") and path.startswith("train.data") for path, _, _ in lines)):
+        lines = _set(lines, f"train.data.{number}.batch_size", writing, f"texts written at once, {room}")
     measured = _values(lines)["measure.max_new_tokens"]
     batch = min(writing, _at_once(model, element, machine, defaults.PROMPT_TOKENS + measured))
     lines = _set(lines, "measure.batch_size", batch, f"texts at once, {room}")
@@ -245,13 +245,13 @@ def _at_once(model: Description, element: int, machine: Machine, tokens: int) ->
 
 
 def _trained(lines: list[Line], model: Description, goal: Target, machine: Machine) -> list[Line]:
-    batch = _values(lines)["recover.batch_size"]
+    batch = _values(lines)["train.batch_size"]
     sizes = [size for size in range(batch, 0, -1) if batch % size == 0]
     tried = [(micro, chunk, less) for less in (False, True) for micro in sizes for chunk in CHUNKS]
     for micro, chunk, less in tried:
-        lines = _set(lines, "recover.micro_batch_size", micro, "")
-        lines = _set(lines, "recover.gradient_checkpointing", less, "")
-        lines = _set(lines, "recover.loss.chunk", chunk, "")
+        lines = _set(lines, "train.micro_batch_size", micro, "")
+        lines = _set(lines, "train.gradient_checkpointing", less, "")
+        lines = _set(lines, "train.loss.chunk", chunk, "")
         needed = memory.peak_bytes(model, training_memory(recipe_of(lines), model, goal.cost))
         if needed <= machine.usable:
             break
@@ -259,10 +259,10 @@ def _trained(lines: list[Line], model: Description, goal: Target, machine: Machi
         micro, chunk, less = tried[-1]
     said = f"{units.size(needed)} by `plan`'s arithmetic, {units.size(machine.memory)} there"
     fits = said if needed <= machine.usable else f"TOO LARGE for this machine: {said}"
-    lines = _set(lines, "recover.micro_batch_size", micro, f"sequences at once on a process: {fits}")
+    lines = _set(lines, "train.micro_batch_size", micro, f"sequences at once on a process: {fits}")
     why = "less memory, a third more time: needed here" if less else "not needed here; less memory, a third more time"
-    lines = _set(lines, "recover.gradient_checkpointing", less, why)
-    return _set(lines, "recover.loss.chunk", chunk, "positions scored at once: a matter of memory only")
+    lines = _set(lines, "train.gradient_checkpointing", less, why)
+    return _set(lines, "train.loss.chunk", chunk, "positions scored at once: a matter of memory only")
 
 
 def fits(lines: Sequence[Line]) -> bool:

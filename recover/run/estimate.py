@@ -15,7 +15,7 @@ import torch
 from recover.base import dist, memory
 from recover.base.errors import PruneError, RecipeError, TrainingError
 from recover.config.auto import Chosen, Facts, row_tokens, settled
-from recover.config.recipe import PrunedText, Recipe, Recover
+from recover.config.recipe import PrunedText, Recipe, Train
 from recover.models.load import Description, describe
 from recover.models.source import exported_dtype
 from recover.prune.registry import Cost, pruner_of
@@ -42,18 +42,23 @@ def refuse(recipe: Recipe, model: Description) -> None:
             f"prune.calibration.length: {calibration.length} tokens, the model's context is {model.context}: give at "
             "most that"
         )
-    if recipe.recover.length > (model.context or recipe.recover.length):
-        raise RecipeError(f"recover.length: {recipe.recover.length} tokens, the model's context is {model.context}")
-    widest = max(model.width, model.intermediate, model.heads * model.head_size)
-    if recipe.recover.lora.rank > widest:
+    if recipe.train.length > (model.context or recipe.train.length):
+        raise RecipeError(f"train.length: {recipe.train.length} tokens, the model's context is {model.context}")
+    if model.mixture is None and {*recipe.train.lora.parts} - {"linears"}:
         raise RecipeError(
-            f"recover.lora.rank: {recipe.recover.lora.rank:,} is more than the widest matrix of the model has rows, "
+            f"train.lora.parts: {list(recipe.train.lora.parts)}, and {model.model_type} models have no experts: "
+            "use [linears]"
+        )
+    widest = max(model.width, model.intermediate, model.heads * model.head_size)
+    if recipe.train.lora.rank > widest:
+        raise RecipeError(
+            f"train.lora.rank: {recipe.train.lora.rank:,} is more than the widest matrix of the model has rows, "
             f"{widest:,}: a matrix of that rank holds all there is; lower it"
         )
-    _refuse_training(recipe.recover)
+    _refuse_training(recipe.train)
 
 
-def _refuse_training(cfg: Recover) -> None:
+def _refuse_training(cfg: Train) -> None:
     """What training itself would refuse, after everything before it was done for nothing."""
     try:
         split_batch(cfg, dist.world_size())
@@ -64,7 +69,7 @@ def _refuse_training(cfg: Recover) -> None:
     needed = cfg.batch_size * cfg.epochs
     if cfg.tokens < needed:  # a sequence has one scored token at least
         raise RecipeError(
-            f"recover.tokens: {cfg.tokens:,} tokens are less than {cfg.epochs} epochs of one step of "
+            f"train.tokens: {cfg.tokens:,} tokens are less than {cfg.epochs} epochs of one step of "
             f"{cfg.batch_size} sequences: raise tokens, or lower batch_size or epochs"
         )
 
@@ -74,7 +79,7 @@ def _refuse_cache(recipe: Recipe, model: Description) -> None:
 
     Training refuses again, by the text itself, before it computes anything.
     """
-    cfg = recipe.recover.cache
+    cfg = recipe.train.cache
     if cfg is None:
         return
     folder = Path(cfg.folder).absolute()
@@ -83,30 +88,30 @@ def _refuse_cache(recipe: Recipe, model: Description) -> None:
     needed = cache_bytes(recipe, model)
     if needed > free + there:
         raise RecipeError(
-            f"recover.cache.folder: {folder} needs at least {needed:,} bytes, and has {there:,} of them and {free:,} "
-            "free: make room, name another folder, lower recover.tokens, or leave recover.cache out"
+            f"train.cache.folder: {folder} needs at least {needed:,} bytes, and has {there:,} of them and {free:,} "
+            "free: make room, name another folder, lower train.tokens, or leave train.cache out"
         )
 
 
 def settle(recipe: Recipe) -> tuple[Recipe, list[Chosen]]:
-    """The recipe with what is `auto` in `recover` replaced, but for `lr`, and what was taken, with reasons.
+    """The recipe with what is `auto` in `train` replaced, but for `lr`, and what was taken, with reasons.
 
     Raises:
         RecipeError: pruning would refuse this model. ModelError: the model cannot be described.
     """
-    if not {*recipe.recover.auto} - {"lr"}:
+    if not {*recipe.train.auto} - {"lr"}:
         return recipe, []
     model = describe(recipe.model)
     try:
         cost = pruner_of(recipe.prune).cost(recipe.prune, model)
     except PruneError as error:
         raise RecipeError(str(error)) from None
-    facts = Facts(model.width, model.parameters, (cost.gone + cost.zeros) / model.parameters)
-    cfg, chosen = settled(recipe.recover, facts)
-    return recipe.model_copy(update={"recover": cfg}), chosen
+    facts = Facts(model.width, model.parameters, cost.share(model))
+    cfg, chosen = settled(recipe.train, facts)
+    return recipe.model_copy(update={"train": cfg}), chosen
 
 
-def rate_plan(cfg: Recover, width: int) -> str:
+def rate_plan(cfg: Train, width: int) -> str:
     """What `lr: auto` will do, as far as can be said before there is text."""
     rows = cfg.tokens / row_tokens(cfg)
     return planned(cfg, width, [round(cfg.tokens / rows)] * round(rows)).why
@@ -122,13 +127,14 @@ def warnings(recipe: Recipe, model: Description) -> list[str]:
 
 def training_memory(recipe: Recipe, model: Description, cost: Cost) -> memory.Training:
     """What decides the memory of this recipe without DeepSpeed (which takes less: `launch/README.md`)."""
-    cfg = recipe.recover
+    cfg = recipe.train
     micro = cfg.micro_batch_size or cfg.batch_size // dist.world_size()
     own = max((each.batch_size * cfg.length for each in cfg.data if isinstance(each, PrunedText)), default=0)
     texts = min(recipe.measure.max_new_tokens + PROMPT_TOKENS, model.context or 2**31)
     return memory.Training(
         tokens=micro * cfg.length,
         rank=cfg.lora.rank,
+        parts=cfg.lora.parts,
         averaged=cfg.average is not None,
         chunk=cfg.loss.chunk,
         checkpointing=cfg.gradient_checkpointing,
@@ -143,11 +149,11 @@ def training_memory(recipe: Recipe, model: Description, cost: Cost) -> memory.Tr
 
 
 def cache_bytes(recipe: Recipe, model: Description) -> int:
-    """Bytes that `recover.cache` takes on disk at least: a state for each scored token, once more with the prefix.
+    """Bytes that `train.cache` takes on disk at least: a state for each scored token, once more with the prefix.
 
     A prefix holds positions without loss too (prompts, unless `loss.scored` is all), which only the text can tell.
     """
-    cfg = recipe.recover
+    cfg = recipe.train
     if cfg.cache is None:
         return 0
     return cfg.tokens * model.width * ELEMENT_BYTES[recipe.model.dtype] * (1 + cfg.cache.prefix)
@@ -169,18 +175,21 @@ def matrix_rate() -> float:
 def estimate(recipe: Recipe, model: Description, rate: float) -> dict[str, Any]:
     """Sizes, tokens, seconds and bytes that the run will need, per process where it says so.
 
+    Of a mixture of experts, `active` counts the weights that a token goes through; of others, all that run.
     A distillation step costs 2 FLOP per weight and token for the dense pass, 2 for the pruned forward and 2 for its
     backward (frozen weights have no gradient of their own).
     """
     cost = pruner_of(recipe.prune).cost(recipe.prune, model)
-    pruned, stored = model.parameters - cost.gone, model.parameters - cost.unstored
+    pruned, stored = model.active - cost.gone, model.parameters - cost.unstored
     exported = exported_dtype(recipe.model.dtype, model.stored, recipe.export.dtype)
-    tokens = recipe.recover.tokens
-    flops = tokens * (2 * model.parameters + 4 * pruned)
+    tokens = recipe.train.tokens
+    flops = tokens * (2 * model.active + 4 * pruned)
     seconds = flops / (rate * STEP_EFFICIENCY * dist.world_size())
     return {
         "parameters_dense": model.parameters,
         "parameters_pruned": round(stored),
+        "active_dense": model.active,
+        "active_pruned": round(pruned),
         "file_bytes_dense": model.parameters * ELEMENT_BYTES[model.stored],
         "file_bytes_pruned": round(stored * ELEMENT_BYTES[exported]),
         "file_dtype_dense": model.stored,

@@ -93,7 +93,7 @@ def _digest(path: Path) -> str:
 
 
 def _files(value: Any, name: str = "") -> Iterator[Path]:
-    if name in ("cache", "recover.cache"):  # what lies there is known by the text, and is made where it is missing
+    if name in ("cache", "train.cache"):  # what lies there is known by the text, and is made where it is missing
         return
     if isinstance(value, dict):
         for key, child in value.items():

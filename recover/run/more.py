@@ -25,7 +25,7 @@ from recover.run.stages import fingerprint, pin
 
 Record = dict[str, Any]
 
-NEEDED = {"dense": None, "pruned": "prune", "recovered": "recover"}  # model -> the stage that made it
+NEEDED = {"dense": None, "pruned": "prune", "recovered": "train"}  # model -> the stage that made it
 
 
 def measure_more(directory: RunDirectory, names: list[str], fields: Record) -> dict[str, Record]:

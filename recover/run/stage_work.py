@@ -32,6 +32,7 @@ from recover.models.plan import save_plan
 from recover.models.source import code_of, exported_dtype, stored_dtype
 from recover.models.twin import Twin
 from recover.probe.probe import dense_trajectories, final_drift, probe, summary
+from recover.probe.routing import routing
 from recover.probe.tasks import task_drift
 from recover.prune import registry
 from recover.report import overlap
@@ -44,9 +45,10 @@ from recover.run.directory import RunDirectory
 from recover.run.estimate import estimate, matrix_rate, rate_plan, refuse, warnings
 from recover.run.input_digests import digests
 from recover.run.setbacks import setbacks
+from recover.run.tracking import refuse as refuse_trackers
+from recover.train import train as training
 from recover.train import trials
 from recover.train.checkpoints import best_of, read_adapter
-from recover.train.train import train
 from recover.train.written_text import weights_fingerprint
 
 
@@ -73,19 +75,20 @@ def checked(context: RunContext) -> dict[str, Any]:
     code = _say_code(recipe.model)
     model = describe(recipe.model)
     refuse(recipe, model)
+    refuse_trackers(recipe.track)
     threads.chosen(model.width, model.intermediate, context.directory.threads())
     context.check_inputs()
     figures = estimate(recipe, model, matrix_rate())
     auto = [*map(asdict, context.chosen)]
-    if "lr" in recipe.recover.auto:
-        auto.append({"field": "lr", "value": "auto", "why": rate_plan(recipe.recover, model.width)})
+    if "lr" in recipe.train.auto:
+        auto.append({"field": "lr", "value": "auto", "why": rate_plan(recipe.train, model.width)})
     record = {"estimate": {**figures, "auto": auto}, "code": code, "overlap": None}
     if not dist.is_main():
         return record
     record["overlap"] = overlaps = overlap_record(context)
     console.table("plan (estimates)", ["what", "dense", "pruned"], _plan_rows(figures))
     for each in auto:
-        console.say(f"recover.{each['field']}: {each['value']}: {each['why']}")
+        console.say(f"train.{each['field']}: {each['value']}: {each['why']}")
     for line in warnings(recipe, model):
         console.warn(line)
     for line in overlap.lines(overlaps):
@@ -110,8 +113,10 @@ def _plan_rows(figures: dict[str, Any]) -> list[list[str]]:
     least = units.duration(seconds)
     search = [["search for what goes", "", f"{passes:,} passes of calibration text, at least {least}"]]
     files = [f"{units.size(figures[f'file_bytes_{of}'])}, {figures[f'file_dtype_{of}']}" for of in ("dense", "pruned")]
+    active = ["of them used for a token", f"{figures['active_dense']:,}", f"{figures['active_pruned']:,}"]
     return [
         ["parameters", f"{figures['parameters_dense']:,}", f"{figures['parameters_pruned']:,}"],
+        *([active] if figures["active_dense"] != figures["parameters_dense"] else []),
         ["file", *files],
         *(search if passes else []),
         ["teacher-scored tokens", "", f"{figures['teacher_tokens']:,}"],
@@ -167,7 +172,7 @@ def before(context: RunContext) -> None:
     _probe_and_measure(context, context.pruned(), context.directory.before)
 
 
-def recover(context: RunContext) -> None:
+def train(context: RunContext) -> None:
     """Distil; after each epoch measure generation again, and keep the epoch that generates best."""
     recipe, directory = context.recipe, context.directory
     dist.on_main(lambda: _forget_epochs_again(directory))
@@ -175,14 +180,15 @@ def recover(context: RunContext) -> None:
     untrained = read_json(directory.before / "measure.json")
     after_epoch = _after_epoch(context, twin, untrained)
     with part("training"):
-        train(
+        training.train(
             twin,
             context.tokenizer,
-            recipe.recover,
-            directory.recover,
+            recipe.train,
+            directory.train,
             after_epoch,
             recipe.seed,
             baseline_score=untrained["headline"]["generation"],
+            log_step=context.tracking.step,
         )
 
 
@@ -205,6 +211,8 @@ def _after_epoch(
             past = read_jsonl(directory.epochs) if directory.epochs.exists() else []
             worse = setbacks(now, pruned, [each for each in past if each["epoch"] < epoch])
             append_jsonl(directory.epochs, {**now, "setbacks": worse})
+            kl, loss = found["drift"]["kl"]["mean"], progress["train"]["loss"]
+            context.tracking.epoch(progress["step"], found["measure"]["headline"], kl, loss)
             for line in [
                 *(f"epoch {epoch}: {sentence(each)}" for each in worse),
                 *advice(worse, dumped, _rate(context)),
@@ -256,8 +264,8 @@ def _measured_epoch(context: RunContext, twin: Twin, drift: Callable[[], dict[st
 
 def _rate(context: RunContext) -> float:
     """The highest learning rate of the training."""
-    cfg = context.recipe.recover
-    return read_json(context.directory.recover / trials.FILE)["chosen"] if "lr" in cfg.auto else cfg.lr
+    cfg = context.recipe.train
+    return read_json(context.directory.train / trials.FILE)["chosen"] if "lr" in cfg.auto else cfg.lr
 
 
 def after(context: RunContext) -> None:
@@ -271,7 +279,7 @@ def after(context: RunContext) -> None:
 
 def _epochs_again(context: RunContext) -> None:
     directory, wanted = context.directory, artifacts.plain(_measured_with(context.recipe))
-    best = read_json(directory.recover / "best.json")
+    best = read_json(directory.train / "best.json")
     trained = {record["epoch"]: record for record in read_jsonl(directory.epochs)}
     fits = all(trained[each["epoch"]].get("measured_with") == wanted for each in best["epochs"])
     if fits or not trained:
@@ -282,7 +290,7 @@ def _epochs_again(context: RunContext) -> None:
     drift = _drift_of_epochs(context, twin)
     rows = []
     for each in best["epochs"]:
-        epoch, folder = each["epoch"], directory.recover / each["folder"]
+        epoch, folder = each["epoch"], directory.train / each["folder"]
         if epoch not in known:
             try:
                 dist.on_main(lambda folder=folder: check_manifest(folder))
@@ -301,8 +309,8 @@ def _epochs_again(context: RunContext) -> None:
     context.release()  # the twin has the adapter of the last epoch
     if not rows:
         raise ArtifactError(
-            f"{directory.recover}: no adapter of an epoch is as it was written, so none can be measured again: put one "
-            "back, or train again: recover run RECIPE --from recover"
+            f"{directory.train}: no adapter of an epoch is as it was written, so none can be measured again: put one "
+            "back, or train again: recover run RECIPE --from train"
         )
     dist.on_main(lambda: write_json(directory.best_again, {**best_of(rows), "epochs": rows}))
 
@@ -405,6 +413,15 @@ def report(context: RunContext) -> None:
     data = collect(root)
     render(root, data)
     outcome.say(data, root)
+    _track_outcome(context)
+
+
+def _track_outcome(context: RunContext) -> None:
+    directory = context.directory
+    folders = {"dense": directory.dense, "pruned": directory.before, "recovered": directory.after}
+    headlines = {name: read_json(folder / "measure.json")["headline"] for name, folder in folders.items()}
+    exported = str((directory.done("export") or {}).get("finished"))
+    context.tracking.outcome(directory.best()["step"], headlines, directory.report_html, exported)
 
 
 def _probe_and_measure(context: RunContext, twin: Twin, folder: Path) -> None:
@@ -413,6 +430,7 @@ def _probe_and_measure(context: RunContext, twin: Twin, folder: Path) -> None:
     items = min(cfg.items, context.recipe.measure.limit or cfg.items)
     with twin.folded():
         found = probe(twin, tokenizer, context.probe_prompts(), cfg)
+        found += routing(twin, context.probe_prompts()[: cfg.samples])
         found += task_drift(twin, tokenizer, context.tasks, items=items, batch_size=cfg.batch_size)
         records = [record.to_json() for record in found]
         if dist.is_main():
@@ -442,7 +460,7 @@ WORK: dict[str, Callable[[RunContext], None]] = {
     "dense": dense,
     "prune": prune,
     "before": before,
-    "recover": recover,
+    "train": train,
     "after": after,
     "export": export,
     "report": report,

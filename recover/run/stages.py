@@ -1,6 +1,6 @@
 """The stages of a run, in order; each reads files, writes files, and is done when its stamp is written last.
 
-    plan -> dense -> prune -> before -> recover -> after -> export -> report
+    plan -> dense -> prune -> before -> train -> after -> export -> report
 
 `run` skips what is done and says why a stage is not: the field of the recipe, or the input, that changed.
 """
@@ -16,7 +16,7 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recover.base import console, dist, hub, provenance, units
+from recover.base import console, dist, earlier, hub, provenance, units
 from recover.base.artifacts import write_json
 from recover.base.clock import Clock, note, stage_clock
 from recover.base.console import quiet_libraries
@@ -54,20 +54,20 @@ class Stage:
 # In their order. Training reads nothing that measuring alone depends on: it measures after each epoch, and where that
 # is done in another way later, stage `after` measures the epochs again from their adapters.
 TABLE = (
-    Stage("plan", ("name", "seed", "model", "prune", "probe", "recover", "measure", "export"), always=True),
+    Stage("plan", ("name", "seed", "model", "prune", "probe", "train", "measure", "export"), always=True),
     Stage("dense", ("seed", "model", "measure")),
     Stage("prune", ("seed", "model", "prune")),
     Stage("before", ("seed", "model", "prune", "probe", "measure"), reads=("dense", "prune")),
-    Stage("recover", ("seed", "model", "prune", "recover"), reads=("prune",)),
-    Stage("after", ("seed", "model", "prune", "probe", "measure", "recover"), reads=("dense", "prune", "recover")),
-    Stage("export", ("seed", "name", "model", "prune", "recover", "export"), reads=("prune", "recover"), carries=True),
-    Stage("report", ("name",), reads=("dense", "prune", "before", "recover", "after", "export"), always=True),
+    Stage("train", ("seed", "model", "prune", "train"), reads=("prune",)),
+    Stage("after", ("seed", "model", "prune", "probe", "measure", "train"), reads=("dense", "prune", "train")),
+    Stage("export", ("seed", "name", "model", "prune", "train", "export"), reads=("prune", "train"), carries=True),
+    Stage("report", ("name",), reads=("dense", "prune", "before", "train", "after", "export"), always=True),
 )
 OF = {stage.name: stage for stage in TABLE}
 STAGES = tuple(OF)
 UP_TO_DATE = "always brought up to date"
 # What changed where a finished training is lengthened (`train/checkpoints.py` decides).
-LENGTHENS = re.compile(r"(recover\.(tokens|epochs): \S+ -> \S+(; )?)+")
+LENGTHENS = re.compile(r"(train\.(tokens|epochs): \S+ -> \S+(; )?)+")
 PLAIN = (NOT_DONE, UP_TO_DATE)  # reasons that go without saying
 
 
@@ -81,6 +81,7 @@ def run(recipe: Recipe, root: Path, *, until: str = "report", start: str | None 
         RecoverError: one of its kinds, by what went wrong; stages that were done stay done.
         ArtifactError: a file that training stands on went lost after it; `start` says to do it all again.
     """
+    until, start = earlier.stage(until), None if start is None else earlier.stage(start)
     for stage in filter(None, (until, start)):
         if stage not in STAGES:
             raise RecipeError(f"no stage {stage!r}; stages are {', '.join(STAGES)}")
@@ -103,9 +104,12 @@ def run(recipe: Recipe, root: Path, *, until: str = "report", start: str | None 
         if dist.is_main():
             note_commits(directory)
         context = RunContext(recipe, directory)
-        for stage in STAGES[: STAGES.index(until) + 1]:
-            forced = start is not None and STAGES.index(stage) >= STAGES.index(start)
-            _bring_up_to_date(stage, context, forced=forced, before=libraries if stage == STAGES[0] else 0.0)
+        try:
+            for stage in STAGES[: STAGES.index(until) + 1]:
+                forced = start is not None and STAGES.index(stage) >= STAGES.index(start)
+                _bring_up_to_date(stage, context, forced=forced, before=libraries if stage == STAGES[0] else 0.0)
+        finally:
+            context.tracking.finish()
     return directory
 
 
@@ -166,14 +170,14 @@ def _bring_up_to_date(stage: str, context: RunContext, *, forced: bool, before: 
         console.say(f"[dim]{STAGES.index(stage) + 1}/{len(STAGES)} {stage:8}[/dim] done")
         return
     console.heading(f"{STAGES.index(stage) + 1}/{len(STAGES)} {stage}{'' if reason in PLAIN else f', again: {reason}'}")
-    if stage == "recover" and reason not in PLAIN:
+    if stage == "train" and reason not in PLAIN:
         goes_on = LENGTHENS.fullmatch(reason) is not None
         console.say(
             "Training goes on where it ended, if more is asked for and its last checkpoint is there."
             if goes_on
             else "This replaces the recovery made before; with another name (name=OTHER) both are kept."
         )
-    if stage == "recover" and forced and dist.is_main():
+    if stage == "train" and forced and dist.is_main():
         context.directory.forget_training()
     if dist.is_main():
         context.directory.unmark(stage)
@@ -218,7 +222,7 @@ def _marks_and_reason(stage: str, context: RunContext, forced: bool) -> tuple[di
 
 def _refuse_training_again(stage: str, lost: str, directory: RunDirectory) -> None:
     """A file that went lost does not make hours of training be done again, unless that is asked for."""
-    if directory.done("recover") is not None and (stage == "recover" or stage in OF["recover"].reads):
+    if directory.done("train") is not None and (stage == "train" or stage in OF["train"].reads):
         raise ArtifactError(
             f"{directory.root}: {lost}, and the training that is done stands on it. Put the file back, or do this "
             f"stage and all after it again, training too: recover run RECIPE --from {stage}"

@@ -23,7 +23,7 @@ WAYS = ("depth", "width")
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked for, as it was written; one of the first six. `by`: what goes to reach `params` or `memory`."""
+    """What is asked for, as it was written; one of the first six. `by`: what goes for `params` or `memory`."""
 
     drop: str | None = None
     width: str | None = None
@@ -31,7 +31,7 @@ class Wanted:
     params: str | None = None
     memory: str | None = None
     speedup: float | None = None
-    by: str = "depth"
+    by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Target:
 
 
 def target(wanted: Wanted, model: Description, calibration: Calibration, element: int) -> Target:
-    """The pruning that gives what is wanted of this model; nothing wanted: a tenth of the blocks.
+    """The pruning that gives what is wanted of this model; nothing wanted: an eighth of the MLP neurons.
 
     `element`: bytes of an exported weight.
 
@@ -57,9 +57,9 @@ def target(wanted: Wanted, model: Description, calibration: Calibration, element
         raise RecipeError(
             f"{' and '.join(f'--{name}' for name in given)}: how much goes is said once; give one of them"
         )
-    if wanted.by not in WAYS:
+    if wanted.by not in (None, *WAYS):
         raise RecipeError(f"--by: found {wanted.by!r}, expected one of {', '.join(WAYS)}")
-    way = given[0] if given else "drop"
+    way = given[0] if given else "width"
     try:
         return {
             "drop": _drop,
@@ -74,7 +74,7 @@ def target(wanted: Wanted, model: Description, calibration: Calibration, element
 
 
 def _drop(wanted: Wanted, model: Description, calibration: Calibration, _element: int) -> Target:
-    text = wanted.drop or "10%"
+    text = wanted.drop or ""
     if text.isdecimal():
         count = int(text)
     else:
@@ -83,7 +83,7 @@ def _drop(wanted: Wanted, model: Description, calibration: Calibration, _element
 
 
 def _width(wanted: Wanted, model: Description, calibration: Calibration, _element: int) -> Target:
-    return _neurons(_share("--width", wanted.width or "", "25%"), model, calibration)
+    return _neurons(_share("--width", wanted.width or defaults.WIDTH, "25%"), model, calibration)
 
 
 def _sparsity(wanted: Wanted, model: Description, calibration: Calibration, _element: int) -> Target:
@@ -149,16 +149,17 @@ def _speedup(wanted: Wanted, model: Description, calibration: Calibration, _elem
 def _least(wanted: Wanted, option: str, fits: Any, said: str, model: Description, calibration: Calibration) -> Target:
     """The smallest pruning that fits. Raises RecipeError if the dense model does already, or none does."""
     asked = getattr(wanted, option.removeprefix("--"))
+    by = wanted.by or ("depth" if option == "--speedup" else "width")
     if fits(Cost()):
         raise RecipeError(f"{option} {asked}: the dense model has {said}, which is enough: nothing needs to go")
     tried = 0
-    for each in _ever_smaller(wanted.by, model, calibration):
+    for each in _ever_smaller(by, model, calibration):
         tried += 1
         if fits(each.cost):
             return each
     raise RecipeError(
-        f"{option} {asked}: the dense model has {said}, and no pruning by {wanted.by} reaches it ({tried} were tried); "
-        f"ask for less, give --by {'width' if wanted.by == 'depth' else 'depth'}, or begin with a smaller model"
+        f"{option} {asked}: the dense model has {said}, and no pruning by {by} reaches it ({tried} were tried); "
+        f"ask for less, give --by {'width' if by == 'depth' else 'depth'}, or begin with a smaller model"
     )
 
 
@@ -188,14 +189,17 @@ def _blocks(count: int, model: Description, calibration: Calibration) -> Target:
 
 def _neurons(share: float, model: Description, calibration: Calibration) -> Target:
     share = round(share, 4)
-    cfg = Width(mlp=share, score=defaults.WIDTH_SCORE, calibration=calibration)
+    text = calibration.model_copy(update={"samples": defaults.WIDTH_SAMPLES})
+    cfg = Width(mlp=share, score=defaults.WIDTH_SCORE, repair=defaults.WIDTH_REPAIR, calibration=text)
     cost = pruner_of(cfg).cost(cfg, model)
     stay = round(model.parameters - cost.unstored)
     why = {
-        "kind": "MLPs get narrower: least harm at equal parameters where measured, but no faster decoding (135M)",
+        "kind": "MLPs get narrower: least harm at equal parameters where measured; dropped blocks decode faster",
         "mlp": f"{model.intermediate:,} neurons become {cfg.neurons(model.intermediate):,} in each block: "
         f"{cost.gone / model.parameters:.1%} of the parameters, {model.parameters:,} become {stay:,}",
         "score": defaults.WIDTH_SCORE_SOURCE,
+        "repair": defaults.WIDTH_REPAIR_SOURCE,
+        "samples": defaults.WIDTH_SAMPLES_SOURCE,
     }
     return Target(cfg, cost, f"width{round(share * 100)}", why)
 

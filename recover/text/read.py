@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import csv
 import glob
-import gzip
 import hashlib
+import io
 import json
 import os
 import zlib
@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from recover.base import console, hub
-from recover.base.artifacts import loads, whole_characters
+from recover.base.artifacts import whole_characters
 from recover.base.errors import DataError
 from recover.config.paths import ROWS, SHEETS, TABLES, TEXTS, ending, matching, meant
 from recover.config.recipe import local_path
+from recover.text import data_gate
 
 MAX_LISTED = 8
-LONGEST_CELL = 2**27  # characters of one cell of a sheet
 BOMS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 
@@ -72,7 +72,7 @@ def listed(value: Any) -> Any:
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     try:
-        found = loads(value)
+        found = data_gate.parsed(value)
     except ValueError:
         return value
     return found if isinstance(found, list) and all(map(whole_characters, _texts(found))) else value
@@ -141,8 +141,8 @@ def json_lines(path: Path, what: str = "") -> Iterator[tuple[str, Any]]:
         if ending(path.name) == ".json" and _is_whole(path):
             yield from _whole(path)
             return
-        with _opened(path) as lines:
-            for number, line in enumerate(lines, 1):
+        with _opened(path) as file:
+            for number, line in enumerate(data_gate.lines(file, path), 1):
                 if line.strip():
                     yield f"{path}:{number}", _value(line, f"{path}:{number}")
     except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
@@ -157,30 +157,34 @@ def _refuse_pipe(path: Path, what: str = "") -> None:
 
 def _opened(path: Path, newline: str | None = None) -> Any:
     _refuse_pipe(path)
-    opened: Any = gzip.open if path.suffix.lower() == ".gz" else open
-    return opened(path, "rt", encoding="utf-8-sig", newline=newline)
+    opened: Any = data_gate.Unpacked(path) if path.suffix.lower() == ".gz" else path.open("rb")
+    return io.TextIOWrapper(opened, encoding="utf-8-sig", newline=newline)
 
 
 def _is_whole(path: Path) -> bool:
     """Whether a JSON file is a list, or an object whose first line does not end it; else it is read by lines."""
-    with _opened(path) as lines:
-        first = next((line.strip() for line in lines if line.strip()), "")
+    with _opened(path) as file:
+        first = ""
+        while not first and (line := file.readline(data_gate.LONGEST_LINE)):
+            first = line.strip()
     if first.startswith("["):
         return True
     try:
-        json.loads(first)
+        data_gate.parsed(first)
     except json.JSONDecodeError as error:
         return first.startswith("{") and error.pos >= len(first) - 1
-    except (ValueError, RecursionError):
+    except ValueError:  # whose reading by lines says so
         pass
     return False
 
 
 def _whole(path: Path) -> Iterator[tuple[str, Any]]:
     with _opened(path) as file:
-        text = file.read()
+        text = file.read(data_gate.LONGEST_JSON + 1)
+    if len(text) > data_gate.LONGEST_JSON:
+        raise DataError(f"{path}: one JSON value of more than {data_gate.LONGEST_JSON:,} characters; save it as JSONL")
     try:
-        value = loads(text)
+        value = data_gate.parsed(text)
     except ValueError as error:
         raise DataError(f"{path}:{getattr(error, 'lineno', 1)}: not JSON ({error})") from None
     rows = value if isinstance(value, list) else [value]
@@ -191,7 +195,7 @@ def _whole(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _value(line: str, where: str) -> Any:
     try:
-        value = loads(line)
+        value = data_gate.parsed(line)
     except ValueError as error:
         raise DataError(f"{where}: not JSON ({error}); a JSONL file holds one object a line") from error
     return _written(value, where) if "\\u" in line else value
@@ -237,10 +241,10 @@ def _sheet(path: Path, what: str) -> Iterator[tuple[str, Any]]:
     Cells of a CSV file whose first line has no comma may be parted by semicolons or tabs, as spreadsheets of many
     countries write it.
     """
-    before = csv.field_size_limit(LONGEST_CELL)
+    before = csv.field_size_limit(data_gate.LONGEST_LINE)
     try:
         with _opened(path, newline="") as file:
-            lines = csv.reader(file, delimiter=_parted_by(path), strict=True)
+            lines = csv.reader(data_gate.lines(file, path), delimiter=_parted_by(path), strict=True)
             names = next(lines, [])
             if len(set(names)) < len(names) or not all(names):
                 raise DataError(f"{path}:1: columns {names}: expected a name for each, and none twice")
@@ -264,25 +268,16 @@ def _parted_by(path: Path) -> str:
     if ending(path.name) == ".tsv":
         return "\t"
     with _opened(path, newline="") as file:
-        first = file.readline(LONGEST_CELL)
+        first = file.readline(data_gate.LONGEST_LINE)
     return "," if "," in first else max(";\t,", key=first.count) if any(mark in first for mark in ";\t") else ","
 
 
 def _table(path: Path, what: str) -> Iterator[tuple[str, Any]]:
-    from pyarrow import ArrowInvalid, ipc, parquet
-
     _refuse_pipe(path, what)
     try:
-        if ending(path.name) == ".parquet":
-            with path.open("rb") as file:
-                table = parquet.read_table(file)
-        else:
-            try:
-                table = ipc.open_stream(path).read_all()
-            except ArrowInvalid:  # the other of Arrow's two forms, with its parts listed at the end
-                table = ipc.open_file(path).read_all()
-        table.validate(full=True)  # Arrow believes offsets that lead out of the file, and crashes
-        rows = table.to_pylist()
+        rows = [row for batch in data_gate.batches(path) for row in batch.to_pylist()]
+    except DataError:
+        raise
     except OSError as error:
         raise DataError(f"{what}{unread(path, error)}") from None
     except Exception as error:  # Arrow's own kinds, and those of Python for numbers that are damaged
@@ -317,6 +312,8 @@ class DataSet(Sequence[Row]):
         try:
             with console.silent("datasets", "huggingface_hub"):
                 rows = _data_set(source, subset, split, revision)
+        except DataError:
+            raise
         except hub.NoCommit as error:
             raise DataError(f"{source}: neither {kinds} nor a data set that can be had: {error}") from error
         except Exception as error:  # of `datasets`, of Arrow, of whichever reader of files they have
@@ -328,6 +325,9 @@ class DataSet(Sequence[Row]):
             raise DataError(
                 f"{source}: neither {kinds} nor a data set that loads, split '{split}' ({_line(error)})"
             ) from error
+        if media := data_gate.media_columns(rows.features):
+            say_once(f"{source}: columns {', '.join(media)} hold no text, and are not read")
+            rows = rows.remove_columns(media)
         self.rows = rows
 
     @property
@@ -352,16 +352,16 @@ def _data_set(source: str, subset: str | None, split: str, revision: str | None)
 
     folder = Path(source)
     if folder.is_file():  # escaped: `datasets` takes every name for a pattern
+        for _ in data_gate.batches(folder):
+            pass
         return datasets.load_dataset("parquet", data_files=glob.escape(source), split="train")
     if not folder.is_dir():
-        return datasets.load_dataset(source, subset, split=split, revision=_commit(source, revision))
+        commit = _commit(source, revision)
+        builder = datasets.load_dataset_builder(source, subset, revision=commit)
+        data_gate.check_builder(builder, source, "hf://datasets/")
+        return datasets.load_dataset(source, subset, split=split, revision=commit)
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        saved: Any = datasets.load_from_disk(source)
-        if not isinstance(saved, dict):
-            return saved
-        if split not in saved:
-            raise ValueError(f"saved splits: {', '.join(saved)}")
-        return saved[split]
+        return _saved(folder, split)
     kinds = {ending(path.name) for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")}
     kinds -= {"", ".md"}
     if subset is None and len(kinds) > 1:
@@ -371,7 +371,25 @@ def _data_set(source: str, subset: str | None, split: str, revision: str | None)
         )
     if glob.escape(str(folder.absolute())) != str(folder.absolute()):
         raise ValueError("a folder with [, * or ? in its path; name its files instead, as FOLDER/*.jsonl, or rename it")
-    return datasets.load_dataset(source, subset, split=split, cache_dir=_own_cache(folder))
+    data_gate.check_folder(folder)
+    options: Any = {"cache_dir": _own_cache(folder)}
+    data_gate.check_builder(datasets.load_dataset_builder(source, subset, **options), source, f"{folder.resolve()}/")
+    return datasets.load_dataset(source, subset, split=split, **options)
+
+
+def _saved(folder: Path, split: str) -> Any:
+    """The rows of a folder that `save_to_disk` wrote, each batch of them looked at: they are read where they lie."""
+    import datasets
+
+    data_gate.check_saved(folder)
+    saved: Any = datasets.load_from_disk(str(folder))
+    if isinstance(saved, dict):
+        if split not in saved:
+            raise ValueError(f"saved splits: {', '.join(saved)}")
+        saved = saved[split]
+    for _ in data_gate.checked(iter(saved.data.to_batches()), folder):
+        pass
+    return saved
 
 
 def _own_cache(folder: Path) -> str:

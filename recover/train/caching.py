@@ -196,6 +196,6 @@ def _refuse_full(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(where).free
     if needed > free:
         raise ArtifactError(
-            f"{folder}: recover.cache needs {needed:,} bytes more, {free:,} are free. Make room, name another folder, "
-            "lower recover.tokens, or leave recover.cache out: then each step runs the dense model"
+            f"{folder}: train.cache needs {needed:,} bytes more, {free:,} are free. Make room, name another folder, "
+            "lower train.tokens, or leave train.cache out: then each step runs the dense model"
         )

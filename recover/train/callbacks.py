@@ -20,6 +20,7 @@ from recover.train.settings import early_ends
 from recover.train.trainer import RecoverTrainer
 
 AfterEpoch = Callable[[int, dict[str, Any]], float | None]
+LogStep = Callable[[int, dict[str, Any]], None]
 
 
 class Progress(TrainerCallback):
@@ -59,10 +60,11 @@ class StepLog(TrainerCallback):
 
     A line holds `step`, `tokens` scored and `seconds` trained up to it, `lr`, and, but for a skipped step, the means
     per token of the loss and its terms, `grad_norm` before clipping and the main process's `peak_memory_bytes` so far.
+    `log_step` gets the step and its line too.
     """
 
-    def __init__(self, folder: Path, totals: Totals) -> None:
-        self.path, self.totals = folder / STEPS, totals
+    def __init__(self, folder: Path, totals: Totals, log_step: LogStep | None = None) -> None:
+        self.path, self.totals, self.log_step = folder / STEPS, totals, log_step
         self.last: int | None = None  # of the file; None: not looked at yet
 
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **_: Any) -> None:
@@ -83,6 +85,8 @@ class StepLog(TrainerCallback):
             line["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         # Not synced: waiting for the disk at each step would cost more than a line that a power loss takes.
         artifacts.append_jsonl(self.path, line, synced=False)
+        if self.log_step is not None:
+            self.log_step(state.global_step, line)
 
     def _rewind(self, step: int) -> None:
         """Leave only lines of steps before this one."""
@@ -146,7 +150,7 @@ class Epochs(TrainerCallback):
         return control
 
     def _set_end(self, state: Any, control: Any) -> None:
-        """Where training ends: as planned, or earlier where the epochs so far call for that (`recover.stop`)."""
+        """Where training ends: as planned, or earlier where the epochs so far call for that (`train.stop`)."""
         if self.early is None:
             return
         trainer = self.trainer
@@ -160,7 +164,7 @@ class Epochs(TrainerCallback):
             trainer.fall(self.ends[-2], self.ends[-1])
         if self.ends != before:
             console.say(
-                f"more tokens bring no more generation (recover.stop): training ends at step {self.ends[-1]:,} instead "
+                f"more tokens bring no more generation (train.stop): training ends at step {self.ends[-1]:,} instead "
                 f"of {self.planned[-1]:,}"
             )
         control.should_training_stop = control.should_training_stop or state.global_step >= self.ends[-1]
@@ -230,7 +234,7 @@ class Epochs(TrainerCallback):
         console.say(f"epoch {epoch}/{len(self.ends)}: loss {train['loss']:.4g}, kl {train['kl']:.4g}, {shown}{kept}")
         waited = epoch - self.best["epoch"]
         if self.patience is not None and waited >= self.patience and epoch < len(self.ends):
-            console.say(f"no better generation for {waited} epochs (recover.patience): stopping here")
+            console.say(f"no better generation for {waited} epochs (train.patience): stopping here")
             control.should_training_stop = True
         self._set_end(state, control)
 

@@ -1,15 +1,15 @@
 """Files of a training run: adapters, and checkpoints to go on from, each whole or not there.
 
-recover/epoch-1/ ...       adapter_model.safetensors, adapter_config.json, MANIFEST.json
-recover/best.json          the epoch that generated best, and the score of each
-recover/steps.jsonl        a line for each optimizer step: loss and its terms, tokens, seconds
-recover/trials.json        of `lr: auto`: trials of learning rates, and what was chosen (`trials.py`)
-recover/training.json      which training this is, whether it is finished, which steps were skipped, and its parts
-recover/checkpoints.jsonl  a line for each checkpoint once it is whole: step, digest of its manifest, bytes
-recover/checkpoints/       what a resume needs; of a finished training the last, from which it can be lengthened
+train/epoch-1/ ...       adapter_model.safetensors, adapter_config.json, MANIFEST.json
+train/best.json          the epoch that generated best, and the score of each
+train/steps.jsonl        a line for each optimizer step: loss and its terms, tokens, seconds
+train/trials.json        of `lr: auto`: trials of learning rates, and what was chosen (`trials.py`)
+train/training.json      which training this is, whether it is finished, which steps were skipped, and its parts
+train/checkpoints.jsonl  a line for each checkpoint once it is whole: step, digest of its manifest, bytes
+train/checkpoints/       what a resume needs; of a finished training the last, from which it can be lengthened
     checkpoint-20/         trained.safetensors, state.json, MANIFEST.json
-recover/data/              text that the dense model wrote
-recover/pruned_text/       text that the pruned model wrote while it was trained (`on_policy.py`)
+train/data/              text that the dense model wrote
+train/pruned_text/       text that the pruned model wrote while it was trained (`on_policy.py`)
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ ADAPTER = "adapter_config.json"
 TRAINED, STATE = "trained.safetensors", "state.json"
 STEPS = "steps.jsonl"
 PRUNED_TEXT = "pruned_text"
+COPIED = ".modules_to_save."  # in the names of a router that is trained: peft's file has its buffers too
 EPOCH, CHECKPOINT = re.compile(r"epoch-\d+"), re.compile(r"checkpoint-\d+")
 KEPT = 2  # the newest, and the one before: whoever finds the newest broken goes on from it
 
@@ -68,8 +69,9 @@ def best_of(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def write_adapter(model: PeftModel, folder: Path) -> None:
     """Write the adapter's two files into `folder`. All processes must call it (ZeRO-3 gathers the adapter)."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    beside = {name: buffer for name, buffer in model.state_dict().items() if COPIED in name and name not in trained}
     with gathered(*trained.values()):
-        values = {name: p.detach().cpu().clone() for name, p in trained.items()} if dist.is_main() else {}
+        values = {name: p.detach().cpu().clone() for name, p in (trained | beside).items()} if dist.is_main() else {}
     dist.on_main(lambda: _write_adapter(model, values, folder))
 
 

@@ -31,7 +31,7 @@ FOCUS_DECAY = 0.9  # a step: the mean that weights of `loss.focus` are divided b
 SKIPS_IN_A_ROW = 8  # before going back to a checkpoint the first time; half as many after each time
 ROLLBACKS = 3
 NAMED = 4  # tensors, in a message
-MEND = "lower recover.lr, or use model.dtype float32 or bfloat16"
+MEND = "lower train.lr, or use model.dtype float32 or bfloat16"
 FINDINGS = 50  # kept in training.json, the newest
 
 

@@ -20,7 +20,7 @@ import torch
 
 from recover.base import console
 from recover.base.errors import DataError
-from recover.config.recipe import DenseText, GivenText, PrunedText, Recover, TeacherText
+from recover.config.recipe import DenseText, GivenText, PrunedText, TeacherText, Train
 from recover.distill.distiller import scored_rows
 from recover.train.order import filled, training_order
 from recover.train.sources import Sample, read_rows, samples_of
@@ -38,7 +38,7 @@ Collate = Callable[..., dict[str, Any]]  # of rows of `build_dataset`
 
 
 def build_dataset(
-    cfg: Recover,
+    cfg: Train,
     twin: Twin,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
@@ -70,7 +70,7 @@ def build_dataset(
     needed = cfg.batch_size * cfg.epochs
     if len(samples) < needed:
         raise DataError(
-            f"recover.tokens: {cfg.tokens:,} tokens make {len(samples)} sequences; {cfg.epochs} epochs of at least "
+            f"train.tokens: {cfg.tokens:,} tokens make {len(samples)} sequences; {cfg.epochs} epochs of at least "
             f"one step of {cfg.batch_size} need {needed}: raise tokens, or lower batch_size or epochs"
         )
     starts = {index: cfg.starts[number] for index, number in enumerate(writers) if number >= 0}
@@ -94,7 +94,7 @@ def build_dataset(
 
 
 def _of_sources(
-    cfg: Recover, twin: Twin, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path
+    cfg: Train, twin: Twin, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path
 ) -> list[list[Sample]]:
     """The samples of each source; those of a smaller budget are the first ones of a larger one's."""
     found: list[list[Sample]] = []
@@ -135,7 +135,7 @@ def _ordered(
 
 def _places(
     source: PrunedText,
-    cfg: Recover,
+    cfg: Train,
     twin: Twin,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
@@ -157,7 +157,7 @@ def _places(
     return samples
 
 
-def _given(source: GivenText, cfg: Recover, tokenizer: PreTrainedTokenizerBase, seed: int, budget: int) -> list[Sample]:
+def _given(source: GivenText, cfg: Train, tokenizer: PreTrainedTokenizerBase, seed: int, budget: int) -> list[Sample]:
     """Samples of a given source, rows in random order, until their scored tokens reach `budget`."""
     rows = read_rows(source.source, source.split, source.subset)
     order = list(range(len(rows)))
@@ -172,14 +172,14 @@ def _given(source: GivenText, cfg: Recover, tokenizer: PreTrainedTokenizerBase, 
         samples += found
         tokens += sum(sample.scored(cfg.loss.scored) for sample in found)
     if skipped:
-        console.warn(f"{source.source}: {skipped} rows left out: no token to learn within recover.length {cfg.length}")
+        console.warn(f"{source.source}: {skipped} rows left out: no token to learn within train.length {cfg.length}")
     if not samples:
-        raise DataError(f"{source.source}: no row holds a token to learn within recover.length {cfg.length}")
+        raise DataError(f"{source.source}: no row holds a token to learn within train.length {cfg.length}")
     return repeated(samples, tokens, budget, source.source, cfg.loss.scored)
 
 
 def _of_teacher(
-    source: TeacherText, cfg: Recover, twin: Twin, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path
+    source: TeacherText, cfg: Train, twin: Twin, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path
 ) -> list[Sample]:
     """Samples of a teacher's file, in random order, until their scored tokens reach `cfg.tokens`."""
     samples = teacher_samples(source, cfg.length, twin.base.config.vocab_size, tokenizer, folder)

@@ -5,7 +5,7 @@ reads its own, errors and all; here it is taught what the dense model would do t
 2306.13649). Texts are written for `every` steps at once, by the model as it is before the first of them: so they are
 at most `every - 1` steps old. Files, one for each writing:
 
-recover/pruned_text/1-000032.json   of source 1, written before step 33: [row, prompt, ids as trained on], what is owed
+train/pruned_text/1-000032.json   of source 1, written before step 33: [row, prompt, ids as trained on], what is owed
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from recover.base import console, dist
 from recover.base.artifacts import read_json, write_json
 from recover.base.errors import ArtifactError
-from recover.config.recipe import PrunedText, Recover
+from recover.config.recipe import PrunedText, Train
 from recover.maths.collapse import loop
 from recover.text.prompts import Prompt, encode_prompt
 from recover.train.checkpoints import PRUNED_TEXT, discard_texts
@@ -50,7 +50,7 @@ class OnPolicy:
 
     def __init__(
         self,
-        cfg: Recover,
+        cfg: Train,
         tokenizer: PreTrainedTokenizerBase,
         rows: Dataset,
         seed: int,
@@ -96,7 +96,7 @@ class _OwnText:
         self,
         source: PrunedText,
         number: int,
-        cfg: Recover,
+        cfg: Train,
         tokenizer: PreTrainedTokenizerBase,
         rows: Dataset,
         seed: int,
@@ -190,7 +190,7 @@ class _OwnText:
         planned = sum(sample.scored(self.cfg.loss.scored) for sample in self.planned.values())
         if owed > SHORT * planned:
             console.warn(
-                f"recover.data.{self.number}: the pruned model's texts were shorter than the dense model's: {owed:,} "
+                f"train.data.{self.number}: the pruned model's texts were shorter than the dense model's: {owed:,} "
                 f"of {planned:,} tokens are missing"
             )
 

@@ -69,7 +69,7 @@ def _parts(order: list[int], batch_size: int, starts: Mapping[int, float], gener
         part = [index for index in order if starts.get(index, 0.0) <= start][:size]
         if len(part) < size:
             raise DataError(
-                f"recover.data: {len(part)} sequences are there for the steps between {start:.0%} and {end:.0%} of the "
+                f"train.data: {len(part)} sequences are there for the steps between {start:.0%} and {end:.0%} of the "
                 f"training, {size} are needed: let text of kind 'pruned' start earlier, or give it a smaller share"
             )
         gone = set(part)

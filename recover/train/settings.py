@@ -14,7 +14,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from recover.base import dist
 from recover.base.errors import TrainingError
-from recover.config.recipe import Recover, StopEarly
+from recover.config.recipe import StopEarly, Train
 
 SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -28,7 +28,7 @@ class BatchSplit:
     accumulation: int
 
 
-def split_batch(cfg: Recover, processes: int) -> BatchSplit:
+def split_batch(cfg: Train, processes: int) -> BatchSplit:
     """How the sequences of one optimizer step fall to processes and micro-batches.
 
     Raises:
@@ -38,34 +38,34 @@ def split_batch(cfg: Recover, processes: int) -> BatchSplit:
     if rest or share == 0:
         near = max(1, round(cfg.batch_size / processes)) * processes
         raise TrainingError(
-            f"recover.batch_size: {cfg.batch_size} sequences a step cannot be dealt out evenly to {processes} "
+            f"train.batch_size: {cfg.batch_size} sequences a step cannot be dealt out evenly to {processes} "
             f"processes; give a multiple of {processes}, such as {near}"
         )
     micro = cfg.micro_batch_size or share
     if share % micro:
         raise TrainingError(
-            f"recover.micro_batch_size: {micro} does not divide the {share} sequences that each of {processes} "
-            f"processes gets of recover.batch_size {cfg.batch_size}; give a divisor of {share}"
+            f"train.micro_batch_size: {micro} does not divide the {share} sequences that each of {processes} "
+            f"processes gets of train.batch_size {cfg.batch_size}; give a divisor of {share}"
         )
     return BatchSplit(processes, micro, share // micro)
 
 
-def refuse_sharding_twice(cfg: Recover) -> None:
+def refuse_sharding_twice(cfg: Train) -> None:
     """Raises TrainingError: weights were to be shared out by us, and by DeepSpeed too."""
     if cfg.shard_weights and dist.zero_stage() == 3:
         raise TrainingError(
-            "recover.shard_weights: DeepSpeed's ZeRO-3, which was launched, shares out all weights itself; launch with "
+            "train.shard_weights: DeepSpeed's ZeRO-3, which was launched, shares out all weights itself; launch with "
             "launch/zero2.yaml or launch/gpu.yaml, which is faster, or leave shard_weights out"
         )
 
 
-def refuse_averaging_shares(cfg: Recover) -> None:
+def refuse_averaging_shares(cfg: Train) -> None:
     """Raises TrainingError: adapters were to be averaged, of which no process holds a whole one."""
     if cfg.average is not None and dist.zero_stage() == 3:
         raise TrainingError(
-            "recover.average: DeepSpeed's ZeRO-3, which was launched, shares out the adapters too, and gathering them "
+            "train.average: DeepSpeed's ZeRO-3, which was launched, shares out the adapters too, and gathering them "
             "at each step to average them would cost more than it brings: launch with launch/zero2.yaml or "
-            "launch/gpu.yaml (recover.shard_weights shares out the frozen weights there), or leave average out"
+            "launch/gpu.yaml (train.shard_weights shares out the frozen weights there), or leave average out"
         )
 
 
@@ -90,7 +90,7 @@ def early_ends(ends: list[int], scores: Sequence[float | None], stop: StopEarly 
     return ends
 
 
-def all_ends(parts: Sequence[dict[str, Any]], cfg: Recover, steps: int) -> list[int]:
+def all_ends(parts: Sequence[dict[str, Any]], cfg: Train, steps: int) -> list[int]:
     """As `epoch_ends`, of a training that goes on behind finished `parts`: those of the parts, then its own.
 
     It has as many epochs more as `cfg.epochs` is more than were made; if that is none, epochs of about as many tokens.
@@ -107,7 +107,7 @@ def all_ends(parts: Sequence[dict[str, Any]], cfg: Recover, steps: int) -> list[
 
 
 def training_arguments(
-    cfg: Recover, split: BatchSplit, steps: int, seed: int, folder: Path, *, passes: int = 1, begin: int = 0
+    cfg: Train, split: BatchSplit, steps: int, seed: int, folder: Path, *, passes: int = 1, begin: int = 0
 ) -> SFTConfig:
     """Arguments of trl's trainer. What it would save, log, report or show by itself is off: our callbacks do that.
 

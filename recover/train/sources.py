@@ -126,7 +126,7 @@ def samples_of(row: Row, cfg: GivenText, tokenizer: PreTrainedTokenizerBase, len
         return []
     if cfg.strict and not found:
         raise DataError(
-            f"{row.where}: no token to learn within recover.length {length}: shorten it, raise recover.length, or "
+            f"{row.where}: no token to learn within train.length {length}: shorten it, raise train.length, or "
             "leave 'strict' out"
         )
     return found
@@ -173,7 +173,7 @@ def check_given(cfg: GivenText, tokenizer: PreTrainedTokenizerBase, length: int)
         elif not samples_of(rows[index], cfg, tokenizer, length):
             left_out.append(_why(rows[index], cfg, tokenizer, length))
     if len(left_out) == len(rows):
-        raise DataError(f"{cfg.source}: no row holds a token to learn within recover.length {length}; {left_out[0]}")
+        raise DataError(f"{cfg.source}: no row holds a token to learn within train.length {length}; {left_out[0]}")
     say_left_out(cfg.source, left_out)
 
 

@@ -225,7 +225,7 @@ def _take_in(source: TeacherText, length: int, rows: Iterator[TeacherRow], cache
     if fresh:
         cache.write(fresh)
     if not samples:
-        raise DataError(f"{source.source}: no row holds a token to learn within recover.length {length}")
+        raise DataError(f"{source.source}: no row holds a token to learn within train.length {length}")
     return samples
 
 

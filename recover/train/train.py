@@ -14,12 +14,13 @@ import torch
 from recover.base import console, dist, zero
 from recover.base.errors import DataError, StopRequested, TrainingError
 from recover.base.signals import Interrupted, stop_between_steps
-from recover.config.recipe import Recover
+from recover.config.recipe import Train
 from recover.distill.loss_terms import computed
+from recover.models.arch import arch_of
 from recover.models.packed_attention import HALF, packing_configs
 from recover.text.generate import context_of
 from recover.train.caching import TextRow, TrainingStates, with_states
-from recover.train.callbacks import AfterEpoch, Epochs, Progress, StepLog
+from recover.train.callbacks import AfterEpoch, Epochs, LogStep, Progress, StepLog
 from recover.train.checkpoints import Asked, begin, note
 from recover.train.course import ROLLBACKS, Course, Totals
 from recover.train.data import Collate, build_dataset, collator, packer, tokens_at_once, with_scored
@@ -56,17 +57,19 @@ LARGEST_GRAPHED = 4_000_000_000  # parameters; a 7B model's step spends its time
 def train(
     twin: Twin,
     tokenizer: PreTrainedTokenizerBase,
-    cfg: Recover,
+    cfg: Train,
     run_folder: Path,
     after_epoch: AfterEpoch,
     seed: int,
     baseline_score: float | None = None,
+    log_step: LogStep | None = None,
 ) -> Path:
     """Train LoRA on `twin`; the folder of the adapter that scored best after an epoch (`best.json` names it).
 
     `after_epoch(epoch, {"step", "tokens", "seconds", "train": means per token and lr})` runs on every process, when
     the model can generate; higher scores are better, None means that the training loss decides. `baseline_score` is
-    the untrained model's: if no epoch beats it there is a warning, and still the best epoch is kept.
+    the untrained model's: if no epoch beats it there is a warning, and still the best epoch is kept. `log_step(step,
+    line)` gets each line of `steps.jsonl` on the main process.
 
     Called again with the same arguments after a stop or crash, it goes on from the newest checkpoint that verifies,
     on any number of processes. Called with more `tokens` when it is finished, it goes on behind its last step, with the
@@ -91,7 +94,7 @@ def train(
     steps, begun = len(rows) // cfg.batch_size, parts[-1]["ends"][-1] if parts else 0
     if steps == begun:
         raise DataError(
-            f"recover.tokens: {cfg.tokens:,} make no step of {cfg.batch_size} more than the finished training's "
+            f"train.tokens: {cfg.tokens:,} make no step of {cfg.batch_size} more than the finished training's "
             f"{parts[-1]['tokens']:,}: raise it further"
         )
     ends = all_ends(parts, cfg, steps)
@@ -128,7 +131,7 @@ def train(
             trainer.data_collator = with_scored(trainer.data_collator)
         _announce(twin, rows, steps, split)
         with trainer.light(), trainer.graphed() if graphed else nullcontext():
-            epochs = _train(trainer, cfg, after_epoch, run_folder, ends)
+            epochs = _train(trainer, cfg, after_epoch, run_folder, ends, log_step)
         if trainer.shards is not None:
             trainer.shards.end()
     if trainer.is_deepspeed_enabled:
@@ -142,7 +145,7 @@ def train(
 
 
 def _collation(
-    tokenizer: PreTrainedTokenizerBase, cfg: Recover, rows: Dataset, micro: int, *, packed: bool, graphed: bool
+    tokenizer: PreTrainedTokenizerBase, cfg: Train, rows: Dataset, micro: int, *, packed: bool, graphed: bool
 ) -> Collate:
     """How rows become a batch: packed into one row, filled up to few sizes for graphs; else padded."""
     pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
@@ -155,7 +158,7 @@ def _collation(
 def _with_rate(
     twin: Twin,
     tokenizer: PreTrainedTokenizerBase,
-    cfg: Recover,
+    cfg: Train,
     rows: Dataset,
     micro: int,
     collate: Collate,
@@ -164,7 +167,7 @@ def _with_rate(
     fingerprint: str,
     *,
     graphed: bool,
-) -> Recover:
+) -> Train:
     """The config with the rate that trials find, where it is `auto`."""
     if "lr" not in cfg.auto:
         return cfg
@@ -190,7 +193,7 @@ def _with_rate(
     return cfg.model_copy(update={"lr": rate})
 
 
-def _may_be_graphed(twin: Twin, cfg: Recover) -> bool:
+def _may_be_graphed(twin: Twin, cfg: Train) -> bool:
     """Whether steps may be replayed as CUDA graphs; where a GPU could and a recipe cannot, the reason is said.
 
     A graph repeats the same kernels on the same memory: whatever draws, waits or shares weights out stays outside.
@@ -202,11 +205,12 @@ def _may_be_graphed(twin: Twin, cfg: Recover) -> bool:
         "the work of each kernel outlasts its launch at this size": size > LARGEST_GRAPHED,
         "several processes": dist.world_size() > 1,
         "DeepSpeed": dist.zero_stage() > 0,
-        "recover.gradient_checkpointing": cfg.gradient_checkpointing,
-        "recover.cache": cfg.cache is not None,
+        "train.gradient_checkpointing": cfg.gradient_checkpointing,
+        "train.cache": cfg.cache is not None,
         "a teacher's file": cfg.teacher is not None,
         "model.dtype float32": twin.base.dtype not in HALF,
         "lora.dropout": cfg.lora.dropout > 0,
+        "experts, each of which gets other tokens each time": arch_of(twin.base).experts is not None,
         "dropout of the model itself": any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in twin.base.modules()),
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
@@ -215,7 +219,7 @@ def _may_be_graphed(twin: Twin, cfg: Recover) -> bool:
     return reason is None
 
 
-def _read_states(trainer: RecoverTrainer, cfg: Recover, rows: Dataset, micro: int, texts: Path) -> None:
+def _read_states(trainer: RecoverTrainer, cfg: Train, rows: Dataset, micro: int, texts: Path) -> None:
     """Where the dense view's states are on disk, batches come with them; those of a cache are filled first."""
     read: Callable[[Sequence[TextRow]], Any]
     if cfg.cache is not None:
@@ -230,7 +234,14 @@ def _read_states(trainer: RecoverTrainer, cfg: Recover, rows: Dataset, micro: in
     trainer.data_collator = with_states(trainer.data_collator, read)
 
 
-def _train(trainer: RecoverTrainer, cfg: Recover, after_epoch: AfterEpoch, run_folder: Path, ends: list[int]) -> Epochs:
+def _train(
+    trainer: RecoverTrainer,
+    cfg: Train,
+    after_epoch: AfterEpoch,
+    run_folder: Path,
+    ends: list[int],
+    log_step: LogStep | None,
+) -> Epochs:
     """To the end of the last epoch; what was found after each.
 
     Raises:
@@ -249,7 +260,7 @@ def _train(trainer: RecoverTrainer, cfg: Recover, after_epoch: AfterEpoch, run_f
         trainer.add_callback(SharedOut(trainer))
     trainer.add_callback(epochs)
     trainer.add_callback(Progress(trainer.course.totals))
-    trainer.add_callback(StepLog(run_folder, trainer.course.totals))
+    trainer.add_callback(StepLog(run_folder, trainer.course.totals, log_step))
     try:
         trainer.train()
     except Interrupted:
@@ -273,11 +284,11 @@ def _judge(best: dict[str, Any], baseline: float | None) -> None:
         console.warn(
             f"no epoch generates better than the pruned model before training (best {score:.1%}, before "
             f"{baseline:.1%}); epoch {best['epoch']} is kept all the same. "
-            "More tokens, other text (recover.data) or less pruning may help"
+            "More tokens, other text (train.data) or less pruning may help"
         )
 
 
-def _asked(twin: Twin, cfg: Recover, seed: int, *, packed: bool) -> Asked:
+def _asked(twin: Twin, cfg: Train, seed: int, *, packed: bool) -> Asked:
     """What is asked for, with fingerprints of all that decides its course: another one must not go on from it.
 
     Rows that are `packed` come in another order, and came in yet another one before they were even: who went on in

@@ -23,7 +23,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from recover.base import dist, zero
 from recover.base.errors import StopRequested, TrainingError
 from recover.base.signals import Interrupted, Stop
-from recover.config.recipe import PrunedText, Recover
+from recover.config.recipe import PrunedText, Train
 from recover.distill.distiller import Distiller, scaled, scored_tokens, without_mask
 from recover.distill.graphs import GraphedPasses
 from recover.models.modes import modules_below, plain_modes, set_training
@@ -68,6 +68,9 @@ class _Copied:
         return self.values.tolist()
 
 
+ROUTING = ("output_router_logits", "router_aux_loss_coef")  # of a config of a mixture of experts
+
+
 class RecoverTrainer(SFTTrainer):
     """`twin.model` learns, by `distiller`, from rows of `build_dataset`, in their order.
 
@@ -80,7 +83,7 @@ class RecoverTrainer(SFTTrainer):
         self,
         twin: Twin,
         tokenizer: PreTrainedTokenizerBase,
-        cfg: Recover,
+        cfg: Train,
         rows: Dataset,
         *,
         args: Any,
@@ -95,6 +98,8 @@ class RecoverTrainer(SFTTrainer):
         """`ends`: the last step of each epoch; default: equal ones. `begin`: the step behind which the rate's schedule
         begins, of a training that goes on behind a finished one.
         """
+        config = twin.base.config
+        routing = {name: getattr(config, name) for name in ROUTING if hasattr(config, name)}
         super().__init__(
             model=twin.model,
             args=args,
@@ -125,6 +130,10 @@ class RecoverTrainer(SFTTrainer):
         # trl patches the model object with a forward of its own head; ours never takes it, and a twin outlives its
         # training.
         vars(twin.base).pop("forward", None)
+        # Nor is a loss of load balance added, for which trl has the model give router logits, and the export say so.
+        self.aux_loss_enabled = False
+        for name, value in routing.items():
+            setattr(config, name, value)
         # Kept, it would have the model's special tokens rewritten to match, and a copy saved with each checkpoint.
         self.processing_class, self.tokenizer = None, tokenizer
         self.remove_callback(PrinterCallback)

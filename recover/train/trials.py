@@ -5,7 +5,7 @@ when it has fallen, not while it is high. It is judged on the last rows of the r
 training then starts from zero too. Trials are plain loops before the trainer is made, so that they are the same under
 every engine; several processes share the rows of each step.
 
-recover/trials.json   the plan, each trial as it ends, and what was chosen; a run that goes on reads it
+train/trials.json   the plan, each trial as it ends, and what was chosen; a run that goes on reads it
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from recover.base import console, dist
 from recover.base.artifacts import read_json, write_json
 from recover.base.errors import ArtifactError, TrainingError
 from recover.config.auto import prior_rate
-from recover.config.recipe import Recover
+from recover.config.recipe import Train
 from recover.distill.distiller import Distiller, scaled, without_mask
 from recover.distill.graphs import GraphedPasses
 from recover.maths.paired import of_ratio
@@ -66,7 +66,7 @@ class Trials:
     why: str  # how the budget is split, or why there are no trials
 
 
-def planned(cfg: Recover, width: int, scored: Sequence[int], texts: Sequence[Hashable] | None = None) -> Trials:
+def planned(cfg: Train, width: int, scored: Sequence[int], texts: Sequence[Hashable] | None = None) -> Trials:
     """The trials of a training; `scored`: tokens that each of its rows scores, 0 of one without a text of its own.
 
     `texts`: what each row holds, where some may hold the same: a trial is judged on none that it learns. No rates where
@@ -78,7 +78,7 @@ def planned(cfg: Recover, width: int, scored: Sequence[int], texts: Sequence[Has
     first = next((at for at, tokens in enumerate(scored) if not tokens), len(scored))
     mean = sum(scored[:first]) / max(first, 1)
     fewest = f"{len(FACTORS[-1])} trials of {STEPS[0]} steps"
-    why = f"{SHARE:.0%} of recover.tokens, {allowed:,.0f}, are less than {fewest} take"
+    why = f"{SHARE:.0%} of train.tokens, {allowed:,.0f}, are less than {fewest} take"
     for factors in FACTORS:
         each = allowed / len(factors)
         steps = min(STEPS[1], int((1 - JUDGED) * each / max(mean, 1e-9) / cfg.batch_size)) if first else 0
@@ -94,7 +94,7 @@ def planned(cfg: Recover, width: int, scored: Sequence[int], texts: Sequence[Has
         tokens = len(factors) * (sum(scored[:learnt]) + sum(scored[row] for row in judged))
         split = (
             f"{len(factors)} trials of {steps} steps, each judged on {wanted} other rows: {tokens:,} tokens "
-            f"({tokens / cfg.tokens:.1%} of recover.tokens) beside the training's own"
+            f"({tokens / cfg.tokens:.1%} of train.tokens) beside the training's own"
         )
         return Trials(prior, tuple(prior * factor for factor in factors), steps, judged, tokens, split)
     if first < len(scored):
@@ -114,7 +114,7 @@ def scored_of(rows: Dataset, scored: str) -> list[int]:
 
 def found_rate(
     twin: Twin,
-    cfg: Recover,
+    cfg: Train,
     rows: Dataset,
     *,
     collate: Collate,
@@ -187,8 +187,8 @@ def _best(trials: Sequence[dict[str, Any]], plan: Trials) -> tuple[float, str]:
     finite = [trial for trial in trials if trial["kl"] is not None]
     if not finite:
         raise TrainingError(
-            f"recover.lr: auto: each of the trials, from {plan.rates[0]:.2g} to {plan.rates[-1]:.2g}, met a loss that "
-            "is not finite: give a rate, such as recover.lr=1e-5, and look at the text and the pruned model"
+            f"train.lr: auto: each of the trials, from {plan.rates[0]:.2g} to {plan.rates[-1]:.2g}, met a loss that "
+            "is not finite: give a rate, such as train.lr=1e-5, and look at the text and the pruned model"
         )
     reasons = []
     for key, name in (("each", "KL"), ("perplexity_each", "perplexity")):
@@ -225,7 +225,7 @@ class _Bench:
     def __init__(
         self,
         twin: Twin,
-        cfg: Recover,
+        cfg: Train,
         rows: Any,
         plan: Trials,
         collate: Collate,

@@ -1,6 +1,6 @@
 """Text that models write for a recovery, after prompts, round after round: the dense model's is saved as it is written.
 
-recover/data/dense-<fingerprint>.jsonl   a line for each chunk: its number, and [prompt, ids] of each text
+train/data/dense-<fingerprint>.jsonl   a line for each chunk: its number, and [prompt, ids] of each text
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from recover.base import console, dist
 from recover.base.artifacts import append_jsonl, read_jsonl
 from recover.base.errors import DataError
-from recover.config.recipe import DenseText, PrunedText, Recover, Sampling
+from recover.config.recipe import DenseText, PrunedText, Sampling, Train
 from recover.text.generate import context_of, generate
 from recover.text.prompts import Prompt, encode_prompt
 from recover.text.read import Row
@@ -33,7 +33,7 @@ class DenseWriter:
     """Text that the dense model writes from prompts, round after round, each round with other random draws."""
 
     def __init__(
-        self, source: DenseText, cfg: Recover, twin: Twin, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path
+        self, source: DenseText, cfg: Train, twin: Twin, tokenizer: PreTrainedTokenizerBase, seed: int, folder: Path
     ) -> None:
         self.source, self.cfg, self.twin, self.tokenizer, self.seed = source, cfg, twin, tokenizer, seed
         self.prompts = fitting_prompts(source, cfg.length, tokenizer, context_of(twin.model))
@@ -130,7 +130,7 @@ def weights_fingerprint(twin: Twin) -> str:
     for name, parameter in twin.base.named_parameters():
         if not parameter.requires_grad:
             some = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].float().cpu()
-            plain = name.replace(".base_layer", "")  # the same with adapters on it
+            plain = name.replace(".base_layer", "").replace(".original_module", "")  # the same with adapters on it
             digest.update(f"{plain}{tuple(parameter.shape)}".encode() + some.numpy().tobytes())
     return digest.hexdigest()
 
@@ -157,8 +157,8 @@ def fitting_prompts(
             raise DataError(f"{row.where}: {error}") from error
         if found >= length:
             too_long.append(
-                f"{row.where}: the prompt has {found} tokens, which leaves none of recover.length {length} for an "
-                "answer: shorten it or raise recover.length"
+                f"{row.where}: the prompt has {found} tokens, which leaves none of train.length {length} for an "
+                "answer: shorten it or raise train.length"
             )
         elif context is not None and found + source.max_new_tokens > context:
             too_long.append(

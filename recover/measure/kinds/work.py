@@ -17,7 +17,7 @@ from recover.text.generate import Generation
 # Of one task: figures by the keys of the kind's `figures`, `kind`, `items`, `samples`; and `each`, the main figure of
 # each item (perplexity: nats and tokens of each text), by which two models are compared item by item.
 Record = dict[str, Any]
-Generations = dict[str, list[dict[str, Any]]]  # task -> one {"ids", "text"} per item, greedy
+Generations = dict[str, list[dict[str, Any]]]  # task -> one {"ids", "text", "prompt", "expected"} per item, greedy
 
 
 @dataclass(frozen=True)

@@ -132,8 +132,20 @@ def _plan(twin: Twin, choice: SearchResult, calibration: dict[str, Any], **repai
         calibration=calibration,
         **repair,
     )
-    saved = (len(modules) - len(plan.packed)) * sum(parameter.numel() for parameter in modules[0].parameters())
-    return dataclasses.replace(plan, parameters_pruned=dense - saved)
+    inside = sum(parameter.numel() for module in modules for parameter in module.parameters())
+    stored = sum(_stored(twin, packed) for packed in plan.packed)
+    return dataclasses.replace(plan, parameters_pruned=dense - inside + stored)
+
+
+def _stored(twin: Twin, packed: Packed) -> int:
+    """Parameters of a stored block; a zeroed partner has as many as that of the block whose settings it has."""
+    made_of = {part: packed.source if block is None else block for part, block in zip(SUBLAYERS, packed, strict=True)}
+    return sum(
+        parameter.numel()
+        for part, block in made_of.items()
+        for name, parameter in blocks_of(twin.model)[block].named_parameters()
+        if part_of(twin.arch, name) == part
+    )
 
 
 def _site_parameters(twin: Twin, site: Site, gone: Collection[Site]) -> int:
@@ -153,16 +165,25 @@ def depth_cost(cfg: Depth, model: Description) -> Cost:
     check_sites(cfg, model.blocks)
     if cfg.repair != "none":
         refuse_norm_behind(ARCHS[model.model_type], cfg.repair)
-    inside, share = model.parameters - model.embedding_parameters, share_gone(cfg, model)
+    share = share_gone(cfg, model)
     return Cost(
-        gone=share * inside,
-        unstored=share_unstored(cfg, model) * inside,
+        gone=share * (model.active - model.embedding_parameters),
+        unstored=_unstored(cfg, model),
         blocks=share,
         own=_repaired_weights(cfg, model),
         passes=search_passes(cfg, model.blocks),
         flops=search_flops(cfg, model),
         warnings=tuple(depth_warnings(cfg, model)),
     )
+
+
+def _unstored(cfg: Depth, model: Description) -> float:
+    """Weights that the exported model is known to do without: to the number where blocks are named or all alike."""
+    sizes = model.block_parameters
+    if cfg.unit == "block" and cfg.listed is not None and sizes:
+        return sum(sizes[int(block)] for block in cfg.listed)
+    inside = sum(sizes) or model.parameters - model.embedding_parameters
+    return share_unstored(cfg, model) * inside
 
 
 def _repaired_weights(cfg: Depth, model: Description) -> int:
@@ -172,9 +193,12 @@ def _repaired_weights(cfg: Depth, model: Description) -> int:
 
 
 def share_gone(cfg: Depth, model: Description) -> float:
-    """Of the weights in all blocks, the share no longer run; a count of sublayers is taken for an even mixture."""
+    """Of the weights in all blocks, the share no longer run; a count of sublayers is taken for an even mixture.
+
+    Of experts, those are counted that a token goes through.
+    """
     attention = 2 * model.width * model.head_size * (model.heads + model.kv_heads)
-    mlp = model.mlp_matrices * model.width * model.intermediate
+    mlp = model.mlp_active
     weights = {"attention": attention, "mlp": mlp, "sublayer": (attention + mlp) / 2}
     weights |= dict.fromkeys(("block", "pair"), attention + mlp)
     if cfg.unit == "sublayer" and cfg.sites:
@@ -202,7 +226,7 @@ def search_flops(cfg: Depth, model: Description) -> float:
     """FLOP of a search: of each candidate half the blocks, as the blocks before it need not run, and the head twice."""
     if cfg.calibration is None:
         return 0.0
-    inside = model.parameters - model.embedding_parameters
+    inside = model.active - model.embedding_parameters
     head = model.vocabulary * model.width
     tokens = cfg.calibration.samples * cfg.calibration.length
     return search_passes(cfg, model.blocks) * tokens * 2 * (inside / 2 + 2 * head)

@@ -43,11 +43,16 @@ def refuse_repair(twin: Twin, kind: str, batches: list[LongTensor]) -> None:
 
 
 def refuse_norm_behind(arch: Arch, kind: str) -> None:
-    """Raise PruneError for a family with a norm behind each sublayer: nothing can be folded in through it."""
+    """Raise PruneError for a family of which nothing can be folded in: a norm behind each sublayer, or experts."""
     if arch.norm_behind:
         raise PruneError(
             f"prune.repair: '{kind}' cannot be folded into {arch.model_type}: behind each sublayer it has a norm, "
             "which no matrix passes through. Use prune.repair: none"
+        )
+    if arch.experts is not None:
+        raise PruneError(
+            f"prune.repair: '{kind}' cannot be folded into {arch.model_type}: what its experts write goes through "
+            "no one matrix. Use prune.repair: none"
         )
 
 

@@ -122,11 +122,15 @@ class _Closing(ABC):
         bits.
         """
         start = span[0].block
-        what: set[int | Site] = {*closed, *span, *range(1, start)}
+        return self.behind(batch, start, {*closed, *span}, inputs[start])
+
+    def behind(self, batch: int, start: int, closed: Iterable[int | Site], input_BTD: Tensor) -> Tensor:
+        """Final hidden states from what block `start` is given on; the blocks before it are not run, but block 0."""
+        what: set[int | Site] = {*closed, *range(1, start)}
         if start == 0:
             return final_hidden(self.twin, self.batches[batch], what)
         first = blocks_of(self.twin.model)[start]
-        hook = first.register_forward_pre_hook(lambda _module, args: (inputs[start], *args[1:]))
+        hook = first.register_forward_pre_hook(lambda _module, args: (input_BTD, *args[1:]))
         try:
             return final_hidden(self.twin, self.batches[batch], what)
         finally:

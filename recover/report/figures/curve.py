@@ -25,7 +25,7 @@ def training(data: PageData) -> Figure:
     title = "How training went"
     found = data["curve"]
     if found is None:
-        return Figure(title, "Not measured: there is no recover/steps.jsonl, which older runs do not have.")
+        return Figure(title, "Not measured: there is no train/steps.jsonl, which older runs do not have.")
     points, drawn = found["points"], _terms(data)
     scores = [row for row in data["epochs"] if _score(row) is not None]
 
@@ -244,7 +244,7 @@ def _norm(canvas: Canvas, data: PageData, x: Linear, place: Place) -> None:
     points = _curve(data)["points"]
     norm = points["grad_norm"]
     y = _scale(_known(norm["mean"]), _known(norm["low"]) + _known(norm["high"]), place)
-    clip = words.finite((data["recipe"].get("recover") or {}).get("max_grad_norm"))
+    clip = words.finite((data["recipe"].get("train") or {}).get("max_grad_norm"))
     clipped = clip is not None and y.lo < clip < y.hi
     _head(canvas, place, "Gradient norm", f"dashed: clipped to {words.number(clip)}" if clipped else "")
     if not _known(norm["mean"]):

@@ -26,6 +26,8 @@ def pruned(data: PageData) -> Figure:
         return _sparsity_map(plan)
     if plan_text.sites(plan):
         return _depth(plan)
+    if plan.get("experts"):
+        return Figure("What was pruned", f"Every mixture lost {plan_text.experts(plan)}: the table says which.")
     if plan.get("config"):
         return Figure("What was pruned", f"Every block is narrower, by the same measure: {plan_text.sizes(plan)}.")
     return Figure("What was pruned", "The plan drops no block and no weight.")

@@ -49,6 +49,25 @@ for (const table of document.querySelectorAll("table.sortable")) {
   });
 }
 
+// Items lost and won: those of a way, a task and a word.
+const filter = document.querySelector("form.filter");
+if (filter) {
+  const items = [...document.querySelectorAll("details.item")];
+  const choose = () => {
+    const { way, task, text } = filter.elements;
+    const word = text.value.toLowerCase();
+    for (const item of items) {
+      item.hidden = (way.value && item.dataset.way !== way.value) || (task.value && item.dataset.task !== task.value)
+        || (word && !item.textContent.toLowerCase().includes(word));
+    }
+    filter.querySelector("output").textContent = `${items.filter((item) => !item.hidden).length} of ${items.length}`;
+  };
+  filter.hidden = false;
+  filter.addEventListener("input", choose);
+  filter.addEventListener("submit", (event) => event.preventDefault());
+  choose();
+}
+
 const tip = document.createElement("div");
 tip.id = "tip";
 tip.hidden = true;
