@@ -76,7 +76,7 @@ def _change(value: Tree, chance: random.Random) -> Tree:
     elif way < 0.96:
         inside[key] = [inside[key]]
     else:
-        inside[key] = _deep(chance.choice((5, 60, 150)))
+        inside[key] = _deep(chance.choice((5, 60, 150, 400)))
     return value
 
 
@@ -106,7 +106,9 @@ def as_json(value: Tree, chance: random.Random) -> bytes:
         return data.decode("utf-8", "replace").encode("utf-16")
     if way < 0.10:
         return b"[" * 100_000
-    return data.replace(b'": ', b'": 1, "twice": ', 1) if way < 0.11 else data
+    if way < 0.11:
+        return data.replace(b'": ', b'": 1, "twice": ', 1)
+    return data.replace(b'": ', b'": ' + b"9" * 5000 + b', "long": ', 1) if way < 0.12 else data
 
 
 def raw(data: bytes, chance: random.Random, first: int | None = None) -> bytes:

@@ -46,6 +46,7 @@ from recover.probe.views import Pair
 from recover.prune import registry
 from recover.prune.calibrate import calibration_batches
 from recover.report.collect import collect
+from recover.report.data import EpochProgress
 from recover.report.diagnosis import is_diagnosis, render_diagnosis
 from recover.report.render import render
 from recover.run import stages
@@ -225,7 +226,7 @@ def distill(
 
     cfg, _ = settled(cfg, _facts(twin))
 
-    def after_epoch(epoch: int, progress: dict[str, Any]) -> float | None:
+    def after_epoch(epoch: int, progress: EpochProgress) -> float | None:
         return None if score is None else score(twin)
 
     folder = train(twin, tokenizer, cfg, Path(out), after_epoch, seed)

@@ -13,9 +13,9 @@ PACKAGE = Path(__file__).parent.parent / "recover"
 FLOORS = {
     "recover.base": 0,  # files, processes, messages
     "recover.config": 1,  # recipes
-    "recover.report": 2,  # reads the files of a run, and nothing else
-    "recover.maths": 2,  # tensors in, tensors out
+    "recover.maths": 2,  # tensors and numbers in, tensors and numbers out
     "recover.kernels": 2,
+    "recover.report": 3,  # reads the files of a run, and nothing else
     "recover.models": 3,  # a model, dense and pruned
     "recover.text": 4,  # what a model reads and writes
     "recover.distill": 4,

@@ -82,8 +82,12 @@ def steps(twin: Twin, *, graphed: bool) -> list[torch.Tensor]:
     return found
 
 
+# granite_swa attends eagerly, for which transformers makes a mask out of a number in main memory: no graph holds that.
+RECORDED = [family for family in PACKED if family != "granite_swa"]
+
+
 @pytest.mark.parametrize(
-    ("family", "what"), [*((family, "all") for family in PACKED), ("llama", "after_cut"), ("llama", "masked")]
+    ("family", "what"), [*((family, "all") for family in RECORDED), ("llama", "after_cut"), ("llama", "masked")]
 )
 def test_replayed_steps_are_the_launched_ones(monkeypatch, family: str, what: Any):
     monkeypatch.setattr(console, "warn", pytest.fail)

@@ -180,14 +180,14 @@ def test_a_trial_makes_the_steps_of_a_training(folder, monkeypatch):
     monkeypatch.setattr(trials, "_shape", lambda _step, _steps: 1.0)
     monkeypatch.setattr(trials, "STEPS", (4, 4))
     caught = {}
-    judged = trials._Bench._judged
+    judge = trials._Bench._judge
 
-    def catch(bench):
+    def catch(bench, found):
         rate = bench.plan.rates[len(caught)]
         caught[rate] = [parameter.detach().clone() for parameter in bench.trained]
-        return judged(bench)
+        judge(bench, found)
 
-    monkeypatch.setattr(trials._Bench, "_judged", catch)
+    monkeypatch.setattr(trials._Bench, "_judge", catch)
     fields = {"loss": {"kl": 1.0, "ce": 0.1}, "max_grad_norm": 0.01, "micro_batch_size": 2}
     go(folder, **fields)
     rate = list(caught)[-1]

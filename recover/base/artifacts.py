@@ -384,7 +384,7 @@ def dumps(value: Any, *, indent: int | None = None) -> str:
     return json.dumps(plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
-TOO_DEEP = "nested too deep"
+JsonObject = dict[str, Any]  # an object of JSON or YAML whose fields are not ours to name, or not all of one kind
 
 
 def loads(data: bytes | str) -> Any:
@@ -399,7 +399,7 @@ def loads(data: bytes | str) -> Any:
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise
     except RecursionError:
-        raise ValueError(TOO_DEEP) from None
+        raise ValueError("nested too deep") from None
     except ValueError as error:
         if "int_max_str_digits" in str(error):  # of Python's, which tells how to change Python
             raise ValueError(f"a number of more than {sys.get_int_max_str_digits():,} digits") from None

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from recover.base import artifacts, earlier
 
@@ -36,6 +36,24 @@ class Clock:
 class _Open:
     name: str
     since: float
+
+
+class StageTime(TypedDict):
+    """What a stage took, by part; `calls`: so many times it was begun until it was done."""
+
+    stage: str
+    seconds: float
+    calls: int
+    parts: dict[str, float]
+
+
+class TimeLine(TypedDict):
+    """A line of times.jsonl; `done`: False of a stage that was stopped or failed."""
+
+    stage: str
+    done: bool
+    seconds: float
+    parts: dict[str, float]
 
 
 _open: list[_Open] = []
@@ -81,28 +99,30 @@ def _pause() -> None:
 
 def note(root: Path, stage: str, clock: Clock, *, done: bool) -> None:
     """Put a stage's seconds on record, those of one that was stopped or failed too."""
-    record = {"stage": stage, "done": done, "seconds": clock.seconds, "parts": clock.parts}
+    record: TimeLine = {"stage": stage, "done": done, "seconds": clock.seconds, "parts": clock.parts}
     artifacts.append_jsonl(root / FILE, record)
 
 
-def spent(root: Path) -> list[dict[str, Any]]:
-    """{"stage", "seconds", "parts", "calls"} of each stage that was begun, in the order of a run.
+def spent(root: Path) -> list[StageTime]:
+    """What each stage took that was begun, in the order of a run.
 
     A stage that was stopped and went on took what all those calls did; one that is done again only what this took.
     """
     path = root / FILE
-    found: dict[str, dict[str, Any]] = {}
-    for record in artifacts.read_jsonl(path) if path.is_file() else ():
-        stage = earlier.current(record["stage"])
-        before = found.get(stage)
-        if before is None or before["done"]:
-            before = {"stage": stage, "seconds": 0.0, "parts": {}, "calls": 0}
-        parts = {name: before["parts"].get(name, 0.0) for name in {**before["parts"], **record["parts"]}}
+    lines: list[TimeLine] = artifacts.read_jsonl(path) if path.is_file() else []
+    found: dict[str, StageTime] = {}
+    done: set[str] = set()
+    for line in lines:
+        stage, parts = earlier.current(line["stage"]), line["parts"]
+        before = found.get(stage) if stage not in done else None
+        if before is None:
+            before = StageTime(stage=stage, seconds=0.0, calls=0, parts={})
+        known = {name: before["parts"].get(name, 0.0) for name in {**before["parts"], **parts}}
         found[stage] = {
             "stage": stage,
-            "seconds": before["seconds"] + record["seconds"],
-            "parts": {name: seconds + record["parts"].get(name, 0.0) for name, seconds in parts.items()},
+            "seconds": before["seconds"] + line["seconds"],
+            "parts": {name: seconds + parts.get(name, 0.0) for name, seconds in known.items()},
             "calls": before["calls"] + 1,
-            "done": record["done"],
         }
-    return [{name: value for name, value in row.items() if name != "done"} for row in found.values()]
+        done = done | {stage} if line["done"] else done - {stage}
+    return list(found.values())

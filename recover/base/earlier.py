@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from recover.base import console
+from recover.base.artifacts import JsonObject
 from recover.base.errors import RecipeError
 
 NOW = {"recover": "train"}  # a section of the recipe, the stage, its folder: then, and now
@@ -27,12 +28,12 @@ def current(name: str) -> str:
     return f"{NOW.get(first, first)}{dot}{rest}"
 
 
-def keys(tree: Mapping[str, Any]) -> dict[str, Any]:
+def keys(tree: Mapping[str, Any]) -> JsonObject:
     """The same values under the names of now."""
     return {current(name): value for name, value in tree.items()}
 
 
-def sections(tree: dict[str, Any], where: str) -> dict[str, Any]:
+def sections(tree: JsonObject, where: str) -> JsonObject:
     """The fields of a recipe, its sections by their names of now. A word is said where an earlier one stands.
 
     Raises:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from recover.base import artifacts, console
 from recover.base.errors import ArtifactError
@@ -32,6 +32,22 @@ class Entry(NamedTuple):
     tensors: Mapping[str, Tensor] = {}
 
 
+class Line(TypedDict):
+    """An entry as its line has it; `sha256`: of the file of its tensors, None where it has none."""
+
+    name: str
+    value: Any
+    sha256: str | None
+    line_sha256: str
+
+
+class Header(TypedDict):
+    """The first line: all that the entries were made from."""
+
+    format: int
+    made_from: Any
+
+
 class Journal:
     """The entries under `folder`, made from exactly what `made_from` says; others are deleted with a warning.
 
@@ -41,10 +57,10 @@ class Journal:
 
     def __init__(self, folder: Path | None = None, made_from: Mapping[str, Any] | None = None) -> None:
         self.folder = folder
-        self.lines: list[dict[str, Any]] = []
+        self.lines: list[Line] = []
         if folder is None:
             return
-        header = {"format": FORMAT, "made_from": artifacts.plain(dict(made_from or {}))}
+        header: Header = {"format": FORMAT, "made_from": artifacts.plain(dict(made_from or {}))}
         fault = self._read(folder, header)
         if fault:
             console.warn(f"{folder}: what was done of this work: {fault}; {self._kept()}")
@@ -80,8 +96,8 @@ class Journal:
             data = safetensors.torch.save({key: tensor.cpu().contiguous() for key, tensor in entry.tensors.items()})
             artifacts.write_bytes(self._file(len(self.lines)), data)
             digest = hashlib.sha256(data).hexdigest()
-        line = {"name": name, "value": artifacts.plain(entry.value), "sha256": digest}
-        line["line_sha256"] = _digest(line)
+        value = artifacts.plain(entry.value)
+        line: Line = {"name": name, "value": value, "sha256": digest, "line_sha256": _digest(name, value, digest)}
         artifacts.append_jsonl(self.folder / LINES, line)
         self.lines.append(line)
 
@@ -102,7 +118,7 @@ class Journal:
                 self.folder.rmdir()
         self.lines = []
 
-    def _read(self, folder: Path, header: dict[str, Any]) -> str:
+    def _read(self, folder: Path, header: Header) -> str:
         """Fill `lines` with those that are whole; why there are no more of them, if that is a fault."""
         if not (folder / LINES).exists():
             return ""
@@ -123,7 +139,7 @@ class Journal:
 
     def _fault(self, line: Any) -> str:
         """What is wrong with the next line or its file."""
-        if not isinstance(line, dict) or line.get("line_sha256") != _digest(line):
+        if not isinstance(line, dict) or line.get("line_sha256") != _digest_of(line):
             return f"line {len(self.lines) + 2} of {LINES} is damaged"
         path = self._file(len(self.lines))
         if line["sha256"] and not path.exists():
@@ -147,12 +163,16 @@ def _files(folder: Path) -> set[Path]:
     return {path for path in folder.glob("part-*.safetensors") if re.fullmatch(r"part-\d+", path.stem)}
 
 
-def _digest(line: dict[str, Any]) -> str:
-    text = artifacts.dumps({key: line.get(key) for key in ("name", "value", "sha256")})
+def _digest_of(line: Mapping[str, Any]) -> str:
+    return _digest(*(line.get(key) for key in ("name", "value", "sha256")))
+
+
+def _digest(name: Any, value: Any, sha256: Any) -> str:
+    text = artifacts.dumps({"name": name, "value": value, "sha256": sha256})
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _difference(found: Any, header: dict[str, Any]) -> str:
+def _difference(found: Any, header: Header) -> str:
     """The first fields in which two headers differ, and how."""
     before, now = dict(artifacts.leaves(found)), dict(artifacts.leaves(header))
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]

@@ -6,14 +6,21 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from recover.base import artifacts, earlier
 from recover.base.artifacts import DONE, MANIFEST
 from recover.base.errors import ArtifactError, RecoverError
 from recover.base.ownership import peek
 
-Entry = dict[str, Any]
+
+class FileEntry(TypedDict):
+    """A file as its stage wrote it: its size, its time of change in nanoseconds, and its sha256."""
+
+    bytes: int
+    changed: int
+    sha256: str
+
 
 MEASURED = ("measure.json", "generations.json", "probe.json", "probe.jsonl")
 # Names of files by stage, from the run directory on.
@@ -32,9 +39,9 @@ GONE, CHANGED = "is gone", "is not what was written"
 _digests: dict[tuple[Any, ...], str] = {}
 
 
-def written(root: Path, stage: str) -> dict[str, Entry]:
+def written(root: Path, stage: str) -> dict[str, FileEntry]:
     """Bytes, time and sha256 of each file that this stage has written, by name; to be kept in its stamp."""
-    entries = {}
+    entries: dict[str, FileEntry] = {}
     for path, known in _files(root, stage):
         if path.is_file() and path.suffix != OWN_WORDS:
             stat = path.stat()

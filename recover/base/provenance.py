@@ -8,7 +8,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from recover import __version__
 from recover.base import dist, threads
@@ -30,7 +30,44 @@ PACKAGES = (
 GIT_SECONDS = 10
 
 
-def environment() -> dict[str, Any]:
+class Gpu(TypedDict):
+    """A GPU of this machine."""
+
+    name: str
+    memory_bytes: int
+
+
+class Machine(TypedDict):
+    """What a run was made on; `cores`: those that it may use."""
+
+    system: str
+    processor: str
+    cores: int | None
+    memory_bytes: int
+    gpus: list[Gpu]
+
+
+class Revision(TypedDict):
+    """A git commit, and whether files differ from it."""
+
+    commit: str
+    changed: bool
+
+
+class Environment(TypedDict):
+    """What a run was made with, as env.json and the stamps of stages have it."""
+
+    recover: str
+    python: str
+    versions: dict[str, str | None]
+    machine: Machine
+    git: Revision | None
+    processes: int
+    threads: dict[str, str | int | None]
+    argv: list[str]
+
+
+def environment() -> Environment:
     """Versions (None: not installed), machine, git revision of this package if it is run from a checkout, command.
 
     `threads`: of each process on the CPU.
@@ -54,7 +91,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def machine() -> dict[str, Any]:
+def machine() -> Machine:
     """System, processor, usable cores, memory in bytes, and each GPU's name and memory; imports torch."""
     return {
         "system": f"{platform.system()} {platform.release()}",
@@ -77,14 +114,14 @@ def _processor() -> str:
     return next(named, platform.processor() or platform.machine())
 
 
-def _gpus() -> list[dict[str, Any]]:
+def _gpus() -> list[Gpu]:
     import torch
 
     found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in found]
 
 
-def git_revision(package: Path) -> dict[str, Any] | None:
+def git_revision(package: Path) -> Revision | None:
     """`commit` and `changed` (files differ from it) of the checkout that `package` lies directly in, else None.
 
     A package installed somewhere below another project's checkout has no revision: that commit would be the other's.

@@ -12,7 +12,6 @@ import os
 import statistics
 import sys
 import time
-from typing import Any
 
 from recover.base import console
 
@@ -85,7 +84,7 @@ def rates_of(numbers: list[int], width: int, inner: int) -> dict[int, float]:
     return {number: statistics.median(rates) for number, rates in found.items()}
 
 
-def described() -> dict[str, Any]:
+def described() -> dict[str, str | int | None]:
     """For the record of a run: torch's threads (None: torch is not loaded), and what the environment says of them."""
     torch = sys.modules.get("torch")
     said = {name: os.environ[name] for name in (*NUMBERS, *WAITING) if name in os.environ}

@@ -21,7 +21,7 @@ from recover.measure.task_file import load_task
 from recover.models.load import describe, load_tokenizer
 from recover.models.source import exported_dtype
 from recover.run import draft
-from recover.run.estimate import ELEMENT_BYTES, estimate, matrix_rate, refuse
+from recover.run.estimate import ELEMENT_BYTES, Estimate, estimate, matrix_rate, refuse
 from recover.run.target import Wanted, target
 from recover.text.named import NotHad, prompt_rows
 from recover.train.sources import read_prompts
@@ -182,7 +182,7 @@ def _lacking(name: str, error: NotHad, missing: Missing) -> str:
     return "CANNOT BE USED HERE: see the top of this file"
 
 
-def _head(machine: draft.Machine, path: Path, cost: dict[str, Any], missing: Sequence[str]) -> Iterator[str]:
+def _head(machine: draft.Machine, path: Path, cost: Estimate, missing: Sequence[str]) -> Iterator[str]:
     yield f"Written by `recover init` for {machine.name}, {units.size(machine.memory)}. Then:"
     yield f"  recover plan {path}"
     yield f"  recover run {path}"
@@ -197,7 +197,7 @@ def _head(machine: draft.Machine, path: Path, cost: dict[str, Any], missing: Seq
 def _say(
     path: Path,
     machine: draft.Machine,
-    cost: dict[str, Any],
+    cost: Estimate,
     missing: Sequence[str],
     warnings: Sequence[str],
     *,
@@ -206,7 +206,7 @@ def _say(
     code: bool,
 ) -> None:
     dense, pruned = cost["parameters_dense"], cost["parameters_pruned"]
-    sizes = [units.size(cost[f"file_bytes_{view}"]) for view in ("dense", "pruned")]
+    sizes = [units.size(cost["file_bytes_dense"]), units.size(cost["file_bytes_pruned"])]
     rows = [
         ["parameters", f"{dense:,}", f"{pruned:,}"],
         ["file", *sizes],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,7 +14,7 @@ from recover.base.errors import ArtifactError, RecipeError
 from recover.report import verdict
 from recover.report.data import CHANGED, ComparedRun
 from recover.run import summary as outcome
-from recover.run.directory import RunDirectory
+from recover.run.directory import RunDirectory, StageState
 
 RUNS = Path("checkpoints")  # where runs are written by default
 RunPath = Annotated[
@@ -167,8 +167,8 @@ def _percent(share: float | None) -> str | None:
     return None if share is None else f"{share:.1%}"
 
 
-def _state(row: dict[str, Any]) -> list[str]:
-    if not row["done"]:
+def _state(row: StageState) -> list[str]:
+    if row["finished"] is None:
         return [row["stage"], "open", "", ""]
     finished = datetime.fromisoformat(row["finished"]).astimezone().strftime("%Y-%m-%d %H:%M")
     return [row["stage"], "stale" if row["stale"] else "done", finished, row["stale"] or ""]

@@ -27,7 +27,7 @@ from recover.models.load import check_fit, load_tokenizer
 from recover.models.rope import row_positions
 from recover.probe.sources import load_any
 from recover.train.data import collator
-from recover.train.sources import Row, Sample, read_rows, samples_of
+from recover.train.sources import Row, Sample, SampleRow, read_rows, samples_of
 from recover.train.teacher_file import Marks, TeacherRow, file_row, marks
 
 if TYPE_CHECKING:
@@ -112,9 +112,10 @@ def teacher_rows(
     model: PreTrainedModel, samples: list[Sample], top: int, tokens: int | None = None
 ) -> list[TeacherRow]:
     """Each sample with the model's top k of the first `tokens`, in one batch."""
-    rows = [{"input_ids": sample.ids, "completion_mask": sample.mask} for sample in samples]
+    rows: list[SampleRow] = [{"input_ids": sample.ids, "completion_mask": sample.mask} for sample in samples]
     device = next(model.parameters()).device
-    batch = {name: value.to(device) for name, value in collator(0, "completion")(rows).items()}
+    padded: Any = collator(0, "completion")(rows)
+    batch = {name: value.to(device) for name, value in padded.items()}
     rows_N, _ = scored_rows(batch.pop("labels"))
     batch["position_ids"] = row_positions(batch["attention_mask"])
     base: Any = model.base_model

@@ -8,7 +8,7 @@ weight from `train.loss.terms`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import (
     Field,
@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from recover.base.artifacts import JsonObject
 from recover.config.base import Config
 
 FORMULAS = "recover.distill.loss_terms"
@@ -166,7 +167,7 @@ class Loss(Config):
         return self
 
     @model_serializer(mode="wrap")
-    def _as_before_there_were_terms(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _as_before_there_were_terms(self, dump: SerializerFunctionWrapHandler) -> JsonObject:
         """Without `terms` where there are none: what a run of an earlier version was made from reads the same."""
         fields = dump(self)
         return fields if self.terms else {name: value for name, value in fields.items() if name != "terms"}

@@ -23,8 +23,11 @@ EXPECTED = {
 }
 
 
+MOST_LINES = 20  # of one message: who has more mistakes mends these first
+
+
 def explain(error: ValidationError, root: type[BaseModel], where: str, origins: Mapping[str, str]) -> list[str]:
-    """A line for each problem: where the field was set (`origins`, else `where`), its path, what is wrong."""
+    """A line for each of `MOST_LINES` problems: where it was set (`origins`, else `where`), its path, what is wrong."""
     lines = []
     problems = error.errors(include_url=False)
     for problem in problems:
@@ -34,6 +37,8 @@ def explain(error: ValidationError, root: type[BaseModel], where: str, origins: 
         source = next((origins[key] for key in origins if f"{path}.".startswith(f"{key}.")), where)
         sentence = _sentence(problem, path, parent, here, root)
         lines.append(f"{source}: {path}: {sentence}" if path else f"{source}: {sentence}")
+    if len(lines) > MOST_LINES:
+        lines[MOST_LINES:] = [f"{where}: {len(lines) - MOST_LINES} more such fields"]
     return lines
 
 

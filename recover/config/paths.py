@@ -10,6 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from recover.base.artifacts import JsonObject
+from recover.base.errors import DataError
+
 # Fields that name files, or a hub id.
 FIELDS = (
     "model.source",
@@ -50,7 +53,10 @@ def matching(path: Path) -> list[Path]:
         return []
     if "*" in base or "?" in base:
         folder, rest = Path(), [base, *rest]
-    return sorted(found for found in folder.glob("/".join(rest).replace("[", "[[]")) if found.is_file())
+    try:
+        return sorted(found for found in folder.glob("/".join(rest).replace("[", "[[]")) if found.is_file())
+    except OSError as error:  # a folder on the way that may not be read
+        raise DataError(f"{path}: cannot look for its files: {error.filename}: {error.strerror}") from None
 
 
 def meant(path: Path) -> str:
@@ -66,7 +72,7 @@ def meant(path: Path) -> str:
     return f". Did you mean '{there[near[0]]}'?" if near else ""
 
 
-def place_files(tree: dict[str, Any], folder: Path, *, within: str = "") -> None:
+def place_files(tree: JsonObject, folder: Path, *, within: str = "") -> None:
     """Make relative files in an unchecked recipe absolute, as seen from `folder`.
 
     `within` limits it to one dotted field and what is below. A hub id and `embedded:NAME` stay what they are.
@@ -79,7 +85,7 @@ def place_files(tree: dict[str, Any], folder: Path, *, within: str = "") -> None
             _change(tree, [*given[: len(steps)], *steps[len(given) :]], absolute)
 
 
-def without_folders(tree: dict[str, Any]) -> dict[str, Any]:
+def without_folders(tree: JsonObject) -> JsonObject:
     """A copy of a recipe's tree in which files are named without the folders of the machine they lie on."""
     shown = copy.deepcopy(tree)
     for field in FIELDS:

@@ -150,7 +150,7 @@ class Reading(Config):
         for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, RecursionError, OverflowError) as error:
                 raise ValueError(f"not a regular expression: {pattern!r}: {error}") from None
             _refuse_slow(pattern)
         return patterns

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_serializer, model_validator
 
+from recover.base.artifacts import JsonObject
 from recover.config.base import Config
 from recover.config.loss import TERMS, Loss
 
@@ -279,7 +280,7 @@ class Train(Config):
         return made
 
     @model_serializer(mode="wrap")
-    def _auto_as_it_is_written(self, handler: Any) -> dict[str, Any]:
+    def _auto_as_it_is_written(self, handler: Any) -> JsonObject:
         tree = handler(self)
         for name in self._auto:
             *above, last = name.split(".")

@@ -13,8 +13,12 @@ from typing import Any
 
 import yaml
 
+from recover.base.artifacts import JsonObject
 from recover.base.errors import RecipeError
 from recover.config.paths import meant
+
+MOST_REPEATED = 10_000  # values that the aliases of a text may stand for, beside those that are written
+LARGEST = 2**22  # bytes of a file that a person writes
 
 
 class _Loader(yaml.SafeLoader):
@@ -67,7 +71,7 @@ def load(text: str, where: str) -> Any:
         RecipeError: `where`, line and column, and what is wrong there.
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader: plain values only
+        return _value(_Loader(text))  # a SafeLoader: plain values only
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
@@ -77,12 +81,53 @@ def load(text: str, where: str) -> Any:
         raise RecipeError(f"{where}: not YAML: {reason}") from None
 
 
-def read(path: Path) -> dict[str, Any]:
+def _value(loader: _Loader) -> Any:
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _refuse_repeats(node)
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _refuse_repeats(top: yaml.Node) -> None:
+    """Raise MarkedYAMLError where aliases stand for far more than was written, or for what they are a part of."""
+    sizes: dict[int, int] = {}
+    begun: set[int] = set()
+    left = [top]
+    while left:  # each node once, after those below it
+        node = left.pop()
+        if id(node) in sizes:
+            continue
+        inner = [each for pair in node.value for each in pair] if isinstance(node, yaml.MappingNode) else node.value
+        below = inner if isinstance(node, yaml.CollectionNode) else []
+        if id(node) not in begun:
+            begun.add(id(node))
+            left += [node, *below]
+        elif any(id(each) not in sizes for each in below):
+            raise yaml.MarkedYAMLError(problem="an alias stands for what it is a part of", problem_mark=node.start_mark)
+        else:
+            sizes[id(node)] = 1 + sum(sizes[id(each)] for each in below)
+    if sizes[id(top)] - len(sizes) > MOST_REPEATED:
+        raise yaml.MarkedYAMLError(
+            problem=f"aliases stand for {sizes[id(top)]:,} values, where {len(sizes):,} are written; expected at most "
+            f"{MOST_REPEATED:,} more: write out what is meant",
+            problem_mark=top.start_mark,
+        )
+
+
+def read(path: Path) -> JsonObject:
     """The fields of a YAML file; an empty one has none.
 
     Raises:
-        RecipeError: no such file, not text, not YAML, or not fields.
+        RecipeError: no such file, not text, not YAML, not fields, or larger than such a file is.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise RecipeError(f"{path}: is a pipe or device; expected a YAML file")
+    if path.is_file() and path.stat().st_size > LARGEST:
+        raise RecipeError(f"{path}: {path.stat().st_size:,} bytes; expected at most {LARGEST:,}, of a YAML file")
     try:
         text = path.read_text("utf-8")
     except FileNotFoundError as error:
@@ -113,7 +158,7 @@ def dump_commented(rows: Iterable[tuple[str, Any, str]]) -> str:
     comment that leaves no room on its line stands above it.
     """
     comments: dict[str, str] = {}
-    tree: dict[str, Any] = {}
+    tree: JsonObject = {}
     for path, value, comment in rows:
         comments[path] = comment
         *way, last = path.split(".")
@@ -131,7 +176,7 @@ COMMENT_COLUMN = 40
 LINE_END = 120
 
 
-def _lines(tree: dict[str, Any], comments: dict[str, str], path: str, margin: str) -> Iterator[tuple[str, str]]:
+def _lines(tree: JsonObject, comments: dict[str, str], path: str, margin: str) -> Iterator[tuple[str, str]]:
     """(text, comment) of each line of these fields, or of the items of a list, whose names are numbers."""
     listed = bool(tree) and all(name.isdecimal() for name in tree)
     for name, value in tree.items():
@@ -170,7 +215,7 @@ def _with_comment(text: str, comment: str) -> str:
     return "\n".join([*(f"{margin}# {each}" for each in above), text])
 
 
-def apply_override(tree: dict[str, Any], override: str) -> str:
+def apply_override(tree: JsonObject, override: str) -> str:
     """Set one `a.b.0.c=VALUE` (VALUE as YAML) in `tree`, making mappings on the way; its dotted key is returned.
 
     Raises:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Required, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from recover.models.arch import head_of
 from recover.models.experts import SwitchedRouter
 from recover.models.linears import MaskedLinear, OwnLinear
 from recover.models.masked_lora import SwitchedLora
-from recover.models.packed_attention import NAME, Packing, packing_configs
+from recover.models.packed_attention import NAME, Keywords, Packing, packing_configs
 from recover.models.rope import goes_by_length, row_positions
 from recover.models.site import Site
 from recover.models.step_attention import attending
@@ -34,6 +34,27 @@ if TYPE_CHECKING:
     from recover.models.twin import Twin
 
 IGNORED = -100  # a label that carries no loss, as everywhere in transformers
+
+
+class Batch(TypedDict, total=False):
+    """What a collator makes of rows and a step takes: rows padded on the right, or one packed row with `packing`.
+
+    `scored`: as `scored_rows` gives it. `states`: what is known of the dense view, or of a teacher.
+    """
+
+    input_ids: Required[Tensor]
+    labels: Required[Tensor]
+    attention_mask: Tensor | None
+    packing: tuple[Tensor, Tensor, int]
+    scored: tuple[Tensor, Tensor]
+    states: Callable[[], DenseStates | TopK]
+
+
+def packing_of(batch: Batch) -> Packing:
+    """How the sequences of a packed batch lie."""
+    if "packing" not in batch:
+        raise AssertionError("a batch that is not packed")
+    return Packing(*batch["packing"])
 
 
 def scored_rows(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,6 +69,11 @@ def scored_rows(labels_BT: Tensor) -> tuple[Tensor, Tensor]:
     return rows_N, next_M[rows_N]
 
 
+def rows_scored(batch: Batch) -> tuple[Tensor, Tensor]:
+    """What `scored_rows` gives of this batch, where it was not found before."""
+    return batch.get("scored") or scored_rows(batch["labels"])
+
+
 def scored_tokens(labels_BT: Tensor) -> Tensor:
     """How many tokens of a batch carry loss, as a tensor on its device: what a sum of losses is divided by."""
     return (labels_BT[:, 1:] != IGNORED).sum()
@@ -58,7 +84,7 @@ def scaled(loss: Tensor, scale: Tensor) -> Tensor:
     return loss * (scale + 0.0 * loss.detach())
 
 
-def without_mask(batch: dict[str, Any], *, needed: bool = False) -> dict[str, Any]:
+def without_mask(batch: Batch, *, needed: bool = False) -> Batch:
     """A right-padded batch as training gives it to a model: under causal attention no token sees padding behind it.
 
     With a mask, attention leaves its causal kernel, and grouped KV heads are copied for each query head. `needed`: it
@@ -193,21 +219,19 @@ class Distiller:
             )
         return ModelOutput(loss=sums.total, **sums.terms, focus=sums.focus, tokens=sums.tokens)
 
-    def _dense_pass(self, model: Any, batch: dict[str, Any], rows_N: Tensor | None) -> DenseStates:
+    def _dense_pass(self, model: Any, batch: Keywords, rows_N: Tensor | None) -> DenseStates:
         caught: list[Tensor] = []
         with self.twin.dense(teaching=True), self._last_shared_block(caught.append):
             h_ND = _hidden_states(model, batch, rows_N)
         return DenseStates(h_ND, caught[0] if caught else None)
 
-    def _pruned_pass(
-        self, model: Any, batch: dict[str, Any], rows_N: Tensor | None, prefix_BTD: Tensor | None
-    ) -> Tensor:
+    def _pruned_pass(self, model: Any, batch: Keywords, rows_N: Tensor | None, prefix_BTD: Tensor | None) -> Tensor:
         """h_ND after the final norm, with gradient, from where the two views part."""
         with cast_together(*self.adapters, dtype=model.dtype):
             return self._from_the_difference(model, batch, rows_N, prefix_BTD)
 
     def _from_the_difference(
-        self, model: Any, batch: dict[str, Any], rows_N: Tensor | None, prefix_BTD: Tensor | None
+        self, model: Any, batch: Keywords, rows_N: Tensor | None, prefix_BTD: Tensor | None
     ) -> Tensor:
         if self.shared_blocks == 0:
             return _hidden_states(model, batch, rows_N)
@@ -281,19 +305,17 @@ def _unmasked_adapters(twin: Twin) -> tuple[list[Tensor], float]:
     return found.get(scaling, []), scaling
 
 
-def _hidden_states(model: Any, batch: dict[str, Any], rows_N: Tensor | None) -> Tensor:
+def _hidden_states(model: Any, batch: Keywords, rows_N: Tensor | None) -> Tensor:
     """Rows of the hidden state after the final norm, None: all; the head is not run."""
     h_MD = model.base_model(**batch).last_hidden_state.flatten(0, 1)
     return h_MD if rows_N is None else h_MD.index_select(0, rows_N)
 
 
-def _batch(
-    input_ids: Tensor, attention_mask: Tensor | None, packing: tuple[Tensor, Tensor, int] | None
-) -> dict[str, Any]:
+def _batch(input_ids: Tensor, attention_mask: Tensor | None, packing: tuple[Tensor, Tensor, int] | None) -> Keywords:
     """What the model is called with."""
     if packing is not None:
         return {"input_ids": input_ids, **Packing(*packing).keywords()}
-    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    batch: Keywords = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     return batch if attention_mask is None else {**batch, "position_ids": row_positions(attention_mask)}
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from recover.base import console
-from recover.distill.distiller import Distiller, scaled
+from recover.distill.distiller import Batch, Distiller, packing_of, rows_scored, scaled
 from recover.kernels.recording import record
 from recover.models.packed_attention import Packing
 
@@ -71,7 +71,7 @@ class GraphedPasses:
         self.works = True
         self.prepared: Tensor | None = None  # the batch whose dense pass has run already
 
-    def takes(self, batch: dict[str, Any]) -> bool:
+    def takes(self, batch: Batch) -> bool:
         """Whether `step` can take this batch; asked once for each."""
         key = _key(batch)
         if not self.works or key in self.shapes:
@@ -82,7 +82,7 @@ class GraphedPasses:
         self._try_to_record(batch)
         return self.works
 
-    def prepare(self, batch: dict[str, Any]) -> None:
+    def prepare(self, batch: Batch) -> None:
         """Run the dense pass of the batch that comes next, if its shape is recorded; `step` of it then does without.
 
         The device works on while the host does other things.
@@ -90,17 +90,17 @@ class GraphedPasses:
         shape = self.shapes.get(_key(batch))
         if shape is None or self.prepared is batch["input_ids"]:
             return
-        packing = Packing(*batch["packing"])
+        packing = packing_of(batch)
         shape.input_ids_1T.copy_(batch["input_ids"], non_blocking=True)
         shape.packing.position_ids.copy_(packing.position_ids, non_blocking=True)
         shape.packing.starts_S.copy_(packing.starts_S, non_blocking=True)
         shape.dense.replay()
         self.prepared = batch["input_ids"]
 
-    def step(self, batch: dict[str, Any], scale: Tensor) -> ModelOutput:
+    def step(self, batch: Batch, scale: Tensor) -> ModelOutput:
         """The sums that `Distiller.run` gives; the gradient is that of `loss * scale`. The device is not waited for."""
         shape = self.shapes[_key(batch)]
-        rows_N, labels_N = batch["scored"]
+        rows_N, labels_N = rows_scored(batch)
         self.prepare(batch)
         self.prepared = None
         shape.pruned.replay()
@@ -132,7 +132,7 @@ class GraphedPasses:
             if parameter.grad is not gradient:
                 raise AssertionError("a gradient came from elsewhere")
 
-    def _try_to_record(self, batch: dict[str, Any]) -> None:
+    def _try_to_record(self, batch: Batch) -> None:
         try:
             try:
                 self.shapes[_key(batch)] = self._record(batch)
@@ -147,11 +147,11 @@ class GraphedPasses:
             reason = str(error).splitlines()[0]
             console.warn(f"training goes on without CUDA graphs, slower for a small model: {reason}")
 
-    def _record(self, batch: dict[str, Any]) -> _Shape:
+    def _record(self, batch: Batch) -> _Shape:
         self.bring_gradients()
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         input_ids_1T = batch["input_ids"].clone()
-        given = Packing(*batch["packing"])
+        given = packing_of(batch)
         packing = Packing(given.position_ids.clone(), given.starts_S.clone(), given.longest)
         distiller, model = self.distiller, self.distiller.twin.base
         dense, states = record(lambda: distiller.dense_pass(model, input_ids_1T, packing), self.pool)
@@ -168,6 +168,6 @@ class GraphedPasses:
         return _Shape(input_ids_1T, packing, states.h_ND, h_pruned_TD.detach(), gradient_TD, dense, pruned, backward)
 
 
-def _key(batch: dict[str, Any]) -> Key:
-    packing = Packing(*batch["packing"])
+def _key(batch: Batch) -> Key:
+    packing = packing_of(batch)
     return batch["input_ids"].shape[1], len(packing.starts_S), packing.longest

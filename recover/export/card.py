@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import yaml
 
 from recover.base import artifacts
+from recover.base.artifacts import JsonObject
+from recover.base.errors import RecipeError
 from recover.config import yaml_values
 from recover.config.paths import without_folders
 from recover.config.recipe import Model, Recipe
 from recover.config.tasks import USES, Figure, headline_figures
 from recover.export.write import CARD
+from recover.models.plan import PlanRecord
 from recover.models.site import SUBLAYERS, Site, packed_as, zeroed_partners
 from recover.models.source import kind_of
 from recover.report import plan_text
@@ -64,15 +67,18 @@ def _card_of(cfg: Model, kind: str) -> str:
             return ""
     else:
         path = Path(cfg.source).expanduser() / CARD
-    return path.read_text(encoding="utf-8", errors="replace")[:LONGEST] if path.is_file() else ""
+    if not path.is_file():
+        return ""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.read(LONGEST)
 
 
 def _said(text: str) -> dict[str, str]:
     """What the header of a card says in words: lists are taken by their first entry."""
     header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     try:
-        values = yaml.safe_load(header[1]) if header else {}
-    except yaml.YAMLError:
+        values = yaml_values.load(header[1], CARD) if header else {}
+    except RecipeError:
         values = {}
     pairs = values.items() if isinstance(values, dict) else ()
     first = {str(key): value[0] if isinstance(value, list) and value else value for key, value in pairs}
@@ -80,7 +86,7 @@ def _said(text: str) -> dict[str, str]:
 
 
 def card(
-    recipe: Recipe, plan: dict[str, Any], headlines: dict[str, dict[str, float | None]], facts: dict[str, Any]
+    recipe: Recipe, plan: PlanRecord, headlines: dict[str, dict[str, float | None]], facts: dict[str, str | int]
 ) -> str:
     """Markdown with the header that model hubs read.
 
@@ -105,7 +111,7 @@ def card(
     return "\n\n".join(lines) + "\n"
 
 
-def plain_card(name: str, plan: dict[str, Any], source: str = "") -> str:
+def plain_card(name: str, plan: PlanRecord, source: str = "") -> str:
     """As `card`, of a model that was exported without a run: what was pruned, and no figures.
 
     `source`: where the dense model was loaded from, if that is known.
@@ -117,7 +123,7 @@ def plain_card(name: str, plan: dict[str, Any], source: str = "") -> str:
 
 
 def _header(found: dict[str, str], data_sets: list[str]) -> str:
-    values: dict[str, Any] = {**found, "library_name": "transformers", "pipeline_tag": "text-generation"}
+    values: JsonObject = {**found, "library_name": "transformers", "pipeline_tag": "text-generation"}
     values |= {"datasets": data_sets} if data_sets else {}
     values["tags"] = ["pruned", "recover"]
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
@@ -131,7 +137,7 @@ def _data_sets(recipe: Recipe) -> list[str]:
     return sorted({name for name in named if isinstance(name, str) and re.fullmatch(HUB_ID, name)})
 
 
-def _masked(plan: dict[str, Any]) -> str:
+def _masked(plan: PlanRecord) -> str:
     return f"\n\n{MASKED}" if plan["masks"] else ""
 
 
@@ -140,7 +146,7 @@ def _shown(source: str) -> str:
     return source.rsplit("/", 1)[-1] if source.startswith("/") else source
 
 
-def _what_was_pruned(plan: dict[str, Any]) -> str:
+def _what_was_pruned(plan: PlanRecord) -> str:
     became = f"{plan['parameters_dense']:,} parameters became {plan['parameters_pruned']:,}."
     if sites := plan_text.sites(cast(Plan, plan)):
         return f"Of its {plan['blocks']} blocks these are dropped: {sites}. {became}{_zeroed(plan)}"
@@ -157,7 +163,7 @@ def _what_was_pruned(plan: dict[str, Any]) -> str:
     )
 
 
-def _zeroed(plan: dict[str, Any]) -> str:
+def _zeroed(plan: PlanRecord) -> str:
     """What a depth plan stores for nothing, if anything."""
     kept = {
         Site(block, part)

@@ -10,12 +10,14 @@ import copy
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer
 
 from recover.base import artifacts, console
+from recover.base.artifacts import JsonObject
 from recover.base.errors import ExportError
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ def respell_config(folder: Path, config: PretrainedConfig) -> None:
 
     `auto_map` goes: it names files of code that an export does not hold, for a class that transformers has itself.
     """
-    values: dict[str, Any] = artifacts.read_json(folder / CONFIG)
+    values: JsonObject = artifacts.read_json(folder / CONFIG)
     values.pop("auto_map", None)
     if values.get("dtype") is not None:
         values["torch_dtype"] = values["dtype"]
@@ -76,9 +78,9 @@ def _renamed(config: PretrainedConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in type(config).attribute_map if name in declared}
 
 
-def old_rope(model_type: str, rope: dict[str, Any]) -> dict[str, Any]:
+def old_rope(model_type: str, rope: JsonObject) -> JsonObject:
     """`rope_parameters` as version 4 has them: `rope_theta`, `rope_scaling`, and of Gemma 3 `rope_local_base_freq`."""
-    found: dict[str, Any] = {}
+    found: JsonObject = {}
     if isinstance(full := rope.get("full_attention"), dict):
         rope, sliding = full, rope.get("sliding_attention") or {}
         if "rope_theta" in sliding:
@@ -97,7 +99,7 @@ def old_rope(model_type: str, rope: dict[str, Any]) -> dict[str, Any]:
     return {**found, "rope_scaling": scaling}
 
 
-def _rope_of(config: PretrainedConfig, values: dict[str, Any]) -> Any:
+def _rope_of(config: PretrainedConfig, values: JsonObject) -> Any:
     """What this transformers reads of these settings' rotary positions; None where it refuses them."""
     try:
         rope = type(config).from_dict(copy.deepcopy(values)).to_dict()["rope_parameters"]
@@ -140,7 +142,7 @@ def _clear(folder: Path) -> None:
         path.unlink()
 
 
-def _respelled(tokenizer: PreTrainedTokenizerBase, values: dict[str, Any]) -> dict[str, Any]:
+def _respelled(tokenizer: PreTrainedTokenizerBase, values: JsonObject) -> JsonObject:
     """tokenizer_config.json in words that both versions have, with the special tokens that this tokenizer names."""
     values = {key: value for key, value in values.items() if key not in (*LEAKED, "auto_map")}
     kind = values.get("tokenizer_class")
@@ -156,7 +158,7 @@ def _respelled(tokenizer: PreTrainedTokenizerBase, values: dict[str, Any]) -> di
     return values
 
 
-def _reads_back(tokenizer: PreTrainedTokenizerBase, folder: Path, values: dict[str, Any]) -> str | None:
+def _reads_back(tokenizer: PreTrainedTokenizerBase, folder: Path, values: JsonObject) -> str | None:
     """Write tokenizer_config.json; None if the folder gives this tokenizer, else what differs.
 
     A class of transformers has tokens of its own (Qwen2's is `<|endoftext|>`) that it adds to a vocabulary without them
@@ -166,7 +168,7 @@ def _reads_back(tokenizer: PreTrainedTokenizerBase, folder: Path, values: dict[s
     return _differs(tokenizer, folder, values) and _differs(tokenizer, folder, values | silent)
 
 
-def _differs(tokenizer: PreTrainedTokenizerBase, folder: Path, values: dict[str, Any]) -> str | None:
+def _differs(tokenizer: PreTrainedTokenizerBase, folder: Path, values: JsonObject) -> str | None:
     _write(folder / TOKENIZER, values)
     try:
         read: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -178,12 +180,12 @@ def _differs(tokenizer: PreTrainedTokenizerBase, folder: Path, values: dict[str,
     return None
 
 
-def _write(path: Path, values: dict[str, Any]) -> None:
+def _write(path: Path, values: JsonObject) -> None:
     """As `save_pretrained` writes JSON: a number that is not finite (Gemma's window) stays what it is."""
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-CHECKS: dict[str, Any] = {
+CHECKS: dict[str, Callable[[Any], Any]] = {
     "vocabularies": lambda tokenizer: tokenizer.get_vocab(),
     "special tokens": lambda tokenizer: {name: getattr(tokenizer, f"{name}_id") for name in NAMED},
     "lists of special tokens": lambda tokenizer: set(tokenizer.all_special_ids),

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import safetensors.torch
 import torch
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from recover.models.plan import MaskEntry, PlanRecord
     from recover.models.twin import Twin
 
 # Tolerated differences of logits, in units of the model's own rounding: the largest change of a logit when the same
@@ -77,10 +78,54 @@ def fresh_process() -> Iterator[subprocess.Popen[str]]:
                 process.kill()
 
 
+class Cached(TypedDict):
+    """Steps of generation with a cache, and how far its logits are from those of one pass."""
+
+    steps: int
+    logits_max_difference: float
+
+
+class Logits(TypedDict):
+    """Largest differences of logits; `rounding`: the unit that they are held against."""
+
+    rounding: float
+    logits_max_difference: float
+    logits_max_difference_reload: float
+    cache: Cached
+    generated: list[int]
+
+
+class Zeros(TypedDict):
+    """Zeros in the weights that have a certificate: so many certified, so many found, and their share."""
+
+    weights: int
+    certified: int
+    found: int
+    share: float
+
+
+class Verdict(TypedDict):
+    """What stands in verify.json even of a folder that could not be checked."""
+
+    ok: bool
+    problems: list[str]
+
+
+class Verified(Verdict, Logits):
+    """verify.json of a folder that was checked; `files`: their sha256."""
+
+    dtype: str
+    blocks: int
+    parameters: int
+    zeros: Zeros
+    files: dict[str, str]
+    versions: dict[str, str]
+
+
 @part("verifying")
 def verify(
     folder: Path, expected: Path, plan: Path, out: Path, *, process: subprocess.Popen[str] | None = None
-) -> dict[str, Any]:
+) -> Verified:
     """Check `folder` in a fresh process and give the record that it wrote to `out` (verify.json).
 
     `process`: one of `fresh_process`; default: another.
@@ -97,7 +142,7 @@ def verify(
     _, said = process.communicate(json.dumps(arguments))
     if not out.is_file():
         raise ExportError(f"{folder}: verification ended with {process.returncode} and no record:\n{said[-2000:]}")
-    record = artifacts.read_json(out)
+    record: Verified = artifacts.read_json(out)
     if process.returncode or not record["ok"]:
         raise ExportError(f"{folder}: is not the model that was trained: {'; '.join(record['problems'])}")
     return record
@@ -146,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="where the record is written")
     options = parser.parse_args(arguments)
     try:
-        record = check(options.folder, options.expected, options.plan)
+        record: Verdict = check(options.folder, options.expected, options.plan)
     except RecoverError as error:
         record = {"ok": False, "problems": [str(error)]}
     if parent is not None and os.getppid() != parent:
@@ -155,27 +200,31 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if record["ok"] else 1
 
 
-def check(folder: Path, expected: Path, plan: Path) -> dict[str, Any]:
+def check(folder: Path, expected: Path, plan: Path) -> Verified:
     """All checks on one folder; `problems` names what failed.
 
     Raises ArtifactError when a hash differs, ExportError when the folder does not load.
     """
     artifacts.check_manifest(folder)
     tensors, device = _expected(expected)
-    planned = artifacts.read_json(plan)
+    planned: PlanRecord = artifacts.read_json(plan)
     manifest = artifacts.read_json(folder / artifacts.MANIFEST)["files"]
     model, problems = _load(folder, device)
     problems += _size_problems(model, planned)
-    record = {
-        "dtype": str(model.dtype).removeprefix("torch."),
+    dtype, parameters = str(model.dtype).removeprefix("torch."), model.num_parameters()
+    zeros = _zeros(model, planned["masks"], problems)
+    logits = _logits(model, tensors, problems)
+    return {
+        "ok": not problems,
+        "problems": problems,
+        "dtype": dtype,
         "blocks": model.config.num_hidden_layers,
-        "parameters": model.num_parameters(),
-        "zeros": _zeros(model, planned["masks"], problems),
-        **_logits(model, tensors, problems),
+        "parameters": parameters,
+        "zeros": zeros,
+        **logits,
         "files": {name: entry["sha256"] for name, entry in manifest.items()},
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors")},
     }
-    return {"ok": not problems, "problems": problems, **record}
 
 
 def _expected(path: Path) -> tuple[dict[str, Tensor], str]:
@@ -205,7 +254,7 @@ def _load(folder: Path, device: str) -> tuple[PreTrainedModel, list[str]]:
     return model.to(device).eval(), problems
 
 
-def _size_problems(model: PreTrainedModel, planned: dict[str, Any]) -> list[str]:
+def _size_problems(model: PreTrainedModel, planned: PlanRecord) -> list[str]:
     """Sizes that pruning changed are those of the plan, in the config and in the weights that it names."""
     problems = []
     for name, value in planned.get("config", {}).items():
@@ -220,7 +269,7 @@ def _size_problems(model: PreTrainedModel, planned: dict[str, Any]) -> list[str]
     return problems
 
 
-def _zeros(model: PreTrainedModel, certificates: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+def _zeros(model: PreTrainedModel, certificates: dict[str, MaskEntry], problems: list[str]) -> Zeros:
     """Every certified weight has at least the zeros of its certificate, in its pattern."""
     weights = dict(model.named_parameters())
     found = total = 0
@@ -244,7 +293,7 @@ def _pattern_problems(name: str, zero_OI: Tensor, pattern: str) -> list[str]:
     return [f"{name}.weight: {alive} of {m} consecutive inputs are not zero, not {pattern}"] if alive > n else []
 
 
-def _logits(model: Any, tensors: dict[str, Tensor], problems: list[str]) -> dict[str, Any]:
+def _logits(model: Any, tensors: dict[str, Tensor], problems: list[str]) -> Logits:
     """All comparisons of logits. Afterwards the model is on the CPU, and in a wider dtype."""
     ids_BT, start = tensors["input_ids"], max(1, tensors["input_ids"].shape[1] // 2)
     logits_BTV = _forward(model, ids_BT)

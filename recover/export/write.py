@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ def write_checkpoint(
     folder: Path,
     *,
     card: str,
-    record: dict[str, Any],
+    record: Mapping[str, Any],
     max_shard_size: str = "5GB",
 ) -> Path:
     """Publish `model` (a stock model, from `merge`) under `folder` in one rename, replacing what we wrote there.

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from recover.models import kv_cache
 from recover.models.arch import head_size_of, kv_heads_of
+from recover.report.data import Ratio
 from recover.text.generate import context_of
 
 SIDES = ("dense", "deployed")
@@ -57,13 +58,13 @@ def take_turns(
     return pairs
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
+def spread(values: Sequence[float]) -> Ratio:
     """{"value": median, "interval": [p10, p90]} of at least two values, percentiles interpolated linearly."""
     tenths = statistics.quantiles(values, n=10, method="inclusive")
     return {"value": statistics.median(values), "interval": [tenths[0], tenths[-1]]}
 
 
-def paired_ratio(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+def paired_ratio(pairs: Sequence[tuple[float, float]]) -> Ratio:
     """`spread` of second / first within each pair. If its interval holds 1, the pairs show no difference.
 
     Of equal models each pair is a toss, so 11 pairs leave 1 outside of the interval in about 1 run of 80, and 7 pairs

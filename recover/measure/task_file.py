@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from recover.base import console
+from recover.base.artifacts import JsonObject
 from recover.base.errors import DataError, RecipeError
 from recover.config import yaml_values
 from recover.config.messages import explain
@@ -124,7 +125,7 @@ def _read_file(path: Path) -> TaskFile:
         raise RecipeError("\n".join(explain(error, model, str(path), {}))) from None
 
 
-def _from_first_had(tree: dict[str, Any], path: Path) -> dict[str, Any]:
+def _from_first_had(tree: JsonObject, path: Path) -> JsonObject:
     """The fields of a task with those of the first of its `sources` that can be had here."""
     if "data" in tree:
         raise RecipeError(f"{path}: both data and sources: the rows come from one of them; leave one out")

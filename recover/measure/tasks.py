@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,6 +23,8 @@ from recover.measure.model import ModelUnderTest
 from recover.measure.sandbox import why_no_wall
 from recover.measure.task_file import Task, load_task
 from recover.measure.texts import longest_text
+from recover.report.data import GreedyText, MeasureRecord
+from recover.report.data import Task as TaskRecord
 from recover.text.generate import Generation
 from recover.text.prompts import encode_prompt
 
@@ -52,7 +54,7 @@ def measure(
     reference: Generations | None = None,
     limit: int | None = None,
     seed: int = 0,
-) -> tuple[Record, Generations]:
+) -> tuple[MeasureRecord, Generations]:
     """The record of all tasks and the greedy texts, the same on every process; items are dealt out among processes.
 
     `model`: in whatever view it is in. `reference`: greedy texts of the dense model, as returned here; against them
@@ -76,8 +78,8 @@ def measure(
         if found.texts is not None:
             writing_seconds, tokens = writing_seconds + time.perf_counter() - began, tokens + found.tokens
             texts[task.name] = [_written(each, item) for each, item in zip(found.texts, items, strict=True)]
-    record = {
-        "tasks": records,
+    record: MeasureRecord = {
+        "tasks": cast(dict[str, TaskRecord], records),
         "headline": headline(records),
         "seconds": time.perf_counter() - start,
         "tokens_per_second": tokens / writing_seconds if tokens else None,
@@ -85,11 +87,11 @@ def measure(
     return record, texts
 
 
-def _written(text: Generation, item: Any) -> dict[str, Any]:
+def _written(text: Generation, item: Any) -> GreedyText:
     """A row of `Generations`, with what was asked, so that an item can be looked at without its task."""
     expected = getattr(item, "targets", None)  # a kind may have no text that is the right one
-    asked = {"prompt": item.prompt, "expected": expected[0] if expected else None}
-    return {"ids": text.ids, "text": text.text, **asked}
+    right = expected[0] if expected else None
+    return {"ids": text.ids, "text": text.text, "prompt": item.prompt, "expected": right}
 
 
 def check_names(tasks: Sequence[Task], where: str) -> None:

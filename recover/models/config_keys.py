@@ -18,6 +18,7 @@ from rich.markup import escape
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig
 
 from recover.base import console
+from recover.base.artifacts import JsonObject
 from recover.base.errors import ModelError
 
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -60,7 +61,7 @@ SHOWN = 3
 _said: set[tuple[str, ...]] = set()
 
 
-def check_keys(config: dict[str, Any], where: object) -> None:
+def check_keys(config: JsonObject, where: object) -> None:
     """Raise ModelError for a key that stands for another model or other files than those that are looked at."""
     for key in REFUSED.keys() & config.keys():
         if config[key] not in (None, {}, []):
@@ -80,7 +81,7 @@ def allowed_of(model_type: str) -> frozenset[str]:
     return ALWAYS | declared | renamed
 
 
-def config_of(raw: dict[str, Any], source: str, where: object) -> Any:
+def config_of(raw: JsonObject, source: str, where: object) -> Any:
     """The config that transformers makes of the allowed keys; of the others the user is told, once.
 
     `source`: what it is called later, in an export's card. Raises whatever transformers does of values that it refuses.
@@ -118,7 +119,7 @@ NO_HARM = 2**27  # parameters that any machine has room for
 SMALLEST = {False: 1, True: 8}  # parameters in a byte: fp8, or one bit each where they are quantized
 
 
-def check_sizes(config: dict[str, Any], where: object) -> None:
+def check_sizes(config: JsonObject, where: object) -> None:
     """Raise ModelError for a size that is no whole number from 1 on, or that no model has; by name and value."""
     for name in (*SIZES, *MAY_BE_NULL):
         value = config.get(name, 1)
@@ -145,7 +146,7 @@ def check_sizes(config: dict[str, Any], where: object) -> None:
         raise ModelError(f"{where}: quantization_config is {_short(config['quantization_config'])}; expected a mapping")
 
 
-def check_room(config: dict[str, Any], folder: Path) -> None:
+def check_room(config: JsonObject, folder: Path) -> None:
     """Raise ModelError where the config, whose sizes are sound, means more parameters than the weights could hold.
 
     What is too little or too much by less is found by name when the weights are read: this is for what would take all
@@ -160,7 +161,7 @@ def check_room(config: dict[str, Any], folder: Path) -> None:
         )
 
 
-def _least(config: dict[str, Any]) -> int:
+def _least(config: JsonObject) -> int:
     """Parameters of embedding, attention and MLP matrices, as far as the config names their sizes."""
     if any(config.get(name) is None for name in NEEDED):
         return 0

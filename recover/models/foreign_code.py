@@ -10,12 +10,14 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PretrainedConfig
 
 from recover.base.errors import ModelError
+from recover.models import gate
 
 # What a key may say that chooses an implementation. Kernels of packages are allowed where they are installed:
 # transformers fetches them from the hub where they are not.
@@ -35,7 +37,7 @@ SHOWN = 60  # characters of a value
 
 def check_settings(folder: Path) -> None:
     """Raise ModelError if a settings file of this folder could make a library fetch or run code, by key and value."""
-    for path in sorted(folder.glob("*config*.json")):
+    for path in _settings(folder):
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
@@ -43,6 +45,11 @@ def check_settings(folder: Path) -> None:
         check(settings, path)
         if path.name == "tokenizer_config.json":
             _check_tokenizer(settings, path)
+
+
+def _settings(folder: Path) -> list[Path]:
+    """The files of settings that are read at all; another one may be a pipe, or have no end."""
+    return [folder / name for name in gate.listed(folder) if fnmatch(name, "*config*.json")]
 
 
 def check(settings: Any, where: object) -> None:
@@ -122,8 +129,9 @@ def _short(value: Any) -> str:
 
 def code_files(folder: Path) -> list[str]:
     """Names of the files of code in a folder that run with `trust_remote_code`, and of those elsewhere it points to."""
+    gate.check_files(folder)
     named: set[str] = {path.name for path in folder.glob("*.py")}
-    for path in folder.glob("*config*.json"):
+    for path in _settings(folder):
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from recover.base.artifacts import JsonObject
 from recover.base.errors import ModelError
 from recover.models.arch import head_size_of, kv_heads_of
 
@@ -88,7 +89,7 @@ def _scale(config: Any, arch: str, reader: Any) -> None:
     config.rope_parameters = rope | found
 
 
-def llama3(factor_P: np.ndarray, base: float) -> dict[str, Any] | None:
+def llama3(factor_P: np.ndarray, base: float) -> JsonObject | None:
     """Parameters of Llama 3.1's scaling that divide the frequencies by these factors; None where none do.
 
     Long waves are divided by the largest factor, short ones by 1; between, the share is a straight line in the

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from recover.base import console, dist, units
+from recover.base.artifacts import JsonObject
 from recover.base.errors import ModelError
 from recover.base.memory import Mixture, Shape
 from recover.config import recipe
@@ -232,6 +233,7 @@ def load_tokenizer(cfg: recipe.Model) -> PreTrainedTokenizerBase:
     """
     folder = locate(cfg, cfg.tokenizer)
     vocabulary.check_there(folder)
+    vocabulary.check_parts(folder)
     check_file(folder)
     with unchanged(folder), explained(f"{folder}: tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -239,6 +241,7 @@ def load_tokenizer(cfg: recipe.Model) -> PreTrainedTokenizerBase:
         )
         for special in (True, False):  # that it loads does not mean that it works
             tokenizer.decode(tokenizer(TRIAL, add_special_tokens=special, verbose=False)["input_ids"])
+        vocabulary.check_time(tokenizer, folder)
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         raise ModelError(
             f"{folder}: holds no tokenizer (tokenizer.json or tokenizer.model): copy it there, or set model.tokenizer"
@@ -272,7 +275,7 @@ def _config(cfg: recipe.Model) -> PretrainedConfig:
     return _stock_config(cfg, raw, config_source(cfg))
 
 
-def _stock_config(cfg: recipe.Model, raw: dict[str, Any], source: str | Path) -> PretrainedConfig:
+def _stock_config(cfg: recipe.Model, raw: JsonObject, source: str | Path) -> PretrainedConfig:
     """The config of checked settings; with code of others let run, as that code makes it."""
     with explained(str(source)):
         if cfg.trust_remote_code:

@@ -26,6 +26,9 @@ HALF = (torch.bfloat16, torch.float16)
 FILLING: Any = torch.utils.deterministic  # what is new in memory, with NaN, unless told not to
 
 
+Keywords = dict[str, Tensor | int | bool | None]  # of a call of a stock model
+
+
 class Packing(NamedTuple):
     """How sequences lie in a row (1, T).
 
@@ -37,7 +40,7 @@ class Packing(NamedTuple):
     starts_S: Tensor
     longest: int
 
-    def keywords(self) -> dict[str, Any]:
+    def keywords(self) -> Keywords:
         """What a stock model is called with beside the tokens, for `attend` to find."""
         starts = {"cu_seq_lens_q": self.starts_S, "max_length_q": self.longest}
         return {"position_ids": self.position_ids, "attention_mask": None, "use_cache": False, **starts}

@@ -10,9 +10,9 @@ Shapes: O out features, I in features.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 import safetensors.torch
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recover.base import artifacts
+from recover.base.artifacts import JsonObject
 from recover.base.errors import ArtifactError, ModelError
 from recover.models.arch import arch_of, base_of, blocks_of, experts_of, linears_of, mixture_in
 from recover.models.linears import pack, unpack
@@ -50,6 +51,34 @@ class MaskRecord:
         return cls((out_features, in_features), keep_OI.numel() - int(torch.count_nonzero(keep_OI)), pattern)
 
 
+class MaskEntry(TypedDict):
+    """A `MaskRecord` as plan.json has it."""
+
+    shape: Sequence[int]
+    zeros: int
+    pattern: str
+
+
+class PlanRecord(TypedDict):
+    """plan.json; `Plan` says what each field is. The file has the digests of the plan's tensors too."""
+
+    kind: str
+    blocks: int
+    scores: list[JsonObject]
+    masks: dict[str, MaskEntry]
+    parameters_dense: int
+    parameters_pruned: int
+    nonzero: int
+    calibration: JsonObject
+    weights: dict[str, Sequence[int]]
+    config: dict[str, int]
+    repair: JsonObject
+    parallel: NotRequired[bool]
+    dropped: Sequence[int]
+    dropped_attention: Sequence[int]
+    dropped_mlp: Sequence[int]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Recorded:
     """What a plan and its file have in common: see `Plan`."""
@@ -57,15 +86,15 @@ class _Recorded:
     kind: str
     blocks: int
     _: dataclasses.KW_ONLY
-    scores: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    scores: list[JsonObject] = dataclasses.field(default_factory=list)
     masks: dict[str, MaskRecord] = dataclasses.field(default_factory=dict)
     parameters_dense: int = 0
     parameters_pruned: int = 0
     nonzero: int = 0
-    calibration: dict[str, Any] = dataclasses.field(default_factory=dict)
+    calibration: JsonObject = dataclasses.field(default_factory=dict)
     weights: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     config: dict[str, int] = dataclasses.field(default_factory=dict)
-    repair: dict[str, Any] = dataclasses.field(default_factory=dict)
+    repair: JsonObject = dataclasses.field(default_factory=dict)
     parallel: bool = False
     experts: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
@@ -171,7 +200,7 @@ class Plan(_Recorded):
             changes.append(f"{len(self.weights)} weights rewritten")
         return changes
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> PlanRecord:
         """A value that `from_json` turns back into an equal plan."""
         value = dataclasses.asdict(self)
         del value["sites"]
@@ -179,7 +208,7 @@ class Plan(_Recorded):
             if not value[field]:
                 del value[field]  # earlier versions know no such field
         lists = ("dropped", "dropped_attention", "dropped_mlp")
-        return value | {name: getattr(self, name) for name in lists}
+        return cast(PlanRecord, value | {name: getattr(self, name) for name in lists})
 
     @classmethod
     def from_json(cls, value: Any, where: str = PLAN) -> Plan:
@@ -227,7 +256,7 @@ def save_plan(plan: Plan, masks: dict[str, Tensor], folder: Path, weights: dict[
     packed = {name: pack(keep_OI).cpu().contiguous() for name, keep_OI in masks.items()}
     plain = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
     hashes = {"masks_sha256": _save(packed, path), "weights_sha256": _save(plain, folder / WEIGHTS)}
-    artifacts.write_json(folder / PLAN, plan.to_json() | hashes)
+    artifacts.write_json(folder / PLAN, {**plan.to_json(), **hashes})
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> str | None:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import cached_file
 
 from recover.base import artifacts, console, dist, hub
+from recover.base.artifacts import JsonObject
 from recover.base.clock import part
 from recover.base.errors import ModelError, RecoverError
 from recover.base.products import check_checkpoint, digest_of
@@ -159,7 +160,7 @@ def config_source(cfg: recipe.Model) -> str:
     return cfg.source if kind_of(cfg.source) == "hub" else str(locate(cfg))
 
 
-def read_config(cfg: recipe.Model) -> dict[str, Any]:
+def read_config(cfg: recipe.Model) -> JsonObject:
     """The raw config, no weights touched; raises ModelError if it is missing, corrupt or could run code."""
     source = config_source(cfg)
     if kind_of(source) == "folder":
@@ -170,14 +171,14 @@ def read_config(cfg: recipe.Model) -> dict[str, Any]:
     return config
 
 
-def config_in(folder: Path) -> dict[str, Any]:
+def config_in(folder: Path) -> JsonObject:
     """As `read_config`, of a folder that `locate` gave."""
     config = checked(_read_json(folder / CONFIG), str(folder), folder / CONFIG)
     check_room(config, folder)
     return config
 
 
-def checked(config: Any, source: str, path: Path) -> dict[str, Any]:
+def checked(config: Any, source: str, path: Path) -> JsonObject:
     """The settings of a language model whose keys and sizes are sound; ModelError says which are not."""
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(f"{path}: has no 'model_type'; expected the config of a causal language model")
@@ -329,8 +330,9 @@ def check_numbers(folder: Path, floating: Collection[str]) -> None:
 
 def _shards(index: Path) -> dict[str, list[str]]:
     content = _read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    found = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map: dict[str, Any] = found if isinstance(found, dict) else {}
+    if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
         raise ModelError(f"{index}: has no 'weight_map' from tensor names to files; fetch the model again")
     shards: dict[str, list[str]] = {}
     for key, name in weight_map.items():

@@ -1,4 +1,4 @@
-"""A tokenizer beside a model: whether its files are there, and which of its ids have a row in the embedding.
+"""A tokenizer beside a model: whether its files are there, what they make of a text, which ids the embedding has.
 
 Published models have tokens without a row: Gemma 3 1B names one for images, which no text gives. So a token is refused
 when a text gives it, and not because it is there.
@@ -6,7 +6,11 @@ when a text gives it, and not because it is there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import binascii
+import json
+import time
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,14 @@ from recover.base.errors import DataError, ModelError
 # Any of these holds a vocabulary; settings files alone do not.
 FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken", "*vocab*", "*.py")
 
+# A tokenizer.json is a program: its parts follow one another, and each may write more than it reads.
+MOST_PARTS = 64
+MOST_GROWTH = 256  # times as many characters as a text has
+MOST_ADDED = 1024  # characters or tokens around a text
+GROWS = {"ByteLevel": 2, "BertNormalizer": 3}  # Unicode's own forms grow once, to 18 at most, however often they come
+STUBBORN = ("a", " ", "1", "ab ", "\n", "é", "<")  # repeated, with something else at the end: patterns backtrack there
+LENGTHS, SLOW = (30, 300), 2.0  # repetitions; seconds of the processor for one of them
+
 _rows: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # of the embedding that a tokenizer's ids are looked up in
 
 
@@ -30,6 +42,95 @@ def check_there(folder: Path) -> None:
         raise ModelError(
             f"{folder}: holds no tokenizer (tokenizer.json or tokenizer.model): copy it there, or set model.tokenizer"
         )
+
+
+def check_parts(folder: Path) -> None:
+    """Look at the parts of a tokenizer.json before a library builds them.
+
+    Raises ModelError: they could write a text of thousands of times the length, or there are more than any has.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # the library says so
+    for place in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        parts = list(_parts(found.get(place) if isinstance(found, dict) else None))
+        growth = 1
+        for part in parts:
+            growth *= _growth(part)
+        added = max((_added(part) for part in parts), default=0)
+        for number, most, what in (
+            (len(parts), MOST_PARTS, "parts"),
+            (growth, MOST_GROWTH, "times the text"),
+            (added, MOST_ADDED, "characters or tokens around a text"),
+        ):
+            if number > most:
+                raise ModelError(
+                    f"{path}: its {place} makes {number:,} {what}; expected at most {most:,}, as of any tokenizer that "
+                    "is meant to be used: fetch the file again, or take another one"
+                )
+
+
+def _parts(value: Any) -> Iterator[dict[str, Any]]:
+    """The parts of a step, in their order; a sequence may hold sequences."""
+    left = [value]
+    while left:
+        part = left.pop()
+        if isinstance(part, list):
+            left += reversed(part)
+        elif isinstance(part, dict):
+            yield part
+            left += [part[key] for key in ("decoders", "processors", "pretokenizers", "normalizers") if key in part]
+
+
+def _growth(part: dict[str, Any]) -> int:
+    """How many characters may become of one."""
+    kind = part.get("type")
+    if kind == "Replace":
+        pattern, content = part.get("pattern"), part.get("content")
+        exact = pattern.get("String") if isinstance(pattern, dict) else None
+        written = len(content) if isinstance(content, str) else 0
+        return max(1, -(-written // len(exact)) if isinstance(exact, str) and exact else written + 1)
+    if kind == "Precompiled":
+        return max(1, _longest_of_map(part.get("precompiled_charsmap")))
+    return GROWS.get(str(kind), 1)
+
+
+def _longest_of_map(packed: Any) -> int:
+    """The longest text that sentencepiece's map puts in a character's place: behind a trie, each ended by a zero."""
+    try:
+        data = base64.b64decode(packed)
+    except (TypeError, ValueError, binascii.Error):
+        return 1
+    texts = data[4 + int.from_bytes(data[:4], "little") :]
+    return max(map(len, texts.split(b"\0")), default=1)
+
+
+def _added(part: dict[str, Any]) -> int:
+    """Characters or tokens that a part puts before or behind a text."""
+    lists = [part.get(key) for key in ("single", "pair")]
+    special = part.get("special_tokens")
+    for token in special.values() if isinstance(special, dict) else ():
+        lists.append(token.get("ids") if isinstance(token, dict) else None)
+    return max(
+        len(each) for each in ("", part.get("prepend"), part.get("prefix"), *lists) if isinstance(each, str | list)
+    )
+
+
+def check_time(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Raise ModelError where a pattern of the tokenizer backtracks on some short text, and takes seconds."""
+    for length in LENGTHS:
+        for unit in STUBBORN:
+            began = time.process_time()
+            tokenizer(unit * length + "!", add_special_tokens=False, verbose=False)
+            if time.process_time() - began > SLOW:
+                raise ModelError(
+                    f"{folder}: the tokenizer takes more than {SLOW:g} s for {len(unit) * length:,} characters: a "
+                    "pattern in tokenizer.json backtracks; expected milliseconds. Fetch the file again, or take another"
+                )
 
 
 def fit(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:

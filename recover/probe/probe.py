@@ -9,7 +9,7 @@ Shapes: B batch, S decoding steps, N scored positions, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ from recover.probe.trajectory import (
     thinned,
 )
 from recover.probe.views import Pair, States
+from recover.report.data import EpochDrift
 
 __all__ = ["dense_trajectories", "final_drift", "findings", "positions_of", "probe", "records_of", "summary", "texts"]
 
@@ -123,7 +124,7 @@ def final_drift(
     cfg: recipe.Probe,
     *,
     trajectories: list[Trajectory] | None = None,
-) -> dict[str, Any]:
+) -> EpochDrift:
     """The `Final` record at T = 1 as a dict, equal to that of `probe` at a part of its cost; raises as `probe` does.
 
     Beside it `each`: of each prompt the sum of KL over its positions, in nats, and how many these are.
@@ -143,7 +144,8 @@ def final_drift(
     record = final_record(1.0, table, prompts_of([rows for rows, _ in found])).to_json()
     prompt_N = torch.cat([rows.prompt_N for rows, _ in found])
     each = [table["kl"][prompt_N == prompt] for prompt in prompt_N.unique()]
-    return {**record, "each": [[float(kl_K.double().sum()), len(kl_K)] for kl_K in each]}
+    sums = [[float(kl_K.double().sum()), len(kl_K)] for kl_K in each]
+    return cast(EpochDrift, {**record, "each": sums})
 
 
 def _batches(pair: Pair, tokenizer: Any, prompts: Prompts, cfg: recipe.Probe) -> list[Batch]:

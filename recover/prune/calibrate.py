@@ -14,6 +14,7 @@ import torch
 from torch import LongTensor, Tensor
 
 from recover.base import console
+from recover.base.artifacts import JsonObject
 from recover.base.errors import DataError, PruneError
 from recover.config.paths import TEXTS, ending
 from recover.config.recipe import Calibration
@@ -214,7 +215,7 @@ def check_context(model: PreTrainedModel, batches: Sequence[Tensor]) -> None:
         raise PruneError(f"calibration.length: {length} tokens, the model's context is {context}: give at most that")
 
 
-def calibration_record(cfg: Calibration | None, batches: Sequence[Tensor]) -> dict[str, Any]:
+def calibration_record(cfg: Calibration | None, batches: Sequence[Tensor]) -> JsonObject:
     """What scores were measured on, for `plan.calibration`; empty when on nothing."""
     if cfg is None:
         return {}

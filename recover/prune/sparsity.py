@@ -12,12 +12,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import LongTensor, Tensor, nn
 
 from recover.base import console
+from recover.base.artifacts import JsonObject
 from recover.base.errors import PruneError
 from recover.base.journal import Entry, Journal
 from recover.config.recipe import Calibrated, Magnitude, SparseGpt, Sparsity, Wanda
@@ -109,7 +110,7 @@ class _Found(NamedTuple):
     masks: dict[str, Tensor]
     records: dict[str, MaskRecord]
     weights: dict[str, Tensor]
-    calibration: dict[str, Any]
+    calibration: JsonObject
 
 
 def _blockwise(
@@ -153,7 +154,7 @@ def _blockwise(
 
 def block_fractions(
     twin: Twin, cfg: Calibrated, batches: Sequence[LongTensor], journal: Journal
-) -> tuple[list[float], dict[str, Any]]:
+) -> tuple[list[float], JsonObject]:
     """The sparsity of every block, their mean over weights being the recipe's; and what to record of them."""
     if cfg.allocation == "uniform":
         return [cfg.fraction] * twin.plan.blocks, {}
@@ -161,7 +162,7 @@ def block_fractions(
     return record["sparsity"], record
 
 
-def _allocated(twin: Twin, cfg: Calibrated, batches: Sequence[LongTensor], journal: Journal) -> dict[str, Any]:
+def _allocated(twin: Twin, cfg: Calibrated, batches: Sequence[LongTensor], journal: Journal) -> JsonObject:
     """The record of an allocation: what it goes by, and the sparsity of every block."""
     count = twin.plan.blocks
     stream = Stream(twin, batches)
@@ -334,7 +335,7 @@ def _plan(
     twin: Twin,
     kind: str,
     records: dict[str, MaskRecord],
-    calibration: dict[str, Any],
+    calibration: JsonObject,
     weights: Mapping[str, Tensor] | None = None,
 ) -> Plan:
     parameters = sum(parameter.numel() for parameter in twin.model.parameters())

@@ -24,6 +24,7 @@ from torch import LongTensor, Tensor, nn
 from transformers import CONFIG_MAPPING
 
 from recover.base import console
+from recover.base.artifacts import JsonObject
 from recover.base.errors import PruneError
 from recover.base.journal import Journal
 from recover.config.recipe import Width
@@ -385,9 +386,9 @@ def _features(features: int, removal: _Removal, kept_K: Tensor) -> Tensor:
     return (kept_K.unsqueeze(1) * each + torch.arange(each)).flatten()
 
 
-def _record(block: int, removal: _Removal, score_U: Tensor | None, kept_K: Tensor, by: str) -> dict[str, Any]:
+def _record(block: int, removal: _Removal, score_U: Tensor | None, kept_K: Tensor, by: str) -> JsonObject:
     """Neurons are too many to list one by one; of a few KV groups all scores are kept, where each has one."""
-    record: dict[str, Any] = {"block": block, "part": removal.part, "by": by, "units": removal.units}
+    record: JsonObject = {"block": block, "part": removal.part, "by": by, "units": removal.units}
     record["removed"] = removal.units - removal.left
     if score_U is not None:
         total = float(score_U.sum())
@@ -401,9 +402,9 @@ def _record(block: int, removal: _Removal, score_U: Tensor | None, kept_K: Tenso
 def _plan(
     twin: Twin,
     config: dict[str, int],
-    records: list[dict[str, Any]],
+    records: list[JsonObject],
     weights: dict[str, Tensor],
-    calibration: dict[str, Any],
+    calibration: JsonObject,
 ) -> Plan:
     parameters = dict(twin.model.named_parameters())
     dense = sum(parameter.numel() for parameter in parameters.values())

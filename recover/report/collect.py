@@ -23,7 +23,7 @@ from recover.report.data import (
     Drift,
     Epoch,
     Json,
-    Measure,
+    MeasureRecord,
     Model,
     Overlap,
     Parted,
@@ -34,7 +34,6 @@ from recover.report.data import (
     RunData,
     Sample,
     SampleRecord,
-    StageTime,
     Task,
     Text,
     Tokens,
@@ -101,7 +100,7 @@ def _collect(root: Path) -> RunData:
         "tokens": _tokens_used(epochs),
         "speed": _json(root / "speed.json"),
         "verify": _json(root / "verify.json"),
-        "times": cast(list[StageTime], clock.spent(root)),
+        "times": clock.spent(root),
         "made": made,
         "measured_later": [record["task"] for record in more],
         "samples": side_by_side(records),
@@ -126,7 +125,7 @@ def _joined(records: Records, more: list[Json]) -> Records:
     for model, record in records.items():
         tasks = {each["task"]: each["models"][model] for each in more if model in each["models"]}
         whole: Json = {**(record or {}), "tasks": {**((record or {}).get("tasks") or {}), **tasks}}
-        joined[model] = cast(Measure, whole) if record is not None or tasks else None
+        joined[model] = cast(MeasureRecord, whole) if record is not None or tasks else None
     return joined
 
 
@@ -205,7 +204,7 @@ def _epochs(path: Path) -> list[Epoch]:
     rows = []
     before: Json | None = None
     for epoch, record in sorted(latest.items()):
-        measured = cast(Measure, record.get("measure") or {})
+        measured = cast(MeasureRecord, record.get("measure") or {})
         train = record.get("train") or {}
         form, content = mistakes.shares(measured) or (None, None)
         rows.append(

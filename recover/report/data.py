@@ -6,9 +6,12 @@ written, so that a key may be absent in those of an earlier version. `Quantiles`
 
 from __future__ import annotations
 
-from typing import Any, Literal, NotRequired, Required
+from typing import Literal, NotRequired, Required
 
 from typing_extensions import TypedDict
+
+from recover.base.artifacts import JsonObject as Json
+from recover.base.clock import StageTime
 
 Use = str
 Model = Literal["dense", "pruned", "recovered"]
@@ -19,7 +22,6 @@ MODELS: tuple[Model, ...] = ("dense", "pruned", "recovered")
 CHANGED: tuple[Changed, ...] = ("pruned", "recovered")
 SPACES: tuple[Space, ...] = ("embedding", "logit", "probability")
 
-Json = dict[str, Any]  # an object of a file that is shown as it is, or read by name
 Quantiles = dict[str, float | None]
 
 
@@ -46,6 +48,7 @@ class Task(TypedDict, total=False):
     samples: list[SampleRecord]
     mistakes: dict[str, int]
     examples: dict[str, SampleRecord]
+    truncated: int
     loop_rate: float | None
     loop_start: Quantiles | None
     first_divergence: Quantiles | None
@@ -56,12 +59,28 @@ class Task(TypedDict, total=False):
     each: list[float]
 
 
-class Measure(TypedDict, total=False):
-    tasks: Required[dict[str, Task]]
+class MeasureRecord(TypedDict):
+    """measure.json: all tasks of one model, and a figure for each use."""
+
+    tasks: dict[str, Task]
     headline: dict[str, float | None]
+    seconds: NotRequired[float]
+    tokens_per_second: NotRequired[float | None]
 
 
-Records = dict[Model, Measure | None]
+class GreedyText(TypedDict):
+    """A text of generations.json, by task and item; what was asked, and the right answer where there is one.
+
+    Earlier versions wrote `ids` and `text` alone.
+    """
+
+    ids: list[int]
+    text: str
+    prompt: NotRequired[str]
+    expected: NotRequired[str | None]
+
+
+Records = dict[Model, MeasureRecord | None]
 
 
 # What was measured.
@@ -220,6 +239,13 @@ class Overlap(TypedDict):
     same: int
     near: int
     examples: list[Json]
+
+
+class OverlapRecord(TypedDict):
+    """plan/overlap.json: how many texts of each field were looked at, and which hold measured items."""
+
+    looked_at: dict[str, int]
+    found: list[Overlap]
 
 
 class Parted(TypedDict):
@@ -473,10 +499,62 @@ class Finding(TypedDict):
 
 
 class Training(TypedDict, total=False):
+    """What train/training.json says to a reader; all that it holds is `train.checkpoints.TrainingRecord`."""
+
     skipped: int
     rollbacks: int
     finished: bool
     findings: list[Finding]
+
+
+class EpochScore(TypedDict):
+    """An epoch as train/best.json has it: the folder of its adapter, what it scored, and its training loss."""
+
+    epoch: int
+    step: int
+    folder: str
+    score: float | None
+    loss: float
+
+
+class Best(EpochScore):
+    """train/best.json, and after/best.json: the epoch that is kept, and all of them."""
+
+    epochs: list[EpochScore]
+
+
+class EpochProgress(TypedDict):
+    """Where a training stands when an epoch ends; `train`: means per token of the loss and its terms, and `lr`."""
+
+    step: int
+    tokens: int
+    seconds: float
+    skipped: int
+    rollbacks: int
+    peak_memory_bytes: int | None
+    train: dict[str, float | None]
+
+
+class EpochDrift(TemperatureDrift, total=False):
+    """Drift at the last layer, T = 1; `each`: of each prompt the sum of KL in nats, and how many positions it is of."""
+
+    each: list[tuple[float, int]]
+
+
+class EpochMeasured(TypedDict):
+    """What was measured of an epoch's adapter, and all that these figures depend on."""
+
+    measure: MeasureRecord
+    drift: EpochDrift
+    score: float | None
+    measured_with: Json
+
+
+class EpochLine(EpochProgress, EpochMeasured):
+    """A line of epochs.jsonl."""
+
+    epoch: int
+    setbacks: NotRequired[list[Setback]]
 
 
 class Trial(TypedDict, total=False):
@@ -563,13 +641,6 @@ class Speed(TypedDict):
     workload: dict[str, int]
     same_shapes: NotRequired[bool]
     machine: NotRequired[Json]
-
-
-class StageTime(TypedDict):
-    stage: str
-    seconds: float
-    calls: int
-    parts: dict[str, float]
 
 
 class Made(TypedDict):

@@ -7,7 +7,7 @@ from typing import cast
 
 from recover.config.tasks import KINDS, USES, Figure
 from recover.report import words
-from recover.report.data import Cell, Headline, Json, Measure, MeasureRow, Records, Task, UseFigure
+from recover.report.data import Cell, Headline, Json, MeasureRecord, MeasureRow, Records, Task, UseFigure
 from recover.report.verdict import share_of
 
 
@@ -59,11 +59,11 @@ def _tasks(records: Records) -> dict[str, str]:
     return {name: task["kind"] for record in records.values() if record for name, task in record["tasks"].items()}
 
 
-def _task(record: Measure | None, name: str) -> Task | None:
+def _task(record: MeasureRecord | None, name: str) -> Task | None:
     return ((record or {}).get("tasks") or {}).get(name)
 
 
-def _cell(record: Measure | None, name: str, metric: Figure) -> Cell | None:
+def _cell(record: MeasureRecord | None, name: str, metric: Figure) -> Cell | None:
     task = _task(record, name)
     if task is None:
         return None
@@ -94,7 +94,7 @@ def headline(records: Records) -> dict[str, Headline | None]:
     return {model: None if record is None else _headline(record) for model, record in records.items()}
 
 
-def _headline(record: Measure) -> Headline:
+def _headline(record: MeasureRecord) -> Headline:
     means: dict[str, UseFigure | None] = {}
     for use in USES:
         tasks = {name: task for name, task in record["tasks"].items() if _use(task) == use}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from recover.report import words
-from recover.report.data import Example, Measure, Mistakes, Model, PageData, Records, Task
+from recover.report.data import Example, MeasureRecord, Mistakes, Model, PageData, Records, Task
 from recover.report.tables import Table
 
 # kind of mistake in a record -> (column, heading of its example)
@@ -72,14 +72,14 @@ def _writing(records: Records) -> list[tuple[str, Model, Task]]:
     ]
 
 
-def loop_rate(measured: Measure) -> float | None:
+def loop_rate(measured: MeasureRecord) -> float | None:
     """Mean over the tasks that write, each weighing the same; None where no record has it."""
     tasks = (measured.get("tasks") or {}).values()
     rates = [rate for task in tasks if (rate := words.finite(task.get("loop_rate"))) is not None]
     return sum(rates) / len(rates) if rates else None
 
 
-def shares(measured: Measure) -> tuple[float, float] | None:
+def shares(measured: MeasureRecord) -> tuple[float, float] | None:
     """Of all texts of a record, the share that is a mistake of form, and the share well formed and wrong.
 
     The mean over tasks, each weighing the same; None where no record tells them apart.
@@ -93,7 +93,7 @@ def shares(measured: Measure) -> tuple[float, float] | None:
     return sum(form) / len(counts), sum(content) / len(counts)
 
 
-def loops_begin(measured: Measure) -> float | None:
+def loops_begin(measured: MeasureRecord) -> float | None:
     """The token before which half of the loops begin, the mean over tasks with loops; None without any."""
     starts = [(task.get("loop_start") or {}).get("p50") for task in (measured.get("tasks") or {}).values()]
     known = [start for start in starts if start is not None]

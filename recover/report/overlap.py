@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from recover.report import words
-from recover.report.data import Json, Overlap, RunData
+from recover.report.data import Overlap, OverlapRecord, RunData
 from recover.report.tables import Table
 
 USED_FOR = {"prune": "what pruning is chosen by", "train": "what recovery learns from"}
@@ -22,7 +22,7 @@ def sentence(found: Overlap) -> str:
     )
 
 
-def lines(record: Json) -> list[str]:
+def lines(record: OverlapRecord) -> list[str]:
     """What `plan/overlap.json` says, for the terminal."""
     if record["found"]:
         return [sentence(found) for found in record["found"]]

@@ -37,7 +37,7 @@ from recover.models.source import check_rows, check_tied, check_weights, kind_of
 from recover.models.twin import Twin
 from recover.probe.trajectory import check_steps
 from recover.prune.calibrate import calibration_batches, check_asked, read_texts
-from recover.report.data import Overlap
+from recover.report.data import Overlap, OverlapRecord
 from recover.report.words import shown_source
 from recover.run.directory import RunDirectory
 from recover.run.estimate import settle
@@ -225,7 +225,7 @@ class RunContext:
 
 
 @part("looking for measured items in the text")
-def overlap_record(context: RunContext) -> dict[str, Any]:
+def overlap_record(context: RunContext) -> OverlapRecord:
     """The items of each task that stand in a text which the run is made with: {looked_at: {field: texts}, found}.
 
     Of each source the first `LOOKED_AT` texts are looked at. All of them were read before, by `check_inputs`.

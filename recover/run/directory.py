@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 from recover.base import artifacts, console, earlier, products, provenance
-from recover.base.artifacts import DONE, MANIFEST, explained, explaining, read_json, settle, write_json
+from recover.base.artifacts import DONE, MANIFEST, JsonObject, explained, explaining, read_json, settle, write_json
 from recover.base.errors import ArtifactError
 from recover.base.hub import COMMIT
 from recover.base.ownership import mark, open_lock, owned, peek, refuse_foreign
+from recover.report.data import Best
 
 SHOWN_CHANGES = 3  # in the reason why a stage is stale
 # Fields that are a matter of memory, time or leave alone: what is made with others of them is as good.
@@ -54,6 +55,37 @@ WRITTEN = {
     "track": r"run\.json",
     "more": r"[A-Za-z0-9][A-Za-z0-9._-]*\.json",
 }
+
+
+class Stamp(TypedDict):
+    """DONE.json: when a stage was finished, all that it was made from, and with what; `files`: what it wrote.
+
+    Earlier versions wrote no `made`, or no `files`.
+    """
+
+    stage: str
+    finished: str
+    fingerprint: JsonObject
+    made: NotRequired[provenance.Environment | None]
+    files: NotRequired[dict[str, products.FileEntry]]
+
+
+class StageState(TypedDict):
+    """Whether a stage is done, when, and why it is stale, if it is."""
+
+    stage: str
+    done: bool
+    finished: str | None
+    stale: str | None
+
+
+class Carried(TypedDict):
+    """Of a run: the epoch that is kept, and the headline figures of each model; None for what is not there."""
+
+    epoch: int | None
+    dense: dict[str, float | None] | None
+    pruned: dict[str, float | None] | None
+    recovered: dict[str, float | None] | None
 
 
 class RunDirectory:
@@ -142,7 +174,7 @@ class RunDirectory:
         file.write(f"{os.getpid()}\n")
         file.flush()
 
-    def done(self, stage: str) -> dict[str, Any] | None:
+    def done(self, stage: str) -> Stamp | None:
         """The stamp of a finished stage, else None: `stage`, `finished` (a time, new at each run), `fingerprint`."""
         path = self.folder(stage) / DONE
         if not path.exists():
@@ -152,14 +184,26 @@ class RunDirectory:
             raise ArtifactError(f"{path}: not a stamp; delete it, and the stage is done again")
         return stamp
 
-    def mark_done(self, stage: str, fingerprint: dict[str, Any], made: dict[str, Any] | None = None) -> None:
+    def finished(self, stage: str) -> str | None:
+        """When the stage was finished; None: it is not."""
+        stamp = self.done(stage)
+        return None if stamp is None else stamp["finished"]
+
+    def mark_done(self, stage: str, fingerprint: JsonObject, made: provenance.Environment | None = None) -> None:
         """Stamp a stage as done with all that it was made from and what it wrote; the last thing it writes.
 
         `made`: versions and machine (`provenance.environment`), for the report.
         """
-        stamp = {"stage": stage, "finished": datetime.now(UTC).isoformat(), "fingerprint": fingerprint, "made": made}
+        finished = datetime.now(UTC).isoformat()
         with explaining(self.root):
-            write_json(self.folder(stage) / DONE, {**stamp, "files": products.written(self.root, stage)})
+            stamp: Stamp = {
+                "stage": stage,
+                "finished": finished,
+                "fingerprint": fingerprint,
+                "made": made,
+                "files": products.written(self.root, stage),
+            }
+            write_json(self.folder(stage) / DONE, stamp)
 
     def commits_on_record(self) -> dict[str, str]:
         """Of each repository of the hub the commit that this run reads."""
@@ -184,7 +228,7 @@ class RunDirectory:
         """Take the stamp away before the stage is worked on again."""
         (self.folder(stage) / DONE).unlink(missing_ok=True)
 
-    def best(self) -> dict[str, Any]:
+    def best(self) -> Best:
         """The record of the epoch that is kept, with those of all `epochs`: as they were measured last.
 
         Raises ArtifactError if it is not there, or cannot be read.
@@ -196,11 +240,11 @@ class RunDirectory:
         """Where the record of each model lies."""
         return {"dense": self.dense, "pruned": self.before, "recovered": self.after}
 
-    def carried(self) -> dict[str, Any]:
+    def carried(self) -> Carried:
         """The headline figures of each model, and the epoch that is kept; None for what is not there."""
-        records = {model: peek(folder / "measure.json") or {} for model, folder in self.measured.items()}
+        found = {name: (peek(folder / "measure.json") or {}).get("headline") for name, folder in self.measured.items()}
         best = peek(self.best_again) or peek(self.train / "best.json") or {}
-        return {"epoch": best.get("epoch"), **{model: record.get("headline") for model, record in records.items()}}
+        return cast(Carried, {"epoch": best.get("epoch"), **found})
 
     def forget_training(self) -> None:
         """Have a training that is finished begin anew, and not be lengthened; one that is not finished goes on."""
@@ -210,7 +254,7 @@ class RunDirectory:
             with explaining(self.root):
                 write_json(path, {**found, "parts": []})
 
-    def stale_reason(self, stage: str, fingerprint: dict[str, Any]) -> str | None:
+    def stale_reason(self, stage: str, fingerprint: JsonObject) -> str | None:
         """Why a stage must be done (again), as `prune.count: 4 -> 5`, or None."""
         stamp = self.done(stage)
         if stamp is None:
@@ -242,7 +286,7 @@ def _is_stamp(value: Any, stage: str) -> bool:
     return isinstance(value, dict) and value.get("stage") == stage and isinstance(value.get("fingerprint"), dict)
 
 
-def _compared(stamp: dict[str, Any], fingerprint: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+def _compared(stamp: Stamp, fingerprint: JsonObject) -> tuple[dict[str, str], dict[str, str]]:
     """The leaves of a stamp's fingerprint and of the one that is asked for now, without those of no matter.
 
     A stamp of an earlier version knows other sections, inputs and stages: what only one side knows says nothing then.
@@ -271,7 +315,7 @@ def _input_change(name: str, before: str | None, now: str | None) -> str:
     return f"{name} was changed"
 
 
-def _change(name: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+def _change(name: str, before: dict[str, str], now: dict[str, str]) -> str:
     """One difference of two fingerprints in words; times of stages and digests of files say nothing to a reader."""
     part, _, rest = name.partition(".")
     if part == "stages":

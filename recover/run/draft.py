@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from recover.base import dist, memory, provenance, units
+from recover.base.artifacts import JsonObject
 from recover.config import defaults, yaml_values
 from recover.config.prune import Depth, SparseGpt, Wanda, Width
 from recover.config.recipe import Calibration, Recipe, parse_recipe
@@ -213,7 +214,7 @@ def _length_why(length: int, model: Description) -> str:
     return room if length < (model.context or 2**31) else f"the model's context; {room} would be better"
 
 
-def _values(lines: Sequence[Line]) -> dict[str, Any]:
+def _values(lines: Sequence[Line]) -> JsonObject:
     return {path: value for path, value, _ in lines}
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import torch
 
 from recover.base import dist, memory
+from recover.base.artifacts import JsonObject
 from recover.base.errors import PruneError, RecipeError, TrainingError
 from recover.config.auto import Chosen, Facts, row_tokens, settled
 from recover.config.recipe import PrunedText, Recipe, Train
@@ -172,7 +173,30 @@ def matrix_rate() -> float:
     return products * 2 * size**3 / (time.perf_counter() - started)
 
 
-def estimate(recipe: Recipe, model: Description, rate: float) -> dict[str, Any]:
+class Estimate(TypedDict):
+    """Sizes, tokens, seconds and bytes that a run will need, in plan/estimate.json."""
+
+    parameters_dense: int
+    parameters_pruned: int
+    active_dense: int
+    active_pruned: int
+    file_bytes_dense: int
+    file_bytes_pruned: int
+    file_dtype_dense: str
+    file_dtype_pruned: str
+    teacher_tokens: int
+    search_passes: int
+    search_seconds: float
+    training_flops: float
+    training_seconds: float
+    memory_bytes_per_process: int
+    cache_bytes: int
+    matrix_rate_flops: float
+    processes: int
+    auto: NotRequired[list[JsonObject]]
+
+
+def estimate(recipe: Recipe, model: Description, rate: float) -> Estimate:
     """Sizes, tokens, seconds and bytes that the run will need, per process where it says so.
 
     Of a mixture of experts, `active` counts the weights that a token goes through; of others, all that run.

@@ -12,11 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from recover.base import hub
 from recover.base.errors import DataError, RecoverError
 from recover.base.products import digest_of
+from recover.config import yaml_values
 from recover.config.named import BLEND, blend_paths, is_task_name, task_path
 from recover.config.paths import FIELDS, FOLDERS, ending, matching
 from recover.config.recipe import local_path
@@ -162,8 +161,8 @@ def _data_of(task: str) -> list[tuple[str, Path]]:
     """The data of items and of examples that a task file names, each with the folder from which it is seen."""
     try:
         path = _task_path(task)
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, OSError, RecursionError, RecoverError):
+        value = yaml_values.load(path.read_text(encoding="utf-8"), str(path))
+    except (ValueError, OSError, RecoverError):
         return []  # who reads the task says what is wrong with it
     named = [value, value.get("fewshot")] if isinstance(value, dict) else []
     found = [each.get("data") for each in named if isinstance(each, dict)]
@@ -181,8 +180,8 @@ def _alternatives(file: Path) -> Iterator[tuple[str, Path]]:
     Data sets of the hub are pinned in the file itself.
     """
     try:
-        value = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, OSError, RecursionError):
+        value = yaml_values.load(file.read_text(encoding="utf-8"), str(file))
+    except (ValueError, OSError, RecoverError):
         return  # who reads the file says what is wrong with it
     parts = [value, *(value.get("parts") or ())] if isinstance(value, dict) else []
     for part in parts:

@@ -7,28 +7,46 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from typing import Any
+from typing import TypedDict
 
 from recover.base import console, dist, provenance, threads
-from recover.base.artifacts import write_json
+from recover.base.artifacts import JsonObject, write_json
 from recover.base.console import quiet_libraries
 from recover.base.errors import ArtifactError, RecipeError
 from recover.config.recipe import Recipe, load_recipe
 from recover.measure import tasks as tasks_of
 from recover.models.load import describe
 from recover.report.collect import collect
+from recover.report.data import MeasureRecord, Task
 from recover.report.render import render
 from recover.run.context import RunContext
 from recover.run.directory import RunDirectory
 from recover.run.input_digests import digests
 from recover.run.stages import fingerprint, pin
 
-Record = dict[str, Any]
+
+class LaterRecord(MeasureRecord):
+    """What was measured of one model, and the fields of `measure` with which that was done."""
+
+    settings: JsonObject
+
+
+class LaterTask(TypedDict):
+    """more/TASK.json: one task, of each model that the run has; `stages`: when these were finished."""
+
+    task: str
+    stages: dict[str, str | None]
+    epoch: int | None
+    settings: JsonObject
+    inputs: dict[str, str]
+    models: dict[str, Task]
+    environment: provenance.Environment
+
 
 NEEDED = {"dense": None, "pruned": "prune", "recovered": "train"}  # model -> the stage that made it
 
 
-def measure_more(directory: RunDirectory, names: list[str], fields: Record) -> dict[str, Record]:
+def measure_more(directory: RunDirectory, names: list[str], fields: JsonObject) -> dict[str, LaterRecord]:
     """Measure the dense, pruned and recovered model of a run on these tasks, as its recipe has it, and report anew.
 
     A model whose stage is not done is left out. `fields`: of `measure`, in place of the recipe's. Model -> record.
@@ -86,8 +104,8 @@ def _check_names(tasks: list[tasks_of.Task], own: Recipe) -> None:
             )
 
 
-def _measured(context: RunContext, models: list[str]) -> dict[str, Record]:
-    found: dict[str, Record] = {}
+def _measured(context: RunContext, models: list[str]) -> dict[str, LaterRecord]:
+    found: dict[str, LaterRecord] = {}
     reference = None
     views = {"dense": context.dense, "pruned": context.pruned, "recovered": context.recovered}
     cfg = context.recipe.measure
@@ -104,21 +122,19 @@ def _measured(context: RunContext, models: list[str]) -> dict[str, Record]:
     return found
 
 
-def _write(found: dict[str, Record], context: RunContext) -> None:
+def _write(found: dict[str, LaterRecord], context: RunContext) -> None:
     """A file for each task, whatever else was measured with it."""
     directory = context.directory
-    stages = {stage: (directory.done(stage) or {}).get("finished") for stage in NEEDED.values() if stage}
+    stages = {stage: directory.finished(stage) for stage in NEEDED.values() if stage}
     for task, source in zip(context.tasks, context.recipe.measure.tasks, strict=True):
         records = {model: record["tasks"][task.name] for model, record in found.items()}
-        write_json(
-            directory.more / f"{task.name}.json",
-            {
-                "task": task.name,
-                "stages": stages,
-                "epoch": directory.carried()["epoch"],
-                "settings": next(iter(found.values()))["settings"],
-                "inputs": digests({"measure": {"tasks": [source]}}),
-                "models": records,
-                "environment": provenance.environment(),
-            },
-        )
+        record: LaterTask = {
+            "task": task.name,
+            "stages": stages,
+            "epoch": directory.carried()["epoch"],
+            "settings": next(iter(found.values()))["settings"],
+            "inputs": digests({"measure": {"tasks": [source]}}),
+            "models": records,
+            "environment": provenance.environment(),
+        }
+        write_json(directory.more / f"{task.name}.json", record)

@@ -8,15 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, TypedDict
 
 from recover.config.tasks import KINDS, USES
 from recover.maths.paired import Change, of_means, of_ratio
 from recover.maths.score import mean
-from recover.report.data import Json, Setback
+from recover.report.data import EpochDrift, EpochLine, MeasureRecord, Setback
 
 
-def setbacks(now: Json, pruned: Json, epochs: Sequence[Json]) -> list[Setback]:
+class Compared(TypedDict):
+    """What a comparison reads of the pruned model, and of a line of epochs.jsonl."""
+
+    measure: MeasureRecord
+    drift: EpochDrift
+
+
+def setbacks(now: Compared, pruned: Compared, epochs: Sequence[EpochLine]) -> list[Setback]:
     """What is worse `now` than in the pruned model, and than in the best of the `epochs` before.
 
     Against the pruned model: each use that is measured, perplexity, and KL along the dense model's own texts. Against
@@ -27,7 +34,7 @@ def setbacks(now: Json, pruned: Json, epochs: Sequence[Json]) -> list[Setback]:
     found += [_perplexity(pruned, now, "pruned"), _kl(pruned, now, "pruned")]
     scored = [each for each in epochs if each.get("score") is not None]
     if scored:
-        best = max(scored, key=lambda each: each["score"])
+        best = max(scored, key=lambda each: each["score"] or 0.0)
         found.append(_use("generation", best, now, f"epoch {best['epoch']}"))
     known = [each for each in epochs if _mean_kl(each) is not None]
     if known:
@@ -36,7 +43,7 @@ def setbacks(now: Json, pruned: Json, epochs: Sequence[Json]) -> list[Setback]:
     return [each for each in found if each is not None]
 
 
-def _use(use: str, before: Json, now: Json, against: str) -> Setback | None:
+def _use(use: str, before: Compared, now: Compared, against: str) -> Setback | None:
     """Of a use, where more is better: the mean over its tasks."""
     pairs = list(_paired(before, now, lambda kind: KINDS[kind].use == use))
     change = of_means(pairs) if pairs else None
@@ -46,14 +53,14 @@ def _use(use: str, before: Json, now: Json, against: str) -> Setback | None:
     return _setback(use, against, was, is_, change)
 
 
-def _perplexity(before: Json, now: Json, against: str) -> Setback | None:
+def _perplexity(before: Compared, now: Compared, against: str) -> Setback | None:
     """In nats per token, pooled over all texts, as the headline is."""
     pairs = list(_paired(before, now, lambda kind: kind == "perplexity"))
     was, is_ = (list(chain.from_iterable(pair[side] for pair in pairs)) for side in (0, 1))
     return _ratio("perplexity", was, is_, against)
 
 
-def _kl(before: Json, now: Json, against: str) -> Setback | None:
+def _kl(before: Compared, now: Compared, against: str) -> Setback | None:
     was, is_ = ((each.get("drift") or {}).get("each") or [] for each in (before, now))
     return _ratio("kl", was, is_, against)
 
@@ -66,7 +73,7 @@ def _ratio(figure: str, before: Sequence[Any], now: Sequence[Any], against: str)
     return _setback(figure, against, was, is_, change)
 
 
-def _paired(before: Json, now: Json, wanted: Any) -> Iterator[tuple[list[Any], list[Any]]]:
+def _paired(before: Compared, now: Compared, wanted: Any) -> Iterator[tuple[list[Any], list[Any]]]:
     """Of each task of a wanted kind, the main figures of the items that both measured, which are the first ones."""
     tasks = before["measure"]["tasks"]
     for name, task in now["measure"]["tasks"].items():
@@ -76,7 +83,7 @@ def _paired(before: Json, now: Json, wanted: Any) -> Iterator[tuple[list[Any], l
             yield sides[0][:items], sides[1][:items]
 
 
-def _mean_kl(record: Json) -> float | None:
+def _mean_kl(record: Compared) -> float | None:
     each = (record.get("drift") or {}).get("each")
     return sum(kl for kl, _ in each) / sum(positions for _, positions in each) if each else None
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 import transformers
@@ -14,17 +14,27 @@ from torch import LongTensor
 
 from recover import __version__
 from recover.base import artifacts, console, dist, provenance, threads, units
-from recover.base.artifacts import append_jsonl, check_manifest, read_json, read_jsonl, write_json, write_text
+from recover.base.artifacts import (
+    JsonObject,
+    append_jsonl,
+    check_manifest,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_text,
+)
 from recover.base.clock import part
 from recover.base.errors import ArtifactError
 from recover.base.journal import Journal
+from recover.config import recipe as recipes
 from recover.config.base import Dtype
 from recover.config.paths import without_folders
-from recover.config.recipe import Measure, Model, Recipe, dump_recipe
+from recover.config.recipe import Model, Recipe, dump_recipe
 from recover.export.card import card
 from recover.export.merge import merge
 from recover.export.verify import fresh_process, verify, write_expected
 from recover.export.write import write_checkpoint
+from recover.measure.kinds.work import Generations
 from recover.measure.speed import compare_speed
 from recover.measure.tasks import measure
 from recover.models.load import describe, load_model, ready
@@ -37,17 +47,28 @@ from recover.probe.tasks import task_drift
 from recover.prune import registry
 from recover.report import overlap
 from recover.report.collect import collect
+from recover.report.data import (
+    Best,
+    EpochDrift,
+    EpochLine,
+    EpochMeasured,
+    EpochProgress,
+    EpochScore,
+    MeasureRecord,
+    OverlapRecord,
+)
 from recover.report.render import render
 from recover.report.setbacks import advice, sentence
 from recover.run import summary as outcome
 from recover.run.context import RunContext, calibration, overlap_record
 from recover.run.directory import RunDirectory
-from recover.run.estimate import estimate, matrix_rate, rate_plan, refuse, warnings
+from recover.run.estimate import Estimate, estimate, matrix_rate, rate_plan, refuse, warnings
 from recover.run.input_digests import digests
-from recover.run.setbacks import setbacks
+from recover.run.setbacks import Compared, setbacks
 from recover.run.tracking import refuse as refuse_trackers
 from recover.train import train as training
 from recover.train import trials
+from recover.train.callbacks import AfterEpoch
 from recover.train.checkpoints import best_of, read_adapter
 from recover.train.written_text import weights_fingerprint
 
@@ -65,7 +86,15 @@ def plan(context: RunContext) -> None:
         write_json(directory.overlap, found["overlap"])
 
 
-def checked(context: RunContext) -> dict[str, Any]:
+class Checked(TypedDict):
+    """What `checked` finds; `code`: files of others' code that will run, None: none is let run."""
+
+    estimate: Estimate
+    code: list[str] | None
+    overlap: OverlapRecord | None
+
+
+def checked(context: RunContext) -> Checked:
     """Refuse what cannot work and say what the rest will cost, before any weight is loaded; nothing is written.
 
     Gives the `estimate`, the `code` of others that will run (None: none is let run), and on the main process the
@@ -82,7 +111,7 @@ def checked(context: RunContext) -> dict[str, Any]:
     auto = [*map(asdict, context.chosen)]
     if "lr" in recipe.train.auto:
         auto.append({"field": "lr", "value": "auto", "why": rate_plan(recipe.train, model.width)})
-    record = {"estimate": {**figures, "auto": auto}, "code": code, "overlap": None}
+    record: Checked = {"estimate": {**figures, "auto": auto}, "code": code, "overlap": None}
     if not dist.is_main():
         return record
     record["overlap"] = overlaps = overlap_record(context)
@@ -107,12 +136,15 @@ def _say_code(cfg: Model) -> list[str] | None:
     return code
 
 
-def _plan_rows(figures: dict[str, Any]) -> list[list[str]]:
+def _plan_rows(figures: Estimate) -> list[list[str]]:
     cached = [["dense states on disk", f"at least {units.size(figures['cache_bytes'])}", ""]]
     passes, seconds = figures["search_passes"], figures["search_seconds"]
     least = units.duration(seconds)
     search = [["search for what goes", "", f"{passes:,} passes of calibration text, at least {least}"]]
-    files = [f"{units.size(figures[f'file_bytes_{of}'])}, {figures[f'file_dtype_{of}']}" for of in ("dense", "pruned")]
+    files = [
+        f"{units.size(figures['file_bytes_dense'])}, {figures['file_dtype_dense']}",
+        f"{units.size(figures['file_bytes_pruned'])}, {figures['file_dtype_pruned']}",
+    ]
     active = ["of them used for a token", f"{figures['active_dense']:,}", f"{figures['active_pruned']:,}"]
     return [
         ["parameters", f"{figures['parameters_dense']:,}", f"{figures['parameters_pruned']:,}"],
@@ -150,7 +182,7 @@ def _prune(context: RunContext) -> None:
     console.say(plan.summary())
 
 
-def _pruned_from(context: RunContext, twin: Twin, batches: list[LongTensor]) -> dict[str, Any]:
+def _pruned_from(context: RunContext, twin: Twin, batches: list[LongTensor]) -> JsonObject:
     """All that the bits of a pruning depend on: a journal that was made from anything else is of no use."""
     text = hashlib.sha256()
     for ids_BT in batches:
@@ -177,7 +209,7 @@ def train(context: RunContext) -> None:
     recipe, directory = context.recipe, context.directory
     dist.on_main(lambda: _forget_epochs_again(directory))
     twin = context.lend()
-    untrained = read_json(directory.before / "measure.json")
+    untrained: MeasureRecord = read_json(directory.before / "measure.json")
     after_epoch = _after_epoch(context, twin, untrained)
     with part("training"):
         training.train(
@@ -192,26 +224,25 @@ def train(context: RunContext) -> None:
         )
 
 
-def _after_epoch(
-    context: RunContext, twin: Twin, untrained: dict[str, Any]
-) -> Callable[[int, dict[str, Any]], float | None]:
+def _after_epoch(context: RunContext, twin: Twin, untrained: MeasureRecord) -> AfterEpoch:
     """Measure what was trained so far, note it in epochs.jsonl, say what became worse, and give the score that decides.
 
     `untrained`: the pruned model's measurement. `twin` has no adapters yet.
     """
     directory, drift = context.directory, _drift_of_epochs(context, twin)
-    pruned, dumped = {"measure": untrained, "drift": drift()}, context.recipe.model_dump(mode="json")
+    pruned: Compared = {"measure": untrained, "drift": drift()}
+    dumped = context.recipe.model_dump(mode="json")
 
-    def score(epoch: int, progress: dict[str, Any]) -> float | None:
+    def score(epoch: int, progress: EpochProgress) -> float | None:
         found = _measured_epoch(context, twin, drift)
         if dist.is_main():
             if epoch == 1:
                 directory.epochs.unlink(missing_ok=True)  # of a training that was begun anew
-            now = {"epoch": epoch, **progress, **found}
-            past = read_jsonl(directory.epochs) if directory.epochs.exists() else []
+            now: EpochLine = {"epoch": epoch, **progress, **found}
+            past: list[EpochLine] = read_jsonl(directory.epochs) if directory.epochs.exists() else []
             worse = setbacks(now, pruned, [each for each in past if each["epoch"] < epoch])
             append_jsonl(directory.epochs, {**now, "setbacks": worse})
-            kl, loss = found["drift"]["kl"]["mean"], progress["train"]["loss"]
+            kl, loss = found["drift"].get("kl", {}).get("mean"), progress["train"]["loss"]
             context.tracking.epoch(progress["step"], found["measure"]["headline"], kl, loss)
             for line in [
                 *(f"epoch {epoch}: {sentence(each)}" for each in worse),
@@ -223,12 +254,12 @@ def _after_epoch(
     return score
 
 
-def _epoch_limit(cfg: Measure) -> int | None:
+def _epoch_limit(cfg: recipes.Measure) -> int | None:
     """Items of each task after an epoch; None: all."""
     return min((value for value in (cfg.epoch_limit, cfg.limit) if value is not None), default=None)
 
 
-def _measured_with(recipe: Recipe) -> dict[str, Any]:
+def _measured_with(recipe: Recipe) -> JsonObject:
     """All that the figures of an epoch depend on, beside the weights."""
     measured = recipe.measure.model_dump(mode="json", include={"tasks", "max_new_tokens", "sampling"})
     probed = recipe.probe.model_dump(mode="json", include={"prompts", "samples", "steps"})
@@ -236,14 +267,14 @@ def _measured_with(recipe: Recipe) -> dict[str, Any]:
     return {**fields, "inputs": digests(fields)}
 
 
-def _drift_of_epochs(context: RunContext, twin: Twin) -> Callable[[], dict[str, Any]]:
+def _drift_of_epochs(context: RunContext, twin: Twin) -> Callable[[], EpochDrift]:
     """What measures the drift of the twin as it is then, along trajectories that dense takes once."""
     prompts, cfg = context.probe_prompts(), context.recipe.probe
     trajectories = dense_trajectories(twin, context.tokenizer, prompts, cfg)
     return lambda: final_drift(twin, context.tokenizer, prompts, cfg, trajectories=trajectories)
 
 
-def _measured_epoch(context: RunContext, twin: Twin, drift: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _measured_epoch(context: RunContext, twin: Twin, drift: Callable[[], EpochDrift]) -> EpochMeasured:
     """The part of a record of epochs.jsonl that measures the adapter which the twin has; `score` decides."""
     recipe = context.recipe
     reference = read_json(context.directory.dense / "generations.json")
@@ -279,8 +310,8 @@ def after(context: RunContext) -> None:
 
 def _epochs_again(context: RunContext) -> None:
     directory, wanted = context.directory, artifacts.plain(_measured_with(context.recipe))
-    best = read_json(directory.train / "best.json")
-    trained = {record["epoch"]: record for record in read_jsonl(directory.epochs)}
+    best: Best = read_json(directory.train / "best.json")
+    trained: dict[int, EpochLine] = {record["epoch"]: record for record in read_jsonl(directory.epochs)}
     fits = all(trained[each["epoch"]].get("measured_with") == wanted for each in best["epochs"])
     if fits or not trained:
         dist.on_main(lambda: _forget_epochs_again(directory))
@@ -288,7 +319,7 @@ def _epochs_again(context: RunContext) -> None:
     known = _known_again(directory, wanted)
     twin = context.recovered()
     drift = _drift_of_epochs(context, twin)
-    rows = []
+    rows: list[EpochScore] = []
     for each in best["epochs"]:
         epoch, folder = each["epoch"], directory.train / each["folder"]
         if epoch not in known:
@@ -298,8 +329,8 @@ def _epochs_again(context: RunContext) -> None:
                 console.warn(f"epoch {epoch} cannot be measured again and is not chosen from: {error}")
                 continue
             read_adapter(twin.model, folder)
-            past = {name: value for name, value in trained[epoch].items() if name != "setbacks"}
-            known[epoch] = {**past, **_measured_epoch(context, twin, drift)}
+            known[epoch] = {**trained[epoch], **_measured_epoch(context, twin, drift)}
+            known[epoch].pop("setbacks", None)
             if dist.is_main():
                 append_jsonl(directory.epochs_again, known[epoch])
         rows.append({**each, "score": known[epoch]["score"]})
@@ -315,11 +346,11 @@ def _epochs_again(context: RunContext) -> None:
     dist.on_main(lambda: write_json(directory.best_again, {**best_of(rows), "epochs": rows}))
 
 
-def _known_again(directory: RunDirectory, wanted: dict[str, Any]) -> dict[int, dict[str, Any]]:
+def _known_again(directory: RunDirectory, wanted: JsonObject) -> dict[int, EpochLine]:
     """Epochs that an earlier call, which was stopped, measured again as is `wanted`; other records go."""
 
-    def read() -> dict[int, dict[str, Any]]:
-        there = read_jsonl(directory.epochs_again) if directory.epochs_again.exists() else []
+    def read() -> dict[int, EpochLine]:
+        there: list[EpochLine] = read_jsonl(directory.epochs_again) if directory.epochs_again.exists() else []
         known = {record["epoch"]: record for record in there if record.get("measured_with") == wanted}
         directory.best_again.unlink(missing_ok=True)
         if len(known) < len(there):
@@ -379,7 +410,17 @@ def _speed(context: RunContext) -> None:
     write_json(context.directory.speed, {**figures, "machine": provenance.machine()})
 
 
-def _card_and_record(context: RunContext) -> tuple[str, dict[str, Any]]:
+class Deployed(TypedDict):
+    """recover.json of an export: how the model in the folder was made."""
+
+    recipe: JsonObject
+    headlines: dict[str, dict[str, float | None]]
+    kept: EpochLine
+    environment: provenance.Environment
+    commits: dict[str, str]
+
+
+def _card_and_record(context: RunContext) -> tuple[str, Deployed]:
     """The model card's text, and recover.json: where every figure of it comes from."""
     recipe, directory = context.recipe, context.directory
     folders = {"dense": directory.dense, "pruned": directory.before, "recovered": directory.after}
@@ -395,7 +436,7 @@ def _card_and_record(context: RunContext) -> tuple[str, dict[str, Any]]:
     }
     if overlaps := read_json(directory.overlap)["found"]:
         facts["measured items in its text"] = "; ".join(map(overlap.sentence, overlaps))
-    record = {
+    record: Deployed = {
         "recipe": without_folders(recipe.model_dump(mode="json")),
         "headlines": headlines,
         "kept": kept,
@@ -439,7 +480,7 @@ def _probe_and_measure(context: RunContext, twin: Twin, folder: Path) -> None:
         _measure(context, twin, folder, reference=read_json(context.directory.dense / "generations.json"))
 
 
-def _measure(context: RunContext, twin: Twin, folder: Path, *, reference: dict[str, Any] | None) -> None:
+def _measure(context: RunContext, twin: Twin, folder: Path, *, reference: Generations | None) -> None:
     record, generations = measure(
         twin.model,
         context.tokenizer,

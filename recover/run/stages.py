@@ -14,16 +14,16 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from recover.base import console, dist, earlier, hub, provenance, units
-from recover.base.artifacts import write_json
+from recover.base.artifacts import JsonObject, write_json
 from recover.base.clock import Clock, note, stage_clock
 from recover.base.console import quiet_libraries
 from recover.base.errors import ArtifactError, RecipeError
 from recover.base.signals import graceful_stop
 from recover.config.recipe import Recipe, load_recipe
-from recover.run.directory import NOT_DONE, SHOWN_DIGITS, RunDirectory
+from recover.run.directory import NOT_DONE, SHOWN_DIGITS, RunDirectory, StageState
 from recover.run.input_digests import digests, repositories
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def _timed(stage: str, root: Path, before: float) -> Iterator[Clock]:
                 note(root, stage, clock, done=done)
 
 
-def _marks_and_reason(stage: str, context: RunContext, forced: bool) -> tuple[dict[str, Any], str | None]:
+def _marks_and_reason(stage: str, context: RunContext, forced: bool) -> tuple[JsonObject, str | None]:
     marks = fingerprint(stage, context.recipe, context.directory)
     if OF[stage].always:
         return marks, UP_TO_DATE
@@ -229,25 +229,24 @@ def _refuse_training_again(stage: str, lost: str, directory: RunDirectory) -> No
         )
 
 
-def fingerprint(stage: str, recipe: Recipe, directory: RunDirectory) -> dict[str, Any]:
+def fingerprint(stage: str, recipe: Recipe, directory: RunDirectory) -> JsonObject:
     """All that a stage is made from: recipe leaves, digests of input files, and which run of each stage it reads."""
     resolved = recipe.model_dump(mode="json")
     leaves = {cfg: reduce(lambda tree, name: tree[name], cfg.split("."), resolved) for cfg in OF[stage].fields}
-    stamps = {name: (directory.done(name) or {}).get("finished") for name in OF[stage].reads}
+    stamps = {name: directory.finished(name) for name in OF[stage].reads}
     carried = {"carried": directory.carried()} if OF[stage].carries else {}
     return {**leaves, **carried, "inputs": digests(leaves), "stages": stamps}
 
 
-def status(root: Path) -> list[dict[str, Any]]:
+def status(root: Path) -> list[StageState]:
     """For each stage of a run directory: done or not, when, and why it is stale against its own recipe."""
     directory = RunDirectory(root)
     recipe = load_recipe(directory.recipe)
     hub.pin(directory.commits_on_record())
-    rows = []
+    rows: list[StageState] = []
     for stage in STAGES:
         stamp = directory.done(stage)
         reason = None if OF[stage].always else directory.stale_reason(stage, fingerprint(stage, recipe, directory))
-        rows.append(
-            {"stage": stage, "done": stamp is not None, "finished": (stamp or {}).get("finished"), "stale": reason}
-        )
+        finished = None if stamp is None else stamp["finished"]
+        rows.append({"stage": stage, "done": stamp is not None, "finished": finished, "stale": reason})
     return rows

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from recover.base import console
 from recover.config.tasks import KINDS, USES, headline_figures
 from recover.report import overlap, words
-from recover.report.data import Headline, RunData
+from recover.report.data import Headline, MeasureRecord, RunData
 from recover.report.verdict import DENSE_FLOOR
 
 CUT_SHARE = 0.5  # of the dense model's texts that run into the limit: more, and it is the limit that is measured
@@ -27,7 +26,7 @@ def figures(headline: dict[str, float | None]) -> str:
     return ", ".join(f"{name} {worded(name, value)}" for name, value in headline.items() if value is not None)
 
 
-def blind(record: dict[str, Any]) -> Iterator[str]:
+def blind(record: MeasureRecord) -> Iterator[str]:
     """Of a record of the dense model: a sentence for each task that cannot show what pruning loses, and why."""
     for name, task in record["tasks"].items():
         kind = KINDS[task["kind"]]
@@ -38,9 +37,9 @@ def blind(record: dict[str, Any]) -> Iterator[str]:
                 f"task {name}: the dense model itself scores {words.percent(value, 1)}, near {near}, so it cannot show "
                 "what pruning loses: compare the task's prompt and right answers with the texts in dense/measure.json"
             )
-        elif (task.get("truncated") or 0) > CUT_SHARE * task["items"]:
+        elif (cut := task.get("truncated") or 0) > CUT_SHARE * task["items"]:
             yield (
-                f"task {name}: {task['truncated']} of {task['items']} texts of the dense model ran into the limit of "
+                f"task {name}: {cut} of {task['items']} texts of the dense model ran into the limit of "
                 "tokens: raise measure.max_new_tokens (or the task's own)"
             )
 

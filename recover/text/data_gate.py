@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from recover.base.artifacts import TOO_DEEP, loads
-from recover.base.errors import DataError
+from recover.base.artifacts import loads
+from recover.base.errors import DataError, RecipeError
+from recover.config import yaml_values
 
 if TYPE_CHECKING:
     from pyarrow import Array, RecordBatch
@@ -65,16 +66,8 @@ def lines(file: TextIO, path: Path) -> Iterator[str]:
 
 
 def parsed(text: str) -> Any:
-    """The value of JSON text.
-
-    Raises ValueError: it is none, a number is too long, a key stands twice, or it is nested deeper than any row is.
-    """
-    try:
-        value = loads(text)
-    except ValueError as error:
-        if str(error) == TOO_DEEP:
-            raise ValueError(f"lists and objects more than {DEEPEST} deep") from None
-        raise
+    """The value of JSON text. Raises ValueError: it is none, a number or the nesting is too long, or a key is twice."""
+    value = loads(text)
     if text.count("[") + text.count("{") > DEEPEST and _depth_over(value, DEEPEST):
         raise ValueError(f"lists and objects more than {DEEPEST} deep")
     return value
@@ -225,8 +218,6 @@ def outside(name: Any) -> bool:
 
 def _named(settings: Path) -> Iterator[Any]:
     """Whatever is named as data, at any depth."""
-    import yaml
-
     if not settings.is_file():
         return
     if settings.stat().st_size > LARGEST_SETTINGS:
@@ -235,9 +226,9 @@ def _named(settings: Path) -> Iterator[Any]:
     if settings.suffix == ".md":
         text = text.partition("---")[2].partition("\n---")[0] if text.lstrip().startswith("---") else ""
     try:
-        found = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise DataError(f"{settings}: not YAML: {' '.join(str(error).split())[:200]}") from None
+        found = yaml_values.load(text, str(settings))
+    except RecipeError as error:
+        raise DataError(str(error)) from None
     configs = found.get("configs") if isinstance(found, dict) else None
     for config in configs if isinstance(configs, list) else ():
         if isinstance(config, dict):

@@ -53,10 +53,18 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> l
     """Ids of a text, as the tokenizer gives them; `special`: with the special tokens that it puts around a text.
 
     Raises:
-        DataError: one of them has no row in the embedding of the model.
+        DataError: one of them has no row in the embedding of the model, or the tokenizer gives up.
     """
-    # verbose=False: a text longer than the context is no mistake here
-    ids = list(cast("list[int]", tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]))
+    try:  # verbose=False: a text longer than the context is no mistake here
+        ids = list(cast("list[int]", tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]))
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of a library in Rust: no Exception to Python
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"the text {text[:60]!r} ({len(text):,} characters): the tokenizer gives up ({reason}); take the text out, "
+            "or give another tokenizer"
+        ) from None
     refuse_past(tokenizer, ids, text)
     return ids
 

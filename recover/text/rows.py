@@ -164,6 +164,7 @@ def column(row: Row, name: str, where: str) -> Any:
 
 
 # A doubled brace, a field, or a brace that is neither.
+LONGEST_FILLED = 2**25  # characters that a row may put into a template, which may name a column many times
 FIELD = re.compile(r"\{\{|\}\}|\{(?P<column>[^{}\[\]]+)(?P<keys>(?:\[[^{}\[\]]*\])*)\}|[{}]")
 
 
@@ -178,6 +179,7 @@ def filled(template: str, row: Row, where: str, what: str = "prompt") -> str:
         DataError: it asks for what is not there, or has a brace that opens or closes no such field.
     """
     held: list[bool] = []
+    letters = 0
 
     def value(match: re.Match[str]) -> str:
         if match[0] in ("{{", "}}"):
@@ -198,6 +200,13 @@ def filled(template: str, row: Row, where: str, what: str = "prompt") -> str:
             ) from None
         said = "" if found is None else str(found)
         held.append(bool(said.strip()))
+        nonlocal letters
+        letters += len(said)
+        if letters > LONGEST_FILLED:
+            raise DataError(
+                f"{where}: {what} {template[:60]!r} takes more than {LONGEST_FILLED:,} characters of this row; "
+                "expected a text that a model can read"
+            )
         return said
 
     text = FIELD.sub(value, template)

@@ -20,15 +20,13 @@ from torch.nn.utils.rnn import pad_sequence
 from recover.base import console, dist, units
 from recover.base.errors import ArtifactError
 from recover.distill.cache import SHARD_BYTES, Key, StateCache, about, row_key
-from recover.distill.distiller import IGNORED, DenseStates, Distiller, without_mask
-from recover.models.packed_attention import Packing
+from recover.distill.distiller import IGNORED, Batch, DenseStates, Distiller, packing_of, without_mask
+from recover.train.sources import Collate, SampleRow
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from recover.config.recipe import Cache
-
-Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class TextRow:
     prefix: Key
 
 
-def text_rows(batch: dict[str, Any]) -> list[TextRow]:
+def text_rows(batch: Batch) -> list[TextRow]:
     """The rows of a right-padded or packed batch."""
     rows = []
     for ids_T, labels_T in _texts(batch):
@@ -50,13 +48,14 @@ def text_rows(batch: dict[str, Any]) -> list[TextRow]:
     return rows
 
 
-def _texts(batch: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+def _texts(batch: Batch) -> list[tuple[Tensor, Tensor]]:
     """Tokens and labels of each row, without padding."""
     both = batch["input_ids"], batch["labels"]
     if "packing" in batch:
-        lengths = Packing(*batch["packing"]).starts_S.diff().tolist()
+        lengths = packing_of(batch).starts_S.diff().tolist()
         return list(zip(*(each[0].split(lengths) for each in both), strict=True))
-    lengths = batch["attention_mask"].sum(1).tolist()
+    mask_BT = batch.get("attention_mask")
+    lengths = (torch.ones_like(both[0]) if mask_BT is None else mask_BT).sum(1).tolist()
     return [(ids_T[:length], labels_T[:length]) for ids_T, labels_T, length in zip(*both, lengths, strict=True)]
 
 
@@ -142,7 +141,7 @@ class TrainingStates:
             if waiting:
                 cache.write(waiting)
 
-    def _run(self, batch: dict[str, Any], fresh: list[dict[Key, Tensor]]) -> None:
+    def _run(self, batch: Batch, fresh: list[dict[Key, Tensor]]) -> None:
         """The dense pass of one batch; its rows that are missing go to `fresh`, one dictionary a cache."""
         model = self.distiller.twin.base
         device = next(model.parameters()).device
@@ -179,7 +178,7 @@ def with_states(collate: Collate, read: Callable[[Sequence[TextRow]], Any]) -> C
     """As `collate`, with `states`, which the distiller asks for: read by a thread while steps are made."""
     reader = ThreadPoolExecutor(1, "states")
 
-    def collated(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def collated(rows: Sequence[SampleRow]) -> Batch:
         batch = collate(rows)
         return {**batch, "states": reader.submit(read, text_rows(batch)).result}
 

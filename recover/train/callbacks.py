@@ -14,13 +14,14 @@ from recover.base import artifacts, console, dist, units
 from recover.base.artifacts import read_json, write_json
 from recover.base.errors import ArtifactError, TrainingError
 from recover.config.recipe import StopEarly
+from recover.report.data import EpochProgress, EpochScore
 from recover.train.checkpoints import STEPS, best_of, publish_adapter
 from recover.train.course import Totals
 from recover.train.settings import early_ends
 from recover.train.trainer import RecoverTrainer
 
-AfterEpoch = Callable[[int, dict[str, Any]], float | None]
-LogStep = Callable[[int, dict[str, Any]], None]
+AfterEpoch = Callable[[int, EpochProgress], float | None]
+LogStep = Callable[[int, dict[str, float]], None]
 
 
 class Progress(TrainerCallback):
@@ -36,7 +37,7 @@ class Progress(TrainerCallback):
         self.started = self.last_line = time.perf_counter()
         self.paused = self.totals.seconds
 
-    def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **_: Any) -> None:
+    def on_log(self, args, state, control, logs: dict[str, float] | None = None, **_: Any) -> None:
         now = time.perf_counter()
         if not logs or "loss" not in logs:
             return
@@ -67,7 +68,7 @@ class StepLog(TrainerCallback):
         self.path, self.totals, self.log_step = folder / STEPS, totals, log_step
         self.last: int | None = None  # of the file; None: not looked at yet
 
-    def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **_: Any) -> None:
+    def on_log(self, args, state, control, logs: dict[str, float] | None = None, **_: Any) -> None:
         if not dist.is_main() or not logs or "learning_rate" not in logs:
             return
         if self.last is None or state.global_step <= self.last:
@@ -123,9 +124,9 @@ class Epochs(TrainerCallback):
         self.planned, self.early = ends, early
         self.trainer, self.after_epoch = trainer, after_epoch
         self.totals, self.skips, self.stop = trainer.course.totals, trainer.course.skips, trainer.stop
-        self.records: list[dict[str, Any]] = dist.on_main(self._read)
+        self.records: list[EpochScore] = dist.on_main(self._read)
 
-    def _read(self) -> list[dict[str, Any]]:
+    def _read(self) -> list[EpochScore]:
         path = self.folder / "best.json"
         try:
             return read_json(path)["epochs"] if path.exists() else []
@@ -134,7 +135,7 @@ class Epochs(TrainerCallback):
             return []
 
     @property
-    def best(self) -> dict[str, Any]:
+    def best(self) -> EpochScore:
         """The record of the epoch to keep."""
         return best_of(self.records)
 
@@ -203,25 +204,25 @@ class Epochs(TrainerCallback):
     def _keep_epoch(self, state: Any, control: Any, model: Any) -> None:
         epoch = self.ends.index(state.global_step) + 1
         publish_adapter(model, self.folder / f"epoch-{epoch}")
-        train = {**self.totals.read_epoch(), "lr": self.totals.lr}
-        context = {
+        means = self.totals.read_epoch()
+        progress: EpochProgress = {
             "step": state.global_step,
             "tokens": self.totals.tokens,
             "seconds": self.totals.seconds,
             "skipped": self.skips.skipped,
             "rollbacks": self.skips.rollbacks,
             "peak_memory_bytes": self.trainer.peak_memory(),
-            "train": train,
+            "train": {**means, "lr": self.totals.lr},
         }
         devices = [dist.device()] if torch.cuda.is_available() else []
         with self.stop.immediately(), torch.random.fork_rng(devices=devices), self.trainer.generating():
-            score = dist.broadcast(self.after_epoch(epoch, context))
-        record = {
+            score = dist.broadcast(self.after_epoch(epoch, progress))
+        record: EpochScore = {
             "epoch": epoch,
             "step": state.global_step,
             "folder": f"epoch-{epoch}",
             "score": score,
-            "loss": train["loss"],
+            "loss": means["loss"],
         }
         self.records.append(record)
         self._write_best()
@@ -231,7 +232,7 @@ class Epochs(TrainerCallback):
         if left_out := self.skips.skipped:
             kept += f"; {left_out:,} {'steps' if left_out > 1 else 'step'} left out up to here"
         shown = "generation not measured" if score is None else f"generation {score:.1%}"
-        console.say(f"epoch {epoch}/{len(self.ends)}: loss {train['loss']:.4g}, kl {train['kl']:.4g}, {shown}{kept}")
+        console.say(f"epoch {epoch}/{len(self.ends)}: loss {means['loss']:.4g}, kl {means['kl']:.4g}, {shown}{kept}")
         waited = epoch - self.best["epoch"]
         if self.patience is not None and waited >= self.patience and epoch < len(self.ends):
             console.say(f"no better generation for {waited} epochs (train.patience): stopping here")

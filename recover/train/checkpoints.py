@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
@@ -43,6 +43,7 @@ from recover.base.artifacts import (
 )
 from recover.base.errors import ArtifactError
 from recover.base.zero import gathered
+from recover.report.data import EpochScore, Finding
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -58,7 +59,89 @@ EPOCH, CHECKPOINT = re.compile(r"epoch-\d+"), re.compile(r"checkpoint-\d+")
 KEPT = 2  # the newest, and the one before: whoever finds the newest broken goes on from it
 
 
-def best_of(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+class Draws(TypedDict):
+    """The state of a process's random generators: Python's, numpy's, torch's, and that of its GPU."""
+
+    python: list[Any]
+    numpy: list[Any]
+    torch: str
+    cuda: NotRequired[str]
+
+
+class TotalsState(TypedDict):
+    """Of a training's sums, what a resume goes on from; `course.Totals` says what each is."""
+
+    tokens: int
+    seconds: float
+    epoch: dict[str, float]
+    lr: float | None
+    focus: list[float]
+
+
+class Standing(TypedDict):
+    """Where a training stands at a checkpoint: `applied` steps changed parameters, the last `row` were skipped.
+
+    `averaged`: steps whose adapters the mean holds. `draws`: of each process. `threads`: of each, which earlier
+    versions did not write.
+    """
+
+    processes: int
+    threads: NotRequired[int]
+    engine: str
+    applied: int
+    row: int
+    averaged: int
+    totals: TotalsState
+    draws: list[Draws]
+
+
+class CheckpointState(Standing):
+    """state.json of a checkpoint: where its training, known by `fingerprint`, stood after `step` steps."""
+
+    step: int
+    fingerprint: str
+
+
+class CheckpointLine(TypedDict):
+    """A line of checkpoints.jsonl; `good`: the step before was in order."""
+
+    step: int
+    manifest: str
+    bytes: int
+    good: bool
+
+
+class Skipped(TypedDict):
+    """Steps that were not finite: how many, how often that led back to a checkpoint, and what was found."""
+
+    skipped: int
+    rollbacks: int
+    findings: list[Finding]
+
+
+class PartEnds(TypedDict):
+    """A finished part of a training: `tokens` of all parts up to it, and the steps at which its epochs ended."""
+
+    tokens: int
+    ends: list[int]
+
+
+class Part(PartEnds):
+    """As training.json has it, with what the training was known by."""
+
+    fingerprint: str
+
+
+class TrainingRecord(Skipped):
+    """training.json: which training it is, its finished parts, and whether it is finished itself."""
+
+    fingerprint: str
+    lineage: str
+    parts: list[Part]
+    finished: bool
+
+
+def best_of(records: Sequence[EpochScore]) -> EpochScore:
     """The record of the epoch to keep: of the highest score, and where there is none of the lowest training loss.
 
     The first of equal ones.
@@ -129,7 +212,7 @@ class Checkpoints:
         self.known = {fingerprint, *before}
         self.broken: set[Path] = set()
 
-    def save(self, step: int, values: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def save(self, step: int, values: dict[str, Tensor], state: Standing) -> None:
         """Publish a checkpoint: written beside, synced, with a manifest, renamed, listed; then old ones go.
 
         Raises:
@@ -147,11 +230,16 @@ class Checkpoints:
             raise
         self.broken.discard(checkpoint)
         size = sum(path.stat().st_size for path in checkpoint.iterdir())
-        line = {"step": step, "manifest": sha256(checkpoint / MANIFEST), "bytes": size, "good": state["row"] == 0}
+        line: CheckpointLine = {
+            "step": step,
+            "manifest": sha256(checkpoint / MANIFEST),
+            "bytes": size,
+            "good": state["row"] == 0,
+        }
         append_jsonl(self.lines, line)
         self._retain()
 
-    def newest(self, *, good: bool = False) -> tuple[Path, dict[str, Any]] | None:
+    def newest(self, *, good: bool = False) -> tuple[Path, CheckpointState] | None:
         """The newest checkpoint that is as it was written, and its state; what is passed over is named, and why.
 
         `good`: only of a moment when the step before was in order.
@@ -171,17 +259,17 @@ class Checkpoints:
                 return checkpoint, state
         return None
 
-    def _checked(self, checkpoint: Path, listed: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    def _checked(self, checkpoint: Path, listed: dict[int, CheckpointLine]) -> CheckpointState:
         check_manifest(checkpoint)
         line = listed.get(_step(checkpoint))  # none: a crash came after the rename, and it is whole all the same
         if line is not None and line.get("manifest") != sha256(checkpoint / MANIFEST):
             raise ArtifactError(f"{checkpoint}: its manifest is not the one that {self.lines.name} lists")
-        state = read_json(checkpoint / STATE)
+        state: CheckpointState = read_json(checkpoint / STATE)
         if state["fingerprint"] not in self.known or state["step"] != _step(checkpoint):
             raise ArtifactError(f"{checkpoint}: of another training or step; expected this one's")
         return state
 
-    def _listed(self) -> dict[int, dict[str, Any]]:
+    def _listed(self) -> dict[int, CheckpointLine]:
         """Step -> its last line; nothing where the list cannot be read: then the manifests vouch alone."""
         if not self.lines.exists():
             return {}
@@ -201,7 +289,8 @@ class Checkpoints:
         """Keep the newest ones, and the newest from a moment when all was in order; broken ones do not count."""
         listed = self._listed()
         whole = [checkpoint for checkpoint in self._present() if checkpoint not in self.broken]
-        good = [checkpoint for checkpoint in whole if listed.get(_step(checkpoint), {}).get("good")]
+        known = [checkpoint for checkpoint in whole if _step(checkpoint) in listed]
+        good = [checkpoint for checkpoint in known if listed[_step(checkpoint)].get("good")]
         for checkpoint in {*self._present()} - {*whole[:KEPT], *good[:KEPT]}:
             discard(checkpoint, also=(TRAINED, STATE))
 
@@ -221,13 +310,13 @@ class Asked:
     tokens: int
     lengthens: bool = True
 
-    def after(self, parts: Sequence[dict[str, Any]]) -> str:
+    def after(self, parts: Sequence[Part]) -> str:
         """The fingerprint of what goes on behind these parts."""
         ends = [(part["fingerprint"], part["ends"]) for part in parts]
         return hashlib.sha256(f"{self.fingerprint} {ends}".encode()).hexdigest() if parts else self.fingerprint
 
 
-def begin(folder: Path, asked: Asked) -> dict[str, Any]:
+def begin(folder: Path, asked: Asked) -> TrainingRecord:
     """What training.json says of this training's past; what an earlier, another one left is cleared away.
 
     `fingerprint`: what it is known by. `parts`: of a training that is lengthened, each that is finished, with its
@@ -236,13 +325,20 @@ def begin(folder: Path, asked: Asked) -> dict[str, Any]:
     return dist.on_main(lambda: _begin(folder, asked))
 
 
-def _begin(folder: Path, asked: Asked) -> dict[str, Any]:
-    new: dict[str, Any] = {"fingerprint": asked.fingerprint, "lineage": asked.lineage, "parts": []}
-    new |= {"finished": False, "skipped": 0, "rollbacks": 0, "findings": []}
+def _begin(folder: Path, asked: Asked) -> TrainingRecord:
+    new: TrainingRecord = {
+        "fingerprint": asked.fingerprint,
+        "lineage": asked.lineage,
+        "parts": [],
+        "finished": False,
+        "skipped": 0,
+        "rollbacks": 0,
+        "findings": [],
+    }
     stamp = folder / "training.json"
     if stamp.exists():
         try:
-            found = {**new, **read_json(stamp)}
+            found = cast(TrainingRecord, {**new, **read_json(stamp)})
         except (ArtifactError, TypeError) as error:
             console.warn(f"{error}; the checkpoints will say which training it was")
             if Checkpoints(folder, asked.fingerprint).newest() is not None:
@@ -252,7 +348,7 @@ def _begin(folder: Path, asked: Asked) -> dict[str, Any]:
             if found["fingerprint"] == asked.after(found["parts"]) and found["finished"] is False:
                 return found
             if _can_be_lengthened(folder, found, asked):
-                found |= {"fingerprint": asked.after(found["parts"]), "finished": False}
+                found["fingerprint"], found["finished"] = asked.after(found["parts"]), False
                 write_json(stamp, found)
                 return found
     with explaining(folder):
@@ -267,7 +363,7 @@ def _begin(folder: Path, asked: Asked) -> dict[str, Any]:
     return new
 
 
-def _can_be_lengthened(folder: Path, found: dict[str, Any], asked: Asked) -> bool:
+def _can_be_lengthened(folder: Path, found: TrainingRecord, asked: Asked) -> bool:
     """Whether a finished training is this one with fewer tokens, and its last checkpoint is there."""
     parts = found["parts"]
     if not (asked.lengthens and found["finished"] and parts and found["lineage"] == asked.lineage):
@@ -289,10 +385,10 @@ def _can_be_lengthened(folder: Path, found: dict[str, Any], asked: Asked) -> boo
 def note(
     folder: Path,
     fingerprint: str,
-    counts: dict[str, Any],
+    counts: Skipped,
     *,
     finished: bool = False,
-    part: dict[str, Any] | None = None,
+    part: PartEnds | None = None,
 ) -> None:
     """Put the counts of skipped steps into training.json; once `finished`, the `part` that is, and what goes then.
 

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,18 @@ from torch import Tensor, nn
 
 from recover.base import console, dist, zero
 from recover.base.errors import ArtifactError, TrainingError
-from recover.train.checkpoints import TRAINED, Checkpoints, note
+from recover.report.data import Finding
+from recover.train.checkpoints import (
+    TRAINED,
+    Checkpoints,
+    CheckpointState,
+    Draws,
+    Skipped,
+    Standing,
+    TotalsState,
+    TrainingRecord,
+    note,
+)
 from recover.train.optimizer_state import Trained
 
 FOCUS_DECAY = 0.9  # a step: the mean that weights of `loss.focus` are divided by is that of the last 10 or so
@@ -39,7 +49,7 @@ class Course:
     """Steps made, skipped and undone. Every process holds one, and all must call its methods."""
 
     def __init__(
-        self, folder: Path, fingerprint: str, *, batch_size: int, seed: int, totals: Totals, past: dict[str, Any]
+        self, folder: Path, fingerprint: str, *, batch_size: int, seed: int, totals: Totals, past: TrainingRecord
     ) -> None:
         self.folder, self.fingerprint = folder, fingerprint
         self.batch_size, self.seed = batch_size, seed
@@ -47,8 +57,8 @@ class Course:
         self.skips.restore(past, row=0)
         self.checkpoints = Checkpoints(folder, fingerprint, [part["fingerprint"] for part in past["parts"]])
         self.applied = 0  # optimizer steps that changed parameters
-        self.draws: dict[str, Any] = {}  # where the generators stood when the step being made began
-        self._coming_draws: dict[str, Any] | None = None
+        self.draws = draws_standing()  # where the generators stood when the step being made began
+        self._coming_draws: Draws | None = None
 
     def begin_step(self) -> None:
         """To be called when a step's text has been fetched: fetching draws random numbers of its own."""
@@ -86,7 +96,7 @@ class Course:
         """
         self.totals.stop_clock()
         values = trained.values(self.applied)
-        state = {
+        state: Standing = {
             "processes": dist.world_size(),
             "threads": torch.get_num_threads(),
             "engine": trained.engine_name,
@@ -135,7 +145,7 @@ class Course:
         console.say(f"{row} steps in a row were not finite: back to {found[0].name} ({times})")
         return found[1]["step"]
 
-    def _restore(self, checkpoint: Path, state: dict[str, Any], trained: Trained) -> None:
+    def _restore(self, checkpoint: Path, state: CheckpointState, trained: Trained) -> None:
         try:
             trained.put_back(load_file(checkpoint / TRAINED), state["applied"], averaged=state["averaged"])
         except ArtifactError as error:
@@ -181,7 +191,7 @@ class Skips:
     skipped: int = 0
     rollbacks: int = 0
     row: int = 0  # steps skipped one after another, up to now
-    findings: list[dict[str, Any]] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
     found: str | None = None
 
     @property
@@ -197,7 +207,7 @@ class Skips:
         self.skipped += 1
         self.row += 1
         first, last = sequences
-        finding = {"step": step, "found": self.found, "sequences": [first, last], "tensors": tensors}
+        finding: Finding = {"step": step, "found": self.found or "", "sequences": [first, last], "tensors": tensors}
         self.findings = [*self.findings, finding][-FINDINGS:]
         if self.skipped > 1:
             return ""
@@ -211,11 +221,11 @@ class Skips:
         """Whether to go back: nobody looks at the parameters that a last, skipped step would leave."""
         return self.row >= self.allowed or (last_step and self.row > 0)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Skipped:
         """For training.json, where the report finds it."""
         return {"skipped": self.skipped, "rollbacks": self.rollbacks, "findings": self.findings}
 
-    def restore(self, value: dict[str, Any], row: int) -> None:
+    def restore(self, value: Skipped, row: int) -> None:
         """Go on counting from `to_json` and the row a checkpoint was written in; every start has all its rollbacks."""
         self.skipped, self.findings, self.row = value["skipped"], list(value["findings"]), row
 
@@ -291,11 +301,11 @@ class Totals:
         means, self.epoch = self._means(self.epoch), {}
         return means
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> TotalsState:
         """What a resumed run goes on from."""
         return {"tokens": self.tokens, "seconds": self.seconds, "epoch": self.epoch, "lr": self.lr, "focus": self.focus}
 
-    def restore(self, value: dict[str, Any]) -> None:
+    def restore(self, value: TotalsState) -> None:
         """Take over what `to_json` gave."""
         self.tokens, self.seconds, self.epoch = value["tokens"], value["seconds"], dict(value["epoch"])
         self.lr, self.step, self.focus = value["lr"], {}, list(value["focus"])
@@ -306,7 +316,7 @@ class Totals:
         return {name: sums.get(name, 0.0) / tokens for name in ("loss", *self.terms)}
 
 
-def described(finding: dict[str, Any]) -> str:
+def described(finding: Finding) -> str:
     """`the loss is not finite (kl nan), sequences 8-15; not finite: gradient of ...`."""
     first, last = finding["sequences"]
     text = f"{finding['found']}, sequences {first:,}-{last:,} of the training text"
@@ -337,11 +347,11 @@ def frozen_weights(model: nn.Module) -> list[tuple[str, Tensor | None]]:
     ]
 
 
-def draws_standing() -> dict[str, Any]:
+def draws_standing() -> Draws:
     """The state of this process's generators: Python's, numpy's, torch's, and that of its GPU."""
     name, keys, position, has_gauss, cached = np.random.get_state()
     version, internal, gauss = random.getstate()
-    state = {
+    state: Draws = {
         "python": [version, list(internal), gauss],
         "numpy": [name, _text(np.asarray(keys).tobytes()), int(position), int(has_gauss), float(cached)],
         "torch": _text(torch.get_rng_state().numpy().tobytes()),
@@ -351,7 +361,7 @@ def draws_standing() -> dict[str, Any]:
     return state
 
 
-def restore_draws(state: dict[str, Any]) -> None:
+def restore_draws(state: Draws) -> None:
     """Put this process's generators where `draws_standing` found them."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))

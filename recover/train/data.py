@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,10 @@ import torch
 from recover.base import console
 from recover.base.errors import DataError
 from recover.config.recipe import DenseText, GivenText, PrunedText, TeacherText, Train
-from recover.distill.distiller import scored_rows
+from recover.distill.distiller import Batch, scored_rows
+from recover.train.checkpoints import PartEnds
 from recover.train.order import filled, training_order
-from recover.train.sources import Sample, read_rows, samples_of
+from recover.train.sources import Collate, Sample, SampleRow, read_rows, samples_of
 from recover.train.teacher_file import teacher_samples
 from recover.train.written_text import DenseWriter, repeated
 
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
     from recover.models.twin import Twin
 
 
-Collate = Callable[..., dict[str, Any]]  # of rows of `build_dataset`
-
-
 def build_dataset(
     cfg: Train,
     twin: Twin,
@@ -45,7 +43,7 @@ def build_dataset(
     folder: Path,
     *,
     packed: bool = False,
-    parts: Sequence[dict[str, Any]] = (),
+    parts: Sequence[PartEnds] = (),
 ) -> Dataset:
     """Rows `input_ids` and `completion_mask` in training order: whole steps, about `cfg.tokens` scored tokens.
 
@@ -84,7 +82,7 @@ def build_dataset(
         order += _ordered(held, order, lengths, cfg.batch_size, seed + number, {}, together)
         del order[part["ends"][-1] * cfg.batch_size :]
     order += _ordered(range(len(samples)), order, lengths, cfg.batch_size, seed + len(parts), starts, together)
-    columns: dict[str, Any] = {
+    columns: dict[str, list[Any]] = {
         "input_ids": [np.asarray(samples[index].ids, dtype=np.int32) for index in order],
         "completion_mask": [np.asarray(samples[index].mask, dtype=np.int8) for index in order],
     }
@@ -201,7 +199,7 @@ def tokens_at_once(rows: Dataset, micro: int) -> list[int]:
 def collator(pad: int, scored: str) -> Collate:
     """Rows of `build_dataset` to right-padded `input_ids`, `attention_mask` and `labels` (-100 where no loss is)."""
 
-    def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def collate(rows: Sequence[SampleRow]) -> Batch:
         sizes_B = np.array([len(row["input_ids"]) for row in rows])
         held_BT = np.arange(sizes_B.max()) < sizes_B[:, None]
         ids, labels = _joined(rows, scored)
@@ -224,7 +222,7 @@ def packer(pad: int, scored: str, longest: int, sizes: Sequence[int] = ()) -> Co
     many sequences have equal shapes.
     """
 
-    def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def collate(rows: Sequence[SampleRow]) -> Batch:
         ends_S = np.cumsum([len(row["input_ids"]) for row in rows])
         total = int(ends_S[-1])
         size, most = filled(total, sizes) if sizes else (total, 0)
@@ -246,7 +244,7 @@ def packer(pad: int, scored: str, longest: int, sizes: Sequence[int] = ()) -> Co
     return collate
 
 
-def _joined(rows: Sequence[dict[str, Any]], scored: str) -> tuple[Any, Any]:
+def _joined(rows: Sequence[SampleRow], scored: str) -> tuple[Any, Any]:
     """Tokens and labels of all rows, one after the other."""
     ids = np.concatenate([row["input_ids"] for row in rows])
     if scored == "all":
@@ -257,7 +255,7 @@ def _joined(rows: Sequence[dict[str, Any]], scored: str) -> tuple[Any, Any]:
 def with_scored(collate: Collate) -> Collate:
     """As `collate`, with `scored`: what `scored_rows` finds, found before the batch is on a device that would wait."""
 
-    def collated(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def collated(rows: Sequence[SampleRow]) -> Batch:
         batch = collate(rows)
         return {**batch, "scored": scored_rows(batch["labels"])}
 

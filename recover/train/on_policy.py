@@ -14,7 +14,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -23,15 +23,45 @@ from recover.base import console, dist
 from recover.base.artifacts import read_json, write_json
 from recover.base.errors import ArtifactError
 from recover.config.recipe import PrunedText, Train
+from recover.distill.distiller import Batch
 from recover.maths.collapse import loop
 from recover.text.prompts import Prompt, encode_prompt
 from recover.train.checkpoints import PRUNED_TEXT, discard_texts
-from recover.train.sources import Sample
+from recover.train.sources import Collate, Sample, SampleRow
 from recover.train.written_text import answered, fitting_prompts, in_rounds
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+
+class Numbers(TypedDict):
+    """A batch whose text may not be written yet: the numbers of its rows."""
+
+    numbers: Tensor
+
+
+class Fitted(TypedDict):
+    """Texts that fit the tokens planned: (row, prompt, ids as trained on); `owed`: tokens that are left over."""
+
+    rows: list[tuple[int, Prompt, list[int]]]
+    tokens: int
+    tokens_written: int
+    owed: int
+
+
+class Written(Fitted):
+    """A file of `pruned_text`: what the pruned model of training `fingerprint` wrote before step `step` + 1.
+
+    `longest`: tokens an answer may have; `ended`, `looping`: shares of the answers that end by themselves, in a loop.
+    """
+
+    fingerprint: str
+    step: int
+    longest: int
+    ended: float
+    looping: float
+    seconds: float
 
 
 Write = Callable[[Sequence[str], PrunedText, tuple[int, ...], str], list[list[int]]]
@@ -56,7 +86,7 @@ class OnPolicy:
         seed: int,
         folder: Path,
         fingerprint: str,
-        collate: Callable[..., dict[str, Any]],
+        collate: Collate,
         context: int | None = None,
     ) -> None:
         self.rows, self.collate = rows, collate
@@ -68,11 +98,11 @@ class OnPolicy:
         }
 
     @staticmethod
-    def numbers(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def numbers(rows: Sequence[SampleRow]) -> Numbers:
         """The collator to fetch batches with: loaders fetch ahead, when the text is not yet written."""
-        return {"numbers": torch.tensor([row["number"] for row in rows])}
+        return {"numbers": torch.tensor([row.get("number") for row in rows])}
 
-    def fill(self, batches: Sequence[dict[str, Any]], step: int, write: Write) -> list[dict[str, Any]]:
+    def fill(self, batches: Sequence[Numbers], step: int, write: Write) -> list[Batch]:
         """The batches that the numbers stand for, when `step` steps are made. All processes must call it.
 
         What `write` raises goes through: nothing of the step is done then.
@@ -81,10 +111,10 @@ class OnPolicy:
             source.reach(step, write)
         return [self.collate([self._row(number) for number in batch["numbers"].tolist()]) for batch in batches]
 
-    def _row(self, number: int) -> dict[str, Any]:
+    def _row(self, number: int) -> SampleRow:
         writer = self.writers[number]
         if writer < 0:
-            return self.rows[number]
+            return cast(SampleRow, self.rows[number])
         sample = self.sources[writer].texts[number]
         return {"input_ids": sample.ids, "completion_mask": sample.mask}
 
@@ -126,11 +156,12 @@ class _OwnText:
         if self.window is not None and window < self.window:
             dist.on_main(lambda: self._forget_after(window))
         places = self._places(window)
-        record = dist.on_main(lambda: self._saved(window)) if places else {"rows": []}
-        if record is None:
-            record = self._write(window, places, step, write)
+        rows = self._saved_or_written(window, places, step, write)["rows"] if places else []
         self.window = window
-        self.texts = {row: self._sample(prompt, ids) for row, prompt, ids in record["rows"]}
+        self.texts = {row: self._sample(prompt, ids) for row, prompt, ids in rows}
+
+    def _saved_or_written(self, window: int, places: list[int], step: int, write: Write) -> Written:
+        return dist.on_main(lambda: self._saved(window)) or self._write(window, places, step, write)
 
     def _places(self, window: int) -> list[int]:
         """Rows of the window that hold a place."""
@@ -138,7 +169,7 @@ class _OwnText:
         end = start + self.source.every * self.cfg.batch_size
         return [row for row in self.planned if start <= row < end]
 
-    def _write(self, window: int, places: list[int], step: int, write: Write) -> dict[str, Any]:
+    def _write(self, window: int, places: list[int], step: int, write: Write) -> Written:
         began = time.perf_counter()
         before = sum(row < places[0] for row in self.planned)
         rows = in_rounds(self.prompts, before, len(places), self.seed)
@@ -151,7 +182,7 @@ class _OwnText:
         looping = sum(loop(ids) is not None for ids in written)
         if self.source.cut_loops:
             written = [without_loop(ids) for ids in written]
-        record = {
+        record: Written = {
             "fingerprint": self.fingerprint,
             "step": step,
             "longest": longest,
@@ -165,9 +196,7 @@ class _OwnText:
             self._say_what_is_missing(record["owed"])
         return record
 
-    def _fitted(
-        self, window: int, places: list[int], prompts: list[Prompt], written: list[list[int]]
-    ) -> dict[str, Any]:
+    def _fitted(self, window: int, places: list[int], prompts: list[Prompt], written: list[list[int]]) -> Fitted:
         """The texts cut to the tokens planned up to here, long ones where such were planned, and tokens left over."""
         scored = self.cfg.loss.scored
         earlier = dist.on_main(lambda: self._saved(window - 1)) if window > 0 else None
@@ -177,7 +206,7 @@ class _OwnText:
         by_length = sorted(range(len(samples)), key=lambda index: len(samples[index].ids))
         by_place = sorted(places, key=lambda row: len(self.planned[row].ids))
         rows = [
-            [row, prompts[index], written[index][: sum(samples[index].mask)]]
+            (row, prompts[index], written[index][: sum(samples[index].mask)])
             for row, index in zip(by_place, by_length, strict=True)
         ]
         tokens = sum(sample.scored(scored) for sample in samples)
@@ -197,10 +226,10 @@ class _OwnText:
     def _path(self, window: int) -> Path:
         return self.folder / f"{self.number}-{self.first + window * self.source.every:06d}.json"
 
-    def _saved(self, window: int) -> dict[str, Any] | None:
+    def _saved(self, window: int) -> Written | None:
         path = self._path(window)
         try:
-            record = read_json(path) if path.exists() else None
+            record: Written | None = read_json(path) if path.exists() else None
         except ArtifactError as error:
             console.warn(f"{error}; the model as it is now writes that text")
             return None

@@ -15,6 +15,7 @@ from trl.trainer.sft_config import SFTConfig
 from recover.base import dist
 from recover.base.errors import TrainingError
 from recover.config.recipe import StopEarly, Train
+from recover.train.checkpoints import Part
 
 SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -90,7 +91,7 @@ def early_ends(ends: list[int], scores: Sequence[float | None], stop: StopEarly 
     return ends
 
 
-def all_ends(parts: Sequence[dict[str, Any]], cfg: Train, steps: int) -> list[int]:
+def all_ends(parts: Sequence[Part], cfg: Train, steps: int) -> list[int]:
     """As `epoch_ends`, of a training that goes on behind finished `parts`: those of the parts, then its own.
 
     It has as many epochs more as `cfg.epochs` is more than were made; if that is none, epochs of about as many tokens.
@@ -115,28 +116,12 @@ def training_arguments(
     the step behind which the schedule begins, after a finished training.
     """
     on_gpu = torch.cuda.is_available()
-    precision: dict[str, Any] = {
-        # The distiller multiplies half-precision models by float32 adapters itself, with and without DeepSpeed alike.
-        "bf16": False,
-        "fp16": False,
-        "use_cpu": not on_gpu,
-        # Without it, on a CPU with DeepSpeed, every process would take itself for the only one.
-        "ddp_backend": "gloo" if split.processes > 1 and not on_gpu else None,
-        "ddp_find_unused_parameters": False,
-    }
     # The one field goes by two names, and each version of transformers warns of the other.
     known = {field.name for field in dataclasses.fields(SFTConfig)}
     name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    memory: dict[str, Any] = {name: cfg.gradient_checkpointing}
+    memory: Any = {name: cfg.gradient_checkpointing}
     if cfg.gradient_checkpointing:
         memory[f"{name}_kwargs"] = {"use_reentrant": False}
-    quiet: dict[str, Any] = {
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_strategy": "no",  # `log_step` is called by a callback
-        "logging_nan_inf_filter": False,  # would hide a NaN and wait for the device at every step
-    }
     return SFTConfig(
         output_dir=str(folder),
         max_steps=steps * passes,
@@ -153,7 +138,17 @@ def training_arguments(
         dataloader_pin_memory=on_gpu,
         accelerator_config={"non_blocking": on_gpu},
         seed=seed,
-        **precision,
+        # The distiller multiplies half-precision models by float32 adapters itself, with and without DeepSpeed alike.
+        bf16=False,
+        fp16=False,
+        use_cpu=not on_gpu,
+        # Without it, on a CPU with DeepSpeed, every process would take itself for the only one.
+        ddp_backend="gloo" if split.processes > 1 and not on_gpu else None,
+        ddp_find_unused_parameters=False,
         **memory,
-        **quiet,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="no",  # `log_step` is called by a callback
+        logging_nan_inf_filter=False,  # would hide a NaN and wait for the device at every step
     )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from recover.base import console
 from recover.base.errors import DataError
 from recover.config.recipe import GivenText
+from recover.distill.distiller import Batch
 from recover.text.conversation import THOUGHTS, EmptyMessage, asking, holds_messages, read_messages, rendered
 from recover.text.named import prompt_rows
 from recover.text.prompts import Prompt, encode_prompt, ids_of
@@ -38,6 +39,18 @@ class Sample:
     def cut(self, length: int) -> Sample:
         """The first `length` tokens."""
         return Sample(self.ids[:length], self.mask[:length])
+
+
+class SampleRow(TypedDict):
+    """A row of `build_dataset`; where the pruned model is to write, with the row's `number` and its `writer`."""
+
+    input_ids: Sequence[int]
+    completion_mask: Sequence[int]
+    number: NotRequired[int]
+    writer: NotRequired[int]
+
+
+Collate = Callable[[Sequence[SampleRow]], Batch]  # of rows of `build_dataset`
 
 
 def read_rows(source: str, split: str = "train", subset: str | None = None) -> Sequence[Row]:

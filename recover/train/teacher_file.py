@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -149,11 +149,11 @@ def _row(where: str, value: Any, vocabulary: int) -> TeacherRow:
         raise DataError(f"{where}: no column {error}, expected input_ids, top_ids and top_logprobs") from None
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise DataError(f"{where}: expected lists of numbers of equal lengths ({error})") from None
-    if ids.dim() != 1 or mask.dim() != 1 or not ids_NK.dim():
+    if ids.dim() != 1 or mask.dim() != 1 or not ids_NK.dim() or not logp_NK.dim():
         raise DataError(
-            f"{where}: expected input_ids and completion_mask as lists of numbers, top_ids as a list of lists"
+            f"{where}: expected input_ids and completion_mask as lists of numbers, the others as lists of such lists"
         )
-    if not len(ids_NK):
+    if not len(ids_NK) and not len(logp_NK):
         ids_NK, logp_NK = ids_NK.reshape(0, 0), logp_NK.reshape(0, 0)
     problem = _problem(ids, mask, ids_NK, logp_NK, vocabulary)
     if problem:
@@ -240,19 +240,31 @@ def unpacked(value_N2K: Tensor) -> TopK:
     return TopK(ids_NK.contiguous(), bits_NK.contiguous().view(torch.float32))
 
 
-def file_row(row: TeacherRow, own: Marks | None = None) -> dict[str, Any]:
+class FileRow(TypedDict):
+    """A line of a teacher's file: a text, and of each scored token the teacher's likeliest ones."""
+
+    input_ids: list[int]
+    completion_mask: list[int]
+    top_ids: list[list[int]]
+    top_logprobs: list[list[float]]
+    tokenizer: NotRequired[Marks]
+
+
+def file_row(row: TeacherRow, own: Marks | None = None) -> FileRow:
     """The row as the file has it; log-probabilities to six digits, none so low that JSON has no number for it.
 
     `own`: the marks of the teacher's tokenizer.
     """
     logp = [[float(f"{max(value, -1e4):.6g}") for value in values] for values in row.top.logp_NK.tolist()]
-    return {
+    found: FileRow = {
         "input_ids": row.sample.ids,
         "completion_mask": row.sample.mask,
         "top_ids": row.top.ids_NK.tolist(),
         "top_logprobs": logp,
-        **({} if own is None else {"tokenizer": own}),
     }
+    if own is not None:
+        found["tokenizer"] = own
+    return found
 
 
 class TeacherStates:

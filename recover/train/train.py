@@ -18,12 +18,13 @@ from recover.config.recipe import Train
 from recover.distill.loss_terms import computed
 from recover.models.arch import arch_of
 from recover.models.packed_attention import HALF, packing_configs
+from recover.report.data import EpochScore
 from recover.text.generate import context_of
 from recover.train.caching import TextRow, TrainingStates, with_states
 from recover.train.callbacks import AfterEpoch, Epochs, LogStep, Progress, StepLog
-from recover.train.checkpoints import Asked, begin, note
+from recover.train.checkpoints import Asked, PartEnds, begin, note
 from recover.train.course import ROLLBACKS, Course, Totals
-from recover.train.data import Collate, build_dataset, collator, packer, tokens_at_once, with_scored
+from recover.train.data import build_dataset, collator, packer, tokens_at_once, with_scored
 from recover.train.on_policy import OnPolicy
 from recover.train.order import row_sizes
 from recover.train.settings import (
@@ -34,6 +35,7 @@ from recover.train.settings import (
     training_arguments,
 )
 from recover.train.sharded_weights import SharedOut
+from recover.train.sources import Collate
 from recover.train.teacher_file import TeacherStates
 from recover.train.trainer import RecoverTrainer
 from recover.train.trials import found_rate
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
     from recover.models.twin import Twin
 
 # Fields that say how the course is computed, and change none of it.
-NO_MATTER: dict[str, Any] = {
+NO_MATTER: Any = {
     **dict.fromkeys(("cache", "shard_weights", "gradient_checkpointing", "save_steps"), True),
     "loss": {"chunk"},
 }
@@ -137,7 +139,7 @@ def train(
     if trainer.is_deepspeed_enabled:
         zero.load_whole_again()
     _judge(epochs.best, baseline_score)
-    part = {"tokens": cfg.tokens, "ends": [each["step"] for each in epochs.records if each["step"] > begun]}
+    part: PartEnds = {"tokens": cfg.tokens, "ends": [each["step"] for each in epochs.records if each["step"] > begun]}
     note(run_folder, fingerprint, course.skips.to_json(), finished=True, part=part)
     if stop.requested:  # it came after the last step
         raise StopRequested(stop.requested)
@@ -278,7 +280,7 @@ def _announce(twin: Twin, rows: Dataset, steps: int, split: Any) -> None:
     )
 
 
-def _judge(best: dict[str, Any], baseline: float | None) -> None:
+def _judge(best: EpochScore, baseline: float | None) -> None:
     score = best["score"]
     if baseline is not None and score is not None and score <= baseline:
         console.warn(

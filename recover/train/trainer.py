@@ -13,7 +13,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -24,16 +24,17 @@ from recover.base import dist, zero
 from recover.base.errors import StopRequested, TrainingError
 from recover.base.signals import Interrupted, Stop
 from recover.config.recipe import PrunedText, Train
-from recover.distill.distiller import Distiller, scaled, scored_tokens, without_mask
+from recover.distill.distiller import Batch, Distiller, scaled, scored_tokens, without_mask
 from recover.distill.graphs import GraphedPasses
 from recover.models.modes import modules_below, plain_modes, set_training
 from recover.models.packed_attention import NAME
 from recover.models.step_attention import attending
 from recover.train.course import Course, frozen_weights, not_finite
-from recover.train.on_policy import OnPolicy
+from recover.train.on_policy import Numbers, OnPolicy
 from recover.train.optimizer_state import Average, Trained, averaged_steps
 from recover.train.settings import epoch_ends
 from recover.train.sharded_weights import WeightShards, gather_by_block
+from recover.train.sources import Collate
 from recover.train.written_text import write_together
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class _Fetched:
 
     of: Any = None
     count: int = 0
-    batches: list[dict[str, Any]] = field(default_factory=list)
+    batches: list[Any] = field(default_factory=list)
 
 
 class _Copied:
@@ -77,6 +78,7 @@ class RecoverTrainer(SFTTrainer):
     A step whose loss or gradient is not finite, on whichever process, changes no parameter on any: `course` counts it.
     """
 
+    data_collator: Any  # a Collate, or `OnPolicy.numbers`
     loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of all micro-batches of the step
 
     def __init__(
@@ -90,7 +92,7 @@ class RecoverTrainer(SFTTrainer):
         steps: int,
         course: Course,
         stop: Stop,
-        collate: Callable[..., dict[str, Any]],
+        collate: Collate,
         on_policy: OnPolicy | None = None,
         ends: list[int] | None = None,
         begin: int = 0,
@@ -105,7 +107,7 @@ class RecoverTrainer(SFTTrainer):
             args=args,
             train_dataset=rows.with_format("numpy"),
             processing_class=tokenizer,
-            data_collator=collate if on_policy is None else on_policy.numbers,
+            data_collator=cast(Any, collate if on_policy is None else on_policy.numbers),
         )
         self.shards: WeightShards | None = None  # see `SharedOut`
         if self.is_zero3:
@@ -157,13 +159,13 @@ class RecoverTrainer(SFTTrainer):
         self.distiller.stand_at(self.state.global_step / self.steps, self.course.totals.focus_mean())
         if self.on_policy is not None:
             # A loader brings its batches to the device; graphs take none that lies elsewhere.
-            batches = [self._prepare_inputs(batch) for batch in self._own_text(batches)]
+            batches = [self._prepared(batch) for batch in self._own_text(batches)]
         tokens = torch.zeros((), dtype=torch.int64, device=device)
         for batch in batches:
             tokens += scored_tokens(batch["labels"]).to(device)
         return batches, self.accelerator.reduce(tokens, "sum")
 
-    def _own_text(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _own_text(self, batches: Sequence[Numbers]) -> list[Batch]:
         """The batches that numbers of rows stand for; the pruned model writes what is not written yet."""
         assert self.on_policy is not None
 
@@ -190,7 +192,7 @@ class RecoverTrainer(SFTTrainer):
         """One micro-batch forward and backward; after the last one of a step, whether the step may be made."""
         if self.graphs is not None and self.graphs.takes(inputs):
             scale = self._scale(num_items_in_batch)
-            sums: Any = self.graphs.step(self._prepare_inputs(inputs), scale)
+            sums: Any = self.graphs.step(self._prepared(inputs), scale)
             self._count(sums)
             loss = (sums["loss"] * scale).detach()
         else:
@@ -203,6 +205,12 @@ class RecoverTrainer(SFTTrainer):
         if self.accelerator.sync_gradients:
             in_order = self._judge_step()
         return loss if in_order else torch.zeros_like(loss)  # transformers adds it to a sum of its own
+
+    def _prepared(self, batch: Batch) -> Batch:
+        """On the device, as transformers has it."""
+        inputs: Any = batch
+        prepared: Any = self._prepare_inputs(inputs)
+        return prepared
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """This micro-batch's part of the mean loss per token, as autograd must see it."""
@@ -318,7 +326,7 @@ class RecoverTrainer(SFTTrainer):
         if self.is_deepspeed_enabled:
             yield
             return
-        ours: dict[str, Any] = {"zero_grad": self._let_go}
+        ours: dict[str, Callable[..., Any]] = {"zero_grad": self._let_go}
         if plain_modes(self.adapted):
             ours["train"] = self._set_training
         vars(self.adapted).update(ours)
@@ -349,7 +357,7 @@ class RecoverTrainer(SFTTrainer):
         """
         set_rate(self.lr_scheduler, self.state.global_step)  # DeepSpeed holds it back at a step that it skips
         self.course.totals.lr = float(self._rate)
-        logs: dict[str, Any] = {"learning_rate": self._rate}
+        logs: dict[str, float] = {"learning_rate": self._rate}
         if self.course.skips.row:
             logs["skipped"] = self.course.skips.skipped
         else:
@@ -420,7 +428,7 @@ class RecoverTrainer(SFTTrainer):
     def _send_telemetry(self) -> None:
         """None: a training run makes no network request of its own."""
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+    def floating_point_ops(self, inputs: Batch) -> int:
         """Not counted: transformers' estimate walks all parameters at each step and knows neither view of the twin."""
         return 0
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Required, TypedDict, cast
 
 import numpy as np
 import torch
@@ -28,17 +28,18 @@ from recover.base.artifacts import read_json, write_json
 from recover.base.errors import ArtifactError, TrainingError
 from recover.config.auto import prior_rate
 from recover.config.recipe import Train
-from recover.distill.distiller import Distiller, scaled, without_mask
+from recover.distill.distiller import Batch, Distiller, rows_scored, scaled, without_mask
 from recover.distill.graphs import GraphedPasses
 from recover.maths.paired import of_ratio
 from recover.models.packed_attention import NAME
 from recover.models.step_attention import attending
+from recover.report.data import Trial
+from recover.train.sources import Collate
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from recover.models.twin import Twin
-    from recover.train.data import Collate
 
 FILE = "trials.json"
 SHARE = 0.05  # of the run's tokens, for all trials with what they are judged on
@@ -64,6 +65,26 @@ class Trials:
     judged: tuple[int, ...]
     tokens: int  # scored in all trials together
     why: str  # how the budget is split, or why there are no trials
+
+
+class JudgedTrial(Trial, total=False):
+    """A trial with the sums of each group of rows: of KL, and of -log p of the text."""
+
+    each: Required[Sums]
+    perplexity_each: Required[Sums]
+
+
+class TrialsRecord(TypedDict):
+    """trials.json; `fingerprint`: of the training that it is of. `chosen`: None until all trials are made."""
+
+    fingerprint: str
+    prior: float
+    steps: int
+    tokens: int
+    why: str
+    trials: list[JudgedTrial]
+    chosen: float | None
+    reason: str | None
 
 
 def planned(cfg: Train, width: int, scored: Sequence[int], texts: Sequence[Hashable] | None = None) -> Trials:
@@ -136,37 +157,43 @@ def found_rate(
     texts = [ids.tobytes() for ids in rows.with_format("numpy")["input_ids"]]
     plan = planned(cfg, twin.base.config.hidden_size, scored_of(rows, cfg.loss.scored), texts)
     record = dist.on_main(lambda: _read(folder / FILE, fingerprint))
-    if record.get("chosen") is None:
+    if record is None or record["chosen"] is None:
         bench = _Bench(twin, cfg, rows.with_format("numpy"), plan, collate, perplexity, micro, seed, graphed=graphed)
         record = _tried(bench, plan, record, folder / FILE, fingerprint)
+    if record["chosen"] is None:
+        raise AssertionError("no rate was chosen of all that were tried")
     _say(record)
     return dist.broadcast(record["chosen"])
 
 
-def _read(path: Path, fingerprint: str) -> dict[str, Any]:
+def _read(path: Path, fingerprint: str) -> TrialsRecord | None:
     try:
-        found = read_json(path) if path.exists() else {}
+        found = read_json(path) if path.exists() else None
     except ArtifactError as error:
         console.warn(f"{error}; the trials are made again")
-        found = {}
-    return found if isinstance(found, dict) and found.get("fingerprint") == fingerprint else {}
+        found = None
+    if not isinstance(found, dict) or found.get("fingerprint") != fingerprint:
+        return None
+    return cast(TrialsRecord, found)
 
 
-def _tried(bench: _Bench, plan: Trials, record: dict[str, Any], path: Path, fingerprint: str) -> dict[str, Any]:
-    """The record with all trials and the choice, written as it grows."""
-    trials: list[dict[str, Any]] = list(record.get("trials") or [])
-    described = {
-        "fingerprint": fingerprint,
-        "prior": plan.prior,
-        "steps": plan.steps,
-        "tokens": plan.tokens,
-        "why": plan.why,
-    }
+def _tried(bench: _Bench, plan: Trials, before: TrialsRecord | None, path: Path, fingerprint: str) -> TrialsRecord:
+    """The record with all trials and the choice, written as it grows; `before`: as a training that goes on finds it."""
+    trials = list(before["trials"]) if before else []
     if plan.rates:
         console.say(f"lr: auto: {plan.why}")
 
-    def write(chosen: float | None, reason: str | None) -> dict[str, Any]:
-        now = {**described, "trials": trials, "chosen": chosen, "reason": reason}
+    def write(chosen: float | None, reason: str | None) -> TrialsRecord:
+        now: TrialsRecord = {
+            "fingerprint": fingerprint,
+            "prior": plan.prior,
+            "steps": plan.steps,
+            "tokens": plan.tokens,
+            "why": plan.why,
+            "trials": trials,
+            "chosen": chosen,
+            "reason": reason,
+        }
         dist.on_main(lambda: write_json(path, now))
         return now
 
@@ -177,7 +204,7 @@ def _tried(bench: _Bench, plan: Trials, record: dict[str, Any], path: Path, fing
     return write(*_best(trials, plan))
 
 
-def _best(trials: Sequence[dict[str, Any]], plan: Trials) -> tuple[float, str]:
+def _best(trials: Sequence[JudgedTrial], plan: Trials) -> tuple[float, str]:
     """The rate to take, and why. Rates that are not worse beyond noise count as equal, first by KL, then by perplexity.
 
     Of what is left the lowest: the training is longer than a trial, and longer ones want lower rates.
@@ -211,10 +238,12 @@ def _mean(sums: Sums) -> float:
     return sum(nats for nats, _ in sums) / sum(tokens for _, tokens in sums)
 
 
-def _say(record: dict[str, Any]) -> None:
+def _say(record: TrialsRecord) -> None:
     if record["trials"]:
         columns = ["rate", "KL", "perplexity", "seconds"]
-        shown = [[trial["lr"], trial["kl"], trial["perplexity"], trial["seconds"]] for trial in record["trials"]]
+        shown = [
+            [trial["lr"], trial["kl"], trial.get("perplexity"), trial.get("seconds")] for trial in record["trials"]
+        ]
         console.table("trials of learning rates", columns, shown)
     console.say(f"lr: auto: {record['chosen']:.3g}: {record['reason']}")
 
@@ -265,7 +294,7 @@ class _Bench:
             parameter.copy_(first)
             parameter.grad = None
 
-    def trial(self, rate: float) -> dict[str, Any]:
+    def trial(self, rate: float) -> JudgedTrial:
         """A training of this rate, and how near its end is to dense; `kl` None where its loss was not finite."""
         started = time.perf_counter()
         self._from_zero()
@@ -283,10 +312,11 @@ class _Bench:
             if not finite:
                 break
         self.twin.model.eval()
-        found: dict[str, Any] = {"lr": rate, "kl": None, "perplexity": None, "each": [], "perplexity_each": []}
+        found: JudgedTrial = {"lr": rate, "kl": None, "perplexity": None, "each": [], "perplexity_each": []}
         if finite:
-            found |= self._judged()
-        return {**found, "seconds": round(time.perf_counter() - started, 1)}
+            self._judge(found)
+        found["seconds"] = round(time.perf_counter() - started, 1)
+        return found
 
     def _step(self, step: int, adam: torch.optim.Optimizer) -> bool:
         """One optimizer step over all processes; whether its gradient was finite."""
@@ -297,7 +327,8 @@ class _Bench:
             self._batch(self.collate, range(start, min(start + self.micro, begin + share)))
             for start in range(begin, begin + share, self.micro)
         ]
-        tokens = _over_processes(torch.tensor([sum(len(batch["scored"][0]) for batch in batches)], dtype=torch.float64))
+        mine = sum(len(rows_scored(batch)[0]) for batch in batches)
+        tokens = _over_processes(torch.tensor([mine], dtype=torch.float64))
         scale = (1.0 / tokens.clamp_min(1.0)).to(self.device, torch.float32)[0]
         for parameter in self.trained:
             parameter.grad = None
@@ -315,7 +346,7 @@ class _Bench:
         adam.step()
         return True
 
-    def _backward(self, batch: dict[str, Any], scale: Tensor) -> None:
+    def _backward(self, batch: Batch, scale: Tensor) -> None:
         if self.graphs is not None and self.graphs.takes(batch):
             self.graphs.step(batch, scale)
             return
@@ -325,25 +356,28 @@ class _Bench:
             sums = self.twin.model(**without_mask(batch), distill=self.distiller)
             scaled(sums["loss"], scale).backward()
 
-    def _batch(self, collate: Collate, numbers: Sequence[int]) -> dict[str, Any]:
+    def _batch(self, collate: Collate, numbers: Sequence[int]) -> Batch:
         found: Any = send_to_device(collate([self.rows[number] for number in numbers]), self.device)
         return found
 
-    def _judged(self) -> dict[str, Any]:
-        """KL and perplexity on the rows that no trial learns from."""
+    def _judge(self, found: JudgedTrial) -> None:
+        """Put KL and perplexity on the rows that no trial learns from into the record, if they are finite."""
         rows = self.plan.judged
         size = max(1, len(rows) // GROUPS)
         groups: list[Sequence[int]] = [rows[start : start + size] for start in range(0, len(rows), size)]
         each = dist.over(groups, lambda mine: [self._sums(self.collate, group, "kl") for group in mine])
-        found: dict[str, Any] = {"kl": _mean(each), "each": each}
+        texts: Sums = []
         if self.perplexity is not None:
             collate = self.perplexity
             texts = dist.over(groups, lambda mine: [self._sums(collate, group, "ce") for group in mine])
-            found |= {"perplexity": math.exp(min(_mean(texts), 700.0)), "perplexity_each": texts}
-        return found if math.isfinite(found["kl"]) else {}
+        if not math.isfinite(_mean(each)):
+            return
+        found["kl"], found["each"] = _mean(each), each
+        if texts:
+            found["perplexity"], found["perplexity_each"] = math.exp(min(_mean(texts), 700.0)), texts
 
     @torch.no_grad()
-    def _sums(self, collate: Callable[..., dict[str, Any]], numbers: Sequence[int], term: str) -> tuple[float, int]:
+    def _sums(self, collate: Collate, numbers: Sequence[int], term: str) -> tuple[float, int]:
         sums = self.twin.model(**without_mask(self._batch(collate, numbers)), distill=self.distiller)
         return float(sums[term]), int(sums["tokens"])
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 
 from recover.base import console
+from recover.base.artifacts import JsonObject
 from recover.base.errors import ExportError
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, words: Vocabulary) -> None:
         writer.add_chat_template(words.chat_template)
 
 
-def _core(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _core(tokenizer: PreTrainedTokenizerBase) -> JsonObject:
     """The tokenizer as it is used, in the terms of tokenizer.json (a class may build other rules than its file has)."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -102,7 +103,7 @@ def _core(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return json.loads(backend.to_str())
 
 
-def _refuse_other_kinds(core: dict[str, Any]) -> None:
+def _refuse_other_kinds(core: JsonObject) -> None:
     model, normalizer = core["model"], core["normalizer"]
     if model["type"] != "BPE":
         raise ExportError(f"tokenizer: its vocabulary is a {model['type']}; GGUF is written for byte-level BPE only")
@@ -120,7 +121,7 @@ def _refuse_other_kinds(core: dict[str, Any]) -> None:
         raise ExportError(f"tokenizer: it normalizes texts ({normalizer['type']}), which llama.cpp does not do")
 
 
-def _pre_tokenizer(core: dict[str, Any]) -> str:
+def _pre_tokenizer(core: JsonObject) -> str:
     rules = _rules(core["pre_tokenizer"])
     if rules not in PRE_TOKENIZERS:
         raise ExportError(
@@ -136,7 +137,7 @@ def _pre_tokenizer(core: dict[str, Any]) -> str:
     return name
 
 
-def _rules(step: dict[str, Any] | None) -> tuple[str, ...]:
+def _rules(step: JsonObject | None) -> tuple[str, ...]:
     """Regular expressions that a pre-tokenizer splits by; a step that llama.cpp cannot have is given by its type."""
     kind = "no pre-tokenizer" if step is None else step["type"]
     if step is not None and kind == "Sequence":
@@ -150,7 +151,7 @@ def _rules(step: dict[str, Any] | None) -> tuple[str, ...]:
     return (f"{kind} { ({} if step is None else {k: v for k, v in step.items() if k != 'type'}) }",)
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, core: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
+def _tokens(tokenizer: PreTrainedTokenizerBase, core: JsonObject, rows: int) -> tuple[list[str], list[int]]:
     """Text and type for each row; rows that no token has get a name of their own, as llama.cpp needs one each."""
     tokens, types = [f"[PAD{row}]" for row in range(rows)], [UNUSED] * rows
     extra = {added["content"] for added in core["added_tokens"]}
@@ -171,7 +172,8 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, core: dict[str, Any], rows: int)
 
 
 def _special(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> dict[str, int]:
-    named: dict[str, Any] = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "pad", "unk", "eos")}
+    names = ("bos", "pad", "unk", "eos")
+    named: dict[str, int | None] = {name: getattr(tokenizer, f"{name}_token_id") for name in names}
     ends = [token for token in dict.fromkeys([*stops, named.pop("eos")]) if token is not None]
     if not ends:
         raise ExportError("neither the model nor its tokenizer has an end-of-text token: set the tokenizer's eos_token")

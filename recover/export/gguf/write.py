@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import gguf
 import numpy as np
@@ -93,7 +93,7 @@ def _writer(folder: Path, config: PretrainedConfig, dtype: str) -> gguf.GGUFWrit
 def _name(folder: Path) -> str:
     """The recipe's name where the folder is an export of ours, else the folder's."""
     record = folder / "recover.json"
-    named: dict[str, Any] = artifacts.read_json(record) if record.is_file() else {}
+    named: artifacts.JsonObject = artifacts.read_json(record) if record.is_file() else {}
     return named.get("recipe", {}).get("name") or folder.resolve().name
 
 

@@ -10,14 +10,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from recover.base.artifacts import JsonObject
 from recover.config.tasks import KINDS, Row
 from recover.measure.model import ModelUnderTest
+from recover.report.data import GreedyText
 from recover.text.generate import Generation
 
 # Of one task: figures by the keys of the kind's `figures`, `kind`, `items`, `samples`; and `each`, the main figure of
 # each item (perplexity: nats and tokens of each text), by which two models are compared item by item.
-Record = dict[str, Any]
-Generations = dict[str, list[dict[str, Any]]]  # task -> one {"ids", "text", "prompt", "expected"} per item, greedy
+Record = JsonObject
+Generations = dict[str, list[GreedyText]]  # task -> one per item
 
 
 @dataclass(frozen=True)

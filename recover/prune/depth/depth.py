@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import LongTensor
 
+from recover.base.artifacts import JsonObject
 from recover.base.errors import PruneError
 from recover.base.journal import Journal
 from recover.config.recipe import Depth
@@ -116,7 +117,7 @@ def _refuse_no_effect(twin: Twin, sites: frozenset[Site], batches: list[LongTens
         raise PruneError(f"prune: dropping {named} changes no logit: these {'blocks' if whole else 'sites'} do nothing")
 
 
-def _plan(twin: Twin, choice: SearchResult, calibration: dict[str, Any], **repair: Any) -> Plan:
+def _plan(twin: Twin, choice: SearchResult, calibration: JsonObject, **repair: Any) -> Plan:
     """The plan of these sites, its parameters counted: stored ones (whole blocks after repacking), and those in use."""
     modules = blocks_of(twin.model)
     dense = sum(parameter.numel() for parameter in twin.model.parameters())

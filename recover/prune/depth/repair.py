@@ -12,12 +12,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import LongTensor, Tensor, nn
 
 from recover.base import console
+from recover.base.artifacts import JsonObject
 from recover.base.errors import PruneError
 from recover.models.arch import Arch, arch_of, linears_of
 from recover.models.site import Site
@@ -58,7 +59,7 @@ def refuse_norm_behind(arch: Arch, kind: str) -> None:
 
 def repaired(
     twin: Twin, dropped: frozenset[Site], kind: str, batches: list[LongTensor]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+) -> tuple[dict[str, Tensor], JsonObject]:
     """The rewritten weights by parameter name, without those that make it worse, and what the repair brought.
 
     The record: `kind`, `kept` (whether any weight is rewritten), `kl_before` and `kl_after` (mean KL(dense || pruned) a
