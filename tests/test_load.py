@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from recover.base.errors import DataError, ModelError, RecipeError
 from recover.config import recipe
-from recover.models.load import check_fit, describe, load_model, load_tokenizer
+from recover.models.load import check_account, check_fit, describe, load_model, load_tokenizer
 from recover.models.source import exported_dtype, stored_dtype
 from recover.text.prompts import text_ids
 
@@ -59,6 +59,7 @@ def test_every_family_loads_and_is_described(tmp_path, family):
     model = tiny(family)
     model.save_pretrained(tmp_path)
     assert torch.equal(load_model(cfg(tmp_path))(ids()).logits, model(ids()).logits)
+    check_account(cfg(tmp_path))  # by names and sizes alone, nothing is missing or left over
     description = describe(cfg(tmp_path, dtype="bfloat16"))
     parameters = sum(p.numel() for p in model.parameters())
     assert (description.blocks, description.width, description.vocabulary) == (6, 64, 256)

@@ -47,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": {"source": "./model"},
         "prune": {"kind": "depth", "count": 1, "calibration": {"data": "./text.jsonl", "samples": 4, "length": 32}},
         "probe": {"samples": 2, "steps": 4},
-        "recover": {
+        "train": {
             "epochs": 1,
             "tokens": 300,
             "length": 64,

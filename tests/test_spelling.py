@@ -155,3 +155,34 @@ def test_a_saved_tokenizer_has_words_of_both_versions_and_no_token_more(family, 
     assert config["additional_special_tokens"] == ["<|im_start|>"] and "extra_special_tokens" not in config
     assert not {"is_local", "local_files_only", "backend"} & config.keys()
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == tokenizer.get_vocab()
+
+
+# What readers look up in config.json without a default: vLLM and SGLang by `architectures`, MLX and llama.cpp's
+# converter by names of their own lists, all of them at the top and in the words of transformers 4.
+LOOKED_UP = (
+    *("architectures", "model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"),
+    *("num_key_value_heads", "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "torch_dtype"),
+    *("tie_word_embeddings", "bos_token_id", "eos_token_id"),
+)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2"])
+def test_what_other_readers_look_up_is_there(family, tmp_path):
+    folder = written(tmp_path / "deploy", family)
+    config, generation = settings(folder), settings(folder, "generation_config.json")
+    assert [name for name in LOOKED_UP if name not in config] == []
+    assert config["architectures"] == [type(tiny(family)).__name__] and config["num_hidden_layers"] == 6
+    assert isinstance(config["rope_theta"], float | int) and config["torch_dtype"] == "float32"
+    ends = generation["eos_token_id"]
+    assert 2 in (ends if isinstance(ends, list) else [ends]), "vLLM ends texts by generation_config.json"
+    words = settings(folder, "tokenizer_config.json")
+    assert words["tokenizer_class"] == "PreTrainedTokenizerFast" and words["eos_token"] == "</s>"
+    assert (folder / "tokenizer.json").is_file() and not {"is_local", "local_files_only", "backend"} & words.keys()
+
+
+@pytest.mark.parametrize("rope", [LLAMA3, YARN, LINEAR])
+def test_scaling_has_the_word_that_each_reader_asks_for(rope, tmp_path):
+    """MLX refuses a scaling without `factor` and one of `type` and `rope_type`; vLLM one where the two differ."""
+    scaling = settings(written(tmp_path / "deploy", "llama", rope_parameters=rope))["rope_scaling"]
+    assert scaling["factor"] == rope["factor"] and scaling["rope_type"] == rope["rope_type"]
+    assert scaling.get("type", rope["rope_type"]) == rope["rope_type"]

@@ -66,7 +66,7 @@ def lines(file: TextIO, path: Path) -> Iterator[str]:
 
 
 def parsed(text: str) -> Any:
-    """The value of JSON text. Raises ValueError: it is none, a number too long, or nested deeper than any row is."""
+    """The value of JSON text. Raises ValueError: it is none, a number or the nesting is too long, or a key is twice."""
     value = loads(text)
     if text.count("[") + text.count("{") > DEEPEST and _depth_over(value, DEEPEST):
         raise ValueError(f"lists and objects more than {DEEPEST} deep")
