@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 Fields = dict[str, Any]
 
-CHECKPOINTS = 40
+CHECKPOINTS = 41
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,10 @@ KINDS: dict[str, Fields] = {
     "sublayers-listed": {"kind": "depth", "unit": "sublayer", "sites": ["mlp:3", "attention:4"]},
     "depth-answers": _depth(count=2, calibration={**CALIBRATION, "answer": 12}),
 }
+
+# In the place of what is not done to experts, where a mixture's turn comes to it.
+NOT_FOR_EXPERTS = ("wanda-owl", "sparsegpt")
+EXPERTS = _weights("experts", count=1, score="kl")
 
 GIVEN = {"kind": "given", "source": "given.jsonl", "columns": {"prompt": "p", "completion": "c"}}
 WRITTEN = {"prompts": "prompts.jsonl", "max_new_tokens": 12, "batch_size": 8}
@@ -197,9 +201,12 @@ def _checkpoints(work: Path, families: Sequence[str]) -> list[Job]:
     for number in range(CHECKPOINTS):
         family = families[number % len(families)]
         kind = list(KINDS)[number % len(KINDS)]
+        prune = KINDS[kind]
+        if family.endswith("_moe") and kind in NOT_FOR_EXPERTS:
+            kind, prune = "experts", EXPERTS
         training = list(TRAININGS)[number % len(TRAININGS)]
         name = f"{number + 1:02}-{family}-{kind}".replace(":", "of")
-        fields = recipe(name, family, KINDS[kind], **{**TRAININGS[training], **CHANGES.get(kind, {})})
+        fields = recipe(name, family, prune, **{**TRAININGS[training], **CHANGES.get(kind, {})})
         _json(work / f"{name}.yaml", fields)
         made.append(_run(name, "export", f"{name}.yaml", last="verify.json"))
     return made

@@ -225,6 +225,24 @@ def test_prompts_go_through_the_chat_template():
     assert shown(one) == ("<user>hi</s><assistant>", "yo</s>")
 
 
+@pytest.mark.parametrize("as_json", [False, True], ids=["lists", "JSON text"])
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        ([("user", "hi"), ("assistant", "yo"), ("user", "so?")], [("assistant", "ok")]),
+        ([("user", "hi"), ("assistant", "yo"), ("user", "so?")], "ok"),
+    ],
+)
+def test_prompt_and_completion_may_be_messages_and_the_completion_is_learnt(prompt, completion, as_json):
+    def held(side):
+        found = [{"role": role, "content": content} for role, content in side] if isinstance(side, list) else side
+        return json.dumps(found) if as_json and isinstance(found, list) else found
+
+    row = {"q": held(prompt), "a": held(completion)}
+    (one,) = sample(row, {"prompt": "q", "completion": "a"}, chatty(), 200)
+    assert shown(one) == ("<user>hi</s><assistant>yo</s><user>so?</s><assistant>", "ok</s>")
+
+
 @pytest.mark.parametrize(
     ("value", "columns", "message"),
     [
@@ -286,7 +304,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_prompt_without_room_for_an_answer_is_named(twin, tmp_path):
     path = jsonl(tmp_path / "long.jsonl", [{"prompt": "ok"}, {"prompt": "x" * 40}])
     with pytest.raises(DataError, match=r"long.jsonl:2: the prompt has 40 tokens"):
-        build(cfg({"kind": "dense", "prompts": path, "strict": True}), twin, tmp_path)
+        build(cfg({"kind": "dense", "prompts": path, "strict": True, "max_new_tokens": 8}), twin, tmp_path)
 
 
 def test_rows_without_anything_to_learn_are_counted_or_refused(twin, tmp_path, capsys):

@@ -23,13 +23,16 @@ from recover.export.merge import merge
 from recover.export.verify import check, write_expected
 from recover.export.write import write_checkpoint
 from recover.models.experts import ExpertFactors, keeping, mixtures_of
+from recover.models.load import describe
 from recover.models.masked_lora import ExpertLora
 from recover.models.plan import Plan, load_plan, save_plan
 from recover.models.twin import Twin
 from recover.probe.records import record_of
 from recover.probe.routing import routing
+from recover.prune import registry
 from recover.prune.depth.depth import prune_depth
-from recover.prune.experts import prune_experts
+from recover.prune.experts import experts_cost, prune_experts
+from recover.prune.sparsity import prune_magnitude, prune_wanda
 from recover.report import plan_text, tables
 from recover.run import stages
 from recover.train.checkpoints import read_adapter, write_adapter
@@ -279,9 +282,6 @@ def test_fewer_experts_are_trained_and_exported(family, score, tmp_path):
     ],
 )
 def test_what_a_router_cannot_do_with_is_refused_by_plan_and_pruning(family, fields, said, tmp_path):
-    from recover.models.load import describe
-    from recover.prune.experts import experts_cost
-
     model = tiny(family)
     with pytest.raises(PruneError, match=said):
         prune(model, **fields)
@@ -293,9 +293,6 @@ def test_what_a_router_cannot_do_with_is_refused_by_plan_and_pruning(family, fie
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
 def test_the_cost_of_a_plan_is_what_goes(family, tmp_path):
-    from recover.models.load import describe
-    from recover.prune.experts import experts_cost
-
     dense = tiny(family)
     dense.config.save_pretrained(tmp_path)
     cfg = recipe.Experts(calibration=recipe.Calibration(data="text"), count=2)
@@ -484,3 +481,107 @@ def test_a_whole_run_of_a_mixture(tmp_path):
     assert config["num_experts"] == config["num_local_experts"] == 6
     assert config["output_router_logits"] is False  # trl would have it said
     assert "## Who does the work" in (directory.root / "report.md").read_text()
+
+
+def masked(model, kind, **fields):
+    twin = Twin(copy.deepcopy(model), twin_plan(model))
+    if kind == "magnitude":
+        return prune_magnitude(twin, recipe.Magnitude(**fields), [])
+    return prune_wanda(twin, recipe.Wanda(calibration=recipe.Calibration(data="text"), **fields), batches())
+
+
+def stored_matrix(model, name: str, expert: int) -> torch.Tensor:
+    """(O, I) of one expert, from the model's parameters."""
+    weight = dict(model.named_parameters())[name][expert]
+    return weight.T if model.config.model_type == "gpt_oss" else weight
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("parts", [("linears",), ("linears", "experts", "router")], ids=["linears", "all"])
+def test_masks_on_experts_are_trained_and_exported(family, parts, tmp_path):
+    dense = tiny(family)
+    pruned = masked(dense, "wanda", pattern="2:4")
+    twin = Twin(copy.deepcopy(dense), *pruned)
+    assert not torch.allclose(logits(twin.model), logits(dense), atol=1e-2)
+    twin = learnt(Twin(copy.deepcopy(dense), *pruned), parts)
+    twin.model(ids()).logits.square().sum().backward()
+    with twin.dense() as model:
+        assert torch.equal(logits(model), logits(dense))
+    stock = exported(twin, pruned, tmp_path)
+    torch.testing.assert_close(logits(stock), logits(twin.model), rtol=2e-4, atol=2e-4)
+    for name in (name for name, _ in stock.named_parameters() if ".experts." in name and "bias" not in name):
+        for expert in range(dense.config.num_local_experts):
+            alive = (stored_matrix(stock, name, expert) != 0).unflatten(1, (-1, 4)).sum(-1)
+            assert (alive == 2).all()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_magnitude_keeps_the_largest_weights_of_each_row_of_each_expert(family):
+    dense = tiny(family)
+    plan, masks, _ = masked(dense, "magnitude", sparsity=0.5)
+    names = [name for name in masks if ".experts." in name]
+    assert len(names) == 2 * sum(hasattr(block.mlp, "experts") for block in dense.model.layers)
+    for name in names:
+        keep = masks[name].unflatten(0, (dense.config.num_local_experts, -1))
+        for expert in range(len(keep)):
+            weight = stored_matrix(dense, name, expert).abs()
+            kept = weight.masked_fill(~keep[expert], torch.inf).amin(1)
+            assert (kept >= weight.masked_fill(keep[expert], 0).amax(1)).all()
+            assert (keep[expert].sum(1) == weight.shape[1] // 2).all()
+    assert plan.nonzero == plan.parameters_dense - sum(int((~keep).sum()) for keep in masks.values())
+
+
+def test_wanda_ranks_an_experts_weights_by_its_own_tokens(capsys):
+    """Block 0, which no pruned block comes before: norms token after token, expert after expert."""
+    dense = tiny("qwen3_moe", num_experts=64)
+    _, masks, _ = masked(dense, "wanda", sparsity=0.5)
+    block, seen = dense.model.layers[0], []
+    hook = block.mlp.register_forward_pre_hook(lambda _m, args: seen.append(args[0].flatten(0, 1)))
+    for tokens in batches():
+        dense(tokens)
+    hook.remove()
+    _, _, chosen = block.mlp.gate(torch.cat(seen))
+    idle = 0
+    for expert in range(64):
+        mine = torch.cat(seen)[(chosen == expert).any(1)]
+        inside = block.mlp.experts.gate_up_proj[expert] @ mine.T
+        inside = F.silu(inside[:32]) * inside[32:]
+        for name, x in (("gate_up_proj", mine), ("down_proj", inside.T)):
+            weight = getattr(block.mlp.experts, name)[expert].abs()
+            score = weight * (x.square().sum(0).sqrt() if len(mine) else 1)
+            order = score.argsort(dim=1, stable=True)
+            expected = torch.ones_like(score, dtype=torch.bool).scatter(1, order[:, : score.shape[1] // 2], False)
+            keep = masks[f"model.layers.0.mlp.experts.{name}"].unflatten(0, (64, -1))[expert]
+            assert (keep == expected).float().mean() > 0.999, (expert, name)  # ties of rounding
+        idle += not len(mine)
+    assert idle and f"{idle} of 64 experts saw no token: their weights are ranked by magnitude" in said(capsys)
+
+
+def said(capsys) -> str:
+    found = capsys.readouterr()
+    return " ".join((found.out + found.err).split())
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        (recipe.SparseGpt(sparsity=0.5, calibration=recipe.Calibration(data="text")), "rewrites no experts"),
+        (
+            recipe.Wanda(sparsity=0.5, allocation="owl", calibration=recipe.Calibration(data="text")),
+            "prune.allocation: 'owl' is not measured on experts",
+        ),
+    ],
+)
+def test_what_is_not_done_to_experts_is_refused(cfg, message, tmp_path):
+    dense = tiny("qwen3_moe")
+    with pytest.raises(PruneError, match=message):
+        registry.prune(Twin(copy.deepcopy(dense), twin_plan(dense)), cfg, batches())
+    dense.config.save_pretrained(tmp_path)
+    with pytest.raises(PruneError, match=message):
+        registry.pruner_of(cfg).cost(cfg, describe(recipe.Model(source=str(tmp_path))))
+
+
+def test_the_recipe_for_a_real_mixture_is_one():
+    cfg = load_recipe(Path(__file__).parent.parent / "recipes" / "olmoe-1b-7b-experts25.yaml")
+    assert isinstance(cfg.prune, recipe.Experts) and cfg.prune.removed(64) == 16
+    assert cfg.train.lora.parts == ("linears", "experts", "router")

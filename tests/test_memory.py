@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import ids, tiny
+from transformers import AutoConfig
 
 from recover.base import memory
 from recover.base.memory import GIB, Shape, Training, training_parts
@@ -227,3 +228,14 @@ def test_the_plan_stage_counts_the_weights_that_a_repair_rewrites(count, descrip
     weights, _ = fitted(Twin(tiny(), Plan.none(6)), sites_of((2,)), "linear", [ids(2, 24)], {}, 4, 6)
     own = sum(weight.numel() for weight in weights.values())
     assert bytes_beside({**plain, "repair": "linear"}, plain, description) == count * 4 * own > 0
+
+
+def test_a_model_of_30_billion_uses_three_of_them(tmp_path):
+    """Qwen3-30B-A3B: 30.5B parameters and 3.3B activated, says its card; routers are some ten-thousandths."""
+    sizes = {"num_hidden_layers": 48, "hidden_size": 2048, "head_dim": 128, "num_experts": 128, "vocab_size": 151_936}
+    AutoConfig.for_model("qwen3_moe", **sizes, moe_intermediate_size=768, num_experts_per_tok=8).save_pretrained(
+        tmp_path
+    )
+    described = describe(Model(source=str(tmp_path)))
+    assert (described.parameters, described.active) == (30_532_122_624, 3_353_032_704)
+    assert memory.adapter_parameters(described, 16, 48, ("router",)) == 48 * 128 * 2048

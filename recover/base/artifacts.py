@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -386,22 +387,31 @@ def dumps(value: Any, *, indent: int | None = None) -> str:
 JsonObject = dict[str, Any]  # an object of JSON or YAML whose fields are not ours to name, or not all of one kind
 
 
-def loads(data: bytes) -> Any:
+def loads(data: bytes | str) -> Any:
     """The value in a JSON text.
 
     Raises:
-        ValueError: not UTF-8, not JSON, nested too deep, or an object with the same key twice.
+        ValueError: not UTF-8, not JSON, nested too deep, a number of thousands of digits, or an object with the same
+            key twice.
     """
     try:
-        return json.loads(data.decode(), object_pairs_hook=_no_key_twice)
+        return json.loads(data.decode() if isinstance(data, bytes) else data, object_pairs_hook=_no_key_twice)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
     except RecursionError:
         raise ValueError("nested too deep") from None
+    except ValueError as error:
+        if "int_max_str_digits" in str(error):  # of Python's, which tells how to change Python
+            raise ValueError(f"a number of more than {sys.get_int_max_str_digits():,} digits") from None
+        raise
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key occurs twice in an object")
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r:.40} occurs twice in an object")
     return found
 
 

@@ -8,7 +8,8 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from logging import LogRecord, getLogger
+from contextlib import contextmanager
+from logging import CRITICAL, LogRecord, getLogger
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from recover.base import dist, units
@@ -214,6 +215,20 @@ def _made_visible(record: LogRecord) -> bool:
     """Let the record pass, as text without control characters."""
     record.msg, record.args = visible(record.getMessage()), None
     return True
+
+
+@contextmanager
+def silent(*libraries: str) -> Iterator[None]:
+    """Inside, these libraries log nothing: what they have to say is raised or returned, and told by the caller."""
+    loggers = [getLogger(name) for name in libraries]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def quiet_libraries() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from recover.base.errors import StopRequested
+from recover.base.errors import RecoverError, StopRequested
 
 # HUP: the terminal was closed; TERM: a scheduler or launcher asks; INT: control-C; USR1: a scheduler's warning ahead.
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
@@ -85,3 +85,26 @@ class Stop:
             yield
         finally:
             self.at_once = False
+
+
+class TooSlow(RecoverError):
+    """Something took longer than it may."""
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Inside, Python code that takes longer ends in TooSlow. In the main thread alone: others take no signals."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise TooSlow(f"takes more than {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    left, every = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, left, every)
+        signal.signal(signal.SIGALRM, before)

@@ -132,7 +132,7 @@ class Loss(Config):
     terms: dict[str, float] = Field(
         default={}, description="weights of terms that another package has registered (`recover.config.loss.register`)"
     )
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=0.01)
     focus: Focus | None = Field(default=None, description="which positions count more; null: each the same")
     scored: Literal["completion", "all"] = Field(default="completion", description="which positions carry loss")
     chunk: int = Field(default=2048, ge=1, description="most token positions scored at once; a matter of memory only")

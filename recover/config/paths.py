@@ -60,7 +60,11 @@ def matching(path: Path) -> list[Path]:
 
 
 def meant(path: Path) -> str:
-    """`. Did you mean '...'?` of a file beside the path with its ending and nearly its name, or nothing."""
+    """What was probably meant, as `. Did you mean NAME?` of a file beside the path with nearly its name, or nothing."""
+    if os.path.islink(path):
+        return f": a link to {os.readlink(path)}, which is not there"
+    if "$" in str(path):
+        return ": variables such as $HOME are not filled in; write the path out, or begin it with ~"
     if not path.parent.is_dir():
         return ""
     there = {found.stem: found for found in path.parent.iterdir() if found.suffix == path.suffix}

@@ -151,7 +151,9 @@ class Recipe(Config):
     """One complete run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run directory")
-    seed: int = Field(default=0, ge=0, description="of calibration, written text, training order and sampling")
+    seed: int = Field(
+        default=0, ge=0, lt=2**32, description="of calibration, written text, training order and sampling"
+    )
     model: Model
     prune: Prune
     probe: Probe = Probe()

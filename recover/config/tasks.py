@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
+from recover.base.signals import TooSlow, within
 from recover.config.base import Config
 from recover.config.recipe import Sampling
 
@@ -112,6 +113,23 @@ class WritingFile(PromptFile):
         return strings
 
 
+HARD = tuple(letter * 64 + end for letter in ("a", "1", " ", "\n", "a ", "1,") for end in ("!", "a!"))
+
+
+def _refuse_slow(pattern: str) -> None:
+    """Raise ValueError for a pattern that backtracks without end: a model that loops writes just such texts."""
+    for text in HARD:
+        try:
+            with within(1.0):
+                for _ in re.finditer(pattern, text, re.IGNORECASE):
+                    pass
+        except TooSlow:
+            raise ValueError(
+                f"{pattern!r} takes more than a second on {text[:4]!r} repeated: a repetition repeats, as in (a+)+; "
+                "write it with one of them"
+            ) from None
+
+
 class Reading(Config):
     """How an answer is found in a text, and compared with what is right."""
 
@@ -134,6 +152,7 @@ class Reading(Config):
                 re.compile(pattern)
             except (re.error, RecursionError, OverflowError) as error:
                 raise ValueError(f"not a regular expression: {pattern!r}: {error}") from None
+            _refuse_slow(pattern)
         return patterns
 
 

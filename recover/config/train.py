@@ -97,7 +97,11 @@ class GivenText(Config):
     subset: str | None = Field(default=None, description="configuration of a data set, as wikitext-2-raw-v1")
     split: str = Field(default="train", description="of a data set")
     strict: bool = Field(default=False, description="refuse a row that would be left out")
-    columns: dict[Literal["text", "prompt", "completion", "messages"], str] = Field(default={"text": "text"})
+    columns: dict[Literal["text", "prompt", "completion", "messages"], str] = Field(
+        default={"text": "text"},
+        description="which column holds what; prompt and completion may be messages, of which the completion's are "
+        "learnt",
+    )
     share: float = Field(default=1.0, gt=0)
 
 

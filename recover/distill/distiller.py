@@ -19,7 +19,7 @@ from recover.distill.loss import distillation_loss
 from recover.distill.loss_topk import TopK
 from recover.kernels.adapter_casts import cast_together
 from recover.models.arch import head_of
-from recover.models.experts import SwitchedRouter
+from recover.models.experts import SwitchedExperts, SwitchedRouter
 from recover.models.linears import MaskedLinear, OwnLinear
 from recover.models.masked_lora import SwitchedLora
 from recover.models.packed_attention import NAME, Keywords, Packing, packing_configs
@@ -287,6 +287,7 @@ def _shared_blocks(twin: Twin) -> int:
         pruned = any(isinstance(module, MaskedLinear | OwnLinear) for module in block.modules())
         trained = any(parameter.requires_grad for parameter in block.parameters())
         routed = any(isinstance(module, SwitchedRouter) and module.keep_K is not None for module in block.modules())
+        routed |= any(isinstance(module, SwitchedExperts) and module.masks for module in block.modules())
         if pruned or routed or trained or any(site.block == index for site in twin.closed_sites):
             return index
     return 0  # nothing differs anywhere: no block to go on from

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from recover.base import console
 from recover.base.errors import ExportError
 from recover.models.arch import part_of, writes_out
-from recover.models.experts import ExpertFactors
+from recover.models.experts import IN, OUT, ExpertFactors, SwitchedExperts, expert_mask
 from recover.models.linears import Factors, MaskedLinear, effective_weight, pruned_tensor
 from recover.models.masked_lora import ExpertLora, TrainedCopy, adapted_tensors, expert_factors
 from recover.models.wrapper import remember, wrapped_of
@@ -160,7 +160,8 @@ def _refuse_lora_elsewhere(twin: Twin, merged: set[str]) -> None:
     lost = [name for name in adapted_tensors(twin.base) if name not in merged]
     if lost:
         raise ExportError(
-            f"LoRA sits on {lost[0]} and {len(lost) - 1} other tensors that the pruned model does not have"
+            f"LoRA sits on {lost[0].removesuffix('.weight')} and {len(lost) - 1} other layers that the pruned model "
+            "does not have"
         )
 
 
@@ -179,12 +180,18 @@ def _merged(twin: Twin, name: str, dtype: torch.dtype) -> tuple[Tensor, set[str]
     if cfg == "weight" and isinstance(linear, nn.Linear):
         factors = _factors(module, name)
         tensor, learnt = _effective(linear, factors), factors is not None
+    masked = expert_mask(linear, cfg) if isinstance(linear, SwitchedExperts) and cfg in (IN, OUT) else None
+    if masked is not None:
+        tensor = tensor.masked_fill(~(masked.transpose(1, 2) if linear.is_transposed else masked), 0)
     tensor = _left(twin, path, tensor)
     merged = (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu()
     if not merged.isfinite().all():
         raise ExportError(f"{name}: not finite in {dtype}: export in a wider dtype, or look at the training log")
     if cfg == "weight" and isinstance(linear, MaskedLinear):
-        _certify(name, merged, linear, twin)
+        _certify(name, merged, linear.keep, twin)
+    if masked is not None:
+        matrix_OI = (merged.transpose(1, 2) if linear.is_transposed else merged).flatten(0, 1)
+        _certify(name, matrix_OI, masked.flatten(0, 1), twin)
     return merged, {name} if learnt else set()
 
 
@@ -243,9 +250,9 @@ def _factors(module: Any, name: str) -> Factors | None:
     )
 
 
-def _certify(name: str, merged_OI: Tensor, linear: MaskedLinear, twin: Twin) -> None:
+def _certify(name: str, merged_OI: Tensor, keep_OI: Tensor, twin: Twin) -> None:
     record = twin.plan.masks[name.removesuffix(".weight")]
-    keep_OI = linear.keep.cpu()
+    keep_OI = keep_OI.cpu()
     alive = int(merged_OI.masked_fill(keep_OI, 0).count_nonzero())
     pruned = keep_OI.numel() - int(keep_OI.sum())
     if alive or pruned != record.zeros:

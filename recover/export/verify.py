@@ -285,10 +285,9 @@ def _size_problems(model: PreTrainedModel, planned: PlanRecord) -> list[str]:
 
 def _zeros(model: PreTrainedModel, certificates: dict[str, MaskEntry], problems: list[str]) -> Zeros:
     """Every certified weight has at least the zeros of its certificate, in its pattern."""
-    weights = _weights(model)
     found = total = 0
     for name, certificate in certificates.items():
-        zero_OI = weights[f"{name}.weight"] == 0
+        zero_OI = _matrix(model, name) == 0
         zeros = int(zero_OI.sum())
         found, total = found + zeros, total + zero_OI.numel()
         if zeros < certificate["zeros"]:
@@ -297,6 +296,18 @@ def _zeros(model: PreTrainedModel, certificates: dict[str, MaskEntry], problems:
     certified = sum(certificate["zeros"] for certificate in certificates.values())
     share = found / total if total else 0.0
     return {"weights": len(certificates), "certified": certified, "found": found, "share": share}
+
+
+def _matrix(model: PreTrainedModel, name: str) -> Tensor:
+    """The weight (O, I) of a layer; of a matrix of experts, one expert after the other."""
+    if model.config.get_text_config(decoder=True) is not model.config:  # inside a wrapper
+        name = name.replace("model.", TOWER, 1)
+    parent, _, last = name.rpartition(".")
+    stored: Any = getattr(model.get_submodule(parent), last)
+    if not isinstance(stored, torch.nn.Parameter):
+        return stored.weight
+    transposed = getattr(model.get_submodule(parent), "is_transposed", False)
+    return (stored.transpose(1, 2) if transposed else stored).flatten(0, 1)
 
 
 def _pattern_problems(name: str, zero_OI: Tensor, pattern: str) -> list[str]:

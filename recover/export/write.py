@@ -103,6 +103,9 @@ def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         generation.eos_token_id = tokenizer.eos_token_id
     if generation.eos_token_id is None:
         raise ExportError("neither the model nor its tokenizer has an end-of-text token: set the tokenizer's eos_token")
+    ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        generation.eos_token_id = [*ends, tokenizer.eos_token_id]  # texts that were learnt end in it
     if generation.pad_token_id is None:
         generation.pad_token_id = tokenizer.pad_token_id
     generation.use_cache = True

@@ -23,7 +23,7 @@ from recover.measure.model import ModelUnderTest
 from recover.measure.sandbox import why_no_wall
 from recover.measure.task_file import Task, load_task
 from recover.measure.texts import longest_text
-from recover.report.data import MeasureRecord
+from recover.report.data import GreedyText, MeasureRecord
 from recover.report.data import Task as TaskRecord
 from recover.text.generate import Generation
 from recover.text.prompts import encode_prompt

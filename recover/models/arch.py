@@ -412,6 +412,23 @@ def staying(model: nn.Module) -> set[Site]:
     return last | set(attending(model)[:1])
 
 
+def expert_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(outputs of all experts one after the other, inputs) of every matrix of experts, by its stock name."""
+    arch = arch_of(model)
+    found: dict[str, tuple[int, int]] = {}
+    for index, block in enumerate(blocks_of(model)):
+        if arch.experts is None or not mixture_in(arch, block):
+            continue
+        experts: Any = block.get_submodule(f"{arch.mlp}.{arch.experts.experts}")
+        while hasattr(experts, "base_layer"):
+            experts = experts.base_layer
+        for name in GATE_UP:
+            count, *sides = getattr(experts, name).shape
+            outputs, inputs = reversed(sides) if experts.is_transposed else sides
+            found[f"{arch.blocks}.{index}.{arch.mlp}.{arch.experts.experts}.{name}"] = (count * outputs, inputs)
+    return found
+
+
 def mixture_in(arch: Arch, block: nn.Module) -> bool:
     """Whether the MLP of this block is a mixture of experts."""
     return arch.experts is not None and hasattr(block.get_submodule(arch.mlp), arch.experts.experts)
@@ -449,6 +466,11 @@ def site_of(arch: Arch, name: str) -> Site:
     match = re.match(re.escape(arch.blocks) + r"\.(\d+)\.(\w+)\.", name)
     assert match, name
     return Site(int(match[1]), part_of(arch, match[2]))
+
+
+def block_of(name: str) -> int:
+    """The block that a module belongs to, by its full name: the first number in it."""
+    return next(int(part) for part in name.split(".") if part.isdigit())
 
 
 def part_of(arch: Arch, inside: str) -> Sublayer:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime, tzinfo
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateSyntaxError
+from transformers.utils import chat_template_utils
 
-from recover.base.errors import ModelError, RecoverError
+from recover.base.errors import ModelError
+from recover.base.signals import TooSlow, within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,8 +24,35 @@ TRIAL = "Olga carries 81 roses."
 MEND = "mend chat_template.jinja (or chat_template in tokenizer_config.json), or take it away"
 
 
-class TooSlow(RecoverError):
-    """Rendering took longer than it may."""
+class FixedDay(datetime):
+    """The day that templates get for `strftime_now`: that which Llama 3's take where nobody tells the date."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> FixedDay:
+        """Noon of that day."""
+        return cls(2024, 7, 26, 12, tzinfo=tz)
+
+
+@contextmanager
+def fixed_day() -> Iterator[None]:
+    """Inside, templates write the date of one day: with today's, a run's prompts would differ from stage to stage."""
+    clock: Any = chat_template_utils  # whose `strftime_now` asks its `datetime`
+    before, clock.datetime = clock.datetime, FixedDay
+    try:
+        yield
+    finally:
+        clock.datetime = before
+
+
+def check_file(folder: Path) -> None:
+    """Raise ModelError where a template's file is not text; by its name, which the library does not tell."""
+    for path in sorted(folder.glob("*.jinja")):
+        try:
+            path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(
+                f"{path}: cannot be read as UTF-8 text ({error}); save it as UTF-8, or take it away"
+            ) from None
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, where: object) -> None:
@@ -38,7 +65,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, where: object) -> None:
         return
 
     try:
-        with within(SECONDS), _little_memory():
+        with within(SECONDS), _little_memory(), fixed_day():
             text = tokenizer.apply_chat_template(
                 [{"role": "user", "content": TRIAL}], tokenize=False, add_generation_prompt=True, enable_thinking=False
             )
@@ -58,25 +85,6 @@ def check_template(tokenizer: PreTrainedTokenizerBase, where: object) -> None:
             f"{where}: the chat template writes {len(str(text)):,} characters for one short message; expected at most "
             f"{LONGEST:,}; {MEND}"
         )
-
-
-@contextmanager
-def within(seconds: float) -> Iterator[None]:
-    """Inside, Python code that takes longer ends in TooSlow. In the main thread alone: others take no signals."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        raise TooSlow(f"takes more than {seconds:g} seconds")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    left, every = signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, left, every)
-        signal.signal(signal.SIGALRM, before)
 
 
 @contextmanager

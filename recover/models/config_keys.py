@@ -145,6 +145,7 @@ def keep_known(generation: Any) -> Any:
     return type(generation)(**kept)
 
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 MOST = 2**40
 MOST_BLOCKS = 4096
 NO_HARM = 2**27  # parameters that any machine has room for
@@ -165,6 +166,15 @@ def check_sizes(config: JsonObject, where: object) -> None:
         raise ModelError(
             f"{where}: num_attention_heads is {heads} and num_key_value_heads {kv_heads}; expected a multiple of it"
         )
+    padding, rows = config.get("pad_token_id"), config.get("vocab_size")
+    if isinstance(padding, int) and isinstance(rows, int) and padding >= rows:
+        raise ModelError(
+            f"{where}: pad_token_id is {padding}, and vocab_size {rows}: no row of the embedding is that token's; give "
+            "the padding token's own id, or null"
+        )
+    for name in ("dtype", "torch_dtype"):
+        if config.get(name) is not None and str(config[name]).removeprefix("torch.") not in DTYPES:
+            raise ModelError(f"{where}: {name} is {_short(config[name])}; expected one of {', '.join(DTYPES)}")
     if not isinstance(config.get("quantization_config"), dict | None):
         raise ModelError(f"{where}: quantization_config is {_short(config['quantization_config'])}; expected a mapping")
 

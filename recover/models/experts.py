@@ -20,12 +20,14 @@ from torch import Tensor, nn
 
 from recover.models.arch import Arch, arch_of, base_of, blocks_of, mixture_in
 from recover.models.closing import named_as, switch_class
-from recover.models.linears import Factors, Switch, masked_lora_linear
+from recover.models.linears import Factors, Switch, masked_lora_linear, pack, unpack
 
 IN, OUT = "gate_up_proj", "down_proj"  # matrices of every expert, in the order in which a token meets them
 
 # Token places (S), experts (S), outputs (S, D) before router weights, and those (S): pairs in the experts' order.
 See = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+# Name of the matrix, expert, what this expert's tokens put into it (S, I).
+Take = Callable[[str, int, Tensor], None]
 
 
 class Routed(NamedTuple):
@@ -87,7 +89,9 @@ class SwitchedExperts(nn.Module):
 
     switch: Switch
     see: See | None
+    take: Take | None
     stock_forward: Callable[..., Tensor]
+    is_transposed: bool
     masks: tuple[str, ...]  # which of IN and OUT are masked; the masks are buffers, a row of bytes an expert
 
     def forward(
@@ -99,10 +103,12 @@ class SwitchedExperts(nn.Module):
     ) -> Tensor:
         """(N, D): the sum of what each token's experts give, by router weights; `factors`: updates of low rank."""
         masks, factors = () if self.switch.dense else self.masks, factors or {}
-        if self.see is None and not masks and not factors:
+        if self.see is None and self.take is None and not masks and not factors:
             return type(self).stock_forward(self, hidden_states, top_k_index, top_k_weights)
 
         def linear(x_SI: Tensor, name: str, expert: int) -> Tensor:
+            if self.take is not None:
+                self.take(name, expert, x_SI)
             bias_O = getattr(self, f"{name}_bias")[expert] if hasattr(self, f"{name}_bias") else None
             weight_OI = matrices(self, name)[expert]
             own = factors[name].of(expert) if name in factors else None
@@ -157,6 +163,71 @@ def matrices(experts: Any, name: str) -> Tensor:
     return stored.transpose(1, 2) if experts.is_transposed else stored
 
 
+class ExpertMatrix:
+    """A matrix of all experts of a block, as a linear layer to what chooses weights: (E O, I), expert by expert.
+
+    `weight` is a view of the parameter where it is stored so, else a copy.
+    """
+
+    def __init__(self, experts: SwitchedExperts, name: str) -> None:
+        self.experts, self.name = experts, name
+
+    @property
+    def weight(self) -> Tensor:
+        """(E O, I)."""
+        return matrices(self.experts, self.name).flatten(0, 1)
+
+    @property
+    def in_features(self) -> int:
+        """I."""
+        return matrices(self.experts, self.name).shape[2]
+
+    @property
+    def count(self) -> int:
+        """E."""
+        return getattr(self.experts, self.name).shape[0]
+
+    @contextmanager
+    def replaced(self, weight_OI: Tensor) -> Iterator[None]:
+        """Inside, the experts have this weight (E O, I)."""
+        parameter: Any = getattr(self.experts, self.name)
+        before, made = parameter.data, weight_OI.unflatten(0, (self.count, -1))
+        try:
+            parameter.data = made.transpose(1, 2) if self.experts.is_transposed else made
+            yield
+        finally:
+            parameter.data = before
+
+
+def expert_matrices(model: nn.Module) -> dict[str, ExpertMatrix]:
+    """Every matrix of experts of a twin's model, by its stock name."""
+    arch = arch_of(model)
+    return {
+        f"{arch.blocks}.{block}.{arch.mlp}.{arch.experts.experts}.{name}": ExpertMatrix(experts, name)
+        for block, (_, experts) in mixtures_of(model).items()
+        for name in (IN, OUT)
+        if arch.experts is not None
+    }
+
+
+def mask_experts(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Let the pruned view see these matrices of experts through their masks (E O, I); linear layers are left out."""
+    for name, matrix in expert_matrices(model).items():
+        if name in masks:
+            keep_EOI = masks[name].unflatten(0, (matrix.count, -1))
+            packed = torch.stack([pack(keep_OI) for keep_OI in keep_EOI]).to(_device(matrix.experts))
+            matrix.experts.register_buffer(f"keep_{matrix.name}", packed, persistent=False)
+            matrix.experts.masks = (*matrix.experts.masks, matrix.name)
+
+
+def expert_mask(experts: SwitchedExperts, name: str) -> Tensor | None:
+    """(E, O, I), true where a weight survives; None without a mask."""
+    if name not in experts.masks:
+        return None
+    shape = matrices(experts, name).shape
+    return torch.stack([unpack(packed, shape[1:]) for packed in getattr(experts, f"keep_{name}")])
+
+
 def make_routable(model: nn.Module, switch: Switch) -> None:
     """Let routers and experts below the causal LM follow `switch`; all experts are there. Names stay the same."""
     arch = arch_of(model)
@@ -169,7 +240,7 @@ def make_routable(model: nn.Module, switch: Switch) -> None:
             module.switch = switch
         router.register_buffer("keep_K", None, persistent=False)
         router.dtype = router.weight.dtype
-        experts.see, experts.masks = None, ()
+        experts.see, experts.take, experts.masks = None, None, ()
 
 
 @functools.cache

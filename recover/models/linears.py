@@ -238,7 +238,8 @@ def see_pruned(
     """Let the linear layers follow `switch`: `masks` by layer name, `weights` (and biases) by parameter name."""
     linears = linears_of(model)
     for name, keep_OI in masks.items():
-        MaskedLinear.convert(linears[name], keep_OI, switch, weights.get(f"{name}.weight"))
+        if name in linears:  # else a matrix of experts: `models/experts.py`
+            MaskedLinear.convert(linears[name], keep_OI, switch, weights.get(f"{name}.weight"))
     for parameter, weight_OI in weights.items():
         name, _, cfg = parameter.rpartition(".")
         if cfg == "weight" and name not in masks:

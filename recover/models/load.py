@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from recover.base import console, dist, units
@@ -41,7 +42,7 @@ from recover.models.arch import (
     kv_heads_of,
     mixture_in,
 )
-from recover.models.chat_template import TRIAL, check_template
+from recover.models.chat_template import TRIAL, check_file, check_template
 from recover.models.config_keys import config_of, keep_known
 from recover.models.gate import unchanged
 from recover.models.rope import by_rows
@@ -61,7 +62,7 @@ from recover.models.source import (
     stored_dtype,
     tensor_files,
 )
-from recover.models.wrapper import beside, opened, remember, text_config, text_values, wrapper_of
+from recover.models.wrapper import beside, opened, remember, text_config, text_values, wrapped_of, wrapper_of
 
 LISTED = 3  # tensors named in a message
 SAID_BYTES = 2 * 2**30  # of weights: they take long enough to read that silence would look like a fault
@@ -187,12 +188,40 @@ def read_whole(
     raw = config_in(folder)
     if "unexpected_keys" in refused and (rows := text_values(raw).get("vocab_size")):  # a quantizer packs rows
         check_rows(folder, rows)
+    with unchanged(folder), explained(str(folder)):
+        model, info = _from_folder(cfg, folder, **options)
+        model.generation_config = keep_known(model.generation_config)
+    check_tied(folder, bool(model.config.tie_word_embeddings))
+    if "unexpected_keys" in refused:  # not of a quantizer
+        floating: list[str] = [name for name, weight in model.named_parameters() if weight.is_floating_point()]
+        wrapped = wrapped_of(model)
+        check_numbers(folder, floating if wrapped is None else [wrapped.text.get(name, name) for name in floating])
+    _refuse_misfits(folder, info, refused)
+    by_rows(model)
+    return model.eval()
+
+
+def check_account(cfg: recipe.Model) -> None:
+    """Hold the tensors of a local folder against its config by name and size, from their headers alone.
+
+    As transformers would load them, renamed ones among them. Raises ModelError as `read_whole` does for those that are
+    missing, left over, or of another size.
+    """
+    folder = locate(cfg)
+    if is_deepspeed_zero3_enabled():  # there a model is made in shares, and `read_whole` looks at them
+        return
+    with explained(str(folder)):
+        _, info = _from_folder(cfg, folder, device_map={"": "meta"})
+    _refuse_misfits(folder, info, MISFITS)
+
+
+def _from_folder(cfg: recipe.Model, folder: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """What `from_pretrained` gives with these options, and what it says of the tensors instead of printing that."""
+    raw = config_in(folder)
+    config, wrapped = _stock_config(cfg, raw, folder), None
+    kind: Any = AutoModelForCausalLM
+    place: Path | None = folder
     with ExitStack() as stack:
-        stack.enter_context(unchanged(folder))
-        stack.enter_context(explained(str(folder)))
-        config, wrapped = _stock_config(cfg, raw, folder), None
-        kind: Any = AutoModelForCausalLM
-        place: Path | None = folder
         if wrapper_of(raw) is not None:
             wrapped = opened(tensor_files(folder), config, folder)
             config, place = wrapped.dense, None
@@ -201,6 +230,7 @@ def read_whole(
         if (method := _method(raw)) in UNPACKED:
             console.say(f"[dim]{cfg.source}: stored as {method}, and unpacked to {cfg.dtype}[/dim]")
             options["quantization_config"] = UNPACKED[method](dequantize=True)
+        stack.enter_context(console.silent("transformers"))
         loaded: Any = kind.from_pretrained(
             place,
             config=config,
@@ -209,18 +239,17 @@ def read_whole(
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
+            ignore_mismatched_sizes=True,  # they are refused by name
             **options,
         )
-        model, info = loaded
-        if wrapped is not None and (folder / GENERATION_CONFIG_NAME).is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-        model.generation_config = keep_known(model.generation_config)
-        remember(model, wrapped)
-    check_tied(folder, bool(model.config.tie_word_embeddings))
-    if "unexpected_keys" in refused:  # not of a quantizer
-        floating: list[str] = [name for name, weight in model.named_parameters() if weight.is_floating_point()]
-        check_numbers(folder, floating if wrapped is None else [wrapped.text.get(name, name) for name in floating])
+    model, info = loaded
+    if wrapped is not None and (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    remember(model, wrapped)
+    return model, info
+
+
+def _refuse_misfits(folder: Path, info: dict[str, Any], refused: Collection[str]) -> None:
     if unlike := sorted(info["mismatched_keys"]):
         name, stored, expected = unlike[0]
         raise ModelError(
@@ -234,8 +263,6 @@ def read_whole(
                 f"{folder}: config.json and weights do not belong together: {len(names)} tensors {MISFITS[misfit]}, "
                 f"such as {', '.join(names[:LISTED])}"
             )
-    by_rows(model)
-    return model.eval()
 
 
 def ready(model: PreTrainedModel) -> PreTrainedModel:
@@ -252,6 +279,7 @@ def load_tokenizer(cfg: recipe.Model) -> PreTrainedTokenizerBase:
     folder = locate(cfg, cfg.tokenizer)
     vocabulary.check_there(folder)
     vocabulary.check_parts(folder)
+    check_file(folder)
     with unchanged(folder), explained(f"{folder}: tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=cfg.trust_remote_code, local_files_only=True

@@ -29,6 +29,7 @@ from recover.models.arch import (
     attending,
     base_of,
     blocks_of,
+    expert_shapes,
     experts_of,
     linears_of,
     mixture_in,
@@ -352,10 +353,12 @@ def check_fit(model: PreTrainedModel, plan: Plan, masks: Mapping[str, Tensor], w
             raise ModelError(
                 f"the plan names {len(planned)} {what}, {len(given)} are given; differing: {differing[:4]}"
             )
+    experts = expert_shapes(model) if masks else {}
     for name, keep_OI in masks.items():
-        if name not in linears:
+        if name not in linears and name not in experts:
             raise ModelError(f"mask '{name}' belongs to no linear layer of this {model.config.model_type} model")
-        shape = (linears[name].out_features, linears[name].in_features)
+        linear = linears.get(name)
+        shape = experts[name] if linear is None else (linear.out_features, linear.in_features)
         if tuple(keep_OI.shape) != shape:
             raise ModelError(f"mask '{name}' has shape {tuple(keep_OI.shape)}, its layer {shape}")
     for parameter, weight in weights.items():

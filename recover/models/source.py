@@ -220,10 +220,18 @@ def check_written(folder: Path) -> None:
         )
 
 
+WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "module.": "DistributedDataParallel or DeepSpeed",
+    "_fsdp_wrapped_module.": "FSDP",
+    "base_model.model.": "peft (merge the adapter first)",
+}
+
+
 def check_weights(folder: Path) -> None:
     """Every safetensors file of the folder is there, whole and inside it; raises ModelError naming the file."""
+    where: dict[str, str] = {}
     if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
-        where: dict[str, str] = {}
         for name, keys in _shards(folder / INDEX).items():
             there = _tensors(folder / name)
             missing = sorted(set(keys) - set(there))
@@ -237,7 +245,7 @@ def check_weights(folder: Path) -> None:
                     )
             where |= dict.fromkeys(there, name)
     elif (folder / WEIGHTS).is_file():
-        _tensors(folder / WEIGHTS)
+        where = dict.fromkeys(_tensors(folder / WEIGHTS), WEIGHTS)
     else:
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         if pickles:
@@ -246,6 +254,13 @@ def check_weights(folder: Path) -> None:
                 "If you trust them: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
             )
         raise ModelError(f"{folder / WEIGHTS}: missing, and there is no {INDEX} either; expected the model's weights")
+    for prefix, wrapper in WRAPPERS.items():
+        if where and all(name.startswith(prefix) for name in where):
+            raise ModelError(
+                f"{folder}: the names of its tensors begin with '{prefix}': the weights were saved from a model inside "
+                f"{wrapper}; expected those of the model itself. Save that with save_pretrained, or take the beginning "
+                "off each name"
+            )
 
 
 def check_tied(folder: Path, tied: bool) -> None:

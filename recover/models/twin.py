@@ -23,7 +23,7 @@ from recover.base.errors import ModelError
 from recover.config import recipe
 from recover.models.arch import Arch, arch_of, base_of, blocks_of, linears_of, site_of
 from recover.models.closing import close_sites, closed_sites, make_closable, named_as, switch_class
-from recover.models.experts import IN, OUT, keep_experts, make_routable, mixtures_of
+from recover.models.experts import IN, OUT, keep_experts, make_routable, mask_experts, mixtures_of
 from recover.models.lean import make_lean
 from recover.models.linears import MaskedLinear, Switch, see_pruned
 from recover.models.masked_lora import adopt_copy, adopt_layer, lora_layers, trained_copies
@@ -68,6 +68,7 @@ class Twin:
         make_closable(self.blocks, self.arch, self.switch)
         make_routable(model, self.switch)
         keep_experts(model, plan.experts)
+        mask_experts(model, masks or {})
         switch_class(model, _distilling)
         self.close(plan.sites)
 

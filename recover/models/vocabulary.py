@@ -11,6 +11,7 @@ import binascii
 import json
 import time
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,6 +19,7 @@ from weakref import WeakKeyDictionary
 from transformers import PreTrainedTokenizerBase
 
 from recover.base import console
+from recover.base.artifacts import loads
 from recover.base.errors import DataError, ModelError
 
 # Any of these holds a vocabulary; settings files alone do not.
@@ -160,6 +162,40 @@ def fit(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
             f"vocabulary ends at {rows - 1}: {tokenizer.eos_token!r} is used in its place"
         )
         any_tokenizer.pad_token = any_tokenizer.eos_token
+
+
+def check_ends(folder: Path, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Hold generation_config.json, where it is there, against tokenizer and vocabulary: when does a text end?
+
+    Where it does not name the tokenizer's own end token, that is said: texts that are learnt end in it.
+
+    Raises ModelError: it is no JSON object, or an end is no id of the model's.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return
+    try:
+        settings = loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON ({error}); fetch the file again, or take it away") from None
+    found = settings.get("eos_token_id") if isinstance(settings, dict) else settings
+    ends = [] if found is None else found if isinstance(found, list) else [found]
+    wrong = [end for end in ends if not isinstance(end, int) or isinstance(end, bool) or not 0 <= end < rows]
+    if wrong or not isinstance(settings, dict):
+        shown = f"eos_token_id is {found!r:.60}" if isinstance(settings, dict) else f"found {settings!r:.60}"
+        raise ModelError(f"{path}: {shown}; expected one id or a list of ids, each from 0 to {rows - 1}")
+    own: Any = tokenizer.eos_token_id
+    if ends and own not in ends:
+        say_once(
+            f"{path}: ends texts at {', '.join(map(str, ends))}, and the tokenizer's end token is "
+            f"{tokenizer.eos_token!r} ({own}): a text ends at any of them here, and the export names them all"
+        )
+
+
+@cache
+def say_once(text: str) -> None:
+    """Warn of what each look at the folder would say again."""
+    console.warn(text)
 
 
 def refuse_past(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> None:

@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import LongTensor, Tensor, nn
@@ -22,7 +22,7 @@ from recover.base.artifacts import JsonObject
 from recover.base.errors import PruneError
 from recover.base.journal import Entry, Journal
 from recover.config.recipe import Calibrated, Magnitude, SparseGpt, Sparsity, Wanda
-from recover.models.arch import blocks_of, linears_of
+from recover.models.arch import ARCHS, Arch, arch_of, block_of, blocks_of
 from recover.models.linears import pack, unpack
 from recover.models.plan import MaskRecord, Plan, Pruned
 from recover.prune.calibrate import calibration_record
@@ -30,7 +30,7 @@ from recover.prune.passes import final_hidden, kl_rows, row_sum
 from recover.prune.registry import Cost, Pruner, register
 from recover.prune.scores import keep_n_m, keep_unstructured, magnitude_score, wanda_score
 from recover.prune.sparsegpt import COLUMNS, Replays, choose_n_m, choose_share, inverse_factor, rewrite
-from recover.prune.stream import Stream, check_finite, gram, norms, squares, working_device
+from recover.prune.stream import Stream, check_finite, gram, masked_layers, norms, squares, working_device
 
 if TYPE_CHECKING:
     from recover.models.load import Description
@@ -46,7 +46,7 @@ Decide = Callable[[Mapping[str, nn.Linear], Mapping[str, Tensor], float], tuple[
 
 def prune_magnitude(twin: Twin, cfg: Magnitude, batches: list[LongTensor], journal: Journal | None = None) -> Pruned:
     """Masks that keep the largest weights of each output row of each linear layer in the blocks; no text is read."""
-    linears, masks, records = linears_of(twin.model), {}, {}
+    linears, masks, records = masked_layers(twin.model), {}, {}
     _check_patterns(linears, cfg, [cfg.fraction] * len(blocks_of(twin.model)))
     device = working_device(twin.model.device)
     for name, linear in console.track(linears.items(), "magnitude", unit="layer"):
@@ -70,12 +70,23 @@ def prune_wanda(twin: Twin, cfg: Wanda, batches: list[LongTensor], journal: Jour
         masks, weights = {}, {}
         for name, norm_I in norms(sums).items():
             weight_OI = linears[name].weight.detach()
-            masks[name] = _keep(_finite(name, wanda_score(weight_OI, norm_I)), cfg, fraction)
+            score_OI = _expert_scores(name, weight_OI, norm_I) if norm_I.dim() == 2 else wanda_score(weight_OI, norm_I)
+            masks[name] = _keep(_finite(name, score_OI), cfg, fraction)
             weights[name] = weight_OI.masked_fill(~masks[name], 0)
         return masks, weights
 
     found = _blockwise(twin, cfg, batches, squares, decide, journal, rewrites=False)
     return Pruned(_plan(twin, "wanda", found.records, found.calibration), found.masks, {})
+
+
+def _expert_scores(name: str, weight_OI: Tensor, norm_EI: Tensor) -> Tensor:
+    """Wanda's of every expert by what its own tokens put in; of one that saw no token, |W|."""
+    idle_E = ~norm_EI.any(dim=1)
+    if idle := int(idle_E.sum()):
+        console.say(f"{name}: {idle} of {len(idle_E)} experts saw no token: their weights are ranked by magnitude")
+    norm_EI = norm_EI.masked_fill(idle_E[:, None], 1.0)
+    score_EOI = wanda_score(weight_OI.unflatten(0, (len(norm_EI), -1)), norm_EI[:, None, :])
+    return score_EOI.flatten(0, 1)
 
 
 def prune_sparsegpt(twin: Twin, cfg: SparseGpt, batches: list[LongTensor], journal: Journal | None = None) -> Pruned:
@@ -127,9 +138,10 @@ def _blockwise(
 
     Blocks that the journal holds are not decided again: the text goes through them as it would have.
     """
+    _refuse_experts(arch_of(twin.model), cfg)
     journal = journal or Journal()
     fractions, allocation = block_fractions(twin, cfg, batches, journal)
-    _check_patterns(linears_of(twin.model), cfg, fractions)
+    _check_patterns(masked_layers(twin.model), cfg, fractions)
     stream = Stream(twin, batches)
     found = _Found({}, {}, {}, calibration_record(cfg.calibration, batches) | allocation)
     last = len(fractions) - 1
@@ -303,17 +315,30 @@ def _sharing(sums: Mapping[str, Tensor]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _check_patterns(linears: Mapping[str, nn.Linear], cfg: Sparsity, fractions: list[float]) -> None:
+def _refuse_experts(arch: Arch, cfg: Sparsity) -> None:
+    """Raise PruneError for what is not done to experts."""
+    if arch.experts is None:
+        return
+    if isinstance(cfg, SparseGpt):
+        raise PruneError(
+            f"prune.kind: sparsegpt rewrites no experts, which {arch.model_type} has: use wanda or magnitude"
+        )
+    if isinstance(cfg, Calibrated) and cfg.allocation != "uniform":
+        raise PruneError(
+            f"prune.allocation: '{cfg.allocation}' is not measured on experts, which {arch.model_type} has: use uniform"
+        )
+
+
+def _check_patterns(linears: Mapping[str, Any], cfg: Sparsity, fractions: list[float]) -> None:
     """Raise PruneError naming the first layer that the pattern or sparsity does not fit, before any pass."""
-    per_block = len(linears) // len(fractions)
-    for place, (name, linear) in enumerate(linears.items()):
+    for name, linear in linears.items():
         inputs = linear.in_features
         if cfg.n_m is not None:
             if inputs % cfg.n_m[1]:
                 found = f"{name}: pattern {cfg.pattern} needs whole groups of {cfg.n_m[1]} inputs, found {inputs}"
                 raise PruneError(f"{found}: use 'unstructured'")
             continue
-        fraction = fractions[place // per_block]
+        fraction = fractions[block_of(name)]
         gone = round(fraction * inputs)
         if not 0 < gone < inputs:
             found = f"{name}: prune.sparsity {fraction:.4g} rounds to {gone} of its {inputs} inputs"
@@ -353,6 +378,7 @@ def _plan(
 
 def sparsity_cost(cfg: Sparsity, model: Description) -> Cost:
     """What zeros take from a model: nothing that is stored or run."""
+    _refuse_experts(ARCHS[model.model_type], cfg)
     said = ["masked weights are stored as zeros: the file is as large and stock kernels are as fast as dense"]
     if cfg.fraction > SPARSITY_WALL:
         said.insert(0, f"{cfg.fraction:.0%} of the weights go: LoRA budgets recover about {SPARSITY_WALL:.0%}")

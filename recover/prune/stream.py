@@ -9,7 +9,7 @@ Shapes: B batch, T tokens, D width, N tokens (B * T), I in features, O out featu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import LongTensor, Tensor, nn
 
 from recover.base.errors import PruneError
 from recover.models.arch import blocks_of, linears_of
+from recover.models.experts import ExpertMatrix, expert_matrices
 from recover.prune.calibrate import check_context
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Stream:
             raise PruneError("prune.calibration: no text; scores are measured on text: give at least one sample")
         check_context(twin.model, batches)
         self.blocks = blocks_of(twin.model)
-        self.linears = [_inside(block, linears_of(twin.model)) for block in self.blocks]
+        self.linears: list[dict[str, Any]] = [_inside(block, masked_layers(twin.model)) for block in self.blocks]
         self.device = working_device(twin.model.device)
         self.hidden, self.calls = _entrance(twin, batches, self.device)
 
@@ -59,24 +60,27 @@ class Stream:
     def measure(self, index: int, measure: Callable[[Tensor], Tensor], *, advance: bool = False) -> dict[str, Tensor]:
         """Sum over batches of `measure(x_NI)` for the inputs of each linear layer of the block.
 
+        Of a matrix of experts, those of each expert's tokens: (E, ...), 0 for one that sees none.
+
         Layers that are given the same tensor share one sum. With `advance` the block's outputs become the stream;
         without, a pass ends when the last layer's input is known. Raises PruneError for a layer that is never run.
         """
-        watch = _Watch(self.linears[index], measure, stop=not advance)
-        with watch:
+        layers = self.linears[index]
+        experts = {name: layer for name, layer in layers.items() if isinstance(layer, ExpertMatrix)}
+        plain = {name: layer for name, layer in layers.items() if name not in experts}
+        watch = _Watch(plain, measure, stop=not advance and not experts)
+        with watch, _experts_watched(experts, measure) as sums:
             self._run(index, advance=advance)
-        return watch.sums()
+        return watch.sums() | sums
 
     def advance(self, index: int, weights: Mapping[str, Tensor]) -> None:
         """Go through the block with these weights (O, I) in the place of its own."""
-        before = {name: self.linears[index][name].weight.data for name in weights}
-        try:
+        with ExitStack() as stack:
             for name, weight_OI in weights.items():
-                self.linears[index][name].weight.data = weight_OI
+                layer = self.linears[index][name]
+                inside = layer.replaced(weight_OI) if isinstance(layer, ExpertMatrix) else _replaced(layer, weight_OI)
+                stack.enter_context(inside)
             self._run(index, advance=True)
-        finally:
-            for name, weight_OI in before.items():
-                self.linears[index][name].weight.data = weight_OI
 
     @torch.no_grad()
     def _run(self, index: int, *, advance: bool) -> None:
@@ -94,9 +98,53 @@ def working_device(device: torch.device) -> torch.device:
     return torch.device("cuda") if device.type == "cpu" and torch.cuda.is_available() else device
 
 
-def _inside(block: nn.Module, linears: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
+def masked_layers(model: nn.Module) -> dict[str, Any]:
+    """What masks are made for: every linear layer of a twin's model, and every matrix of experts."""
+    return {**linears_of(model), **expert_matrices(model)}
+
+
+def _inside(block: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
     modules = {id(module) for module in block.modules()}
-    return {name: linear for name, linear in linears.items() if id(linear) in modules}
+    return {name: layer for name, layer in layers.items() if id(getattr(layer, "experts", layer)) in modules}
+
+
+@contextmanager
+def _replaced(linear: nn.Linear, weight_OI: Tensor) -> Iterator[None]:
+    before = linear.weight.data
+    try:
+        linear.weight.data = weight_OI
+        yield
+    finally:
+        linear.weight.data = before
+
+
+@contextmanager
+def _experts_watched(
+    layers: Mapping[str, ExpertMatrix], measure: Callable[[Tensor], Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """Inside, what each expert's tokens put into its matrices is summed up, by the name of the matrix."""
+    sums: dict[str, Tensor] = {}
+
+    def add(where: str, layer: ExpertMatrix) -> Callable[[str, int, Tensor], None]:
+        def take(name: str, expert: int, x_SI: Tensor) -> None:
+            if name != layer.name:
+                return
+            measured = measure(x_SI.detach())
+            if where not in sums:
+                sums[where] = measured.new_zeros(layer.count, *measured.shape)
+            sums[where][expert] += measured
+
+        return take
+
+    takes = [add(where, layer) for where, layer in layers.items()]
+    experts = {id(layer.experts): layer.experts for layer in layers.values()}
+    try:
+        for each in experts.values():
+            each.take = lambda *seen: [take(*seen) for take in takes]  # type: ignore[assignment, func-returns-value]
+        yield sums
+    finally:
+        for each in experts.values():
+            each.take = None
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from recover.config.tasks import GenerateFile
 from recover.measure.tasks import Task, check_allowed, check_names, check_room, load_task
 from recover.models import vocabulary
 from recover.models.held import Held
-from recover.models.load import check_fit, describe, load_model, load_tokenizer, ready
+from recover.models.load import check_account, check_fit, describe, load_model, load_tokenizer, ready
 from recover.models.plan import Plan, load_plan
 from recover.models.source import check_rows, check_tied, check_weights, kind_of, locate, read_config
 from recover.models.twin import Twin
@@ -210,6 +210,8 @@ class RunContext:
             check_weights(folder)
             check_tied(folder, model.tied)
             check_rows(folder, model.vocabulary)
+            vocabulary.check_ends(folder, self.tokenizer, model.vocabulary)
+            check_account(self.recipe.model)
         check_names(self.tasks, "measure.tasks")
         check_steps(self.probe_prompts(), self.recipe.probe.steps, model.context)
         check_room(self.tasks, self.tokenizer, self.recipe.measure, model.context)

@@ -50,6 +50,12 @@ def refuse(recipe: Recipe, model: Description) -> None:
             f"train.lora.parts: {list(recipe.train.lora.parts)}, and {model.model_type} models have no experts: "
             "use [linears]"
         )
+    widest = max(model.width, model.intermediate, model.heads * model.head_size)
+    if recipe.train.lora.rank > widest:
+        raise RecipeError(
+            f"train.lora.rank: {recipe.train.lora.rank:,} is more than the widest matrix of the model has rows, "
+            f"{widest:,}: a matrix of that rank holds all there is; lower it"
+        )
     _refuse_training(recipe.train)
 
 

@@ -242,7 +242,7 @@ def _after_epoch(context: RunContext, twin: Twin, untrained: MeasureRecord) -> A
             past: list[EpochLine] = read_jsonl(directory.epochs) if directory.epochs.exists() else []
             worse = setbacks(now, pruned, [each for each in past if each["epoch"] < epoch])
             append_jsonl(directory.epochs, {**now, "setbacks": worse})
-            kl, loss = found["drift"]["kl"]["mean"], progress["train"]["loss"]
+            kl, loss = found["drift"].get("kl", {}).get("mean"), progress["train"]["loss"]
             context.tracking.epoch(progress["step"], found["measure"]["headline"], kl, loss)
             for line in [
                 *(f"epoch {epoch}: {sentence(each)}" for each in worse),

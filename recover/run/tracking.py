@@ -79,7 +79,7 @@ class Tracking:
         figures = {f"train/{name}": value for name, value in line.items() if name != "step"}
         self._send(figures, step, first=step)
 
-    def epoch(self, step: int, headline: Headline, kl: float | None, loss: float) -> None:
+    def epoch(self, step: int, headline: Headline, kl: float | None, loss: float | None) -> None:
         """What was measured after an epoch, whose last step is `step`."""
         self._send(_prefixed("epoch", {**headline, "kl": kl, "loss": loss}), step, first=step + 1)
 

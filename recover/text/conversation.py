@@ -10,13 +10,17 @@ from transformers import PreTrainedTokenizerBase
 
 from recover.base.artifacts import whole_characters
 from recover.base.errors import DataError, StopRequested
-from recover.models.chat_template import SECONDS, TooSlow, within
+from recover.base.signals import TooSlow, within
+from recover.models.chat_template import SECONDS, fixed_day
 
 Message = dict[str, Any]
 
 THOUGHTS = "<think>", "</think>"
 PARTS = "'type':'text'", '"type":"text"'
 PLAIN = "or ask without it (chat: false of a source, chat: never of a task)"
+
+
+SHARED = ": ShareGPT's form; call 'from' role and 'value' content, and human user, gpt assistant"
 
 
 class EmptyMessage(DataError):
@@ -55,7 +59,11 @@ def asking(value: list[Any], where: str, column: str) -> list[Message]:
 
 def _message(message: Any, number: int, where: str) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-        raise DataError(f"{where}: a message must be an object with 'role' and 'content', found {message!r:.80}")
+        shared = isinstance(message, dict) and {"from", "value"} <= message.keys()
+        raise DataError(
+            f"{where}: a message must be an object with 'role' and 'content', found {message!r:.80}"
+            f"{SHARED if shared else ''}"
+        )
     kept = {key: value for key, value in message.items() if value is not None}  # tables fill up with null
     content, said = message["content"], f"{where}: message {number} ({message['role']})"
     if isinstance(content, list):
@@ -76,7 +84,8 @@ def rendered(
 ) -> str:
     """The conversation as the chat template writes it; `ask`: up to where the assistant begins to answer.
 
-    Every use of a chat template goes through here: what is measured, probed and learnt then begins with the same text.
+    Every use of a chat template goes through here: what is measured, probed and learnt then begins with the same text,
+    on every day (`fixed_day`).
     A template that cannot write plain content, or loses it, is given the content as a list of one part.
 
     Raises:
@@ -90,7 +99,7 @@ def rendered(
     problems: list[str] = []
     for form in forms:
         try:
-            with within(SECONDS):
+            with within(SECONDS), fixed_day():
                 text = str(
                     tokenizer.apply_chat_template(
                         form, tokenize=False, add_generation_prompt=ask, enable_thinking=False
@@ -111,7 +120,8 @@ def rendered(
         if lost is None:
             return text
         problems.append(f"(it leaves out {lost})")
-    reason = problems[0]
+    # Of a message that only calls tools, the second form is the one that most templates can write.
+    reason = problems[min(1, len(problems) - 1)] if len(forms) > 2 else problems[0]
     raise DataError(f"the tokenizer's chat template cannot write {what} {reason}; {_way_out(messages, reason)}")
 
 

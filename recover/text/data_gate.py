@@ -8,11 +8,11 @@ may neither name files outside of it nor have them decoded.
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from recover.base.artifacts import loads
 from recover.base.errors import DataError, RecipeError
 from recover.config import yaml_values
 
@@ -67,10 +67,7 @@ def lines(file: TextIO, path: Path) -> Iterator[str]:
 
 def parsed(text: str) -> Any:
     """The value of JSON text. Raises ValueError: it is none, a number too long, or nested deeper than any row is."""
-    try:
-        value = json.loads(text)
-    except RecursionError:
-        raise ValueError(f"lists and objects more than {DEEPEST} deep") from None
+    value = loads(text)
     if text.count("[") + text.count("{") > DEEPEST and _depth_over(value, DEEPEST):
         raise ValueError(f"lists and objects more than {DEEPEST} deep")
     return value

@@ -12,6 +12,7 @@ import glob
 import hashlib
 import io
 import json
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -235,13 +236,15 @@ def text_of(path: Path, what: str = "") -> str:
 
 
 def _sheet(path: Path, what: str) -> Iterator[tuple[str, Any]]:
-    """Rows of a CSV or TSV file by the names in its first line; every cell is text, and an empty one is empty text."""
+    """Rows of a CSV or TSV file by the names in its first line; every cell is text, and an empty one is empty text.
+
+    Cells of a CSV file whose first line has no comma may be parted by semicolons or tabs, as spreadsheets of many
+    countries write it.
+    """
     before = csv.field_size_limit(data_gate.LONGEST_LINE)
     try:
         with _opened(path, newline="") as file:
-            lines = csv.reader(
-                data_gate.lines(file, path), delimiter="\t" if ending(path.name) == ".tsv" else ",", strict=True
-            )
+            lines = csv.reader(data_gate.lines(file, path), delimiter=_parted_by(path), strict=True)
             names = next(lines, [])
             if len(set(names)) < len(names) or not all(names):
                 raise DataError(f"{path}:1: columns {names}: expected a name for each, and none twice")
@@ -259,6 +262,14 @@ def _sheet(path: Path, what: str) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{what}{unread(path, error)}") from error
     finally:
         csv.field_size_limit(before)
+
+
+def _parted_by(path: Path) -> str:
+    if ending(path.name) == ".tsv":
+        return "\t"
+    with _opened(path, newline="") as file:
+        first = file.readline(data_gate.LONGEST_LINE)
+    return "," if "," in first else max(";\t,", key=first.count) if any(mark in first for mark in ";\t") else ","
 
 
 def _table(path: Path, what: str) -> Iterator[tuple[str, Any]]:
@@ -296,8 +307,11 @@ class DataSet(Sequence[Row]):
             DataError: it does not load.
         """
         self.source = source
+        if os.path.isdir(source) and not any(path.is_file() for path in Path(source).rglob("*")):
+            raise DataError(f"{source}: an empty folder; expected files of rows in it: {', '.join(ROWS)}")
         try:
-            rows = _data_set(source, subset, split, revision)
+            with console.silent("datasets", "huggingface_hub"):
+                rows = _data_set(source, subset, split, revision)
         except DataError:
             raise
         except hub.NoCommit as error:
@@ -348,6 +362,13 @@ def _data_set(source: str, subset: str | None, split: str, revision: str | None)
         return datasets.load_dataset(source, subset, split=split, revision=commit)
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return _saved(folder, split)
+    kinds = {ending(path.name) for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")}
+    kinds -= {"", ".md"}
+    if subset is None and len(kinds) > 1:
+        raise ValueError(
+            f"files of several kinds ({', '.join(sorted(kinds))}), of which only one would be read: name the files "
+            "instead, as FOLDER/*.jsonl"
+        )
     if glob.escape(str(folder.absolute())) != str(folder.absolute()):
         raise ValueError("a folder with [, * or ? in its path; name its files instead, as FOLDER/*.jsonl, or rename it")
     data_gate.check_folder(folder)

@@ -155,6 +155,8 @@ def column(row: Row, name: str, where: str) -> Any:
     """The value of a column; dots go into it, as in `doc.query`. Raises DataError if it is not there, or null."""
     value: Any = row
     for step in name.split("."):
+        if isinstance(value, dict) and step in value and value[step] is None:
+            raise DataError(f"{where}: column '{name}' holds null, expected a value")
         value = value.get(step) if isinstance(value, dict) else None
         if value is None:
             raise DataError(f"{where}: no column '{name}', found {', '.join(row) or 'nothing'}")

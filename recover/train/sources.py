@@ -67,6 +67,16 @@ def read_rows(source: str, split: str = "train", subset: str | None = None) -> S
     return rows
 
 
+def _say_tools(source: str, rows: Sequence[Row], column: str) -> None:
+    """Say it where conversations name tools that the model could call: nothing here gives them to a template."""
+    names = [name for name in ("tools", "functions") if rows[0].value.get(name) and rows[0].value.get(column)]
+    if names:
+        say_once(
+            f"{source}: column '{names[0]}' is not given to the chat template; conversations are written without what "
+            "tools there are"
+        )
+
+
 def read_prompts(
     source: str, split: str = "train", subset: str | None = None, *, column: str | None = None, strict: bool = False
 ) -> list[Row]:
@@ -80,7 +90,9 @@ def read_prompts(
     """
     rows: list[Row] = []
     empty: list[str] = []
-    for row in read_rows(source, split, subset):
+    read = read_rows(source, split, subset)
+    _say_tools(source, read, column or "messages")
+    for row in read:
         try:
             rows.append(Row(row.where, {**row.value, "prompt": _prompt(row, column)}))
         except EMPTY as error:
@@ -136,9 +148,10 @@ def samples_of(row: Row, cfg: GivenText, tokenizer: PreTrainedTokenizerBase, len
 def _samples(row: Row, cfg: GivenText, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Sample]:
     columns = cfg.columns
     if "messages" in columns:
-        samples = [_conversation(row, row.column(columns["messages"], list), tokenizer)]
+        samples = [_conversation(row, _held(row, "messages", columns["messages"]), tokenizer)]
     elif "prompt" in columns and "completion" in columns:
-        samples = [_answer(row, row.column(columns["prompt"]), row.column(columns["completion"]), tokenizer)]
+        prompt, completion = (_held(row, name, columns[name]) for name in ("prompt", "completion"))
+        samples = [_completion(row, prompt, completion, tokenizer)]
     elif "text" in columns:
         samples = _pieces(row.column(columns["text"]), tokenizer, length)
     else:
@@ -156,6 +169,8 @@ def check_given(cfg: GivenText, tokenizer: PreTrainedTokenizerBase, length: int)
         DataError: as `samples_of`; or no row is left.
     """
     rows = read_rows(cfg.source, cfg.split, cfg.subset)
+    if "messages" in cfg.columns:
+        _say_tools(cfg.source, rows, cfg.columns["messages"])
     left_out: list[str] = []
     for index in console.track(range(len(rows)), f"checking {cfg.source}", unit="row"):
         if index >= CHECKED_ROWS and isinstance(rows, DataSet):
@@ -163,7 +178,7 @@ def check_given(cfg: GivenText, tokenizer: PreTrainedTokenizerBase, length: int)
         if index >= CHECKED_ROWS:
             try:
                 for name, column in cfg.columns.items():
-                    rows[index].column(column, list if name == "messages" else str)
+                    _held(rows[index], name, column)
             except EMPTY as error:
                 if cfg.strict:
                     raise
@@ -181,6 +196,22 @@ def _why(row: Row, cfg: GivenText, tokenizer: PreTrainedTokenizerBase, length: i
     except DataError as error:
         return str(error)
     return row.where
+
+
+def _held(row: Row, name: str, column: str) -> Any:
+    """What a row holds of a kind of text: messages are a list; a prompt or a completion may be one, too."""
+    if name in ("prompt", "completion") and holds_messages(found := listed(row.value.get(column))):
+        return found
+    return row.column(column, list if name == "messages" else str)
+
+
+def _completion(row: Row, prompt: Prompt, completion: Prompt, tokenizer: PreTrainedTokenizerBase) -> Sample:
+    """A completion behind its prompt, which alone is learnt; either may be messages."""
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return _answer(row, prompt, completion, tokenizer)
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
+    said = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else [*completion]
+    return _conversation(row, [*asked, *said], tokenizer, first=len(asked))
 
 
 def _pieces(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Sample]:
@@ -202,14 +233,17 @@ def _answer(row: Row, prompt: str, completion: str, tokenizer: PreTrainedTokeniz
     return Sample(prompt_ids + ids, [0] * len(prompt_ids) + [1] * len(ids))
 
 
-def _conversation(row: Row, value: list[Any], tokenizer: PreTrainedTokenizerBase) -> Sample:
-    """Every answer of the assistant is learnt; only the last one where the template later shows earlier ones anew."""
+def _conversation(row: Row, value: list[Any], tokenizer: PreTrainedTokenizerBase, first: int = 0) -> Sample:
+    """Every answer of the assistant is learnt; only the last one where the template later shows earlier ones anew.
+
+    `first`: the message from which on answers are learnt.
+    """
     messages = read_messages(value, row.where)
     if not tokenizer.chat_template:
         raise DataError(
             f"{row.where}: messages need a chat template, and the tokenizer has none: use 'prompt' and 'completion'"
         )
-    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index >= first]
     if not answers or answers[0] == 0:
         raise DataError(f"{row.where}: a conversation needs an assistant's answer after another's message")
     texts = _turns(row, messages, answers, tokenizer) or _turns(row, messages, answers[-1:], tokenizer)

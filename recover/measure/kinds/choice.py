@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from recover.base import console
 from recover.base.errors import DataError
 from recover.config.tasks import ChoiceFile, Row
 from recover.maths.score import interval95, mean
@@ -69,6 +70,9 @@ def measure_choice(
         [score / len(option.encode()) for score, option in zip(row, item.options, strict=True)]
         for row, item in zip(scores, items, strict=True)
     ]
+    if twice := sum(item.options.count(item.options[item.label]) > 1 for item in items):
+        many = f"{twice} of {len(items)} items"
+        console.warn(f"task {file.name}: {many} hold the right option twice, and no model can be right there")
     margins = [margin(row, item.label) for row, item in zip(scores, items, strict=True)]
     right = [float(each > 0) for each in margins]
     record = {

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from recover.base import console
 from recover.base.errors import DataError
+from recover.base.signals import TooSlow, within
 from recover.config.tasks import GenerateFile, Reading, Row
 from recover.maths.score import extract, interval95, is_right, mean
 from recover.measure.kinds.work import Generations, Measured, Record, Work
@@ -23,6 +25,8 @@ from recover.measure.texts import (
 )
 from recover.text.generate import Generation
 from recover.text.rows import column, filled
+
+SECONDS = 10.0  # for a pattern on one text
 
 
 @dataclass(frozen=True)
@@ -96,10 +100,20 @@ def rights(reading: Reading, items: Sequence[Question], texts: Sequence[Generati
     """1.0 where the answer is right, else 0.0. The pattern reads targets too, so that a worked solution can be one."""
     rights = []
     for item, each in zip(items, texts, strict=True):
-        targets = [extract(target, reading.answer, reading.take) or target for target in item.targets]
-        answer = extract(each.text, reading.answer, reading.take)
+        targets = [_read(target, reading) or target for target in item.targets]
+        answer = _read(each.text, reading)
         rights.append(float(is_right(answer, targets, contains=reading.match == "contains", ignore=reading.ignore)))
     return rights
+
+
+def _read(text: str, reading: Reading) -> str | None:
+    """The answer in a text; none, with a warning, where the pattern needs longer than any text is worth."""
+    try:
+        with within(SECONDS):
+            return extract(text, reading.answer, reading.take)
+    except TooSlow as error:
+        console.warn(f"answer {reading.answer!r}: {error} on a text of {len(text):,} characters, which counts as wrong")
+        return None
 
 
 def _samples(
@@ -109,7 +123,7 @@ def _samples(
         {
             "prompt": item.prompt,
             "text": each.text,
-            "answer": extract(each.text, file.answer, file.take),
+            "answer": _read(each.text, file),
             "expected": item.targets[0],
             "correct": bool(correct),
         }
