@@ -300,6 +300,8 @@ def _zeros(model: PreTrainedModel, certificates: dict[str, MaskEntry], problems:
 
 def _matrix(model: PreTrainedModel, name: str) -> Tensor:
     """The weight (O, I) of a layer; of a matrix of experts, one expert after the other."""
+    if model.config.get_text_config(decoder=True) is not model.config:  # inside a wrapper
+        name = name.replace("model.", TOWER, 1)
     parent, _, last = name.rpartition(".")
     stored: Any = getattr(model.get_submodule(parent), last)
     if not isinstance(stored, torch.nn.Parameter):

@@ -62,7 +62,7 @@ from recover.models.source import (
     stored_dtype,
     tensor_files,
 )
-from recover.models.wrapper import beside, opened, remember, text_config, text_values, wrapper_of
+from recover.models.wrapper import beside, opened, remember, text_config, text_values, wrapped_of, wrapper_of
 
 LISTED = 3  # tensors named in a message
 SAID_BYTES = 2 * 2**30  # of weights: they take long enough to read that silence would look like a fault
@@ -188,28 +188,13 @@ def read_whole(
     raw = config_in(folder)
     if "unexpected_keys" in refused and (rows := text_values(raw).get("vocab_size")):  # a quantizer packs rows
         check_rows(folder, rows)
-    with ExitStack() as stack:
-        stack.enter_context(unchanged(folder))
-        stack.enter_context(explained(str(folder)))
-        config, wrapped = _stock_config(cfg, raw, folder), None
-        kind: Any = AutoModelForCausalLM
-        place: Path | None = folder
-        if wrapper_of(raw) is not None:
-            wrapped = opened(tensor_files(folder), config, folder)
-            config, place = wrapped.dense, None
-            kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-            options["state_dict"] = stack.enter_context(wrapped.slices())
-        if (method := _method(raw)) in UNPACKED:
-            console.say(f"[dim]{cfg.source}: stored as {method}, and unpacked to {cfg.dtype}[/dim]")
-            options["quantization_config"] = UNPACKED[method](dequantize=True)
-        model, info = _from_pretrained(cfg, kind, place, config, **options)
-        if wrapped is not None and (folder / GENERATION_CONFIG_NAME).is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    with unchanged(folder), explained(str(folder)):
+        model, info = _from_folder(cfg, folder, **options)
         model.generation_config = keep_known(model.generation_config)
-        remember(model, wrapped)
     check_tied(folder, bool(model.config.tie_word_embeddings))
     if "unexpected_keys" in refused:  # not of a quantizer
         floating: list[str] = [name for name, weight in model.named_parameters() if weight.is_floating_point()]
+        wrapped = wrapped_of(model)
         check_numbers(folder, floating if wrapped is None else [wrapped.text.get(name, name) for name in floating])
     _refuse_misfits(folder, info, refused)
     by_rows(model)
@@ -219,27 +204,34 @@ def read_whole(
 def check_account(cfg: recipe.Model) -> None:
     """Hold the tensors of a local folder against its config by name and size, from their headers alone.
 
-    As transformers would load them, renamed ones among them; of a wrapper, and of weights that are unpacked, that is
-    left to `read_whole`. Raises ModelError as that does for tensors that are missing, left over, or of another size.
+    As transformers would load them, renamed ones among them. Raises ModelError as `read_whole` does for those that are
+    missing, left over, or of another size.
     """
     folder = locate(cfg)
-    raw = config_in(folder)
     if is_deepspeed_zero3_enabled():  # there a model is made in shares, and `read_whole` looks at them
         return
-    if wrapper_of(raw) is not None or _method(raw) is not None:
-        return
     with explained(str(folder)):
-        config = _stock_config(cfg, raw, folder)
-        _, info = _from_pretrained(cfg, AutoModelForCausalLM, folder, config, device_map={"": "meta"})
+        _, info = _from_folder(cfg, folder, device_map={"": "meta"})
     _refuse_misfits(folder, info, MISFITS)
 
 
-def _from_pretrained(
-    cfg: recipe.Model, kind: Any, place: Path | None, config: PretrainedConfig, **options: Any
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _from_folder(cfg: recipe.Model, folder: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """What `from_pretrained` gives with these options, and what it says of the tensors instead of printing that."""
-    with console.silent("transformers"):
-        return kind.from_pretrained(
+    raw = config_in(folder)
+    config, wrapped = _stock_config(cfg, raw, folder), None
+    kind: Any = AutoModelForCausalLM
+    place: Path | None = folder
+    with ExitStack() as stack:
+        if wrapper_of(raw) is not None:
+            wrapped = opened(tensor_files(folder), config, folder)
+            config, place = wrapped.dense, None
+            kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            options["state_dict"] = stack.enter_context(wrapped.slices())
+        if (method := _method(raw)) in UNPACKED:
+            console.say(f"[dim]{cfg.source}: stored as {method}, and unpacked to {cfg.dtype}[/dim]")
+            options["quantization_config"] = UNPACKED[method](dequantize=True)
+        stack.enter_context(console.silent("transformers"))
+        loaded: Any = kind.from_pretrained(
             place,
             config=config,
             dtype=getattr(torch, cfg.dtype),
@@ -250,6 +242,11 @@ def _from_pretrained(
             ignore_mismatched_sizes=True,  # they are refused by name
             **options,
         )
+    model, info = loaded
+    if wrapped is not None and (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    remember(model, wrapped)
+    return model, info
 
 
 def _refuse_misfits(folder: Path, info: dict[str, Any], refused: Collection[str]) -> None:
