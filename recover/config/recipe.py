@@ -206,7 +206,7 @@ def completed(fields: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(fields)
     for name, field in Recipe.model_fields.items():
         if name in found:
-            section = TypeAdapter(Annotated[field.annotation, field])
+            section: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])  # pyright: ignore[reportArgumentType, reportInvalidTypeForm]
             with suppress(ValidationError):
                 found[name] = section.dump_python(section.validate_python(found[name]), mode="json")
     return found
