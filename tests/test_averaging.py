@@ -135,7 +135,7 @@ def test_a_mean_goes_back_with_the_training(watched, monkeypatch, capsys):
             watched.trainers[-1].course.skips.found = "spoilt by this test"
 
     found, _ = watched("back", Watch(spoil), **LONG, save_steps=2)
-    assert "back to checkpoint-2" in capsys.readouterr().err
+    assert "back to checkpoint-2" in capsys.readouterr().out
     for ours, theirs in zip(adapters(found), expected, strict=True):
         assert_equal(ours, theirs)
 

@@ -125,7 +125,7 @@ def _kept(raw: dict[str, Any], allowed: frozenset[str], left_out: list[str], abo
     """
     known = SILENT | GenerationConfig().to_dict().keys()
     left_out += [f"{above}{key}" for key in raw.keys() - allowed - known]
-    kept = {key: raw[key] for key in raw if key in allowed}
+    kept = {key: raw[key] for key in raw if key in allowed and not (key in DTYPE_KEYS and raw[key] == AS_STORED)}
     for key in NESTED:
         if isinstance(inner := kept.get(key), dict) and (known_here := allowed_of(str(inner.get("model_type")))):
             kept[key] = _kept(inner, known_here, left_out, f"{key}.")
@@ -146,6 +146,7 @@ def keep_known(generation: Any) -> Any:
 
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPE_KEYS, AS_STORED = ("dtype", "torch_dtype"), "auto"
 MOST = 2**40
 MOST_BLOCKS = 4096
 NO_HARM = 2**27  # parameters that any machine has room for
@@ -172,8 +173,8 @@ def check_sizes(config: JsonObject, where: object) -> None:
             f"{where}: pad_token_id is {padding}, and vocab_size {rows}: no row of the embedding is that token's; give "
             "the padding token's own id, or null"
         )
-    for name in ("dtype", "torch_dtype"):
-        if config.get(name) is not None and str(config[name]).removeprefix("torch.") not in DTYPES:
+    for name in DTYPE_KEYS:
+        if config.get(name) is not None and str(config[name]).removeprefix("torch.") not in (*DTYPES, AS_STORED):
             raise ModelError(f"{where}: {name} is {_short(config[name])}; expected one of {', '.join(DTYPES)}")
     if not isinstance(config.get("quantization_config"), dict | None):
         raise ModelError(f"{where}: quantization_config is {_short(config['quantization_config'])}; expected a mapping")
