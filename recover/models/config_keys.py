@@ -47,12 +47,13 @@ ALWAYS = frozenset(
         *("block_ff_dim", "tie_embedding"),  # LFM2
     )
 )
-# Left out without a word: how it was loaded where it was saved, what the recipe decides, or a generation config says.
+# Left out without a word: how it was loaded where it was saved, what the recipe decides, a generation config says, or the
+# class computes of other keys.
 SILENT = frozenset(
     (
         *("_name_or_path", "name_or_path", "_commit_hash", "auto_map", "_attn_implementation_autoset"),
         *("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"),
-        *("output_attentions", "return_dict", "use_return_dict"),
+        *("output_attentions", "return_dict", "use_return_dict", "qk_head_dim"),
     )
 )
 # What a generation config may hold: when a text ends, and how the next token is drawn.
