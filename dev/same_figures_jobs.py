@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 Fields = dict[str, Any]
 
-CHECKPOINTS = 41
+CHECKPOINTS = 47
 
 
 @dataclass(frozen=True)

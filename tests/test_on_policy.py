@@ -350,7 +350,7 @@ def test_after_going_back_the_text_that_followed_is_written_anew(tmp_path, monke
         two_processes.write_text(path)
         adapters.append(adapter(go(path, **own(path, every=1))))
         texts.append([record["rows"] for record in records(path)])
-    assert "back to checkpoint-4" in capsys.readouterr().err
+    assert "back to checkpoint-4" in capsys.readouterr().out
     assert steps == [0, 1, 2, 3, 4, 5, 5, 6, 0, 1, 2, 3, 4, 5, 6]
     assert texts[0] == texts[1]
     assert all(torch.equal(adapters[0][name], value) for name, value in adapters[1].items())

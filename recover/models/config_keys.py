@@ -47,8 +47,8 @@ ALWAYS = frozenset(
         *("block_ff_dim", "tie_embedding"),  # LFM2
     )
 )
-# Left out without a word: how it was loaded where it was saved, what the recipe decides, a generation config says, or the
-# class computes of other keys.
+# Left out without a word: how it was loaded where it was saved, what the recipe decides, a generation config says, or
+# the class computes of other keys.
 SILENT = frozenset(
     (
         *("_name_or_path", "name_or_path", "_commit_hash", "auto_map", "_attn_implementation_autoset"),
