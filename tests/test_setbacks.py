@@ -179,4 +179,5 @@ def test_a_recovery_at_a_rate_far_too_high_is_told_when_its_epoch_ends(tmp_path,
     (line,) = read_jsonl(directory.epochs)
     assert {"choice", "kl"} <= {each["figure"] for each in line["setbacks"]}
     error = capsys.readouterr().err
-    assert "epoch 1: KL along the dense model's own texts is worse" in error and "train.lr=0.002 instead of 0.3" in error
+    assert "epoch 1: KL along the dense model's own texts is worse" in error
+    assert "train.lr=0.002 instead of 0.3" in error
