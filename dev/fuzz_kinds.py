@@ -576,8 +576,12 @@ class Runs(Kind):
     """The files of a finished run, as the commands that show, report and compare it read them."""
 
     def prepare(self) -> None:
+        before = report_run.BLOCKS, report_run.DROPPED, report_run.STEPS
         report_run.BLOCKS, report_run.DROPPED, report_run.STEPS = 4, (1,), 6  # a page is drawn for each input
-        self.run, self.other = (report_run.build_run(self.folder, name=name) for name in ("run", "other"))
+        try:
+            self.run, self.other = (report_run.build_run(self.folder, name=name) for name in ("run", "other"))
+        finally:
+            report_run.BLOCKS, report_run.DROPPED, report_run.STEPS = before
         for stage in ("plan", "dense", "prune", "before", "train", "after", "export", "report"):
             RunDirectory(self.run).mark_done(stage, {"seed": 0, "model": {"source": "x"}})
         self.sound = {
