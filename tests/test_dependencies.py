@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from packaging.version import Version
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LINES = [*PROJECT["dependencies"], *(line for extra in PROJECT["optional-dependencies"].values() for line in extra)]
+OPTIONAL = {"wandb", "reasoning-gym", "triton"}  # imported where they are asked for; Triton comes with torch for a GPU
 
 
 @pytest.fixture
@@ -108,3 +111,29 @@ def test_an_audit_without_a_database_is_skipped_and_a_broken_one_is_not(
     monkeypatch.setattr(dependencies.subprocess, "run", lambda *_, **__: done)
     assert dependencies.audit() == code
     assert ("skipped" in capsys.readouterr().out) == (code == 0)
+
+
+def imported() -> set[str]:
+    """Top names of what the package imports, in functions too."""
+    nodes = [node for path in (ROOT / "recover").rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
+    named = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    named |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+    return {name.split(".")[0] for name in named} - {*sys.stdlib_module_names, "recover"}
+
+
+def test_what_the_package_imports_is_installed_with_it() -> None:
+    """GGUF files among the sources that the README names: a base install reads them."""
+    base = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
+    extra = {canonicalize_name(Requirement(line).name) for line in LINES} - base
+    left = [*base]
+    while left:  # what these bring along
+        for line in requires(left.pop()) or ():
+            one = Requirement(line)
+            if one.marker is None or one.marker.evaluate({"extra": ""}):
+                new = {canonicalize_name(one.name)} - base
+                base |= new
+                left += new
+    of = packages_distributions()
+    missing = {name for name in imported() if not {*map(canonicalize_name, of.get(name, (name,)))} & base}
+    assert "gguf" in base and "gguf" in imported()
+    assert {*map(canonicalize_name, missing)} <= extra | OPTIONAL
