@@ -31,7 +31,9 @@ from recover.models.twin import Twin
 pytestmark = pytest.mark.slow
 READER = Path(__file__).with_name("older_reader.py")
 OLD = "transformers>=4.57,<5"
-NOT_IN_4 = {"ministral3", "granite_swa"}  # families that version 4 does not know
+# Families that version 4 does not know.
+NOT_IN_4 = {"ministral3", "granite_swa", "qwen3_5_text", "gemma4_text", "gemma4_unified_text"}
+NOT_OF_PEFT = {"falcon_h1": {"out_proj"}}  # linears of its Mamba that peft refuses
 ROUGH = {"apertus": 1e-3}  # version 4 keeps the numbers of its activation in bfloat16, whatever dtype is asked for
 PROMPT = torch.arange(3, 43).reshape(2, 20)
 
@@ -78,7 +80,7 @@ def test_transformers_4_computes_what_this_one_does(family, deploys, version_4):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stock_peft_trains_merges_and_reads_back(family, deploys, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(deploys[family])
-    targets = sorted({name.rpartition(".")[2] for name in linears_of(model)})
+    targets = sorted({name.rpartition(".")[2] for name in linears_of(model)} - NOT_OF_PEFT.get(family, set()))
     torch.manual_seed(0)
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
     wrapped.eval()

@@ -187,3 +187,10 @@ def test_scaling_has_the_word_that_each_reader_asks_for(rope, tmp_path):
     scaling = settings(written(tmp_path / "deploy", "llama", rope_parameters=rope))["rope_scaling"]
     assert scaling["factor"] == rope["factor"] and scaling["rope_type"] == rope["rope_type"]
     assert scaling.get("type", rope["rope_type"]) == rope["rope_type"]
+
+
+def test_kinds_of_blocks_are_in_the_words_of_both_versions(tmp_path):
+    dense = tiny("granitemoehybrid").config
+    folder = written(tmp_path / "deploy", "granitemoehybrid")
+    assert settings(folder)["layer_types"] == ["mamba", "mamba", "attention", "mamba", "attention", "attention"]
+    assert AutoConfig.from_pretrained(folder).layer_types == dense.layer_types

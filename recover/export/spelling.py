@@ -41,6 +41,8 @@ TOKENIZER_FILES = (
 TEMPLATES = "additional_chat_templates"
 # Rotary types that version 4 has for a model only with these keys and no other, one of them by its older name.
 OLD_KEYS = {"phi3": ("type", "short_factor", "long_factor"), "olmo2": ("type", "factor")}
+# Kinds of blocks in version 4's words, which version 5 reads too.
+OLD_LAYERS = {"granitemoehybrid": {"linear_attention": "mamba", "full_attention": "attention"}}
 CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}  # names of version 5, in version 4's words
 LEAKED = ("is_local", "local_files_only", "backend", "name_or_path")  # of how it was loaded where it was saved
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
@@ -59,6 +61,8 @@ def respell_config(folder: Path, config: PretrainedConfig) -> None:
     if isinstance(inner := values.get("text_config"), dict):
         text = config.get_text_config(decoder=True)
         values["text_config"] = _renamed(text) | _both_ropes(inner, text)
+    if (words := OLD_LAYERS.get(values["model_type"])) and values.get("layer_types"):
+        values["layer_types"] = [words.get(kind, kind) for kind in values["layer_types"]]
     _write(folder / CONFIG, _renamed(config) | _both_ropes(values, config))
 
 
