@@ -16,6 +16,7 @@ from byte_tokenizer import byte_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, HYBRIDS, ids, tiny
 from transformers import AutoModelForCausalLM
+from twins import fill_adapters
 
 from recover.base import artifacts
 from recover.base.errors import ArtifactError, ExportError
@@ -36,10 +37,7 @@ SENSITIVE = {*HYBRIDS, "gemma4_text", "gemma4_unified_text"}
 def trained(twin: Twin, blocks: str = "all") -> Twin:
     """The twin with LoRA whose two factors are random, as after training."""
     twin.add_lora(recipe.Lora(rank=3, blocks=blocks))  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in twin.model.named_parameters():
-        if "lora_" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    fill_adapters(twin)
     return twin
 
 

@@ -8,6 +8,7 @@ import torch
 from cached import cached
 from tiny import FAMILIES, tiny
 from transformers import AutoModelForCausalLM
+from twins import fill_adapters
 
 from recover.base.errors import ModelError
 from recover.config import recipe
@@ -50,10 +51,7 @@ def zeroed(model, sites):
 
 def trained(twin: Twin) -> Twin:
     twin.add_lora(recipe.Lora(rank=3))
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in twin.model.named_parameters():
-        if "lora_" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    fill_adapters(twin)
     return twin
 
 

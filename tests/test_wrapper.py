@@ -18,6 +18,7 @@ from test_load import cfg
 from tiny import COMMON, GEMMA4, LLAMA4, ids
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
+from twins import fill_adapters
 
 from recover.base.errors import ModelError
 from recover.config import recipe
@@ -202,10 +203,7 @@ def with_image(model_type: str) -> dict[str, Tensor]:
 
 def trained(twin: Twin) -> Twin:
     twin.add_lora(recipe.Lora(rank=3))
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in twin.model.named_parameters():
-        if "lora_" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    fill_adapters(twin)
     return twin
 
 

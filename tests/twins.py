@@ -71,7 +71,7 @@ def fill_adapters(twin: Twin) -> None:
     generator = torch.Generator().manual_seed(5)
     for name, parameter in twin.model.named_parameters():
         if "lora_" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
 class Distill:

@@ -423,8 +423,7 @@ class Deployed(TypedDict):
 def _card_and_record(context: RunContext) -> tuple[str, Deployed]:
     """The model card's text, and recover.json: where every figure of it comes from."""
     recipe, directory = context.recipe, context.directory
-    folders = {"dense": directory.dense, "pruned": directory.before, "recovered": directory.after}
-    headlines = {name: read_json(folder / "measure.json")["headline"] for name, folder in folders.items()}
+    headlines = _headlines(directory)
     best = directory.best()["epoch"]
     epochs = directory.epochs_again if directory.best_again.exists() else directory.epochs
     kept = [record for record in read_jsonl(epochs) if record["epoch"] == best][-1]
@@ -446,6 +445,12 @@ def _card_and_record(context: RunContext) -> tuple[str, Deployed]:
     return card(recipe, read_json(directory.prune / "plan.json"), headlines, facts), record
 
 
+def _headlines(directory: RunDirectory) -> dict[str, dict[str, float | None]]:
+    """What was measured of each model."""
+    folders = {"dense": directory.dense, "pruned": directory.before, "recovered": directory.after}
+    return {name: read_json(folder / "measure.json")["headline"] for name, folder in folders.items()}
+
+
 def report(context: RunContext) -> None:
     """Collect the files of the run into report.json, report.md and report.html."""
     if not dist.is_main():
@@ -459,10 +464,8 @@ def report(context: RunContext) -> None:
 
 def _track_outcome(context: RunContext) -> None:
     directory = context.directory
-    folders = {"dense": directory.dense, "pruned": directory.before, "recovered": directory.after}
-    headlines = {name: read_json(folder / "measure.json")["headline"] for name, folder in folders.items()}
     exported = str((directory.done("export") or {}).get("finished"))
-    context.tracking.outcome(directory.best()["step"], headlines, directory.report_html, exported)
+    context.tracking.outcome(directory.best()["step"], _headlines(directory), directory.report_html, exported)
 
 
 def _probe_and_measure(context: RunContext, twin: Twin, folder: Path) -> None:
