@@ -146,7 +146,7 @@ def test_rates_are_shares_of_what_as_many_single_gpus_do():
     from turns import order, table
 
     def row(launch, what, processes, rate):
-        more = {"seconds": 0.5, "peak_bytes": [2e9] * processes, "losses": [1.5]}
+        more = {"seconds": 0.5, "before_bytes": 0, "peak_bytes": [2e9] * processes, "losses": [1.5]}
         return {"row": f"{launch}, {what}", "what": what, "processes": processes, "tokens_per_second": rate, **more}
 
     rows = [row("one GPU", "0.5B", 1, 100.0), row("one GPU", "0.5B+kernels", 1, 80.0)]

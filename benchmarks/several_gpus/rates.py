@@ -49,6 +49,7 @@ def main() -> None:
         time.sleep(POLL_SECONDS)
     dist.start()
     for row in given.wanted:
+        before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
         try:
             found = one_row(row, tiny=given.tiny)
         except Exception as error:
@@ -56,7 +57,8 @@ def main() -> None:
             found = {"error": f"{type(error).__name__}: {error}"}
         failed = any(dist.gather(["error" in found]))
         if dist.is_main():
-            append_jsonl(given.rows, {"row": f"{given.launch}, {row}", "launch": given.launch, "what": row, **found})
+            line = {"row": f"{given.launch}, {row}", "launch": given.launch, "what": row, "before_bytes": before}
+            append_jsonl(given.rows, line | found)
         if failed:
             break  # what a failure leaves behind, the next row would meet
         gc.collect()

@@ -44,9 +44,9 @@ import torch
 import turns
 import whole
 import whole_kills
-from launching import ENGINES, ON_GPUS, ROOT, end_all
+from launching import ENGINES, ON_GPUS, OVER, ROOT, end_all
 
-from recover.base.artifacts import write_json
+from recover.base.artifacts import write_json, write_text
 
 SMOLLM2 = ["train.tokens=150000", "train.epochs=2", "measure.sampling=null", "probe.samples=32"]
 SMOLLM2 += ["train.data.0.batch_size=512", "train.data.1.batch_size=512"]  # several runs share a GPU
@@ -133,11 +133,13 @@ class Parts:
         def shown() -> str:
             lines = [f"{part}, {record['machine']}", "", *(table(record["rows"]) if record["rows"] else [])]
             text = "\n".join([*lines, *([record["problem"]] if record["problem"] else [])]) + "\n"
-            (self.options.out / f"{part}.md").write_text(text)
+            write_text(self.options.out / f"{part}.md", text)
             return text
 
         def keep(row: jobs.Row) -> None:
             with lock:
+                if OVER.is_set():
+                    return  # what was ended from outside is no result
                 record["rows"].append(row)
                 record["seconds"] = time.monotonic() - started
                 write_json(self.options.out / f"{part}.json", record)
@@ -146,9 +148,12 @@ class Parts:
         try:
             self.do(part, keep)
         except Exception as error:  # the other parts may still be of use
+            if OVER.is_set():
+                return False
             record["problem"] = f"{type(error).__name__}: {error}"
             write_json(self.options.out / f"{part}.json", record)
-        print(shown(), flush=True)
+        with lock:
+            print(shown(), flush=True)
         return record["problem"] is None and not any("error" in row or "problem" in row for row in record["rows"])
 
 

@@ -16,6 +16,7 @@ from recover.base.artifacts import read_jsonl
 SCRIPT = "benchmarks/several_gpus/rates.py"
 ONE = ("7B", "0.5B", "0.5B+kernels")
 WHOLE_AND_SHARED = ("7B", "7B+shards", "0.5B", "0.5B+shards")
+NOTHING = 1e8  # bytes
 WHOLE = ("7B", "0.5B")  # ZeRO-3 shares out all weights by itself
 
 
@@ -71,6 +72,8 @@ def table(found: Sequence[dict[str, Any]]) -> list[str]:
         times = [rate / base["tokens_per_second"] for base in (alone.get(shape), alone.get(f"{shape}+kernels")) if base]
         shown = [f"{times[0]:.2f}", *(f"{each / row['processes']:.1%}" for each in times)] if times else []
         peak = ", ".join(f"{value / 1e9:.1f}" for value in row["peak_bytes"])
+        if row["before_bytes"] > NOTHING:
+            peak += f" ({row['before_bytes'] / 1e9:.1f} of them left over from the row before)"
         cells = [row["row"], f"{rate:,.0f}", *shown, *[""] * (3 - len(shown)), f"{row['seconds'] * 1e3:,.0f}", peak]
         lines.append(f"| {' | '.join(cells)} | {row['losses'][0]:.6g} |")
     return lines

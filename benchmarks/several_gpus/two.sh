@@ -64,6 +64,7 @@ touch "$SCRATCH/turns-go"
 wait $turns
 touch "$SCRATCH/seven-go"
 wait $seven
+find "$SCRATCH" \( -name '*.log' -o -name times.jsonl \) -print0 | tar czf "$OUT/logs.tgz" --null -T - 2> /dev/null
 du -sm "$SCRATCH" >> "$OUT/two.txt" 2> /dev/null
 say "over"
 touch "$OUT/done"
