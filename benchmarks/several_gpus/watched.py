@@ -31,7 +31,7 @@ from recover.run import stage_work, stages
 # What a process is killed in: module, function, how often it is called before, and seconds that it then goes on.
 PLACES = {
     "weights": ("recover.models.load", "_from_folder", 1, 0.03),  # stage plan looks at names and sizes first
-    "prune": ("recover.prune.registry", "prune", 0, 0.2),
+    "prune": ("recover.prune.registry", "prune", 0, 0.1),
     "text": ("recover.train.written_text", "generate", 0, 0.05),
     "step": ("recover.train.trainer", "RecoverTrainer.compute_loss", 6, 0.003),
     "export": ("recover.run.stage_work", "write_checkpoint", 0, 0.01),
