@@ -113,15 +113,15 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def apart(ours: Any, theirs: Any, least: float = 0.0) -> float:
+def apart(ours: Any, theirs: Any, *, least: float = 0.0) -> float:
     """The largest difference of two numbers at one place over the larger of them, or over `least`.
 
     Infinite where anything else differs.
     """
     if isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys():
-        return max((apart(ours[key], theirs[key], least) for key in ours), default=0.0)
+        return max((apart(ours[key], theirs[key], least=least) for key in ours), default=0.0)
     if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
-        return max((apart(a, b, least) for a, b in zip(ours, theirs, strict=True)), default=0.0)
+        return max((apart(a, b, least=least) for a, b in zip(ours, theirs, strict=True)), default=0.0)
     if ours == theirs:
         return 0.0
     if isinstance(ours, int | float) and isinstance(theirs, int | float):
