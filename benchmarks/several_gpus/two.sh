@@ -60,6 +60,7 @@ seven=$!
 wait $small
 kill $nap 2> /dev/null
 wait $model
+for _ in $(seq 60); do [ -z "${BEFORE_TURNS:-}" ] || [ -e "$BEFORE_TURNS" ] && break; sleep 1; done  # other work ends first
 touch "$SCRATCH/turns-go"
 wait $turns
 touch "$SCRATCH/seven-go"
