@@ -14,13 +14,18 @@ import json
 import random
 import shutil
 import time
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from generators import fact_items, held_out_stories
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import recover
+from recover.models.experts import watching
 from recover.models.twin import Twin
 
 TASKS = ("embedded:stories", "embedded:facts", "embedded:tales")
@@ -71,7 +76,8 @@ class Trial:
             if label not in self.rows:
                 began = time.perf_counter()
                 twin = self.without(share, score)
-                self.row(label, twin, chosen=time.perf_counter() - began, plan=twin.plan.summary())
+                chosen = time.perf_counter() - began
+                self.row(label, twin, chosen=chosen, plan=twin.plan.summary(), **self.routed(twin))
         for wanted, parts in product(self.args.recover, self.args.parts):
             share, score = wanted.split(":")
             self.recovered(float(share), score, tuple(parts.split("+")))
@@ -95,6 +101,20 @@ class Trial:
         )
         twin = recover.prune(self.model, self.tokenizer, cfg, seed=self.args.seed)
         return by_lot(twin, self.args.seed) if score == "random" else twin
+
+    def routed(self, twin: Twin) -> dict[str, float]:
+        """Of the tokens of whole stories and of facts, the share that the dense model gave to the experts that went."""
+        texts = {
+            "stories": [story.prompt + story.solution for story in held_out_stories(7, 60)],
+            "facts": [item.text for item in fact_items(7)[:60]],
+        }
+        shares = {}
+        with twin.dense() as dense:
+            for kind, told in texts.items():
+                share_of = use(dense, self.tokenizer, told)
+                stay = [sum(share_of[block][expert] for expert in kept) for block, kept in twin.plan.experts.items()]
+                shares[f"{kind} routed to them"] = 1 - sum(stay) / len(stay)
+        return shares
 
     def recovered(self, share: float, score: str, parts: tuple[str, ...]) -> None:
         """A row of what training these parts brings back."""
@@ -146,6 +166,23 @@ def by_lot(twin: Twin, seed: int) -> Twin:
     every = {record["block"]: range(len(record["experts"])) for record in twin.plan.scores}
     kept = {block: tuple(sorted(rng.sample(every[block], len(left)))) for block, left in twin.plan.experts.items()}
     return twin.replan(dataclasses.replace(twin.plan, experts=kept))
+
+
+@torch.no_grad()
+def use(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> dict[int, list[float]]:
+    """By block, the share of all choices of the router that each expert gets."""
+    counts: dict[int, Tensor] = {}
+
+    def see(block: int) -> Callable[..., None]:
+        def take(_token_S: Tensor, expert_S: Tensor, _y_SD: Tensor, _weight_S: Tensor) -> None:
+            counts[block] = counts.get(block, 0) + torch.bincount(expert_S, minlength=model.config.num_experts)
+
+        return take
+
+    with watching(model, see):
+        for text in texts:
+            model(input_ids=torch.tensor([tokenizer(text)["input_ids"]]), use_cache=False)
+    return {block: (count_E / count_E.sum()).tolist() for block, count_E in counts.items()}
 
 
 def figures(tasks: dict[str, Any]) -> dict[str, float]:
