@@ -254,6 +254,7 @@ def _distilling(stock: type[nn.Module]) -> type[nn.Module]:
     return named_as(Distilling, stock)
 
 
+# Training flags of many modules, at every step: the ways of torch through them are slow for a small model.
 def modules_below(root: nn.Module) -> list[nn.Module]:
     """`root` and every module below it, each once, in no order that means anything."""
     found: dict[nn.Module, None] = {}
