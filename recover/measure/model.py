@@ -10,9 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recover.base import dist
 from recover.config.recipe import Measure, Sampling
-from recover.text.embed import embeddings
 from recover.text.generate import Generation, generate
-from recover.text.likelihood import Continuation, log_likelihoods, option_log_likelihoods
+from recover.text.likelihood import Continuation, embeddings, log_likelihoods, option_log_likelihoods
 
 
 @dataclass(frozen=True)
