@@ -43,9 +43,9 @@ from recover.models.arch import (
     mixture_in,
 )
 from recover.models.chat_template import TRIAL, check_file, check_template
-from recover.models.config_keys import config_of, keep_known
 from recover.models.gate import unchanged
 from recover.models.rope import by_rows
+from recover.models.settings import config_of, keep_known
 from recover.models.source import (
     CONFIG,
     check_numbers,
