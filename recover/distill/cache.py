@@ -33,7 +33,7 @@ from torch import Tensor
 from recover.base.artifacts import TEMPORARY, explained, read_json, sha256, write_bytes, write_json
 from recover.base.errors import ArtifactError
 from recover.kernels import fused
-from recover.models.packed_attention import packing_configs
+from recover.models.attention import packing_configs
 
 if TYPE_CHECKING:
     from recover.models.twin import Twin

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from recover.base.errors import DataError
 from recover.models.arch import base_of
-from recover.models.step_attention import attending_by_step, configs_of
+from recover.models.attention import attending_by_step, configs_of
 from recover.probe.decoding import positions, reader_of
 from recover.probe.views import States, View, hidden_states, running
 from recover.text.decode import steps_unseen
