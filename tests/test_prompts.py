@@ -12,7 +12,7 @@ from tokenizers import processors
 from recover.base.errors import DataError
 from recover.config.recipe import GivenText, Measure, PrunedText, load_recipe
 from recover.measure.tasks import load_task, measure
-from recover.models import chat_template
+from recover.models import tokenizers
 from recover.probe import retrieval as probe_retrieval
 from recover.probe.trajectory import encode
 from recover.probe.views import Pair
@@ -126,7 +126,7 @@ def test_options_of_a_choice_stand_behind_the_prompts_own_ids(tmp_path, monkeypa
 def test_a_template_that_loops_for_some_prompts_ends_everywhere(monkeypatch):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = LOOPS
-    chat_template.check_template(tokenizer, "folder")
+    tokenizers.check_template(tokenizer, "folder")
     monkeypatch.setattr(prompts, "SECONDS", 0.2)
     with pytest.raises(DataError, match=r"cannot write the prompt 'forever'.*more than 0\.2 seconds"):
         encode_prompt(tokenizer, "forever")
