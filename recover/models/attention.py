@@ -151,7 +151,10 @@ class Packing(NamedTuple):
 
 
 def packing_configs(model: nn.Module) -> list[PretrainedConfig]:
-    """What to have attend by NAME; empty where attention does more than `attend` knows (a softcap, dropout, sinks)."""
+    """What to have attend by PACKED_NAME; empty where attention does more than `attend_packed` knows.
+
+    So with a softcap, dropout or sinks.
+    """
     configs = configs_of(model)
     row = ARCHS.get(configs[0].model_type) if configs else None
     if row is not None and not row.packs:
