@@ -89,7 +89,7 @@ COMMANDS = {
         "Write an exported checkpoint as one GGUF file: llama.cpp, and what is built on it, runs and quantizes it.",
     ),
     "families": Listed(
-        "families", "Say which model families are supported, by which methods, and for the others why they are not."
+        "doctor", "Say which model families are supported, by which methods, and for the others why they are not."
     ),
 }
 

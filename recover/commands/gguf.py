@@ -10,7 +10,7 @@ import typer
 from recover.base import console, units
 from recover.export.gguf.write import write_gguf
 
-EXAMPLES = (
+GGUF_EXAMPLES = (
     "recover gguf checkpoints/quickstart/deploy quickstart.gguf",
     "recover gguf checkpoints/quickstart/deploy quickstart-f16.gguf --dtype float16",
     "recover gguf checkpoints/quickstart/deploy quickstart-q8.gguf --dtype q8_0",
@@ -18,8 +18,8 @@ EXAMPLES = (
 Deploy = Annotated[
     Path, typer.Argument(metavar="DEPLOY", help="Folder of a checkpoint, such as checkpoints/quickstart/deploy.")
 ]
-Out = Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write; replaced when it is there.")]
-Dtype = Annotated[
+GgufOut = Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write; replaced when it is there.")]
+GgufDtype = Annotated[
     str | None,
     typer.Option(
         "--dtype",
@@ -29,10 +29,7 @@ Dtype = Annotated[
 ]
 
 
-def gguf(deploy: Deploy, out: Out, dtype: Dtype = None) -> None:
+def gguf(deploy: Deploy, out: GgufOut, dtype: GgufDtype = None) -> None:
     """Write an exported checkpoint as one GGUF file: llama.cpp, and what is built on it, runs and quantizes it."""
     path = write_gguf(deploy, out, dtype)
     console.say(f"wrote {path} ({units.size(path.stat().st_size)})")
-
-
-COMMANDS = {gguf: EXAMPLES}
