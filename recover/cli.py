@@ -81,11 +81,11 @@ COMMANDS = {
         "Measure how far two checkpoints are apart: in three spaces, by layer, by step, in choices, as embedders.",
     ),
     "teacher": Listed(
-        "teacher",
+        "files",
         "Write the likeliest tokens a model gives each position of a text: for distilling where it is not at hand.",
     ),
     "gguf": Listed(
-        "gguf",
+        "files",
         "Write an exported checkpoint as one GGUF file: llama.cpp, and what is built on it, runs and quantizes it.",
     ),
     "families": Listed(
