@@ -21,7 +21,7 @@ from recover.base import console
 from recover.base.artifacts import JsonObject
 from recover.base.errors import DataError, RecipeError
 from recover.config import yaml_values
-from recover.config.messages import explain
+from recover.config.base import explain
 from recover.config.named import is_task_name, read_sources, task_path
 from recover.config.paths import ending
 from recover.config.tasks import KINDS, Fewshot, PromptFile, Row, TaskFile, WritingFile
