@@ -123,7 +123,7 @@ def _two_digits(count: float) -> int:
 
 ALPHA = 64.0  # 2 x rank at rank 32, with which most figures of docs/results.md were made
 WIDE = 768  # width from which rank 64 was used, 32 below
-SETTLED_TOKENS = (200_000, 30_000_000)  # least and most that `auto` takes
+SETTLED_TOKENS = (200_000, MOST_TOKENS)  # least and most that `auto` takes
 SETTLED_STEPS = 400  # optimizer steps that a training should have at least, if smaller ones can give them
 SETTLED_BATCHES = (32, 16, 8)  # rows a step that were tried
 SETTLED_WARMUP = (20, 0.03, 0.1)  # steps, and the least and most share of all that they may be
