@@ -38,9 +38,19 @@ from recover.prune.matrices import (
     rewrite,
     wanda_score,
 )
-from recover.prune.passes import final_hidden, kl_rows, row_sum
 from recover.prune.registry import Cost, Pruner, register
-from recover.prune.stream import Stream, check_finite, gram, masked_layers, norms, squares, working_device
+from recover.prune.stream import (
+    Stream,
+    check_finite,
+    final_hidden,
+    gram,
+    kl_rows,
+    masked_layers,
+    norms,
+    row_sum,
+    squares,
+    working_device,
+)
 
 if TYPE_CHECKING:
     from recover.models.load import Description

@@ -22,7 +22,7 @@ from recover.base import console
 from recover.config.prune import DEPTH_SCORES
 from recover.models.arch import blocks_of, final_norm_of, head_of
 from recover.models.site import Site
-from recover.prune.passes import (
+from recover.prune.stream import (
     NO_TARGET,
     TOKENS,
     LogitMeasure,
