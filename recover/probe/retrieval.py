@@ -20,9 +20,8 @@ from recover.base.errors import DataError, ModelError
 from recover.maths import divergence as spaces
 from recover.maths.score import ndcg
 from recover.models.twin import Twin
-from recover.probe.decoding import positions
 from recover.probe.records import Retrieval
-from recover.probe.trajectory import Batch, batches_of, check_ids
+from recover.probe.trajectory import Batch, batches_of, check_ids, positions
 from recover.probe.views import Pair, View, hidden_states, running
 from recover.text.prompts import text_ids
 from recover.text.read import rows_at

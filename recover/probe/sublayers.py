@@ -21,8 +21,7 @@ from recover.base.errors import ModelError
 from recover.models import kv_cache
 from recover.models.arch import arch_of, base_of, blocks_of, middle_hooks
 from recover.models.site import SUBLAYERS, Site
-from recover.probe.decoding import positions
-from recover.probe.trajectory import Trajectory, marked, rows_of, whole
+from recover.probe.trajectory import Trajectory, marked, positions, rows_of, whole
 from recover.probe.views import Pair, View, running
 
 CLOSED, REPLACED = "closed", "pruned"
