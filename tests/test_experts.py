@@ -28,7 +28,7 @@ from recover.models.masked_lora import ExpertLora
 from recover.models.plan import Plan, load_plan, save_plan
 from recover.models.twin import Twin
 from recover.probe.records import record_of
-from recover.probe.routing import routing
+from recover.probe.sublayers import routing
 from recover.prune import registry
 from recover.prune.depth.depth import prune_depth
 from recover.prune.experts import experts_cost, prune_experts
