@@ -27,9 +27,8 @@ from recover.models.source import kind_of
 from recover.probe.findings import Finding, Store
 from recover.probe.probe import findings, positions_of, records_of, texts
 from recover.probe.records import Record, summary
-from recover.probe.sources import load_pair
 from recover.probe.tasks import KINDS, read_queries, retrieval_drift, task_drift
-from recover.probe.views import Pair
+from recover.probe.views import Pair, load_pair
 from recover.run import input_digests as inputs
 from recover.text.prompts import text_ids
 from recover.text.read import rows_at
