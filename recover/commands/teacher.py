@@ -21,7 +21,7 @@ from recover.base.ownership import refuse_input
 from recover.commands.measure import model_cfg
 from recover.config.recipe import GivenText
 from recover.distill.distiller import scored_rows
-from recover.distill.loss_topk import TopK, topk_of
+from recover.distill.loss_terms import TopK, topk_of
 from recover.models.arch import head_of
 from recover.models.load import check_fit, load_any, load_tokenizer
 from recover.models.rope import row_positions
