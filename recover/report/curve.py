@@ -14,7 +14,7 @@ from recover.report.data import Curve, Json, Points
 from recover.report.words import finite
 
 POINTS = 120  # at most; report.json stays small, however long the training
-WINDOW = 8  # steps whose text is sorted by length (train/order.py): a point of fewer shows long text as high loss
+WINDOW = 8  # steps whose text is sorted by length (train/data.py): a point of fewer shows long text as high loss
 LEAST = 16  # points, before a point may stand for more steps than one
 ENDS = 0.05  # share of the scored steps at either end that "from" and "to" are means over
 BAND = (0.1, 0.9)  # quantiles
