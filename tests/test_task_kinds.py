@@ -16,7 +16,7 @@ from recover.commands import measure as measuring
 from recover.config.recipe import Measure
 from recover.config.tasks import KINDS, USES, Figure, TaskKind, headline_figures, register
 from recover.export.card import _table
-from recover.measure.kinds.work import Work, work_of
+from recover.measure.model import Work, work_of
 from recover.measure.tasks import load_task, measure
 from recover.report.collect import collect
 from recover.report.render import render

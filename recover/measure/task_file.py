@@ -25,7 +25,7 @@ from recover.config.messages import explain
 from recover.config.named import is_task_name, read_sources, task_path
 from recover.config.paths import ending
 from recover.config.tasks import KINDS, Fewshot, PromptFile, Row, TaskFile, WritingFile
-from recover.measure.kinds.work import work_of
+from recover.measure.model import work_of
 from recover.text.named import NotHad, described, first_had
 from recover.text.read import EmptyColumn
 from recover.text.rows import column, filled, rows_of

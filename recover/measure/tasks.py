@@ -18,8 +18,7 @@ from recover.base.errors import DataError, RecipeError
 from recover.config.recipe import Measure
 from recover.config.tasks import KINDS, WritingFile, headline_figures
 from recover.maths.score import mean
-from recover.measure.kinds.work import Generations, Record, work_of
-from recover.measure.model import ModelUnderTest
+from recover.measure.model import Generations, ModelUnderTest, Record, work_of
 from recover.measure.sandbox import why_no_wall
 from recover.measure.task_file import Task, load_task
 from recover.measure.texts import longest_text

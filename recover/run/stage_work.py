@@ -34,7 +34,7 @@ from recover.export.card import card
 from recover.export.merge import merge
 from recover.export.verify import fresh_process, verify, write_expected
 from recover.export.write import write_checkpoint
-from recover.measure.kinds.work import Generations
+from recover.measure.model import Generations
 from recover.measure.speed import compare_speed
 from recover.measure.tasks import measure
 from recover.models.load import describe, load_model, ready
