@@ -29,7 +29,7 @@ from recover.maths.score import ndcg
 from recover.measure.kinds.choice import Choice as ChoiceItem
 from recover.measure.kinds.choice import margin
 from recover.measure.kinds.retrieval import Search
-from recover.measure.task_file import Task
+from recover.measure.tasks import Task
 from recover.models.twin import Twin
 from recover.probe.compare import Comparison, Finite, Rows
 from recover.probe.records import Choice, Quantiles, Record, Retrieval, Scored
