@@ -34,11 +34,10 @@ from recover.export.write import write_checkpoint
 from recover.measure import tasks as tasks_of
 from recover.measure.tasks import Task, load_task
 from recover.models.arch import blocks_of
-from recover.models.held import Held
 from recover.models.load import check_fit, load_any, load_tokenizer, ready
 from recover.models.plan import Plan
 from recover.models.source import stored_dtype
-from recover.models.twin import Twin
+from recover.models.twin import Held, Twin
 from recover.probe import probe as probing
 from recover.probe.records import Record
 from recover.probe.views import Pair

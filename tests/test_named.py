@@ -24,7 +24,7 @@ from recover.measure import tasks
 from recover.measure.tasks import load_task
 from recover.prune.calibrate import read_texts
 from recover.run.input_digests import digests
-from recover.text import named as found
+from recover.text import rows as found
 from recover.text.rows import rows_of
 from recover.train.sources import read_prompts
 

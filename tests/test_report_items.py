@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from recover.base.artifacts import read_json, read_jsonl, write_json, write_jsonl
 from recover.cli import app
-from recover.maths.paired import mcnemar
+from recover.maths.score import mcnemar
 from recover.report.collect import collect
 from recover.report.compare import as_csv, as_latex, compare, paper_table, render_compare
 from recover.report.items import MOST

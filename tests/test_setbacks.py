@@ -9,7 +9,7 @@ from report_run import build_run
 
 from recover.base.artifacts import read_jsonl
 from recover.config.recipe import load_recipe
-from recover.maths.paired import of_means, of_ratio
+from recover.maths.score import of_means, of_ratio
 from recover.report.collect import collect
 from recover.report.render import render
 from recover.report.setbacks import advice, sentence

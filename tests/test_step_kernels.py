@@ -19,8 +19,7 @@ from recover.config import recipe
 from recover.kernels import fused
 from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.text.decode import write
-from recover.text.drawing import drawn, keys
+from recover.text.decode import drawn, keys, write
 from recover.text.generate import plain
 
 pytestmark = pytest.mark.skipif(

@@ -19,7 +19,7 @@ from recover.base.errors import RecipeError
 from recover.config import named, yaml_values
 from recover.measure.sandbox import why_no_wall
 from recover.run.draft import Machine, this_machine
-from recover.text.named import NotHad, first_had, hub_unreached
+from recover.text.rows import NotHad, first_had, hub_unreached
 
 EXAMPLES = ("recover doctor",)
 Row = tuple[str, str, str]  # what, what was found, what it is for or what to do

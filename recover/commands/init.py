@@ -23,7 +23,7 @@ from recover.models.source import exported_dtype
 from recover.run import draft
 from recover.run.estimate import ELEMENT_BYTES, Estimate, estimate, matrix_rate, refuse
 from recover.run.target import Wanted, target
-from recover.text.named import NotHad, prompt_rows
+from recover.text.rows import NotHad, prompt_rows
 from recover.train.sources import read_prompts
 
 EXAMPLES = (

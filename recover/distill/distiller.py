@@ -17,7 +17,7 @@ from transformers.utils.generic import ModelOutput
 from recover.base import zero
 from recover.distill.loss import distillation_loss
 from recover.distill.loss_terms import TopK
-from recover.kernels.adapter_casts import cast_together
+from recover.kernels.lora_linear import cast_together
 from recover.models.arch import head_of
 from recover.models.experts import SwitchedExperts, SwitchedRouter
 from recover.models.linears import MaskedLinear, OwnLinear

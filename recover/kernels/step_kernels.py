@@ -93,7 +93,7 @@ def gated_rows(gate_MN: Tensor, up_MN: Tensor) -> Tensor:
 
 
 def draw(logits_BV: Tensor, key_B2: Tensor, place_B: Tensor, temperature: float, top_p: float) -> Tensor:
-    """As `recover.text.drawing.drawn`: the same tokens, up to rounding at ties."""
+    """As `recover.text.decode.drawn`: the same tokens, up to rounding at ties."""
     logits_BV = logits_BV if logits_BV.stride(1) == 1 else logits_BV.contiguous()
     batch, vocabulary = logits_BV.shape
     token_B = torch.empty(batch, dtype=torch.long, device=logits_BV.device)

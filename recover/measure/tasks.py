@@ -41,10 +41,9 @@ from recover.measure.texts import longest_text
 from recover.report.data import GreedyText, MeasureRecord
 from recover.report.data import Task as TaskRecord
 from recover.text.generate import Generation
-from recover.text.named import NotHad, described, first_had
 from recover.text.prompts import encode_prompt
 from recover.text.read import EmptyColumn
-from recover.text.rows import column, filled, rows_of
+from recover.text.rows import NotHad, column, described, filled, first_had, rows_of
 
 Shots = list[tuple[str, str]]  # (prompt, what follows it)
 

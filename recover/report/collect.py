@@ -14,7 +14,7 @@ from recover.base.errors import ArtifactError, RecipeError
 from recover.base.products import taken_apart
 from recover.config import yaml_values
 from recover.config.tasks import KINDS
-from recover.maths import paired
+from recover.maths.score import of_means
 from recover.report import drift, items, measures, mistakes, overlap, verdict, words
 from recover.report import made as making
 from recover.report.curve import curve
@@ -234,7 +234,7 @@ def _rise(before: Json, now: Json) -> Rise | None:
     pairs = [[(each.get(name) or {}).get("each") or [] for each in tasks] for name in names]
     if not pairs or any(len(was) != len(is_now) for was, is_now in pairs):
         return None
-    change = paired.of_means([(was, is_now) for was, is_now in pairs])
+    change = of_means([(was, is_now) for was, is_now in pairs])
     if change is None:
         return None
     tokens = [words.finite(record.get("tokens")) for record in (before, now)]

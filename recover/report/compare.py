@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 from recover.base.artifacts import write_text
 from recover.base.products import taken_apart
 from recover.config import tasks
-from recover.maths import paired
+from recover.maths import score
 from recover.report import items, plan_text, render, speed_text, words
 from recover.report.collect import collect
 from recover.report.data import CHANGED, MODELS, ComparedRun, Comparison, Curve, Json, Model, Paired, RunData
@@ -102,7 +102,7 @@ def _paired(runs: list[ComparedRun]) -> list[Paired]:
     for run in runs[1:]:
         for task, right in run["right"].items():
             if len(best["right"].get(task, ())) == len(right):
-                test = paired.mcnemar(best["right"][task], right)
+                test = score.mcnemar(best["right"][task], right)
                 counts: Paired = {
                     "run": run["name"],
                     "task": task,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from recover.base import artifacts
-from recover.maths import paired
+from recover.maths import score
 from recover.report import words
 from recover.report.data import CHANGED, ChangedItem, Exchanged, Model, PageData, Records, Task, Text
 from recover.report.tables import Table
@@ -30,7 +30,7 @@ def exchanged(root: Path, records: Records) -> list[Exchanged]:
             before, now = _right(dense), _right(other)
             if before is None or now is None or len(before) != len(now):
                 continue
-            test = paired.mcnemar(before, now)
+            test = score.mcnemar(before, now)
             shown = _shown(name, before, now, texts["dense"], texts[model]) if model == last else []
             found.append(
                 {

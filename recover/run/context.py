@@ -30,11 +30,10 @@ from recover.config.recipe import Calibration, Data, DenseText, GivenText, Prune
 from recover.config.tasks import GenerateFile
 from recover.measure.tasks import Task, check_allowed, check_names, check_room, load_task
 from recover.models import vocabulary
-from recover.models.held import Held
 from recover.models.load import check_account, check_fit, describe, load_model, load_tokenizer, ready
 from recover.models.plan import Plan, load_plan
 from recover.models.source import check_rows, check_tied, check_weights, kind_of, locate, read_config
-from recover.models.twin import Twin
+from recover.models.twin import Held, Twin
 from recover.models.wrapper import text_values
 from recover.probe.trajectory import check_steps
 from recover.prune.calibrate import calibration_batches, check_asked, read_texts

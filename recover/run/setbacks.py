@@ -1,7 +1,7 @@
 """What a recovery has made worse, found after each epoch: held against the pruned model, and the epochs before it.
 
 Models are compared item by item, on the items that both were measured on, and only what is beyond noise counts
-(`maths/paired.py`). A record here has `measure` and `drift` as a line of epochs.jsonl has them.
+(`maths/score.py`). A record here has `measure` and `drift` as a line of epochs.jsonl has them.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from itertools import chain
 from typing import Any, TypedDict
 
 from recover.config.tasks import KINDS, USES
-from recover.maths.paired import Change, of_means, of_ratio
-from recover.maths.score import mean
+from recover.maths.score import Change, mean, of_means, of_ratio
 from recover.report.data import EpochDrift, EpochLine, MeasureRecord, Setback
 
 

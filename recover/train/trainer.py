@@ -26,9 +26,9 @@ from recover.base.signals import Interrupted, Stop
 from recover.config.recipe import PrunedText, Train
 from recover.distill.distiller import Batch, Distiller, scaled, scored_tokens, without_mask
 from recover.distill.graphs import GraphedPasses
-from recover.models.modes import modules_below, plain_modes, set_training
 from recover.models.packed_attention import NAME
 from recover.models.step_attention import attending
+from recover.models.twin import modules_below, plain_modes, set_training
 from recover.train.course import Course, frozen_weights, not_finite
 from recover.train.on_policy import Numbers, OnPolicy
 from recover.train.optimizer_state import Average, Trained, averaged_steps

@@ -30,7 +30,7 @@ from recover.config.auto import prior_rate
 from recover.config.recipe import Train
 from recover.distill.distiller import Batch, Distiller, rows_scored, scaled, without_mask
 from recover.distill.graphs import GraphedPasses
-from recover.maths.paired import of_ratio
+from recover.maths.score import of_ratio
 from recover.models.packed_attention import NAME
 from recover.models.step_attention import attending
 from recover.report.data import Trial
