@@ -7,22 +7,23 @@ from typing import Literal
 from recover.report import plan_text, words
 from recover.report.data import BlockDrift, PageData, Space, StepDrift
 from recover.report.drift import SPACES, by_model, level, mean_of
-from recover.report.figures.figure import Figure, is_narrow
-from recover.report.figures.panel import (
+from recover.report.figures.figure import (
     Axis,
     Band,
     Box,
+    Canvas,
     Columns,
     Dots,
+    Figure,
     Line,
     Mark,
     Panel,
     Scale,
     decades,
+    is_narrow,
     linear,
     row_of,
 )
-from recover.report.figures.svg import Canvas
 
 SPACE_TITLES = {"embedding": "Embedding", "logit": "Logit", "probability": "Probability"}
 SPACE_NOTES = {"embedding": "hidden state h", "logit": "z = W h, centred", "probability": "softmax(z)"}

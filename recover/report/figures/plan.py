@@ -8,8 +8,7 @@ from typing import Any
 from recover.config.prune import DEPTH_SCORES, DepthScore
 from recover.report import plan_text, words
 from recover.report.data import PageData, Plan, Score
-from recover.report.figures.figure import Figure, is_narrow
-from recover.report.figures.svg import Canvas, Linear, Log, apart
+from recover.report.figures.figure import Canvas, Figure, Linear, Log, apart, is_narrow
 
 _MODULE = re.compile(r"^(?:.*\.)?(\d+)\.(.+)$")  # block number and the site inside it, from a module's name
 SHADES = 5

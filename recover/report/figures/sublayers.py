@@ -8,9 +8,20 @@ from typing import Literal
 from recover.report import plan_text, words
 from recover.report.data import PageData, SublayerDrift
 from recover.report.drift import by_model, mean_of
-from recover.report.figures.figure import Figure
-from recover.report.figures.panel import Axis, Bars, Dots, Line, Mark, Panel, Scale, decades, linear, row_of
-from recover.report.figures.svg import Canvas
+from recover.report.figures.figure import (
+    Axis,
+    Bars,
+    Canvas,
+    Dots,
+    Figure,
+    Line,
+    Mark,
+    Panel,
+    Scale,
+    decades,
+    linear,
+    row_of,
+)
 
 PARTS = ("attention", "mlp")
 PART_NAMES = {"attention": "Attention", "mlp": "MLP"}

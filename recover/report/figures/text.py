@@ -7,8 +7,7 @@ from typing import Any, Literal
 from recover.report import words
 from recover.report.data import Drift, PageData, SampledDrift, StepDrift, TemperatureDrift
 from recover.report.drift import by_model, level, mean_of
-from recover.report.figures.figure import Figure
-from recover.report.figures.panel import Axis, Dots, Line, Mark, Panel, decades, linear, log, row_of
+from recover.report.figures.figure import Axis, Dots, Figure, Line, Mark, Panel, decades, linear, log, row_of
 
 Curve = list[tuple[int, float]]  # (decoding step, share of texts)
 

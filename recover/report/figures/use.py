@@ -5,8 +5,7 @@ from __future__ import annotations
 from recover.report import words
 from recover.report.data import ChoiceDrift, PageData
 from recover.report.drift import by_model, choice_kls
-from recover.report.figures.figure import Figure, is_narrow
-from recover.report.figures.svg import Canvas, Log
+from recover.report.figures.figure import Canvas, Figure, Log, is_narrow
 
 ROW = 52
 
