@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recover.report import items, mistakes, overlap, tables
-from recover.report.figures import curve, drift, outcome, plan, sublayers, text, use
+from recover.report.figures import curve, drift, outcome, plan, sublayers
 from recover.report.figures.figure import Figure
 from recover.report.tables import Table
 
@@ -143,10 +143,10 @@ EXHIBITS: list[Exhibit] = [
     Exhibit("text", "divergence", outcome.divergence),
     Exhibit("text", "parting", outcome.parting),
     Exhibit("text", "divergence", tables.divergence),
-    Exhibit("text", "sampled", text.sampled, numbers=True),
-    Exhibit("text", "temperatures", text.temperatures, numbers=True),
+    Exhibit("text", "sampled", drift.sampled, numbers=True),
+    Exhibit("text", "temperatures", drift.temperatures, numbers=True),
     Exhibit("text", "predictors", drift.predictors),
-    Exhibit("uses", "choices", use.choices, numbers=True),
+    Exhibit("uses", "choices", drift.choices, numbers=True),
     Exhibit("uses", "choices-table", tables.choices),
     Exhibit("uses", "retrieval", tables.retrieval),
     Exhibit("pruned", "plan", plan.pruned, numbers=True),
