@@ -13,7 +13,7 @@ from report_probes import BLOCKS, kl_of, probed, write_diagnosis
 from report_run import build_run
 
 from recover.base.errors import ArtifactError
-from recover.report import training_text, words
+from recover.report import training, words
 from recover.report.collect import collect
 from recover.report.diagnosis import is_diagnosis, render_diagnosis
 from recover.report.exhibits import figures, shown_tables
@@ -104,7 +104,7 @@ def test_skipped_steps_and_returns_are_said(tmp_path: Path, skipped: int, rollba
     record = {"skipped": skipped, "rollbacks": rollbacks, "findings": [finding] * skipped, "finished": True}
     (run / "train/training.json").write_text(json.dumps(record))
     data = collect(run)
-    notes = training_text.notes(data)
+    notes = training.notes(data)
     assert len(notes) == len(said) and all(part in note for part, note in zip(said, notes, strict=True))
     for path in render(run, data)[1:]:
         text = path.read_text(encoding="utf-8")

@@ -17,7 +17,6 @@ from recover.config.tasks import KINDS
 from recover.maths.score import of_means
 from recover.report import drift, items, measures, mistakes, overlap, verdict, words
 from recover.report import made as making
-from recover.report.curve import curve
 from recover.report.data import (
     DivergenceRow,
     Drift,
@@ -38,6 +37,7 @@ from recover.report.data import (
     Text,
     Tokens,
 )
+from recover.report.training import curve
 
 SCHEMA = 1
 MEASURE_FOLDER: dict[Model, str] = {"dense": "dense", "pruned": "before", "recovered": "after"}

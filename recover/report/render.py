@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from recover.base.artifacts import write_json, write_text
 from recover.base.products import taken_apart
 from recover.config import tasks, yaml_values
-from recover.report import exhibits, mistakes, plan_text, setbacks, speed_text, training_text, verdict, words
+from recover.report import exhibits, mistakes, plan_text, setbacks, speed_text, training, verdict, words
 from recover.report.data import Cell, RunData
 from recover.report.exhibits import Exhibit, Section
 from recover.report.figures.figure import Figure
@@ -127,7 +127,7 @@ def _view(data: RunData) -> dict[str, Any]:
         "recovery": _recovery(data),
         "points": key_findings(data),
         "mistake_names": {kind: heading for kind, (_, heading) in mistakes.NAMES.items()},
-        "training_notes": training_text.notes(data),
+        "training_notes": training.notes(data),
         "setbacks": setbacks.told(data["epochs"], data["recipe"], (data["rate_trials"] or {}).get("chosen")),
         "size_rows": speed_text.rows(data["speed"]),
         "speed_notes": speed_text.notes(data["speed"]),
