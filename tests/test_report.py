@@ -18,7 +18,7 @@ from recover.base.products import taken_apart
 from recover.commands.report import compare as compare_command
 from recover.config.tasks import KINDS
 from recover.measure.sandbox import UNCONFINED, WALLED
-from recover.report import drift, mistakes, tables, verdict, words
+from recover.report import drift, items, tables, verdict, words
 from recover.report.collect import CONSEQUENCES, collect, side_by_side
 from recover.report.compare import compare
 from recover.report.data import RunData
@@ -348,7 +348,7 @@ def test_mistakes_are_counted_and_one_of_each_is_shown(run: Path) -> None:
     assert [row["loop_rate"] for row in data["epochs"]] == [0.2 / epoch for epoch in range(1, 7)]
     (rate,) = (row for row in data["measures"] if row["key"] == "loop_rate")
     assert (rate["dense"]["value"], rate["pruned"]["value"]) == (0.0, 131 / 200)
-    found = mistakes.table(data)
+    found = items.mistakes_table(data)
     assert found is not None and "does not parse" not in [name for name, _ in found.columns]
     assert found.rows[1] == ("sums", "pruned", "200", "26", "131", "25", "6", "12", "65.5%", "12")
     render(run, data)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from recover.report import items, mistakes, overlap, tables
+from recover.report import items, tables
 from recover.report.figures import curve, drift, outcome, plan, sublayers
 from recover.report.figures.figure import Figure
 from recover.report.tables import Table
@@ -127,9 +127,9 @@ DIAGNOSIS = (
 
 EXHIBITS: list[Exhibit] = [
     Exhibit("top", "hero", outcome.hero),
-    Exhibit("measures", "mistakes", mistakes.table),
-    Exhibit("measures", "exchanged", items.table),
-    Exhibit("measures", "overlap", overlap.table),
+    Exhibit("measures", "mistakes", items.mistakes_table),
+    Exhibit("measures", "exchanged", items.exchanged_table),
+    Exhibit("measures", "overlap", items.overlap_table),
     Exhibit("recovery", "skipped", tables.skipped),
     Exhibit("recovery", "epochs", outcome.epochs, numbers=True),
     Exhibit("recovery", "training", curve.training),

@@ -6,7 +6,7 @@ from recover.report import speed_text, words
 from recover.report.data import MODELS, Divergence, PageData
 from recover.report.drift import by_model, choice_kls, level, mean_of
 from recover.report.figures.sublayers import PART_NAMES
-from recover.report.mistakes import FORM
+from recover.report.items import FORM
 
 Point = tuple[str, str, str]  # question, answer, key of the figure or section that shows it
 FEW_TOKENS = 10.0  # a mean KL so many times the median is carried by few tokens

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from recover.base.artifacts import write_json, write_text
 from recover.base.products import taken_apart
 from recover.config import tasks, yaml_values
-from recover.report import exhibits, mistakes, plan_text, setbacks, speed_text, training, verdict, words
+from recover.report import exhibits, items, plan_text, setbacks, speed_text, training, verdict, words
 from recover.report.data import Cell, RunData
 from recover.report.exhibits import Exhibit, Section
 from recover.report.figures.figure import Figure
@@ -126,7 +126,7 @@ def _view(data: RunData) -> dict[str, Any]:
         "facts": _facts(data),
         "recovery": _recovery(data),
         "points": key_findings(data),
-        "mistake_names": {kind: heading for kind, (_, heading) in mistakes.NAMES.items()},
+        "mistake_names": {kind: heading for kind, (_, heading) in items.NAMES.items()},
         "training_notes": training.notes(data),
         "setbacks": setbacks.told(data["epochs"], data["recipe"], (data["rate_trials"] or {}).get("chosen")),
         "size_rows": speed_text.rows(data["speed"]),

@@ -45,7 +45,7 @@ from recover.probe.probe import dense_trajectories, final_drift, probe, summary
 from recover.probe.sublayers import routing
 from recover.probe.tasks import task_drift
 from recover.prune import registry
-from recover.report import overlap
+from recover.report import items
 from recover.report.collect import collect
 from recover.report.data import (
     Best,
@@ -120,7 +120,7 @@ def checked(context: RunContext) -> Checked:
         console.say(f"train.{each['field']}: {each['value']}: {each['why']}")
     for line in warnings(recipe, model):
         console.warn(line)
-    for line in overlap.lines(overlaps):
+    for line in items.overlap_lines(overlaps):
         console.warn(line) if overlaps["found"] else console.say(f"[dim]{line}[/dim]")
     return record
 
@@ -434,7 +434,7 @@ def _card_and_record(context: RunContext) -> tuple[str, Deployed]:
         "versions": ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version),
     }
     if overlaps := read_json(directory.overlap)["found"]:
-        facts["measured items in its text"] = "; ".join(map(overlap.sentence, overlaps))
+        facts["measured items in its text"] = "; ".join(map(items.overlap_sentence, overlaps))
     record: Deployed = {
         "recipe": without_folders(recipe.model_dump(mode="json")),
         "headlines": headlines,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from recover.base import console
 from recover.config.tasks import KINDS, USES, headline_figures
-from recover.report import overlap, words
+from recover.report import items, words
 from recover.report.data import Headline, MeasureRecord, RunData
 from recover.report.verdict import DENSE_FLOOR
 
@@ -61,7 +61,7 @@ def say(data: RunData, root: Path) -> None:
     if fit:
         console.say(f"recovered, fit for {', '.join(fit)}")
     for found in data["overlap"] or ():
-        console.warn(overlap.sentence(found))
+        console.warn(items.overlap_sentence(found))
     if (root / "deploy").is_dir():
         console.say(f"model:  {root / 'deploy'}")
     console.say(f"report: {root / 'report.html'} (the same as .md and .json)")
