@@ -15,7 +15,7 @@ from recover.base.products import taken_apart
 from recover.config import yaml_values
 from recover.config.tasks import KINDS
 from recover.maths.score import of_means
-from recover.report import drift, items, measures, verdict, words
+from recover.report import drift, items, verdict, words
 from recover.report import made as making
 from recover.report.data import (
     DivergenceRow,
@@ -76,7 +76,7 @@ def _collect(root: Path) -> RunData:
     again = root / "after" / "epochs.jsonl"  # of a run whose epochs were measured again
     epochs = _epochs(again if (root / "after" / "best.json").is_file() and again.is_file() else root / "epochs.jsonl")
     more, left_out = making.added(root)
-    headline = measures.headline(_for_headline(records, more))
+    headline = verdict.headline(_for_headline(records, more))
     records = _joined(records, more)
     made = making.made(root, recipe)
     data: RunData = {
@@ -91,7 +91,7 @@ def _collect(root: Path) -> RunData:
         "plan": _plan_summary(plan),
         "estimate": _json(root / "plan" / "estimate.json"),
         "headline": headline,
-        "measures": measures.rows(records),
+        "measures": verdict.measure_rows(records),
         "drift": {model: _drift(root / folder) for model, folder in DRIFT_FOLDER.items()},
         "epochs": epochs,
         "training": _json(earlier.place(root, "train/training.json")),
