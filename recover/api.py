@@ -45,8 +45,7 @@ from recover.prune import registry
 from recover.prune.calibrate import calibration_batches
 from recover.report.collect import collect
 from recover.report.data import EpochProgress
-from recover.report.diagnosis import is_diagnosis, render_diagnosis
-from recover.report.render import render
+from recover.report.render import is_diagnosis, render, render_diagnosis
 from recover.run import stages
 from recover.run.context import answers
 from recover.run.directory import RunDirectory

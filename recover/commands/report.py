@@ -45,8 +45,7 @@ def report(
 ) -> None:
     """Write the report of each run again, finished or not, and a comparison of several; of a diagnosis, its page."""
     from recover.report.collect import collect
-    from recover.report.diagnosis import is_diagnosis, render_diagnosis
-    from recover.report.render import is_page, render
+    from recover.report.render import is_diagnosis, is_page, render, render_diagnosis
 
     roots = []
     for path in _folders(run_dirs):
