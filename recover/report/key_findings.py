@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from recover.report import speed_text, words
+from recover.report import words
 from recover.report.data import MODELS, Divergence, PageData
 from recover.report.drift import by_model, choice_kls, level, mean_of
 from recover.report.figures.sublayers import PART_NAMES
@@ -147,10 +147,10 @@ def _chooses(data: PageData) -> Point | None:
 def _gain(data: PageData) -> Point | None:
     """What was bought with it."""
     speed = data["speed"]
-    size = speed_text.value(speed, "file_bytes")
+    size = words.speed_value(speed, "file_bytes")
     if speed is None or size is None:
         return None
-    rate = speed_text.gain(speed, "decode_tokens_per_second")
+    rate = words.speed_gain(speed, "decode_tokens_per_second")
     faster = f"decoding {rate}" if rate.startswith("×") else f"decoding: {rate}"
     file = "The file is as large as before" if round(size, 2) == 1 else f"A file ×{size:.2f} the size"
     return ("What does it buy?", f"{file}; {faster}.", "deploy")

@@ -23,7 +23,7 @@ from recover.base.artifacts import write_json, write_text
 from recover.base.errors import ArtifactError
 from recover.base.products import taken_apart
 from recover.config import tasks, yaml_values
-from recover.report import drift, exhibits, items, plan_text, setbacks, speed_text, training, verdict, words
+from recover.report import drift, exhibits, items, setbacks, training, verdict, words
 from recover.report.data import MODELS, Cell, DiagnosisData, Drift, Json, RunData
 from recover.report.drift import mean_of
 from recover.report.exhibits import DIAGNOSIS, Exhibit, Section
@@ -133,8 +133,8 @@ def _view(data: RunData) -> dict[str, Any]:
         "mistake_names": {kind: heading for kind, (_, heading) in items.NAMES.items()},
         "training_notes": training.notes(data),
         "setbacks": setbacks.told(data["epochs"], data["recipe"], (data["rate_trials"] or {}).get("chosen")),
-        "size_rows": speed_text.rows(data["speed"]),
-        "speed_notes": speed_text.notes(data["speed"]),
+        "size_rows": words.speed_rows(data["speed"]),
+        "speed_notes": words.speed_notes(data["speed"]),
         "measured_on": words.machine((data["speed"] or {}).get("machine")),
         "verified": _verified(data),
         "recipe": yaml_values.dump(data["recipe"]),
@@ -184,9 +184,9 @@ def _facts(data: RunData) -> list[tuple[str, str]]:
     recipe, plan, env, tokens = data["recipe"], data["plan"], data["provenance"]["env"] or {}, data["tokens"]
     facts = [("dense model", words.shown_source(str((recipe.get("model") or {}).get("source", words.NOT_MEASURED))))]
     if plan:
-        what = plan_text.sites(plan) or plan_text.sizes(plan)
+        what = words.plan_sites(plan) or words.plan_sizes(plan)
         facts.append(("pruned by", f"{plan['kind']}{f', {what}' if what else ''}"))
-        if repair := plan_text.repair(plan):
+        if repair := words.plan_repair(plan):
             facts.append(("repaired at the cut", repair))
     if plan and plan.get("parameters_dense"):
         dense, pruned = words.count(plan["parameters_dense"]), words.count(plan["parameters_pruned"])

@@ -20,7 +20,7 @@ from typing import cast
 
 from recover.config import tasks
 from recover.config.tasks import KINDS, USES, Figure
-from recover.report import plan_text, words
+from recover.report import words
 from recover.report.data import (
     CHANGED,
     Answer,
@@ -283,7 +283,7 @@ def title(data: RunData) -> str:
 def summary(data: RunData) -> str:
     """What was done and what it did, in one sentence made of measured figures."""
     left = _what_pruning_left(data["verdict"]["pruned"])
-    return f"{plan_text.subject(data['plan'])} {left}; {_what_recovery_did(data)}."
+    return f"{words.plan_subject(data['plan'])} {left}; {_what_recovery_did(data)}."
 
 
 def _what_pruning_left(answers: dict[Use, Answer]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from recover.report import plan_text, words
+from recover.report import words
 from recover.report.data import (
     BlockDrift,
     ChoiceDrift,
@@ -51,7 +51,7 @@ def blocks(data: PageData) -> Figure:
     curves = by_model(data, lambda probe: probe["blocks"])
     if not curves:
         return Figure(title, "Not measured: no probe recorded the blocks.")
-    whole = plan_text.gone(data["plan"], "attention") & plan_text.gone(data["plan"], "mlp")
+    whole = words.plan_gone(data["plan"], "attention") & words.plan_gone(data["plan"], "mlp")
     dropped = whole | {row["block"] for rows in curves.values() for row in rows if row["closed"]}
     last = max(max(row["block"] for rows in curves.values() for row in rows), *dropped, 1)
     tops = [

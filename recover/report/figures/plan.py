@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from recover.config.prune import DEPTH_SCORES, DepthScore
-from recover.report import plan_text, words
+from recover.report import words
 from recover.report.data import PageData, Plan, Score
 from recover.report.figures.figure import Canvas, Figure, Linear, Log, apart, is_narrow
 
@@ -23,12 +23,12 @@ def pruned(data: PageData) -> Figure:
         return Figure("What was pruned", "Not measured: nothing was pruned yet.")
     if plan["modules"]:
         return _sparsity_map(plan)
-    if plan_text.sites(plan):
+    if words.plan_sites(plan):
         return _depth(plan)
     if plan.get("experts"):
-        return Figure("What was pruned", f"Every mixture lost {plan_text.experts(plan)}: the table says which.")
+        return Figure("What was pruned", f"Every mixture lost {words.plan_experts(plan)}: the table says which.")
     if plan.get("config"):
-        return Figure("What was pruned", f"Every block is narrower, by the same measure: {plan_text.sizes(plan)}.")
+        return Figure("What was pruned", f"Every block is narrower, by the same measure: {words.plan_sizes(plan)}.")
     return Figure("What was pruned", "The plan drops no block and no weight.")
 
 
@@ -73,7 +73,7 @@ def _chosen(plan: Plan) -> dict[tuple[str, int], int]:
 
 def _depth(plan: Plan) -> Figure:
     title = f"Which of {plan['blocks']} blocks were dropped"
-    if not plan["dropped"] or plan_text.gone(plan, "attention") != plan_text.gone(plan, "mlp"):
+    if not plan["dropped"] or words.plan_gone(plan, "attention") != words.plan_gone(plan, "mlp"):
         title = f"Which sublayers of {plan['blocks']} blocks were dropped"
     elif len(plan["dropped"]) > 1:
         title = f"Which {len(plan['dropped'])} of {plan['blocks']} blocks were dropped"
@@ -82,7 +82,7 @@ def _depth(plan: Plan) -> Figure:
 
     def draw(width: float) -> str:
         height = 86.0 + (LANE + GAP) * len(lanes)
-        canvas = Canvas(width, height, f"Dropped: {plan_text.sites(plan)}, of {plan['blocks']} blocks")
+        canvas = Canvas(width, height, f"Dropped: {words.plan_sites(plan)}, of {plan['blocks']} blocks")
         x = Linear(-0.5, plan["blocks"] - 0.5, 50, width - (8 if is_narrow(width) else 70))
         for index, (lane, rounds) in enumerate(lanes.items()):
             y = Log.around(scores, (index + 1) * (LANE + GAP) - 16, index * (LANE + GAP) + (34 if LANES[lane] else 16))
@@ -132,7 +132,7 @@ def _depth_table(
 
 
 def _fate(plan: Plan, block: int, chosen: dict[tuple[str, int], int]) -> str:
-    gone = [part for part in ("attention", "mlp") if block in plan_text.gone(plan, part)]
+    gone = [part for part in ("attention", "mlp") if block in words.plan_gone(plan, part)]
     if not gone:
         return "kept"
     what = "" if len(gone) == 2 else f"{'MLP' if gone == ['mlp'] else 'attention'} "
@@ -147,7 +147,7 @@ def _strip(canvas: Canvas, plan: Plan, x: Linear, top: float) -> None:
     gap = min(4.0, each / 6)
     for block in range(plan["blocks"]):
         left = x(block - 0.5) + gap / 2
-        lost = [part for part in ("attention", "mlp") if block in plan_text.gone(plan, part)]
+        lost = [part for part in ("attention", "mlp") if block in words.plan_gone(plan, part)]
         halves = [(part, offset, 14) for part, offset in (("attention", 0), ("mlp", 16))]
         for part, offset, height in halves if len(lost) == 1 else [("block", 0, 30)]:
             gone = bool(lost) and part in (*lost, "block")

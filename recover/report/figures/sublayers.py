@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from recover.report import plan_text, words
+from recover.report import words
 from recover.report.data import PageData, SublayerDrift
 from recover.report.drift import by_model, mean_of
 from recover.report.figures.figure import (
@@ -55,7 +55,7 @@ def worth(data: PageData) -> Figure | None:
             Panel(
                 _blocks_axis(last),
                 Axis(decades(values, NOTHING)),
-                _worths(part, closed, replaced, plan_text.gone(data["plan"], part)),
+                _worths(part, closed, replaced, words.plan_gone(data["plan"], part)),
                 title=PART_NAMES[part],
             )
             for part in PARTS
