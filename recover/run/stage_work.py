@@ -58,13 +58,12 @@ from recover.report.data import (
     OverlapRecord,
 )
 from recover.report.render import render
-from recover.report.setbacks import advice, sentence
+from recover.report.setbacks import Compared, advice, sentence, setbacks
 from recover.run import summary as outcome
 from recover.run.context import RunContext, calibration, overlap_record
 from recover.run.directory import RunDirectory
 from recover.run.estimate import Estimate, estimate, matrix_rate, rate_plan, refuse, warnings
 from recover.run.input_digests import digests
-from recover.run.setbacks import Compared, setbacks
 from recover.run.tracking import refuse as refuse_trackers
 from recover.train import train as training
 from recover.train import trials
