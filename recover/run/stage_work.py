@@ -45,7 +45,7 @@ from recover.probe.probe import dense_trajectories, final_drift, probe, summary
 from recover.probe.sublayers import routing
 from recover.probe.tasks import task_drift
 from recover.prune import registry
-from recover.report import items
+from recover.report import items, verdict
 from recover.report.collect import collect
 from recover.report.data import (
     Best,
@@ -59,7 +59,6 @@ from recover.report.data import (
 )
 from recover.report.render import render
 from recover.report.setbacks import Compared, advice, sentence, setbacks
-from recover.run import summary as outcome
 from recover.run.context import RunContext, calibration, overlap_record
 from recover.run.directory import RunDirectory
 from recover.run.estimate import Estimate, estimate, matrix_rate, rate_plan, refuse, warnings
@@ -161,7 +160,7 @@ def dense(context: RunContext) -> None:
     """Measure the dense model; its texts are the reference of every later stage."""
     _measure(context, context.dense(), context.directory.dense, reference=None)
     if dist.is_main():
-        for line in outcome.blind(read_json(context.directory.dense / "measure.json")):
+        for line in verdict.blind(read_json(context.directory.dense / "measure.json")):
             console.warn(line)
 
 
@@ -457,7 +456,7 @@ def report(context: RunContext) -> None:
     root = context.directory.root
     data = collect(root)
     render(root, data)
-    outcome.say(data, root)
+    verdict.print_end(data, root)
     _track_outcome(context)
 
 
@@ -494,7 +493,7 @@ def _measure(context: RunContext, twin: Twin, folder: Path, *, reference: Genera
     if dist.is_main():
         write_json(folder / "generations.json", generations)
         write_json(folder / "measure.json", record)
-        console.say(outcome.figures(record["headline"]))
+        console.say(verdict.headline_line(record["headline"]))
 
 
 # Each stage's work, by its name; order, and what each is made from, are in `stages.py`.
