@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recover.report import items, tables
-from recover.report.figures import curve, drift, outcome, plan, sublayers
+from recover.report.figures import curve, drift, outcome, plan
 from recover.report.figures.figure import Figure
 from recover.report.tables import Table
 
@@ -136,8 +136,8 @@ EXHIBITS: list[Exhibit] = [
     Exhibit("recovery", "rates", tables.rates),
     Exhibit("damage", "last-layer", tables.last_layer),
     Exhibit("damage", "blocks", drift.blocks, numbers=True),
-    Exhibit("damage", "sublayers", sublayers.worth, numbers=True),
-    Exhibit("damage", "writes", sublayers.writes),
+    Exhibit("damage", "sublayers", plan.worth, numbers=True),
+    Exhibit("damage", "writes", plan.writes),
     Exhibit("damage", "experts", tables.experts),
     Exhibit("text", "steps", drift.steps),
     Exhibit("text", "divergence", outcome.divergence),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from recover.report import words
 from recover.report.data import MODELS, Divergence, PageData
 from recover.report.drift import by_model, choice_kls, level, mean_of
-from recover.report.figures.sublayers import PART_NAMES
+from recover.report.figures.plan import PART_NAMES
 from recover.report.items import FORM
 
 Point = tuple[str, str, str]  # question, answer, key of the figure or section that shows it
