@@ -15,10 +15,9 @@ from report_run import build_run
 from recover.base.errors import ArtifactError
 from recover.report import training, words
 from recover.report.collect import collect
-from recover.report.exhibits import figures, shown_tables
+from recover.report.exhibits import figures, half_parted, key_findings, shown_tables
 from recover.report.figures import figure
 from recover.report.figures import plan as figures_plan
-from recover.report.key_findings import half_parted, key_findings
 from recover.report.render import is_diagnosis, render, render_diagnosis
 
 NEWER = ("sublayers", "writes", "sampled", "choices")

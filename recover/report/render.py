@@ -26,9 +26,8 @@ from recover.config import tasks, yaml_values
 from recover.report import drift, exhibits, items, setbacks, training, verdict, words
 from recover.report.data import MODELS, Cell, DiagnosisData, Drift, Json, RunData
 from recover.report.drift import mean_of
-from recover.report.exhibits import DIAGNOSIS, Exhibit, Section
+from recover.report.exhibits import DIAGNOSIS, Exhibit, Section, half_parted, key_findings
 from recover.report.figures.figure import Figure
-from recover.report.key_findings import half_parted, key_findings
 from recover.report.tables import Table
 
 if TYPE_CHECKING:
