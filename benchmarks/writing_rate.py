@@ -34,7 +34,7 @@ from trace_events import ON_GPU, events_of, gaps, longest, span
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from recover.config.recipe import Lora, Sampling
-from recover.models import step_attention
+from recover.models import attention as attention_module
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.text import decode, kv, stepping
@@ -135,7 +135,7 @@ def by(means: set[str]) -> Iterator[None]:
         if "attention" not in means:
             for module in (kv, decode):
                 stack.enter_context(mock.patch.object(module, "fused", none))
-            stack.enter_context(mock.patch.object(step_attention, "_fits", lambda *_: False))
+            stack.enter_context(mock.patch.object(attention_module, "_fits", lambda *_: False))
         if "draws" not in means:
             stack.enter_context(mock.patch.object(decode, "greedy", lambda z, *_: z.float().argmax(-1)))
             stack.enter_context(mock.patch.object(decode, "nucleus", _by_sorting))

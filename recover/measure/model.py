@@ -20,9 +20,8 @@ from recover.base.artifacts import JsonObject
 from recover.config.recipe import Measure, Sampling
 from recover.config.tasks import KINDS, Row
 from recover.report.data import GreedyText
-from recover.text.embed import embeddings
 from recover.text.generate import Generation, generate
-from recover.text.likelihood import Continuation, log_likelihoods, option_log_likelihoods
+from recover.text.likelihood import Continuation, embeddings, log_likelihoods, option_log_likelihoods
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from recover.base.errors import ModelError
 from recover.base.memory import Mixture, Shape
 from recover.config import recipe
 from recover.config.base import Dtype
-from recover.models import vocabulary
+from recover.models import tokenizers
 from recover.models.arch import (
     arch_of,
     arch_of_config,
@@ -43,10 +43,9 @@ from recover.models.arch import (
     kv_heads_of,
     mixture_in,
 )
-from recover.models.chat_template import TRIAL, check_file, check_template
-from recover.models.config_keys import config_of, keep_known
 from recover.models.gate import unchanged
 from recover.models.rope import by_rows
+from recover.models.settings import config_of, keep_known
 from recover.models.source import (
     CONFIG,
     check_numbers,
@@ -63,6 +62,7 @@ from recover.models.source import (
     stored_dtype,
     tensor_files,
 )
+from recover.models.tokenizers import TRIAL, check_file, check_template
 from recover.models.wrapper import beside, opened, remember, text_config, text_values, wrapped_of, wrapper_of
 
 LISTED = 3  # tensors or tokens named in a message
@@ -317,8 +317,8 @@ def load_tokenizer(cfg: recipe.Model) -> PreTrainedTokenizerBase:
     Raises ModelError: it cannot be loaded, lacks one of these, or its chat template is broken or has no end.
     """
     folder = locate(cfg, cfg.tokenizer)
-    vocabulary.check_there(folder)
-    vocabulary.check_parts(folder)
+    tokenizers.check_there(folder)
+    tokenizers.check_parts(folder)
     check_file(folder)
     with unchanged(folder), explained(f"{folder}: tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -326,7 +326,7 @@ def load_tokenizer(cfg: recipe.Model) -> PreTrainedTokenizerBase:
         )
         for special in (True, False):  # that it loads does not mean that it works
             tokenizer.decode(tokenizer(TRIAL, add_special_tokens=special, verbose=False)["input_ids"])
-        vocabulary.check_time(tokenizer, folder)
+        tokenizers.check_time(tokenizer, folder)
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         raise ModelError(
             f"{folder}: holds no tokenizer (tokenizer.json or tokenizer.model): copy it there, or set model.tokenizer"
@@ -343,8 +343,8 @@ def load_tokenizer(cfg: recipe.Model) -> PreTrainedTokenizerBase:
 
 
 def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """As `vocabulary.fit`, for the embedding of this model (more rows than words are fine). Raises ModelError."""
-    vocabulary.fit(tokenizer, model.config.get_text_config(decoder=True).vocab_size)
+    """As `tokenizers.fit`, for the embedding of this model (more rows than words are fine). Raises ModelError."""
+    tokenizers.fit(tokenizer, model.config.get_text_config(decoder=True).vocab_size)
 
 
 def check_tokenizers(

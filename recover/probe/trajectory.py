@@ -23,7 +23,7 @@ from torch import Tensor
 from recover.base.errors import DataError
 from recover.models import kv_cache
 from recover.models.arch import base_of
-from recover.models.step_attention import attending_by_step, configs_of
+from recover.models.attention import attending_by_step, configs_of
 from recover.probe.views import States, View, hidden_states, running
 from recover.text.decode import _Recorder, may_record, steps_unseen
 from recover.text.generate import end_ids

@@ -39,7 +39,7 @@ from recover.config.tasks import STOP_CHARACTERS
 from recover.kernels import fused
 from recover.kernels.recording import record
 from recover.models import kv_cache
-from recover.models.step_attention import attending_by_step, configs_of
+from recover.models.attention import attending_by_step, configs_of
 from recover.text.kv import Slots, masks, read_on
 from recover.text.prompts import batches_by_length, right_pad
 from recover.text.stepping import stepping

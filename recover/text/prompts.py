@@ -19,8 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from recover.base.artifacts import whole_characters
 from recover.base.errors import DataError, StopRequested
 from recover.base.signals import TooSlow, within
-from recover.models.chat_template import SECONDS, fixed_day
-from recover.models.vocabulary import refuse_past
+from recover.models.tokenizers import SECONDS, fixed_day, refuse_past
 
 Message = dict[str, Any]
 
@@ -98,7 +97,7 @@ def rendered(
     A template that cannot write plain content, or loses it, is given the content as a list of one part.
 
     Raises:
-        DataError: the template raises, takes longer than `chat_template.SECONDS`, or leaves the text of a message out;
+        DataError: the template raises, takes longer than `tokenizers.SECONDS`, or leaves the text of a message out;
             names `what`.
     """
     _refuse_named(tokenizer)

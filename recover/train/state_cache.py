@@ -40,7 +40,7 @@ from recover.base.artifacts import TEMPORARY, explained, read_json, sha256, writ
 from recover.base.errors import ArtifactError
 from recover.distill.distiller import IGNORED, Batch, DenseStates, Distiller, packing_of, without_mask
 from recover.kernels import fused
-from recover.models.packed_attention import packing_configs
+from recover.models.attention import packing_configs
 from recover.train.sources import Collate, SampleRow
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from recover.base.signals import Interrupted, stop_between_steps
 from recover.config.recipe import Train
 from recover.distill.loss_terms import computed
 from recover.models.arch import arch_of
-from recover.models.packed_attention import HALF, packing_configs
+from recover.models.attention import HALF, packing_configs
 from recover.report.data import EpochScore
 from recover.text.generate import context_of
 from recover.train.callbacks import AfterEpoch, Epochs, LogStep, Progress, StepLog

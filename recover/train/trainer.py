@@ -26,8 +26,7 @@ from recover.base.signals import Interrupted, Stop
 from recover.config.recipe import PrunedText, Train
 from recover.distill.distiller import Batch, Distiller, scaled, scored_tokens, without_mask
 from recover.distill.graphs import GraphedPasses
-from recover.models.packed_attention import NAME
-from recover.models.step_attention import attending
+from recover.models.attention import PACKED_NAME, attending
 from recover.models.twin import modules_below, plain_modes, set_training
 from recover.train.course import Course, frozen_weights, not_finite
 from recover.train.on_policy import Numbers, OnPolicy
@@ -199,7 +198,7 @@ class RecoverTrainer(SFTTrainer):
             if self.graphs is not None:
                 self.graphs.bring_gradients()
             # Around backward too: blocks that are checkpointed run once more there.
-            with attending(self.distiller.packs if "packing" in inputs else (), NAME):
+            with attending(self.distiller.packs if "packing" in inputs else (), PACKED_NAME):
                 loss = super().training_step(model, inputs, num_items_in_batch)
         in_order = self.course.skips.found is None
         if self.accelerator.sync_gradients:
