@@ -34,7 +34,7 @@ from recover.commands import report as reports
 from recover.config import recipe
 from recover.config.recipe import GivenText, Lora, Model, TeacherText, load_recipe
 from recover.export.gguf.write import write_gguf
-from recover.measure.task_file import load_task
+from recover.measure.tasks import load_task
 from recover.models.gguf_folder import check_head
 from recover.models.load import describe, load_model, load_tokenizer
 from recover.models.plan import MaskRecord, Plan, load_plan, save_plan

@@ -15,9 +15,8 @@ from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.probe import trajectory
 from recover.probe.compare import Comparison, Rows
-from recover.probe.decoding import Stock
 from recover.probe.sublayers import transitions
-from recover.probe.trajectory import batches_of, greedy
+from recover.probe.trajectory import Stock, batches_of, greedy
 from recover.probe.views import Pair
 from recover.prune import registry
 from recover.text.decode import write

@@ -20,7 +20,7 @@ from recover.config import recipe, yaml_values
 from recover.config.paths import matching
 from recover.config.recipe import Calibration, Model, TeacherText, load_recipe
 from recover.export import card
-from recover.measure.task_file import load_task
+from recover.measure.tasks import load_task
 from recover.models import tokenizers
 from recover.models.load import describe, load_tokenizer
 from recover.models.source import check_weights, locate

@@ -20,8 +20,8 @@ from recover.commands import measure
 from recover.config import named, yaml_values
 from recover.config.recipe import Calibration
 from recover.config.tasks import KINDS
-from recover.measure import task_file
-from recover.measure.task_file import load_task
+from recover.measure import tasks
+from recover.measure.tasks import load_task
 from recover.prune.calibrate import read_texts
 from recover.run.input_digests import digests
 from recover.text import rows as found
@@ -66,9 +66,9 @@ def row_of(data: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("name", "number"), PAIRS)
 def test_every_source_of_every_named_task_makes_an_item(name, number, monkeypatch):
-    monkeypatch.setattr(task_file, "first_had", lambda sources, folder: sources[number])
-    monkeypatch.setattr(task_file, "rows_of", lambda data, *_, **__: [("here", row_of(data))])
-    monkeypatch.setattr(task_file, "shown_before", lambda file, path: lambda item: item)
+    monkeypatch.setattr(tasks, "first_had", lambda sources, folder: sources[number])
+    monkeypatch.setattr(tasks, "rows_of", lambda data, *_, **__: [("here", row_of(data))])
+    monkeypatch.setattr(tasks, "shown_before", lambda file, path: lambda item: item)
     task = load_task(name)
     (item,) = task.items
     assert task.name == name and task.file.license and task.kind in KINDS
@@ -84,8 +84,8 @@ def test_both_sources_of_a_task_ask_the_same(monkeypatch):
     for name in ("gsm8k", "humaneval", "humaneval_completion", "mbpp"):
         prompts = set()
         for number in (0, 1):
-            monkeypatch.setattr(task_file, "first_had", lambda sources, folder, number=number: sources[number])
-            monkeypatch.setattr(task_file, "rows_of", lambda data, *_, **__: [("here", row_of(data))])
+            monkeypatch.setattr(tasks, "first_had", lambda sources, folder, number=number: sources[number])
+            monkeypatch.setattr(tasks, "rows_of", lambda data, *_, **__: [("here", row_of(data))])
             prompts.add(load_task(name).items[0].prompt)
         assert len(prompts) == 1, name
 

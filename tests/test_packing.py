@@ -16,8 +16,7 @@ from recover.distill.distiller import Distiller, scored_rows, scored_tokens
 from recover.models.attention import Packing, packing_configs
 from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.train.data import collator, packer, with_scored
-from recover.train.order import MULTIPLE, RECORDING, filled, row_sizes
+from recover.train.data import MULTIPLE, RECORDING, collator, filled, packer, row_sizes, with_scored
 
 # A softcap; blocks that do not hand on where sequences begin; sinks; blocks with a state, which would go from one to
 # the next.

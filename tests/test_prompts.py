@@ -13,7 +13,7 @@ from recover.base.errors import DataError
 from recover.config.recipe import GivenText, Measure, PrunedText, load_recipe
 from recover.measure.tasks import load_task, measure
 from recover.models import tokenizers
-from recover.probe import retrieval as probe_retrieval
+from recover.probe import tasks as probe_retrieval
 from recover.probe.trajectory import encode
 from recover.probe.views import Pair
 from recover.run.context import RunContext

@@ -12,9 +12,8 @@ from recover.config.recipe import load_recipe
 from recover.maths.score import of_means, of_ratio
 from recover.report.collect import collect
 from recover.report.render import render
-from recover.report.setbacks import advice, sentence
+from recover.report.setbacks import advice, sentence, setbacks
 from recover.run import stages
-from recover.run.setbacks import setbacks
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 

@@ -17,7 +17,7 @@ from recover.config import named, yaml_values
 from recover.config.recipe import Model, Width
 from recover.config.tasks import KINDS
 from recover.measure.sandbox import why_no_wall
-from recover.measure.task_file import load_task
+from recover.measure.tasks import load_task
 from recover.models.load import describe, load_tokenizer
 from recover.models.source import exported_dtype
 from recover.run import draft

@@ -12,9 +12,9 @@ from recover.base import console, units
 from recover.base.artifacts import plain, read_json
 from recover.base.errors import ArtifactError, RecoverError
 from recover.config import yaml_values
+from recover.report.verdict import headline_words
 from recover.run.directory import RunDirectory
 from recover.run.stages import STAGES
-from recover.run.summary import worded
 
 EXAMPLES = ("recover list", "recover list checkpoints")
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of run directories.")]
@@ -58,7 +58,7 @@ def _generation(path: Path) -> str | None:
     if not path.is_file():
         return None
     value = (read_json(path).get("headline") or {}).get("generation")
-    return worded("generation", value) if isinstance(value, int | float) else None
+    return headline_words("generation", value) if isinstance(value, int | float) else None
 
 
 def _pruning(recipe: dict[str, Any]) -> str:

@@ -21,9 +21,8 @@ from recover.config.recipe import Measure, Model
 from recover.config.tasks import KINDS
 from recover.measure import harness
 from recover.measure import tasks as tasks_of
-from recover.models.load import check_fit, load_tokenizer
+from recover.models.load import check_fit, load_any, load_tokenizer
 from recover.models.source import context_named, stored_dtype
-from recover.probe.sources import load_any
 from recover.run import input_digests as inputs
 from recover.run import more
 from recover.run.directory import RunDirectory

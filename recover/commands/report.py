@@ -13,7 +13,6 @@ from recover.base.artifacts import write_text
 from recover.base.errors import ArtifactError, RecipeError
 from recover.report import verdict
 from recover.report.data import CHANGED, ComparedRun
-from recover.run import summary as outcome
 from recover.run.directory import RunDirectory, StageState
 
 RUNS = Path("checkpoints")  # where runs are written by default
@@ -45,8 +44,7 @@ def report(
 ) -> None:
     """Write the report of each run again, finished or not, and a comparison of several; of a diagnosis, its page."""
     from recover.report.collect import collect
-    from recover.report.diagnosis import is_diagnosis, render_diagnosis
-    from recover.report.render import is_page, render
+    from recover.report.render import is_diagnosis, is_page, render, render_diagnosis
 
     roots = []
     for path in _folders(run_dirs):
@@ -123,10 +121,10 @@ def show(run_dir: RunPath = RUNS) -> None:
         data = collect(directory.root)
         for line in data["mixed"]:
             console.warn(line)
-        outcome.table(data)
+        verdict.print_headline(data)
         for epoch in data["epochs"]:
             if epoch["best"]:
-                score = outcome.worded("generation", epoch["score"])
+                score = verdict.headline_words("generation", epoch["score"])
                 console.say(f"best epoch: {epoch['epoch']} of {len(data['epochs'])}, generation {score}")
 
 

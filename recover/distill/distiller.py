@@ -16,7 +16,7 @@ from transformers.utils.generic import ModelOutput
 
 from recover.base import zero
 from recover.distill.loss import distillation_loss
-from recover.distill.loss_topk import TopK
+from recover.distill.loss_terms import TopK
 from recover.kernels.lora_linear import cast_together
 from recover.models.arch import head_of
 from recover.models.attention import PACKED_NAME, Keywords, Packing, attending, packing_configs

@@ -16,8 +16,7 @@ from recover.config.tasks import CodeFile, GenerateFile, PromptFile, TaskFile, W
 from recover.maths import collapse
 from recover.maths.collapse import loop_start
 from recover.maths.score import interval95, mean, pass_at, quantiles
-from recover.measure.kinds.work import Record
-from recover.measure.model import ModelUnderTest
+from recover.measure.model import ModelUnderTest, Record
 from recover.text.generate import Generation
 from recover.text.prompts import encode_prompt
 

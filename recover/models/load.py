@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -64,7 +65,7 @@ from recover.models.source import (
 from recover.models.tokenizers import TRIAL, check_file, check_template
 from recover.models.wrapper import beside, opened, remember, text_config, text_values, wrapped_of, wrapper_of
 
-LISTED = 3  # tensors named in a message
+LISTED = 3  # tensors or tokens named in a message
 SAID_BYTES = 2 * 2**30  # of weights: they take long enough to read that silence would look like a fault
 # transformers fills missing tensors with random numbers and leaves unknown ones out, with a warning only.
 MISFITS = {"missing_keys": "are missing from the weights", "unexpected_keys": "belong to no part of it"}
@@ -72,6 +73,8 @@ MISFITS = {"missing_keys": "are missing from the weights", "unexpected_keys": "b
 
 # What transformers unpacks on any machine, exactly: numbers of few bits, times the scale of their block.
 UNPACKED: dict[str, Any] = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
+# quant_method of a checkpoint -> the package that reads it (a GGUF file is converted, and needs none of them)
+PACKAGES = {"awq": "gptqmodel", "gptq": "gptqmodel", "bitsandbytes": "bitsandbytes", "torchao": "torchao"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,6 +274,43 @@ def ready(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
+def load_any(cfg: recipe.Model) -> PreTrainedModel:
+    """The model on this process's device, as `load_model` has it, or with the quantization that its config names.
+
+    Raises ModelError as `load_model` does, and for a quantization whose package is not installed or unknown here.
+    """
+    config = read_config(cfg)
+    quantization = config.get("quantization_config")
+    if quantization is None or dict(quantization).get("quant_method") in UNPACKED:
+        return ready(load_model(cfg))
+    _check_package(cfg.source, str(dict(quantization).get("quant_method")))
+    if wrapper_of(config) is not None:
+        raise ModelError(
+            f"{cfg.source}: a quantized text model inside a wrapper ('{config['model_type']}'), of which the parts are "
+            "not told apart: give the checkpoint that it was made from"
+        )
+    arch_of_config(config)
+    return read_whole(
+        cfg,
+        locate(cfg),
+        refused=("missing_keys",),  # a quantizer may leave tensors behind that it does not read
+        attn_implementation=cfg.attention,
+        device_map={"": dist.device()},  # quantized weights are not moved afterwards
+    )
+
+
+def _check_package(source: str, method: str) -> None:
+    if method not in PACKAGES:
+        known = ", ".join((*PACKAGES, *UNPACKED))
+        raise ModelError(f"{source}: quantized with '{method}'; expected one of {known}, a GGUF file, or none")
+    package = PACKAGES[method]
+    if importlib.util.find_spec(package) is None:
+        raise ModelError(
+            f"{source}: quantized with '{method}', which the package '{package}' reads, and it is not installed: "
+            f"pip install {package}"
+        )
+
+
 def load_tokenizer(cfg: recipe.Model) -> PreTrainedTokenizerBase:
     """The model's tokenizer, which has an end-of-sequence token and a padding token.
 
@@ -305,6 +345,20 @@ def load_tokenizer(cfg: recipe.Model) -> PreTrainedTokenizerBase:
 def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """As `tokenizers.fit`, for the embedding of this model (more rows than words are fine). Raises ModelError."""
     tokenizers.fit(tokenizer, model.config.get_text_config(decoder=True).vocab_size)
+
+
+def check_tokenizers(
+    dense: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, source: str = "the other model"
+) -> None:
+    """Every id means one token in both (either may have tokens added at the end), or raise ModelError."""
+    first, second = ({number: token for token, number in each.get_vocab().items()} for each in (dense, other))
+    differing = [number for number in sorted(first.keys() & second.keys()) if first[number] != second[number]]
+    if differing:
+        shown = ", ".join(f"{number} is {first[number]!r} and {second[number]!r}" for number in differing[:LISTED])
+        raise ModelError(
+            f"{source}: another tokenizer than the dense model's: {len(differing)} ids are different tokens ({shown}); "
+            "expected two checkpoints of one tokenizer"
+        )
 
 
 def _config(cfg: recipe.Model) -> PretrainedConfig:

@@ -21,9 +21,8 @@ from recover.config import recipe
 from recover.maths.collapse import first_divergence
 from recover.models.twin import Twin
 from recover.probe.compare import Comparison, Rows, Table
-from recover.probe.findings import Finding, Free, final_record, join, positions_of, prompts_of, records_of
+from recover.probe.findings import Finding, Free, Store, final_record, join, positions_of, prompts_of, records_of
 from recover.probe.records import Record, summary
-from recover.probe.store import Store
 from recover.probe.sublayers import transitions
 from recover.probe.trajectory import (
     Batch,

@@ -34,7 +34,7 @@ from recover.export.card import card
 from recover.export.merge import merge
 from recover.export.verify import fresh_process, verify, write_expected
 from recover.export.write import write_checkpoint
-from recover.measure.kinds.work import Generations
+from recover.measure.model import Generations
 from recover.measure.speed import compare_speed
 from recover.measure.tasks import measure
 from recover.models.load import describe, load_model, ready
@@ -42,10 +42,10 @@ from recover.models.plan import save_plan
 from recover.models.source import code_of, exported_dtype, stored_dtype
 from recover.models.twin import Twin
 from recover.probe.probe import dense_trajectories, final_drift, probe, summary
-from recover.probe.routing import routing
+from recover.probe.sublayers import routing
 from recover.probe.tasks import task_drift
 from recover.prune import registry
-from recover.report import overlap
+from recover.report import items, verdict
 from recover.report.collect import collect
 from recover.report.data import (
     Best,
@@ -58,13 +58,11 @@ from recover.report.data import (
     OverlapRecord,
 )
 from recover.report.render import render
-from recover.report.setbacks import advice, sentence
-from recover.run import summary as outcome
+from recover.report.setbacks import Compared, advice, sentence, setbacks
 from recover.run.context import RunContext, calibration, overlap_record
 from recover.run.directory import RunDirectory
 from recover.run.estimate import Estimate, estimate, matrix_rate, rate_plan, refuse, warnings
 from recover.run.input_digests import digests
-from recover.run.setbacks import Compared, setbacks
 from recover.run.tracking import refuse as refuse_trackers
 from recover.train import train as training
 from recover.train import trials
@@ -120,7 +118,7 @@ def checked(context: RunContext) -> Checked:
         console.say(f"train.{each['field']}: {each['value']}: {each['why']}")
     for line in warnings(recipe, model):
         console.warn(line)
-    for line in overlap.lines(overlaps):
+    for line in items.overlap_lines(overlaps):
         console.warn(line) if overlaps["found"] else console.say(f"[dim]{line}[/dim]")
     return record
 
@@ -162,7 +160,7 @@ def dense(context: RunContext) -> None:
     """Measure the dense model; its texts are the reference of every later stage."""
     _measure(context, context.dense(), context.directory.dense, reference=None)
     if dist.is_main():
-        for line in outcome.blind(read_json(context.directory.dense / "measure.json")):
+        for line in verdict.blind(read_json(context.directory.dense / "measure.json")):
             console.warn(line)
 
 
@@ -434,7 +432,7 @@ def _card_and_record(context: RunContext) -> tuple[str, Deployed]:
         "versions": ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version),
     }
     if overlaps := read_json(directory.overlap)["found"]:
-        facts["measured items in its text"] = "; ".join(map(overlap.sentence, overlaps))
+        facts["measured items in its text"] = "; ".join(map(items.overlap_sentence, overlaps))
     record: Deployed = {
         "recipe": without_folders(recipe.model_dump(mode="json")),
         "headlines": headlines,
@@ -458,7 +456,7 @@ def report(context: RunContext) -> None:
     root = context.directory.root
     data = collect(root)
     render(root, data)
-    outcome.say(data, root)
+    verdict.print_end(data, root)
     _track_outcome(context)
 
 
@@ -495,7 +493,7 @@ def _measure(context: RunContext, twin: Twin, folder: Path, *, reference: Genera
     if dist.is_main():
         write_json(folder / "generations.json", generations)
         write_json(folder / "measure.json", record)
-        console.say(outcome.figures(record["headline"]))
+        console.say(verdict.headline_line(record["headline"]))
 
 
 # Each stage's work, by its name; order, and what each is made from, are in `stages.py`.

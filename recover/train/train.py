@@ -20,13 +20,11 @@ from recover.models.arch import arch_of
 from recover.models.attention import HALF, packing_configs
 from recover.report.data import EpochScore
 from recover.text.generate import context_of
-from recover.train.caching import TextRow, TrainingStates, with_states
 from recover.train.callbacks import AfterEpoch, Epochs, LogStep, Progress, StepLog
 from recover.train.checkpoints import Asked, PartEnds, begin, note
 from recover.train.course import ROLLBACKS, Course, Totals
-from recover.train.data import build_dataset, collator, packer, tokens_at_once, with_scored
+from recover.train.data import build_dataset, collator, packer, row_sizes, tokens_at_once, with_scored
 from recover.train.on_policy import OnPolicy
-from recover.train.order import row_sizes
 from recover.train.settings import (
     all_ends,
     refuse_averaging_shares,
@@ -36,6 +34,7 @@ from recover.train.settings import (
 )
 from recover.train.sharded_weights import SharedOut
 from recover.train.sources import Collate
+from recover.train.state_cache import TextRow, TrainingStates, with_states
 from recover.train.teacher_file import TeacherStates
 from recover.train.trainer import RecoverTrainer
 from recover.train.trials import found_rate

@@ -10,8 +10,7 @@ from recover.base.errors import DataError
 from recover.base.signals import TooSlow, within
 from recover.config.tasks import GenerateFile, Reading, Row
 from recover.maths.score import extract, interval95, is_right, mean
-from recover.measure.kinds.work import Generations, Measured, Record, Work
-from recover.measure.model import ModelUnderTest
+from recover.measure.model import Generations, Measured, ModelUnderTest, Record, Work
 from recover.measure.texts import (
     OF_TEXT,
     against,
