@@ -306,7 +306,7 @@ def main() -> None:
 
 def attention(device: torch.device) -> None:
     """Microseconds of a call, by columns at once and warps, for the three shapes at 100 columns of 177."""
-    from recover.kernels import step_kernels
+    from recover.kernels import triton_kernels
 
     for name, (rows, heads, groups, size) in {
         "135m": (1024, 3, 3, 64),
@@ -324,13 +324,13 @@ def attention(device: torch.device) -> None:
         found = []
         for columns in (32, 64, 128):
             for warps in (1, 2, 4, 8):
-                with mock.patch.multiple(step_kernels, COLUMNS=columns, WARPS=warps):
+                with mock.patch.multiple(triton_kernels, COLUMNS=columns, WARPS=warps):
                     for _ in range(3):
-                        step_kernels.attend(query, keys, values, added, last, 0.1)
+                        triton_kernels.attend(query, keys, values, added, last, 0.1)
                     graph = torch.cuda.CUDAGraph()
                     with torch.cuda.graph(graph):
                         for _ in range(20):
-                            step_kernels.attend(query, keys, values, added, last, 0.1)
+                            triton_kernels.attend(query, keys, values, added, last, 0.1)
                     graph.replay()
                     start = now()
                     graph.replay()

@@ -327,7 +327,7 @@ def nucleus(temperature: float, top_p: float) -> Draw:
 
     def draw(logits_BV: Tensor, key_B2: Tensor, place_B: Tensor) -> Tensor:
         if fused.available(logits_BV.device) and logits_BV.dtype in fused.DTYPES:
-            return fused.step_kernels().draw(logits_BV, key_B2, place_B, temperature, top_p)
+            return fused.kernels().draw(logits_BV, key_B2, place_B, temperature, top_p)
         return drawn(logits_BV, key_B2, place_B, temperature, top_p)
 
     return draw

@@ -68,7 +68,7 @@ class Slots(Cache):
         keys_BHKd, values_BHKd = self.kv[layer_idx]
         key_BHd, value_BHv = key_states[:, :, 0], value_states[:, :, 0]
         if fused.fits(key_BHd, value_BHv, keys_BHKd, values_BHKd):
-            fused.step_kernels().put(key_BHd, value_BHv, keys_BHKd, values_BHKd, self.position_B)
+            fused.kernels().put(key_BHd, value_BHv, keys_BHKd, values_BHKd, self.position_B)
         else:
             keys_BHKd[self.row_B, :, self.position_B] = key_BHd
             values_BHKd[self.row_B, :, self.position_B] = value_BHv
