@@ -37,7 +37,7 @@ from recover.config.recipe import Lora, Sampling
 from recover.models import attention as attention_module
 from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.text import decode, kv, stepping
+from recover.text import decode, stepping
 from recover.text.decode import Writing
 
 LOGIT_SPREAD = 5.5  # standard deviation of a logit
@@ -133,7 +133,7 @@ def by(means: set[str]) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(decode, "stepping", ready))
         if "attention" not in means:
-            for module in (kv, decode):
+            for module in (stepping, decode):
                 stack.enter_context(mock.patch.object(module, "fused", none))
             stack.enter_context(mock.patch.object(attention_module, "_fits", lambda *_: False))
         if "draws" not in means:
