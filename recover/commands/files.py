@@ -20,7 +20,7 @@ from recover.base import console, units
 from recover.base.artifacts import writing
 from recover.base.console import quiet_libraries
 from recover.base.errors import RecipeError
-from recover.base.ownership import refuse_input
+from recover.base.products import refuse_input
 from recover.commands.measure import model_cfg
 from recover.config.recipe import GivenText
 from recover.distill.distiller import scored_rows
