@@ -34,6 +34,7 @@ from trace_events import ON_GPU, events_of, gaps, longest, span
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from recover.config.recipe import Lora, Sampling
+from recover.kernels import fused
 from recover.models import attention as attention_module
 from recover.models.plan import Plan
 from recover.models.twin import Twin
@@ -133,8 +134,9 @@ def by(means: set[str]) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(decode, "stepping", ready))
         if "attention" not in means:
-            for module in (stepping, decode):
-                stack.enter_context(mock.patch.object(module, "fused", none))
+            stack.enter_context(mock.patch.object(decode, "fused", none))
+            cache = SimpleNamespace(fits=none.fits, available=fused.available)  # for the rest of `stepping` as it is
+            stack.enter_context(mock.patch.object(stepping, "fused", cache))
             stack.enter_context(mock.patch.object(attention_module, "_fits", lambda *_: False))
         if "draws" not in means:
             stack.enter_context(mock.patch.object(decode, "greedy", lambda z, *_: z.float().argmax(-1)))
