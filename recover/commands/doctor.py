@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from recover import __version__
-from recover.base import console, memory, provenance, units
+from recover.base import console, hub, memory, provenance, units
 from recover.base.errors import RecipeError
 from recover.config import named, yaml_values
 from recover.export.gguf.family import FAMILIES
@@ -23,7 +23,7 @@ from recover.models.arch import ARCHS, Arch
 from recover.models.refusal import KINDS
 from recover.models.wrapper import WRAPPERS, Wrapper
 from recover.run.draft import Machine, this_machine
-from recover.text.rows import NotHad, first_had, hub_unreached
+from recover.text.rows import NotHad, first_had
 
 FAMILIES_EXAMPLES = ("recover families",)
 NOT_ONE = "prune.repair: the norm behind each sublayer lets nothing be folded in"
@@ -142,7 +142,7 @@ def _machine(machine: Machine) -> Iterator[Row]:
         yield "GPU", "none", f"{why}; model.dtype: float32, and small models"
     why = why_no_wall()
     yield "wall for code", "no" if why else "yes", f"code tasks are refused: {why} (docs/security.md)" if why else ""
-    reason = hub_unreached()
+    reason = hub.unreached()
     yield "hub", "reached" if reason is None else "not reached", reason or ""
 
 

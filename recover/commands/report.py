@@ -15,8 +15,8 @@ from recover.config import yaml_values
 from recover.report import verdict
 from recover.report.data import CHANGED, ComparedRun
 from recover.report.verdict import headline_words
+from recover.run import stages
 from recover.run.directory import RunDirectory, StageState
-from recover.run.stages import STAGES
 
 LIST_EXAMPLES = ("recover list", "recover list checkpoints")
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of run directories.")]
@@ -44,13 +44,13 @@ def _row(run: RunDirectory) -> tuple[Any, ...]:
     name = run.root.name
     try:
         recipe = yaml_values.read(run.recipe)
-        stamps = [stamp for stage in STAGES if (stamp := run.done(stage))]
+        stamps = [stamp for stage in stages.STAGES if (stamp := run.done(stage))]
         found = [_generation(folder / "measure.json") for folder in (run.dense, run.before, run.after)]
     except RecoverError as error:
         return (name, str(error), "", "", "", None, None, None, None)
     last = max((stamp["finished"] for stamp in stamps), default="")
     when = datetime.fromisoformat(last).astimezone().strftime("%Y-%m-%d %H:%M") if last else ""
-    done = "all" if len(stamps) == len(STAGES) else f"{len(stamps)} of {len(STAGES)}"
+    done = "all" if len(stamps) == len(stages.STAGES) else f"{len(stamps)} of {len(stages.STAGES)}"
     weights = sum(path.stat().st_size for path in run.deploy.glob("*.safetensors"))
     source = str((recipe.get("model") or {}).get("source", ""))
     return (name, Path(source).name, _pruning(recipe), done, when, *found, units.size(weights) if weights else None)
@@ -167,7 +167,6 @@ def show(run_dir: RunPath = RUNS) -> None:
     Of a folder of runs: which there are.
     """
     from recover.report.collect import collect
-    from recover.run import stages
 
     if (runs := _runs_in(run_dir)) and not (run_dir / "recipe.yaml").is_file():
         console.table(str(run_dir), ["run", "done", "open"], [_listed(run) for run in runs])
@@ -257,8 +256,6 @@ def _runs_in(folder: Path) -> list[RunDirectory]:
 
 def _listed(run: RunDirectory) -> list[str]:
     """A row of the list of runs: its name, the stages that are done, and those that are not."""
-    from recover.run import stages
-
     names = [stage for stage in stages.STAGES if not stages.OF[stage].always]
     done = [stage for stage in names if run.done(stage) is not None]
     return [run.root.name, ", ".join(done) or "–", ", ".join(stage for stage in names if stage not in done) or "–"]
