@@ -9,7 +9,7 @@ train/checkpoints.jsonl  a line for each checkpoint once it is whole: step, dige
 train/checkpoints/       what a resume needs; of a finished training the last, from which it can be lengthened
     checkpoint-20/         trained.safetensors, state.json, MANIFEST.json
 train/data/              text that the dense model wrote
-train/pruned_text/       text that the pruned model wrote while it was trained (`on_policy.py`)
+train/pruned_text/       text that the pruned model wrote while it was trained (`written_text.py`)
 """
 
 from __future__ import annotations

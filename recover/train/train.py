@@ -24,7 +24,6 @@ from recover.train.callbacks import AfterEpoch, Epochs, LogStep, Progress, StepL
 from recover.train.checkpoints import Asked, PartEnds, begin, note
 from recover.train.course import ROLLBACKS, Course, Totals
 from recover.train.data import build_dataset, collator, packer, row_sizes, tokens_at_once, with_scored
-from recover.train.on_policy import OnPolicy
 from recover.train.settings import (
     all_ends,
     refuse_averaging_shares,
@@ -38,7 +37,7 @@ from recover.train.state_cache import TextRow, TrainingStates, with_states
 from recover.train.teacher_file import TeacherStates
 from recover.train.trainer import RecoverTrainer
 from recover.train.trials import found_rate
-from recover.train.written_text import weights_fingerprint
+from recover.train.written_text import OnPolicy, weights_fingerprint
 
 if TYPE_CHECKING:
     from datasets import Dataset
