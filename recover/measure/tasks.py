@@ -35,9 +35,9 @@ from recover.config.paths import ending
 from recover.config.recipe import Measure
 from recover.config.tasks import KINDS, Fewshot, PromptFile, Row, TaskFile, WritingFile, headline_figures
 from recover.maths.score import mean
+from recover.measure.kinds.generate import longest_text
 from recover.measure.model import Generations, ModelUnderTest, Record, work_of
 from recover.measure.sandbox import why_no_wall
-from recover.measure.texts import longest_text
 from recover.report.data import GreedyText, MeasureRecord
 from recover.report.data import Task as TaskRecord
 from recover.text.generate import Generation
