@@ -58,7 +58,7 @@ from recover.report.data import (
     OverlapRecord,
 )
 from recover.report.render import render
-from recover.report.setbacks import Compared, advice, sentence, setbacks
+from recover.report.training import Compared, advice, setback_sentence, setbacks
 from recover.run.context import RunContext, calibration, overlap_record
 from recover.run.directory import RunDirectory
 from recover.run.estimate import Estimate, estimate, matrix_rate, rate_plan, refuse, warnings
@@ -243,7 +243,7 @@ def _after_epoch(context: RunContext, twin: Twin, untrained: MeasureRecord) -> A
             kl, loss = found["drift"].get("kl", {}).get("mean"), progress["train"]["loss"]
             context.tracking.epoch(progress["step"], found["measure"]["headline"], kl, loss)
             for line in [
-                *(f"epoch {epoch}: {sentence(each)}" for each in worse),
+                *(f"epoch {epoch}: {setback_sentence(each)}" for each in worse),
                 *advice(worse, dumped, _rate(context)),
             ]:
                 console.warn(line)
