@@ -224,7 +224,7 @@ def measure_checkpoint(
     tasks_of.check_names(tasks, "--tasks")
     tasks_of.check_allowed(tasks, cfg)
     if wanted.harness:
-        tasks.require()
+        tasks_of.require_harness()
     chosen = model_cfg(source, dtype, **about)
     tokenizer = load_tokenizer(chosen)
     context = context_named(chosen)
@@ -240,7 +240,7 @@ def measure_checkpoint(
         record |= tasks_of.measure(model, tokenizer, tasks, cfg)[0]
     if wanted.harness:
         record["lm_eval"] = dist.on_main(
-            lambda: tasks.harness(model, tokenizer, wanted.harness, cfg, include=wanted.include)
+            lambda: tasks_of.harness(model, tokenizer, wanted.harness, cfg, include=wanted.include)
         )
     return record
 

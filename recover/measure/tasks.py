@@ -390,7 +390,7 @@ def _headline(name: str, records: Sequence[Record]) -> float | None:
 INSTALL = "pip install 'recover[eval]' (or: pip install lm-eval)"
 
 
-def require() -> None:
+def require_harness() -> None:
     """Raises RecipeError if the harness is not installed, before a model is loaded."""
     if importlib.util.find_spec("lm_eval") is None:
         raise RecipeError(f"--lm-eval: lm-evaluation-harness is not installed: {INSTALL}")
@@ -405,7 +405,7 @@ def harness(model: Any, tokenizer: Any, names: Sequence[str], cfg: Measure, *, i
         RecipeError: the harness is not installed, or has no task of a name.
         DataError: the data of a task cannot be had.
     """
-    require()
+    require_harness()
     import lm_eval  # pyright: ignore[reportMissingImports]
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]

@@ -41,7 +41,8 @@ from recover.models.load import describe, load_model, ready
 from recover.models.plan import save_plan
 from recover.models.source import code_of, exported_dtype, stored_dtype
 from recover.models.twin import Twin
-from recover.probe.probe import dense_trajectories, final_drift, probe, summary
+from recover.probe.probe import dense_trajectories, final_drift, probe
+from recover.probe.records import summary
 from recover.probe.sublayers import routing
 from recover.probe.tasks import task_drift
 from recover.prune import registry
