@@ -12,7 +12,7 @@ from recover.config.recipe import load_recipe
 from recover.maths.score import of_means, of_ratio
 from recover.report.collect import collect
 from recover.report.render import render
-from recover.report.setbacks import advice, sentence, setbacks
+from recover.report.training import advice, setback_sentence, setbacks
 from recover.run import stages
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
@@ -126,7 +126,7 @@ def test_records_without_single_items_are_compared_with_nothing():
 
 def test_figures_are_said_with_the_interval_of_their_change():
     worse = epoch(generation=(20, 100), nats=3.2, kl=0.3)
-    lines = [sentence(each) for each in setbacks(worse, epoch(0), [])]
+    lines = [setback_sentence(each) for each in setbacks(worse, epoch(0), [])]
     assert lines == [
         "generation is worse than the pruned model's: 50.0%, now 20.0% (-30.0 points [-39.0, -21.0], 100 items)",
         "perplexity is worse than the pruned model's: 20, now 24.5 (+22.1% [+22.1%, +22.1%], 40 texts)",

@@ -24,8 +24,7 @@ from recover.config.recipe import Model, Probe, local_path
 from recover.measure.tasks import load_task
 from recover.models.plan import load_plan
 from recover.models.source import kind_of
-from recover.probe.findings import Finding, Store
-from recover.probe.probe import findings, positions_of, records_of, texts
+from recover.probe.probe import Finding, Store, findings, positions_of, records_of, texts
 from recover.probe.records import Record, summary
 from recover.probe.tasks import KINDS, read_queries, retrieval_drift, task_drift
 from recover.probe.views import Pair, load_pair

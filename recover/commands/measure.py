@@ -19,7 +19,6 @@ from recover.config import named
 from recover.config.base import Config, Dtype
 from recover.config.recipe import Measure, Model
 from recover.config.tasks import KINDS
-from recover.measure import harness
 from recover.measure import tasks as tasks_of
 from recover.models.load import check_fit, load_any, load_tokenizer
 from recover.models.source import context_named, stored_dtype
@@ -225,7 +224,7 @@ def measure_checkpoint(
     tasks_of.check_names(tasks, "--tasks")
     tasks_of.check_allowed(tasks, cfg)
     if wanted.harness:
-        harness.require()
+        tasks_of.require_harness()
     chosen = model_cfg(source, dtype, **about)
     tokenizer = load_tokenizer(chosen)
     context = context_named(chosen)
@@ -241,7 +240,7 @@ def measure_checkpoint(
         record |= tasks_of.measure(model, tokenizer, tasks, cfg)[0]
     if wanted.harness:
         record["lm_eval"] = dist.on_main(
-            lambda: harness.harness(model, tokenizer, wanted.harness, cfg, include=wanted.include)
+            lambda: tasks_of.harness(model, tokenizer, wanted.harness, cfg, include=wanted.include)
         )
     return record
 

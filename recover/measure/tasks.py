@@ -11,13 +11,17 @@ What a model writes, what it chooses, what it expects; every model is measured a
 
 record, generations = measure(model, tokenizer, [load_task("sums.yaml")], recipe.measure)
 record["tasks"]["sums"]["exact_match"], record["headline"]["generation"]
+
+Tasks of lm-evaluation-harness (an optional extra) are measured through its own API, for figures to compare with others.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,12 +39,12 @@ from recover.config.paths import ending
 from recover.config.recipe import Measure
 from recover.config.tasks import KINDS, Fewshot, PromptFile, Row, TaskFile, WritingFile, headline_figures
 from recover.maths.score import mean
+from recover.measure.kinds.generate import longest_text
 from recover.measure.model import Generations, ModelUnderTest, Record, work_of
 from recover.measure.sandbox import why_no_wall
-from recover.measure.texts import longest_text
 from recover.report.data import GreedyText, MeasureRecord
 from recover.report.data import Task as TaskRecord
-from recover.text.generate import Generation
+from recover.text.generate import Generation, evaluating
 from recover.text.prompts import encode_prompt
 from recover.text.read import EmptyColumn
 from recover.text.rows import NotHad, column, described, filled, first_had, rows_of
@@ -381,3 +385,64 @@ def _headline(name: str, records: Sequence[Record]) -> float | None:
         return None
     pooled = work_of(name).pooled if name in KINDS and KINDS[name].use is None else None
     return pooled(records) if pooled else mean([each[KINDS[each["kind"]].main.key] for each in records])
+
+
+INSTALL = "pip install 'recover[eval]' (or: pip install lm-eval)"
+
+
+def require_harness() -> None:
+    """Raises RecipeError if the harness is not installed, before a model is loaded."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise RecipeError(f"--lm-eval: lm-evaluation-harness is not installed: {INSTALL}")
+
+
+def harness(model: Any, tokenizer: Any, names: Sequence[str], cfg: Measure, *, include: Path | None = None) -> Record:
+    """{"results": as the harness gives them, "rows": for a table, "versions"} of its tasks, on a loaded model.
+
+    Greedy or by likelihood as each task says; no chat template. `include`: a folder with further tasks.
+
+    Raises:
+        RecipeError: the harness is not installed, or has no task of a name.
+        DataError: the data of a task cannot be had.
+    """
+    require_harness()
+    import lm_eval  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+    # Decorators of the harness hide what these two take.
+    wrapper: Any = HFLM
+    evaluate: Any = lm_eval.simple_evaluate
+    manager = TaskManager(include_path=str(include) if include else None)
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        raise RecipeError(f"--lm-eval: the harness has no task {unknown[0]!r}: see `lm-eval ls tasks`")
+    try:
+        with evaluating(model):
+            found = evaluate(
+                model=wrapper(pretrained=model, tokenizer=tokenizer, batch_size=cfg.batch_size),
+                tasks=list(names),
+                limit=cfg.limit,
+                task_manager=manager,
+                bootstrap_iters=0,
+            )
+    except (OSError, ValueError) as error:
+        raise DataError(f"--lm-eval {','.join(names)}: {' '.join(str(error).split())[:400]}") from error
+    return {
+        "results": found["results"],
+        "rows": _harness_rows(found),
+        "versions": {"lm_eval": metadata.version("lm_eval"), "tasks": found.get("versions")},
+    }
+
+
+def _harness_rows(found: Record) -> list[tuple[str, list[Any]]]:
+    """(task, [items, metric, value, interval, chance]) of each metric."""
+    rows = []
+    for name, result in found["results"].items():
+        items = (found.get("n-samples") or {}).get(name, {}).get("effective")
+        for key, value in result.items():
+            metric, _, how = key.partition(",")
+            if how and isinstance(value, int | float) and not metric.endswith("_stderr"):
+                words = metric if how == "none" else f"{metric} ({how})"
+                rows.append((name, [items, words, f"{value:.4g}", None, None]))
+    return rows

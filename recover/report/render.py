@@ -23,7 +23,7 @@ from recover.base.artifacts import write_json, write_text
 from recover.base.errors import ArtifactError
 from recover.base.products import taken_apart
 from recover.config import tasks, yaml_values
-from recover.report import drift, exhibits, items, setbacks, training, verdict, words
+from recover.report import drift, exhibits, items, training, verdict, words
 from recover.report.data import MODELS, Cell, DiagnosisData, Drift, Json, RunData
 from recover.report.drift import mean_of
 from recover.report.exhibits import DIAGNOSIS, Exhibit, Section, half_parted, key_findings
@@ -131,7 +131,7 @@ def _view(data: RunData) -> dict[str, Any]:
         "points": key_findings(data),
         "mistake_names": {kind: heading for kind, (_, heading) in items.NAMES.items()},
         "training_notes": training.notes(data),
-        "setbacks": setbacks.told(data["epochs"], data["recipe"], (data["rate_trials"] or {}).get("chosen")),
+        "setbacks": training.setbacks_told(data["epochs"], data["recipe"], (data["rate_trials"] or {}).get("chosen")),
         "size_rows": words.speed_rows(data["speed"]),
         "speed_notes": words.speed_notes(data["speed"]),
         "measured_on": words.machine((data["speed"] or {}).get("machine")),

@@ -41,7 +41,8 @@ from recover.models.load import describe, load_model, ready
 from recover.models.plan import save_plan
 from recover.models.source import code_of, exported_dtype, stored_dtype
 from recover.models.twin import Twin
-from recover.probe.probe import dense_trajectories, final_drift, probe, summary
+from recover.probe.probe import dense_trajectories, final_drift, probe
+from recover.probe.records import summary
 from recover.probe.sublayers import routing
 from recover.probe.tasks import task_drift
 from recover.prune import registry
@@ -58,7 +59,7 @@ from recover.report.data import (
     OverlapRecord,
 )
 from recover.report.render import render
-from recover.report.setbacks import Compared, advice, sentence, setbacks
+from recover.report.training import Compared, advice, setback_sentence, setbacks
 from recover.run.context import RunContext, calibration, overlap_record
 from recover.run.directory import RunDirectory
 from recover.run.estimate import Estimate, estimate, matrix_rate, rate_plan, refuse, warnings
@@ -243,7 +244,7 @@ def _after_epoch(context: RunContext, twin: Twin, untrained: MeasureRecord) -> A
             kl, loss = found["drift"].get("kl", {}).get("mean"), progress["train"]["loss"]
             context.tracking.epoch(progress["step"], found["measure"]["headline"], kl, loss)
             for line in [
-                *(f"epoch {epoch}: {sentence(each)}" for each in worse),
+                *(f"epoch {epoch}: {setback_sentence(each)}" for each in worse),
                 *advice(worse, dumped, _rate(context)),
             ]:
                 console.warn(line)

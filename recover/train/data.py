@@ -2,7 +2,7 @@
 
 The whole budget is made of fresh text: an "epoch" of recovery is one part in `epochs` of it, between two
 measurements of generation, and no pass over the same text again (unless a given source is too short for its share:
-then it repeats, with a warning). Text that the pruned model is to write (`on_policy.py`) has rows that hold its place.
+then it repeats, with a warning). Text that the pruned model is to write has rows that hold its place.
 
 The order is random, in whole steps. Where rows are padded, like lengths come together; where they are packed, rows hold
 about equally many tokens and need hardly any padding: a step that is recorded for a GPU has a size, which the longest

@@ -29,12 +29,11 @@ from recover.distill.graphs import GraphedPasses
 from recover.models.attention import PACKED_NAME, attending
 from recover.models.twin import modules_below, plain_modes, set_training
 from recover.train.course import Course, frozen_weights, not_finite
-from recover.train.on_policy import Numbers, OnPolicy
 from recover.train.optimizer_state import Average, Trained, averaged_steps
 from recover.train.settings import epoch_ends
 from recover.train.sharded_weights import WeightShards, gather_by_block
 from recover.train.sources import Collate
-from recover.train.written_text import write_together
+from recover.train.written_text import Numbers, OnPolicy, write_together
 
 if TYPE_CHECKING:
     from datasets import Dataset
