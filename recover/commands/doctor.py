@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from recover import __version__
-from recover.base import console, hub, memory, provenance, units
+from recover.base import console, hub, memory, provenance
 from recover.base.errors import RecipeError
 from recover.config import named, yaml_values
 from recover.export.gguf.family import FAMILIES
@@ -127,10 +127,14 @@ def _version(name: str) -> str | None:
 def _machine(machine: Machine) -> Iterator[Row]:
     found = provenance.machine()
     yield "processor", f"{found['processor']}, {found['cores']} cores", ""
-    yield "memory", units.size(found["memory_bytes"]), ""
-    yield "disk, free here", units.size(shutil.disk_usage(Path.cwd()).free), "runs go to checkpoints/ below this folder"
+    yield "memory", console.size(found["memory_bytes"]), ""
+    yield (
+        "disk, free here",
+        console.size(shutil.disk_usage(Path.cwd()).free),
+        "runs go to checkpoints/ below this folder",
+    )
     for gpu in found["gpus"]:
-        yield "GPU", f"{gpu['name']}, {units.size(gpu['memory_bytes'])}", ""
+        yield "GPU", f"{gpu['name']}, {console.size(gpu['memory_bytes'])}", ""
     if machine.device == "cuda":
         yield "CUDA of torch", str(torch.version.cuda), ""
         half = machine.dtype == "bfloat16"
@@ -154,11 +158,11 @@ def _sizes(machine: Machine) -> Iterator[Row]:
             memory.peak_bytes(shape, memory.Training(TOKENS, checkpointing=on, element=element)) for on in (False, True)
         )
         if plain <= machine.usable:
-            yield name, "yes", units.size(plain)
+            yield name, "yes", console.size(plain)
         elif less <= machine.usable:
-            yield name, "with gradient checkpointing", units.size(less)
+            yield name, "with gradient checkpointing", console.size(less)
         else:
-            yield name, "no", units.size(less)
+            yield name, "no", console.size(less)
 
 
 def _data() -> Iterator[Row]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
-from recover.base import console, units
+from recover.base import console
 from recover.base.artifacts import writing
 from recover.base.console import quiet_libraries
 from recover.base.errors import RecipeError
@@ -65,7 +65,7 @@ def teacher(
     """
     refuse_input(out, (text,))
     rows, tokens = write_teacher(model, dtype, text, out, top=top, length=length, batch_size=batch_size)
-    console.say(f"wrote {out}: {tokens:,} positions of {rows:,} rows ({units.size(out.stat().st_size)})")
+    console.say(f"wrote {out}: {tokens:,} positions of {rows:,} rows ({console.size(out.stat().st_size)})")
 
 
 def write_teacher(
@@ -162,7 +162,7 @@ GgufDtype = Annotated[
 def gguf(deploy: Deploy, out: GgufOut, dtype: GgufDtype = None) -> None:
     """Write an exported checkpoint as one GGUF file: llama.cpp, and what is built on it, runs and quantizes it."""
     path = write_gguf(deploy, out, dtype)
-    console.say(f"wrote {path} ({units.size(path.stat().st_size)})")
+    console.say(f"wrote {path} ({console.size(path.stat().st_size)})")
 
 
 COMMANDS = {teacher: EXAMPLES, gguf: GGUF_EXAMPLES}

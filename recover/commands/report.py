@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from recover.base import console, products, units
+from recover.base import console, products
 from recover.base.artifacts import plain, read_json, write_text
 from recover.base.errors import ArtifactError, RecipeError, RecoverError
 from recover.config import yaml_values
@@ -53,7 +53,7 @@ def _row(run: RunDirectory) -> tuple[Any, ...]:
     done = "all" if len(stamps) == len(stages.STAGES) else f"{len(stamps)} of {len(stages.STAGES)}"
     weights = sum(path.stat().st_size for path in run.deploy.glob("*.safetensors"))
     source = str((recipe.get("model") or {}).get("source", ""))
-    return (name, Path(source).name, _pruning(recipe), done, when, *found, units.size(weights) if weights else None)
+    return (name, Path(source).name, _pruning(recipe), done, when, *found, console.size(weights) if weights else None)
 
 
 def _generation(path: Path) -> str | None:

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from recover.base import console, dist, units
+from recover.base import console, dist
 from recover.base.artifacts import JsonObject
 from recover.base.errors import ModelError
 from recover.base.memory import Mixture, Shape
@@ -171,7 +171,7 @@ def load_model(cfg: recipe.Model) -> PreTrainedModel:
     folder = locate(cfg)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if size > SAID_BYTES:
-        console.say(f"[dim]reading {cfg.source}, {units.size(size)}[/dim]")
+        console.say(f"[dim]reading {cfg.source}, {console.size(size)}[/dim]")
     with explained(str(folder)):
         model = read_whole(cfg, folder, attn_implementation=_attention(cfg, config))
     _check_finite(folder, model)

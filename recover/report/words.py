@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from recover.base import units
+from recover.base import console
 from recover.report.data import Plan, Speed
 
 NOT_MEASURED = "not measured"
@@ -82,13 +82,13 @@ def count(value: Any) -> str:
 def size(value: Any) -> str:
     """Bytes as the plan and the console say them."""
     x = finite(value)
-    return NOT_MEASURED if x is None else units.size(x)
+    return NOT_MEASURED if x is None else console.size(x)
 
 
 def duration(value: Any) -> str:
     """Seconds as the plan and the console say them."""
     x = finite(value)
-    return NOT_MEASURED if x is None else units.duration(x)
+    return NOT_MEASURED if x is None else console.duration(x)
 
 
 def machine(record: Any) -> str:

@@ -13,7 +13,7 @@ import transformers
 from torch import LongTensor
 
 from recover import __version__
-from recover.base import artifacts, console, dist, provenance, threads, units
+from recover.base import artifacts, console, dist, provenance, threads
 from recover.base.artifacts import (
     JsonObject,
     append_jsonl,
@@ -136,13 +136,13 @@ def _say_code(cfg: Model) -> list[str] | None:
 
 
 def _plan_rows(figures: Estimate) -> list[list[str]]:
-    cached = [["dense states on disk", f"at least {units.size(figures['cache_bytes'])}", ""]]
+    cached = [["dense states on disk", f"at least {console.size(figures['cache_bytes'])}", ""]]
     passes, seconds = figures["search_passes"], figures["search_seconds"]
-    least = units.duration(seconds)
+    least = console.duration(seconds)
     search = [["search for what goes", "", f"{passes:,} passes of calibration text, at least {least}"]]
     files = [
-        f"{units.size(figures['file_bytes_dense'])}, {figures['file_dtype_dense']}",
-        f"{units.size(figures['file_bytes_pruned'])}, {figures['file_dtype_pruned']}",
+        f"{console.size(figures['file_bytes_dense'])}, {figures['file_dtype_dense']}",
+        f"{console.size(figures['file_bytes_pruned'])}, {figures['file_dtype_pruned']}",
     ]
     active = ["of them used for a token", f"{figures['active_dense']:,}", f"{figures['active_pruned']:,}"]
     return [
@@ -151,8 +151,8 @@ def _plan_rows(figures: Estimate) -> list[list[str]]:
         ["file", *files],
         *(search if passes else []),
         ["teacher-scored tokens", "", f"{figures['teacher_tokens']:,}"],
-        ["training time", "", f"at least {units.duration(figures['training_seconds'])}"],
-        ["memory per process", "", f"about {units.size(figures['memory_bytes_per_process'])}"],
+        ["training time", "", f"at least {console.duration(figures['training_seconds'])}"],
+        ["memory per process", "", f"about {console.size(figures['memory_bytes_per_process'])}"],
         *(cached if figures["cache_bytes"] else []),
     ]
 

@@ -35,7 +35,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from recover.base import console, dist, units
+from recover.base import console, dist
 from recover.base.artifacts import TEMPORARY, explained, read_json, sha256, write_bytes, write_json
 from recover.base.errors import ArtifactError
 from recover.distill.distiller import IGNORED, Batch, DenseStates, Distiller, packing_of, without_mask
@@ -311,8 +311,8 @@ class TrainingStates:
         config = self.distiller.twin.base.config
         needed = positions * config.hidden_size * self.distiller.twin.base.dtype.itemsize
         console.say(
-            f"dense states: {units.size(sum(cache.bytes for cache in self._caches))} in {self.dense.folder.parent}, "
-            f"{units.size(needed)} to compute in {len(todo):,} of {len(batches):,} batches"
+            f"dense states: {console.size(sum(cache.bytes for cache in self._caches))} in {self.dense.folder.parent}, "
+            f"{console.size(needed)} to compute in {len(todo):,} of {len(batches):,} batches"
         )
         _refuse_full(self.dense.folder, needed)
         return todo, coming
