@@ -146,7 +146,7 @@ def _asked(repository: Repository) -> str:
         if there is not None:
             return there
         offline = isinstance(error, errors.OfflineModeIsEnabled)
-        why = "HF_HUB_OFFLINE is set" if offline else unreached() or f"{type(error).__name__}: {_line(error)}"
+        why = "HF_HUB_OFFLINE is set" if offline else f"{type(error).__name__}: {_line(error)}"
         raise NoCommit(
             f"the hub, where {what} would be, cannot be reached ({why}), and no copy of it is in the cache: check the "
             "name, or fetch it where there is a network"
