@@ -21,9 +21,8 @@ from recover.base.artifacts import write_json
 from recover.base.console import quiet_libraries
 from recover.base.errors import ArtifactError, RecipeError, TrainingError
 from recover.base.journal import Journal
-from recover.config.auto import Facts, settled
-from recover.config.base import Config
-from recover.config.messages import explain
+from recover.config.base import Config, explain
+from recover.config.defaults import Facts, settled
 from recover.config.prune import Calibration, Depth, Experts, Magnitude, SparseGpt, Wanda, Width
 from recover.config.recipe import Measure, Model, Probe, Sampling, load_recipe
 from recover.config.train import Data, Train

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from recover.base import hub
 from recover.base.artifacts import sha256
 from recover.base.errors import DataError, RecipeError
 from recover.cli import app
@@ -285,12 +286,12 @@ def test_a_hub_is_reached_if_it_answers_anything(monkeypatch):
     server = HTTPServer(("127.0.0.1", 0), Answers)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    assert found.hub_unreached.__wrapped__() is None
+    assert hub.unreached.__wrapped__() is None
     server.shutdown()
     server.server_close()
-    assert "refused" in found.hub_unreached.__wrapped__()
+    assert "refused" in hub.unreached.__wrapped__()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert found.hub_unreached.__wrapped__() == "HF_HUB_OFFLINE is set"
+    assert hub.unreached.__wrapped__() == "HF_HUB_OFFLINE is set"
 
 
 def test_a_data_set_of_the_hub_is_asked_for_at_its_commit(monkeypatch, tmp_path):
@@ -312,7 +313,7 @@ def test_a_data_set_of_the_hub_is_asked_for_at_its_commit(monkeypatch, tmp_path)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(datasets, "load_dataset_builder", builder)
-    monkeypatch.setattr(found, "hub_unreached", lambda: None)
+    monkeypatch.setattr(hub, "unreached", lambda: None)
     monkeypatch.setattr(found, "places_of", lambda module: [])
     monkeypatch.setattr(found, "files_behind", lambda data, folder: [])
     assert load_task("gsm8k").items[0].prompt == "1 + 1?"

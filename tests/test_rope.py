@@ -8,7 +8,7 @@ from tiny import ids, tiny
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from words import word_tokenizer
 
-from recover.commands.teacher import teacher_rows
+from recover.commands.files import teacher_rows
 from recover.config.recipe import Loss, Sampling
 from recover.distill.distiller import Distiller
 from recover.models.plan import Plan

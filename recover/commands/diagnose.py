@@ -17,7 +17,7 @@ from recover.base import artifacts, console, dist, hub
 from recover.base.artifacts import write_json
 from recover.base.console import quiet_libraries
 from recover.base.errors import DataError, RecipeError
-from recover.base.ownership import begin_diagnosis
+from recover.base.products import begin_diagnosis
 from recover.commands.measure import checked
 from recover.config import recipe
 from recover.config.recipe import Model, Probe, local_path

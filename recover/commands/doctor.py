@@ -1,4 +1,4 @@
-"""`recover doctor`: what this machine can run, and what is missing for more. `cli.py` gives it its place."""
+"""`recover doctor`: what this machine can run. `recover families`: which models can be pruned, and how."""
 
 from __future__ import annotations
 
@@ -14,12 +14,59 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from recover import __version__
-from recover.base import console, memory, provenance, units
+from recover.base import console, hub, memory, provenance, units
 from recover.base.errors import RecipeError
 from recover.config import named, yaml_values
+from recover.export.gguf.family import FAMILIES
 from recover.measure.sandbox import why_no_wall
+from recover.models.arch import ARCHS, Arch
+from recover.models.refusal import KINDS
+from recover.models.wrapper import WRAPPERS, Wrapper
 from recover.run.draft import Machine, this_machine
-from recover.text.rows import NotHad, first_had, hub_unreached
+from recover.text.rows import NotHad, first_had
+
+FAMILIES_EXAMPLES = ("recover families",)
+NOT_ONE = "prune.repair: the norm behind each sublayer lets nothing be folded in"
+
+MIXED = "prune.repair and width: mlp: what mixtures of experts write goes through no one matrix: prune.kind experts"
+
+
+def families() -> None:
+    """Say which model families are supported, by which methods, and for the others why they are not."""
+    columns = ["model_type", "depth, masks", "repair", "width: mlp", "kv_groups", "experts", "gguf"]
+    console.table("supported, by config.json's model_type", columns, map(_row, ARCHS.values()))
+    for line in _reasons():
+        console.say(line)
+    console.table(
+        "supported, as text models inside a wrapper", ["model_type", "text model"], map(_inside, WRAPPERS.values())
+    )
+    console.say("exported as the same wrapper, its other parts as they were, bit for bit")
+    console.say("")
+    console.say("not supported:")
+    for kind in KINDS:
+        console.say(f"- {kind.called} ({kind.such_as}): {kind.why}")
+
+
+def _row(arch: Arch) -> list[str]:
+    dense = arch.experts is None
+    can = (True, dense and not arch.norm_behind, dense, not arch.kv_groups_stay, not dense, arch.model_type in FAMILIES)
+    return [arch.model_type, *("yes" if yes else "no" for yes in can)]
+
+
+def _inside(wrapper: Wrapper) -> list[str]:
+    """The wrapper, and the row of its text model in the table above."""
+    return [wrapper.model_type, ", ".join(wrapper.texts)]
+
+
+def _reasons() -> Iterator[str]:
+    """Why a method is not there, once for all families that share the reason."""
+    behind = [arch.model_type for arch in ARCHS.values() if arch.norm_behind]
+    yield f"{NOT_ONE} ({', '.join(behind)})"
+    yield f"{MIXED} ({', '.join(arch.model_type for arch in ARCHS.values() if arch.experts)})"
+    for reason in dict.fromkeys(arch.kv_groups_stay for arch in ARCHS.values() if arch.kv_groups_stay):
+        those = [arch.model_type for arch in ARCHS.values() if arch.kv_groups_stay == reason]
+        yield f"prune.kv_groups: {reason} ({', '.join(those)})"
+
 
 EXAMPLES = ("recover doctor",)
 Row = tuple[str, str, str]  # what, what was found, what it is for or what to do
@@ -95,7 +142,7 @@ def _machine(machine: Machine) -> Iterator[Row]:
         yield "GPU", "none", f"{why}; model.dtype: float32, and small models"
     why = why_no_wall()
     yield "wall for code", "no" if why else "yes", f"code tasks are refused: {why} (docs/security.md)" if why else ""
-    reason = hub_unreached()
+    reason = hub.unreached()
     yield "hub", "reached" if reason is None else "not reached", reason or ""
 
 
@@ -140,4 +187,4 @@ def _blend(name: str) -> Iterator[Row]:
     yield f"blend:{name}", "yes" if had else "no", missing
 
 
-COMMANDS = {doctor: EXAMPLES}
+COMMANDS = {doctor: EXAMPLES, families: FAMILIES_EXAMPLES}

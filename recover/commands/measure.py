@@ -14,7 +14,7 @@ from recover.base import console, dist, hub, provenance, threads
 from recover.base.artifacts import write_json
 from recover.base.console import quiet_libraries
 from recover.base.errors import RecipeError
-from recover.base.ownership import refuse_input
+from recover.base.products import refuse_input
 from recover.config import named
 from recover.config.base import Config, Dtype
 from recover.config.recipe import Measure, Model

@@ -33,7 +33,7 @@ from recover.base.artifacts import JsonObject
 from recover.base.clock import part
 from recover.base.errors import DataError, RecipeError
 from recover.config import yaml_values
-from recover.config.messages import explain
+from recover.config.base import explain
 from recover.config.named import is_task_name, read_sources, task_path
 from recover.config.paths import ending
 from recover.config.recipe import Measure

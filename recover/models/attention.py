@@ -99,7 +99,7 @@ def attend(
     query_BHGd = query.reshape(rows, heads, -1, query.shape[-1])
     if _last_B is not None and _fits(query_BHGd, key, value, attention_mask, _last_B):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out_BHGv = fused.step_kernels().attend(query_BHGd, key, value, attention_mask, _last_B, scale)
+        out_BHGv = fused.kernels().attend(query_BHGd, key, value, attention_mask, _last_B, scale)
         return out_BHGv.view(rows, 1, -1, value.shape[-1]), None
     alone = query.is_cuda and query_BHGd.shape[2] == 1
     with sdpa_kernel(REPEATABLE) if alone else nullcontext():

@@ -27,8 +27,8 @@ from recover.models.attention import attending_by_step, configs_of
 from recover.probe.views import States, View, hidden_states, running
 from recover.text.decode import _Recorder, may_record, steps_unseen
 from recover.text.generate import end_ids
-from recover.text.kv import Slots, fits, masks, read
 from recover.text.prompts import encode_prompt
+from recover.text.stepping import Slots, fits, masks, read
 
 Read = tuple[Tensor, Tensor]  # logits_BV of the last token, and its state after the final norm
 

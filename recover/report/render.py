@@ -18,7 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recover.base import artifacts, ownership
+from recover.base import artifacts, products
 from recover.base.artifacts import write_json, write_text
 from recover.base.errors import ArtifactError
 from recover.base.products import taken_apart
@@ -232,7 +232,7 @@ SUMMARY = "probe.json"
 
 def is_diagnosis(folder: Path) -> bool:
     """Whether the folder holds a probe's summary that `recover diagnose` wrote, and is no run directory."""
-    return (folder / SUMMARY).is_file() and not (folder / "recipe.yaml").is_file() and ownership.is_diagnosis(folder)
+    return (folder / SUMMARY).is_file() and not (folder / "recipe.yaml").is_file() and products.is_diagnosis(folder)
 
 
 def render_diagnosis(folder: Path) -> Path:

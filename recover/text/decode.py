@@ -40,9 +40,8 @@ from recover.kernels import fused
 from recover.kernels.recording import record
 from recover.models import kv_cache
 from recover.models.attention import attending_by_step, configs_of
-from recover.text.kv import Slots, masks, read_on
 from recover.text.prompts import batches_by_length, right_pad
-from recover.text.stepping import stepping
+from recover.text.stepping import Slots, masks, read_on, stepping
 
 REFILL = 8  # a group of prompts is read when 1/8 of the rows are free: reading few at a time is slow
 PROMPT_TOKENS_AT_ONCE = 2**16  # of padded prompts read in one pass
@@ -327,7 +326,7 @@ def nucleus(temperature: float, top_p: float) -> Draw:
 
     def draw(logits_BV: Tensor, key_B2: Tensor, place_B: Tensor) -> Tensor:
         if fused.available(logits_BV.device) and logits_BV.dtype in fused.DTYPES:
-            return fused.step_kernels().draw(logits_BV, key_B2, place_B, temperature, top_p)
+            return fused.kernels().draw(logits_BV, key_B2, place_B, temperature, top_p)
         return drawn(logits_BV, key_B2, place_B, temperature, top_p)
 
     return draw

@@ -20,8 +20,8 @@ from recover.models import kv_cache
 from recover.models.attention import attending_by_step, configs_of
 from recover.models.rope import goes_by_length
 from recover.text.generate import context_of, evaluating, stock
-from recover.text.kv import Appending, fits, masks, read
 from recover.text.prompts import batches_by_length, left_pad, prompt_text, text_ids, uses_chat
+from recover.text.stepping import Appending, fits, masks, read
 
 LOGITS_AT_ONCE = 2**27  # elements of a (rows x scored tokens x vocabulary) tensor: 512 MiB in fp32
 

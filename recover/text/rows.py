@@ -10,19 +10,16 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
-import os
 import random
 import re
 import sysconfig
 import textwrap
-import urllib.request
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
 
-from recover.base import console
+from recover.base import console, hub
 from recover.base.errors import DataError
 from recover.config.named import BLEND, Part, Source, blend_paths, read_blend
 from recover.config.paths import ROWS, ending, matching
@@ -233,9 +230,6 @@ def _key(value: Any, key: str) -> str:
     return key
 
 
-HUB_SECONDS = 5.0  # that a hub has to answer
-
-
 class NotHad(DataError):
     """Data that goes by a name cannot be had here; `brings`: each way to have it, as a person would say it."""
 
@@ -295,8 +289,8 @@ def _digest(files: tuple[Path, ...]) -> str:
 
 
 def _check_hub(source: Source, *, fetch: bool) -> None:
-    reason = hub_unreached()
-    if reason is not None and not _cached(source.data):
+    reason = hub.unreached()
+    if reason is not None and not hub.prepared(source.data):
         raise NotHad(f"hub data set {source.data} (no hub is reached: {reason})", [A_HUB])
     if not fetch:
         return
@@ -304,29 +298,6 @@ def _check_hub(source: Source, *, fetch: bool) -> None:
         rows_at(source.data, subset=source.subset, split=source.split or "test", revision=source.revision)
     except DataError as error:
         raise NotHad(f"hub data set {source.data} ({' '.join(str(error).split())[:200]})", [A_HUB]) from None
-
-
-@cache
-def hub_unreached() -> str | None:
-    """Why no hub is reached from here, or None: asked once, and answered within seconds."""
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        if os.environ.get(name, "").upper() in ("1", "TRUE", "YES", "ON"):
-            return f"{name} is set"
-    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    try:
-        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_SECONDS).close()
-    except HTTPError:
-        return None  # it answers
-    except (OSError, ValueError) as error:
-        return f"{endpoint}: {getattr(error, 'reason', error)}"
-    return None
-
-
-def _cached(name: str) -> bool:
-    """Whether `datasets` has been here with this data set before."""
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    folder = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets")
-    return (folder / name.replace("/", "___")).is_dir()
 
 
 def prompt_rows(source: str, *, subset: str | None = None, split: str = "train", **words: str) -> Sequence[read.Row]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from recover.base import console, dist
 from recover.base.artifacts import read_json, write_json
 from recover.base.errors import ArtifactError, TrainingError
-from recover.config.auto import prior_rate
+from recover.config.defaults import prior_rate
 from recover.config.recipe import Train
 from recover.distill.distiller import Batch, Distiller, rows_scored, scaled, without_mask
 from recover.distill.graphs import GraphedPasses
