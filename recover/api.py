@@ -43,8 +43,8 @@ from recover.probe.views import Pair
 from recover.prune import registry
 from recover.prune.calibrate import calibration_batches
 from recover.report.collect import collect
-from recover.report.data import EpochProgress
 from recover.report.render import is_diagnosis, render, render_diagnosis
+from recover.report.run_files import EpochProgress
 from recover.run import stages
 from recover.run.context import answers
 from recover.run.directory import RunDirectory

@@ -19,7 +19,7 @@ from recover.base import dist
 from recover.base.artifacts import JsonObject
 from recover.config.recipe import Measure, Sampling
 from recover.config.tasks import KINDS, Row
-from recover.report.data import GreedyText
+from recover.report.run_files import GreedyText
 from recover.text.generate import Generation, generate
 from recover.text.likelihood import Continuation, embeddings, log_likelihoods, option_log_likelihoods
 

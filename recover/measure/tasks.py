@@ -42,8 +42,8 @@ from recover.maths.score import mean
 from recover.measure.kinds.generate import longest_text
 from recover.measure.model import Generations, ModelUnderTest, Record, work_of
 from recover.measure.sandbox import why_no_wall
-from recover.report.data import GreedyText, MeasureRecord
-from recover.report.data import Task as TaskRecord
+from recover.report.run_files import GreedyText, MeasureRecord
+from recover.report.run_files import Task as TaskRecord
 from recover.text.generate import Generation, evaluating
 from recover.text.prompts import encode_prompt
 from recover.text.read import EmptyColumn

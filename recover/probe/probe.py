@@ -62,7 +62,7 @@ from recover.probe.trajectory import (
     thinned,
 )
 from recover.probe.views import Pair, States
-from recover.report.data import EpochDrift
+from recover.report.run_files import EpochDrift
 
 PREDICTED = ("embedding", "logit", "probability", "kl")
 STEP_METRICS = ("kl", "kl_predicted", "reverse_kl", "embedding", "logit", "probability", "top1")

@@ -17,26 +17,8 @@ from recover.config.tasks import KINDS
 from recover.maths.score import of_means
 from recover.report import drift, items, verdict, words
 from recover.report import made as making
-from recover.report.data import (
-    DivergenceRow,
-    Drift,
-    Epoch,
-    Json,
-    MeasureRecord,
-    Model,
-    Overlap,
-    Parted,
-    Plan,
-    RateTrials,
-    Records,
-    Rise,
-    RunData,
-    Sample,
-    SampleRecord,
-    Task,
-    Text,
-    Tokens,
-)
+from recover.report.data import DivergenceRow, Drift, Epoch, Json, Parted, Plan, Rise, RunData, Sample, Text, Tokens
+from recover.report.run_files import MeasureRecord, Model, Overlap, RateTrials, Records, SampleRecord, Task
 from recover.report.training import curve
 
 SCHEMA = 1

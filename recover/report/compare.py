@@ -16,9 +16,10 @@ from recover.config import tasks
 from recover.maths import score
 from recover.report import items, render, words
 from recover.report.collect import collect
-from recover.report.data import CHANGED, MODELS, ComparedRun, Comparison, Curve, Json, Model, Paired, RunData
+from recover.report.data import CHANGED, MODELS, ComparedRun, Comparison, Curve, Json, Paired, RunData
 from recover.report.exhibits import Exhibit
 from recover.report.figures.compare import courses, losses, share_cell, trade, ways
+from recover.report.run_files import Model
 
 SAME = 0.02  # dense figures further apart than this were not measured alike
 

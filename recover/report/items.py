@@ -11,22 +11,8 @@ from pathlib import Path
 from recover.base import artifacts
 from recover.maths import score
 from recover.report import words
-from recover.report.data import (
-    CHANGED,
-    ChangedItem,
-    Example,
-    Exchanged,
-    MeasureRecord,
-    Mistakes,
-    Model,
-    Overlap,
-    OverlapRecord,
-    PageData,
-    Records,
-    RunData,
-    Task,
-    Text,
-)
+from recover.report.data import CHANGED, ChangedItem, Example, Exchanged, Mistakes, PageData, RunData, Text
+from recover.report.run_files import MeasureRecord, Model, Overlap, OverlapRecord, Records, Task
 from recover.report.tables import Table
 
 MOST = 60  # items of a task that are shown, of those lost and of those won

@@ -24,7 +24,8 @@ from recover.config.loss import TERMS
 from recover.config.tasks import KINDS, USES
 from recover.maths.score import Change, mean, of_means, of_ratio
 from recover.report import words
-from recover.report.data import Curve, Epoch, EpochDrift, EpochLine, Json, MeasureRecord, PageData, Points, Setback
+from recover.report.data import Curve, Epoch, Json, PageData, Points
+from recover.report.run_files import EpochDrift, EpochLine, MeasureRecord, Setback
 from recover.report.words import finite
 
 POINTS = 120  # at most; report.json stays small, however long the training

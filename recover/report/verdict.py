@@ -26,22 +26,8 @@ from recover.base import console
 from recover.config import tasks
 from recover.config.tasks import KINDS, USES, Figure, headline_figures
 from recover.report import items, words
-from recover.report.data import (
-    CHANGED,
-    Answer,
-    Cell,
-    Headline,
-    Json,
-    MeasureRecord,
-    MeasureRow,
-    Model,
-    Records,
-    RunData,
-    Task,
-    Use,
-    UseFigure,
-    Verdict,
-)
+from recover.report.data import CHANGED, Answer, Cell, Headline, Json, MeasureRow, RunData, UseFigure, Verdict
+from recover.report.run_files import MeasureRecord, Model, Records, Task, Use
 
 
 def measure_rows(records: Records) -> list[MeasureRow]:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from recover.base import console
-from recover.report.data import Plan, Speed
+from recover.report.data import Plan
+from recover.report.run_files import Speed
 
 NOT_MEASURED = "not measured"
 TEXT_LIMIT = 1200  # characters of one text shown; the run directory holds the whole

@@ -37,7 +37,7 @@ from recover.models.twin import Held, Twin
 from recover.models.wrapper import text_values
 from recover.probe.trajectory import check_steps
 from recover.prune.calibrate import calibration_batches, check_asked, read_texts
-from recover.report.data import Overlap, OverlapRecord
+from recover.report.run_files import Overlap, OverlapRecord
 from recover.report.words import shown_source
 from recover.run.directory import RunDirectory
 from recover.run.estimate import settle

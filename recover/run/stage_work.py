@@ -48,7 +48,8 @@ from recover.probe.tasks import task_drift
 from recover.prune import registry
 from recover.report import items, verdict
 from recover.report.collect import collect
-from recover.report.data import (
+from recover.report.render import render
+from recover.report.run_files import (
     Best,
     EpochDrift,
     EpochLine,
@@ -58,7 +59,6 @@ from recover.report.data import (
     MeasureRecord,
     OverlapRecord,
 )
-from recover.report.render import render
 from recover.report.training import Compared, advice, setback_sentence, setbacks
 from recover.run.context import RunContext, calibration, overlap_record
 from recover.run.directory import RunDirectory

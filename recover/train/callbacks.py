@@ -14,7 +14,7 @@ from recover.base import artifacts, console, dist
 from recover.base.artifacts import read_json, write_json
 from recover.base.errors import ArtifactError, TrainingError
 from recover.config.recipe import StopEarly
-from recover.report.data import EpochProgress, EpochScore
+from recover.report.run_files import EpochProgress, EpochScore
 from recover.train.checkpoints import STEPS, best_of, publish_adapter
 from recover.train.course import Totals
 from recover.train.settings import early_ends

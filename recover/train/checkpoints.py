@@ -45,7 +45,7 @@ from recover.base.artifacts import (
 )
 from recover.base.errors import ArtifactError
 from recover.base.zero import gathered
-from recover.report.data import EpochScore, Finding
+from recover.report.run_files import EpochScore, Finding
 
 if TYPE_CHECKING:
     from peft import PeftModel

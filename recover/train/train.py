@@ -18,7 +18,7 @@ from recover.config.recipe import Train
 from recover.distill.loss_terms import computed
 from recover.models.arch import arch_of
 from recover.models.attention import HALF, packing_configs
-from recover.report.data import EpochScore
+from recover.report.run_files import EpochScore
 from recover.text.generate import context_of
 from recover.train.callbacks import AfterEpoch, Epochs, LogStep, Progress, StepLog
 from recover.train.checkpoints import Asked, PartEnds, begin, note

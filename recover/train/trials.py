@@ -32,7 +32,7 @@ from recover.distill.distiller import Batch, Distiller, rows_scored, scaled, wit
 from recover.distill.graphs import GraphedPasses
 from recover.maths.score import of_ratio
 from recover.models.attention import PACKED_NAME, attending
-from recover.report.data import Trial
+from recover.report.run_files import Trial
 from recover.train.sources import Collate
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from recover.config import tasks
 from recover.report import verdict, words
-from recover.report.data import CHANGED, Changed, ComparedRun, Comparison, Use
+from recover.report.data import CHANGED, Changed, ComparedRun, Comparison
 from recover.report.figures.figure import (
     Axis,
     Box,
@@ -26,6 +26,7 @@ from recover.report.figures.figure import (
     linear,
     panels,
 )
+from recover.report.run_files import Use
 
 ROW = 46
 

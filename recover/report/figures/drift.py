@@ -9,16 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from recover.report import words
-from recover.report.data import (
-    BlockDrift,
-    ChoiceDrift,
-    Drift,
-    PageData,
-    SampledDrift,
-    Space,
-    StepDrift,
-    TemperatureDrift,
-)
+from recover.report.data import BlockDrift, ChoiceDrift, Drift, PageData, SampledDrift, Space, StepDrift
 from recover.report.drift import SPACES, by_model, choice_kls, level, mean_of
 from recover.report.figures.figure import (
     Axis,
@@ -39,6 +30,7 @@ from recover.report.figures.figure import (
     log,
     row_of,
 )
+from recover.report.run_files import TemperatureDrift
 
 SPACE_TITLES = {"embedding": "Embedding", "logit": "Logit", "probability": "Probability"}
 SPACE_NOTES = {"embedding": "hidden state h", "logit": "z = W h, centred", "probability": "softmax(z)"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from recover.config import tasks
 from recover.report import words
-from recover.report.data import CHANGED, MODELS, Epoch, PageData, Use, UseFigure
+from recover.report.data import CHANGED, MODELS, Epoch, PageData, UseFigure
 from recover.report.figures.figure import (
     Axis,
     Box,
@@ -24,6 +24,7 @@ from recover.report.figures.figure import (
     linear,
     panels,
 )
+from recover.report.run_files import Use
 
 ROW = 40  # pixels from bar to bar
 HEAD = 58  # pixels above the first bar

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from recover.config.prune import DEPTH_SCORES, DepthScore
 from recover.report import words
-from recover.report.data import PageData, Plan, Score, SublayerDrift
+from recover.report.data import PageData, Plan, SublayerDrift
 from recover.report.drift import by_model, mean_of
 from recover.report.figures.figure import (
     Axis,
@@ -32,6 +32,7 @@ from recover.report.figures.figure import (
     linear,
     row_of,
 )
+from recover.report.run_files import Score
 
 _MODULE = re.compile(r"^(?:.*\.)?(\d+)\.(.+)$")  # block number and the site inside it, from a module's name
 SHADES = 5
