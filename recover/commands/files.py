@@ -1,4 +1,7 @@
-"""`recover teacher`: the likeliest tokens that a model gives each position of a text, in a file to distil from.
+"""Files that a model is written to for use elsewhere.
+
+`recover teacher`: the likeliest tokens that a model gives each position of a text, in a file to distil from. `recover
+gguf`: an exported checkpoint as one file for llama.cpp.
 
 Legend: B batch, T tokens, N scored positions.
 """
@@ -13,19 +16,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
-from recover.base import console, units
+from recover.base import console
 from recover.base.artifacts import writing
 from recover.base.console import quiet_libraries
 from recover.base.errors import RecipeError
-from recover.base.ownership import refuse_input
+from recover.base.products import refuse_input
 from recover.commands.measure import model_cfg
 from recover.config.recipe import GivenText
 from recover.distill.distiller import scored_rows
-from recover.distill.loss_topk import TopK, topk_of
+from recover.distill.loss_terms import TopK, topk_of
+from recover.export.gguf.write import write_gguf
 from recover.models.arch import head_of
-from recover.models.load import check_fit, load_tokenizer
+from recover.models.load import check_fit, load_any, load_tokenizer
 from recover.models.rope import row_positions
-from recover.probe.sources import load_any
 from recover.train.data import collator
 from recover.train.sources import Row, Sample, SampleRow, read_rows, samples_of
 from recover.train.teacher_file import Marks, TeacherRow, file_row, marks
@@ -62,7 +65,7 @@ def teacher(
     """
     refuse_input(out, (text,))
     rows, tokens = write_teacher(model, dtype, text, out, top=top, length=length, batch_size=batch_size)
-    console.say(f"wrote {out}: {tokens:,} positions of {rows:,} rows ({units.size(out.stat().st_size)})")
+    console.say(f"wrote {out}: {tokens:,} positions of {rows:,} rows ({console.size(out.stat().st_size)})")
 
 
 def write_teacher(
@@ -137,4 +140,29 @@ def _write(path: Path, rows: Iterator[tuple[TeacherRow, Marks]]) -> tuple[int, i
     return count, tokens
 
 
-COMMANDS = {teacher: EXAMPLES}
+GGUF_EXAMPLES = (
+    "recover gguf checkpoints/quickstart/deploy quickstart.gguf",
+    "recover gguf checkpoints/quickstart/deploy quickstart-f16.gguf --dtype float16",
+    "recover gguf checkpoints/quickstart/deploy quickstart-q8.gguf --dtype q8_0",
+)
+Deploy = Annotated[
+    Path, typer.Argument(metavar="DEPLOY", help="Folder of a checkpoint, such as checkpoints/quickstart/deploy.")
+]
+GgufOut = Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write; replaced when it is there.")]
+GgufDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="float32, float16, bfloat16, or quantized: q8_0, q5_1, q5_0, q4_1, q4_0; else that of the checkpoint.",
+        show_default=False,
+    ),
+]
+
+
+def gguf(deploy: Deploy, out: GgufOut, dtype: GgufDtype = None) -> None:
+    """Write an exported checkpoint as one GGUF file: llama.cpp, and what is built on it, runs and quantizes it."""
+    path = write_gguf(deploy, out, dtype)
+    console.say(f"wrote {path} ({console.size(path.stat().st_size)})")
+
+
+COMMANDS = {teacher: EXAMPLES, gguf: GGUF_EXAMPLES}
