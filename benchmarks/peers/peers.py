@@ -1,6 +1,6 @@
 """Other tools and ours on the same work: same dense model, text, tokens, tasks and items; one table, whoever wins.
 
-    pip install trl optipfair bitsandbytes                      # the peers; a variant whose tool is missing fails alone
+    pip install trl optipfair                                   # the peers; a variant whose tool is missing fails alone
     python benchmarks/peers/peers.py recipes/quickstart.yaml --out checkpoints/peers --tokens 60_000     # CPU
     python benchmarks/peers/peers.py recipes/qwen2.5-coder-0.5b-drop2.yaml --out OUT --tokens 1_000_000 --jobs 3 \\
         --truth benchmarks/coder/data/truth --seconds 560
@@ -10,7 +10,7 @@ A variant is CUT[+RECOVERY[+truth][+xRATE]][+ROUNDING], as influence+sft, width+
 Cuts: cuts.py has the peers'; ours are kl (blocks), width (neurons by obs, rewritten by least squares), masks (Wanda,
 its zeros kept). Recoveries: recoveries.py has the peers'; kd is ours. truth: learnt from right answers (truth.py) and
 not from what the dense model writes. xRATE: so many times the rate. Rounding: q8_0, q5_1, q5_0, q4_1, q4_0 by our GGUF
-writer, nf4 by bitsandbytes; of the dense model it is what users compare a pruned one with.
+writer, nf4 as bitsandbytes does; of the dense model it is what users compare a pruned one with.
 
 The recipe, of kind depth, says model, how many blocks go, calibration, text and tasks. Cuts of neurons take about as
 many parameters as those blocks hold; zeros are half of the blocks' weights, and are stored. All figures are those of
@@ -90,6 +90,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=1_000_000, help="scored tokens of a recovery (%(default)s)")
     parser.add_argument("--truth", type=Path, help="folder of right answers, which truth.py wrote")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--micro", type=int, help="sequences that peers' trainers hold at once (default: a whole step)")
     parser.add_argument("--jobs", type=int, default=1, help="workers that share the machine (%(default)s)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="leave nothing running after this")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="recipe fields of every variant")

@@ -43,11 +43,17 @@ class Lesson:
     cfg: Train
     seed: int
     scratch: Path
+    micro: int | None = None  # sequences at once; None: all of a step
 
     @property
     def steps(self) -> int:
         """Optimizer steps."""
         return len(self.rows) // self.cfg.batch_size
+
+    @property
+    def at_once(self) -> int:
+        """Sequences of one pass."""
+        return min(self.micro or self.cfg.batch_size, self.cfg.batch_size)
 
     def settings(self) -> dict[str, Any]:
         """What trl's and transformers' trainers take alike."""
@@ -55,7 +61,8 @@ class Lesson:
         return {
             "output_dir": str(self.scratch),
             "max_steps": self.steps,
-            "per_device_train_batch_size": self.cfg.batch_size,
+            "per_device_train_batch_size": self.at_once,
+            "gradient_accumulation_steps": self.cfg.batch_size // self.at_once,
             "learning_rate": self.cfg.lr,
             "lr_scheduler_type": "cosine",
             "warmup_steps": round(self.cfg.warmup * self.steps),
@@ -134,7 +141,7 @@ def optipfair(lesson: Lesson) -> Any:
     rows: Any = lesson.rows
     batches = DataLoader(
         rows,
-        batch_size=lesson.cfg.batch_size,
+        batch_size=lesson.at_once,
         shuffle=True,
         generator=torch.Generator().manual_seed(lesson.seed),
         collate_fn=collate,
@@ -148,7 +155,7 @@ def optipfair(lesson: Lesson) -> Any:
             epochs=1,
             learning_rate=lesson.cfg.lr,
             warmup_ratio=lesson.cfg.warmup,
-            accumulation_steps=1,
+            accumulation_steps=lesson.cfg.batch_size // lesson.at_once,
             show_progress=False,
         )
 

@@ -51,6 +51,13 @@ KD = "kd"  # our recovery
 ROUNDED = (*QUANTIZED, "nf4")
 BLOCKS = ("kl", "influence", "hand")  # cuts that take whole blocks: each can be recovered in each way
 CALIBRATION = 128  # sequences of the text that peers choose on
+BLOCK = 64  # weights
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
 MORE = 4  # times the recipe's calibration, for what is rewritten by it
 
 
@@ -295,7 +302,8 @@ class Workbench:
         rate = parts.rate * RATES.get(parts.recovery or "", 1.0)
         cfg, rows = recipe_for(self.options, rate).train, self.rows(parts.text)
         student, dense = self.folder(parts.cut), self.folder(DENSE)
-        lesson = Lesson(student, dense, self.tokenizer, rows, cfg, self.recipe.seed, folder / "scratch")
+        scratch, micro = folder / "scratch", self.options.micro
+        lesson = Lesson(student, dense, self.tokenizer, rows, cfg, self.recipe.seed, scratch, micro)
         tokens = sum(len(ids) - 1 for ids in rows["input_ids"][:])
         return lesson, {"tokens": tokens, "steps": lesson.steps, "lr": cfg.lr}
 
@@ -331,16 +339,15 @@ class Workbench:
         return facts
 
     def rounded(self, parent: str, rounding: str, folder: Path) -> Row:
-        """To a GGUF file of ours, or by bitsandbytes as transformers' users load it."""
+        """To a GGUF file of ours, or to NF4."""
         source, started = self.checkpoint(parent), time.monotonic()
         if rounding in QUANTIZED:
             write_gguf(source, folder / "model.gguf", rounding)
             stored = stored_bytes(folder / "model.gguf")
         else:
-            model = four_bits(source)
-            model.save_pretrained(folder / "four-bits")
-            stored = stored_bytes(folder / "four-bits")
-            self.saved(as_it_computes(model, loaded(source)), folder)
+            model = loaded(source)
+            stored = four_bits(model)
+            self.saved(model, folder)
         return {"bytes": stored, "round_seconds": time.monotonic() - started}
 
     def saved(self, model: Any, folder: Path) -> None:
@@ -384,25 +391,31 @@ def load_model_config(folder: Path) -> Any:
     return AutoConfig.from_pretrained(folder)
 
 
-def four_bits(folder: Path) -> Any:
-    """The model as users of bitsandbytes load it: linear layers but the head in NF4, the rest as it is."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+@torch.no_grad()
+def four_bits(model: Any) -> int:
+    """Round linear layers but the head to NF4, in place, and say what is stored then (bytes).
 
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    As bitsandbytes does by default (arXiv 2305.14314, appendix E): of each 64 neighbouring weights the largest |w|, in
+    float32, and for each weight the nearest of 16 values between -1 and 1. A test holds it against that package, whose
+    own kernels for CPUs are wrong where a row is not made of whole blocks.
+    """
+    stored = sum(parameter.nbytes for parameter in model.parameters())
+    head = model.get_output_embeddings()
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear) and layer is not head:
+            weight = layer.weight
+            stored -= weight.nbytes - weight.numel() // 2 - 4 * (weight.numel() // BLOCK)
+            weight.copy_(rounded_to_nf4(weight))
+    return stored
 
 
-def as_it_computes(model: Any, stock: Any) -> Any:
-    """The stock model with the numbers that bitsandbytes multiplies by: its kernels for CPUs refuse some widths."""
-    from bitsandbytes.functional import dequantize_4bit  # pyright: ignore[reportMissingImports]  # a peer
-    from bitsandbytes.nn import Linear4bit  # pyright: ignore[reportMissingImports]
-
-    for name, layer in model.named_modules():
-        if isinstance(layer, Linear4bit):
-            weight: Any = layer.weight
-            plain: Any = stock.get_submodule(name)
-            plain.weight.data = dequantize_4bit(weight.data, weight.quant_state).to(plain.weight)
-    return stock
+def rounded_to_nf4(weight: torch.Tensor) -> torch.Tensor:
+    """The weights that are multiplied by; their number is a multiple of BLOCK."""
+    blocks = weight.float().reshape(-1, BLOCK)
+    largest = blocks.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    values = torch.tensor(NF4, device=weight.device)
+    nearest = torch.bucketize((blocks / largest).contiguous(), (values[1:] + values[:-1]) / 2)
+    return (values[nearest] * largest).reshape(weight.shape).to(weight.dtype)
 
 
 def stored_bytes(path: Path) -> int:
