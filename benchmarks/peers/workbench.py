@@ -107,41 +107,44 @@ def parent_of(name: str) -> str | None:
     return None if name == DENSE else parts.cut if parts.recovery else DENSE
 
 
+Key = tuple[str, bool]
+
+
 @dataclass(frozen=True)
 class Task:
-    """Text, or a variant that is made, and measured where its figures are asked for."""
+    """Text or a variant that is to be made; or a variant that is there, and is to be measured."""
 
     name: str
     measured: bool = False
 
     @property
-    def key(self) -> str:
-        return self.name
+    def key(self) -> Key:
+        return self.name, self.measured
 
     @property
-    def needs(self) -> set[str]:
+    def needs(self) -> set[Key]:
+        if self.measured:
+            return {(self.name, False)}
         if self.name in (TEXT, TRUTH):
-            return {DENSE}
+            return {(DENSE, False)}
         parts, parent = parts_of(self.name), parent_of(self.name)
         text = {parts.text} if parts.recovery and not parts.rounding else {TEXT} if self.name in PEERS else set()
-        return text | ({parent} if parent else set())
+        return {(name, False) for name in (parent, *sorted(text)) if name}
 
 
 def tasks_for(names: Sequence[str], done: set[str]) -> list[Task]:
-    """All work behind these variants, in an order in which it can be done; measured are those that are not `done`."""
-    found: dict[str, Task] = {}
+    """All work behind these variants but the `done`, each behind what it needs."""
+    found: dict[Key, Task] = {}
 
-    def add(name: str, *, measured: bool) -> None:
-        task = Task(name, measured)
+    def add(task: Task) -> None:
         for need in sorted(task.needs):
             if need not in found:
-                add(need, measured=False)
-        if name not in found or measured:
-            found[name] = task
+                add(Task(*need))
+        found[task.key] = task
 
     for name in names:
         if name not in done:
-            add(name, measured=True)
+            add(Task(name, measured=True))
     return list(found.values())
 
 
