@@ -90,7 +90,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=1_000_000, help="scored tokens of a recovery (%(default)s)")
     parser.add_argument("--truth", type=Path, help="folder of right answers, which truth.py wrote")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--micro", type=int, help="sequences that peers' trainers hold at once (default: a whole step)")
+    parser.add_argument(
+        "--micro", type=int, help="sequences that peers hold at once, half as many beside dense (default: a step)"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="workers that share the machine (%(default)s)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="leave nothing running after this")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="recipe fields of every variant")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,10 @@ class Lesson:
     def at_once(self) -> int:
         """Sequences of one pass."""
         return min(self.micro or self.cfg.batch_size, self.cfg.batch_size)
+
+    def halved(self) -> Lesson:
+        """Half as many at once, where that was limited: for trainers that hold several copies of two models' logits."""
+        return replace(self, micro=None if self.micro is None else max(1, self.at_once // 2))
 
     def settings(self) -> dict[str, Any]:
         """What trl's and transformers' trainers take alike."""
@@ -119,6 +123,7 @@ def gkd(lesson: Lesson, beta: float = 0.5) -> Any:
     """LoRA by trl's distillation from the dense model, merged as peft merges."""
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
+    lesson = lesson.halved()
     collate: Any = collator(lesson.tokenizer.pad_token_id, "all")
     trainer: Any = GKDTrainer(
         model=loaded(lesson.student),
@@ -137,6 +142,7 @@ def optipfair(lesson: Lesson) -> Any:
     """optipfair's distillation of all weights, held in float32."""
     from optipfair import distill_model  # pyright: ignore[reportMissingImports]  # a peer
 
+    lesson = lesson.halved()
     collate: Any = collator(lesson.tokenizer.pad_token_id, "all")
     rows: Any = lesson.rows
     batches = DataLoader(
