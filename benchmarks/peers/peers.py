@@ -117,6 +117,8 @@ def run_all(options: argparse.Namespace, results: Path) -> list[str]:
 
     crew = Crew(Workbench, options, tasks)
     crew.run(options.seconds, keep)
+    there = {row["variant"] for row in rows_of(results, options)}
+    print(f"not done: {' '.join(name for name in options.only if name not in there) or 'none'}", flush=True)
     return crew.failed
 
 
