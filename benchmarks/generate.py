@@ -39,7 +39,7 @@ from recover.base import console, dist, provenance
 from recover.base.console import quiet_libraries
 from recover.config import recipe
 from recover.measure.speed import spread, take_turns
-from recover.measure.task_file import load_task
+from recover.measure.tasks import load_task
 from recover.models.load import load_model, load_tokenizer, ready
 from recover.report import words
 from recover.text.decode import Writing

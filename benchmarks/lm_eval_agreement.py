@@ -18,9 +18,7 @@ from typing import Any
 from recover.base import console
 from recover.base.console import quiet_libraries
 from recover.config import recipe
-from recover.measure.harness import harness
-from recover.measure.task_file import load_task
-from recover.measure.tasks import measure
+from recover.measure.tasks import harness, load_task, measure
 from recover.models.load import load_model, load_tokenizer, ready
 from recover.models.plan import Plan
 from recover.models.twin import Twin

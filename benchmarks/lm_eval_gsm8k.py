@@ -23,8 +23,7 @@ from recover.base.console import quiet_libraries
 from recover.commands.measure import model_cfg
 from recover.config import recipe
 from recover.maths.score import extract, is_right
-from recover.measure.task_file import load_task
-from recover.measure.tasks import measure
+from recover.measure.tasks import load_task, measure
 from recover.models.load import load_model, load_tokenizer, ready
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"

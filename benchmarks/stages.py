@@ -53,6 +53,15 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 2,
         "vocab_size": 151_936,
     },
+    "7b": {
+        "hidden_size": 3584,
+        "intermediate_size": 18_944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152_064,
+        "tie_word_embeddings": False,
+    },
 }
 LINES = 8  # of waits shown for a stage
 
@@ -90,7 +99,7 @@ class Waits:
 
 def checkpoint(shape: str, folder: Path) -> Path:
     """A stock folder of random weights with the embedded model's tokenizer."""
-    sizes: dict[str, Any] = {**SHAPES[shape], "max_position_embeddings": 2048, "tie_word_embeddings": True}
+    sizes: dict[str, Any] = {"max_position_embeddings": 2048, "tie_word_embeddings": True, **SHAPES[shape]}
     config = AutoConfig.for_model("qwen2", **sizes, bos_token_id=None, eos_token_id=None)
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):

@@ -27,9 +27,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from recover.base import console, dist, provenance
 from recover.config import recipe
-from recover.measure.task_file import load_task
+from recover.measure.tasks import load_task
+from recover.models.attention import attend
 from recover.models.load import load_model, load_tokenizer, ready
-from recover.models.step_attention import attend
 from recover.report import words
 from recover.text import decode
 from recover.text.generate import generate

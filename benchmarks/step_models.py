@@ -22,11 +22,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 from recover.config.recipe import Lora, Loss
 from recover.distill.distiller import Distiller
 from recover.distill.graphs import GraphedPasses
+from recover.models.attention import PACKED_NAME, attending
 from recover.models.lean import LeanAttention, LeanMlp, LeanNorm
 from recover.models.masked_lora import lora_layers
-from recover.models.packed_attention import NAME
 from recover.models.plan import Plan
-from recover.models.step_attention import attending
 from recover.models.twin import Twin
 from recover.train.data import packer, with_scored
 
@@ -146,7 +145,7 @@ class Bench:
         tokens = len(batch["scored"][0])
 
         def plain(_ids_BT: Tensor) -> Tensor:
-            with attending(distiller.packs, NAME):
+            with attending(distiller.packs, PACKED_NAME):
                 return twin_model(**batch, distill=distiller)["loss"] / tokens
 
         def replayed(ids_BT: Tensor) -> Tensor:

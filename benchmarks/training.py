@@ -52,7 +52,7 @@ from recover.distill import distiller
 from recover.kernels import lora_linear
 from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.train import order
+from recover.train import data
 from recover.train import train as training
 from recover.train.checkpoints import STEPS
 from recover.train.data import build_dataset
@@ -62,7 +62,7 @@ COLUMNS = ("prompt", "completion")
 WAYS = {"kernel by kernel": 0, "CUDA graphs": training.LARGEST_GRAPHED}
 # CUDA graphs without one thing each: what it is worth. Rows by chance come in another order, so losses differ there.
 WITHOUT: dict[str, list[tuple[Any, str, Any]]] = {
-    "graphs, rows by chance": [(order, "evened", lambda rows, *_: list(rows))],
+    "graphs, rows by chance": [(data, "evened", lambda rows, *_: list(rows))],
     "graphs, casts one by one": [
         (distiller, "cast_together", lambda *_, **__: nullcontext()),
         (lora_linear, "_exact", lambda _scaling: False),

@@ -34,10 +34,11 @@ from trace_events import ON_GPU, events_of, gaps, longest, span
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from recover.config.recipe import Lora, Sampling
-from recover.models import step_attention
+from recover.kernels import fused
+from recover.models import attention as attention_module
 from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.text import decode, kv, stepping
+from recover.text import decode, stepping
 from recover.text.decode import Writing
 
 LOGIT_SPREAD = 5.5  # standard deviation of a logit
@@ -133,9 +134,10 @@ def by(means: set[str]) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(decode, "stepping", ready))
         if "attention" not in means:
-            for module in (kv, decode):
-                stack.enter_context(mock.patch.object(module, "fused", none))
-            stack.enter_context(mock.patch.object(step_attention, "_fits", lambda *_: False))
+            stack.enter_context(mock.patch.object(decode, "fused", none))
+            cache = SimpleNamespace(fits=none.fits, available=fused.available)  # for the rest of `stepping` as it is
+            stack.enter_context(mock.patch.object(stepping, "fused", cache))
+            stack.enter_context(mock.patch.object(attention_module, "_fits", lambda *_: False))
         if "draws" not in means:
             stack.enter_context(mock.patch.object(decode, "greedy", lambda z, *_: z.float().argmax(-1)))
             stack.enter_context(mock.patch.object(decode, "nucleus", _by_sorting))
@@ -306,7 +308,7 @@ def main() -> None:
 
 def attention(device: torch.device) -> None:
     """Microseconds of a call, by columns at once and warps, for the three shapes at 100 columns of 177."""
-    from recover.kernels import step_kernels
+    from recover.kernels import triton_kernels
 
     for name, (rows, heads, groups, size) in {
         "135m": (1024, 3, 3, 64),
@@ -324,13 +326,13 @@ def attention(device: torch.device) -> None:
         found = []
         for columns in (32, 64, 128):
             for warps in (1, 2, 4, 8):
-                with mock.patch.multiple(step_kernels, COLUMNS=columns, WARPS=warps):
+                with mock.patch.multiple(triton_kernels, COLUMNS=columns, WARPS=warps):
                     for _ in range(3):
-                        step_kernels.attend(query, keys, values, added, last, 0.1)
+                        triton_kernels.attend(query, keys, values, added, last, 0.1)
                     graph = torch.cuda.CUDAGraph()
                     with torch.cuda.graph(graph):
                         for _ in range(20):
-                            step_kernels.attend(query, keys, values, added, last, 0.1)
+                            triton_kernels.attend(query, keys, values, added, last, 0.1)
                     graph.replay()
                     start = now()
                     graph.replay()

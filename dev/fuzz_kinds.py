@@ -34,12 +34,12 @@ from recover.commands import report as reports
 from recover.config import recipe
 from recover.config.recipe import GivenText, Lora, Model, TeacherText, load_recipe
 from recover.export.gguf.write import write_gguf
-from recover.measure.task_file import load_task
-from recover.models.chat_template import check_template
+from recover.measure.tasks import load_task
 from recover.models.gguf_folder import check_head
 from recover.models.load import describe, load_model, load_tokenizer
 from recover.models.plan import MaskRecord, Plan, load_plan, save_plan
 from recover.models.source import check_weights, locate
+from recover.models.tokenizers import check_template
 from recover.models.twin import Twin
 from recover.prune.calibrate import read_texts
 from recover.run.directory import RunDirectory

@@ -21,9 +21,8 @@ from recover.base.artifacts import write_json
 from recover.base.console import quiet_libraries
 from recover.base.errors import ArtifactError, RecipeError, TrainingError
 from recover.base.journal import Journal
-from recover.config.auto import Facts, settled
-from recover.config.base import Config
-from recover.config.messages import explain
+from recover.config.base import Config, explain
+from recover.config.defaults import Facts, settled
 from recover.config.prune import Calibration, Depth, Experts, Magnitude, SparseGpt, Wanda, Width
 from recover.config.recipe import Measure, Model, Probe, Sampling, load_recipe
 from recover.config.train import Data, Train
@@ -34,21 +33,18 @@ from recover.export.write import write_checkpoint
 from recover.measure import tasks as tasks_of
 from recover.measure.tasks import Task, load_task
 from recover.models.arch import blocks_of
-from recover.models.held import Held
-from recover.models.load import check_fit, load_tokenizer, ready
+from recover.models.load import check_fit, load_any, load_tokenizer, ready
 from recover.models.plan import Plan
 from recover.models.source import stored_dtype
-from recover.models.twin import Twin
+from recover.models.twin import Held, Twin
 from recover.probe import probe as probing
 from recover.probe.records import Record
-from recover.probe.sources import load_any
 from recover.probe.views import Pair
 from recover.prune import registry
 from recover.prune.calibrate import calibration_batches
 from recover.report.collect import collect
-from recover.report.data import EpochProgress
-from recover.report.diagnosis import is_diagnosis, render_diagnosis
-from recover.report.render import render
+from recover.report.render import is_diagnosis, render, render_diagnosis
+from recover.report.run_files import EpochProgress
 from recover.run import stages
 from recover.run.context import answers
 from recover.run.directory import RunDirectory

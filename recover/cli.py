@@ -65,7 +65,7 @@ COMMANDS = {
         "Say which stages of a run are done, why one would be done again, the best epoch, and the headline figures.",
     ),
     "list": Listed(
-        "list",
+        "report",
         "List the runs of a folder, the newest first: what is done, and generation of dense, pruned and recovered.",
     ),
     "compare": Listed(
@@ -81,15 +81,15 @@ COMMANDS = {
         "Measure how far two checkpoints are apart: in three spaces, by layer, by step, in choices, as embedders.",
     ),
     "teacher": Listed(
-        "teacher",
+        "files",
         "Write the likeliest tokens a model gives each position of a text: for distilling where it is not at hand.",
     ),
     "gguf": Listed(
-        "gguf",
+        "files",
         "Write an exported checkpoint as one GGUF file: llama.cpp, and what is built on it, runs and quantizes it.",
     ),
     "families": Listed(
-        "families", "Say which model families are supported, by which methods, and for the others why they are not."
+        "doctor", "Say which model families are supported, by which methods, and for the others why they are not."
     ),
 }
 
@@ -122,7 +122,7 @@ class Lazy(TyperGroup):
 def command(name: str) -> Any:
     """The command of this name, from its module, with its examples at the end of its help page."""
     module: Any = says_errors(importlib.import_module)(f"recover.commands.{COMMANDS[name].module}")
-    function, lines = next(each for each in module.COMMANDS.items() if each[0].__name__ == name)
+    function, lines = next(each for each in module.COMMANDS.items() if each[0].__name__.rstrip("_") == name)
     lone = typer.Typer(rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
     lone.command(name, epilog=examples(*lines))(says_errors(function))
     return typer.main.get_command(lone)

@@ -10,14 +10,13 @@ import torch
 from recover.base import console
 from recover.config.recipe import Calibration, Sampling, SparseGpt, Wanda
 from recover.kernels.recording import end_recording_of_draws
+from recover.models.attention import attend
 from recover.models.plan import Plan
-from recover.models.step_attention import attend
 from recover.models.twin import Twin
 from recover.probe import trajectory
 from recover.probe.compare import Comparison, Rows
-from recover.probe.decoding import Stock
 from recover.probe.sublayers import transitions
-from recover.probe.trajectory import batches_of, greedy
+from recover.probe.trajectory import Stock, batches_of, greedy
 from recover.probe.views import Pair
 from recover.prune import registry
 from recover.text.decode import write

@@ -11,7 +11,7 @@ from tiny import tiny
 from recover.api import _facts
 from recover.base.artifacts import read_json
 from recover.base.errors import RecipeError
-from recover.config.auto import Facts, prior_rate, settled
+from recover.config.defaults import Facts, prior_rate, settled
 from recover.config.recipe import load_recipe
 from recover.config.train import AUTO, Train
 from recover.models.load import describe

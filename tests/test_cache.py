@@ -18,8 +18,6 @@ from twins import masked_twin
 from recover.base.artifacts import read_json, sha256
 from recover.base.errors import ArtifactError, RecipeError
 from recover.config.recipe import Cache, Lora, Loss, Train, load_recipe
-from recover.distill import cache as caching
-from recover.distill.cache import StateCache, about, row_key
 from recover.distill.distiller import DenseStates, Distiller, scored_rows
 from recover.kernels import fused
 from recover.models.load import describe
@@ -28,9 +26,10 @@ from recover.models.twin import Twin
 from recover.run import estimate, stage_work
 from recover.run.context import RunContext
 from recover.run.directory import RunDirectory
-from recover.train import caching as training
-from recover.train.caching import TrainingStates, text_rows, with_states
+from recover.train import state_cache
+from recover.train import state_cache as training
 from recover.train.data import packer
+from recover.train.state_cache import StateCache, TrainingStates, about, row_key, text_rows, with_states
 from recover.train.train import train
 
 WEIGHTS = Loss(kl=1.0, variance=0.3, ce=0.2)
@@ -260,7 +259,7 @@ def test_shards_are_checked_a_few_ahead_each_once_and_what_is_wrong_is_said_when
     for key in keys:
         cache.write({key: torch.full((2, 3), float(key[0]))})
     hashed = []
-    monkeypatch.setattr(caching, "sha256", lambda path: hashed.append(path) or sha256(path))
+    monkeypatch.setattr(state_cache, "sha256", lambda path: hashed.append(path) or sha256(path))
     order = keys[::-1]
     cache.expect(order)
     paths = [cache.where[key][0] for key in order]
@@ -270,7 +269,7 @@ def test_shards_are_checked_a_few_ahead_each_once_and_what_is_wrong_is_said_when
     for number, key in enumerate(order[:6]):
         assert torch.equal(cache.read([key])[0], torch.full((2, 3), float(key[0])))
         cache._checker.submit(int).result()  # what was asked for by now is done
-        assert hashed == paths[: number + 1 + caching.CHECKED_AHEAD]
+        assert hashed == paths[: number + 1 + state_cache.CHECKED_AHEAD]
     with pytest.raises(ArtifactError, match="damaged"):
         cache.read([order[6]])
 
@@ -319,7 +318,7 @@ def test_pruning_and_adapters_change_no_dense_state_but_other_libraries_may(monk
     twins = [depth_twin("after_cut"), depth_twin("all", seed=8), Twin(tiny(), Plan.none(6)), masked_twin(tiny())]
     first, *others = (about(twin) for twin in twins)
     assert others == [first] * 3
-    monkeypatch.setattr(caching.transformers, "__version__", "9.9")
+    monkeypatch.setattr(state_cache.transformers, "__version__", "9.9")
     assert about(twins[0])["libraries"] != first["libraries"]
 
 

@@ -8,8 +8,8 @@ import pytest
 from gguf_checkpoint import words
 
 from recover.base.errors import DataError, ModelError
-from recover.models import chat_template
-from recover.models.chat_template import TooSlow, check_template, within
+from recover.models import tokenizers
+from recover.models.tokenizers import TooSlow, check_template, within
 from recover.text.prompts import prompt_text
 
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -29,7 +29,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_a_template_without_bounds_is_refused(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "SECONDS", 0.5)
+    monkeypatch.setattr(tokenizers, "SECONDS", 0.5)
     tokenizer = words()
     tokenizer.chat_template, reason = REFUSED[what]
     limits = resource.getrlimit(resource.RLIMIT_AS)

@@ -12,7 +12,7 @@ from tiny import tiny
 import recover
 from recover.base.errors import PruneError
 from recover.prune.calibrate import calibration_batches
-from recover.prune.compensate import DAMPING, compensate
+from recover.prune.matrices import DAMPING, compensate
 
 
 def problem(out=5, units=8, size=1, tokens=64):
@@ -24,7 +24,7 @@ def problem(out=5, units=8, size=1, tokens=64):
 
 
 def damped(gram_II):
-    return (gram_II + DAMPING * gram_II.diagonal().mean() * torch.eye(len(gram_II))).double()
+    return (gram_II + DAMPING[0] * gram_II.diagonal().mean() * torch.eye(len(gram_II))).double()
 
 
 def columns(kept, size):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import recover
-from recover.base import artifacts, console, provenance, units
+from recover.base import artifacts, console, provenance
 from recover.base.errors import PruneError
 from recover.report import words
 from recover.run.stage_work import _plan_rows
@@ -92,7 +92,7 @@ def test_text_comes_out_as_it_went_in(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_durations_are_said_as_people_do() -> None:
-    assert [units.duration(seconds) for seconds in (0.44, 12.4, 59.7, 200, 7500)] == [
+    assert [console.duration(seconds) for seconds in (0.44, 12.4, 59.7, 200, 7500)] == [
         "0.4 s", "12 s", "1 min 0 s", "3 min 20 s", "2 h 5 min",
     ]  # fmt: skip
 
@@ -100,7 +100,7 @@ def test_durations_are_said_as_people_do() -> None:
 def test_plan_and_report_say_the_same_of_one_file() -> None:
     sizes = {0: "0 B", 950: "950 B", 999_600: "1 MB", 84_400_000: "84.4 MB", 3_087_467_144: "3.09 GB", 2e12: "2 TB"}
     for size, said in sizes.items():
-        assert units.size(size) == words.size(size) == said
+        assert console.size(size) == words.size(size) == said
     figures = dict.fromkeys(("cache_bytes", "search_passes", "search_seconds", "teacher_tokens", "training_seconds"), 0)
     figures |= dict.fromkeys(("parameters_dense", "parameters_pruned", "memory_bytes_per_process"), 0)
     figures |= dict.fromkeys(("active_dense", "active_pruned"), 0)

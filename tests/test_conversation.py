@@ -5,8 +5,7 @@ from byte_tokenizer import byte_tokenizer
 
 from recover.base.errors import DataError
 from recover.config.recipe import GivenText
-from recover.text.conversation import EmptyMessage, left_out, read_messages, rendered
-from recover.text.prompts import encode_prompt, prompt_text
+from recover.text.prompts import EmptyMessage, encode_prompt, left_out, prompt_text, read_messages, rendered
 from recover.text.read import Row
 from recover.train.sources import samples_of
 

@@ -16,8 +16,7 @@ from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.text.read import Row
 from recover.train import written_text
-from recover.train.data import build_dataset, collator, training_order
-from recover.train.order import TOLERANCE, evened
+from recover.train.data import TOLERANCE, build_dataset, collator, evened, training_order
 from recover.train.sources import read_rows, samples_of
 
 CHATML = (

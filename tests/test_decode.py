@@ -11,7 +11,7 @@ from recover.config import recipe
 from recover.kernels import recording
 from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.text import decode, kv
+from recover.text import decode, stepping
 from recover.text.decode import Writing, write
 from recover.text.generate import plain
 
@@ -39,7 +39,7 @@ def texts(writer, model, prompts_ids, **how):
 def test_slots_write_the_ids_of_plain_generate(family):
     model, asked = tiny(family), prompts(11)
     expected = texts(plain, model, asked, limit=10, rows=11)
-    assert kv.fits(model)
+    assert stepping.fits(model)
     for rows in (1, 3, 11):
         assert texts(write, model, asked, limit=10, rows=rows) == expected
 
@@ -89,16 +89,16 @@ def test_slots_with_eager_attention():
     model, asked = tiny("gemma2"), prompts(6)
     expected = texts(plain, model, asked, limit=6, rows=6)
     model.set_attn_implementation("eager")
-    assert kv.fits(model) and texts(write, model, asked, limit=6, rows=4) == expected
+    assert stepping.fits(model) and texts(write, model, asked, limit=6, rows=4) == expected
 
 
 def test_attention_that_our_masks_do_not_serve_is_left_to_transformers():
     model = tiny()
     model.config._attn_implementation = "flash_attention_2"
-    assert not kv.fits(model)
+    assert not stepping.fits(model)
     model.config._attn_implementation = "sdpa"
     model.config.layer_types = ["full_attention", "linear_attention"]
-    assert not kv.fits(model)
+    assert not stepping.fits(model)
 
 
 class Replayed:
@@ -127,8 +127,10 @@ def test_steps_that_the_host_does_not_see_change_no_text(monkeypatch):
     monkeypatch.setattr(decode, "VISIBLE_STEP", 4)
     monkeypatch.setattr(decode, "steps_unseen", lambda device: 5)
     monkeypatch.setattr(decode, "refills", lambda device: True)
-    given_up, keep = [], kv.Slots.keep
-    monkeypatch.setattr(kv.Slots, "keep", lambda self, slot_G: (given_up.append(len(slot_G)), keep(self, slot_G))[1])
+    given_up, keep = [], stepping.Slots.keep
+    monkeypatch.setattr(
+        stepping.Slots, "keep", lambda self, slot_G: (given_up.append(len(slot_G)), keep(self, slot_G))[1]
+    )
     assert texts(write, model, asked, limit=12, rows=8) == expected
     assert Replayed.last.seen == set() and not given_up  # to record anew takes longer than what is left
     monkeypatch.setattr(decode, "RECORDING", 2)
@@ -187,6 +189,6 @@ def test_a_writers_cache_goes_with_it_and_does_not_wait_for_the_collector(monkey
     try:
         texts(write, model, asked, limit=4, rows=4)
         Replayed.last = None
-        assert not [thing for thing in gc.get_objects() if isinstance(thing, kv.Slots)]
+        assert not [thing for thing in gc.get_objects() if isinstance(thing, stepping.Slots)]
     finally:
         (gc.enable if before else gc.disable)()

@@ -21,9 +21,8 @@ from recover.models.plan import Plan, load_plan, save_plan
 from recover.models.site import Site, sites_of
 from recover.models.twin import Twin
 from recover.prune import registry
-from recover.prune.depth.depth import depth_cost, depth_warnings, share_gone, share_unstored
-from recover.prune.depth.repair import RIDGE
-from recover.prune.passes import residual_stream
+from recover.prune.depth.depth import RIDGE, depth_cost, depth_warnings, share_gone, share_unstored
+from recover.prune.stream import residual_stream
 
 CALIBRATION = Calibration(data="given", samples=5, length=24, batch_size=2)
 
@@ -399,13 +398,13 @@ def least_squares(model, sites, rows, kind, block: int) -> torch.Tensor:
 @pytest.mark.parametrize("family", ["llama", "granite"])
 @pytest.mark.parametrize("kind", ["rescale", "linear"])
 def test_a_repair_is_least_squares_behind_the_cut(family, kind, batches):
-    from recover.prune.depth import repair
+    from recover.prune.depth import depth
 
     model = tiny(family)
     sites = sorted(sites_of((3, 4)))
     fit, _ = fit_and_held_out(batches)
     twin = Twin(copy.deepcopy(model), Plan.none(6))
-    weights, errors = repair.fitted(twin, frozenset(sites), kind, [fit], {}, 6, 10)
+    weights, errors = depth.fitted(twin, frozenset(sites), kind, [fit], {}, 6, 10)
     expected = least_squares(copy.deepcopy(model), sites, fit, kind, block=2)
     assert list(weights) == ["model.layers.2.mlp.down_proj.weight"]
     torch.testing.assert_close(weights["model.layers.2.mlp.down_proj.weight"], expected, rtol=1e-3, atol=1e-5)

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from recover.cli import COMMANDS, command
-from recover.config.messages import field_paths
+from recover.config.base import field_paths
 from recover.config.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parent.parent

@@ -5,8 +5,7 @@ import torch
 from tiny import tiny
 
 from recover.config.recipe import Sampling
-from recover.text.decode import Writing, write
-from recover.text.drawing import drawn, greedy, keys, nucleus, waits
+from recover.text.decode import Writing, drawn, greedy, keys, nucleus, waits, write
 
 CPU = torch.device("cpu")
 

@@ -28,12 +28,12 @@ from recover.models.masked_lora import ExpertLora
 from recover.models.plan import Plan, load_plan, save_plan
 from recover.models.twin import Twin
 from recover.probe.records import record_of
-from recover.probe.routing import routing
+from recover.probe.sublayers import routing
 from recover.prune import registry
 from recover.prune.depth.depth import prune_depth
 from recover.prune.experts import experts_cost, prune_experts
 from recover.prune.sparsity import prune_magnitude, prune_wanda
-from recover.report import plan_text, tables
+from recover.report import tables, words
 from recover.run import stages
 from recover.train.checkpoints import read_adapter, write_adapter
 
@@ -450,8 +450,8 @@ def test_the_report_says_which_experts_went_and_who_does_the_work():
     assert work.rows == [("block 1", "25.0%", "4.0 of 4", "0", "50.0%", "2.0 of 3", "1")]
     assert [model for _, model in work.columns] == ["", *3 * ["dense"], *3 * ["pruned"]]
     assert (
-        plan_text.subject(plan) == "Removing 1 of 4 experts of every mixture"
-        and plan_text.short(plan) == "1 of 4 experts"
+        words.plan_subject(plan) == "Removing 1 of 4 experts of every mixture"
+        and words.plan_short(plan) == "1 of 4 experts"
     )
     nothing = {"plan": None, "drift": {"pruned": None, "recovered": None}}
     assert tables.removed(nothing) is None and tables.experts(nothing) is None

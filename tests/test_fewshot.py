@@ -13,8 +13,7 @@ from words import word_tokenizer
 from recover.base.errors import DataError, RecipeError
 from recover.config.recipe import Measure
 from recover.measure.kinds import generate as generating
-from recover.measure.task_file import load_task
-from recover.measure.tasks import measure
+from recover.measure.tasks import load_task, measure
 from recover.run.input_digests import digests
 from recover.text.generate import Generation
 

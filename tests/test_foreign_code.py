@@ -13,8 +13,8 @@ from recover.base.errors import ModelError
 from recover.cli import app
 from recover.config import recipe
 from recover.config.recipe import embedded, load_recipe
-from recover.models.foreign_code import check, code_named
 from recover.models.load import describe, load_model, load_tokenizer
+from recover.models.settings import check, code_named
 from recover.report.collect import collect
 from recover.run import stage_work
 from recover.run.context import RunContext

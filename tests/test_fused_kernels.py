@@ -228,13 +228,13 @@ def counted(monkeypatch):
     """Calls of each kernel from now on."""
     calls = dict.fromkeys(("rms_norm", "gated", "rotate", "gated_backward", "rms_norm_backward"), 0)
     for name in calls:
-        stock = getattr(fused._kernels(), name)
+        stock = getattr(fused.kernels(), name)
 
         def counting(*arguments, name=name, stock=stock, **options):
             calls[name] += 1
             return stock(*arguments, **options)
 
-        monkeypatch.setattr(fused._kernels(), name, counting)
+        monkeypatch.setattr(fused.kernels(), name, counting)
     return calls
 
 

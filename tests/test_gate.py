@@ -27,7 +27,7 @@ from recover.base.errors import ArtifactError, ModelError
 from recover.cli import app
 from recover.config import recipe
 from recover.export.gguf.write import write_gguf
-from recover.models import config_keys, gate, source
+from recover.models import gate, settings, source
 from recover.models.arch import ARCHS
 from recover.models.load import describe, load_model, load_tokenizer
 from recover.models.plan import Plan
@@ -194,9 +194,9 @@ def test_a_config_of_every_family_is_the_stock_one(model_type: str, tmp_path: Pa
     tiny(model_type).save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
     stock = transformers.AutoConfig.from_pretrained(tmp_path).to_dict()
-    found = config_keys.config_of(raw, str(tmp_path), tmp_path / "config.json")
+    found = settings.config_of(raw, str(tmp_path), tmp_path / "config.json")
     assert found.to_dict() == stock and type(found) is CONFIG_MAPPING[model_type]
-    assert set(raw) <= config_keys.allowed_of(model_type) | config_keys.SILENT | {"num_hidden_layers"}
+    assert set(raw) <= settings.allowed_of(model_type) | settings.SILENT | {"num_hidden_layers"}
 
 
 @pytest.mark.parametrize("model_type", ARCHS)
@@ -208,14 +208,14 @@ def test_what_a_familys_code_reads_of_its_config_is_allowed(model_type: str) -> 
     of_pictures = {"image_token_id", "mm_tokens_per_image", "text_config", "vision_config", "get_text_config"}
     parts = {kind for kind in CONFIG_MAPPING if kind.startswith(model_type.removesuffix("text").rstrip("_"))}
     if model_type.endswith("_text"):  # the file is also of the parts beside the text model
-        of_pictures |= {"audio_config", *(key for kind in parts for key in config_keys.allowed_of(kind))}
+        of_pictures |= {"audio_config", *(key for kind in parts for key in settings.allowed_of(kind))}
     computed = {name for name in read if isinstance(getattr(type(model.config), name, None), property)}
-    assert read - of_pictures - computed <= config_keys.allowed_of(model_type)
+    assert read - of_pictures - computed <= settings.allowed_of(model_type)
 
 
 def test_mistral_with_kinds_of_layers_is_what_transformers_takes_it_for(folder: Path) -> None:
     edit(folder / "config.json", model_type="mistral", layer_types=["full_attention"] * 12, sliding_window=64)
-    found = config_keys.config_of(json.loads((folder / "config.json").read_text()), "x", "x")
+    found = settings.config_of(json.loads((folder / "config.json").read_text()), "x", "x")
     assert found.model_type == "ministral"
 
 

@@ -23,8 +23,7 @@ from recover.base.errors import ModelError
 from recover.config import recipe
 from recover.export.gguf.write import write_gguf
 from recover.models import gguf_folder, source
-from recover.models.gguf_folder import TEXT
-from recover.models.gguf_settings import completed
+from recover.models.gguf_folder import TEXT, completed
 from recover.models.load import describe, load_model, load_tokenizer
 from recover.models.source import locate
 

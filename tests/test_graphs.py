@@ -18,9 +18,8 @@ from recover.config.recipe import Lora, Loss
 from recover.distill import distiller as distiller_module
 from recover.distill.distiller import Distiller
 from recover.distill.graphs import GraphedPasses
-from recover.models.packed_attention import NAME
+from recover.models.attention import PACKED_NAME, attending
 from recover.models.plan import Plan
-from recover.models.step_attention import attending
 from recover.models.twin import Twin
 from recover.train.data import packer, with_scored
 
@@ -49,7 +48,7 @@ def trained_of(twin: Twin) -> list[Any]:
 
 
 def launched(twin: Twin, distiller: Distiller, made: dict[str, Any], scale: torch.Tensor) -> torch.Tensor:
-    with attending(distiller.packs, NAME):
+    with attending(distiller.packs, PACKED_NAME):
         sums = twin.model(**made, distill=distiller)
         (sums["loss"] * scale).backward()
     return values(sums)

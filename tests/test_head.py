@@ -13,7 +13,7 @@ from recover.models.arch import head_of
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.probe.views import Lens, View
-from recover.prune.passes import final_hidden, row_sum
+from recover.prune.stream import final_hidden, row_sum
 
 FAMILIES = ("llama", "granite", "gemma2")  # plain, with a scale, with a softcap
 

@@ -8,11 +8,10 @@ from test_end_to_end import QUICKSTART
 from tiny import FAMILIES, ids, tiny
 
 from recover.config.recipe import Lora, load_recipe
-from recover.models import held, load
+from recover.models import load
 from recover.models.arch import blocks_of
-from recover.models.held import Held
 from recover.models.plan import Plan, load_plan, save_plan
-from recover.models.twin import Twin
+from recover.models.twin import Held, Twin, _sums
 from recover.run import context as benches
 from recover.run import stage_work
 from recover.run.context import RunContext
@@ -57,14 +56,14 @@ def test_weights_that_are_no_whole_number_of_eight_bytes_or_lie_across_them_coun
     shapes = {"odd": base[:7].clone(), "shifted": base[1:9], "turned": base.view(8, 5).T, "scalar": base[3]}
     for name, value in shapes.items():
         model.register_parameter(name, torch.nn.Parameter(value))
-    before = held._sums(model)
-    assert held._sums(model) == before
+    before = _sums(model)
+    assert _sums(model) == before
     for name in shapes:
         with torch.no_grad():
             flat = getattr(model, name)
             flat.view(-1)[-1:].add_(1) if flat.is_contiguous() else flat[-1, -1].add_(1)
-        assert held._sums(model)[name] != before[name], name
-        before = held._sums(model)
+        assert _sums(model)[name] != before[name], name
+        before = _sums(model)
 
 
 @pytest.fixture

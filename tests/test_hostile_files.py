@@ -20,8 +20,8 @@ from recover.config import recipe, yaml_values
 from recover.config.paths import matching
 from recover.config.recipe import Calibration, Model, TeacherText, load_recipe
 from recover.export import card
-from recover.measure.task_file import load_task
-from recover.models import vocabulary
+from recover.measure.tasks import load_task
+from recover.models import tokenizers
 from recover.models.load import describe, load_tokenizer
 from recover.models.source import check_weights, locate
 from recover.prune.calibrate import read_texts
@@ -92,7 +92,7 @@ def test_a_tokenizer_that_writes_without_end_is_refused_before_it_is_built(folde
 def test_the_parts_that_tokenizers_have_are_taken(folder: Path) -> None:
     parts = [{"type": "NFKC"}, {"type": "Lowercase"}, replace({"Regex": " {2,}"}, "▁"), replace({"String": " "}, "▁")]
     tokenizer_with(folder, normalizer=sequence(*parts, {"type": "Prepend", "prepend": "▁"}))
-    vocabulary.check_parts(folder)
+    tokenizers.check_parts(folder)
 
 
 @pytest.mark.parametrize("pattern", [r"(a+)+$", r"(?:a|aa)+$", r"(\w+\s?)+$"])

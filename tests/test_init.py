@@ -266,7 +266,7 @@ def test_what_it_writes_passes_plan(here, wanted):
 
 
 def test_what_cannot_be_had_is_left_in_and_said(here, monkeypatch):
-    monkeypatch.setattr("recover.text.named.files_behind", lambda data, folder: [])
+    monkeypatch.setattr("recover.text.rows.files_behind", lambda data, folder: [])
     done = call("init", "embedded:fable-2m", "--for", "chat,math", "--drop", "2", "--out", "my.yaml")
     assert done.exit_code == 0, done.output
     text = (here / "my.yaml").read_text()

@@ -10,7 +10,7 @@ from tiny import tiny
 
 from recover.base.errors import DataError
 from recover.config.recipe import Calibration, DenseText, GivenText, Train
-from recover.measure.task_file import load_task
+from recover.measure.tasks import load_task
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.prune.calibrate import calibration_batches

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from test_trainer import at_step  # noqa: F401
 from tiny import tiny
 
-from recover.base.artifacts import read_json, read_jsonl
+from recover.base.artifacts import read_json, read_jsonl, write_json
 from recover.base.errors import DataError, StopRequested
 from recover.config.recipe import load_recipe
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.run import stages
+from recover.train import train as training
 from recover.train.data import build_dataset
 from recover.train.settings import all_ends
 from recover.train.train import train
@@ -174,6 +175,41 @@ def test_what_is_not_the_same_training_begins_anew(folder, why, changes):
     parts = read_json(folder / "train" / "training.json")["parts"]
     assert [part["tokens"] for part in parts] == [changes["tokens"]], why
     assert read_jsonl(folder / "train" / "steps.jsonl")[0]["step"] == 1
+
+
+def made_by_an_earlier_version(folder, monkeypatch, *unknown):
+    """A finished training, as by a version that knew none of the fields `unknown`, nor put a config on record."""
+    with monkeypatch.context() as then:
+        then.setattr(training, "NO_MATTER", {**training.NO_MATTER, **dict.fromkeys(unknown, True)})
+        go(folder, SHORT)
+    path = folder / "train" / "training.json"
+    record = read_json(path)
+    assert not {*unknown} & record["config"].keys()
+    return path, record
+
+
+def test_a_field_that_came_later_and_has_its_default_is_the_same_training(folder, monkeypatch, capsys):
+    _, record = made_by_an_earlier_version(folder, monkeypatch, "average", "weight_decay", "patience")
+    go(folder, LONG)
+    assert "the finished training of 700 tokens goes on to 1,500" in capsys.readouterr().out
+    made = read_json(folder / "train" / "training.json")
+    assert [part["tokens"] for part in made["parts"]] == [SHORT, LONG] and made["lineage"] == record["lineage"]
+    go(folder, 1600)
+    assert "the finished training of 1,500 tokens goes on to 1,600" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes", [{"average": 0.3}, {"weight_decay": 0.1}])
+def test_a_field_that_came_later_and_has_another_value_is_another_training(folder, monkeypatch, changes):
+    made_by_an_earlier_version(folder, monkeypatch, "average", "weight_decay", "patience")
+    go(folder, LONG, **changes)
+    assert [part["tokens"] for part in read_json(folder / "train" / "training.json")["parts"]] == [LONG]
+
+
+def test_a_training_without_its_config_on_record_is_known_by_its_fingerprint(folder, monkeypatch):
+    path, record = made_by_an_earlier_version(folder, monkeypatch)
+    write_json(path, {name: value for name, value in record.items() if name != "config"})
+    go(folder, LONG)
+    assert [part["tokens"] for part in read_json(path)["parts"]] == [SHORT, LONG]
 
 
 def test_without_its_last_checkpoint_it_says_so_and_begins_anew(folder, capsys):

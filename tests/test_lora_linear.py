@@ -14,8 +14,7 @@ from twins import fill_adapters, masked_twin
 from recover.config.recipe import Lora, Loss
 from recover.distill.distiller import Distiller
 from recover.kernels import lora_linear as lora_linear_module
-from recover.kernels.adapter_casts import cast_together, lowered
-from recover.kernels.lora_linear import lora_linear
+from recover.kernels.lora_linear import cast_together, lora_linear, lowered
 from recover.models import lean, masked_lora
 from recover.models.masked_lora import MaskedLora, SwitchedLora, lora_layers
 from recover.models.plan import Plan

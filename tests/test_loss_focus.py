@@ -15,8 +15,7 @@ from transformers import TrainerCallback
 from recover.base.errors import StopRequested
 from recover.config.recipe import Loss, Train
 from recover.distill.loss import distillation_loss
-from recover.distill.loss_terms import FOCUS, TOTAL, focused, loss_terms
-from recover.distill.loss_topk import topk_of
+from recover.distill.loss_terms import FOCUS, TOTAL, focused, loss_terms, topk_of
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.train.course import FOCUS_DECAY, Totals

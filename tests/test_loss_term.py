@@ -17,7 +17,7 @@ from recover.distill.loss import distillation_loss, with_others
 from recover.distill.loss_terms import FUSED, computed, loss_terms, rows
 from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.report.curve import curve
+from recover.report.training import curve
 from recover.train.train import train
 
 HELLINGER = LossTerm("hellinger", "Hellinger", "test_loss_term:hellinger", style="line dashed")

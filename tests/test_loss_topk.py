@@ -6,7 +6,7 @@ from test_loss import HEADS, N, V, states
 
 from recover.config.recipe import Loss
 from recover.distill.loss import distillation_loss
-from recover.distill.loss_topk import TopK, topk_of
+from recover.distill.loss_terms import TopK, topk_of
 
 
 def logits(h, head, bias=None, scale=1.0, softcap=None):

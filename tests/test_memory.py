@@ -13,7 +13,7 @@ from recover.models.load import describe
 from recover.models.plan import Plan
 from recover.models.site import sites_of
 from recover.models.twin import Twin
-from recover.prune.depth.repair import fitted
+from recover.prune.depth.depth import fitted
 from recover.prune.sparsity import prune_sparsegpt
 from recover.run.estimate import estimate
 

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from recover.models.modes import modules_below, plain_modes, set_training
+from recover.models.twin import modules_below, plain_modes, set_training
 
 
 def shared_tree() -> nn.Sequential:

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from recover.base import hub
 from recover.base.artifacts import sha256
 from recover.base.errors import DataError, RecipeError
 from recover.cli import app
@@ -20,11 +21,11 @@ from recover.commands import measure
 from recover.config import named, yaml_values
 from recover.config.recipe import Calibration
 from recover.config.tasks import KINDS
-from recover.measure import task_file
-from recover.measure.task_file import load_task
+from recover.measure import tasks
+from recover.measure.tasks import load_task
 from recover.prune.calibrate import read_texts
 from recover.run.input_digests import digests
-from recover.text import named as found
+from recover.text import rows as found
 from recover.text.rows import rows_of
 from recover.train.sources import read_prompts
 
@@ -66,9 +67,9 @@ def row_of(data: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("name", "number"), PAIRS)
 def test_every_source_of_every_named_task_makes_an_item(name, number, monkeypatch):
-    monkeypatch.setattr(task_file, "first_had", lambda sources, folder: sources[number])
-    monkeypatch.setattr(task_file, "rows_of", lambda data, *_, **__: [("here", row_of(data))])
-    monkeypatch.setattr(task_file, "shown_before", lambda file, path: lambda item: item)
+    monkeypatch.setattr(tasks, "first_had", lambda sources, folder: sources[number])
+    monkeypatch.setattr(tasks, "rows_of", lambda data, *_, **__: [("here", row_of(data))])
+    monkeypatch.setattr(tasks, "shown_before", lambda file, path: lambda item: item)
     task = load_task(name)
     (item,) = task.items
     assert task.name == name and task.file.license and task.kind in KINDS
@@ -84,8 +85,8 @@ def test_both_sources_of_a_task_ask_the_same(monkeypatch):
     for name in ("gsm8k", "humaneval", "humaneval_completion", "mbpp"):
         prompts = set()
         for number in (0, 1):
-            monkeypatch.setattr(task_file, "first_had", lambda sources, folder, number=number: sources[number])
-            monkeypatch.setattr(task_file, "rows_of", lambda data, *_, **__: [("here", row_of(data))])
+            monkeypatch.setattr(tasks, "first_had", lambda sources, folder, number=number: sources[number])
+            monkeypatch.setattr(tasks, "rows_of", lambda data, *_, **__: [("here", row_of(data))])
             prompts.add(load_task(name).items[0].prompt)
         assert len(prompts) == 1, name
 
@@ -285,12 +286,12 @@ def test_a_hub_is_reached_if_it_answers_anything(monkeypatch):
     server = HTTPServer(("127.0.0.1", 0), Answers)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    assert found.hub_unreached.__wrapped__() is None
+    assert hub.unreached.__wrapped__() is None
     server.shutdown()
     server.server_close()
-    assert "refused" in found.hub_unreached.__wrapped__()
+    assert "refused" in hub.unreached.__wrapped__()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert found.hub_unreached.__wrapped__() == "HF_HUB_OFFLINE is set"
+    assert hub.unreached.__wrapped__() == "HF_HUB_OFFLINE is set"
 
 
 def test_a_data_set_of_the_hub_is_asked_for_at_its_commit(monkeypatch, tmp_path):
@@ -312,7 +313,7 @@ def test_a_data_set_of_the_hub_is_asked_for_at_its_commit(monkeypatch, tmp_path)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(datasets, "load_dataset_builder", builder)
-    monkeypatch.setattr(found, "hub_unreached", lambda: None)
+    monkeypatch.setattr(hub, "unreached", lambda: None)
     monkeypatch.setattr(found, "places_of", lambda module: [])
     monkeypatch.setattr(found, "files_behind", lambda data, folder: [])
     assert load_task("gsm8k").items[0].prompt == "1 + 1?"

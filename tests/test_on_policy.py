@@ -21,12 +21,10 @@ from recover.base.errors import DataError, StopRequested
 from recover.config.recipe import PrunedText
 from recover.maths.collapse import loop
 from recover.train import course, trainer
-from recover.train.data import build_dataset, collator
-from recover.train.on_policy import cut_to, without_loop
-from recover.train.order import training_order
+from recover.train.data import build_dataset, collator, training_order
 from recover.train.sources import Sample
 from recover.train.trainer import RecoverTrainer
-from recover.train.written_text import answered
+from recover.train.written_text import answered, cut_to, without_loop
 
 __all__ = ["at_step", "folder"]  # fixtures
 

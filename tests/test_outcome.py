@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from report_run import build_run
 
+from recover.report import verdict
 from recover.report.collect import collect
-from recover.run import summary as outcome
 
 
 def writes(**fields: Any) -> dict[str, Any]:
@@ -33,20 +33,20 @@ def chooses(accuracy: float, chance: float | None) -> dict[str, Any]:
     ],
 )
 def test_a_task_that_can_show_nothing_is_told(record: dict[str, Any], said: str | None) -> None:
-    lines = list(outcome.blind(record))
+    lines = list(verdict.blind(record))
     assert len(lines) == (said is not None) and (said or "") in "".join(lines)
 
 
 def test_figures_are_worded_as_in_the_report() -> None:
     headline = {"generation": 0.055, "choice": 0.93, "retrieval": None, "perplexity": 2.0461}
-    assert outcome.figures(headline) == "generation 5.5%, choice 93.0%, perplexity 2.046"
+    assert verdict.headline_line(headline) == "generation 5.5%, choice 93.0%, perplexity 2.046"
 
 
 def test_a_run_ends_with_its_figures_verdict_and_places(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = build_run(tmp_path)
     (run / "deploy").mkdir(exist_ok=True)
     data = collect(run)
-    outcome.say(data, run)
+    verdict.print_end(data, run)
     text = capsys.readouterr().out
     rows = {line.split()[0]: line for line in text.splitlines() if line.strip()}
     for model in ("dense", "pruned", "recovered"):

@@ -12,7 +12,7 @@ from test_end_to_end import QUICKSTART, SMALL
 
 from recover.base.artifacts import read_json
 from recover.config.recipe import load_recipe
-from recover.measure.task_file import load_task
+from recover.measure.tasks import load_task
 from recover.report.collect import collect
 from recover.report.render import render
 from recover.run import stages

@@ -13,11 +13,10 @@ from twins import fill_adapters, masked_twin
 
 from recover.config.recipe import Lora, Loss
 from recover.distill.distiller import Distiller, scored_rows, scored_tokens
-from recover.models.packed_attention import Packing, packing_configs
+from recover.models.attention import Packing, packing_configs
 from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.train.data import collator, packer, with_scored
-from recover.train.order import MULTIPLE, RECORDING, filled, row_sizes
+from recover.train.data import MULTIPLE, RECORDING, collator, filled, packer, row_sizes, with_scored
 
 # A softcap; blocks that do not hand on where sequences begin; sinks; blocks with a state, which would go from one to
 # the next.
@@ -102,12 +101,11 @@ def test_a_row_alone_is_stock():
     """Half precision too, where the packed row on a CPU takes the same kernels."""
     model = tiny("qwen3").to(torch.bfloat16)
     packed = packer(0, "all", 30)(rows((30,)))
-    from recover.models.packed_attention import NAME
-    from recover.models.step_attention import attending
+    from recover.models.attention import PACKED_NAME, attending
 
     with torch.no_grad():
         expected = model(input_ids=packed["input_ids"]).logits
-        with attending(packing_configs(model), NAME):
+        with attending(packing_configs(model), PACKED_NAME):
             found = model(input_ids=packed["input_ids"], **Packing(*packed["packing"]).keywords()).logits
     assert torch.equal(found, expected)
 

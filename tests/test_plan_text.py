@@ -2,7 +2,7 @@
 
 import pytest
 
-from recover.report import plan_text
+from recover.report import words
 from recover.report.figures.plan import pruned
 
 SUBLAYERS = {
@@ -37,8 +37,8 @@ WIDTH = {
     ],
 )
 def test_words(plan, subject, sites):
-    assert plan_text.subject(plan) == subject
-    assert plan is None or plan_text.sites(plan) == sites
+    assert words.plan_subject(plan) == subject
+    assert plan is None or words.plan_sites(plan) == sites
 
 
 def test_each_half_of_a_block_is_shown_by_itself():
@@ -65,9 +65,9 @@ def test_each_half_of_a_block_is_shown_by_itself():
 
 def test_a_repair_is_said_with_what_it_brought():
     kept = {"kind": "linear", "kept": True, "kl_before": 0.341, "kl_after": 0.217}
-    assert plan_text.repair({"repair": kept}) == "linear, KL 0.341 → 0.217 on held-out text, before training"
-    assert plan_text.repair({"repair": {**kept, "kept": False}}) == "linear was tried and left out"
-    assert plan_text.repair({"repair": {}}) == plan_text.repair({}) == ""
+    assert words.plan_repair({"repair": kept}) == "linear, KL 0.341 → 0.217 on held-out text, before training"
+    assert words.plan_repair({"repair": {**kept, "kept": False}}) == "linear was tried and left out"
+    assert words.plan_repair({"repair": {}}) == words.plan_repair({}) == ""
 
 
 def test_a_width_plan_is_said_in_words():

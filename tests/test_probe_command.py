@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 from recover.base.errors import DataError, ModelError, RecipeError
 from recover.commands import diagnose
 from recover.config import recipe
-from recover.models.load import load_model, load_tokenizer
+from recover.models.load import check_tokenizers, load_any, load_model, load_tokenizer
 from recover.probe.probe import probe
 from recover.probe.records import Final, Sublayer
-from recover.probe.sources import check_tokenizers, load_any, load_pair
+from recover.probe.views import load_pair
 
 FABLE = recipe.Model(source="embedded:fable-2m")
 

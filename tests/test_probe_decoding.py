@@ -15,11 +15,10 @@ from recover.config.recipe import Lora
 from recover.maths import divergence as spaces
 from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.probe import compare, decoding, trajectory
+from recover.probe import compare, trajectory
 from recover.probe.compare import Comparison, Finite, Rows, equal, to_host
-from recover.probe.decoding import Recorded, Stock
 from recover.probe.sublayers import transitions
-from recover.probe.trajectory import along, batches_of, greedy, rows_of, sampled
+from recover.probe.trajectory import Recorded, Stock, along, batches_of, greedy, rows_of, sampled
 from recover.probe.views import LENSES, Pair
 
 
@@ -45,8 +44,8 @@ class Replays:
 def recorded(monkeypatch) -> list[Replays]:
     """From here on texts are read as on a GPU, and each reader's recorder is in the list."""
     monkeypatch.setattr(Replays, "made", [])
-    monkeypatch.setattr(decoding, "_Recorder", Replays)
-    monkeypatch.setattr(decoding, "may_record", lambda model: True)
+    monkeypatch.setattr(trajectory, "_Recorder", Replays)
+    monkeypatch.setattr(trajectory, "may_record", lambda model: True)
     monkeypatch.setattr(trajectory, "steps_unseen", lambda device: 3)
     return Replays.made
 
@@ -101,11 +100,11 @@ def test_a_reader_is_closed_whatever_happens(monkeypatch):
 
 def test_a_cpu_and_a_model_of_another_kind_of_cache_are_read_as_anyone_reads_them(monkeypatch):
     model = endless()
-    assert type(decoding.reader_of(model, torch.empty, 1)) is Stock
+    assert type(trajectory.reader_of(model, torch.empty, 1)) is Stock
     recorded(monkeypatch)
-    assert type(decoding.reader_of(model, torch.empty, 1)) is Recorded
-    monkeypatch.setattr(decoding, "fits", lambda model: False)
-    assert type(decoding.reader_of(model, torch.empty, 1)) is Stock
+    assert type(trajectory.reader_of(model, torch.empty, 1)) is Recorded
+    monkeypatch.setattr(trajectory, "fits", lambda model: False)
+    assert type(trajectory.reader_of(model, torch.empty, 1)) is Stock
 
 
 class Waits(TorchDispatchMode):

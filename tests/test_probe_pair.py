@@ -31,9 +31,8 @@ from recover.base.errors import DataError, ModelError
 from recover.config import recipe
 from recover.maths import divergence as spaces
 from recover.probe import probe as probing
-from recover.probe.probe import findings, positions_of, probe, records_of, summary, texts
-from recover.probe.records import Block, Final, Identity, Sampled, Step, Sublayer
-from recover.probe.store import Store
+from recover.probe.probe import Store, findings, positions_of, probe, records_of, texts
+from recover.probe.records import Block, Final, Identity, Sampled, Step, Sublayer, summary
 from recover.probe.trajectory import batches_of, sampled
 from recover.probe.views import Lens, Pair, View
 

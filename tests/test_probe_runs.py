@@ -31,8 +31,8 @@ from recover.models.linears import MaskedLinear
 from recover.models.plan import MaskRecord, Plan
 from recover.models.twin import Twin
 from recover.probe import compare
-from recover.probe.probe import dense_trajectories, final_drift, probe, summary
-from recover.probe.records import Block, Final, record_of
+from recover.probe.probe import dense_trajectories, final_drift, probe
+from recover.probe.records import Block, Final, record_of, summary
 from recover.probe.trajectory import encode
 from recover.probe.views import Lens, Pair, View
 

@@ -14,9 +14,10 @@ from tiny import ids
 from recover.base.errors import DataError, ModelError
 from recover.measure.kinds.choice import margin
 from recover.probe import compare
-from recover.probe.choices import Asked, choice_drift
-from recover.probe.retrieval import (
+from recover.probe.tasks import (
+    Asked,
     Query,
+    choice_drift,
     gains_of,
     ndcg_of,
     rank_correlation,

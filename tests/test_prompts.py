@@ -12,14 +12,14 @@ from tokenizers import processors
 from recover.base.errors import DataError
 from recover.config.recipe import GivenText, Measure, PrunedText, load_recipe
 from recover.measure.tasks import load_task, measure
-from recover.models import chat_template
-from recover.probe import retrieval as probe_retrieval
+from recover.models import tokenizers
+from recover.probe import tasks as probe_retrieval
 from recover.probe.trajectory import encode
 from recover.probe.views import Pair
 from recover.run.context import RunContext
 from recover.run.directory import RunDirectory
-from recover.text import conversation, embed, likelihood
 from recover.text import generate as generation
+from recover.text import likelihood, prompts
 from recover.text.prompts import encode_prompt
 from recover.text.read import Row
 from recover.train.sources import samples_of
@@ -126,8 +126,8 @@ def test_options_of_a_choice_stand_behind_the_prompts_own_ids(tmp_path, monkeypa
 def test_a_template_that_loops_for_some_prompts_ends_everywhere(monkeypatch):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = LOOPS
-    chat_template.check_template(tokenizer, "folder")
-    monkeypatch.setattr(conversation, "SECONDS", 0.2)
+    tokenizers.check_template(tokenizer, "folder")
+    monkeypatch.setattr(prompts, "SECONDS", 0.2)
     with pytest.raises(DataError, match=r"cannot write the prompt 'forever'.*more than 0\.2 seconds"):
         encode_prompt(tokenizer, "forever")
     with pytest.raises(DataError, match=r"cannot write the prompt 'forever'.*more than 0\.2 seconds"):
@@ -147,12 +147,12 @@ def test_texts_to_embed_have_the_same_ids_in_a_measurement_and_in_a_probe(monkey
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
     texts, measured, probed, model = ["what is a cat", "an animal", "a stone"], [], [], tiny()
-    pooled, checked = embed._pooled, probe_retrieval.check_ids
-    monkeypatch.setattr(embed, "_pooled", lambda model, rows: (measured.extend(rows), pooled(model, rows))[1])
+    pooled, checked = likelihood._pooled, probe_retrieval.check_ids
+    monkeypatch.setattr(likelihood, "_pooled", lambda model, rows: (measured.extend(rows), pooled(model, rows))[1])
     monkeypatch.setattr(
         probe_retrieval, "check_ids", lambda ids, *a, **k: (probed.extend(ids), checked(ids, *a, **k))[1]
     )
-    embed.embeddings(model, tokenizer, texts, length=12, batch_size=3)
+    likelihood.embeddings(model, tokenizer, texts, length=12, batch_size=3)
     queries = [probe_retrieval.Query(texts[0], tuple(texts[1:]))]
     probe_retrieval.retrieval_drift(Pair.of_models(model, tiny()), tokenizer, queries, length=12)
     assert sorted(measured) == sorted(probed) and all(ids[0] == 1 and ids[-1] != 2 for ids in probed)

@@ -17,10 +17,9 @@ from transformers import AutoModelForImageTextToText
 from recover.base.errors import ModelError
 from recover.export.merge import merge
 from recover.models.arch import ARCHS
-from recover.models.load import describe, load_model
+from recover.models.load import describe, load_any, load_model
 from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.probe.sources import load_any
 
 WEIGHTS, SIZE, LARGEST = "model.safetensors", 32, 448.0  # SIZE: of a block with one scale
 

@@ -18,12 +18,12 @@ from recover.base.products import taken_apart
 from recover.commands.report import compare as compare_command
 from recover.config.tasks import KINDS
 from recover.measure.sandbox import UNCONFINED, WALLED
-from recover.report import drift, mistakes, tables, verdict, words
+from recover.report import drift, items, tables, verdict, words
 from recover.report.collect import CONSEQUENCES, collect, side_by_side
 from recover.report.compare import compare
 from recover.report.data import RunData
 from recover.report.exhibits import figures
-from recover.report.figures import outcome, svg
+from recover.report.figures import figure, outcome
 from recover.report.render import fence, render, table_cell
 
 EVERYTHING = (
@@ -348,7 +348,7 @@ def test_mistakes_are_counted_and_one_of_each_is_shown(run: Path) -> None:
     assert [row["loop_rate"] for row in data["epochs"]] == [0.2 / epoch for epoch in range(1, 7)]
     (rate,) = (row for row in data["measures"] if row["key"] == "loop_rate")
     assert (rate["dense"]["value"], rate["pruned"]["value"]) == (0.0, 131 / 200)
-    found = mistakes.table(data)
+    found = items.mistakes_table(data)
     assert found is not None and "does not parse" not in [name for name, _ in found.columns]
     assert found.rows[1] == ("sums", "pruned", "200", "26", "131", "25", "6", "12", "65.5%", "12")
     render(run, data)
@@ -439,7 +439,7 @@ def test_wording(shown: str, expected: str) -> None:
 
 def test_log_scale_holds_zero_and_every_value() -> None:
     values = [0.0, 3e-12, 2e-4, 0.7]
-    scale = svg.Log.around(values, 200.0, 10.0)
+    scale = figure.Log.around(values, 200.0, 10.0)
     assert scale.zero and scale(0.0) == scale(3e-12) == 200.0
     places = [scale(value) for value in values]
     assert places == sorted(places, reverse=True) and min(places) >= 10.0
@@ -448,7 +448,7 @@ def test_log_scale_holds_zero_and_every_value() -> None:
 
 @pytest.mark.parametrize(("lo", "hi"), [(0.0, 1.0), (0.0, 47.0), (0.0, 0.07), (-0.5, 15.5), (3.0, 3.0)])
 def test_linear_ticks_are_few_round_and_inside(lo: float, hi: float) -> None:
-    ticks = svg.Linear(lo, hi, 0.0, 100.0).ticks(5)
+    ticks = figure.Linear(lo, hi, 0.0, 100.0).ticks(5)
     assert len(ticks) <= 6 and all(lo - 1e-9 <= tick <= hi + 1e-9 for tick in ticks)
 
 

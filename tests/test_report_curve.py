@@ -19,11 +19,10 @@ from report_steps import steps
 from recover.base.errors import ArtifactError
 from recover.report.collect import collect
 from recover.report.compare import compare
-from recover.report.curve import POINTS, WINDOW, curve
 from recover.report.exhibits import figures
 from recover.report.figures.compare import losses
 from recover.report.render import render
-from recover.report.training_text import learnt
+from recover.report.training import POINTS, WINDOW, curve, learnt
 
 RECIPE = {"train": {"loss": {"kl": 1.0, "variance": 0.5}}}
 

@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 from recover.base.artifacts import read_json, read_jsonl, write_json, write_jsonl
 from recover.cli import app
-from recover.maths.paired import mcnemar
+from recover.maths.score import mcnemar
 from recover.report.collect import collect
 from recover.report.compare import as_csv, as_latex, compare, paper_table, render_compare
+from recover.report.exhibits import key_findings
 from recover.report.items import MOST
-from recover.report.key_findings import key_findings
 from recover.report.render import render
 
 ITEMS = 200

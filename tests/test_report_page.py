@@ -20,12 +20,9 @@ from recover.commands.report import report
 from recover.report import words
 from recover.report.collect import collect
 from recover.report.compare import compare, ranking, render_compare
-from recover.report.diagnosis import render_diagnosis
 from recover.report.exhibits import EXHIBITS, Exhibit, figures, made
-from recover.report.figures.figure import Figure
-from recover.report.figures.panel import Axis, Columns, Dots, Panel, linear, row_of
-from recover.report.figures.svg import Canvas
-from recover.report.render import render
+from recover.report.figures.figure import Axis, Canvas, Columns, Dots, Figure, Panel, linear, row_of
+from recover.report.render import render, render_diagnosis
 
 
 @pytest.fixture(scope="module")

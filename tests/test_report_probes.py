@@ -13,14 +13,12 @@ from report_probes import BLOCKS, kl_of, probed, write_diagnosis
 from report_run import build_run
 
 from recover.base.errors import ArtifactError
-from recover.report import training_text, words
+from recover.report import training, words
 from recover.report.collect import collect
-from recover.report.diagnosis import is_diagnosis, render_diagnosis
-from recover.report.exhibits import figures, shown_tables
+from recover.report.exhibits import figures, half_parted, key_findings, shown_tables
+from recover.report.figures import figure
 from recover.report.figures import plan as figures_plan
-from recover.report.figures import svg
-from recover.report.key_findings import half_parted, key_findings
-from recover.report.render import render
+from recover.report.render import is_diagnosis, render, render_diagnosis
 
 NEWER = ("sublayers", "writes", "sampled", "choices")
 
@@ -104,7 +102,7 @@ def test_skipped_steps_and_returns_are_said(tmp_path: Path, skipped: int, rollba
     record = {"skipped": skipped, "rollbacks": rollbacks, "findings": [finding] * skipped, "finished": True}
     (run / "train/training.json").write_text(json.dumps(record))
     data = collect(run)
-    notes = training_text.notes(data)
+    notes = training.notes(data)
     assert len(notes) == len(said) and all(part in note for part, note in zip(said, notes, strict=True))
     for path in render(run, data)[1:]:
         text = path.read_text(encoding="utf-8")
@@ -269,7 +267,7 @@ def test_labels_are_moved_apart_and_no_further() -> None:
     for _ in range(200):
         places = [draw.uniform(0, 100) for _ in range(draw.randint(1, 7))]
         gap = draw.uniform(1, 20)
-        found = svg.apart(places, gap)
+        found = figure.apart(places, gap)
         order = sorted(range(len(places)), key=lambda index: places[index])
         steps = [found[b] - found[a] for a, b in itertools.pairwise(order)]
         assert all(step >= gap - 1e-9 for step in steps)
@@ -281,4 +279,4 @@ def test_labels_are_moved_apart_and_no_further() -> None:
                 moved[index] = max(moved[index], moved[index - 1] + gap)
             other = sum((moved[rank] - places[index]) ** 2 for rank, index in enumerate(order))
             assert other >= cost - 1e-6
-    assert svg.apart([10.0, 50.0], 15) == [10.0, 50.0]
+    assert figure.apart([10.0, 50.0], 15) == [10.0, 50.0]

@@ -12,7 +12,7 @@ from recover.config.recipe import Measure
 from recover.maths.score import ndcg
 from recover.measure.kinds.retrieval import chance_ndcg
 from recover.measure.tasks import load_task, measure
-from recover.text.embed import embeddings
+from recover.text.likelihood import embeddings
 
 CFG = Measure(tasks=("x",), batch_size=3, sampling=None, samples=2)
 

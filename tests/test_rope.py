@@ -8,15 +8,14 @@ from tiny import ids, tiny
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from words import word_tokenizer
 
-from recover.commands.teacher import teacher_rows
+from recover.commands.files import teacher_rows
 from recover.config.recipe import Loss, Sampling
 from recover.distill.distiller import Distiller
 from recover.models.plan import Plan
 from recover.models.rope import by_rows, goes_by_length, read_anew_at, row_positions, text_lengths
 from recover.models.twin import Twin
-from recover.text.embed import embeddings
 from recover.text.generate import generate
-from recover.text.likelihood import Continuation, log_likelihoods, option_log_likelihoods
+from recover.text.likelihood import Continuation, embeddings, log_likelihoods, option_log_likelihoods
 from recover.train.data import collator, packer
 from recover.train.sources import Sample
 

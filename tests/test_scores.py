@@ -8,14 +8,8 @@ import pytest
 import torch
 
 from recover.base.errors import PruneError
-from recover.prune.scores import (
-    angular_distance,
-    block_influence,
-    keep_n_m,
-    keep_unstructured,
-    magnitude_score,
-    wanda_score,
-)
+from recover.prune.depth.scores import angular_distance, block_influence
+from recover.prune.matrices import keep_n_m, keep_unstructured, magnitude_score, wanda_score
 
 
 def lowest(scores: list[float], count: int) -> set[int]:

@@ -9,12 +9,11 @@ from report_run import build_run
 
 from recover.base.artifacts import read_jsonl
 from recover.config.recipe import load_recipe
-from recover.maths.paired import of_means, of_ratio
+from recover.maths.score import of_means, of_ratio
 from recover.report.collect import collect
 from recover.report.render import render
-from recover.report.setbacks import advice, sentence
+from recover.report.training import advice, setback_sentence, setbacks
 from recover.run import stages
-from recover.run.setbacks import setbacks
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 
@@ -127,7 +126,7 @@ def test_records_without_single_items_are_compared_with_nothing():
 
 def test_figures_are_said_with_the_interval_of_their_change():
     worse = epoch(generation=(20, 100), nats=3.2, kl=0.3)
-    lines = [sentence(each) for each in setbacks(worse, epoch(0), [])]
+    lines = [setback_sentence(each) for each in setbacks(worse, epoch(0), [])]
     assert lines == [
         "generation is worse than the pruned model's: 50.0%, now 20.0% (-30.0 points [-39.0, -21.0], 100 items)",
         "perplexity is worse than the pruned model's: 20, now 24.5 (+22.1% [+22.1%, +22.1%], 40 texts)",

@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
+from safetensors.torch import save_file
 
-from recover.base.artifacts import read_json
+from recover.base.artifacts import read_json, write_json, write_manifest
 from recover.config.recipe import GivenText
 from recover.train.checkpoints import Checkpoints
 from recover.train.sources import read_rows, samples_of
@@ -85,6 +88,74 @@ def test_a_checkpoint_that_is_not_whole_is_found(tmp_path):
     assert half_published(tmp_path) == []
     (tmp_path / "checkpoints/checkpoint-2/trained.safetensors").write_bytes(b"torn")
     assert len(half_published(tmp_path)) == 1
+
+
+def test_two_runs_are_held_against_each_other_number_by_number():
+    from whole import apart, leaves
+
+    assert apart({"a": [1.0, 2.0], "b": "x"}, {"a": [1.0, 2.5], "b": "x"}) == 0.2
+    assert apart({"kl": 2e-9}, {"kl": 1e-9}) == 0.5 and apart({"kl": 2e-9}, {"kl": 1e-9}, least=1e-3) == pytest.approx(
+        1e-6
+    )
+    assert apart({"a": 1}, {"b": 1}) == apart([1], [1, 2]) == apart("x", "y") == apart(None, 1.0) == math.inf
+    assert list(leaves({"b": ["x", "y"], "a": {"c": "z"}})) == ["z", "x", "y"]
+
+
+def test_what_is_torn_in_a_run_directory_is_found_and_what_is_being_written_is_not(tmp_path):
+    from whole_kills import half_published
+
+    folder = tmp_path / "train" / "epoch-1"
+    folder.mkdir(parents=True)
+    save_file({"a": torch.zeros(3)}, folder / "adapter_model.safetensors")
+    write_manifest(folder)
+    write_json(tmp_path / "dense" / "measure.json", {"generation": 1.0})
+    (tmp_path / ".deploy.7.writing").mkdir()
+    (tmp_path / ".deploy.7.writing" / "model.safetensors").write_bytes(b"torn")
+    assert half_published(tmp_path) == []
+    (tmp_path / "deploy").mkdir()
+    (tmp_path / "dense" / "measure.json").write_text('{"generation": ')
+    (folder / "adapter_model.safetensors").write_bytes(b"torn")
+    found = half_published(tmp_path)
+    assert [line.split(":")[0] for line in found] == [
+        "dense/measure.json",
+        "deploy",
+        "train/epoch-1",
+        "train/epoch-1/adapter_model.safetensors",
+    ]
+
+
+def test_a_process_dies_inside_the_function_that_was_named_at_the_call_that_was_named(tmp_path):
+    script = (
+        "import sys, time, types, pathlib, watched\n"
+        "made = types.ModuleType('made')\n"
+        "made.work = lambda number: (print(number, flush=True), time.sleep(5 * number))\n"
+        "sys.modules['made'] = made\n"
+        "watched.PLACES = {'here': ('made', 'work', 1, 0.05)}\n"
+        "watched.kill_inside('here', pathlib.Path(sys.argv[1]))\n"
+        "made.work(0); made.work(1); print('alive', flush=True)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{FOLDER}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-c", script, str(tmp_path / "note.json")]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == -signal.SIGKILL and done.stdout == "0\n1\n", done.stderr
+    note = read_json(tmp_path / "note.json")
+    assert note["inside"] and note["innermost"] == "<lambda>"
+
+
+def test_rates_are_shares_of_what_as_many_single_gpus_do():
+    from turns import order, table
+
+    def row(launch, what, processes, rate):
+        more = {"seconds": 0.5, "before_bytes": 0, "peak_bytes": [2e9] * processes, "losses": [1.5]}
+        return {"row": f"{launch}, {what}", "what": what, "processes": processes, "tokens_per_second": rate, **more}
+
+    rows = [row("one GPU", "0.5B", 1, 100.0), row("one GPU", "0.5B+kernels", 1, 80.0)]
+    rows.append(row("2 x gpu", "0.5B+shards", 2, 152.0))
+    rows.append({"row": "2 x zero3, 7B", "what": "7B", "error": "out of memory"})
+    *_, shards, failed = table(rows)
+    assert shards == "| 2 x gpu, 0.5B+shards | 152 | 1.52 | 76.0% | 95.0% | 500 | 2.0, 2.0 | 1.5 |"
+    assert failed.startswith("| 2 x zero3, 7B | 'out of memory' |") and failed.count("|") == shards.count("|")
+    assert order(["zero2", "zero3", "gpu"]) == ["gpu", "zero3", "zero2"]
 
 
 @pytest.mark.slow

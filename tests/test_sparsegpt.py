@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from recover.base.errors import PruneError
-from recover.prune import sparsegpt
-from recover.prune.scores import keep_highest
+from recover.prune import matrices
+from recover.prune.matrices import keep_highest
 
 
 def by_columns(weight_OI, hessian_II, gone_OI):
@@ -23,7 +23,7 @@ def by_columns(weight_OI, hessian_II, gone_OI):
 
 
 def problem(rows: int = 6, columns: int = 24, tokens: int = 200, seed: int = 0):
-    """A weight, correlated inputs, and the damped Hessian behind `inverse_factor`."""
+    """A weight, correlated inputs, and the damped Hessian behind `damped_inverse`."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
     x_NI = torch.randn(tokens, columns, generator=generator) @ mix
@@ -41,8 +41,8 @@ def test_with_a_given_mask_it_is_the_formula_column_by_column(group, step):
     weight_OI, _, hessian_II, damped_II = problem()
     gone_OI = torch.rand(weight_OI.shape, generator=torch.Generator().manual_seed(1)) < 0.5
     found_IO = weight_OI.T.contiguous()
-    factor_II = sparsegpt.inverse_factor(hessian_II, "here")
-    keep_IO = sparsegpt.rewrite(found_IO, factor_II, given(gone_OI), group=group, step=step)
+    factor_II = matrices.damped_inverse(hessian_II, "here", factor=True)
+    keep_IO = matrices.rewrite(found_IO, factor_II, given(gone_OI), group=group, step=step)
     assert torch.equal(keep_IO.T, ~gone_OI)
     torch.testing.assert_close(found_IO.T.double(), by_columns(weight_OI, damped_II, gone_OI), rtol=1e-3, atol=1e-4)
 
@@ -50,7 +50,9 @@ def test_with_a_given_mask_it_is_the_formula_column_by_column(group, step):
 def test_the_factor_is_the_cholesky_of_the_inverse():
     _, _, hessian_II, damped_II = problem()
     expected = torch.linalg.cholesky(torch.linalg.inv(damped_II.double()), upper=True)
-    torch.testing.assert_close(sparsegpt.inverse_factor(hessian_II, "here").double(), expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        matrices.damped_inverse(hessian_II, "here", factor=True).double(), expected, rtol=1e-3, atol=1e-5
+    )
 
 
 def surgeon(weight_OI, hessian_II, gone: int):
@@ -75,8 +77,8 @@ def test_its_error_lies_between_the_surgeons_and_wandas(seed):
         return float((x_NI.double() @ (pruned_OI.double() - weight_OI.double()).T).square().sum())
 
     found_IO = weight_OI.T.contiguous()
-    choose = sparsegpt.choose_share(0.5, 24, [len(weight_OI)])
-    keep_IO = sparsegpt.rewrite(found_IO, sparsegpt.inverse_factor(hessian_II, "h"), choose, group=8, step=8)
+    choose = matrices.choose_share(0.5, 24, [len(weight_OI)])
+    keep_IO = matrices.rewrite(found_IO, matrices.damped_inverse(hessian_II, "h", factor=True), choose, group=8, step=8)
     wanda = weight_OI * keep_highest(weight_OI.abs() * x_NI.norm(dim=0), 12)
     magnitude = weight_OI * keep_highest(weight_OI.abs(), 12)
     assert int((~keep_IO).sum()) == weight_OI.numel() // 2 and not found_IO[~keep_IO].any()
@@ -86,9 +88,9 @@ def test_its_error_lies_between_the_surgeons_and_wandas(seed):
 
 def test_exact_counts_in_every_layer_whatever_the_groups_and_ties():
     sizes, inputs, fraction = [3, 5], 10, 0.37
-    choose = sparsegpt.choose_share(fraction, inputs, sizes)
+    choose = matrices.choose_share(fraction, inputs, sizes)
     weight_IO = torch.ones(inputs, sum(sizes))
-    keep_IO = sparsegpt.rewrite(weight_IO, torch.eye(inputs), choose, group=4, step=4)
+    keep_IO = matrices.rewrite(weight_IO, torch.eye(inputs), choose, group=4, step=4)
     gone = [int((~keep).sum()) for keep in keep_IO.split(sizes, dim=1)]
     assert gone == [round(fraction * inputs * size) for size in sizes]
 
@@ -96,10 +98,10 @@ def test_exact_counts_in_every_layer_whatever_the_groups_and_ties():
 def test_a_hessian_that_cannot_be_inverted_gets_more_damping_said_aloud_or_is_refused(capsys):
     bad_II = torch.eye(4) * 10
     bad_II[0, 1] = bad_II[1, 0] = 10.3  # eigenvalue -0.3: 1% is too little, 10% is enough
-    factor_II = sparsegpt.inverse_factor(bad_II, "layer x")
+    factor_II = matrices.damped_inverse(bad_II, "layer x", factor=True)
     torch.testing.assert_close(factor_II.T @ factor_II @ (bad_II + torch.eye(4)), torch.eye(4), rtol=1e-4, atol=1e-4)
     assert "layer x: the Hessian with damping 0.01 cannot be inverted" in capsys.readouterr().err
     with pytest.raises(PruneError, match=r"layer x: the Hessian .* cannot be inverted, even with damping 1.0"):
-        sparsegpt.inverse_factor(-torch.eye(4) + 2 * torch.ones(4, 4).fill_diagonal_(1), "layer x")
+        matrices.damped_inverse(-torch.eye(4) + 2 * torch.ones(4, 4).fill_diagonal_(1), "layer x", factor=True)
     unseen_II = torch.zeros(3, 3)
-    assert sparsegpt.inverse_factor(unseen_II, "y").isfinite().all()
+    assert matrices.damped_inverse(unseen_II, "y", factor=True).isfinite().all()

@@ -20,7 +20,7 @@ from recover.models.arch import blocks_of, linears_of
 from recover.models.plan import MaskRecord, Plan, load_plan, save_plan
 from recover.models.twin import Twin
 from recover.prune import stream
-from recover.prune.scores import keep_n_m
+from recover.prune.matrices import keep_n_m
 from recover.prune.sparsity import fractions_by, owl_fractions, prune_magnitude, prune_sparsegpt, prune_wanda
 from recover.prune.stream import Stream, norms, squares
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from recover.measure import speed
 from recover.measure.speed import compare_speed, kv_bytes_per_token, paired_ratio, spread, take_turns
-from recover.report import collect, compare, render, speed_text
+from recover.report import collect, compare, render, words
 
 
 class Machine:
@@ -207,14 +207,14 @@ def record_with(interval, same_shapes=False):
     ],
 )
 def test_a_ratio_is_a_gain_only_if_its_interval_leaves_out_1(record, long, short):
-    assert speed_text.ratio(record, "decode_tokens_per_second") == long
-    assert speed_text.gain(record, "decode_tokens_per_second") == short
+    assert words.speed_ratio(record, "decode_tokens_per_second") == long
+    assert words.speed_gain(record, "decode_tokens_per_second") == short
 
 
 def test_speeds_without_turns_have_no_ratio():
     timed_apart = {side: {"decode_tokens_per_second": rate} for side, rate in (("dense", 377.0), ("deployed", 473.0))}
-    assert speed_text.value(timed_apart, "decode_tokens_per_second") is None
-    assert speed_text.rows(timed_apart)[0][-1] == "–" and speed_text.notes(timed_apart) == []
+    assert words.speed_value(timed_apart, "decode_tokens_per_second") is None
+    assert words.speed_rows(timed_apart)[0][-1] == "–" and words.speed_notes(timed_apart) == []
 
 
 @pytest.mark.parametrize("kind", ["depth", "wanda"])

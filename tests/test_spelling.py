@@ -13,8 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from recover.config import recipe
 from recover.export.merge import merge
-from recover.export.spelling import old_rope
-from recover.export.write import write_checkpoint
+from recover.export.write import old_rope, write_checkpoint
 from recover.models.load import load_tokenizer
 from recover.models.plan import Plan
 from recover.models.twin import Twin

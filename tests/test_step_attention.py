@@ -8,10 +8,10 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from recover.config import recipe
-from recover.models import kv_cache, step_attention
+from recover.models import attention, kv_cache
 from recover.models.arch import arch_of, blocks_of
+from recover.models.attention import NAME, attend, attending_by_step, configs_of
 from recover.models.plan import Plan
-from recover.models.step_attention import NAME, attend, attending_by_step, configs_of
 from recover.models.twin import Twin
 
 
@@ -50,7 +50,7 @@ def test_values_are_those_of_transformers(groups, kind, value_size, scaling):
 
 def test_what_is_more_than_a_step_is_left_to_transformers(monkeypatch):
     asked = []
-    monkeypatch.setattr(step_attention, "sdpa_attention_forward", lambda *_, **more: asked.append(more))
+    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *_, **more: asked.append(more))
     module, *tensors = heads(2)
     attend(module, *tensors, mask("added"), softcap=30.0)
     attend(module, *tensors, mask("added").expand(3, 4, 1, 7), scaling=0.5)  # another mask for each head

@@ -19,8 +19,7 @@ from recover.config import recipe
 from recover.kernels import fused
 from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.text.decode import write
-from recover.text.drawing import drawn, keys
+from recover.text.decode import drawn, keys, write
 from recover.text.generate import plain
 
 pytestmark = pytest.mark.skipif(
@@ -56,11 +55,11 @@ def test_attention_reads_up_to_a_rows_last_column(groups, columns, size, value, 
     exact = F.scaled_dot_product_attention(query.double(), keys_.double(), values.double(), hidden.double(), scale=0.2)
     keys_[behind[:, None].expand(-1, 2, -1)] = float("nan")  # never read
     values[behind[:, None].expand(-1, 2, -1)] = float("nan")
-    found = fused.step_kernels().attend(query, keys_, values, added, last, 0.2)
+    found = fused.kernels().attend(query, keys_, values, added, last, 0.2)
     torch.testing.assert_close(
         found.double(), exact, rtol=0, atol=(16 if dtype == torch.float32 else 4) * rounding(dtype)
     )
-    alone = fused.step_kernels().attend(query[1:2], keys_[1:2], values[1:2], added[1:2], last[1:2], 0.2)
+    alone = fused.kernels().attend(query[1:2], keys_[1:2], values[1:2], added[1:2], last[1:2], 0.2)
     assert torch.equal(alone, found[1:2])
 
 
@@ -68,8 +67,8 @@ def test_without_a_mask_and_from_parts_of_a_larger_tensor():
     query, keys_, values, last = attention_of(3, 50, 32, 32, torch.float32)
     wide = torch.cat([query, query], -1)[..., :32]
     long = [torch.cat([each, each], 2)[:, :, :50] for each in (keys_, values)]
-    found = fused.step_kernels().attend(wide, *long, None, last, 0.3)
-    torch.testing.assert_close(found, fused.step_kernels().attend(query, keys_, values, None, last, 0.3))
+    found = fused.kernels().attend(wide, *long, None, last, 0.3)
+    torch.testing.assert_close(found, fused.kernels().attend(query, keys_, values, None, last, 0.3))
     seen = torch.arange(50, device=DEVICE)[None] <= last[:, None]
     exact = F.scaled_dot_product_attention(query, keys_, values, seen[:, None, None], scale=0.3)
     torch.testing.assert_close(found, exact, atol=1e-5, rtol=1e-5)
@@ -84,7 +83,7 @@ def test_a_key_and_a_value_go_to_their_column_and_nowhere_else(sizes):
     expected = [each.clone() for each in held]
     for into, one in zip(expected, new, strict=True):
         into[torch.arange(rows, device=DEVICE), :, at] = one
-    fused.step_kernels().put(*new, *held, at)
+    fused.kernels().put(*new, *held, at)
     assert all(map(torch.equal, held, expected))
 
 
@@ -103,9 +102,9 @@ def test_draws_are_those_of_plain_torch(vocabulary, dtype, top_p):
     logits = normal(rows, vocabulary, dtype=dtype, size=3.0)
     key_B2, place_B = keys(7, range(rows), torch.device(DEVICE)), torch.arange(rows, device=DEVICE) * 3
     expected = drawn(logits, key_B2, place_B, 0.7, top_p)
-    found = fused.step_kernels().draw(logits, key_B2, place_B, 0.7, top_p)
+    found = fused.kernels().draw(logits, key_B2, place_B, 0.7, top_p)
     assert (found == expected).double().mean() >= 0.98  # ties, and where the nucleus ends, up to rounding
-    assert torch.equal(found[5:9], fused.step_kernels().draw(logits[5:9], key_B2[5:9], place_B[5:9], 0.7, top_p))
+    assert torch.equal(found[5:9], fused.kernels().draw(logits[5:9], key_B2[5:9], place_B[5:9], 0.7, top_p))
 
 
 # Sinks, and classes of transformers whose attention cannot be replaced.
@@ -116,8 +115,8 @@ STOCK_ATTENTION = ("granite_swa", "gpt_oss", "stablelm", "stablelm_parallel")
 def test_texts_are_those_of_plain_generate(monkeypatch, family):
     model, asked, calls = cast("Any", tiny(family)).to(DEVICE), prompts(5), []
     expected = texts(plain, model, asked, limit=6, rows=5)
-    attend = fused.step_kernels().attend
-    monkeypatch.setattr(fused.step_kernels(), "attend", lambda *each: (calls.append(1), attend(*each))[1])
+    attend = fused.kernels().attend
+    monkeypatch.setattr(fused.kernels(), "attend", lambda *each: (calls.append(1), attend(*each))[1])
     assert texts(write, model, asked, limit=6, rows=3) == expected
     capped = getattr(model.config, "attn_logit_softcapping", None)
     stock = capped is not None or family in STOCK_ATTENTION

@@ -14,7 +14,7 @@ from recover.base.artifacts import read_jsonl
 from recover.base.errors import StopRequested
 from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.report.curve import curve
+from recover.report.training import curve
 from recover.train.train import train
 from recover.train.trainer import RecoverTrainer
 

@@ -12,8 +12,8 @@ from words import word_tokenizer
 
 from recover.base.errors import DataError
 from recover.text import generate as generation
+from recover.text.decode import Stops, pieces
 from recover.text.generate import generate
-from recover.text.stops import Stops, pieces
 
 
 def pairs_tokenizer():
@@ -99,7 +99,7 @@ def test_a_string_that_the_table_does_not_see_cuts_ids_too(monkeypatch):
     whole = generate(model, tokenizer, ["a prompt"], max_new_tokens=24, batch_size=1)[0]
     assert len(whole.text) > 12
     common = whole.text[8:10]
-    monkeypatch.setattr("recover.text.stops.pieces", lambda tokenizer, vocabulary: [""] * vocabulary)
+    monkeypatch.setattr("recover.text.decode.pieces", lambda tokenizer, vocabulary: [""] * vocabulary)
     found = generate(model, tokenizer, ["a prompt"], max_new_tokens=24, batch_size=1, stop=[common])[0]
     assert found.ended and found.text == whole.text[: whole.text.index(common)]
     assert found.ids == whole.ids[: len(found.ids)] and len(found.ids) < len(whole.ids)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from recover import cli
 from recover.base import artifacts
 from recover.base.errors import ArtifactError
-from recover.base.ownership import begin_diagnosis, is_diagnosis
+from recover.base.products import begin_diagnosis, is_diagnosis
 from recover.config.recipe import dump_recipe, load_recipe
 from recover.export.write import write_checkpoint
 from recover.run.directory import RunDirectory

@@ -18,7 +18,7 @@ from recover.measure.kinds.code import program
 from recover.measure.kinds.generate import Question
 from recover.measure.kinds.retrieval import Search
 from recover.measure.sandbox import Program
-from recover.measure.task_file import load_task
+from recover.measure.tasks import load_task
 from recover.text.rows import filled
 
 CODE = {"kind": "code", "prompt": "{q}"}

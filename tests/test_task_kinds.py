@@ -16,11 +16,11 @@ from recover.commands import measure as measuring
 from recover.config.recipe import Measure
 from recover.config.tasks import KINDS, USES, Figure, TaskKind, headline_figures, register
 from recover.export.card import _table
-from recover.measure.kinds.work import Work, work_of
+from recover.measure.model import Work, work_of
 from recover.measure.tasks import load_task, measure
+from recover.report import verdict
 from recover.report.collect import collect
 from recover.report.render import render
-from recover.run import summary
 
 CFG = Measure(tasks=("x",), max_new_tokens=8, batch_size=4, sampling=None)
 ROWS = [{"q": f"w{number}"} for number in range(5, 9)]
@@ -45,7 +45,7 @@ def test_a_kind_from_outside_is_measured_and_told(tmp_path, toy, capsys):
     assert record["headline"] | {"stamina": None} == dict.fromkeys([*USES, "perplexity"])
     measuring.say({"model": "m", "dtype": "float32", **record})
     assert "long texts" in capsys.readouterr().out
-    assert summary.figures({"generation": None, "stamina": 0.5}) == "stamina 50.0%"
+    assert verdict.headline_line({"generation": None, "stamina": 0.5}) == "stamina 50.0%"
     assert "| stamina (long texts) | 50.0% | 25.0% |" in _table(
         {"dense": {"stamina": 0.5}, "pruned": {"stamina": 0.25}}
     )

@@ -16,8 +16,8 @@ from recover.base.errors import DataError, ModelError
 from recover.config.recipe import Measure, Sampling
 from recover.maths.score import extract, interval95, is_right, normal, pass_at, wilson95
 from recover.measure.kinds import generate as generating
+from recover.measure.kinds.generate import against, shape
 from recover.measure.tasks import load_task, measure
-from recover.measure.texts import against, shape
 from recover.text.generate import Generation
 
 CFG = Measure(tasks=("x",), max_new_tokens=6, batch_size=3, sampling=None, samples=2)

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from recover.base.errors import DataError, RecipeError
-from recover.commands.teacher import teacher_rows, write_teacher
+from recover.commands.files import teacher_rows, write_teacher
 from recover.config.recipe import GivenText, TeacherText, Train, load_recipe
 from recover.models.plan import Plan
 from recover.models.twin import Twin

@@ -145,6 +145,15 @@ def test_completion_can_be_installed():
 BUILD = "from setuptools import build_meta as b; print(b.build_wheel({out!r})); print(b.build_sdist({out!r}))"
 
 
+def test_no_link_is_tracked():
+    """A checkout puts a tracked link where an ignored folder of its name lies, and that folder's files are gone."""
+    listed = subprocess.run(["git", "ls-files", "-s"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("no git checkout")
+    links = [line.split("\t")[1] for line in listed.stdout.splitlines() if line.startswith("120000 ")]
+    assert not links
+
+
 def checkout(folder: Path) -> Path:
     """The files that git would hand out, in another folder."""
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)

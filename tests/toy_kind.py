@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from recover.config.tasks import Figure, PromptFile, TaskKind, Use
-from recover.measure.kinds.work import Measured, Work
+from recover.measure.model import Measured, Work
 
 
 class LongFile(PromptFile):

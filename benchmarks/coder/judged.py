@@ -17,7 +17,7 @@ from recover.config.tasks import GenerateFile
 from recover.config.yaml_values import read as read_yaml
 from recover.maths.collapse import first_divergence
 from recover.maths.score import extract, is_right, normal
-from recover.measure.task_file import Task, load_task
+from recover.measure.tasks import Task, load_task
 
 TASKS = Path(__file__).resolve().parent / "tasks"
 Row = dict[str, Any]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from table import ordered, title, uses
 
-from recover.probe.retrieval import rank_correlation
+from recover.probe.tasks import rank_correlation
 
 Row = dict[str, Any]
 Rows = dict[str, Row]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from recover.report.figures.svg import Canvas, Linear, Log
+from recover.report.figures.figure import Canvas, Linear, Log
 
 WIDTH = 960.0
 COLOURS = {  # on light paper, on dark

@@ -14,8 +14,8 @@ from torch import Tensor
 from recover.maths.collapse import first_divergence
 from recover.maths.divergence import quantiles
 from recover.models.twin import Twin
-from recover.probe.choices import Asked, choice_drift
 from recover.probe.compare import Comparison, Rows, Table
+from recover.probe.tasks import Asked, choice_drift
 from recover.probe.trajectory import Trajectory, along, batches_of, check_ids, encode, end_tokens, greedy, thinned
 from recover.probe.views import FINAL_NORM, Pair
 from recover.text.likelihood import option_rows

@@ -10,7 +10,7 @@ from drawing import Panel, apart, canvas_for, end_labels, frame, grid, key, stan
 from table import NAMES, ordered, title, uses
 
 from recover.base.artifacts import write_text
-from recover.report.figures.svg import Canvas, Linear, Log
+from recover.report.figures.figure import Canvas, Linear, Log
 
 Row = dict[str, Any]
 

@@ -6,8 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,9 @@ ON_GPUS = torch.cuda.is_available()
 FILES = {"gpu": "gpu", "zero2": "zero2", "zero3": "zero3"} if ON_GPUS else {"zero2": "cpu_zero2", "zero3": "cpu_zero3"}
 ENGINES = tuple(FILES)
 POLL_SECONDS = 0.05
+OVER = threading.Event()  # nothing is started any more
+STARTING = threading.RLock()  # a signal may come while its own thread holds it
+STARTED: list[subprocess.Popen[bytes]] = []  # by `Launch.start`, whether they have ended or not
 OF_A_TRAINING = ("after", "deploy", "report", "report.html", "report.md", "report.json", "epochs.jsonl", "verify.json")
 
 
@@ -49,10 +54,14 @@ class Launch:
         if self.gpu is not None and ON_GPUS:
             environment["CUDA_VISIBLE_DEVICES"] = str(self.gpu % torch.cuda.device_count())
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as file:
-            return subprocess.Popen(
+        with log.open("ab") as file, STARTING:
+            if OVER.is_set():
+                raise RuntimeError("the time is over")
+            process = subprocess.Popen(
                 self.command(words), cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
             )
+            STARTED.append(process)
+        return process
 
     def run(self, words: Sequence[str], log: Path) -> float:
         """To its end; the seconds it took. Raises RuntimeError with the log's end where it failed."""
@@ -61,6 +70,24 @@ class Launch:
         if code != 0:
             raise RuntimeError(f"{self}: exit code {code}: {log.read_text(errors='replace')[-1500:]}")
         return time.monotonic() - started
+
+
+def tree(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The process and all below it that are there now."""
+    with suppress(psutil.NoSuchProcess):
+        first = psutil.Process(process.pid)
+        return [first, *first.children(recursive=True)]
+    return []
+
+
+def end_all() -> None:
+    """Start nothing more, and kill every launch that runs, with all below it: the next one has the machine alone."""
+    with STARTING:
+        OVER.set()
+    for process in STARTED:
+        for each in tree(process) if process.poll() is None else []:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
 
 
 def workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:

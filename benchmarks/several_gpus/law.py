@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,16 @@ def law(out: Path, processes: int, keep: Keep) -> None:
     for folder in (one, several):
         folder.mkdir(parents=True, exist_ok=True)
         two_processes.write_text(folder)
-    Launch("one", gpu=0).run([SCRIPT, str(one), "plain", "plain+prefix"], out / "law.log")
+    alone = Launch("one", gpu=0).start([SCRIPT, str(one), "plain", "plain+prefix"], out / "law-one.log")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     try:
         Launch("one").run([*launcher, SCRIPT, str(several), *VARIANTS, *AFTER_CUT], out / "law.log")
     finally:  # what was done before a failure is shown all the same
-        alone = {name: torch.load(one / f"{name}.pt") for name in ("plain", "plain+prefix")}
+        if alone.wait() != os.EX_OK:
+            raise RuntimeError(f"one GPU: {(out / 'law-one.log').read_text(errors='replace')[-1500:]}")
+        figures = {name: torch.load(one / f"{name}.pt") for name in ("plain", "plain+prefix")}
         for name in (*VARIANTS, *AFTER_CUT):
-            base, done = alone["plain+prefix" if name in AFTER_CUT else "plain"], several / f"{name}.pt"
+            base, done = figures["plain+prefix" if name in AFTER_CUT else "plain"], several / f"{name}.pt"
             if done.exists():
                 keep({"row": f"{processes} x {name}"} | differences(torch.load(done), base))
 

@@ -3,9 +3,9 @@
     python benchmarks/several_gpus/training_rate.py --out rate.json
     accelerate launch --config_file launch/zero2.yaml benchmarks/several_gpus/training_rate.py --out rate.json
 
-The model is that of `benchmarks/step.py` (Qwen2.5-7B's shape, blocks 16 to 23 of 28 dropped, LoRA of rank 16, KL), but
-nothing is called by hand here: text from a file, trl's trainer, the engine, clipping, AdamW, checkpoints. Each process
-has `--batch` sequences of `--length` tokens at once, one micro-step a step.
+The model is that of `benchmarks/step.py` (Qwen2.5-7B's shape, blocks 16 to 23 of 28 dropped, LoRA of rank 16, KL; or
+another `--shape`), but nothing is called by hand here: text from a file, trl's trainer, the engine, clipping, AdamW,
+checkpoints. Each process has `--batch` sequences of `--length` tokens at once, one micro-step a step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from transformers import TrainerCallback
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the models of benchmarks/step.py
 
 from byte_tokenizer import byte_tokenizer
-from step_cost import SEVEN, SMALL
+from step_cost import SHAPES
 from step_models import RANK, Bench
 from step_profile import StepProfile
 from two_processes import caught_by
@@ -88,9 +88,10 @@ def cfg(options: argparse.Namespace, folder: Path) -> Train:
     )
 
 
-def main() -> None:
+def parser_of() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shape", choices=SHAPES, default="7B", help="of the model (%(default)s)")
     parser.add_argument("--blocks", choices=["all", "after_cut"], default="all", help="where LoRA goes")
     parser.add_argument("--cache", choices=["none", "dense", "prefix"], default="none", help="states read from disk")
     parser.add_argument("--checkpointing", action="store_true")
@@ -101,13 +102,26 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="that are counted (%(default)s)")
     parser.add_argument("--profile", action="store_true", help="two steps more, and where process 0 spends their time")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape: shows that it runs, not how fast")
-    options = parser.parse_args()
-    if options.tiny:
-        options.batch, options.length = 2, 48
-    started = time.monotonic()
+    return parser
+
+
+def main() -> None:
+    options = parser_of().parse_args()
     dist.start()
+    found = measured(options)
+    if dist.is_main():
+        write_json(options.out, found)
+    dist.stop()
+    dist.leave(0)
+
+
+def measured(options: argparse.Namespace) -> dict[str, Any]:
+    """One training, by all processes together; its figures, on the main one."""
+    if options.tiny:
+        options.shape, options.batch, options.length = "tiny", 2, 48
+    started = time.monotonic()
     folder = Path(dist.broadcast(tempfile.mkdtemp(prefix="rate-")))
-    bench = Bench(SMALL if options.tiny else SEVEN, dist.device(), options.batch, options.length, options.chunk)
+    bench = Bench(SHAPES[options.shape], dist.device(), options.batch, options.length, options.chunk)
     first, end = bench.shape.dropped
     twin = Twin(bench.dense(), Plan("depth", bench.shape.blocks, tuple(range(first, end))))
     profile = StepProfile(WARM_UP + options.steps + 1)
@@ -119,15 +133,12 @@ def main() -> None:
     with caught_by(Counted()), caught_by(profile) if options.profile and dist.is_main() else nullcontext():
         train(twin, byte_tokenizer(), cfg(options, folder), folder / "run", after_epoch, seed=0)
     peaks = dist.gather([contexts[-1]["peak_memory_bytes"] or 0])
-    if dist.is_main():
-        steps = read_jsonl(folder / "run" / STEPS)
-        write_json(
-            options.out,
-            figures(steps, peaks, options) | {"profile": profile.found, "wall_seconds": time.monotonic() - started},
-        )
-        shutil.rmtree(folder)
-    dist.stop()
-    dist.leave(0)
+    if not dist.is_main():
+        return {}
+    steps = read_jsonl(folder / "run" / STEPS)
+    shutil.rmtree(folder)
+    more = {"profile": profile.found, "wall_seconds": time.monotonic() - started}
+    return figures(steps, peaks, options) | more
 
 
 def figures(steps: list[dict[str, Any]], peaks: list[int], options: argparse.Namespace) -> dict[str, Any]:

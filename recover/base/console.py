@@ -1,4 +1,7 @@
-"""What a person sees: text and tables on stdout, warnings, errors and progress on stderr; main process only."""
+"""What a person sees: text and tables on stdout, warnings, errors and progress on stderr; main process only.
+
+Sizes and durations in words come from here too, so that the plan, the console and the report say the same of one file.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,34 @@ from contextlib import contextmanager
 from logging import CRITICAL, LogRecord, getLogger
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from recover.base import dist, units
+from recover.base import dist
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+
+SIZES = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+
+
+def size(count: float) -> str:
+    """Bytes with three digits, in powers of 1000 as recipes and disks have them: `950 B`, `84.4 MB`, `3.09 GB`."""
+    for unit, scale in SIZES:
+        if abs(count) >= scale * 0.9995:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the two largest units: `0.4 s`, `12 s`, `3 min 20 s`, `2 h 5 min`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 Item = TypeVar("Item")
@@ -181,9 +207,9 @@ class _Meter:
         of_total = "" if self.total is None else f"/{self.total}"
         line = f"{self.description}: {self.count}{of_total} {self.unit}, {self._rate(now)}"
         if finished:
-            line += f", took {units.duration(elapsed)}"
+            line += f", took {duration(elapsed)}"
         elif self.total is not None:
-            line += f", {units.duration(elapsed / self.count * (self.total - self.count))} left"
+            line += f", {duration(elapsed / self.count * (self.total - self.count))} left"
         _console(stderr=True).print(line, soft_wrap=True, markup=False)
 
 

@@ -1,16 +1,23 @@
-"""Which commit of a hub's repository is meant: asked once, kept by a run, used wherever the repository is read.
+"""Whether a hub is reached from here, and which commit of a repository is meant.
 
-A branch moves. Two calls of a run, or two reads within one, must not take one model from two states of it.
+Both are asked once. The commit is kept by a run, and used wherever the repository is read. A branch moves: two calls of
+a run, or two reads within one, must not take one model from two states of it.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import urllib.request
 from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Literal, NamedTuple
+from urllib.error import HTTPError
 
 Kind = Literal["model", "dataset"]
 
+OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 SECONDS = 8.0  # for an answer; where there is no network the libraries would try for half a minute
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # What can be the name of a repository: letters, digits, `-`, `_` and `.`, and one slash at most.
@@ -34,6 +41,29 @@ class Repository(NamedTuple):
 
 _commits: dict[str, str] = {}
 _refused: dict[str, str] = {}
+
+
+@cache
+def unreached() -> str | None:
+    """Why no hub is reached from here, or None: asked once, and answered within seconds."""
+    for name in OFFLINE:
+        if os.environ.get(name, "").upper() in ("1", "TRUE", "YES", "ON"):
+            return f"{name} is set"
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=SECONDS).close()
+    except HTTPError:
+        return None  # it answers
+    except (OSError, ValueError) as error:
+        return f"{endpoint}: {getattr(error, 'reason', error)}"
+    return None
+
+
+def prepared(name: str) -> bool:
+    """Whether `datasets` has been here with this data set before."""
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    folder = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets")
+    return (folder / name.replace("/", "___")).is_dir()
 
 
 def named(name: str) -> bool:

@@ -17,21 +17,17 @@ from recover.base import artifacts, console, dist, hub
 from recover.base.artifacts import write_json
 from recover.base.console import quiet_libraries
 from recover.base.errors import DataError, RecipeError
-from recover.base.ownership import begin_diagnosis
+from recover.base.products import begin_diagnosis
 from recover.commands.measure import checked
 from recover.config import recipe
 from recover.config.recipe import Model, Probe, local_path
 from recover.measure.tasks import load_task
 from recover.models.plan import load_plan
 from recover.models.source import kind_of
-from recover.probe.findings import Finding
-from recover.probe.probe import findings, positions_of, records_of, texts
+from recover.probe.probe import Finding, Store, findings, positions_of, records_of, texts
 from recover.probe.records import Record, summary
-from recover.probe.retrieval import read_queries, retrieval_drift
-from recover.probe.sources import load_pair
-from recover.probe.store import Store
-from recover.probe.tasks import KINDS, task_drift
-from recover.probe.views import Pair
+from recover.probe.tasks import KINDS, read_queries, retrieval_drift, task_drift
+from recover.probe.views import Pair, load_pair
 from recover.run import input_digests as inputs
 from recover.text.prompts import text_ids
 from recover.text.read import rows_at

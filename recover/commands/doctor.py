@@ -1,4 +1,4 @@
-"""`recover doctor`: what this machine can run, and what is missing for more. `cli.py` gives it its place."""
+"""`recover doctor`: what this machine can run. `recover families`: which models can be pruned, and how."""
 
 from __future__ import annotations
 
@@ -14,12 +14,59 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from recover import __version__
-from recover.base import console, memory, provenance, units
+from recover.base import console, hub, memory, provenance
 from recover.base.errors import RecipeError
 from recover.config import named, yaml_values
+from recover.export.gguf.family import FAMILIES
 from recover.measure.sandbox import why_no_wall
+from recover.models.arch import ARCHS, Arch
+from recover.models.refusal import KINDS
+from recover.models.wrapper import WRAPPERS, Wrapper
 from recover.run.draft import Machine, this_machine
-from recover.text.named import NotHad, first_had, hub_unreached
+from recover.text.rows import NotHad, first_had
+
+FAMILIES_EXAMPLES = ("recover families",)
+NOT_ONE = "prune.repair: the norm behind each sublayer lets nothing be folded in"
+
+MIXED = "prune.repair and width: mlp: what mixtures of experts write goes through no one matrix: prune.kind experts"
+
+
+def families() -> None:
+    """Say which model families are supported, by which methods, and for the others why they are not."""
+    columns = ["model_type", "depth, masks", "repair", "width: mlp", "kv_groups", "experts", "gguf"]
+    console.table("supported, by config.json's model_type", columns, map(_row, ARCHS.values()))
+    for line in _reasons():
+        console.say(line)
+    console.table(
+        "supported, as text models inside a wrapper", ["model_type", "text model"], map(_inside, WRAPPERS.values())
+    )
+    console.say("exported as the same wrapper, its other parts as they were, bit for bit")
+    console.say("")
+    console.say("not supported:")
+    for kind in KINDS:
+        console.say(f"- {kind.called} ({kind.such_as}): {kind.why}")
+
+
+def _row(arch: Arch) -> list[str]:
+    dense = arch.experts is None
+    can = (True, dense and not arch.norm_behind, dense, not arch.kv_groups_stay, not dense, arch.model_type in FAMILIES)
+    return [arch.model_type, *("yes" if yes else "no" for yes in can)]
+
+
+def _inside(wrapper: Wrapper) -> list[str]:
+    """The wrapper, and the row of its text model in the table above."""
+    return [wrapper.model_type, ", ".join(wrapper.texts)]
+
+
+def _reasons() -> Iterator[str]:
+    """Why a method is not there, once for all families that share the reason."""
+    behind = [arch.model_type for arch in ARCHS.values() if arch.norm_behind]
+    yield f"{NOT_ONE} ({', '.join(behind)})"
+    yield f"{MIXED} ({', '.join(arch.model_type for arch in ARCHS.values() if arch.experts)})"
+    for reason in dict.fromkeys(arch.kv_groups_stay for arch in ARCHS.values() if arch.kv_groups_stay):
+        those = [arch.model_type for arch in ARCHS.values() if arch.kv_groups_stay == reason]
+        yield f"prune.kv_groups: {reason} ({', '.join(those)})"
+
 
 EXAMPLES = ("recover doctor",)
 Row = tuple[str, str, str]  # what, what was found, what it is for or what to do
@@ -80,10 +127,14 @@ def _version(name: str) -> str | None:
 def _machine(machine: Machine) -> Iterator[Row]:
     found = provenance.machine()
     yield "processor", f"{found['processor']}, {found['cores']} cores", ""
-    yield "memory", units.size(found["memory_bytes"]), ""
-    yield "disk, free here", units.size(shutil.disk_usage(Path.cwd()).free), "runs go to checkpoints/ below this folder"
+    yield "memory", console.size(found["memory_bytes"]), ""
+    yield (
+        "disk, free here",
+        console.size(shutil.disk_usage(Path.cwd()).free),
+        "runs go to checkpoints/ below this folder",
+    )
     for gpu in found["gpus"]:
-        yield "GPU", f"{gpu['name']}, {units.size(gpu['memory_bytes'])}", ""
+        yield "GPU", f"{gpu['name']}, {console.size(gpu['memory_bytes'])}", ""
     if machine.device == "cuda":
         yield "CUDA of torch", str(torch.version.cuda), ""
         half = machine.dtype == "bfloat16"
@@ -95,7 +146,7 @@ def _machine(machine: Machine) -> Iterator[Row]:
         yield "GPU", "none", f"{why}; model.dtype: float32, and small models"
     why = why_no_wall()
     yield "wall for code", "no" if why else "yes", f"code tasks are refused: {why} (docs/security.md)" if why else ""
-    reason = hub_unreached()
+    reason = hub.unreached()
     yield "hub", "reached" if reason is None else "not reached", reason or ""
 
 
@@ -107,11 +158,11 @@ def _sizes(machine: Machine) -> Iterator[Row]:
             memory.peak_bytes(shape, memory.Training(TOKENS, checkpointing=on, element=element)) for on in (False, True)
         )
         if plain <= machine.usable:
-            yield name, "yes", units.size(plain)
+            yield name, "yes", console.size(plain)
         elif less <= machine.usable:
-            yield name, "with gradient checkpointing", units.size(less)
+            yield name, "with gradient checkpointing", console.size(less)
         else:
-            yield name, "no", units.size(less)
+            yield name, "no", console.size(less)
 
 
 def _data() -> Iterator[Row]:
@@ -140,4 +191,4 @@ def _blend(name: str) -> Iterator[Row]:
     yield f"blend:{name}", "yes" if had else "no", missing
 
 
-COMMANDS = {doctor: EXAMPLES}
+COMMANDS = {doctor: EXAMPLES, families: FAMILIES_EXAMPLES}

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from recover.base import console, units
+from recover.base import console
 from recover.base.artifacts import write_text
 from recover.base.console import quiet_libraries
 from recover.base.errors import RecipeError
@@ -17,13 +17,13 @@ from recover.config import named, yaml_values
 from recover.config.recipe import Model, Width
 from recover.config.tasks import KINDS
 from recover.measure.sandbox import why_no_wall
-from recover.measure.task_file import load_task
+from recover.measure.tasks import load_task
 from recover.models.load import describe, load_tokenizer
 from recover.models.source import exported_dtype
 from recover.run import draft
 from recover.run.estimate import ELEMENT_BYTES, Estimate, estimate, matrix_rate, refuse
 from recover.run.target import Wanted, target
-from recover.text.named import NotHad, prompt_rows
+from recover.text.rows import NotHad, prompt_rows
 from recover.train.sources import read_prompts
 
 EXAMPLES = (
@@ -183,12 +183,13 @@ def _lacking(name: str, error: NotHad, missing: Missing) -> str:
 
 
 def _head(machine: draft.Machine, path: Path, cost: Estimate, missing: Sequence[str]) -> Iterator[str]:
-    yield f"Written by `recover init` for {machine.name}, {units.size(machine.memory)}. Then:"
+    yield f"Written by `recover init` for {machine.name}, {console.size(machine.memory)}. Then:"
     yield f"  recover plan {path}"
     yield f"  recover run {path}"
     if machine.count > 1:
         yield f"  accelerate launch --config_file launch/gpu.yaml --num_processes {machine.count} -m recover run {path}"
-    yield f"Training takes at least {units.duration(cost['training_seconds'])} here, beside writing text and measuring."
+    least = console.duration(cost["training_seconds"])
+    yield f"Training takes at least {least} here, beside writing text and measuring."
     yield "Values come from recover/config/defaults.py and docs/results.md; docs/recipes.md says what to expect."
     for each in missing:
         yield from textwrap.wrap(f"CANNOT BE USED HERE: {each}", 116, break_on_hyphens=False)
@@ -206,13 +207,13 @@ def _say(
     code: bool,
 ) -> None:
     dense, pruned = cost["parameters_dense"], cost["parameters_pruned"]
-    sizes = [units.size(cost["file_bytes_dense"]), units.size(cost["file_bytes_pruned"])]
+    sizes = [console.size(cost["file_bytes_dense"]), console.size(cost["file_bytes_pruned"])]
     rows = [
         ["parameters", f"{dense:,}", f"{pruned:,}"],
         ["file", *sizes],
         ["teacher-scored tokens", "", f"{cost['teacher_tokens']:,}"],
-        ["training time", "", f"at least {units.duration(cost['training_seconds'])}"],
-        ["memory", "", f"about {units.size(cost['memory_bytes_per_process'])} of {units.size(machine.memory)}"],
+        ["training time", "", f"at least {console.duration(cost['training_seconds'])}"],
+        ["memory", "", f"about {console.size(cost['memory_bytes_per_process'])} of {console.size(machine.memory)}"],
     ]
     console.table(f"{path}, for {machine.name} (estimates)", ["what", "dense", "pruned"], rows)
     for line in warnings:

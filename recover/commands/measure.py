@@ -14,16 +14,14 @@ from recover.base import console, dist, hub, provenance, threads
 from recover.base.artifacts import write_json
 from recover.base.console import quiet_libraries
 from recover.base.errors import RecipeError
-from recover.base.ownership import refuse_input
+from recover.base.products import refuse_input
 from recover.config import named
 from recover.config.base import Config, Dtype
 from recover.config.recipe import Measure, Model
 from recover.config.tasks import KINDS
-from recover.measure import harness
 from recover.measure import tasks as tasks_of
-from recover.models.load import check_fit, load_tokenizer
+from recover.models.load import check_fit, load_any, load_tokenizer
 from recover.models.source import context_named, stored_dtype
-from recover.probe.sources import load_any
 from recover.run import input_digests as inputs
 from recover.run import more
 from recover.run.directory import RunDirectory
@@ -226,7 +224,7 @@ def measure_checkpoint(
     tasks_of.check_names(tasks, "--tasks")
     tasks_of.check_allowed(tasks, cfg)
     if wanted.harness:
-        harness.require()
+        tasks_of.require_harness()
     chosen = model_cfg(source, dtype, **about)
     tokenizer = load_tokenizer(chosen)
     context = context_named(chosen)
@@ -242,7 +240,7 @@ def measure_checkpoint(
         record |= tasks_of.measure(model, tokenizer, tasks, cfg)[0]
     if wanted.harness:
         record["lm_eval"] = dist.on_main(
-            lambda: harness.harness(model, tokenizer, wanted.harness, cfg, include=wanted.include)
+            lambda: tasks_of.harness(model, tokenizer, wanted.harness, cfg, include=wanted.include)
         )
     return record
 

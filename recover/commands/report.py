@@ -1,20 +1,78 @@
-"""Commands that read run directories: report, show, compare. `cli.py` gives them their place and their errors."""
+"""Commands that read run directories: list, report, show, compare. `cli.py` gives them their place and their errors."""
 
 from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from recover.base import console, products
-from recover.base.artifacts import write_text
-from recover.base.errors import ArtifactError, RecipeError
+from recover.base.artifacts import plain, read_json, write_text
+from recover.base.errors import ArtifactError, RecipeError, RecoverError
+from recover.config import yaml_values
 from recover.report import verdict
 from recover.report.data import CHANGED, ComparedRun
-from recover.run import summary as outcome
+from recover.report.verdict import headline_words
+from recover.run import stages
 from recover.run.directory import RunDirectory, StageState
+
+LIST_EXAMPLES = ("recover list", "recover list checkpoints")
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of run directories.")]
+COLUMNS = ("run", "model", "pruned", "done", "when", "dense", "pruned to", "recovered to", "size")
+
+
+def list_(folder: Folder = Path("checkpoints")) -> None:
+    """List the runs of a folder, the newest first: what is done, and generation of dense, pruned and recovered."""
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: no such folder; runs are in checkpoints/, or where --runs said")
+    runs = sorted(filter(_is_run, folder.iterdir()), key=lambda path: path.name)
+    if not runs:
+        raise ArtifactError(f"{folder}: holds no run; `recover quickstart` makes one")
+    rows = sorted((_row(RunDirectory(path)) for path in runs), key=lambda row: row[4], reverse=True)
+    console.table(f"{len(runs)} runs in {folder}", COLUMNS, rows)
+    console.say("[dim]generation; recover show RUN says more, recover compare RUN RUN puts runs side by side[/dim]")
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "recipe.yaml").is_file() and RunDirectory(path).is_run
+
+
+def _row(run: RunDirectory) -> tuple[Any, ...]:
+    """What its files say; of a run with a broken file, that."""
+    name = run.root.name
+    try:
+        recipe = yaml_values.read(run.recipe)
+        stamps = [stamp for stage in stages.STAGES if (stamp := run.done(stage))]
+        found = [_generation(folder / "measure.json") for folder in (run.dense, run.before, run.after)]
+    except RecoverError as error:
+        return (name, str(error), "", "", "", None, None, None, None)
+    last = max((stamp["finished"] for stamp in stamps), default="")
+    when = datetime.fromisoformat(last).astimezone().strftime("%Y-%m-%d %H:%M") if last else ""
+    done = "all" if len(stamps) == len(stages.STAGES) else f"{len(stamps)} of {len(stages.STAGES)}"
+    weights = sum(path.stat().st_size for path in run.deploy.glob("*.safetensors"))
+    source = str((recipe.get("model") or {}).get("source", ""))
+    return (name, Path(source).name, _pruning(recipe), done, when, *found, console.size(weights) if weights else None)
+
+
+def _generation(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    value = (read_json(path).get("headline") or {}).get("generation")
+    return headline_words("generation", value) if isinstance(value, int | float) else None
+
+
+def _pruning(recipe: dict[str, Any]) -> str:
+    """The kind, and the first field that says how much."""
+    cfg = dict(recipe.get("prune") or {})
+    amount = next((f"{cfg[name]}" for name in ("count", "blocks", "sites", "mlp", "pattern") if _says(cfg, name)), "")
+    return f"{cfg.get('kind', '')} {amount or cfg.get('sparsity') or ''}".strip()
+
+
+def _says(cfg: dict[str, Any], name: str) -> bool:
+    return plain(cfg.get(name)) not in (None, "unstructured")
+
 
 RUNS = Path("checkpoints")  # where runs are written by default
 RunPath = Annotated[
@@ -45,8 +103,7 @@ def report(
 ) -> None:
     """Write the report of each run again, finished or not, and a comparison of several; of a diagnosis, its page."""
     from recover.report.collect import collect
-    from recover.report.diagnosis import is_diagnosis, render_diagnosis
-    from recover.report.render import is_page, render
+    from recover.report.render import is_diagnosis, is_page, render, render_diagnosis
 
     roots = []
     for path in _folders(run_dirs):
@@ -110,7 +167,6 @@ def show(run_dir: RunPath = RUNS) -> None:
     Of a folder of runs: which there are.
     """
     from recover.report.collect import collect
-    from recover.run import stages
 
     if (runs := _runs_in(run_dir)) and not (run_dir / "recipe.yaml").is_file():
         console.table(str(run_dir), ["run", "done", "open"], [_listed(run) for run in runs])
@@ -123,10 +179,10 @@ def show(run_dir: RunPath = RUNS) -> None:
         data = collect(directory.root)
         for line in data["mixed"]:
             console.warn(line)
-        outcome.table(data)
+        verdict.print_headline(data)
         for epoch in data["epochs"]:
             if epoch["best"]:
-                score = outcome.worded("generation", epoch["score"])
+                score = verdict.headline_words("generation", epoch["score"])
                 console.say(f"best epoch: {epoch['epoch']} of {len(data['epochs'])}, generation {score}")
 
 
@@ -200,14 +256,13 @@ def _runs_in(folder: Path) -> list[RunDirectory]:
 
 def _listed(run: RunDirectory) -> list[str]:
     """A row of the list of runs: its name, the stages that are done, and those that are not."""
-    from recover.run import stages
-
     names = [stage for stage in stages.STAGES if not stages.OF[stage].always]
     done = [stage for stage in names if run.done(stage) is not None]
     return [run.root.name, ", ".join(done) or "–", ", ".join(stage for stage in names if stage not in done) or "–"]
 
 
 COMMANDS = {
+    list_: LIST_EXAMPLES,
     report: (
         "recover report checkpoints/quickstart",
         "recover report checkpoints/drop2 checkpoints/drop4 checkpoints/wanda",

@@ -9,7 +9,7 @@ import typer
 
 from recover.base import dist
 from recover.base.errors import RecipeError
-from recover.config.messages import field_paths
+from recover.config.base import field_paths
 from recover.config.recipe import Recipe, load_recipe
 
 OVERRIDE_HELP = (

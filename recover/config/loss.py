@@ -36,7 +36,7 @@ class LossTerm:
     `module:function`, a `recover.distill.loss_terms.Formula`. `divergence`: between two distributions at the
     temperature T, so multiplied by T^2. `blind`: to tokens that the pruned model raises, so no loss on its own.
     `always`: computed and logged without a weight too. `labels`: needs the text's own next tokens. `top_k`: is formed
-    from a teacher's k likeliest tokens as well (`loss_topk.py`), which no term of another package is.
+    from a teacher's k likeliest tokens as well (`topk_terms`), which no term of another package is.
     """
 
     name: str

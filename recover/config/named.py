@@ -16,8 +16,7 @@ from pydantic import Field, ValidationError
 
 from recover.base.errors import RecipeError
 from recover.config import yaml_values
-from recover.config.base import Config
-from recover.config.messages import explain
+from recover.config.base import Config, explain
 from recover.config.recipe import local_path
 
 ROOT = Path(__file__).parents[1] / "named"

@@ -17,9 +17,8 @@ from pydantic import Field, TypeAdapter, ValidationError, field_validator
 from recover.base import earlier
 from recover.base.errors import RecipeError
 from recover.config import yaml_values
-from recover.config.base import Config, Dtype
+from recover.config.base import Config, Dtype, explain
 from recover.config.loss import Focus, Loss
-from recover.config.messages import explain
 from recover.config.paths import place_files
 from recover.config.prune import (
     Calibrated,

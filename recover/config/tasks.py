@@ -248,7 +248,7 @@ class Use:
 class TaskKind:
     """A kind of task, all that is known of it without a model.
 
-    `work`: the module whose `WORK` (`recover.measure.kinds.work.Work`) makes and measures its items. `figures`: the
+    `work`: the module whose `WORK` (`recover.measure.model.Work`) makes and measures its items. `figures`: the
     main one first. `words`: what the main figure is called in short. `use`: whose headline figure its main figure goes
     into, in the mean; None: it has a headline figure under its own name, pooled by `WORK`.
     """

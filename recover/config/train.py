@@ -186,7 +186,7 @@ class Train(Config):
     """LoRA distillation from the dense model; the checkpoint that generates best is kept.
 
     Fields whose meaning begins with `auto` take that word for a value: `plan` then says what is taken, and why
-    (`recover/config/auto.py`); the rate of `lr: auto` is found when training begins.
+    (`recover/config/defaults.py`); the rate of `lr: auto` is found when training begins.
     """
 
     epochs: int = Field(

@@ -16,16 +16,15 @@ from transformers.utils.generic import ModelOutput
 
 from recover.base import zero
 from recover.distill.loss import distillation_loss
-from recover.distill.loss_topk import TopK
-from recover.kernels.adapter_casts import cast_together
+from recover.distill.loss_terms import TopK
+from recover.kernels.lora_linear import cast_together
 from recover.models.arch import head_of
+from recover.models.attention import PACKED_NAME, Keywords, Packing, attending, packing_configs
 from recover.models.experts import SwitchedExperts, SwitchedRouter
 from recover.models.linears import MaskedLinear, OwnLinear
 from recover.models.masked_lora import SwitchedLora
-from recover.models.packed_attention import NAME, Keywords, Packing, packing_configs
 from recover.models.rope import goes_by_length, row_positions
 from recover.models.site import Site
-from recover.models.step_attention import attending
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -180,7 +179,7 @@ class Distiller:
     @contextmanager
     def _passes(self, model: nn.Module, packing: Any) -> Iterator[None]:
         """Around both passes."""
-        with _half_precision_adapters(model), attending(self.packs if packing is not None else (), NAME):
+        with _half_precision_adapters(model), attending(self.packs if packing is not None else (), PACKED_NAME):
             yield
 
     def dense_states(

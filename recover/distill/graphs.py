@@ -27,7 +27,7 @@ from transformers.utils.generic import ModelOutput
 from recover.base import console
 from recover.distill.distiller import Batch, Distiller, packing_of, rows_scored, scaled
 from recover.kernels.recording import record
-from recover.models.packed_attention import Packing
+from recover.models.attention import Packing
 
 
 @dataclass(frozen=True)

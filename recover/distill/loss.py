@@ -28,6 +28,7 @@ from recover.distill.loss_terms import (
     TOTAL,
     Chunk,
     Lost,
+    TopK,
     added_up,
     computed,
     focused,
@@ -35,8 +36,8 @@ from recover.distill.loss_terms import (
     others,
     rounded,
     rows,
+    topk_terms,
 )
-from recover.distill.loss_topk import TopK, topk_terms
 from recover.maths.head import Head
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from recover.export.write import CARD
 from recover.models.plan import PlanRecord
 from recover.models.site import SUBLAYERS, Site, packed_as, zeroed_partners
 from recover.models.source import kind_of
-from recover.report import plan_text
+from recover.report import words
 from recover.report.data import Plan
 
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
@@ -148,10 +148,10 @@ def _shown(source: str) -> str:
 
 def _what_was_pruned(plan: PlanRecord) -> str:
     became = f"{plan['parameters_dense']:,} parameters became {plan['parameters_pruned']:,}."
-    if sites := plan_text.sites(cast(Plan, plan)):
+    if sites := words.plan_sites(cast(Plan, plan)):
         return f"Of its {plan['blocks']} blocks these are dropped: {sites}. {became}{_zeroed(plan)}"
     if plan.get("config"):
-        return f"Every block is narrower ({plan_text.sizes(cast(Plan, plan))}). {became}"
+        return f"Every block is narrower ({words.plan_sizes(cast(Plan, plan))}). {became}"
     if not plan["masks"]:
         return f"Its weights were changed by {plan['kind']}. {became}"
     weights = sum(mask["shape"][0] * mask["shape"][1] for mask in plan["masks"].values())
@@ -169,7 +169,7 @@ def _zeroed(plan: PlanRecord) -> str:
         Site(block, part)
         for part in SUBLAYERS
         for block in range(plan["blocks"])
-        if block not in plan_text.gone(cast(Plan, plan), part)
+        if block not in words.plan_gone(cast(Plan, plan), part)
     }
     zeroed = zeroed_partners(packed_as(plan.get("parallel", False))(kept))
     return f" Of these, {zeroed} sublayers are zeroed partners of lone ones: they add nothing." if zeroed else ""

@@ -1,19 +1,28 @@
-"""A folder that any stock tool loads: weights, config, tokenizer, card, provenance, hashes; whole, or not there."""
+"""A folder that any stock tool loads: weights, config, tokenizer, card, provenance, hashes; whole, or not there.
+
+Its settings files are spelt so that transformers 4 reads them too, and with it vLLM, SGLang, MLX and llama.cpp's
+converter. transformers 5 saves rotary positions as `rope_parameters`, which version 4 leaves unread: it computes with
+base 10000 and no scaling, and says nothing. Of a tokenizer it saves a class name and a list of tokens that version 4
+cannot load.
+"""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
 from huggingface_hub import save_torch_state_dict
+from transformers import AutoTokenizer
 
 from recover.base import artifacts, console
+from recover.base.artifacts import JsonObject
 from recover.base.errors import ExportError
-from recover.export.spelling import respell_config, write_tokenizer
 from recover.models.arch import arch_of
 from recover.models.wrapper import Wrapped, wrapped_of
 
@@ -116,3 +125,187 @@ def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         console.warn(f"export: generation_config holds sampling options, so do_sample becomes true ({error})")
         generation.do_sample = True
     return generation
+
+
+CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
+# Everything that a tokenizer is read from, in any version.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    TOKENIZER,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "*.model",
+    "tekken.json",
+)
+TEMPLATES = "additional_chat_templates"
+# Rotary types that version 4 has for a model only with these keys and no other, one of them by its older name.
+OLD_KEYS = {"phi3": ("type", "short_factor", "long_factor"), "olmo2": ("type", "factor")}
+# Kinds of blocks in version 4's words, which version 5 reads too.
+OLD_LAYERS = {"granitemoehybrid": {"linear_attention": "mamba", "full_attention": "attention"}}
+CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}  # names of version 5, in version 4's words
+LEAKED = ("is_local", "local_files_only", "backend", "name_or_path")  # of how it was loaded where it was saved
+NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+SAMPLE = "Anna's 3 cats weigh 12.5 kg,\n\n  and 1024 mice\t(in all) flee — naïve café, 東京 🙂 <x> </s>."
+
+
+def respell_config(folder: Path, config: PretrainedConfig) -> None:
+    """Give the folder's config.json, as `save_pretrained` wrote it for this config, in both spellings.
+
+    `auto_map` goes: it names files of code that an export does not hold, for a class that transformers has itself.
+    """
+    values: JsonObject = artifacts.read_json(folder / CONFIG)
+    values.pop("auto_map", None)
+    if values.get("dtype") is not None:
+        values["torch_dtype"] = values["dtype"]
+    if isinstance(inner := values.get("text_config"), dict):
+        text = config.get_text_config(decoder=True)
+        values["text_config"] = _renamed(text) | _both_ropes(inner, text)
+    if (words := OLD_LAYERS.get(values["model_type"])) and values.get("layer_types"):
+        values["layer_types"] = [words.get(kind, kind) for kind in values["layer_types"]]
+    _write(folder / CONFIG, _renamed(config) | _both_ropes(values, config))
+
+
+def _both_ropes(values: JsonObject, config: PretrainedConfig) -> JsonObject:
+    """The settings of one model with its rotary positions in both spellings, if there are some with two."""
+    if not isinstance(rope := values.get("rope_parameters"), dict):
+        return values
+    both = values | old_rope(values["model_type"], rope)
+    old = {key: value for key, value in both.items() if key != "rope_parameters"}
+    if _rope_of(config, both) == _rope_of(config, old) == _rope_of(config, values):
+        return both
+    console.warn(
+        "export: these rotary positions have no form in the config of transformers 4, so readers that know "
+        f"that form alone (older vLLM, MLX, llama.cpp's converter) compute others: {json.dumps(rope)[:200]}"
+    )
+    return values
+
+
+def _renamed(config: PretrainedConfig) -> dict[str, Any]:
+    """Settings that are saved under another name than the class declares, by the declared name, which version 4 reads.
+
+    Qwen3-MoE's `num_experts`: without it version 4 and vLLM would take 128.
+    """
+    declared = {field.name for field in dataclasses.fields(type(config))} if dataclasses.is_dataclass(config) else set()
+    return {name: getattr(config, name) for name in type(config).attribute_map if name in declared}
+
+
+def old_rope(model_type: str, rope: JsonObject) -> JsonObject:
+    """`rope_parameters` as version 4 has them: `rope_theta`, `rope_scaling`, and of Gemma 3 `rope_local_base_freq`."""
+    found: JsonObject = {}
+    if isinstance(full := rope.get("full_attention"), dict):
+        rope, sliding = full, rope.get("sliding_attention") or {}
+        if "rope_theta" in sliding:
+            found["rope_local_base_freq"] = sliding["rope_theta"]
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if rope.get(key) is not None:
+            found[key] = rope[key]
+    if scaling.get("rope_type", "default") == "default":  # `mrope_section` and the like say how images are counted
+        return {**found, "rope_scaling": scaling if scaling.keys() - {"rope_type"} else None}
+    if scaling["rope_type"] == "longrope" and "original_max_position_embeddings" in scaling:
+        found["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
+    if model_type in OLD_KEYS:
+        scaling["type"] = scaling["rope_type"]
+        scaling = {key: scaling[key] for key in OLD_KEYS[model_type] if key in scaling}
+    return {**found, "rope_scaling": scaling}
+
+
+def _rope_of(config: PretrainedConfig, values: JsonObject) -> Any:
+    """What this transformers reads of these settings' rotary positions; None where it refuses them."""
+    try:
+        rope = type(config).from_dict(copy.deepcopy(values)).to_dict()["rope_parameters"]
+    except Exception:  # of whatever kind: then they have to be spelled otherwise
+        return None
+    return {key: value for key, value in rope.items() if key != "type" and value is not None}
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the tokenizer: the files that it was loaded from, where they give the same one; else as it is saved.
+
+    Raises ExportError where neither reads back as the tokenizer.
+    """
+    tokenizer.save_pretrained(folder)
+    if not type(tokenizer).__module__.startswith("transformers."):
+        return  # its own code says how it is written
+    saved = {path.name: path.read_bytes() for path in _files_of(folder)}
+    old = _respelled(tokenizer, json.loads(saved[TOKENIZER]))
+    source = Path(str(tokenizer.name_or_path))
+    if (source / TOKENIZER).is_file():
+        _clear(folder)
+        for path in _files_of(source):
+            shutil.copyfile(path, folder / path.name)
+        own = _respelled(tokenizer, artifacts.read_json(source / TOKENIZER))
+        if not (source / TEMPLATES).is_dir() and _reads_back(tokenizer, folder, own) is None:
+            return
+        _clear(folder)
+        for name, data in saved.items():
+            (folder / name).write_bytes(data)
+    if problem := _reads_back(tokenizer, folder, old):
+        raise ExportError(f"{folder}: the tokenizer that was written is not the one that was given: {problem}")
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)})
+
+
+def _clear(folder: Path) -> None:
+    for path in _files_of(folder):
+        path.unlink()
+
+
+def _respelled(tokenizer: PreTrainedTokenizerBase, values: JsonObject) -> JsonObject:
+    """tokenizer_config.json in words that both versions have, with the special tokens that this tokenizer names."""
+    values = {key: value for key, value in values.items() if key not in (*LEAKED, "auto_map")}
+    kind = values.get("tokenizer_class")
+    values["tokenizer_class"] = CLASSES.get(str(kind), kind)
+    if isinstance(extra := values.get("extra_special_tokens"), list):  # version 4 has names there, and a list here
+        del values["extra_special_tokens"]
+        values["additional_special_tokens"] = extra
+    for name in NAMED:
+        token = getattr(tokenizer, name, None)
+        stored = values.get(name)
+        if token is not None and (stored["content"] if isinstance(stored, dict) else stored) != token:
+            values[name] = token
+    return values
+
+
+def _reads_back(tokenizer: PreTrainedTokenizerBase, folder: Path, values: JsonObject) -> str | None:
+    """Write tokenizer_config.json; None if the folder gives this tokenizer, else what differs.
+
+    A class of transformers has tokens of its own (Qwen2's is `<|endoftext|>`) that it adds to a vocabulary without them
+    where the file is silent: then the file says null.
+    """
+    silent = {name: None for name in NAMED if getattr(tokenizer, name, None) is None}
+    return _differs(tokenizer, folder, values) and _differs(tokenizer, folder, values | silent)
+
+
+def _differs(tokenizer: PreTrainedTokenizerBase, folder: Path, values: JsonObject) -> str | None:
+    _write(folder / TOKENIZER, values)
+    try:
+        read: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a library raises: this spelling does not do
+        return f"{type(error).__name__}: {error}"
+    for what, of in CHECKS.items():
+        if of(read) != of(tokenizer):
+            return f"{what} differ"
+    return None
+
+
+def _write(path: Path, values: JsonObject) -> None:
+    """As `save_pretrained` writes JSON: a number that is not finite (Gemma's window) stays what it is."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+CHECKS: dict[str, Callable[[Any], Any]] = {
+    "vocabularies": lambda tokenizer: tokenizer.get_vocab(),
+    "special tokens": lambda tokenizer: {name: getattr(tokenizer, f"{name}_id") for name in NAMED},
+    "lists of special tokens": lambda tokenizer: set(tokenizer.all_special_ids),
+    "chat templates": lambda tokenizer: tokenizer.chat_template,
+    "tokens of a text": lambda tokenizer: tokenizer(SAMPLE)["input_ids"],
+    "tokens of a bare text": lambda tokenizer: tokenizer(SAMPLE, add_special_tokens=False)["input_ids"],
+}

@@ -25,18 +25,11 @@ VERSION = 1  # of the values: what was computed by other ones is not mixed with 
 
 
 @cache
-def _kernels() -> Any:
-    from recover.kernels import fused_kernels
+def kernels() -> Any:
+    """The module `recover.kernels.triton_kernels`, for who knows that its kernels are `available`."""
+    from recover.kernels import triton_kernels
 
-    return fused_kernels
-
-
-@cache
-def step_kernels() -> Any:
-    """The kernels of `recover.kernels.step_kernels`, for who knows that they are `available`."""
-    from recover.kernels import step_kernels
-
-    return step_kernels
+    return triton_kernels
 
 
 @cache
@@ -71,21 +64,21 @@ def fits_norm(x: Tensor, weight_D: Tensor) -> bool:
 def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     """weight * x / rms(x), rounded to x's dtype before and after the product; the weight gets no gradient."""
     if not _learns(x):
-        return _kernels().rms_norm(x, weight_D, epsilon, rstd=False)[0]
+        return kernels().rms_norm(x, weight_D, epsilon, rstd=False)[0]
     return _RmsNorm.apply(x, weight_D, epsilon)  # type: ignore[return-value]
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_D, epsilon):  # type: ignore[override]
-        y, rstd_M = _kernels().rms_norm(x, weight_D, epsilon, rstd=True)
+        y, rstd_M = kernels().rms_norm(x, weight_D, epsilon, rstd=True)
         ctx.save_for_backward(x, weight_D, rstd_M)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
-        return _kernels().rms_norm_backward(dy, *ctx.saved_tensors), None, None
+        return kernels().rms_norm_backward(dy, *ctx.saved_tensors), None, None
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
@@ -93,21 +86,21 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     if _learns(gate, up):
         return _Gated.apply(gate, up)  # type: ignore[return-value]
     if (gate.is_contiguous() and up.is_contiguous()) or not gate.stride(-1) == up.stride(-1) == 1:
-        return _kernels().gated(gate, up)
+        return kernels().gated(gate, up)
     parts_MN = (part.reshape(-1, part.shape[-1]) for part in (gate, up))  # parts of one product
-    return step_kernels().gated_rows(*parts_MN).view(gate.shape)
+    return kernels().gated_rows(*parts_MN).view(gate.shape)
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):  # type: ignore[override]
         ctx.save_for_backward(gate, up)
-        return _kernels().gated(gate, up)
+        return kernels().gated(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dx):  # type: ignore[override]
-        dgate, dup, _ = _kernels().gated_backward(*ctx.saved_tensors, dx, product=False)
+        dgate, dup, _ = kernels().gated_backward(*ctx.saved_tensors, dx, product=False)
         return dgate, dup
 
 
@@ -115,12 +108,12 @@ class FusedGate:
     """`recover.kernels.lora_linear.Gate` of SiLU by kernels."""
 
     def product(self, gate: Tensor, up: Tensor) -> Tensor:
-        return _kernels().gated(gate, up)
+        return kernels().gated(gate, up)
 
     def backward(self, gate: Tensor, up: Tensor, dx: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if dx is None:
-            return _kernels().gated(gate, up), None, None
-        dgate, dup, x = _kernels().gated_backward(gate, up, dx, product=True, into=dx)
+            return kernels().gated(gate, up), None, None
+        dgate, dup, x = kernels().gated_backward(gate, up, dx, product=True, into=dx)
         return x, dgate, dup
 
 
@@ -153,16 +146,16 @@ def rotary(q_BHTC: Tensor, k_BHTC: Tensor, cos_BTC: Tensor, sin_BTC: Tensor) -> 
     """q cos + rotate_half(q) sin and the same of k, rounded after each step, as are their gradients."""
     if _learns(q_BHTC, k_BHTC):
         return _Rotary.apply(q_BHTC, k_BHTC, cos_BTC, sin_BTC)  # type: ignore[return-value]
-    return _kernels().rotate(q_BHTC, k_BHTC, cos_BTC, sin_BTC)
+    return kernels().rotate(q_BHTC, k_BHTC, cos_BTC, sin_BTC)
 
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_BHTC, k_BHTC, cos_BTC, sin_BTC):  # type: ignore[override]
         ctx.save_for_backward(cos_BTC, sin_BTC)
-        return _kernels().rotate(q_BHTC, k_BHTC, cos_BTC, sin_BTC)
+        return kernels().rotate(q_BHTC, k_BHTC, cos_BTC, sin_BTC)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dq_BHTC, dk_BHTC):  # type: ignore[override]
-        return *_kernels().rotate(dq_BHTC, dk_BHTC, *ctx.saved_tensors, backward=True), None, None
+        return *kernels().rotate(dq_BHTC, dk_BHTC, *ctx.saved_tensors, backward=True), None, None

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from recover.models import kv_cache
 from recover.models.arch import head_size_of, kv_heads_of
-from recover.report.data import Ratio
+from recover.report.run_files import Ratio
 from recover.text.generate import context_of
 
 SIDES = ("dense", "deployed")

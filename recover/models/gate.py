@@ -1,8 +1,8 @@
 """The gate before a model folder: what will be read of it is listed, bounded, hashed, and the same once it is loaded.
 
 Every road in passes here: a folder, a hub snapshot, what a GGUF file was converted to, an export of ours, a folder that
-gives the tokenizer alone. What is not listed is not read. What settings may say is in `foreign_code.py` and
-`config_keys.py`, how large their numbers may be in `sizes.py`, the tensors are accounted for in `load.py`.
+gives the tokenizer alone. What is not listed is not read. What settings may say, and how large their
+numbers may be, is in `settings.py`; the tensors are accounted for in `load.py`.
 """
 
 from __future__ import annotations

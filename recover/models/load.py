@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,13 +25,13 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from recover.base import console, dist, units
+from recover.base import console, dist
 from recover.base.artifacts import JsonObject
 from recover.base.errors import ModelError
 from recover.base.memory import Mixture, Shape
 from recover.config import recipe
 from recover.config.base import Dtype
-from recover.models import vocabulary
+from recover.models import tokenizers
 from recover.models.arch import (
     arch_of,
     arch_of_config,
@@ -42,10 +43,9 @@ from recover.models.arch import (
     kv_heads_of,
     mixture_in,
 )
-from recover.models.chat_template import TRIAL, check_file, check_template
-from recover.models.config_keys import config_of, keep_known
 from recover.models.gate import unchanged
 from recover.models.rope import by_rows
+from recover.models.settings import config_of, keep_known
 from recover.models.source import (
     CONFIG,
     check_numbers,
@@ -62,9 +62,10 @@ from recover.models.source import (
     stored_dtype,
     tensor_files,
 )
+from recover.models.tokenizers import TRIAL, check_file, check_template
 from recover.models.wrapper import beside, opened, remember, text_config, text_values, wrapped_of, wrapper_of
 
-LISTED = 3  # tensors named in a message
+LISTED = 3  # tensors or tokens named in a message
 SAID_BYTES = 2 * 2**30  # of weights: they take long enough to read that silence would look like a fault
 # transformers fills missing tensors with random numbers and leaves unknown ones out, with a warning only.
 MISFITS = {"missing_keys": "are missing from the weights", "unexpected_keys": "belong to no part of it"}
@@ -72,6 +73,8 @@ MISFITS = {"missing_keys": "are missing from the weights", "unexpected_keys": "b
 
 # What transformers unpacks on any machine, exactly: numbers of few bits, times the scale of their block.
 UNPACKED: dict[str, Any] = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
+# quant_method of a checkpoint -> the package that reads it (a GGUF file is converted, and needs none of them)
+PACKAGES = {"awq": "gptqmodel", "gptq": "gptqmodel", "bitsandbytes": "bitsandbytes", "torchao": "torchao"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +171,7 @@ def load_model(cfg: recipe.Model) -> PreTrainedModel:
     folder = locate(cfg)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if size > SAID_BYTES:
-        console.say(f"[dim]reading {cfg.source}, {units.size(size)}[/dim]")
+        console.say(f"[dim]reading {cfg.source}, {console.size(size)}[/dim]")
     with explained(str(folder)):
         model = read_whole(cfg, folder, attn_implementation=_attention(cfg, config))
     _check_finite(folder, model)
@@ -271,14 +274,51 @@ def ready(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
+def load_any(cfg: recipe.Model) -> PreTrainedModel:
+    """The model on this process's device, as `load_model` has it, or with the quantization that its config names.
+
+    Raises ModelError as `load_model` does, and for a quantization whose package is not installed or unknown here.
+    """
+    config = read_config(cfg)
+    quantization = config.get("quantization_config")
+    if quantization is None or dict(quantization).get("quant_method") in UNPACKED:
+        return ready(load_model(cfg))
+    _check_package(cfg.source, str(dict(quantization).get("quant_method")))
+    if wrapper_of(config) is not None:
+        raise ModelError(
+            f"{cfg.source}: a quantized text model inside a wrapper ('{config['model_type']}'), of which the parts are "
+            "not told apart: give the checkpoint that it was made from"
+        )
+    arch_of_config(config)
+    return read_whole(
+        cfg,
+        locate(cfg),
+        refused=("missing_keys",),  # a quantizer may leave tensors behind that it does not read
+        attn_implementation=cfg.attention,
+        device_map={"": dist.device()},  # quantized weights are not moved afterwards
+    )
+
+
+def _check_package(source: str, method: str) -> None:
+    if method not in PACKAGES:
+        known = ", ".join((*PACKAGES, *UNPACKED))
+        raise ModelError(f"{source}: quantized with '{method}'; expected one of {known}, a GGUF file, or none")
+    package = PACKAGES[method]
+    if importlib.util.find_spec(package) is None:
+        raise ModelError(
+            f"{source}: quantized with '{method}', which the package '{package}' reads, and it is not installed: "
+            f"pip install {package}"
+        )
+
+
 def load_tokenizer(cfg: recipe.Model) -> PreTrainedTokenizerBase:
     """The model's tokenizer, which has an end-of-sequence token and a padding token.
 
     Raises ModelError: it cannot be loaded, lacks one of these, or its chat template is broken or has no end.
     """
     folder = locate(cfg, cfg.tokenizer)
-    vocabulary.check_there(folder)
-    vocabulary.check_parts(folder)
+    tokenizers.check_there(folder)
+    tokenizers.check_parts(folder)
     check_file(folder)
     with unchanged(folder), explained(f"{folder}: tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -286,7 +326,7 @@ def load_tokenizer(cfg: recipe.Model) -> PreTrainedTokenizerBase:
         )
         for special in (True, False):  # that it loads does not mean that it works
             tokenizer.decode(tokenizer(TRIAL, add_special_tokens=special, verbose=False)["input_ids"])
-        vocabulary.check_time(tokenizer, folder)
+        tokenizers.check_time(tokenizer, folder)
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         raise ModelError(
             f"{folder}: holds no tokenizer (tokenizer.json or tokenizer.model): copy it there, or set model.tokenizer"
@@ -303,8 +343,22 @@ def load_tokenizer(cfg: recipe.Model) -> PreTrainedTokenizerBase:
 
 
 def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """As `vocabulary.fit`, for the embedding of this model (more rows than words are fine). Raises ModelError."""
-    vocabulary.fit(tokenizer, model.config.get_text_config(decoder=True).vocab_size)
+    """As `tokenizers.fit`, for the embedding of this model (more rows than words are fine). Raises ModelError."""
+    tokenizers.fit(tokenizer, model.config.get_text_config(decoder=True).vocab_size)
+
+
+def check_tokenizers(
+    dense: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, source: str = "the other model"
+) -> None:
+    """Every id means one token in both (either may have tokens added at the end), or raise ModelError."""
+    first, second = ({number: token for token, number in each.get_vocab().items()} for each in (dense, other))
+    differing = [number for number in sorted(first.keys() & second.keys()) if first[number] != second[number]]
+    if differing:
+        shown = ", ".join(f"{number} is {first[number]!r} and {second[number]!r}" for number in differing[:LISTED])
+        raise ModelError(
+            f"{source}: another tokenizer than the dense model's: {len(differing)} ids are different tokens ({shown}); "
+            "expected two checkpoints of one tokenizer"
+        )
 
 
 def _config(cfg: recipe.Model) -> PretrainedConfig:

@@ -24,10 +24,18 @@ from recover.base.errors import ModelError, RecoverError
 from recover.base.products import check_checkpoint, digest_of
 from recover.config import recipe
 from recover.config.base import Dtype
-from recover.models.config_keys import NESTED, check_keys, check_room, check_sizes
-from recover.models.foreign_code import check, check_settings, code_files, code_named
 from recover.models.gate import check_files
 from recover.models.gguf_folder import alone, write_stock
+from recover.models.settings import (
+    NESTED,
+    check,
+    check_keys,
+    check_room,
+    check_settings,
+    check_sizes,
+    code_files,
+    code_named,
+)
 from recover.models.wrapper import text_values
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"

@@ -24,7 +24,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from recover.base import console
 from recover.base.artifacts import JsonObject
 from recover.base.errors import ModelError
-from recover.models.config_keys import allowed_of
+from recover.models.settings import allowed_of
 
 TEXT = "text_config"
 # What belongs to the numbers of few bits in a weight, under its name.

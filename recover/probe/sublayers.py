@@ -1,16 +1,18 @@
-"""What each sublayer does to the residual stream, and what would stand behind it were it closed or replaced.
+"""What the parts of a block do: each sublayer to the residual stream, and each expert of a mixture to the tokens.
 
-A counterfactual changes one sublayer and nothing else: its input, and the context that its KV cache remembers, stay the
-dense model's. So one forward of the dense model and one of the other, whose blocks are given the dense stream in place
-of their own, show every counterfactual at once; each cache then holds keys and values of dense states, at every step.
+What would stand behind a sublayer were it closed or replaced is a counterfactual: it changes one sublayer and nothing
+else: its input, and the context that its KV cache remembers, stay the dense model's. So one forward of the dense model
+and one of the other, whose blocks are given the dense stream in place of their own, show every counterfactual at once;
+each cache then holds keys and values of dense states, at every step. Of experts is counted how many tokens each is
+given in both views, on the same text (`routing`).
 
-Shapes: B batch, T tokens, N kept tokens, D width, S decoding steps.
+Shapes: B batch, T tokens, N kept tokens or tokens (B * T), D width, S decoding steps, P experts of a token, E experts.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,10 +21,11 @@ from torch import Tensor, nn
 
 from recover.base.errors import ModelError
 from recover.models import kv_cache
-from recover.models.arch import arch_of, base_of, blocks_of, middle_hooks
+from recover.models.arch import arch_of, base_of, blocks_of, experts_of, middle_hooks, mixture_in
 from recover.models.site import SUBLAYERS, Site
-from recover.probe.decoding import positions
-from recover.probe.trajectory import Trajectory, marked, rows_of, whole
+from recover.models.twin import Twin
+from recover.probe.records import Routing
+from recover.probe.trajectory import Trajectory, marked, positions, rows_of, whole
 from recover.probe.views import Pair, View, running
 
 CLOSED, REPLACED = "closed", "pruned"
@@ -246,3 +249,41 @@ def _close(stack: ExitStack, block: nn.Module, view: View, site: Site) -> None:
     stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
     _at_middle(stack, block, view, seen, between)
     stack.callback(block.register_forward_hook(leave).remove)
+
+
+@torch.no_grad()
+def routing(twin: Twin | Pair, rows: Sequence[list[int]]) -> list[Routing]:
+    """One record a block with a mixture (dense numbering), for these texts in token ids; none for a model without."""
+    pair = Pair.of(twin)
+    dense, pruned = (_tokens_of_experts(view, rows) for view in (pair.dense, pair.pruned))
+    return [Routing(block, dense[block], pruned.get(block, [])) for block in dense]
+
+
+def _tokens_of_experts(view: View, rows: Sequence[list[int]]) -> dict[int, list[int]]:
+    """How many tokens each expert of a block was given; a closed block runs none, and is left out."""
+    arch, model = arch_of(view.model), base_of(view.model)
+    experts = experts_of(model.config)[0]
+    counts: dict[int, Tensor] = {}
+
+    def see(block: int) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+            given_E = torch.bincount(output[2].flatten(), minlength=experts)
+            counts[block] = counts[block] + given_E if block in counts else given_E
+
+        return hook
+
+    names = arch.experts
+    mixed = [] if names is None else [block for block in enumerate(blocks_of(model)) if mixture_in(arch, block[1])]
+    handles = [
+        block.get_submodule(f"{arch.mlp}.{names.router}").register_forward_hook(see(view.numbers[index]))
+        for index, block in mixed
+        if names is not None
+    ]
+    try:
+        with view.enter():
+            for row in rows if mixed else ():
+                model(input_ids=torch.tensor([row], device=model.device), use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {block: given_E.tolist() for block, given_E in counts.items()}

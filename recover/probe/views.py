@@ -1,6 +1,7 @@
 """Two views of a language model to compare, and what a full forward of one of them shows.
 
 Hidden states are read by hooks inside a whole forward: blocks called by hand would miss masks, positions and caches.
+The views are those of a twin, or two checkpoints of one tokenizer (`load_pair`), quantized ones too.
 
 Shapes: B batch, T tokens, N kept tokens, D width, V vocabulary.
 """
@@ -14,10 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from recover.base.errors import ModelError
+from recover.config import recipe
 from recover.maths.head import Head
 from recover.models.arch import Arch, arch_of, base_of, blocks_of, final_norm_of, head_of
+from recover.models.load import check_fit, check_tokenizers, load_any, load_tokenizer
 from recover.models.twin import Twin
 
 FINAL_NORM, RAW = "final_norm", "raw"
@@ -177,3 +181,19 @@ class _Foreign:
 
 def _is_plain(weight: Any) -> bool:
     return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.element_size() > 1
+
+
+def load_pair(
+    dense: recipe.Model, other: recipe.Model, numbers: Sequence[int] | None = None
+) -> tuple[Pair, PreTrainedTokenizerBase]:
+    """Both models on this process's device, and the dense one's tokenizer; `numbers` as in `Pair.of_models`.
+
+    Raises ModelError: a model cannot be loaded, needs a package that is not there, or the two differ in tokenizer, in
+    vocabulary, or in depth without a mapping.
+    """
+    tokenizer = load_tokenizer(dense)
+    check_tokenizers(tokenizer, load_tokenizer(other), other.source)
+    first, second = load_any(dense), load_any(other)
+    for model in (first, second):
+        check_fit(model, tokenizer)
+    return Pair.of_models(first, second, numbers), tokenizer

@@ -18,10 +18,18 @@ from recover.base.artifacts import JsonObject
 from recover.base.errors import DataError, PruneError
 from recover.config.paths import TEXTS, ending
 from recover.config.recipe import Calibration
-from recover.text.conversation import EmptyMessage, asking, holds_messages, read_messages, rendered
-from recover.text.named import prompt_rows
-from recover.text.prompts import Prompt, encode_prompt, ids_of
+from recover.text.prompts import (
+    EmptyMessage,
+    Prompt,
+    asking,
+    encode_prompt,
+    holds_messages,
+    ids_of,
+    read_messages,
+    rendered,
+)
 from recover.text.read import DataSet, Row, listed, say_once
+from recover.text.rows import prompt_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -23,8 +23,8 @@ from recover.models.experts import keeping, mixtures_of, watching
 from recover.models.plan import Plan, Pruned
 from recover.prune.calibrate import calibration_record, check_context
 from recover.prune.depth.scores import OutputScore
-from recover.prune.passes import kl_rows, residual_stream
 from recover.prune.registry import Cost, Pruner, register
+from recover.prune.stream import kl_rows, residual_stream
 
 if TYPE_CHECKING:
     from recover.base.memory import Mixture

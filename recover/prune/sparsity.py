@@ -26,11 +26,31 @@ from recover.models.arch import ARCHS, Arch, arch_of, block_of, blocks_of
 from recover.models.linears import pack, unpack
 from recover.models.plan import MaskRecord, Plan, Pruned
 from recover.prune.calibrate import calibration_record
-from recover.prune.passes import final_hidden, kl_rows, row_sum
+from recover.prune.matrices import (
+    COLUMNS,
+    Replays,
+    choose_n_m,
+    choose_share,
+    damped_inverse,
+    keep_n_m,
+    keep_unstructured,
+    magnitude_score,
+    rewrite,
+    wanda_score,
+)
 from recover.prune.registry import Cost, Pruner, register
-from recover.prune.scores import keep_n_m, keep_unstructured, magnitude_score, wanda_score
-from recover.prune.sparsegpt import COLUMNS, Replays, choose_n_m, choose_share, inverse_factor, rewrite
-from recover.prune.stream import Stream, check_finite, gram, masked_layers, norms, squares, working_device
+from recover.prune.stream import (
+    Stream,
+    check_finite,
+    final_hidden,
+    gram,
+    kl_rows,
+    masked_layers,
+    norms,
+    row_sum,
+    squares,
+    working_device,
+)
 
 if TYPE_CHECKING:
     from recover.models.load import Description
@@ -292,7 +312,7 @@ def _sparsegpt(
     where = names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
     weight_IO = torch.cat([weight_OI.float() for weight_OI in weights.values()]).T.contiguous()
     inputs = len(weight_IO)
-    factor_II = inverse_factor(hessian_II, where)
+    factor_II = damped_inverse(hessian_II, where, factor=True)
     if cfg.n_m is None:
         choose, group, step = choose_share(fraction, inputs, sizes), COLUMNS, COLUMNS
     else:

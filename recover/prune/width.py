@@ -32,7 +32,7 @@ from recover.models.arch import ARCHS, arch_of, blocks_of, head_size_of, kv_head
 from recover.models.plan import Plan, Pruned
 from recover.models.site import Site, Sublayer
 from recover.prune.calibrate import calibration_record, check_context
-from recover.prune.compensate import Compensated, compensate
+from recover.prune.matrices import Compensated, compensate
 from recover.prune.registry import Cost, Pruner, register
 from recover.prune.stream import Stream, check_finite, gram
 

@@ -14,30 +14,12 @@ from recover.base.errors import ArtifactError, RecipeError
 from recover.base.products import taken_apart
 from recover.config import yaml_values
 from recover.config.tasks import KINDS
-from recover.maths import paired
-from recover.report import drift, items, measures, mistakes, overlap, verdict, words
+from recover.maths.score import of_means
+from recover.report import drift, items, verdict, words
 from recover.report import made as making
-from recover.report.curve import curve
-from recover.report.data import (
-    DivergenceRow,
-    Drift,
-    Epoch,
-    Json,
-    MeasureRecord,
-    Model,
-    Overlap,
-    Parted,
-    Plan,
-    RateTrials,
-    Records,
-    Rise,
-    RunData,
-    Sample,
-    SampleRecord,
-    Task,
-    Text,
-    Tokens,
-)
+from recover.report.data import DivergenceRow, Drift, Epoch, Json, Parted, Plan, Rise, RunData, Sample, Text, Tokens
+from recover.report.run_files import MeasureRecord, Model, Overlap, RateTrials, Records, SampleRecord, Task
+from recover.report.training import curve
 
 SCHEMA = 1
 MEASURE_FOLDER: dict[Model, str] = {"dense": "dense", "pruned": "before", "recovered": "after"}
@@ -76,7 +58,7 @@ def _collect(root: Path) -> RunData:
     again = root / "after" / "epochs.jsonl"  # of a run whose epochs were measured again
     epochs = _epochs(again if (root / "after" / "best.json").is_file() and again.is_file() else root / "epochs.jsonl")
     more, left_out = making.added(root)
-    headline = measures.headline(_for_headline(records, more))
+    headline = verdict.headline(_for_headline(records, more))
     records = _joined(records, more)
     made = making.made(root, recipe)
     data: RunData = {
@@ -91,7 +73,7 @@ def _collect(root: Path) -> RunData:
         "plan": _plan_summary(plan),
         "estimate": _json(root / "plan" / "estimate.json"),
         "headline": headline,
-        "measures": measures.rows(records),
+        "measures": verdict.measure_rows(records),
         "drift": {model: _drift(root / folder) for model, folder in DRIFT_FOLDER.items()},
         "epochs": epochs,
         "training": _json(earlier.place(root, "train/training.json")),
@@ -104,10 +86,10 @@ def _collect(root: Path) -> RunData:
         "made": made,
         "measured_later": [record["task"] for record in more],
         "samples": side_by_side(records),
-        "mistakes": mistakes.counted(records),
+        "mistakes": items.counted_mistakes(records),
         "exchanged": items.exchanged(root, records),
         "overlap": _overlap(root / "plan" / "overlap.json"),
-        "examples": mistakes.examples(records),
+        "examples": items.mistake_examples(records),
         "divergence": divergence(records),
         "verdict": verdict.verdict(headline),
         "title": "",
@@ -206,15 +188,15 @@ def _epochs(path: Path) -> list[Epoch]:
     for epoch, record in sorted(latest.items()):
         measured = cast(MeasureRecord, record.get("measure") or {})
         train = record.get("train") or {}
-        form, content = mistakes.shares(measured) or (None, None)
+        form, content = items.mistake_shares(measured) or (None, None)
         rows.append(
             {
                 **{key: record.get(key) for key in ("step", "tokens", "seconds", "score")},
                 "epoch": epoch,
                 "train": train,
                 "headline": measured.get("headline") or {},
-                "loop_rate": mistakes.loop_rate(measured),
-                "loops_begin": mistakes.loops_begin(measured),
+                "loop_rate": items.loop_rate(measured),
+                "loops_begin": items.loops_begin(measured),
                 "form": form,
                 "content": content,
                 "items": {name: task.get("items") for name, task in (measured.get("tasks") or {}).items()},
@@ -234,7 +216,7 @@ def _rise(before: Json, now: Json) -> Rise | None:
     pairs = [[(each.get(name) or {}).get("each") or [] for each in tasks] for name in names]
     if not pairs or any(len(was) != len(is_now) for was, is_now in pairs):
         return None
-    change = paired.of_means([(was, is_now) for was, is_now in pairs])
+    change = of_means([(was, is_now) for was, is_now in pairs])
     if change is None:
         return None
     tokens = [words.finite(record.get("tokens")) for record in (before, now)]
@@ -368,7 +350,7 @@ def where_programs_ran(records: Records) -> list[str]:
 
 def known_limits(data: RunData) -> list[str]:
     """What a reader must not conclude from this report, each line true of this very run."""
-    limits = [f"{text[0].upper()}{text[1:]}." for text in map(overlap.sentence, data["overlap"] or ())]
+    limits = [f"{text[0].upper()}{text[1:]}." for text in map(items.overlap_sentence, data["overlap"] or ())]
     small = sorted(
         {
             row["task"]

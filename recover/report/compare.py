@@ -13,12 +13,13 @@ from typing import Any, Literal, cast
 from recover.base.artifacts import write_text
 from recover.base.products import taken_apart
 from recover.config import tasks
-from recover.maths import paired
-from recover.report import items, plan_text, render, speed_text, words
+from recover.maths import score
+from recover.report import items, render, words
 from recover.report.collect import collect
-from recover.report.data import CHANGED, MODELS, ComparedRun, Comparison, Curve, Json, Model, Paired, RunData
+from recover.report.data import CHANGED, MODELS, ComparedRun, Comparison, Curve, Json, Paired, RunData
 from recover.report.exhibits import Exhibit
 from recover.report.figures.compare import courses, losses, share_cell, trade, ways
+from recover.report.run_files import Model
 
 SAME = 0.02  # dense figures further apart than this were not measured alike
 
@@ -102,7 +103,7 @@ def _paired(runs: list[ComparedRun]) -> list[Paired]:
     for run in runs[1:]:
         for task, right in run["right"].items():
             if len(best["right"].get(task, ())) == len(right):
-                test = paired.mcnemar(best["right"][task], right)
+                test = score.mcnemar(best["right"][task], right)
                 counts: Paired = {
                     "run": run["name"],
                     "task": task,
@@ -203,9 +204,9 @@ def _run(data: RunData) -> ComparedRun:
         "summary": data["summary"],
         "missing": [gap["means"] for gap in data["missing"]],
         "mixed": data["mixed"],
-        "pruned": plan_text.short(data["plan"]),
+        "pruned": words.plan_short(data["plan"]),
         "parameters": _ratio(plan.get("parameters_pruned"), plan.get("parameters_dense")),
-        "decoding": speed_text.value(speed, "decode_tokens_per_second"),
+        "decoding": words.speed_value(speed, "decode_tokens_per_second"),
         "speed": speed,
         "measure": _one_text(_rules(data["recipe"].get("measure") or {})),
         "timed_on": _one_text([words.machine(speed.get("machine")), speed.get("workload")]) if speed else None,
@@ -277,7 +278,7 @@ COLUMNS = (
 
 def row(run: ComparedRun) -> list[tuple[str, float | None, str]]:
     """Cells as (wording, value to sort by, what to make of it)."""
-    file = speed_text.value(run["speed"], "file_bytes")
+    file = words.speed_value(run["speed"], "file_bytes")
     return [
         (run["name"], None, ""),
         (run["pruned"], None, ""),
@@ -298,7 +299,7 @@ def _perplexity(found: dict[str, float | None]) -> tuple[str, float | None, str]
 
 def _decoding(run: ComparedRun) -> tuple[str, float | None, str]:
     """The ratio, and under it what it means where it is no gain."""
-    said = speed_text.gain(run["speed"], "decode_tokens_per_second")
+    said = words.speed_gain(run["speed"], "decode_tokens_per_second")
     if run["decoding"] is None or said.startswith("×"):
         return said.partition(" [")[0], run["decoding"], ""
     return f"×{run['decoding']:.2f}", run["decoding"], said
@@ -313,10 +314,10 @@ SPEED_COLUMNS = (
 def speed_row(run: ComparedRun) -> list[str]:
     """One run of the table of sizes and speeds, dense → deployed, both timed in one run; in words."""
     cells = [run["name"]]
-    for key in ("parameters", "file_bytes", "kv_bytes_per_token", *speed_text.RATES):
-        cells.append(speed_text.change(run["speed"], key))
-        if key in speed_text.RATES:
-            cells.append(speed_text.ratio(run["speed"], key))
+    for key in ("parameters", "file_bytes", "kv_bytes_per_token", *words.RATES):
+        cells.append(words.speed_change(run["speed"], key))
+        if key in words.RATES:
+            cells.append(words.speed_ratio(run["speed"], key))
     return cells
 
 

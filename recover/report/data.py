@@ -1,7 +1,7 @@
 """What a report is made from, as types: `collect` reads a run into a `RunData`, and report.json is that very value.
 
-A value that was not measured is None. Classes that are not `total` are records of files of the run as they were
-written, so that a key may be absent in those of an earlier version. `Quantiles` are {mean, p50, p90, p99, max}.
+A value that was not measured is None. What is shown as a file of the run has it is typed in `run_files.py`; a class
+that is not `total` may lack keys, as files of an earlier version do. `Quantiles` are {mean, p50, p90, p99, max}.
 """
 
 from __future__ import annotations
@@ -12,76 +12,26 @@ from typing_extensions import TypedDict
 
 from recover.base.artifacts import JsonObject as Json
 from recover.base.clock import StageTime
+from recover.report.run_files import (
+    Model,
+    Overlap,
+    Quantiles,
+    RateTrials,
+    Repair,
+    Score,
+    Setback,
+    Speed,
+    TemperatureDrift,
+    Training,
+    Use,
+)
 
-Use = str
-Model = Literal["dense", "pruned", "recovered"]
 Changed = Literal["pruned", "recovered"]
 Space = Literal["embedding", "logit", "probability"]
 
 MODELS: tuple[Model, ...] = ("dense", "pruned", "recovered")
 CHANGED: tuple[Changed, ...] = ("pruned", "recovered")
 SPACES: tuple[Space, ...] = ("embedding", "logit", "probability")
-
-Quantiles = dict[str, float | None]
-
-
-# Records of `measure.json`.
-
-
-class SampleRecord(TypedDict, total=False):
-    """One prompt of a task with the text of a model."""
-
-    prompt: str
-    text: str | None
-    expected: str | None
-    answer: str | None
-    correct: bool | None
-
-
-class Task(TypedDict, total=False):
-    """A task as one model did it; the figures of its kind (`measures.METRICS`) stand beside these."""
-
-    kind: Required[str]
-    items: Required[int]
-    chance: float | None
-    interval95: list[float] | None
-    samples: list[SampleRecord]
-    mistakes: dict[str, int]
-    examples: dict[str, SampleRecord]
-    truncated: int
-    loop_rate: float | None
-    loop_start: Quantiles | None
-    first_divergence: Quantiles | None
-    parting: Json | None
-    exact_text: float | None
-    agreement: float | None
-    isolation: str
-    each: list[float]
-
-
-class MeasureRecord(TypedDict):
-    """measure.json: all tasks of one model, and a figure for each use."""
-
-    tasks: dict[str, Task]
-    headline: dict[str, float | None]
-    seconds: NotRequired[float]
-    tokens_per_second: NotRequired[float | None]
-
-
-class GreedyText(TypedDict):
-    """A text of generations.json, by task and item; what was asked, and the right answer where there is one.
-
-    Earlier versions wrote `ids` and `text` alone.
-    """
-
-    ids: list[int]
-    text: str
-    prompt: NotRequired[str]
-    expected: NotRequired[str | None]
-
-
-Records = dict[Model, MeasureRecord | None]
-
 
 # What was measured.
 
@@ -226,28 +176,6 @@ class Rise(TypedDict):
     real: bool
 
 
-class Overlap(TypedDict):
-    """Items of a task that stand in a text of the run: `same` word for word, `near` others nearly so.
-
-    `field` of the recipe names the text `source`. `examples`: {item, text, same}.
-    """
-
-    field: str
-    source: str
-    task: str
-    items: int
-    same: int
-    near: int
-    examples: list[Json]
-
-
-class OverlapRecord(TypedDict):
-    """plan/overlap.json: how many texts of each field were looked at, and which hold measured items."""
-
-    looked_at: dict[str, int]
-    found: list[Overlap]
-
-
 class Parted(TypedDict):
     """When greedy texts leave dense's: the token by which half and 90% of all have; `curve`: share still the same."""
 
@@ -265,14 +193,6 @@ class DivergenceRow(TypedDict):
 
 
 # Drift.
-
-
-class TemperatureDrift(TypedDict, total=False):
-    temperature: Required[float]
-    embedding: Quantiles
-    logit: Quantiles
-    probability: Quantiles
-    kl: Quantiles
 
 
 class BlockDrift(TypedDict):
@@ -391,41 +311,6 @@ class Drift(TypedDict):
 # What was pruned, trained and deployed.
 
 
-class Score(TypedDict, total=False):
-    """One candidate of a search for what to drop."""
-
-    round: Required[int]
-    blocks: Required[list[int]]
-    parts: list[str]
-    score: Required[float | None]
-    by: str
-    block: int
-    experts: list[float]
-    kept: list[int]
-    chosen: bool
-    beside: list[str]
-
-
-class RepairedCut(TypedDict, total=False):
-    site: Required[str]
-    dropped: Required[list[str]]
-    kept: Required[bool]
-    error_before: float | None
-    error_after: float | None
-    kl_before: float | None
-    kl_after: float | None
-
-
-class Repair(TypedDict, total=False):
-    kind: Required[str]
-    kept: Required[bool]
-    kl_before: Required[float | None]
-    kl_after: Required[float | None]
-    tokens_fitted: int
-    tokens_held_out: int
-    cuts: list[RepairedCut]
-
-
 class ModuleZeros(TypedDict):
     module: str
     sparsity: float
@@ -451,20 +336,6 @@ class Plan(TypedDict, total=False):
     patterns: Required[list[str]]
 
 
-class Setback(TypedDict):
-    """A figure that became worse beyond noise; perplexity in nats per token. `interval`: 95%, of now - before.
-
-    `against`: `pruned`, or `epoch N`.
-    """
-
-    figure: str
-    against: str
-    before: float
-    now: float
-    interval: list[float]
-    items: int
-
-
 class Epoch(TypedDict):
     """`best` is the one that is kept; tokens and seconds are counted from the start of the training.
 
@@ -487,95 +358,6 @@ class Epoch(TypedDict):
     setbacks: list[Setback]
     rise: NotRequired[Rise | None]
     best: bool
-
-
-class Finding(TypedDict):
-    """A step that was not finite."""
-
-    step: int
-    found: str
-    sequences: list[int]
-    tensors: list[str]
-
-
-class Training(TypedDict, total=False):
-    """What train/training.json says to a reader; all that it holds is `train.checkpoints.TrainingRecord`."""
-
-    skipped: int
-    rollbacks: int
-    finished: bool
-    findings: list[Finding]
-
-
-class EpochScore(TypedDict):
-    """An epoch as train/best.json has it: the folder of its adapter, what it scored, and its training loss."""
-
-    epoch: int
-    step: int
-    folder: str
-    score: float | None
-    loss: float
-
-
-class Best(EpochScore):
-    """train/best.json, and after/best.json: the epoch that is kept, and all of them."""
-
-    epochs: list[EpochScore]
-
-
-class EpochProgress(TypedDict):
-    """Where a training stands when an epoch ends; `train`: means per token of the loss and its terms, and `lr`."""
-
-    step: int
-    tokens: int
-    seconds: float
-    skipped: int
-    rollbacks: int
-    peak_memory_bytes: int | None
-    train: dict[str, float | None]
-
-
-class EpochDrift(TemperatureDrift, total=False):
-    """Drift at the last layer, T = 1; `each`: of each prompt the sum of KL in nats, and how many positions it is of."""
-
-    each: list[tuple[float, int]]
-
-
-class EpochMeasured(TypedDict):
-    """What was measured of an epoch's adapter, and all that these figures depend on."""
-
-    measure: MeasureRecord
-    drift: EpochDrift
-    score: float | None
-    measured_with: Json
-
-
-class EpochLine(EpochProgress, EpochMeasured):
-    """A line of epochs.jsonl."""
-
-    epoch: int
-    setbacks: NotRequired[list[Setback]]
-
-
-class Trial(TypedDict, total=False):
-    """A short training of `lr: auto`; `kl` is None where its loss was not finite."""
-
-    lr: Required[float]
-    kl: Required[float | None]
-    perplexity: float | None
-    seconds: float
-
-
-class RateTrials(TypedDict, total=False):
-    """train/trials.json: what was tried for `lr: auto`, what was chosen, and why."""
-
-    prior: float
-    steps: int
-    tokens: int
-    trials: Required[list[Trial]]
-    chosen: Required[float | None]
-    reason: str | None
-    why: str
 
 
 class Band(TypedDict):
@@ -615,32 +397,6 @@ class Tokens(TypedDict):
     all: int | None
     epoch: int
     epochs: int
-
-
-class Ratio(TypedDict):
-    value: float | None
-    interval: list[float]
-
-
-class Side(TypedDict, total=False):
-    parameters: int
-    file_bytes: int
-    kv_bytes_per_token: int
-    peak_memory_bytes: int | None
-    prefill_tokens_per_second: float
-    decode_tokens_per_second: float
-    dtype: str
-    interval: dict[str, list[float]]
-
-
-class Speed(TypedDict):
-    dense: Side
-    deployed: Side
-    ratio: dict[str, Ratio]
-    repeats: int
-    workload: dict[str, int]
-    same_shapes: NotRequired[bool]
-    machine: NotRequired[Json]
 
 
 class Made(TypedDict):

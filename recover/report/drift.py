@@ -18,12 +18,11 @@ from recover.report.data import (
     Forced,
     Json,
     PageData,
-    Quantiles,
     SampledDrift,
     StepDrift,
     SublayerDrift,
-    TemperatureDrift,
 )
+from recover.report.run_files import Quantiles, TemperatureDrift
 
 Row = TypeVar("Row")
 

@@ -1,13 +1,18 @@
-"""Items that another model has right where dense is wrong, and the other way: how many, and each of them to look at."""
+"""Single items and texts of the measurements, counted and to look at.
+
+Items that another model has right where dense is wrong, and the other way; what is wrong with what the models write,
+how many texts of which kind of mistake, and one of each; measured items that stand in the text of the run itself.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from recover.base import artifacts
-from recover.maths import paired
+from recover.maths import score
 from recover.report import words
-from recover.report.data import CHANGED, ChangedItem, Exchanged, Model, PageData, Records, Task, Text
+from recover.report.data import CHANGED, ChangedItem, Example, Exchanged, Mistakes, PageData, RunData, Text
+from recover.report.run_files import MeasureRecord, Model, Overlap, OverlapRecord, Records, Task
 from recover.report.tables import Table
 
 MOST = 60  # items of a task that are shown, of those lost and of those won
@@ -30,7 +35,7 @@ def exchanged(root: Path, records: Records) -> list[Exchanged]:
             before, now = _right(dense), _right(other)
             if before is None or now is None or len(before) != len(now):
                 continue
-            test = paired.mcnemar(before, now)
+            test = score.mcnemar(before, now)
             shown = _shown(name, before, now, texts["dense"], texts[model]) if model == last else []
             found.append(
                 {
@@ -98,7 +103,7 @@ def _shown(task: str, before: list[float], now: list[float], dense: Rows, other:
     return found
 
 
-def table(data: PageData) -> Table | None:
+def exchanged_table(data: PageData) -> Table | None:
     """What was exchanged, and whether more than chance exchanges."""
     if not data["exchanged"]:
         return None
@@ -123,3 +128,184 @@ def table(data: PageData) -> Table | None:
 def chance(p: float) -> str:
     """A p in words short enough for a cell."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+# kind of mistake in a record -> (column, heading of its example)
+NAMES = {
+    "loop": ("loop", "ends in a loop"),
+    "endless": ("no end", "does not end"),
+    "no_answer": ("no answer", "holds no answer"),
+    "unparsed": ("does not parse", "does not parse"),
+    "content": ("well formed, wrong", "is well formed and wrong"),
+}
+FORM = ("loop", "endless", "no_answer", "unparsed")
+
+
+def counted_mistakes(records: Records) -> list[Mistakes]:
+    """One row a task that writes and model: {task, model, items, right, mistakes: {kind: n}, loop_rate, loop_start}."""
+    rows = []
+    for name, model, task in _writing(records):
+        counts = {kind: n for kind in NAMES if isinstance(n := (task.get("mistakes") or {}).get(kind), int)}
+        if not counts:
+            continue
+        rows.append(
+            {
+                "task": name,
+                "model": model,
+                "items": task["items"],
+                "right": task["items"] - sum(counts.values()),
+                "mistakes": counts,
+                "loop_rate": words.finite(task.get("loop_rate")),
+                "loop_start": task.get("loop_start"),
+            }
+        )
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    return sorted(rows, key=lambda row: tasks.index(row["task"]))  # models stay in order
+
+
+def mistake_examples(records: Records) -> list[Example]:
+    """One text of each kind of mistake of each model: {task, model, mistake, prompt, expected, text}."""
+    found = []
+    for name, model, task in _writing(records):
+        for kind in NAMES:
+            sample = (task.get("examples") or {}).get(kind)
+            if sample is None:
+                continue
+            expected, answer = sample.get("expected"), sample.get("answer")
+            found.append(
+                {
+                    "task": name,
+                    "model": model,
+                    "mistake": kind,
+                    "prompt": words.clean(sample.get("prompt", "")),
+                    "text": words.beginning(words.clean(sample.get("text") or "")),
+                    "expected": None if expected is None else words.clean(expected),
+                    "answer": None if answer is None else words.clean(answer),
+                }
+            )
+    return found
+
+
+def _writing(records: Records) -> list[tuple[str, Model, Task]]:
+    """(name, model, record) of each task whose texts are told apart by their mistakes, whatever its kind."""
+    return [
+        (name, model, task)
+        for model, record in records.items()
+        for name, task in ((record or {}).get("tasks") or {}).items()
+        if task.get("mistakes") is not None
+    ]
+
+
+def loop_rate(measured: MeasureRecord) -> float | None:
+    """Mean over the tasks that write, each weighing the same; None where no record has it."""
+    tasks = (measured.get("tasks") or {}).values()
+    rates = [rate for task in tasks if (rate := words.finite(task.get("loop_rate"))) is not None]
+    return sum(rates) / len(rates) if rates else None
+
+
+def mistake_shares(measured: MeasureRecord) -> tuple[float, float] | None:
+    """Of all texts of a record, the share that is a mistake of form, and the share well formed and wrong.
+
+    The mean over tasks, each weighing the same; None where no record tells them apart.
+    """
+    tasks = (measured.get("tasks") or {}).values()
+    counts = [(found, task["items"]) for task in tasks if (found := task.get("mistakes")) and task["items"]]
+    if not counts:
+        return None
+    form = [sum(found.get(kind, 0) for kind in FORM) / items for found, items in counts]
+    content = [found.get("content", 0) / items for found, items in counts]
+    return sum(form) / len(counts), sum(content) / len(counts)
+
+
+def loops_begin(measured: MeasureRecord) -> float | None:
+    """The token before which half of the loops begin, the mean over tasks with loops; None without any."""
+    starts = [(task.get("loop_start") or {}).get("p50") for task in (measured.get("tasks") or {}).values()]
+    known = [start for start in starts if start is not None]
+    return sum(known) / len(known) if known else None
+
+
+def mistakes_table(data: PageData) -> Table | None:
+    """Mistakes of form beside mistakes of content, each text counted once."""
+    rows = data["mistakes"]
+    if not rows:
+        return None
+    kinds = [kind for kind in NAMES if any(kind in row["mistakes"] for row in rows)]
+    cells = [
+        (
+            row["task"],
+            row["model"],
+            words.count(row["items"]),
+            words.count(row["right"]),
+            *("–" if kind not in row["mistakes"] else words.count(row["mistakes"][kind]) for kind in kinds),
+            words.percent(row["loop_rate"], 1),
+            words.number((row["loop_start"] or {}).get("p50")) if row["loop_start"] else "–",
+        )
+        for row in rows
+    ]
+    caption = (
+        "Each greedy text is counted once: as right, by its first mistake of form, or as well formed and wrong. If "
+        "form came back and content did not, look at the text that training used. Loop rate: share of all texts that "
+        "end in a run of tokens repeated at least three times over at least 24 tokens. Half of these loops begin "
+        "before the token in the last column."
+    )
+    columns = ("task", "model", "items", "right", *(NAMES[kind][0] for kind in kinds), "loop rate", "loops begin at")
+    return Table("Mistakes of form and of content", caption, tuple((each, "") for each in columns), cells, numbers=2)
+
+
+USED_FOR = {"prune": "what pruning is chosen by", "train": "what recovery learns from"}
+EXAMPLE = 120  # characters of a text in the table
+
+
+def overlap_sentence(found: Overlap) -> str:
+    """How many items of a task stand in which text, and what that means; for the terminal, the limits and the card."""
+    counts = [(found["same"], "word for word"), (found["near"], "nearly so")]
+    (first, how), *others = [(count, how) for count, how in counts if count]
+    more = "".join(f", {count:,} more {how}" for count, how in others)
+    return (
+        f"task {found['task']}: {first:,} of {found['items']:,} measured items stand in {found['field']} "
+        f"({found['source']}) {how}{more}; that text is {USED_FOR[found['field'].split('.')[0]]}, so the task says "
+        "little of items that are new to the model"
+    )
+
+
+def overlap_lines(record: OverlapRecord) -> list[str]:
+    """What `plan/overlap.json` says, for the terminal."""
+    if record["found"]:
+        return [overlap_sentence(found) for found in record["found"]]
+    texts = sum(record["looked_at"].values())
+    return [f"measured items were looked for in {texts:,} texts that the run is made with: none stands there"]
+
+
+def overlap_table(data: RunData) -> Table | None:
+    """Items of tasks that stand in the text of the run, with an example of each task and text."""
+    rows = [
+        (
+            found["task"],
+            f"{found['field']}, {found['source']}",
+            *_example(found),
+            words.count(found["items"]),
+            words.count(found["same"]),
+            words.count(found["near"]),
+        )
+        for found in data["overlap"] or ()
+    ]
+    if not rows:
+        return None
+    names = ("task", "stands in", "an item", "what stands there", "items", "word for word", "nearly so")
+    caption = (
+        "Measured items that stand in the text that this run was made with, found by their words alone: word for word, "
+        "or with 60% of their runs of five words in common, numbers set aside. What is measured on them may be "
+        "remembered and not known. The same question in other words is not found."
+    )
+    title = "Measured items in the text of this run"
+    return Table(title, caption, tuple((name, "") for name in names), rows, numbers=4)
+
+
+def _example(found: Overlap) -> tuple[str, str]:
+    first = (found["examples"] or [{"item": "–", "text": "–"}])[0]
+    return _short(first["item"]), _short(first["text"])
+
+
+def _short(text: str) -> str:
+    text = " ".join(words.clean(text).split())
+    return text[:EXAMPLE].rstrip() + " …" if len(text) > EXAMPLE else text

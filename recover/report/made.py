@@ -12,7 +12,7 @@ from typing import Any
 
 from recover.base import artifacts, earlier
 from recover.base.artifacts import DONE
-from recover.base.ownership import peek
+from recover.base.products import peek
 from recover.config.recipe import completed
 from recover.report import words
 from recover.report.data import Json, Made, PageData

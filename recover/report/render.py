@@ -1,8 +1,9 @@
-"""The files of a report, from what `collect` gave: report.json (everything), report.md, one self-contained report.html.
+"""The files of a report (report.json has everything, report.md, one self-contained report.html), and of a diagnosis.
 
-The page makes no request of any kind: styles, pictures and script are inside it, and its content policy forbids the
-rest. Model text is data: it is escaped, and markup that slipped through could not run, since the policy names the one
-script by its hash.
+`collect` gives what is known of a run. A diagnosis is two checkpoints held against each other by `recover diagnose`,
+without any run. A page makes no request of any kind: styles, pictures and script are inside it, and its content policy
+forbids the rest. Model text is data: it is escaped, and markup that slipped through could not run, since the policy
+names the one script by its hash.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recover.base import artifacts, products
 from recover.base.artifacts import write_json, write_text
+from recover.base.errors import ArtifactError
 from recover.base.products import taken_apart
 from recover.config import tasks, yaml_values
-from recover.report import exhibits, mistakes, plan_text, setbacks, speed_text, training_text, verdict, words
-from recover.report.data import Cell, RunData
-from recover.report.exhibits import Exhibit, Section
+from recover.report import drift, exhibits, items, training, verdict, words
+from recover.report.data import MODELS, Cell, DiagnosisData, Drift, Json, RunData
+from recover.report.drift import mean_of
+from recover.report.exhibits import DIAGNOSIS, Exhibit, Section, half_parted, key_findings
 from recover.report.figures.figure import Figure
-from recover.report.key_findings import key_findings
 from recover.report.tables import Table
 
 if TYPE_CHECKING:
@@ -126,11 +129,11 @@ def _view(data: RunData) -> dict[str, Any]:
         "facts": _facts(data),
         "recovery": _recovery(data),
         "points": key_findings(data),
-        "mistake_names": {kind: heading for kind, (_, heading) in mistakes.NAMES.items()},
-        "training_notes": training_text.notes(data),
-        "setbacks": setbacks.told(data["epochs"], data["recipe"], (data["rate_trials"] or {}).get("chosen")),
-        "size_rows": speed_text.rows(data["speed"]),
-        "speed_notes": speed_text.notes(data["speed"]),
+        "mistake_names": {kind: heading for kind, (_, heading) in items.NAMES.items()},
+        "training_notes": training.notes(data),
+        "setbacks": training.setbacks_told(data["epochs"], data["recipe"], (data["rate_trials"] or {}).get("chosen")),
+        "size_rows": words.speed_rows(data["speed"]),
+        "speed_notes": words.speed_notes(data["speed"]),
         "measured_on": words.machine((data["speed"] or {}).get("machine")),
         "verified": _verified(data),
         "recipe": yaml_values.dump(data["recipe"]),
@@ -180,9 +183,9 @@ def _facts(data: RunData) -> list[tuple[str, str]]:
     recipe, plan, env, tokens = data["recipe"], data["plan"], data["provenance"]["env"] or {}, data["tokens"]
     facts = [("dense model", words.shown_source(str((recipe.get("model") or {}).get("source", words.NOT_MEASURED))))]
     if plan:
-        what = plan_text.sites(plan) or plan_text.sizes(plan)
+        what = words.plan_sites(plan) or words.plan_sizes(plan)
         facts.append(("pruned by", f"{plan['kind']}{f', {what}' if what else ''}"))
-        if repair := plan_text.repair(plan):
+        if repair := words.plan_repair(plan):
             facts.append(("repaired at the cut", repair))
     if plan and plan.get("parameters_dense"):
         dense, pruned = words.count(plan["parameters_dense"]), words.count(plan["parameters_pruned"])
@@ -222,3 +225,84 @@ def _verified(data: RunData) -> str:
         f"The exported checkpoint was loaded in a fresh process by stock transformers: its logits differ from the "
         f"trained model's by at most {difference}, and with a KV cache from without by at most {cached}."
     )
+
+
+SUMMARY = "probe.json"
+
+
+def is_diagnosis(folder: Path) -> bool:
+    """Whether the folder holds a probe's summary that `recover diagnose` wrote, and is no run directory."""
+    return (folder / SUMMARY).is_file() and not (folder / "recipe.yaml").is_file() and products.is_diagnosis(folder)
+
+
+def render_diagnosis(folder: Path) -> Path:
+    """Write report.html into the folder of a diagnosis, one self-contained page; gives its path.
+
+    Raises ArtifactError if its summary is corrupt or of another kind.
+    """
+    with taken_apart(folder):
+        data = collect_diagnosis(folder)
+        view = {"data": data, "points": key_findings(data), **exhibited(data, DIAGNOSIS, measured=True)}
+        text = page(environment(escape=True), "diagnosis.html.j2", view)
+    write_text(folder / "report.html", text)
+    return folder / "report.html"
+
+
+def collect_diagnosis(folder: Path) -> DiagnosisData:
+    """What the templates and figures need, in the shape that `collect` gives of a run; the other model is `other`."""
+    path = folder / SUMMARY
+    summary = artifacts.read_json(path)
+    if not isinstance(summary, dict) or not isinstance(summary.get("final") or {}, dict):
+        raise ArtifactError(f"{path}: expected the summary of a probe. Run `recover diagnose` with another --out")
+    found = drift.read(summary)
+    data: DiagnosisData = {
+        "name": folder.absolute().name,
+        "dense": words.shown_source(str(summary.get("dense") or "dense")),
+        "other": words.shown_source(str(summary.get("other") or folder.absolute().name)),
+        "drift": {"other": found},
+        "facts": _facts_of_pair(summary),
+        "title": _diagnosis_title(found),
+        "recipe": {},
+        "plan": None,
+        "training": None,
+        "rate_trials": None,
+        "curve": None,
+        "speed": None,
+        "divergence": [],
+        "epochs": [],
+        "exchanged": [],
+        "mistakes": [],
+        "times": [],
+        "made": [],
+        "headline": dict.fromkeys(MODELS),
+    }
+    return words.jsonable(data)
+
+
+def _facts_of_pair(summary: Json) -> list[tuple[str, str]]:
+    final = summary.get("final") or {}
+    facts = [("prompts or texts", words.count(summary.get("prompts")))] if summary.get("prompts") else []
+    if words.finite(final.get("positions")):
+        facts.append(("tokens scored", words.count(final["positions"])))
+    facts += [("choice", f"{row['task']}, {row['items']:,} items") for row in summary.get("choices") or ()]
+    facts += [("ranking", f"{row['queries']:,} queries") for row in (summary.get("retrieval") or ())[:1]]
+    return facts
+
+
+def _diagnosis_title(found: Drift) -> str:
+    """The finding in one line, from what was probed."""
+    parted = found["divergence"] or {}
+    never = words.finite(parted.get("never"))
+    if never is not None:
+        if never == 1.0:
+            return "Every greedy text is the dense model's, token for token"
+        if never >= 0.5:
+            return f"{words.percent(never)} of greedy texts stay the dense model's to the end"
+        return f"Half of the greedy texts leave the dense model's by token {words.number(half_parted(parted))}"
+    kl = mean_of(found["final"].get("kl"))
+    if kl is not None:
+        return f"Mean KL to dense is {words.number(kl)} nats a token"
+    same = [(row.get("likelihood") or {}).get("same_choice") for row in found["choices"]]
+    if same and words.finite(same[0]) is not None:
+        return f"{words.percent(same[0], 1)} of choices are the dense model's"
+    return "Two models, held against each other"

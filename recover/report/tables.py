@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from recover.report import made, plan_text, words
+from recover.report import made, words
 from recover.report.data import CHANGED, PageData, Parted, RetrievalDrift
 from recover.report.drift import by_model, mean_of, spread
 
@@ -212,7 +212,7 @@ def removed(data: PageData) -> Table | None:
     }
     least = by.get(str(plan["scores"][0].get("by")), "of the lowest REAP score (router weight x norm of the output)")
     caption = (
-        f"From each mixture went {plan_text.experts(plan)}: those {least}. Their share of the block's sum of scores."
+        f"From each mixture went {words.plan_experts(plan)}: those {least}. Their share of the block's sum of scores."
     )
     return Table("Which experts were removed", caption, (("", ""), ("experts", ""), ("share", "")), rows, numbers=2)
 

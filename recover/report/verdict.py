@@ -1,6 +1,7 @@
-"""Fit for choice? for generation? for retrieval? - answered from numbers, with the number beside every answer.
+"""What came of it: three columns - dense, pruned, recovered - for every measure, the headline figures, and the verdict.
 
-All thresholds of the report are here. A grade is read off the share of the dense model's score that is kept:
+Fit for choice? for generation? for retrieval? - answered from numbers, with the number beside every answer. All
+thresholds of the report are here. A grade is read off the share of the dense model's score that is kept:
 
     yes          kept >= 95%, and the interval rules out less than 80%
     with care    kept >= 80%, or >= 95% with an interval that reaches below 80%
@@ -10,13 +11,145 @@ All thresholds of the report are here. A grade is read off the share of the dens
 
 Where a choice task states its chance level, the share kept is of what dense does above chance, on the page, in tables
 and in comparisons alike; a model at chance or below keeps nothing.
+
+What is printed of a measurement and of a whole run, and what it cannot show, is at the end.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import cast
+
+from recover.base import console
 from recover.config import tasks
-from recover.report import plan_text, words
-from recover.report.data import CHANGED, Answer, Headline, Model, RunData, Use, UseFigure, Verdict
+from recover.config.tasks import KINDS, USES, Figure, headline_figures
+from recover.report import items, words
+from recover.report.data import CHANGED, Answer, Cell, Headline, Json, MeasureRow, RunData, UseFigure, Verdict
+from recover.report.run_files import MeasureRecord, Model, Records, Task, Use
+
+
+def measure_rows(records: Records) -> list[MeasureRow]:
+    """One row a task and metric, in the order of the tasks; a cell is None where the model was not measured.
+
+    A metric that no model has is left out; `kept` is the share of dense, above chance if that is known, for main
+    figures of which more is better.
+    """
+    found = []
+    for name, kind in _tasks(records).items():
+        for metric in _metrics(records, name, kind):
+            cells = {model: _cell(record, name, metric) for model, record in records.items()}
+            if not any(cells.values()):
+                continue
+            items = next((task.get("items") for record in records.values() if (task := _task(record, name))), None)
+            chance = words.finite((_task(records["dense"], name) or {}).get("chance")) or 0.0
+            kept = {model: _kept(cells[model], cells["dense"], metric, chance) for model in ("pruned", "recovered")}
+            row = {"task": name, "kind": kind, "items": items, **asdict(metric), **cells, "kept": kept}
+            found.append(cast(MeasureRow, row))
+    return found
+
+
+def _metrics(records: Records, name: str, kind: str) -> list[Figure]:
+    """Those of the kind, and behind the first of them the task's other readings of the same texts, and pass@k.
+
+    Of pass@k the smallest and the largest k.
+    """
+    first, *rest = KINDS[kind].figures if kind in KINDS else (None,)
+    readings, ks = (_parts(records, name, part) for part in ("also", "pass_at_k"))
+    also = [
+        Figure(f"also.{each}", f"exact match, {each}", "percent", "higher", meaning=f"the same texts, read by {each}")
+        for each in readings
+    ]
+    ends = [k for k in sorted(map(int, ks)) if k in (min(map(int, ks)), max(map(int, ks)))]
+    drawn = [
+        Figure(f"pass_at_k.{k}", f"pass@{k}, sampled", "percent", "higher", meaning=f"one of {k} drawn texts is right")
+        for k in ends
+    ]
+    return [*([first] if first else []), *also, *drawn, *rest]
+
+
+def _parts(records: Records, name: str, part: str) -> list[str]:
+    return list({key: None for record in records.values() for key in (_task(record, name) or {}).get(part) or ()})
+
+
+def _tasks(records: Records) -> dict[str, str]:
+    """Name -> kind of every task that some model was measured on."""
+    return {name: task["kind"] for record in records.values() if record for name, task in record["tasks"].items()}
+
+
+def _task(record: MeasureRecord | None, name: str) -> Task | None:
+    return ((record or {}).get("tasks") or {}).get(name)
+
+
+def _cell(record: MeasureRecord | None, name: str, metric: Figure) -> Cell | None:
+    task = _task(record, name)
+    if task is None:
+        return None
+    part, _, inner = metric.key.partition(".")
+    if inner:  # a figure of a part of the record
+        found = cast(Json, (task.get(part) or {}).get(inner) or {})
+        value = words.finite(found.get("exact_match", found.get("value")))
+        return None if value is None else {"value": value, "interval": _interval(found)}
+    value = words.finite(task.get(metric.key))
+    if value is None:
+        return None
+    return {"value": value, "interval": _interval(task) if metric.main else None}
+
+
+def _interval(task: Task | Json) -> list[float] | None:
+    bounds = [words.finite(bound) for bound in task.get("interval95") or ()]
+    return [bound for bound in bounds if bound is not None] if len(bounds) == 2 and None not in bounds else None
+
+
+def _kept(cell: Cell | None, dense: Cell | None, metric: Figure, chance: float) -> float | None:
+    if cell is None or dense is None or not metric.main or metric.better != "higher" or dense["value"] <= chance:
+        return None
+    return share_of(cell["value"], dense["value"], chance)
+
+
+def headline(records: Records) -> dict[str, Headline | None]:
+    """Per model: {use: {value, interval, chance, tasks, items} | None, "perplexity": f | None}; None = not measured."""
+    return {model: None if record is None else _headline_of(record) for model, record in records.items()}
+
+
+def _headline_of(record: MeasureRecord) -> Headline:
+    means: dict[str, UseFigure | None] = {}
+    for use in USES:
+        tasks = {name: task for name, task in record["tasks"].items() if _use(task) == use}
+        means[use] = _mean_of_tasks(tasks)
+    perplexity = words.finite((record.get("headline") or {}).get("perplexity"))
+    return cast(Headline, {**means, "perplexity": perplexity})
+
+
+def _main(task: Task) -> float | None:
+    """The main figure of the task's kind."""
+    return words.finite(task.get(KINDS[task["kind"]].main.key))
+
+
+def _use(task: Task) -> str | None:
+    """None for a kind of no use, and for one that a package made known that is not loaded here."""
+    return KINDS[task["kind"]].use if task["kind"] in KINDS else None
+
+
+def _mean_of_tasks(tasks: dict[str, Task]) -> UseFigure | None:
+    """Mean over tasks, each weighing the same. Items of different tasks are independent: half-widths add as squares."""
+    values = {name: value for name, task in tasks.items() if (value := _main(task)) is not None}
+    if not values:
+        return None
+    n, mean = len(values), sum(values.values()) / len(values)
+    bounds = {name: _interval(tasks[name]) for name in values}
+    known = [(values[name], bound) for name, bound in bounds.items() if bound]
+    interval = None
+    if len(known) == n:
+        below = sum((value - bound[0]) ** 2 for value, bound in known) ** 0.5 / n
+        above = sum((bound[1] - value) ** 2 for value, bound in known) ** 0.5 / n
+        interval = [max(0.0, mean - below), min(1.0, mean + above)]
+    chances = [words.finite(tasks[name].get("chance")) for name in values]
+    chance = None if None in chances else sum(c for c in chances if c is not None) / n
+    items = sum(tasks[name].get("items") or 0 for name in values)
+    return {"value": mean, "interval": interval, "chance": chance, "tasks": sorted(values), "items": items}
+
 
 KEPT_YES = 0.95
 KEPT_CARE = 0.80
@@ -31,12 +164,15 @@ def verdict(headline: dict[str, Headline | None]) -> Verdict:
     """{pruned|recovered: {use: {grade, reason, value, dense, kept, interval, certain}}, thresholds}."""
 
     def answers(model: Model) -> dict[Use, Answer]:
-        return {use: judge(_figure(headline, model, use), _figure(headline, "dense", use), use) for use in tasks.USES}
+        return {
+            use: judge(_use_figure(headline, model, use), _use_figure(headline, "dense", use), use)
+            for use in tasks.USES
+        }
 
     return {"pruned": answers("pruned"), "recovered": answers("recovered"), "thresholds": THRESHOLDS}
 
 
-def _figure(headline: dict[str, Headline | None], model: str, use: Use) -> UseFigure | None:
+def _use_figure(headline: dict[str, Headline | None], model: str, use: Use) -> UseFigure | None:
     return (headline.get(model) or {}).get(use)
 
 
@@ -138,7 +274,7 @@ def title(data: RunData) -> str:
 def summary(data: RunData) -> str:
     """What was done and what it did, in one sentence made of measured figures."""
     left = _what_pruning_left(data["verdict"]["pruned"])
-    return f"{plan_text.subject(data['plan'])} {left}; {_what_recovery_did(data)}."
+    return f"{words.plan_subject(data['plan'])} {left}; {_what_recovery_did(data)}."
 
 
 def _what_pruning_left(answers: dict[Use, Answer]) -> str:
@@ -184,3 +320,64 @@ def _what_became_of_generation(data: RunData, before: Answer, after: Answer) -> 
     if now < was:
         return f"{means} lowered generation to {to}"
     return f"{means} brought generation back to {to}" if now >= KEPT_YES else f"{means} raised generation to {to}"
+
+
+CUT_SHARE = 0.5  # of the dense model's texts that run into the limit: more, and it is the limit that is measured
+
+
+def headline_words(name: str, value: float | None) -> str | None:
+    """A headline figure as text, as its kind words it: mostly a percentage; None stays None."""
+    if value is None:
+        return None
+    return words.percent(value, 1) if headline_figures()[name][1].form == "percent" else f"{value:.4g}"
+
+
+def headline_line(headline: dict[str, float | None]) -> str:
+    """The figures that were measured, in one line: `generation 5.5%, choice 81.0%, perplexity 2.046`."""
+    return ", ".join(f"{name} {headline_words(name, value)}" for name, value in headline.items() if value is not None)
+
+
+def blind(record: MeasureRecord) -> Iterator[str]:
+    """Of a record of the dense model: a sentence for each task that cannot show what pruning loses, and why."""
+    for name, task in record["tasks"].items():
+        kind = KINDS[task["kind"]]
+        value, chance = task.get(kind.main.key) if kind.use else None, task.get("chance") or 0.0
+        if value is not None and value - chance < DENSE_FLOOR:
+            near = f"chance ({chance:.0%})" if chance else "nothing"
+            yield (
+                f"task {name}: the dense model itself scores {words.percent(value, 1)}, near {near}, so it cannot show "
+                "what pruning loses: compare the task's prompt and right answers with the texts in dense/measure.json"
+            )
+        elif (cut := task.get("truncated") or 0) > CUT_SHARE * task["items"]:
+            yield (
+                f"task {name}: {cut} of {task['items']} texts of the dense model ran into the limit of "
+                "tokens: raise measure.max_new_tokens (or the task's own)"
+            )
+
+
+def print_headline(data: RunData) -> None:
+    """Print the headline figures of `recover.report.collect`, one row a model."""
+    found = {model: _headline_values(data["headline"][model]) for model in data["headline"]}
+    names = [name for name in headline_figures() if any(values[name] is not None for values in found.values())]
+    rows = [[model, *(headline_words(name, values[name]) for name in names)] for model, values in found.items()]
+    console.table("headline", ["model", *names], rows)
+
+
+def print_end(data: RunData, root: Path) -> None:
+    """Print the end of a run: figures, verdict, where the model lies and where to read on."""
+    print_headline(data)
+    console.say(f"[bold]{data['title']}.[/bold]")
+    grades = {use: data["verdict"]["recovered"][use]["grade"] for use in USES}
+    fit = [f"{use}: {grade}" for use, grade in grades.items() if grade != "not measured"]
+    if fit:
+        console.say(f"recovered, fit for {', '.join(fit)}")
+    for found in data["overlap"] or ():
+        console.warn(items.overlap_sentence(found))
+    if (root / "deploy").is_dir():
+        console.say(f"model:  {root / 'deploy'}")
+    console.say(f"report: {root / 'report.html'} (the same as .md and .json)")
+
+
+def _headline_values(headline: Headline | None) -> dict[str, float | None]:
+    found = {name: (headline or {}).get(name) for name in headline_figures()}
+    return {name: value["value"] if isinstance(value, dict) else value for name, value in found.items()}

@@ -29,16 +29,15 @@ from recover.base.errors import DataError, RecipeError
 from recover.config.recipe import Calibration, Data, DenseText, GivenText, PrunedText, Recipe, TeacherText
 from recover.config.tasks import GenerateFile
 from recover.measure.tasks import Task, check_allowed, check_names, check_room, load_task
-from recover.models import vocabulary
-from recover.models.held import Held
+from recover.models import tokenizers
 from recover.models.load import check_account, check_fit, describe, load_model, load_tokenizer, ready
 from recover.models.plan import Plan, load_plan
 from recover.models.source import check_rows, check_tied, check_weights, kind_of, locate, read_config
-from recover.models.twin import Twin
+from recover.models.twin import Held, Twin
 from recover.models.wrapper import text_values
 from recover.probe.trajectory import check_steps
 from recover.prune.calibrate import calibration_batches, check_asked, read_texts
-from recover.report.data import Overlap, OverlapRecord
+from recover.report.run_files import Overlap, OverlapRecord
 from recover.report.words import shown_source
 from recover.run.directory import RunDirectory
 from recover.run.estimate import settle
@@ -76,7 +75,7 @@ class RunContext:
             text_values(read_config(self.recipe.model)).get("vocab_size"),
         )
         if rows is not None:
-            vocabulary.fit(tokenizer, rows)
+            tokenizers.fit(tokenizer, rows)
         return tokenizer
 
     @cached_property
@@ -210,7 +209,7 @@ class RunContext:
             check_weights(folder)
             check_tied(folder, model.tied)
             check_rows(folder, model.vocabulary)
-            vocabulary.check_ends(folder, self.tokenizer, model.vocabulary)
+            tokenizers.check_ends(folder, self.tokenizer, model.vocabulary)
             check_account(self.recipe.model)
         check_names(self.tasks, "measure.tasks")
         check_steps(self.probe_prompts(), self.recipe.probe.steps, model.context)

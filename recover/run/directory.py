@@ -18,9 +18,9 @@ from recover.base import artifacts, console, earlier, products, provenance
 from recover.base.artifacts import DONE, MANIFEST, JsonObject, explained, explaining, read_json, settle, write_json
 from recover.base.errors import ArtifactError
 from recover.base.hub import COMMIT
-from recover.base.ownership import mark, open_lock, owned, peek, refuse_foreign
+from recover.base.products import mark, open_lock, owned, peek, refuse_foreign
 from recover.config.recipe import completed
-from recover.report.data import Best
+from recover.report.run_files import Best
 
 SHOWN_CHANGES = 3  # in the reason why a stage is stale
 # Fields that are a matter of memory, time or leave alone: what is made with others of them is as good.

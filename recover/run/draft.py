@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from recover.base import dist, memory, provenance, units
+from recover.base import console, dist, memory, provenance
 from recover.base.artifacts import JsonObject
 from recover.config import defaults, yaml_values
 from recover.config.prune import Depth, SparseGpt, Wanda, Width
@@ -74,7 +74,7 @@ def dtype_for(machine: Machine, model: Description) -> tuple[str, str]:
         return machine.dtype, f"what {machine.name} computes fast in"
     if model.parameters * 4 <= machine.usable / 2:
         return "float32", "no GPU is found, and a CPU computes fastest in it"
-    return "bfloat16", f"no GPU is found, and float32 weights would take {units.size(model.parameters * 4)}"
+    return "bfloat16", f"no GPU is found, and float32 weights would take {console.size(model.parameters * 4)}"
 
 
 def draft(source: str, model: Description, goal: Target, texts: Texts, machine: Machine, **given: Any) -> list[Line]:
@@ -225,7 +225,7 @@ def _set(lines: Sequence[Line], path: str, value: Any, why: str) -> list[Line]:
 def _fitted(lines: list[Line], model: Description, goal: Target, machine: Machine, new_tokens: int) -> list[Line]:
     """Batches, checkpointing and chunk as large as memory allows."""
     element = ELEMENT_BYTES[_values(lines)["model.dtype"]]
-    room = f"of {units.size(machine.memory)} ({machine.name})"
+    room = f"of {console.size(machine.memory)} ({machine.name})"
     writing = _at_once(model, element, machine, defaults.PROMPT_TOKENS + new_tokens)
     for number in range(sum(path.endswith(".prompts") and path.startswith("train.data") for path, _, _ in lines)):
         lines = _set(lines, f"train.data.{number}.batch_size", writing, f"texts written at once, {room}")
@@ -258,7 +258,7 @@ def _trained(lines: list[Line], model: Description, goal: Target, machine: Machi
             break
     else:
         micro, chunk, less = tried[-1]
-    said = f"{units.size(needed)} by `plan`'s arithmetic, {units.size(machine.memory)} there"
+    said = f"{console.size(needed)} by `plan`'s arithmetic, {console.size(machine.memory)} there"
     fits = said if needed <= machine.usable else f"TOO LARGE for this machine: {said}"
     lines = _set(lines, "train.micro_batch_size", micro, f"sequences at once on a process: {fits}")
     why = "less memory, a third more time: needed here" if less else "not needed here; less memory, a third more time"

@@ -15,7 +15,7 @@ import torch
 from recover.base import dist, memory
 from recover.base.artifacts import JsonObject
 from recover.base.errors import PruneError, RecipeError, TrainingError
-from recover.config.auto import Chosen, Facts, row_tokens, settled
+from recover.config.defaults import Chosen, Facts, row_tokens, settled
 from recover.config.recipe import PrunedText, Recipe, Train
 from recover.models.load import Description, describe
 from recover.models.source import exported_dtype

@@ -17,8 +17,8 @@ from recover.config.recipe import Recipe, load_recipe
 from recover.measure import tasks as tasks_of
 from recover.models.load import describe
 from recover.report.collect import collect
-from recover.report.data import MeasureRecord, Task
 from recover.report.render import render
+from recover.report.run_files import MeasureRecord, Task
 from recover.run.context import RunContext
 from recover.run.directory import RunDirectory
 from recover.run.input_digests import digests

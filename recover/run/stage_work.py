@@ -13,7 +13,7 @@ import transformers
 from torch import LongTensor
 
 from recover import __version__
-from recover.base import artifacts, console, dist, provenance, threads, units
+from recover.base import artifacts, console, dist, provenance, threads
 from recover.base.artifacts import (
     JsonObject,
     append_jsonl,
@@ -34,20 +34,22 @@ from recover.export.card import card
 from recover.export.merge import merge
 from recover.export.verify import fresh_process, verify, write_expected
 from recover.export.write import write_checkpoint
-from recover.measure.kinds.work import Generations
+from recover.measure.model import Generations
 from recover.measure.speed import compare_speed
 from recover.measure.tasks import measure
 from recover.models.load import describe, load_model, ready
 from recover.models.plan import save_plan
 from recover.models.source import code_of, exported_dtype, stored_dtype
 from recover.models.twin import Twin
-from recover.probe.probe import dense_trajectories, final_drift, probe, summary
-from recover.probe.routing import routing
+from recover.probe.probe import dense_trajectories, final_drift, probe
+from recover.probe.records import summary
+from recover.probe.sublayers import routing
 from recover.probe.tasks import task_drift
 from recover.prune import registry
-from recover.report import overlap
+from recover.report import items, verdict
 from recover.report.collect import collect
-from recover.report.data import (
+from recover.report.render import render
+from recover.report.run_files import (
     Best,
     EpochDrift,
     EpochLine,
@@ -57,14 +59,11 @@ from recover.report.data import (
     MeasureRecord,
     OverlapRecord,
 )
-from recover.report.render import render
-from recover.report.setbacks import advice, sentence
-from recover.run import summary as outcome
+from recover.report.training import Compared, advice, setback_sentence, setbacks
 from recover.run.context import RunContext, calibration, overlap_record
 from recover.run.directory import RunDirectory
 from recover.run.estimate import Estimate, estimate, matrix_rate, rate_plan, refuse, warnings
 from recover.run.input_digests import digests
-from recover.run.setbacks import Compared, setbacks
 from recover.run.tracking import refuse as refuse_trackers
 from recover.train import train as training
 from recover.train import trials
@@ -120,7 +119,7 @@ def checked(context: RunContext) -> Checked:
         console.say(f"train.{each['field']}: {each['value']}: {each['why']}")
     for line in warnings(recipe, model):
         console.warn(line)
-    for line in overlap.lines(overlaps):
+    for line in items.overlap_lines(overlaps):
         console.warn(line) if overlaps["found"] else console.say(f"[dim]{line}[/dim]")
     return record
 
@@ -137,13 +136,13 @@ def _say_code(cfg: Model) -> list[str] | None:
 
 
 def _plan_rows(figures: Estimate) -> list[list[str]]:
-    cached = [["dense states on disk", f"at least {units.size(figures['cache_bytes'])}", ""]]
+    cached = [["dense states on disk", f"at least {console.size(figures['cache_bytes'])}", ""]]
     passes, seconds = figures["search_passes"], figures["search_seconds"]
-    least = units.duration(seconds)
+    least = console.duration(seconds)
     search = [["search for what goes", "", f"{passes:,} passes of calibration text, at least {least}"]]
     files = [
-        f"{units.size(figures['file_bytes_dense'])}, {figures['file_dtype_dense']}",
-        f"{units.size(figures['file_bytes_pruned'])}, {figures['file_dtype_pruned']}",
+        f"{console.size(figures['file_bytes_dense'])}, {figures['file_dtype_dense']}",
+        f"{console.size(figures['file_bytes_pruned'])}, {figures['file_dtype_pruned']}",
     ]
     active = ["of them used for a token", f"{figures['active_dense']:,}", f"{figures['active_pruned']:,}"]
     return [
@@ -152,8 +151,8 @@ def _plan_rows(figures: Estimate) -> list[list[str]]:
         ["file", *files],
         *(search if passes else []),
         ["teacher-scored tokens", "", f"{figures['teacher_tokens']:,}"],
-        ["training time", "", f"at least {units.duration(figures['training_seconds'])}"],
-        ["memory per process", "", f"about {units.size(figures['memory_bytes_per_process'])}"],
+        ["training time", "", f"at least {console.duration(figures['training_seconds'])}"],
+        ["memory per process", "", f"about {console.size(figures['memory_bytes_per_process'])}"],
         *(cached if figures["cache_bytes"] else []),
     ]
 
@@ -162,7 +161,7 @@ def dense(context: RunContext) -> None:
     """Measure the dense model; its texts are the reference of every later stage."""
     _measure(context, context.dense(), context.directory.dense, reference=None)
     if dist.is_main():
-        for line in outcome.blind(read_json(context.directory.dense / "measure.json")):
+        for line in verdict.blind(read_json(context.directory.dense / "measure.json")):
             console.warn(line)
 
 
@@ -245,7 +244,7 @@ def _after_epoch(context: RunContext, twin: Twin, untrained: MeasureRecord) -> A
             kl, loss = found["drift"].get("kl", {}).get("mean"), progress["train"]["loss"]
             context.tracking.epoch(progress["step"], found["measure"]["headline"], kl, loss)
             for line in [
-                *(f"epoch {epoch}: {sentence(each)}" for each in worse),
+                *(f"epoch {epoch}: {setback_sentence(each)}" for each in worse),
                 *advice(worse, dumped, _rate(context)),
             ]:
                 console.warn(line)
@@ -434,7 +433,7 @@ def _card_and_record(context: RunContext) -> tuple[str, Deployed]:
         "versions": ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version),
     }
     if overlaps := read_json(directory.overlap)["found"]:
-        facts["measured items in its text"] = "; ".join(map(overlap.sentence, overlaps))
+        facts["measured items in its text"] = "; ".join(map(items.overlap_sentence, overlaps))
     record: Deployed = {
         "recipe": without_folders(recipe.model_dump(mode="json")),
         "headlines": headlines,
@@ -458,7 +457,7 @@ def report(context: RunContext) -> None:
     root = context.directory.root
     data = collect(root)
     render(root, data)
-    outcome.say(data, root)
+    verdict.print_end(data, root)
     _track_outcome(context)
 
 
@@ -495,7 +494,7 @@ def _measure(context: RunContext, twin: Twin, folder: Path, *, reference: Genera
     if dist.is_main():
         write_json(folder / "generations.json", generations)
         write_json(folder / "measure.json", record)
-        console.say(outcome.figures(record["headline"]))
+        console.say(verdict.headline_line(record["headline"]))
 
 
 # Each stage's work, by its name; order, and what each is made from, are in `stages.py`.

@@ -16,7 +16,7 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recover.base import console, dist, earlier, hub, provenance, units
+from recover.base import console, dist, earlier, hub, provenance
 from recover.base.artifacts import JsonObject, write_json
 from recover.base.clock import Clock, note, stage_clock
 from recover.base.console import quiet_libraries
@@ -187,7 +187,7 @@ def _bring_up_to_date(stage: str, context: RunContext, *, forced: bool, before: 
         if dist.is_main():
             context.directory.mark_done(stage, marks, provenance.environment())
     if stage != "report":  # whose last lines are the outcome of the run
-        console.say(f"[dim]{stage} took {units.duration(clock.seconds)}[/dim]")
+        console.say(f"[dim]{stage} took {console.duration(clock.seconds)}[/dim]")
 
 
 @contextmanager

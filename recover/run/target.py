@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from recover.base import memory, units
+from recover.base import console, memory
 from recover.base.errors import PruneError, RecipeError
 from recover.config import defaults
 from recover.config.prune import Depth, Pruning, SparseGpt, Wanda, Width
@@ -128,7 +128,7 @@ def _memory(wanted: Wanted, model: Description, calibration: Calibration, elemen
         cache = tokens * memory.kv_bytes_per_token(model, element) * (1 - cost.blocks)
         return (model.parameters - cost.unstored) * element + cache
 
-    said = f"{units.size(taken(Cost()))} of weights and of a KV cache of {tokens:,} tokens"
+    said = f"{console.size(taken(Cost()))} of weights and of a KV cache of {tokens:,} tokens"
     return _least(wanted, "--memory", lambda cost: taken(cost) <= goal, said, model, calibration)
 
 

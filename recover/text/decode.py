@@ -2,8 +2,21 @@
 
 The reference is transformers' own `generate` (`plain` in generate.py): the same ids, in another order of work.
 
+The next token is the likeliest, or drawn by numbers that only its text and its place in it decide. A draw from p is the
+token with the largest p / e, e ~ Exp(1) for each (the exponential race). The e are a hash of the text's key, the
+token's place in the text, and the token. So a text that is drawn depends neither on the rows beside it nor on the
+device (up to rounding at ties), nothing is asked of the host, and nothing has to be sorted: where p is cut to a
+nucleus, the winner is the first winner that stands in it, among ever likelier tokens.
+
+Strings that end a text (`Stops`) are found while it is written, by a table that a GPU reads, token after token. A text
+is cut by `cut`, on the text itself; the table only ends the writing in time. It follows, over the characters of each
+token, how much of which string the text ends with (Knuth, Morris and Pratt, all strings at once). Where a tokenizer
+writes a character in several tokens, a string with that character is not seen by the table: such a text goes on to its
+end or limit, and is cut all the same. With `unless` (a code fence), a text that holds that before any of the strings is
+neither ended nor cut by them.
+
 Legend: B rows (slots), T tokens of a prompt, K columns of the cache, V vocabulary, S tokens to write, G rows of a
-group, E end tokens.
+group, E end tokens, A states of the table.
 """
 
 from __future__ import annotations
@@ -12,22 +25,23 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from recover.base import console, zero
+from recover.base.errors import DataError
 from recover.config.recipe import Sampling
+from recover.config.tasks import STOP_CHARACTERS
 from recover.kernels import fused
 from recover.kernels.recording import record
 from recover.models import kv_cache
-from recover.models.step_attention import attending_by_step, configs_of
-from recover.text.drawing import Draw, greedy, keys, nucleus
-from recover.text.kv import Slots, masks, read_on
+from recover.models.attention import attending_by_step, configs_of
 from recover.text.prompts import batches_by_length, right_pad
-from recover.text.stepping import stepping
-from recover.text.stops import Stops
+from recover.text.stepping import Slots, masks, read_on, stepping
 
 REFILL = 8  # a group of prompts is read when 1/8 of the rows are free: reading few at a time is slow
 PROMPT_TOKENS_AT_ONCE = 2**16  # of padded prompts read in one pass
@@ -292,3 +306,187 @@ class _Recorder:
         a pool that no graph uses may not be used again."""
         self.graphs.clear()
         self.pool = None
+
+
+Draw = Callable[[Tensor, Tensor, Tensor], Tensor]  # logits_BV, key_B2, place_B -> token_B
+
+GOLDEN, OTHER, WORD = 0x9E3779B1, 0x85EBCA77, 0xFFFFFFFF
+
+
+def greedy(logits_BV: Tensor, key_B2: Tensor, place_B: Tensor) -> Tensor:
+    """The likeliest token, of equal ones the first."""
+    return logits_BV.argmax(-1)
+
+
+def nucleus(temperature: float, top_p: float) -> Draw:
+    """Draws from softmax(z / temperature), cut to the tokens before which likelier ones hold less than `top_p` of it.
+
+    So to the fewest tokens that hold `top_p`, and those as likely as the last of them.
+    """
+
+    def draw(logits_BV: Tensor, key_B2: Tensor, place_B: Tensor) -> Tensor:
+        if fused.available(logits_BV.device) and logits_BV.dtype in fused.DTYPES:
+            return fused.kernels().draw(logits_BV, key_B2, place_B, temperature, top_p)
+        return drawn(logits_BV, key_B2, place_B, temperature, top_p)
+
+    return draw
+
+
+def drawn(logits_BV: Tensor, key_B2: Tensor, place_B: Tensor, temperature: float, top_p: float) -> Tensor:
+    """token_B; `key_B2`: two words of 32 bits in int64, `place_B`: of the token in its text."""
+    z_BV = logits_BV.float() * (1.0 / temperature)
+    score_BV = z_BV - waits(key_B2, place_B, z_BV.shape[1]).log()
+    if top_p < 1:
+        sorted_BV = z_BV.softmax(-1).sort(-1, descending=True)
+        before_BV = sorted_BV.values.cumsum(-1) - sorted_BV.values
+        last_B1 = (before_BV < top_p).sum(-1, keepdim=True) - 1
+        least_B1 = z_BV.gather(1, sorted_BV.indices.gather(1, last_B1))
+        score_BV = score_BV.masked_fill(z_BV < least_B1, float("-inf"))
+    return score_BV.argmax(-1)
+
+
+def waits(key_B2: Tensor, place_B: Tensor, vocabulary: int) -> Tensor:
+    """Numbers of the exponential distribution, (B, V) in float32, the same for the same key and place."""
+    first_B = _mixed(_mixed((place_B * GOLDEN + key_B2[:, 0]) & WORD) ^ key_B2[:, 1])
+    second_B = _mixed((first_B + OTHER) & WORD)
+    token_V = torch.arange(vocabulary, device=key_B2.device)
+    bits_BV = _mixed(_mixed((token_V * GOLDEN + first_B[:, None]) & WORD) ^ second_B[:, None])
+    u_BV = bits_BV.float() * 2.0**-32 + 2.0**-33
+    small_BV = u_BV * (1.0 + u_BV * (0.5 + u_BV * 0.33333334))
+    return torch.where(u_BV < 1e-3, small_BV, -(1.0 - u_BV).log())
+
+
+def keys(seed: int, numbers: Sequence[int], device: torch.device) -> Tensor:
+    """(B, 2): a key for each of these texts, unlike for unlike numbers and seeds."""
+    found = []
+    for number in numbers:
+        word = _spread(_spread(seed & 0xFFFFFFFFFFFFFFFF) ^ number)
+        found.append((word & WORD, word >> 32))
+    return torch.tensor(found, dtype=torch.long, device=device).view(-1, 2)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """32 bits in int64, each of which depends on all of x."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & WORD
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & WORD
+    return x ^ (x >> 16)
+
+
+def _spread(word: int) -> int:
+    """64 bits, each of which depends on all of the word."""
+    whole = 0xFFFFFFFFFFFFFFFF
+    word = (word + 0x9E3779B97F4A7C15) & whole
+    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & whole
+    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & whole
+    return word ^ (word >> 31)
+
+
+_pieces: WeakKeyDictionary[Any, dict[int, list[str]]] = WeakKeyDictionary()
+
+
+class Stops:
+    """How tokens lead from state to state; 0 is the beginning, `found` the state behind the end of a string."""
+
+    def __init__(self, tokenizer: Any, strings: Sequence[str], vocabulary: int, *, unless: str | None = None) -> None:
+        """`unless`: a text that holds this before any of the strings goes on; passed over where a string holds it.
+
+        Raises DataError for an empty string, and for strings that are too long together.
+        """
+        if not all(strings) or sum(map(len, strings)) > STOP_CHARACTERS:
+            raise DataError(
+                f"stop: {len(strings)} strings of {sum(map(len, strings))} characters; expected at most "
+                f"{STOP_CHARACTERS} characters together, and no empty string"
+            )
+        self.strings = tuple(strings)
+        self.unless = None if unless is None or any(unless in each for each in strings) else unless
+        self.table_AV = _table(self.strings, pieces(tokenizer, vocabulary), self.unless)
+        self.found = len(self.table_AV) - 1
+
+    def cut(self, text: str) -> str | None:
+        """The text up to the first of the strings in it, None if it holds none, or `unless` before them."""
+        free = -1 if self.unless is None else text.find(self.unless)
+        bound = text if free < 0 else text[: free + len(self.unless or "")]
+        places = [place for place in (bound.find(each) for each in self.strings) if place >= 0]
+        return text[: min(places)] if places else None
+
+    def ended(self, ids: Sequence[int]) -> list[int]:
+        """The ids up to the one that ends the first string, as the table sees it; all of them if none does."""
+        state = 0
+        for place, token in enumerate(ids):
+            state = int(self.table_AV[state, token])
+            if state == self.found:
+                return list(ids[: place + 1])
+        return list(ids)
+
+    def to(self, device: torch.device) -> Tensor:
+        """The table, (A, V) of int16."""
+        return torch.from_numpy(self.table_AV).to(device)
+
+
+def pieces(tokenizer: Any, vocabulary: int) -> list[str]:
+    """What each token adds to a text that goes on; nothing for special tokens and those that are none.
+
+    Remembered: to decode each token of a large vocabulary takes seconds.
+    """
+    kept = _pieces.setdefault(tokenizer, {})
+    if vocabulary not in kept:
+        kept[vocabulary] = _decoded(tokenizer, vocabulary)
+    return kept[vocabulary]
+
+
+def _decoded(tokenizer: Any, vocabulary: int) -> list[str]:
+    special, known = set(tokenizer.all_special_ids), len(tokenizer)
+    # Behind another token: some tokenizers leave a space out at the beginning of a text.
+    anchor = next(token for token in range(known) if token not in special and tokenizer.decode([token]).strip())
+    before = tokenizer.decode([anchor])
+    plain = [token for token in range(min(known, vocabulary)) if token not in special]
+    found = [""] * vocabulary
+    texts = tokenizer.batch_decode([[anchor, token] for token in plain], skip_special_tokens=True)
+    for token, text in zip(plain, texts, strict=True):
+        found[token] = text[len(before) :] if text.startswith(before) else ""
+    return found
+
+
+def _table(strings: Sequence[str], tokens: Sequence[str], unless: str | None) -> np.ndarray:
+    """(A, V): the state behind a token, int16."""
+    watched = [*strings, *([unless] if unless else [])]
+    states = _prefixes(watched)
+    number = {prefix: state for state, prefix in enumerate(states)}
+    free, found = len(states), len(states) + 1  # neither is left again
+    letters = {letter: index for index, letter in enumerate(sorted({each for text in watched for each in text}))}
+    other = len(letters)  # every letter that is in no string
+    by_letter = np.zeros((found + 1, other + 1), dtype=np.int16)
+    by_letter[free], by_letter[found] = free, found
+    for prefix, state in number.items():
+        for letter, index in letters.items():
+            text = prefix + letter
+            if any(text.endswith(each) for each in strings):
+                by_letter[state, index] = found
+            elif unless and text.endswith(unless):
+                by_letter[state, index] = free
+            else:
+                by_letter[state, index] = _longest_end(text, number)
+    table_AV = np.tile(np.arange(found + 1, dtype=np.int16)[:, None], (1, len(tokens)))
+    longest = max(map(len, tokens), default=0)
+    letters_VL = np.full((len(tokens), longest), other, dtype=np.int16)
+    lengths_V = np.array([len(token) for token in tokens])
+    for index, token in enumerate(tokens):
+        letters_VL[index, : len(token)] = [letters.get(letter, other) for letter in token]
+    order = np.argsort(-lengths_V, kind="stable")
+    for place in range(longest):
+        here = order[: int((lengths_V > place).sum())]
+        table_AV[:, here] = by_letter[table_AV[:, here], letters_VL[here, place][None]]
+    return table_AV
+
+
+def _prefixes(strings: Sequence[str]) -> list[str]:
+    """Beginnings of the strings, the empty one first, none whole."""
+    found = {text[:length] for text in strings for length in range(len(text))}
+    return sorted(found, key=lambda prefix: (len(prefix), prefix))
+
+
+def _longest_end(text: str, number: dict[str, int]) -> int:
+    """The state of the longest end of this text that a string begins with."""
+    return next(number[text[start:]] for start in range(len(text) + 1) if text[start:] in number)

@@ -19,10 +19,9 @@ from recover.base.clock import part
 from recover.base.errors import DataError
 from recover.config.recipe import Sampling
 from recover.models.rope import goes_by_length, read_anew_at
-from recover.text.decode import Writing, write
-from recover.text.kv import fits
+from recover.text.decode import Stops, Writing, write
 from recover.text.prompts import Prompt, batches_by_length, encode_prompt, left_pad
-from recover.text.stops import Stops
+from recover.text.stepping import fits
 
 REST = 7919  # on the seed of what is written after a text was read anew: other draws than before
 

@@ -1,6 +1,6 @@
-"""Log-likelihood of given text under a model: options of a choice, and whole texts for perplexity.
+"""What a model says of a given text: its log-likelihood, of options of a choice or whole; and the text as a vector.
 
-Legend: B batch, T tokens, N scored tokens, V vocabulary, G groups of rows with one prompt, R rows.
+Legend: B batch, T tokens, N scored tokens, V vocabulary, G groups of rows with one prompt, R rows, D width.
 """
 
 from __future__ import annotations
@@ -8,18 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recover.base import console
 from recover.base.errors import DataError, ModelError
 from recover.models import kv_cache
+from recover.models.attention import attending_by_step, configs_of
 from recover.models.rope import goes_by_length
-from recover.models.step_attention import attending_by_step, configs_of
 from recover.text.generate import context_of, evaluating, stock
-from recover.text.kv import Appending, fits, masks, read
 from recover.text.prompts import batches_by_length, left_pad, prompt_text, text_ids, uses_chat
+from recover.text.stepping import Appending, fits, masks, read
 
 LOGITS_AT_ONCE = 2**27  # elements of a (rows x scored tokens x vocabulary) tensor: 512 MiB in fp32
 
@@ -193,3 +195,46 @@ def _check_context(model: PreTrainedModel, rows: Sequence[Continuation], title: 
     longest = max((len(row.ids) for row in rows), default=0)
     if context is not None and longest > context:
         raise DataError(f"{title}: an item has {longest} tokens, the model's context is {context}: shorten it")
+
+
+def embeddings(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    length: int,
+    batch_size: int,
+    title: str = "embed",
+) -> list[np.ndarray]:
+    """One float32 vector of length 1 per text: the mean over its tokens of the last hidden state, after the final norm.
+
+    `length`: tokens read of each text.
+
+    Raises:
+        ModelError: a vector is not finite.
+    """
+    inner: Any = stock(model)
+    length = min(length, context_of(inner) or length)
+    rows = [text_ids(tokenizer, text, special=True)[:length] for text in texts]
+    found: dict[int, np.ndarray] = {}
+    with torch.no_grad(), evaluating(inner):
+        for batch in console.track(batches_by_length(list(map(len, rows)), batch_size), title, unit="batch"):
+            vectors_BD = _pooled(inner, [rows[item] for item in batch])
+            if not torch.isfinite(vectors_BD).all():
+                raise ModelError(
+                    f"{title}: the model gives hidden states that are not finite; its weights may hold NaN"
+                )
+            found.update(zip(batch, vectors_BD.cpu().numpy(), strict=True))
+    return [found[item] for item in range(len(texts))]
+
+
+def _pooled(model: Any, rows: list[list[int]]) -> torch.Tensor:
+    ids_BT, mask_BT = left_pad(rows, 0, model.device)
+    position_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+    body = getattr(model, model.base_model_prefix)
+    hidden_BTD = body(
+        input_ids=ids_BT, attention_mask=mask_BT, position_ids=position_BT, use_cache=False
+    ).last_hidden_state
+    # Padding is left out by choice, not by a factor of 0: what stands there need not be finite.
+    mean_BD = hidden_BTD.float().masked_fill(~mask_BT.bool()[..., None], 0.0).sum(1) / mask_BT.sum(-1, keepdim=True)
+    return torch.nn.functional.normalize(mean_BD, dim=-1)

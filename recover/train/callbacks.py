@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from recover.base import artifacts, console, dist, units
+from recover.base import artifacts, console, dist
 from recover.base.artifacts import read_json, write_json
 from recover.base.errors import ArtifactError, TrainingError
 from recover.config.recipe import StopEarly
-from recover.report.data import EpochProgress, EpochScore
+from recover.report.run_files import EpochProgress, EpochScore
 from recover.train.checkpoints import STEPS, best_of, publish_adapter
 from recover.train.course import Totals
 from recover.train.settings import early_ends
@@ -52,7 +52,7 @@ class Progress(TrainerCallback):
         if "variance_weight" in logs:
             terms += f", weight of variance {logs['variance_weight']:.4g}"
         console.say(
-            f"step {state.global_step}/{state.max_steps}: {terms}, {rate:,.0f} tokens/s, {units.duration(left)} left"
+            f"step {state.global_step}/{state.max_steps}: {terms}, {rate:,.0f} tokens/s, {console.duration(left)} left"
         )
 
 

@@ -9,17 +9,18 @@ train/checkpoints.jsonl  a line for each checkpoint once it is whole: step, dige
 train/checkpoints/       what a resume needs; of a finished training the last, from which it can be lengthened
     checkpoint-20/         trained.safetensors, state.json, MANIFEST.json
 train/data/              text that the dense model wrote
-train/pruned_text/       text that the pruned model wrote while it was trained (`on_policy.py`)
+train/pruned_text/       text that the pruned model wrote while it was trained (`written_text.py`)
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
@@ -30,6 +31,7 @@ from safetensors.torch import load_file, save
 from recover.base import console, dist
 from recover.base.artifacts import (
     MANIFEST,
+    JsonObject,
     append_jsonl,
     check_manifest,
     discard,
@@ -43,7 +45,7 @@ from recover.base.artifacts import (
 )
 from recover.base.errors import ArtifactError
 from recover.base.zero import gathered
-from recover.report.data import EpochScore, Finding
+from recover.report.run_files import EpochScore, Finding
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -56,6 +58,7 @@ STEPS = "steps.jsonl"
 PRUNED_TEXT = "pruned_text"
 COPIED = ".modules_to_save."  # in the names of a router that is trained: peft's file has its buffers too
 EPOCH, CHECKPOINT = re.compile(r"epoch-\d+"), re.compile(r"checkpoint-\d+")
+LENGTHENED = ("tokens", "epochs", "patience", "stop", "save_steps")  # what may change when a finished training goes on
 KEPT = 2  # the newest, and the one before: whoever finds the newest broken goes on from it
 
 
@@ -133,10 +136,11 @@ class Part(PartEnds):
 
 
 class TrainingRecord(Skipped):
-    """training.json: which training it is, its finished parts, and whether it is finished itself."""
+    """training.json: which training it is, of which `config`, its finished parts, and whether it is finished itself."""
 
     fingerprint: str
     lineage: str
+    config: JsonObject
     parts: list[Part]
     finished: bool
 
@@ -301,19 +305,42 @@ def _step(checkpoint: Path) -> int:
 
 @dataclass(frozen=True)
 class Asked:
-    """The training that is asked for: `fingerprint` of all that decides its course; `lineage` of the same but tokens
-    and epochs, by which a finished one is known that it lengthens; `lengthens`: whether it may.
+    """The training that is asked for: `config`, fields of `train` that decide its course, and `others` that do.
+
+    `lengthens`: whether a finished one may be lengthened. `complete` gives a `config` of an earlier version with
+    the fields that came later, each with its default; None for what is no config of now.
     """
 
-    fingerprint: str
-    lineage: str
-    tokens: int
+    config: JsonObject
+    others: JsonObject
+    complete: Callable[[JsonObject], JsonObject | None]
     lengthens: bool = True
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that decides the training's course."""
+        return self._digest(self.config)
+
+    @property
+    def lineage(self) -> str:
+        """Of the same but tokens and epochs, by which a finished training is known that this one lengthens."""
+        return self._digest({name: value for name, value in self.config.items() if name not in LENGTHENED})
+
+    def _digest(self, config: JsonObject) -> str:
+        return hashlib.sha256(json.dumps({**self.others, "config": config}, sort_keys=True).encode()).hexdigest()
 
     def after(self, parts: Sequence[Part]) -> str:
         """The fingerprint of what goes on behind these parts."""
         ends = [(part["fingerprint"], part["ends"]) for part in parts]
         return hashlib.sha256(f"{self.fingerprint} {ends}".encode()).hexdigest() if parts else self.fingerprint
+
+    def as_known_to(self, config: JsonObject) -> Asked:
+        """The same training in the fields of an earlier version's `config`, if those that came later say nothing new.
+
+        A field that came later and has its default changes no training, so it changes no fingerprint either.
+        """
+        then = {**config, **{name: self.config[name] for name in LENGTHENED if name in config and name in self.config}}
+        return replace(self, config=then) if self.complete(then) == self.config else self
 
 
 def begin(folder: Path, asked: Asked) -> TrainingRecord:
@@ -329,6 +356,7 @@ def _begin(folder: Path, asked: Asked) -> TrainingRecord:
     new: TrainingRecord = {
         "fingerprint": asked.fingerprint,
         "lineage": asked.lineage,
+        "config": asked.config,
         "parts": [],
         "finished": False,
         "skipped": 0,
@@ -345,6 +373,7 @@ def _begin(folder: Path, asked: Asked) -> TrainingRecord:
                 write_json(stamp, new)
                 return new
         else:
+            asked = asked.as_known_to(found["config"])
             if found["fingerprint"] == asked.after(found["parts"]) and found["finished"] is False:
                 return found
             if _can_be_lengthened(folder, found, asked):
@@ -368,7 +397,7 @@ def _can_be_lengthened(folder: Path, found: TrainingRecord, asked: Asked) -> boo
     parts = found["parts"]
     if not (asked.lengthens and found["finished"] and parts and found["lineage"] == asked.lineage):
         return False
-    if parts[-1]["tokens"] >= asked.tokens:
+    if parts[-1]["tokens"] >= asked.config["tokens"]:
         return False
     newest = Checkpoints(folder, parts[-1]["fingerprint"]).newest(good=True)
     step = parts[-1]["ends"][-1]
@@ -378,7 +407,7 @@ def _can_be_lengthened(folder: Path, found: TrainingRecord, asked: Asked) -> boo
             "it cannot be gone on with, and training begins anew"
         )
         return False
-    console.say(f"the finished training of {parts[-1]['tokens']:,} tokens goes on to {asked.tokens:,}")
+    console.say(f"the finished training of {parts[-1]['tokens']:,} tokens goes on to {asked.config['tokens']:,}")
     return True
 
 
@@ -397,7 +426,7 @@ def note(
 
     def write() -> None:
         past = read_json(folder / "training.json") if (folder / "training.json").exists() else {}
-        kept = {name: past[name] for name in ("lineage", "parts") if name in past}
+        kept = {name: past[name] for name in ("lineage", "config", "parts") if name in past}
         if part is not None:
             kept["parts"] = [*kept.get("parts", []), {"fingerprint": fingerprint, **part}]
         write_json(folder / "training.json", {"fingerprint": fingerprint, "finished": finished, **kept, **counts})

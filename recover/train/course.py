@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from recover.base import console, dist, zero
 from recover.base.errors import ArtifactError, TrainingError
-from recover.report.data import Finding
+from recover.report.run_files import Finding
 from recover.train.checkpoints import (
     TRAINED,
     Checkpoints,

@@ -11,10 +11,19 @@ from recover.base import console
 from recover.base.errors import DataError
 from recover.config.recipe import GivenText
 from recover.distill.distiller import Batch
-from recover.text.conversation import THOUGHTS, EmptyMessage, asking, holds_messages, read_messages, rendered
-from recover.text.named import prompt_rows
-from recover.text.prompts import Prompt, encode_prompt, ids_of
+from recover.text.prompts import (
+    THOUGHTS,
+    EmptyMessage,
+    Prompt,
+    asking,
+    encode_prompt,
+    holds_messages,
+    ids_of,
+    read_messages,
+    rendered,
+)
 from recover.text.read import DataSet, EmptyColumn, Row, listed, say_once
+from recover.text.rows import prompt_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

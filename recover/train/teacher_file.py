@@ -26,11 +26,10 @@ from recover.base import console, dist
 from recover.base.artifacts import sha256
 from recover.base.errors import DataError
 from recover.config.recipe import TeacherText
-from recover.distill.cache import SHARD_BYTES, Key, StateCache, row_key
-from recover.distill.loss_topk import TopK
+from recover.distill.loss_terms import TopK
 from recover.text.read import file_rows, say_once
-from recover.train.caching import TextRow, pinned
 from recover.train.sources import Sample
+from recover.train.state_cache import SHARD_BYTES, Key, StateCache, TextRow, pinned, row_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

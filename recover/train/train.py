@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ValidationError
 
 from recover.base import console, dist, zero
+from recover.base.artifacts import JsonObject
 from recover.base.errors import DataError, StopRequested, TrainingError
 from recover.base.signals import Interrupted, stop_between_steps
 from recover.config.recipe import Train
 from recover.distill.loss_terms import computed
 from recover.models.arch import arch_of
-from recover.models.packed_attention import HALF, packing_configs
-from recover.report.data import EpochScore
+from recover.models.attention import HALF, packing_configs
+from recover.report.run_files import EpochScore
 from recover.text.generate import context_of
-from recover.train.caching import TextRow, TrainingStates, with_states
 from recover.train.callbacks import AfterEpoch, Epochs, LogStep, Progress, StepLog
 from recover.train.checkpoints import Asked, PartEnds, begin, note
 from recover.train.course import ROLLBACKS, Course, Totals
-from recover.train.data import build_dataset, collator, packer, tokens_at_once, with_scored
-from recover.train.on_policy import OnPolicy
-from recover.train.order import row_sizes
+from recover.train.data import build_dataset, collator, packer, row_sizes, tokens_at_once, with_scored
 from recover.train.settings import (
     all_ends,
     refuse_averaging_shares,
@@ -36,10 +33,11 @@ from recover.train.settings import (
 )
 from recover.train.sharded_weights import SharedOut
 from recover.train.sources import Collate
+from recover.train.state_cache import TextRow, TrainingStates, with_states
 from recover.train.teacher_file import TeacherStates
 from recover.train.trainer import RecoverTrainer
 from recover.train.trials import found_rate
-from recover.train.written_text import weights_fingerprint
+from recover.train.written_text import OnPolicy, weights_fingerprint
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,7 +50,6 @@ NO_MATTER: Any = {
     **dict.fromkeys(("cache", "shard_weights", "gradient_checkpointing", "save_steps"), True),
     "loss": {"chunk"},
 }
-LENGTHENED = ("tokens", "epochs", "patience", "stop", "save_steps")  # what may change when a finished training goes on
 LARGEST_GRAPHED = 4_000_000_000  # parameters; a 7B model's step spends its time in the kernels
 
 
@@ -296,25 +293,29 @@ def _judge(best: EpochScore, baseline: float | None) -> None:
 
 
 def _asked(twin: Twin, cfg: Train, seed: int, *, packed: bool) -> Asked:
-    """What is asked for, with fingerprints of all that decides its course: another one must not go on from it.
+    """What is asked for, with all that decides its course: another one must not go on from it.
 
     Rows that are `packed` come in another order, and came in yet another one before they were even: who went on in
     another one would train some twice, others never. Where the pruned model writes, text depends on the share of the
     steps that is made, so such a training is not lengthened.
     """
-    plan = {name: value for name, value in twin.plan.to_json().items() if name != "scores"}
-    config = cfg.model_dump(mode="json", exclude=NO_MATTER)
-    described = {
-        "config": config,
+    others = {
         "seed": seed,
         "rows": "packed, even" if packed else "padded",
-        "plan": plan,
+        "plan": {name: value for name, value in twin.plan.to_json().items() if name != "scores"},
         "weights": weights_fingerprint(twin),
     }
-    shorter = {name: value for name, value in config.items() if name not in LENGTHENED}
-    fingerprints = [
-        hashlib.sha256(json.dumps(each, sort_keys=True).encode()).hexdigest()
-        for each in (described, {**described, "config": shorter})
-    ]
     fades = cfg.loss.variance_until is not None
-    return Asked(*fingerprints, tokens=cfg.tokens, lengthens=not cfg.pruned and not fades)
+    return Asked(_deciding(cfg), others, _completed, lengthens=not cfg.pruned and not fades)
+
+
+def _deciding(cfg: Train) -> JsonObject:
+    return cfg.model_dump(mode="json", exclude=NO_MATTER)
+
+
+def _completed(config: JsonObject) -> JsonObject | None:
+    """What an earlier version put down of its config, with the fields that came later; None: it is none of now."""
+    try:
+        return _deciding(Train.model_validate(config))
+    except ValidationError:
+        return None

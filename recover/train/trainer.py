@@ -26,16 +26,14 @@ from recover.base.signals import Interrupted, Stop
 from recover.config.recipe import PrunedText, Train
 from recover.distill.distiller import Batch, Distiller, scaled, scored_tokens, without_mask
 from recover.distill.graphs import GraphedPasses
-from recover.models.modes import modules_below, plain_modes, set_training
-from recover.models.packed_attention import NAME
-from recover.models.step_attention import attending
+from recover.models.attention import PACKED_NAME, attending
+from recover.models.twin import modules_below, plain_modes, set_training
 from recover.train.course import Course, frozen_weights, not_finite
-from recover.train.on_policy import Numbers, OnPolicy
 from recover.train.optimizer_state import Average, Trained, averaged_steps
 from recover.train.settings import epoch_ends
 from recover.train.sharded_weights import WeightShards, gather_by_block
 from recover.train.sources import Collate
-from recover.train.written_text import write_together
+from recover.train.written_text import Numbers, OnPolicy, write_together
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -199,7 +197,7 @@ class RecoverTrainer(SFTTrainer):
             if self.graphs is not None:
                 self.graphs.bring_gradients()
             # Around backward too: blocks that are checkpointed run once more there.
-            with attending(self.distiller.packs if "packing" in inputs else (), NAME):
+            with attending(self.distiller.packs if "packing" in inputs else (), PACKED_NAME):
                 loss = super().training_step(model, inputs, num_items_in_batch)
         in_order = self.course.skips.found is None
         if self.accelerator.sync_gradients:

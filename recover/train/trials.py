@@ -26,14 +26,13 @@ from torch import Tensor
 from recover.base import console, dist
 from recover.base.artifacts import read_json, write_json
 from recover.base.errors import ArtifactError, TrainingError
-from recover.config.auto import prior_rate
+from recover.config.defaults import prior_rate
 from recover.config.recipe import Train
 from recover.distill.distiller import Batch, Distiller, rows_scored, scaled, without_mask
 from recover.distill.graphs import GraphedPasses
-from recover.maths.paired import of_ratio
-from recover.models.packed_attention import NAME
-from recover.models.step_attention import attending
-from recover.report.data import Trial
+from recover.maths.score import of_ratio
+from recover.models.attention import PACKED_NAME, attending
+from recover.report.run_files import Trial
 from recover.train.sources import Collate
 
 if TYPE_CHECKING:
@@ -352,7 +351,7 @@ class _Bench:
             return
         if self.graphs is not None:
             self.graphs.bring_gradients()
-        with attending(self.distiller.packs if "packing" in batch else (), NAME):
+        with attending(self.distiller.packs if "packing" in batch else (), PACKED_NAME):
             sums = self.twin.model(**without_mask(batch), distill=self.distiller)
             scaled(sums["loss"], scale).backward()
 

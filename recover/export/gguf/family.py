@@ -18,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from recover.base import console
 from recover.base.errors import ExportError
 from recover.models.arch import head_size_of, kv_heads_of
-from recover.models.config_keys import config_of
+from recover.models.settings import config_of
 from recover.models.source import (
     CONFIG,
     check_tied,

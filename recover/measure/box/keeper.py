@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from recover.measure.box import judge, program, wall
+from recover.measure.box import judge, wall
 
 CONTROL = 0
 LINK, SOURCE, VERDICT = 3, 4, 5  # descriptors of a program and of its tests; all others are closed
@@ -100,7 +100,7 @@ def _pair(
     def run_program() -> int:
         _keep({theirs: LINK, source: SOURCE}, folder)
         sys.argv = [""]
-        return program.run(SOURCE, LINK)
+        return judge.serve(SOURCE, LINK)
 
     def run_tests() -> int:
         _keep({ours: LINK, test: SOURCE, verdict: VERDICT}, folder)

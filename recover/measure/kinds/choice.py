@@ -12,8 +12,7 @@ from recover.base import console
 from recover.base.errors import DataError
 from recover.config.tasks import ChoiceFile, Row
 from recover.maths.score import interval95, mean
-from recover.measure.kinds.work import Generations, Measured, Record, Work
-from recover.measure.model import ModelUnderTest
+from recover.measure.model import Generations, Measured, ModelUnderTest, Record, Work
 from recover.text.likelihood import option_rows
 from recover.text.read import listed
 from recover.text.rows import column, filled

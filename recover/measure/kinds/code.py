@@ -14,10 +14,18 @@ from typing import Any
 from recover.base import dist
 from recover.config.tasks import CodeFile, Row
 from recover.maths.score import interval95, mean
-from recover.measure.kinds.work import Generations, Measured, Record, Work
-from recover.measure.model import ModelUnderTest
+from recover.measure.kinds.generate import (
+    OF_CODE,
+    mistake,
+    mistakes,
+    pass_at_k,
+    prompt_size,
+    sampling_of,
+    shape,
+    written,
+)
+from recover.measure.model import Generations, Measured, ModelUnderTest, Record, Work
 from recover.measure.sandbox import UNCONFINED, WALLED, Outcome, Program, run_programs
-from recover.measure.texts import OF_CODE, mistake, mistakes, pass_at_k, prompt_size, sampling_of, shape, written
 from recover.text.generate import Generation
 from recover.text.rows import filled
 

@@ -1,30 +1,146 @@
-"""A generate task: is the answer right, how does the text look, how far is it the dense model's?"""
+"""A generate task: is the answer right, how does the text look, how far is it the dense model's?
+
+How a written text looks, and what is wrong with it, is here for all kinds that write. A mistake of form is a text that
+ends in a loop, does not end, holds no answer, or is code that does not parse; of several the first in this order
+counts. What is wrong all the same is well formed: a mistake of content.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from recover.base import console
 from recover.base.errors import DataError
 from recover.base.signals import TooSlow, within
-from recover.config.tasks import GenerateFile, Reading, Row
-from recover.maths.score import extract, interval95, is_right, mean
-from recover.measure.kinds.work import Generations, Measured, Record, Work
-from recover.measure.model import ModelUnderTest
-from recover.measure.texts import (
-    OF_TEXT,
-    against,
-    mistake,
-    mistakes,
-    pass_at_k,
-    prompt_size,
-    sampling_of,
-    shape,
-    written,
-)
+from recover.config.recipe import Measure, Sampling
+from recover.config.tasks import CodeFile, GenerateFile, PromptFile, Reading, Row, TaskFile, WritingFile
+from recover.maths import collapse
+from recover.maths.collapse import loop_start
+from recover.maths.score import extract, interval95, is_right, mean, pass_at, quantiles
+from recover.measure.model import Generations, Measured, ModelUnderTest, Record, Work
 from recover.text.generate import Generation
+from recover.text.prompts import encode_prompt
 from recover.text.rows import column, filled
+
+FENCE = "```"  # opens a block of code in a text
+LOOP, ENDLESS, NO_ANSWER, UNPARSED, CONTENT = "loop", "endless", "no_answer", "unparsed", "content"
+OF_TEXT = (LOOP, ENDLESS, NO_ANSWER, CONTENT)
+OF_CODE = (LOOP, ENDLESS, NO_ANSWER, UNPARSED, CONTENT)
+
+
+def mistake(written: Generation, right: bool, *, answered: bool, parses: bool = True) -> str | None:
+    """The kind of mistake that a text is, None where it is right."""
+    if right:
+        return None
+    if loop_start(written.ids) is not None:
+        return LOOP
+    if not written.ended:
+        return ENDLESS
+    if not answered:
+        return NO_ANSWER
+    return CONTENT if parses else UNPARSED
+
+
+def mistakes(found: Sequence[str | None], samples: Sequence[Record], kinds: Sequence[str]) -> Record:
+    """`mistakes`: how many texts of each kind of mistake; `examples`: the first text of each, where there is one.
+
+    `found`: the mistake of each text, as `mistake` gives it; `samples`: what is shown of each; `kinds`: of mistakes
+    that these texts can have.
+    """
+    return {
+        "mistakes": {each: list(found).count(each) for each in kinds},
+        "examples": {each: samples[list(found).index(each)] for each in kinds if each in found},
+    }
+
+
+def longest_text(file: TaskFile, cfg: Measure) -> int:
+    """Most tokens that are written after a prompt of the task; 0 where none are."""
+    if not isinstance(file, WritingFile):
+        return 0
+    return min(file.max_new_tokens or cfg.max_new_tokens, cfg.max_new_tokens)
+
+
+def prompt_size(tokenizer: PreTrainedTokenizerBase, file: PromptFile, item: Any) -> int:
+    """Tokens of an item's prompt, as the model is asked it."""
+    return len(encode_prompt(tokenizer, item.prompt, chat=file.wraps))
+
+
+def written(
+    model: ModelUnderTest, file: GenerateFile | CodeFile, prompts: Sequence[str], sampling: Sampling | None
+) -> list[Generation]:
+    """One text per prompt, as the task file asks for it."""
+    return model.generate(
+        prompts,
+        max_new_tokens=longest_text(file, model.cfg),
+        sampling=sampling,
+        chat=file.wraps,
+        stop=file.stop,
+        unless=FENCE if isinstance(file, CodeFile) else None,
+        title=f"task {file.name}{', sampled' if sampling else ''}",
+    )
+
+
+def sampling_of(model: ModelUnderTest, file: GenerateFile | CodeFile) -> Sampling | None:
+    """How texts of this task are drawn; None: they are not."""
+    own = (file.sampling or model.cfg.sampling or Sampling()) if file.samples else None
+    return own or (model.cfg.sampling if isinstance(file, GenerateFile) else None)
+
+
+def pass_at_k(right: Sequence[float], times: int) -> Record:
+    """k -> {value, interval95} for k = 1, 2, 4, ... and `times`: pass@k over prompts.
+
+    `right`: of each text drawn, all prompts once, then all of them again, `times` times.
+    """
+    counts = [int(sum(right[at :: len(right) // times])) for at in range(len(right) // times)]
+    found = {}
+    for k in sorted({times, *(2**power for power in range(times.bit_length()))}):
+        values = [pass_at(k, count, times) for count in counts]
+        found[str(k)] = {"value": mean(values), "interval95": interval95(values)}
+    return found
+
+
+def shape(texts: Sequence[Generation], right: Sequence[float]) -> Record:
+    """How texts look, whatever they say: loops, length in tokens, whether they end.
+
+    `truncated`: how many do not; `truncated_right`: how many of those count as right all the same. `loop_rate`: share
+    of texts that end in a loop, and `loop_start`: the token at which it begins (quantiles), None if none does.
+    """
+    starts = [start for each in texts if (start := loop_start(each.ids)) is not None]
+    return {
+        "loop_rate": len(starts) / len(texts),
+        "loop_start": quantiles(starts) if starts else None,
+        "repetition": mean([collapse.repetition(each.ids) for each in texts]),
+        "distinct_2": mean([collapse.distinct_n(each.ids, 2) for each in texts]),
+        "longest_repeat": mean([collapse.longest_repeat(each.ids) for each in texts]),
+        "ended": mean([each.ended for each in texts]),
+        "length": mean([len(each.ids) for each in texts]),
+        "truncated": sum(not each.ended for each in texts),
+        "truncated_right": sum(bool(ok) and not each.ended for each, ok in zip(texts, right, strict=True)),
+    }
+
+
+def against(dense_ids: Sequence[list[int]] | None, written_ids: Sequence[list[int]]) -> Record:
+    """How far texts are the dense model's, token by token.
+
+    `first_divergence`: the token at which a text leaves dense's (quantiles over those that do), None if none does.
+    `parting`: of all texts, as `collapse.parting` has it. `exact_text`: the share that never does.
+    """
+    if dense_ids is None:
+        return {"agreement": None, "first_divergence": None, "parting": None, "exact_text": None}
+    pairs = list(zip(dense_ids, written_ids, strict=True))
+    parted = [collapse.first_divergence(dense, written) for dense, written in pairs]
+    positions = [position for position in parted if position is not None]
+    return {
+        "agreement": mean([collapse.agreement(dense, written) for dense, written in pairs]),
+        "first_divergence": quantiles(positions) if positions else None,
+        "parting": collapse.parting(parted),
+        "exact_text": mean([at is None for at in parted]),
+    }
+
 
 SECONDS = 10.0  # for a pattern on one text
 

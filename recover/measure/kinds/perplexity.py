@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from recover.base.errors import DataError
 from recover.config.tasks import PerplexityFile, Row
-from recover.measure.kinds.work import Generations, Measured, Record, Work
-from recover.measure.model import ModelUnderTest
+from recover.measure.model import Generations, Measured, ModelUnderTest, Record, Work
 from recover.text.generate import context_of
 from recover.text.likelihood import Continuation
 from recover.text.prompts import text_ids

@@ -10,8 +10,7 @@ import numpy as np
 from recover.base.errors import DataError
 from recover.config.tasks import RetrievalFile, Row
 from recover.maths.score import cumulated_gain, interval95, mean, ndcg
-from recover.measure.kinds.work import Generations, Measured, Record, Work
-from recover.measure.model import ModelUnderTest
+from recover.measure.model import Generations, Measured, ModelUnderTest, Record, Work
 from recover.text.read import listed
 from recover.text.rows import column
 

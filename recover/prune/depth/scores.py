@@ -22,7 +22,7 @@ from recover.base import console
 from recover.config.prune import DEPTH_SCORES
 from recover.models.arch import blocks_of, final_norm_of, head_of
 from recover.models.site import Site
-from recover.prune.passes import (
+from recover.prune.stream import (
     NO_TARGET,
     TOKENS,
     LogitMeasure,
@@ -38,7 +38,6 @@ from recover.prune.passes import (
     stream_hooks,
     variance_rows,
 )
-from recover.prune.scores import angular_distance, block_influence
 
 if TYPE_CHECKING:
     from recover.models.twin import Twin
@@ -75,6 +74,30 @@ def angular_score(twin: Twin, batches: list[LongTensor]) -> Score:
 def influence_score(twin: Twin, batches: list[LongTensor]) -> Score:
     """Mean block influence of a span."""
     return StreamScore(twin, batches, block_influence)
+
+
+def cosine(a_ND: Tensor, b_ND: Tensor) -> Tensor:
+    """cos(a, b) of each row within [-1, 1], in fp64 (in bf16 every 1 - cos near 0 is 0); a zero row gives 0."""
+    a_ND, b_ND = a_ND.double(), b_ND.double()
+    norms_N = a_ND.norm(dim=-1) * b_ND.norm(dim=-1)
+    return ((a_ND * b_ND).sum(-1) / norms_N.clamp_min(torch.finfo(torch.float64).tiny)).clamp(-1, 1)
+
+
+def angular_distance(h_in_ND: Tensor, h_out_ND: Tensor) -> Tensor:
+    """arccos(cos(h_in, h_out)) / pi of each row, in [0, 1]; a span of blocks is scored by the mean over tokens.
+
+    Source: Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers", arXiv 2403.17887, section 3.2. They
+    look at the last token of each sample only; the mean over all tokens is steadier on the few samples used here.
+    """
+    return cosine(h_in_ND, h_out_ND).acos() / math.pi
+
+
+def block_influence(h_in_ND: Tensor, h_out_ND: Tensor) -> Tensor:
+    """1 - cos(h_in, h_out) of each row, in [0, 2]; a block is scored by the mean over tokens.
+
+    Source: Men et al., "ShortGPT", arXiv 2403.03853, equation 1.
+    """
+    return 1 - cosine(h_in_ND, h_out_ND)
 
 
 def runs_of(span: Iterable[Site]) -> list[tuple[int, int]]:

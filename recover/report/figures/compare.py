@@ -6,10 +6,27 @@ from collections.abc import Mapping
 
 from recover.config import tasks
 from recover.report import verdict, words
-from recover.report.data import CHANGED, Changed, ComparedRun, Comparison, Use
-from recover.report.figures.figure import Figure, is_narrow, panels
-from recover.report.figures.panel import Axis, Box, Dots, Line, Mark, Panel, Points, Scale, alone, decades, linear
-from recover.report.figures.svg import Canvas, Linear, apart
+from recover.report.data import CHANGED, Changed, ComparedRun, Comparison
+from recover.report.figures.figure import (
+    Axis,
+    Box,
+    Canvas,
+    Dots,
+    Figure,
+    Line,
+    Linear,
+    Mark,
+    Panel,
+    Points,
+    Scale,
+    alone,
+    apart,
+    decades,
+    is_narrow,
+    linear,
+    panels,
+)
+from recover.report.run_files import Use
 
 ROW = 46
 

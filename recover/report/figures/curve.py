@@ -6,11 +6,9 @@ from typing import Any, cast
 
 from recover.config.loss import TERMS
 from recover.report import words
-from recover.report.curve import weights
 from recover.report.data import Band, Curve, Epoch, PageData, Points
-from recover.report.figures.figure import Figure, is_narrow
-from recover.report.figures.svg import Canvas, Linear, Log, apart
-from recover.report.training_text import label, learnt
+from recover.report.figures.figure import Canvas, Figure, Linear, Log, apart, is_narrow
+from recover.report.training import label, learnt, weights
 
 WIDE_RANGE = 10.0  # highest over lowest mean from which an axis is a log one
 MARGIN = 68.0  # pixels left of a panel, for the values of its axis

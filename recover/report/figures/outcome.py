@@ -4,10 +4,27 @@ from __future__ import annotations
 
 from recover.config import tasks
 from recover.report import words
-from recover.report.data import CHANGED, MODELS, Epoch, PageData, Use, UseFigure
-from recover.report.figures.figure import Figure, is_narrow, panels
-from recover.report.figures.panel import Axis, Box, Dots, Level, Line, Mark, Panel, Scale, alone, linear
-from recover.report.figures.svg import Canvas, Linear, Log, apart
+from recover.report.data import CHANGED, MODELS, Epoch, PageData, UseFigure
+from recover.report.figures.figure import (
+    Axis,
+    Box,
+    Canvas,
+    Dots,
+    Figure,
+    Level,
+    Line,
+    Linear,
+    Log,
+    Mark,
+    Panel,
+    Scale,
+    alone,
+    apart,
+    is_narrow,
+    linear,
+    panels,
+)
+from recover.report.run_files import Use
 
 ROW = 40  # pixels from bar to bar
 HEAD = 58  # pixels above the first bar

@@ -1,0 +1,168 @@
+"""Files that a model is written to for use elsewhere.
+
+`recover teacher`: the likeliest tokens that a model gives each position of a text, in a file to distil from. `recover
+gguf`: an exported checkpoint as one file for llama.cpp.
+
+Legend: B batch, T tokens, N scored positions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+
+from recover.base import console
+from recover.base.artifacts import writing
+from recover.base.console import quiet_libraries
+from recover.base.errors import RecipeError
+from recover.base.products import refuse_input
+from recover.commands.measure import model_cfg
+from recover.config.recipe import GivenText
+from recover.distill.distiller import scored_rows
+from recover.distill.loss_terms import TopK, topk_of
+from recover.export.gguf.write import write_gguf
+from recover.models.arch import head_of
+from recover.models.load import check_fit, load_any, load_tokenizer
+from recover.models.rope import row_positions
+from recover.train.data import collator
+from recover.train.sources import Row, Sample, SampleRow, read_rows, samples_of
+from recover.train.teacher_file import Marks, TeacherRow, file_row, marks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHUNK = 1024  # positions whose logits are held at once
+EXAMPLES = (
+    "recover teacher ORG/LARGE text.jsonl teacher.jsonl --top 64 --dtype bfloat16",
+    "recover teacher embedded:fable-2m embedded:tasks/calibration.jsonl teacher.jsonl --top 16 --length 128",
+)
+Source = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a folder, a GGUF file, or embedded:NAME.")]
+Text = Annotated[
+    str, typer.Argument(metavar="TEXT", help="Rows with messages, prompt and completion, or text: JSONL, parquet, hub.")
+]
+Out = Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="The file to write; replaced when it is there.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="Default: as the checkpoint is stored.")]
+
+
+def teacher(
+    model: Source,
+    text: Text,
+    out: Out,
+    top: Annotated[int, typer.Option("--top", min=1, help="Likeliest tokens kept of each position.")] = 64,
+    length: Annotated[int, typer.Option("--length", min=8, help="Longest sequence, in tokens.")] = 512,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
+    dtype: Dtype = None,
+) -> None:
+    """Write the likeliest tokens a model gives each position of a text: for distilling where it is not at hand.
+
+    A recipe takes it as train.data=[{kind: teacher, source: OUT.jsonl}]; each row carries the marks of
+    the teacher's tokenizer, which must be the pruned model's too. About 16 bytes for each token that is kept.
+    """
+    refuse_input(out, (text,))
+    rows, tokens = write_teacher(model, dtype, text, out, top=top, length=length, batch_size=batch_size)
+    console.say(f"wrote {out}: {tokens:,} positions of {rows:,} rows ({console.size(out.stat().st_size)})")
+
+
+def write_teacher(
+    model: str, dtype: str | None, text: str, path: Path, *, top: int, length: int, batch_size: int
+) -> tuple[int, int]:
+    """Write `path`, whole or not at all; (rows, positions) in it. The rows are those that training cuts the text into.
+
+    Raises:
+        RecipeError: more tokens asked for than there are. DataError, ModelError: text or model cannot be used.
+        ArtifactError: the file could not be written.
+    """
+    quiet_libraries()
+    cfg = model_cfg(model, dtype)
+    rows, tokenizer = read_rows(text), load_tokenizer(cfg)
+    own = marks(tokenizer)
+    samples: list[Sample] = []
+    of_sample: list[Marks] = []
+    for row in rows:
+        cfg_row = _given(text, row)
+        found = samples_of(row, cfg_row, tokenizer, length)
+        samples += found
+        of_sample += [own if "text" not in cfg_row.columns else _without_template(own)] * len(found)
+    loaded = load_any(cfg)
+    check_fit(loaded, tokenizer)
+    tokens = len(tokenizer)  # a head may have more rows, for padding, and another model of the family fewer
+    if top > tokens:
+        raise RecipeError(f"--top: {top} tokens, the tokenizer has {tokens}")
+    starts = console.track(range(0, len(samples), batch_size), "teacher reads", unit="batch")
+    done = (row for start in starts for row in teacher_rows(loaded, samples[start : start + batch_size], top, tokens))
+    return _write(path, zip(done, of_sample, strict=True))
+
+
+def _without_template(own: Marks) -> Marks:
+    """Of plain text, which no template wrote."""
+    return {name: mark for name, mark in own.items() if name != "template"}
+
+
+def _given(text: str, row: Row) -> GivenText:
+    """How a row is to be read, by the columns that it has."""
+    names = [("messages",), ("prompt", "completion"), ("text",)]
+    found = next((wanted for wanted in names if set(wanted) <= row.value.keys()), ("text",))
+    return GivenText(kind="given", source=text, columns={name: name for name in found})  # type: ignore[misc]
+
+
+@torch.no_grad()
+def teacher_rows(
+    model: PreTrainedModel, samples: list[Sample], top: int, tokens: int | None = None
+) -> list[TeacherRow]:
+    """Each sample with the model's top k of the first `tokens`, in one batch."""
+    rows: list[SampleRow] = [{"input_ids": sample.ids, "completion_mask": sample.mask} for sample in samples]
+    device = next(model.parameters()).device
+    padded: Any = collator(0, "completion")(rows)
+    batch = {name: value.to(device) for name, value in padded.items()}
+    rows_N, _ = scored_rows(batch.pop("labels"))
+    batch["position_ids"] = row_positions(batch["attention_mask"])
+    base: Any = model.base_model
+    h_ND = base(**batch, use_cache=False).last_hidden_state.flatten(0, 1).index_select(0, rows_N)
+    head = head_of(model)
+    chunks = [topk_of(head.logits(h_CD), top, tokens) for h_CD in h_ND.split(CHUNK)]
+    ids_NK, logp_NK = (torch.cat([getattr(chunk, name) for chunk in chunks]).cpu() for name in ("ids_NK", "logp_NK"))
+    counts = [sample.scored("completion") for sample in samples]
+    parts = zip(samples, ids_NK.split(counts), logp_NK.split(counts), strict=True)
+    return [TeacherRow(sample, TopK(ids, logp)) for sample, ids, logp in parts]
+
+
+def _write(path: Path, rows: Iterator[tuple[TeacherRow, Marks]]) -> tuple[int, int]:
+    count = tokens = 0
+    with writing(path) as file:
+        for row, own in rows:
+            file.write(json.dumps(file_row(row, own), allow_nan=False).encode() + b"\n")
+            count, tokens = count + 1, tokens + len(row.top)
+    return count, tokens
+
+
+GGUF_EXAMPLES = (
+    "recover gguf checkpoints/quickstart/deploy quickstart.gguf",
+    "recover gguf checkpoints/quickstart/deploy quickstart-f16.gguf --dtype float16",
+    "recover gguf checkpoints/quickstart/deploy quickstart-q8.gguf --dtype q8_0",
+)
+Deploy = Annotated[
+    Path, typer.Argument(metavar="DEPLOY", help="Folder of a checkpoint, such as checkpoints/quickstart/deploy.")
+]
+GgufOut = Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write; replaced when it is there.")]
+GgufDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="float32, float16, bfloat16, or quantized: q8_0, q5_1, q5_0, q4_1, q4_0; else that of the checkpoint.",
+        show_default=False,
+    ),
+]
+
+
+def gguf(deploy: Deploy, out: GgufOut, dtype: GgufDtype = None) -> None:
+    """Write an exported checkpoint as one GGUF file: llama.cpp, and what is built on it, runs and quantizes it."""
+    path = write_gguf(deploy, out, dtype)
+    console.say(f"wrote {path} ({console.size(path.stat().st_size)})")
+
+
+COMMANDS = {teacher: EXAMPLES, gguf: GGUF_EXAMPLES}

@@ -1,0 +1,256 @@
+"""Attention of ours in the place of the stock one.
+
+A pass over one token a row (`attend`): its keys and values stay where they are, and equal passes give equal bits.
+transformers before 5.24 copies every key and value once for each query head that shares it whenever there is a mask, at
+every step: two fifths of a step's time on a GPU. Here query heads that share a key-value head are rows of one query.
+cuDNN's kernel for a single query row, torch's first choice on recent GPUs, adds up in another order each time, so that
+equal runs write different texts; with several it repeats itself, and where no heads are shared it is left out.
+
+Sequences packed into one row, one after the other (`attend_packed`): each token sees its own sequence alone. No token
+is padding, and a row of any sequences with so many tokens has one shape. On a GPU in half precision, torch's flash
+attention takes where sequences start; elsewhere each sequence is attended by itself.
+
+Legend: B rows, H key-value heads, G query heads that share one, K columns of the cache, d, v sizes of a head's keys
+and values. Of a packed row: T tokens, S sequences, H query heads, K key-value heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from recover.kernels import fused
+from recover.models.arch import ARCHS
+
+NAME, STOCK = "recover_step", "sdpa"
+WIDEST = 256  # of a head, for the kernel
+REPEATABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def configs_of(model: nn.Module) -> list[PretrainedConfig]:
+    """Where modules of this model look up how they attend, once each: of those that use SDPA and let it be replaced."""
+    modules = [module for module in model.modules() if hasattr(module, "config")]
+    if not all(getattr(module, "_supports_attention_backend", True) for module in modules):
+        return []
+    found: dict[int, Any] = {id(module.config): module.config for module in modules}
+    return [config for config in found.values() if getattr(config, "_attn_implementation", None) == STOCK]
+
+
+_last_B: Tensor | None = None  # of the pass that runs now, see `attending_by_step`
+
+
+@contextmanager
+def attending(configs: Sequence[PretrainedConfig], name: str) -> Iterator[None]:
+    """Inside, modules of these configs attend by what is registered with transformers as `name`."""
+    before = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation = name
+    try:
+        yield
+    finally:
+        for config, stock in zip(configs, before, strict=True):
+            config._attn_implementation = stock
+
+
+@contextmanager
+def attending_by_step(configs: Sequence[PretrainedConfig], last_B: Tensor | None = None) -> Iterator[None]:
+    """Inside, modules of these configs attend by `attend`.
+
+    `last_B`: the last column of the cache that a row may see; what lies behind is hidden by the mask too, but need not
+    be read. A GPU then has a kernel of our own.
+    """
+    global _last_B
+    before, _last_B = _last_B, last_B
+    try:
+        with attending(configs, NAME):
+            yield
+    finally:
+        _last_B = before
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """(B, 1, HG, v) of query (B, HG, 1, d), key (B, H, K, d), value (B, H, K, v); mask (B, 1, 1, K), None: all is seen.
+
+    What is more than one token a row, or asks for more (`softcap`, `position_bias`, sinks as `s_aux`), is transformers'
+    own.
+    """
+    more = any(others.get(name) is not None for name in ("softcap", "position_bias", "s_aux"))
+    if query.shape[2] != 1 or (attention_mask is not None and attention_mask.shape[1] != 1) or more:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
+    rows, heads = key.shape[:2]
+    query_BHGd = query.reshape(rows, heads, -1, query.shape[-1])
+    if _last_B is not None and _fits(query_BHGd, key, value, attention_mask, _last_B):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out_BHGv = fused.kernels().attend(query_BHGd, key, value, attention_mask, _last_B, scale)
+        return out_BHGv.view(rows, 1, -1, value.shape[-1]), None
+    alone = query.is_cuda and query_BHGd.shape[2] == 1
+    with sdpa_kernel(REPEATABLE) if alone else nullcontext():
+        out_BHGv = nn.functional.scaled_dot_product_attention(
+            query_BHGd, key, value, attn_mask=attention_mask, scale=scaling
+        )
+    return out_BHGv.reshape(rows, 1, -1, value.shape[-1]), None
+
+
+def _fits(query_BHGd: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, last_B: Tensor) -> bool:
+    """Whether the kernel takes these."""
+    rows, size = len(query_BHGd), max(key.shape[-1], value.shape[-1])
+    plain = all(each.stride(-1) == 1 for each in (query_BHGd, key, value))
+    if not (fused.fits(query_BHGd, key, value) and plain and rows == len(last_B) and size <= WIDEST):
+        return False
+    return mask is None or (
+        mask.is_floating_point() and mask.shape[1:3] == (1, 1) and len(mask) in (1, rows) and mask.stride(-1) == 1
+    )
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)  # else a mask of two dimensions would be dropped without a word
+
+
+PACKED_NAME = "recover_packed"
+WIDEST_PACKED = 256  # of a head, that flash attention takes
+HALF = (torch.bfloat16, torch.float16)
+FILLING: Any = torch.utils.deterministic  # what is new in memory, with NaN, unless told not to
+
+
+Keywords = dict[str, Tensor | int | bool | None]  # of a call of a stock model
+
+
+class Packing(NamedTuple):
+    """How sequences lie in a row (1, T).
+
+    `position_ids` (1, T) begin anew in each, of padding all are 0; `starts_S` (S + 1,) int32 are where they start, and
+    T. A sequence may have no token. `longest`: at most so many tokens has one.
+    """
+
+    position_ids: Tensor
+    starts_S: Tensor
+    longest: int
+
+    def keywords(self) -> Keywords:
+        """What a stock model is called with beside the tokens, for `attend` to find."""
+        starts = {"cu_seq_lens_q": self.starts_S, "max_length_q": self.longest}
+        return {"position_ids": self.position_ids, "attention_mask": None, "use_cache": False, **starts}
+
+
+def packing_configs(model: nn.Module) -> list[PretrainedConfig]:
+    """What to have attend by PACKED_NAME; empty where attention does more than `attend_packed` knows.
+
+    So with a softcap, dropout or sinks.
+    """
+    configs = configs_of(model)
+    row = ARCHS.get(configs[0].model_type) if configs else None
+    if row is not None and not row.packs:
+        return []
+    capped = any(getattr(config, "attn_logit_softcapping", None) is not None for config in configs)
+    drops = any(getattr(config, "attention_dropout", None) for config in configs)
+    sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
+    return [] if capped or drops or sinks else configs
+
+
+def attend_packed(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """(1, T, H, d) of query (1, H, T, d), key and value (1, K, T, d), for a model called with `Packing.keywords`."""
+    if cu_seq_lens_q is None or max_length_q is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
+    if query.is_cuda and query.dtype in HALF and query.shape[-1] == value.shape[-1] <= WIDEST_PACKED:
+        q_THd, k_TKd, v_TKd = (each[0].transpose(0, 1) for each in (query, key, value))
+        return _Flash.apply(q_THd, k_TKd, v_TKd, cu_seq_lens_q, max_length_q, scale, window)[None], None  # type: ignore[index]
+    starts = cu_seq_lens_q.tolist()
+    parts = [
+        _alone(query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], scale, window)
+        for start, end in pairwise(starts)
+        if end > start
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _alone(q_1HTd: Tensor, k_1KTd: Tensor, v_1KTd: Tensor, scale: float, window: int | None) -> Tensor:
+    """One sequence."""
+    length, mask_TT = q_1HTd.shape[2], None
+    if window is not None and window < length:
+        at_T = torch.arange(length, device=q_1HTd.device)
+        behind_TT = at_T[:, None] - at_T
+        mask_TT = (behind_TT >= 0) & (behind_TT < window)
+    return nn.functional.scaled_dot_product_attention(
+        q_1HTd, k_1KTd, v_1KTd, attn_mask=mask_TT, is_causal=mask_TT is None, scale=scale, enable_gqa=True
+    )
+
+
+class _Flash(torch.autograd.Function):
+    """torch's own kernels; its public `varlen_attn` takes other arguments in each version."""
+
+    @staticmethod
+    def forward(ctx, q_THd, k_TKd, v_TKd, starts_S, longest, scale, window):  # type: ignore[override]
+        behind = None if window is None else window - 1
+        out_THd, *kept, _ = torch.ops.aten._flash_attention_forward(
+            q_THd, k_TKd, v_TKd, starts_S, starts_S, longest, longest, 0.0, True, False,
+            scale=scale, window_size_left=behind, window_size_right=None if behind is None else 0,
+        )  # fmt: skip
+        ctx.save_for_backward(q_THd, k_TKd, v_TKd, out_THd, starts_S, *kept)
+        ctx.longest, ctx.scale, ctx.behind = longest, scale, behind
+        return out_THd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_THd):  # type: ignore[override]
+        q_THd, k_TKd, v_TKd, out_THd, starts_S, lse, state, unused = ctx.saved_tensors
+        with _Repeatable():
+            found = torch.ops.aten._flash_attention_backward(
+                d_THd, q_THd, k_TKd, v_TKd, out_THd, lse, starts_S, starts_S, ctx.longest, ctx.longest, 0.0, True,
+                state, unused, scale=ctx.scale, window_size_left=ctx.behind,
+                window_size_right=None if ctx.behind is None else 0,
+            )  # fmt: skip
+        return *found, None, None, None, None
+
+
+class _Repeatable:
+    """Inside, flash attention adds up in one order: equal trainings end in equal bits."""
+
+    def __enter__(self) -> None:
+        self.before = torch.are_deterministic_algorithms_enabled()
+        self.warns = torch.is_deterministic_algorithms_warn_only_enabled()
+        self.fills = FILLING.fill_uninitialized_memory
+        FILLING.fill_uninitialized_memory = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+    def __exit__(self, *_: Any) -> None:
+        torch.use_deterministic_algorithms(self.before, warn_only=self.warns)
+        FILLING.fill_uninitialized_memory = self.fills
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """`attend` needs none; transformers would make one wherever positions begin anew."""
+
+
+AttentionInterface.register(PACKED_NAME, attend_packed)
+AttentionMaskInterface.register(PACKED_NAME, _no_mask)
