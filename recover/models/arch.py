@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from recover.base.errors import ModelError
-from recover.maths.head import Head
+from recover.maths.divergence import Head
 from recover.models.refusal import PER_BLOCK, unsupported
 from recover.models.site import SUBLAYERS, Site, Sublayer
 
