@@ -23,7 +23,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 TOP = 5  # tokens compared by `overlap`
 NEGLIGIBLE = 1e-10  # float32 logits give drift below it to a few digits at most: no ratio is made of it
 
