@@ -8,7 +8,7 @@ from tiny import FAMILIES, HYBRIDS, tiny
 from twins import fill_adapters
 
 from recover.config import recipe
-from recover.kernels import recording
+from recover.kernels import fused
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.text import decode, stepping
@@ -170,7 +170,7 @@ def test_the_collector_waits_for_a_recording(collects):
     before = gc.isenabled()
     try:
         (gc.enable if collects else gc.disable)()
-        with pytest.raises(KeyError), recording._nothing_collected():
+        with pytest.raises(KeyError), fused._nothing_collected():
             assert not gc.isenabled()
             raise KeyError
         assert gc.isenabled() == collects

@@ -19,7 +19,7 @@ from recover.base.errors import DataError, ModelError, RecipeError, RecoverError
 from recover.config import recipe, yaml_values
 from recover.config.paths import matching
 from recover.config.recipe import Calibration, Model, TeacherText, load_recipe
-from recover.export import card
+from recover.export import write
 from recover.measure.tasks import load_task
 from recover.models import tokenizers
 from recover.models.load import describe, load_tokenizer
@@ -157,7 +157,7 @@ def test_aliases_that_stand_for_billions_are_refused_wherever_yaml_is_read(tmp_p
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "README.md").write_text(f"---\n{text}license: mit\n---\n")
-    assert card._said(card._card_of(Model(source=str(folder)), "folder")) == {}
+    assert write._said(write._card_of(Model(source=str(folder)), "folder")) == {}
 
 
 def test_a_message_has_an_end_however_many_fields_are_wrong(tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ from transformers.utils.generic import ModelOutput
 from recover.base import console, zero
 from recover.distill.loss import distillation_loss
 from recover.distill.loss_terms import TopK
+from recover.kernels.fused import record
 from recover.kernels.lora_linear import cast_together
-from recover.kernels.recording import record
 from recover.models.arch import head_of
 from recover.models.attention import PACKED_NAME, Keywords, Packing, attending, packing_configs
 from recover.models.experts import SwitchedExperts, SwitchedRouter

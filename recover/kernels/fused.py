@@ -1,18 +1,23 @@
-"""Elementwise work between products as fused kernels with gradient, where there is a GPU with Triton.
+"""Larger pieces of GPU work: elementwise operations between products as fused kernels, and kernels recorded as a graph.
 
 RMSNorm, silu(gate) * up and rotary embedding are a third of the time of a step on a fast GPU when every operation reads
 and writes memory on its own. `fits` says whether the kernels take some tensors; who calls them decides whether they may
-run: in training, and while texts are written. What judges given text is the stock modules' to the bit.
+run: in training, and while texts are written. What judges given text is the stock modules' to the bit. They have a
+gradient, and run where there is a GPU with Triton.
+
+What is recorded as a CUDA graph (`record`) is launched as one: it no longer waits for Python between its kernels.
 
 Shapes: D width, B batch, H heads, T tokens, C columns of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -159,3 +164,48 @@ class _Rotary(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dq_BHTC, dk_BHTC):  # type: ignore[override]
         return *kernels().rotate(dq_BHTC, dk_BHTC, *ctx.saved_tensors, backward=True), None, None
+
+
+Value = TypeVar("Value")
+
+
+def record(work: Callable[[], Value], pool: Any) -> tuple[torch.cuda.CUDAGraph, Value]:
+    """A graph of the kernels that `work` launches, which do not run yet, and what it returned.
+
+    Tensors that `work` makes lie in the memory `pool` (of `torch.cuda.graph_pool_handle`), and hold the values of the
+    last replay. The same work must have run once before, at the same shapes: that sets up what a first run sets up.
+
+    Raises:
+        RuntimeError: it cannot be recorded, or there is too little memory; the device is usable after it.
+    """
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # thread_local: a data loader that pins memory in a thread of its own must not spoil the recording.
+        with _nothing_collected(), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            value = work()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        end_recording_of_draws()
+        raise
+    return graph, value
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """A graph that anyone left to the collector and that goes during a recording breaks it, and the allocator with it.
+
+    torch only warns ("operation not permitted when stream is capturing"), and the process aborts when it ends.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+def end_recording_of_draws() -> None:
+    """A recording that failed leaves the random numbers' state as if it still ran, and every draw would be an error."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(generator.clone_state())

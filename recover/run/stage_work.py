@@ -30,10 +30,9 @@ from recover.config import recipe as recipes
 from recover.config.base import Dtype
 from recover.config.paths import without_folders
 from recover.config.recipe import Model, Recipe, dump_recipe
-from recover.export.card import card
 from recover.export.merge import merge
 from recover.export.verify import fresh_process, verify, write_expected
-from recover.export.write import write_checkpoint
+from recover.export.write import card, write_checkpoint
 from recover.measure.model import Generations
 from recover.measure.speed import compare_speed
 from recover.measure.tasks import measure

@@ -37,7 +37,7 @@ from recover.base.errors import DataError
 from recover.config.recipe import Sampling
 from recover.config.tasks import STOP_CHARACTERS
 from recover.kernels import fused
-from recover.kernels.recording import record
+from recover.kernels.fused import record
 from recover.models import kv_cache
 from recover.models.attention import attending_by_step, configs_of
 from recover.text.prompts import batches_by_length, right_pad
