@@ -57,19 +57,19 @@ COMMANDS = {
     ),
     "export": Listed("run", "Run up to the exported checkpoint, verified in a fresh process; stock tools load it."),
     "report": Listed(
-        "report",
+        "run",
         "Write the report of each run again, finished or not, and a comparison of several; of a diagnosis, its page.",
     ),
     "show": Listed(
-        "report",
+        "run",
         "Say which stages of a run are done, why one would be done again, the best epoch, and the headline figures.",
     ),
     "list": Listed(
-        "report",
+        "run",
         "List the runs of a folder, the newest first: what is done, and generation of dense, pruned and recovered.",
     ),
     "compare": Listed(
-        "report",
+        "run",
         "Put runs side by side, best recovered generation first; tasks as a share of what the dense model reaches.",
     ),
     "measure": Listed(
