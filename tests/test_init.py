@@ -16,9 +16,8 @@ from recover.config.recipe import Calibration, load_recipe
 from recover.config.yaml_values import HEADING
 from recover.models.load import Description
 from recover.run import draft
-from recover.run.draft import Machine, Texts
+from recover.run.draft import Machine, Target, Texts, Wanted, target
 from recover.run.estimate import refuse, training_memory
-from recover.run.target import Target, Wanted, target
 
 CALIBRATION = Calibration(data="blend:math", column="prompt", answer=256)
 GB = 10**9

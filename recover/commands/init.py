@@ -21,8 +21,8 @@ from recover.measure.tasks import load_task
 from recover.models.load import describe, load_tokenizer
 from recover.models.source import exported_dtype
 from recover.run import draft
+from recover.run.draft import Wanted, target
 from recover.run.estimate import ELEMENT_BYTES, Estimate, estimate, matrix_rate, refuse
-from recover.run.target import Wanted, target
 from recover.text.rows import NotHad, prompt_rows
 from recover.train.sources import read_prompts
 
