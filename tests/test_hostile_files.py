@@ -17,7 +17,6 @@ from task_folder import GENERATE, make_task
 
 from recover.base.errors import DataError, ModelError, RecipeError, RecoverError
 from recover.config import recipe, yaml_values
-from recover.config.paths import matching
 from recover.config.recipe import Calibration, Model, TeacherText, load_recipe
 from recover.export import write
 from recover.measure.tasks import load_task
@@ -27,7 +26,7 @@ from recover.models.source import check_weights, locate
 from recover.prune.calibrate import read_texts
 from recover.run.input_digests import digests
 from recover.text.prompts import ids_of
-from recover.text.read import rows_at
+from recover.text.read import matching, rows_at
 from recover.text.rows import filled
 from recover.train.teacher_file import read_teacher
 

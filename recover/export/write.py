@@ -26,8 +26,7 @@ from recover.base import artifacts, console
 from recover.base.artifacts import JsonObject
 from recover.base.errors import ExportError, RecipeError
 from recover.config import yaml_values
-from recover.config.paths import without_folders
-from recover.config.recipe import Model, Recipe
+from recover.config.recipe import Model, Recipe, without_folders
 from recover.config.tasks import USES, Figure, headline_figures
 from recover.models.arch import arch_of
 from recover.models.plan import PlanRecord

@@ -28,8 +28,7 @@ from recover.base.errors import ArtifactError
 from recover.base.journal import Journal
 from recover.config import recipe as recipes
 from recover.config.base import Dtype
-from recover.config.paths import without_folders
-from recover.config.recipe import Model, Recipe, dump_recipe
+from recover.config.recipe import Model, Recipe, dump_recipe, without_folders
 from recover.export.merge import merge
 from recover.export.verify import fresh_process, verify, write_expected
 from recover.export.write import card, write_checkpoint
