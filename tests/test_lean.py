@@ -23,8 +23,8 @@ from recover.config.recipe import Lora
 from recover.kernels.lora_linear import PlainGate, gated_lora_linear, lora_linear
 from recover.models import lean
 from recover.models.lean import LeanAttention, LeanMlp, LeanNorm, make_lean, with_fused_rotary
-from recover.models.linears import Switch
 from recover.models.plan import Plan
+from recover.models.switched import Switch
 from recover.models.twin import Twin
 
 # Whose norms or MLPs are others. An upgrade of transformers that rewords one shows here, as more memory and time.

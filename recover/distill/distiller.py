@@ -31,10 +31,10 @@ from recover.kernels.lora_linear import cast_together
 from recover.models.arch import head_of
 from recover.models.attention import PACKED_NAME, Keywords, Packing, attending, packing_configs
 from recover.models.experts import SwitchedExperts, SwitchedRouter
-from recover.models.linears import MaskedLinear, OwnLinear
 from recover.models.masked_lora import SwitchedLora
 from recover.models.rope import goes_by_length, row_positions
 from recover.models.site import Site
+from recover.models.switched import MaskedLinear, OwnLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

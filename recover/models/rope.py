@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from recover.models.closing import named_as
+from recover.models.switched import named_as
 
 LONGROPE, DYNAMIC = "longrope", "dynamic"
 
