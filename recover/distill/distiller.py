@@ -29,10 +29,17 @@ from recover.distill.loss_terms import TopK
 from recover.kernels.fused import record
 from recover.kernels.lora_linear import cast_together
 from recover.models.arch import head_of
-from recover.models.attention import PACKED_NAME, Keywords, Packing, attending, packing_configs
+from recover.models.attention import (
+    PACKED_NAME,
+    Keywords,
+    Packing,
+    attending,
+    goes_by_length,
+    packing_configs,
+    row_positions,
+)
 from recover.models.experts import SwitchedExperts, SwitchedRouter
 from recover.models.masked_lora import SwitchedLora
-from recover.models.rope import goes_by_length, row_positions
 from recover.models.site import Site
 from recover.models.switched import MaskedLinear, OwnLinear
 
