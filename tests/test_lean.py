@@ -20,7 +20,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from twins import fill_adapters, masked_twin
 
 from recover.config.recipe import Lora
-from recover.kernels.lora_linear import PlainGate, gated_lora_linear, lora_linear
+from recover.kernels.fused import PlainGate, gated_lora_linear, lora_linear
 from recover.models import lean
 from recover.models.lean import LeanAttention, LeanMlp, LeanNorm, make_lean, with_fused_rotary
 from recover.models.plan import Plan

@@ -26,8 +26,7 @@ from transformers.utils.generic import ModelOutput
 from recover.base import console, zero
 from recover.distill.loss import distillation_loss
 from recover.distill.loss_terms import TopK
-from recover.kernels.fused import record
-from recover.kernels.lora_linear import cast_together
+from recover.kernels.fused import cast_together, record
 from recover.models.arch import head_of
 from recover.models.attention import (
     PACKED_NAME,

@@ -23,8 +23,7 @@ from transformers.activations import SiLUActivation
 from transformers.utils.deprecation import deprecate_kwarg
 
 from recover.kernels import fused
-from recover.kernels.fused import rotary_or
-from recover.kernels.lora_linear import PlainGate, gated_lora_linear
+from recover.kernels.fused import PlainGate, gated_lora_linear, rotary_or
 from recover.models.masked_lora import SwitchedLora, base_parameters, hooked
 from recover.models.switched import Factors, Switch, named_as, stock_class
 
