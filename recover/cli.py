@@ -17,8 +17,8 @@ from typer.core import TyperCommand, TyperGroup
 from recover import __version__
 from recover.base import console, dist
 from recover.base.errors import RecoverError
+from recover.base.process import wait_asleep
 from recover.base.safe_path import leave_working_folder
-from recover.base.threads import wait_asleep
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")

@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypedDict, TypeVar, get_args
 import typer
 from pydantic import ValidationError
 
-from recover.base import console, dist, hub, provenance, threads
+from recover.base import console, dist, hub, process, provenance
 from recover.base.artifacts import JsonObject, write_json
 from recover.base.console import quiet_libraries
 from recover.base.errors import ArtifactError, RecipeError
@@ -244,7 +244,9 @@ def measure_checkpoint(
     tasks_of.check_room(tasks, tokenizer, cfg, context)
     model = load_any(chosen)
     settings = model.config.get_text_config()
-    threads.chosen(settings.hidden_size, getattr(settings, "intermediate_size", None) or 4 * settings.hidden_size)
+    process.choose_threads(
+        settings.hidden_size, getattr(settings, "intermediate_size", None) or 4 * settings.hidden_size
+    )
     check_fit(model, tokenizer)
     record: Record = {"model": source, "dtype": chosen.dtype, "settings": cfg.model_dump(mode="json")}
     record["commits"] = hub.pinned()
@@ -356,7 +358,7 @@ def measure_more(directory: RunDirectory, names: list[str], fields: JsonObject) 
         models = dist.on_main(lambda: _there(own, directory))
         context = RunContext(recipe, directory)
         model = describe(recipe.model)
-        threads.chosen(model.width, model.intermediate, directory.threads())
+        process.choose_threads(model.width, model.intermediate, directory.threads())
         _check_names(context.tasks, own)
         tasks_of.check_room(context.tasks, context.tokenizer, recipe.measure, model.context)
         found = _measured(context, models)

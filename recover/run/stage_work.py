@@ -13,7 +13,7 @@ import transformers
 from torch import LongTensor
 
 from recover import __version__
-from recover.base import artifacts, console, dist, provenance, threads
+from recover.base import artifacts, console, dist, process, provenance
 from recover.base.artifacts import (
     JsonObject,
     append_jsonl,
@@ -102,7 +102,7 @@ def checked(context: RunContext) -> Checked:
     model = describe(recipe.model)
     refuse(recipe, model)
     refuse_trackers(recipe.track)
-    threads.chosen(model.width, model.intermediate, context.directory.threads())
+    process.choose_threads(model.width, model.intermediate, context.directory.threads())
     context.check_inputs()
     figures = estimate(recipe, model, matrix_rate())
     auto = [*map(asdict, context.chosen)]

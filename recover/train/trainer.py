@@ -22,7 +22,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from recover.base import dist, zero
 from recover.base.errors import StopRequested, TrainingError
-from recover.base.signals import Interrupted, Stop
+from recover.base.process import Interrupted, Stop
 from recover.config.recipe import PrunedText, Train
 from recover.distill.distiller import Batch, Distiller, GraphedPasses, scaled, scored_tokens, without_mask
 from recover.models.attention import PACKED_NAME, attending

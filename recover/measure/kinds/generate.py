@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from recover.base import console
 from recover.base.errors import DataError
-from recover.base.signals import TooSlow, within
+from recover.base.process import TooSlow, within
 from recover.config.recipe import Measure, Sampling
 from recover.config.tasks import CodeFile, GenerateFile, PromptFile, Reading, Row, TaskFile, WritingFile
 from recover.maths import repeats
