@@ -39,11 +39,11 @@ COMMANDS = {
         "run", "Do the whole job on the small model that ships with the package: CPU, offline, minutes."
     ),
     "doctor": Listed(
-        "doctor",
+        "start",
         "Say what this machine can run: versions, GPU, memory, disk, hub, data that goes by a name, sizes of models.",
     ),
     "init": Listed(
-        "init",
+        "start",
         "Write a recipe for any model: what goes, what text, which tasks, sized to this machine; each line says why.",
     ),
     "run": Listed("run", "Do all stages of a recipe: plan, dense, prune, before, train, after, export, report."),
@@ -89,7 +89,7 @@ COMMANDS = {
         "Write an exported checkpoint as one GGUF file: llama.cpp, and what is built on it, runs and quantizes it.",
     ),
     "families": Listed(
-        "doctor", "Say which model families are supported, by which methods, and for the others why they are not."
+        "start", "Say which model families are supported, by which methods, and for the others why they are not."
     ),
 }
 
