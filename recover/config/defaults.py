@@ -109,6 +109,22 @@ KL_POWERS = (-0.29, -0.08)  # KL against tokens between budgets of one pruning, 
 KL_TOKENS = 20e6  # the largest budget among them
 
 
+def share_kept(kl: float, length: float) -> float:
+    """Of dense generation, what trained models kept at such a KL (nats a token) where answers have so many tokens."""
+    return math.exp(-KEPT_PER_NAT * kl * length)
+
+
+def kl_of(share: float, length: float) -> float:
+    """The KL, in nats a token, at which this share was kept."""
+    return -math.log(share) / (KEPT_PER_NAT * length)
+
+
+def tokens_for(kl: float, tokens: float, wanted: float) -> tuple[float, float]:
+    """(fewest, most) tokens that bring KL down to `wanted` where it is `kl` after `tokens`, by the powers seen."""
+    fewest, most = (math.exp(min(math.log(kl / wanted) / -power, 600.0)) for power in KL_POWERS)
+    return tokens * fewest, tokens * most
+
+
 def training(parameters: int) -> Training:
     """The row for a dense model of this size."""
     return next(row for row in TRAININGS if parameters <= row.up_to)
