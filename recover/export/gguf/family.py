@@ -1,6 +1,6 @@
 """What llama.cpp knows of a model family: tensor names, sizes, rope; and what of a config it would compute otherwise.
 
-Source: the GGUF specification (ggml, docs/gguf.md) and llama.cpp's own loaders (src/models: llama, qwen2, qwen3, granite).
+Source: the GGUF specification (ggml, docs/gguf.md) and llama.cpp's loaders, src/models/{llama,qwen2,qwen3,granite}.cpp.
 Where its loader for a family takes heads that together are as wide as the model, and these are not (KV groups were
 pruned, or `head_dim` is set), the checkpoint is written as the family that computes the same for heads of any width.
 """
