@@ -7,6 +7,7 @@ import torch
 from tiny import FAMILIES, HYBRIDS, tiny
 from twins import fill_adapters
 
+from recover.base.errors import ModelError
 from recover.config import recipe
 from recover.kernels import fused
 from recover.models.plan import Plan
@@ -42,6 +43,12 @@ def test_slots_write_the_ids_of_plain_generate(family):
     assert stepping.fits(model)
     for rows in (1, 3, 11):
         assert texts(write, model, asked, limit=10, rows=rows) == expected
+
+
+@pytest.mark.parametrize("family", sorted(HYBRIDS))
+def test_slots_refuse_a_model_that_keeps_a_state(family):
+    with pytest.raises(ModelError, match=r"keeps a state.*call generate\.plain"):
+        texts(write, tiny(family), prompts(2), limit=2, rows=2)
 
 
 @pytest.mark.parametrize(("at_once", "refills"), [(2**16, True), (1, True), (2**16, False), (1, False)])
