@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from recover.config.recipe import Lora, Loss
-from recover.distill.distiller import Distiller
-from recover.distill.graphs import GraphedPasses
+from recover.distill.distiller import Distiller, GraphedPasses
 from recover.models.attention import PACKED_NAME, attending
 from recover.models.lean import LeanAttention, LeanMlp, LeanNorm
 from recover.models.masked_lora import lora_layers

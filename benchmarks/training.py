@@ -49,7 +49,7 @@ from recover.base import dist
 from recover.base.artifacts import read_jsonl
 from recover.config.recipe import Train
 from recover.distill import distiller
-from recover.kernels import lora_linear
+from recover.kernels import fused
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.train import data
@@ -65,7 +65,7 @@ WITHOUT: dict[str, list[tuple[Any, str, Any]]] = {
     "graphs, rows by chance": [(data, "evened", lambda rows, *_: list(rows))],
     "graphs, casts one by one": [
         (distiller, "cast_together", lambda *_, **__: nullcontext()),
-        (lora_linear, "_exact", lambda _scaling: False),
+        (fused, "_exact", lambda _scaling: False),
     ],
 }
 WAYS |= dict.fromkeys(WITHOUT, training.LARGEST_GRAPHED)

@@ -30,7 +30,7 @@ from tiny import tiny
 from transformers.utils import chat_template_utils
 
 from recover.base import products
-from recover.commands import report as reports
+from recover.commands import run as reports
 from recover.config import recipe
 from recover.config.recipe import GivenText, Lora, Model, TeacherText, load_recipe
 from recover.export.gguf.write import write_gguf

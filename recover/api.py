@@ -26,10 +26,9 @@ from recover.config.defaults import Facts, settled
 from recover.config.prune import Calibration, Depth, Experts, Magnitude, SparseGpt, Wanda, Width
 from recover.config.recipe import Measure, Model, Probe, Sampling, load_recipe
 from recover.config.train import Data, Train
-from recover.export.card import plain_card
 from recover.export.merge import merge
 from recover.export.verify import verify, write_expected
-from recover.export.write import write_checkpoint
+from recover.export.write import plain_card, write_checkpoint
 from recover.measure import tasks as tasks_of
 from recover.measure.tasks import Task, load_task
 from recover.models.arch import blocks_of

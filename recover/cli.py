@@ -17,8 +17,8 @@ from typer.core import TyperCommand, TyperGroup
 from recover import __version__
 from recover.base import console, dist
 from recover.base.errors import RecoverError
+from recover.base.process import wait_asleep
 from recover.base.safe_path import leave_working_folder
-from recover.base.threads import wait_asleep
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -39,11 +39,11 @@ COMMANDS = {
         "run", "Do the whole job on the small model that ships with the package: CPU, offline, minutes."
     ),
     "doctor": Listed(
-        "doctor",
+        "start",
         "Say what this machine can run: versions, GPU, memory, disk, hub, data that goes by a name, sizes of models.",
     ),
     "init": Listed(
-        "init",
+        "start",
         "Write a recipe for any model: what goes, what text, which tasks, sized to this machine; each line says why.",
     ),
     "run": Listed("run", "Do all stages of a recipe: plan, dense, prune, before, train, after, export, report."),
@@ -57,19 +57,19 @@ COMMANDS = {
     ),
     "export": Listed("run", "Run up to the exported checkpoint, verified in a fresh process; stock tools load it."),
     "report": Listed(
-        "report",
+        "run",
         "Write the report of each run again, finished or not, and a comparison of several; of a diagnosis, its page.",
     ),
     "show": Listed(
-        "report",
+        "run",
         "Say which stages of a run are done, why one would be done again, the best epoch, and the headline figures.",
     ),
     "list": Listed(
-        "report",
+        "run",
         "List the runs of a folder, the newest first: what is done, and generation of dense, pruned and recovered.",
     ),
     "compare": Listed(
-        "report",
+        "run",
         "Put runs side by side, best recovered generation first; tasks as a share of what the dense model reaches.",
     ),
     "measure": Listed(
@@ -89,7 +89,7 @@ COMMANDS = {
         "Write an exported checkpoint as one GGUF file: llama.cpp, and what is built on it, runs and quantizes it.",
     ),
     "families": Listed(
-        "doctor", "Say which model families are supported, by which methods, and for the others why they are not."
+        "start", "Say which model families are supported, by which methods, and for the others why they are not."
     ),
 }
 

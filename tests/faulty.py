@@ -25,7 +25,7 @@ from tiny import tiny
 
 from recover.base import artifacts
 from recover.base.errors import RecoverError
-from recover.base.signals import graceful_stop
+from recover.base.process import graceful_stop
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.run.directory import TRAINED, RunDirectory

@@ -34,6 +34,13 @@ VARIANTS = {
     "qwen2_narrow": ("qwen2", NARROW),  # a KV group pruned: llama.cpp's loader for Qwen 2 has no room for it
     "llama_narrow": ("llama_tied", NARROW),
     "qwen3": ("qwen3", {"head_dim": 32}),
+    "granite": ("granite", {"attention_multiplier": 0.3, "logits_scaling": 3.0, "embedding_multiplier": 2.0}),
+    "granite_biased": (
+        "granite",
+        {"attention_multiplier": 0.3, "tie_word_embeddings": True, "rope_parameters": LLAMA31}
+        | {"attention_bias": True, "mlp_bias": True},
+    ),
+    "granite_narrow": ("granite", {**NARROW, "attention_multiplier": 0.3}),
 }
 
 

@@ -9,7 +9,7 @@ import torch
 
 from recover.base import console
 from recover.config.recipe import Calibration, Sampling, SparseGpt, Wanda
-from recover.kernels.recording import end_recording_of_draws
+from recover.kernels.fused import end_recording_of_draws
 from recover.models.attention import attend
 from recover.models.plan import Plan
 from recover.models.twin import Twin

@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from recover.config import recipe
-from recover.export.card import card, origin, plain_card
+from recover.export.write import card, origin, plain_card
 from recover.models.plan import MaskRecord, Plan
 
 HEADLINES: dict[str, dict[str, float | None]] = {name: {} for name in ("dense", "pruned", "recovered")}

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from recover.maths.collapse import (
+from recover.maths.repeats import (
     CURVE_POINTS,
     agreement,
     distinct_n,

@@ -7,8 +7,9 @@ import torch
 from tiny import FAMILIES, HYBRIDS, tiny
 from twins import fill_adapters
 
+from recover.base.errors import ModelError
 from recover.config import recipe
-from recover.kernels import recording
+from recover.kernels import fused
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.text import decode, stepping
@@ -42,6 +43,12 @@ def test_slots_write_the_ids_of_plain_generate(family):
     assert stepping.fits(model)
     for rows in (1, 3, 11):
         assert texts(write, model, asked, limit=10, rows=rows) == expected
+
+
+@pytest.mark.parametrize("family", sorted(HYBRIDS))
+def test_slots_refuse_a_model_that_keeps_a_state(family):
+    with pytest.raises(ModelError, match=r"keeps a state.*call generate\.plain"):
+        texts(write, tiny(family), prompts(2), limit=2, rows=2)
 
 
 @pytest.mark.parametrize(("at_once", "refills"), [(2**16, True), (1, True), (2**16, False), (1, False)])
@@ -170,7 +177,7 @@ def test_the_collector_waits_for_a_recording(collects):
     before = gc.isenabled()
     try:
         (gc.enable if collects else gc.disable)()
-        with pytest.raises(KeyError), recording._nothing_collected():
+        with pytest.raises(KeyError), fused._nothing_collected():
             assert not gc.isenabled()
             raise KeyError
         assert gc.isenabled() == collects

@@ -13,8 +13,8 @@ from tiny import ids, tiny
 
 from recover.base.errors import PruneError
 from recover.config.recipe import Calibration, Depth
-from recover.export.card import _what_was_pruned
 from recover.export.merge import merge
+from recover.export.write import _what_was_pruned
 from recover.models.arch import arch_of, blocks_of
 from recover.models.load import Description
 from recover.models.plan import Plan, load_plan, save_plan

@@ -17,7 +17,7 @@ import pytest
 
 from recover.base import dist
 from recover.base.errors import PruneError, StopRequested
-from recover.base.signals import graceful_stop
+from recover.base.process import graceful_stop
 
 PROCESSES = 2
 

@@ -12,7 +12,7 @@ from test_end_to_end import QUICKSTART, SMALL, run
 from recover.base import earlier
 from recover.base.artifacts import read_json, read_jsonl
 from recover.base.errors import RecipeError
-from recover.commands import report as commands
+from recover.commands import run as commands
 from recover.config.recipe import dump_recipe, load_recipe
 from recover.report.collect import collect
 from recover.report.compare import compare

@@ -37,6 +37,7 @@ from recover.report import tables, words
 from recover.run import stages
 from recover.train.checkpoints import read_adapter, write_adapter
 
+SOME = ["qwen3_moe", "qwen3_next", "gpt_oss", "deepseek_v3"]
 DEPTH = {"blocks": (2, 3)}, {"unit": "mlp", "blocks": (1, 3)}, {"unit": "attention", "blocks": (3,)}
 
 
@@ -137,6 +138,12 @@ def without(model, kept):
     return smaller
 
 
+def experts_in(model) -> int:
+    """How many experts each of its mixtures has."""
+    (count,) = {block.mlp.experts.num_experts for block in model.model.layers if hasattr(block.mlp, "experts")}
+    return count
+
+
 def some(model, left: int) -> dict[int, tuple[int, ...]]:
     """Other experts in each block, as many in each half."""
     kept = {}
@@ -151,7 +158,7 @@ def some(model, left: int) -> dict[int, tuple[int, ...]]:
 @pytest.mark.parametrize("family", MIXTURES)
 def test_routing_among_those_that_stay_is_that_of_a_model_without_the_others(family):
     dense = tiny(family)
-    left = {"mixtral": 3, "olmoe": 4, "qwen3_moe": 5, "deepseek_v3": 6}.get(family, 3)
+    left = {"mixtral": 3, "olmoe": 4, "qwen3_moe": 5, "qwen3_next": 5, "deepseek_v3": 6}.get(family, 3)
     kept = some(dense, left)
     reference = without(dense, kept)
     twin = Twin(copy.deepcopy(dense), Plan("experts", 6, experts=kept))
@@ -204,7 +211,7 @@ def by_the_paper(model, block: int) -> tuple[list[float], list[int]]:
     return [total / max(count, 1) for total, count in zip(totals, counts, strict=True)], counts
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("family", SOME)
 def test_reap_and_frequency_are_those_of_a_double_loop(family):
     dense, gone = tiny(family), 2
     reap, frequency = (prune(dense, count=gone, score=score) for score in ("reap", "frequency"))
@@ -262,8 +269,8 @@ def test_fewer_experts_are_trained_and_exported(family, score, tmp_path):
     fill_adapters(twin)
     stock = exported(twin, pruned, tmp_path)
     torch.testing.assert_close(logits(stock), logits(twin.model), rtol=2e-4, atol=2e-4)
-    left = stock.config.num_local_experts
-    assert left == dense.config.num_local_experts - 2 and set(pruned.plan.config.values()) == {left}
+    left = experts_in(stock)
+    assert left == experts_in(dense) - 2 and set(pruned.plan.config.values()) == {left}
     with twin.dense() as model:
         assert torch.equal(logits(model), logits(dense))
 
@@ -291,7 +298,7 @@ def test_what_a_router_cannot_do_with_is_refused_by_plan_and_pruning(family, fie
         experts_cost(cfg, describe(recipe.Model(source=str(tmp_path))))
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("family", SOME)
 def test_the_cost_of_a_plan_is_what_goes(family, tmp_path):
     dense = tiny(family)
     dense.config.save_pretrained(tmp_path)
@@ -330,7 +337,7 @@ def learnt(twin: Twin, parts) -> Twin:
 
 
 @pytest.mark.parametrize("parts", PARTS, ids="+".join)
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("family", SOME)
 def test_routers_and_experts_learn_and_are_exported(family, parts, tmp_path):
     dense = tiny(family)
     pruned = prune(dense, count=2)
@@ -346,12 +353,13 @@ def test_routers_and_experts_learn_and_are_exported(family, parts, tmp_path):
     torch.testing.assert_close(logits(stock), logits(twin.model), rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("family", SOME)
 def test_gradients_are_those_of_the_weights_themselves(family):
     """Of A and B by the chain rule, from the gradient of a stock model's matrices with the update in them."""
     dense = tiny(family)
     kept = some(dense, 6 if family == "deepseek_v3" else 3)
-    left = {type(dense.config).attribute_map.get("num_local_experts", "num_local_experts"): len(kept[max(kept)])}
+    name = "num_experts" if family == "qwen3_next" else "num_local_experts"
+    left = {type(dense.config).attribute_map.get(name, name): len(kept[max(kept)])}
     twin = learnt(Twin(copy.deepcopy(dense), Plan("experts", 6, experts=kept, config=left)), ("experts", "router"))
     twin.model(ids()).logits.square().sum().backward()
     stock = merge(twin, torch.float32).requires_grad_()
@@ -497,7 +505,7 @@ def stored_matrix(model, name: str, expert: int) -> torch.Tensor:
     return weight.T if model.config.model_type == "gpt_oss" else weight
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("family", SOME)
 @pytest.mark.parametrize("parts", [("linears",), ("linears", "experts", "router")], ids=["linears", "all"])
 def test_masks_on_experts_are_trained_and_exported(family, parts, tmp_path):
     dense = tiny(family)
@@ -511,19 +519,19 @@ def test_masks_on_experts_are_trained_and_exported(family, parts, tmp_path):
     stock = exported(twin, pruned, tmp_path)
     torch.testing.assert_close(logits(stock), logits(twin.model), rtol=2e-4, atol=2e-4)
     for name in (name for name, _ in stock.named_parameters() if ".experts." in name and "bias" not in name):
-        for expert in range(dense.config.num_local_experts):
+        for expert in range(experts_in(dense)):
             alive = (stored_matrix(stock, name, expert) != 0).unflatten(1, (-1, 4)).sum(-1)
             assert (alive == 2).all()
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next", "gpt_oss"])
 def test_magnitude_keeps_the_largest_weights_of_each_row_of_each_expert(family):
     dense = tiny(family)
     plan, masks, _ = masked(dense, "magnitude", sparsity=0.5)
     names = [name for name in masks if ".experts." in name]
     assert len(names) == 2 * sum(hasattr(block.mlp, "experts") for block in dense.model.layers)
     for name in names:
-        keep = masks[name].unflatten(0, (dense.config.num_local_experts, -1))
+        keep = masks[name].unflatten(0, (experts_in(dense), -1))
         for expert in range(len(keep)):
             weight = stored_matrix(dense, name, expert).abs()
             kept = weight.masked_fill(~keep[expert], torch.inf).amin(1)

@@ -80,7 +80,7 @@ def test_depth_pruned_and_merged_reloads_as_the_pruned_view(family, tmp_path):
     assert not any(info.get(key) for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(loaded).__module__.startswith("transformers.models.")
     scale = logits(twin.model).abs().max()
-    rounding = 2e-5 if family in SENSITIVE else 2e-6
+    rounding = 3e-5 if family in SENSITIVE else 2e-6
     assert (logits(loaded.eval()) - logits(twin.model)).abs().max() < rounding * max(1.0, float(scale)) * 3
     assert len(blocks_of(loaded)) == loaded.config.num_hidden_layers == 4
     numbers = [m.layer_idx for m in loaded.modules() if getattr(m, "layer_idx", None) is not None]

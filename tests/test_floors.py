@@ -41,7 +41,6 @@ LIGHT = {
     "recover.__main__",
     "recover.run.stages",
     "recover.commands.run",
-    "recover.commands.report",
 }
 
 MODULES = {

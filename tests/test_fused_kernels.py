@@ -19,7 +19,7 @@ from twins import fill_adapters, masked_twin
 from recover.config.recipe import Lora, Loss
 from recover.distill.distiller import Distiller
 from recover.kernels import fused
-from recover.kernels.lora_linear import PlainGate, gated_lora_linear
+from recover.kernels.fused import PlainGate, gated_lora_linear
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 

@@ -16,8 +16,7 @@ from twins import masked_twin
 from recover.base import console
 from recover.config.recipe import Lora, Loss
 from recover.distill import distiller as distiller_module
-from recover.distill.distiller import Distiller
-from recover.distill.graphs import GraphedPasses
+from recover.distill.distiller import Distiller, GraphedPasses
 from recover.models.attention import PACKED_NAME, attending
 from recover.models.plan import Plan
 from recover.models.twin import Twin

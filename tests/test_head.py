@@ -8,7 +8,7 @@ from tiny import ids, tiny
 
 from recover.config.recipe import Loss
 from recover.distill import loss
-from recover.maths.head import Head
+from recover.maths.divergence import Head
 from recover.models.arch import head_of
 from recover.models.plan import Plan
 from recover.models.twin import Twin

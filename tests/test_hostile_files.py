@@ -17,9 +17,8 @@ from task_folder import GENERATE, make_task
 
 from recover.base.errors import DataError, ModelError, RecipeError, RecoverError
 from recover.config import recipe, yaml_values
-from recover.config.paths import matching
 from recover.config.recipe import Calibration, Model, TeacherText, load_recipe
-from recover.export import card
+from recover.export import write
 from recover.measure.tasks import load_task
 from recover.models import tokenizers
 from recover.models.load import describe, load_tokenizer
@@ -27,7 +26,7 @@ from recover.models.source import check_weights, locate
 from recover.prune.calibrate import read_texts
 from recover.run.input_digests import digests
 from recover.text.prompts import ids_of
-from recover.text.read import rows_at
+from recover.text.read import matching, rows_at
 from recover.text.rows import filled
 from recover.train.teacher_file import read_teacher
 
@@ -157,7 +156,7 @@ def test_aliases_that_stand_for_billions_are_refused_wherever_yaml_is_read(tmp_p
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "README.md").write_text(f"---\n{text}license: mit\n---\n")
-    assert card._said(card._card_of(Model(source=str(folder)), "folder")) == {}
+    assert write._said(write._card_of(Model(source=str(folder)), "folder")) == {}
 
 
 def test_a_message_has_an_end_however_many_fields_are_wrong(tmp_path: Path) -> None:

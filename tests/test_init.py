@@ -10,15 +10,14 @@ from typer.testing import CliRunner, Result
 from recover.base import memory, provenance
 from recover.base.errors import RecipeError
 from recover.cli import app
-from recover.commands import init
+from recover.commands import start
 from recover.config import defaults, yaml_values
 from recover.config.recipe import Calibration, load_recipe
 from recover.config.yaml_values import HEADING
 from recover.models.load import Description
 from recover.run import draft
-from recover.run.draft import Machine, Texts
+from recover.run.draft import Machine, Target, Texts, Wanted, target
 from recover.run.estimate import refuse, training_memory
-from recover.run.target import Target, Wanted, target
 
 CALIBRATION = Calibration(data="blend:math", column="prompt", answer=256)
 GB = 10**9
@@ -284,7 +283,7 @@ def test_what_cannot_be_had_is_left_in_and_said(here, monkeypatch):
 
 @pytest.mark.parametrize("wall", [True, False])
 def test_a_task_that_runs_code_is_allowed_and_said(here, wall, monkeypatch):
-    monkeypatch.setattr(init, "why_no_wall", lambda: "" if wall else "forbidden")
+    monkeypatch.setattr(start, "why_no_wall", lambda: "" if wall else "forbidden")
     (here / "code.yaml").write_text(
         yaml.safe_dump({"name": "c", "kind": "code", "data": "c.jsonl", "prompt": "{q}", "program": "{text}"})
     )
@@ -340,7 +339,7 @@ def test_the_smallest_gpu_counts(monkeypatch):
     assert draft.this_machine() == Machine("cuda", "small", 24 * GB, "float16", 2)
     assert draft.dtype_for(draft.this_machine(), SEVEN)[0] == "float16"
     cost = {"training_seconds": 60.0}
-    assert "--num_processes 2" in "\n".join(init._head(draft.this_machine(), Path("my.yaml"), cost, ()))
+    assert "--num_processes 2" in "\n".join(start._head(draft.this_machine(), Path("my.yaml"), cost, ()))
 
 
 @pytest.mark.slow

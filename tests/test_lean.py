@@ -20,11 +20,11 @@ from transformers.utils.deprecation import deprecate_kwarg
 from twins import fill_adapters, masked_twin
 
 from recover.config.recipe import Lora
-from recover.kernels.lora_linear import PlainGate, gated_lora_linear, lora_linear
+from recover.kernels.fused import PlainGate, gated_lora_linear, lora_linear
 from recover.models import lean
 from recover.models.lean import LeanAttention, LeanMlp, LeanNorm, make_lean, with_fused_rotary
-from recover.models.linears import Switch
 from recover.models.plan import Plan
+from recover.models.switched import Switch
 from recover.models.twin import Twin
 
 # Whose norms or MLPs are others. An upgrade of transformers that rewords one shows here, as more memory and time.
@@ -33,10 +33,11 @@ OTHER_MLPS |= {"gpt_neox", "gpt_neox_sequential", "phi", "lfm2", "granitemoehybr
 # Of mixtures: plain MLPs, in some blocks; where there are shared experts, each block has an MLP of the kind.
 MIXED = {"mixtral": 0, "olmoe": 0, "qwen3_moe": 1, "qwen3_moe_step": 3, "gpt_oss": 0}
 OTHER_NORMS = {"gemma", "gemma2", "gemma3_text", "olmo2", "olmo3", "nemotron", "starcoder2", "qwen3_5_text"}
-OTHER_NORMS |= {"gemma4_text", "gemma4_unified_text", "gpt_oss"}
+OTHER_NORMS |= {"gemma4_text", "gemma4_unified_text", "gpt_oss", "qwen3_next"}
 OTHER_NORMS |= {"cohere", "cohere2", "gpt_neox", "gpt_neox_sequential", "phi", "stablelm", "stablelm_parallel"}
 OTHER_ROTARY = {"phi3", "olmo2", "olmo3", "glm", "glm4", "ernie4_5", "nemotron", "qwen3_5_text", "gpt_oss", "glm4_moe"}
 OTHER_ROTARY |= {"gemma4_text", "gemma4_unified_text", "cohere", "cohere2", "gpt_neox", "gpt_neox_sequential"}
+OTHER_ROTARY |= {"qwen3_next"}
 ATTENDING = {"lfm2": 3, "granitemoehybrid": 3}  # of 6 blocks; the others have a mixer
 
 FORWARD = inspect.unwrap(LlamaAttention.forward)

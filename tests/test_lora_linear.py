@@ -13,8 +13,8 @@ from twins import fill_adapters, masked_twin
 
 from recover.config.recipe import Lora, Loss
 from recover.distill.distiller import Distiller
-from recover.kernels import lora_linear as lora_linear_module
-from recover.kernels.lora_linear import cast_together, lora_linear, lowered
+from recover.kernels import fused
+from recover.kernels.fused import cast_together, lora_linear, lowered
 from recover.models import lean, masked_lora
 from recover.models.masked_lora import MaskedLora, SwitchedLora, lora_layers
 from recover.models.plan import Plan
@@ -122,10 +122,10 @@ def test_float32_is_as_exact_as_pefts():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_power_of_two_in_the_factors_is_one_behind_the_products_bit_for_bit(dtype, monkeypatch):
     x, weight, bias, a, b = problem(dtype, torch.float32, shape=(30,), out=96, into=64, rank=8)
-    assert [lora_linear_module._exact(each) for each in (2.0, 1.0, 0.125, 3.0, 1.7)] == [True] * 3 + [False] * 2
+    assert [fused._exact(each) for each in (2.0, 1.0, 0.125, 3.0, 1.7)] == [True] * 3 + [False] * 2
     found = []
-    for exact in (lora_linear_module._exact, lambda _scaling: False):
-        monkeypatch.setattr(lora_linear_module, "_exact", exact)
+    for exact in (fused._exact, lambda _scaling: False):
+        monkeypatch.setattr(fused, "_exact", exact)
         y = lora_linear(x, weight, bias, a, b, 4.0)
         found.append((y, *gradients(y, (x, a, b), torch.linspace(-1, 1, y.numel()).view(y.shape))))
     assert all(map(torch.equal, *found))

@@ -12,7 +12,7 @@ import yaml
 from report_run import build_run
 
 from recover.base.artifacts import read_json
-from recover.commands import report as commands
+from recover.commands import run as commands
 from recover.config.recipe import load_recipe
 from recover.report.collect import collect
 from recover.report.compare import compare

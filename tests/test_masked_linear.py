@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from recover.models.linears import (
+from recover.models.switched import (
     Factors,
     MaskedLinear,
     Switch,

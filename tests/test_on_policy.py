@@ -19,7 +19,7 @@ from twins import removed
 from recover.base.artifacts import read_json
 from recover.base.errors import DataError, StopRequested
 from recover.config.recipe import PrunedText
-from recover.maths.collapse import loop
+from recover.maths.repeats import loop
 from recover.train import course, trainer
 from recover.train.data import build_dataset, collator, training_order
 from recover.train.sources import Sample

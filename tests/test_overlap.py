@@ -12,11 +12,11 @@ from test_end_to_end import QUICKSTART, SMALL
 
 from recover.base.artifacts import read_json
 from recover.config.recipe import load_recipe
+from recover.maths.repeats import NEAR, overlaps, runs, words_of
 from recover.measure.tasks import load_task
 from recover.report.collect import collect
 from recover.report.render import render
 from recover.run import stages
-from recover.text.overlap import NEAR, overlaps, runs, words_of
 
 ITEM = "Ann has 12 red pears in her old bag and gives 5 of them to her brother. How many pears does Ann have left?"
 OTHER = "A train leaves the town at noon and drives north for three hours. How far away is it by then?"

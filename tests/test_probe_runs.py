@@ -27,8 +27,8 @@ from probe_reference import (
 from recover.base import dist
 from recover.base.errors import DataError, ModelError
 from recover.config import recipe
-from recover.models.linears import MaskedLinear
 from recover.models.plan import MaskRecord, Plan
+from recover.models.switched import MaskedLinear
 from recover.models.twin import Twin
 from recover.probe import compare
 from recover.probe.probe import dense_trajectories, final_drift, probe

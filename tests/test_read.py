@@ -14,11 +14,10 @@ from task_folder import GENERATE, make_task
 from test_conversation import ADDED, chatty
 
 from recover.base.errors import DataError, RecipeError
-from recover.config.paths import matching
 from recover.config.recipe import Calibration, DenseText, GivenText
 from recover.measure.tasks import load_task
 from recover.prune.calibrate import calibration_batches, read_texts
-from recover.text.read import rows_at
+from recover.text.read import matching, rows_at
 from recover.train.sources import check_given, read_prompts, read_rows
 
 ROWS = [{"text": "Größe, 7 €", "prompt": "one\ntwo"}, {"text": 'a "b", c\t', "prompt": "p"}]

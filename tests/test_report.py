@@ -15,7 +15,7 @@ from report_run import BLOCKS, DROPPED, STEPS, build_run
 
 from recover.base.errors import ArtifactError
 from recover.base.products import taken_apart
-from recover.commands.report import compare as compare_command
+from recover.commands.run import compare as compare_command
 from recover.config.tasks import KINDS
 from recover.measure.sandbox import UNCONFINED, WALLED
 from recover.report import drift, items, tables, verdict, words

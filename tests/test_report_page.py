@@ -15,8 +15,8 @@ from report_page import Page, rewrite
 from report_probes import probed, write_diagnosis
 from report_run import build_run
 
-from recover.commands.report import compare as compare_command
-from recover.commands.report import report
+from recover.commands.run import compare as compare_command
+from recover.commands.run import report
 from recover.report import words
 from recover.report.collect import collect
 from recover.report.compare import compare, ranking, render_compare

@@ -11,8 +11,8 @@ from words import word_tokenizer
 from recover.commands.files import teacher_rows
 from recover.config.recipe import Loss, Sampling
 from recover.distill.distiller import Distiller
+from recover.models.attention import by_rows, goes_by_length, read_anew_at, row_positions, text_lengths
 from recover.models.plan import Plan
-from recover.models.rope import by_rows, goes_by_length, read_anew_at, row_positions, text_lengths
 from recover.models.twin import Twin
 from recover.text.generate import generate
 from recover.text.likelihood import Continuation, embeddings, log_likelihoods, option_log_likelihoods

@@ -209,8 +209,8 @@ def test_own_weights_are_seen_pruned_trained_and_merged(tmp_path):
 
 
 def test_own_weights_under_a_mask_are_rewritten_weights():
-    from recover.models.linears import MaskedLinear
     from recover.models.plan import MaskRecord
+    from recover.models.switched import MaskedLinear
 
     dense, name = tiny(), "model.layers.2.mlp.up_proj"
     keep = torch.rand(96, 64, generator=torch.Generator().manual_seed(2)) > 0.5

@@ -14,8 +14,8 @@ from recover.config import recipe
 from recover.kernels import fused
 from recover.models.arch import arch_of, linears_of
 from recover.models.lean import LeanNorm
-from recover.models.linears import MaskedLinear
 from recover.models.plan import Plan
+from recover.models.switched import MaskedLinear
 from recover.models.twin import Twin
 from recover.text import stepping
 from recover.text.decode import write

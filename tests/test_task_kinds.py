@@ -15,7 +15,7 @@ from recover.base.errors import RecipeError
 from recover.commands import measure as measuring
 from recover.config.recipe import Measure
 from recover.config.tasks import KINDS, USES, Figure, TaskKind, headline_figures, register
-from recover.export.card import _table
+from recover.export.write import _table
 from recover.measure.model import Work, work_of
 from recover.measure.tasks import load_task, measure
 from recover.report import verdict

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recover.base import threads
+from recover.base import process
 
 SAID = """
 import json, os, sys
@@ -28,7 +28,7 @@ def environment_of_run(**given: str) -> dict[str, str | None]:
     """What the OpenMP library of a run of ours will read."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
     done = subprocess.run(
-        [sys.executable, "-c", SAID % (threads.WAITING,)],
+        [sys.executable, "-c", SAID % (process.WAITING,)],
         env={**kept, **given},
         capture_output=True,
         text=True,
@@ -41,10 +41,10 @@ def test_threads_wait_asleep() -> None:
     assert environment_of_run()["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
-@pytest.mark.parametrize("name", threads.WAITING)
+@pytest.mark.parametrize("name", process.WAITING)
 def test_what_the_user_says_of_waiting_stays(name: str) -> None:
     found = environment_of_run(**{name: "10"})
-    assert found == {other: "10" if other == name else None for other in threads.WAITING}
+    assert found == {other: "10" if other == name else None for other in process.WAITING}
 
 
 def test_threads_are_on_record(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,9 +52,9 @@ def test_threads_are_on_record(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
-    for name in threads.WAITING:
+    for name in process.WAITING:
         monkeypatch.delenv(name, raising=False)
-    assert threads.described() == {"number": torch.get_num_threads(), "OMP_NUM_THREADS": "3"}
+    assert process.described_threads() == {"number": torch.get_num_threads(), "OMP_NUM_THREADS": "3"}
 
 
 @pytest.mark.parametrize(("before", "kind", "said"), [(3, "cpu", True), (None, "cpu", False), (3, "cuda", False)])
@@ -68,20 +68,20 @@ def test_going_on_with_other_threads_is_said(
 
 
 def test_the_fastest_number_is_taken_where_it_is_clearly_faster() -> None:
-    assert threads.fastest({1: 10.0, 2: 1.0}, own=2) == 1
-    assert threads.fastest({1: 10.0, 2: 9.0}, own=2) == 2  # torch's own, as long as it is about as good
-    assert threads.fastest({1: 1.0, 2: 1.9, 4: 3.6, 8: 3.7}, own=8) == 8
-    assert threads.fastest({1: 1.0, 2: 1.9, 4: 3.6, 8: 0.4}, own=8) == 4
+    assert process.fastest({1: 10.0, 2: 1.0}, own=2) == 1
+    assert process.fastest({1: 10.0, 2: 9.0}, own=2) == 2  # torch's own, as long as it is about as good
+    assert process.fastest({1: 1.0, 2: 1.9, 4: 3.6, 8: 3.7}, own=8) == 8
+    assert process.fastest({1: 1.0, 2: 1.9, 4: 3.6, 8: 0.4}, own=8) == 4
 
 
 CHOSEN = """
 import sys, torch
-from recover.base import threads
+from recover.base import process
 torch.set_num_threads(4)
 rates = {1: 10.0, 2: 4.0, 4: 1.0}
 timed = []
-threads.rates_of = lambda numbers, width, inner: timed.append((numbers, width, inner)) or rates
-threads.chosen(64, 128, *[int(each) for each in sys.argv[1:]])
+process.rates_of = lambda numbers, width, inner: timed.append((numbers, width, inner)) or rates
+process.choose_threads(64, 128, *[int(each) for each in sys.argv[1:]])
 print(torch.get_num_threads(), timed)
 """
 
@@ -115,7 +115,7 @@ def test_a_timing_takes_a_second_and_times_every_number() -> None:
     before = torch.get_num_threads()
     try:
         began = time.monotonic()
-        rates = threads.rates_of([1, 2], 112, 300)
+        rates = process.rates_of([1, 2], 112, 300)
         assert time.monotonic() - began < 20 and list(rates) == [1, 2] and min(rates.values()) > 0
     finally:
         torch.set_num_threads(before)

@@ -14,7 +14,7 @@ from tiny import tiny
 
 from recover.base.artifacts import read_json, read_jsonl
 from recover.base.errors import StopRequested, TrainingError
-from recover.base.signals import graceful_stop
+from recover.base.process import graceful_stop
 from recover.config.defaults import prior_rate
 from recover.config.recipe import Train
 from recover.models.plan import Plan

@@ -17,8 +17,8 @@ from twins import Distill, fill_adapters, masked_twin, random_masks, removed, st
 from recover.base.errors import ModelError
 from recover.config import recipe
 from recover.models.arch import ARCHS, linears_of
-from recover.models.linears import MaskedLinear
 from recover.models.plan import MaskRecord, Plan
+from recover.models.switched import MaskedLinear
 from recover.models.twin import Twin
 
 # Which blocks go. (2,) and (1, 3, 5) empty the first full-attention layer of the cache in gemma3 and gemma2, (3,) the

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 from recover.base import dist
 from recover.base.errors import TrainingError
 from recover.cli import COMMANDS, app
-from recover.commands import doctor
+from recover.commands import start
 from recover.config import named
 from recover.config.recipe import load_recipe
 from recover.run import stages
@@ -84,7 +84,7 @@ def test_doctor_says_what_is_here(monkeypatch):
 
 def test_doctor_measures_sizes_by_the_plans_arithmetic():
     def said(memory: int) -> dict[str, str]:
-        return {name: fits for name, fits, _ in doctor._sizes(Machine("cuda", "card", memory, "bfloat16"))}
+        return {name: fits for name, fits, _ in start._sizes(Machine("cuda", "card", memory, "bfloat16"))}
 
     assert {*said(2 * 10**9).values()} == {"no"}
     card = said(24 * 10**9)
@@ -93,7 +93,7 @@ def test_doctor_measures_sizes_by_the_plans_arithmetic():
 
 
 def test_doctor_fails_where_a_library_is_too_old(monkeypatch):
-    monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["torch>=99.0", "gguf>=1; extra == 'gguf'"])
+    monkeypatch.setattr(start.metadata, "requires", lambda name: ["torch>=99.0", "gguf>=1; extra == 'gguf'"])
     done = call("doctor")
     assert done.exit_code == 2 and "too old: torch>=99.0" in done.stderr
 

@@ -13,9 +13,9 @@ from recover.base.errors import PruneError, RecipeError
 from recover.config import recipe
 from recover.config.recipe import parse_recipe
 from recover.models.arch import linears_of
-from recover.models.linears import OwnLinear
 from recover.models.load import describe
 from recover.models.plan import Plan
+from recover.models.switched import OwnLinear
 from recover.models.twin import Twin
 from recover.prune.width import Outgoing, highest, prune_width, unit_scores, width_weights
 from recover.run.estimate import estimate, refuse, warnings

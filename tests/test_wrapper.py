@@ -22,10 +22,9 @@ from twins import fill_adapters
 
 from recover.base.errors import ModelError
 from recover.config import recipe
-from recover.export.card import plain_card
 from recover.export.merge import merge
 from recover.export.verify import TRAINED, check, write_expected
-from recover.export.write import write_checkpoint
+from recover.export.write import plain_card, write_checkpoint
 from recover.models.arch import linears_of
 from recover.models.load import describe, load_model
 from recover.models.plan import Plan, save_plan

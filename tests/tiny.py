@@ -126,6 +126,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "linear_value_head_dim": 16,
         },
     ),
+    "qwen3_next": (
+        "qwen3_next",
+        {"head_dim": 16, "layer_types": [LINEAR, LINEAR, FULL, LINEAR, FULL, FULL], "mlp_only_layers": [4]}
+        | {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        | {"linear_key_head_dim": 8, "linear_value_head_dim": 16}
+        | {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"shared_expert_intermediate_size": 48},
+    ),
     "granitemoehybrid": (
         "granitemoehybrid",
         {
@@ -198,12 +206,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 HYBRIDS = {
     "lfm2",
     "qwen3_5_text",
+    "qwen3_next",
     "granitemoehybrid",
     "falcon_h1",
 }  # blocks that keep a state: texts are written by transformers' own `generate`
 
 # Whose MLPs are mixtures of experts, in some blocks at least.
-MIXTURES = ("mixtral", "olmoe", "qwen3_moe", "qwen3_moe_step", "gpt_oss", "glm4_moe", "deepseek_v3")
+MIXTURES = (*("mixtral", "olmoe", "qwen3_moe", "qwen3_moe_step", "qwen3_next", "gpt_oss", "glm4_moe", "deepseek_v3"),)
 
 # Made of parts that another family has too: their tests are slow ones (`conftest.py`), so that the suite stays short.
 LIKE_OTHERS = {

@@ -15,7 +15,7 @@ from rows import VIEWS
 from recover.base.artifacts import loads
 from recover.config.tasks import GenerateFile
 from recover.config.yaml_values import read as read_yaml
-from recover.maths.collapse import first_divergence
+from recover.maths.repeats import first_divergence
 from recover.maths.score import extract, is_right, normal
 from recover.measure.tasks import Task, load_task
 

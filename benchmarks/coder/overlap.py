@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from recover.text.overlap import NEAR, runs
+from recover.maths.repeats import NEAR, runs
 
 
 class Measured:

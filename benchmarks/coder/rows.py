@@ -10,7 +10,7 @@ from typing import Any
 
 from recover.base.artifacts import loads
 from recover.config.tasks import KINDS
-from recover.maths.collapse import loop_start
+from recover.maths.repeats import loop_start
 from recover.run.directory import RunDirectory
 
 Row = dict[str, Any]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recover.maths.collapse import first_divergence
 from recover.maths.divergence import quantiles
+from recover.maths.repeats import first_divergence
 from recover.models.twin import Twin
 from recover.probe.compare import Comparison, Rows, Table
 from recover.probe.tasks import Asked, choice_drift

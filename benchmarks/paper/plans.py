@@ -16,8 +16,8 @@ from torch import LongTensor, Tensor, nn
 
 from recover.config.recipe import Calibration, Depth, Wanda
 from recover.models.arch import blocks_of, linears_of
-from recover.models.linears import see_pruned
 from recover.models.plan import Plan, Pruned
+from recover.models.switched import see_pruned
 from recover.models.twin import Twin
 from recover.prune.depth.depth import prune_depth
 from recover.prune.depth.search import choose, units_of

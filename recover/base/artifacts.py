@@ -18,6 +18,7 @@ import shutil
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -81,6 +82,19 @@ def write_json(path: Path, value: Any) -> None:
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:
     """As `write_json`, a line for each record."""
     write_text(path, "".join(f"{dumps(record)}\n" for record in records))
+
+
+def meant(path: Path) -> str:
+    """What was probably meant, as `. Did you mean NAME?` of a file beside the path with nearly its name, or nothing."""
+    if os.path.islink(path):
+        return f": a link to {os.readlink(path)}, which is not there"
+    if "$" in str(path):
+        return ": variables such as $HOME are not filled in; write the path out, or begin it with ~"
+    if not path.parent.is_dir():
+        return ""
+    there = {found.stem: found for found in path.parent.iterdir() if found.suffix == path.suffix}
+    near = get_close_matches(path.stem, there, n=1, cutoff=0.5)  # short names: one letter of two
+    return f". Did you mean '{there[near[0]]}'?" if near else ""
 
 
 def read_json(path: Path) -> Any:

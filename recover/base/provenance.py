@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from recover import __version__
-from recover.base import dist, threads
+from recover.base import dist, process
 
 PACKAGES = (
     "torch",
@@ -79,7 +79,7 @@ def environment() -> Environment:
         "machine": machine(),
         "git": git_revision(Path(__file__).parent),
         "processes": dist.world_size(),
-        "threads": threads.described(),
+        "threads": process.described_threads(),
         "argv": ["recover", *sys.argv[1:]],
     }
 

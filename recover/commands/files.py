@@ -27,8 +27,8 @@ from recover.distill.distiller import scored_rows
 from recover.distill.loss_terms import TopK, topk_of
 from recover.export.gguf.write import write_gguf
 from recover.models.arch import head_of
+from recover.models.attention import row_positions
 from recover.models.load import check_fit, load_any, load_tokenizer
-from recover.models.rope import row_positions
 from recover.train.data import collator
 from recover.train.sources import Row, Sample, SampleRow, read_rows, samples_of
 from recover.train.teacher_file import Marks, TeacherRow, file_row, marks

@@ -1,25 +1,29 @@
 """A recipe is one complete run, in YAML: every field typed, unknown fields refused, no torch.
 
 recipe = load_recipe("recipes/quickstart.yaml", ["train.lr=1e-3", "prune.count=3"])
+
+Files that it names lie where it says, whatever folder the command is given from (`place_files`).
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
 from recover.base import earlier
+from recover.base.artifacts import JsonObject
 from recover.base.errors import RecipeError
 from recover.config import yaml_values
 from recover.config.base import Config, Dtype, explain
 from recover.config.loss import Focus, Loss
-from recover.config.paths import place_files
 from recover.config.prune import (
     Calibrated,
     Calibration,
@@ -59,6 +63,23 @@ __all__ = [
     "Wanda",
     "Width",
 ]
+
+# Fields that name files, or a hub id.
+FIELDS = (
+    "model.source",
+    "model.tokenizer",
+    "prune.calibration.data",
+    "probe.prompts",
+    "train.data.*.prompts",
+    "train.data.*.source",
+    "measure.tasks.*",
+    "train.cache.folder",
+)
+FOLDERS = ("train.cache.folder",)  # made where there is none; never a hub id
+# Endings of files that hold rows; of each but a table, gzipped too.
+LINES, TABLES, SHEETS, TEXTS = (".jsonl", ".ndjson", ".json"), (".parquet", ".arrow"), (".csv", ".tsv"), (".txt", ".md")
+ROWS = (*LINES, *(f"{ending}.gz" for ending in (*LINES, *SHEETS)), *TABLES, *SHEETS, *TEXTS)
+SUFFIXES = {*LINES, *TABLES, *SHEETS, *TEXTS, ".yaml", ".yml", ".gguf", ".gz"}
 
 
 class Model(Config):
@@ -234,3 +255,53 @@ def local_path(source: str) -> Path:
 def dump_recipe(recipe: Recipe) -> str:
     """YAML that `load_recipe` reads back as an equal recipe, defaults written out."""
     return yaml_values.dump(recipe.model_dump(mode="json"))
+
+
+def ending(name: str) -> str:
+    """The ending of `ROWS` that a name has, in small letters, without `.gz`; else nothing."""
+    small = name.lower()
+    return next((found.removesuffix(".gz") for found in ROWS if small.endswith(found)), "")
+
+
+def place_files(tree: JsonObject, folder: Path, *, within: str = "") -> None:
+    """Make relative files in an unchecked recipe absolute, as seen from `folder`.
+
+    `within` limits it to one dotted field and what is below. A hub id and `embedded:NAME` stay what they are.
+    """
+    given = within.split(".") if within else []
+    for field in FIELDS:
+        steps = field.split(".")
+        if all(step in ("*", key) for step, key in zip(steps, given, strict=False)):
+            absolute = partial(_absolute, folder=folder, file=field in FOLDERS)
+            _change(tree, [*given[: len(steps)], *steps[len(given) :]], absolute)
+
+
+def without_folders(tree: JsonObject) -> JsonObject:
+    """A copy of a recipe's tree in which files are named without the folders of the machine they lie on."""
+    shown = copy.deepcopy(tree)
+    for field in FIELDS:
+        _change(shown, field.split("."), lambda name: os.path.basename(name) if os.path.isabs(name) else name)
+    return shown
+
+
+def _change(node: Any, steps: Sequence[str], change: Callable[[str], str]) -> None:
+    """Put what `change` gives in place of every text that lies there; `*` is any key of a list."""
+    step, *rest = steps
+    keys: list[Any] = []
+    if isinstance(node, list):
+        keys = [index for index in range(len(node)) if step in ("*", str(index))]
+    elif isinstance(node, dict) and step in node:
+        keys = [step]
+    for key in keys:
+        if rest:
+            _change(node[key], rest, change)
+        elif isinstance(node[key], str):
+            node[key] = change(node[key])
+
+
+def _absolute(name: str, folder: Path, *, file: bool) -> str:
+    if not name or name.startswith("embedded:"):
+        return name
+    path = os.path.abspath(os.path.join(folder, os.path.expanduser(name)))
+    file_like = file or name.startswith((".", "/", "~")) or os.path.splitext(name)[1] in SUFFIXES
+    return path if file_like or os.path.exists(path) else name

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from recover.base.signals import TooSlow, within
+from recover.base.process import TooSlow, within
 from recover.config.base import Config
 from recover.config.recipe import Sampling
 

@@ -14,9 +14,8 @@ from typing import Any
 
 import yaml
 
-from recover.base.artifacts import JsonObject
+from recover.base.artifacts import JsonObject, meant
 from recover.base.errors import RecipeError
-from recover.config.paths import meant
 
 MOST_REPEATED = 10_000  # values that the aliases of a text may stand for, beside those that are written
 LARGEST = 2**22  # bytes of a file that a person writes

@@ -5,8 +5,7 @@ Legend: N scored tokens, C tokens of one chunk, D width, V vocabulary.
 The head is frozen, so the gradient with respect to a hidden state can be formed in the forward pass, chunk by chunk of
 tokens: three products (dense logits, pruned logits, gradient times W), between them one elementwise pass over both
 logits, and nothing is kept for backward but the gradient (N, D). A gradient of W is never formed. The formulas stand in
-`loss_terms`; on a GPU `loss_kernel` is their fused form. Logits are those of `maths/head.py`, fp32 straight out of the
-product.
+`loss_terms`; on a GPU `loss_kernel` is their fused form. Logits are those of `Head`, fp32 straight out of the product.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from recover.distill.loss_terms import (
     rows,
     topk_terms,
 )
-from recover.maths.head import Head
+from recover.maths.divergence import Head
 
 if TYPE_CHECKING:
     from recover.config.loss import Loss

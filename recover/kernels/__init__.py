@@ -1,4 +1,4 @@
-"""Fused kernels, and recordings of GPU work. Without this folder all numbers stay as they are, up to rounding; speed
+"""Fused operations, and recordings of GPU work. Without this folder all numbers stay as they are, up to rounding; speed
 goes.
 
 It imports `base`. Begin with `fused.py`.

@@ -1,4 +1,4 @@
-"""Formulas over tensors and scores: divergences in three spaces, scores with intervals, measures of collapse.
+"""Formulas over tensors and scores: divergences in three spaces, scores with intervals, what a text repeats.
 
 It imports `base` alone. Begin with `divergence.py`.
 """

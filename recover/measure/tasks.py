@@ -35,8 +35,7 @@ from recover.base.errors import DataError, RecipeError
 from recover.config import yaml_values
 from recover.config.base import explain
 from recover.config.named import is_task_name, read_sources, task_path
-from recover.config.paths import ending
-from recover.config.recipe import Measure
+from recover.config.recipe import Measure, ending
 from recover.config.tasks import KINDS, Fewshot, PromptFile, Row, TaskFile, WritingFile, headline_figures
 from recover.maths.score import mean
 from recover.measure.kinds.generate import longest_text

@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from recover.base.errors import ModelError
-from recover.maths.head import Head
+from recover.maths.divergence import Head
 from recover.models.refusal import PER_BLOCK, unsupported
 from recover.models.site import SUBLAYERS, Site, Sublayer
 
@@ -86,6 +86,7 @@ class ExpertNames:
     experts: str = "experts"
     shared: str = ""  # an MLP beside them that every token goes through, with the linears of a plain one
     width: str = "intermediate_size"  # of the config: neurons of an expert
+    count: str = "num_local_experts"  # of the config: experts of a mixture
     gives_scores: bool = False  # the MLP gives (hidden states, router scores)
     grouped: bool = False  # experts are chosen from groups of equal size, `n_group` of them
 
@@ -240,6 +241,14 @@ ARCHS: dict[str, Arch] = {
             mixer_linears=("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"),
             packs=False,
             kv_groups_stay=MIXED,
+        ),
+        Arch(
+            "qwen3_next",
+            mixer="linear_attn",
+            mixer_linears=("in_proj_qkvz", "in_proj_ba", "out_proj"),
+            packs=False,
+            kv_groups_stay=MIXED,
+            experts=ExpertNames(shared="shared_expert", width="moe_intermediate_size", count="num_experts"),
         ),
         Arch(
             "granitemoehybrid",
@@ -436,10 +445,8 @@ def mixture_in(arch: Arch, block: nn.Module) -> bool:
 
 def experts_of(config: PretrainedConfig) -> tuple[int, int]:
     """How many experts a mixture of this model has, and how many of them a token goes through; (0, 0) without one."""
-    if arch_of(config).experts is None:
-        return 0, 0
-    settings: Any = config
-    return settings.num_local_experts, settings.num_experts_per_tok
+    names, settings = arch_of(config).experts, cast(Any, config)
+    return (0, 0) if names is None else (getattr(settings, names.count), settings.num_experts_per_tok)
 
 
 def groups_of(config: PretrainedConfig) -> tuple[int, int]:

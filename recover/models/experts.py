@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recover.models.arch import Arch, arch_of, base_of, blocks_of, mixture_in
-from recover.models.closing import named_as, switch_class
-from recover.models.linears import Factors, Switch, masked_lora_linear, pack, unpack
+from recover.models.switched import Factors, Switch, masked_lora_linear, named_as, pack, switch_class, unpack
 
 IN, OUT = "gate_up_proj", "down_proj"  # matrices of every expert, in the order in which a token meets them
 

@@ -16,8 +16,9 @@ from torch import nn
 from recover.base.errors import ModelError
 from recover.models.arch import base_of
 
-# Where two are taken, the first is the one that is not deprecated; GPT-NeoX's blocks have a name of their own.
-NAMES = ("cache", "past_key_values", "layer_past")
+# Where two are taken, the first is the one that is not deprecated. GPT-NeoX's blocks have a name of their own, and so
+# have mixers before transformers 5.24.
+NAMES = ("cache", "past_key_values", "layer_past", "cache_params")
 
 
 @functools.cache

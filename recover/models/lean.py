@@ -23,11 +23,9 @@ from transformers.activations import SiLUActivation
 from transformers.utils.deprecation import deprecate_kwarg
 
 from recover.kernels import fused
-from recover.kernels.fused import rotary_or
-from recover.kernels.lora_linear import PlainGate, gated_lora_linear
-from recover.models.closing import named_as, stock_class
-from recover.models.linears import Factors, Switch
+from recover.kernels.fused import PlainGate, gated_lora_linear, rotary_or
 from recover.models.masked_lora import SwitchedLora, base_parameters, hooked
+from recover.models.switched import Factors, Switch, named_as, stock_class
 
 MLP = """
 down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))

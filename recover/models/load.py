@@ -43,8 +43,8 @@ from recover.models.arch import (
     kv_heads_of,
     mixture_in,
 )
+from recover.models.attention import by_rows
 from recover.models.gate import unchanged
-from recover.models.rope import by_rows
 from recover.models.settings import config_of, keep_known
 from recover.models.source import (
     CONFIG,

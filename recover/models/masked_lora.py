@@ -15,9 +15,9 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from recover.base.errors import ModelError
-from recover.kernels.lora_linear import lora_linear
+from recover.kernels.fused import lora_linear
 from recover.models.experts import ExpertFactors, SwitchedExperts, SwitchedRouter
-from recover.models.linears import Factors, MaskedLinear, OwnLinear, Switch, effective_weight, masked_lora_linear
+from recover.models.switched import Factors, MaskedLinear, OwnLinear, Switch, effective_weight, masked_lora_linear
 
 
 class SwitchedLora(lora.Linear):

@@ -34,8 +34,8 @@ from recover.models.arch import (
     linears_of,
     mixture_in,
 )
-from recover.models.linears import pack, unpack
 from recover.models.site import Packed, Site, Sublayer, packed_as, sites_in, sites_of, whole_blocks, zeroed_partners
+from recover.models.switched import pack, unpack
 
 PLAN = "plan.json"
 MASKS = "masks.safetensors"

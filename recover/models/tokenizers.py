@@ -27,7 +27,7 @@ from transformers.utils import chat_template_utils
 from recover.base import console
 from recover.base.artifacts import loads
 from recover.base.errors import DataError, ModelError
-from recover.base.signals import TooSlow, within
+from recover.base.process import TooSlow, within
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

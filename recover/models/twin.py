@@ -24,14 +24,22 @@ from transformers import PreTrainedModel
 from recover.base.errors import ModelError
 from recover.config import recipe
 from recover.models.arch import Arch, arch_of, base_of, blocks_of, linears_of, site_of
-from recover.models.closing import close_sites, closed_sites, make_closable, named_as, switch_class
+from recover.models.attention import by_rows
 from recover.models.experts import IN, OUT, keep_experts, make_routable, mask_experts, mixtures_of
 from recover.models.lean import make_lean
-from recover.models.linears import MaskedLinear, Switch, see_pruned
 from recover.models.masked_lora import adopt_copy, adopt_layer, lora_layers, trained_copies
 from recover.models.plan import Plan, check_fit
-from recover.models.rope import by_rows
 from recover.models.site import Site, sites_of, whole_blocks
+from recover.models.switched import (
+    MaskedLinear,
+    Switch,
+    close_sites,
+    closed_sites,
+    make_closable,
+    named_as,
+    see_pruned,
+    switch_class,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel

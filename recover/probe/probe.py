@@ -29,8 +29,8 @@ from recover.base.artifacts import read_json, write_bytes, write_json
 from recover.base.clock import part
 from recover.base.errors import ArtifactError, DataError
 from recover.config import recipe
-from recover.maths.collapse import first_divergence
 from recover.maths.divergence import quantiles, ratio
+from recover.maths.repeats import first_divergence
 from recover.models.site import Site
 from recover.models.twin import Twin
 from recover.probe.compare import Comparison, Rows, Table

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from recover.base.errors import ModelError
 from recover.config import recipe
-from recover.maths.head import Head
+from recover.maths.divergence import Head
 from recover.models.arch import Arch, arch_of, base_of, blocks_of, final_norm_of, head_of
 from recover.models.load import check_fit, check_tokenizers, load_any, load_tokenizer
 from recover.models.twin import Twin

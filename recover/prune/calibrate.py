@@ -16,8 +16,7 @@ from torch import LongTensor, Tensor
 from recover.base import console
 from recover.base.artifacts import JsonObject
 from recover.base.errors import DataError, PruneError
-from recover.config.paths import TEXTS, ending
-from recover.config.recipe import Calibration
+from recover.config.recipe import TEXTS, Calibration, ending
 from recover.text.prompts import (
     EmptyMessage,
     Prompt,

@@ -213,7 +213,8 @@ def _plan(
     for block, parts in mixtures_of(twin.model).items():
         for parameter in (each for part in parts for each in part.parameters()):
             gone += (len(parameter) - len(kept[block])) * parameter[0].numel()
-    config = base_of(twin.model).config
+    config, names = base_of(twin.model).config, twin.arch.experts
+    assert names is not None
     left = len(next(iter(kept.values())))
     return Plan(
         kind="experts",
@@ -223,7 +224,7 @@ def _plan(
         parameters_pruned=dense - gone,
         nonzero=dense - gone,
         calibration=calibration,
-        config={type(config).attribute_map.get("num_local_experts", "num_local_experts"): left},
+        config={type(config).attribute_map.get(names.count, names.count): left},
         experts=kept,
     )
 

@@ -23,8 +23,8 @@ from recover.base.errors import PruneError
 from recover.base.journal import Entry, Journal
 from recover.config.recipe import Calibrated, Magnitude, SparseGpt, Sparsity, Wanda
 from recover.models.arch import ARCHS, Arch, arch_of, block_of, blocks_of
-from recover.models.linears import pack, unpack
 from recover.models.plan import MaskRecord, Plan, Pruned
+from recover.models.switched import pack, unpack
 from recover.prune.calibrate import calibration_record
 from recover.prune.matrices import (
     COLUMNS,

@@ -1,7 +1,7 @@
 """Narrower blocks: neurons of the MLP and whole KV groups (a KV head with all its query heads) are cut out.
 
 Every block loses equally many, chosen within the block, so that stock classes load the result. The weights that are
-left are the pruned view's own (`models/linears.py`), held beside the dense ones, which stay for the teacher. They
+left are the pruned view's own (`models/switched.py`), held beside the dense ones, which stay for the teacher. They
 are buffers that no state dict holds: under ZeRO-3 each process has all of them, unlike the dense weights.
 
 A unit is a run of inputs of the linear that writes to the residual stream: a neuron is one input of the MLP's last

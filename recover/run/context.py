@@ -28,6 +28,7 @@ from recover.base.clock import part
 from recover.base.errors import DataError, RecipeError
 from recover.config.recipe import Calibration, Data, DenseText, GivenText, PrunedText, Recipe, TeacherText
 from recover.config.tasks import GenerateFile
+from recover.maths.repeats import overlaps
 from recover.measure.tasks import Task, check_allowed, check_names, check_room, load_task
 from recover.models import tokenizers
 from recover.models.load import check_account, check_fit, describe, load_model, load_tokenizer, ready
@@ -43,7 +44,6 @@ from recover.run.directory import RunDirectory
 from recover.run.estimate import settle
 from recover.run.tracking import Tracking
 from recover.text.generate import generate
-from recover.text.overlap import overlaps
 from recover.text.prompts import Prompt, encode_prompt
 from recover.train.checkpoints import read_adapter
 from recover.train.sources import check_given, read_prompts, read_rows

@@ -17,9 +17,9 @@ from recover.base.errors import DataError, RecoverError
 from recover.base.products import digest_of
 from recover.config import yaml_values
 from recover.config.named import BLEND, blend_paths, is_task_name, task_path
-from recover.config.paths import FIELDS, FOLDERS, ending, matching
-from recover.config.recipe import local_path
+from recover.config.recipe import FIELDS, FOLDERS, ending, local_path
 from recover.models.gate import listed
+from recover.text.read import matching
 from recover.text.rows import FUNCTIONS, GENERATOR, PACKAGE, in_package
 
 HASHED_BYTES = 64 * 2**20  # larger files (weights) are known by size and time of change: hashing them costs minutes

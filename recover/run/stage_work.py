@@ -13,7 +13,7 @@ import transformers
 from torch import LongTensor
 
 from recover import __version__
-from recover.base import artifacts, console, dist, provenance, threads
+from recover.base import artifacts, console, dist, process, provenance
 from recover.base.artifacts import (
     JsonObject,
     append_jsonl,
@@ -28,12 +28,10 @@ from recover.base.errors import ArtifactError
 from recover.base.journal import Journal
 from recover.config import recipe as recipes
 from recover.config.base import Dtype
-from recover.config.paths import without_folders
-from recover.config.recipe import Model, Recipe, dump_recipe
-from recover.export.card import card
+from recover.config.recipe import Model, Recipe, dump_recipe, without_folders
 from recover.export.merge import merge
 from recover.export.verify import fresh_process, verify, write_expected
-from recover.export.write import write_checkpoint
+from recover.export.write import card, write_checkpoint
 from recover.measure.model import Generations
 from recover.measure.speed import compare_speed
 from recover.measure.tasks import measure
@@ -59,7 +57,7 @@ from recover.report.run_files import (
     MeasureRecord,
     OverlapRecord,
 )
-from recover.report.training import Compared, advice, setback_sentence, setbacks
+from recover.report.training import Compared, advice, foretold, setback_sentence, setbacks
 from recover.run.context import RunContext, calibration, overlap_record
 from recover.run.directory import RunDirectory
 from recover.run.estimate import Estimate, estimate, matrix_rate, rate_plan, refuse, warnings
@@ -104,7 +102,7 @@ def checked(context: RunContext) -> Checked:
     model = describe(recipe.model)
     refuse(recipe, model)
     refuse_trackers(recipe.track)
-    threads.chosen(model.width, model.intermediate, context.directory.threads())
+    process.choose_threads(model.width, model.intermediate, context.directory.threads())
     context.check_inputs()
     figures = estimate(recipe, model, matrix_rate())
     auto = [*map(asdict, context.chosen)]
@@ -231,6 +229,8 @@ def _after_epoch(context: RunContext, twin: Twin, untrained: MeasureRecord) -> A
     directory, drift = context.directory, _drift_of_epochs(context, twin)
     pruned: Compared = {"measure": untrained, "drift": drift()}
     dumped = context.recipe.model_dump(mode="json")
+    reference: MeasureRecord = read_json(directory.dense / "measure.json")
+    parameters = read_json(directory.prune / "plan.json")["parameters_dense"]
 
     def score(epoch: int, progress: EpochProgress) -> float | None:
         found = _measured_epoch(context, twin, drift)
@@ -248,6 +248,8 @@ def _after_epoch(context: RunContext, twin: Twin, untrained: MeasureRecord) -> A
                 *advice(worse, dumped, _rate(context)),
             ]:
                 console.warn(line)
+            for line in foretold(kl, progress["tokens"], found["measure"], reference, parameters):
+                console.say(f"epoch {epoch}: {line}")
         return found["score"]
 
     return score

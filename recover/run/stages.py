@@ -21,7 +21,7 @@ from recover.base.artifacts import JsonObject, write_json
 from recover.base.clock import Clock, note, stage_clock
 from recover.base.console import quiet_libraries
 from recover.base.errors import ArtifactError, RecipeError
-from recover.base.signals import graceful_stop
+from recover.base.process import graceful_stop
 from recover.config.recipe import Recipe, load_recipe
 from recover.run.directory import NOT_DONE, SHOWN_DIGITS, RunDirectory, StageState
 from recover.run.input_digests import digests, repositories

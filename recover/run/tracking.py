@@ -25,8 +25,7 @@ from accelerate.utils import LoggerType
 
 from recover.base import artifacts, console, dist
 from recover.base.errors import ArtifactError, RecipeError
-from recover.config.paths import without_folders
-from recover.config.recipe import Recipe
+from recover.config.recipe import Recipe, without_folders
 
 PROJECT = "recover"
 # Where a tracker's own variable names the project, that one is meant.

@@ -33,15 +33,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recover.base import console, zero
-from recover.base.errors import DataError
+from recover.base.errors import DataError, ModelError
 from recover.config.recipe import Sampling
 from recover.config.tasks import STOP_CHARACTERS
 from recover.kernels import fused
-from recover.kernels.recording import record
+from recover.kernels.fused import record
 from recover.models import kv_cache
 from recover.models.attention import attending_by_step, configs_of
 from recover.text.prompts import batches_by_length, right_pad
-from recover.text.stepping import Slots, masks, read_on, stepping
+from recover.text.stepping import Slots, fits, masks, read_on, stepping
 
 REFILL = 8  # a group of prompts is read when 1/8 of the rows are free: reading few at a time is slow
 PROMPT_TOKENS_AT_ONCE = 2**16  # of padded prompts read in one pass
@@ -89,7 +89,14 @@ def write(
     """(item, ids written, the end token with them) of each prompt, as texts end; longest prompts first.
 
     Ids do not depend on `rows`, nor on what stands in the other rows (up to rounding at ties).
+
+    Raises ModelError for a model that these caches and masks do not serve (`stepping.fits`).
     """
+    if not fits(model):
+        raise ModelError(
+            f"{type(model).__name__} does not write in slots: it keeps a state, or attends in a way of its own. "
+            "Expected softmax attention in every block, in full or in a sliding window: call generate.plain"
+        )
     if prompts_ids:
         yield from _Writer(model, prompts_ids, how).texts()
 

@@ -18,7 +18,7 @@ from recover.base import console
 from recover.base.clock import part
 from recover.base.errors import DataError
 from recover.config.recipe import Sampling
-from recover.models.rope import goes_by_length, read_anew_at
+from recover.models.attention import goes_by_length, read_anew_at
 from recover.text.decode import Stops, Writing, write
 from recover.text.prompts import Prompt, batches_by_length, encode_prompt, left_pad
 from recover.text.stepping import fits

@@ -17,8 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recover.base import console
 from recover.base.errors import DataError, ModelError
 from recover.models import kv_cache
-from recover.models.attention import attending_by_step, configs_of
-from recover.models.rope import goes_by_length
+from recover.models.attention import attending_by_step, configs_of, goes_by_length
 from recover.text.generate import context_of, evaluating, stock
 from recover.text.prompts import batches_by_length, left_pad, prompt_text, text_ids, uses_chat
 from recover.text.stepping import Appending, fits, masks, read

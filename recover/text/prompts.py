@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from recover.base.artifacts import whole_characters
 from recover.base.errors import DataError, StopRequested
-from recover.base.signals import TooSlow, within
+from recover.base.process import TooSlow, within
 from recover.models.tokenizers import SECONDS, fixed_day, refuse_past
 
 Message = dict[str, Any]

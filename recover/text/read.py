@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from recover.base import console, hub
-from recover.base.artifacts import whole_characters
+from recover.base.artifacts import meant, whole_characters
 from recover.base.errors import DataError
-from recover.config.paths import ROWS, SHEETS, TABLES, TEXTS, ending, matching, meant
-from recover.config.recipe import local_path
+from recover.config.recipe import ROWS, SHEETS, TABLES, TEXTS, ending, local_path
 from recover.text import data_gate
 
 MAX_LISTED = 8
@@ -107,6 +106,30 @@ def rows_at(
     if [ending(file.name) for file in files] == [".parquet"]:
         return DataSet(str(files[0]))
     return [row for file in files for row in file_rows(file, what)]
+
+
+def matching(path: Path) -> list[Path]:
+    """The file or folder that this path is, whatever its letters; else all files that it matches, in order of name.
+
+    Only `*` and `?` stand for other letters, and only behind the last folder that is there as it is written: `[1]` is
+    part of a name.
+    """
+    if os.path.exists(path):
+        return [path]
+    base, *rest = path.parts or ("",)
+    folder = Path(base)
+    while len(rest) > 1 and (folder / rest[0]).is_dir():
+        folder, rest = folder / rest[0], rest[1:]
+    if not any(letter in step for step in (base, *rest) for letter in "*?"):
+        return []
+    if "*" in base or "?" in base:
+        folder, rest = Path(), [base, *rest]
+    try:
+        return sorted(found for found in folder.glob("/".join(rest).replace("[", "[[]")) if found.is_file())
+    except OSError as error:  # a folder on the way that may not be read
+        raise DataError(f"{path}: cannot look for its files: {error.filename}: {error.strerror}") from None
+    except ValueError as error:
+        raise DataError(f"{path}: {error}; expected * and ? within names, ** as the whole name of a folder") from None
 
 
 def file_rows(path: Path, what: str = "") -> Iterator[Row]:

@@ -22,10 +22,10 @@ from typing import Any
 from recover.base import console, hub
 from recover.base.errors import DataError
 from recover.config.named import BLEND, Part, Source, blend_paths, read_blend
-from recover.config.paths import ROWS, ending, matching
+from recover.config.recipe import ROWS, ending
 from recover.config.tasks import Row
 from recover.text import read
-from recover.text.read import EmptyColumn, rows_at
+from recover.text.read import EmptyColumn, matching, rows_at
 
 PACKAGE, GENERATOR, FUNCTIONS = "package:", "reasoning_gym:", "functions:"
 # module -> what pip calls it, where the two differ

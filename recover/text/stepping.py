@@ -31,10 +31,10 @@ from recover.base import zero
 from recover.kernels import fused
 from recover.models import kv_cache
 from recover.models.arch import arch_of
+from recover.models.attention import goes_by_length
 from recover.models.lean import make_lean
-from recover.models.linears import Factors, MaskedLinear, OwnLinear, Switch, effective_weight
 from recover.models.masked_lora import MaskedLora, SwitchedLora, base_parameters, hooked
-from recover.models.rope import goes_by_length
+from recover.models.switched import Factors, MaskedLinear, OwnLinear, Switch, effective_weight
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 MASKED_BY_US = {"sdpa", "eager"}  # attention that takes a mask of (B, 1, T, K)

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from recover.base import console, dist, zero
 from recover.base.artifacts import JsonObject
 from recover.base.errors import DataError, StopRequested, TrainingError
-from recover.base.signals import Interrupted, stop_between_steps
+from recover.base.process import Interrupted, stop_between_steps
 from recover.config.recipe import Train
 from recover.distill.loss_terms import computed
 from recover.models.arch import arch_of

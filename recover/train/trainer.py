@@ -22,10 +22,9 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from recover.base import dist, zero
 from recover.base.errors import StopRequested, TrainingError
-from recover.base.signals import Interrupted, Stop
+from recover.base.process import Interrupted, Stop
 from recover.config.recipe import PrunedText, Train
-from recover.distill.distiller import Batch, Distiller, scaled, scored_tokens, without_mask
-from recover.distill.graphs import GraphedPasses
+from recover.distill.distiller import Batch, Distiller, GraphedPasses, scaled, scored_tokens, without_mask
 from recover.models.attention import PACKED_NAME, attending
 from recover.models.twin import modules_below, plain_modes, set_training
 from recover.train.course import Course, frozen_weights, not_finite

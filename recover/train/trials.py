@@ -28,8 +28,7 @@ from recover.base.artifacts import read_json, write_json
 from recover.base.errors import ArtifactError, TrainingError
 from recover.config.defaults import prior_rate
 from recover.config.recipe import Train
-from recover.distill.distiller import Batch, Distiller, rows_scored, scaled, without_mask
-from recover.distill.graphs import GraphedPasses
+from recover.distill.distiller import Batch, Distiller, GraphedPasses, rows_scored, scaled, without_mask
 from recover.maths.score import of_ratio
 from recover.models.attention import PACKED_NAME, attending
 from recover.report.run_files import Trial

@@ -29,7 +29,7 @@ from recover.base.artifacts import append_jsonl, read_json, read_jsonl, write_js
 from recover.base.errors import ArtifactError, DataError
 from recover.config.recipe import DenseText, PrunedText, Sampling, Train
 from recover.distill.distiller import Batch
-from recover.maths.collapse import loop
+from recover.maths.repeats import loop
 from recover.text.generate import context_of, generate
 from recover.text.prompts import Prompt, encode_prompt
 from recover.text.read import Row

@@ -1,6 +1,6 @@
 """What llama.cpp knows of a model family: tensor names, sizes, rope; and what of a config it would compute otherwise.
 
-Source: the GGUF specification (ggml, docs/gguf.md) and llama.cpp's own loaders (src/models/{llama,qwen2,qwen3}.cpp).
+Source: the GGUF specification (ggml, docs/gguf.md) and llama.cpp's loaders, src/models/{llama,qwen2,qwen3,granite}.cpp.
 Where its loader for a family takes heads that together are as wide as the model, and these are not (KV groups were
 pruned, or `head_dim` is set), the checkpoint is written as the family that computes the same for heads of any width.
 """
@@ -65,6 +65,7 @@ FAMILIES = {
     "mistral": LLAMA,
     "qwen2": Family("qwen2"),
     "qwen3": Family("qwen3", norms=NORMS | HEAD_NORMS),
+    "granite": Family("granite", neighbours=True),
 }
 
 
@@ -136,7 +137,7 @@ def _biased(config: PretrainedConfig) -> set[str]:
     """Linears with a bias that llama.cpp reads; any other bias in the weights is left over, and refused as such."""
     if config.model_type == "qwen2":
         return {"attn_q", "attn_k", "attn_v"}
-    if config.model_type != "llama":
+    if config.model_type not in ("llama", "granite"):
         return set()
     return {*(ATTENTION.values() if config.attention_bias else ()), *(MLP.values() if config.mlp_bias else ())}
 
@@ -159,6 +160,11 @@ def add_sizes(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
     writer.add_vocab_size(config.vocab_size)
+    if config.model_type == "granite":  # without them llama.cpp scales by 1 / sqrt(head) and 1
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)  # divides
 
 
 def _context(config: PretrainedConfig) -> int:

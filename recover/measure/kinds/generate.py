@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from recover.base import console
 from recover.base.errors import DataError
-from recover.base.signals import TooSlow, within
+from recover.base.process import TooSlow, within
 from recover.config.recipe import Measure, Sampling
 from recover.config.tasks import CodeFile, GenerateFile, PromptFile, Reading, Row, TaskFile, WritingFile
-from recover.maths import collapse
-from recover.maths.collapse import loop_start
+from recover.maths import repeats
+from recover.maths.repeats import loop_start
 from recover.maths.score import extract, interval95, is_right, mean, pass_at, quantiles
 from recover.measure.model import Generations, Measured, ModelUnderTest, Record, Work
 from recover.text.generate import Generation
@@ -113,9 +113,9 @@ def shape(texts: Sequence[Generation], right: Sequence[float]) -> Record:
     return {
         "loop_rate": len(starts) / len(texts),
         "loop_start": quantiles(starts) if starts else None,
-        "repetition": mean([collapse.repetition(each.ids) for each in texts]),
-        "distinct_2": mean([collapse.distinct_n(each.ids, 2) for each in texts]),
-        "longest_repeat": mean([collapse.longest_repeat(each.ids) for each in texts]),
+        "repetition": mean([repeats.repetition(each.ids) for each in texts]),
+        "distinct_2": mean([repeats.distinct_n(each.ids, 2) for each in texts]),
+        "longest_repeat": mean([repeats.longest_repeat(each.ids) for each in texts]),
         "ended": mean([each.ended for each in texts]),
         "length": mean([len(each.ids) for each in texts]),
         "truncated": sum(not each.ended for each in texts),
@@ -127,17 +127,17 @@ def against(dense_ids: Sequence[list[int]] | None, written_ids: Sequence[list[in
     """How far texts are the dense model's, token by token.
 
     `first_divergence`: the token at which a text leaves dense's (quantiles over those that do), None if none does.
-    `parting`: of all texts, as `collapse.parting` has it. `exact_text`: the share that never does.
+    `parting`: of all texts, as `repeats.parting` has it. `exact_text`: the share that never does.
     """
     if dense_ids is None:
         return {"agreement": None, "first_divergence": None, "parting": None, "exact_text": None}
     pairs = list(zip(dense_ids, written_ids, strict=True))
-    parted = [collapse.first_divergence(dense, written) for dense, written in pairs]
+    parted = [repeats.first_divergence(dense, written) for dense, written in pairs]
     positions = [position for position in parted if position is not None]
     return {
-        "agreement": mean([collapse.agreement(dense, written) for dense, written in pairs]),
+        "agreement": mean([repeats.agreement(dense, written) for dense, written in pairs]),
         "first_divergence": quantiles(positions) if positions else None,
-        "parting": collapse.parting(parted),
+        "parting": repeats.parting(parted),
         "exact_text": mean([at is None for at in parted]),
     }
 

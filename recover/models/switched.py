@@ -1,18 +1,24 @@
-"""Linear layers that show the pruned view: through a mask, or with a weight of their own; W is never changed.
+"""Modules that show one of a twin's two views: linear layers in the pruned one, blocks and sublayers that are closed.
 
+A linear layer shows the pruned view through a mask, or with a weight of its own; W is never changed.
 Masked: y = x ((W + s B A) * keep)^T + bias. The naive form keeps the masked weight of every layer alive for backward, a
 second copy of the model. Here the effective weight is made again in backward, and masks are packed, 1 bit a weight.
-
 Own: a weight of the dense shape (rewritten) or a smaller one (sliced). What pruning leaves as it was is shared with the
 dense view; only what it rewrites is held twice.
 
-Shapes: O out features, I in features, R rank, M input rows (all leading dimensions of x as one).
+A closed block or sublayer does nothing to the residual stream, and is not run. A closed block hands its input on; a
+closed sublayer gives 0, which the block adds (norms behind a sublayer, as in Gemma and OLMo 2, turn 0 into 0). Either
+equals the model without it, bit for bit.
+
+Shapes: O out features, I in features, R rank, M input rows (all leading dimensions of x as one); B batch, T tokens, D
+width.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from recover.models.arch import linears_of
+from recover.base.errors import ModelError
+from recover.models import kv_cache
+from recover.models.arch import Arch, linears_of, mixture_in, modules_in, part_of
+from recover.models.site import SUBLAYERS, Site, whole_blocks
 
 
 @dataclasses.dataclass
@@ -244,3 +253,155 @@ def see_pruned(
         name, _, cfg = parameter.rpartition(".")
         if cfg == "weight" and name not in masks:
             OwnLinear.convert(linears[name], weight_OI, weights.get(f"{name}.bias"), switch)
+
+
+def make_closable(blocks: Iterable[nn.Module], arch: Arch, switch: Switch) -> None:
+    """Let every block, its attention and its MLP follow `switch` and be closed; all start open. Names stay the same.
+
+    Raises ModelError for a model that belongs to a twin, and for blocks that take no KV cache under a name known here.
+    """
+    for index, block in enumerate(blocks):
+        parts = [(module, _kind(arch, name)) for name, module in _sublayers(block, arch)]
+        attends = any(kind is _Attention for _, kind in parts)
+        for module, kind in ((block, _Block if attends else _MixingBlock), *parts):
+            stock: Any = module
+            switch_class(stock, functools.partial(_closable, kind))
+            stock.switch, stock.closed, stock.index = switch, False, index
+        mlp: Any = block.get_submodule(arch.mlp)
+        mlp.gives_scores = mixture_in(arch, block) and arch.experts is not None and arch.experts.gives_scores
+
+
+def close_sites(blocks: Any, arch: Arch, sites: frozenset[Site]) -> None:
+    """Close exactly these sites. Raises ModelError for the attention of block 0 and for blocks that are not there."""
+    wrong = sorted({site.block for site in sites if not 0 <= site.block < len(blocks) or site == Site(0, "attention")})
+    if wrong:
+        raise ModelError(
+            f"blocks {wrong} cannot be dropped: expected blocks from 1 to {len(blocks) - 1} "
+            "(the attention of block 0 tells the position of a token under a KV cache, and stays)"
+        )
+    whole = set(whole_blocks(sites))
+    for index, block in enumerate(blocks):
+        block.closed = index in whole
+        for name, module in _sublayers(block, arch):
+            module.closed = Site(index, part_of(arch, name)) in sites
+
+
+def closed_sites(blocks: Any, arch: Arch) -> frozenset[Site]:
+    """The sites that are closed at this moment."""
+    return frozenset(
+        Site(index, part)
+        for index, block in enumerate(blocks)
+        for part in SUBLAYERS
+        if block.get_submodule(modules_in(block, arch, part)[0]).closed
+    )
+
+
+def switch_class(module: nn.Module, knowing: Callable[[type], type]) -> None:
+    """Give the module a class that knows the twin's views, made of its own. Raises ModelError if it has one already."""
+    if hasattr(module, "switch"):
+        raise ModelError("this model already belongs to a twin; load it anew, or use that twin")
+    module.__class__ = knowing(type(module))
+
+
+def named_as(new: type, stock: type) -> type:
+    """The new class under the stock one's name: transformers matches some by name."""
+    new.__name__, new.__qualname__, new.__module__ = stock.__name__, stock.__qualname__, stock.__module__
+    return new
+
+
+def stock_class(module: nn.Module) -> type[nn.Module]:
+    """The class that its forward comes from, behind what closing put before it."""
+    return next(one for one in type(module).__mro__ if "forward" in vars(one) and not issubclass(one, _Closable))
+
+
+def _sublayers(block: nn.Module, arch: Arch) -> list[tuple[str, Any]]:
+    """Every module of a block's sublayers, with its name."""
+    return [(name, block.get_submodule(name)) for part in SUBLAYERS for name in modules_in(block, arch, part)]
+
+
+def _kind(arch: Arch, name: str) -> type[_Closable]:
+    return {arch.mixer: _Mixer, arch.attention: _Attention, arch.mlp: _Mlp}[name]
+
+
+class _Closable:
+    """Goes before a stock class: runs it, unless the pruned view has it closed; then only `nothing` is given."""
+
+    switch: Switch
+    closed: bool
+    index: int
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.switch.dense or not self.closed:
+            stock: Any = super()
+            return self.opened(stock.forward(hidden_states, *args, **kwargs))
+        return self.nothing(hidden_states, kv_cache.among(kwargs))
+
+    def opened(self, output: Any) -> Any:
+        return output
+
+    def nothing(self, h_BTD: Tensor, cache: Any) -> Any:
+        raise NotImplementedError
+
+
+class _Block(_Closable):
+    def opened(self, output: Any) -> Any:
+        self.switch.tuples = isinstance(output, tuple)
+        return output
+
+    def nothing(self, h_BTD: Tensor, cache: Any) -> Any:
+        _trace(cache, h_BTD, self.index)
+        return (h_BTD,) if self.switch.tuples else h_BTD
+
+
+class _MixingBlock(_Block):
+    """Without attention: what it leaves in a cache is a state, which says nothing of lengths."""
+
+    def nothing(self, h_BTD: Tensor, cache: Any) -> Any:
+        return (h_BTD,) if self.switch.tuples else h_BTD
+
+
+class _Attention(_Closable):
+    def nothing(self, h_BTD: Tensor, cache: Any) -> Any:
+        _trace(cache, h_BTD, self.index)
+        return torch.zeros_like(h_BTD), None
+
+
+class _Mixer(_Closable):
+    """Run as where nothing is trained: a fused kernel for training takes the weights of its linear layers itself, past
+    adapters and masks. Gradients are the same, and a mixer has no dropout."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        flags = vars(self)
+        training, flags["training"] = flags["training"], False
+        try:
+            return super().forward(hidden_states, *args, **kwargs)
+        finally:
+            flags["training"] = training
+
+    def nothing(self, h_BTD: Tensor, cache: Any) -> Any:
+        return torch.zeros_like(h_BTD)
+
+
+class _Mlp(_Closable):
+    gives_scores: bool
+
+    def nothing(self, h_BTD: Tensor, cache: Any) -> Any:
+        return (torch.zeros_like(h_BTD), None) if self.gives_scores else torch.zeros_like(h_BTD)
+
+
+@functools.cache
+def _closable(kind: type[_Closable], stock: type[nn.Module]) -> type[nn.Module]:
+    if kind is not _Mlp:
+        kv_cache.cache_name(stock)  # under a name unknown here, a closed one would leave no trace in the cache
+    return named_as(type(kind.__name__, (kind, stock), {}), stock)
+
+
+def _trace(cache: Any, h_BTD: Tensor, index: int) -> None:
+    """Count a closed attention's tokens in the KV cache, at one number a token.
+
+    transformers reads lengths and mask sizes off the first layer of each attention type; were that layer closed and
+    empty, every kept layer of its type would get masks of the wrong size.
+    """
+    if cache is not None:
+        mark_B1T1 = h_BTD[:, None, :, :1].detach()
+        cache.update(mark_B1T1, mark_B1T1, index)
