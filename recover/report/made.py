@@ -18,7 +18,10 @@ from recover.report import words
 from recover.report.data import Json, Made, PageData
 
 # Stages that made what is shown, in their order, and the folder in which each leaves its stamp.
-FOLDERS = {name: name for name in ("dense", "prune", "before", "train", "after")} | {"export": "deploy"}
+FOLDERS = {name: name for name in ("dense", "prune", "before", "train", "after")} | {
+    "export": "deploy",
+    "deploy": "gguf",
+}
 SHOWN_FIELDS = 3  # of a difference, in one sentence
 DIGITS = 12  # of a digest
 LIBRARIES = ("torch", "transformers")  # named in the table; all are in report.json
