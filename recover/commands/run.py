@@ -37,7 +37,8 @@ From = Annotated[
     typer.Option(
         "--from",
         metavar="STAGE",
-        help="Do this stage and all after it again: plan, dense, prune, before, train, after, export or report.",
+        help="Do this stage and all after it again: plan, dense, prune, before, train, after, export, deploy (where it "
+        "is asked for) or report.",
     ),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Do every stage again, whatever is done.")]
@@ -61,6 +62,7 @@ def run(
 ) -> None:
     """Do all stages of a recipe: plan, dense, prune, before, train, after, export, report.
 
+    With deploy.quantize a stage deploy comes before the report: a quantized GGUF file, measured.
     What is done and still fits the recipe is skipped; a training that was stopped goes on where it was.
     """
     if fresh and start is not None:
@@ -107,6 +109,7 @@ COMMANDS = {
         "recover run recipes/quickstart.yaml prune.count=3 train.lr=1e-3",
         "recover run recipes/quickstart.yaml name=mine 'prune={kind: depth, blocks: [3, 4]}'",
         "recover run recipes/quickstart.yaml --from train",
+        "recover run recipes/quickstart.yaml deploy.quantize=q8_0 deploy.beside=dense",
         "accelerate launch --config_file launch/zero2.yaml -m recover run recipes/quickstart.yaml",
     ),
     quickstart: (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -438,7 +437,8 @@ def deploy(context: RunContext) -> None:
         kind = nearest(quantized_bytes(folder), quantized_bytes(directory.deploy)[cfg.quantize])
         files["alternative"] = _write_quantized(directory, folder, directory.gguf / "dense", kind)
     elif dist.is_main():
-        shutil.rmtree(directory.gguf / "dense", ignore_errors=True)
+        for name in ("model.gguf", "measure.json", "generations.json"):  # of when it was asked for
+            (directory.gguf / "dense" / name).unlink(missing_ok=True)
     for model, file in files.items():
         path = directory.root / file["path"]
         console.say(f"[dim]{model}: {file['path']}, {file['quantize']}, {console.size(file['bytes'])}[/dim]")
