@@ -20,8 +20,9 @@ MLP_ONLY |= {*HYBRIDS, "gemma4_text", "gemma4_unified_text", "olmoe", "gpt_oss",
 MLP_ONLY |= {"stablelm", "stablelm_parallel", "cohere", "gpt_neox", "gpt_neox_sequential"}
 
 
-def cfg(**fields) -> recipe.Width:
-    return recipe.Width(kind="width", calibration=recipe.Calibration(data="text"), **fields)
+def cfg(*, score="activation", repair="none", **fields) -> recipe.Width:
+    """Units are cut out as they are, unless a test asks for more: a reference can slice them too."""
+    return recipe.Width(score=score, repair=repair, calibration=recipe.Calibration(data="text"), **fields)
 
 
 def batches() -> list[torch.Tensor]:

@@ -140,11 +140,12 @@ def stubs_of(wheel: Path) -> list[str]:
                 continue
             for node in ast.parse(archive.read(name)).body:
                 if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-                    stubs += _stub(node)
+                    stubs += stub_of(node)
     return list(dict.fromkeys(stubs))
 
 
-def _stub(node: ast.FunctionDef) -> list[str]:
+def stub_of(node: ast.FunctionDef) -> list[str]:
+    """Signature and docstring, where it says enough and is no manual."""
     text = ast.get_docstring(node)
     if text is None or len(text) not in DOCSTRING or '"""' in text:
         return []

@@ -296,12 +296,12 @@ class Width(Pruning):
     mlp: float | None = Field(default=None, gt=0, lt=1, description="share of the neurons that goes")
     kv_groups: int | None = Field(default=None, ge=1, description="how many KV groups of each block go")
     score: Literal["activation", "fluctuation", "obs"] = Field(
-        default="activation",
+        default="obs",
         description="activation: how large a unit's activations are (Minitron); fluctuation: how much they vary, "
         "times its outgoing weights (FLAP); obs: the error that is left where the other units make up for it",
     )
     repair: Literal["none", "linear"] = Field(
-        default="none",
+        default="linear",
         description="linear: outgoing weights of the units that stay are rewritten by least squares on the calibration "
         "text, to make up for those that go",
     )
