@@ -64,7 +64,8 @@ def test_a_finished_run_gets_a_file_and_two_columns(tmp_path: Path, capsys: pyte
         own, made_from, strange = (perplexity(data, model) for model in (file, source, other))
         assert own != made_from and abs(own - made_from) < abs(own - strange) / 3
     page, text = directory.report_html.read_text(), directory.report_md.read_text()
-    assert "The files that are served" in page and "gguf/dense/model.gguf" in text and "kept, alternative" in text
+    assert "dequantized, with the file" in page
+    assert "The files that are served" in text and "gguf/dense/model.gguf" in text and "kept, alternative" in text
     planned = read_json(directory.plan / "estimate.json")["gguf"]
     assert planned["quantize"] == "q4_0" and planned["beside"] == "q4_0"
     for name, model in (("bytes", "deployed"), ("beside_bytes", "alternative")):  # vocabulary and names come on top
