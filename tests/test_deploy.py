@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 import pytest
 import yaml
-from gguf_checkpoint import ROWS, words
+from gguf_checkpoint import ROWS, llama_cpp, said, words
 from report_run import build_run
 from test_end_to_end import run
 from tiny import tiny
@@ -19,12 +19,15 @@ from transformers import AutoConfig
 from recover.base.artifacts import read_json
 from recover.base.errors import RecipeError
 from recover.config import recipe
-from recover.export.gguf.write import nearest, planned_bytes, quantized_bytes
+from recover.export.gguf.write import nearest, planned_bytes, quantized_bytes, write_gguf
+from recover.measure.tasks import load_task, measure
+from recover.models.load import load_model, load_tokenizer
 from recover.report.collect import collect
 from recover.report.render import render
 from recover.report.verdict import against_alternative
 from recover.run import stages
 from recover.run.directory import RunDirectory
+from recover.text.prompts import encode_prompt
 
 SMALL = (
     *("prune={kind: depth, blocks: [3]}", "train.epochs=1", "probe.sublayers=false"),
@@ -121,6 +124,20 @@ def test_planned_bytes_are_those_that_are_written() -> None:
     assert {kind: sum(planned_bytes(config, kind)) for kind in sizes} == sizes
     assert nearest({"q8_0": 10, "q5_1": 8, "q4_0": 6}, 9) == "q8_0", "of two as near the finer one"
     assert nearest({"q8_0": 10, "q5_1": 8, "q4_0": 6}, 7.9) == "q5_1"
+
+
+def test_llama_cpp_writes_the_texts_that_are_measured(tmp_path: Path) -> None:
+    """What is measured of a file is what llama.cpp serves of it: the same greedy texts, from the same tokens."""
+    path = write_gguf(recipe.embedded("fable-2m"), tmp_path / "model.gguf", "q4_0")
+    server = llama_cpp(path)
+    source = recipe.Model(source=str(path))
+    model, tokenizer = load_model(source), load_tokenizer(source)
+    cfg = recipe.Measure(tasks=("embedded:stories",), limit=4, max_new_tokens=96, sampling=None)
+    _, texts = measure(model, tokenizer, [load_task("embedded:stories")], cfg)
+    for row in texts["stories"]:
+        ids = list(encode_prompt(tokenizer, row["prompt"]))
+        asked = {"prompt": ids, "n_predict": 96, "temperature": 0, "cache_prompt": False}
+        assert said(server.handle_completions(asked))["choices"][0]["text"].strip() == row["text"].strip()
 
 
 # Rights of 40 items each: deployed, alternative; bytes of the alternative; what is said.
