@@ -15,10 +15,13 @@ from report_run import build_run
 from test_end_to_end import run
 from tiny import tiny
 from transformers import AutoConfig
+from typer.testing import CliRunner
 
+from recover import cli
 from recover.base.artifacts import read_json
 from recover.base.errors import RecipeError
 from recover.config import recipe
+from recover.config.recipe import dump_recipe, load_recipe
 from recover.export.gguf.write import nearest, planned_bytes, quantized_bytes, write_gguf
 from recover.measure.tasks import load_task, measure
 from recover.models.load import load_model, load_tokenizer
@@ -95,6 +98,10 @@ def test_a_finished_run_gets_a_file_and_two_columns(tmp_path: Path, capsys: pyte
     assert list(data["headline"]) == ["dense", "pruned", "recovered"] and data["served"] is None
     assert data["mixed"] == []
     assert [row["stage"] for row in stages.status(directory.root)].count("deploy") == 0
+    for fields, done in (("", "all"), (BOTH[0], "8 of 9")):  # as `recover list` has it, and not as it was made
+        (directory.root / "recipe.yaml").write_text(dump_recipe(load_recipe(directory.recipe, [fields] * bool(fields))))
+        assert done in CliRunner().invoke(cli.app, ["list", str(tmp_path)]).output
+        (directory.gguf / "DONE.json").unlink(missing_ok=True)
 
 
 def test_a_recipe_without_has_no_such_stage(tmp_path: Path) -> None:
@@ -135,7 +142,7 @@ def test_llama_cpp_writes_the_texts_that_are_measured(tmp_path: Path) -> None:
     cfg = recipe.Measure(tasks=("embedded:stories",), limit=4, max_new_tokens=96, sampling=None)
     _, texts = measure(model, tokenizer, [load_task("embedded:stories")], cfg)
     for row in texts["stories"]:
-        ids = list(encode_prompt(tokenizer, row["prompt"]))
+        ids = list(encode_prompt(tokenizer, row.get("prompt", "")))
         asked = {"prompt": ids, "n_predict": 96, "temperature": 0, "cache_prompt": False}
         assert said(server.handle_completions(asked))["choices"][0]["text"].strip() == row["text"].strip()
 

@@ -44,13 +44,14 @@ def _row(run: RunDirectory) -> tuple[Any, ...]:
     name = run.root.name
     try:
         recipe = yaml_values.read(run.recipe)
-        stamps = [stamp for stage in stages.STAGES if (stamp := run.done(stage))]
+        wanted = stages.names(deploy=bool((recipe.get("deploy") or {}).get("quantize")))
+        stamps = [stamp for stage in wanted if (stamp := run.done(stage))]
         found = [_generation(folder / "measure.json") for folder in (run.dense, run.before, run.after)]
     except RecoverError as error:
         return (name, str(error), "", "", "", None, None, None, None)
     last = max((stamp["finished"] for stamp in stamps), default="")
     when = datetime.fromisoformat(last).astimezone().strftime("%Y-%m-%d %H:%M") if last else ""
-    done = "all" if len(stamps) == len(stages.STAGES) else f"{len(stamps)} of {len(stages.STAGES)}"
+    done = "all" if len(stamps) == len(wanted) else f"{len(stamps)} of {len(wanted)}"
     weights = sum(path.stat().st_size for path in run.deploy.glob("*.safetensors"))
     source = str((recipe.get("model") or {}).get("source", ""))
     return (name, Path(source).name, _pruning(recipe), done, when, *found, console.size(weights) if weights else None)
@@ -256,7 +257,8 @@ def _runs_in(folder: Path) -> list[RunDirectory]:
 
 def _listed(run: RunDirectory) -> list[str]:
     """A row of the list of runs: its name, the stages that are done, and those that are not."""
-    names = [stage for stage in stages.STAGES if not stages.OF[stage].always]
+    wanted = stages.names(deploy=run.done("deploy") is not None)
+    names = [stage for stage in wanted if not stages.OF[stage].always]
     done = [stage for stage in names if run.done(stage) is not None]
     return [run.root.name, ", ".join(done) or "–", ", ".join(stage for stage in names if stage not in done) or "–"]
 

@@ -70,7 +70,12 @@ STAGES = tuple(OF)
 
 def asked(recipe: Recipe) -> tuple[str, ...]:
     """The stages of this recipe, in their order: `deploy` only where it is asked for."""
-    return tuple(stage for stage in STAGES if stage != "deploy" or recipe.deploy.quantize is not None)
+    return names(deploy=recipe.deploy.quantize is not None)
+
+
+def names(*, deploy: bool) -> tuple[str, ...]:
+    """The stages of a recipe that asks for stage `deploy`, or of one that does not."""
+    return tuple(stage for stage in STAGES if stage != "deploy" or deploy)
 
 
 UP_TO_DATE = "always brought up to date"
