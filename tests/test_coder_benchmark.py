@@ -482,6 +482,47 @@ def test_what_kl_foretells_is_fitted_without_the_pruning_it_is_told_of():
     assert foretold(lawful) == ""  # two prunings say nothing of a third
 
 
+def lawful_row(run, pruning, kl, length, *, k=0.05, tokens=1e6, choice=0.65):
+    def view(generation, chosen):
+        asked = {"value": chosen, "items": 400, "accuracy_normalised": 0.4}
+        return {"tasks": {"sums": {"value": generation, "items": 100, "length": length}, "arc": asked}}
+
+    recovered = view(0.5 * math.exp(-k * kl * length), choice) | {"kl": {"mean": kl}}
+    found = {"dense": view(0.5, 0.75), "pruned": {"kl": {"mean": 10 * kl}}, "recovered": recovered}
+    return {"run": run, "pruning": pruning, "variant": run, "status": "done", "tokens": tokens, **found}
+
+
+def test_the_law_is_fitted_over_the_length_and_told_of_the_other_model():
+    from law import by_model, by_task, per_nat, point_of
+
+    long = [lawful_row("a", "drop2", 0.02, 200.0), lawful_row("b", "drop4", 0.05, 200.0)]
+    short = [lawful_row("c", "drop2", 0.2, 30.0, k=0.04)]
+    points = [point for name, rows in (("x", long), ("y", short)) for row in rows if (point := point_of(name, row))]
+    assert per_nat(points[:2]) == pytest.approx(0.05) and per_nat(points[2:]) == pytest.approx(0.04)
+    # exp(-0.05 * 6) - exp(-0.04 * 6), by the other model's k
+    assert "| y, 1 runs | 30 | 0.0400 | 4.6% | 4.6% |" in by_model(points)
+    said = by_task({"x": long, "y": short})
+    assert "| y, sums | 30 | 1 | 0.200 to 0.200 | 1.20 | 0.040 | 0.0% |" in said
+    assert "| y, arc | 0 | 1 | 0.200 to 0.200 | 1.12 |" in said  # -ln(0.4 / 0.5) / 0.2: above chance, a quarter
+
+
+def test_budgets_of_a_pruning_give_its_power_and_an_early_loss_the_end(tmp_path):
+    from law import early, powers
+
+    rows = []
+    for number, pruning in enumerate("abcdef"):
+        for tokens in (1e5, 4e5, 16e5):
+            run = f"{pruning}{tokens:.0f}"
+            rows.append(lawful_row(run, pruning, 0.01 * (number + 1) * (tokens / 1e5) ** -0.25, 100.0, tokens=tokens))
+            (tmp_path / run / "train").mkdir(parents=True)
+            kl = [0.03 * (number + 1)] * 100
+            lines = [json.dumps({"step": at, "tokens": at * tokens / 100, "kl": kl[at - 1]}) for at in range(1, 101)]
+            (tmp_path / run / "train" / "steps.jsonl").write_text("\n".join(lines) + "\n")
+    assert "| a | 3 | 0.1M, 0.4M, 1.6M | -0.25 | 0% |" in powers(rows)
+    assert "| first twentieth and tokens | 18 | 0% |" in early(rows, tmp_path)
+    assert early(rows[:6], tmp_path) == ""  # two prunings say nothing of a third
+
+
 def test_a_share_is_paired_and_a_law_is_found_again():
     from decisive import decay, majority, power_law, rank_correlation, share_kept
 

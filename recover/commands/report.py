@@ -185,6 +185,8 @@ def show(run_dir: RunPath = RUNS) -> None:
             if epoch["best"]:
                 score = verdict.headline_words("generation", epoch["score"])
                 console.say(f"best epoch: {epoch['epoch']} of {len(data['epochs'])}, generation {score}")
+        for line in data["foretold"]:
+            console.say(line)
 
 
 def compare(

@@ -1,8 +1,8 @@
 """Values of a training that nobody gave: those that `recover init` writes, and those that `auto` stands for in `train`.
 
-This is the one place for them. `init` takes the row of models of the size of the dense one. Each row says where its
-figures come from (docs/results.md, which has the commands), and what was not measured: whoever has newer figures
-changes the row, and its `source`.
+This is the one place for them, and for what a KL says of generation (`KEPT_...`). `init` takes the row of models of the
+size of the dense one. Each row says where its figures come from (docs/results.md, which has the commands), and what was
+not measured: whoever has newer figures changes the row, and its `source`.
 
 `auto` follows from the model's width and from how much of it is pruned, each value with a reason. The rules are drawn
 through three models (width 112, 576, 896) at one to three prunings each. Nothing of the machine enters, so a training
@@ -94,6 +94,35 @@ ALLOCATION, ALLOCATION_SOURCE = (
     "8 points more generation than uniform at 50% (135M); owl was not compared there",
 )
 PATTERN_SOURCE = "sparsegpt was ahead of wanda with 2:4 (9.5% and 7.3% of generation, 135M)"
+
+
+# What a KL says of generation, of models that were trained after pruning: kept = exp(-KEPT_PER_NAT x KL x length), with
+# KL in nats a token along the dense model's own texts, and length the mean tokens of its answers.
+KEPT_PER_NAT, KEPT_SOURCE = (
+    0.043,
+    "48 recovered runs of two models (135M, answers of 33 tokens; 630M, of 266)",
+)
+KEPT_BAND = 0.1  # points on either side: 19 of 20 runs of prunings that the fit had not seen
+KEPT_LENGTHS = (25.0, 350.0)  # mean tokens of an answer, a little beyond those that it was made on
+KEPT_LEAST = 100e6  # parameters: a model of 1.9M kept 19% where this says 81%
+KL_POWERS = (-0.29, -0.08)  # KL against tokens between budgets of one pruning, the steepest and the flattest of six
+KL_TOKENS = 20e6  # the largest budget among them
+
+
+def share_kept(kl: float, length: float) -> float:
+    """Of dense generation, what trained models kept at such a KL (nats a token) where answers have so many tokens."""
+    return math.exp(-KEPT_PER_NAT * kl * length)
+
+
+def kl_of(share: float, length: float) -> float:
+    """The KL, in nats a token, at which this share was kept."""
+    return -math.log(share) / (KEPT_PER_NAT * length)
+
+
+def tokens_for(kl: float, tokens: float, wanted: float) -> tuple[float, float]:
+    """(fewest, most) tokens that bring KL down to `wanted` where it is `kl` after `tokens`, by the powers seen."""
+    fewest, most = (math.exp(min(math.log(kl / wanted) / -power, 600.0)) for power in KL_POWERS)
+    return tokens * fewest, tokens * most
 
 
 def training(parameters: int) -> Training:

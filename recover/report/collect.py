@@ -44,13 +44,10 @@ from recover.report.run_files import (
     Task,
     Use,
 )
-from recover.report.training import curve
+from recover.report.training import FEW_ITEMS, curve, foretold
 
 SCHEMA = 1
 DRIFT_FOLDER = {"pruned": "before", "recovered": "after"}
-
-# Fewer items than this in a task, and an interval is too wide to tell good from fair.
-FEW_ITEMS = 200
 
 # What a missing file leaves unknown.
 CONSEQUENCES = {
@@ -125,8 +122,10 @@ def _collect(root: Path) -> RunData:
         "verdict": verdict.verdict(headline),
         "title": "",
         "summary": "",
+        "foretold": [],
         "limits": [],
     }
+    data["foretold"] = _foretold(data, records)
     data["title"], data["summary"] = verdict.title(data), verdict.summary(data)
     data["limits"] = [*known_limits(data), *where_programs_ran(records)]
     return words.jsonable(data)
@@ -218,6 +217,16 @@ def _json(path: Path) -> Any:
             f"{path}: expected a JSON object, found {type(value).__name__}. Run the stage that writes it again"
         )
     return value
+
+
+def _foretold(data: RunData, records: Records) -> list[str]:
+    """Of the recovered model, which was trained up to the epoch that is kept."""
+    summary, measured = data["drift"]["recovered"], records.get("recovered")
+    if summary is None or measured is None or data["tokens"] is None:
+        return []
+    kl = drift.level(summary["final"].get("kl"), "mean")
+    parameters = (data["plan"] or {}).get("parameters_dense")
+    return foretold(kl, data["tokens"]["kept"], measured, records.get("dense"), parameters)
 
 
 def _rate_trials(root: Path, recipe: Json) -> RateTrials | None:

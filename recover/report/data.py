@@ -494,6 +494,7 @@ class RunData(PageData):
     examples: list[Example]
     overlap: list[Overlap] | None
     verdict: Verdict
+    foretold: list[str]
     limits: list[str]
 
 

@@ -46,6 +46,7 @@ class Task(TypedDict, total=False):
     samples: list[SampleRecord]
     mistakes: dict[str, int]
     examples: dict[str, SampleRecord]
+    length: float | None
     truncated: int
     loop_rate: float | None
     loop_start: Quantiles | None

@@ -13,19 +13,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from recover.base import artifacts
 from recover.base.errors import ArtifactError
+from recover.config import defaults
 from recover.config.loss import TERMS
 from recover.config.tasks import KINDS, USES
 from recover.maths.score import Change, mean, of_means, of_ratio
 from recover.report import words
 from recover.report.data import Curve, Epoch, Json, PageData, Points
-from recover.report.run_files import EpochDrift, EpochLine, MeasureRecord, Setback
+from recover.report.run_files import EpochDrift, EpochLine, MeasureRecord, Setback, Task
 from recover.report.words import finite
 
 POINTS = 120  # at most; report.json stays small, however long the training
@@ -372,6 +373,74 @@ def _setback(figure: str, against: str, before: float, now: float, change: Chang
         "interval": [change.low, change.high],
         "items": change.items,
     }
+
+
+FEW_ITEMS = 200  # of a task: with fewer an interval is too wide to tell good from fair
+WANTED = 0.95  # of dense generation
+TYPICAL = (50.0, 100.0, 250.0)  # mean tokens of an answer, where none was measured
+
+
+def foretold(
+    kl: float | None,
+    tokens: float | None,
+    measured: MeasureRecord,
+    dense: MeasureRecord | None,
+    parameters: float | None,
+) -> list[str]:
+    """What a trained model's KL along the dense model's own texts says of generation, and what tokens 95% would take.
+
+    The first is said where a task of generation `measured` fewer than FEW_ITEMS, or none is there. `tokens`: trained
+    on. `parameters`: of the dense model. None of it is known of models or of answers that differ much from those that
+    it was found on; then one line says so.
+    """
+    if kl is None or kl <= 0:
+        return []
+    written = _generates((dense or {"tasks": {}})["tasks"])
+    known = [float(length) for task in written if (length := words.finite(task.get("length")))]
+    length = mean(known) if known else None
+    least, (shortest, longest) = defaults.KEPT_LEAST, defaults.KEPT_LENGTHS
+    unknown = f"KL {words.number(kl)} along dense's own texts: what that says of generation is not known for"
+    if parameters is not None and parameters < least:
+        return [f"{unknown} models below {words.count(least)} parameters."]
+    if length is not None and not shortest <= length <= longest:
+        return [f"{unknown} answers of {length:,.0f} tokens (it is for {shortest:,.0f} to {longest:,.0f})."]
+    items = [task.get("items") or 0 for task in _generates(measured["tasks"])]
+    few = min(items, default=0) < FEW_ITEMS
+    lines = [_kept_words(kl, length)] if few else []
+    if length is None or not tokens:
+        return lines
+    if defaults.share_kept(kl, length) + defaults.KEPT_BAND >= WANTED:
+        near = f"{WANTED:.0%} of dense lies within the error of that: only items can tell whether it is reached."
+        return [*lines, near] if few else lines
+    now, all_ = (words.finite((each or {"headline": {}})["headline"].get("generation")) for each in (measured, dense))
+    reached = not few and now is not None and all_ is not None and now >= WANTED * all_
+    return lines if reached else [*lines, _tokens_words(kl, tokens, length)]
+
+
+def _generates(tasks: Mapping[str, Task]) -> list[Task]:
+    return [task for task in tasks.values() if task["kind"] in KINDS and KINDS[task["kind"]].headline == "generation"]
+
+
+def _kept_words(kl: float, length: float | None) -> str:
+    shares = {tokens: defaults.share_kept(kl, tokens) for tokens in ((length,) if length else TYPICAL)}
+    ends = [(max(0.0, share - defaults.KEPT_BAND), min(1.0, share + defaults.KEPT_BAND)) for share in shares.values()]
+    told = [
+        f"about {share:.0%} ({low:.0%} to {high:.0%}) of generation with answers of {tokens:,.0f} tokens"
+        for (tokens, share), (low, high) in zip(shares.items(), ends, strict=True)
+    ]
+    return f"KL {words.number(kl)} along dense's own texts: at such a KL trained models kept {'; '.join(told)}."
+
+
+def _tokens_words(kl: float, tokens: float, length: float) -> str:
+    wanted = defaults.kl_of(WANTED, length)
+    fewest, most = (float(f"{each:.2g}") for each in defaults.tokens_for(kl, tokens, wanted))
+    tried = f", more than any budget tried ({words.count(defaults.KL_TOKENS)})" if fewest > defaults.KL_TOKENS else ""
+    far = f"{words.count(most)} at the flattest" if most < 1e12 else "at the flattest no budget"
+    return (
+        f"{WANTED:.0%} of dense would take a KL of {words.number(wanted)}, now {words.number(kl)} after "
+        f"{words.count(tokens)} tokens: about {words.count(fewest)} tokens at the steepest fall that was seen{tried}, "
+        f"and {far}."
+    )
 
 
 USUAL_RATE = 2e-3  # the highest that any recipe here trains adapters with

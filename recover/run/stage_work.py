@@ -62,7 +62,7 @@ from recover.report.run_files import (
     MeasureRecord,
     OverlapRecord,
 )
-from recover.report.training import Compared, advice, setback_sentence, setbacks
+from recover.report.training import Compared, advice, foretold, setback_sentence, setbacks
 from recover.run.context import RunContext, calibration, overlap_record
 from recover.run.directory import RunDirectory
 from recover.run.estimate import Estimate, PlannedFile, estimate, matrix_rate, planned_file, rate_plan, refuse, warnings
@@ -244,6 +244,8 @@ def _after_epoch(context: RunContext, twin: Twin, untrained: MeasureRecord) -> A
     directory, drift = context.directory, _drift_of_epochs(context, twin)
     pruned: Compared = {"measure": untrained, "drift": drift()}
     dumped = context.recipe.model_dump(mode="json")
+    reference: MeasureRecord = read_json(directory.dense / "measure.json")
+    parameters = read_json(directory.prune / "plan.json")["parameters_dense"]
 
     def score(epoch: int, progress: EpochProgress) -> float | None:
         found = _measured_epoch(context, twin, drift)
@@ -261,6 +263,8 @@ def _after_epoch(context: RunContext, twin: Twin, untrained: MeasureRecord) -> A
                 *advice(worse, dumped, _rate(context)),
             ]:
                 console.warn(line)
+            for line in foretold(kl, progress["tokens"], found["measure"], reference, parameters):
+                console.say(f"epoch {epoch}: {line}")
         return found["score"]
 
     return score
