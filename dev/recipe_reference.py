@@ -39,7 +39,7 @@ CONFIGS = [
 CONFIGS += [recipe.SparseGpt]
 CONFIGS += [recipe.Probe, recipe.Train, recipe.DenseText, recipe.PrunedText, recipe.GivenText, recipe.TeacherText]
 CONFIGS += [recipe.Lora, recipe.Loss, recipe.Focus, recipe.StopEarly, recipe.Cache]
-CONFIGS += [recipe.Measure, recipe.Sampling, recipe.Export]
+CONFIGS += [recipe.Measure, recipe.Sampling, recipe.Export, recipe.Deploy]
 DATA = """## Data
 
 Rows: JSONL (`.jsonl`, `.ndjson`), JSON, CSV and TSV, each gzipped too (`.gz`), parquet, Arrow, a folder that `datasets`

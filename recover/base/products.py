@@ -124,6 +124,10 @@ NAMES: dict[str, tuple[str, ...]] = {
     "train": ("train/best.json", "epochs.jsonl"),  # and the files of the epoch that it names
     "after": tuple(f"after/{name}" for name in (*MEASURED, "best.json", "epochs.jsonl")),  # of epochs measured again
     "export": ("verify.json", "speed.json"),  # and those of the checkpoint
+    "deploy": (
+        "gguf/files.json",
+        *(f"gguf/{below}{name}" for below in ("", "dense/") for name in ("model.gguf", *MEASURED[:2])),
+    ),
 }
 OWN_WORDS = ".md"  # a model card is there to be written on
 ALWAYS_HASHED = 64 * 2**20  # bytes; larger files count as unchanged while their size and time are

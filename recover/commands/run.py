@@ -48,7 +48,8 @@ From = Annotated[
     typer.Option(
         "--from",
         metavar="STAGE",
-        help="Do this stage and all after it again: plan, dense, prune, before, train, after, export or report.",
+        help="Do this stage and all after it again: plan, dense, prune, before, train, after, export, deploy (where it "
+        "is asked for) or report.",
     ),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Do every stage again, whatever is done.")]
@@ -70,6 +71,7 @@ def run(
 ) -> None:
     """Do all stages of a recipe: plan, dense, prune, before, train, after, export, report.
 
+    With deploy.quantize a stage deploy comes before the report: a quantized GGUF file, measured.
     What is done and still fits the recipe is skipped; a training that was stopped goes on where it was.
     """
     if fresh and start is not None:
@@ -135,13 +137,14 @@ def _row(run: RunDirectory) -> tuple[Any, ...]:
     name = run.root.name
     try:
         recipe = yaml_values.read(run.recipe)
-        stamps = [stamp for stage in stages.STAGES if (stamp := run.done(stage))]
+        wanted = stages.names(deploy=bool((recipe.get("deploy") or {}).get("quantize")))
+        stamps = [stamp for stage in wanted if (stamp := run.done(stage))]
         found = [_generation(folder / "measure.json") for folder in (run.dense, run.before, run.after)]
     except RecoverError as error:
         return (name, str(error), "", "", "", None, None, None, None)
     last = max((stamp["finished"] for stamp in stamps), default="")
     when = datetime.fromisoformat(last).astimezone().strftime("%Y-%m-%d %H:%M") if last else ""
-    done = "all" if len(stamps) == len(stages.STAGES) else f"{len(stamps)} of {len(stages.STAGES)}"
+    done = "all" if len(stamps) == len(wanted) else f"{len(stamps)} of {len(wanted)}"
     weights = sum(path.stat().st_size for path in run.deploy.glob("*.safetensors"))
     source = str((recipe.get("model") or {}).get("source", ""))
     return (name, Path(source).name, _pruning(recipe), done, when, *found, console.size(weights) if weights else None)
@@ -349,7 +352,8 @@ def _runs_in(folder: Path) -> list[RunDirectory]:
 
 def _listed(run: RunDirectory) -> list[str]:
     """A row of the list of runs: its name, the stages that are done, and those that are not."""
-    names = [stage for stage in stages.STAGES if not stages.OF[stage].always]
+    wanted = stages.names(deploy=run.done("deploy") is not None)
+    names = [stage for stage in wanted if not stages.OF[stage].always]
     done = [stage for stage in names if run.done(stage) is not None]
     return [run.root.name, ", ".join(done) or "–", ", ".join(stage for stage in names if stage not in done) or "–"]
 
@@ -360,6 +364,7 @@ COMMANDS = {
         "recover run recipes/quickstart.yaml prune.count=3 train.lr=1e-3",
         "recover run recipes/quickstart.yaml name=mine 'prune={kind: depth, blocks: [3, 4]}'",
         "recover run recipes/quickstart.yaml --from train",
+        "recover run recipes/quickstart.yaml deploy.quantize=q8_0 deploy.beside=dense",
         "accelerate launch --config_file launch/zero2.yaml -m recover run recipes/quickstart.yaml",
     ),
     quickstart: (

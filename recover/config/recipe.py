@@ -16,13 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError, field_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from recover.base import earlier
 from recover.base.artifacts import JsonObject
 from recover.base.errors import RecipeError
 from recover.config import yaml_values
-from recover.config.base import Config, Dtype, explain
+from recover.config.base import Config, Dtype, Quantized, explain
 from recover.config.loss import Focus, Loss
 from recover.config.prune import (
     Calibrated,
@@ -45,6 +45,7 @@ __all__ = [
     "Config",
     "Data",
     "DenseText",
+    "Deploy",
     "Depth",
     "Dtype",
     "Experts",
@@ -168,6 +169,25 @@ class Export(Config):
         return text
 
 
+class Deploy(Config):
+    """An optional last stage: the export as one quantized GGUF file, measured on the same tasks.
+
+    It is measured from the weights of the file, dequantized, by recover itself.
+    """
+
+    quantize: Quantized | None = Field(default=None, description="type of the file's matrices; null: no such stage")
+    beside: Literal["dense"] | None = Field(
+        default=None,
+        description="measured beside it: the dense model, quantized to the type whose file is nearest in bytes",
+    )
+
+    @model_validator(mode="after")
+    def _beside_something(self) -> Deploy:
+        if self.beside is not None and self.quantize is None:
+            raise ValueError("beside needs a file to stand beside: give quantize too, such as q8_0, or leave it out")
+        return self
+
+
 class Recipe(Config):
     """One complete run."""
 
@@ -181,6 +201,7 @@ class Recipe(Config):
     train: Train
     measure: Measure
     export: Export = Export()
+    deploy: Deploy = Deploy()
     track: tuple[str, ...] = Field(
         default=(),
         description="trackers that get losses, rates, generation and the report, as accelerate names them: "

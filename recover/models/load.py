@@ -97,7 +97,7 @@ class Description(Shape):
 
 def describe(cfg: recipe.Model) -> Description:
     """Sizes of the model without loading a weight (a GGUF file is converted first). Raises ModelError."""
-    config = _config(cfg)
+    config = checked_config(cfg)
     with torch.device("meta"), explained(cfg.source):
         model = AutoModelForCausalLM.from_config(
             config, trust_remote_code=cfg.trust_remote_code, attn_implementation="eager"
@@ -167,7 +167,7 @@ def load_model(cfg: recipe.Model) -> PreTrainedModel:
     Raises ModelError naming the file: missing, corrupt or unsafe files, pickle weights, an unsupported type, tensors
     that are missing, left over or not finite.
     """
-    config = _config(cfg)
+    config = checked_config(cfg)
     folder = locate(cfg)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if size > SAID_BYTES:
@@ -361,7 +361,7 @@ def check_tokenizers(
         )
 
 
-def _config(cfg: recipe.Model) -> PretrainedConfig:
+def checked_config(cfg: recipe.Model) -> PretrainedConfig:
     """The config of a supported type, which is checked before transformers sees it and before weights are fetched."""
     raw = read_config(cfg)
     if wrapper_of(raw) is None:

@@ -13,16 +13,40 @@ from recover.base import artifacts, clock, earlier
 from recover.base.errors import ArtifactError, RecipeError
 from recover.base.products import taken_apart
 from recover.config import yaml_values
-from recover.config.tasks import KINDS
-from recover.maths.score import of_means
+from recover.config.tasks import KINDS, USES
+from recover.maths.score import Change, of_means
 from recover.report import drift, items, verdict, words
 from recover.report import made as making
-from recover.report.data import DivergenceRow, Drift, Epoch, Json, Parted, Plan, Rise, RunData, Sample, Text, Tokens
-from recover.report.run_files import MeasureRecord, Model, Overlap, RateTrials, Records, SampleRecord, Task
+from recover.report.data import (
+    MODELS,
+    DivergenceRow,
+    Drift,
+    Epoch,
+    Json,
+    Lead,
+    Parted,
+    Plan,
+    Rise,
+    RunData,
+    Sample,
+    Served,
+    Text,
+    Tokens,
+)
+from recover.report.run_files import (
+    FOLDERS,
+    MeasureRecord,
+    Model,
+    Overlap,
+    RateTrials,
+    Records,
+    SampleRecord,
+    Task,
+    Use,
+)
 from recover.report.training import FEW_ITEMS, curve, foretold
 
 SCHEMA = 1
-MEASURE_FOLDER: dict[Model, str] = {"dense": "dense", "pruned": "before", "recovered": "after"}
 DRIFT_FOLDER = {"pruned": "before", "recovered": "after"}
 
 # What a missing file leaves unknown.
@@ -30,6 +54,8 @@ CONSEQUENCES = {
     "dense/measure.json": "the dense model is not measured",
     "before/measure.json": "the pruned model is not measured",
     "after/measure.json": "the recovered model is not measured",
+    "gguf/measure.json": "the deployed file is not measured",
+    "gguf/dense/measure.json": "the dense model of as many bytes is not measured",
     "before/probe.json": "drift of the pruned model is not measured",
     "after/probe.json": "drift of the recovered model is not measured",
     "prune/plan.json": "nothing was pruned yet",
@@ -50,7 +76,9 @@ def collect(root: Path) -> RunData:
 
 def _collect(root: Path) -> RunData:
     recipe = _recipe(root)
-    records: Records = {model: _json(root / folder / "measure.json") for model, folder in MEASURE_FOLDER.items()}
+    shown = models_of(recipe)
+    records: Records = {model: _json(root / FOLDERS[model] / "measure.json") for model in shown}
+    unasked = {f"{FOLDERS[model]}/measure.json" for model in MODELS if model not in shown}
     plan = _json(root / "prune" / "plan.json")
     again = root / "after" / "epochs.jsonl"  # of a run whose epochs were measured again
     epochs = _epochs(again if (root / "after" / "best.json").is_file() and again.is_file() else root / "epochs.jsonl")
@@ -63,7 +91,9 @@ def _collect(root: Path) -> RunData:
         "name": recipe.get("name") or root.name,
         "recipe": recipe,
         "missing": [
-            {"file": file, "means": text} for file, text in CONSEQUENCES.items() if not (root / file).is_file()
+            {"file": file, "means": text}
+            for file, text in CONSEQUENCES.items()
+            if file not in unasked and not (root / file).is_file()
         ],
         "mixed": [*making.mixed(made), *left_out],
         "provenance": {"env": _json(root / "env.json"), "deployed": _json(root / "deploy" / "recover.json")},
@@ -79,6 +109,7 @@ def _collect(root: Path) -> RunData:
         "tokens": _tokens_used(epochs),
         "speed": _json(root / "speed.json"),
         "verify": _json(root / "verify.json"),
+        "served": _served(root, records),
         "times": clock.spent(root),
         "made": made,
         "measured_later": [record["task"] for record in more],
@@ -98,6 +129,36 @@ def _collect(root: Path) -> RunData:
     data["title"], data["summary"] = verdict.title(data), verdict.summary(data)
     data["limits"] = [*known_limits(data), *where_programs_ran(records)]
     return words.jsonable(data)
+
+
+def models_of(recipe: Json) -> list[Model]:
+    """The models that a run of this recipe measures, in the order of the page."""
+    cfg = recipe.get("deploy") or {}
+    asked = {"deployed": cfg.get("quantize"), "alternative": cfg.get("beside")}
+    return [model for model in MODELS if asked.get(model, True)]
+
+
+def _served(root: Path, records: Records) -> Served | None:
+    """None where stage deploy was not asked for, or is not done."""
+    files = _json(root / FOLDERS["deployed"] / "files.json")
+    if "deployed" not in records or files is None:
+        return None
+    deployed, alternative = (((records.get(model) or {}).get("tasks") or {}) for model in ("deployed", "alternative"))
+    lead: dict[Use, Lead] = {}
+    for use in USES:
+        names = [name for name, task in deployed.items() if task["kind"] in KINDS and KINDS[task["kind"]].use == use]
+        change = _paired([(alternative.get(name), deployed[name]) for name in names])
+        if change is not None:
+            better: Model | None = "deployed" if change.rose else "alternative" if change.fell else None
+            lead[use] = {"value": change.value, "interval": [change.low, change.high], "better": better}
+    return {"files": {model: file for model, file in files.items() if model in records}, "lead": lead}
+
+
+def _paired(pairs: list[tuple[Task | None, Task]]) -> Change | None:
+    """None where one of the tasks was not measured of both on the same items."""
+    each = [((was or {}).get("each") or [], now.get("each") or []) for was, now in pairs]
+    same = bool(each) and all(len(was) == len(now) for was, now in each)
+    return of_means(each) if same else None
 
 
 def _joined(records: Records, more: list[Json]) -> Records:
@@ -222,10 +283,7 @@ def _rise(before: Json, now: Json) -> Rise | None:
     """None where the two epochs were not measured on the same items, or their records do not hold them."""
     tasks = [(record.get("measure") or {}).get("tasks") or {} for record in (before, now)]
     names = [name for name, task in tasks[1].items() if task["kind"] in KINDS and _generates(task["kind"])]
-    pairs = [[(each.get(name) or {}).get("each") or [] for each in tasks] for name in names]
-    if not pairs or any(len(was) != len(is_now) for was, is_now in pairs):
-        return None
-    change = of_means([(was, is_now) for was, is_now in pairs])
+    change = _paired([(tasks[0].get(name), tasks[1][name]) for name in names])
     if change is None:
         return None
     tokens = [words.finite(record.get("tokens")) for record in (before, now)]
@@ -275,6 +333,11 @@ def _plan_summary(plan: Json | None) -> Plan | None:
     return cast(Plan, {**{key: value for key, value in plan.items() if key != "masks"}, **summed})
 
 
+def others(records: Records) -> list[Model]:
+    """The models that are held against dense."""
+    return [model for model in records if model != "dense"]
+
+
 def side_by_side(records: Records) -> list[Sample]:
     """One entry a task and prompt: {task, kind, expected, prompt, dense, pruned, recovered: text or None}."""
     found: dict[tuple[str, str], Sample] = {}
@@ -286,7 +349,7 @@ def side_by_side(records: Records) -> list[Sample]:
                 expected = sample.get("expected")
                 entry["expected"] = None if expected is None else words.clean(expected)
                 entry[model] = _text(sample)
-    return [_with_differences(entry) for entry in found.values()]
+    return [_with_differences(entry, records) for entry in found.values()]
 
 
 def _text(sample: SampleRecord) -> Text:
@@ -295,10 +358,10 @@ def _text(sample: SampleRecord) -> Text:
     return {"text": shown, "answer": None if answer is None else words.clean(answer), "correct": sample.get("correct")}
 
 
-def _with_differences(entry: Sample) -> Sample:
-    """Adds to each text of pruned and recovered the word at which it leaves dense, with the text before and after."""
+def _with_differences(entry: Sample, records: Records) -> Sample:
+    """Adds to each text of the other models the word at which it leaves dense, with the text before and after."""
     dense = entry.setdefault("dense", None)
-    for model in ("pruned", "recovered"):
+    for model in others(records):
         text = entry.setdefault(model, None)
         if text is None or dense is None:
             continue
@@ -315,11 +378,9 @@ def divergence(records: Records) -> list[DivergenceRow]:
     ]
     rows = []
     for name in names:
-        row: DivergenceRow = {"task": name, "pruned": None, "recovered": None}
-        for model in ("pruned", "recovered"):
-            task = ((records.get(model) or {}).get("tasks") or {}).get(name) or {}
-            row[model] = _parted(cast(Task, task)) if task else None
-        rows.append(row)
+        tasks = {model: ((records.get(model) or {}).get("tasks") or {}).get(name) for model in others(records)}
+        parted = {model: _parted(task) if task else None for model, task in tasks.items()}
+        rows.append(cast(DivergenceRow, {"task": name, "pruned": None, "recovered": None, **parted}))
     return rows
 
 

@@ -15,8 +15,8 @@ from recover.base.products import taken_apart
 from recover.config import tasks
 from recover.maths import score
 from recover.report import items, render, words
-from recover.report.collect import collect
-from recover.report.data import CHANGED, MODELS, ComparedRun, Comparison, Curve, Json, Paired, RunData
+from recover.report.collect import collect, models_of
+from recover.report.data import CHANGED, ComparedRun, Comparison, Curve, Json, Paired, RunData
 from recover.report.exhibits import Exhibit
 from recover.report.figures.compare import courses, losses, share_cell, trade, ways
 from recover.report.run_files import Model
@@ -342,7 +342,7 @@ def paper_table(roots: Sequence[Path]) -> tuple[list[str], list[list[str | float
     rows, seen = [], set()
     for data in found:
         wholes = _one_text([data["recipe"].get("model"), _rules(data["recipe"].get("measure") or {})])
-        for model in MODELS:
+        for model in models_of(data["recipe"]):
             if model == "dense" and wholes in seen:
                 continue
             rows.append([*_model_cells(data, model), *_figure_cells(data, model, mains)])
@@ -352,15 +352,20 @@ def paper_table(roots: Sequence[Path]) -> tuple[list[str], list[list[str | float
 
 def _model_cells(data: RunData, model: Model) -> list[str | float | None]:
     plan: Json = cast(Json, data["plan"] or {})
-    tokens = (data["tokens"] or {}).get("kept") if model == "recovered" else None
-    return [data["name"], model, plan.get("parameters_dense" if model == "dense" else "parameters_pruned"), tokens]
+    tokens = (data["tokens"] or {}).get("kept") if model in ("recovered", "deployed") else None
+    return [
+        data["name"],
+        model,
+        plan.get("parameters_dense" if model in ("dense", "alternative") else "parameters_pruned"),
+        tokens,
+    ]
 
 
 def _figure_cells(data: RunData, model: Model, mains: list[tuple[str, str]]) -> list[str | float | None]:
     rows = {(row["task"], row["label"]): row for row in data["measures"] if row["main"]}
     found: list[str | float | None] = []
     for main in mains:
-        cell = rows[main][model] if main in rows else None
+        cell = rows[main].get(model) if main in rows else None
         found += [cell["value"], *(cell["interval"] or (None, None))] if cell else [None, None, None]
     return found
 

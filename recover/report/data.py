@@ -13,6 +13,8 @@ from typing_extensions import TypedDict
 from recover.base.artifacts import JsonObject as Json
 from recover.base.clock import StageTime
 from recover.report.run_files import (
+    FOLDERS,
+    DeployedFile,
     Model,
     Overlap,
     Quantiles,
@@ -29,7 +31,7 @@ from recover.report.run_files import (
 Changed = Literal["pruned", "recovered"]
 Space = Literal["embedding", "logit", "probability"]
 
-MODELS: tuple[Model, ...] = ("dense", "pruned", "recovered")
+MODELS: tuple[Model, ...] = tuple(FOLDERS)
 CHANGED: tuple[Changed, ...] = ("pruned", "recovered")
 SPACES: tuple[Space, ...] = ("embedding", "logit", "probability")
 
@@ -74,6 +76,8 @@ class MeasureRow(TypedDict):
     dense: Cell | None
     pruned: Cell | None
     recovered: Cell | None
+    deployed: NotRequired[Cell | None]
+    alternative: NotRequired[Cell | None]
     kept: dict[str, float | None]
 
 
@@ -93,6 +97,8 @@ class Answer(TypedDict):
 class Verdict(TypedDict):
     pruned: dict[Use, Answer]
     recovered: dict[Use, Answer]
+    deployed: NotRequired[dict[Use, Answer]]
+    alternative: NotRequired[dict[Use, Answer]]
     thresholds: dict[str, float]
 
 
@@ -116,6 +122,8 @@ class Sample(TypedDict, total=False):
     dense: Text | None
     pruned: Text | None
     recovered: Text | None
+    deployed: Text | None
+    alternative: Text | None
 
 
 class Mistakes(TypedDict):
@@ -157,7 +165,7 @@ class Exchanged(TypedDict):
 
     task: str
     kind: str
-    model: Changed
+    model: Model
     items: int
     right: int
     lost: int
@@ -190,6 +198,8 @@ class DivergenceRow(TypedDict):
     task: str
     pruned: Parted | None
     recovered: Parted | None
+    deployed: NotRequired[Parted | None]
+    alternative: NotRequired[Parted | None]
 
 
 # Drift.
@@ -412,6 +422,24 @@ class Made(TypedDict):
     stages: dict[str, str | None]
 
 
+class Lead(TypedDict):
+    """A figure of the deployed file less that of the alternative, on the same items, with its 95% interval.
+
+    `better`: which of the two is, beyond noise; None where the items do not tell.
+    """
+
+    value: float
+    interval: list[float]
+    better: Model | None
+
+
+class Served(TypedDict):
+    """The files of stage deploy, by model, and who of the two is better for which use."""
+
+    files: dict[Model, DeployedFile]
+    lead: dict[Use, Lead]
+
+
 # Pages.
 
 
@@ -434,6 +462,7 @@ class PageData(TypedDict):
     divergence: list[DivergenceRow]
     times: list[StageTime]
     made: list[Made]
+    served: Served | None
 
 
 class Gap(TypedDict):

@@ -18,7 +18,9 @@ from recover.report.figures import curve, drift, outcome, plan
 from recover.report.figures.figure import Figure
 from recover.report.figures.plan import PART_NAMES
 from recover.report.items import FORM
+from recover.report.run_files import Model
 from recover.report.tables import Table
+from recover.report.verdict import against_alternative
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,17 @@ TEXT_TERMS = (
     ("greedy", "each token is the likeliest one; drawn or sampled: picked at random by its probability"),
     ("dense words, own words", "the text read so far is the dense model's, or the model's own"),
 )
+# Models that not every run has, with what they are.
+FURTHER: dict[Model, str] = {
+    "deployed": "the recovered model as the quantized file that is served; its weights, dequantized, were measured",
+    "alternative": "the dense model quantized to about as many bytes as the deployed file: served without pruning",
+}
 RUN = (
     Section(
         "measures",
         "What was measured",
         "What was measured",
-        "All three models had the same items, prompts and decoding. Brackets are 95% intervals.",
+        "All models had the same items, prompts and decoding. Brackets are 95% intervals.",
         terms=(
             ("dense, pruned, recovered", "the model as given; with parts taken out; pruned and trained again"),
             ("kept", "share of the dense figure; where guessing scores too, of what dense does above chance"),
@@ -158,6 +165,7 @@ EXHIBITS: list[Exhibit] = [
     Exhibit("pruned", "plan", plan.pruned, numbers=True),
     Exhibit("pruned", "removed", tables.removed),
     Exhibit("pruned", "repair", tables.repair),
+    Exhibit("deploy", "served", tables.served),
     Exhibit("origin", "times", tables.times),
     Exhibit("origin", "stages", tables.stages),
     Exhibit("origin", "inputs", tables.inputs),
@@ -190,6 +198,8 @@ def key_findings(data: PageData) -> list[Point]:
     first = next(iter(data["drift"]))
     found = [_gain(data), _rising(data), _where(data, first), _how(data, first), _when(data), _compounds(data)]
     found += [_fails(data), _chooses(data)]
+    if (told := against_alternative(data)) is not None:
+        found.insert(0, ("Is quantizing alone better?", told, "deploy"))
     return [point for point in found if point is not None]
 
 

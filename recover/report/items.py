@@ -12,11 +12,10 @@ from recover.base import artifacts
 from recover.maths import score
 from recover.report import words
 from recover.report.data import CHANGED, ChangedItem, Example, Exchanged, Mistakes, PageData, RunData, Text
-from recover.report.run_files import MeasureRecord, Model, Overlap, OverlapRecord, Records, Task
+from recover.report.run_files import FOLDERS, MeasureRecord, Model, Overlap, OverlapRecord, Records, Task
 from recover.report.tables import Table
 
 MOST = 60  # items of a task that are shown, of those lost and of those won
-FOLDERS: dict[Model, str] = {"dense": "dense", "pruned": "before", "recovered": "after"}
 
 Rows = dict[str, list[dict[str, object]]]  # generations.json: task -> {"text", "prompt", "expected"} of each item
 
@@ -30,7 +29,9 @@ def exchanged(root: Path, records: Records) -> list[Exchanged]:
     texts = {model: _generations(root / folder) for model, folder in FOLDERS.items() if model in ("dense", last)}
     found: list[Exchanged] = []
     for name, dense in ((records.get("dense") or {}).get("tasks") or {}).items():
-        for model in CHANGED:
+        for model in records:
+            if model == "dense":
+                continue
             other = ((records.get(model) or {}).get("tasks") or {}).get(name)
             before, now = _right(dense), _right(other)
             if before is None or now is None or len(before) != len(now):

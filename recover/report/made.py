@@ -18,7 +18,10 @@ from recover.report import words
 from recover.report.data import Json, Made, PageData
 
 # Stages that made what is shown, in their order, and the folder in which each leaves its stamp.
-FOLDERS = {name: name for name in ("dense", "prune", "before", "train", "after")} | {"export": "deploy"}
+FOLDERS = {name: name for name in ("dense", "prune", "before", "train", "after")} | {
+    "export": "deploy",
+    "deploy": "gguf",
+}
 SHOWN_FIELDS = 3  # of a difference, in one sentence
 DIGITS = 12  # of a digest
 LIBRARIES = ("torch", "transformers")  # named in the table; all are in report.json
@@ -31,7 +34,10 @@ def made(root: Path, recipe: Json) -> list[Made]:
     `differs`: the fields that are not those of `recipe`, as `prune.count: 4, and 7 in recipe.yaml`.
     """
     found: list[Made] = []
+    asked = (recipe.get("deploy") or {}).get("quantize") is not None
     for stage, folder in FOLDERS.items():
+        if stage == "deploy" and not asked:  # done for an earlier recipe; nothing of it is shown
+            continue
         stamp = earlier.stamp(peek(earlier.place(root, folder) / DONE))
         fingerprint = stamp.get("fingerprint") if isinstance(stamp, dict) else None
         if not isinstance(stamp, dict) or not isinstance(fingerprint, dict):

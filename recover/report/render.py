@@ -122,7 +122,8 @@ def _view(data: RunData) -> dict[str, Any]:
         "data": data,
         **exhibited(data, sections),
         "terms": list(dict(term for section in sections for term in section.terms).items()),
-        "models": ("dense", "pruned", "recovered"),
+        "models": tuple(data["headline"]),
+        "judged": verdict.judged(data),
         "questions": [(use.name, use.question) for use in tasks.USES.values()],
         "unmeasured": verdict.unmeasured(data["verdict"]),
         "signs": SIGNS,
@@ -147,7 +148,8 @@ def _of_run(section: Section, data: RunData) -> Section:
         return replace(section, intro=_recovery(data))
     if section.key == "measures":
         measured = {row["label"]: row["meaning"] for row in data["measures"] if row["meaning"]}
-        return replace(section, terms=(*section.terms, *measured.items()))
+        further = [(model, what) for model, what in exhibits.FURTHER.items() if model in data["headline"]]
+        return replace(section, terms=(*section.terms, *further, *measured.items()))
     return section
 
 
@@ -275,6 +277,7 @@ def collect_diagnosis(folder: Path) -> DiagnosisData:
         "times": [],
         "made": [],
         "headline": dict.fromkeys(MODELS),
+        "served": None,
     }
     return words.jsonable(data)
 

@@ -13,7 +13,16 @@ from typing_extensions import TypedDict
 from recover.base.artifacts import JsonObject as Json
 
 Use = str
-Model = Literal["dense", "pruned", "recovered"]
+Model = Literal["dense", "pruned", "recovered", "deployed", "alternative"]
+# Where the record of each model lies. The last two are of stage `deploy`: the export as a quantized file, and the dense
+# model quantized to about as many bytes, which would be served without pruning.
+FOLDERS: dict[Model, str] = {
+    "dense": "dense",
+    "pruned": "before",
+    "recovered": "after",
+    "deployed": "gguf",
+    "alternative": "gguf/dense",
+}
 Quantiles = dict[str, float | None]
 
 
@@ -56,6 +65,14 @@ class MeasureRecord(TypedDict):
     headline: dict[str, float | None]
     seconds: NotRequired[float]
     tokens_per_second: NotRequired[float | None]
+
+
+class DeployedFile(TypedDict):
+    """One file of gguf/files.json: where it lies in the run, the type of its matrices, its bytes."""
+
+    path: str
+    quantize: str
+    bytes: int
 
 
 class GreedyText(TypedDict):

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from recover.config.tasks import USES
 from recover.report import made, words
-from recover.report.data import CHANGED, PageData, Parted, RetrievalDrift
+from recover.report.data import MODELS, PageData, Parted, RetrievalDrift
 from recover.report.drift import by_model, mean_of, spread
 
 DRIFT_NAMES = {
@@ -73,10 +74,11 @@ def floor(data: PageData) -> str:
 def divergence(data: PageData) -> Table | None:
     """Per generative task: how many texts never leave dense's, and the token by which half and nine tenths have."""
     rows = []
+    models = [model for model in MODELS if any(model in row for row in data["divergence"])]
     for row in data["divergence"]:
         cells: list[str] = []
-        for model in ("pruned", "recovered"):
-            parted = row[model]
+        for model in models:
+            parted = row.get(model)
             if parted is None:
                 cells += [words.NOT_MEASURED] * 4
                 continue
@@ -90,8 +92,32 @@ def divergence(data: PageData) -> Table | None:
         "all texts have left it; “never” where fewer do."
     )
     names = ("never", "50% by", "90% by", "tokens equal")
-    columns = [(f"{model}, {name}" if name == "never" else name, model) for model in CHANGED for name in names]
+    columns = [(f"{model}, {name}" if name == "never" else name, model) for model in models for name in names]
     return Table("Where texts leave dense", caption, (("task", ""), *columns), rows)
+
+
+def served(data: PageData) -> Table | None:
+    """The files of stage deploy: type, bytes, and how well each does."""
+    found = data["served"]
+    if found is None:
+        return None
+    uses = [use for use in USES if any((data["headline"][model] or {}).get(use) for model in found["files"])]
+    rows: list[tuple[Any, ...]] = [
+        (
+            model,
+            file["path"],
+            file["quantize"],
+            words.size(file["bytes"]),
+            *(words.percent(((data["headline"][model] or {}).get(use) or {}).get("value"), 1) for use in uses),
+        )
+        for model, file in found["files"].items()
+    ]
+    caption = (
+        "Measured by recover from the weights of the file, dequantized, with the file's own tokenizer. The kernels of "
+        "llama.cpp round a little differently."
+    )
+    names = ("model", "file", "type", "bytes", *uses)
+    return Table("The files that are served", caption, tuple((name, "") for name in names), rows, numbers=3)
 
 
 def _by(parted: Parted, share: Literal["p50", "p90"]) -> str:

@@ -1,4 +1,4 @@
-"""What came of it: three columns - dense, pruned, recovered - for every measure, the headline figures, and the verdict.
+"""What came of it: a column a model - dense, pruned, recovered - for every measure, the headline figures, the verdict.
 
 Fit for choice? for generation? for retrieval? - answered from numbers, with the number beside every answer. All
 thresholds of the report are here. A grade is read off the share of the dense model's score that is kept:
@@ -26,7 +26,20 @@ from recover.base import console
 from recover.config import tasks
 from recover.config.tasks import KINDS, USES, Figure, headline_figures
 from recover.report import items, words
-from recover.report.data import CHANGED, Answer, Cell, Headline, Json, MeasureRow, RunData, UseFigure, Verdict
+from recover.report.data import (
+    CHANGED,
+    MODELS,
+    Answer,
+    Cell,
+    Headline,
+    Json,
+    Lead,
+    MeasureRow,
+    PageData,
+    RunData,
+    UseFigure,
+    Verdict,
+)
 from recover.report.run_files import MeasureRecord, Model, Records, Task, Use
 
 
@@ -44,7 +57,7 @@ def measure_rows(records: Records) -> list[MeasureRow]:
                 continue
             items = next((task.get("items") for record in records.values() if (task := _task(record, name))), None)
             chance = words.finite((_task(records["dense"], name) or {}).get("chance")) or 0.0
-            kept = {model: _kept(cells[model], cells["dense"], metric, chance) for model in ("pruned", "recovered")}
+            kept = {model: _kept(cells[model], cells["dense"], metric, chance) for model in cells if model != "dense"}
             row = {"task": name, "kind": kind, "items": items, **asdict(metric), **cells, "kept": kept}
             found.append(cast(MeasureRow, row))
     return found
@@ -152,6 +165,7 @@ def _mean_of_tasks(tasks: dict[str, Task]) -> UseFigure | None:
 
 
 KEPT_YES = 0.95
+NEAR_BYTES = 0.1  # of the deployed file's: two files count as equally large
 KEPT_CARE = 0.80
 DENSE_FLOOR = 0.05
 LOSABLE: tuple[Use, ...] = ("choice", "retrieval")
@@ -161,7 +175,7 @@ THRESHOLDS = {"yes": KEPT_YES, "with care": KEPT_CARE, "dense floor": DENSE_FLOO
 
 
 def verdict(headline: dict[str, Headline | None]) -> Verdict:
-    """{pruned|recovered: {use: {grade, reason, value, dense, kept, interval, certain}}, thresholds}."""
+    """{model: {use: {grade, reason, value, dense, kept, interval, certain}}, thresholds}, of each model but dense."""
 
     def answers(model: Model) -> dict[Use, Answer]:
         return {
@@ -169,7 +183,17 @@ def verdict(headline: dict[str, Headline | None]) -> Verdict:
             for use in tasks.USES
         }
 
-    return {"pruned": answers("pruned"), "recovered": answers("recovered"), "thresholds": THRESHOLDS}
+    found: Verdict = {"pruned": answers("pruned"), "recovered": answers("recovered"), "thresholds": THRESHOLDS}
+    if "deployed" in headline:
+        found["deployed"] = answers("deployed")
+    if "alternative" in headline:
+        found["alternative"] = answers("alternative")
+    return found
+
+
+def judged(data: RunData) -> list[Model]:
+    """The models that have a verdict: all but dense, in the order of the page."""
+    return [model for model in MODELS if model != "dense" and model in data["verdict"]]
 
 
 def _use_figure(headline: dict[str, Headline | None], model: str, use: Use) -> UseFigure | None:
@@ -272,9 +296,37 @@ def title(data: RunData) -> str:
 
 
 def summary(data: RunData) -> str:
-    """What was done and what it did, in one sentence made of measured figures."""
+    """What was done and what it did, in one sentence made of measured figures; one more on what is served."""
     left = _what_pruning_left(data["verdict"]["pruned"])
-    return f"{words.plan_subject(data['plan'])} {left}; {_what_recovery_did(data)}."
+    done = f"{words.plan_subject(data['plan'])} {left}; {_what_recovery_did(data)}."
+    return " ".join(filter(None, (done, against_alternative(data))))
+
+
+def against_alternative(data: PageData) -> str | None:
+    """Which of the two files serves better, use by use, in words; None where there is nothing to compare."""
+    served = data["served"]
+    deployed, other = ((served or {"files": {}})["files"].get(model) for model in ("deployed", "alternative"))
+    if served is None or deployed is None or other is None or not served["lead"]:
+        return None
+    ratio = other["bytes"] / deployed["bytes"]
+    near = abs(ratio - 1) <= NEAR_BYTES
+    files = f"the deployed file ({deployed['quantize']}, {words.size(deployed['bytes'])})"
+    dense = f"dense quantized to {other['quantize']} ({words.size(other['bytes'])})"
+    told = "; ".join(_lead(use, lead) for use, lead in served["lead"].items())
+    at = "At about as many bytes" if near else f"At ×{ratio:.2f} the bytes, no type being nearer"
+    better = {lead["better"] for lead in served["lead"].values()}
+    end = " Quantizing without pruning serves better here." if near and better == {"alternative"} else ""
+    return f"{at}, {dense} against {files}: {told}.{end}"
+
+
+def _lead(use: Use, lead: Lead) -> str:
+    sign = -1 if lead["better"] == "alternative" else 1
+    low, high = sorted(sign * bound for bound in lead["interval"])
+    by = f"{words.points(sign * lead['value'])} points [{words.points(low)}, {words.points(high)}]"
+    if lead["better"] is None:
+        return f"{use} of the two is not told apart (deployed less alternative: {by})"
+    whose = "the deployed file" if lead["better"] == "deployed" else "the quantized dense model"
+    return f"{use} of {whose} is better by {by}"
 
 
 def _what_pruning_left(answers: dict[Use, Answer]) -> str:
@@ -367,14 +419,19 @@ def print_end(data: RunData, root: Path) -> None:
     """Print the end of a run: figures, verdict, where the model lies and where to read on."""
     print_headline(data)
     console.say(f"[bold]{data['title']}.[/bold]")
-    grades = {use: data["verdict"]["recovered"][use]["grade"] for use in USES}
-    fit = [f"{use}: {grade}" for use, grade in grades.items() if grade != "not measured"]
-    if fit:
-        console.say(f"recovered, fit for {', '.join(fit)}")
+    for model in judged(data):
+        grades = {use: answer["grade"] for use, answer in data["verdict"].get(model, {}).items()}
+        fit = [f"{use}: {grade}" for use, grade in grades.items() if grade != "not measured"]
+        if fit and model != "pruned":
+            console.say(f"{model}, fit for {', '.join(fit)}")
+    if told := against_alternative(data):
+        console.say(told)
     for found in data["overlap"] or ():
         console.warn(items.overlap_sentence(found))
     if (root / "deploy").is_dir():
         console.say(f"model:  {root / 'deploy'}")
+    for model, file in (data["served"] or {"files": {}})["files"].items():
+        console.say(f"{'file' if model == 'deployed' else model}:   {root / file['path']}")
     console.say(f"report: {root / 'report.html'} (the same as .md and .json)")
 
 

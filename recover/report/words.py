@@ -69,6 +69,11 @@ def _superscript(exponent: int) -> str:
     return str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
+def points(share: float) -> str:
+    """A difference of shares in points, with a true minus."""
+    return f"{100 * share:.1f}".replace("-", "−")
+
+
 def count(value: Any) -> str:
     """A count in short form: 950, 200k, 1.6M, 7B."""
     x = finite(value)
@@ -305,8 +310,8 @@ def speed_notes(speed: Speed | None) -> list[str]:
         return []
     work = speed["workload"]
     found = [
-        f"{speed['repeats']} repeats, dense and deployed by turns: medians with p10 and p90, ratios taken within each "
-        f"repeat. {work['batch_size']} sequences at once, prompts of {work['prompt_length']} tokens, "
+        f"{speed['repeats']} repeats, dense and the export by turns: medians with p10 and p90, ratios taken within "
+        f"each repeat. {work['batch_size']} sequences at once, prompts of {work['prompt_length']} tokens, "
         f"{work['steps']} tokens decoded."
     ]
     if speed.get("same_shapes"):
@@ -316,5 +321,5 @@ def speed_notes(speed: Speed | None) -> list[str]:
         )
     dtypes = [speed[side].get("dtype") for side in SIDES]
     if dtypes[0] != dtypes[1]:
-        found.append(f"Dense is {dtypes[0]}, deployed {dtypes[1]}: the ratios hold the change of type as well.")
+        found.append(f"Dense is {dtypes[0]}, the export {dtypes[1]}: the ratios hold the change of type as well.")
     return found

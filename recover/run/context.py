@@ -116,6 +116,11 @@ class RunContext:
         self._twin = None
         gc.collect()
 
+    def forget(self) -> None:
+        """Forget the dense weights too: another model will be read."""
+        self._held = None
+        self.release()
+
     def lend(self) -> Twin:
         """The pruned twin, to be trained: it will carry adapters that no later stage asked for, and is forgotten here.
 

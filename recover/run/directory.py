@@ -52,6 +52,8 @@ WRITTEN = {
     },
     "after": rf"best\.json|{MEASURED}",
     "deploy": STAMP,
+    "gguf": rf"model\.gguf|files\.json|{MEASURED}",
+    "gguf/dense": rf"model\.gguf|{MEASURED}",
     "report": STAMP,
     "track": r"run\.json",
     "more": r"[A-Za-z0-9][A-Za-z0-9._-]*\.json",
@@ -98,6 +100,8 @@ class RunDirectory:
         self.plan, self.dense, self.prune = root / "plan", root / "dense", root / "prune"
         self.before, self.train, self.after = root / "before", earlier.place(root, "train"), root / "after"
         self.deploy, self.report = root / "deploy", root / "report"
+        # Of stage deploy: model.gguf and how it was made, and in `dense` the quantized dense model beside it.
+        self.gguf = root / "gguf"
         # Of the epochs as they were measured again later, in another way than training did.
         self.epochs_again, self.best_again = root / "after" / "epochs.jsonl", root / "after" / "best.json"
         self.epochs, self.verify, self.speed = root / "epochs.jsonl", root / "verify.json", root / "speed.json"
@@ -108,7 +112,7 @@ class RunDirectory:
 
     def folder(self, stage: str) -> Path:
         """Where a stage writes, and where its stamp lies."""
-        return {"export": self.deploy, "train": self.train}.get(stage, self.root / stage)
+        return {"export": self.deploy, "deploy": self.gguf, "train": self.train}.get(stage, self.root / stage)
 
     def refuse_foreign(self) -> None:
         """Raise ArtifactError, with nothing written, if the folder holds something and is no run of ours."""

@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from recover.base import dist, memory
 from recover.base.artifacts import JsonObject
-from recover.base.errors import PruneError, RecipeError, TrainingError
+from recover.base.errors import ExportError, PruneError, RecipeError, TrainingError
 from recover.config.defaults import Chosen, Facts, row_tokens, settled
 from recover.config.recipe import PrunedText, Recipe, Train
-from recover.models.load import Description, describe
-from recover.models.source import exported_dtype
+from recover.export.gguf.family import refuse as refuse_family
+from recover.export.gguf.family import refuse_type
+from recover.export.gguf.write import QUANTIZED, nearest, planned_bytes, vocabulary
+from recover.models.load import Description, checked_config, describe
+from recover.models.source import exported_dtype, read_config
 from recover.prune.registry import Cost, pruner_of
 from recover.train.settings import refuse_averaging_shares, refuse_sharding_twice, split_batch
 from recover.train.trials import planned
@@ -173,6 +177,44 @@ def matrix_rate() -> float:
     return products * 2 * size**3 / (time.perf_counter() - started)
 
 
+class PlannedFile(TypedDict):
+    """The file of stage deploy, and of the dense model beside it; bytes of weights."""
+
+    quantize: str
+    bytes: int
+    beside: NotRequired[str]
+    beside_bytes: NotRequired[int]
+
+
+def planned_file(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, figures: Estimate) -> PlannedFile | None:
+    """What stage deploy will write; None where it is not asked for.
+
+    Raises RecipeError, naming the field, for a model that is not written as GGUF.
+    """
+    cfg = recipe.deploy
+    if cfg.quantize is None:
+        return None
+    model = describe(recipe.model)
+    try:
+        where = recipe.model.source
+        refuse_type(str(read_config(recipe.model).get("model_type")), where)  # of a wrapper, which is exported as one
+        config = checked_config(recipe.model)
+        refuse_family(config, where)
+        vocabulary(tokenizer, model.vocabulary, [])
+    except ExportError as error:
+        raise RecipeError(f"deploy.quantize: {error}. Leave it out, and convert the export by another tool") from None
+    ends = model.embedding_parameters
+    kept = (figures["parameters_pruned"] - ends) / (model.parameters - ends)
+    parts = {each: planned_bytes(config, each) for each in QUANTIZED}
+    head, rest = parts[cfg.quantize]
+    found: PlannedFile = {"quantize": cfg.quantize, "bytes": round(head + rest * kept)}
+    if cfg.beside is not None:
+        sizes = {each: sum(both) for each, both in parts.items()}
+        beside = nearest(sizes, found["bytes"])
+        found["beside"], found["beside_bytes"] = beside, sizes[beside]
+    return found
+
+
 class Estimate(TypedDict):
     """Sizes, tokens, seconds and bytes that a run will need, in plan/estimate.json."""
 
@@ -194,6 +236,7 @@ class Estimate(TypedDict):
     matrix_rate_flops: float
     processes: int
     auto: NotRequired[list[JsonObject]]
+    gguf: NotRequired[PlannedFile]
 
 
 def estimate(recipe: Recipe, model: Description, rate: float) -> Estimate:

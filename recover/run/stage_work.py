@@ -11,6 +11,7 @@ from typing import TypedDict
 import torch
 import transformers
 from torch import LongTensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recover import __version__
 from recover.base import artifacts, console, dist, process, provenance
@@ -29,15 +30,16 @@ from recover.base.journal import Journal
 from recover.config import recipe as recipes
 from recover.config.base import Dtype
 from recover.config.recipe import Model, Recipe, dump_recipe, without_folders
+from recover.export.gguf.write import nearest, quantized_bytes, write_gguf
 from recover.export.merge import merge
 from recover.export.verify import fresh_process, verify, write_expected
 from recover.export.write import card, write_checkpoint
 from recover.measure.model import Generations
 from recover.measure.speed import compare_speed
 from recover.measure.tasks import measure
-from recover.models.load import describe, load_model, ready
+from recover.models.load import describe, load_model, load_tokenizer, ready
 from recover.models.plan import save_plan
-from recover.models.source import code_of, exported_dtype, stored_dtype
+from recover.models.source import code_of, exported_dtype, locate, stored_dtype
 from recover.models.twin import Twin
 from recover.probe.probe import dense_trajectories, final_drift, probe
 from recover.probe.records import summary
@@ -49,6 +51,7 @@ from recover.report.collect import collect
 from recover.report.render import render
 from recover.report.run_files import (
     Best,
+    DeployedFile,
     EpochDrift,
     EpochLine,
     EpochMeasured,
@@ -60,7 +63,7 @@ from recover.report.run_files import (
 from recover.report.training import Compared, advice, foretold, setback_sentence, setbacks
 from recover.run.context import RunContext, calibration, overlap_record
 from recover.run.directory import RunDirectory
-from recover.run.estimate import Estimate, estimate, matrix_rate, rate_plan, refuse, warnings
+from recover.run.estimate import Estimate, PlannedFile, estimate, matrix_rate, planned_file, rate_plan, refuse, warnings
 from recover.run.input_digests import digests
 from recover.run.tracking import refuse as refuse_trackers
 from recover.train import train as training
@@ -105,6 +108,8 @@ def checked(context: RunContext) -> Checked:
     process.choose_threads(model.width, model.intermediate, context.directory.threads())
     context.check_inputs()
     figures = estimate(recipe, model, matrix_rate())
+    if (file := planned_file(recipe, context.tokenizer, figures)) is not None:
+        figures["gguf"] = file
     auto = [*map(asdict, context.chosen)]
     if "lr" in recipe.train.auto:
         auto.append({"field": "lr", "value": "auto", "why": rate_plan(recipe.train, model.width)})
@@ -147,6 +152,7 @@ def _plan_rows(figures: Estimate) -> list[list[str]]:
         ["parameters", f"{figures['parameters_dense']:,}", f"{figures['parameters_pruned']:,}"],
         *([active] if figures["active_dense"] != figures["parameters_dense"] else []),
         ["file", *files],
+        *(_file_rows(figures.get("gguf"))),
         *(search if passes else []),
         ["teacher-scored tokens", "", f"{figures['teacher_tokens']:,}"],
         ["training time", "", f"at least {console.duration(figures['training_seconds'])}"],
@@ -155,9 +161,16 @@ def _plan_rows(figures: Estimate) -> list[list[str]]:
     ]
 
 
+def _file_rows(file: PlannedFile | None) -> list[list[str]]:
+    if file is None:
+        return []
+    beside = "" if "beside_bytes" not in file else f"{console.size(file['beside_bytes'])}, {file.get('beside')}"
+    return [["GGUF file", beside, f"{console.size(file['bytes'])}, {file['quantize']}"]]
+
+
 def dense(context: RunContext) -> None:
     """Measure the dense model; its texts are the reference of every later stage."""
-    _measure(context, context.dense(), context.directory.dense, reference=None)
+    _measure(context, context.dense().model, context.directory.dense, reference=None)
     if dist.is_main():
         for line in verdict.blind(read_json(context.directory.dense / "measure.json")):
             console.warn(line)
@@ -411,6 +424,44 @@ def _speed(context: RunContext) -> None:
     write_json(context.directory.speed, {**figures, "machine": provenance.machine()})
 
 
+def deploy(context: RunContext) -> None:
+    """Write the export as a quantized GGUF file, beside it the dense model if that is asked for, and measure each.
+
+    What is measured is the file's own weights and tokenizer, dequantized, in the dtype of the other measurements.
+    """
+    recipe, directory = context.recipe, context.directory
+    cfg, source = recipe.deploy, recipe.model
+    assert cfg.quantize is not None, "a recipe without has no such stage"
+    context.forget()
+    files = {"deployed": _write_quantized(directory, directory.deploy, directory.gguf, cfg.quantize)}
+    if cfg.beside is not None:
+        folder = locate(source)
+        kind = nearest(quantized_bytes(folder), quantized_bytes(directory.deploy)[cfg.quantize])
+        files["alternative"] = _write_quantized(directory, folder, directory.gguf / "dense", kind)
+    elif dist.is_main():
+        for name in ("model.gguf", "measure.json", "generations.json"):  # of when it was asked for
+            (directory.gguf / "dense" / name).unlink(missing_ok=True)
+    for model, file in files.items():
+        path = directory.root / file["path"]
+        console.say(f"[dim]{model}: {file['path']}, {file['quantize']}, {console.size(file['bytes'])}[/dim]")
+        there = source.model_copy(update={"source": str(path), "revision": None, "tokenizer": None})
+        with part("reading weights"):
+            loaded, tokenizer = ready(load_model(there)), load_tokenizer(there)
+        reference = read_json(directory.dense / "generations.json")
+        _measure(context, loaded, path.parent, reference=reference, tokenizer=tokenizer)
+        del loaded
+    if dist.is_main():
+        write_json(directory.gguf / "files.json", files)
+
+
+def _write_quantized(directory: RunDirectory, folder: Path, into: Path, kind: str) -> DeployedFile:
+    path = into / "model.gguf"
+    with part("writing GGUF"):
+        dist.on_main(lambda: write_gguf(folder, path, kind))
+    name = path.relative_to(directory.root).as_posix()
+    return {"path": name, "quantize": kind, "bytes": path.stat().st_size}
+
+
 class Deployed(TypedDict):
     """recover.json of an export: how the model in the folder was made."""
 
@@ -481,13 +532,20 @@ def _probe_and_measure(context: RunContext, twin: Twin, folder: Path) -> None:
         if dist.is_main():
             artifacts.write_jsonl(folder / "probe.jsonl", records)
             write_json(folder / "probe.json", summary(found))
-        _measure(context, twin, folder, reference=read_json(context.directory.dense / "generations.json"))
+        _measure(context, twin.model, folder, reference=read_json(context.directory.dense / "generations.json"))
 
 
-def _measure(context: RunContext, twin: Twin, folder: Path, *, reference: Generations | None) -> None:
+def _measure(
+    context: RunContext,
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    reference: Generations | None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
     record, generations = measure(
-        twin.model,
-        context.tokenizer,
+        model,
+        tokenizer or context.tokenizer,
         context.tasks,
         context.recipe.measure,
         reference=reference,
@@ -508,5 +566,6 @@ WORK: dict[str, Callable[[RunContext], None]] = {
     "train": train,
     "after": after,
     "export": export,
+    "deploy": deploy,
     "report": report,
 }

@@ -1,6 +1,6 @@
 """The stages of a run, in order; each reads files, writes files, and is done when its stamp is written last.
 
-    plan -> dense -> prune -> before -> train -> after -> export -> report
+    plan -> dense -> prune -> before -> train -> after -> export (-> deploy) -> report
 
 `run` skips what is done and says why a stage is not: the field of the recipe, or the input, that changed.
 """
@@ -54,17 +54,30 @@ class Stage:
 # In their order. Training reads nothing that measuring alone depends on: it measures after each epoch, and where that
 # is done in another way later, stage `after` measures the epochs again from their adapters.
 TABLE = (
-    Stage("plan", ("name", "seed", "model", "prune", "probe", "train", "measure", "export"), always=True),
+    Stage("plan", ("name", "seed", "model", "prune", "probe", "train", "measure", "export", "deploy"), always=True),
     Stage("dense", ("seed", "model", "measure")),
     Stage("prune", ("seed", "model", "prune")),
     Stage("before", ("seed", "model", "prune", "probe", "measure"), reads=("dense", "prune")),
     Stage("train", ("seed", "model", "prune", "train"), reads=("prune",)),
     Stage("after", ("seed", "model", "prune", "probe", "measure", "train"), reads=("dense", "prune", "train")),
     Stage("export", ("seed", "name", "model", "prune", "train", "export"), reads=("prune", "train"), carries=True),
-    Stage("report", ("name",), reads=("dense", "prune", "before", "train", "after", "export"), always=True),
+    Stage("deploy", ("seed", "model", "measure", "deploy"), reads=("dense", "export")),
+    Stage("report", ("name",), reads=("dense", "prune", "before", "train", "after", "export", "deploy"), always=True),
 )
 OF = {stage.name: stage for stage in TABLE}
 STAGES = tuple(OF)
+
+
+def asked(recipe: Recipe) -> tuple[str, ...]:
+    """The stages of this recipe, in their order: `deploy` only where it is asked for."""
+    return names(deploy=recipe.deploy.quantize is not None)
+
+
+def names(*, deploy: bool) -> tuple[str, ...]:
+    """The stages of a recipe that asks for stage `deploy`, or of one that does not."""
+    return tuple(stage for stage in STAGES if stage != "deploy" or deploy)
+
+
 UP_TO_DATE = "always brought up to date"
 # What changed where a finished training is lengthened (`train/checkpoints.py` decides).
 LENGTHENS = re.compile(r"(train\.(tokens|epochs): \S+ -> \S+(; )?)+")
@@ -82,9 +95,12 @@ def run(recipe: Recipe, root: Path, *, until: str = "report", start: str | None 
         ArtifactError: a file that training stands on went lost after it; `start` says to do it all again.
     """
     until, start = earlier.stage(until), None if start is None else earlier.stage(start)
+    order = asked(recipe)
     for stage in filter(None, (until, start)):
         if stage not in STAGES:
             raise RecipeError(f"no stage {stage!r}; stages are {', '.join(STAGES)}")
+        if stage not in order:
+            raise RecipeError(f"stage {stage!r} is not of this recipe: ask for it, such as deploy.quantize=q8_0")
     began = time.perf_counter()
     quiet_libraries()
     dist.start()
@@ -98,15 +114,15 @@ def run(recipe: Recipe, root: Path, *, until: str = "report", start: str | None 
         _only_plan(RunContext(recipe, directory))
         return directory
     with graceful_stop(), directory.lock() if dist.is_main() else nullcontext():
-        if until in ("export", "report") and dist.is_main():
+        if "export" in order[: order.index(until) + 1] and dist.is_main():
             directory.refuse_foreign_deploy()
         pin(recipe, directory, anew=start == STAGES[0])
         if dist.is_main():
             note_commits(directory)
         context = RunContext(recipe, directory)
         try:
-            for stage in STAGES[: STAGES.index(until) + 1]:
-                forced = start is not None and STAGES.index(stage) >= STAGES.index(start)
+            for stage in order[: order.index(until) + 1]:
+                forced = start is not None and order.index(stage) >= order.index(start)
                 _bring_up_to_date(stage, context, forced=forced, before=libraries if stage == STAGES[0] else 0.0)
         finally:
             context.tracking.finish()
@@ -150,7 +166,7 @@ def _only_plan(context: RunContext) -> None:
     dist.on_main(context.directory.refuse_foreign)
     checked(context)
     if dist.is_main() and context.directory.is_run:
-        rows = [_planned(stage, context) for stage in STAGES if not OF[stage].always]
+        rows = [_planned(stage, context) for stage in asked(context.recipe) if not OF[stage].always]
         console.table(f"{context.directory.root}: what a run would do", ["stage", "what", "why"], rows)
 
 
@@ -166,10 +182,12 @@ def _bring_up_to_date(stage: str, context: RunContext, *, forced: bool, before: 
     """Do the stage if need be. `before`: seconds that libraries took to load, which are put on its account."""
     # Decided on one process: the others must not read a stamp that is just being written.
     marks, reason = dist.on_main(lambda: _marks_and_reason(stage, context, forced))
+    order = asked(context.recipe)
+    place = f"{order.index(stage) + 1}/{len(order)}"
     if reason is None:
-        console.say(f"[dim]{STAGES.index(stage) + 1}/{len(STAGES)} {stage:8}[/dim] done")
+        console.say(f"[dim]{place} {stage:8}[/dim] done")
         return
-    console.heading(f"{STAGES.index(stage) + 1}/{len(STAGES)} {stage}{'' if reason in PLAIN else f', again: {reason}'}")
+    console.heading(f"{place} {stage}{'' if reason in PLAIN else f', again: {reason}'}")
     if stage == "train" and reason not in PLAIN:
         goes_on = LENGTHENS.fullmatch(reason) is not None
         console.say(
@@ -244,7 +262,7 @@ def status(root: Path) -> list[StageState]:
     recipe = load_recipe(directory.recipe)
     hub.pin(directory.commits_on_record())
     rows: list[StageState] = []
-    for stage in STAGES:
+    for stage in asked(recipe):
         stamp = directory.done(stage)
         reason = None if OF[stage].always else directory.stale_reason(stage, fingerprint(stage, recipe, directory))
         finished = None if stamp is None else stamp["finished"]

@@ -98,10 +98,13 @@ def read_config(folder: Path) -> PretrainedConfig:
     with explained(str(folder)):
         config = config_of(config_in(folder), str(folder), folder / CONFIG)
     check_tied(folder, bool(config.tie_word_embeddings))
-    if config.model_type not in FAMILIES:
-        raise ExportError(
-            f"{folder}: model type '{config.model_type}' is not written as GGUF; expected {', '.join(FAMILIES)}"
-        )
+    refuse(config, str(folder))
+    return config
+
+
+def refuse(config: PretrainedConfig, where: str) -> None:
+    """Raise ExportError for a family, rope or activation that llama.cpp would compute otherwise; `where`: the model."""
+    refuse_type(config.model_type, where)
     rope = config.rope_parameters
     wrong = {
         "hidden_act": (config.hidden_act, config.hidden_act == "silu", "silu"),
@@ -114,8 +117,13 @@ def read_config(folder: Path) -> PretrainedConfig:
     }
     for field, (found, right, expected) in wrong.items():
         if not right:
-            raise ExportError(f"{folder}: {field} is {found}; GGUF is written for {expected}")
-    return config
+            raise ExportError(f"{where}: {field} is {found}; GGUF is written for {expected}")
+
+
+def refuse_type(model_type: str, where: str) -> None:
+    """Raise ExportError for a type of model that is not written as GGUF."""
+    if model_type not in FAMILIES:
+        raise ExportError(f"{where}: model type '{model_type}' is not written as GGUF; expected {', '.join(FAMILIES)}")
 
 
 def tensor_names(config: PretrainedConfig) -> dict[str, str]:

@@ -23,7 +23,7 @@ import gguf
 import numpy as np
 import torch
 from safetensors import safe_open
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from recover.base import artifacts, console
 from recover.base.artifacts import JsonObject
@@ -47,6 +47,7 @@ DTYPES = {"float32": ("F32", 0), "float16": ("F16", 1), "bfloat16": ("BF16", 32)
 # Each rounded to nearest on a grid of its own for 32 weights of a row, without calibration, as llama.cpp's own.
 QUANTIZED = {"q8_0": ("Q8_0", 7), "q5_1": ("Q5_1", 9), "q5_0": ("Q5_0", 8), "q4_1": ("Q4_1", 3), "q4_0": ("Q4_0", 2)}
 KINDS = DTYPES | QUANTIZED
+ENDS = ("token_embd.weight", "output.weight")
 FINE = "q8_0"  # of embedding and head, which lose most: llama.cpp keeps them finer too
 WIDE = "float16"  # of a matrix whose rows are not made of whole grids
 
@@ -86,6 +87,31 @@ def write_gguf(folder: Path, out: Path, dtype: str | None = None) -> Path:
     with _whole(out, sum(_nbytes(entry) for entry in entries)) as scratch:
         _write(writer, entries, scratch)
     return out
+
+
+def quantized_bytes(folder: Path) -> dict[str, int]:
+    """Bytes of the weights of a checkpoint, quantized to each type that is written here.
+
+    Raises as `write_gguf` does for a checkpoint that it does not write.
+    """
+    config = read_config(folder)
+    return {kind: sum(map(_nbytes, _entries(folder, config, kind))) for kind in QUANTIZED}
+
+
+def planned_bytes(config: PretrainedConfig, kind: str) -> tuple[int, int]:
+    """Bytes of (embedding and head, all else) of a model that is known by its config alone."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    names, sizes = tensor_names(config), {True: 0, False: 0}
+    for source, parameter in model.named_parameters():
+        name, shape = str(names.get(source)), tuple(parameter.shape)
+        sizes[name in ENDS] += _nbytes(Entry(name, shape, _dtype(name, shape, kind), lambda: torch.empty(0)))
+    return sizes[True], sizes[False]
+
+
+def nearest(sizes: dict[str, int], wanted: float) -> str:
+    """The type whose weights are nearest to so many bytes; of two as near the finer one."""
+    return min(sizes, key=lambda kind: (abs(sizes[kind] - wanted), -sizes[kind]))
 
 
 def _writer(folder: Path, config: PretrainedConfig, dtype: str) -> gguf.GGUFWriter:
@@ -141,7 +167,7 @@ def _dtype(name: str, shape: tuple[int, ...], dtype: str) -> str:
         return "float32"
     if dtype not in QUANTIZED:
         return dtype
-    dtype = FINE if name in ("token_embd.weight", "output.weight") else dtype
+    dtype = FINE if name in ENDS else dtype
     return WIDE if shape[-1] % _grid(dtype)[0] else dtype
 
 

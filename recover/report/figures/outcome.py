@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from recover.config import tasks
 from recover.report import words
-from recover.report.data import CHANGED, MODELS, Epoch, PageData, UseFigure
+from recover.report.data import MODELS, Epoch, PageData, UseFigure
 from recover.report.figures.figure import (
     Axis,
     Box,
@@ -34,17 +34,17 @@ HALF_WIDTH = 125.0  # pixels of "half by token 123"
 
 def hero(data: PageData) -> Figure:
     """Bars of the headline figures with their intervals; perplexity, where less is better, as dots on its own scale."""
-    shown: list[Use] = [use for use in tasks.USES if any(_value(data, model, use) for model in MODELS)]
-    perplexity = {model: (data["headline"][model] or {}).get("perplexity") for model in MODELS}
+    shown: list[Use] = [use for use in tasks.USES if any(_value(data, model, use) for model in data["headline"])]
+    perplexity = {model: (data["headline"][model] or {}).get("perplexity") for model in data["headline"]}
     has_perplexity = any(perplexity.values())
-    title = "Dense, pruned, recovered"
+    title = ", ".join(data["headline"]).capitalize()
     if not shown and not has_perplexity:
         return Figure(title, "Not measured: no model has a measure.json yet.")
     number = len(shown) + int(has_perplexity)
 
     def draw(width: float) -> str:
         stacked = is_narrow(width)
-        height = HEAD + 3 * ROW + 4
+        height = HEAD + len(data["headline"]) * ROW + 4
         canvas = Canvas(width, height * (number if stacked else 1), _hero_label(data, shown))
         places = [(0.0, width)] * number if stacked else panels(width, number)
         for index, (left, right) in enumerate(places):
@@ -55,13 +55,13 @@ def hero(data: PageData) -> Figure:
                 _perplexity(canvas, perplexity, left, right, top)
         return canvas.render()
 
-    rows = [(use, *(_cell(_value(data, model, use)) for model in MODELS)) for use in shown]
+    rows = [(use, *(_cell(_value(data, model, use)) for model in data["headline"])) for use in shown]
     if has_perplexity:
-        rows.append(("perplexity", *(words.number(perplexity[model]) for model in MODELS)))
+        rows.append(("perplexity", *(words.number(perplexity[model]) for model in data["headline"])))
     see = "Bars are means over tasks. Thin lines are 95% intervals. The upright line in each panel is the dense level."
     if has_perplexity:
         see += " Perplexity is on a log scale; further left is better."
-    return Figure(title, see, draw, ("measure", *MODELS), rows)
+    return Figure(title, see, draw, ("measure", *data["headline"]), rows)
 
 
 def _value(data: PageData, model: str, use: Use) -> UseFigure | None:
@@ -78,16 +78,16 @@ def _cell(figure: UseFigure | None) -> str:
 
 
 def _hero_label(data: PageData, shown: list[Use]) -> str:
-    texts = [f"{use}: " + ", ".join(f"{model} {_cell(_value(data, model, use))}" for model in MODELS) for use in shown]
-    return "Bar chart. " + "; ".join(texts)
+    told = {use: [f"{model} {_cell(_value(data, model, use))}" for model in data["headline"]] for use in shown}
+    return "Bar chart. " + "; ".join(f"{use}: {', '.join(each)}" for use, each in told.items())
 
 
 def _bars(canvas: Canvas, data: PageData, use: Use, left: float, right: float, top: float) -> None:
-    items = next(figure["items"] for model in MODELS if (figure := _value(data, model, use)))
+    items = next(figure["items"] for model in data["headline"] if (figure := _value(data, model, use)))
     canvas.text(left, top + 16, use.capitalize(), "panel")
     canvas.text(left, top + 35, f"{tasks.USES[use].score}, {items} items", "note")
     x = Linear(0.0, 1.0, left + 92, right - 68)
-    for index, model in enumerate(MODELS):
+    for index, model in enumerate(data["headline"]):
         y = top + HEAD + index * ROW
         _row_label(canvas, model, left, y)
         figure = _value(data, model, use)
@@ -109,7 +109,8 @@ def _bars(canvas: Canvas, data: PageData, use: Use, left: float, right: float, t
         canvas.text(right, y + 17, words.percent(figure["value"], 1), "value", anchor="end")
     dense = _value(data, "dense", use)
     if dense:
-        canvas.line(x(dense["value"]), top + HEAD - 6, x(dense["value"]), top + HEAD + 2 * ROW + 30, "reference")
+        foot = top + HEAD + (len(data["headline"]) - 1) * ROW + 30
+        canvas.line(x(dense["value"]), top + HEAD - 6, x(dense["value"]), foot, "reference")
 
 
 def _row_label(canvas: Canvas, model: str, left: float, y: float) -> None:
@@ -128,7 +129,7 @@ def _perplexity(canvas: Canvas, perplexity: dict[str, float | None], left: float
     canvas.text(left, top + 35, "log scale, lower is better", "note")
     known = [value for value in perplexity.values() if value]
     x = Log(min(known) / 1.25, max(known) * 1.25, left + 92, right - 68)
-    for index, model in enumerate(MODELS):
+    for index, model in enumerate(perplexity):
         y, value = top + HEAD + index * ROW, perplexity[model]
         _row_label(canvas, model, left, y)
         if not value:
@@ -138,9 +139,8 @@ def _perplexity(canvas: Canvas, perplexity: dict[str, float | None], left: float
         canvas.dot(x(value), y + 12, 7, f"fill-{model} rim", tip=f"{model}: perplexity {words.number(value)}")
         canvas.text(right, y + 17, words.number(value), "value", anchor="end")
     if perplexity["dense"]:
-        canvas.line(
-            x(perplexity["dense"]), top + HEAD - 6, x(perplexity["dense"]), top + HEAD + 2 * ROW + 30, "reference"
-        )
+        foot = top + HEAD + (len(perplexity) - 1) * ROW + 30
+        canvas.line(x(perplexity["dense"]), top + HEAD - 6, x(perplexity["dense"]), foot, "reference")
 
 
 def epochs(data: PageData) -> Figure:
@@ -273,7 +273,7 @@ def divergence(data: PageData) -> Figure:
 
 def parting(data: PageData) -> Figure | None:
     """The same of the answers to tasks, which go on to their end: those that never part have a share of their own."""
-    listed = {model: [parted["curve"] for row in data["divergence"] if (parted := row[model])] for model in CHANGED}
+    listed = {model: [parted["curve"] for row in data["divergence"] if (parted := row.get(model))] for model in MODELS}
     curves = {model: curve for model, each in listed.items() if (curve := _mean_curve(each))}
     if not curves:
         return None
