@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 Fields = dict[str, Any]
 
-CHECKPOINTS = 47
+CHECKPOINTS = 48
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ KINDS: dict[str, Fields] = {
     "wanda": _weights("wanda", sparsity=0.5),
     "sparsegpt-2:4": _weights("sparsegpt", pattern="2:4"),
     "depth-variance-rescale": _depth(count=1, score="variance", repair="rescale"),
-    "width-activation": _weights("width", mlp=0.25, multiple=8),
+    "width-activation": _weights("width", mlp=0.25, score="activation", repair="none", multiple=8),
     "depth-perplexity-linear": _depth(count=2, score="perplexity", repair="linear"),
     "magnitude": {"kind": "magnitude", "sparsity": 0.25},
     "depth-taylor": _depth(count=2, score="taylor"),
@@ -61,7 +61,7 @@ KINDS: dict[str, Fields] = {
     "sublayers-kl": _depth(unit="sublayer", count=3),
     "sparsegpt": _weights("sparsegpt", sparsity=0.4),
     "depth-influence": _depth(count=2, score="block_influence", iterative=True),
-    "width-fluctuation": _weights("width", kv_groups=1, score="fluctuation"),
+    "width-fluctuation": _weights("width", kv_groups=1, score="fluctuation", repair="none"),
     "pairs": _depth(unit="pair", count=2),
     "wanda-kl": _weights("wanda", sparsity=0.3, allocation="kl"),
     "attention-kl": _depth(unit="attention", count=2),
@@ -71,7 +71,7 @@ KINDS: dict[str, Fields] = {
     "depth-beam": _depth(count=2, beam=2),
     "wanda-4:8": _weights("wanda", pattern="4:8"),
     "depth-listed": {"kind": "depth", "blocks": [2, 4]},
-    "width-both": _weights("width", mlp=0.25, kv_groups=1, multiple=8),
+    "width-both": _weights("width", mlp=0.25, kv_groups=1, score="activation", repair="none", multiple=8),
     "depth-swap": _depth(count=2, swap=True),
     "sublayers-listed": {"kind": "depth", "unit": "sublayer", "sites": ["mlp:3", "attention:4"]},
     "depth-answers": _depth(count=2, calibration={**CALIBRATION, "answer": 12}),

@@ -127,7 +127,7 @@ def test_two_processes_give_the_records_of_one_to_the_last_bit(tmp_path, free_po
         ("probe.items=7", {"plan", "before", "after"}),
         ("probe.seeds=[1]", {"plan", "before", "after"}),
         ("probe.steps=7", {"plan", "before", "after"}),
-        ("measure.limit=7", {"plan", "dense", "before", "after"}),
+        ("measure.limit=7", {"plan", "dense", "before", "after", "deploy"}),
     ],
 )
 def test_a_field_of_the_probe_makes_stale_what_reads_it_and_no_training_that_does_not(tmp_path, override, stale):

@@ -20,6 +20,7 @@ from recover.models.plan import MaskRecord, Plan, Pruned, load_plan
 from recover.models.twin import Twin
 from recover.prune import registry
 from recover.prune.registry import Cost, Pruner, pruner_of, register
+from recover.report import words
 from recover.report.collect import collect
 from recover.run import stages
 
@@ -85,9 +86,9 @@ def test_a_toy_is_planned_pruned_and_reported(columns, tmp_path, capsys):
     assert plan.kind == "columns" and all(
         not keep_OI[:, 0].any() and keep_OI[:, -1].all() for keep_OI in masks.values()
     )
-    words = collect(directory.root)["plan"]
-    assert words.plan_subject(words) == "Setting 25% of the block weights to zero (columns, columns)"
-    assert words.plan_short(words) == "columns columns"
+    reported = collect(directory.root)["plan"]
+    assert words.plan_subject(reported) == "Setting 25% of the block weights to zero (columns, columns)"
+    assert words.plan_short(reported) == "columns columns"
 
 
 def test_what_its_cost_refuses_the_plan_refuses(columns, tmp_path):
@@ -145,5 +146,5 @@ LEFT = {"parameters_dense": 8, "nonzero": 6}
 )
 def test_a_plan_is_said_by_what_it_changes(plan, summary, subject):
     assert plan.summary() == f"{summary}; 6 of 8 weights left (75.0%)"
-    words = {**plan.to_json(), "sparsity": 0, "patterns": [], "modules": {}}
-    assert words.plan_subject(words) == subject  # type: ignore[arg-type]
+    reported = {**plan.to_json(), "sparsity": 0, "patterns": [], "modules": {}}
+    assert words.plan_subject(reported) == subject  # type: ignore[arg-type]

@@ -225,7 +225,7 @@ def test_the_report_says_what_a_mask_does_not_gain(tmp_path, kind):
         text = (run / name).read_text(encoding="utf-8")
         assert ("no faster in stock kernels" in text) == (kind == "wanda")
         assert ("×1.28 [1.23, 1.34]" in text) == (kind == "depth")
-        assert "9 repeats, dense and deployed by turns" in text
+        assert "9 repeats, dense and the export by turns" in text
 
 
 def test_compare_shows_both_sides_and_what_must_not_be_set_side_by_side(tmp_path):

@@ -219,16 +219,21 @@ def test_a_deploy_that_is_a_link_stays_one(tmp_path: Path, dangling: bool) -> No
     artifacts.check_manifest(run / "deploy")
 
 
+def asked(name: str) -> Asked:
+    """A training like no other."""
+    return Asked({"of": name}, {}, lambda config: config)
+
+
 def test_a_new_training_leaves_what_it_did_not_write(tmp_path: Path) -> None:
     store = Checkpoints(tmp_path, "one")
-    begin(tmp_path, Asked("one", "of one", 100))
+    begin(tmp_path, asked("one"))
     for step in (10, 20, 30, 40):
         store.save(step, {"a": torch.zeros(1)}, {"row": 0})
     artifacts.write_text(tmp_path / "epoch-1" / "adapter_model.safetensors", "x")
     artifacts.write_text(tmp_path / "pruned_text" / "0-000004.json", "{}")
     theirs = ("epoch-best/a", "epoch-1-copy/a", "checkpoints/checkpoint-best/a", "checkpoints/checkpoint-40/notes")
     strangers.fill(tmp_path, (*theirs, "checkpoints/list.txt", "pruned_text/notes.json", "pruned_text/0-copy.json"))
-    begin(tmp_path, Asked("another", "of another", 100))
+    begin(tmp_path, asked("another"))
     files = {name for name in strangers.contents(tmp_path) if (tmp_path / name).is_file()}
     texts = {"pruned_text/notes.json", "pruned_text/0-copy.json"}
     assert files == {"training.json", *theirs, "checkpoints/list.txt", *texts}
