@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +15,11 @@ import torch
 from tiny import LIKE_OTHERS, tiny
 
 torch.set_num_threads(1)
+
+# A shell ignores SIGINT for what it puts into the background, and nohup SIGHUP; runs started here would inherit it.
+for _name, _default in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    if hasattr(signal, _name) and signal.getsignal(getattr(signal, _name)) is signal.SIG_IGN:
+        signal.signal(getattr(signal, _name), _default)
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are left out by their marks
