@@ -301,3 +301,7 @@ def test_a_folder_of_runs_is_listed_and_a_name_is_enough(
     assert "smal: not a run directory, it has no recipe.yaml; in checkpoints are small" in said
     said = call("report", str(runs)).stderr
     assert "it has no recipe.yaml; in it are small" in said
+    recipe = runs / "small" / "recipe.yaml"
+    asking = yaml.safe_load(recipe.read_text()) | {"deploy": {"quantize": "q8_0"}}
+    recipe.write_text(yaml.safe_dump(asking))  # a stage that a recipe asks for is open until it is done
+    assert re.search(r"train, after, export, deploy", call("show", str(runs)).stdout)

@@ -137,7 +137,7 @@ def _row(run: RunDirectory) -> tuple[Any, ...]:
     name = run.root.name
     try:
         recipe = yaml_values.read(run.recipe)
-        wanted = stages.names(deploy=bool((recipe.get("deploy") or {}).get("quantize")))
+        wanted = _wanted(recipe)
         stamps = [stamp for stage in wanted if (stamp := run.done(stage))]
         found = [_generation(folder / "measure.json") for folder in (run.dense, run.before, run.after)]
     except RecoverError as error:
@@ -148,6 +148,11 @@ def _row(run: RunDirectory) -> tuple[Any, ...]:
     weights = sum(path.stat().st_size for path in run.deploy.glob("*.safetensors"))
     source = str((recipe.get("model") or {}).get("source", ""))
     return (name, Path(source).name, _pruning(recipe), done, when, *found, console.size(weights) if weights else None)
+
+
+def _wanted(recipe: dict[str, Any]) -> tuple[str, ...]:
+    """The stages that the tree of a recipe asks for, which may be one of another version."""
+    return stages.names(deploy=bool((recipe.get("deploy") or {}).get("quantize")))
 
 
 def _generation(path: Path) -> str | None:
@@ -352,8 +357,11 @@ def _runs_in(folder: Path) -> list[RunDirectory]:
 
 def _listed(run: RunDirectory) -> list[str]:
     """A row of the list of runs: its name, the stages that are done, and those that are not."""
-    wanted = stages.names(deploy=run.done("deploy") is not None)
-    names = [stage for stage in wanted if not stages.OF[stage].always]
+    try:
+        recipe = yaml_values.read(run.recipe)
+    except RecoverError:
+        recipe = {}  # what is done can be said without
+    names = [stage for stage in _wanted(recipe) if not stages.OF[stage].always]
     done = [stage for stage in names if run.done(stage) is not None]
     return [run.root.name, ", ".join(done) or "–", ", ".join(stage for stage in names if stage not in done) or "–"]
 

@@ -298,7 +298,7 @@ def speed_gain(speed: Speed | None, key: str) -> str:
 
 
 def speed_change(speed: Speed | None, key: str) -> str:
-    """Dense → deployed; one figure where both are the same."""
+    """Dense → exported; one figure where both are the same."""
     form = next(form for name, _, form in SIZES if name == key)
     before, after = (shown(((speed or {}).get(side) or {}).get(key), form) for side in SIDES)
     return before if before == after else f"{before} → {after}"

@@ -27,6 +27,7 @@ from recover.base.artifacts import (
 from recover.base.clock import part
 from recover.base.errors import ArtifactError
 from recover.base.journal import Journal
+from recover.base.products import NAMES
 from recover.config import recipe as recipes
 from recover.config.base import Dtype
 from recover.config.recipe import Model, Recipe, dump_recipe, without_folders
@@ -410,8 +411,8 @@ def _exported_dtype(context: RunContext) -> Dtype:
 
 
 def _speed(context: RunContext) -> None:
-    """Dense and deployed as stock models, by turns: through the twin, dense would pay for adapters it does not have."""
-    console.say("[dim]timing dense and deployed by turns[/dim]")
+    """Dense and the export as stock models, by turns: the twin would make dense pay for adapters that it has not."""
+    console.say("[dim]timing dense and the export by turns[/dim]")
     cfg = context.recipe.model
     # The same config for both, so that they differ in nothing but what was pruned: attention kernel, loader, checks.
     dtype = _exported_dtype(context)
@@ -419,7 +420,7 @@ def _speed(context: RunContext) -> None:
     with part("reading weights"):
         dense = context.stock() if dtype == cfg.dtype else ready(load_model(cfg.model_copy(update={"dtype": dtype})))
         deployed = load_model(cfg.model_copy(update=there))
-    with part("timing dense and deployed"):
+    with part("timing dense and the export"):
         figures = compare_speed(dense, deployed, dist.device())
     write_json(context.directory.speed, {**figures, "machine": provenance.machine()})
 
@@ -439,8 +440,9 @@ def deploy(context: RunContext) -> None:
         kind = nearest(quantized_bytes(folder), quantized_bytes(directory.deploy)[cfg.quantize])
         files["alternative"] = _write_quantized(directory, folder, directory.gguf / "dense", kind)
     elif dist.is_main():
-        for name in ("model.gguf", "measure.json", "generations.json"):  # of when it was asked for
-            (directory.gguf / "dense" / name).unlink(missing_ok=True)
+        for name in NAMES["deploy"]:  # of when it was asked for
+            if name.startswith("gguf/dense/"):
+                (directory.root / name).unlink(missing_ok=True)
     for model, file in files.items():
         path = directory.root / file["path"]
         console.say(f"[dim]{model}: {file['path']}, {file['quantize']}, {console.size(file['bytes'])}[/dim]")
