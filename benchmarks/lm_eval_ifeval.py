@@ -36,7 +36,10 @@ Verdicts = list[bool]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", type=Path, nargs="+", required=True)
+    parser.add_argument("--texts", type=Path, nargs="+", default=[], help="what texts are made from")
+    parser.add_argument(
+        "--record", type=Path, help="of recover measure --tasks ifeval --samples 541: each text on its own item too"
+    )
     parser.add_argument("--each", type=int, default=40, help="texts for each item (default: %(default)s)")
     parser.add_argument("--show", type=int, default=0, help="differences that are printed (default: %(default)s)")
     given = parser.parse_args()
@@ -46,8 +49,13 @@ def main() -> None:
     draw = random.Random(0)
     asked, equal, followed = Counter[str](), Counter[str](), Counter[str]()
     all_equal, prompts = Counter[str](), 0
+    own = json.loads(given.record.read_text())["tasks"]["ifeval"]["samples"] if given.record else []
+    texts = {sample["prompt"]: [sample["text"]] for sample in own}
     for item in items:
-        for text in (made(draw, corpus, item) for _ in range(given.each)):
+        for text in [
+            *texts.get(item.prompt, []),
+            *(made(draw, corpus, item) for _ in range(given.each if corpus else 0)),
+        ]:
             theirs = judge(item, text)
             ours = {
                 "strict": [each.followed(text) for each in item.instructions],

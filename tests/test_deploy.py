@@ -52,6 +52,39 @@ def types(path: Path) -> set[str]:
     return {tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
 
 
+def _measured_later(directory: RunDirectory) -> None:
+    """`recover measure RUN` fills the columns of the files too, and forgets them with the files."""
+    later = ["measure", str(directory.root), "--tasks", "embedded:stories", "--limit", "3"]
+    done = CliRunner().invoke(cli.app, later)
+    assert done.exit_code == 0, done.output
+    record = read_json(directory.more / "stories.json")
+    assert list(record["models"]) == ["dense", "pruned", "recovered", "deployed", "alternative"]
+    alone = measure(
+        load_model(recipe.Model(source=str(directory.gguf / "model.gguf"))),
+        load_tokenizer(recipe.Model(source=str(directory.gguf / "model.gguf"))),
+        [load_task("embedded:stories")],
+        recipe.Measure.model_validate(_settings(record)),
+    )[0]
+    assert record["models"]["deployed"]["length"] == alone["tasks"]["stories"]["length"]
+    assert record["models"]["deployed"]["agreement"] is not None
+    data: Any = collect(directory.root)
+    row = next(row for row in data["measures"] if row["task"] == "stories" and row["main"])
+    assert row["deployed"] is not None and row["alternative"] is not None and data["mixed"] == []
+    stamp = directory.gguf / "DONE.json"
+    text = stamp.read_text()
+    stamp.write_text(json.dumps({**json.loads(text), "finished": "2030-01-01T00:00:00"}))
+    data = collect(directory.root)
+    row = next(row for row in data["measures"] if row["task"] == "stories" and row["main"])
+    assert row["recovered"] is not None and row.get("deployed") is None
+    assert any("on earlier files of stage deploy" in line for line in data["mixed"])
+    stamp.write_text(text)
+    (directory.more / "stories.json").unlink()
+
+
+def _settings(record: Any) -> Any:
+    return {name: value for name, value in record["settings"].items() if name != "dtype"}
+
+
 def test_a_finished_run_gets_a_file_and_two_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = stamps(run(tmp_path, *SMALL))
     directory = run(tmp_path, *SMALL, *BOTH)
@@ -72,6 +105,7 @@ def test_a_finished_run_gets_a_file_and_two_columns(tmp_path: Path, capsys: pyte
     page, text = directory.report_html.read_text(), directory.report_md.read_text()
     assert "dequantized, with the file" in page
     assert "The files that are served" in text and "gguf/dense/model.gguf" in text and "kept, alternative" in text
+    _measured_later(directory)
     planned = read_json(directory.plan / "estimate.json")["gguf"]
     assert planned["quantize"] == "q4_0" and planned["beside"] == "q4_0"
     for name, model in (("bytes", "deployed"), ("beside_bytes", "alternative")):  # vocabulary and names come on top

@@ -38,7 +38,7 @@ from recover.models.twin import Held, Twin
 from recover.models.wrapper import text_values
 from recover.probe.trajectory import check_steps
 from recover.prune.calibrate import calibration_batches, check_asked, read_texts
-from recover.report.run_files import Overlap, OverlapRecord
+from recover.report.run_files import DeployedFile, Overlap, OverlapRecord
 from recover.report.words import shown_source
 from recover.run.directory import RunDirectory
 from recover.run.estimate import settle
@@ -120,6 +120,14 @@ class RunContext:
         """Forget the dense weights too: another model will be read."""
         self._held = None
         self.release()
+
+    def served(self, file: DeployedFile) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """A quantized file of stage deploy: its weights, dequantized, and its tokenizer. The dense weights go."""
+        self.forget()
+        path = self.directory.root / file["path"]
+        there = self.recipe.model.model_copy(update={"source": str(path), "revision": None, "tokenizer": None})
+        with part("reading weights"):
+            return ready(load_model(there)), load_tokenizer(there)
 
     def lend(self) -> Twin:
         """The pruned twin, to be trained: it will carry adapters that no later stage asked for, and is forgotten here.

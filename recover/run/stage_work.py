@@ -38,7 +38,7 @@ from recover.export.write import card, write_checkpoint
 from recover.measure.model import Generations
 from recover.measure.speed import compare_speed
 from recover.measure.tasks import measure
-from recover.models.load import describe, load_model, load_tokenizer, ready
+from recover.models.load import describe, load_model, ready
 from recover.models.plan import save_plan
 from recover.models.source import code_of, exported_dtype, locate, stored_dtype
 from recover.models.twin import Twin
@@ -446,9 +446,7 @@ def deploy(context: RunContext) -> None:
     for model, file in files.items():
         path = directory.root / file["path"]
         console.say(f"[dim]{model}: {file['path']}, {file['quantize']}, {console.size(file['bytes'])}[/dim]")
-        there = source.model_copy(update={"source": str(path), "revision": None, "tokenizer": None})
-        with part("reading weights"):
-            loaded, tokenizer = ready(load_model(there)), load_tokenizer(there)
+        loaded, tokenizer = context.served(file)
         reference = read_json(directory.dense / "generations.json")
         _measure(context, loaded, path.parent, reference=reference, tokenizer=tokenizer)
         del loaded

@@ -94,7 +94,7 @@ def _ends(found: re.Match[str]) -> bool:
         return following[:1].isupper() and following.strip(",").lower() in STARTERS
     if len(word) == 1 and word.isalpha():
         return False
-    return not (word.isdecimal() and following[:1].islower())
+    return not (word.isdecimal() and found["next"][:1].islower())
 
 
 def capitals(text: str) -> int:
