@@ -45,7 +45,7 @@ from recover.models.twin import Twin
 from recover.probe.probe import dense_trajectories, final_drift, probe
 from recover.probe.records import summary
 from recover.probe.sublayers import routing
-from recover.probe.tasks import task_drift
+from recover.probe.tasks import task_drift, tokens_of_changed
 from recover.prune import registry
 from recover.report import items, verdict
 from recover.report.collect import collect
@@ -532,7 +532,8 @@ def _probe_and_measure(context: RunContext, twin: Twin, folder: Path) -> None:
         if dist.is_main():
             artifacts.write_jsonl(folder / "probe.jsonl", records)
             write_json(folder / "probe.json", summary(found))
-        _measure(context, twin.model, folder, reference=read_json(context.directory.dense / "generations.json"))
+        reference = read_json(context.directory.dense / "generations.json")
+        _measure(context, twin.model, folder, reference=reference, twin=twin)
 
 
 def _measure(
@@ -542,7 +543,9 @@ def _measure(
     *,
     reference: Generations | None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    twin: Twin | None = None,
 ) -> None:
+    """measure.json and generations.json of a model; of a `twin`, with the KL of each token of texts that changed."""
     record, generations = measure(
         model,
         tokenizer or context.tokenizer,
@@ -551,6 +554,14 @@ def _measure(
         reference=reference,
         seed=context.recipe.seed,
     )
+    if twin is not None and reference is not None:
+        dense = read_json(context.directory.dense / "measure.json")["tasks"]
+        for task in context.tasks:
+            right = dense[task.name].get("each") or [], record["tasks"][task.name].get("each") or []
+            if task.name in generations and len(right[0]) == len(right[1]):
+                ids = [row["ids"] for row in reference[task.name]]
+                for item, tokens in tokens_of_changed(twin, context.tokenizer, task, right, ids).items():
+                    generations[task.name][item]["dense_kl"] = [(piece, float(f"{kl:.3g}")) for piece, kl in tokens]
     if dist.is_main():
         write_json(folder / "generations.json", generations)
         write_json(folder / "measure.json", record)
