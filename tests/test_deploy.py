@@ -158,6 +158,15 @@ def test_a_family_that_gguf_is_not_written_for_is_refused_by_plan(tmp_path: Path
         run(tmp_path, *fields, "deploy.quantize=q8_0", until="plan")
 
 
+@pytest.mark.parametrize(
+    ("kind", "tool"), [("fp8", "llm-compressor"), ("awq", "llm-compressor"), ("nf4", "bitsandbytes")]
+)
+def test_forms_of_other_tools_are_refused_with_the_tool(kind: str, tool: str) -> None:
+    said = f"{kind} is no type of a GGUF file.*quantize the export with {tool}, and measure that folder"
+    with pytest.raises(ValueError, match=said):
+        recipe.Deploy(quantize=kind)
+
+
 def test_planned_bytes_are_those_that_are_written() -> None:
     folder = recipe.embedded("fable-2m")
     sizes = quantized_bytes(folder)

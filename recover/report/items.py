@@ -117,9 +117,10 @@ def runs_of_tokens(kls: Any) -> list[tuple[str, int, str]]:
     """
     runs: list[tuple[str, int, str]] = []
     letters = 0
-    for number, (piece, kl) in enumerate(kls or ()):
+    tokens: list[tuple[str, float]] = list(kls or ())
+    for number, (piece, kl) in enumerate(tokens):
         level = sum(kl >= least for least in LEVELS)
-        text = words.clean(piece) or (END if number == len(kls) - 1 and level else "")
+        text = words.clean(piece) or (END if number == len(tokens) - 1 and level else "")
         letters += len(text)
         if letters > words.TEXT_LIMIT:
             return [*runs, (" …", 0, "")]

@@ -20,7 +20,7 @@ from recover.config.defaults import Chosen, Facts, row_tokens, settled
 from recover.config.recipe import PrunedText, Recipe, Train
 from recover.export.gguf.family import refuse as refuse_family
 from recover.export.gguf.family import refuse_type
-from recover.export.gguf.write import QUANTIZED, nearest, planned_bytes, vocabulary
+from recover.export.gguf.write import beside, nearest, planned_bytes, require_ggml, vocabulary
 from recover.models.load import Description, checked_config, describe
 from recover.models.source import exported_dtype, read_config
 from recover.prune.registry import Cost, pruner_of
@@ -201,17 +201,18 @@ def planned_file(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, figures: Es
         config = checked_config(recipe.model)
         refuse_family(config, where)
         vocabulary(tokenizer, model.vocabulary, [])
+        require_ggml(cfg.quantize)
     except ExportError as error:
         raise RecipeError(f"deploy.quantize: {error}. Leave it out, and convert the export by another tool") from None
     ends = model.embedding_parameters
     kept = (figures["parameters_pruned"] - ends) / (model.parameters - ends)
-    parts = {each: planned_bytes(config, each) for each in QUANTIZED}
+    parts = {each: planned_bytes(config, each) for each in {*beside(cfg.quantize), cfg.quantize}}
     head, rest = parts[cfg.quantize]
     found: PlannedFile = {"quantize": cfg.quantize, "bytes": round(head + rest * kept)}
     if cfg.beside is not None:
-        sizes = {each: sum(both) for each, both in parts.items()}
-        beside = nearest(sizes, found["bytes"])
-        found["beside"], found["beside_bytes"] = beside, sizes[beside]
+        sizes = {each: sum(parts[each]) for each in beside(cfg.quantize)}
+        kind = nearest(sizes, found["bytes"])
+        found["beside"], found["beside_bytes"] = kind, sizes[kind]
     return found
 
 

@@ -31,7 +31,7 @@ from recover.base.products import NAMES
 from recover.config import recipe as recipes
 from recover.config.base import Dtype
 from recover.config.recipe import Model, Recipe, dump_recipe, without_folders
-from recover.export.gguf.write import nearest, quantized_bytes, write_gguf
+from recover.export.gguf.write import beside, nearest, quantized_bytes, write_gguf
 from recover.export.merge import merge
 from recover.export.verify import fresh_process, verify, write_expected
 from recover.export.write import card, write_checkpoint
@@ -437,7 +437,8 @@ def deploy(context: RunContext) -> None:
     files = {"deployed": _write_quantized(directory, directory.deploy, directory.gguf, cfg.quantize)}
     if cfg.beside is not None:
         folder = locate(source)
-        kind = nearest(quantized_bytes(folder), quantized_bytes(directory.deploy)[cfg.quantize])
+        sizes = {kind: size for kind, size in quantized_bytes(folder).items() if kind in beside(cfg.quantize)}
+        kind = nearest(sizes, quantized_bytes(directory.deploy)[cfg.quantize])
         files["alternative"] = _write_quantized(directory, folder, directory.gguf / "dense", kind)
     elif dist.is_main():
         for name in NAMES["deploy"]:  # of when it was asked for
