@@ -216,6 +216,7 @@ class BlockDrift(TypedDict):
     logit: Quantiles | None
     probability: Quantiles | None
     kl: Quantiles | None
+    by_step: list[tuple[int, float, int]]
 
 
 class SublayerDrift(TypedDict):

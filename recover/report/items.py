@@ -13,6 +13,7 @@ from recover.base import artifacts
 from recover.maths import score
 from recover.report import words
 from recover.report.data import CHANGED, ChangedItem, Example, Exchanged, Mistakes, PageData, RunData, Text
+from recover.report.figures.drift import LEVELS
 from recover.report.run_files import FOLDERS, MeasureRecord, Model, Overlap, OverlapRecord, Records, Task
 from recover.report.tables import Table
 
@@ -106,7 +107,6 @@ def _shown(task: str, before: list[float], now: list[float], dense: Rows, other:
     return found
 
 
-LEVELS = (0.03, 0.1, 0.3, 1.0, 3.0)  # nats at which a token's colour deepens
 END = "\N{END OF PROOF}"  # where the text ends: a token without letters
 
 
