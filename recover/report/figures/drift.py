@@ -115,7 +115,7 @@ def _block_panel(
     )
 
 
-ROW = 24.0  # pixels from one stretch of steps to the next in the map
+STRETCH = 22.0  # pixels from one stretch of steps to the next in the map
 
 
 def block_steps(data: PageData) -> Figure | None:
@@ -131,12 +131,12 @@ def block_steps(data: PageData) -> Figure | None:
     }
 
     def draw(width: float) -> str:
-        height = sum(ROW * len(firsts) + 66 for _ in cells)
+        height = sum(STRETCH * len(firsts) + 66 for _ in cells)
         canvas = Canvas(width, height, _map_words(cells, firsts))
         top = 0.0
         for model, found in cells.items():
             _step_map(canvas, top, model, found, firsts, last)
-            top += ROW * len(firsts) + 66
+            top += STRETCH * len(firsts) + 66
         return canvas.render()
 
     see = (
@@ -150,7 +150,7 @@ def block_steps(data: PageData) -> Figure | None:
         for (block, step), (kl, count) in sorted(found.items(), key=lambda cell: (cell[0][1], cell[0][0]))
     ]
     columns = ("model", "from step", "block", "KL", "positions")
-    return Figure("Where along depth and text", see, draw, columns, table, tuple(cells))
+    return Figure("Where along depth and text", see, draw, columns, table)
 
 
 def _step_map(
@@ -165,7 +165,7 @@ def _step_map(
     left, top = 46.0, top + 24
     x = Linear(-0.5, last + 0.5, left, canvas.width)
     for row, step in enumerate(firsts):
-        canvas.text(left - 8, top + row * ROW + 16, str(step), "tick", anchor="end")
+        canvas.text(left - 8, top + row * STRETCH + 15, str(step), "tick", anchor="end")
         for block in range(last + 1):
             if (block, step) not in found:
                 continue
@@ -173,8 +173,8 @@ def _step_map(
             tip = f"{model}, block {block}, from step {step}: KL {words.number(kl)}"
             css = f"fill-{model} shade-{sum(kl >= least for least in LEVELS)}"
             each = x(1) - x(0)
-            canvas.rect(x(block - 0.5) + 0.5, top + row * ROW + 1, each - 1, ROW - 2, css, radius=2, tip=tip)
-    below = top + len(firsts) * ROW
+            canvas.rect(x(block - 0.5) + 0.5, top + row * STRETCH + 1, each - 1, STRETCH - 2, css, radius=2, tip=tip)
+    below = top + len(firsts) * STRETCH
     gap = max(1, -(-18 // max(int(x(1) - x(0)), 1)))
     for block in range(0, last + 1, gap):
         canvas.text(x(block), below + 16, str(block), "tick", anchor="middle")
