@@ -23,7 +23,7 @@ for _name, _default in (("SIGINT", signal.default_int_handler), ("SIGHUP", signa
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
-    """Short names for whole files among parameters; bytes may differ between the workers of one run (a time in them)."""
+    """Short names for whole files among parameters, whose bytes may differ between workers (a time in them)."""
     if isinstance(val, bytes):
         return f"{len(val)} bytes"
     return f"{val[:40]}..." if isinstance(val, str) and len(val) > 80 else None
