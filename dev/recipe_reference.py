@@ -88,9 +88,9 @@ data: quiz.jsonl              # {"question": "Fish live in", "options": ["trees"
 prompt: "{question}"
 ```
 
-Instructions that a program checks, of the 25 types of IFEval (kind `instructions`; the named task is `ifeval`). A text is right if it follows all of
-them as it stands; `prompt_loose` forgives a first or last line and asterisks, and `by_instruction` in `measure.json` has each type. Types that ask for a
-language need `pip install 'recover[ifeval]'`:
+Instructions that a program checks, of the 25 types of IFEval (kind `instructions`; the named task is `ifeval`). A text
+is right if it follows all of them as it stands; `prompt_loose` forgives a first or last line and asterisks, and
+`by_instruction` in `measure.json` has each type. Types that ask for a language need `pip install 'recover[ifeval]'`:
 
 ```yaml
 name: manners

@@ -191,7 +191,7 @@ class Deploy(Config):
     @field_validator("quantize", mode="before")
     @classmethod
     def _in_a_gguf_file(cls, value: Any) -> Any:
-        if value in NO_GGUF:
+        if isinstance(value, str) and value in NO_GGUF:
             raise ValueError(
                 f"{value} is no type of a GGUF file, which is what this stage writes: leave it out, quantize the "
                 f"export with {NO_GGUF[value]}, and measure that folder: recover measure FOLDER --tasks ..."

@@ -216,7 +216,7 @@ class BlockDrift(TypedDict):
     logit: Quantiles | None
     probability: Quantiles | None
     kl: Quantiles | None
-    by_step: list[tuple[int, float, int]]
+    by_step: list[list[float]]
 
 
 class SublayerDrift(TypedDict):
