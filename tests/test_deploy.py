@@ -22,6 +22,7 @@ from recover.base.artifacts import read_json
 from recover.base.errors import RecipeError
 from recover.config import recipe
 from recover.config.recipe import dump_recipe, load_recipe
+from recover.export.gguf import write as writing
 from recover.export.gguf.write import nearest, planned_bytes, quantized_bytes, write_gguf
 from recover.measure.tasks import load_task, measure
 from recover.models.load import load_model, load_tokenizer
@@ -138,13 +139,16 @@ def test_a_finished_run_gets_a_file_and_two_columns(tmp_path: Path, capsys: pyte
         (directory.gguf / "DONE.json").unlink(missing_ok=True)
 
 
-def test_a_recipe_without_has_no_such_stage(tmp_path: Path) -> None:
+def test_a_recipe_without_has_no_such_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for option in ({"until": "deploy"}, {"start": "deploy"}):
         with pytest.raises(RecipeError, match=r"deploy\.quantize=q8_0"):
             run(tmp_path, *SMALL, **option)
     with pytest.raises(RecipeError, match="deploy: beside needs a file"):
         run(tmp_path, "deploy.beside=dense", until="plan")
-    with pytest.raises(RecipeError, match=r"deploy\.quantize: found .q4_k_m.\. "):
+    with pytest.raises(RecipeError, match=r"deploy\.quantize: found .q4_k_s.\. "):
+        run(tmp_path, "deploy.quantize=q4_k_s", until="plan")
+    monkeypatch.setattr(writing, "_ggml", lambda: None)
+    with pytest.raises(RecipeError, match=r"deploy\.quantize: q4_k_m is made by llama.cpp's own code, which is not"):
         run(tmp_path, "deploy.quantize=q4_k_m", until="plan")
 
 
