@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from report_run import build_run
-from test_end_to_end import run
+from small_run import run
 
 from recover.base import clock as clocks
 from recover.base.clock import OTHER, Clock, note, part, spent, stage_clock

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from gguf_checkpoint import ROWS, llama_cpp, said, words
 from report_run import build_run
-from test_end_to_end import run
+from small_run import run
 from tiny import tiny
 from transformers import AutoConfig
 from typer.testing import CliRunner

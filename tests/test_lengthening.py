@@ -244,7 +244,7 @@ def test_epochs_that_are_new_follow_those_that_were(folder, parts, epochs, token
 def test_a_run_goes_on_when_tokens_are_raised_and_starts_over_when_told_to(tmp_path, capsys):
     small = ["measure.limit=6", "measure.max_new_tokens=8", "measure.sampling=null", "probe.samples=2", "probe.steps=4"]
     small += ["probe.items=0", "probe.sublayers=false", "train.epochs=1", "train.batch_size=4"]
-    small += ["prune={kind: depth, blocks: [3, 11]}"]
+    small += ["prune={kind: depth, blocks: [3, 11]}", "train.data.0.max_new_tokens=32", "train.data.0.batch_size=32"]
 
     def run(tokens, **options):
         recipe = load_recipe(QUICKSTART, [*small, f"train.tokens={tokens}"])

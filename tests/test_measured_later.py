@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from byte_tokenizer import byte_tokenizer
-from test_end_to_end import run
+from small_run import run
 from tiny import tiny
 from typer.testing import CliRunner
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import strangers
-from test_end_to_end import QUICKSTART
+from small_run import QUICKSTART
 from typer.testing import CliRunner
 
 from recover import cli

@@ -173,6 +173,7 @@ def test_a_report_of_nothing_worse_says_nothing(tmp_path):
 def test_a_recovery_at_a_rate_far_too_high_is_told_when_its_epoch_ends(tmp_path, capsys):
     settings = ["measure.limit=24", "measure.max_new_tokens=8", "measure.sampling=null", "probe.samples=8"]
     settings += ["probe.steps=8", "probe.items=0", "probe.sublayers=false", "train.tokens=400", "train.epochs=1"]
+    settings += ["train.data.0.max_new_tokens=32", "train.data.0.batch_size=32"]
     settings += ["train.lr=0.3", "prune={kind: depth, blocks: [3, 11]}"]
     directory = stages.run(load_recipe(QUICKSTART, settings), tmp_path, until="train")
     (line,) = read_jsonl(directory.epochs)
