@@ -2,7 +2,7 @@
 
 `run` does what `recover run` does, in this process. Two things are brief in it, whose laws are held elsewhere: speed is
 timed in two short turns (`test_speed.py`), and the export is verified here and not in a fresh process
-(`test_export.py`; `whole=True` in `test_end_to_end.py`).
+(`test_export.py`). A run of which nothing is cut is that of `test_hostile_folder.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from recover.run import stage_work, stages
 from recover.run.directory import RunDirectory
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+PROMPTS = Path(__file__).parent / "prompts.jsonl"  # the first 400 of the embedded ones
+TEXT = (f"train.data.0.prompts={PROMPTS}", "train.data.0.max_new_tokens=32", "train.data.0.batch_size=32")
 SMALL = (
+    *TEXT,
     "measure.limit=6",
     "measure.max_new_tokens=24",
     "measure.sampling=null",
@@ -34,8 +37,6 @@ SMALL = (
     "train.tokens=600",
     "train.epochs=2",
     "train.batch_size=4",
-    "train.data.0.max_new_tokens=32",
-    "train.data.0.batch_size=32",
 )
 # The run that most tests look at.
 MASKED = (
@@ -46,9 +47,9 @@ MASKED = (
 )
 
 
-def run(root: Path, *overrides: str, whole: bool = False, **options: Any) -> RunDirectory:
-    """A run of the quickstart, cut small, in `root`; with `whole`, nothing of its export is cut."""
-    with nullcontext() if whole else brief():
+def run(root: Path, *overrides: str, **options: Any) -> RunDirectory:
+    """A run of the quickstart, cut small, in `root`."""
+    with brief():
         return stages.run(load_recipe(QUICKSTART, [*SMALL, *overrides]), root, **options)
 
 

@@ -114,7 +114,7 @@ def test_a_recipe_without_has_no_such_stage(tmp_path: Path) -> None:
         run(tmp_path, "deploy.quantize=q4_k_m", until="plan")
 
 
-@pytest.mark.parametrize("family", ["gemma2", "phi3"])
+@pytest.mark.parametrize("family", ["phi3", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_a_family_that_gguf_is_not_written_for_is_refused_by_plan(tmp_path: Path, family: str) -> None:
     tiny(family, vocab_size=ROWS).save_pretrained(tmp_path / "model")
     words().save_pretrained(tmp_path / "model")

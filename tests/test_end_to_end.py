@@ -53,7 +53,7 @@ CALIBRATION = "{data: 'embedded:tasks/calibration.jsonl', samples: 2, length: 64
     ],
 )
 def test_a_run_ends_in_a_checkpoint_that_stock_classes_load(tmp_path, prune, blocks, zeros):
-    directory = run(tmp_path, f"prune={prune}", whole="blocks" in prune)
+    directory = run(tmp_path, f"prune={prune}", f"probe.sublayers={'blocks' in prune}".lower())
     assert [row["stale"] for row in stages.status(directory.root)] == [None] * len(stages.names(deploy=False))
     assert read_json(directory.verify)["ok"]
     model = AutoModelForCausalLM.from_pretrained(directory.deploy, dtype=torch.float32)

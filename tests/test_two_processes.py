@@ -164,7 +164,7 @@ def test_every_engine_generates_the_same_after_each_epoch(alone, together, varia
 def test_a_process_without_items_keeps_none_waiting(alone, together, variant):
     """Drift, likelihood and text of one item, and of three batches, by two processes."""
     assert together[variant]["measured"] == pytest.approx(alone["measured"], abs=LOSS, rel=20 * LOSS)
-    assert len(alone["measured"]) >= 2 * (2 + 4 + 1)
+    assert len(alone["measured"]) >= 2 + 4 + 1
 
 
 @pytest.mark.slow

@@ -228,7 +228,17 @@ LIKE_OTHERS = {
         "arcee",
     ),
     *("mixtral", "olmoe", "qwen3_moe_step", "glm4_moe"),
-    *("gemma4_unified_text", "gemma", "starcoder2", "stablelm", "cohere2", "gpt_neox_sequential", "granite"),
+    *(
+        "mistral",
+        "olmo3",
+        "gemma4_unified_text",
+        "gemma",
+        "starcoder2",
+        "stablelm",
+        "cohere2",
+        "gpt_neox_sequential",
+        "granite",
+    ),
 }
 
 

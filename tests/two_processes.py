@@ -157,7 +157,8 @@ def run(folder: Path, name: str, **changes) -> dict:
         measured: list[float] = []
 
         def after_epoch(epoch: int, context: dict) -> float:
-            measured.extend(few(twin, tokenizer))
+            if epoch == 2:
+                measured.extend(few(twin, tokenizer))
             mine = generate(twin.model, tokenizer, dist.shard(["one", "two", "six"]), max_new_tokens=5, batch_size=4)
             texts.extend(dist.gather([generation.text for generation in mine]))
             return float(epoch)
