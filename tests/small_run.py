@@ -30,7 +30,7 @@ TEXT = (f"train.data.0.prompts={PROMPTS}", "train.data.0.max_new_tokens=32", "tr
 SMALL = (
     *TEXT,
     "measure.limit=6",
-    "measure.max_new_tokens=24",
+    "measure.max_new_tokens=8",
     "measure.sampling=null",
     "probe.samples=2",
     "probe.steps=4",
@@ -38,7 +38,8 @@ SMALL = (
     "train.epochs=2",
     "train.batch_size=4",
 )
-# The run that most tests look at.
+# The runs that most tests look at.
+DEPTH = ("prune={kind: depth, blocks: [3, 11]}",)
 MASKED = (
     "prune={kind: magnitude, sparsity: 0.4}",
     "train.lr=1e-2",

@@ -106,7 +106,7 @@ def test_a_field_that_came_later_makes_nothing_stale_unless_it_is_set(old: Path,
             stamp["fingerprint"].get(section, {}).pop(field, None)
         path.write_text(json.dumps(stamp))
     states = {row["stage"]: row["stale"] for row in stages.status(old)}
-    asked = "max_new_tokens: 128 -> 24"  # neither what is set otherwise now, nor what has no default, is passed over
+    asked = "max_new_tokens: 128 -> 8"  # neither what is set otherwise now, nor what has no default, is passed over
     assert asked in str(states["dense"]) and "prune.sparsity: absent -> 0.4" in str(states["prune"])
     assert "weight_decay" not in str(states)
     assert "weight_decay" not in " ".join(collect(old)["mixed"])
