@@ -109,7 +109,7 @@ def test_a_second_run_does_nothing_and_a_changed_field_is_named(tmp_path, capsys
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_stopped_training_goes_on_where_it_was(tmp_path, number, capsys):
-    overrides = ["train.tokens=1600", "train.save_steps=4", "prune={kind: depth, blocks: [3]}", "probe.sublayers=false"]
+    overrides = ["train.tokens=1000", "train.save_steps=3", "prune={kind: depth, blocks: [3]}", "probe.sublayers=false"]
     command = [sys.executable, "-m", "recover", "run", str(QUICKSTART), "--runs", str(tmp_path), *SMALL, *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -118,7 +118,7 @@ def test_a_stopped_training_goes_on_where_it_was(tmp_path, number, capsys):
         deadline = time.monotonic() + 240
         while not list(checkpoints.glob("checkpoint-[1-9]*/MANIFEST.json")):
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-            time.sleep(0.02)
+            time.sleep(0.05)
         process.send_signal(number)
         output = process.communicate(timeout=120)[0]
     assert process.returncode == 128 + number, output

@@ -249,13 +249,13 @@ def test_a_run_goes_on_when_tokens_are_raised_and_starts_over_when_told_to(tmp_p
         recipe = load_recipe(QUICKSTART, [*small, f"train.tokens={tokens}"])
         return stages.run(recipe, tmp_path, until="train", **options)
 
-    run(400)
-    directory = run(800)
+    run(200)
+    directory = run(400)
     text = " ".join(capsys.readouterr().out.split())
-    assert "train.tokens: 400 -> 800" in text and "Training goes on where it ended" in text
+    assert "train.tokens: 200 -> 400" in text and "Training goes on where it ended" in text
     assert "replaces the recovery" not in text
     assert [line["epoch"] for line in read_jsonl(directory.epochs)] == [1, 2]
     assert len(read_json(directory.train / "training.json")["parts"]) == 2
-    run(1200, start="train")
+    run(300, start="train")
     assert [line["epoch"] for line in read_jsonl(directory.epochs)] == [1]
     assert len(read_json(directory.train / "training.json")["parts"]) == 1
