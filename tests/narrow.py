@@ -6,7 +6,7 @@ import copy
 import functools
 
 import torch
-from tiny import HYBRIDS, MIXTURES, ids, tiny
+from tiny import FAMILIES, HYBRIDS, MIXTURES, ids, tiny
 
 from recover.config import recipe
 from recover.models.arch import arch_of, blocks_of
@@ -18,6 +18,7 @@ NEURONS, HEAD, SHARED = 96, 16, 2  # of every tiny model; SHARED query heads on 
 MLP_ONLY = {"phi3", "olmo2", "olmo3", "granite_swa"}
 MLP_ONLY |= {*HYBRIDS, "gemma4_text", "gemma4_unified_text", "olmoe", "gpt_oss", "deepseek_v3"}
 MLP_ONLY |= {"stablelm", "stablelm_parallel", "cohere", "gpt_neox", "gpt_neox_sequential"}
+NARROWED = [family for family in FAMILIES if family not in MIXTURES or family not in MLP_ONLY]
 
 
 def cfg(*, score="activation", repair="none", **fields) -> recipe.Width:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
 from cached import cache_of
-from narrow import MLP_ONLY, case, logits, prune, silenced, width_twin
+from narrow import MLP_ONLY, NARROWED, case, logits, prune, silenced, width_twin
 from peft import get_peft_model
 from tiny import FAMILIES, MIXTURES, ids, tiny
 from transformers import AutoModelForCausalLM
@@ -26,8 +26,6 @@ from recover.models.plan import load_plan, save_plan
 from recover.models.twin import Twin
 from recover.text.decode import Writing, write
 from recover.text.generate import plain
-
-NARROWED = [family for family in FAMILIES if family not in MIXTURES or family not in MLP_ONLY]
 
 
 @pytest.mark.parametrize("family", NARROWED)
