@@ -65,8 +65,14 @@ def inputs_of_last(model, block: int, name: str, tokens: torch.Tensor) -> torch.
 
 def last(model, block: int):
     """The linear of an MLP that writes to the residual stream."""
+    return blocks_of(model)[block].get_submodule(name_of_last(model, block))
+
+
+def name_of_last(model, block: int) -> str:
+    """Its name inside the block; empty for a block without an MLP."""
     arch = arch_of(model)
-    return blocks_of(model)[block].get_submodule(f"{arch.mlp}.{arch.mlp_linears[-1]}")
+    names = [f"{arch.mlp}.{arch.mlp_linears[-1]}"]
+    return next((name for name in names if name in dict(blocks_of(model)[block].named_modules())), "")
 
 
 def lowest(scores: list[float], count: int) -> set[int]:
@@ -107,8 +113,7 @@ def silenced(model, by: str = "activation", neurons: int = 40, groups: int = 1):
         arch = arch_of(model)
         attention = f"{arch.attention}.{arch.attention_linears[-1]}"
         for block, layer in enumerate(blocks_of(quiet)):
-            if neurons:
-                name = f"{arch.mlp}.{arch.mlp_linears[-1]}"
+            if neurons and (name := name_of_last(model, block)):
                 seen = [inputs_of_last(model, block, name, tokens) for tokens in batches()]
                 gone = lowest([neuron_score(model, block, n, by, seen) for n in range(NEURONS)], neurons)
                 last(quiet, block).weight[:, sorted(gone)] = 0

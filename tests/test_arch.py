@@ -76,7 +76,7 @@ def test_the_parts_are_found_through_a_peft_model():
         ({"model_type": "granitemoe", "num_local_experts": 32}, "it is a mixture of experts"),
         ({"model_type": "olmo_hybrid", "layer_types": ["linear_attention", "full_attention"]}, "it is a hybrid"),
         ({"model_type": "new", "mamba_d_state": 16}, "it is a hybrid"),
-        ({"model_type": "nemotron_h", "ssm_state_size": 16}, "it is a hybrid of another kind.*one of them in a block"),
+        ({"model_type": "zamba2", "mamba_d_state": 16}, "it is a hybrid of another kind.*none of them was tried"),
         ({"model_type": "gemma3n", "text_config": {}}, "embeddings for each block"),
     ],
 )

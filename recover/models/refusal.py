@@ -36,10 +36,10 @@ MIXTURE = Kind(
 )
 HYBRID = Kind(
     "a hybrid of another kind, whose blocks keep a state (Mamba, linear attention, convolutions)",
-    "nemotron_h, jamba, bamba, zamba2, olmo_hybrid",
-    "its blocks are not a mixer or attention and then an MLP (nemotron_h has one of them in a block), or "
-    "none of them was tried",
-    "give one of the hybrids that are supported (lfm2, qwen3_5_text, qwen3_next, granitemoehybrid, falcon_h1)",
+    "jamba, bamba, zamba2, olmo_hybrid",
+    "its blocks are not a mixer or attention and then an MLP, nor one of them, or none of them was tried",
+    "give one of the hybrids that are supported (lfm2, qwen3_5_text, qwen3_next, granitemoehybrid, falcon_h1, "
+    "nemotron_h)",
 )
 PER_BLOCK = Kind(
     "a model with embeddings for each block, or with blocks that share keys and values",

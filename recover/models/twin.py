@@ -210,14 +210,14 @@ class Twin:
         """Names of linear layers, of experts' matrices and of routers that learn."""
         without = tuple(f".{self.arch.mixer}.{linear}" for linear in self.arch.unadapted)
         adapted = [name for name in linears_of(self.model) if not name.endswith(without)]
-        linears = [name for name in adapted if site_of(self.arch, name) in sites]
+        linears = [name for name in adapted if site_of(self.model, name) in sites]
         names, mixed = self.arch.experts, [block for block in mixtures_of(self.model) if Site(block, "mlp") in sites]
         if {"experts", "router"} & {*cfg.parts} and (names is None or not mixed):
             raise ModelError(f"lora.parts: {list(cfg.parts)}: no block that learns has experts; use [linears]")
         if names is None:
             return linears, [], []
         # peft takes a linear that is called as a matrix of experts once was for that, wherever it is.
-        linears = [name for name in linears if site_of(self.arch, name).part == "attention"]
+        linears = [name for name in linears if site_of(self.model, name).part == "attention"]
         inside = [f"{self.arch.blocks}.{block}.{self.arch.mlp}" for block in mixed]
         experts = [f"{mlp}.{names.experts}.{matrix}" for mlp in inside for matrix in (IN, OUT)]
         routers = [f"{mlp}.{names.router}" for mlp in inside]

@@ -164,10 +164,11 @@ def prune_width(twin: Twin, cfg: Width, batches: list[LongTensor], journal: Jour
     records = []
     for block in console.track(range(len(blocks_of(model))), "width", unit="block"):
         chosen: dict[Sublayer, Tensor] = {}
-        for removal in removals if scores else ():
+        there = [removal for removal in removals if _names(twin, block, removal.part)]
+        for removal in there if scores else ():
             chosen[removal.part] = highest(scores[str(Site(block, removal.part))], removal.left)
-        found = _compensated(twin, stream, block, removals, chosen, cfg) if stream else {}
-        for removal in removals:
+        found = _compensated(twin, stream, block, there, chosen, cfg) if stream else {}
+        for removal in there:
             made = found.get(removal.part)
             kept_K = made.kept_K if made else chosen[removal.part]
             rewritten_OI = made.weight_OI if made and cfg.repair == "linear" else None
@@ -232,7 +233,7 @@ def _removals(stock: PretrainedConfig, config: dict[str, int]) -> Iterator[_Remo
 
 
 def _names(twin: Twin, block: int, part: Sublayer) -> list[str]:
-    """The linears of a sublayer, the one that writes to the residual stream last."""
+    """The linears of a sublayer, the one that writes to the residual stream last; none where it is not there."""
     inside = linears_in(twin.blocks[block], twin.arch, part)
     return [f"{twin.arch.blocks}.{block}.{name}" for name in inside]
 
@@ -240,8 +241,8 @@ def _names(twin: Twin, block: int, part: Sublayer) -> list[str]:
 def _last_linears(twin: Twin, removal: _Removal) -> Iterator[tuple[Site, Outgoing]]:
     linears = linears_of(twin.model)
     for block in range(len(blocks_of(twin.model))):
-        last = _names(twin, block, removal.part)[-1]
-        yield Site(block, removal.part), Outgoing(linears[last], removal.units, removal.head)
+        for last in _names(twin, block, removal.part)[-1:]:
+            yield Site(block, removal.part), Outgoing(linears[last], removal.units, removal.head)
 
 
 class Outgoing(NamedTuple):
@@ -437,7 +438,8 @@ def width_weights(cfg: Width, model: Description) -> tuple[int, int]:
     neurons, groups = cfg.neurons(model.intermediate), cfg.kv_groups or 0
     gone = (model.intermediate - neurons) * neuron + groups * group
     stay = (neurons * neuron if cfg.mlp else 0) + ((model.kv_heads - groups) * group if groups else 0)
-    return gone * model.blocks, stay * model.blocks
+    blocks = model.lone.count("mlp") or model.blocks
+    return gone * blocks, stay * blocks
 
 
 register(Pruner(Width, prune_width, width_cost))
