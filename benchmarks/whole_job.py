@@ -47,6 +47,7 @@ ROOM = 0.95  # of the disk
 TEXT = "calibration: {data: 'embedded:tasks/calibration.jsonl', samples: 24, length: 128}"
 NARROWER = f"prune={{kind: width, mlp: 0.25, score: activation, repair: none, {TEXT}}}"
 FEWER_EXPERTS = f"prune={{kind: experts, share: 0.25, score: reap, {TEXT}}}"
+KINDS = {"M": "linear_attention", "-": "mlp", "*": "full_attention"}
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Shape:
         sizes = {"max_position_embeddings": 2048, **self.sizes, **(self.tiny if tiny else {})}
         if blocks:
             sizes["num_hidden_layers"] = blocks
+        if "layers_block_type" in sizes:
+            sizes["layers_block_type"] = sizes["layers_block_type"][:blocks]
         return AutoConfig.for_model(self.family, **sizes, bos_token_id=None, eos_token_id=None, pad_token_id=None)
 
 
@@ -129,6 +132,36 @@ SHAPES = {
             "mamba_d_head": 16,
             "mamba_d_state": 16,
             "mamba_chunk_size": 16,
+            "vocab_size": 3000,
+        },
+    ),
+    "nemotron-h-8b": Shape(  # each block is one sublayer: Mamba-2, an MLP or attention
+        "nemotron_h",
+        NARROWER,
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 21_504,
+            "layers_block_type": [KINDS[each] for each in f"M-M-M-M*-{'M-M-M-M-M*-' * 3}M-M-M-M-M-"],
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "mamba_num_heads": 128,
+            "mamba_head_dim": 64,
+            "ssm_state_size": 128,
+            "n_groups": 8,
+            "vocab_size": 131_072,
+        },
+        {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "layers_block_type": [KINDS[each] for each in "M-*-M-"],
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 16,
+            "n_groups": 2,
             "vocab_size": 3000,
         },
     ),
