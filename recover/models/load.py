@@ -129,6 +129,7 @@ def describe(cfg: recipe.Model) -> Description:
         beside=parameters_beside(cfg),
         block_parameters=tuple(sum(each.numel() for each in block.parameters()) for block in blocks_of(model)),
         lone=lone_of(model),
+        lone_mlps=lone_of(model).count("mlp") if arch_of(config).lone else None,
         mixture=_mixture(model),
     )
 
