@@ -64,7 +64,7 @@ def _with_experts_in_blocks(config: Mapping[str, Any]) -> str:
 def _with_parts_of_blocks(config: Mapping[str, Any]) -> str:
     """Gemma 4's E2B, E4B and 26B-A4B."""
     if config.get("num_kv_shared_layers") or config.get("hidden_size_per_layer_input"):
-        return f"it has {PER_BLOCK.called.partition('a model with ')[2]}: {PER_BLOCK.why}"
+        return f"it has {PER_BLOCK.called.partition('a model with ')[2]}; {PER_BLOCK.why}. Instead: {PER_BLOCK.instead}"
     if config.get("use_double_wide_mlp"):
         return "some of its blocks have MLPs of twice the width"
     return "it has a mixture of experts beside each MLP" if config.get("enable_moe_block") else ""

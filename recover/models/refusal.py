@@ -42,10 +42,10 @@ HYBRID = Kind(
     "nemotron_h)",
 )
 PER_BLOCK = Kind(
-    "a model with embeddings for each block, or with blocks that share keys and values",
+    "a model with embeddings for each block, or blocks that share keys and values",
     "gemma3n, gemma4 (E2B, E4B)",
-    "a block that goes takes a part of one matrix of all blocks with it, and others lose the keys and values that they "
-    "read",
+    "the embeddings of all blocks are one matrix, of which a block that goes takes a part with it, and blocks that "
+    "read the keys and values of another one lose them with that",
     "give a model of the family without them, such as Gemma 3 or Gemma 4 12B and 31B",
 )
 CONV1D = Kind(
