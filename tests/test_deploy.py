@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from recover import cli
 from recover.base.artifacts import read_json
-from recover.base.errors import RecipeError
+from recover.base.errors import ModelError, RecipeError
 from recover.config import recipe
 from recover.config.recipe import dump_recipe, load_recipe
 from recover.export.gguf.write import nearest, planned_bytes, quantized_bytes, write_gguf
@@ -114,7 +114,7 @@ def test_a_recipe_without_has_no_such_stage(tmp_path: Path) -> None:
         run(tmp_path, "deploy.quantize=q4_k_m", until="plan")
 
 
-@pytest.mark.parametrize("family", ["gemma2", "phi3"])
+@pytest.mark.parametrize("family", ["gemma2", "olmo3"])
 def test_a_family_that_gguf_is_not_written_for_is_refused_by_plan(tmp_path: Path, family: str) -> None:
     tiny(family, vocab_size=ROWS).save_pretrained(tmp_path / "model")
     words().save_pretrained(tmp_path / "model")
@@ -122,6 +122,19 @@ def test_a_family_that_gguf_is_not_written_for_is_refused_by_plan(tmp_path: Path
     run(tmp_path, *fields, until="plan")
     with pytest.raises(RecipeError, match=rf"deploy\.quantize: .*'{family}' is not written as GGUF; expected llama"):
         run(tmp_path, *fields, "deploy.quantize=q8_0", until="plan")
+
+
+@pytest.mark.parametrize("family", ["granite", "smollm3", "olmo2"])
+def test_a_file_that_could_not_be_measured_is_refused_by_plan(tmp_path: Path, family: str) -> None:
+    tiny(family, vocab_size=ROWS, **{"no_rope_layer_interval": 4} if family == "smollm3" else {}).save_pretrained(
+        tmp_path / "model"
+    )
+    words().save_pretrained(tmp_path / "model")
+    fields = (f"model.source={tmp_path / 'model'}", "prune={kind: depth, blocks: [3]}", "deploy.quantize=q8_0")
+    with pytest.raises(RecipeError, match=rf"deploy\.quantize: .*of {family} is written and could not be measured"):
+        run(tmp_path, *fields, until="plan")
+    with pytest.raises(ModelError, match=f"architecture {family} is not supported"):  # as transformers has it
+        load_model(recipe.Model(source=str(write_gguf(tmp_path / "model", tmp_path / "out.gguf"))))
 
 
 def test_planned_bytes_are_those_that_are_written() -> None:

@@ -52,13 +52,16 @@ RENAMED = {
     "post_attention_layernorm": "ffn_norm",
     "self_attn.o_proj": "attn_output",
     "self_attn.": "attn_",
+    "mlp.gate_up_proj": "ffn_up",
     "mlp.": "ffn_",
     "_proj": "",
 }
+OLMO2 = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
+HALVES = ("qwen2", "qwen3", "olmo2")  # llama.cpp turns rows as transformers does
 
 
-def renamed(name: str) -> str:
-    for old, new in RENAMED.items():
+def renamed(name: str, variant: str = "llama") -> str:
+    for old, new in (RENAMED | (OLMO2 if variant == "olmo2" else {})).items():
         name = name.replace(old, new)
     return name
 
@@ -69,13 +72,33 @@ def test_every_tensor_is_the_checkpoints_with_rotary_rows_where_llama_cpp_has_th
     _, tensors = read(write_gguf(folder, tmp_path / "out.gguf"))
     state = load_file(folder / "model.safetensors")
     extra = {"rope_freqs.weight"} if variant in ("llama_rope3", "granite_biased") else set()
-    assert {renamed(name) for name in state} | extra == set(tensors)
+    assert {renamed(name, variant) for name in state} | extra == set(tensors)
     width = 32 if variant in ("mistral", "qwen3") else 16
     for name, tensor in state.items():
         expected = tensor.numpy()
-        if ("q_proj" in name or "k_proj" in name) and variant not in ("qwen2", "qwen3"):
+        if ("q_proj" in name or "k_proj" in name) and variant not in HALVES:
             expected = np.stack([expected[row_in_checkpoint(row, width)] for row in range(len(expected))])
-        assert np.array_equal(tensors[renamed(name)], expected), name
+        assert np.array_equal(tensors[renamed(name, variant)], expected), name
+
+
+@pytest.mark.parametrize(
+    ("variant", "overrides", "said"),
+    [
+        ("smollm3", {"no_rope_layers": [1, 1, 0, 1, 1, 1]}, r"block 2 has no rotary.*in every block 4 of this family"),
+        ("smollm3", {"no_rope_layers": [1, 1, 1, 1, 1, 0]}, r"block 3 has rotary positions \(no_rope_layers\)"),
+        ("phi3", {"hidden_act": "gelu"}, "hidden_act is gelu; GGUF is written for silu"),
+        (
+            "phi3",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is 0.5; GGUF is written for 1.0",
+        ),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_refused_before_a_file_is_written(variant, overrides, said, tmp_path):
+    folder = checkpoint(tmp_path / "deploy", variant, **overrides)
+    with pytest.raises(ExportError, match=said):
+        write_gguf(folder, tmp_path / "out.gguf")
+    assert not [*tmp_path.glob("*gguf*")]
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("float32", "F32"), ("float16", "F16"), ("bfloat16", "BF16")])
@@ -240,6 +263,14 @@ def test_shards_are_read_and_transformers_reads_the_file_back(tmp_path):
     expected = model.state_dict()
     assert read_back.keys() == expected.keys()
     assert all(torch.equal(read_back[name], expected[name]) for name in expected)
+
+
+def test_a_file_of_phi3_is_read_back_as_the_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECOVER_CACHE", str(tmp_path / "cache"))
+    folder = checkpoint(tmp_path / "deploy", "phi3_grouped")
+    model, tokens = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), ids(2, 20, vocabulary=1000)
+    read_back = load_model(recipe.Model(source=str(write_gguf(folder, tmp_path / "out.gguf"))))
+    assert torch.equal(read_back(tokens).logits, model(tokens).logits)
 
 
 def test_other_families_and_options_are_refused_by_name(tmp_path):

@@ -1,6 +1,7 @@
 """What llama.cpp knows of a model family: tensor names, sizes, rope; and what of a config it would compute otherwise.
 
-Source: the GGUF specification (ggml, docs/gguf.md) and llama.cpp's loaders, src/models/{llama,qwen2,qwen3,granite}.cpp.
+Source: the GGUF specification (ggml, docs/gguf.md) and llama.cpp's loaders, src/models/{llama,qwen2,qwen3,granite,
+smollm3,olmo2,phi3}.cpp.
 Where its loader for a family takes heads that together are as wide as the model, and these are not (KV groups were
 pruned, or `head_dim` is set), the checkpoint is written as the family that computes the same for heads of any width.
 """
@@ -44,19 +45,29 @@ ATTENTION = {
 MLP = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 HEAD_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+BEHIND = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
+FUSED = {
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
 ROPES = ("default", "linear", "llama3")
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A model type in llama.cpp: its name there, where the two rows of a rotary pair lie, and the norms of a block.
+    """A model type in llama.cpp: its name there, where the two rows of a rotary pair lie, and what is in a block.
 
     `neighbours`: row 2i and row 2i + 1 of a head are a pair; else, as always in transformers, half a head is between.
+    `without_positions`: every so many-th block has no rotary positions, whatever a file says.
     """
 
     arch: str
     neighbours: bool = False
     norms: dict[str, str] = dataclasses.field(default_factory=lambda: NORMS)
+    linears: dict[str, str] = dataclasses.field(default_factory=lambda: ATTENTION | MLP)
+    without_positions: int | None = None
 
 
 LLAMA = Family("llama", neighbours=True)
@@ -66,6 +77,9 @@ FAMILIES = {
     "qwen2": Family("qwen2"),
     "qwen3": Family("qwen3", norms=NORMS | HEAD_NORMS),
     "granite": Family("granite", neighbours=True),
+    "smollm3": Family("smollm3", neighbours=True, without_positions=4),
+    "olmo2": Family("olmo2", norms=BEHIND | HEAD_NORMS),
+    "phi3": Family("phi3", linears=FUSED),
 }
 
 
@@ -118,6 +132,22 @@ def refuse(config: PretrainedConfig, where: str) -> None:
     for field, (found, right, expected) in wrong.items():
         if not right:
             raise ExportError(f"{where}: {field} is {found}; GGUF is written for {expected}")
+    _refuse_positions(config, where)
+
+
+def _refuse_positions(config: PretrainedConfig, where: str) -> None:
+    """Raise ExportError where other blocks have rotary positions than those that llama.cpp gives them."""
+    has, every = getattr(config, "no_rope_layers", None), family_of(config).without_positions
+    if has is None or every is None:
+        return
+    there = [int((block + 1) % every != 0) for block in range(config.num_hidden_layers)]
+    if list(has) != there:
+        other = next(block for block, (one, two) in enumerate(zip(has, there, strict=True)) if one != two)
+        raise ExportError(
+            f"{where}: block {other} has {'' if has[other] else 'no '}rotary positions (no_rope_layers), and llama.cpp "
+            f"leaves them out in every block {every} of this family, whatever a file says: after depth pruning the "
+            "kinds of blocks lie otherwise. Prune width, or drop blocks so that the kinds alternate as before"
+        )
 
 
 def refuse_type(model_type: str, where: str) -> None:
@@ -130,7 +160,7 @@ def tensor_names(config: PretrainedConfig) -> dict[str, str]:
     """For each tensor that the checkpoint must hold, its name in the GGUF file."""
     biased = _biased(config)
     modules = TOP | ({} if config.tie_word_embeddings else HEAD)
-    block = family_of(config).norms | ATTENTION | MLP
+    block = family_of(config).norms | family_of(config).linears
     for number in range(config.num_hidden_layers):
         modules |= {f"model.layers.{number}.{module}": f"blk.{number}.{name}" for module, name in block.items()}
     names = {}
@@ -142,7 +172,7 @@ def tensor_names(config: PretrainedConfig) -> dict[str, str]:
 
 
 def _biased(config: PretrainedConfig) -> set[str]:
-    """Linears with a bias that llama.cpp reads; any other bias in the weights is left over, and refused as such."""
+    """Linears with a bias that is written; any other bias in the weights is left over, and refused as such."""
     if config.model_type == "qwen2":
         return {"attn_q", "attn_k", "attn_v"}
     if config.model_type not in ("llama", "granite"):

@@ -271,12 +271,13 @@ _SHORT, _REST = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|", r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\
 LLAMA3 = _SHORT + r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
 QWEN2 = _SHORT + r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST
 
-# rules -> (name in llama.cpp, whether it looks a whole piece up before it merges: `ignore_merges` of tokenizer.json)
-PRE_TOKENIZERS: dict[tuple[str, ...], tuple[str, bool]] = {
-    (GPT2,): ("gpt-2", False),
-    (DIGIT, GPT2): ("smollm", False),
-    (LLAMA3,): ("llama-bpe", True),
-    (QWEN2,): ("qwen2", False),
+# (rules, whether a whole piece is looked up before it is merged: `ignore_merges`) -> name in llama.cpp
+PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
+    ((GPT2,), False): "gpt-2",
+    ((DIGIT, GPT2), False): "smollm",
+    ((LLAMA3,), True): "llama-bpe",
+    ((LLAMA3,), False): "dbrx",  # OLMo 2
+    ((QWEN2,), False): "qwen2",
 }
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types of the GGUF specification
@@ -366,19 +367,18 @@ def _refuse_other_kinds(core: JsonObject) -> None:
 
 
 def _pre_tokenizer(core: JsonObject) -> str:
-    rules = _rules(core["pre_tokenizer"])
-    if rules not in PRE_TOKENIZERS:
+    rules, whole_first = _rules(core["pre_tokenizer"]), bool(core["model"].get("ignore_merges", False))
+    if (found := PRE_TOKENIZERS.get((rules, whole_first))) is not None:
+        return found
+    if (name := PRE_TOKENIZERS.get((rules, not whole_first))) is not None:
         raise ExportError(
-            f"tokenizer: it splits texts by {list(rules)}, for which no pre-tokenizer of llama.cpp is known here; "
-            f"known are {', '.join(name for name, _ in PRE_TOKENIZERS.values())}"
+            f"tokenizer: its 'ignore_merges' is {whole_first}, and llama.cpp's pre-tokenizer '{name}' has "
+            f"{not whole_first}: some words would be other tokens"
         )
-    name, whole_first = PRE_TOKENIZERS[rules]
-    if core["model"].get("ignore_merges", False) != whole_first:
-        raise ExportError(
-            f"tokenizer: its 'ignore_merges' is {not whole_first}, and llama.cpp's pre-tokenizer '{name}' has "
-            f"{whole_first}: some words would be other tokens"
-        )
-    return name
+    raise ExportError(
+        f"tokenizer: it splits texts by {list(rules)}, for which no pre-tokenizer of llama.cpp is known here; "
+        f"known are {', '.join(PRE_TOKENIZERS.values())}"
+    )
 
 
 def _rules(step: JsonObject | None) -> tuple[str, ...]:
