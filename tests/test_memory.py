@@ -118,6 +118,13 @@ def test_experts_are_counted_as_they_are(family, tmp_path):
     twin.add_lora(Lora(rank=RANK, parts=parts))
     trained = sum(parameter.numel() for parameter in twin.model.parameters() if parameter.requires_grad)
     assert trained == memory.adapter_parameters(described, RANK, 6, parts)
+    if family not in ("qwen3_moe", "glm4_moe"):  # without shared experts and plain MLPs
+        return
+    twin = Twin(tiny(family), Plan.none(6))
+    twin.add_lora(Lora(rank=RANK, parts=("shared",)))
+    trained = sum(parameter.numel() for parameter in twin.model.parameters() if parameter.requires_grad)
+    attention = memory.adapter_parameters(described, RANK, 6)
+    assert trained == memory.adapter_parameters(described, RANK, 6, ("linears", "shared")) - attention
 
 
 def test_with_checkpointing_a_block_keeps_its_input():

@@ -147,7 +147,8 @@ def rows_for(chunk: int, width: int, processors: int) -> int:
 def adapter_parameters(shape: Shape, rank: int, blocks: int, parts: Collection[str] = ("linears",)) -> int:
     """Of LoRA on all linears of so many blocks: rank x (in + out) of each; beside a mixture, on attention's alone.
 
-    `parts`, as `lora.parts`: of a mixture also (or only) every expert's two matrices, and routers as they are.
+    `parts`, as `lora.parts`: of a mixture also (or only) every expert's two matrices, routers as they are, and the
+    three of shared experts and plain MLPs.
     """
     query, kv = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
     attention = 2 * (shape.width + query) + 2 * (shape.width + kv)
@@ -158,7 +159,10 @@ def adapter_parameters(shape: Shape, rank: int, blocks: int, parts: Collection[s
     expert = 2 * shape.width + 3 * one.intermediate  # gate and up in one matrix, and down
     mixed = (rank * expert if "experts" in parts else 0) + (one.row if "router" in parts else 0)
     attended = blocks * rank * attention if "linears" in parts else 0
-    return attended + round(one.mean(one.experts * mixed, 0, shape.blocks) * blocks)
+    beside = [3 * rank * (shape.width + neurons) * ("shared" in parts) for neurons in (one.shared, shape.intermediate)]
+    if not one.shared:
+        beside[0] = 0
+    return attended + round(one.mean(one.experts * mixed + beside[0], beside[1], shape.blocks) * blocks)
 
 
 def matrix_parameters(shape: Shape) -> int:

@@ -55,6 +55,15 @@ def refuse(recipe: Recipe, model: Description) -> None:
             f"train.lora.parts: {list(recipe.train.lora.parts)}, and {model.model_type} models have no experts: "
             "use [linears]"
         )
+    if (
+        model.mixture is not None
+        and "shared" in recipe.train.lora.parts
+        and not (model.mixture.shared or model.mixture.plain)
+    ):
+        raise RecipeError(
+            f"train.lora.parts: 'shared' is for shared experts and for MLPs in blocks without experts, and this "
+            f"{model.model_type} model has neither: leave it out"
+        )
     widest = max(model.width, model.intermediate, model.heads * model.head_size)
     if recipe.train.lora.rank > widest:
         raise RecipeError(
