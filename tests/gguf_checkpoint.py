@@ -46,6 +46,8 @@ VARIANTS = {
     "olmo2": ("olmo2", {}),
     "phi3": ("phi3", {"num_key_value_heads": 4}),
     "phi3_grouped": ("phi3", {"tie_word_embeddings": True}),
+    "qwen3_moe": ("qwen3_moe", {"mlp_only_layers": []}),
+    "olmoe": ("olmoe", {"norm_topk_prob": False, "num_key_value_heads": 4}),
     "granite_narrow": ("granite", {**NARROW, "attention_multiplier": 0.3}),
 }
 

@@ -1,7 +1,7 @@
 """What llama.cpp knows of a model family: tensor names, sizes, rope; and what of a config it would compute otherwise.
 
 Source: the GGUF specification (ggml, docs/gguf.md) and llama.cpp's loaders, src/models/{llama,qwen2,qwen3,granite,
-smollm3,olmo2,phi3}.cpp.
+smollm3,olmo2,phi3,qwen3moe,olmoe}.cpp.
 Where its loader for a family takes heads that together are as wide as the model, and these are not (KV groups were
 pruned, or `head_dim` is set), the checkpoint is written as the family that computes the same for heads of any width.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import gguf
 import torch
@@ -18,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from recover.base import console
 from recover.base.errors import ExportError
-from recover.models.arch import head_size_of, kv_heads_of
+from recover.models.arch import experts_of, head_size_of, kv_heads_of
 from recover.models.settings import config_of
 from recover.models.source import (
     CONFIG,
@@ -53,6 +53,20 @@ FUSED = {
     "mlp.down_proj": "ffn_down",
 }
 ROPES = ("default", "linear", "llama3")
+# Of a mixture: the router, and the matrices of each expert, one tensor of all experts in the file.
+ROUTER = {"mlp.gate": "ffn_gate_inp"}
+EXPERTS = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """How llama.cpp routes in this family: `normed`, whether the weights of the chosen experts are made to sum to 1.
+
+    `grouped`: it has room for query heads that share keys and values.
+    """
+
+    normed: bool
+    grouped: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +82,7 @@ class Family:
     norms: dict[str, str] = dataclasses.field(default_factory=lambda: NORMS)
     linears: dict[str, str] = dataclasses.field(default_factory=lambda: ATTENTION | MLP)
     without_positions: int | None = None
+    mixture: Mixture | None = None
 
 
 LLAMA = Family("llama", neighbours=True)
@@ -80,6 +95,10 @@ FAMILIES = {
     "smollm3": Family("smollm3", neighbours=True, without_positions=4),
     "olmo2": Family("olmo2", norms=BEHIND | HEAD_NORMS),
     "phi3": Family("phi3", linears=FUSED),
+    "qwen3_moe": Family("qwen3moe", norms=NORMS | HEAD_NORMS, linears=ATTENTION | ROUTER, mixture=Mixture(normed=True)),
+    "olmoe": Family(
+        "olmoe", norms=NORMS | HEAD_NORMS, linears=ATTENTION | ROUTER, mixture=Mixture(normed=False, grouped=False)
+    ),
 }
 
 
@@ -133,6 +152,30 @@ def refuse(config: PretrainedConfig, where: str) -> None:
         if not right:
             raise ExportError(f"{where}: {field} is {found}; GGUF is written for {expected}")
     _refuse_positions(config, where)
+    _refuse_routing(config, where)
+
+
+def _refuse_routing(config: PretrainedConfig, where: str) -> None:
+    """Raise ExportError for a mixture that llama.cpp routes otherwise, or of which some blocks have a plain MLP."""
+    mixture, settings = family_of(config).mixture, cast(Any, config)
+    if mixture is None:
+        return
+    if settings.norm_topk_prob != mixture.normed:
+        raise ExportError(
+            f"{where}: norm_topk_prob is {settings.norm_topk_prob}; GGUF is written for {mixture.normed}, which is "
+            "what llama.cpp computes in this family whatever a file says"
+        )
+    if not mixture.grouped and kv_heads_of(config) != config.num_attention_heads:
+        raise ExportError(
+            f"{where}: num_key_value_heads is {kv_heads_of(config)}; GGUF is written for {config.num_attention_heads}, "
+            "as many as query heads: llama.cpp has no room for others in this family"
+        )
+    plain = getattr(config, "mlp_only_layers", None) or []
+    if plain or getattr(config, "decoder_sparse_step", 1) != 1:
+        raise ExportError(
+            f"{where}: some blocks have a plain MLP (mlp_only_layers, decoder_sparse_step), and llama.cpp's "
+            f"'{family_of(config).arch}' takes experts in every block"
+        )
 
 
 def _refuse_positions(config: PretrainedConfig, where: str) -> None:
@@ -157,7 +200,7 @@ def refuse_type(model_type: str, where: str) -> None:
 
 
 def tensor_names(config: PretrainedConfig) -> dict[str, str]:
-    """For each tensor that the checkpoint must hold, its name in the GGUF file."""
+    """For each tensor that the checkpoint must hold, its name in the GGUF file: one name for those of all experts."""
     biased = _biased(config)
     modules = TOP | ({} if config.tie_word_embeddings else HEAD)
     block = family_of(config).norms | family_of(config).linears
@@ -168,6 +211,13 @@ def tensor_names(config: PretrainedConfig) -> dict[str, str]:
         names[f"{module}.weight"] = f"{name}.weight"
         if name.rpartition(".")[2] in biased:
             names[f"{module}.bias"] = f"{name}.bias"
+    if family_of(config).mixture is not None:
+        for number in range(config.num_hidden_layers):
+            names |= {
+                f"model.layers.{number}.mlp.experts.{expert}.{module}.weight": f"blk.{number}.{name}.weight"
+                for module, name in EXPERTS.items()
+                for expert in range(experts_of(config)[0])
+            }
     return names
 
 
@@ -198,6 +248,11 @@ def add_sizes(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
     writer.add_vocab_size(config.vocab_size)
+    if family_of(config).mixture is not None:
+        count, used = experts_of(config)
+        writer.add_expert_count(count)
+        writer.add_expert_used_count(used)
+        writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", config.intermediate_size))
     if config.model_type == "granite":  # without them llama.cpp scales by 1 / sqrt(head) and 1
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_embedding_scale(config.embedding_multiplier)

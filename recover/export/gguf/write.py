@@ -49,6 +49,7 @@ QUANTIZED = {"q8_0": ("Q8_0", 7), "q5_1": ("Q5_1", 9), "q5_0": ("Q5_0", 8), "q4_
 KINDS = DTYPES | QUANTIZED
 ENDS = ("token_embd.weight", "output.weight")
 FINE = "q8_0"  # of embedding and head, which lose most: llama.cpp keeps them finer too
+EXPERTS_END, ROUTER_END = "_exps.weight", "ffn_gate_inp.weight"
 WIDE = "float16"  # of a matrix whose rows are not made of whole grids
 
 
@@ -65,7 +66,8 @@ class Entry:
 def write_gguf(folder: Path, out: Path, dtype: str | None = None) -> Path:
     """Write the checkpoint in `folder` to `out`, one tensor in memory at a time; `dtype` None is the checkpoint's own.
 
-    Matrices are cast once to `dtype` (a key of KINDS); vectors are float32, which is all that llama.cpp takes there.
+    Matrices are cast once to `dtype` (a key of KINDS); vectors are float32, which is all that llama.cpp takes there,
+    and routers, which choose.
     Of a quantized one embedding and head are q8_0, and matrices with rows that no grid divides float16.
     What was under `out` is replaced in one rename.
 
@@ -151,10 +153,17 @@ def _entries(folder: Path, config: PretrainedConfig, dtype: str) -> list[Entry]:
         found.pop("lm_head.weight", None)  # llama.cpp, too, takes the embedding where there is no head
     names = tensor_names(config)
     _refuse_unequal(folder, config, set(names), set(found))
-    entries = []
+    sources: dict[str, list[str]] = {}
     for source, name in names.items():
-        path, shape = found[source]
-        load = partial(_load, path, source, _heads(config, source))
+        sources.setdefault(name, []).append(source)
+    entries = []
+    for name, parts in sources.items():
+        shapes = {found[source][1] for source in parts}
+        if len(shapes) > 1:
+            raise ExportError(f"{folder}: {parts[0]} and others like it differ in shape: {sorted(shapes)}")
+        loads = [partial(_load, found[source][0], source, _heads(config, source)) for source in parts]
+        shape = (*([len(parts)] if name.endswith(EXPERTS_END) else []), *shapes.pop())
+        load = partial(_stacked, loads) if name.endswith(EXPERTS_END) else loads[0]
         entries.append(Entry(name, shape, _dtype(name, shape, dtype), load))
     factors = rope_factors(config)
     if factors is not None:
@@ -162,8 +171,13 @@ def _entries(folder: Path, config: PretrainedConfig, dtype: str) -> list[Entry]:
     return entries
 
 
+def _stacked(loads: Sequence[Callable[[], Tensor]]) -> Tensor:
+    """The matrices of all experts of a block."""
+    return torch.stack([load() for load in loads])
+
+
 def _dtype(name: str, shape: tuple[int, ...], dtype: str) -> str:
-    if len(shape) == 1:
+    if len(shape) == 1 or name.endswith(ROUTER_END):
         return "float32"
     if dtype not in QUANTIZED:
         return dtype
