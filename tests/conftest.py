@@ -22,6 +22,13 @@ for _name, _default in (("SIGINT", signal.default_int_handler), ("SIGHUP", signa
         signal.signal(getattr(signal, _name), _default)
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Short names for whole files among parameters, whose bytes may differ between workers (a time in them)."""
+    if isinstance(val, bytes):
+        return f"{len(val)} bytes"
+    return f"{val[:40]}..." if isinstance(val, str) and len(val) > 80 else None
+
+
 @pytest.hookimpl(tryfirst=True)  # before tests are left out by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Families that are like another one are tested with the slow tests."""
