@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from recover import cli
 from recover.base.artifacts import read_json
-from recover.base.errors import RecipeError
+from recover.base.errors import ModelError, RecipeError
 from recover.config import recipe
 from recover.config.recipe import dump_recipe, load_recipe
 from recover.export.gguf.write import nearest, planned_bytes, quantized_bytes, write_gguf
@@ -147,7 +147,7 @@ def test_a_recipe_without_has_no_such_stage(tmp_path: Path) -> None:
         run(tmp_path, "deploy.quantize=q4_k_m", until="plan")
 
 
-@pytest.mark.parametrize("family", ["phi3", pytest.param("gemma2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["olmo3", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_a_family_that_gguf_is_not_written_for_is_refused_by_plan(tmp_path: Path, family: str) -> None:
     tiny(family, vocab_size=ROWS).save_pretrained(tmp_path / "model")
     words().save_pretrained(tmp_path / "model")
@@ -164,6 +164,27 @@ def test_forms_of_other_tools_are_refused_with_the_tool(kind: str, tool: str) ->
     said = f"{kind} is no type of a GGUF file.*quantize the export with {tool}, and measure that folder"
     with pytest.raises(ValueError, match=said):
         recipe.Deploy(quantize=kind)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "said"),
+    [
+        ("granite", {}, "architecture granite is not supported"),  # as transformers has it
+        ("smollm3", {"no_rope_layer_interval": 4}, "architecture smollm3 is not supported"),
+        ("olmo2", {}, "architecture olmo2 is not supported"),
+        ("qwen3_moe", {"mlp_only_layers": []}, "lacks 6 tensors"),  # its size of an expert is not read of the file
+    ],
+)
+def test_a_file_that_could_not_be_measured_is_refused_by_plan(
+    tmp_path: Path, family: str, fields: dict[str, Any], said: str
+) -> None:
+    tiny(family, vocab_size=ROWS, **fields).save_pretrained(tmp_path / "model")
+    words().save_pretrained(tmp_path / "model")
+    asked = (f"model.source={tmp_path / 'model'}", "prune={kind: depth, blocks: [3]}", "deploy.quantize=q8_0")
+    with pytest.raises(RecipeError, match=rf"deploy\.quantize: .*of {family} is written and could not be measured"):
+        run(tmp_path, *asked, until="plan")
+    with pytest.raises(ModelError, match=said):
+        load_model(recipe.Model(source=str(write_gguf(tmp_path / "model", tmp_path / "out.gguf"))))
 
 
 def test_planned_bytes_are_those_that_are_written() -> None:

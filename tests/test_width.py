@@ -9,7 +9,7 @@ import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
 from cached import cache_of
-from narrow import MLP_ONLY, case, logits, prune, silenced, width_twin
+from narrow import MLP_ONLY, NARROWED, case, logits, prune, silenced, width_twin
 from peft import get_peft_model
 from tiny import FAMILIES, MIXTURES, ids, only, tiny
 from transformers import AutoModelForCausalLM
@@ -32,7 +32,6 @@ NAMED_OTHERWISE = {
     *("llama", "qwen2", "phi3", "glm4", "nemotron", "stablelm_parallel", "gpt_neox"),
     *("lfm2", "granitemoehybrid", "falcon_h1", "gemma4_text"),
 }
-NARROWED = [family for family in FAMILIES if family not in MIXTURES or family not in MLP_ONLY]
 
 
 @pytest.mark.parametrize("family", NARROWED)

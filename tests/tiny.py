@@ -171,6 +171,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_multipliers": [0.9, 1.1],
         },
     ),
+    "nemotron_h": (
+        "nemotron_h",
+        {
+            "head_dim": 16,
+            "layers_block_type": [LINEAR, LINEAR, FULL, LINEAR, "mlp", FULL],
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 16,
+            "n_groups": 2,
+            "chunk_size": 8,
+            "expand": 2,
+        },
+    ),
     "gemma4_text": ("gemma4_text", {**GEMMA4, "num_kv_shared_layers": 0}),
     "gemma4_unified_text": ("gemma4_unified_text", {**GEMMA4, "num_kv_shared_layers": 0}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}),
@@ -210,6 +223,7 @@ HYBRIDS = {
     "qwen3_next",
     "granitemoehybrid",
     "falcon_h1",
+    "nemotron_h",
 }  # blocks that keep a state: texts are written by transformers' own `generate`
 
 # Whose MLPs are mixtures of experts, in some blocks at least.

@@ -55,10 +55,18 @@ def _with_experts(config: Mapping[str, Any]) -> str:
     return "it is a mixture of experts; its dense models are supported" if config.get("num_local_experts") else ""
 
 
+def _with_experts_in_blocks(config: Mapping[str, Any]) -> str:
+    """Nemotron 3."""
+    kinds = config.get("layers_block_type") or config.get("layer_types") or config.get("hybrid_override_pattern") or ()
+    if "moe" not in kinds and "E" not in kinds:
+        return ""
+    return "some of its blocks are mixtures of experts without a gate; Nemotron-H and Nemotron Nano 2 have none"
+
+
 def _with_parts_of_blocks(config: Mapping[str, Any]) -> str:
     """Gemma 4's E2B, E4B and 26B-A4B."""
     if config.get("num_kv_shared_layers") or config.get("hidden_size_per_layer_input"):
-        return f"it has {PER_BLOCK.called.partition('a model with ')[2]}: {PER_BLOCK.why}"
+        return f"it has {PER_BLOCK.called.partition('a model with ')[2]}; {PER_BLOCK.why}. Instead: {PER_BLOCK.instead}"
     if config.get("use_double_wide_mlp"):
         return "some of its blocks have MLPs of twice the width"
     return "it has a mixture of experts beside each MLP" if config.get("enable_moe_block") else ""
@@ -124,6 +132,7 @@ class Arch:
     neurons: str = "intermediate_size"  # the field of the config that says how wide an MLP is
     unlike: Callable[[Mapping[str, Any]], str] = _all_alike  # why this model of the type is not supported, if it is not
     whole: bool = False  # halves of two blocks make no block: something of each block acts on the stream behind it
+    lone: bool = False  # a block is one sublayer: attention, a mixer or an MLP, in a module that has one name in all
     last_stays: bool = False  # the class takes the last block for one that attends to all
     kv_groups_stay: str = ""  # why width pruning cannot remove KV groups, empty where it can
     experts: ExpertNames | None = None  # how an MLP is a mixture of experts, where one is
@@ -131,7 +140,7 @@ class Arch:
 
     def together(self, config: PretrainedConfig) -> bool:
         """Whether only the sublayers of one block can be stored as a block."""
-        return self.whole or self.parallel(config)
+        return self.whole or self.lone or self.parallel(config)
 
     @property
     def mlp_matrices(self) -> int:
@@ -294,6 +303,22 @@ ARCHS: dict[str, Arch] = {
             kv_groups_stay=MIXED,
             lean=("norm", "rotary"),
         ),
+        Arch(
+            "nemotron_h",
+            norm="model.norm_f",
+            embed="model.embeddings",
+            **dict.fromkeys(("attention", "mixer", "mlp"), "mixer"),
+            mlp_linears=UP_DOWN,
+            gated=False,
+            attention_norms=("norm",),
+            mlp_norms=("norm",),
+            mixer_linears=("in_proj", "out_proj"),
+            unadapted=("out_proj",),
+            packs=False,
+            lone=True,
+            unlike=_with_experts_in_blocks,
+            kv_groups_stay=MIXED,
+        ),
         *(
             Arch(
                 f"gemma4{name}",
@@ -407,8 +432,37 @@ def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: getattr(module, "base_layer", module) for name, module in modules.items()}  # type: ignore[misc]
 
 
+def sublayers_in(block: nn.Module, arch: Arch) -> tuple[Sublayer, ...]:
+    """The sublayers that a block has: both, or the one that it is."""
+    if not arch.lone:
+        return SUBLAYERS
+    return ("mlp",) if kind_in(block, arch, arch.mlp) == "mlp" else ("attention",)
+
+
+def lone_of(model: nn.Module) -> tuple[Sublayer, ...]:
+    """Of a model whose blocks are one sublayer each, which one each is; of others nothing."""
+    arch = arch_of(model)
+    return tuple(sublayers_in(block, arch)[0] for block in blocks_of(model)) if arch.lone else ()
+
+
+def kind_in(block: nn.Module, arch: Arch, name: str) -> Literal["attention", "mixer", "mlp"]:
+    """What the module of this name inside the block is; of a block that is one sublayer, by the linears that it has."""
+    if not arch.lone:
+        kinds: dict[str, Any] = {arch.mixer: "mixer", arch.attention: "attention", arch.mlp: "mlp"}
+        return kinds[name]
+    inside = block.get_submodule(name)._modules
+    if arch.attention_linears[0] in inside:
+        return "attention"
+    return "mixer" if arch.mixer_linears[0] in inside else "mlp"
+
+
 def modules_in(block: nn.Module, arch: Arch, part: Sublayer) -> list[str]:
-    """Names inside the block of what a sublayer runs: of the first, attention, the mixer in its place, or both."""
+    """Names inside the block of what a sublayer runs: of the first, attention, the mixer in its place, or both.
+
+    None of a sublayer that the block has not.
+    """
+    if arch.lone:
+        return [arch.mlp] if part in sublayers_in(block, arch) else []
     if part == "mlp":
         return [arch.mlp]
     return [name for name in (arch.attention, arch.mixer) if name and name in block._modules] or [arch.attention]
@@ -416,16 +470,18 @@ def modules_in(block: nn.Module, arch: Arch, part: Sublayer) -> list[str]:
 
 def linears_in(block: nn.Module, arch: Arch, part: Sublayer) -> list[str]:
     """Names inside the block of a sublayer's linear layers; of each module the last writes to the residual stream."""
-    linears = {arch.mixer: arch.mixer_linears, arch.attention: arch.attention_linears}
+    linears = {"mixer": arch.mixer_linears, "attention": arch.attention_linears, "mlp": arch.mlp_linears}
     names = modules_in(block, arch, part)
+    kinds = {name: kind_in(block, arch, name) for name in names}
     if part == "mlp" and mixture_in(arch, block):  # those of a mixture are its shared experts'
         assert arch.experts is not None
         names = [f"{arch.mlp}.{arch.experts.shared}"] if arch.experts.shared else []
+        kinds = dict.fromkeys(names, "mlp")
     inside = {name: block.get_submodule(name) for name in names}
     return [
         f"{name}.{linear}"
         for name, module in inside.items()
-        for linear in linears.get(name, arch.mlp_linears)
+        for linear in linears[kinds[name]]
         if module._modules.get(linear) is not None  # what a config leaves out; in Gemma 4 keys may be values too
     ]
 
@@ -433,8 +489,12 @@ def linears_in(block: nn.Module, arch: Arch, part: Sublayer) -> list[str]:
 def attending(model: nn.Module) -> list[Site]:
     """The sublayers that attend, and not by a state alone; they tell how many tokens a cache has."""
     arch = arch_of(model)
-    names = [modules_in(block, arch, "attention") for block in blocks_of(model)]
-    return [Site(index, "attention") for index, inside in enumerate(names) if arch.attention in inside]
+    return [Site(index, "attention") for index, block in enumerate(blocks_of(model)) if attends(block, arch)]
+
+
+def attends(block: nn.Module, arch: Arch) -> bool:
+    """Whether the block has keys and values, and not a state alone."""
+    return any(kind_in(block, arch, name) == "attention" for name in modules_in(block, arch, "attention"))
 
 
 def staying(model: nn.Module) -> set[Site]:
@@ -491,11 +551,12 @@ def writes_out(arch: Arch, inside: str) -> bool:
     return mixture is not None and module == f"{arch.mlp}.{mixture.shared}.{last}"
 
 
-def site_of(arch: Arch, name: str) -> Site:
+def site_of(model: nn.Module, name: str) -> Site:
     """The sublayer that a linear layer (by its module name) belongs to."""
+    arch = arch_of(model)
     match = re.match(re.escape(arch.blocks) + r"\.(\d+)\.(\w+)\.", name)
     assert match, name
-    return Site(int(match[1]), part_of(arch, match[2]))
+    return Site(int(match[1]), part_of(arch, match[2], blocks_of(model)[int(match[1])]))
 
 
 def block_of(name: str) -> int:
@@ -503,9 +564,11 @@ def block_of(name: str) -> int:
     return next(int(part) for part in name.split(".") if part.isdigit())
 
 
-def part_of(arch: Arch, inside: str) -> Sublayer:
+def part_of(arch: Arch, inside: str, block: nn.Module) -> Sublayer:
     """The sublayer that a tensor or module belongs to, by its name inside the block."""
     first = inside.partition(".")[0]
+    if arch.lone:
+        return sublayers_in(block, arch)[0]
     if first in (arch.attention, arch.mixer or arch.attention) or first in arch.attention_norms:
         return "attention"
     if first == arch.mlp or first in arch.mlp_norms:
