@@ -13,11 +13,11 @@ from tiny import tiny
 from recover.base import dist
 from recover.base.errors import RecipeError, TrainingError
 from recover.config.recipe import Lora, Train
+from recover.models import stored_weights as weight_shards
 from recover.models.plan import Plan
+from recover.models.stored_weights import WeightShards
 from recover.models.twin import Twin
-from recover.train import sharded_weights as weight_shards
 from recover.train.settings import refuse_sharding_twice
-from recover.train.sharded_weights import WeightShards
 
 IDS = torch.arange(24).view(2, 12) % 256
 

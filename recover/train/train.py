@@ -18,6 +18,7 @@ from recover.config.recipe import Train
 from recover.distill.loss_terms import computed
 from recover.models.arch import arch_of
 from recover.models.attention import HALF, packing_configs
+from recover.models.stored_weights import SharedOut
 from recover.report.run_files import EpochScore
 from recover.text.generate import context_of
 from recover.train.callbacks import AfterEpoch, Epochs, LogStep, Progress, StepLog
@@ -31,7 +32,6 @@ from recover.train.settings import (
     split_batch,
     training_arguments,
 )
-from recover.train.sharded_weights import SharedOut
 from recover.train.sources import Collate
 from recover.train.state_cache import TextRow, TrainingStates, with_states
 from recover.train.teacher_file import TeacherStates

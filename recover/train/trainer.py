@@ -26,11 +26,11 @@ from recover.base.process import Interrupted, Stop
 from recover.config.recipe import PrunedText, Train
 from recover.distill.distiller import Batch, Distiller, GraphedPasses, scaled, scored_tokens, without_mask
 from recover.models.attention import PACKED_NAME, attending
+from recover.models.stored_weights import WeightShards, gather_by_block
 from recover.models.twin import modules_below, plain_modes, set_training
 from recover.train.course import Course, frozen_weights, not_finite
 from recover.train.optimizer_state import Average, Trained, averaged_steps
 from recover.train.settings import epoch_ends
-from recover.train.sharded_weights import WeightShards, gather_by_block
 from recover.train.sources import Collate
 from recover.train.written_text import Numbers, OnPolicy, write_together
 
