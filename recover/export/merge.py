@@ -20,6 +20,7 @@ from recover.base.errors import ExportError
 from recover.models.arch import part_of, writes_out
 from recover.models.experts import IN, OUT, ExpertFactors, SwitchedExperts, expert_mask
 from recover.models.masked_lora import ExpertLora, TrainedCopy, adapted_tensors, expert_factors
+from recover.models.stored_weights import comes_and_goes, present
 from recover.models.switched import Factors, MaskedLinear, effective_weight, pruned_tensor
 from recover.models.wrapper import remember, wrapped_of
 
@@ -167,16 +168,26 @@ def _refuse_lora_elsewhere(twin: Twin, merged: set[str]) -> None:
 
 def _merged(twin: Twin, name: str, dtype: torch.dtype) -> tuple[Tensor, set[str]]:
     """One tensor of the pruned view, cast once, on the CPU; and its name if what was learnt is in it."""
-    path, _, cfg = name.rpartition(".")
-    module: Any = twin.base.get_submodule(path)
+    module: Any = twin.base.get_submodule(name.rpartition(".")[0])
     learnt = isinstance(module, TrainedCopy)
     if isinstance(module, TrainedCopy):
         module = module.seen()
     linear: Any = module.get_base_layer() if isinstance(module, ExpertLora) else getattr(module, "base_layer", module)
-    tensor = pruned_tensor(linear, cfg)
+    with present(*linear.parameters(recurse=False)):
+        merged, updated = _cast(twin, name, module, linear, dtype)
+        if any(map(comes_and_goes, linear.parameters(recurse=False))):
+            merged = merged.clone()  # out of memory that goes
+    return merged, {name} if learnt or updated else set()
+
+
+def _cast(twin: Twin, name: str, module: Any, linear: Any, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """The tensor, and whether an update of low rank is in it. `linear`: what `module` adapts, or itself."""
+    path, _, cfg = name.rpartition(".")
+    tensor, learnt = pruned_tensor(linear, cfg), False
     if isinstance(module, ExpertLora) and cfg in (factors := expert_factors(module)):
-        tensor, learnt = _with_updates(tensor, factors[cfg], linear.is_transposed), True
-        _check_updates(name, tensor, module)
+        before = tensor
+        tensor, learnt = _with_updates(before, factors[cfg], linear.is_transposed), True
+        _check_updates(name, tensor, before, module)
     if cfg == "weight" and isinstance(linear, nn.Linear):
         factors = _factors(module, name)
         tensor, learnt = _effective(linear, factors), factors is not None
@@ -192,7 +203,7 @@ def _merged(twin: Twin, name: str, dtype: torch.dtype) -> tuple[Tensor, set[str]
     if masked is not None:
         matrix_OI = (merged.transpose(1, 2) if linear.is_transposed else merged).flatten(0, 1)
         _certify(name, matrix_OI, masked.flatten(0, 1), twin)
-    return merged, {name} if learnt else set()
+    return merged, learnt
 
 
 def _left(twin: Twin, path: str, tensor: Tensor) -> Tensor:
@@ -220,12 +231,12 @@ def _with_updates(stored: Tensor, factors: ExpertFactors, transposed: bool) -> T
     return stored.float() + (update_EOI.transpose(1, 2) if transposed else update_EOI)
 
 
-def _check_updates(name: str, merged: Tensor, layer: Any) -> None:
+def _check_updates(name: str, merged: Tensor, dense: Tensor, layer: Any) -> None:
     """Raise ExportError unless each expert has the update that peft's own code computes for it, to its rounding."""
     while layer.parameter_name != name.rpartition(".")[2]:
         layer = layer.base_layer
     (adapter,) = [each for each in layer.active_adapters if each in layer.lora_A]
-    dense, update = layer.get_param().detach(), layer.get_delta_weight(adapter).detach()
+    update = layer.get_delta_weight(adapter).detach()
     for expert, (found, before, expected) in enumerate(zip(merged, dense, update, strict=True)):
         off = float((found - before.float() - expected.float()).abs().max())
         rounding = 4 * torch.finfo(update.dtype).eps * float(expected.abs().max())

@@ -45,6 +45,7 @@ from recover.models.arch import (
 )
 from recover.models.attention import by_rows
 from recover.models.gate import unchanged
+from recover.models.load_stored import from_files
 from recover.models.settings import config_of, keep_known
 from recover.models.source import (
     CONFIG,
@@ -62,6 +63,8 @@ from recover.models.source import (
     stored_dtype,
     tensor_files,
 )
+from recover.models.stored_weights import store, stored_in
+from recover.models.stores import Store, store_of
 from recover.models.tokenizers import TRIAL, check_file, check_template
 from recover.models.wrapper import beside, opened, remember, text_config, text_values, wrapped_of, wrapper_of
 
@@ -172,10 +175,55 @@ def load_model(cfg: recipe.Model) -> PreTrainedModel:
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if size > SAID_BYTES:
         console.say(f"[dim]reading {cfg.source}, {console.size(size)}[/dim]")
+    attention = _attention(cfg, config)
+    if cfg.offload != "none" or cfg.load_in is not None:
+        return _stored(cfg, folder, attention)
     with explained(str(folder)):
-        model = read_whole(cfg, folder, attn_implementation=_attention(cfg, config))
+        model = read_whole(cfg, folder, attn_implementation=attention)
     _check_finite(folder, model)
     return model
+
+
+def _stored(cfg: recipe.Model, folder: Path, attention: str) -> PreTrainedModel:
+    """The model with its blocks' matrices where the config wants them, all else on this process's device."""
+    _refuse_store(cfg)
+    place = store_of(cfg.offload, cfg.load_in, dist.device())
+    made = None
+    with explained(str(folder)):
+        if _method(config_in(folder)) not in UNPACKED:
+            meta = read_whole(cfg, folder, device_map={"": "meta"}, attn_implementation=attention)
+            made = from_files(meta, folder, tensor_files(folder), place)
+        if made is None:
+            made = _read_first(cfg, folder, attention, place)
+    by_rows(made)
+    return made.eval()
+
+
+def _read_first(cfg: recipe.Model, folder: Path, attention: str, place: Store) -> PreTrainedModel:
+    """As `_stored`, for a model whose tensors are not in its files one by one: read whole, then put away."""
+    if cfg.offload == "disk":
+        raise ModelError(
+            f"{folder}: its tensors are made of several in its files when they are read, or unpacked, so they cannot "
+            "stay there; use model.offload: cpu"
+        )
+    console.say(
+        "[dim]its tensors are made of several in its files, or unpacked: it is read whole into main memory first[/dim]"
+    )
+    model = read_whole(cfg, folder, attn_implementation=attention)
+    _check_finite(folder, model)
+    model.requires_grad_(False)
+    store(model, place)
+    torch.nn.Module.to(model, place.device)
+    return model
+
+
+def _refuse_store(cfg: recipe.Model) -> None:
+    field = "model.load_in" if cfg.load_in is not None else "model.offload"
+    if dist.zero_stage() > 0:
+        raise ModelError(
+            f"{field}: DeepSpeed, which was launched, deals out or copies all weights itself; launch with "
+            "launch/gpu.yaml, or leave the field out"
+        )
 
 
 def read_whole(
@@ -269,8 +317,9 @@ def _refuse_misfits(folder: Path, info: dict[str, Any], refused: Collection[str]
 
 
 def ready(model: PreTrainedModel) -> PreTrainedModel:
-    """The model on this process's device, in evaluation mode."""
-    torch.nn.Module.to(model, dist.device())
+    """The model on this process's device, in evaluation mode; one whose weights are in a store is there already."""
+    if stored_in(model) is None:
+        torch.nn.Module.to(model, dist.device())
     return model.eval()
 
 

@@ -1,29 +1,29 @@
-"""Frozen weights held once by all processes of a machine: each owns some of every block's, and the others' come ahead.
+"""Frozen matrices of blocks, each there only while its block computes; where they lie meanwhile is a store's business.
 
-What ZeRO-3 and FSDP do with weights, without what only trained ones need: nothing is reduced, written back, converted.
-What a process owns stays in place; the rest of a block lies in one piece of memory, which comes while the block in
-front of it computes, for a few calls of the host. Values are those of whole weights to the bit. Then the way between
-processes (`Shares`), and how ZeRO-3 is told to gather (`gather_by_block`).
+What ZeRO-3, FSDP and offloading do with weights, without what only trained ones need: nothing is reduced or written
+back. Of a block, what comes and goes lies in one piece of the device's memory, which is filled while the block in front
+of it computes: the order of blocks is learnt from the passes. So two blocks are there at a time, and whatever runs a
+model sees whole weights: masks, closed blocks, both views of a twin, adapters, checkpointing. Code that reads weights
+outside of a block's call says so (`present`, `each_weight`). The stores are in `stores.py`.
+
+Then how weights are shared out for a training alone (`share_out`), and how ZeRO-3 is told to gather.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from recover.base import console, dist, zero
-from recover.models.arch import modules_in
+from recover.base import dist, zero
+from recover.models.arch import base_of, blocks_of, modules_in
 from recover.models.site import SUBLAYERS
+from recover.models.stores import Machine, Read, Shared, Store, Work, laid_out, padded
 
 if TYPE_CHECKING:
     from recover.models.twin import Twin
@@ -31,65 +31,84 @@ if TYPE_CHECKING:
 
 Pass = Literal["dense", "forward", "backward"]
 
-ALIGNED = 256  # bytes: where a matrix may begin, as allocators have it
 
+class StoredWeights:
+    """From here on the frozen matrices of these blocks are in `store`, and with the model while their block computes.
 
-class WeightShards:
-    """From here on, on every process, the frozen matrices of others are there only while their block computes.
-
-    All processes must build it together, run the same blocks in the same order, and call its methods together: a
-    gathering may wait for all. Vectors, parameters that are trained, and what blocks share with others, stay whole.
+    `read(parameter)` gives the values that the store is to hold; default: what the parameter holds. Vectors, parameters
+    that are trained, and what blocks share with others, stay whole. Copies of the modules around the same parameters
+    (`Held.again`) come and go with them. Where a store's gathering waits for other processes (`Collective`), all must
+    build it together, run the same blocks in the same order, and call its methods together.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
-        machine = Machine()
-        owned = _deal_out(_matrices(blocks), machine.members)
-        layout = [[_bytes(matrices) for matrices in block] for block in owned]
-        self._blocks = blocks
-        self._shares: Shares = machine.shares(layout, dist.device())
-        self._weights = [_Block(number, each, machine.member, self._shares) for number, each in enumerate(owned)]
-        self._shares.publish()
+    def __init__(self, blocks: Sequence[nn.Module], store: Store, read: Read | None = None) -> None:
+        self._blocks, self._store = blocks, store
+        self.read = read
+        moving = store.take(matrices_of(blocks), read or (lambda parameter: parameter.detach()))
+        self._weights = [_Block(self, number, each, store) for number, each in enumerate(moving)]
+        store.publish()
         self._order: dict[tuple[int, Pass], int] = {}  # which block was needed after which
         self._now: tuple[int, Pass] | None = None
-        self._handles: list[Any] = []
-        self._watch()
+        self._held: Counter[int] = Counter()  # by `present`
+        self._whole = False
+        for number, block in enumerate(blocks):
+            block.register_forward_pre_hook(self._before(number))
+            block.register_forward_hook(self._behind(number))
 
     @property
     def bytes_elsewhere(self) -> int:
-        """Of this process's shares, the memory that torch's own count leaves out."""
-        return self._shares.bytes_elsewhere
+        """Of the device's memory, what the store takes and torch's own count leaves out."""
+        return self._store.bytes_elsewhere
+
+    @property
+    def kind(self) -> str:
+        """Where the weights are, in words."""
+        return self._store.kind
+
+    @property
+    def exact(self) -> bool:
+        """Whether the model has the very values that were read."""
+        return self._store.exact
+
+    @contextmanager
+    def present(self, *numbers: int) -> Iterator[None]:
+        """Inside, these blocks' weights are here, whatever runs."""
+        self._held.update(numbers)
+        try:
+            for number in numbers:
+                self._weights[number].gather()
+            for number in numbers:
+                self._weights[number].wait()
+            yield
+        finally:
+            self._held.subtract(numbers)
+            for number in numbers:
+                if not (self._held[number] or self._whole):
+                    self._weights[number].release()
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Inside, every process holds all weights, and may run what it likes, alone."""
+        """Inside, all weights are here, and a process may run what it likes, alone."""
         self._gather_all()
         try:
             yield
         finally:
+            self._whole = False
             for weights in self._weights:
+                weights.stays = False
                 weights.release()
-            self._watch()
 
     def end(self) -> None:
         """All weights whole again, for good."""
         self._gather_all()
-        for weights in self._weights:
-            weights.keep()
-        self._shares.close()
+        self._store.close()
 
     def _gather_all(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._now = None
+        self._whole, self._now = True, None
         for weights in self._weights:
             weights.gather()
             weights.wait()
-
-    def _watch(self) -> None:
-        for number, block in enumerate(self._blocks):
-            self._handles.append(block.register_forward_pre_hook(self._before(number)))
-            self._handles.append(block.register_forward_hook(self._behind(number)))
+            weights.stays = True
 
     def _before(self, number: int) -> Any:
         def hook(block: Any, _inputs: Any) -> None:
@@ -110,16 +129,18 @@ class WeightShards:
     @torch.no_grad()
     def _need(self, number: int, kind: Pass) -> None:
         """Block `number` is about to compute: have it here, what came after it last time under way, and no other."""
+        if self._whole:
+            return
         now = self._now
         if now == (number, "backward") and kind == "forward":
-            return  # checkpointing runs it again
-        if now is not None:
+            kind = "backward"  # checkpointing runs it again
+        elif now is not None:
             self._order[now] = number
         self._now = (number, kind)
         following = self._order.get(self._now)
         for other, weights in enumerate(self._weights):
             # Freed in the order of the stream: what was launched on these weights before still finds them.
-            if other not in (number, following):
+            if other not in (number, following) and not self._held[other]:
                 weights.release()
         self._weights[number].gather()
         if following is not None:
@@ -127,43 +148,34 @@ class WeightShards:
         self._weights[number].wait()
 
 
-class SharedOut(TrainerCallback):
-    """Shares the weights out once the engine is built, which copies them to other processes."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.shards = WeightShards(self.trainer.distiller.twin.blocks)
-
-
 class _Block:
-    """The matrices of one block, by owner: this process's stay, the others' are views of memory that comes and goes.
+    """What of a block comes and goes: views of one piece of memory that comes and goes.
 
     Views throughout: so what autograd has saved of them (views too) is right again as soon as the memory is back.
     """
 
-    def __init__(self, number: int, owned: Sequence[Sequence[nn.Parameter]], member: int, shares: Shares) -> None:
-        self._number, self._shares = number, shares
-        self._mine = owned[member]
+    def __init__(self, owner: StoredWeights, number: int, matrices: Sequence[nn.Parameter], store: Store) -> None:
+        self.owner, self._number, self._store = owner, number, store
         self._work: Work | None = None
-        _move(self._mine, shares.mine(number))
-        sizes = [0 if owner == member else _bytes(matrices) for owner, matrices in enumerate(owned)]
-        self._bytes = sum(sizes)
-        self._away = torch.empty(self._bytes, dtype=torch.uint8, device=shares.mine(number).device)
-        places = self._away.split(sizes)
-        for owner, matrices in enumerate(owned):
-            if owner != member:
-                _move(matrices, places[owner])
-        self._places = {owner: places[owner] for owner, size in enumerate(sizes) if size}
-        self._here = True
+        self._bytes = sum(map(padded, matrices))
+        self._room = torch.empty(self._bytes, dtype=torch.uint8, device=store.device)
+        self._places = laid_out(self._room, matrices)
+        for matrix, place in zip(matrices, self._places, strict=True):
+            matrix.data = place
+            matrix.stored = self  # type: ignore[attr-defined]
+        self._here, self.stays = True, False
         self.release()
 
+    @property
+    def number(self) -> int:
+        """The block's."""
+        return self._number
+
     def gather(self) -> None:
-        """Have the others' matrices come, if they are not here or on their way."""
+        """Have the matrices come, if they are not here or on their way."""
         if not self._here:
-            self._away.untyped_storage().resize_(self._bytes)
-            self._work = self._shares.gather(self._number, self._places)
+            self._room.untyped_storage().resize_(self._bytes)
+            self._work = self._store.gather(self._number, self._room, self._places)
             self._here = True
 
     def wait(self) -> None:
@@ -176,21 +188,84 @@ class _Block:
         """Give their memory back."""
         if self._here:
             self.wait()
-            self._away.untyped_storage().resize_(0)
+            self._room.untyped_storage().resize_(0)
             self._here = False
 
-    def keep(self) -> None:
-        """Out of the memory that others read, which ends."""
-        for parameter in self._mine:
-            parameter.data = parameter.data.clone()
+
+def comes_and_goes(parameter: Tensor) -> bool:
+    """Whether the parameter may be read only while its block computes, or inside `present`."""
+    block: _Block | None = getattr(parameter, "stored", None)
+    return block is not None and not block.stays
+
+
+def stored_in(model: nn.Module) -> StoredWeights | None:
+    """Where the weights of this model lie; None: with it."""
+    return getattr(base_of(model), "stored_weights", None)
+
+
+def store(model: nn.Module, place: Store, read: Read | None = None) -> StoredWeights:
+    """Put the blocks' frozen matrices there; `stored_in` knows it from here on."""
+    base: Any = base_of(model)
+    base.stored_weights = StoredWeights(list(blocks_of(model)), place, read)
+    return base.stored_weights
+
+
+def present(*parameters: Tensor) -> Any:
+    """Inside, the values of these parameters are here, wherever their store has them else."""
+    blocks = {id(block): block for each in parameters if (block := getattr(each, "stored", None)) and not block.stays}
+    stack = ExitStack()
+    for block in blocks.values():
+        stack.enter_context(block.owner.present(block.number))
+    return stack
+
+
+def each_weight(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """As `named_parameters`, each with its values there while it is looked at, and no longer.
+
+    An array of numpy has to be made of a copy: it keeps memory from being given back.
+    """
+    inside, current = ExitStack(), None
+    try:
+        for name, parameter in model.named_parameters():
+            block = getattr(parameter, "stored", None)
+            if block is not None and block is not current:
+                inside.close()
+                current, inside = block, present(parameter)
+            yield name, parameter
+    finally:
+        inside.close()
+
+
+def original(parameter: Tensor) -> Tensor:
+    """The values as they were read, where the store has only near ones; else the parameter's, which must be here."""
+    block: _Block | None = getattr(parameter, "stored", None)
+    if block is None or block.owner.exact or block.owner.read is None:
+        return parameter.detach()
+    return block.owner.read(cast(nn.Parameter, parameter))
+
+
+def share_out(blocks: Sequence[nn.Module]) -> StoredWeights:
+    """Weights that every process holds whole, from here on held once by all processes of a machine."""
+    return StoredWeights(blocks, Shared(Machine(), dist.device()))
+
+
+class SharedOut(TrainerCallback):
+    """Shares the weights out once the engine is built, which copies them to other processes."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.shards = share_out(self.trainer.distiller.twin.blocks)
 
 
 def _runs(block: Any) -> bool:
-    return block.switch.dense or not block.closed
+    switch = getattr(block, "switch", None)  # none: a stock model's
+    return switch is None or switch.dense or not block.closed
 
 
-def _matrices(blocks: Sequence[nn.Module]) -> list[list[nn.Parameter]]:
-    """What is shared out of each block."""
+def matrices_of(blocks: Sequence[nn.Module]) -> list[list[nn.Parameter]]:
+    """Of each block, what may come and go."""
     uses = Counter(id(parameter) for block in blocks for parameter in set(block.parameters()))
     return [
         [
@@ -200,203 +275,6 @@ def _matrices(blocks: Sequence[nn.Module]) -> list[list[nn.Parameter]]:
         ]
         for block in blocks
     ]
-
-
-def _deal_out(matrices: Sequence[Sequence[nn.Parameter]], members: int) -> list[list[list[nn.Parameter]]]:
-    """[block][member]: what each owns; the largest of a block first, to whom has least so far. The same on all."""
-    loads = [0] * members
-    found = []
-    for block in matrices:
-        owned: list[list[nn.Parameter]] = [[] for _ in range(members)]
-        for matrix in sorted(block, key=lambda matrix: -matrix.nbytes):
-            owner = loads.index(min(loads))
-            owned[owner].append(matrix)
-            loads[owner] += matrix.nbytes
-        found.append(owned)
-    return found
-
-
-def _padded(matrix: Tensor) -> int:
-    return -(-matrix.nbytes // ALIGNED) * ALIGNED
-
-
-def _bytes(matrices: Sequence[Tensor]) -> int:
-    return sum(map(_padded, matrices))
-
-
-def _move(matrices: Sequence[nn.Parameter], memory: Tensor) -> None:
-    """Let the matrices lie there from here on."""
-    start = 0
-    for matrix in matrices:
-        place = memory[start : start + matrix.nbytes].view(matrix.dtype).view(matrix.shape)
-        place.copy_(matrix.detach())
-        matrix.data = place
-        start += _padded(matrix)
-
-
-Layout = Sequence[Sequence[int]]  # [block][member]: bytes of the matrices that this member owns in this block
-
-
-class Work(Protocol):
-    """What is under way."""
-
-    def wait(self) -> Any:
-        """What is launched from here on finds it done (a CPU waits here, a GPU in its stream)."""
-        ...
-
-
-class Shares(Protocol):
-    """One process's hold on what all have: each matrix has one owner, where it stays in place.
-
-    `PeerMemory`, GPUs of one machine that see each other's memory: each copies what it needs when it needs it, by its
-    copy engines, which take no multiprocessor from what computes, and waits for no other process: frozen weights never
-    change. `Collective`, everywhere else: broadcasts, for which all processes must come. `bytes_elsewhere`: its own
-    memory that torch does not count.
-    """
-
-    bytes_elsewhere: int
-
-    def mine(self, block: int) -> Tensor:
-        """This process's matrices of a block, as bytes; to be written before `publish`."""
-        ...
-
-    def publish(self) -> None:
-        """All processes have written theirs: from here on they may be gathered."""
-        ...
-
-    def gather(self, block: int, places: Mapping[int, Tensor]) -> Work:
-        """Begin to bring what other members own of a block to its place, once what was launched before has ended."""
-        ...
-
-    def close(self) -> None:
-        """No process gathers any more."""
-        ...
-
-
-class Machine:
-    """The processes of this machine, among which blocks are shared out. All processes must build it together.
-
-    Between machines, reading weights would set the pace; only where machines differ in processes is it all of them.
-    """
-
-    def __init__(self) -> None:
-        local = dist.local_world_size()
-        alike = set(dist.gather([local])) == {local} and dist.world_size() % local == 0
-        size = local if alike else dist.world_size()
-        group, _ = torch.distributed.new_subgroups(group_size=size, timeout=dist.TIMEOUT)
-        self.group: Any = group
-        self.members, self.member = self.group.size(), self.group.rank()
-
-    def shares(self, layout: Layout, device: torch.device) -> Shares:
-        """Memory for this layout, the same on all. All processes must call it."""
-        if device.type == "cuda" and _sees_peers(device, self.members):
-            found, problem = None, ""
-            try:
-                found = PeerMemory(layout, device, self)
-            except RuntimeError as error:  # containers may forbid it
-                problem = str(error).splitlines()[0]
-            problems = dist.gather([problem])
-            if found is not None and not any(problems):
-                return found
-            reason = next(filter(None, problems))
-            console.say(f"GPUs cannot read one another's memory ({reason}): weights are broadcast")
-        return Collective(layout, device, self)
-
-
-class Collective:
-    def __init__(self, layout: Layout, device: torch.device, machine: Machine) -> None:
-        self._machine, self.bytes_elsewhere = machine, 0
-        sizes = [block[machine.member] for block in layout]
-        self._mine = torch.empty(sum(sizes), dtype=torch.uint8, device=device).split(sizes)
-        self._owners = [[member for member, size in enumerate(block) if size] for block in layout]
-
-    def mine(self, block: int) -> Tensor:
-        return self._mine[block]
-
-    def publish(self) -> None:
-        pass
-
-    def gather(self, block: int, places: Mapping[int, Tensor]) -> Work:
-        group, works = self._machine.group, []
-        for owner in self._owners[block]:
-            source = torch.distributed.get_global_rank(group, owner)
-            place = places.get(owner, self._mine[block])  # the owner sends from where they lie
-            works.append(torch.distributed.broadcast(place, source, group=group, async_op=True))
-        return _Works(works)
-
-    def close(self) -> None:
-        torch.distributed.destroy_process_group(self._machine.group)
-
-
-class PeerMemory:
-    def __init__(self, layout: Layout, device: torch.device, machine: Machine) -> None:
-        import torch.distributed._symmetric_memory as symmetric
-
-        members, self._group = machine.members, machine.group
-        self._member = machine.member
-        totals = [sum(block[member] for block in layout) for member in range(members)]
-        self.bytes_elsewhere = max(totals)  # all must allocate the same
-        memory = symmetric.empty(self.bytes_elsewhere, dtype=torch.uint8, device=device)
-        handle: Any = symmetric.rendezvous(memory, self._group.group_name)
-        self._of: dict[int, Sequence[Tensor]] = {}
-        # Each begins with its neighbour, so that not all read from one at a time.
-        for member in [(self._member + step) % members for step in range(1, members + 1)]:
-            whole = memory if member == self._member else handle.get_buffer(member, memory.shape, memory.dtype)
-            starts = list(accumulate((block[member] for block in layout), initial=0))
-            self._of[member] = [whole[start:end] for start, end in pairwise(starts)]
-        self._stream: Any = torch.cuda.Stream(device)
-
-    def mine(self, block: int) -> Tensor:
-        return self._of[self._member][block]
-
-    def publish(self) -> None:
-        self._meet()
-
-    def gather(self, block: int, places: Mapping[int, Tensor]) -> Work:
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            for member, theirs in self._of.items():
-                if member in places:
-                    places[member].copy_(theirs[block], non_blocking=True)
-            return _InStream(self._stream.record_event())
-
-    def close(self) -> None:
-        self._meet()
-        self._of.clear()
-        torch.distributed.destroy_process_group(self._group)
-
-    def _meet(self) -> None:
-        torch.cuda.synchronize()
-        torch.distributed.barrier(self._group, device_ids=[dist.local_rank()])
-
-
-class _Works:
-    def __init__(self, works: Sequence[Any]) -> None:
-        self._works = works
-
-    def wait(self) -> None:
-        for work in self._works:
-            work.wait()
-
-
-class _InStream:
-    def __init__(self, event: Any) -> None:
-        self._event = event
-
-    def wait(self) -> None:
-        torch.cuda.current_stream().wait_event(self._event)
-
-
-def _sees_peers(device: torch.device, members: int) -> bool:
-    """Whether every GPU of the machine can read every other's memory; each process answers for its own."""
-    # Multicast is not needed, and not all machines may use it.
-    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-    others = [torch.device("cuda", number) for number in range(members) if number != device.index]
-    seen = all(number.index < torch.cuda.device_count() for number in others) and all(
-        torch.cuda.can_device_access_peer(device, other) for other in others
-    )
-    known = importlib.util.find_spec("torch.distributed._symmetric_memory") is not None  # torch does not promise it
-    return all(dist.gather([seen and known]))
 
 
 def gather_by_block(twin: Twin) -> None:

@@ -40,6 +40,7 @@ from recover.kernels import fused
 from recover.kernels.fused import record
 from recover.models import kv_cache
 from recover.models.attention import attending_by_step, configs_of
+from recover.models.stored_weights import comes_and_goes
 from recover.text.prompts import batches_by_length, right_pad
 from recover.text.stepping import Slots, fits, masks, read_on, stepping
 
@@ -271,8 +272,10 @@ class _Writer:
 
 
 def may_record(model: PreTrainedModel) -> bool:
-    """Whether a step may be replayed as a CUDA graph: on a GPU, with all weights at home (not dealt out by ZeRO-3)."""
-    return model.device.type == "cuda" and not any(map(zero.dealt_out, model.parameters()))
+    """Whether a step may be replayed as a CUDA graph: on a GPU, where all weights stay (ZeRO-3 deals them out)."""
+    return model.device.type == "cuda" and not any(
+        zero.dealt_out(parameter) or comes_and_goes(parameter) for parameter in model.parameters()
+    )
 
 
 class _Recorder:

@@ -26,7 +26,7 @@ from recover.base.process import Interrupted, Stop
 from recover.config.recipe import PrunedText, Train
 from recover.distill.distiller import Batch, Distiller, GraphedPasses, scaled, scored_tokens, without_mask
 from recover.models.attention import PACKED_NAME, attending
-from recover.models.stored_weights import WeightShards, gather_by_block
+from recover.models.stored_weights import StoredWeights, gather_by_block
 from recover.models.twin import modules_below, plain_modes, set_training
 from recover.train.course import Course, frozen_weights, not_finite
 from recover.train.optimizer_state import Average, Trained, averaged_steps
@@ -106,7 +106,7 @@ class RecoverTrainer(SFTTrainer):
             processing_class=tokenizer,
             data_collator=cast(Any, collate if on_policy is None else on_policy.numbers),
         )
-        self.shards: WeightShards | None = None  # see `SharedOut`
+        self.shards: StoredWeights | None = None  # see `SharedOut`
         if self.is_zero3:
             gather_by_block(twin)
         self.adapted: Any = twin.model
