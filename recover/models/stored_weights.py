@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,6 @@ from recover.base import dist, zero
 from recover.models.arch import base_of, blocks_of, modules_in
 from recover.models.site import SUBLAYERS
 from recover.models.stores import Machine, Read, Shared, Store, Work, laid_out, padded
-
-if TYPE_CHECKING:
-    from recover.models.twin import Twin
-
 
 Pass = Literal["dense", "forward", "backward"]
 
@@ -277,7 +273,7 @@ def matrices_of(blocks: Sequence[nn.Module]) -> list[list[nn.Parameter]]:
     ]
 
 
-def gather_by_block(twin: Twin) -> None:
+def gather_by_block(twin: Any) -> None:
     """Have ZeRO-3 gather a whole block at once, instead of every layer and adapter by itself.
 
     DeepSpeed's own way is a gathering, a release and four hooks around each module. A block with LoRA has dozens, most
