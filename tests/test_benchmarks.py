@@ -283,3 +283,20 @@ def test_a_profile_of_steps_counts_kernels_by_launch_and_finds_what_ran_in_gaps(
     gaps = training_profile.idle(events, "cuda")[2:]
     assert [line.split(maxsplit=2)[2] for line in gaps] == ["recover/y.py(2): mine <- recover/y.py(2): mine"] * 2
     assert [line.split()[:2] for line in gaps] == [["0.40", "0.60"]] * 2
+
+
+def test_bigger_gives_the_same_losses_wherever_weights_lie(tmp_path):
+    import json
+
+    import bigger
+
+    out = tmp_path / "rows.jsonl"
+    for row in ("tiny:gpu", "tiny:cpu", "tiny:cpu+checkpointing"):
+        arguments = ["--out", str(out), "--stages", "prune", "train", "merge", "--steps", "1"]
+        options = bigger.parser_of().parse_args([*arguments, "--row", row])
+        bigger.Row(options).run()
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["stage"] for line in lines] == ["load", "prune", "train", "merge"] * 3
+    assert [line["weights"] for line in lines if "weights" in line] == ["resident", "main memory", "main memory"]
+    losses = [line["losses"] for line in lines if "losses" in line]
+    assert losses[0] == losses[1] == losses[2] and losses[0][-1] < losses[0][0]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import accelerate
@@ -48,26 +48,36 @@ def merge(twin: Twin, dtype: torch.dtype) -> PreTrainedModel:
     Raises ExportError when a masked weight is not zero, a weight is not finite in `dtype`, or LoRA sits on a dropped
     block.
     """
+    stock = unfilled(twin)
+    stock.load_state_dict(dict(tensors(twin, stock, dtype)), strict=True, assign=True)
+    stock.tie_weights()
+    return stock.requires_grad_(False).eval()
+
+
+def unfilled(twin: Twin) -> PreTrainedModel:
+    """The stock model that `merge` fills: its parameters have no memory, its buffers are real."""
     config = pruned_config(twin.base.config, twin.plan)
     _warn_of_irregular_attention(twin.base.config, config)
     # Parameters on `meta`, buffers (rotary frequencies are in no state dict) made by the constructor as anywhere else.
     with accelerate.init_empty_weights():
         stock = AutoModelForCausalLM.from_config(config, attn_implementation=twin.base.config._attn_implementation)
-    names = _dense_names(stock, twin)
-    state = {}
+    stock.generation_config = copy.deepcopy(twin.base.generation_config)
+    remember(stock, wrapped_of(twin.base))
+    return stock
+
+
+def tensors(twin: Twin, stock: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each tensor of `stock` (of `unfilled`), one after the other. Raises as `merge` does."""
     learnt = set(adapted_tensors(twin.base))
+    names = _dense_names(stock, twin)
     for name, (dense_name, zeroed) in console.track(names.items(), "merge", unit="tensor"):
-        tensor, used = _merged(twin, dense_name, _kept_dtype(stock, name, dtype))
-        state[name] = torch.zeros_like(tensor) if zeroed else tensor
+        with torch.no_grad():
+            tensor, used = _merged(twin, dense_name, _kept_dtype(stock, name, dtype))
+        yield name, torch.zeros_like(tensor) if zeroed else tensor
         learnt -= used
     if learnt:
         lost = f"{sorted(learnt)[0]} and {len(learnt) - 1} other tensors"
         raise ExportError(f"{lost} were learnt and are in no exported tensor: report it, with the version of peft")
-    stock.load_state_dict(state, strict=True, assign=True)
-    stock.tie_weights()
-    stock.generation_config = copy.deepcopy(twin.base.generation_config)
-    remember(stock, wrapped_of(twin.base))
-    return stock.requires_grad_(False).eval()
 
 
 def pruned_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,44 +105,72 @@ def from_files(meta: PreTrainedModel, folder: Path, files: Mapping[str, Path], p
     if sources is None:
         return None
     mapped = Mapped(files)
-    with accelerate.init_empty_weights():  # buffers are made by the constructor, as anywhere else
-        kind: Any = type(meta)
-        made = kind._from_config(meta.config, dtype=meta.dtype, attn_implementation=meta.config._attn_implementation)
-    made.requires_grad_(False)
-    made.generation_config = meta.generation_config
-    remember(made, wrapped_of(meta))
-    dtypes = {name: each.dtype for name, each in meta.state_dict().items()}
-    stored = {id(each) for block in matrices_of(list(blocks_of(made))) for each in block}
-    read: dict[int, str] = {}
-    for path, module in made.named_modules():
-        for name, parameter in list(module._parameters.items()):
-            full = f"{path}.{name}" if path else name
-            if parameter is None or full not in sources:  # tied to another
-                continue
-            if id(parameter) in stored:
-                empty = torch.empty(1, dtype=dtypes[full], device=place.device).expand(parameter.shape)
-                module._parameters[name] = place_of = nn.Parameter(empty, requires_grad=False)
-                read[id(place_of)] = full
-            else:
-                value = _finite(folder, full, mapped[sources[full]])
-                value = value.to(place.device, dtypes[full], copy=True)
-                module._parameters[name] = nn.Parameter(value, requires_grad=False)
-        for name, buffer in list(module._buffers.items()):
-            full = f"{path}.{name}" if path else name
-            if buffer is not None:
-                value = mapped[sources[full]].to(buffer.dtype, copy=True) if full in sources else buffer
-                module._buffers[name] = value.to(place.device)
-    made.tie_weights()
+    made = empty_like(meta)
+
+    def value(name: str) -> Tensor | None:
+        return _finite(folder, name, mapped[sources[name]]) if name in sources else None
+
+    fill(made, place, value, {name: each.dtype for name, each in meta.state_dict().items()})
     left = [name for name, each in made.named_parameters() if each.is_meta]
     if left:
         raise ModelError(f"{folder}: {left[0]} and {len(left) - 1} more are not in the weights")
+    return made
 
-    def values(parameter: nn.Parameter) -> Tensor:
-        name = read[id(parameter)]
-        return _finite(folder, name, mapped[sources[name]])
 
-    store(made, place, values)
-    return made.eval()
+def empty_like(meta: PreTrainedModel) -> PreTrainedModel:
+    """Another model of its class and config, whose parameters have no memory, and whose buffers are real."""
+    kind: Any = type(meta)
+    with accelerate.init_empty_weights():  # buffers are made by the constructor, as anywhere else
+        made = kind._from_config(meta.config, dtype=meta.dtype, attn_implementation=meta.config._attn_implementation)
+    made.generation_config = meta.generation_config
+    remember(made, wrapped_of(meta))
+    return made.requires_grad_(False).eval()
+
+
+def fill(
+    made: PreTrainedModel,
+    place: Store | None,
+    value: Callable[[str], Tensor | None],
+    dtypes: Mapping[str, torch.dtype],
+    device: torch.device | None = None,
+) -> None:
+    """Give a model without memory its weights: blocks' matrices in the store, all else on its device, frozen.
+
+    Without a store, all on this `device`.
+    `value(name)`: of any dtype, anywhere, and asked for one at a time; None of what is tied to another tensor.
+    """
+    stored: set[int] = set()
+    if place is not None:
+        device = place.device
+        stored = {id(each) for block in matrices_of(list(blocks_of(made))) for each in block}
+    names: dict[int, str] = {}
+    for path, module in made.named_modules():
+        for name, parameter in list(module._parameters.items()):
+            full = f"{path}.{name}" if path else name
+            if parameter is None:
+                continue
+            if id(parameter) in stored:
+                empty = torch.empty(1, dtype=dtypes[full], device=device).expand(parameter.shape)
+                module._parameters[name] = held = nn.Parameter(empty, requires_grad=False)
+                names[id(held)] = full
+            elif (found := value(full)) is not None:
+                # A copy: what is read may be a view of a file.
+                found = found.to(device, dtypes[full], copy=True)
+                module._parameters[name] = nn.Parameter(found, requires_grad=False)
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                found = value(f"{path}.{name}" if path else name)
+                found = buffer if found is None else found.to(buffer.dtype, copy=True)
+                module._buffers[name] = found.to(device)
+    made.tie_weights()
+
+    def read(parameter: nn.Parameter) -> Tensor:
+        found = value(names[id(parameter)])
+        assert found is not None, "a matrix of a block is tied to another"
+        return found
+
+    if place is not None:
+        store(made, place, read)
 
 
 def _finite(folder: Path, name: str, value: Tensor) -> Tensor:
