@@ -24,6 +24,10 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
+# Their files have a tensor for each expert, their classes one for all.
+EXPERTS_ONE_BY_ONE = ("qwen3_next", "mixtral", "olmoe", "qwen3_moe", "qwen3_moe_step", "glm4_moe", "deepseek_v3")
+
+
 def loaded(folder, **fields):
     return ready(load_model(Model(source=str(folder), **fields)))
 
@@ -34,10 +38,16 @@ def there(model):
     return sorted({block.number for block in found if block is not None})
 
 
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_in_main_memory_gives_the_logits_of_a_resident_one(family, tmp_path):
+def test_a_model_in_a_store_gives_the_logits_of_a_resident_one(family, offload, tmp_path):
     tiny(family).save_pretrained(tmp_path)
-    resident, stored = loaded(tmp_path), loaded(tmp_path, offload="cpu")
+    resident = loaded(tmp_path)
+    if offload == "disk" and family in EXPERTS_ONE_BY_ONE:
+        with pytest.raises(ModelError, match=r"made of several.*use model\.offload: cpu"):
+            loaded(tmp_path, offload=offload)
+        return
+    stored = loaded(tmp_path, offload=offload)
     assert stored.generation_config.to_dict() == resident.generation_config.to_dict()
     assert stored.state_dict().keys() == resident.state_dict().keys()
     gone = [name for name, each in stored.named_parameters() if comes_and_goes(each)]
@@ -96,10 +106,11 @@ def twins(folder, masked=False, **fields):
     return found
 
 
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_steps_and_merges_are_those_of_resident_weights(folder, masked, checkpointing):
-    (_, expected), (held, found) = twins(folder, masked, offload="cpu")
+def test_steps_and_merges_are_those_of_resident_weights(folder, masked, checkpointing, offload):
+    (_, expected), (held, found) = twins(folder, masked, offload=offload)
     for _ in range(2):
         for a, b in zip(step(expected, checkpointing), step(found, checkpointing), strict=True):
             assert torch.equal(a, b)
@@ -149,3 +160,47 @@ def test_deepspeed_and_a_store_are_refused_together(folder, monkeypatch):
     with pytest.raises(ModelError, match=r"model\.offload: DeepSpeed.*launch/gpu\.yaml"):
         loaded(folder, offload="cpu")
     assert stored_weights.stored_in(loaded(folder)) is None
+
+
+def test_files_of_another_dtype_are_read_as_the_models(tmp_path):
+    tiny().to(torch.bfloat16).save_pretrained(tmp_path)
+    resident = loaded(tmp_path)
+    for offload in ("cpu", "disk"):
+        with torch.no_grad():
+            assert torch.equal(resident(IDS).logits, loaded(tmp_path, offload=offload)(IDS).logits)
+
+
+@pytest.mark.parametrize(("bits", "near", "size"), [("4bit", 0.12, 0.6), ("8bit", 0.008, 1.1)])
+def test_few_bits_are_near_and_small_and_merge_into_the_weights_of_the_files(folder, bits, near, size):
+    if bits == "4bit":
+        pytest.importorskip("bitsandbytes")
+    (resident, expected), (held, found) = twins(folder, load_in=bits)
+    stored = stored_in(held.model)
+    assert not stored.exact
+    for (name, value), (_, exact) in zip(each_weight(held.model), resident.model.named_parameters(), strict=True):
+        if comes_and_goes(value):
+            error = (value - exact).norm() / exact.norm()
+            assert 0 < error < near, name
+        else:
+            assert torch.equal(value, exact)
+    numbers = sum(each.numel() for each in held.model.parameters() if comes_and_goes(each))
+    assert stored._store.nbytes < size * numbers + 2000 * 42  # of scales, which tiny matrices have too many of
+    assert held.changed() == []
+    teacher, loss, *gradients = step(found, checkpointing=False)
+    assert torch.equal(teacher, loaded(folder, load_in=bits)(IDS).logits) and loss > 0
+    assert all(each.isfinite().all() for each in gradients)
+    pairs = zip(*(merge(each, torch.float32).state_dict().items() for each in (expected, found)), strict=True)
+    assert all(name == other and torch.equal(a, b) for (name, a), (other, b) in pairs)
+
+
+def test_int8_is_the_nearest_number_of_its_row(folder):
+    held, resident = Held(loaded(folder, load_in="8bit")), loaded(folder)
+    for (_, value), (_, exact) in zip(each_weight(held.model), resident.named_parameters(), strict=True):
+        if comes_and_goes(value):
+            step_O1 = exact.abs().amax(-1, keepdim=True) / 127
+            assert ((value - exact).abs() <= step_O1 * 0.5001).all()
+
+
+def test_few_bits_in_files_are_refused():
+    with pytest.raises(ValueError, match="weights are in no file; use offload: cpu"):
+        Model(source="x", load_in="4bit", offload="disk")

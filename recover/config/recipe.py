@@ -108,6 +108,15 @@ class Model(Config):
     )
     trust_remote_code: bool = Field(default=False, description="run code that a hub model brings; said aloud when on")
 
+    @model_validator(mode="after")
+    def _one_place(self) -> Model:
+        if self.load_in is not None and self.offload == "disk":
+            raise ValueError(
+                f"load_in: {self.load_in} weights are in no file; use offload: cpu (in main memory) or none (on the "
+                "GPU) with it"
+            )
+        return self
+
 
 class Probe(Config):
     """How drift is measured in the three spaces (theory: `docs/theory.md`)."""
