@@ -1,12 +1,18 @@
 """Models whose weights are in a store: every figure is that of resident ones, with two blocks there at most."""
 
+import json
+
 import pytest
 import torch
+from byte_tokenizer import byte_tokenizer
+from safetensors.torch import load_file
 from tiny import FAMILIES, tiny
 
 from recover.base.errors import ModelError
 from recover.config.recipe import Lora, Model
 from recover.export.merge import merge
+from recover.export.verify import check, write_expected
+from recover.export.write import write_merged
 from recover.models import stored_weights
 from recover.models.load import load_model, ready
 from recover.models.plan import Plan
@@ -204,3 +210,46 @@ def test_int8_is_the_nearest_number_of_its_row(folder):
 def test_few_bits_in_files_are_refused():
     with pytest.raises(ValueError, match="weights are in no file; use offload: cpu"):
         Model(source="x", load_in="4bit", offload="disk")
+
+
+EXPORTED = ("llama_tied", "qwen3_moe", "gpt_oss", "phi3", "gemma3_text")
+
+
+@pytest.mark.parametrize("family", EXPORTED)
+def test_an_export_written_one_by_one_is_the_one_written_at_once(family, tmp_path):
+    tiny(family).save_pretrained(tmp_path / "model")
+    (_, expected), (_, found) = twins(tmp_path / "model", offload="cpu")
+    for name, twin in (("at_once", expected), ("one_by_one", found)):
+        merged = write_merged(
+            twin, torch.bfloat16, byte_tokenizer(), tmp_path / name, card="", record={}, max_shard_size="100KB"
+        )
+        write_expected(tmp_path / f"{name}.safetensors", twin, merged, IDS)
+        (tmp_path / "plan.json").write_text(json.dumps(twin.plan.to_json()))
+    at_once, one_by_one = (tensors_of(tmp_path / name) for name in ("at_once", "one_by_one"))
+    assert at_once.keys() == one_by_one.keys()
+    assert all(torch.equal(at_once[name], value) for name, value in one_by_one.items())
+    assert len(list((tmp_path / "one_by_one").glob("*.safetensors"))) > 1
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        assert (tmp_path / "at_once" / name).read_text() == (tmp_path / "one_by_one" / name).read_text()
+    records = [
+        check(tmp_path / name, tmp_path / f"{name}.safetensors", tmp_path / "plan.json")
+        for name in ("at_once", "one_by_one")
+    ]
+    for record in records:
+        assert record.pop("files") and record["ok"], record["problems"]
+    assert records[0] == records[1]
+
+
+def tensors_of(folder):
+    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+@pytest.mark.parametrize("bits", ["8bit"])
+def test_an_export_of_few_bits_is_verified_against_its_own_merge(bits, folder, tmp_path):
+    (_, _), (_, twin) = twins(folder, load_in=bits)
+    merged = write_merged(twin, torch.float32, byte_tokenizer(), tmp_path / "out", card="", record={})
+    write_expected(tmp_path / "expected", twin, merged, IDS)
+    (tmp_path / "plan.json").write_text(json.dumps(twin.plan.to_json()))
+    record = check(tmp_path / "out", tmp_path / "expected", tmp_path / "plan.json")
+    assert record["ok"] and record["quantized"] == "8 bits"
+    assert record["logits_max_difference"] > 100 * record["rounding"] > 100 * record["logits_max_difference_reload"]

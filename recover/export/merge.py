@@ -66,6 +66,15 @@ def unfilled(twin: Twin) -> PreTrainedModel:
     return stock
 
 
+def one_by_one(twin: Twin, dtype: torch.dtype) -> tuple[PreTrainedModel, Iterator[tuple[str, Tensor]]]:
+    """As `merge`, for what need not be in memory at once: a model without memory, and its tensors."""
+    stock = unfilled(twin)
+    pairs = tensors(twin, stock, dtype)
+    for name, parameter in stock.named_parameters():
+        parameter.data = parameter.data.to(_kept_dtype(stock, name, dtype))
+    return stock, pairs
+
+
 def tensors(twin: Twin, stock: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Name and value of each tensor of `stock` (of `unfilled`), one after the other. Raises as `merge` does."""
     learnt = set(adapted_tensors(twin.base))

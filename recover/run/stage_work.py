@@ -32,9 +32,8 @@ from recover.config import recipe as recipes
 from recover.config.base import Dtype
 from recover.config.recipe import Model, Recipe, dump_recipe, without_folders
 from recover.export.gguf.write import nearest, quantized_bytes, write_gguf
-from recover.export.merge import merge
 from recover.export.verify import fresh_process, verify, write_expected
-from recover.export.write import card, write_checkpoint
+from recover.export.write import card, write_merged
 from recover.measure.model import Generations
 from recover.measure.speed import compare_speed
 from recover.measure.tasks import measure
@@ -394,10 +393,11 @@ def _export(context: RunContext) -> None:
         twin = context.recovered()
         console.say("[dim]merging and writing[/dim]")
         with part("merging and writing"):
-            merged = ready(merge(twin, dtype))
             text, record = _card_and_record(context)
             size = recipe.export.max_shard_size
-            write_checkpoint(merged, context.tokenizer, directory.deploy, card=text, record=record, max_shard_size=size)
+            merged = write_merged(
+                twin, dtype, context.tokenizer, directory.deploy, card=text, record=record, max_shard_size=size
+            )
         expected = directory.root / "expected.safetensors"
         console.say("[dim]verifying in a fresh process[/dim]")
         write_expected(expected, twin, merged, context.sample_ids())
