@@ -64,7 +64,7 @@ from recover.models.source import (
     tensor_files,
 )
 from recover.models.stored_weights import store, stored_in
-from recover.models.stores import Store, store_of
+from recover.models.stores import Store, shared_store, store_of
 from recover.models.tokenizers import TRIAL, check_file, check_template
 from recover.models.wrapper import beside, opened, remember, text_config, text_values, wrapped_of, wrapper_of
 
@@ -164,9 +164,11 @@ def parameters_beside(cfg: recipe.Model) -> int:
         return beside(_stock_config(cfg, raw, config_source(cfg)))
 
 
-def load_model(cfg: recipe.Model) -> PreTrainedModel:
+def load_model(cfg: recipe.Model, *, shared: bool = False) -> PreTrainedModel:
     """The dense model in eval mode and the recipe's dtype, every tensor read from a checked file and finite.
 
+    `shared`: the processes of a machine hold the blocks' matrices once together, each reading its share, where they can
+    (all must call it together); `model.offload` and `model.load_in` go before.
     Raises ModelError naming the file: missing, corrupt or unsafe files, pickle weights, an unsupported type, tensors
     that are missing, left over or not finite.
     """
@@ -176,18 +178,25 @@ def load_model(cfg: recipe.Model) -> PreTrainedModel:
     if size > SAID_BYTES:
         console.say(f"[dim]reading {cfg.source}, {console.size(size)}[/dim]")
     attention = _attention(cfg, config)
-    if cfg.offload != "none" or cfg.load_in is not None:
-        return _stored(cfg, folder, attention)
+    place = _place(cfg, shared)
+    if place is not None:
+        return _stored(cfg, folder, attention, place)
     with explained(str(folder)):
         model = read_whole(cfg, folder, attn_implementation=attention)
     _check_finite(folder, model)
     return model
 
 
-def _stored(cfg: recipe.Model, folder: Path, attention: str) -> PreTrainedModel:
-    """The model with its blocks' matrices where the config wants them, all else on this process's device."""
-    _refuse_store(cfg)
-    place = store_of(cfg.offload, cfg.load_in, dist.device())
+def _place(cfg: recipe.Model, shared: bool) -> Store | None:
+    """Where the blocks' matrices go; None: with the model. Raises ModelError."""
+    if cfg.offload != "none" or cfg.load_in is not None:
+        _refuse_store(cfg)
+        return store_of(cfg.offload, cfg.load_in, dist.device())
+    return shared_store(dist.device()) if shared and not dist.alone() and dist.zero_stage() == 0 else None
+
+
+def _stored(cfg: recipe.Model, folder: Path, attention: str, place: Store) -> PreTrainedModel:
+    """The model with its blocks' matrices in the store, all else on this process's device."""
     made = None
     with explained(str(folder)):
         if _method(config_in(folder)) not in UNPACKED:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -138,6 +139,50 @@ class HostMemory:
         self._memory.clear()
 
 
+class MachineMemory(HostMemory):
+    """In main memory, once for all processes of a machine: each reads some of the matrices, and all copy from it.
+
+    Nobody waits for anybody once it is filled, so a process may run what it likes, alone. All must build it together.
+    """
+
+    kind = "main memory, once for all processes of the machine"
+
+    def take(self, blocks: Sequence[Sequence[nn.Parameter]], read: Read) -> list[list[nn.Parameter]]:
+        machine = Machine()
+        sizes = [sum(map(padded, matrices)) for matrices in blocks]
+        whole = _common_memory(sum(sizes), machine)
+        self._memory = list(whole.split(sizes))
+        mine = {id(matrix) for block in _deal_out(blocks, machine.members) for matrix in block[machine.member]}
+
+        def fill() -> None:
+            for memory, matrices in zip(self._memory, blocks, strict=True):
+                for place, matrix in zip(laid_out(memory, matrices), matrices, strict=True):
+                    if id(matrix) in mine:
+                        place.copy_(read(matrix))
+                    _let_go(matrix)
+
+        dist.everywhere(fill)  # one that cannot read its share must not leave the others waiting
+        self._pinned.add(whole)
+        return [list(matrices) for matrices in blocks]
+
+
+def _common_memory(size: int, machine: Machine) -> Tensor:
+    """So many bytes, the same memory in every process of the machine. It goes when the last of them lets it go."""
+    path, descriptor = "", -1
+    if machine.member == 0:
+        descriptor = os.memfd_create("weights")  # no file system has to have room for it
+        os.ftruncate(descriptor, max(1, size))
+        path = f"/proc/{os.getpid()}/fd/{descriptor}"
+    paths: list[Any] = [None] * machine.members
+    torch.distributed.all_gather_object(paths, path, group=machine.group)
+    if machine.member:
+        descriptor = os.open(paths[0], os.O_RDWR)
+    memory = mmap.mmap(descriptor, max(1, size))
+    torch.distributed.barrier(machine.group)  # all have opened it
+    os.close(descriptor)
+    return torch.frombuffer(memory, dtype=torch.uint8)[:size]
+
+
 def _let_go(matrix: nn.Parameter) -> None:
     """Its memory on the device is free; shape and dtype stay."""
     matrix.data = matrix.data.new_empty(1).expand(matrix.shape)
@@ -249,10 +294,26 @@ class _Read:
 
 
 def store_of(offload: str, load_in: Bits | None, device: torch.device) -> Store:
-    """What a recipe's `model.offload` and `model.load_in` ask for. Raises ModelError where a package is missing."""
+    """What a recipe's `model.offload` and `model.load_in` ask for. Raises ModelError where a package is missing.
+
+    Main memory is shared between the processes of a machine, unless one is alone: all must call it together.
+    """
     if load_in is not None:
         return Quantized(device, load_in, in_host=offload == "cpu")
-    return Files(device) if offload == "disk" else HostMemory(device)
+    if offload == "disk":
+        return Files(device)
+    return HostMemory(device) if dist.alone() else MachineMemory(device)
+
+
+def shared_store(device: torch.device) -> Store | None:
+    """Shares of all processes of a machine, of which each may read at any time; None where GPUs cannot.
+
+    All must call it together.
+    """
+    if device.type != "cuda":
+        return MachineMemory(device)
+    machine = Machine()
+    return Shared(machine, device) if _sees_peers(device, machine.members) else None
 
 
 class _Packed(NamedTuple):

@@ -37,9 +37,11 @@ from recover.export.write import card, write_merged
 from recover.measure.model import Generations
 from recover.measure.speed import compare_speed
 from recover.measure.tasks import measure
+from recover.models.arch import arch_of
 from recover.models.load import describe, load_model, load_tokenizer, ready
 from recover.models.plan import save_plan
 from recover.models.source import code_of, exported_dtype, locate, stored_dtype
+from recover.models.stored_weights import stored_in
 from recover.models.twin import Twin
 from recover.probe.probe import dense_trajectories, final_drift, probe
 from recover.probe.records import summary
@@ -178,6 +180,7 @@ def dense(context: RunContext) -> None:
 
 def prune(context: RunContext) -> None:
     """Choose what goes, and write the plan and its masks."""
+    context.read_together()
     dist.on_main(lambda: _prune(context))
     context.release()
 
@@ -381,6 +384,7 @@ def _forget_epochs_again(directory: RunDirectory) -> None:
 
 def export(context: RunContext) -> None:
     """Write the checkpoint to ship, and verify it in a fresh process."""
+    context.read_together()
     dist.on_main(lambda: _export(context))
     context.release()
     dist.on_main(lambda: _speed(context))
@@ -419,6 +423,8 @@ def _speed(context: RunContext) -> None:
     there = {"source": str(context.directory.deploy), "revision": None, "dtype": dtype}
     with part("reading weights"):
         dense = context.stock() if dtype == cfg.dtype else ready(load_model(cfg.model_copy(update={"dtype": dtype})))
+        if cfg.load_in is None and stored_in(dense) is not None:  # not a second model in memory
+            there["offload"] = "cpu" if arch_of(dense).experts else "disk"
         deployed = load_model(cfg.model_copy(update=there))
     with part("timing dense and the export"):
         figures = compare_speed(dense, deployed, dist.device())
@@ -446,7 +452,16 @@ def deploy(context: RunContext) -> None:
     for model, file in files.items():
         path = directory.root / file["path"]
         console.say(f"[dim]{model}: {file['path']}, {file['quantize']}, {console.size(file['bytes'])}[/dim]")
-        there = source.model_copy(update={"source": str(path), "revision": None, "tokenizer": None})
+        # As the file has them: not quantized once more.
+        there = source.model_copy(
+            update={
+                "source": str(path),
+                "revision": None,
+                "tokenizer": None,
+                "load_in": None,
+                "offload": "cpu" if source.load_in else source.offload,
+            }
+        )
         with part("reading weights"):
             loaded, tokenizer = ready(load_model(there)), load_tokenizer(there)
         reference = read_json(directory.dense / "generations.json")

@@ -261,7 +261,7 @@ def _train(
         trainer=trainer,
         after_epoch=after_epoch,
     )
-    if cfg.shard_weights and dist.world_size() > 1:
+    if cfg.shard_weights and dist.world_size() > 1 and stored_in(trainer.distiller.twin.base) is None:
         trainer.add_callback(SharedOut(trainer))
     trainer.add_callback(epochs)
     trainer.add_callback(Progress(trainer.course.totals))

@@ -26,7 +26,7 @@ from recover.base.process import Interrupted, Stop
 from recover.config.recipe import PrunedText, Train
 from recover.distill.distiller import Batch, Distiller, GraphedPasses, scaled, scored_tokens, without_mask
 from recover.models.attention import PACKED_NAME, attending
-from recover.models.stored_weights import StoredWeights, gather_by_block
+from recover.models.stored_weights import StoredWeights, comes_and_goes, gather_by_block
 from recover.models.twin import modules_below, plain_modes, set_training
 from recover.train.course import Course, frozen_weights, not_finite
 from recover.train.optimizer_state import Average, Trained, averaged_steps
@@ -99,6 +99,9 @@ class RecoverTrainer(SFTTrainer):
         """
         config = twin.base.config
         routing = {name: getattr(config, name) for name in ROUTING if hasattr(config, name)}
+        # What comes and goes is on its device when it is there: nobody moves it, or sends it to other processes.
+        if gone := [name for name, value in twin.model.named_parameters() if comes_and_goes(value)]:
+            vars(twin.model).update(to=lambda *_, **__: twin.model, _ddp_params_and_buffers_to_ignore=gone)
         super().__init__(
             model=twin.model,
             args=args,

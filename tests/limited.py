@@ -1,0 +1,68 @@
+"""A whole run in a process, or in each of several, that may hold less than the model; as a script under a launcher.
+
+python tests/limited.py RECIPE ROOT MIB [FIELD=VALUE ...]: MIB of the process's own memory beyond what it has once its
+libraries are loaded (`RLIMIT_DATA`; 0: no limit).
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from recover.base import dist
+from recover.base.console import quiet_libraries
+from recover.config.recipe import load_recipe
+from recover.run import stages
+
+WIDTH, INTERMEDIATE, BLOCKS = 768, 2560, 12
+
+
+def write_model(folder: Path) -> int:
+    """A model whose blocks are nearly all of it; its bytes."""
+    from byte_tokenizer import byte_tokenizer
+
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=WIDTH,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder, max_shard_size="50MB")
+    byte_tokenizer().save_pretrained(folder)
+    return sum(each.nbytes for each in model.parameters())
+
+
+def own_bytes() -> int:
+    """Memory of this process that is no other's and no file's, as RLIMIT_DATA counts it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:"))
+
+
+def main() -> None:
+    recipe, root, mebibytes, *fields = sys.argv[1:]
+    torch.set_num_threads(1)
+    quiet_libraries()
+    dist.start()
+    if int(mebibytes):
+        limit = own_bytes() + int(mebibytes) * 2**20
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    stages.run(load_recipe(Path(recipe), fields), Path(root))
+    dist.stop()
+    dist.leave(0)
+
+
+if __name__ == "__main__":
+    main()
