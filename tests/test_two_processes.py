@@ -23,7 +23,13 @@ FROM_STATES = ["zero2+dense", "zero3+prefix", "zero2+shards+prefix"]
 AVERAGED = ["plain+average", "zero2+average"]
 FOCUSED = ["plain:1+focus", "zero2:2+focus"]
 AUTO = ["plain+auto", "plain:1+auto", "zero2+auto", "zero3+auto"]
-SHARDED = ["plain+shards", "plain:2+shards", "zero2+shards+checkpointing"]
+SHARDED = [
+    "plain+shards",
+    "plain:2+shards",
+    "zero2+shards+checkpointing",
+    "plain:2+loaded",
+    "plain+loaded+checkpointing",
+]
 
 
 def launched(command, folder, timeout=300):
