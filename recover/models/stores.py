@@ -400,7 +400,7 @@ def _tensors_of(packed: _Packed) -> list[Tensor]:
     if isinstance(scales, Tensor):
         return [packed.values, scales]
     inner = scales.state2
-    return [packed.values, scales.absmax, *([inner.absmax, inner.code] if inner is not None else [])]
+    return [packed.values, scales.absmax, *([] if inner is None else [inner.absmax])]  # their code is one for all
 
 
 def bitsandbytes_functional() -> Any:
