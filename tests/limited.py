@@ -1,13 +1,17 @@
 """A whole run in a process, or in each of several, that may hold less than the model; as a script under a launcher.
 
-python tests/limited.py RECIPE ROOT MIB [FIELD=VALUE ...]: MIB of the process's own memory beyond what it has once its
-libraries are loaded (`RLIMIT_DATA`; 0: no limit).
+python tests/limited.py RECIPE ROOT MIB [FIELD=VALUE ...]: MIB of memory that is the process's own, beyond what it has
+once its libraries are loaded (0: no limit). A process that takes more is ended. Files that are mapped, and memory that
+processes share, are not counted, so a resource limit of the system would not do: transformers maps each file of a model
+as if it were going to write to it.
 """
 
 from __future__ import annotations
 
-import resource
+import os
 import sys
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -46,9 +50,19 @@ def write_model(folder: Path) -> int:
 
 
 def own_bytes() -> int:
-    """Memory of this process that is no other's and no file's, as RLIMIT_DATA counts it."""
+    """Memory of this process that is no other's and no file's."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+
+def watch(limit: int, peak: list[int]) -> None:
+    """End the process when it takes more than the limit."""
+    while True:
+        peak[0] = max(peak[0], own_bytes())
+        if peak[0] > limit:
+            print(f"OVER THE LIMIT: {peak[0]:,} bytes, {limit:,} allowed", flush=True)
+            os._exit(9)
+        time.sleep(0.01)
 
 
 def main() -> None:
@@ -56,10 +70,11 @@ def main() -> None:
     torch.set_num_threads(1)
     quiet_libraries()
     dist.start()
-    if int(mebibytes):
-        limit = own_bytes() + int(mebibytes) * 2**20
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    before, peak = own_bytes(), [0]
+    limit = before + (int(mebibytes) or 2**30) * 2**20
+    threading.Thread(target=watch, args=(limit, peak), daemon=True).start()
     stages.run(load_recipe(Path(recipe), fields), Path(root))
+    print(f"process {dist.rank()}: at most {(peak[0] - before) / 2**20:.0f} MiB of its own", flush=True)
     dist.stop()
     dist.leave(0)
 

@@ -62,6 +62,11 @@ class StoredWeights:
         return self._store.kind
 
     @property
+    def fixed(self) -> bool:
+        """Whether nothing in this process could change the weights."""
+        return self._store.fixed
+
+    @property
     def exact(self) -> bool:
         """Whether the model has the very values that were read."""
         return self._store.exact

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import mmap
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,11 +45,12 @@ class Store(Protocol):
     """Holds matrices of blocks, and brings them back. `device`: where blocks compute.
 
     `bytes_elsewhere`: memory of that device which torch does not count. `exact`: whether values are the very ones that
-    were read. `kind`: where they are, in words.
+    were read; `fixed`: whether nothing in this process could change them. `kind`: where they are, in words.
     """
 
     device: torch.device
     exact: bool
+    fixed: bool
     kind: str
 
     @property
@@ -111,7 +113,7 @@ class _Done:
 class HostMemory:
     """In main memory, of which a GPU reads by its copy engines (pinned, where the system allows it)."""
 
-    exact, kind, bytes_elsewhere = True, "main memory", 0
+    exact, fixed, kind, bytes_elsewhere = True, False, "main memory", 0
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -213,7 +215,7 @@ class _Pinned:
             cudart.cudaHostUnregister(self._memory.pop().data_ptr())
 
     def __del__(self) -> None:
-        if self._memory:
+        if self._memory and not sys.is_finalizing():
             torch.cuda.synchronize()
             self.close()
 
@@ -225,7 +227,7 @@ class Files:
     through two pieces of pinned memory.
     """
 
-    exact, kind, bytes_elsewhere = True, "its files", 0
+    exact, fixed, kind, bytes_elsewhere = True, True, "its files", 0
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -330,7 +332,7 @@ class Quantized:
     needed. Source of NF4 and of scales in few bits: Dettmers et al., "QLoRA", arXiv 2305.14314, section 3.
     """
 
-    exact, bytes_elsewhere = False, 0
+    exact, fixed, bytes_elsewhere = False, False, 0
 
     def __init__(self, device: torch.device, bits: Bits, *, in_host: bool = False) -> None:
         self.device, self.bits = device, bits
@@ -416,7 +418,7 @@ def bitsandbytes_functional() -> Any:
 class Shared:
     """With the processes of a machine: each owns some of every block's matrices, which stay in place; others come."""
 
-    exact, kind = True, "other processes"
+    exact, fixed, kind = True, False, "other processes"
 
     def __init__(self, machine: Machine, device: torch.device) -> None:
         self.device, self._machine = device, machine

@@ -30,7 +30,7 @@ from recover.models.lean import make_lean
 from recover.models.masked_lora import adopt_copy, adopt_layer, lora_layers, trained_copies
 from recover.models.plan import Plan, check_fit
 from recover.models.site import Site, sites_of, whole_blocks
-from recover.models.stored_weights import each_weight, stored_in
+from recover.models.stored_weights import comes_and_goes, each_weight, stored_in
 from recover.models.switched import (
     MaskedLinear,
     Switch,
@@ -321,8 +321,14 @@ class Held:
 
 
 def _sums(model: nn.Module) -> dict[str, int]:
-    """For each parameter its bits as integers, summed up: a pass over the weights and one transfer."""
-    totals = {name: _sum(parameter.detach()) for name, parameter in each_weight(model)}
+    """For each parameter its bits as integers, summed up: a pass over the weights and one transfer.
+
+    Without those that nothing here could change, which would be read from the disk for it.
+    """
+    stored, pairs = stored_in(model), each_weight(model)
+    if stored is not None and stored.fixed:
+        pairs = (pair for pair in model.named_parameters() if not comes_and_goes(pair[1]))
+    totals = {name: _sum(parameter.detach()) for name, parameter in pairs}
     return dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))
 
 

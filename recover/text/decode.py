@@ -21,6 +21,7 @@ group, E end tokens, A states of the table.
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -112,6 +113,8 @@ class _Writer:
         self.end_E = torch.tensor(how.ends, dtype=torch.long, device=self.device)
         self.stop_AV = how.stops.to(self.device) if how.stops else None
         self.recorder = _Recorder(self._step) if may_record(model) else None
+        if self.device.type == "cuda" and any(map(comes_and_goes, model.parameters())):
+            _say_no_graphs()
         # A kernel reads of each row what the row has; else all rows are read up to the longest.
         self.reads_rows = bool(self.configs) and fused.available(self.device) and model.dtype in fused.DTYPES
         self._open()
@@ -269,6 +272,14 @@ class _Writer:
             item, self.items[slot] = items[slot], None
             assert item is not None
             yield item, row[:count]
+
+
+@functools.cache  # once
+def _say_no_graphs() -> None:
+    console.say(
+        "[dim]texts are written kernel by kernel, and each token reads every block: the weights come and go "
+        "(model.offload, model.load_in, train.shard_weights). The more texts at once, the less each costs[/dim]"
+    )
 
 
 def may_record(model: PreTrainedModel) -> bool:

@@ -26,7 +26,7 @@ from recover.base.process import Interrupted, Stop
 from recover.config.recipe import PrunedText, Train
 from recover.distill.distiller import Batch, Distiller, GraphedPasses, scaled, scored_tokens, without_mask
 from recover.models.attention import PACKED_NAME, attending
-from recover.models.stored_weights import StoredWeights, comes_and_goes, gather_by_block
+from recover.models.stored_weights import StoredWeights, comes_and_goes, gather_by_block, stored_in
 from recover.models.twin import modules_below, plain_modes, set_training
 from recover.train.course import Course, frozen_weights, not_finite
 from recover.train.optimizer_state import Average, Trained, averaged_steps
@@ -436,7 +436,8 @@ class RecoverTrainer(SFTTrainer):
         """Most bytes that this process had on its GPU; None on a CPU."""
         if not torch.cuda.is_available():
             return None
-        return torch.cuda.max_memory_allocated() + (self.shards.bytes_elsewhere if self.shards else 0)
+        stored = self.shards or stored_in(self.distiller.twin.base)
+        return torch.cuda.max_memory_allocated() + (stored.bytes_elsewhere if stored else 0)
 
     @contextmanager
     def generating(self) -> Iterator[None]:
