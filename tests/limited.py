@@ -58,7 +58,12 @@ def own_bytes() -> int:
 def watch(limit: int, peak: list[int]) -> None:
     """End the process when it takes more than the limit."""
     while True:
-        peak[0] = max(peak[0], own_bytes())
+        now = own_bytes()
+        if now > peak[0] + 20e6:
+            import traceback
+            stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident])
+            print("PEAK", now >> 20, [f"{f.filename.split('/')[-1]}:{f.lineno}:{f.name}" for f in stack if "recover/" in f.filename][-3:], [f"{f.filename.split('/')[-1]}:{f.lineno}" for f in stack][-3:], flush=True)
+        peak[0] = max(peak[0], now)
         if peak[0] > limit:
             print(f"OVER THE LIMIT: {peak[0]:,} bytes, {limit:,} allowed", flush=True)
             os._exit(9)
@@ -70,6 +75,7 @@ def main() -> None:
     torch.set_num_threads(1)
     quiet_libraries()
     dist.start()
+    import recover.run.stage_work, trl, datasets, deepspeed
     before, peak = own_bytes(), [0]
     limit = before + (int(mebibytes) or 2**30) * 2**20
     threading.Thread(target=watch, args=(limit, peak), daemon=True).start()
