@@ -27,7 +27,10 @@ def fast(*variants, slow=()):
 
 
 COURSES = fast("plain", "plain:1", "zero2", "zero3", slow=["plain:2", "zero3:2"])
-SHARDED = fast("plain+shards", slow=["plain:2+shards", "zero2+shards+checkpointing"])
+SHARDED = fast(
+    *("plain+shards", "plain+loaded+checkpointing"),
+    slow=["plain:2+shards", "zero2+shards+checkpointing", "plain:2+loaded"],
+)
 FROM_STATES = fast("zero2+dense", "zero3+prefix", slow=["zero2+shards+prefix"])
 AVERAGED = fast("plain+average", slow=["zero2+average"])
 FOCUSED = fast("zero2:2+focus", slow=["plain:1+focus"])

@@ -20,8 +20,11 @@ from tiny import tiny
 from transformers import TrainerCallback
 
 from recover.base import dist
-from recover.config.recipe import Probe, Train
+from recover.config.recipe import Model, Probe, Train
+from recover.models.load import load_model
 from recover.models.plan import Plan
+from recover.models.stored_weights import stored_in
+from recover.models.stores import MachineMemory
 from recover.models.twin import Twin
 from recover.probe.probe import final_drift
 from recover.text.generate import generate
@@ -99,6 +102,7 @@ MORE = {
     "dense": lambda folder: cached(folder, "dense"),
     "prefix": lambda folder: cached(folder, "prefix"),
     "shards": lambda _folder: {"shard_weights": True},
+    "loaded": lambda _folder: {"shard_weights": True},  # shared from the first byte: see `loaded`
     "focus": lambda _folder: FOCUSED,
     "auto": auto,
     "average": lambda _folder: {"average": 0.5},
@@ -151,7 +155,7 @@ def run(folder: Path, name: str, **changes) -> dict:
     """Losses, gradients and parameters of a whole `train` of this config, and what it wrote."""
     catch = Catch()
     with caught_by(catch):
-        twin = Twin(tiny(), Plan("depth", 6, (2, 4)))
+        twin = Twin(loaded(folder) if "loaded" in name else tiny(), Plan("depth", 6, (2, 4)))
         tokenizer = byte_tokenizer()
         texts: list[str] = []
 
@@ -173,6 +177,14 @@ def run(folder: Path, name: str, **changes) -> dict:
         "measured": measured,
         "best": str(best),
     }
+
+
+def loaded(folder: Path):
+    """The same model, read from files by all processes of the machine together, which hold it once."""
+    dist.on_main(lambda: tiny().save_pretrained(folder / "model"))
+    model = load_model(Model(source=str(folder / "model")), shared=True)
+    assert type(stored_in(model)._store) is MachineMemory
+    return model
 
 
 @contextmanager

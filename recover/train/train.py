@@ -18,6 +18,7 @@ from recover.config.recipe import Train
 from recover.distill.loss_terms import computed
 from recover.models.arch import arch_of
 from recover.models.attention import HALF, packing_configs
+from recover.models.stored_weights import SharedOut, stored_in
 from recover.report.run_files import EpochScore
 from recover.text.generate import context_of
 from recover.train.callbacks import AfterEpoch, Epochs, LogStep, Progress, StepLog
@@ -31,7 +32,6 @@ from recover.train.settings import (
     split_batch,
     training_arguments,
 )
-from recover.train.sharded_weights import SharedOut
 from recover.train.sources import Collate
 from recover.train.state_cache import TextRow, TrainingStates, with_states
 from recover.train.teacher_file import TeacherStates
@@ -224,6 +224,7 @@ def _may_be_graphed(twin: Twin, cfg: Train) -> bool:
     reasons = {
         "the work of each kernel outlasts its launch at this size": size > LARGEST_GRAPHED,
         "several processes": dist.world_size() > 1,
+        "weights that come and go (model.offload, model.load_in)": stored_in(twin.base) is not None,
         "DeepSpeed": dist.zero_stage() > 0,
         "train.gradient_checkpointing": cfg.gradient_checkpointing,
         "train.cache": cfg.cache is not None,
@@ -276,7 +277,7 @@ def _train(
         trainer=trainer,
         after_epoch=after_epoch,
     )
-    if cfg.shard_weights and dist.world_size() > 1:
+    if cfg.shard_weights and dist.world_size() > 1 and stored_in(trainer.distiller.twin.base) is None:
         trainer.add_callback(SharedOut(trainer))
     trainer.add_callback(epochs)
     trainer.add_callback(Progress(trainer.course.totals))
