@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from report_run import build_run
-from test_end_to_end import run
+from small_run import run
 
 from recover.base import clock as clocks
 from recover.base.clock import OTHER, Clock, note, part, spent, stage_clock
@@ -127,7 +127,7 @@ def test_the_report_has_a_table_of_it(tmp_path):
 
 
 def test_a_run_says_where_its_time_went(tmp_path, monkeypatch):
-    directory = run(tmp_path, until="before")
+    directory = run(tmp_path, "probe.sublayers=false", until="before")
     found = {row["stage"]: row for row in spent(directory.root)}
     assert list(found) == ["plan", "dense", "prune", "before"]
     assert {"loading libraries", "checking inputs", OTHER} <= found["plan"]["parts"].keys()
@@ -142,6 +142,6 @@ def test_a_run_says_where_its_time_went(tmp_path, monkeypatch):
 
     monkeypatch.setitem(stage_work.WORK, "before", stopped)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, until="before", start="before")
+        run(tmp_path, "probe.sublayers=false", until="before", start="before")
     again = {row["stage"]: row for row in spent(directory.root)}
     assert again["before"]["calls"] == 1 and again["before"]["seconds"] < found["before"]["seconds"]

@@ -7,7 +7,7 @@ autograd keeps in recover's own step, counted tensor by tensor; `tests/test_memo
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 GIB = 2**30
 
@@ -63,6 +63,13 @@ class Shape:
     mlp_matrices: int = field(default=3, kw_only=True)  # gate, up and down; without a gate 2
     attending: int | None = field(default=None, kw_only=True)  # blocks with keys and values, where not all have them
     mixture: Mixture | None = field(default=None, kw_only=True)
+    lone_mlps: int | None = field(default=None, kw_only=True)  # where a block is one sublayer: those that are an MLP
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """Of all blocks, those with attention (or a mixer), and those with an MLP."""
+        mlps = None if self.lone_mlps is None else self.lone_mlps / self.blocks
+        return (1.0, 1.0) if mlps is None else (1 - mlps, mlps)
 
     @property
     def active(self) -> int:
@@ -75,7 +82,7 @@ class Shape:
     @property
     def mlp_active(self) -> float:
         """Of an MLP's parameters those that a token goes through; the mean over blocks where they differ."""
-        plain, one = self.mlp_matrices * self.width * self.intermediate, self.mixture
+        plain, one = self.shares[1] * self.mlp_matrices * self.width * self.intermediate, self.mixture
         return plain if one is None else one.mean(one.used * one.expert + one.always, plain, self.blocks)
 
 
@@ -100,6 +107,8 @@ class Training:
     own: weights that the pruned view has beside the dense ones. averaged: adapters are (`train.average`).
     lean: norms and MLPs keep no more than they must (`models/lean.py`; never under masks or ZeRO-3).
     sharded: processes of a machine that share out the blocks' weights (`train.shard_weights`); 1: whole on each.
+    place: where the blocks' matrices lie while their block does not compute (`model.offload`: cpu or disk); bits: in
+    how few bits they are held (`model.load_in`), 0 where they are as they are.
     element: bytes of a weight. zero: DeepSpeed's stage, 0 without it. offload: the shares lie in host memory.
     """
 
@@ -119,6 +128,13 @@ class Training:
     zero: int = 0
     offload: bool = False
     lean: bool = True
+    place: str = "gpu"
+    bits: int = 0
+
+    @property
+    def comes_and_goes(self) -> bool:
+        """Whether the blocks' matrices are with the model while their block computes only, in every stage."""
+        return self.place != "gpu" or self.bits > 0 or (self.sharded > 1 and self.zero == 0)
 
 
 def rows_for(chunk: int, width: int, processors: int) -> int:
@@ -140,22 +156,29 @@ def rows_for(chunk: int, width: int, processors: int) -> int:
 def adapter_parameters(shape: Shape, rank: int, blocks: int, parts: Collection[str] = ("linears",)) -> int:
     """Of LoRA on all linears of so many blocks: rank x (in + out) of each; beside a mixture, on attention's alone.
 
-    `parts`, as `lora.parts`: of a mixture also (or only) every expert's two matrices, and routers as they are.
+    `parts`, as `lora.parts`: of a mixture also (or only) every expert's two matrices, routers as they are, and the
+    three of shared experts and plain MLPs.
     """
     query, kv = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
     attention = 2 * (shape.width + query) + 2 * (shape.width + kv)
-    one = shape.mixture
+    one, (attending, mlps) = shape.mixture, shape.shares
     if one is None:
-        return blocks * rank * (attention + shape.mlp_matrices * (shape.width + shape.intermediate))
+        mlp = shape.mlp_matrices * (shape.width + shape.intermediate)
+        return round(blocks * rank * (attending * attention + mlps * mlp))
     expert = 2 * shape.width + 3 * one.intermediate  # gate and up in one matrix, and down
     mixed = (rank * expert if "experts" in parts else 0) + (one.row if "router" in parts else 0)
     attended = blocks * rank * attention if "linears" in parts else 0
-    return attended + round(one.mean(one.experts * mixed, 0, shape.blocks) * blocks)
+    beside = [3 * rank * (shape.width + neurons) * ("shared" in parts) for neurons in (one.shared, shape.intermediate)]
+    if not one.shared:
+        beside[0] = 0
+    return attended + round(one.mean(one.experts * mixed + beside[0], beside[1], shape.blocks) * blocks)
 
 
 def matrix_parameters(shape: Shape) -> int:
-    """Of a block's linears."""
+    """Of a block's linears; the mean where a block is one sublayer."""
     query, kv = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+    if shape.lone_mlps is not None:
+        return round(shape.shares[0] * shape.width * (2 * query + 2 * kv) + shape.mlp_active)
     one, plain = shape.mixture, shape.mlp_matrices * shape.width * shape.intermediate
     mlp = plain if one is None else one.mean(one.experts * one.expert + one.always, plain, shape.blocks)
     return shape.width * (2 * query + 2 * kv) + round(mlp)
@@ -167,15 +190,19 @@ def block_bytes_per_token(shape: Shape, rank: int, element: int, *, lean: bool =
     D width, Q and K the widths of all query and KV heads, F intermediate, R rank, A heads, E bytes of a number. Both
     norms' inputs and outputs, which the adapters behind them share, 4 D E; q, k, v and the attention's output 2 Q E +
     2 K E; gate and up 2 F E; adapters 7 R E; softmax sums 4 A. If not lean, norms keep fp32 inputs and one number a
-    row, and the MLP its activation and product, 2 F E more. Of a mixture see `_mixture_bytes_per_token`.
+    row, and the MLP its activation and product, 2 F E more. The mean where a block is one sublayer. Of a mixture see
+    `_mixture_bytes_per_token`.
     """
     query, kv = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
     if shape.mixture:
         return _mixture_bytes_per_token(shape, shape.mixture, rank, element, lean=lean)
-    kept = element * (4 * shape.width + 2 * query + 2 * kv + 2 * shape.intermediate + 7 * rank) + 4 * shape.heads
-    if lean:
-        return kept
-    return kept + 2 * (4 - element) * shape.width + 8 + 2 * element * shape.intermediate
+    attending, mlps = shape.shares  # each has a norm of the two
+    kept = element * (2 * shape.width + 2 * query + 2 * kv + 4 * rank) + 4 * shape.heads
+    mlp = element * (2 * shape.width + 2 * shape.intermediate + 3 * rank)
+    if not lean:
+        kept += (4 - element) * shape.width + 4
+        mlp += (4 - element) * shape.width + 4 + 2 * element * shape.intermediate
+    return round(attending * kept + mlps * mlp)
 
 
 def _mixture_bytes_per_token(shape: Shape, one: Mixture, rank: int, element: int, *, lean: bool) -> int:
@@ -211,10 +238,10 @@ def training_parts(shape: Shape, training: Training) -> dict[str, int]:
     stored = shape.width * training.element if training.checkpointing else block
     rows = rows_for(training.chunk, shape.width, PROCESSORS)
     live = min(shape.parameters, LIVE_PARAMETERS) * training.element if training.zero == 3 else 0
-    # Of a block, what other processes own; it is there for two blocks at a time.
-    away = round(matrix_parameters(shape) * training.element * (1 - 1 / training.sharded))
+    away = _away(shape, training)
+    weights = round(0 if training.offload else shape.parameters * training.element * share) - shape.blocks * away
     return {
-        "weights": round(0 if training.offload else shape.parameters * training.element * share) - shape.blocks * away,
+        "weights": weights + _packed(shape, training)[0],
         "masks": shape.parameters // 8 if training.masked else 0,
         "own": training.own * training.element,  # buffers: ZeRO-3 does not share them out
         "adapters": round(adapter_parameters(shape, training.rank, kept, training.parts) * _adapter_bytes(training)),
@@ -224,6 +251,38 @@ def training_parts(shape: Shape, training: Training) -> dict[str, int]:
         "engine": live + 2 * away + {0: 0, 2: 8, 3: 4}[training.zero] * BUCKET,
         "runtime": RUNTIME_BYTES,
     }
+
+
+def _away(shape: Shape, training: Training) -> int:
+    """Bytes of a block that come and go; they are there for two blocks at a time."""
+    share = 1.0 if training.place != "gpu" or training.bits else 1 - 1 / training.sharded
+    return round(matrix_parameters(shape) * training.element * share)
+
+
+# Of a number in so few bits, with the scales that it shares: 64 of them one in 8 bits, 256 of those one in 32, of NF4.
+PACKED = {4: (1 / 2, (1 + 4 / 256) / 64), 8: (1.0, 0.0)}
+
+
+def _packed(shape: Shape, training: Training) -> tuple[int, int]:
+    """Bytes of matrices held in few bits: on the GPU, and in main memory."""
+    if not training.bits:
+        return 0, 0
+    numbers, scales = PACKED[training.bits]
+    scales = scales or 4 / shape.width  # of int8, one a row
+    matrices = shape.blocks * matrix_parameters(shape)
+    if training.place == "gpu":
+        return round(matrices * (numbers + scales)), 0
+    return round(matrices * scales), round(matrices * numbers)
+
+
+def host_bytes(shape: Shape, training: Training) -> int:
+    """Bytes of main memory that hold weights, once for all processes of a machine (in few bits: for each).
+
+    Files that stay on the disk are kept in memory by the system as far as there is room, and are not counted.
+    """
+    if training.bits:
+        return _packed(shape, training)[1]
+    return shape.blocks * matrix_parameters(shape) * training.element if training.place == "cpu" else 0
 
 
 def _adapter_bytes(training: Training) -> float:
@@ -238,16 +297,23 @@ def _adapter_bytes(training: Training) -> float:
 
 
 def measuring_bytes(shape: Shape, training: Training) -> int:
-    """Bytes on one GPU while a model is measured: each process holds it whole, whatever the launch file shares out."""
-    weights = shape.parameters * training.element
+    """Bytes on one GPU while a model is measured.
+
+    Each process holds it whole, unless weights come and go in every stage: DeepSpeed's shares are for training alone.
+    """
+    weights = shape.parameters * training.element + _packed(shape, training)[0]
+    if training.comes_and_goes:
+        weights -= (shape.blocks - 2) * _away(shape, training)
     shared = training_parts(shape, training)["weights"] if training.zero == 3 else 0  # the engine's, in between epochs
     own = training.own * training.element
     return weights + own + shared + training.cached * kv_bytes_per_token(shape, training.element) + RUNTIME_BYTES
 
 
 def sharing_out_bytes(shape: Shape, training: Training) -> int:
-    """Bytes on one GPU while blocks are shared out, or made whole again for good: a share beside the whole weights."""
-    own = shape.blocks * matrix_parameters(shape) // training.sharded if training.sharded > 1 else 0
+    """Bytes on one GPU while blocks are shared out for a training, or whole again: a share beside whole weights."""
+    if training.comes_and_goes or training.sharded == 1:
+        return 0
+    own = shape.blocks * matrix_parameters(shape) // training.sharded
     return (shape.parameters + own + training.own) * training.element + RUNTIME_BYTES
 
 
@@ -257,27 +323,41 @@ def peak_bytes(shape: Shape, training: Training) -> int:
     return max(training_bytes, measuring_bytes(shape, training), sharing_out_bytes(shape, training))
 
 
-# Launch file, train.shard_weights, checkpointing, offload, from the least trouble to the most.
-CHOICES = (
-    ("gpu", 0, False, False, False),
-    ("gpu + shard_weights", 0, True, False, False),
-    ("gpu + checkpointing", 0, False, True, False),
-    ("gpu + shard_weights + checkpointing", 0, True, True, False),
-    ("zero3_offload", 3, False, True, True),
+# What makes room on one machine, from the least trouble to the most: in words, fields of a recipe, what they are here.
+LESS: dict[str, object] = {"train.gradient_checkpointing": True}
+CHOICES: tuple[tuple[str, dict[str, object], dict[str, object]], ...] = (
+    ("gpu", {}, {}),
+    ("shard_weights", {"train.shard_weights": True}, {}),
+    ("checkpointing", LESS, {"checkpointing": True}),
+    ("shard_weights + checkpointing", {"train.shard_weights": True} | LESS, {"checkpointing": True}),
+    ("offload", {"model.offload": "cpu"}, {"place": "cpu"}),
+    ("offload + checkpointing", {"model.offload": "cpu"} | LESS, {"place": "cpu", "checkpointing": True}),
+    ("4bit + checkpointing", {"model.load_in": "4bit"} | LESS, {"bits": 4, "checkpointing": True}),
+    (
+        "4bit + offload + checkpointing",
+        {"model.load_in": "4bit", "model.offload": "cpu"} | LESS,
+        {"bits": 4, "place": "cpu", "checkpointing": True},
+    ),
 )
 
 
+def fitting(shape: Shape, training: Training, usable: int, processes: int) -> tuple[str, dict[str, object]] | None:
+    """The first of CHOICES, in words and as fields, with which a run takes at most `usable` bytes of a GPU.
+
+    None: nothing does. `processes`: on one machine.
+    """
+    for name, fields, changes in CHOICES:
+        sharded = processes if "train.shard_weights" in fields else 1
+        if sharded == 1 and "train.shard_weights" in fields:
+            continue
+        plain: dict[str, object] = {"sharded": sharded, "checkpointing": False, "place": "gpu", "bits": 0}
+        tried = replace(training, **(plain | changes))  # type: ignore[arg-type]
+        if peak_bytes(shape, tried) <= usable:
+            return name, fields
+    return None
+
+
 def launch_for(shape: Shape, gpu_bytes: int, tokens: int, processes: int = 8) -> str:
-    """The launch file for GPUs of this memory on one machine, "+" what it takes beside; "none" if nothing fits."""
-    for name, zero, sharded, checkpointing, offload in CHOICES:
-        training = Training(
-            tokens,
-            checkpointing=checkpointing,
-            processes=processes,
-            sharded=processes if sharded else 1,
-            zero=zero,
-            offload=offload,
-        )
-        if peak_bytes(shape, training) <= USABLE * gpu_bytes:
-            return name
-    return "none"
+    """What makes room on GPUs of this memory on one machine, of `CHOICES`; "none" if nothing fits."""
+    found = fitting(shape, Training(tokens, processes=processes), int(USABLE * gpu_bytes), processes)
+    return "none" if found is None else found[0]

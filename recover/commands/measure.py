@@ -153,20 +153,16 @@ def measure(
 
     Of a run directory: tasks that its recipe does not have, on each of its models, without training.
     """
-    names = [*(named.suite(suite) if suite else ()), *(tasks or ()), *(others or ())]
-    theirs = tuple(name.strip() for name in lm_eval.split(",") if name.strip())
-    if others and not tasks:
-        raise RecipeError(f"{others[0]}: found after the model; tasks are named after --tasks")
-    if not names and not theirs:
-        raise RecipeError(
-            "nothing to measure: give --tasks gsm8k task.yaml ..., --suite standard, or --lm-eval arc_easy,gsm8k"
-        )
-    given = {"limit": limit, "batch_size": batch_size, "max_new_tokens": max_new_tokens, "samples": samples}
-    fields = {name: value for name, value in given.items() if value is not None}
-    allowed = "unconfined" if allow_code_execution_unconfined else allow_code_execution
-    fields |= {"allow_code_execution": allowed} if allowed else {}
-    about = {"dtype": dtype, "tokenizer": tokenizer, "revision": revision, "attention": attention}
-    about = {name: value for name, value in about.items() if value is not None}
+    names, theirs = _named(suite, tasks, others, lm_eval)
+    allowed = "unconfined" if allow_code_execution_unconfined else allow_code_execution or None
+    fields = _given(
+        limit=limit,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        samples=samples,
+        allow_code_execution=allowed,
+    )
+    about = _given(dtype=dtype, tokenizer=tokenizer, revision=revision, attention=attention)
     if out is not None:
         refuse_input(out, (model, *names, *inputs.files_of([str(Path(name).absolute()) for name in names])))
     # The launcher's processes share the items; without one this does nothing.
@@ -181,6 +177,24 @@ def measure(
     if out is not None:
         write(record, out)
     dist.stop()
+
+
+def _named(suite: str | None, tasks: More, others: More, lm_eval: str) -> tuple[list[str], tuple[str, ...]]:
+    """Names of our tasks and of the harness's. RecipeError where there is none, or one in a wrong place."""
+    names = [*(named.suite(suite) if suite else ()), *(tasks or ()), *(others or ())]
+    theirs = tuple(name.strip() for name in lm_eval.split(",") if name.strip())
+    if others and not tasks:
+        raise RecipeError(f"{others[0]}: found after the model; tasks are named after --tasks")
+    if not names and not theirs:
+        raise RecipeError(
+            "nothing to measure: give --tasks gsm8k task.yaml ..., --suite standard, or --lm-eval arc_easy,gsm8k"
+        )
+    return names, theirs
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def checked(kind: type[Checked], named: Callable[[str], str] = str, **fields: Any) -> Checked:

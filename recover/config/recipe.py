@@ -96,7 +96,26 @@ class Model(Config):
     tokenizer: str | None = Field(default=None, description="where the tokenizer lies, if not beside the model")
     dtype: Dtype = "float32"
     attention: Literal["sdpa", "eager"] = "sdpa"
+    offload: Literal["none", "cpu", "disk"] = Field(
+        default="none",
+        description="where the blocks' matrices lie while their block does not compute: on the GPU (none), in main "
+        "memory (cpu), or in the model's files (disk)",
+    )
+    load_in: Literal["4bit", "8bit"] | None = Field(
+        default=None,
+        description="hold the blocks' matrices in so few bits (NF4, int8). What is pruned, and what teaches, is then "
+        "the quantized dense model; the export is merged into the weights of the files",
+    )
     trust_remote_code: bool = Field(default=False, description="run code that a hub model brings; said aloud when on")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Model:
+        if self.load_in is not None and self.offload == "disk":
+            raise ValueError(
+                f"load_in: {self.load_in} weights are in no file; use offload: cpu (in main memory) or none (on the "
+                "GPU) with it"
+            )
+        return self
 
 
 class Probe(Config):

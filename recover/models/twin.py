@@ -27,9 +27,10 @@ from recover.models.arch import Arch, arch_of, base_of, blocks_of, linears_of, s
 from recover.models.attention import by_rows
 from recover.models.experts import IN, OUT, keep_experts, make_routable, mask_experts, mixtures_of
 from recover.models.lean import make_lean
-from recover.models.masked_lora import adopt_copy, adopt_layer, lora_layers, trained_copies
+from recover.models.masked_lora import adopt_copy, adopt_layer, lora_layers, targets_by_name, trained_copies
 from recover.models.plan import Plan, check_fit
-from recover.models.site import Site, sites_of, whole_blocks
+from recover.models.site import SUBLAYERS, Site, sites_of, whole_blocks
+from recover.models.stored_weights import comes_and_goes, each_weight, stored_in
 from recover.models.switched import (
     MaskedLinear,
     Switch,
@@ -152,8 +153,12 @@ class Twin:
     def folded(self) -> Iterator[None]:
         """Keep the masked weights between forward passes without gradients: same results, faster decoding.
 
-        Costs one more copy of the masked layers. Weights and adapters must not change inside. No masks: no effect.
+        Costs one more copy of the masked layers. Weights and adapters must not change inside. No masks, or weights that
+        come and go: no effect.
         """
+        if stored_in(self.base) is not None:
+            yield
+            return
         before = self.switch.fold
         self.switch.fold = True
         try:
@@ -199,7 +204,8 @@ class Twin:
             modules_to_save=routers or None,
             task_type="CAUSAL_LM",
         )
-        found = self.adopt(get_peft_model(self.base, config))  # type: ignore[arg-type]
+        with targets_by_name():
+            found = self.adopt(get_peft_model(self.base, config))  # type: ignore[arg-type]
         for parameter in found.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -207,22 +213,25 @@ class Twin:
         return found
 
     def _lora_targets(self, cfg: recipe.Lora, sites: frozenset[Site]) -> tuple[list[str], list[str], list[str]]:
-        """Names of linear layers, of experts' matrices and of routers that learn."""
+        """Names of linear layers (of shared experts too), of experts' matrices and of routers that learn."""
         without = tuple(f".{self.arch.mixer}.{linear}" for linear in self.arch.unadapted)
         adapted = [name for name in linears_of(self.model) if not name.endswith(without)]
-        linears = [name for name in adapted if site_of(self.arch, name) in sites]
+        linears = [name for name in adapted if site_of(self.model, name) in sites]
         names, mixed = self.arch.experts, [block for block in mixtures_of(self.model) if Site(block, "mlp") in sites]
-        if {"experts", "router"} & {*cfg.parts} and (names is None or not mixed):
+        if {"experts", "router", "shared"} & {*cfg.parts} and (names is None or not mixed):
             raise ModelError(f"lora.parts: {list(cfg.parts)}: no block that learns has experts; use [linears]")
         if names is None:
             return linears, [], []
-        # peft takes a linear that is called as a matrix of experts once was for that, wherever it is.
-        linears = [name for name in linears if site_of(self.arch, name).part == "attention"]
+        linears, shared = ([name for name in linears if site_of(self.model, name).part == part] for part in SUBLAYERS)
+        if "shared" in cfg.parts and not shared:
+            raise ModelError(
+                f"lora.parts: {list(cfg.parts)}: no block that learns has shared experts; leave 'shared' out"
+            )
         inside = [f"{self.arch.blocks}.{block}.{self.arch.mlp}" for block in mixed]
         experts = [f"{mlp}.{names.experts}.{matrix}" for mlp in inside for matrix in (IN, OUT)]
         routers = [f"{mlp}.{names.router}" for mlp in inside]
-        each = (("linears", linears), ("experts", experts), ("router", routers))
-        return tuple(found if part in cfg.parts else [] for part, found in each)  # type: ignore[return-value]
+        adapted = [*(linears if "linears" in cfg.parts else []), *(shared if "shared" in cfg.parts else [])]
+        return adapted, experts if "experts" in cfg.parts else [], routers if "router" in cfg.parts else []
 
     def _lora_sites(self, cfg: recipe.Lora) -> frozenset[Site]:
         dropped = set(self.plan.sites)
@@ -299,7 +308,9 @@ class Held:
 
     def again(self) -> PreTrainedModel:
         """The same model with modules, buffers and config of its own, and the parameters shared."""
-        shared = {id(parameter): parameter for parameter in self.model.parameters()}
+        shared: dict[int, Any] = {id(parameter): parameter for parameter in self.model.parameters()}
+        if (stored := stored_in(self.model)) is not None:
+            shared[id(stored)] = stored
         return copy.deepcopy(self.model, shared)  # pyright: ignore[reportArgumentType]
 
     def twin(
@@ -314,8 +325,14 @@ class Held:
 
 
 def _sums(model: nn.Module) -> dict[str, int]:
-    """For each parameter its bits as integers, summed up: a pass over the weights and one transfer."""
-    totals = {name: _sum(parameter.detach()) for name, parameter in model.named_parameters()}
+    """For each parameter its bits as integers, summed up: a pass over the weights and one transfer.
+
+    Without those that nothing here could change, which would be read from the disk for it.
+    """
+    stored, pairs = stored_in(model), each_weight(model)
+    if stored is not None and stored.fixed:
+        pairs = (pair for pair in model.named_parameters() if not comes_and_goes(pair[1]))
+    totals = {name: _sum(parameter.detach()) for name, parameter in pairs}
     return dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))
 
 

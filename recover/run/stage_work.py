@@ -32,15 +32,16 @@ from recover.config import recipe as recipes
 from recover.config.base import Dtype
 from recover.config.recipe import Model, Recipe, dump_recipe, without_folders
 from recover.export.gguf.write import beside, nearest, quantized_bytes, write_gguf
-from recover.export.merge import merge
 from recover.export.verify import fresh_process, verify, write_expected
-from recover.export.write import card, write_checkpoint
+from recover.export.write import card, write_merged
 from recover.measure.model import Generations
 from recover.measure.speed import compare_speed
 from recover.measure.tasks import measure
+from recover.models.arch import arch_of
 from recover.models.load import describe, load_model, ready
 from recover.models.plan import save_plan
 from recover.models.source import code_of, exported_dtype, locate, stored_dtype
+from recover.models.stored_weights import stored_in
 from recover.models.twin import Twin
 from recover.probe.probe import dense_trajectories, final_drift, probe
 from recover.probe.records import summary
@@ -142,6 +143,7 @@ def _say_code(cfg: Model) -> list[str] | None:
 def _plan_rows(figures: Estimate) -> list[list[str]]:
     cached = [["dense states on disk", f"at least {console.size(figures['cache_bytes'])}", ""]]
     passes, seconds = figures["search_passes"], figures["search_seconds"]
+    held = [["weights in main memory", "", f"about {console.size(figures['host_memory_bytes'])}"]]
     least = console.duration(seconds)
     search = [["search for what goes", "", f"{passes:,} passes of calibration text, at least {least}"]]
     files = [
@@ -158,6 +160,7 @@ def _plan_rows(figures: Estimate) -> list[list[str]]:
         ["teacher-scored tokens", "", f"{figures['teacher_tokens']:,}"],
         ["training time", "", f"at least {console.duration(figures['training_seconds'])}"],
         ["memory per process", "", f"about {console.size(figures['memory_bytes_per_process'])}"],
+        *(held if figures["host_memory_bytes"] else []),
         *(cached if figures["cache_bytes"] else []),
     ]
 
@@ -179,6 +182,7 @@ def dense(context: RunContext) -> None:
 
 def prune(context: RunContext) -> None:
     """Choose what goes, and write the plan and its masks."""
+    context.read_together()
     dist.on_main(lambda: _prune(context))
     context.release()
 
@@ -382,6 +386,7 @@ def _forget_epochs_again(directory: RunDirectory) -> None:
 
 def export(context: RunContext) -> None:
     """Write the checkpoint to ship, and verify it in a fresh process."""
+    context.read_together()
     dist.on_main(lambda: _export(context))
     context.release()
     dist.on_main(lambda: _speed(context))
@@ -394,10 +399,11 @@ def _export(context: RunContext) -> None:
         twin = context.recovered()
         console.say("[dim]merging and writing[/dim]")
         with part("merging and writing"):
-            merged = ready(merge(twin, dtype))
             text, record = _card_and_record(context)
             size = recipe.export.max_shard_size
-            write_checkpoint(merged, context.tokenizer, directory.deploy, card=text, record=record, max_shard_size=size)
+            merged = write_merged(
+                twin, dtype, context.tokenizer, directory.deploy, card=text, record=record, max_shard_size=size
+            )
         expected = directory.root / "expected.safetensors"
         console.say("[dim]verifying in a fresh process[/dim]")
         write_expected(expected, twin, merged, context.sample_ids())
@@ -419,9 +425,13 @@ def _speed(context: RunContext) -> None:
     there = {"source": str(context.directory.deploy), "revision": None, "dtype": dtype}
     with part("reading weights"):
         dense = context.stock() if dtype == cfg.dtype else ready(load_model(cfg.model_copy(update={"dtype": dtype})))
+        if cfg.load_in is None and stored_in(dense) is not None:  # not a second model in memory
+            there["offload"] = "cpu" if arch_of(dense).experts else "disk"
         deployed = load_model(cfg.model_copy(update=there))
     with part("timing dense and the export"):
-        figures = compare_speed(dense, deployed, dist.device())
+        # Weights that come and go set the pace, the same for any step: a few tell as much as many.
+        steps = 32 if stored_in(dense) is None else 4
+        figures = compare_speed(dense, deployed, dist.device(), steps=steps)
     write_json(context.directory.speed, {**figures, "machine": provenance.machine()})
 
 

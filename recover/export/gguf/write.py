@@ -58,10 +58,11 @@ QUANTIZED = ("q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0")
 NEED_GGML = frozenset({"q6_k", *MIXED})
 ENDS = ("token_embd.weight", "output.weight")
 FINE, FINER_K = "q8_0", "q6_k"  # of embedding and head, which lose most: llama.cpp keeps them finer too
-SENSITIVE = ("attn_v.weight", "ffn_down.weight")  # finer in some blocks of a mixed file
+SENSITIVE = ("attn_v.weight", "ffn_down.weight", "ffn_down_exps.weight")  # finer in some blocks of a mixed file
 # Of a matrix whose rows are not made of whole grids, as llama.cpp has it; else WIDE.
 NARROWER = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 WIDE = "float16"
+EXPERTS_END, ROUTER_END = "_exps.weight", "ffn_gate_inp.weight"
 # package -> the file of it in which ggml is
 GGML_IN = {"xllamacpp": "xllamacpp*.so", "llama_cpp": "lib/*ggml-base*"}
 
@@ -79,7 +80,8 @@ class Entry:
 def write_gguf(folder: Path, out: Path, dtype: str | None = None) -> Path:
     """Write the checkpoint in `folder` to `out`, one tensor in memory at a time; `dtype` None is the checkpoint's own.
 
-    Matrices are cast once to `dtype` (a key of KINDS); vectors are float32, which is all that llama.cpp takes there.
+    Matrices are cast once to `dtype` (a key of KINDS); vectors are float32, which is all that llama.cpp takes there,
+    and routers, which choose.
     Of a quantized one embedding and head are q8_0, and matrices with rows that no grid divides float16; of one with a
     k, types are those of llama.cpp's quantizer without an importance matrix.
     What was under `out` is replaced in one rename.
@@ -173,10 +175,17 @@ def _entries(folder: Path, config: PretrainedConfig, dtype: str) -> list[Entry]:
         found.pop("lm_head.weight", None)  # llama.cpp, too, takes the embedding where there is no head
     names = tensor_names(config)
     _refuse_unequal(folder, config, set(names), set(found))
-    entries = []
+    sources: dict[str, list[str]] = {}
     for source, name in names.items():
-        path, shape = found[source]
-        load = partial(_load, path, source, _heads(config, source))
+        sources.setdefault(name, []).append(source)
+    entries = []
+    for name, parts in sources.items():
+        shapes = {found[source][1] for source in parts}
+        if len(shapes) > 1:
+            raise ExportError(f"{folder}: {parts[0]} and others like it differ in shape: {sorted(shapes)}")
+        loads = [partial(_load, found[source][0], source, _heads(config, source)) for source in parts]
+        shape = (*([len(parts)] if name.endswith(EXPERTS_END) else []), *shapes.pop())
+        load = partial(_stacked, loads) if name.endswith(EXPERTS_END) else loads[0]
         entries.append(Entry(name, shape, _dtype(name, shape, dtype, config), load))
     factors = rope_factors(config)
     if factors is not None:
@@ -184,9 +193,14 @@ def _entries(folder: Path, config: PretrainedConfig, dtype: str) -> list[Entry]:
     return entries
 
 
+def _stacked(loads: Sequence[Callable[[], Tensor]]) -> Tensor:
+    """The matrices of all experts of a block."""
+    return torch.stack([load() for load in loads])
+
+
 def _dtype(name: str, shape: tuple[int, ...], dtype: str, config: PretrainedConfig) -> str:
     """The type of one tensor in a file of type `dtype`."""
-    if len(shape) == 1:
+    if len(shape) == 1 or name.endswith(ROUTER_END):
         return "float32"
     if dtype in DTYPES:
         return dtype
@@ -353,12 +367,13 @@ _SHORT, _REST = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|", r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\
 LLAMA3 = _SHORT + r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
 QWEN2 = _SHORT + r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST
 
-# rules -> (name in llama.cpp, whether it looks a whole piece up before it merges: `ignore_merges` of tokenizer.json)
-PRE_TOKENIZERS: dict[tuple[str, ...], tuple[str, bool]] = {
-    (GPT2,): ("gpt-2", False),
-    (DIGIT, GPT2): ("smollm", False),
-    (LLAMA3,): ("llama-bpe", True),
-    (QWEN2,): ("qwen2", False),
+# (rules, whether a whole piece is looked up before it is merged: `ignore_merges`) -> name in llama.cpp
+PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
+    ((GPT2,), False): "gpt-2",
+    ((DIGIT, GPT2), False): "smollm",
+    ((LLAMA3,), True): "llama-bpe",
+    ((LLAMA3,), False): "dbrx",  # OLMo 2
+    ((QWEN2,), False): "qwen2",
 }
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types of the GGUF specification
@@ -448,19 +463,18 @@ def _refuse_other_kinds(core: JsonObject) -> None:
 
 
 def _pre_tokenizer(core: JsonObject) -> str:
-    rules = _rules(core["pre_tokenizer"])
-    if rules not in PRE_TOKENIZERS:
+    rules, whole_first = _rules(core["pre_tokenizer"]), bool(core["model"].get("ignore_merges", False))
+    if (found := PRE_TOKENIZERS.get((rules, whole_first))) is not None:
+        return found
+    if (name := PRE_TOKENIZERS.get((rules, not whole_first))) is not None:
         raise ExportError(
-            f"tokenizer: it splits texts by {list(rules)}, for which no pre-tokenizer of llama.cpp is known here; "
-            f"known are {', '.join(name for name, _ in PRE_TOKENIZERS.values())}"
+            f"tokenizer: its 'ignore_merges' is {whole_first}, and llama.cpp's pre-tokenizer '{name}' has "
+            f"{not whole_first}: some words would be other tokens"
         )
-    name, whole_first = PRE_TOKENIZERS[rules]
-    if core["model"].get("ignore_merges", False) != whole_first:
-        raise ExportError(
-            f"tokenizer: its 'ignore_merges' is {not whole_first}, and llama.cpp's pre-tokenizer '{name}' has "
-            f"{whole_first}: some words would be other tokens"
-        )
-    return name
+    raise ExportError(
+        f"tokenizer: it splits texts by {list(rules)}, for which no pre-tokenizer of llama.cpp is known here; "
+        f"known are {', '.join(PRE_TOKENIZERS.values())}"
+    )
 
 
 def _rules(step: JsonObject | None) -> tuple[str, ...]:
