@@ -51,31 +51,35 @@ def types(path: Path) -> set[str]:
 
 def _measured_later(directory: RunDirectory) -> None:
     """`recover measure RUN` fills the columns of the files too, and forgets them with the files."""
-    later = ["measure", str(directory.root), "--tasks", "embedded:stories", "--limit", "3"]
+    rows = Path(recipe.__file__).parents[1] / "embedded" / "tasks" / "stories.jsonl"
+    task = {"name": "later", "kind": "generate", "data": str(rows), "prompt": "{prompt}", "target": "answer"}
+    path = directory.root.parent / "later.yaml"
+    path.write_text(yaml.safe_dump(task))
+    later = ["measure", str(directory.root), "--tasks", str(path), "--limit", "3"]
     done = CliRunner().invoke(cli.app, later)
     assert done.exit_code == 0, done.output
-    record = read_json(directory.more / "stories.json")
+    record = read_json(directory.more / "later.json")
     assert list(record["models"]) == ["dense", "pruned", "recovered", "deployed", "alternative"]
     alone = measure(
         load_model(recipe.Model(source=str(directory.gguf / "model.gguf"))),
         load_tokenizer(recipe.Model(source=str(directory.gguf / "model.gguf"))),
-        [load_task("embedded:stories")],
+        [load_task(str(path))],
         recipe.Measure.model_validate(_settings(record)),
     )[0]
-    assert record["models"]["deployed"]["length"] == alone["tasks"]["stories"]["length"]
+    assert record["models"]["deployed"]["length"] == alone["tasks"]["later"]["length"]
     assert record["models"]["deployed"]["agreement"] is not None
     data: Any = collect(directory.root)
-    row = next(row for row in data["measures"] if row["task"] == "stories" and row["main"])
+    row = next(row for row in data["measures"] if row["task"] == "later" and row["main"])
     assert row["deployed"] is not None and row["alternative"] is not None and data["mixed"] == []
     stamp = directory.gguf / "DONE.json"
     text = stamp.read_text()
     stamp.write_text(json.dumps({**json.loads(text), "finished": "2030-01-01T00:00:00"}))
     data = collect(directory.root)
-    row = next(row for row in data["measures"] if row["task"] == "stories" and row["main"])
+    row = next(row for row in data["measures"] if row["task"] == "later" and row["main"])
     assert row["recovered"] is not None and row.get("deployed") is None
     assert any("on earlier files of stage deploy" in line for line in data["mixed"])
     stamp.write_text(text)
-    (directory.more / "stories.json").unlink()
+    (directory.more / "later.json").unlink()
 
 
 def _settings(record: Any) -> Any:
