@@ -26,13 +26,12 @@ from recover.config.defaults import Facts, settled
 from recover.config.prune import Calibration, Depth, Experts, Magnitude, SparseGpt, Wanda, Width
 from recover.config.recipe import Measure, Model, Probe, Sampling, load_recipe
 from recover.config.train import Data, Train
-from recover.export.merge import merge
 from recover.export.verify import verify, write_expected
-from recover.export.write import plain_card, write_checkpoint
+from recover.export.write import plain_card, write_merged
 from recover.measure import tasks as tasks_of
 from recover.measure.tasks import Task, load_task
 from recover.models.arch import blocks_of
-from recover.models.load import check_fit, load_any, load_tokenizer, ready
+from recover.models.load import check_fit, load_any, load_tokenizer
 from recover.models.plan import Plan
 from recover.models.source import stored_dtype
 from recover.models.twin import Held, Twin
@@ -254,10 +253,10 @@ def export(
         ExportError: what was written is not what the twin computes. ArtifactError: it could not be written.
     """
     folder = Path(folder)
-    merged = ready(merge(twin, twin.base.dtype if dtype is None else getattr(torch, dtype)))
     record = {"plan": twin.plan.to_json()}
-    write_checkpoint(
-        merged,
+    merged = write_merged(
+        twin,
+        twin.base.dtype if dtype is None else getattr(torch, dtype),
         tokenizer,
         folder,
         card=plain_card(folder.resolve().name, record["plan"], twin.base.name_or_path or ""),

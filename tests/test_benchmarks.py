@@ -326,3 +326,20 @@ def test_a_whole_job_that_is_over_its_time_has_a_row_of_what_was_begun(tmp_path,
         rows = whole_job.main(["--tiny", "--seconds", "3"])
     assert [(row["stage"], row["done"]) for row in rows] == [("random weights", True), ("plan", False)]
     assert "stopped after" in capsys.readouterr().out
+
+
+def test_bigger_gives_the_same_losses_wherever_weights_lie(tmp_path):
+    import json
+
+    import bigger
+
+    out = tmp_path / "rows.jsonl"
+    for row in ("tiny:gpu", "tiny:cpu", "tiny:cpu+checkpointing"):
+        arguments = ["--out", str(out), "--stages", "prune", "train", "merge", "--steps", "1"]
+        options = bigger.parser_of().parse_args([*arguments, "--row", row])
+        bigger.Row(options).run()
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["stage"] for line in lines] == ["load", "prune", "train", "merge"] * 3
+    assert [line["weights"] for line in lines if "weights" in line] == ["resident", "main memory", "main memory"]
+    losses = [line["losses"] for line in lines if "losses" in line]
+    assert losses[0] == losses[1] == losses[2] and losses[0][-1] < losses[0][0]

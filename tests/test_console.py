@@ -102,7 +102,9 @@ def test_plan_and_report_say_the_same_of_one_file() -> None:
     for size, said in sizes.items():
         assert console.size(size) == words.size(size) == said
     figures = dict.fromkeys(("cache_bytes", "search_passes", "search_seconds", "teacher_tokens", "training_seconds"), 0)
-    figures |= dict.fromkeys(("parameters_dense", "parameters_pruned", "memory_bytes_per_process"), 0)
+    figures |= dict.fromkeys(
+        ("parameters_dense", "parameters_pruned", "memory_bytes_per_process", "host_memory_bytes"), 0
+    )
     figures |= dict.fromkeys(("active_dense", "active_pruned"), 0)
     kinds = {"file_dtype_dense": "float32", "file_dtype_pruned": "bfloat16"}
     rows = _plan_rows({**figures, "file_bytes_dense": 3_087_467_144, "file_bytes_pruned": 84_400_000, **kinds})

@@ -43,6 +43,15 @@ SOME = ["qwen3_moe", "qwen3_next", "gpt_oss", "deepseek_v3"]
 DEPTH = {"blocks": (2, 3)}, {"unit": "mlp", "blocks": (1, 3)}, {"unit": "attention", "blocks": (3,)}
 
 
+def thinned(families, ways):
+    """Each family in the first way, and one family in every way; the other pairs are slow."""
+    return [
+        pytest.param(family, way, marks=() if way is ways[0] or family == "qwen3_moe" else pytest.mark.slow)
+        for family in families
+        for way in ways
+    ]
+
+
 @torch.no_grad()
 def logits(model) -> torch.Tensor:
     return model(input_ids=ids(2, 24), use_cache=False).logits
@@ -65,8 +74,7 @@ def exported(twin: Twin, pruned, tmp_path, dtype=torch.float32):
     return stock
 
 
-@pytest.mark.parametrize("cut", DEPTH, ids=lambda cut: cut.get("unit", "block"))
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize(("family", "cut"), thinned(MIXTURES, DEPTH))
 def test_less_depth_is_trained_and_exported(family, cut, tmp_path):
     """Also where some blocks have a plain MLP: which they are in the export is said in the family's own words."""
     dense = tiny(family)
@@ -338,8 +346,7 @@ def learnt(twin: Twin, parts) -> Twin:
     return twin
 
 
-@pytest.mark.parametrize("parts", PARTS, ids="+".join)
-@pytest.mark.parametrize("family", SOME)
+@pytest.mark.parametrize(("family", "parts"), thinned(SOME, PARTS[::-1]))
 def test_routers_and_experts_learn_and_are_exported(family, parts, tmp_path):
     dense = tiny(family)
     pruned = prune(dense, count=2)
@@ -556,8 +563,7 @@ def stored_matrix(model, name: str, expert: int) -> torch.Tensor:
     return weight.T if model.config.model_type == "gpt_oss" else weight
 
 
-@pytest.mark.parametrize("family", SOME)
-@pytest.mark.parametrize("parts", [("linears",), ("linears", "experts", "router")], ids=["linears", "all"])
+@pytest.mark.parametrize(("family", "parts"), thinned(SOME, [("linears", "experts", "router"), ("linears",)]))
 def test_masks_on_experts_are_trained_and_exported(family, parts, tmp_path):
     dense = tiny(family)
     pruned = masked(dense, "wanda", pattern="2:4")

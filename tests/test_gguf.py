@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from recover.base.errors import ArtifactError, ExportError, ModelError
 from recover.config import recipe
+from recover.export.gguf import write as writing
 from recover.export.gguf.write import planned_bytes, quantized_bytes, write_gguf
 from recover.models.load import load_model
 
@@ -403,3 +404,77 @@ def test_llama_cpp_computes_on_a_quantized_file_what_is_read_of_it(dtype, tmp_pa
         expected = torch.stack([model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1) for prompt in prompts])
     # Products of quantized weights are taken with activations of eight bits.
     assert (found - expected).abs().max() < 2e-2 * expected.abs().max()
+
+
+WIDER = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 9, "head_dim": 64}
+GGML = writing._ggml() is not None
+NO_GGML = "llama.cpp's code is not here: pip install xllamacpp"
+FIRST_AND_LAST = {0, 3, 6, 7, 8}  # of nine blocks: an eighth at either end, and each third one between
+
+
+def kinds_of(path: Path) -> dict[str, str]:
+    return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+
+
+@pytest.mark.skipif(not GGML, reason=NO_GGML)
+@pytest.mark.parametrize(
+    ("dtype", "most", "number"), [("q4_k_m", "Q4_K", 15), ("q5_k_m", "Q5_K", 17), ("q6_k", "Q6_K", 18)]
+)
+def test_types_with_a_k_are_near_and_finer_where_llama_cpp_has_them_finer(dtype, most, number, tmp_path):
+    folder = checkpoint(tmp_path / "deploy", "llama", **WIDER)
+    path = write_gguf(folder, tmp_path / "out.gguf", dtype)
+    fields, tensors = read(path)
+    assert fields["general.file_type"] == number
+    for name, kind in kinds_of(path).items():
+        if not name.startswith("blk") or "norm" in name:
+            continue
+        block, part = int(name.split(".")[1]), name.split(".")[2]
+        finer = part in ("attn_v", "ffn_down") and block in FIRST_AND_LAST
+        assert kind == ("Q6_K" if finer else most), name
+    assert kinds_of(path)["output.weight"] == "Q6_K" and kinds_of(path)["token_embd.weight"] == most
+    exact = load_file(folder / "model.safetensors")
+    off = {
+        name: float(np.linalg.norm(tensors[renamed(name)] - tensor.numpy()) / np.linalg.norm(tensor.numpy()))
+        for name, tensor in exact.items()
+        if "down_proj" in name
+    }
+    rounded = {"q4_k_m": (0.05, 0.09), "q5_k_m": (0.02, 0.05), "q6_k": (0.01, 0.02)}[dtype]
+    assert rounded[0] < off["model.layers.1.mlp.down_proj.weight"] < rounded[1]
+    assert off["model.layers.0.mlp.down_proj.weight"] < 0.02
+    sizes = writing.quantized_bytes(folder)
+    assert sizes["q4_k_m"] < sizes["q5_k_m"] < sizes["q6_k"] < sizes["q8_0"]
+    assert sizes[dtype] == sum(tensor.n_bytes for tensor in gguf.GGUFReader(path).tensors)
+
+
+@pytest.mark.skipif(not GGML, reason=NO_GGML)
+def test_a_tied_head_is_fine_and_rows_without_such_grids_take_narrower_ones(tmp_path):
+    tied = write_gguf(checkpoint(tmp_path / "tied", "llama_tied_biased", **WIDER), tmp_path / "tied.gguf", "q4_k_m")
+    assert kinds_of(tied)["token_embd.weight"] == "Q6_K"
+    for dtype, most in (("q4_k_m", "Q5_0"), ("q5_k_m", "Q5_1"), ("q6_k", "Q8_0")):
+        path = write_gguf(checkpoint(tmp_path / dtype, "llama"), tmp_path / f"{dtype}.gguf", dtype)  # rows of 64
+        assert kinds_of(path)["blk.1.attn_q.weight"] == most and kinds_of(path)["output.weight"] == "Q8_0"
+
+
+def test_without_llama_cpp_s_code_a_type_with_a_k_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "_ggml", lambda: None)
+    with pytest.raises(ExportError, match=r"q4_k_m is made by llama.cpp's own code.*pip install 'recover\[gguf\]'"):
+        write_gguf(checkpoint(tmp_path / "deploy", "llama"), tmp_path / "out.gguf", "q4_k_m")
+    assert not (tmp_path / "out.gguf").exists()
+    assert writing.beside("q4_0") == ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0") and "q4_k_m" in writing.beside("q6_k")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not GGML, reason=NO_GGML)
+@pytest.mark.parametrize("dtype", ["q4_k_m", "q6_k"])
+def test_llama_cpp_computes_on_a_file_with_k_what_is_read_of_it(dtype, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    path = write_gguf(
+        checkpoint(tmp_path / "deploy", "llama", **{**WIDER, "num_hidden_layers": 2}), tmp_path / "out.gguf", dtype
+    )
+    prompts = [ids(1, length, vocabulary=1024)[0].tolist() for length in (1, 9, 200)]
+    found = by_llama_cpp(path, prompts, ROWS)
+    model = load_model(recipe.Model(source=str(path)))
+    with torch.no_grad():
+        expected = torch.stack([model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1) for prompt in prompts])
+    # Products are taken with activations of eight bits, 256 of them on one grid.
+    assert (found - expected).abs().max() < 4e-2 * expected.abs().max()

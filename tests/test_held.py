@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_end_to_end import QUICKSTART
+from small_run import QUICKSTART
 from tiny import FAMILIES, ids, tiny
 
 from recover.config.recipe import Lora, load_recipe
@@ -71,7 +71,7 @@ def reads(monkeypatch) -> list[str]:
     found: list[str] = []
     read = load.load_model
     for module in (benches, stage_work):
-        monkeypatch.setattr(module, "load_model", lambda cfg: (found.append(cfg.source), read(cfg))[1])
+        monkeypatch.setattr(module, "load_model", lambda cfg, **more: (found.append(cfg.source), read(cfg, **more))[1])
     return found
 
 

@@ -9,9 +9,10 @@ from recover.base import memory
 from recover.base.memory import GIB, Shape, Training, training_parts
 from recover.config.recipe import Lora, Loss, Model, parse_recipe
 from recover.distill.distiller import Distiller
-from recover.models.load import describe
+from recover.models.load import describe, load_model
 from recover.models.plan import Plan
 from recover.models.site import sites_of
+from recover.models.stored_weights import comes_and_goes, stored_in
 from recover.models.twin import Twin
 from recover.prune.depth.depth import fitted
 from recover.prune.sparsity import prune_sparsegpt
@@ -168,7 +169,8 @@ def test_sharing_out_takes_memory_off_training_but_not_off_measuring():
     assert totals[2]["weights"] == pytest.approx(totals[0]["weights"] / 8) and totals[3]["weights"] == 0
     whole = QWEN_7B.parameters * 2
     assert all(memory.peak_bytes(QWEN_7B, each) > whole for each in (plain, *stages.values(), offload))
-    assert memory.launch_for(QWEN_7B, int(0.9 * whole), 128) == "none"
+    assert memory.launch_for(QWEN_7B, int(0.9 * whole), 128, processes=1).startswith("offload")
+    assert memory.launch_for(QWEN_7B, 3 * GIB, 128) == "none"
 
 
 def test_matrices_of_a_block_are_counted_as_they_are():
@@ -182,13 +184,52 @@ def test_shared_weights_take_what_others_own_off_training(processes):
     away = memory.matrix_parameters(QWEN_7B) * 2 * (1 - 1 / processes)
     totals = [sum(training_parts(QWEN_7B, each).values()) for each in (plain, sharded)]
     assert totals[0] - totals[1] == pytest.approx((28 - 2) * away)
-    assert memory.measuring_bytes(QWEN_7B, sharded) == memory.measuring_bytes(QWEN_7B, plain)
+    saved = memory.measuring_bytes(QWEN_7B, plain) - memory.measuring_bytes(QWEN_7B, sharded)
+    assert saved == pytest.approx((28 - 2) * away)  # in every stage
+    for_training = Training(2048, processes=processes, sharded=processes, zero=2)
+    assert memory.measuring_bytes(QWEN_7B, for_training) == memory.measuring_bytes(QWEN_7B, plain)
     # Two H100s, blocks 16 to 23 of 28 dropped, 8,192 tokens at once: 37.6 GB whole, 31.5 GB shared.
     if processes == 2:
         assert totals[0] - totals[1] == pytest.approx(37.6e9 - 31.5e9, rel=0.02)
-    # While they are shared out, a share lies beside the whole.
-    assert memory.sharing_out_bytes(QWEN_7B, sharded) > 2 * QWEN_7B.parameters + memory.RUNTIME_BYTES
-    assert memory.peak_bytes(QWEN_7B, sharded) >= memory.sharing_out_bytes(QWEN_7B, sharded)
+    # While they are shared out for a training alone, a share lies beside the whole.
+    assert memory.sharing_out_bytes(QWEN_7B, for_training) > 2 * QWEN_7B.parameters + memory.RUNTIME_BYTES
+    assert memory.peak_bytes(QWEN_7B, for_training) >= memory.sharing_out_bytes(QWEN_7B, for_training)
+    assert memory.sharing_out_bytes(QWEN_7B, sharded) == 0
+
+
+@pytest.mark.parametrize("fields", [{"offload": "cpu"}, {"offload": "disk"}, {"load_in": "8bit"}, {"load_in": "4bit"}])
+def test_weights_in_a_store_are_counted_as_they_are(fields, tmp_path):
+    if "4bit" in fields.values():
+        pytest.importorskip("bitsandbytes")
+    tiny("qwen2", hidden_size=128, intermediate_size=256).save_pretrained(tmp_path)
+    cfg = Model(source=str(tmp_path), **fields)
+    described, model = describe(cfg), load_model(cfg)
+    bits = int(fields.get("load_in", "0bit").removesuffix("bit"))
+    training = Training(0, element=4, place=fields.get("offload", "gpu"), bits=bits)
+    stays = sum(each.nbytes for each in model.parameters() if not comes_and_goes(each))
+    held = stored_in(model)._store.nbytes if bits else 0
+    assert training_parts(described, training)["weights"] == pytest.approx(stays + held, rel=0.05)
+    block = sum(each.nbytes for each in model.model.layers[0].parameters() if comes_and_goes(each))
+    assert training_parts(described, training)["engine"] == 2 * block
+    expected = 6 * block if fields.get("offload") == "cpu" else 0
+    assert memory.host_bytes(described, training) == expected
+    whole = memory.measuring_bytes(described, Training(0, element=4))
+    assert whole - memory.measuring_bytes(described, training) == pytest.approx(4 * block - held, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("gib", "fields"),
+    [
+        (24, {"train.gradient_checkpointing": True}),
+        (14, {"model.offload": "cpu", "train.gradient_checkpointing": True}),
+        (80, {}),
+    ],
+)
+def test_a_run_that_does_not_fit_is_told_the_nearest_setting_that_does(gib, fields):
+    training = Training(4096, kept_blocks=28)
+    found = memory.fitting(QWEN_7B, training, gib * GIB, 1)
+    assert found is not None and found[1] == fields
+    assert memory.fitting(QWEN_7B, training, 2 * GIB, 1) is None
 
 
 def test_more_of_anything_never_takes_less():

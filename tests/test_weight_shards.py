@@ -13,11 +13,11 @@ from tiny import tiny
 from recover.base import dist
 from recover.base.errors import RecipeError, TrainingError
 from recover.config.recipe import Lora, Train
+from recover.models import stored_weights as weight_shards
 from recover.models.plan import Plan
+from recover.models.stored_weights import share_out
 from recover.models.twin import Twin
-from recover.train import sharded_weights as weight_shards
 from recover.train.settings import refuse_sharding_twice
-from recover.train.sharded_weights import WeightShards
 
 IDS = torch.arange(24).view(2, 12) % 256
 
@@ -62,7 +62,7 @@ def shared_out(monkeypatch, *, dropped, members=2, **lora):
     """The first of so many twins, and its shards; the others hold the rest of its weights."""
     monkeypatch.setattr(weight_shards, "Machine", Beside(members))
     twins = [twin_with_lora(*dropped, **lora) for _ in range(members)]
-    shards = [WeightShards(twin.blocks) for twin in twins]
+    shards = [share_out(twin.blocks) for twin in twins]
     return twins[0], shards[0]
 
 
@@ -179,7 +179,7 @@ def test_each_matrix_of_a_block_has_one_owner_and_all_own_about_as_much(monkeypa
     twins = [twin_with_lora(2) for _ in range(2)]
     for twin in twins:
         twin.blocks[3].mlp.up_proj.base_layer.weight = twin.blocks[1].mlp.up_proj.base_layer.weight
-        WeightShards(twin.blocks)
+        share_out(twin.blocks)
     gone = [
         {name for name, value in twin.model.named_parameters() if not value.untyped_storage().nbytes()}
         for twin in twins

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -242,8 +243,32 @@ LIKE_OTHERS = {
         "arcee",
     ),
     *("mixtral", "olmoe", "qwen3_moe_step", "glm4_moe"),
-    *("gemma4_unified_text", "gemma", "starcoder2", "stablelm", "cohere2", "gpt_neox_sequential", "granite"),
+    *(
+        "mistral",
+        "olmo3",
+        "gemma4_unified_text",
+        "gemma",
+        "starcoder2",
+        "stablelm",
+        "cohere2",
+        "gpt_neox_sequential",
+        "granite",
+    ),
 }
+
+
+# One of each kind of attention and of state: windows, sinks, scales, parallel blocks, latent keys, mixers.
+ATTENDS = {
+    *("llama", "mistral_sliding", "gemma3_text", "granite_swa", "cohere", "gpt_neox", "gemma4_text"),
+    *("lfm2", "qwen3_5_text", "falcon_h1", "gpt_oss", "deepseek_v3"),
+}
+
+
+def only(families: Iterable[str], chosen: set[str]) -> list[Any]:
+    """The families as parameters, those that are not chosen among the slow tests."""
+    import pytest  # this file is read without it too
+
+    return [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in families]
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:

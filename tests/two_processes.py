@@ -7,6 +7,7 @@ torchrun --standalone --nproc_per_node 2 tests/two_processes.py FOLDER plain zer
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -19,8 +20,11 @@ from tiny import tiny
 from transformers import TrainerCallback
 
 from recover.base import dist
-from recover.config.recipe import Probe, Train
+from recover.config.recipe import Model, Probe, Train
+from recover.models.load import load_model
 from recover.models.plan import Plan
+from recover.models.stored_weights import stored_in
+from recover.models.stores import MachineMemory
 from recover.models.twin import Twin
 from recover.probe.probe import final_drift
 from recover.text.generate import generate
@@ -98,6 +102,7 @@ MORE = {
     "dense": lambda folder: cached(folder, "dense"),
     "prefix": lambda folder: cached(folder, "prefix"),
     "shards": lambda _folder: {"shard_weights": True},
+    "loaded": lambda _folder: {"shard_weights": True},  # shared from the first byte: see `loaded`
     "focus": lambda _folder: FOCUSED,
     "auto": auto,
     "average": lambda _folder: {"average": 0.5},
@@ -150,14 +155,15 @@ def run(folder: Path, name: str, **changes) -> dict:
     """Losses, gradients and parameters of a whole `train` of this config, and what it wrote."""
     catch = Catch()
     with caught_by(catch):
-        twin = Twin(tiny(), Plan("depth", 6, (2, 4)))
+        twin = Twin(loaded(folder) if "loaded" in name else tiny(), Plan("depth", 6, (2, 4)))
         tokenizer = byte_tokenizer()
         texts: list[str] = []
 
         measured: list[float] = []
 
         def after_epoch(epoch: int, context: dict) -> float:
-            measured.extend(few(twin, tokenizer))
+            if epoch == 2:
+                measured.extend(few(twin, tokenizer))
             mine = generate(twin.model, tokenizer, dist.shard(["one", "two", "six"]), max_new_tokens=5, batch_size=4)
             texts.extend(dist.gather([generation.text for generation in mine]))
             return float(epoch)
@@ -171,6 +177,14 @@ def run(folder: Path, name: str, **changes) -> dict:
         "measured": measured,
         "best": str(best),
     }
+
+
+def loaded(folder: Path):
+    """The same model, read from files by all processes of the machine together, which hold it once."""
+    dist.on_main(lambda: tiny().save_pretrained(folder / "model"))
+    model = load_model(Model(source=str(folder / "model")), shared=True)
+    assert type(stored_in(model)._store) is MachineMemory
+    return model
 
 
 @contextmanager
@@ -193,6 +207,8 @@ def caught_by(catch: Catch):
 
 def main(folder: Path, variants: list[str]) -> None:
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # accelerate looks for garbage after each training
     for variant in variants:
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # of the variant before
         engine, *more = variant.split("+")

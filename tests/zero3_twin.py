@@ -21,8 +21,8 @@ from twins import Distill, fill_adapters, masked_twin
 from recover.config import recipe
 from recover.models.masked_lora import hooked, lora_layers
 from recover.models.plan import Plan
+from recover.models.stored_weights import gather_by_block
 from recover.models.twin import Twin
-from recover.train.sharded_weights import gather_by_block
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 2,

@@ -165,6 +165,11 @@ def broadcast(value: Value) -> Value:
 _alone = False
 
 
+def alone() -> bool:
+    """Whether no other process takes part in what this one does now: inside `on_main`, or with one process."""
+    return _alone or world_size() == 1
+
+
 def on_main(function: Callable[[], Value]) -> Value:
     """Run on the main process alone; its value is returned, or its exception raised, on every process."""
     if not _group():

@@ -7,7 +7,7 @@ autograd keeps in recover's own step, counted tensor by tensor; `tests/test_memo
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 GIB = 2**30
 
@@ -107,6 +107,8 @@ class Training:
     own: weights that the pruned view has beside the dense ones. averaged: adapters are (`train.average`).
     lean: norms and MLPs keep no more than they must (`models/lean.py`; never under masks or ZeRO-3).
     sharded: processes of a machine that share out the blocks' weights (`train.shard_weights`); 1: whole on each.
+    place: where the blocks' matrices lie while their block does not compute (`model.offload`: cpu or disk); bits: in
+    how few bits they are held (`model.load_in`), 0 where they are as they are.
     element: bytes of a weight. zero: DeepSpeed's stage, 0 without it. offload: the shares lie in host memory.
     """
 
@@ -126,6 +128,13 @@ class Training:
     zero: int = 0
     offload: bool = False
     lean: bool = True
+    place: str = "gpu"
+    bits: int = 0
+
+    @property
+    def comes_and_goes(self) -> bool:
+        """Whether the blocks' matrices are with the model while their block computes only, in every stage."""
+        return self.place != "gpu" or self.bits > 0 or (self.sharded > 1 and self.zero == 0)
 
 
 def rows_for(chunk: int, width: int, processors: int) -> int:
@@ -229,10 +238,10 @@ def training_parts(shape: Shape, training: Training) -> dict[str, int]:
     stored = shape.width * training.element if training.checkpointing else block
     rows = rows_for(training.chunk, shape.width, PROCESSORS)
     live = min(shape.parameters, LIVE_PARAMETERS) * training.element if training.zero == 3 else 0
-    # Of a block, what other processes own; it is there for two blocks at a time.
-    away = round(matrix_parameters(shape) * training.element * (1 - 1 / training.sharded))
+    away = _away(shape, training)
+    weights = round(0 if training.offload else shape.parameters * training.element * share) - shape.blocks * away
     return {
-        "weights": round(0 if training.offload else shape.parameters * training.element * share) - shape.blocks * away,
+        "weights": weights + _packed(shape, training)[0],
         "masks": shape.parameters // 8 if training.masked else 0,
         "own": training.own * training.element,  # buffers: ZeRO-3 does not share them out
         "adapters": round(adapter_parameters(shape, training.rank, kept, training.parts) * _adapter_bytes(training)),
@@ -242,6 +251,38 @@ def training_parts(shape: Shape, training: Training) -> dict[str, int]:
         "engine": live + 2 * away + {0: 0, 2: 8, 3: 4}[training.zero] * BUCKET,
         "runtime": RUNTIME_BYTES,
     }
+
+
+def _away(shape: Shape, training: Training) -> int:
+    """Bytes of a block that come and go; they are there for two blocks at a time."""
+    share = 1.0 if training.place != "gpu" or training.bits else 1 - 1 / training.sharded
+    return round(matrix_parameters(shape) * training.element * share)
+
+
+# Of a number in so few bits, with the scales that it shares: 64 of them one in 8 bits, 256 of those one in 32, of NF4.
+PACKED = {4: (1 / 2, (1 + 4 / 256) / 64), 8: (1.0, 0.0)}
+
+
+def _packed(shape: Shape, training: Training) -> tuple[int, int]:
+    """Bytes of matrices held in few bits: on the GPU, and in main memory."""
+    if not training.bits:
+        return 0, 0
+    numbers, scales = PACKED[training.bits]
+    scales = scales or 4 / shape.width  # of int8, one a row
+    matrices = shape.blocks * matrix_parameters(shape)
+    if training.place == "gpu":
+        return round(matrices * (numbers + scales)), 0
+    return round(matrices * scales), round(matrices * numbers)
+
+
+def host_bytes(shape: Shape, training: Training) -> int:
+    """Bytes of main memory that hold weights, once for all processes of a machine (in few bits: for each).
+
+    Files that stay on the disk are kept in memory by the system as far as there is room, and are not counted.
+    """
+    if training.bits:
+        return _packed(shape, training)[1]
+    return shape.blocks * matrix_parameters(shape) * training.element if training.place == "cpu" else 0
 
 
 def _adapter_bytes(training: Training) -> float:
@@ -256,16 +297,23 @@ def _adapter_bytes(training: Training) -> float:
 
 
 def measuring_bytes(shape: Shape, training: Training) -> int:
-    """Bytes on one GPU while a model is measured: each process holds it whole, whatever the launch file shares out."""
-    weights = shape.parameters * training.element
+    """Bytes on one GPU while a model is measured.
+
+    Each process holds it whole, unless weights come and go in every stage: DeepSpeed's shares are for training alone.
+    """
+    weights = shape.parameters * training.element + _packed(shape, training)[0]
+    if training.comes_and_goes:
+        weights -= (shape.blocks - 2) * _away(shape, training)
     shared = training_parts(shape, training)["weights"] if training.zero == 3 else 0  # the engine's, in between epochs
     own = training.own * training.element
     return weights + own + shared + training.cached * kv_bytes_per_token(shape, training.element) + RUNTIME_BYTES
 
 
 def sharing_out_bytes(shape: Shape, training: Training) -> int:
-    """Bytes on one GPU while blocks are shared out, or made whole again for good: a share beside the whole weights."""
-    own = shape.blocks * matrix_parameters(shape) // training.sharded if training.sharded > 1 else 0
+    """Bytes on one GPU while blocks are shared out for a training, or whole again: a share beside whole weights."""
+    if training.comes_and_goes or training.sharded == 1:
+        return 0
+    own = shape.blocks * matrix_parameters(shape) // training.sharded
     return (shape.parameters + own + training.own) * training.element + RUNTIME_BYTES
 
 
@@ -275,27 +323,41 @@ def peak_bytes(shape: Shape, training: Training) -> int:
     return max(training_bytes, measuring_bytes(shape, training), sharing_out_bytes(shape, training))
 
 
-# Launch file, train.shard_weights, checkpointing, offload, from the least trouble to the most.
-CHOICES = (
-    ("gpu", 0, False, False, False),
-    ("gpu + shard_weights", 0, True, False, False),
-    ("gpu + checkpointing", 0, False, True, False),
-    ("gpu + shard_weights + checkpointing", 0, True, True, False),
-    ("zero3_offload", 3, False, True, True),
+# What makes room on one machine, from the least trouble to the most: in words, fields of a recipe, what they are here.
+LESS: dict[str, object] = {"train.gradient_checkpointing": True}
+CHOICES: tuple[tuple[str, dict[str, object], dict[str, object]], ...] = (
+    ("gpu", {}, {}),
+    ("shard_weights", {"train.shard_weights": True}, {}),
+    ("checkpointing", LESS, {"checkpointing": True}),
+    ("shard_weights + checkpointing", {"train.shard_weights": True} | LESS, {"checkpointing": True}),
+    ("offload", {"model.offload": "cpu"}, {"place": "cpu"}),
+    ("offload + checkpointing", {"model.offload": "cpu"} | LESS, {"place": "cpu", "checkpointing": True}),
+    ("4bit + checkpointing", {"model.load_in": "4bit"} | LESS, {"bits": 4, "checkpointing": True}),
+    (
+        "4bit + offload + checkpointing",
+        {"model.load_in": "4bit", "model.offload": "cpu"} | LESS,
+        {"bits": 4, "place": "cpu", "checkpointing": True},
+    ),
 )
 
 
+def fitting(shape: Shape, training: Training, usable: int, processes: int) -> tuple[str, dict[str, object]] | None:
+    """The first of CHOICES, in words and as fields, with which a run takes at most `usable` bytes of a GPU.
+
+    None: nothing does. `processes`: on one machine.
+    """
+    for name, fields, changes in CHOICES:
+        sharded = processes if "train.shard_weights" in fields else 1
+        if sharded == 1 and "train.shard_weights" in fields:
+            continue
+        plain: dict[str, object] = {"sharded": sharded, "checkpointing": False, "place": "gpu", "bits": 0}
+        tried = replace(training, **(plain | changes))  # type: ignore[arg-type]
+        if peak_bytes(shape, tried) <= usable:
+            return name, fields
+    return None
+
+
 def launch_for(shape: Shape, gpu_bytes: int, tokens: int, processes: int = 8) -> str:
-    """The launch file for GPUs of this memory on one machine, "+" what it takes beside; "none" if nothing fits."""
-    for name, zero, sharded, checkpointing, offload in CHOICES:
-        training = Training(
-            tokens,
-            checkpointing=checkpointing,
-            processes=processes,
-            sharded=processes if sharded else 1,
-            zero=zero,
-            offload=offload,
-        )
-        if peak_bytes(shape, training) <= USABLE * gpu_bytes:
-            return name
-    return "none"
+    """What makes room on GPUs of this memory on one machine, of `CHOICES`; "none" if nothing fits."""
+    found = fitting(shape, Training(tokens, processes=processes), int(USABLE * gpu_bytes), processes)
+    return "none" if found is None else found[0]

@@ -96,7 +96,26 @@ class Model(Config):
     tokenizer: str | None = Field(default=None, description="where the tokenizer lies, if not beside the model")
     dtype: Dtype = "float32"
     attention: Literal["sdpa", "eager"] = "sdpa"
+    offload: Literal["none", "cpu", "disk"] = Field(
+        default="none",
+        description="where the blocks' matrices lie while their block does not compute: on the GPU (none), in main "
+        "memory (cpu), or in the model's files (disk)",
+    )
+    load_in: Literal["4bit", "8bit"] | None = Field(
+        default=None,
+        description="hold the blocks' matrices in so few bits (NF4, int8). What is pruned, and what teaches, is then "
+        "the quantized dense model; the export is merged into the weights of the files",
+    )
     trust_remote_code: bool = Field(default=False, description="run code that a hub model brings; said aloud when on")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Model:
+        if self.load_in is not None and self.offload == "disk":
+            raise ValueError(
+                f"load_in: {self.load_in} weights are in no file; use offload: cpu (in main memory) or none (on the "
+                "GPU) with it"
+            )
+        return self
 
 
 class Probe(Config):
@@ -169,17 +188,34 @@ class Export(Config):
         return text
 
 
+# Forms that other tools write, and which one.
+NO_GGUF = {"fp8": "llm-compressor", "awq": "llm-compressor", "gptq": "llm-compressor", "nf4": "bitsandbytes"}
+
+
 class Deploy(Config):
     """An optional last stage: the export as one quantized GGUF file, measured on the same tasks.
 
     It is measured from the weights of the file, dequantized, by recover itself.
     """
 
-    quantize: Quantized | None = Field(default=None, description="type of the file's matrices; null: no such stage")
+    quantize: Quantized | None = Field(
+        default=None,
+        description="type of the file's matrices; null: no such stage. Those with a k need the extra `gguf`",
+    )
     beside: Literal["dense"] | None = Field(
         default=None,
         description="measured beside it: the dense model, quantized to the type whose file is nearest in bytes",
     )
+
+    @field_validator("quantize", mode="before")
+    @classmethod
+    def _in_a_gguf_file(cls, value: Any) -> Any:
+        if isinstance(value, str) and value in NO_GGUF:
+            raise ValueError(
+                f"{value} is no type of a GGUF file, which is what this stage writes: leave it out, quantize the "
+                f"export with {NO_GGUF[value]}, and measure that folder: recover measure FOLDER --tasks ..."
+            )
+        return value
 
     @model_validator(mode="after")
     def _beside_something(self) -> Deploy:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import accelerate
@@ -20,6 +20,7 @@ from recover.base.errors import ExportError
 from recover.models.arch import part_of, writes_out
 from recover.models.experts import IN, OUT, ExpertFactors, SwitchedExperts, expert_mask
 from recover.models.masked_lora import ExpertLora, TrainedCopy, adapted_tensors, expert_factors
+from recover.models.stored_weights import comes_and_goes, present
 from recover.models.switched import Factors, MaskedLinear, effective_weight, pruned_tensor
 from recover.models.wrapper import remember, wrapped_of
 
@@ -47,26 +48,45 @@ def merge(twin: Twin, dtype: torch.dtype) -> PreTrainedModel:
     Raises ExportError when a masked weight is not zero, a weight is not finite in `dtype`, or LoRA sits on a dropped
     block.
     """
+    stock = unfilled(twin)
+    stock.load_state_dict(dict(tensors(twin, stock, dtype)), strict=True, assign=True)
+    stock.tie_weights()
+    return stock.requires_grad_(False).eval()
+
+
+def unfilled(twin: Twin) -> PreTrainedModel:
+    """The stock model that `merge` fills: its parameters have no memory, its buffers are real."""
     config = pruned_config(twin.base.config, twin.plan)
     _warn_of_irregular_attention(twin.base.config, config)
     # Parameters on `meta`, buffers (rotary frequencies are in no state dict) made by the constructor as anywhere else.
     with accelerate.init_empty_weights():
         stock = AutoModelForCausalLM.from_config(config, attn_implementation=twin.base.config._attn_implementation)
-    names = _dense_names(stock, twin)
-    state = {}
+    stock.generation_config = copy.deepcopy(twin.base.generation_config)
+    remember(stock, wrapped_of(twin.base))
+    return stock
+
+
+def one_by_one(twin: Twin, dtype: torch.dtype) -> tuple[PreTrainedModel, Iterator[tuple[str, Tensor]]]:
+    """As `merge`, for what need not be in memory at once: a model without memory, and its tensors."""
+    stock = unfilled(twin)
+    pairs = tensors(twin, stock, dtype)
+    for name, parameter in stock.named_parameters():
+        parameter.data = parameter.data.to(_kept_dtype(stock, name, dtype))
+    return stock, pairs
+
+
+def tensors(twin: Twin, stock: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each tensor of `stock` (of `unfilled`), one after the other. Raises as `merge` does."""
     learnt = set(adapted_tensors(twin.base))
+    names = _dense_names(stock, twin)
     for name, (dense_name, zeroed) in console.track(names.items(), "merge", unit="tensor"):
-        tensor, used = _merged(twin, dense_name, _kept_dtype(stock, name, dtype))
-        state[name] = torch.zeros_like(tensor) if zeroed else tensor
+        with torch.no_grad():
+            tensor, used = _merged(twin, dense_name, _kept_dtype(stock, name, dtype))
+        yield name, torch.zeros_like(tensor) if zeroed else tensor
         learnt -= used
     if learnt:
         lost = f"{sorted(learnt)[0]} and {len(learnt) - 1} other tensors"
         raise ExportError(f"{lost} were learnt and are in no exported tensor: report it, with the version of peft")
-    stock.load_state_dict(state, strict=True, assign=True)
-    stock.tie_weights()
-    stock.generation_config = copy.deepcopy(twin.base.generation_config)
-    remember(stock, wrapped_of(twin.base))
-    return stock.requires_grad_(False).eval()
 
 
 def pruned_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig:
@@ -167,16 +187,26 @@ def _refuse_lora_elsewhere(twin: Twin, merged: set[str]) -> None:
 
 def _merged(twin: Twin, name: str, dtype: torch.dtype) -> tuple[Tensor, set[str]]:
     """One tensor of the pruned view, cast once, on the CPU; and its name if what was learnt is in it."""
-    path, _, cfg = name.rpartition(".")
-    module: Any = twin.base.get_submodule(path)
+    module: Any = twin.base.get_submodule(name.rpartition(".")[0])
     learnt = isinstance(module, TrainedCopy)
     if isinstance(module, TrainedCopy):
         module = module.seen()
     linear: Any = module.get_base_layer() if isinstance(module, ExpertLora) else getattr(module, "base_layer", module)
-    tensor = pruned_tensor(linear, cfg)
+    with present(*linear.parameters(recurse=False)):
+        merged, updated = _cast(twin, name, module, linear, dtype)
+        if any(map(comes_and_goes, linear.parameters(recurse=False))):
+            merged = merged.clone()  # out of memory that goes
+    return merged, {name} if learnt or updated else set()
+
+
+def _cast(twin: Twin, name: str, module: Any, linear: Any, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """The tensor, and whether an update of low rank is in it. `linear`: what `module` adapts, or itself."""
+    path, _, cfg = name.rpartition(".")
+    tensor, learnt = pruned_tensor(linear, cfg), False
     if isinstance(module, ExpertLora) and cfg in (factors := expert_factors(module)):
-        tensor, learnt = _with_updates(tensor, factors[cfg], linear.is_transposed), True
-        _check_updates(name, tensor, module)
+        before = tensor
+        tensor, learnt = _with_updates(before, factors[cfg], linear.is_transposed), True
+        _check_updates(name, tensor, before, module)
     if cfg == "weight" and isinstance(linear, nn.Linear):
         factors = _factors(module, name)
         tensor, learnt = _effective(linear, factors), factors is not None
@@ -192,7 +222,7 @@ def _merged(twin: Twin, name: str, dtype: torch.dtype) -> tuple[Tensor, set[str]
     if masked is not None:
         matrix_OI = (merged.transpose(1, 2) if linear.is_transposed else merged).flatten(0, 1)
         _certify(name, matrix_OI, masked.flatten(0, 1), twin)
-    return merged, {name} if learnt else set()
+    return merged, learnt
 
 
 def _left(twin: Twin, path: str, tensor: Tensor) -> Tensor:
@@ -220,12 +250,12 @@ def _with_updates(stored: Tensor, factors: ExpertFactors, transposed: bool) -> T
     return stored.float() + (update_EOI.transpose(1, 2) if transposed else update_EOI)
 
 
-def _check_updates(name: str, merged: Tensor, layer: Any) -> None:
+def _check_updates(name: str, merged: Tensor, dense: Tensor, layer: Any) -> None:
     """Raise ExportError unless each expert has the update that peft's own code computes for it, to its rounding."""
     while layer.parameter_name != name.rpartition(".")[2]:
         layer = layer.base_layer
     (adapter,) = [each for each in layer.active_adapters if each in layer.lora_A]
-    dense, update = layer.get_param().detach(), layer.get_delta_weight(adapter).detach()
+    update = layer.get_delta_weight(adapter).detach()
     for expert, (found, before, expected) in enumerate(zip(merged, dense, update, strict=True)):
         off = float((found - before.float() - expected.float()).abs().max())
         rounding = 4 * torch.finfo(update.dtype).eps * float(expected.abs().max())

@@ -13,18 +13,20 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
+import accelerate
 import safetensors.torch
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from recover.base import artifacts
 from recover.base.clock import part
@@ -57,14 +59,26 @@ FLAGS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
 
 def write_expected(path: Path, twin: Twin, merged: PreTrainedModel, ids_BT: Tensor) -> None:
-    """Record what the folder must reproduce on these ids: fp32 logits of the training view and of the merged model."""
+    """Record what the folder must reproduce on these ids: fp32 logits of the training view and of the merged model.
+
+    Where the twin's weights come and go, the checking process reads the folder's blocks one by one too. Where they are
+    held in few bits, its logits are those of other weights than the export's, and not judged.
+    """
+    # Not at module level: the process that checks does without.
+    from recover.models.stored_weights import stored_in
+
     with torch.no_grad():
         trained_BTV = twin.model(input_ids=ids_BT.to(twin.model.device), use_cache=False).logits.float().cpu()
         merged_BTV = merged(input_ids=ids_BT.to(merged.device), use_cache=False).logits.float().cpu()
     tensors = {"input_ids": ids_BT.cpu().clone(), "trained": trained_BTV, "merged": merged_BTV}
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     # Kernels of another device round otherwise: the checking process has to use the one that the merged model was on.
-    artifacts.write_bytes(path, safetensors.torch.save(contiguous, {"device": str(merged.device)}))
+    made = {"device": str(merged.device)}
+    if (stored := stored_in(twin.base)) is not None:
+        made["by_blocks"] = "yes"
+        if not stored.exact:
+            made["quantized"] = stored.kind
+    artifacts.write_bytes(path, safetensors.torch.save(contiguous, made))
 
 
 @contextmanager
@@ -114,7 +128,11 @@ class Verdict(TypedDict):
 
 
 class Verified(Verdict, Logits):
-    """verify.json of a folder that was checked; `files`: their sha256."""
+    """verify.json of a folder that was checked; `files`: their sha256.
+
+    `quantized`: how the weights were held in training, where that was in few bits; `logits_max_difference` is then what
+    that made of the logits, and is not judged.
+    """
 
     dtype: str
     blocks: int
@@ -122,6 +140,7 @@ class Verified(Verdict, Logits):
     zeros: Zeros
     files: dict[str, str]
     versions: dict[str, str]
+    quantized: NotRequired[str]
 
 
 @part("verifying")
@@ -208,15 +227,16 @@ def check(folder: Path, expected: Path, plan: Path) -> Verified:
     Raises ArtifactError when a hash differs, ExportError when the folder does not load.
     """
     artifacts.check_manifest(folder)
-    tensors, device = _expected(expected)
+    tensors, made = _expected(expected)
     planned: PlanRecord = artifacts.read_json(plan)
     manifest = artifacts.read_json(folder / artifacts.MANIFEST)["files"]
-    model, problems = _load(folder, device)
-    problems += _size_problems(model, planned)
-    dtype, parameters = str(model.dtype).removeprefix("torch."), model.num_parameters()
-    zeros = _zeros(model, planned["masks"], problems)
-    logits = _logits(model, tensors, problems)
-    return {
+    with tempfile.TemporaryDirectory(prefix="recover-") as beside:
+        model, problems = _load(folder, made["device"], Path(beside) if "by_blocks" in made else None)
+        problems += _size_problems(model, planned)
+        dtype, parameters = str(model.dtype).removeprefix("torch."), model.num_parameters()
+        zeros = _zeros(model, planned["masks"], problems)
+        logits = _logits(model, tensors, problems, judged="quantized" not in made)
+    record: Verified = {
         "ok": not problems,
         "problems": problems,
         "dtype": dtype,
@@ -227,33 +247,73 @@ def check(folder: Path, expected: Path, plan: Path) -> Verified:
         "files": {name: entry["sha256"] for name, entry in manifest.items()},
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors")},
     }
+    if "quantized" in made:
+        record["quantized"] = made["quantized"]
+    return record
 
 
-def _expected(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors that `write_expected` recorded, on the device it recorded."""
+def _expected(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors that `write_expected` recorded, on the device it recorded, and how they were made."""
     try:
         with safe_open(path, "pt") as file:
-            device = (file.metadata() or {}).get("device", "cpu")
-            return {name: file.get_tensor(name).to(device) for name in ("input_ids", "trained", "merged")}, device
+            made = {"device": "cpu", **(file.metadata() or {})}
+            return {name: file.get_tensor(name).to(made["device"]) for name in ("input_ids", "trained", "merged")}, made
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{path}: holds no expected logits ({error}); run the stage export again") from error
 
 
-def _load(folder: Path, device: str) -> tuple[PreTrainedModel, list[str]]:
-    """The folder as anyone loads it, and what is wrong with its keys and weights."""
+def _load(folder: Path, device: str, beside: Path | None) -> tuple[PreTrainedModel, list[str]]:
+    """The folder as anyone loads it, and what is wrong with its keys and weights.
+
+    `beside`: where accelerate may write what it cannot read from the files as it is; then blocks stay on the disk.
+    """
     try:
-        loaded: Any = _class_of(folder).from_pretrained(
-            folder, dtype="auto", output_loading_info=True, trust_remote_code=False
+        kind, options = _class_of(folder), {}
+        if beside is not None:
+            options = {"device_map": _blocks_on_disk(folder, kind, device), "offload_folder": str(beside)}
+        loaded: Any = kind.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, trust_remote_code=False, **options
         )
         AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a foreign loader raises: the folder does not load
         raise ExportError(f"{folder}: stock transformers cannot load it: {type(error).__name__}: {error}") from error
     model, info = loaded
     problems = [f"{flag.replace('_', ' ')}: {sorted(map(str, info[flag]))[:4]}" for flag in FLAGS if info.get(flag)]
-    problems += [f"{name}: not finite" for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    problems += [f"{name}: not finite" for name, weight in _values(model) if not weight.isfinite().all()]
     if model.generation_config.eos_token_id is None:
         problems.append("generation_config.json: no eos_token_id, so generation would never stop")
-    return model.to(device).eval(), problems
+    return (model if beside is not None else model.to(device)).eval(), problems
+
+
+def _blocks_on_disk(folder: Path, kind: Any, device: str) -> dict[str, str]:
+    """Where each module goes: elements of the largest list of modules, which are the blocks, stay on the disk."""
+    with accelerate.init_empty_weights():
+        model = kind.from_config(AutoConfig.from_pretrained(folder))
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)}
+    blocks = max(lists, key=lambda name: sum(each.numel() for each in lists[name].parameters()))
+    found = {f"{blocks}.{number}": "disk" for number in range(len(lists[blocks]))}
+
+    def place(path: str, module: torch.nn.Module) -> None:
+        for name, inner in module.named_children():
+            full = f"{path}{name}"
+            if blocks.startswith(f"{full}."):
+                place(f"{full}.", inner)
+            elif full != blocks:
+                found[full] = device
+
+    place("", model)
+    return found
+
+
+def _values(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each parameter, one after the other; those on the disk are read."""
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            yield f"{path}.{name}" if path else name, _value(module, name, parameter)
+
+
+def _value(module: Any, name: str, parameter: Tensor) -> Tensor:
+    return module._hf_hook.weights_map[name] if parameter.is_meta else parameter
 
 
 def _class_of(folder: Path) -> Any:
@@ -304,11 +364,12 @@ def _matrix(model: PreTrainedModel, name: str) -> Tensor:
     if model.config.get_text_config(decoder=True) is not model.config:  # inside a wrapper
         name = name.replace("model.", TOWER, 1)
     parent, _, last = name.rpartition(".")
-    stored: Any = getattr(model.get_submodule(parent), last)
+    module = model.get_submodule(parent)
+    stored: Any = getattr(module, last)
     if not isinstance(stored, torch.nn.Parameter):
-        return stored.weight
-    transposed = getattr(model.get_submodule(parent), "is_transposed", False)
-    return (stored.transpose(1, 2) if transposed else stored).flatten(0, 1)
+        return _value(stored, "weight", stored.weight)
+    value = _value(module, last, stored)
+    return (value.transpose(1, 2) if getattr(module, "is_transposed", False) else value).flatten(0, 1)
 
 
 def _pattern_problems(name: str, zero_OI: Tensor, pattern: str) -> list[str]:
@@ -319,17 +380,23 @@ def _pattern_problems(name: str, zero_OI: Tensor, pattern: str) -> list[str]:
     return [f"{name}.weight: {alive} of {m} consecutive inputs are not zero, not {pattern}"] if alive > n else []
 
 
-def _logits(model: Any, tensors: dict[str, Tensor], problems: list[str]) -> Logits:
-    """All comparisons of logits. Afterwards the model is on the CPU, and in a wider dtype."""
+def _logits(model: Any, tensors: dict[str, Tensor], problems: list[str], *, judged: bool = True) -> Logits:
+    """All comparisons of logits. Afterwards the model is in a wider dtype, and on the CPU if it was in memory.
+
+    `judged`: whether the training view has to give the export's.
+    """
     ids_BT, start = tensors["input_ids"], max(1, tensors["input_ids"].shape[1] // 2)
     logits_BTV = _forward(model, ids_BT)
     text_BT, cached_SV, states = _generate(model, ids_BT[:1, :start])
     whole_SV = _forward(model, text_BT[:, :-1])[0, start - 1 :]
-    wide = model.to(device="cpu", dtype=torch.float64 if model.dtype == torch.float32 else torch.float32)
+    dtype = torch.float64 if model.dtype == torch.float32 else torch.float32
+    wide = _widened(model, dtype) if _on_disk(model) else model.to(device="cpu", dtype=dtype)
     if getattr(wide.config, "_experts_implementation", None) == "grouped_mm":  # torch has no such product in float64
         wide.set_experts_implementation("eager")
-    unit = float((_forward(wide, ids_BT.cpu()) - logits_BTV.cpu()).abs().max())
-    trained = _difference(logits_BTV, tensors["trained"], TRAINED * unit, "logits and the training view", problems)
+    wide_BTV = _forward(wide, ids_BT if _on_disk(model) else ids_BT.cpu())
+    unit = float((wide_BTV.cpu() - logits_BTV.cpu()).abs().max())
+    near = TRAINED * unit if judged else float("inf")
+    trained = _difference(logits_BTV, tensors["trained"], near, "logits and the training view", problems)
     merged = _difference(logits_BTV, tensors["merged"], RELOADED * unit, "logits and the merged model", problems)
     tolerance = (STATES if states else CACHED) * unit
     cached = _difference(cached_SV, whole_SV, tolerance, "logits with and without a KV cache", problems)
@@ -340,6 +407,38 @@ def _logits(model: Any, tensors: dict[str, Tensor], problems: list[str]) -> Logi
         "cache": {"steps": len(cached_SV), "logits_max_difference": cached},
         "generated": text_BT[0, start:].tolist(),
     }
+
+
+def _on_disk(model: torch.nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def _widened(model: Any, dtype: torch.dtype) -> Any:
+    """The model, which computes in this dtype: what is on the disk is widened while its module computes."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                module._buffers[name] = buffer.to(dtype)
+        own = dict(module.named_parameters(recurse=False))
+        if any(parameter.is_meta for parameter in own.values()):
+            module._old_forward = _widely(module, module._old_forward, tuple(own), dtype)
+        else:
+            for parameter in own.values():
+                parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def _widely(module: Any, forward: Callable[..., Any], names: tuple[str, ...], dtype: torch.dtype) -> Callable[..., Any]:
+    def widely(*args: Any, **kwargs: Any) -> Any:
+        own = {name: module._parameters[name] for name in names}
+        wide = {name: torch.nn.Parameter(each.to(dtype), requires_grad=False) for name, each in own.items()}
+        try:
+            module._parameters.update(wide)
+            return forward(*args, **kwargs)
+        finally:
+            module._parameters.update(own)
+
+    return widely
 
 
 def _forward(model: Any, ids_BT: Tensor) -> Tensor:

@@ -13,14 +13,17 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import transformers
 import yaml
 from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
+from transformers.core_model_loading import revert_weight_conversion
 
 from recover.base import artifacts, console
 from recover.base.artifacts import JsonObject
@@ -28,21 +31,47 @@ from recover.base.errors import ExportError, RecipeError
 from recover.config import yaml_values
 from recover.config.recipe import Model, Recipe, without_folders
 from recover.config.tasks import USES, Figure, headline_figures
+from recover.export.merge import merge, one_by_one
 from recover.models.arch import arch_of
+from recover.models.load import load_model, ready
 from recover.models.plan import PlanRecord
 from recover.models.site import SUBLAYERS, Site, packed_as, zeroed_partners
-from recover.models.source import kind_of
+from recover.models.source import INDEX, WEIGHTS, kind_of
+from recover.models.stored_weights import stored_in
 from recover.models.wrapper import Wrapped, wrapped_of
 from recover.report import words
 from recover.report.data import Plan
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from recover.models.twin import Twin
 
 CARD = "README.md"
 RECORD = "recover.json"
 # What turns images and sound into a wrapper's inputs.
 PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+
+
+def write_merged(
+    twin: Twin, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase, folder: Path, **options: Any
+) -> PreTrainedModel:
+    """Merge, and `write_checkpoint` with these `options`; the merged model, on this process's device.
+
+    Of a twin whose weights come and go, one tensor after the other is merged and written, and the model is read back
+    from its files, where it stays. Raises as `merge` and `write_checkpoint` do.
+    """
+    if stored_in(twin.base) is None:
+        merged = ready(merge(twin, dtype))
+        write_checkpoint(merged, tokenizer, folder, **options)
+        return merged
+    stock, tensors = one_by_one(twin, dtype)
+    write_checkpoint(stock, tokenizer, folder, tensors=tensors, **options)
+    whole = twin.arch.experts is not None  # those of a block are one tensor in memory, and several in files
+    there = {"dtype": str(dtype).removeprefix("torch."), "attention": twin.base.config._attn_implementation}
+    return load_model(Model.model_validate({"source": str(folder), "offload": "cpu" if whole else "disk", **there}))
 
 
 def write_checkpoint(
@@ -53,9 +82,12 @@ def write_checkpoint(
     card: str,
     record: Mapping[str, Any],
     max_shard_size: str = "5GB",
+    tensors: Iterable[tuple[str, Tensor]] | None = None,
 ) -> Path:
     """Publish `model` (a stock model, from `merge`) under `folder` in one rename, replacing what we wrote there.
 
+    `tensors`: its tensors one after the other, where the model itself holds none (`merge.unfilled`): at most a file of
+    them is in memory at a time.
     A `folder` that is a link stays one: what it points to is replaced. Files of others are kept (`artifacts.publish`).
 
     Raises ExportError for a model whose class stock transformers does not have, and for one without an end-of-text
@@ -67,10 +99,13 @@ def write_checkpoint(
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     with artifacts.explaining_libraries(folder, size), artifacts.scratch(target) as beside:
         config = model.config
-        if (wrapped := wrapped_of(model)) is None:
+        if (wrapped := wrapped_of(model)) is not None:
+            config = _write_wrapped(model, wrapped, beside, max_shard_size, tensors)
+        elif tensors is None:
             model.save_pretrained(beside, max_shard_size=max_shard_size)
         else:
-            config = _write_wrapped(model, wrapped, beside, max_shard_size)
+            model.save_pretrained(beside, state_dict={})  # settings alone
+            _write_one_by_one(_as_stored(model, tensors), beside, max_shard_size)
         respell_config(beside, config)
         write_tokenizer(tokenizer, beside)
         artifacts.write_text(beside / CARD, card if wrapped is None else _of_wrapper(card))
@@ -85,7 +120,55 @@ def _of_wrapper(card: str) -> str:
     return card.replace("pipeline_tag: text-generation", "pipeline_tag: image-text-to-text")
 
 
-def _write_wrapped(model: PreTrainedModel, wrapped: Wrapped, folder: Path, max_shard_size: str) -> PretrainedConfig:
+def _as_stored(model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors under the names that they have in files, without those that are another one under a second name."""
+    tied = set(model.all_tied_weights_keys)  # pyright: ignore[reportArgumentType]
+    block = re.compile(r".*?\.\d+\.")
+    kept = ((name, value) for name, value in tensors if name not in tied)
+    # What a file has as one tensor, or several, is of one block.
+    for _, group in groupby(kept, key=lambda pair: match[0] if (match := block.match(pair[0])) else pair[0]):
+        yield from revert_weight_conversion(model, dict(group)).items()
+
+
+def _bytes_of(size: str) -> int:
+    """Of `5GB`, as `huggingface_hub` has it."""
+    return int(size[:-2]) * 1000 ** ("KMGT".index(size[-2]) + 1)
+
+
+def _write_one_by_one(tensors: Iterable[tuple[str, Tensor]], folder: Path, max_shard_size: str) -> None:
+    """Weights as any library reads them: one file, or files of at most this size with an index beside them."""
+    limit, size, total = _bytes_of(max_shard_size), 0, 0
+    files: list[tuple[Path, list[str]]] = []
+    held: dict[str, Tensor] = {}
+
+    def write() -> None:
+        path = folder / f"{len(files)}.part"
+        save_file({name: value.contiguous() for name, value in held.items()}, path, {"format": "pt"})
+        files.append((path, list(held)))
+        held.clear()
+
+    for name, value in tensors:
+        if held and size + value.nbytes > limit:
+            write()
+            size = 0
+        held[name], size, total = value, size + value.nbytes, total + value.nbytes
+    write()
+    index: dict[str, str] = {}
+    for number, (path, names) in enumerate(files, 1):
+        name = WEIGHTS if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
+        path.rename(folder / name)
+        index |= dict.fromkeys(names, name)
+    if len(files) > 1:
+        artifacts.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def _write_wrapped(
+    model: PreTrainedModel,
+    wrapped: Wrapped,
+    folder: Path,
+    max_shard_size: str,
+    tensors: Iterable[tuple[str, Tensor]] | None,
+) -> PretrainedConfig:
     """Write the wrapper around this text model, and give its config.
 
     Tensors have the names that they had in the dense folder, those of other parts their very bits: they are read a
@@ -93,9 +176,13 @@ def _write_wrapped(model: PreTrainedModel, wrapped: Wrapped, folder: Path, max_s
     """
     blocks = arch_of(model).blocks
     tied = set(model.all_tied_weights_keys)  # pyright: ignore[reportArgumentType]
-    text = {wrapped.source_name(name, blocks): value for name, value in model.state_dict().items() if name not in tied}
-    tensors = text | {source: wrapped.tensor(source) for source in wrapped.others}
-    save_torch_state_dict(tensors, folder, max_shard_size=max_shard_size)
+    pairs = model.state_dict().items() if tensors is None else tensors
+    text = ((wrapped.source_name(name, blocks), value) for name, value in pairs if name not in tied)
+    others = ((source, wrapped.tensor(source)) for source in wrapped.others)
+    if tensors is None:
+        save_torch_state_dict({**dict(text), **dict(others)}, folder, max_shard_size=max_shard_size)
+    else:
+        _write_one_by_one(chain(text, others), folder, max_shard_size)
     config = wrapped.config_around(model.config)
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)  # pyright: ignore[reportOptionalMemberAccess]

@@ -24,6 +24,8 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 UP_DOWN = ("up_proj", "down_proj")
 GATE_UP = ("gate_up_proj", "down_proj")
+
+Lean = Literal["norm", "mlp", "rotary"]
 # Where norms are that do not stand before a sublayer alone.
 BEHIND: dict[str, Any] = {
     "attention_norms": ("post_attention_layernorm",),
@@ -134,6 +136,7 @@ class Arch:
     last_stays: bool = False  # the class takes the last block for one that attends to all
     kv_groups_stay: str = ""  # why width pruning cannot remove KV groups, empty where it can
     experts: ExpertNames | None = None  # how an MLP is a mixture of experts, where one is
+    lean: tuple[Lean, ...] = ("norm", "mlp", "rotary")  # what computes as Llama's does, and can do with less memory
 
     def together(self, config: PretrainedConfig) -> bool:
         """Whether only the sublayers of one block can be stored as a block."""
@@ -163,52 +166,62 @@ ARCHS: dict[str, Arch] = {
         Arch("mistral"),
         Arch("qwen2"),
         Arch("qwen3"),
-        Arch("gemma2", softcap=_final_softcap, **AROUND),
-        Arch("gemma3_text", softcap=_final_softcap, **AROUND),
+        Arch("gemma2", softcap=_final_softcap, **AROUND, lean=("mlp", "rotary")),
+        Arch("gemma3_text", softcap=_final_softcap, **AROUND, lean=("mlp", "rotary")),
         Arch(
             "phi3",
             attention_linears=("qkv_proj", "o_proj"),
             mlp_linears=GATE_UP,
             kv_groups_stay="q, k and v are one linear, cut by head counts of the config, which both views share",
+            lean=("norm",),
         ),
         Arch("smollm3"),
-        Arch("olmo2", **BEHIND, kv_groups_stay=ALL_HEADS),
-        Arch("olmo3", **BEHIND, kv_groups_stay=ALL_HEADS),
+        Arch("olmo2", **BEHIND, kv_groups_stay=ALL_HEADS, lean=("mlp",)),
+        Arch("olmo3", **BEHIND, kv_groups_stay=ALL_HEADS, lean=("mlp",)),
         Arch("granite", logit_scale=lambda config: 1.0 / config.logits_scaling),
         Arch(
             "granite_swa",
             logit_scale=lambda config: 1.0 / config.logits_scaling,
             kv_groups_stay=SINKS,
         ),
-        Arch("gemma"),
+        Arch("gemma", lean=("mlp", "rotary")),
         Arch("ministral3"),
         Arch("exaone4", **BEHIND),
-        Arch("seed_oss"),
-        Arch("ernie4_5"),
+        Arch("seed_oss", lean=("norm", "rotary")),
+        Arch("ernie4_5", lean=("norm", "mlp")),
         Arch("hunyuan_v1_dense"),
-        Arch("glm", mlp_linears=GATE_UP),
+        Arch("glm", mlp_linears=GATE_UP, lean=("norm",)),
         Arch(
             "glm4",
             mlp_linears=GATE_UP,
             attention_norms=("input_layernorm", "post_self_attn_layernorm"),
             mlp_norms=("post_attention_layernorm", "post_mlp_layernorm"),
             norm_behind=True,
+            lean=("norm",),
         ),
-        Arch("arcee", mlp_linears=UP_DOWN, gated=False),
-        Arch("nemotron", mlp_linears=UP_DOWN, gated=False, packs=False),
-        Arch("starcoder2", mlp_linears=("c_fc", "c_proj"), gated=False),
+        Arch("arcee", mlp_linears=UP_DOWN, gated=False, lean=("norm", "rotary")),
+        Arch("nemotron", mlp_linears=UP_DOWN, gated=False, packs=False, lean=()),
+        Arch("starcoder2", mlp_linears=("c_fc", "c_proj"), gated=False, lean=("rotary",)),
         Arch(
             "stablelm",
             parallel=lambda config: config.use_parallel_residual,
             kv_groups_stay="some of its models have a norm for each head",
+            lean=("mlp", "rotary"),
         ),
-        Arch("cohere2", parallel=_side_by_side, mlp_norms=(), logit_scale=lambda config: config.logit_scale),
+        Arch(
+            "cohere2",
+            parallel=_side_by_side,
+            mlp_norms=(),
+            logit_scale=lambda config: config.logit_scale,
+            lean=("mlp",),
+        ),
         Arch(
             "cohere",
             parallel=_side_by_side,
             mlp_norms=(),
             logit_scale=lambda config: config.logit_scale,
             kv_groups_stay="some of its models have a norm for each head",
+            lean=("mlp",),
         ),
         Arch(
             "phi",
@@ -218,6 +231,7 @@ ARCHS: dict[str, Arch] = {
             mlp_linears=("fc1", "fc2"),
             mlp_norms=(),
             gated=False,
+            lean=("rotary",),
         ),
         Arch(
             "gpt_neox",
@@ -230,6 +244,7 @@ ARCHS: dict[str, Arch] = {
             mlp_linears=("dense_h_to_4h", "dense_4h_to_h"),
             gated=False,
             kv_groups_stay="q, k and v are one linear, cut by head counts of the config, which both views share",
+            lean=(),
         ),
         Arch(
             "lfm2",
@@ -243,6 +258,7 @@ ARCHS: dict[str, Arch] = {
             mixer_linears=("in_proj", "out_proj"),
             packs=False,
             kv_groups_stay=MIXED,
+            lean=("norm", "rotary"),
         ),
         Arch(
             "qwen3_5_text",
@@ -250,6 +266,7 @@ ARCHS: dict[str, Arch] = {
             mixer_linears=("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"),
             packs=False,
             kv_groups_stay=MIXED,
+            lean=("mlp",),
         ),
         Arch(
             "qwen3_next",
@@ -258,6 +275,7 @@ ARCHS: dict[str, Arch] = {
             packs=False,
             kv_groups_stay=MIXED,
             experts=ExpertNames(shared="shared_expert", width="moe_intermediate_size", count="num_experts"),
+            lean=("mlp",),
         ),
         Arch(
             "granitemoehybrid",
@@ -270,6 +288,7 @@ ARCHS: dict[str, Arch] = {
             packs=False,
             kv_groups_stay=MIXED,
             unlike=_with_experts,
+            lean=("norm", "rotary"),
         ),
         Arch(
             "falcon_h1",
@@ -282,6 +301,7 @@ ARCHS: dict[str, Arch] = {
             unadapted=("out_proj",),
             packs=False,
             kv_groups_stay=MIXED,
+            lean=("norm", "rotary"),
         ),
         Arch(
             "nemotron_h",
@@ -310,6 +330,7 @@ ARCHS: dict[str, Arch] = {
                 last_stays=True,
                 unlike=_with_parts_of_blocks,
                 kv_groups_stay="its blocks differ in the sizes of their heads",
+                lean=("mlp",),
             )
             for name in ("_text", "_unified_text")
         ),
@@ -319,14 +340,16 @@ ARCHS: dict[str, Arch] = {
             gated=False,
             attention_norms=("attention_layernorm",),
             mlp_norms=("feedforward_layernorm",),
+            lean=("norm", "rotary"),
         ),
         Arch("mixtral", experts=ExpertNames()),
         Arch("olmoe", kv_groups_stay=ALL_HEADS, experts=ExpertNames()),
         Arch("qwen3_moe", experts=ExpertNames(width="moe_intermediate_size")),
-        Arch("gpt_oss", kv_groups_stay=SINKS, experts=ExpertNames(router="router", gives_scores=True)),
+        Arch("gpt_oss", kv_groups_stay=SINKS, experts=ExpertNames(router="router", gives_scores=True), lean=()),
         Arch(
             "glm4_moe",
             experts=ExpertNames(shared="shared_experts", width="moe_intermediate_size", grouped=True),
+            lean=("norm", "mlp"),
         ),
         Arch(
             "deepseek_v3",

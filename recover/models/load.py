@@ -46,6 +46,7 @@ from recover.models.arch import (
 )
 from recover.models.attention import by_rows
 from recover.models.gate import unchanged
+from recover.models.load_stored import from_files
 from recover.models.settings import config_of, keep_known
 from recover.models.site import Sublayer
 from recover.models.source import (
@@ -64,6 +65,8 @@ from recover.models.source import (
     stored_dtype,
     tensor_files,
 )
+from recover.models.stored_weights import store, stored_in
+from recover.models.stores import Store, shared_store, store_of
 from recover.models.tokenizers import TRIAL, check_file, check_template
 from recover.models.wrapper import beside, opened, remember, text_config, text_values, wrapped_of, wrapper_of
 
@@ -167,9 +170,11 @@ def parameters_beside(cfg: recipe.Model) -> int:
         return beside(_stock_config(cfg, raw, config_source(cfg)))
 
 
-def load_model(cfg: recipe.Model) -> PreTrainedModel:
+def load_model(cfg: recipe.Model, *, shared: bool = False) -> PreTrainedModel:
     """The dense model in eval mode and the recipe's dtype, every tensor read from a checked file and finite.
 
+    `shared`: the processes of a machine hold the blocks' matrices once together, each reading its share, where they can
+    (all must call it together); `model.offload` and `model.load_in` go before.
     Raises ModelError naming the file: missing, corrupt or unsafe files, pickle weights, an unsupported type, tensors
     that are missing, left over or not finite.
     """
@@ -178,10 +183,62 @@ def load_model(cfg: recipe.Model) -> PreTrainedModel:
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if size > SAID_BYTES:
         console.say(f"[dim]reading {cfg.source}, {console.size(size)}[/dim]")
+    attention = _attention(cfg, config)
+    place = _place(cfg, shared)
+    if place is not None:
+        return _stored(cfg, folder, attention, place)
     with explained(str(folder)):
-        model = read_whole(cfg, folder, attn_implementation=_attention(cfg, config))
+        model = read_whole(cfg, folder, attn_implementation=attention)
     _check_finite(folder, model)
     return model
+
+
+def _place(cfg: recipe.Model, shared: bool) -> Store | None:
+    """Where the blocks' matrices go; None: with the model. Raises ModelError."""
+    if cfg.offload != "none" or cfg.load_in is not None:
+        _refuse_store(cfg)
+        return store_of(cfg.offload, cfg.load_in, dist.device())
+    return shared_store(dist.device()) if shared and not dist.alone() and dist.zero_stage() == 0 else None
+
+
+def _stored(cfg: recipe.Model, folder: Path, attention: str, place: Store) -> PreTrainedModel:
+    """The model with its blocks' matrices in the store, all else on this process's device."""
+    made = None
+    with explained(str(folder)):
+        if _method(config_in(folder)) not in UNPACKED:
+            meta = read_whole(cfg, folder, device_map={"": "meta"}, attn_implementation=attention)
+            made = from_files(meta, folder, tensor_files(folder), place)
+        if made is None:
+            made = _read_first(cfg, folder, attention, place)
+    by_rows(made)
+    return made.eval()
+
+
+def _read_first(cfg: recipe.Model, folder: Path, attention: str, place: Store) -> PreTrainedModel:
+    """As `_stored`, for a model whose tensors are not in its files one by one: read whole, then put away."""
+    if cfg.offload == "disk":
+        raise ModelError(
+            f"{folder}: its tensors are made of several in its files when they are read, or unpacked, so they cannot "
+            "stay there; use model.offload: cpu"
+        )
+    console.say(
+        "[dim]its tensors are made of several in its files, or unpacked: it is read whole into main memory first[/dim]"
+    )
+    model = read_whole(cfg, folder, attn_implementation=attention)
+    _check_finite(folder, model)
+    model.requires_grad_(False)
+    store(model, place)
+    torch.nn.Module.to(model, place.device)
+    return model
+
+
+def _refuse_store(cfg: recipe.Model) -> None:
+    field = "model.load_in" if cfg.load_in is not None else "model.offload"
+    if dist.zero_stage() > 0:
+        raise ModelError(
+            f"{field}: DeepSpeed, which was launched, deals out or copies all weights itself; launch with "
+            "launch/gpu.yaml, or leave the field out"
+        )
 
 
 def read_whole(
@@ -275,8 +332,9 @@ def _refuse_misfits(folder: Path, info: dict[str, Any], refused: Collection[str]
 
 
 def ready(model: PreTrainedModel) -> PreTrainedModel:
-    """The model on this process's device, in evaluation mode."""
-    torch.nn.Module.to(model, dist.device())
+    """The model on this process's device, in evaluation mode; one whose weights are in a store is there already."""
+    if stored_in(model) is None:
+        torch.nn.Module.to(model, dist.device())
     return model.eval()
 
 

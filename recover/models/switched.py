@@ -30,6 +30,7 @@ from recover.base.errors import ModelError
 from recover.models import kv_cache
 from recover.models.arch import Arch, kind_in, linears_of, mixture_in, modules_in
 from recover.models.site import SUBLAYERS, Site, Sublayer, whole_blocks
+from recover.models.stored_weights import original
 
 
 @dataclasses.dataclass
@@ -236,9 +237,15 @@ class OwnLinear(nn.Linear):
 
 
 def pruned_tensor(linear: nn.Module, name: str) -> Tensor:
-    """`weight` or `bias` of a linear layer as the pruned view has it, before masks and adapters."""
+    """`weight` or `bias` of a linear layer as the pruned view has it, before masks and adapters.
+
+    Of a model that is held in few bits, dense values are those of its files. Weights that come and go must be here.
+    """
     own = getattr(linear, f"own_{name}", None)
-    return getattr(linear, name).detach() if own is None else own
+    if own is not None:
+        return own
+    tensor = getattr(linear, name)
+    return original(tensor).to(tensor.device)
 
 
 def see_pruned(

@@ -30,6 +30,7 @@ from recover.models.lean import make_lean
 from recover.models.masked_lora import adopt_copy, adopt_layer, lora_layers, targets_by_name, trained_copies
 from recover.models.plan import Plan, check_fit
 from recover.models.site import SUBLAYERS, Site, sites_of, whole_blocks
+from recover.models.stored_weights import comes_and_goes, each_weight, stored_in
 from recover.models.switched import (
     MaskedLinear,
     Switch,
@@ -152,8 +153,12 @@ class Twin:
     def folded(self) -> Iterator[None]:
         """Keep the masked weights between forward passes without gradients: same results, faster decoding.
 
-        Costs one more copy of the masked layers. Weights and adapters must not change inside. No masks: no effect.
+        Costs one more copy of the masked layers. Weights and adapters must not change inside. No masks, or weights that
+        come and go: no effect.
         """
+        if stored_in(self.base) is not None:
+            yield
+            return
         before = self.switch.fold
         self.switch.fold = True
         try:
@@ -303,7 +308,9 @@ class Held:
 
     def again(self) -> PreTrainedModel:
         """The same model with modules, buffers and config of its own, and the parameters shared."""
-        shared = {id(parameter): parameter for parameter in self.model.parameters()}
+        shared: dict[int, Any] = {id(parameter): parameter for parameter in self.model.parameters()}
+        if (stored := stored_in(self.model)) is not None:
+            shared[id(stored)] = stored
         return copy.deepcopy(self.model, shared)  # pyright: ignore[reportArgumentType]
 
     def twin(
@@ -318,8 +325,14 @@ class Held:
 
 
 def _sums(model: nn.Module) -> dict[str, int]:
-    """For each parameter its bits as integers, summed up: a pass over the weights and one transfer."""
-    totals = {name: _sum(parameter.detach()) for name, parameter in model.named_parameters()}
+    """For each parameter its bits as integers, summed up: a pass over the weights and one transfer.
+
+    Without those that nothing here could change, which would be read from the disk for it.
+    """
+    stored, pairs = stored_in(model), each_weight(model)
+    if stored is not None and stored.fixed:
+        pairs = (pair for pair in model.named_parameters() if not comes_and_goes(pair[1]))
+    totals = {name: _sum(parameter.detach()) for name, parameter in pairs}
     return dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))
 
 

@@ -24,6 +24,7 @@ from recover.base.journal import Entry, Journal
 from recover.config.recipe import Calibrated, Magnitude, SparseGpt, Sparsity, Wanda
 from recover.models.arch import ARCHS, Arch, arch_of, block_of, blocks_of
 from recover.models.plan import MaskRecord, Plan, Pruned
+from recover.models.stored_weights import present
 from recover.models.switched import pack, unpack
 from recover.prune.calibrate import calibration_record
 from recover.prune.matrices import (
@@ -70,7 +71,8 @@ def prune_magnitude(twin: Twin, cfg: Magnitude, batches: list[LongTensor], journ
     _check_patterns(linears, cfg, [cfg.fraction] * len(blocks_of(twin.model)))
     device = working_device(twin.model.device)
     for name, linear in console.track(linears.items(), "magnitude", unit="layer"):
-        score_OI = _finite(name, magnitude_score(linear.weight.detach().to(device)))
+        with present(*_parameters(linear)):
+            score_OI = _finite(name, magnitude_score(linear.weight.detach().to(device)))
         keep_OI = _keep(score_OI, cfg, cfg.fraction)
         records[name] = MaskRecord.of(keep_OI, cfg.pattern)
         masks[name] = keep_OI.cpu()
@@ -97,6 +99,10 @@ def prune_wanda(twin: Twin, cfg: Wanda, batches: list[LongTensor], journal: Jour
 
     found = _blockwise(twin, cfg, batches, squares, decide, journal, rewrites=False)
     return Pruned(_plan(twin, "wanda", found.records, found.calibration), found.masks, {})
+
+
+def _parameters(layer: Any) -> Iterator[nn.Parameter]:
+    return getattr(layer, "experts", layer).parameters()
 
 
 def _expert_scores(name: str, weight_OI: Tensor, norm_EI: Tensor) -> Tensor:
@@ -274,9 +280,10 @@ def _masked(linears: dict[str, nn.Linear], fraction: float, norms_of: dict[str, 
     """Inside, these layers have their weights of lowest Wanda score zeroed."""
     before = {name: linear.weight.data for name, linear in linears.items()}
     try:
-        for name, linear in linears.items():
-            score_OI = wanda_score(linear.weight, norms_of[name].to(linear.weight.device))
-            linear.weight.data = linear.weight.masked_fill(~keep_unstructured(score_OI, fraction), 0)
+        with present(*(parameter for linear in linears.values() for parameter in _parameters(linear))):
+            for name, linear in linears.items():
+                score_OI = wanda_score(linear.weight, norms_of[name].to(linear.weight.device))
+                linear.weight.data = linear.weight.masked_fill(~keep_unstructured(score_OI, fraction), 0)
         yield
     finally:
         for name, weight_OI in before.items():

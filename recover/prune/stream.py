@@ -22,6 +22,7 @@ from recover.maths.divergence import kl, log_probabilities, var_p, widen
 from recover.models.arch import arch_of, blocks_of, final_norm_of, head_of, linears_of, middle_hooks, sublayers_in
 from recover.models.experts import ExpertMatrix, expert_matrices
 from recover.models.site import SUBLAYERS, Site
+from recover.models.stored_weights import present
 from recover.prune.calibrate import check_context
 
 if TYPE_CHECKING:
@@ -193,9 +194,10 @@ class Stream:
         tensors = [*self.blocks[index].parameters(), *self.blocks[index].buffers()]
         before = [tensor.data for tensor in tensors]
         try:
-            for tensor in tensors:
-                tensor.data = tensor.data.to(self.device)
-            yield self.linears[index]
+            with present(*tensors):
+                for tensor in tensors:
+                    tensor.data = tensor.data.to(self.device)
+                yield self.linears[index]
         finally:
             for tensor, data in zip(tensors, before, strict=True):
                 tensor.data = data

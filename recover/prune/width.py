@@ -31,6 +31,7 @@ from recover.config.recipe import Width
 from recover.models.arch import ARCHS, Arch, arch_of, blocks_of, head_size_of, kv_heads_of, linears_in, linears_of
 from recover.models.plan import Plan, Pruned
 from recover.models.site import Site, Sublayer
+from recover.models.stored_weights import present
 from recover.prune.calibrate import calibration_record, check_context
 from recover.prune.matrices import Compensated, compensate
 from recover.prune.registry import Cost, Pruner, register
@@ -302,7 +303,9 @@ class Fluctuation:
         """(U,), None if nothing was seen."""
         if not self.count:
             return None
-        squares_I = self.outgoing.linear.weight.detach().double().square().sum(0)
+        weight_OI = self.outgoing.linear.weight
+        with present(weight_OI):
+            squares_I = weight_OI.detach().double().square().sum(0)
         fluctuation_I = self.deviations_I / max(self.count - 1, 1) * squares_I
         return fluctuation_I.view(self.outgoing.units, -1).sum(1)
 
@@ -358,10 +361,12 @@ def _sliced(
     *into, last = _names(twin, block, removal.part)
     for name in into:
         rows_K = _features(linears[name].out_features, removal, kept_K)
-        weights |= {f"{name}.{cfg}": tensor[rows_K] for cfg, tensor in _tensors(linears[name])}
+        with present(*linears[name].parameters()):
+            weights |= {f"{name}.{cfg}": tensor[rows_K] for cfg, tensor in _tensors(linears[name])}
     columns_K = _features(linears[last].in_features, removal, kept_K)
-    whole_OI = linears[last].weight.detach().cpu() if rewritten_OI is None else rewritten_OI
-    weights[f"{last}.weight"] = whole_OI[:, columns_K].contiguous()
+    with present(linears[last].weight):
+        whole_OI = linears[last].weight.detach().cpu() if rewritten_OI is None else rewritten_OI
+        weights[f"{last}.weight"] = whole_OI[:, columns_K].contiguous()
     return weights
 
 

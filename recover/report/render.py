@@ -130,6 +130,7 @@ def _view(data: RunData) -> dict[str, Any]:
         "facts": _facts(data),
         "recovery": _recovery(data),
         "points": key_findings(data),
+        "levels": items.LEVELS,
         "mistake_names": {kind: heading for kind, (_, heading) in items.NAMES.items()},
         "training_notes": training.notes(data),
         "setbacks": training.setbacks_told(data["epochs"], data["recipe"], (data["rate_trials"] or {}).get("chosen")),
@@ -223,10 +224,15 @@ def _verified(data: RunData) -> str:
         return f"The exported checkpoint FAILED its verification: {problems}."
     difference = words.number(check.get("logits_max_difference"))
     cached = words.number((check.get("cache") or {}).get("logits_max_difference"))
-    return (
-        f"The exported checkpoint was loaded in a fresh process by stock transformers: its logits differ from the "
-        f"trained model's by at most {difference}, and with a KV cache from without by at most {cached}."
-    )
+    loaded = "The exported checkpoint was loaded in a fresh process by stock transformers: its logits differ from the"
+    if held := check.get("quantized"):
+        merged = words.number(check.get("logits_max_difference_reload"))
+        return (
+            f"{loaded} merged model's by at most {merged}, and with a KV cache from without by at most {cached}. "
+            f"Training held the dense weights in {held}, and what is measured is so; the export, which is "
+            f"merged into the weights of the files, differs from that model's logits by up to {difference}."
+        )
+    return f"{loaded} trained model's by at most {difference}, and with a KV cache from without by at most {cached}."
 
 
 SUMMARY = "probe.json"

@@ -34,11 +34,12 @@ from recover.models import tokenizers
 from recover.models.load import check_account, check_fit, describe, load_model, load_tokenizer, ready
 from recover.models.plan import Plan, load_plan
 from recover.models.source import check_rows, check_tied, check_weights, kind_of, locate, read_config
+from recover.models.stored_weights import stored_in
 from recover.models.twin import Held, Twin
 from recover.models.wrapper import text_values
 from recover.probe.trajectory import check_steps
 from recover.prune.calibrate import calibration_batches, check_asked, read_texts
-from recover.report.run_files import Overlap, OverlapRecord
+from recover.report.run_files import DeployedFile, Overlap, OverlapRecord
 from recover.report.words import shown_source
 from recover.run.directory import RunDirectory
 from recover.run.estimate import settle
@@ -107,6 +108,11 @@ class RunContext:
         """The pruned twin with the adapter of the epoch that generated best."""
         return self._build("recovered")
 
+    def read_together(self) -> None:
+        """Before the main process goes on alone: weights that all processes of a machine hold together are read."""
+        if dist.world_size() > 1 and (self.recipe.model.offload == "cpu" or self.recipe.train.shard_weights):
+            self._weights()
+
     def stock(self) -> PreTrainedModel:
         """The dense model as it was read, on this process's device: to be run, and not to be changed."""
         return self._weights().model
@@ -121,13 +127,32 @@ class RunContext:
         self._held = None
         self.release()
 
+    def served(self, file: DeployedFile) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """A quantized file of stage deploy: its weights, dequantized, and its tokenizer. The dense weights go.
+
+        As the file has them: not quantized once more, and in main memory where the dense weights were quantized to fit.
+        """
+        self.forget()
+        source = self.recipe.model
+        there = source.model_copy(
+            update={
+                "source": str(self.directory.root / file["path"]),
+                "revision": None,
+                "tokenizer": None,
+                "load_in": None,
+                "offload": "cpu" if source.load_in else source.offload,
+            }
+        )
+        with part("reading weights"):
+            return ready(load_model(there)), load_tokenizer(there)
+
     def lend(self) -> Twin:
         """The pruned twin, to be trained: it will carry adapters that no later stage asked for, and is forgotten here.
 
         Of several processes, which may deal the dense weights out among them, these are forgotten too.
         """
         twin = self.pruned()
-        if dist.world_size() > 1 or dist.zero_stage() > 0:
+        if (dist.world_size() > 1 or dist.zero_stage() > 0) and stored_in(twin.base) is None:
             self._held = None
         self.release()
         return twin
@@ -140,7 +165,7 @@ class RunContext:
             self._held = None
         if self._held is None:
             with part("reading weights"):
-                model = load_model(self.recipe.model)
+                model = load_model(self.recipe.model, shared=self.recipe.train.shard_weights)
                 check_fit(model, self.tokenizer)
                 self._held = Held(ready(model))
         return self._held

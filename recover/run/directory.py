@@ -25,7 +25,7 @@ from recover.report.run_files import Best
 SHOWN_CHANGES = 3  # in the reason why a stage is stale
 # Fields that are a matter of memory, time or leave alone: what is made with others of them is as good.
 NO_MATTER = re.compile(
-    r"(measure|probe)\.batch_size|measure\.allow_code_execution|"
+    r"(measure|probe)\.batch_size|measure\.allow_code_execution|model\.offload|"
     r"train\.(cache(\..+)?|shard_weights|gradient_checkpointing|loss\.chunk|save_steps)"
 )
 NOT_DONE = "not done yet"

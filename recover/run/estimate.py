@@ -14,14 +14,14 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
-from recover.base import dist, memory
+from recover.base import console, dist, memory
 from recover.base.artifacts import JsonObject
 from recover.base.errors import ExportError, PruneError, RecipeError, TrainingError
 from recover.config.defaults import Chosen, Facts, row_tokens, settled
 from recover.config.recipe import PrunedText, Recipe, Train
 from recover.export.gguf.family import family_of, refuse_type
 from recover.export.gguf.family import refuse as refuse_family
-from recover.export.gguf.write import QUANTIZED, nearest, planned_bytes, vocabulary
+from recover.export.gguf.write import beside, nearest, planned_bytes, require_ggml, vocabulary
 from recover.models.load import Description, checked_config, describe
 from recover.models.source import exported_dtype, read_config
 from recover.prune.registry import Cost, pruner_of
@@ -137,6 +137,14 @@ def warnings(recipe: Recipe, model: Description) -> list[str]:
     found, dtype = [], recipe.model.dtype
     if dist.device().type == "cpu" and dtype != "float32":
         found.append(f"no GPU is found: everything runs on the CPU, in {dtype} as model.dtype says")
+    if torch.cuda.is_available():
+        there = torch.cuda.get_device_properties(dist.device()).total_memory
+        found += filter(None, [too_large(recipe, model, int(memory.USABLE * there), there)])
+    if recipe.model.load_in is not None:
+        found.append(
+            f"model.load_in: what is pruned, what teaches and what is measured is the model in {recipe.model.load_in}; "
+            "the export is merged into the weights of the files, and is not measured as it is"
+        )
     return [*found, *pruner_of(recipe.prune).cost(recipe.prune, model).warnings]
 
 
@@ -160,7 +168,24 @@ def training_memory(recipe: Recipe, model: Description, cost: Cost) -> memory.Tr
         cached=max(recipe.measure.batch_size * texts, own),
         processes=dist.world_size(),
         sharded=dist.local_world_size() if cfg.shard_weights else 1,
+        zero=dist.zero_stage() if cfg.shard_weights else 0,
+        place={"none": "gpu"}.get(recipe.model.offload, recipe.model.offload),
+        bits=int(recipe.model.load_in.removesuffix("bit")) if recipe.model.load_in else 0,
     )
+
+
+def too_large(recipe: Recipe, model: Description, usable: int, there: int) -> str:
+    """What to set where a run does not fit a GPU of so many bytes, of which so many are usable; empty where it fits."""
+    training = training_memory(recipe, model, pruner_of(recipe.prune).cost(recipe.prune, model))
+    needed = memory.peak_bytes(model, training)
+    if needed <= usable:
+        return ""
+    found = memory.fitting(model, training, usable, dist.local_world_size())
+    said = f"a GPU of {console.size(there)} does not hold this run, which takes about {console.size(needed)}"
+    if found is None:
+        return f"{said}: lower train.micro_batch_size or measure.batch_size; no place of the weights makes room enough"
+    fields = ", ".join(f"{name}: {str(value).lower()}" for name, value in found[1].items())
+    return f"{said}; the nearest that fits: {fields or 'none of model.offload, model.load_in, checkpointing'}"
 
 
 def cache_bytes(recipe: Recipe, model: Description) -> int:
@@ -212,18 +237,19 @@ def planned_file(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, figures: Es
         refuse_family(config, where)
         _refuse_unreadable(config, where)
         vocabulary(tokenizer, model.vocabulary, [])
+        require_ggml(cfg.quantize)
     except ExportError as error:
         instead = "" if "recover gguf" in str(error) else ", and convert the export by another tool"
         raise RecipeError(f"deploy.quantize: {error}. Leave it out{instead}") from None
     ends = model.embedding_parameters
     kept = (figures["parameters_pruned"] - ends) / (model.parameters - ends)
-    parts = {each: planned_bytes(config, each) for each in QUANTIZED}
+    parts = {each: planned_bytes(config, each) for each in {*beside(cfg.quantize), cfg.quantize}}
     head, rest = parts[cfg.quantize]
     found: PlannedFile = {"quantize": cfg.quantize, "bytes": round(head + rest * kept)}
     if cfg.beside is not None:
-        sizes = {each: sum(both) for each, both in parts.items()}
-        beside = nearest(sizes, found["bytes"])
-        found["beside"], found["beside_bytes"] = beside, sizes[beside]
+        sizes = {each: sum(parts[each]) for each in beside(cfg.quantize)}
+        kind = nearest(sizes, found["bytes"])
+        found["beside"], found["beside_bytes"] = kind, sizes[kind]
     return found
 
 
@@ -253,6 +279,7 @@ class Estimate(TypedDict):
     training_flops: float
     training_seconds: float
     memory_bytes_per_process: int
+    host_memory_bytes: int
     cache_bytes: int
     matrix_rate_flops: float
     processes: int
@@ -268,6 +295,7 @@ def estimate(recipe: Recipe, model: Description, rate: float) -> Estimate:
     backward (frozen weights have no gradient of their own).
     """
     cost = pruner_of(recipe.prune).cost(recipe.prune, model)
+    training = training_memory(recipe, model, cost)
     pruned, stored = model.active - cost.gone, model.parameters - cost.unstored
     copied = model.beside * ELEMENT_BYTES[model.stored]  # parts of a wrapper that are not loaded
     exported = exported_dtype(recipe.model.dtype, model.stored, recipe.export.dtype)
@@ -288,7 +316,8 @@ def estimate(recipe: Recipe, model: Description, rate: float) -> Estimate:
         "search_seconds": cost.flops / (rate * STEP_EFFICIENCY),  # by one process
         "training_flops": flops,
         "training_seconds": seconds,
-        "memory_bytes_per_process": memory.peak_bytes(model, training_memory(recipe, model, cost)),
+        "memory_bytes_per_process": memory.peak_bytes(model, training),
+        "host_memory_bytes": memory.host_bytes(model, training),
         "cache_bytes": cache_bytes(recipe, model),
         "matrix_rate_flops": rate,
         "processes": dist.world_size(),

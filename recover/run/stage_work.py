@@ -31,21 +31,22 @@ from recover.base.products import NAMES
 from recover.config import recipe as recipes
 from recover.config.base import Dtype
 from recover.config.recipe import Model, Recipe, dump_recipe, without_folders
-from recover.export.gguf.write import nearest, quantized_bytes, write_gguf
-from recover.export.merge import merge
+from recover.export.gguf.write import beside, nearest, quantized_bytes, write_gguf
 from recover.export.verify import fresh_process, verify, write_expected
-from recover.export.write import card, write_checkpoint
+from recover.export.write import card, write_merged
 from recover.measure.model import Generations
 from recover.measure.speed import compare_speed
 from recover.measure.tasks import measure
-from recover.models.load import describe, load_model, load_tokenizer, ready
+from recover.models.arch import arch_of
+from recover.models.load import describe, load_model, ready
 from recover.models.plan import save_plan
 from recover.models.source import code_of, exported_dtype, locate, stored_dtype
+from recover.models.stored_weights import stored_in
 from recover.models.twin import Twin
 from recover.probe.probe import dense_trajectories, final_drift, probe
 from recover.probe.records import summary
 from recover.probe.sublayers import routing
-from recover.probe.tasks import task_drift
+from recover.probe.tasks import task_drift, tokens_of_changed
 from recover.prune import registry
 from recover.report import items, verdict
 from recover.report.collect import collect
@@ -142,6 +143,7 @@ def _say_code(cfg: Model) -> list[str] | None:
 def _plan_rows(figures: Estimate) -> list[list[str]]:
     cached = [["dense states on disk", f"at least {console.size(figures['cache_bytes'])}", ""]]
     passes, seconds = figures["search_passes"], figures["search_seconds"]
+    held = [["weights in main memory", "", f"about {console.size(figures['host_memory_bytes'])}"]]
     least = console.duration(seconds)
     search = [["search for what goes", "", f"{passes:,} passes of calibration text, at least {least}"]]
     files = [
@@ -158,6 +160,7 @@ def _plan_rows(figures: Estimate) -> list[list[str]]:
         ["teacher-scored tokens", "", f"{figures['teacher_tokens']:,}"],
         ["training time", "", f"at least {console.duration(figures['training_seconds'])}"],
         ["memory per process", "", f"about {console.size(figures['memory_bytes_per_process'])}"],
+        *(held if figures["host_memory_bytes"] else []),
         *(cached if figures["cache_bytes"] else []),
     ]
 
@@ -179,6 +182,7 @@ def dense(context: RunContext) -> None:
 
 def prune(context: RunContext) -> None:
     """Choose what goes, and write the plan and its masks."""
+    context.read_together()
     dist.on_main(lambda: _prune(context))
     context.release()
 
@@ -382,6 +386,7 @@ def _forget_epochs_again(directory: RunDirectory) -> None:
 
 def export(context: RunContext) -> None:
     """Write the checkpoint to ship, and verify it in a fresh process."""
+    context.read_together()
     dist.on_main(lambda: _export(context))
     context.release()
     dist.on_main(lambda: _speed(context))
@@ -394,10 +399,11 @@ def _export(context: RunContext) -> None:
         twin = context.recovered()
         console.say("[dim]merging and writing[/dim]")
         with part("merging and writing"):
-            merged = ready(merge(twin, dtype))
             text, record = _card_and_record(context)
             size = recipe.export.max_shard_size
-            write_checkpoint(merged, context.tokenizer, directory.deploy, card=text, record=record, max_shard_size=size)
+            merged = write_merged(
+                twin, dtype, context.tokenizer, directory.deploy, card=text, record=record, max_shard_size=size
+            )
         expected = directory.root / "expected.safetensors"
         console.say("[dim]verifying in a fresh process[/dim]")
         write_expected(expected, twin, merged, context.sample_ids())
@@ -419,9 +425,13 @@ def _speed(context: RunContext) -> None:
     there = {"source": str(context.directory.deploy), "revision": None, "dtype": dtype}
     with part("reading weights"):
         dense = context.stock() if dtype == cfg.dtype else ready(load_model(cfg.model_copy(update={"dtype": dtype})))
+        if cfg.load_in is None and stored_in(dense) is not None:  # not a second model in memory
+            there["offload"] = "cpu" if arch_of(dense).experts else "disk"
         deployed = load_model(cfg.model_copy(update=there))
     with part("timing dense and the export"):
-        figures = compare_speed(dense, deployed, dist.device())
+        # Weights that come and go set the pace, the same for any step: a few tell as much as many.
+        steps = 32 if stored_in(dense) is None else 4
+        figures = compare_speed(dense, deployed, dist.device(), steps=steps)
     write_json(context.directory.speed, {**figures, "machine": provenance.machine()})
 
 
@@ -437,7 +447,8 @@ def deploy(context: RunContext) -> None:
     files = {"deployed": _write_quantized(directory, directory.deploy, directory.gguf, cfg.quantize)}
     if cfg.beside is not None:
         folder = locate(source)
-        kind = nearest(quantized_bytes(folder), quantized_bytes(directory.deploy)[cfg.quantize])
+        sizes = {kind: size for kind, size in quantized_bytes(folder).items() if kind in beside(cfg.quantize)}
+        kind = nearest(sizes, quantized_bytes(directory.deploy)[cfg.quantize])
         files["alternative"] = _write_quantized(directory, folder, directory.gguf / "dense", kind)
     elif dist.is_main():
         for name in NAMES["deploy"]:  # of when it was asked for
@@ -446,9 +457,7 @@ def deploy(context: RunContext) -> None:
     for model, file in files.items():
         path = directory.root / file["path"]
         console.say(f"[dim]{model}: {file['path']}, {file['quantize']}, {console.size(file['bytes'])}[/dim]")
-        there = source.model_copy(update={"source": str(path), "revision": None, "tokenizer": None})
-        with part("reading weights"):
-            loaded, tokenizer = ready(load_model(there)), load_tokenizer(there)
+        loaded, tokenizer = context.served(file)
         reference = read_json(directory.dense / "generations.json")
         _measure(context, loaded, path.parent, reference=reference, tokenizer=tokenizer)
         del loaded
@@ -534,7 +543,8 @@ def _probe_and_measure(context: RunContext, twin: Twin, folder: Path) -> None:
         if dist.is_main():
             artifacts.write_jsonl(folder / "probe.jsonl", records)
             write_json(folder / "probe.json", summary(found))
-        _measure(context, twin.model, folder, reference=read_json(context.directory.dense / "generations.json"))
+        reference = read_json(context.directory.dense / "generations.json")
+        _measure(context, twin.model, folder, reference=reference, twin=twin)
 
 
 def _measure(
@@ -544,7 +554,9 @@ def _measure(
     *,
     reference: Generations | None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    twin: Twin | None = None,
 ) -> None:
+    """measure.json and generations.json of a model; of a `twin`, with the KL of each token of texts that changed."""
     record, generations = measure(
         model,
         tokenizer or context.tokenizer,
@@ -553,6 +565,14 @@ def _measure(
         reference=reference,
         seed=context.recipe.seed,
     )
+    if twin is not None and reference is not None:
+        dense = read_json(context.directory.dense / "measure.json")["tasks"]
+        for task in context.tasks:
+            right = dense[task.name].get("each") or [], record["tasks"][task.name].get("each") or []
+            if task.name in generations and len(right[0]) == len(right[1]):
+                ids = [row["ids"] for row in reference[task.name]]
+                for item, tokens in tokens_of_changed(twin, context.tokenizer, task, right, ids).items():
+                    generations[task.name][item]["dense_kl"] = [(piece, float(f"{kl:.3g}")) for piece, kl in tokens]
     if dist.is_main():
         write_json(folder / "generations.json", generations)
         write_json(folder / "measure.json", record)

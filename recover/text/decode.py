@@ -21,6 +21,7 @@ group, E end tokens, A states of the table.
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from recover.kernels import fused
 from recover.kernels.fused import record
 from recover.models import kv_cache
 from recover.models.attention import attending_by_step, configs_of
+from recover.models.stored_weights import comes_and_goes
 from recover.text.prompts import batches_by_length, right_pad
 from recover.text.stepping import Slots, fits, masks, read_on, stepping
 
@@ -111,6 +113,8 @@ class _Writer:
         self.end_E = torch.tensor(how.ends, dtype=torch.long, device=self.device)
         self.stop_AV = how.stops.to(self.device) if how.stops else None
         self.recorder = _Recorder(self._step) if may_record(model) else None
+        if self.device.type == "cuda" and any(map(comes_and_goes, model.parameters())):
+            _say_no_graphs()
         # A kernel reads of each row what the row has; else all rows are read up to the longest.
         self.reads_rows = bool(self.configs) and fused.available(self.device) and model.dtype in fused.DTYPES
         self._open()
@@ -270,9 +274,19 @@ class _Writer:
             yield item, row[:count]
 
 
+@functools.cache  # once
+def _say_no_graphs() -> None:
+    console.say(
+        "[dim]texts are written kernel by kernel, and each token reads every block: the weights come and go "
+        "(model.offload, model.load_in, train.shard_weights). The more texts at once, the less each costs[/dim]"
+    )
+
+
 def may_record(model: PreTrainedModel) -> bool:
-    """Whether a step may be replayed as a CUDA graph: on a GPU, with all weights at home (not dealt out by ZeRO-3)."""
-    return model.device.type == "cuda" and not any(map(zero.dealt_out, model.parameters()))
+    """Whether a step may be replayed as a CUDA graph: on a GPU, where all weights stay (ZeRO-3 deals them out)."""
+    return model.device.type == "cuda" and not any(
+        zero.dealt_out(parameter) or comes_and_goes(parameter) for parameter in model.parameters()
+    )
 
 
 class _Recorder:

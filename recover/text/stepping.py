@@ -34,6 +34,7 @@ from recover.models.arch import arch_of
 from recover.models.attention import goes_by_length
 from recover.models.lean import make_lean
 from recover.models.masked_lora import MaskedLora, SwitchedLora, base_parameters, hooked
+from recover.models.stored_weights import comes_and_goes
 from recover.models.switched import Factors, MaskedLinear, OwnLinear, Switch, effective_weight
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -352,9 +353,9 @@ def _member(layer: Any) -> _Member | None:
 
 
 def _at_hand(layer: Any) -> bool:
-    """Whether its weight is here: not dealt out by ZeRO-3, nor with its owner on another GPU."""
+    """Whether its weight is here, and stays: not dealt out by ZeRO-3, nor one that comes and goes."""
     weight = layer.weight
-    return not zero.dealt_out(weight) and not weight.is_meta and weight.untyped_storage().nbytes() > 0
+    return not zero.dealt_out(weight) and not weight.is_meta and not comes_and_goes(weight)
 
 
 def _seen(layer: Any) -> tuple[Tensor, Tensor | None]:

@@ -11,7 +11,7 @@ import base64
 import hashlib
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from recover.base import console, dist, zero
 from recover.base.errors import ArtifactError, TrainingError
+from recover.models.stored_weights import each_weight
 from recover.report.run_files import Finding
 from recover.train.checkpoints import (
     TRAINED,
@@ -340,11 +341,14 @@ def gradients(model: nn.Module) -> list[tuple[str, Tensor | None]]:
     ]
 
 
-def frozen_weights(model: nn.Module) -> list[tuple[str, Tensor | None]]:
-    """Name and value of each parameter that is not trained; of ZeRO-3's, the share that lies on this process."""
-    return [
-        (name, zero.own_share(parameter)) for name, parameter in model.named_parameters() if not parameter.requires_grad
-    ]
+def frozen_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
+    """Name and value of each parameter that is not trained; of ZeRO-3's, the share that lies on this process.
+
+    A value may be there only until the next one is asked for.
+    """
+    for name, parameter in each_weight(model):
+        if not parameter.requires_grad:
+            yield name, zero.own_share(parameter)
 
 
 def draws_standing() -> Draws:

@@ -41,6 +41,7 @@ from recover.base.errors import ArtifactError
 from recover.distill.distiller import IGNORED, Batch, DenseStates, Distiller, packing_of, without_mask
 from recover.kernels import fused
 from recover.models.attention import packing_configs
+from recover.models.stored_weights import each_weight
 from recover.train.sources import Collate, SampleRow
 
 if TYPE_CHECKING:
@@ -91,10 +92,10 @@ def about(twin: Twin) -> dict[str, Any]:
 
 def _weights_sha256(twin: Twin) -> str:
     digest = hashlib.sha256()
-    for name, parameter in twin.base.named_parameters():
+    for name, parameter in each_weight(twin.base):
         if not parameter.requires_grad:  # an adapter is none of the dense model's
             digest.update(f"{name.replace('.base_layer', '')} {parameter.dtype} {tuple(parameter.shape)}".encode())
-            digest.update(parameter.detach().flatten().cpu().contiguous().view(torch.uint8).numpy().data)
+            digest.update(parameter.detach().flatten().cpu().clone().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -26,11 +26,11 @@ from recover.base.process import Interrupted, Stop
 from recover.config.recipe import PrunedText, Train
 from recover.distill.distiller import Batch, Distiller, GraphedPasses, scaled, scored_tokens, without_mask
 from recover.models.attention import PACKED_NAME, attending
+from recover.models.stored_weights import StoredWeights, comes_and_goes, gather_by_block, stored_in
 from recover.models.twin import modules_below, plain_modes, set_training
 from recover.train.course import Course, frozen_weights, not_finite
 from recover.train.optimizer_state import Average, Trained, averaged_steps
 from recover.train.settings import epoch_ends
-from recover.train.sharded_weights import WeightShards, gather_by_block
 from recover.train.sources import Collate
 from recover.train.written_text import Numbers, OnPolicy, write_together
 
@@ -99,6 +99,9 @@ class RecoverTrainer(SFTTrainer):
         """
         config = twin.base.config
         routing = {name: getattr(config, name) for name in ROUTING if hasattr(config, name)}
+        # What comes and goes is on its device when it is there: nobody moves it, or sends it to other processes.
+        if gone := [name for name, value in twin.model.named_parameters() if comes_and_goes(value)]:
+            vars(twin.model).update(to=lambda *_, **__: twin.model, _ddp_params_and_buffers_to_ignore=gone)
         super().__init__(
             model=twin.model,
             args=args,
@@ -106,7 +109,7 @@ class RecoverTrainer(SFTTrainer):
             processing_class=tokenizer,
             data_collator=cast(Any, collate if on_policy is None else on_policy.numbers),
         )
-        self.shards: WeightShards | None = None  # see `SharedOut`
+        self.shards: StoredWeights | None = None  # see `SharedOut`
         if self.is_zero3:
             gather_by_block(twin)
         self.adapted: Any = twin.model
@@ -433,7 +436,8 @@ class RecoverTrainer(SFTTrainer):
         """Most bytes that this process had on its GPU; None on a CPU."""
         if not torch.cuda.is_available():
             return None
-        return torch.cuda.max_memory_allocated() + (self.shards.bytes_elsewhere if self.shards else 0)
+        stored = self.shards or stored_in(self.distiller.twin.base)
+        return torch.cuda.max_memory_allocated() + (stored.bytes_elsewhere if stored else 0)
 
     @contextmanager
     def generating(self) -> Iterator[None]:

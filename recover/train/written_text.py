@@ -30,6 +30,7 @@ from recover.base.errors import ArtifactError, DataError
 from recover.config.recipe import DenseText, PrunedText, Sampling, Train
 from recover.distill.distiller import Batch
 from recover.maths.repeats import loop
+from recover.models.stored_weights import each_weight
 from recover.text.generate import context_of, generate
 from recover.text.prompts import Prompt, encode_prompt
 from recover.text.read import Row
@@ -143,9 +144,9 @@ def repeated(samples: list[Sample], tokens: int, budget: int, name: str, scored:
 def weights_fingerprint(twin: Twin) -> str:
     """Hash of names, shapes and some values of every dense weight: tells models apart without reading all of them."""
     digest = hashlib.sha256()
-    for name, parameter in twin.base.named_parameters():
+    for name, parameter in each_weight(twin.base):
         if not parameter.requires_grad:
-            some = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].float().cpu()
+            some = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].float().cpu().clone()
             plain = name.replace(".base_layer", "").replace(".original_module", "")  # the same with adapters on it
             digest.update(f"{plain}{tuple(parameter.shape)}".encode() + some.numpy().tobytes())
     return digest.hexdigest()

@@ -36,6 +36,7 @@ from recover.models.arch import (
 )
 from recover.models.plan import Plan, Pruned, check_attends
 from recover.models.site import SUBLAYERS, Packed, Site, Sublayer, packed_as, sites_of, whole_blocks, zeroed_partners
+from recover.models.stored_weights import present
 from recover.prune.calibrate import calibration_record, check_context
 from recover.prune.depth.scores import runs_of
 from recover.prune.depth.search import (
@@ -485,7 +486,8 @@ def _sums(
 
 def _folded(linear: nn.Linear, name: str, t: Tensor) -> dict[str, Tensor]:
     """T W, and T b if there is a bias, in the dtype of the layer; multiplied in float64 and rounded once."""
-    weight_OI = linear.weight.detach().double()
+    with present(linear.weight):
+        weight_OI = linear.weight.detach().to(torch.float64, copy=True)
     found = {f"{name}.weight": t[:, None] * weight_OI if t.dim() == 1 else t @ weight_OI}
     if linear.bias is not None:
         bias_O = linear.bias.detach().double()
