@@ -23,7 +23,7 @@ quickstart: $(STAMP)
 	$(BIN)/recover run recipes/quickstart.yaml
 
 test: $(STAMP)-test
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 slow: $(STAMP)-test
 	$(BIN)/python -m pytest -m slow

@@ -88,6 +88,19 @@ data: quiz.jsonl              # {"question": "Fish live in", "options": ["trees"
 prompt: "{question}"
 ```
 
+Instructions that a program checks, of the 25 types of IFEval (kind `instructions`; the named task is `ifeval`). A text
+is right if it follows all of them as it stands; `prompt_loose` forgives a first or last line and asterisks, and
+`by_instruction` in `measure.json` has each type. Types that ask for a language need `pip install 'recover[ifeval]'`:
+
+```yaml
+name: manners
+kind: instructions
+data: manners.jsonl           # {"prompt": "Say hello in 3 words or more, without a comma.",
+                              #  "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
+                              #  "kwargs": [{}, {"relation": "at least", "num_words": 3}]}
+prompt: "{prompt}"
+```
+
 What ends an answer is the model's end token, or one of the strings of `stop`: a base model goes on with a next question
 of its own otherwise. A text that runs into `max_new_tokens` has not ended, and is counted as such:
 

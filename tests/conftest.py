@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -15,11 +16,22 @@ import torch
 from tiny import LIKE_OTHERS, tiny
 
 torch.set_num_threads(1)
+gc.disable()  # thousands of tests are collected, and nothing of them can go: looking for it takes a third of that time
+
+# No test takes the power away: what the kernel was given is there. Waiting for the disk was a tenth of the time.
+os.fsync = lambda _descriptor: None
 
 # A shell ignores SIGINT for what it puts into the background, and nohup SIGHUP; runs started here would inherit it.
 for _name, _default in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
     if hasattr(signal, _name) and signal.getsignal(getattr(signal, _name)) is signal.SIG_IGN:
         signal.signal(getattr(signal, _name), _default)
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Short names for whole files among parameters, whose bytes may differ between workers (a time in them)."""
+    if isinstance(val, bytes):
+        return f"{len(val)} bytes"
+    return f"{val[:40]}..." if isinstance(val, str) and len(val) > 80 else None
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are left out by their marks
@@ -29,6 +41,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         given = getattr(item, "callspec", None)
         if given and any(isinstance(value, str) and value in LIKE_OTHERS for value in given.params.values()):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage is looked for, and not among what the tests are made of."""
+    gc.enable()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

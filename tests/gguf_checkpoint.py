@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,13 @@ VARIANTS = {
         {"attention_multiplier": 0.3, "tie_word_embeddings": True, "rope_parameters": LLAMA31}
         | {"attention_bias": True, "mlp_bias": True},
     ),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 4}),
+    "smollm3_narrow": ("smollm3", {"no_rope_layer_interval": 4, "tie_word_embeddings": True, **NARROW}),
+    "olmo2": ("olmo2", {}),
+    "phi3": ("phi3", {"num_key_value_heads": 4}),
+    "phi3_grouped": ("phi3", {"tie_word_embeddings": True}),
+    "qwen3_moe": ("qwen3_moe", {"mlp_only_layers": []}),
+    "olmoe": ("olmoe", {"norm_topk_prob": False, "num_key_value_heads": 4}),
     "granite_narrow": ("granite", {**NARROW, "attention_multiplier": 0.3}),
 }
 
@@ -75,6 +83,14 @@ def llama_cpp(path: Path) -> Any:
 def said(answer: Any) -> Any:
     """An answer of llama.cpp: versions of the package give JSON or what it means."""
     return json.loads(answer) if isinstance(answer, str) else answer
+
+
+def tokenized(server: Any, text: str) -> list[int]:
+    """Ids of a text, special tokens around and in it too."""
+    asked = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
+    request = urllib.request.Request(f"{server.listening_address}/tokenize", asked)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)["tokens"]
 
 
 def by_llama_cpp(path: Path, prompts: list[list[int]], rows: int) -> torch.Tensor:

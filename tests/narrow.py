@@ -6,7 +6,7 @@ import copy
 import functools
 
 import torch
-from tiny import HYBRIDS, MIXTURES, ids, tiny
+from tiny import FAMILIES, HYBRIDS, MIXTURES, ids, tiny
 
 from recover.config import recipe
 from recover.models.arch import arch_of, blocks_of
@@ -18,6 +18,7 @@ NEURONS, HEAD, SHARED = 96, 16, 2  # of every tiny model; SHARED query heads on 
 MLP_ONLY = {"phi3", "olmo2", "olmo3", "granite_swa"}
 MLP_ONLY |= {*HYBRIDS, "gemma4_text", "gemma4_unified_text", "olmoe", "gpt_oss", "deepseek_v3"}
 MLP_ONLY |= {"stablelm", "stablelm_parallel", "cohere", "gpt_neox", "gpt_neox_sequential"}
+NARROWED = [family for family in FAMILIES if family not in MIXTURES or family not in MLP_ONLY]
 
 
 def cfg(*, score="activation", repair="none", **fields) -> recipe.Width:
@@ -64,8 +65,14 @@ def inputs_of_last(model, block: int, name: str, tokens: torch.Tensor) -> torch.
 
 def last(model, block: int):
     """The linear of an MLP that writes to the residual stream."""
+    return blocks_of(model)[block].get_submodule(name_of_last(model, block))
+
+
+def name_of_last(model, block: int) -> str:
+    """Its name inside the block; empty for a block without an MLP."""
     arch = arch_of(model)
-    return blocks_of(model)[block].get_submodule(f"{arch.mlp}.{arch.mlp_linears[-1]}")
+    names = [f"{arch.mlp}.{arch.mlp_linears[-1]}"]
+    return next((name for name in names if name in dict(blocks_of(model)[block].named_modules())), "")
 
 
 def lowest(scores: list[float], count: int) -> set[int]:
@@ -106,8 +113,7 @@ def silenced(model, by: str = "activation", neurons: int = 40, groups: int = 1):
         arch = arch_of(model)
         attention = f"{arch.attention}.{arch.attention_linears[-1]}"
         for block, layer in enumerate(blocks_of(quiet)):
-            if neurons:
-                name = f"{arch.mlp}.{arch.mlp_linears[-1]}"
+            if neurons and (name := name_of_last(model, block)):
                 seen = [inputs_of_last(model, block, name, tokens) for tokens in batches()]
                 gone = lowest([neuron_score(model, block, n, by, seen) for n in range(NEURONS)], neurons)
                 last(quiet, block).weight[:, sorted(gone)] = 0

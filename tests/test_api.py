@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_run import PROMPTS
 
 import recover
 from recover import api
@@ -43,7 +44,7 @@ def test_the_whole_job_reads_the_model_once(tmp_path, monkeypatch):
     assert of_dense["headline"].keys() == of_pruned["headline"].keys()
     assert of_dense["texts"] != of_pruned["texts"]
 
-    prompts = recover.DenseText(prompts="embedded:tasks/prompts.jsonl", max_new_tokens=16)
+    prompts = recover.DenseText(prompts=str(PROMPTS), max_new_tokens=16, batch_size=16)
     scores = []
     folder = recover.distill(
         twin,

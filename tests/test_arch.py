@@ -23,7 +23,7 @@ from recover.base.errors import ModelError
 from recover.cli import app
 from recover.config import recipe
 from recover.models.arch import ALL_HEADS, ARCHS, arch_of, arch_of_config, blocks_of, final_norm_of, head_of, linears_of
-from recover.models.load import load_model
+from recover.models.load import describe, load_model
 from recover.models.refusal import KINDS, WRAPPER
 from recover.models.wrapper import WRAPPERS
 
@@ -76,7 +76,7 @@ def test_the_parts_are_found_through_a_peft_model():
         ({"model_type": "granitemoe", "num_local_experts": 32}, "it is a mixture of experts"),
         ({"model_type": "olmo_hybrid", "layer_types": ["linear_attention", "full_attention"]}, "it is a hybrid"),
         ({"model_type": "new", "mamba_d_state": 16}, "it is a hybrid"),
-        ({"model_type": "nemotron_h", "ssm_state_size": 16}, "it is a hybrid of another kind.*one of them in a block"),
+        ({"model_type": "zamba2", "mamba_d_state": 16}, "it is a hybrid of another kind.*none of them was tried"),
         ({"model_type": "gemma3n", "text_config": {}}, "embeddings for each block"),
     ],
 )
@@ -100,6 +100,23 @@ def test_what_is_not_supported_says_what_it_is_and_what_to_do(config, said):
 def test_models_of_a_supported_type_that_are_otherwise_are_refused(config, said):
     with pytest.raises(ModelError, match=f"this model of type '{config['model_type']}' is not supported.*{said}"):
         arch_of_config(config)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("gemma3n", {}),
+        ("gemma3n_text", {}),
+        ("gemma4", {"text_config": {"num_kv_shared_layers": 4, "hidden_size_per_layer_input": 32}}),
+        ("gemma4_text", {"num_kv_shared_layers": 4}),
+    ],
+)
+def test_a_folder_whose_blocks_share_is_refused_by_what_it_is(model_type, fields, tmp_path):
+    """And not by what else is unusual in it: Gemma 3n has a list of sizes, one for each block."""
+    AutoConfig.for_model(model_type, **fields).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ModelError, match=r"embeddings for each block, or blocks that share.*Gemma 4 12B and 31B"):
+        describe(recipe.Model(source=str(tmp_path)))
 
 
 def test_a_model_of_transformers_without_a_row_says_the_same():

@@ -106,7 +106,7 @@ def test_an_epochs_adapter_is_the_mean_of_those_of_its_last_steps(watched):
         assert_equal(watch.after[step], expected)
 
 
-@pytest.mark.parametrize("step", [3, 5, 8])
+@pytest.mark.parametrize("step", [5, *(pytest.param(step, marks=pytest.mark.slow) for step in (3, 8))])
 def test_a_stopped_run_goes_on_to_the_same_mean(watched, step):
     folder, _ = watched("straight", Watch(), **LONG)
     expected = adapters(folder)

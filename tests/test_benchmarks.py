@@ -1,6 +1,7 @@
 """Benchmarks compare like with like: what they time computes the same, and what they count is what is computed."""
 
 import argparse
+import json
 import math
 import os
 import signal
@@ -283,6 +284,48 @@ def test_a_profile_of_steps_counts_kernels_by_launch_and_finds_what_ran_in_gaps(
     gaps = training_profile.idle(events, "cuda")[2:]
     assert [line.split(maxsplit=2)[2] for line in gaps] == ["recover/y.py(2): mine <- recover/y.py(2): mine"] * 2
     assert [line.split()[:2] for line in gaps] == [["0.40", "0.60"]] * 2
+
+
+def test_a_whole_job_is_a_row_a_stage_with_its_memory(tmp_path, capsys):
+    import whole_job
+
+    asked = ["--shape", "qwen3.5-9b", "--tiny", "--until", "prune", "--out", str(tmp_path)]
+    rows = whole_job.main(
+        [*asked, "--set", "measure.tasks=[embedded:facts]", "probe.prompts=embedded:tasks/prompts.jsonl"]
+    )
+    assert [row["stage"] for row in rows] == ["random weights", "plan", "dense", "prune"]
+    assert all(row["done"] and row["seconds"] > 0 and row["gib"]["host"] > 0.05 for row in rows)
+    assert [json.loads(line) for line in (tmp_path / "whole_job.jsonl").read_text().splitlines()] == rows
+    assert json.loads((tmp_path / "estimate.json").read_text())["parameters_pruned"]
+    said = capsys.readouterr().out
+    assert "4 of 4 blocks" in said and all(said.count(whole_job.line(row)) == 2 for row in rows)
+
+
+def test_a_whole_job_takes_as_many_blocks_as_fit_on_the_disk_twice(tmp_path, monkeypatch):
+    import whole_job
+
+    shape = whole_job.SHAPES["30b-a3b"]
+    given = argparse.Namespace(tiny=False, blocks=None)
+    sizes = {blocks: 2 * whole_job.parameters(shape.config(tiny=False, blocks=blocks)) for blocks in (16, 48)}
+    assert 61e9 < sizes[48] < 62e9
+    for free, blocks in ((2.2 * sizes[48], 48), (2.2 * sizes[16], 16)):
+        monkeypatch.setattr(whole_job.shutil, "disk_usage", lambda _, free=free: argparse.Namespace(free=free))
+        assert whole_job.fitting(shape, given, tmp_path).num_hidden_layers == blocks
+
+
+def test_a_whole_job_that_is_over_its_time_has_a_row_of_what_was_begun(tmp_path, capsys):
+    import whole_job
+
+    from recover.run import stages
+
+    def takes_long(_stage, _context):
+        time.sleep(60)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages.Stage, "run", takes_long)
+        rows = whole_job.main(["--tiny", "--seconds", "3"])
+    assert [(row["stage"], row["done"]) for row in rows] == [("random weights", True), ("plan", False)]
+    assert "stopped after" in capsys.readouterr().out
 
 
 def test_bigger_gives_the_same_losses_wherever_weights_lie(tmp_path):

@@ -4,13 +4,13 @@ import functools
 import json
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 import two_processes
 from byte_tokenizer import byte_tokenizer
 from safetensors.torch import load_file
+from small_run import QUICKSTART, TEXT
 from test_distiller import batch, depth_twin, gradients, scramble, trained
 from tiny import tiny
 from twins import masked_twin
@@ -392,12 +392,11 @@ def test_a_prefix_needs_shared_blocks():
         Train.model_validate({"data": data, "cache": {"folder": "x", "prefix": True}})
 
 
-QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 PREFIX = "{folder: states, prefix: true}"
 
 
 def plan_of(folder, cache, *more):
-    overrides = [f"train.cache={cache}", "train.lora.blocks=after_cut", "train.tokens=1000", *more]
+    overrides = [*TEXT, f"train.cache={cache}", "train.lora.blocks=after_cut", "train.tokens=1000", *more]
     recipe = load_recipe(QUICKSTART, overrides)
     found = stage_work.checked(RunContext(recipe, RunDirectory(folder / recipe.name)))
     return recipe, found["estimate"]["cache_bytes"]

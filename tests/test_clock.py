@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from report_run import build_run
-from test_end_to_end import run
+from small_run import run
 
 from recover.base import clock as clocks
 from recover.base.clock import OTHER, Clock, note, part, spent, stage_clock
@@ -77,6 +77,38 @@ def test_calls_that_were_stopped_count_and_earlier_ones_of_a_done_stage_do_not(t
     ]
 
 
+def test_the_most_memory_of_a_stage_is_its_own(tmp_path):
+    with stage_clock() as first:
+        held = bytearray(96 * 2**20)
+        del held
+    with stage_clock() as second:
+        pass
+    if "process" not in first.memory:
+        pytest.skip("this system does not tell a process's peak anew")
+    assert first.memory["process"] >= second.memory["process"] + 60 * 2**20
+    with stage_clock() as outer:
+        held = bytearray(96 * 2**20)
+        del held
+        with stage_clock() as inner:
+            pass
+    assert outer.memory["process"] >= inner.memory["process"] + 60 * 2**20
+    note(tmp_path, "train", Clock(1.0, {}, {"process": 5, "gpu": 9}), done=False)
+    note(tmp_path, "train", Clock(1.0, {}, {"process": 7, "gpu": 2}), done=True)
+    assert spent(tmp_path)[0].get("memory") == {"process": 7, "gpu": 9}
+
+
+def test_the_report_has_the_memory_beside_the_time(tmp_path):
+    root = build_run(tmp_path)
+    note(root, "plan", Clock(1.0, {OTHER: 1.0}), done=True)
+    note(root, "train", Clock(2.0, {OTHER: 2.0}, {"process": 3 * 10**9, "gpu": 5 * 10**9}), done=True)
+    markdown = render(root, collect(root))[1].read_text()
+    assert "Where the time and the memory went" in markdown and "| GPU memory at most |" in markdown
+    row = next(line for line in markdown.splitlines() if line.startswith("| train |"))
+    assert [cell.strip() for cell in row.split("|")[4:6]] == ["3 GB", "5 GB"]
+    row = next(line for line in markdown.splitlines() if line.startswith("| all |"))
+    assert [cell.strip() for cell in row.split("|")[4:6]] == ["3 GB", "5 GB"]
+
+
 def test_the_report_has_a_table_of_it(tmp_path):
     root = build_run(tmp_path)
     assert "Where the time went" not in render(root, collect(root))[1].read_text()
@@ -95,7 +127,7 @@ def test_the_report_has_a_table_of_it(tmp_path):
 
 
 def test_a_run_says_where_its_time_went(tmp_path, monkeypatch):
-    directory = run(tmp_path, until="before")
+    directory = run(tmp_path, "probe.sublayers=false", until="before")
     found = {row["stage"]: row for row in spent(directory.root)}
     assert list(found) == ["plan", "dense", "prune", "before"]
     assert {"loading libraries", "checking inputs", OTHER} <= found["plan"]["parts"].keys()
@@ -110,6 +142,6 @@ def test_a_run_says_where_its_time_went(tmp_path, monkeypatch):
 
     monkeypatch.setitem(stage_work.WORK, "before", stopped)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, until="before", start="before")
+        run(tmp_path, "probe.sublayers=false", until="before", start="before")
     again = {row["stage"]: row for row in spent(directory.root)}
     assert again["before"]["calls"] == 1 and again["before"]["seconds"] < found["before"]["seconds"]

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from peft.tuners import lora
-from tiny import FAMILIES, ids, tiny
+from tiny import ATTENDS, FAMILIES, ids, only, tiny
 
 from recover.config.recipe import Lora, Loss
 from recover.distill.distiller import Distiller, scored_rows, scored_tokens, without_mask
@@ -233,7 +233,7 @@ def test_the_dense_weights_stay_untouched():
     assert all(torch.equal(frozen[name], value) for name, value in before.items())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", only(FAMILIES, ATTENDS))
 def test_right_padding_needs_no_mask(family):
     """Two views, loss and gradients: the same with the mask of the padding, and without one as in training."""
     found = []

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_end_to_end import QUICKSTART, SMALL, run
+from small_run import MASKED, QUICKSTART, SMALL, finished, run
 
 from recover.base import earlier
 from recover.base.artifacts import read_json, read_jsonl
@@ -19,7 +19,6 @@ from recover.report.compare import compare
 from recover.run import stage_work, stages
 from recover.run.directory import RunDirectory
 
-ONE = ("prune={kind: magnitude, sparsity: 0.25}", "train.epochs=1", "probe.sublayers=false", "measure.limit=2")
 WORD = "'recover' is called 'train' now"
 
 
@@ -55,12 +54,12 @@ def unsaid(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = run(tmp_path_factory.mktemp("whole"), *ONE).root
-    finished = {stage: read_json(root / stage / "DONE.json")["finished"] for stage in ("prune", "train")}
+    root = shutil.copytree(finished(tmp_path_factory, *MASKED), tmp_path_factory.mktemp("whole") / "quickstart")
+    stamps = {stage: read_json(root / stage / "DONE.json")["finished"] for stage in ("prune", "train")}
     (root / "more").mkdir()
     later = {
         "task": "later",
-        "stages": finished,
+        "stages": stamps,
         "epoch": read_json(root / "train" / "best.json")["epoch"],
         "models": {},
     }
@@ -93,7 +92,7 @@ def test_what_is_called_a_run_of_before_is_one(old: Path) -> None:
 def test_every_stage_of_it_is_done_and_training_stays(old: Path, untrained: None, capsys) -> None:
     assert {row["stage"]: row["stale"] for row in stages.status(old)} == dict.fromkeys(stages.names(deploy=False))
     stamps = {path: path.read_bytes() for path in old.glob("*/DONE.json") if path.parent.name not in ("plan", "report")}
-    run(old.parent, *ONE)
+    run(old.parent, *MASKED)
     assert {path: path.read_bytes() for path in stamps} == stamps and not (old / "train").exists()
     shown = " ".join(capsys.readouterr().err.split())
     assert shown.count(WORD) == 1 and f"{old / 'recipe.yaml'}: {WORD}" in shown
@@ -107,8 +106,8 @@ def test_a_field_that_came_later_makes_nothing_stale_unless_it_is_set(old: Path,
             stamp["fingerprint"].get(section, {}).pop(field, None)
         path.write_text(json.dumps(stamp))
     states = {row["stage"]: row["stale"] for row in stages.status(old)}
-    asked = "max_new_tokens: 128 -> 24"  # neither what is set otherwise now, nor what has no default, is passed over
-    assert asked in str(states["dense"]) and "prune.sparsity: absent -> 0.25" in str(states["prune"])
+    asked = "max_new_tokens: 128 -> 8"  # neither what is set otherwise now, nor what has no default, is passed over
+    assert asked in str(states["dense"]) and "prune.sparsity: absent -> 0.4" in str(states["prune"])
     assert "weight_decay" not in str(states)
     assert "weight_decay" not in " ".join(collect(old)["mixed"])
     recipe = load_recipe(old / "recipe.yaml", ["train.weight_decay=0.5"])
@@ -119,13 +118,13 @@ def test_a_field_that_came_later_makes_nothing_stale_unless_it_is_set(old: Path,
 
 
 def test_stages_after_training_read_its_folder(old: Path, untrained: None) -> None:
-    run(old.parent, *ONE[:-1], "measure.limit=4", until="after")
+    run(old.parent, *MASKED[:-1], "measure.limit=4", until="after")
     assert RunDirectory(old).done("after") is not None and not (old / "train").exists()
     assert RunDirectory(old).best_again.exists()  # the epochs were measured again, from their adapters
 
 
 def test_a_finished_training_goes_on_in_its_folder(old: Path, capsys) -> None:
-    run(old.parent, *ONE, "recover.tokens=1200", until="recover")
+    run(old.parent, *MASKED, "recover.tokens=1200", until="recover")
     assert "train.tokens: 600 -> 1200" in " ".join(capsys.readouterr().out.split())
     assert len(read_json(old / "recover" / "training.json")["parts"]) == 2 and not (old / "train").exists()
     assert RunDirectory(old).done("train") is not None and RunDirectory(old).lost("train") is None

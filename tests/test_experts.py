@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,15 +17,15 @@ from transformers import AutoModelForCausalLM
 from twins import Distill, fill_adapters
 
 from recover.base.artifacts import read_json
-from recover.base.errors import ExportError, ModelError, PruneError
+from recover.base.errors import ExportError, ModelError, PruneError, RecipeError
 from recover.config import recipe
-from recover.config.recipe import load_recipe
+from recover.config.recipe import load_recipe, parse_recipe
 from recover.export.merge import merge
 from recover.export.verify import check, write_expected
 from recover.export.write import write_checkpoint
 from recover.models.experts import ExpertFactors, keeping, mixtures_of
 from recover.models.load import describe
-from recover.models.masked_lora import ExpertLora
+from recover.models.masked_lora import ExpertLora, adapted_tensors
 from recover.models.plan import Plan, load_plan, save_plan
 from recover.models.twin import Twin
 from recover.probe.records import record_of
@@ -35,10 +36,20 @@ from recover.prune.experts import experts_cost, prune_experts
 from recover.prune.sparsity import prune_magnitude, prune_wanda
 from recover.report import tables, words
 from recover.run import stages
+from recover.run.estimate import refuse
 from recover.train.checkpoints import read_adapter, write_adapter
 
 SOME = ["qwen3_moe", "qwen3_next", "gpt_oss", "deepseek_v3"]
 DEPTH = {"blocks": (2, 3)}, {"unit": "mlp", "blocks": (1, 3)}, {"unit": "attention", "blocks": (3,)}
+
+
+def thinned(families, ways):
+    """Each family in the first way, and one family in every way; the other pairs are slow."""
+    return [
+        pytest.param(family, way, marks=() if way is ways[0] or family == "qwen3_moe" else pytest.mark.slow)
+        for family in families
+        for way in ways
+    ]
 
 
 @torch.no_grad()
@@ -63,8 +74,7 @@ def exported(twin: Twin, pruned, tmp_path, dtype=torch.float32):
     return stock
 
 
-@pytest.mark.parametrize("cut", DEPTH, ids=lambda cut: cut.get("unit", "block"))
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize(("family", "cut"), thinned(MIXTURES, DEPTH))
 def test_less_depth_is_trained_and_exported(family, cut, tmp_path):
     """Also where some blocks have a plain MLP: which they are in the export is said in the family's own words."""
     dense = tiny(family)
@@ -336,8 +346,7 @@ def learnt(twin: Twin, parts) -> Twin:
     return twin
 
 
-@pytest.mark.parametrize("parts", PARTS, ids="+".join)
-@pytest.mark.parametrize("family", SOME)
+@pytest.mark.parametrize(("family", "parts"), thinned(SOME, PARTS[::-1]))
 def test_routers_and_experts_learn_and_are_exported(family, parts, tmp_path):
     dense = tiny(family)
     pruned = prune(dense, count=2)
@@ -351,6 +360,55 @@ def test_routers_and_experts_learn_and_are_exported(family, parts, tmp_path):
         assert torch.equal(logits(model), logits(dense))
     stock = exported(twin, pruned, tmp_path)
     torch.testing.assert_close(logits(stock), logits(twin.model), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("parts", [("shared",), ("linears", "experts", "router", "shared")], ids="+".join)
+@pytest.mark.parametrize("family", ["qwen3_next", "deepseek_v3", "glm4_moe", "qwen3_moe"])
+def test_shared_experts_and_plain_mlps_learn_and_are_exported(family, parts, tmp_path):
+    """Their linears are called as matrices of experts were once, and are not taken for those."""
+    dense = tiny(family)
+    pruned = prune(dense, count=2)
+    twin = learnt(Twin(copy.deepcopy(dense), *pruned), parts)
+    names = {name.removesuffix(".weight") for name in adapted_tensors(twin.base)}
+    beside = {name for name, module in dense.named_modules() if type(module) is torch.nn.Linear and ".mlp." in name}
+    beside -= {name for name in beside if name.endswith("shared_expert_gate")}
+    assert beside and beside == {
+        name for name in names if ".mlp." in name and not re.search(r"\.(experts|gate)\b", name)
+    }
+    assert any(".experts." in name for name in names) == ("experts" in parts)
+    assert any(".self_attn." in name for name in names) == ("linears" in parts)
+    assert not torch.allclose(logits(twin.model), logits(Twin(copy.deepcopy(dense), *pruned).model), atol=1e-2)
+    with twin.dense() as model:
+        assert torch.equal(logits(model), logits(dense))
+    stock = exported(twin, pruned, tmp_path)
+    torch.testing.assert_close(logits(stock), logits(twin.model), rtol=2e-4, atol=2e-4)
+    write_adapter(twin.model, tmp_path / "adapter")
+    again = Twin(copy.deepcopy(dense), *pruned)
+    read_adapter(again.add_lora(recipe.Lora(rank=3, parts=parts)), tmp_path / "adapter")
+    assert torch.equal(logits(again.model), logits(twin.model))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe"])
+def test_a_mixture_without_shared_experts_has_no_such_part(family, tmp_path):
+    with pytest.raises(ModelError, match=r"no block that learns has shared experts; leave 'shared' out"):
+        Twin(tiny(family), Plan.none(6)).add_lora(recipe.Lora(parts=("linears", "shared")))
+    tiny(family).save_pretrained(tmp_path)
+    asked = parse_recipe(
+        {
+            "name": "shared",
+            "model": {"source": str(tmp_path)},
+            "prune": {"kind": "experts", "count": 1, "calibration": {"data": "org/text", "length": 64}},
+            "train": {
+                "data": [{"kind": "dense", "prompts": "embedded:prompts"}],
+                "length": 64,
+                "lora": {"parts": ["linears", "shared"]},
+            },
+            "measure": {"tasks": ["embedded:sums"]},
+        },
+        "my.yaml",
+    )
+    with pytest.raises(RecipeError, match=r"train.lora.parts: .*shared.*has neither"):
+        refuse(asked, describe(asked.model))
 
 
 @pytest.mark.parametrize("family", SOME)
@@ -505,8 +563,7 @@ def stored_matrix(model, name: str, expert: int) -> torch.Tensor:
     return weight.T if model.config.model_type == "gpt_oss" else weight
 
 
-@pytest.mark.parametrize("family", SOME)
-@pytest.mark.parametrize("parts", [("linears",), ("linears", "experts", "router")], ids=["linears", "all"])
+@pytest.mark.parametrize(("family", "parts"), thinned(SOME, [("linears", "experts", "router"), ("linears",)]))
 def test_masks_on_experts_are_trained_and_exported(family, parts, tmp_path):
     dense = tiny(family)
     pruned = masked(dense, "wanda", pattern="2:4")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
 from safetensors.torch import load_file, save_file
+from small_run import Here
 from tiny import FAMILIES, HYBRIDS, ids, tiny
 from transformers import AutoModelForCausalLM
 from twins import fill_adapters
@@ -327,7 +328,7 @@ def test_verify_in_a_fresh_process(tmp_path):
     weights[-1] ^= 1
     (folder / "model.safetensors").write_bytes(bytes(weights))
     with pytest.raises(ExportError, match=r"is not the model that was trained: .*model\.safetensors has changed"):
-        verify(*arguments)
+        verify(*arguments, process=Here())
     assert artifacts.read_json(tmp_path / "verify.json")["ok"] is False
 
 

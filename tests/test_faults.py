@@ -38,7 +38,7 @@ def calls(tmp_path_factory):
     return faulty.disk_calls(tmp_path_factory.mktemp("calls") / "run")
 
 
-@pytest.mark.parametrize("part", [0.3, 0.55, 0.8])
+@pytest.mark.parametrize("part", [0.55, *(pytest.param(part, marks=pytest.mark.slow) for part in (0.3, 0.8))])
 def test_a_training_killed_while_it_writes_goes_on_to_the_same_bits(straight, calls, tmp_path, part):
     code, output = faulty.on_disk(tmp_path / "run", faulty.Disk(at=round(part * calls[0])))
     assert code == -signal.SIGKILL, output

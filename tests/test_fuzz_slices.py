@@ -32,8 +32,8 @@ from recover.train.teacher_file import check_teacher
 DEV = Path(__file__).parent.parent / "dev"
 # Inputs of each kind: some seconds in all. `make fuzz COUNT=100000` gives more.
 INPUTS = {
-    **{"recipe": 300, "task": 250, "rows": 400, "config": 160, "settings": 100, "template": 150},
-    **{"gguf-head": 400, "gguf": 30, "safetensors": 300, "adapter": 80, "teacher": 400, "run": 40},
+    **{"recipe": 150, "task": 120, "rows": 200, "config": 80, "settings": 50, "template": 70},
+    **{"gguf-head": 200, "gguf": 15, "safetensors": 150, "adapter": 40, "teacher": 200, "run": 20},
 }
 
 

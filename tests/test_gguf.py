@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -14,12 +15,13 @@ import torch
 from gguf_checkpoint import LLAMA31, ROWS, VARIANTS, by_llama_cpp, checkpoint, words
 from safetensors.torch import load_file, save_file
 from tiny import ids, tiny
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from recover.base.errors import ArtifactError, ExportError, ModelError
 from recover.config import recipe
-from recover.export.gguf.write import write_gguf
+from recover.export.gguf import write as writing
+from recover.export.gguf.write import planned_bytes, quantized_bytes, write_gguf
 from recover.models.load import load_model
 
 
@@ -52,13 +54,28 @@ RENAMED = {
     "post_attention_layernorm": "ffn_norm",
     "self_attn.o_proj": "attn_output",
     "self_attn.": "attn_",
+    "mlp.gate_up_proj": "ffn_up",
     "mlp.": "ffn_",
     "_proj": "",
 }
+OLMO2 = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
+HALVES = ("qwen2", "qwen3", "olmo2", "qwen3_moe", "olmoe")  # llama.cpp turns rows as transformers does
 
 
-def renamed(name: str) -> str:
-    for old, new in RENAMED.items():
+def stacked(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The matrices of all experts as one tensor, under the name of those of expert 0 without its number."""
+    found = {name: tensor for name, tensor in state.items() if ".experts." not in name}
+    for name in (name for name in state if ".experts.0." in name):
+        matrices = [name.replace(".experts.0.", f".experts.{expert}.") for expert in range(len(state))]
+        found[name.replace(".experts.0", "")] = torch.stack([state[each] for each in matrices if each in state])
+    return found
+
+
+def renamed(name: str, variant: str = "llama") -> str:
+    if "moe" in variant and "mlp." in name:
+        name = name.replace("mlp.gate.", "ffn_gate_inp.")
+        name = re.sub(r"mlp\.(gate|up|down)_proj", r"ffn_\1_exps", name)
+    for old, new in (RENAMED | (OLMO2 if variant == "olmo2" else {})).items():
         name = name.replace(old, new)
     return name
 
@@ -67,15 +84,42 @@ def renamed(name: str) -> str:
 def test_every_tensor_is_the_checkpoints_with_rotary_rows_where_llama_cpp_has_them(variant, tmp_path):
     folder = checkpoint(tmp_path / "deploy", variant)
     _, tensors = read(write_gguf(folder, tmp_path / "out.gguf"))
-    state = load_file(folder / "model.safetensors")
+    state = stacked(load_file(folder / "model.safetensors"))
     extra = {"rope_freqs.weight"} if variant in ("llama_rope3", "granite_biased") else set()
-    assert {renamed(name) for name in state} | extra == set(tensors)
+    assert {renamed(name, variant) for name in state} | extra == set(tensors)
     width = 32 if variant in ("mistral", "qwen3") else 16
     for name, tensor in state.items():
         expected = tensor.numpy()
-        if ("q_proj" in name or "k_proj" in name) and variant not in ("qwen2", "qwen3"):
+        if ("q_proj" in name or "k_proj" in name) and variant not in HALVES:
             expected = np.stack([expected[row_in_checkpoint(row, width)] for row in range(len(expected))])
-        assert np.array_equal(tensors[renamed(name)], expected), name
+        assert np.array_equal(tensors[renamed(name, variant)], expected), name
+
+
+@pytest.mark.parametrize(
+    ("variant", "overrides", "said"),
+    [
+        ("smollm3", {"no_rope_layers": [1, 1, 0, 1, 1, 1]}, r"block 2 has no rotary.*in every block 4 of this family"),
+        ("smollm3", {"no_rope_layers": [1, 1, 1, 1, 1, 0]}, r"block 3 has rotary positions \(no_rope_layers\)"),
+        (
+            "qwen3_moe",
+            {"mlp_only_layers": [1]},
+            "some blocks have a plain MLP.*'qwen3moe' takes experts in every block",
+        ),
+        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob is False; GGUF is written for True"),
+        ("olmoe", {"num_key_value_heads": 2}, "num_key_value_heads is 2; GGUF is written for 4"),
+        ("phi3", {"hidden_act": "gelu"}, "hidden_act is gelu; GGUF is written for silu"),
+        (
+            "phi3",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is 0.5; GGUF is written for 1.0",
+        ),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_refused_before_a_file_is_written(variant, overrides, said, tmp_path):
+    folder = checkpoint(tmp_path / "deploy", variant, **overrides)
+    with pytest.raises(ExportError, match=said):
+        write_gguf(folder, tmp_path / "out.gguf")
+    assert not [*tmp_path.glob("*gguf*")]
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("float32", "F32"), ("float16", "F16"), ("bfloat16", "BF16")])
@@ -120,6 +164,17 @@ def test_a_quantized_file_is_the_checkpoint_to_half_a_step(dtype, tmp_path):
         most = (1.0 if kind in ("Q4_0", "Q5_0") else 0.5) + STEPS[kind.lower()] / 2**11
         assert (off <= step * most + np.abs(grids).max(axis=1) / 2**10).all(), (name, (off / step).max())
         assert (off > 0).any(), name
+
+
+def test_experts_are_quantized_and_routers_stay_as_they_are(tmp_path):
+    folder = checkpoint(tmp_path / "deploy", "qwen3_moe", moe_intermediate_size=64)
+    path = write_gguf(folder, tmp_path / "out.gguf", "q4_0")
+    kinds = {tensor.name: (tensor.tensor_type.name, len(tensor.shape)) for tensor in gguf.GGUFReader(path).tensors}
+    assert {kinds[f"blk.{block}.ffn_{name}_exps.weight"] for block in range(6) for name in ("gate", "up", "down")} == {
+        ("Q4_0", 3)
+    }
+    assert {kinds[f"blk.{block}.ffn_gate_inp.weight"] for block in range(6)} == {("F32", 2)}
+    assert quantized_bytes(folder)["q4_0"] == sum(planned_bytes(AutoConfig.from_pretrained(folder), "q4_0"))
 
 
 def test_rows_that_no_grid_divides_stay_wide(tmp_path):
@@ -242,6 +297,14 @@ def test_shards_are_read_and_transformers_reads_the_file_back(tmp_path):
     assert all(torch.equal(read_back[name], expected[name]) for name in expected)
 
 
+def test_a_file_of_phi3_is_read_back_as_the_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECOVER_CACHE", str(tmp_path / "cache"))
+    folder = checkpoint(tmp_path / "deploy", "phi3_grouped")
+    model, tokens = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), ids(2, 20, vocabulary=1000)
+    read_back = load_model(recipe.Model(source=str(write_gguf(folder, tmp_path / "out.gguf"))))
+    assert torch.equal(read_back(tokens).logits, model(tokens).logits)
+
+
 def test_other_families_and_options_are_refused_by_name(tmp_path):
     out = tmp_path / "out.gguf"
     tiny("gemma2").save_pretrained(tmp_path / "gemma2")
@@ -341,3 +404,77 @@ def test_llama_cpp_computes_on_a_quantized_file_what_is_read_of_it(dtype, tmp_pa
         expected = torch.stack([model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1) for prompt in prompts])
     # Products of quantized weights are taken with activations of eight bits.
     assert (found - expected).abs().max() < 2e-2 * expected.abs().max()
+
+
+WIDER = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 9, "head_dim": 64}
+GGML = writing._ggml() is not None
+NO_GGML = "llama.cpp's code is not here: pip install xllamacpp"
+FIRST_AND_LAST = {0, 3, 6, 7, 8}  # of nine blocks: an eighth at either end, and each third one between
+
+
+def kinds_of(path: Path) -> dict[str, str]:
+    return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+
+
+@pytest.mark.skipif(not GGML, reason=NO_GGML)
+@pytest.mark.parametrize(
+    ("dtype", "most", "number"), [("q4_k_m", "Q4_K", 15), ("q5_k_m", "Q5_K", 17), ("q6_k", "Q6_K", 18)]
+)
+def test_types_with_a_k_are_near_and_finer_where_llama_cpp_has_them_finer(dtype, most, number, tmp_path):
+    folder = checkpoint(tmp_path / "deploy", "llama", **WIDER)
+    path = write_gguf(folder, tmp_path / "out.gguf", dtype)
+    fields, tensors = read(path)
+    assert fields["general.file_type"] == number
+    for name, kind in kinds_of(path).items():
+        if not name.startswith("blk") or "norm" in name:
+            continue
+        block, part = int(name.split(".")[1]), name.split(".")[2]
+        finer = part in ("attn_v", "ffn_down") and block in FIRST_AND_LAST
+        assert kind == ("Q6_K" if finer else most), name
+    assert kinds_of(path)["output.weight"] == "Q6_K" and kinds_of(path)["token_embd.weight"] == most
+    exact = load_file(folder / "model.safetensors")
+    off = {
+        name: float(np.linalg.norm(tensors[renamed(name)] - tensor.numpy()) / np.linalg.norm(tensor.numpy()))
+        for name, tensor in exact.items()
+        if "down_proj" in name
+    }
+    rounded = {"q4_k_m": (0.05, 0.09), "q5_k_m": (0.02, 0.05), "q6_k": (0.01, 0.02)}[dtype]
+    assert rounded[0] < off["model.layers.1.mlp.down_proj.weight"] < rounded[1]
+    assert off["model.layers.0.mlp.down_proj.weight"] < 0.02
+    sizes = writing.quantized_bytes(folder)
+    assert sizes["q4_k_m"] < sizes["q5_k_m"] < sizes["q6_k"] < sizes["q8_0"]
+    assert sizes[dtype] == sum(tensor.n_bytes for tensor in gguf.GGUFReader(path).tensors)
+
+
+@pytest.mark.skipif(not GGML, reason=NO_GGML)
+def test_a_tied_head_is_fine_and_rows_without_such_grids_take_narrower_ones(tmp_path):
+    tied = write_gguf(checkpoint(tmp_path / "tied", "llama_tied_biased", **WIDER), tmp_path / "tied.gguf", "q4_k_m")
+    assert kinds_of(tied)["token_embd.weight"] == "Q6_K"
+    for dtype, most in (("q4_k_m", "Q5_0"), ("q5_k_m", "Q5_1"), ("q6_k", "Q8_0")):
+        path = write_gguf(checkpoint(tmp_path / dtype, "llama"), tmp_path / f"{dtype}.gguf", dtype)  # rows of 64
+        assert kinds_of(path)["blk.1.attn_q.weight"] == most and kinds_of(path)["output.weight"] == "Q8_0"
+
+
+def test_without_llama_cpp_s_code_a_type_with_a_k_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "_ggml", lambda: None)
+    with pytest.raises(ExportError, match=r"q4_k_m is made by llama.cpp's own code.*pip install 'recover\[gguf\]'"):
+        write_gguf(checkpoint(tmp_path / "deploy", "llama"), tmp_path / "out.gguf", "q4_k_m")
+    assert not (tmp_path / "out.gguf").exists()
+    assert writing.beside("q4_0") == ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0") and "q4_k_m" in writing.beside("q6_k")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not GGML, reason=NO_GGML)
+@pytest.mark.parametrize("dtype", ["q4_k_m", "q6_k"])
+def test_llama_cpp_computes_on_a_file_with_k_what_is_read_of_it(dtype, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    path = write_gguf(
+        checkpoint(tmp_path / "deploy", "llama", **{**WIDER, "num_hidden_layers": 2}), tmp_path / "out.gguf", dtype
+    )
+    prompts = [ids(1, length, vocabulary=1024)[0].tolist() for length in (1, 9, 200)]
+    found = by_llama_cpp(path, prompts, ROWS)
+    model = load_model(recipe.Model(source=str(path)))
+    with torch.no_grad():
+        expected = torch.stack([model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1) for prompt in prompts])
+    # Products are taken with activations of eight bits, 256 of them on one grid.
+    assert (found - expected).abs().max() < 4e-2 * expected.abs().max()

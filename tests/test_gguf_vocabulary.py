@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from gguf_checkpoint import ROWS, checkpoint, words
+from gguf_checkpoint import ROWS, checkpoint, llama_cpp, tokenized, words
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -37,6 +37,7 @@ PRE = {
     "gpt-2": (byte_level(), False, None),
     "smollm": (pre_tokenizers.Sequence([DIGITS, byte_level()]), False, None),
     "llama-bpe": (split(LLAMA3), True, None),
+    "dbrx": (split(LLAMA3), False, None),
     "qwen2": (split(QWEN2), False, normalizers.NFC()),
 }
 
@@ -68,7 +69,10 @@ def word_level() -> PreTrainedTokenizerFast:
         (bpe(pre_tokenizers.Whitespace()), r"it splits texts by .*Whitespace"),
         (bpe(byte_level(add_prefix_space=True)), r"it splits texts by .*add_prefix_space"),
         (bpe(split(QWEN2, "removed")), "it splits texts by .*Removed"),
-        (bpe(split(LLAMA3)), "its 'ignore_merges' is False, and llama.cpp's pre-tokenizer 'llama-bpe' has True"),
+        (
+            bpe(split(QWEN2), ignore_merges=True),
+            "its 'ignore_merges' is True, and llama.cpp's pre-tokenizer 'qwen2' has False",
+        ),
     ],
 )
 def test_vocabularies_that_llama_cpp_would_read_otherwise_are_refused(tokenizer, message):
@@ -121,10 +125,9 @@ TEXTS = (
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*PRE, "embedded"])
 def test_llama_cpp_tokenizes_as_the_checkpoint_does(name, tmp_path):
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp is not here: pip install llama-cpp-python")
     folder = checkpoint(tmp_path / "deploy")
     tokenizer = words() if name == "embedded" else trained_words(name)
     tokenizer.save_pretrained(folder)
-    client = llama_cpp.Llama(str(write_gguf(folder, tmp_path / "out.gguf")), vocab_only=True, verbose=False)
+    server = llama_cpp(write_gguf(folder, tmp_path / "out.gguf"))
     for text in TEXTS:
-        assert client.tokenize(text.encode(), add_bos=True, special=True) == tokenizer(text).input_ids, text
+        assert tokenized(server, text) == tokenizer(text).input_ids, text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_end_to_end import QUICKSTART
+from small_run import QUICKSTART
 from tiny import FAMILIES, ids, tiny
 
 from recover.config.recipe import Lora, load_recipe

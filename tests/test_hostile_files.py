@@ -94,6 +94,23 @@ def test_the_parts_that_tokenizers_have_are_taken(folder: Path) -> None:
     tokenizers.check_parts(folder)
 
 
+def test_ids_far_apart_are_refused_before_a_library_counts_up_to_them(folder: Path) -> None:
+    cfg = tokenizer_with(folder)
+    found = json.loads((folder / "tokenizer.json").read_text())
+    tokens = len(found["model"]["vocab"])
+    found["model"]["vocab"]["far"] = tokens + tokenizers.MOST_HOLES
+    (folder / "tokenizer.json").write_text(json.dumps(found))
+    tokenizers.check_parts(folder)  # as many as may be
+    found["model"]["vocab"]["far"] = 2**30
+    (folder / "tokenizer.json").write_text(json.dumps(found))
+    with pytest.raises(ModelError, match=r"tokenizer\.json: .* tokens have ids up to 1,073,741,824, which leaves"):
+        load_tokenizer(cfg)
+    tokenizer_with(folder)
+    (folder / "vocab.json").write_text(json.dumps({"a": 0, "b": 2**30}))
+    with pytest.raises(ModelError, match=r"vocab\.json: 2 tokens have ids up to 1,073,741,824"):
+        load_tokenizer(cfg)
+
+
 @pytest.mark.parametrize("pattern", [r"(a+)+$", r"(?:a|aa)+$", r"(\w+\s?)+$"])
 def test_a_pattern_that_backtracks_is_refused_when_the_tokenizer_is_loaded(folder: Path, pattern: str) -> None:
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}

@@ -4,14 +4,19 @@ pass over the whole text gives."""
 from __future__ import annotations
 
 import copy
+import itertools
+import json
 from typing import Any
 
 import pytest
 import torch
 from cached import cached
 from narrow import prune as narrowed
+from probe_reference import endless
+from safetensors.torch import load_file, save_file
 from test_load import cfg
 from test_packing import WEIGHTS, rows, twin_of
+from test_probe_sublayers import trajectory_of
 from tiny import HYBRIDS, ids, tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -23,13 +28,17 @@ from recover.config.recipe import Calibration, Depth, Lora
 from recover.distill.distiller import Distiller
 from recover.export.merge import merge
 from recover.measure import speed
-from recover.models.arch import arch_of, blocks_of, linears_of, modules_in
+from recover.models.arch import arch_of, blocks_of, linears_in, linears_of, lone_of, modules_in
 from recover.models.kv_cache import given_by
 from recover.models.load import describe, load_model
 from recover.models.plan import Plan
 from recover.models.site import Site
 from recover.models.twin import Twin
+from recover.probe.sublayers import transitions, without
+from recover.probe.trajectory import along
+from recover.probe.views import Pair, View
 from recover.prune import registry
+from recover.prune.stream import residual_stream
 from recover.text.decode import Writing
 from recover.text.generate import plain
 from recover.text.likelihood import Continuation, log_likelihoods
@@ -195,3 +204,126 @@ def test_the_last_attention_stays(family):
     assert len(plan.dropped_attention) == 4 and set(attending) - set(plan.dropped_attention)
     with pytest.raises(PruneError, match="drop at most 4"):
         registry.prune(Twin(model, Plan.none(6)), drop.model_copy(update={"count": 5}), batches)
+
+
+LONE = "nemotron_h"  # Mamba-2, Mamba-2, attention, Mamba-2, MLP, attention
+IS = ("attention", "attention", "attention", "attention", "mlp", "attention")
+
+
+def test_where_a_block_is_one_sublayer_the_other_does_nothing_to_the_stream():
+    twin = Twin(tiny(LONE), Plan.none(6))
+    assert lone_of(twin.model) == IS
+    h = residual_stream(twin, ids(2, 16), {1, 4})
+    still = {point for point in range(12) if torch.equal(h[point], h[point + 1])}
+    absent = {2 * block + (part == "attention") for block, part in enumerate(IS)}
+    assert still == absent | {2, 9}
+    with torch.no_grad():
+        whole = tiny(LONE)(input_ids=ids(2, 16), use_cache=False, output_hidden_states=True).hidden_states
+    h = residual_stream(twin, ids(2, 16))
+    assert all(torch.equal(h[2 * block], whole[block]) for block in range(6))
+
+
+@pytest.mark.parametrize("site", [Site(1, "attention"), Site(4, "mlp"), Site(5, "attention")])
+def test_a_probe_closes_the_one_sublayer_of_a_block(site):
+    dense = endless(LONE)
+    zeroed = copy.deepcopy(dense)
+    (last,) = linears_in(blocks_of(zeroed)[site.block], arch_of(zeroed), site.part)[-1:]
+    blocks_of(zeroed)[site.block].get_submodule(last).weight.data.zero_()
+    pair = Pair.of_models(dense, zeroed)
+    trajectory = trajectory_of(pair)
+    found = transitions(pair, trajectory, trajectory.scored_BS)
+    assert [*found] == [Site(block, part) for block, part in enumerate(IS)]
+    torch.testing.assert_close(found[site].replaced_ND, found[site].before_ND, rtol=0, atol=1e-6)
+    others = [transition for key, transition in found.items() if key != site]
+    assert all(torch.equal(other.after_ND, other.replaced_ND) for other in others)
+    assert all(torch.equal(found[a].after_ND, found[b].before_ND) for a, b in itertools.pairwise(found))
+    view, reference = without(pair.dense, site), View.of_model("zeroed", zeroed)
+    torch.testing.assert_close(
+        along(view, trajectory).final_ND, along(reference, trajectory).final_ND, rtol=1e-5, atol=1e-5
+    )
+    with pytest.raises(ModelError, match=f"{'mlp' if site.part == 'attention' else 'attention'}:{site.block}"):
+        without(pair.dense, Site(site.block, "mlp" if site.part == "attention" else "attention"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "gone"),
+    [
+        ({"unit": "mlp", "count": 1}, {4}),
+        ({"unit": "attention", "count": 3}, None),
+        ({"unit": "sublayer", "count": 2, "score": "angular"}, None),
+        ({"unit": "sublayer", "sites": ("attention:3", "mlp:4")}, {3, 4}),
+        ({"unit": "attention", "blocks": (1, 2)}, {1, 2}),
+        ({"unit": "block", "blocks": (1, 4)}, {1, 4}),
+    ],
+)
+def test_with_its_one_sublayer_a_block_goes(fields, gone, tmp_path):
+    model = tiny(LONE)
+    model.save_pretrained(tmp_path)
+    drop = Depth(calibration=Calibration(data="text"), **fields)
+    plan, _, _ = registry.prune(Twin(copy.deepcopy(model), Plan.none(6)), drop, [ids(2, 16)])
+    assert set(plan.dropped) == (gone or set(plan.dropped)) and len(plan.dropped) == drop.units
+    assert not plan.dropped_attention and not plan.dropped_mlp and len(plan.kept) == len(plan.packed)
+    merged: Any = merge(Twin(copy.deepcopy(model), plan), torch.float32)
+    kinds = [model.config.layers_block_type[block] for block in plan.kept]
+    assert merged.config.layers_block_type == kinds and merged.config.num_hidden_layers == len(kinds)
+    assert plan.parameters_pruned == plan.nonzero == merged.num_parameters()
+    if fields.get("unit") == "attention":
+        assert all(IS[block] == "attention" for block in plan.dropped)
+    if drop.listed is not None or gone:
+        expected = plan.parameters_dense - plan.parameters_pruned
+        assert registry.pruner_of(drop).cost(drop, describe(cfg(tmp_path))).unstored == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"unit": "mlp", "blocks": (3,)}, r"prune.blocks: mlp:3: block 3 is one sublayer, attention"),
+        ({"unit": "sublayer", "sites": ("attention:4",)}, r"prune.sites: attention:4: block 4 is one sublayer, mlp"),
+        ({"unit": "mlp", "count": 2}, r"drop at most 1"),
+        ({"unit": "pair", "count": 1}, r"one sublayer in each"),
+    ],
+)
+def test_a_sublayer_that_a_block_is_not_is_refused_in_the_plan_too(fields, said, tmp_path):
+    model = tiny(LONE)
+    model.save_pretrained(tmp_path)
+    drop = Depth(calibration=Calibration(data="text"), **fields)
+    with pytest.raises(PruneError, match=said):
+        registry.prune(Twin(model, Plan.none(6)), drop, [ids(2, 16)])
+    with pytest.raises(PruneError, match=said):
+        registry.pruner_of(drop).cost(drop, describe(cfg(tmp_path)))
+
+
+@pytest.mark.parametrize(("blocks", "before"), [((2,), "1.mixer.out_proj"), ((5,), "4.mixer.down_proj")])
+def test_a_cut_is_repaired_in_the_last_sublayer_that_there_is(blocks, before):
+    model = tiny(LONE)
+    drop = Depth(blocks=blocks, repair="rescale", calibration=Calibration(data="text"))
+    text: Any = [ids(8, 32)]
+    plan, masks, weights = registry.prune(Twin(copy.deepcopy(model), Plan.none(6)), drop, text)
+    (cut,) = plan.repair["cuts"]
+    assert cut["kept"] and [*weights] == [f"model.layers.{before}.weight"]
+    fit = torch.stack([row for at, row in enumerate(text[0]) if at % 4 != 3])
+    dense = residual_stream(Twin(copy.deepcopy(model), Plan.none(6)), fit)
+    repaired = residual_stream(Twin(copy.deepcopy(model), plan, masks, weights), fit, plan.sites)
+    point = 2 * blocks[0] + 2
+    error = (dense[point] - repaired[point]).double().square().sum(-1).mean()
+    assert cut["error_after"] == pytest.approx(float(error), rel=1e-4) and cut["error_after"] < cut["error_before"]
+
+
+def test_nemotron_h_is_read_as_it_was_published(tmp_path):
+    """Kinds of blocks as a text of one letter each, and names of the first release."""
+    model = tiny(LONE)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["layers_block_type"]
+    config |= {"hybrid_override_pattern": "MM*M-*", "num_hidden_layers": 6}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "model.safetensors")
+    renamed = {name.replace("model.", "backbone.", 1): tensor for name, tensor in tensors.items()}
+    save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert "backbone.embeddings.weight" in renamed and "backbone.layers.2.mixer.q_proj.weight" in renamed
+    loaded = load_model(cfg(tmp_path))
+    assert torch.equal(loaded(ids()).logits, model(ids()).logits) and describe(cfg(tmp_path)).lone == IS
+    config["hybrid_override_pattern"] = "MM*ME*"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="mixtures of experts without a gate"):
+        describe(cfg(tmp_path))

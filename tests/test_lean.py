@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import re
@@ -15,29 +16,29 @@ from tiny import FAMILIES, ids, tiny
 from transformers import DynamicCache
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
-from transformers.models.phi3.modeling_phi3 import Phi3Attention
 from transformers.utils.deprecation import deprecate_kwarg
 from twins import fill_adapters, masked_twin
 
 from recover.config.recipe import Lora
 from recover.kernels.fused import PlainGate, gated_lora_linear, lora_linear
 from recover.models import lean
+from recover.models.arch import ARCHS
 from recover.models.lean import LeanAttention, LeanMlp, LeanNorm, make_lean, with_fused_rotary
 from recover.models.plan import Plan
 from recover.models.switched import Switch
 from recover.models.twin import Twin
 
-# Whose norms or MLPs are others. An upgrade of transformers that rewords one shows here, as more memory and time.
+# Whose norms or MLPs are others. An upgrade of transformers that computes one otherwise shows here.
 OTHER_MLPS = {"phi3", "glm", "glm4", "apertus", "arcee", "nemotron", "starcoder2", "seed_oss"}
-OTHER_MLPS |= {"gpt_neox", "gpt_neox_sequential", "phi", "lfm2", "granitemoehybrid", "falcon_h1"}
+OTHER_MLPS |= {"gpt_neox", "gpt_neox_sequential", "phi", "lfm2", "granitemoehybrid", "falcon_h1", "nemotron_h"}
 # Of mixtures: plain MLPs, in some blocks; where there are shared experts, each block has an MLP of the kind.
 MIXED = {"mixtral": 0, "olmoe": 0, "qwen3_moe": 1, "qwen3_moe_step": 3, "gpt_oss": 0}
 OTHER_NORMS = {"gemma", "gemma2", "gemma3_text", "olmo2", "olmo3", "nemotron", "starcoder2", "qwen3_5_text"}
-OTHER_NORMS |= {"gemma4_text", "gemma4_unified_text", "gpt_oss", "qwen3_next"}
+OTHER_NORMS |= {"gemma4_text", "gemma4_unified_text", "gpt_oss", "qwen3_next", "nemotron_h"}
 OTHER_NORMS |= {"cohere", "cohere2", "gpt_neox", "gpt_neox_sequential", "phi", "stablelm", "stablelm_parallel"}
 OTHER_ROTARY = {"phi3", "olmo2", "olmo3", "glm", "glm4", "ernie4_5", "nemotron", "qwen3_5_text", "gpt_oss", "glm4_moe"}
 OTHER_ROTARY |= {"gemma4_text", "gemma4_unified_text", "cohere", "cohere2", "gpt_neox", "gpt_neox_sequential"}
-OTHER_ROTARY |= {"qwen3_next"}
+OTHER_ROTARY |= {"qwen3_next", "nemotron_h"}
 ATTENDING = {"lfm2": 3, "granitemoehybrid": 3}  # of 6 blocks; the others have a mixer
 
 FORWARD = inspect.unwrap(LlamaAttention.forward)
@@ -64,7 +65,7 @@ def learned(twin, dtype):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_are_known_by_what_their_modules_say(family):
+def test_families_are_lean_as_their_rows_say(family):
     modules = list(twin_of(family).base.modules())
     assert sum(isinstance(module, LeanMlp) for module in modules) == (
         0 if family in OTHER_MLPS else MIXED.get(family, 6)
@@ -227,19 +228,84 @@ class Hub(torch.nn.Module):
     """As the `kernels` package holds a function."""
 
 
-def test_rotary_is_known_behind_decorators_and_not_mistaken():
+def test_rotary_is_known_by_its_numbers_behind_decorators_and_not_mistaken():
     plain = modeling_llama.apply_rotary_pos_emb
     hub = type("Func", (Hub,), {"forward": (lambda f: lambda self, *a, **k: f(*a, **k))(copied(plain))})()
     decorated = functools.wraps(plain)(lambda *a, **k: plain(*a, **k))
-    for known in (copied(plain), decorated, hub):
-        assert with_fused_rotary(attention_calling(known)) is not None
-    hub.forward = plain  # what a kernel from the hub takes its place with
+    written_otherwise = lambda q, k, cos, sin: lean.rotary(q, k, cos, sin)  # noqa: E731
+    attention = tiny().model.layers[0].self_attn
+    for known in (copied(plain), decorated, hub, written_otherwise):
+        assert lean.computes_as_known("rotary", attention, attention_calling(known))
     doubled = lambda q, k, cos, sin, unsqueeze_dim=1: (2 * q, k)  # noqa: E731
-    for other in (hub, doubled, None, print):
-        assert with_fused_rotary(attention_calling(other)) is None
-    assert with_fused_rotary(attention_calling(copied(plain, rotate_half=lambda x: x))) is None
-    assert with_fused_rotary(Phi3Attention) is None and with_fused_rotary(LlamaRMSNorm) is None
-    assert lean._as_written("x = 1") is None
+    halves = copied(plain, rotate_half=lambda x: torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2))
+    wide = lambda *tensors: [each.bfloat16() for each in plain(*(each.float() for each in tensors))]  # noqa: E731
+    for other in (doubled, halves, wide, print):
+        assert not lean.computes_as_known("rotary", attention, attention_calling(other))
+    assert with_fused_rotary(attention_calling(None)) is None
+    assert with_fused_rotary(LlamaRMSNorm) is None
+
+
+def round_late(norm, hidden_states):
+    """As OLMo 2: the weight multiplies in float32."""
+    wide = hidden_states.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+    return (norm.weight * wide).to(hidden_states.dtype)
+
+
+def with_tail(norm, hidden_states):
+    return lean.norm(hidden_states, norm.weight, 2 * norm.variance_epsilon)
+
+
+def with_limit(mlp, x):
+    return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)).clamp(max=1.0) * mlp.up_proj(x))
+
+
+def failing(mlp, x):
+    raise RuntimeError("not for these shapes")
+
+
+@pytest.mark.parametrize(
+    "stock, kind, other",
+    [
+        (modeling_llama.LlamaRMSNorm, LeanNorm, round_late),
+        (modeling_llama.LlamaRMSNorm, LeanNorm, with_tail),
+        (modeling_llama.LlamaMLP, LeanMlp, with_limit),
+        (modeling_llama.LlamaMLP, LeanMlp, failing),
+    ],
+)
+def test_what_computes_otherwise_runs_as_it_is_and_is_said_once(stock, kind, other, monkeypatch, capsys):
+    twin_of("llama")
+    assert "otherwise" not in capsys.readouterr().err
+    monkeypatch.setattr(lean, "_found", {})
+    monkeypatch.setattr(stock, "forward", other)
+    twin = twin_of("llama", torch.bfloat16)
+    kinds = [
+        next((one for one in (LeanNorm, LeanMlp, LeanAttention) if isinstance(each, one)), None)
+        for each in twin.base.modules()
+    ]
+    assert kind not in kinds and {LeanNorm, LeanMlp, LeanAttention} - {kind} == set(kinds) - {None}
+    if other is not failing:
+        plain = twin_of("llama", torch.bfloat16, stock=True)
+        assert torch.equal(twin.model(input_ids=ids()).logits, plain.model(input_ids=ids()).logits)
+    said = capsys.readouterr().err
+    assert said.count("transformers computes otherwise") == 1 and f"of {stock.__name__}" in said
+
+
+def test_a_check_moves_no_random_number_and_no_weight(monkeypatch):
+    monkeypatch.setattr(lean, "_found", {})
+    model = tiny()
+    before, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
+    make_lean(model)
+    assert lean._found and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_row_of_a_family_that_says_too_much_is_found_out(monkeypatch):
+    monkeypatch.setitem(ARCHS, "olmo2", dataclasses.replace(ARCHS["olmo2"], lean=("norm", "mlp", "rotary")))
+    twin = twin_of("olmo2")
+    assert not any(isinstance(module, LeanNorm) for module in twin.base.modules())
+    monkeypatch.setitem(ARCHS, "llama", dataclasses.replace(ARCHS["llama"], lean=()))
+    assert not any(isinstance(module, LeanNorm | LeanMlp | LeanAttention) for module in twin_of("llama").base.modules())
 
 
 def renaming(*names):

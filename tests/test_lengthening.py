@@ -3,13 +3,13 @@
 import itertools
 import os
 import signal
-from pathlib import Path
 
 import pytest
 import torch
 import two_processes
 from byte_tokenizer import byte_tokenizer
 from safetensors.torch import load_file
+from small_run import QUICKSTART, TEXT
 from test_trainer import at_step  # noqa: F401
 from tiny import tiny
 
@@ -25,7 +25,6 @@ from recover.train.settings import all_ends
 from recover.train.train import train
 from recover.train.trainer import RecoverTrainer
 
-QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 LOSS = {"kl": 1.0, "ce": 0.1}
 SHORT, LONG = 700, 1500  # of the 1,610 tokens that there are
 
@@ -244,19 +243,19 @@ def test_epochs_that_are_new_follow_those_that_were(folder, parts, epochs, token
 def test_a_run_goes_on_when_tokens_are_raised_and_starts_over_when_told_to(tmp_path, capsys):
     small = ["measure.limit=6", "measure.max_new_tokens=8", "measure.sampling=null", "probe.samples=2", "probe.steps=4"]
     small += ["probe.items=0", "probe.sublayers=false", "train.epochs=1", "train.batch_size=4"]
-    small += ["prune={kind: depth, blocks: [3, 11]}"]
+    small += ["prune={kind: depth, blocks: [3, 11]}", *TEXT]
 
     def run(tokens, **options):
         recipe = load_recipe(QUICKSTART, [*small, f"train.tokens={tokens}"])
         return stages.run(recipe, tmp_path, until="train", **options)
 
-    run(400)
-    directory = run(800)
+    run(200)
+    directory = run(400)
     text = " ".join(capsys.readouterr().out.split())
-    assert "train.tokens: 400 -> 800" in text and "Training goes on where it ended" in text
+    assert "train.tokens: 200 -> 400" in text and "Training goes on where it ended" in text
     assert "replaces the recovery" not in text
     assert [line["epoch"] for line in read_jsonl(directory.epochs)] == [1, 2]
     assert len(read_json(directory.train / "training.json")["parts"]) == 2
-    run(1200, start="train")
+    run(300, start="train")
     assert [line["epoch"] for line in read_jsonl(directory.epochs)] == [1]
     assert len(read_json(directory.train / "training.json")["parts"]) == 1

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from report_run import build_run
+from small_run import QUICKSTART, TEXT
 
 from recover.base.artifacts import read_json
 from recover.commands import run as commands
@@ -20,7 +21,6 @@ from recover.report.render import render
 from recover.run import stages
 from recover.run.directory import RunDirectory
 
-QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 VERSIONS = {"recover": "0.1.0", "versions": {"torch": "2.13.0", "transformers": "5.24.0"}, "machine": None}
 DONE = ("dense", "prune", "before", "train", "after", "export")
 
@@ -119,7 +119,7 @@ def test_a_plan_writes_nothing_neither_into_a_finished_run_nor_anew(tmp_path: Pa
     assert contents(tmp_path) == before
     shown = " ".join(capsys.readouterr().out.split())
     assert "what a run would do" in shown and "prune.count: 4 -> 3" in shown
-    stages.run(load_recipe(QUICKSTART, ["name=new", "measure.limit=2"]), tmp_path, until="plan")
+    stages.run(load_recipe(QUICKSTART, [*TEXT, "name=new", "measure.limit=2"]), tmp_path, until="plan")
     assert not (tmp_path / "new").exists()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_end_to_end import QUICKSTART, SMALL, run
+from small_run import MASKED, QUICKSTART, SMALL, finished, run
 
 from recover.base.artifacts import read_json, read_jsonl
 from recover.config.recipe import load_recipe
@@ -15,13 +15,13 @@ from recover.report.collect import collect
 from recover.run import stage_work, stages
 from recover.run.directory import RunDirectory
 
-TWO = ("prune={kind: magnitude, sparsity: 0.4}", "train.epochs=2", "probe.sublayers=false", "train.lr=1e-2")
-FEW, MORE = "measure.limit=2", "measure.limit=4"
+*TWO, FEW = MASKED  # of two epochs, measured on few items
+MORE = "measure.limit=4"
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tmp_path_factory.mktemp("whole"), *TWO, FEW).root
+    return finished(tmp_path_factory, *MASKED)
 
 
 @pytest.fixture(scope="module")

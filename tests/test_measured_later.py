@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from byte_tokenizer import byte_tokenizer
-from test_end_to_end import run
+from small_run import run
 from tiny import tiny
 from typer.testing import CliRunner
 
@@ -70,7 +70,7 @@ def test_a_task_is_added_to_a_finished_run_without_training(there: RunDirectory,
     assert data["measured_later"] == ["roses", "words"] and data["mixed"] == []
     assert any("Measured later" in line and "roses, words" in line for line in data["limits"])
     record = read_json(there.more / "roses.json")
-    assert record["settings"]["max_new_tokens"] == 24 and record["settings"]["limit"] == 3
+    assert record["settings"]["max_new_tokens"] == 8 and record["settings"]["limit"] == 3
     assert str(tasks / "rows.jsonl") in record["inputs"] and record["environment"]["versions"]["torch"]
     # The same figures as by a checkpoint of its own.
     alone = call(

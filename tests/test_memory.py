@@ -119,6 +119,13 @@ def test_experts_are_counted_as_they_are(family, tmp_path):
     twin.add_lora(Lora(rank=RANK, parts=parts))
     trained = sum(parameter.numel() for parameter in twin.model.parameters() if parameter.requires_grad)
     assert trained == memory.adapter_parameters(described, RANK, 6, parts)
+    if family not in ("qwen3_moe", "glm4_moe"):  # without shared experts and plain MLPs
+        return
+    twin = Twin(tiny(family), Plan.none(6))
+    twin.add_lora(Lora(rank=RANK, parts=("shared",)))
+    trained = sum(parameter.numel() for parameter in twin.model.parameters() if parameter.requires_grad)
+    attention = memory.adapter_parameters(described, RANK, 6)
+    assert trained == memory.adapter_parameters(described, RANK, 6, ("linears", "shared")) - attention
 
 
 def test_with_checkpointing_a_block_keeps_its_input():
@@ -280,3 +287,13 @@ def test_a_model_of_30_billion_uses_three_of_them(tmp_path):
     described = describe(Model(source=str(tmp_path)))
     assert (described.parameters, described.active) == (30_532_122_624, 3_353_032_704)
     assert memory.adapter_parameters(described, 16, 48, ("router",)) == 48 * 128 * 2048
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_blocks_that_are_one_sublayer_take_together_what_blocks_of_two_take(lean):
+    """Six attentions and six MLPs, each in a block of its own, against six blocks of both."""
+    both, lone = shape(), shape(blocks=12, lone_mlps=6)
+    whole, each = (memory.block_bytes_per_token(one, RANK, 2, lean=lean) for one in (both, lone))
+    assert whole == 2 * each
+    assert memory.adapter_parameters(both, RANK, 6) == memory.adapter_parameters(lone, RANK, 12)
+    assert 6 * memory.matrix_parameters(both) == 12 * memory.matrix_parameters(lone)

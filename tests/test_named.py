@@ -36,6 +36,7 @@ DOC_CHOICE = {
 HUMAN = {"task_id": "H/0", "prompt": 'def f():\n    """One."""\n', "test": "def check(c): ...", "entry_point": "f"}
 MBPP = {"task_id": 11, "text": "Write f.", "code": "", "test_list": ["assert f()"], "test_setup_code": ""}
 SQUAD = {"title": "T", "context": "A fish.", "question": "Who?", "answers": {"text": ["fish"], "answer_start": [2]}}
+FOLLOW = {"prompt": "Say it.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
 GSM8K = {"question": "1 + 1?", "answer": "1 + 1 = <<1+1=2>>2\n#### 2"}
 # A row of each data set, as it is on the hub and in the package.
 ROWS = {
@@ -51,6 +52,8 @@ ROWS = {
     "codex_mbpp": {"doc": MBPP},
     "squad": {"doc": {"query": "Title: T\nAnswer:", "answers_text": ["fish"]}},
     "hails": {"question": "w", "choices": ["a", "b"], "answer": 1},
+    "ifeval": FOLLOW,
+    "google/IFEval": {**FOLLOW, "kwargs": [{"num_words": None, "relation": None}]},
 }
 PAIRS = [
     (name, number)
@@ -82,7 +85,7 @@ def test_every_source_of_every_named_task_makes_an_item(name, number, monkeypatc
 
 def test_both_sources_of_a_task_ask_the_same(monkeypatch):
     """Where they hold the same rows: a figure does not depend on where the data came from."""
-    for name in ("gsm8k", "humaneval", "humaneval_completion", "mbpp"):
+    for name in ("gsm8k", "humaneval", "humaneval_completion", "mbpp", "ifeval"):
         prompts = set()
         for number in (0, 1):
             monkeypatch.setattr(tasks, "first_had", lambda sources, folder, number=number: sources[number])

@@ -96,6 +96,10 @@ def sheet(between: str) -> bytes:
     return "".join(f"{text}{between}{end}\n" for end, text in [("id", "text"), *enumerate(TEXTS)]).encode()
 
 
+def packed(text: str) -> bytes:
+    return gzip.compress(text.encode(), mtime=0)
+
+
 def table(names: list[str]) -> bytes:
     out = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_arrays([pa.array(TEXTS)] * len(names), names=names), out)
@@ -110,8 +114,8 @@ def table(names: list[str]) -> bytes:
         ("semicolons.csv", sheet(";"), ""),
         ("tabs.csv", sheet("\t"), ""),
         ("lines.JSONL", LINES.encode(), ""),
-        ("two members.jsonl.gz", gzip.compress(LINES.encode()) + gzip.compress(LINES.encode()), ""),
-        ("cut.jsonl.gz", gzip.compress(LINES.encode())[:-20], "cannot be read: Compressed file ended"),
+        ("two members.jsonl.gz", packed(LINES) + packed(LINES), ""),
+        ("cut.jsonl.gz", packed(LINES)[:-20], "cannot be read: Compressed file ended"),
         ("twice.jsonl", b'{"text": "one", "text": "two"}\n', "twice.jsonl:1: not JSON (the key 'text' occurs twice"),
         ("digits.jsonl", b'{"text": "one", "x": ' + b"9" * 5000 + b"}\n", "digits.jsonl:1: not JSON (a number of more"),
         ("list.json", b'[{"text": "one", "x": ' + b"9" * 5000 + b"}]\n", "list.json:1: not JSON (a number of more"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import strangers
-from test_end_to_end import QUICKSTART
+from small_run import MASKED, QUICKSTART, SMALL, brief, finished
 from typer.testing import CliRunner
 
 from recover import cli
@@ -19,10 +19,7 @@ from recover.export.gguf.write import write_gguf
 from recover.models import source
 
 MODEL = "embedded:fable-2m"
-TINY = (
-    *("measure.limit=2", "measure.max_new_tokens=8", "measure.sampling=null", "probe.samples=1", "probe.steps=2"),
-    *("train.tokens=120", "train.epochs=1", "train.batch_size=2", "prune={kind: depth, blocks: [3, 11]}"),
-)
+TINY = (*SMALL, *MASKED)
 # Beside what a run writes, with names as near to ours as can be; a file of a folder that is published anew may move.
 STAY = (
     *("notes.md", ".notes.tmp", ".x.1.tmp", ".recipe.yaml.tmp.txt", "recipe.yaml.bak", "RUN.json.old", "env.json.tmp"),
@@ -41,12 +38,21 @@ def call(*arguments: str | Path):
     return CliRunner().invoke(cli.app, list(map(str, arguments)))
 
 
+def copied(folder: Path, to: Path) -> Path:
+    """A copy with the times of the files: a stage looks at size and time."""
+    shutil.copytree(folder, to, symlinks=True)
+    for path in to.rglob("*"):
+        stat = (folder / path.relative_to(to)).lstat()
+        if path.is_file():
+            artifacts.os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    return to
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, with a stranger's files in every folder of it and around it."""
     runs = tmp_path_factory.mktemp("one-owner")
-    done = call("run", QUICKSTART, "--runs", runs, *TINY)
-    assert done.exit_code == 0, done.output
+    copied(finished(tmp_path_factory, *MASKED), runs / "quickstart")
     strangers.fill(runs / "quickstart", (*STAY, *MAY_MOVE))
     strangers.fill(runs, (".quickstart.writing/a", ".quickstart.7.tmp", "quickstart.kept/a", ".out.json.tmp", "out.md"))
     (runs / "text.jsonl").write_text(json.dumps({"text": "Olga carries 81 roses."}) + "\n")
@@ -79,7 +85,7 @@ def commands(runs: Path) -> dict[str, list[str | Path]]:
         "compare": ["compare", run, "--html", out / "page.html"],
         "measure": ["measure", run / "deploy", "--tasks", "embedded:facts", "--limit", "1", "--out", out / "m.json"],
         "diagnose": [
-            *("diagnose", MODEL, run / "deploy", "--blocks", "0,1,2,4,5,6,7,8,9,10"),
+            *("diagnose", MODEL, run / "deploy"),
             *("--prompts", runs / "prompts.jsonl", "--steps", "2", "--out", out / "diagnosis"),
         ],
         "teacher": ["teacher", MODEL, runs / "text.jsonl", out / "t.jsonl", "--top", "4", "--length", "16"],
@@ -100,16 +106,13 @@ def test_every_command_is_walked() -> None:
 def test_a_command_leaves_every_file_of_others_in_a_run_of_ours(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    runs = Path(shutil.copytree(shared, tmp_path / "runs", symlinks=True))
-    for path in runs.rglob("*"):  # as they were: a stage looks at size and time
-        copied = shared / path.relative_to(runs)
-        if path.is_file():
-            artifacts.os.utime(path, ns=(copied.stat().st_atime_ns, copied.stat().st_mtime_ns))
+    runs = copied(shared, tmp_path / "runs")
     home = strangers.fill(tmp_path / "home")
     monkeypatch.chdir(home)
     before, at_home = theirs(runs), strangers.contents(home)
     assert len(before) >= len(STAY) + len(MAY_MOVE)
-    result = call(*commands(runs)[name])
+    with brief():
+        result = call(*commands(runs)[name])
     assert result.exit_code == 0, result.output
     assert theirs(runs) == before
     assert strangers.contents(home) == at_home

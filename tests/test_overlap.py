@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from report_run import build_run
+from small_run import QUICKSTART, SMALL
 from task_folder import CHOICE, GENERATE, make_task
-from test_end_to_end import QUICKSTART, SMALL
 
 from recover.base.artifacts import read_json
 from recover.config.recipe import load_recipe

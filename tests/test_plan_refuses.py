@@ -157,6 +157,7 @@ def test_another_vocabulary_than_that_of_the_weights_is_refused_before_they_are_
         plan(made, f"model.source={tmp_path / 'model'}")
 
 
+@pytest.mark.slow  # such a Python compiles all libraries anew; the next test holds the law
 def test_nothing_of_it_is_skipped_by_python_that_skips_asserts(made: Path) -> None:
     job = ["plan", str(made / "my.yaml"), "--runs", str(made / "runs"), "prune.calibration.length=65"]
     done = subprocess.run([sys.executable, "-O", "-m", "recover", *job], capture_output=True, text=True)

@@ -30,7 +30,7 @@ from transformers import Cache
 
 from recover.maths import divergence as spaces
 from recover.models.arch import final_norm_of
-from recover.probe.probe import probe
+from recover.probe.probe import _stretches, probe
 from recover.probe.records import Block, Divergence, Final, Identity, Step
 from recover.probe.trajectory import batches_of, end_tokens, greedy, positions
 from recover.probe.views import FINAL_NORM, RAW, Lens, Pair, View
@@ -90,10 +90,23 @@ def test_block_drift_is_that_of_hidden_states_of_two_separate_models(both):
             embedding = 1 - nn.functional.cosine_similarity(h_lens.double(), g_lens.double())
             assert record.embedding["p90"] == pytest.approx(spaces.quantiles(embedding)["p90"], rel=1e-4, abs=1e-9)
             assert record.kl["mean"] == pytest.approx(textbook_kl(z, y).mean().item(), rel=1e-4, abs=1e-9)
+            by_step = textbook_kl(z, y).view(len(states), STEPS).mean(0).tolist() if lens == FINAL_NORM else []
+            assert [(step, count) for step, _, count in record.by_step] == [
+                (n, len(states)) for n in range(len(by_step))
+            ]
+            assert [kl for _, kl, _ in record.by_step] == pytest.approx(by_step, rel=1e-4, abs=1e-9)
     last, final = blocks[5, FINAL_NORM], next(r for r in of(records, Final) if r.temperature == 1)
     for name in ("embedding", "logit", "probability", "kl"):
         assert getattr(last, name) == pytest.approx(final.metrics[name], rel=1e-5), name
     assert blocks[0, FINAL_NORM].kl["max"] == blocks[1, RAW].embedding["max"] == 0  # before the cut nothing differs
+
+
+def test_long_texts_are_told_apart_in_stretches():
+    kl_N, step_N = torch.arange(60, dtype=torch.float64), torch.arange(30).repeat(2)
+    found = _stretches(kl_N, step_N)
+    assert [first for first, *_ in found] == list(range(0, 30, 3)) and {count for *_, count in found} == {6}
+    assert found[1][1] == pytest.approx((3 + 4 + 5 + 33 + 34 + 35) / 6)
+    assert [first for first, *_ in _stretches(kl_N[:2], torch.tensor([0, 25]))] == [0, 24], "empty ones are left out"
 
 
 def test_free_running_drift_is_the_textbook_on_two_separate_models(both):

@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 import torch
 from probe_reference import STEPS, dropping, endless, prompts
-from tiny import FAMILIES, HYBRIDS
+from tiny import ATTENDS, FAMILIES, HYBRIDS, only
 from torch.utils._python_dispatch import TorchDispatchMode
 from twins import fill_adapters
 
@@ -55,7 +55,7 @@ def views(twin: Twin):
     return pair.dense, pair.pruned
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in HYBRIDS])
+@pytest.mark.parametrize("family", only((family for family in FAMILIES if family not in HYBRIDS), ATTENDS))
 def test_recorded_steps_write_the_texts_of_the_models_own_cache(family, monkeypatch):
     twin = dropping(endless(family))
     batch = batches_of(prompts(), views(twin)[0], size=5, steps=STEPS)[0]

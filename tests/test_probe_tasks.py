@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from probe_reference import CFG, differences, dropping, endless
+from small_run import QUICKSTART, TEXT
 from task_folder import CHOICE, make_task
 from twins import removed
 from words import word_tokenizer
@@ -26,7 +27,6 @@ from recover.probe.tasks import task_drift
 from recover.run import stages
 from recover.run.directory import RunDirectory
 
-QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 FABLE = recipe.Model(source="embedded:fable-2m")
 DROPPED = (5, 8)
 ITEMS = 3
@@ -53,7 +53,7 @@ def test_a_run_says_of_its_tasks_what_a_diagnosis_says_of_the_same_items(tmp_pat
     tasks = json.dumps(["embedded:stories", facts(tmp_path / "run"), documents(tmp_path / "run")])
     small = ["measure.limit=5", "measure.max_new_tokens=4", "measure.sampling=null", "probe.samples=1", "probe.steps=2"]
     prune = f"prune={{kind: depth, blocks: {list(DROPPED)}}}"
-    overrides = [*small, prune, f"measure.tasks={tasks}", f"probe.items={ITEMS}", "probe.batch_size=3"]
+    overrides = [*TEXT, *small, prune, f"measure.tasks={tasks}", f"probe.items={ITEMS}", "probe.batch_size=3"]
     directory = stages.run(load_recipe(QUICKSTART, overrides), tmp_path / "runs", until="before")
     found = read_json(directory.before / "probe.json")
     assert [(row["task"], row["items"]) for row in found["choices"]] == [("facts", ITEMS)]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_end_to_end import SMALL, run
+from small_run import MASKED, QUICKSTART, SMALL, brief, finished
 from typer.testing import CliRunner
 
 from recover import cli
@@ -17,13 +17,10 @@ from recover.base.errors import ArtifactError
 from recover.run import stages
 from recover.run.directory import RunDirectory
 
-QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
-ONE = ("prune={kind: magnitude, sparsity: 0.25}", "train.epochs=1", "probe.sublayers=false", "measure.limit=2")
-
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tmp_path_factory.mktemp("whole"), *ONE).root
+    return finished(tmp_path_factory, *MASKED)
 
 
 @pytest.fixture
@@ -48,7 +45,8 @@ def call(*arguments: str | Path):
 
 
 def again(root: Path):
-    return call("run", QUICKSTART, "--runs", root.parent, *SMALL, *ONE)
+    with brief():
+        return call("run", QUICKSTART, "--runs", root.parent, *SMALL, *MASKED)
 
 
 def test_an_untouched_copy_is_done(there: Path) -> None:

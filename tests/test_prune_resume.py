@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import TypeAdapter
+from small_run import QUICKSTART, SMALL
 from tiny import ids, tiny
 
 from recover.base import journal as journals
@@ -23,7 +24,6 @@ from recover.run.context import RunContext
 from recover.run.directory import RunDirectory
 from recover.run.stage_work import _pruned_from
 
-QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 CALIBRATION = {"data": "given", "samples": 4, "length": 24, "batch_size": 2}
 FROM = {"prune": {"sparsity": 0.5}, "calibration": "of one text"}
 
@@ -185,7 +185,7 @@ OVERRIDES = (f"prune={{kind: sparsegpt, pattern: '2:4', calibration: {TEXT}}}",)
 
 
 def stage(root: Path, *overrides: str) -> RunDirectory:
-    recipe = load_recipe(QUICKSTART, [*OVERRIDES, "measure.limit=1", "measure.max_new_tokens=2", *overrides])
+    recipe = load_recipe(QUICKSTART, [*SMALL, *OVERRIDES, "measure.limit=1", "measure.max_new_tokens=2", *overrides])
     return stages.run(recipe, root, until="prune")
 
 

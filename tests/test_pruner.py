@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal, get_args
 
 import pytest
 import torch
 from pydantic import Field
+from small_run import QUICKSTART, SMALL
 from tiny import ids, tiny
 
 from recover.base.artifacts import read_json
@@ -23,8 +23,6 @@ from recover.prune.registry import Cost, Pruner, pruner_of, register
 from recover.report import words
 from recover.report.collect import collect
 from recover.run import stages
-
-QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 
 
 class Columns(Pruning):
@@ -69,7 +67,7 @@ def columns(monkeypatch):
 
 
 def recipe(share: float):
-    return load_recipe(QUICKSTART, [f"prune={{kind: columns, share: {share}}}"])
+    return load_recipe(QUICKSTART, [*SMALL, f"prune={{kind: columns, share: {share}}}"])
 
 
 def test_a_toy_is_planned_pruned_and_reported(columns, tmp_path, capsys):

@@ -479,7 +479,10 @@ def test_drift_reads_what_the_probe_writes() -> None:
     found = drift.read(summary(records))
     assert set(found["final"]) == set(names)
     assert found["blocks"] == [
-        {"block": 2, "closed": True, **dict.fromkeys(("embedding", "logit", "probability", "kl"), spread)}
+        {
+            **{"block": 2, "closed": True, "by_step": []},
+            **dict.fromkeys(("embedding", "logit", "probability", "kl"), spread),
+        }
     ]
     assert found["steps"][0]["teacher_forced"]["kl_predicted"] == spread
     assert found["steps"][0]["free_running"] == {"kl": spread, "both": own, "diverged": 0.25}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import json
+import re
 from pathlib import Path
 
 import pytest
 from chromium import CHROMIUM, Browser
 from report_page import Page
-from report_run import build_run
+from report_run import BLOCKS, STEPS, build_run
 from typer.testing import CliRunner
 
 from recover.base.artifacts import read_json, read_jsonl, write_json, write_jsonl
@@ -19,6 +21,7 @@ from recover.maths.score import mcnemar
 from recover.report.collect import collect
 from recover.report.compare import as_csv, as_latex, compare, paper_table, render_compare
 from recover.report.exhibits import key_findings
+from recover.report.figures import drift
 from recover.report.items import MOST
 from recover.report.render import render
 
@@ -209,3 +212,21 @@ def test_the_command_writes_both_tables(run: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["report", str(run), "--csv", str(paths[0]), "--latex", str(paths[1])])
     assert done.exit_code == 0, done.output
     assert paths[0].read_text().startswith("run,model,parameters,tokens,") and r"\toprule" in paths[1].read_text()
+
+
+def test_the_map_of_blocks_and_steps_has_a_cell_for_each(tmp_path: Path) -> None:
+    root = build_run(tmp_path)
+    data = collect(root)
+    figure = drift.block_steps(data)
+    assert figure is not None
+    picture = figure.wide
+    cells = BLOCKS * len(range(0, STEPS, 4))
+    assert picture.count("<rect") == 2 * cells == len(figure.rows)
+    assert picture.count("fill-pruned shade-") == cells and "recovered, block 15, from step 44: KL" in picture
+    shades = {int(found) for found in re.findall(r"fill-pruned shade-(\d)", picture)}
+    assert shades <= set(range(6)) and len(shades) > 2
+    for path in (root / "before" / "probe.json", root / "after" / "probe.json"):
+        summary = json.loads(path.read_text())
+        summary["blocks"] = [{k: v for k, v in block.items() if k != "by_step"} for block in summary["blocks"]]
+        path.write_text(json.dumps(summary))
+    assert drift.block_steps(collect(root)) is None, "a run of before the map has none"

@@ -1,11 +1,11 @@
 """A recovery that makes something worse says so at once and in the report, with intervals; noise is not spoken of."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from report_run import build_run
+from small_run import QUICKSTART, TEXT
 
 from recover.base.artifacts import read_jsonl
 from recover.config.recipe import load_recipe
@@ -14,8 +14,6 @@ from recover.report.collect import collect
 from recover.report.render import render
 from recover.report.training import advice, setback_sentence, setbacks
 from recover.run import stages
-
-QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 
 
 def rights(right, items):
@@ -173,6 +171,7 @@ def test_a_report_of_nothing_worse_says_nothing(tmp_path):
 def test_a_recovery_at_a_rate_far_too_high_is_told_when_its_epoch_ends(tmp_path, capsys):
     settings = ["measure.limit=24", "measure.max_new_tokens=8", "measure.sampling=null", "probe.samples=8"]
     settings += ["probe.steps=8", "probe.items=0", "probe.sublayers=false", "train.tokens=400", "train.epochs=1"]
+    settings += TEXT
     settings += ["train.lr=0.3", "prune={kind: depth, blocks: [3, 11]}"]
     directory = stages.run(load_recipe(QUICKSTART, settings), tmp_path, until="train")
     (line,) = read_jsonl(directory.epochs)

@@ -56,7 +56,9 @@ def trained(twin: Twin) -> Twin:
 
 
 def gone(model):
-    """Another attention than the last where that stays."""
+    """Another attention than the last where that stays; whole blocks where each is one sublayer."""
+    if arch_of(model).lone:
+        return (2, 3, 4)
     if not arch_of(model).last_stays:
         return GONE
     return (*(site for site in GONE if site != Site(5, "attention")), Site(4, "attention"))
@@ -102,6 +104,8 @@ def test_repacked_and_merged_reloads_as_the_pruned_view(family, tmp_path):
     packed = (Packed(0, 0), Packed(1, 2), Packed(4, 5))
     if twin.plan.parallel:  # halves of two blocks would read one input: each stays where it is
         packed = (Packed(0, 0), Packed(1, None), Packed(None, 2), Packed(4, None), Packed(None, 5))
+    if twin.arch.lone:
+        packed = (Packed(0, 0), Packed(1, 1), Packed(5, 5))
     if twin.arch.last_stays:
         packed = (Packed(0, 0), Packed(1, None), Packed(None, 2), Packed(5, 5))
     assert twin.plan.packed == packed and len(blocks_of(stock)) == len(packed)

@@ -36,8 +36,9 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_pos
 LINEAR = {"rope_type": "linear", "rope_theta": 7e4, "factor": 4.0}
 PER_TYPE = {FULL: {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}, SLIDING: {"rope_theta": 3e4}}
 # Gemma 4 came with version 5: its two kinds of rotary positions have no older spelling, and an export says so.
+# Nemotron-H has no positions.
 ROPES = [
-    *((family, {}) for family in FAMILIES if family != "gemma4_text"),
+    *((family, {}) for family in FAMILIES if family not in ("gemma4_text", "nemotron_h")),
     ("llama", {"rope_parameters": LLAMA3}),
     ("mistral", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0}}),
     ("qwen2", {"rope_parameters": YARN}),

@@ -9,7 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from recover.config import recipe
 from recover.models import attention, kv_cache
-from recover.models.arch import arch_of, blocks_of
+from recover.models.arch import attending
 from recover.models.attention import NAME, attend, attending_by_step, configs_of
 from recover.models.plan import Plan
 from recover.models.twin import Twin
@@ -89,11 +89,10 @@ def test_every_block_attends_by_it_and_gives_the_same_logits(monkeypatch, family
         with attending_by_step(configs_of(model)):
             found = decoded()
     torch.testing.assert_close(found, expected)
-    attending = [block for block in blocks_of(model) if arch_of(model).attention in block._modules]
-    blocks = len(attending) if configs_of(model) else 0  # some are eager, or let it not be replaced
+    blocks = len(attending(model)) if configs_of(model) else 0  # some are eager, or let it not be replaced
     assert steps == [11] * blocks + [1] * blocks
     eager = {"gemma2", "granite_swa", "gpt_oss", "stablelm", "stablelm_parallel"}
-    assert blocks or family in eager | {"qwen3_5_text", "qwen3_next", "falcon_h1"}
+    assert blocks or family in eager | {"qwen3_5_text", "qwen3_next", "falcon_h1", "nemotron_h"}
 
 
 def test_outside_and_after_an_error_models_attend_as_before():

@@ -59,7 +59,7 @@ RETRIEVAL = {"kind": "retrieval"}
         ([{}], {**GENERATE, "stop": ["a", ""]}, "task.yaml: stop.1: found .*: it should have at least 1 character"),
         ([{}], {**CODE, "program": "{text}", "stop": ["a" * 300]}, "300 characters together, expected at most 256"),
         ([{}], {**GENERATE, "sampling": {}}, "samples is missing: set it, as samples: 8"),
-        ([{}], {"kind": "sing"}, "task.yaml: kind: found 'sing', expected one of generate, choice, code, retrieval"),
+        ([{}], {"kind": "sing"}, "task.yaml: kind: found 'sing', expected one of generate, choice, code, instructions"),
         ([{}], {**GENERATE, "answer": "(("}, "task.yaml: answer: not a regular expression"),
         ([{}], {**GENERATE, "data": "gone.jsonl"}, "gone.jsonl: no such file"),
     ],

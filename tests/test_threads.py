@@ -75,36 +75,36 @@ def test_the_fastest_number_is_taken_where_it_is_clearly_faster() -> None:
 
 
 CHOSEN = """
-import sys, torch
+import json, os, sys, torch
 from recover.base import process
-torch.set_num_threads(4)
 rates = {1: 10.0, 2: 4.0, 4: 1.0}
-timed = []
-process.rates_of = lambda numbers, width, inner: timed.append((numbers, width, inner)) or rates
-process.choose_threads(64, 128, *[int(each) for each in sys.argv[1:]])
-print(torch.get_num_threads(), timed)
+for before, given in json.loads(sys.argv[1]):
+    os.environ.update(given)
+    torch.set_num_threads(4)
+    timed = []
+    process.rates_of = lambda numbers, width, inner: timed.append((numbers, width, inner)) or rates
+    process.choose_threads(64, 128, *before)
+    print(torch.get_num_threads(), timed)
+    for name in given:
+        del os.environ[name]
 """
 
 
-@pytest.mark.parametrize(
-    ("before", "given", "number"),
-    [
-        ((), {}, "1 [([1, 2, 4], 64, 128)]"),
-        (("2",), {}, "2 []"),  # as the run was begun
-        (("9",), {}, "4 []"),
-        ((), {"OMP_NUM_THREADS": "4"}, "4 []"),
-        (("1",), {"OMP_NUM_THREADS": "4"}, "4 []"),
-        ((), {"MKL_NUM_THREADS": "4"}, "4 []"),
-        ((), {"WORLD_SIZE": "2"}, "4 []"),
-    ],
-)
-def test_the_user_the_run_and_the_launcher_decide_before_a_timing(before, given: dict[str, str], number: str) -> None:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "MKL_"))}
-    job = [sys.executable, "-c", CHOSEN, *before]
-    done = subprocess.run(job, env={**kept, **given}, capture_output=True, text=True, check=True)
-    *said, last = done.stdout.splitlines()
+def test_the_user_the_run_and_the_launcher_decide_before_a_timing() -> None:
     shown = "1 of 4 threads of torch (speed by threads, 1: 100%, 2: 40%, 4: 10%; OMP_NUM_THREADS sets it)"
-    assert last == number and " ".join(said) == (shown if "[(" in number else "")
+    cases: list[tuple[list[int], dict[str, str], str]] = [
+        ([], {}, f"{shown} 1 [([1, 2, 4], 64, 128)]"),
+        ([2], {}, "2 []"),  # as the run was begun
+        ([9], {}, "4 []"),
+        ([], {"OMP_NUM_THREADS": "4"}, "4 []"),
+        ([1], {"OMP_NUM_THREADS": "4"}, "4 []"),
+        ([], {"MKL_NUM_THREADS": "4"}, "4 []"),
+        ([], {"WORLD_SIZE": "2"}, "4 []"),
+    ]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "MKL_"))}
+    job = [sys.executable, "-c", CHOSEN, json.dumps([case[:2] for case in cases])]
+    done = subprocess.run(job, env=kept, capture_output=True, text=True, check=True)
+    assert " ".join(done.stdout.split()) == " ".join(case[2] for case in cases)
 
 
 def test_a_timing_takes_a_second_and_times_every_number() -> None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 from accelerate import tracking as accelerates
-from test_end_to_end import QUICKSTART, run
+from small_run import QUICKSTART, run
 
 from recover.base.artifacts import read_json, read_jsonl
 from recover.base.errors import RecipeError

@@ -107,33 +107,31 @@ def test_deepspeed_is_asked_for_by_name_where_it_is_missing(monkeypatch):
         dist.start()
 
 
-def completed(line: str, word: int) -> list[str]:
-    """What a shell is offered for this word of the line."""
-    done = subprocess.run(
-        [sys.executable, "-c", "from recover.cli import main; main()"],
-        env={**os.environ, "_RECOVER_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(word)},
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
-    return done.stdout.split()
+COMPLETE = """
+import contextlib, io, json, os, sys
+from recover.cli import main
+for line, word in json.loads(sys.argv[1]):
+    os.environ.update(_RECOVER_COMPLETE="complete_bash", COMP_WORDS=line, COMP_CWORD=str(word))
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        main()
+    print(json.dumps(said.getvalue().split()))
+"""
+OFFERED = [
+    ("recover qui", 1, ["quickstart"]),
+    ("recover ", 1, [*COMMANDS]),
+    ("recover run my.yaml train.lora.ra", 3, ["train.lora.rank="]),
+    ("recover run my.yaml train.data.0.sh", 3, ["train.data.0.share="]),
+    ("recover run --fr", 2, ["--from", "--fresh"]),
+    ("recover measure model --suite ch", 4, ["choice"]),
+    ("recover measure model --tasks gsm8k_", 4, ["gsm8k_5shot"]),
+]
 
 
-@pytest.mark.parametrize(
-    ("line", "word", "offered"),
-    [
-        ("recover qui", 1, ["quickstart"]),
-        ("recover ", 1, [*COMMANDS]),
-        ("recover run my.yaml train.lora.ra", 3, ["train.lora.rank="]),
-        ("recover run my.yaml train.data.0.sh", 3, ["train.data.0.share="]),
-        ("recover run --fr", 2, ["--from", "--fresh"]),
-        ("recover measure model --suite ch", 4, ["choice"]),
-        ("recover measure model --tasks gsm8k_", 4, ["gsm8k_5shot"]),
-    ],
-)
-def test_a_shell_is_offered_what_may_follow(line, word, offered):
-    assert sorted(completed(line, word)) == sorted(offered)
+def test_a_shell_is_offered_what_may_follow():
+    asked = json.dumps([row[:2] for row in OFFERED])
+    done = run(sys.executable, "-c", COMPLETE, asked, cwd=ROOT)
+    assert [sorted(json.loads(line)) for line in done.stdout.splitlines()] == [sorted(row[2]) for row in OFFERED]
 
 
 def test_completion_can_be_installed():

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from narrow import batches, cfg, logits, prune, silenced
+from narrow import NARROWED, batches, case, cfg, logits, prune, silenced, widths
 from tiny import tiny
 
 from recover.base.errors import PruneError, RecipeError
@@ -178,6 +178,22 @@ def test_the_plan_stage_knows_the_size_before_a_weight_is_loaded(fields, descrip
     assert figures["memory_bytes_per_process"] - without == 4 * (own - 6 * 88 * 64 * 3)
     assert not any("masked" in line for line in warnings(found, description))
     assert any("of the blocks' weights go" in line for line in warnings(small_recipe(mlp=0.9), description))
+
+
+@pytest.mark.parametrize("family", NARROWED)
+def test_the_plan_stage_knows_what_goes_of_every_family(family, tmp_path):
+    dense, pruned = case(family)
+    dense.save_pretrained(tmp_path)
+    found, described = small_recipe(**widths(family)), describe(recipe.Model(source=str(tmp_path)))
+    refuse(found, described)
+    left = estimate(found, described, rate=1e9)["parameters_pruned"]
+    biases = {name: each for name, each in dense.named_parameters() if name.endswith("bias")}
+    cut = sum(
+        biases[name].numel() - torch.Size(shape).numel()
+        for name, shape in pruned.plan.weights.items()
+        if name in biases
+    )
+    assert left == pruned.plan.parameters_pruned + cut
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -170,6 +171,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_multipliers": [0.9, 1.1],
         },
     ),
+    "nemotron_h": (
+        "nemotron_h",
+        {
+            "head_dim": 16,
+            "layers_block_type": [LINEAR, LINEAR, FULL, LINEAR, "mlp", FULL],
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 16,
+            "n_groups": 2,
+            "chunk_size": 8,
+            "expand": 2,
+        },
+    ),
     "gemma4_text": ("gemma4_text", {**GEMMA4, "num_kv_shared_layers": 0}),
     "gemma4_unified_text": ("gemma4_unified_text", {**GEMMA4, "num_kv_shared_layers": 0}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}),
@@ -209,6 +223,7 @@ HYBRIDS = {
     "qwen3_next",
     "granitemoehybrid",
     "falcon_h1",
+    "nemotron_h",
 }  # blocks that keep a state: texts are written by transformers' own `generate`
 
 # Whose MLPs are mixtures of experts, in some blocks at least.
@@ -228,8 +243,32 @@ LIKE_OTHERS = {
         "arcee",
     ),
     *("mixtral", "olmoe", "qwen3_moe_step", "glm4_moe"),
-    *("gemma4_unified_text", "gemma", "starcoder2", "stablelm", "cohere2", "gpt_neox_sequential", "granite"),
+    *(
+        "mistral",
+        "olmo3",
+        "gemma4_unified_text",
+        "gemma",
+        "starcoder2",
+        "stablelm",
+        "cohere2",
+        "gpt_neox_sequential",
+        "granite",
+    ),
 }
+
+
+# One of each kind of attention and of state: windows, sinks, scales, parallel blocks, latent keys, mixers.
+ATTENDS = {
+    *("llama", "mistral_sliding", "gemma3_text", "granite_swa", "cohere", "gpt_neox", "gemma4_text"),
+    *("lfm2", "qwen3_5_text", "falcon_h1", "gpt_oss", "deepseek_v3"),
+}
+
+
+def only(families: Iterable[str], chosen: set[str]) -> list[Any]:
+    """The families as parameters, those that are not chosen among the slow tests."""
+    import pytest  # this file is read without it too
+
+    return [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in families]
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:

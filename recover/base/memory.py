@@ -63,6 +63,13 @@ class Shape:
     mlp_matrices: int = field(default=3, kw_only=True)  # gate, up and down; without a gate 2
     attending: int | None = field(default=None, kw_only=True)  # blocks with keys and values, where not all have them
     mixture: Mixture | None = field(default=None, kw_only=True)
+    lone_mlps: int | None = field(default=None, kw_only=True)  # where a block is one sublayer: those that are an MLP
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """Of all blocks, those with attention (or a mixer), and those with an MLP."""
+        mlps = None if self.lone_mlps is None else self.lone_mlps / self.blocks
+        return (1.0, 1.0) if mlps is None else (1 - mlps, mlps)
 
     @property
     def active(self) -> int:
@@ -75,7 +82,7 @@ class Shape:
     @property
     def mlp_active(self) -> float:
         """Of an MLP's parameters those that a token goes through; the mean over blocks where they differ."""
-        plain, one = self.mlp_matrices * self.width * self.intermediate, self.mixture
+        plain, one = self.shares[1] * self.mlp_matrices * self.width * self.intermediate, self.mixture
         return plain if one is None else one.mean(one.used * one.expert + one.always, plain, self.blocks)
 
 
@@ -149,22 +156,29 @@ def rows_for(chunk: int, width: int, processors: int) -> int:
 def adapter_parameters(shape: Shape, rank: int, blocks: int, parts: Collection[str] = ("linears",)) -> int:
     """Of LoRA on all linears of so many blocks: rank x (in + out) of each; beside a mixture, on attention's alone.
 
-    `parts`, as `lora.parts`: of a mixture also (or only) every expert's two matrices, and routers as they are.
+    `parts`, as `lora.parts`: of a mixture also (or only) every expert's two matrices, routers as they are, and the
+    three of shared experts and plain MLPs.
     """
     query, kv = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
     attention = 2 * (shape.width + query) + 2 * (shape.width + kv)
-    one = shape.mixture
+    one, (attending, mlps) = shape.mixture, shape.shares
     if one is None:
-        return blocks * rank * (attention + shape.mlp_matrices * (shape.width + shape.intermediate))
+        mlp = shape.mlp_matrices * (shape.width + shape.intermediate)
+        return round(blocks * rank * (attending * attention + mlps * mlp))
     expert = 2 * shape.width + 3 * one.intermediate  # gate and up in one matrix, and down
     mixed = (rank * expert if "experts" in parts else 0) + (one.row if "router" in parts else 0)
     attended = blocks * rank * attention if "linears" in parts else 0
-    return attended + round(one.mean(one.experts * mixed, 0, shape.blocks) * blocks)
+    beside = [3 * rank * (shape.width + neurons) * ("shared" in parts) for neurons in (one.shared, shape.intermediate)]
+    if not one.shared:
+        beside[0] = 0
+    return attended + round(one.mean(one.experts * mixed + beside[0], beside[1], shape.blocks) * blocks)
 
 
 def matrix_parameters(shape: Shape) -> int:
-    """Of a block's linears."""
+    """Of a block's linears; the mean where a block is one sublayer."""
     query, kv = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+    if shape.lone_mlps is not None:
+        return round(shape.shares[0] * shape.width * (2 * query + 2 * kv) + shape.mlp_active)
     one, plain = shape.mixture, shape.mlp_matrices * shape.width * shape.intermediate
     mlp = plain if one is None else one.mean(one.experts * one.expert + one.always, plain, shape.blocks)
     return shape.width * (2 * query + 2 * kv) + round(mlp)
@@ -176,15 +190,19 @@ def block_bytes_per_token(shape: Shape, rank: int, element: int, *, lean: bool =
     D width, Q and K the widths of all query and KV heads, F intermediate, R rank, A heads, E bytes of a number. Both
     norms' inputs and outputs, which the adapters behind them share, 4 D E; q, k, v and the attention's output 2 Q E +
     2 K E; gate and up 2 F E; adapters 7 R E; softmax sums 4 A. If not lean, norms keep fp32 inputs and one number a
-    row, and the MLP its activation and product, 2 F E more. Of a mixture see `_mixture_bytes_per_token`.
+    row, and the MLP its activation and product, 2 F E more. The mean where a block is one sublayer. Of a mixture see
+    `_mixture_bytes_per_token`.
     """
     query, kv = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
     if shape.mixture:
         return _mixture_bytes_per_token(shape, shape.mixture, rank, element, lean=lean)
-    kept = element * (4 * shape.width + 2 * query + 2 * kv + 2 * shape.intermediate + 7 * rank) + 4 * shape.heads
-    if lean:
-        return kept
-    return kept + 2 * (4 - element) * shape.width + 8 + 2 * element * shape.intermediate
+    attending, mlps = shape.shares  # each has a norm of the two
+    kept = element * (2 * shape.width + 2 * query + 2 * kv + 4 * rank) + 4 * shape.heads
+    mlp = element * (2 * shape.width + 2 * shape.intermediate + 3 * rank)
+    if not lean:
+        kept += (4 - element) * shape.width + 4
+        mlp += (4 - element) * shape.width + 4 + 2 * element * shape.intermediate
+    return round(attending * kept + mlps * mlp)
 
 
 def _mixture_bytes_per_token(shape: Shape, one: Mixture, rank: int, element: int, *, lean: bool) -> int:

@@ -153,7 +153,8 @@ GgufDtype = Annotated[
     str | None,
     typer.Option(
         "--dtype",
-        help="float32, float16, bfloat16, or quantized: q8_0, q5_1, q5_0, q4_1, q4_0; else that of the checkpoint.",
+        help="float32, float16, bfloat16, or quantized: q8_0, q5_1, q5_0, q4_1, q4_0; by llama.cpp's own code (extra "
+        "'gguf') q6_k, q5_k_m, q4_k_m; else that of the checkpoint.",
         show_default=False,
     ),
 ]

@@ -18,7 +18,7 @@ import typer
 from pydantic import ValidationError
 
 from recover.base import console, dist, hub, process, provenance
-from recover.base.artifacts import JsonObject, write_json
+from recover.base.artifacts import JsonObject, read_json, write_json
 from recover.base.console import quiet_libraries
 from recover.base.errors import ArtifactError, RecipeError
 from recover.base.products import refuse_input
@@ -36,7 +36,7 @@ from recover.run import input_digests as inputs
 from recover.run.context import RunContext
 from recover.run.directory import RunDirectory
 from recover.run.input_digests import digests
-from recover.run.stages import fingerprint, pin
+from recover.run.stages import asked, fingerprint, pin
 
 EXAMPLES = (
     "recover measure embedded:fable-2m --tasks embedded:stories embedded:facts --limit 50",
@@ -151,22 +151,18 @@ def measure(
 ) -> None:
     """Measure any checkpoint: what it writes, chooses, retrieves, expects; the same items and prompts for each.
 
-    Of a run directory: tasks that its recipe does not have, on its dense, pruned and recovered model, without training.
+    Of a run directory: tasks that its recipe does not have, on each of its models, without training.
     """
-    names = [*(named.suite(suite) if suite else ()), *(tasks or ()), *(others or ())]
-    theirs = tuple(name.strip() for name in lm_eval.split(",") if name.strip())
-    if others and not tasks:
-        raise RecipeError(f"{others[0]}: found after the model; tasks are named after --tasks")
-    if not names and not theirs:
-        raise RecipeError(
-            "nothing to measure: give --tasks gsm8k task.yaml ..., --suite standard, or --lm-eval arc_easy,gsm8k"
-        )
-    given = {"limit": limit, "batch_size": batch_size, "max_new_tokens": max_new_tokens, "samples": samples}
-    fields = {name: value for name, value in given.items() if value is not None}
-    allowed = "unconfined" if allow_code_execution_unconfined else allow_code_execution
-    fields |= {"allow_code_execution": allowed} if allowed else {}
-    about = {"dtype": dtype, "tokenizer": tokenizer, "revision": revision, "attention": attention}
-    about = {name: value for name, value in about.items() if value is not None}
+    names, theirs = _named(suite, tasks, others, lm_eval)
+    allowed = "unconfined" if allow_code_execution_unconfined else allow_code_execution or None
+    fields = _given(
+        limit=limit,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        samples=samples,
+        allow_code_execution=allowed,
+    )
+    about = _given(dtype=dtype, tokenizer=tokenizer, revision=revision, attention=attention)
     if out is not None:
         refuse_input(out, (model, *names, *inputs.files_of([str(Path(name).absolute()) for name in names])))
     # The launcher's processes share the items; without one this does nothing.
@@ -181,6 +177,24 @@ def measure(
     if out is not None:
         write(record, out)
     dist.stop()
+
+
+def _named(suite: str | None, tasks: More, others: More, lm_eval: str) -> tuple[list[str], tuple[str, ...]]:
+    """Names of our tasks and of the harness's. RecipeError where there is none, or one in a wrong place."""
+    names = [*(named.suite(suite) if suite else ()), *(tasks or ()), *(others or ())]
+    theirs = tuple(name.strip() for name in lm_eval.split(",") if name.strip())
+    if others and not tasks:
+        raise RecipeError(f"{others[0]}: found after the model; tasks are named after --tasks")
+    if not names and not theirs:
+        raise RecipeError(
+            "nothing to measure: give --tasks gsm8k task.yaml ..., --suite standard, or --lm-eval arc_easy,gsm8k"
+        )
+    return names, theirs
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def checked(kind: type[Checked], named: Callable[[str], str] = str, **fields: Any) -> Checked:
@@ -338,12 +352,14 @@ class LaterTask(TypedDict):
 
 
 NEEDED = {"dense": None, "pruned": "prune", "recovered": "train"}  # model -> the stage that made it
+SERVED = "deploy"  # the stage whose files are the deployed model and the alternative
 
 
 def measure_more(directory: RunDirectory, names: list[str], fields: JsonObject) -> dict[str, LaterRecord]:
-    """Measure the dense, pruned and recovered model of a run on these tasks, as its recipe has it, and report anew.
+    """Measure every model that a run has on these tasks, as its recipe has it, and report anew.
 
-    A model whose stage is not done is left out. `fields`: of `measure`, in place of the recipe's. Model -> record.
+    Dense, pruned and recovered, and the quantized files of stage deploy; a model whose stage is not done is left out.
+    `fields`: of `measure`, in place of the recipe's. Model -> record.
 
     Raises:
         RecipeError: a task cannot be used, or has the name of one of the recipe's. ArtifactError: what the run has was
@@ -376,15 +392,23 @@ def _there(recipe: Recipe, directory: RunDirectory) -> list[str]:
     found = []
     for model, stage in NEEDED.items():
         if stage is not None and directory.done(stage) is None:
-            break
-        reason = None if stage is None else directory.stale_reason(stage, fingerprint(stage, recipe, directory))
-        if reason is not None:
-            raise ArtifactError(
-                f"{directory.root}: stage {stage} is not of what it would be made from now ({reason}): bring the run "
-                "up to date first (recover run RECIPE)"
-            )
+            return found
+        if stage is not None:
+            _check_current(stage, recipe, directory)
         found.append(model)
+    if SERVED in asked(recipe) and directory.done(SERVED) is not None:
+        _check_current(SERVED, recipe, directory)
+        found += read_json(directory.gguf / "files.json")
     return found
+
+
+def _check_current(stage: str, recipe: Recipe, directory: RunDirectory) -> None:
+    reason = directory.stale_reason(stage, fingerprint(stage, recipe, directory))
+    if reason is not None:
+        raise ArtifactError(
+            f"{directory.root}: stage {stage} is not of what it would be made from now ({reason}): bring the run "
+            "up to date first (recover run RECIPE)"
+        )
 
 
 def _check_names(tasks: list[tasks_of.Task], own: Recipe) -> None:
@@ -402,15 +426,22 @@ def _measured(context: RunContext, models: list[str]) -> dict[str, LaterRecord]:
     found: dict[str, LaterRecord] = {}
     reference = None
     views = {"dense": context.dense, "pruned": context.pruned, "recovered": context.recovered}
-    cfg = context.recipe.measure
+    cfg, seed = context.recipe.measure, context.recipe.seed
+    files = {} if set(models) <= {*views} else read_json(context.directory.gguf / "files.json")
     for model in models:
         console.heading(model)
-        twin = views[model]()
-        with nullcontext() if model == "dense" else twin.folded():
-            record, texts = tasks_of.measure(
-                twin.model, context.tokenizer, context.tasks, cfg, reference=reference, seed=context.recipe.seed
-            )
-        reference = reference or texts
+        if model in files:
+            loaded, tokenizer = context.served(files[model])
+            record, _ = tasks_of.measure(loaded, tokenizer, context.tasks, cfg, reference=reference, seed=seed)
+            del loaded
+        else:
+            twin = views[model]()
+            with nullcontext() if model == "dense" else twin.folded():
+                record, texts = tasks_of.measure(
+                    twin.model, context.tokenizer, context.tasks, cfg, reference=reference, seed=seed
+                )
+            reference = reference or texts
+            del twin
         settings = {**cfg.model_dump(mode="json"), "dtype": context.recipe.model.dtype}
         found[model] = {**record, "settings": settings}
     return found
@@ -419,7 +450,7 @@ def _measured(context: RunContext, models: list[str]) -> dict[str, LaterRecord]:
 def _write(found: dict[str, LaterRecord], context: RunContext) -> None:
     """A file for each task, whatever else was measured with it."""
     directory = context.directory
-    stages = {stage: directory.finished(stage) for stage in NEEDED.values() if stage}
+    stages = {stage: directory.finished(stage) for stage in (*NEEDED.values(), SERVED) if stage}
     for task, source in zip(context.tasks, context.recipe.measure.tasks, strict=True):
         records = {model: record["tasks"][task.name] for model, record in found.items()}
         record: LaterTask = {

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Quantized = Literal["q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]  # matrices of a GGUF file
+# Matrices of a GGUF file; those with a k by llama.cpp's own code.
+Quantized = Literal["q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0"]
 
 
 class Config(BaseModel):

@@ -188,17 +188,34 @@ class Export(Config):
         return text
 
 
+# Forms that other tools write, and which one.
+NO_GGUF = {"fp8": "llm-compressor", "awq": "llm-compressor", "gptq": "llm-compressor", "nf4": "bitsandbytes"}
+
+
 class Deploy(Config):
     """An optional last stage: the export as one quantized GGUF file, measured on the same tasks.
 
     It is measured from the weights of the file, dequantized, by recover itself.
     """
 
-    quantize: Quantized | None = Field(default=None, description="type of the file's matrices; null: no such stage")
+    quantize: Quantized | None = Field(
+        default=None,
+        description="type of the file's matrices; null: no such stage. Those with a k need the extra `gguf`",
+    )
     beside: Literal["dense"] | None = Field(
         default=None,
         description="measured beside it: the dense model, quantized to the type whose file is nearest in bytes",
     )
+
+    @field_validator("quantize", mode="before")
+    @classmethod
+    def _in_a_gguf_file(cls, value: Any) -> Any:
+        if isinstance(value, str) and value in NO_GGUF:
+            raise ValueError(
+                f"{value} is no type of a GGUF file, which is what this stage writes: leave it out, quantize the "
+                f"export with {NO_GGUF[value]}, and measure that folder: recover measure FOLDER --tasks ..."
+            )
+        return value
 
     @model_validator(mode="after")
     def _beside_something(self) -> Deploy:

@@ -194,6 +194,27 @@ class CodeFile(WritingFile):
         return self
 
 
+class InstructionsFile(WritingFile):
+    """The model writes a text that follows instructions of IFEval's 25 types, which a program checks.
+
+    Right: a text that follows all of its item's, as it stands (strict).
+    """
+
+    kind: Literal["instructions"]
+    instructions: str = Field(
+        "instruction_id_list", description="column: types, as length_constraints:number_words, a list"
+    )
+    details: str = Field(
+        "kwargs", description="column: a mapping for each type, as {relation: at least, num_words: 300}"
+    )
+
+    @model_validator(mode="after")
+    def _examples_are_complete(self) -> InstructionsFile:
+        if self.fewshot is not None and self.fewshot.completion is None:
+            raise ValueError("fewshot.completion is missing: an instructions task has no right answer to show")
+        return self
+
+
 class RetrievalFile(TaskFile):
     """Mean-pooled hidden states rank documents by cosine; a relevant one should come first."""
 
@@ -308,6 +329,22 @@ LOOPS = Figure(
 ENDED = Figure(
     "ended", "answers that end", "percent", "higher", meaning="texts that the model ended itself, within the limit"
 )
+EXACT_TEXT = Figure(
+    "exact_text",
+    "texts equal to dense",
+    "percent",
+    "higher",
+    against_dense=True,
+    meaning="greedy texts that are the dense model's from first to last token",
+)
+AGREEMENT = Figure(
+    "agreement",
+    "tokens equal to dense",
+    "percent",
+    "higher",
+    against_dense=True,
+    meaning="places of a text that hold the token that dense wrote there",
+)
 LENGTH = Figure("length", "length, tokens", "number", "same", meaning="mean length of a text")
 TRUNCATED = Figure(
     "truncated", "cut at the limit, texts", "count", "lower", meaning="texts that ran into the limit of new tokens"
@@ -338,22 +375,8 @@ register(
                 "higher",
                 meaning="the same of texts drawn at random instead of greedily",
             ),
-            Figure(
-                "exact_text",
-                "texts equal to dense",
-                "percent",
-                "higher",
-                against_dense=True,
-                meaning="greedy texts that are the dense model's from first to last token",
-            ),
-            Figure(
-                "agreement",
-                "tokens equal to dense",
-                "percent",
-                "higher",
-                against_dense=True,
-                meaning="places of a text that hold the token that dense wrote there",
-            ),
+            EXACT_TEXT,
+            AGREEMENT,
             ENDED,
             LOOPS,
             Figure(
@@ -438,6 +461,52 @@ register(
         ),
         use="generation",
         runs_code=True,
+    )
+)
+register(
+    TaskKind(
+        "instructions",
+        InstructionsFile,
+        "recover.measure.kinds.instructions",
+        "instructions followed",
+        (
+            Figure(
+                "prompt_strict",
+                "prompts followed in all",
+                "percent",
+                "higher",
+                main=True,
+                meaning="greedy texts that follow every instruction of their prompt",
+            ),
+            Figure(
+                "prompt_loose",
+                "the same, loosely",
+                "percent",
+                "higher",
+                meaning="the same, where a first line, a last line and asterisks may be taken away",
+            ),
+            Figure(
+                "instruction_strict",
+                "instructions followed",
+                "percent",
+                "higher",
+                meaning="single instructions that the greedy text follows, of all prompts together",
+            ),
+            Figure(
+                "instruction_loose",
+                "instructions, loosely",
+                "percent",
+                "higher",
+                meaning="the same, where a first line, a last line and asterisks may be taken away",
+            ),
+            EXACT_TEXT,
+            AGREEMENT,
+            ENDED,
+            LOOPS,
+            LENGTH,
+            TRUNCATED,
+        ),
+        use="generation",
     )
 )
 register(

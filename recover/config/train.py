@@ -125,11 +125,12 @@ class Lora(Config):
     """Low-rank adapters on the linear layers of the kept blocks (arXiv 2106.09685); of mixtures, what `parts` names."""
 
     rank: int = Field(default=16, ge=1, description="auto, or the rank")
-    parts: tuple[Literal["linears", "experts", "router"], ...] = Field(
+    parts: tuple[Literal["linears", "experts", "router", "shared"], ...] = Field(
         default=("linears",),
         min_length=1,
         description="what learns: adapters on linear layers (beside experts: of attention), adapters on the matrices "
-        "of experts, and routers as they are, without adapters; a router alone is Router-KD (arXiv 2603.02217)",
+        "of experts, routers as they are, without adapters (alone: Router-KD, arXiv 2603.02217), and adapters on the "
+        "linear layers of shared experts and of MLPs in blocks without experts",
     )
     alpha: float | None = Field(
         default=None,

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 # Lists of a config that are as long as they like, and may by chance be as long as the model is deep.
 NOT_PER_BLOCK = re.compile(
-    r"architectures|.*token_ids?|.*_ids|id2label|label2id|mlp_only_layers|.*_multipliers|time_step_limit"
+    r"architectures|mtp_.*|.*token_ids?|.*_ids|id2label|label2id|mlp_only_layers|.*_multipliers|time_step_limit"
 )
 
 
@@ -100,7 +100,7 @@ def pruned_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig:
     sources = [packed.source for packed in plan.packed]
     mlps = [packed.source if packed.mlp is None else packed.mlp for packed in plan.packed]
     values = config.to_dict()
-    blocks = values["num_hidden_layers"]
+    blocks = config.num_hidden_layers
     for name, value in values.items():
         if isinstance(value, list) and len(value) == blocks and not NOT_PER_BLOCK.fullmatch(name):
             values[name] = [value[block] for block in sources]
@@ -170,7 +170,7 @@ def _dense_names(stock: PreTrainedModel, twin: Twin) -> dict[str, tuple[str, boo
 
 def _inside(twin: Twin, packed: Packed, inside: str) -> tuple[str, bool]:
     arch = twin.arch
-    part = part_of(arch, inside)
+    part = part_of(arch, inside, twin.blocks[packed.source])
     kept = packed.attention if part == "attention" else packed.mlp
     zeroed = kept is None and writes_out(arch, inside)
     return f"{arch.blocks}.{packed.source if kept is None else kept}.{inside}", zeroed

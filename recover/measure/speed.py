@@ -25,7 +25,7 @@ from recover.report.run_files import Ratio
 from recover.text.generate import context_of
 
 SIDES = ("dense", "deployed")
-FULL, STATES = "full_attention", ("conv", "linear_attention")  # kinds of blocks: those with a state alone have no keys
+FULL, WITHOUT_KEYS = "full_attention", ("conv", "linear_attention", "mlp", "moe")  # kinds of blocks
 RATES = ("prefill_tokens_per_second", "decode_tokens_per_second")
 
 LEAST, MOST, SECONDS = 7, 25, 3.0  # repeats: as many as fit the seconds
@@ -38,7 +38,7 @@ Turn = Callable[[], tuple[float, ...]]
 def kv_bytes_per_token(config: Any, element_bytes: int) -> int:
     """Bytes that the KV cache grows by for each token: 2 (K and V) x blocks that attend x KV heads x head size."""
     types = getattr(config, "layer_types", None) or [FULL] * config.num_hidden_layers
-    attending = sum(kind not in STATES for kind in types)
+    attending = sum(kind not in WITHOUT_KEYS for kind in types)
     return 2 * attending * kv_heads_of(config) * head_size_of(config) * element_bytes
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -24,6 +24,8 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 UP_DOWN = ("up_proj", "down_proj")
 GATE_UP = ("gate_up_proj", "down_proj")
+
+Lean = Literal["norm", "mlp", "rotary"]
 # Where norms are that do not stand before a sublayer alone.
 BEHIND: dict[str, Any] = {
     "attention_norms": ("post_attention_layernorm",),
@@ -53,10 +55,18 @@ def _with_experts(config: Mapping[str, Any]) -> str:
     return "it is a mixture of experts; its dense models are supported" if config.get("num_local_experts") else ""
 
 
+def _with_experts_in_blocks(config: Mapping[str, Any]) -> str:
+    """Nemotron 3."""
+    kinds = config.get("layers_block_type") or config.get("layer_types") or config.get("hybrid_override_pattern") or ()
+    if "moe" not in kinds and "E" not in kinds:
+        return ""
+    return "some of its blocks are mixtures of experts without a gate; Nemotron-H and Nemotron Nano 2 have none"
+
+
 def _with_parts_of_blocks(config: Mapping[str, Any]) -> str:
     """Gemma 4's E2B, E4B and 26B-A4B."""
     if config.get("num_kv_shared_layers") or config.get("hidden_size_per_layer_input"):
-        return f"it has {PER_BLOCK.called.partition('a model with ')[2]}: {PER_BLOCK.why}"
+        return f"it has {PER_BLOCK.called.partition('a model with ')[2]}; {PER_BLOCK.why}. Instead: {PER_BLOCK.instead}"
     if config.get("use_double_wide_mlp"):
         return "some of its blocks have MLPs of twice the width"
     return "it has a mixture of experts beside each MLP" if config.get("enable_moe_block") else ""
@@ -122,13 +132,15 @@ class Arch:
     neurons: str = "intermediate_size"  # the field of the config that says how wide an MLP is
     unlike: Callable[[Mapping[str, Any]], str] = _all_alike  # why this model of the type is not supported, if it is not
     whole: bool = False  # halves of two blocks make no block: something of each block acts on the stream behind it
+    lone: bool = False  # a block is one sublayer: attention, a mixer or an MLP, in a module that has one name in all
     last_stays: bool = False  # the class takes the last block for one that attends to all
     kv_groups_stay: str = ""  # why width pruning cannot remove KV groups, empty where it can
     experts: ExpertNames | None = None  # how an MLP is a mixture of experts, where one is
+    lean: tuple[Lean, ...] = ("norm", "mlp", "rotary")  # what computes as Llama's does, and can do with less memory
 
     def together(self, config: PretrainedConfig) -> bool:
         """Whether only the sublayers of one block can be stored as a block."""
-        return self.whole or self.parallel(config)
+        return self.whole or self.lone or self.parallel(config)
 
     @property
     def mlp_matrices(self) -> int:
@@ -154,52 +166,62 @@ ARCHS: dict[str, Arch] = {
         Arch("mistral"),
         Arch("qwen2"),
         Arch("qwen3"),
-        Arch("gemma2", softcap=_final_softcap, **AROUND),
-        Arch("gemma3_text", softcap=_final_softcap, **AROUND),
+        Arch("gemma2", softcap=_final_softcap, **AROUND, lean=("mlp", "rotary")),
+        Arch("gemma3_text", softcap=_final_softcap, **AROUND, lean=("mlp", "rotary")),
         Arch(
             "phi3",
             attention_linears=("qkv_proj", "o_proj"),
             mlp_linears=GATE_UP,
             kv_groups_stay="q, k and v are one linear, cut by head counts of the config, which both views share",
+            lean=("norm",),
         ),
         Arch("smollm3"),
-        Arch("olmo2", **BEHIND, kv_groups_stay=ALL_HEADS),
-        Arch("olmo3", **BEHIND, kv_groups_stay=ALL_HEADS),
+        Arch("olmo2", **BEHIND, kv_groups_stay=ALL_HEADS, lean=("mlp",)),
+        Arch("olmo3", **BEHIND, kv_groups_stay=ALL_HEADS, lean=("mlp",)),
         Arch("granite", logit_scale=lambda config: 1.0 / config.logits_scaling),
         Arch(
             "granite_swa",
             logit_scale=lambda config: 1.0 / config.logits_scaling,
             kv_groups_stay=SINKS,
         ),
-        Arch("gemma"),
+        Arch("gemma", lean=("mlp", "rotary")),
         Arch("ministral3"),
         Arch("exaone4", **BEHIND),
-        Arch("seed_oss"),
-        Arch("ernie4_5"),
+        Arch("seed_oss", lean=("norm", "rotary")),
+        Arch("ernie4_5", lean=("norm", "mlp")),
         Arch("hunyuan_v1_dense"),
-        Arch("glm", mlp_linears=GATE_UP),
+        Arch("glm", mlp_linears=GATE_UP, lean=("norm",)),
         Arch(
             "glm4",
             mlp_linears=GATE_UP,
             attention_norms=("input_layernorm", "post_self_attn_layernorm"),
             mlp_norms=("post_attention_layernorm", "post_mlp_layernorm"),
             norm_behind=True,
+            lean=("norm",),
         ),
-        Arch("arcee", mlp_linears=UP_DOWN, gated=False),
-        Arch("nemotron", mlp_linears=UP_DOWN, gated=False, packs=False),
-        Arch("starcoder2", mlp_linears=("c_fc", "c_proj"), gated=False),
+        Arch("arcee", mlp_linears=UP_DOWN, gated=False, lean=("norm", "rotary")),
+        Arch("nemotron", mlp_linears=UP_DOWN, gated=False, packs=False, lean=()),
+        Arch("starcoder2", mlp_linears=("c_fc", "c_proj"), gated=False, lean=("rotary",)),
         Arch(
             "stablelm",
             parallel=lambda config: config.use_parallel_residual,
             kv_groups_stay="some of its models have a norm for each head",
+            lean=("mlp", "rotary"),
         ),
-        Arch("cohere2", parallel=_side_by_side, mlp_norms=(), logit_scale=lambda config: config.logit_scale),
+        Arch(
+            "cohere2",
+            parallel=_side_by_side,
+            mlp_norms=(),
+            logit_scale=lambda config: config.logit_scale,
+            lean=("mlp",),
+        ),
         Arch(
             "cohere",
             parallel=_side_by_side,
             mlp_norms=(),
             logit_scale=lambda config: config.logit_scale,
             kv_groups_stay="some of its models have a norm for each head",
+            lean=("mlp",),
         ),
         Arch(
             "phi",
@@ -209,6 +231,7 @@ ARCHS: dict[str, Arch] = {
             mlp_linears=("fc1", "fc2"),
             mlp_norms=(),
             gated=False,
+            lean=("rotary",),
         ),
         Arch(
             "gpt_neox",
@@ -221,6 +244,7 @@ ARCHS: dict[str, Arch] = {
             mlp_linears=("dense_h_to_4h", "dense_4h_to_h"),
             gated=False,
             kv_groups_stay="q, k and v are one linear, cut by head counts of the config, which both views share",
+            lean=(),
         ),
         Arch(
             "lfm2",
@@ -234,6 +258,7 @@ ARCHS: dict[str, Arch] = {
             mixer_linears=("in_proj", "out_proj"),
             packs=False,
             kv_groups_stay=MIXED,
+            lean=("norm", "rotary"),
         ),
         Arch(
             "qwen3_5_text",
@@ -241,6 +266,7 @@ ARCHS: dict[str, Arch] = {
             mixer_linears=("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"),
             packs=False,
             kv_groups_stay=MIXED,
+            lean=("mlp",),
         ),
         Arch(
             "qwen3_next",
@@ -249,6 +275,7 @@ ARCHS: dict[str, Arch] = {
             packs=False,
             kv_groups_stay=MIXED,
             experts=ExpertNames(shared="shared_expert", width="moe_intermediate_size", count="num_experts"),
+            lean=("mlp",),
         ),
         Arch(
             "granitemoehybrid",
@@ -261,6 +288,7 @@ ARCHS: dict[str, Arch] = {
             packs=False,
             kv_groups_stay=MIXED,
             unlike=_with_experts,
+            lean=("norm", "rotary"),
         ),
         Arch(
             "falcon_h1",
@@ -272,6 +300,23 @@ ARCHS: dict[str, Arch] = {
             mixer_linears=("in_proj", "out_proj"),
             unadapted=("out_proj",),
             packs=False,
+            kv_groups_stay=MIXED,
+            lean=("norm", "rotary"),
+        ),
+        Arch(
+            "nemotron_h",
+            norm="model.norm_f",
+            embed="model.embeddings",
+            **dict.fromkeys(("attention", "mixer", "mlp"), "mixer"),
+            mlp_linears=UP_DOWN,
+            gated=False,
+            attention_norms=("norm",),
+            mlp_norms=("norm",),
+            mixer_linears=("in_proj", "out_proj"),
+            unadapted=("out_proj",),
+            packs=False,
+            lone=True,
+            unlike=_with_experts_in_blocks,
             kv_groups_stay=MIXED,
         ),
         *(
@@ -285,6 +330,7 @@ ARCHS: dict[str, Arch] = {
                 last_stays=True,
                 unlike=_with_parts_of_blocks,
                 kv_groups_stay="its blocks differ in the sizes of their heads",
+                lean=("mlp",),
             )
             for name in ("_text", "_unified_text")
         ),
@@ -294,14 +340,16 @@ ARCHS: dict[str, Arch] = {
             gated=False,
             attention_norms=("attention_layernorm",),
             mlp_norms=("feedforward_layernorm",),
+            lean=("norm", "rotary"),
         ),
         Arch("mixtral", experts=ExpertNames()),
         Arch("olmoe", kv_groups_stay=ALL_HEADS, experts=ExpertNames()),
         Arch("qwen3_moe", experts=ExpertNames(width="moe_intermediate_size")),
-        Arch("gpt_oss", kv_groups_stay=SINKS, experts=ExpertNames(router="router", gives_scores=True)),
+        Arch("gpt_oss", kv_groups_stay=SINKS, experts=ExpertNames(router="router", gives_scores=True), lean=()),
         Arch(
             "glm4_moe",
             experts=ExpertNames(shared="shared_experts", width="moe_intermediate_size", grouped=True),
+            lean=("norm", "mlp"),
         ),
         Arch(
             "deepseek_v3",
@@ -384,8 +432,37 @@ def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: getattr(module, "base_layer", module) for name, module in modules.items()}  # type: ignore[misc]
 
 
+def sublayers_in(block: nn.Module, arch: Arch) -> tuple[Sublayer, ...]:
+    """The sublayers that a block has: both, or the one that it is."""
+    if not arch.lone:
+        return SUBLAYERS
+    return ("mlp",) if kind_in(block, arch, arch.mlp) == "mlp" else ("attention",)
+
+
+def lone_of(model: nn.Module) -> tuple[Sublayer, ...]:
+    """Of a model whose blocks are one sublayer each, which one each is; of others nothing."""
+    arch = arch_of(model)
+    return tuple(sublayers_in(block, arch)[0] for block in blocks_of(model)) if arch.lone else ()
+
+
+def kind_in(block: nn.Module, arch: Arch, name: str) -> Literal["attention", "mixer", "mlp"]:
+    """What the module of this name inside the block is; of a block that is one sublayer, by the linears that it has."""
+    if not arch.lone:
+        kinds: dict[str, Any] = {arch.mixer: "mixer", arch.attention: "attention", arch.mlp: "mlp"}
+        return kinds[name]
+    inside = block.get_submodule(name)._modules
+    if arch.attention_linears[0] in inside:
+        return "attention"
+    return "mixer" if arch.mixer_linears[0] in inside else "mlp"
+
+
 def modules_in(block: nn.Module, arch: Arch, part: Sublayer) -> list[str]:
-    """Names inside the block of what a sublayer runs: of the first, attention, the mixer in its place, or both."""
+    """Names inside the block of what a sublayer runs: of the first, attention, the mixer in its place, or both.
+
+    None of a sublayer that the block has not.
+    """
+    if arch.lone:
+        return [arch.mlp] if part in sublayers_in(block, arch) else []
     if part == "mlp":
         return [arch.mlp]
     return [name for name in (arch.attention, arch.mixer) if name and name in block._modules] or [arch.attention]
@@ -393,16 +470,18 @@ def modules_in(block: nn.Module, arch: Arch, part: Sublayer) -> list[str]:
 
 def linears_in(block: nn.Module, arch: Arch, part: Sublayer) -> list[str]:
     """Names inside the block of a sublayer's linear layers; of each module the last writes to the residual stream."""
-    linears = {arch.mixer: arch.mixer_linears, arch.attention: arch.attention_linears}
+    linears = {"mixer": arch.mixer_linears, "attention": arch.attention_linears, "mlp": arch.mlp_linears}
     names = modules_in(block, arch, part)
+    kinds = {name: kind_in(block, arch, name) for name in names}
     if part == "mlp" and mixture_in(arch, block):  # those of a mixture are its shared experts'
         assert arch.experts is not None
         names = [f"{arch.mlp}.{arch.experts.shared}"] if arch.experts.shared else []
+        kinds = dict.fromkeys(names, "mlp")
     inside = {name: block.get_submodule(name) for name in names}
     return [
         f"{name}.{linear}"
         for name, module in inside.items()
-        for linear in linears.get(name, arch.mlp_linears)
+        for linear in linears[kinds[name]]
         if module._modules.get(linear) is not None  # what a config leaves out; in Gemma 4 keys may be values too
     ]
 
@@ -410,8 +489,12 @@ def linears_in(block: nn.Module, arch: Arch, part: Sublayer) -> list[str]:
 def attending(model: nn.Module) -> list[Site]:
     """The sublayers that attend, and not by a state alone; they tell how many tokens a cache has."""
     arch = arch_of(model)
-    names = [modules_in(block, arch, "attention") for block in blocks_of(model)]
-    return [Site(index, "attention") for index, inside in enumerate(names) if arch.attention in inside]
+    return [Site(index, "attention") for index, block in enumerate(blocks_of(model)) if attends(block, arch)]
+
+
+def attends(block: nn.Module, arch: Arch) -> bool:
+    """Whether the block has keys and values, and not a state alone."""
+    return any(kind_in(block, arch, name) == "attention" for name in modules_in(block, arch, "attention"))
 
 
 def staying(model: nn.Module) -> set[Site]:
@@ -468,11 +551,12 @@ def writes_out(arch: Arch, inside: str) -> bool:
     return mixture is not None and module == f"{arch.mlp}.{mixture.shared}.{last}"
 
 
-def site_of(arch: Arch, name: str) -> Site:
+def site_of(model: nn.Module, name: str) -> Site:
     """The sublayer that a linear layer (by its module name) belongs to."""
+    arch = arch_of(model)
     match = re.match(re.escape(arch.blocks) + r"\.(\d+)\.(\w+)\.", name)
     assert match, name
-    return Site(int(match[1]), part_of(arch, match[2]))
+    return Site(int(match[1]), part_of(arch, match[2], blocks_of(model)[int(match[1])]))
 
 
 def block_of(name: str) -> int:
@@ -480,9 +564,11 @@ def block_of(name: str) -> int:
     return next(int(part) for part in name.split(".") if part.isdigit())
 
 
-def part_of(arch: Arch, inside: str) -> Sublayer:
+def part_of(arch: Arch, inside: str, block: nn.Module) -> Sublayer:
     """The sublayer that a tensor or module belongs to, by its name inside the block."""
     first = inside.partition(".")[0]
+    if arch.lone:
+        return sublayers_in(block, arch)[0]
     if first in (arch.attention, arch.mixer or arch.attention) or first in arch.attention_norms:
         return "attention"
     if first == arch.mlp or first in arch.mlp_norms:

@@ -1,17 +1,16 @@
 """Norms, gated MLPs and attention of stock blocks, as they are trained: less is kept for backward, less memory moved.
 
 Forward's values are the stock ones, bit for bit, but where the fused kernels run: in training and writing on a GPU
-(see `Switch.fused`), up to the order of a sum. Which modules: those whose stock `forward` reads word for word as below,
-and attention whose rotary embedding does, whatever the family; others stay as they are. The second half is that
-attention, whose rotary embedding may be a fused kernel.
+(see `Switch.fused`), up to the order of a sum. Which modules: those that the row of the family names (`Arch.lean`) and
+that compute what is written in `norm`, `gated_mlp` and `rotary` below. That is tried once for each class, with a few
+random bfloat16 numbers, on the device of the module: float32 hides where a class rounds. Where one bit differs, the
+module stays as transformers wrote it, and a line says so.
 """
 
 from __future__ import annotations
 
-import ast
 import functools
 import inspect
-import textwrap
 import types
 from collections.abc import Callable
 from typing import Any
@@ -22,33 +21,26 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.utils.deprecation import deprecate_kwarg
 
+from recover.base import console
 from recover.kernels import fused
 from recover.kernels.fused import PlainGate, gated_lora_linear, rotary_or
+from recover.models.arch import ARCHS, Lean, base_of
 from recover.models.masked_lora import SwitchedLora, base_parameters, hooked
 from recover.models.switched import Factors, Switch, named_as, stock_class
-
-MLP = """
-down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-return down_proj
-"""
-
-NORM = """
-input_dtype = hidden_states.dtype
-hidden_states = hidden_states.to(torch.float32)
-variance = hidden_states.pow(2).mean(-1, keepdim=True)
-hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-return self.weight * hidden_states.to(input_dtype)
-"""
 
 
 def make_lean(model: nn.Module, switch: Switch | None = None) -> None:
     """Let norms, gated MLPs and attention below `model` follow `switch`. Names and parameters stay; twice is once."""
     switch = switch or Switch()
+    arch = ARCHS.get(getattr(getattr(base_of(model), "config", None), "model_type", ""))
     for module in model.modules():
         stock: Any = module
-        kind = _kind(stock_class(module))
-        if kind is not None and not isinstance(module, kind):
-            stock.__class__ = _lean(kind, type(module), stock_class(module))
+        own = stock_class(module)
+        part = _part(module, own)
+        if part is None or (arch is not None and part not in arch.lean) or isinstance(module, KINDS[part]):
+            continue
+        if computes_as_known(part, module, own):
+            stock.__class__ = _lean(KINDS[part], type(module), own)
             stock.switch = switch
 
 
@@ -120,77 +112,156 @@ class _RmsNorm(torch.autograd.Function):
 
 
 @functools.cache
-def _kind(stock: type[nn.Module]) -> type[nn.Module] | None:
-    """What makes modules of this class lean, if anything does."""
-    if not stock.__module__.startswith("transformers.models."):
-        return None
-    if with_fused_rotary(stock) is not None:
-        return LeanAttention
-    source = ast.parse(textwrap.dedent(inspect.getsource(stock.forward))).body[0]
-    assert isinstance(source, ast.FunctionDef)
-    said = ast.unparse(source.body)  # pyright: ignore[reportArgumentType]
-    return {ast.unparse(ast.parse(text)): kind for text, kind in ((MLP, LeanMlp), (NORM, LeanNorm))}.get(said)
-
-
-@functools.cache
 def _lean(kind: type[nn.Module], seen: type[nn.Module], stock: type[nn.Module]) -> type[nn.Module]:
     """`kind` before the class that a module has, whose forward comes from `stock`."""
-    own = {"with_kernel": with_fused_rotary(stock)} if kind is LeanAttention else {}
+    own = {"with_kernel": _replaced(stock)[0]} if kind is LeanAttention else {}  # type: ignore[index]
     return named_as(type(kind.__name__, (kind, seen), own), seen)
 
 
-# Attention whose rotary embedding may be a fused kernel: known by what its forward calls, word for word.
+KINDS: dict[Lean, type[nn.Module]] = {"norm": LeanNorm, "mlp": LeanMlp, "rotary": LeanAttention}
 
-NAME = "apply_rotary_pos_emb"
 
-RENAMING: Any = deprecate_kwarg("old", "1", new_name="new")(lambda new: new)  # all under it have one code
+# What is known of stock modules.
 
-ROTARY = """
-def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
-    cos = cos.unsqueeze(unsqueeze_dim)
-    sin = sin.unsqueeze(unsqueeze_dim)
-    q_embed = (q * cos) + (rotate_half(q) * sin)
-    k_embed = (k * cos) + (rotate_half(k) * sin)
-    return q_embed, k_embed
-"""
+Linear = Callable[[Tensor], Tensor]
 
-ROTATE_HALF = """
-def rotate_half(x):
-    x1 = x[..., : x.shape[-1] // 2]
-    x2 = x[..., x.shape[-1] // 2 :]
-    return torch.cat((-x2, x1), dim=-1)
-"""
+
+def norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
+    """RMSNorm that rounds to the dtype of x before the weight multiplies."""
+    wide = x.to(torch.float32)
+    return weight_D * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+
+
+def gated_mlp(x: Tensor, gate: Linear, up: Linear, down: Linear, activation: Linear) -> Tensor:
+    """Nothing but this: no factors, limits or dropout."""
+    return down(activation(gate(x)) * up(x))
+
+
+def rotary(q_BHTC: Tensor, k_BHTC: Tensor, cos_BTC: Tensor, sin_BTC: Tensor) -> tuple[Tensor, Tensor]:
+    """Column c turns with column c + C / 2."""
+    cos, sin = cos_BTC.unsqueeze(1), sin_BTC.unsqueeze(1)
+
+    def turned(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+    return turned(q_BHTC), turned(k_BHTC)
+
+
+# Whether a class computes that.
+
+SAID = {"norm": "norms", "mlp": "MLPs", "rotary": "the rotary embedding"}
+_found: dict[tuple[Any, ...], bool] = {}
+
+
+def _part(module: nn.Module, stock: type[nn.Module]) -> Lean | None:
+    """What this module would be, by what it has."""
+    if not stock.__module__.startswith("transformers.models."):
+        return None
+    if hasattr(module, "variance_epsilon") and [*module._parameters] == ["weight"] and _takes_one(stock):
+        return "norm"
+    if module._modules.keys() >= {"gate_proj", "up_proj", "down_proj", "act_fn"} and _takes_one(stock):
+        return "mlp"
+    return "rotary" if _replaced(stock) is not None else None
 
 
 @functools.cache
+def _takes_one(stock: type[nn.Module]) -> bool:
+    """Whether forward has one argument: gated norms of mixers have two."""
+    return len(inspect.signature(stock.forward).parameters) == 2
+
+
+def computes_as_known(part: Lean, module: Any, stock: type[nn.Module]) -> bool:
+    """Whether the class computes what is known of its part, to the bit. Tried once; said where it does not."""
+    tensor = next(module.parameters(), None)
+    device = torch.device("cpu") if tensor is None or tensor.is_meta else tensor.device
+    key = part, stock, device.type, type(getattr(module, "act_fn", None))
+    if key not in _found:
+        _found[key] = _tried({"norm": _norms, "mlp": _mlps, "rotary": _rotaries}[part], module, stock, device)
+        if not _found[key]:
+            console.warn(
+                f"{SAID[part]} of {stock.__name__}: transformers computes otherwise than is known here; that runs as it"
+                " is, and takes more time and memory in training"
+            )
+    return _found[key]
+
+
+def _tried(pair: Callable[..., tuple[Any, Any]], module: Any, stock: type[nn.Module], device: torch.device) -> bool:
+    generator = torch.Generator().manual_seed(0)  # of its own: nobody else's random numbers move
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, torch.bfloat16)
+
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        try:
+            return all(map(torch.equal, *pair(module, stock, random)))
+        except Exception:  # whatever code of others raises for tensors that are as it knows them: it is other code
+            return False
+
+
+def _norms(module: Any, stock: type[nn.Module], random: Callable[..., Tensor]) -> tuple[Any, Any]:
+    x, weight_D = random(8, 64), random(64)
+    x = x * torch.logspace(-4, 3, 8, device=x.device, dtype=x.dtype)[:, None]  # epsilon counts in the first rows
+    bare = _bare(module, stock, _parameters={"weight": weight_D})
+    return (stock.forward(bare, x),), (norm(x, weight_D, module.variance_epsilon),)
+
+
+def _mlps(module: Any, stock: type[nn.Module], random: Callable[..., Tensor]) -> tuple[Any, Any]:
+    x = random(8, 16)
+    gate, up, down = (functools.partial(F.linear, weight=random(*shape)) for shape in ((32, 16), (32, 16), (16, 32)))
+    bare = _bare(module, stock, gate_proj=gate, up_proj=up, down_proj=down, act_fn=module.act_fn.forward)
+    return (stock.forward(bare, x),), (gated_mlp(x, gate, up, down, module.act_fn.forward),)
+
+
+def _rotaries(_module: Any, stock: type[nn.Module], random: Callable[..., Tensor]) -> tuple[Any, Any]:
+    tensors = random(2, 4, 5, 16), random(2, 2, 5, 16), random(1, 5, 16), random(1, 5, 16)
+    replaced = _replaced(stock)
+    assert replaced is not None
+    return replaced[1](*tensors), rotary(*tensors)
+
+
+def _bare(module: nn.Module, stock: type[nn.Module], **own: Any) -> Any:
+    """An object of the stock class with the settings of `module`, and this of its own; it has no hooks."""
+    bare: Any = object.__new__(stock)
+    vars(bare).update({**vars(module), "_modules": {}, **own})
+    return bare
+
+
+# Attention whose rotary embedding may be a fused kernel.
+
+NAME = "apply_rotary_pos_emb"
+
+
 def with_fused_rotary(stock: type[nn.Module]) -> Callable[..., Any] | None:
     """The forward of a stock attention with rotary by a kernel where that fits; None if it is not known what it calls.
 
     It is the stock code with another global, so nothing of transformers' modules is replaced, for nobody else either.
-    Of decorators, only transformers' `deprecate_kwarg` is known: it renames a keyword and runs the function, and the
-    new forward is under it too. Any other might do something before or after that a copy of the function would lack.
+    Of decorators, only those of transformers' `deprecation` are known: they rename a keyword and run the function, and
+    the new forward is under them too. Any other might do something before or after that a copy would lack.
     """
+    replaced = _replaced(stock)
+    return None if replaced is None else replaced[0]
+
+
+@functools.cache
+def _replaced(stock: type[nn.Module]) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """That forward, and the rotary embedding that the stock one calls."""
     return _with_fused_rotary(vars(stock).get("forward"))
 
 
-def _with_fused_rotary(forward: Any) -> Callable[..., Any] | None:
+def _with_fused_rotary(forward: Any) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
     if not isinstance(forward, types.FunctionType):
         return None
-    if forward.__code__ is RENAMING.__code__:
-        inner = _with_fused_rotary(forward.__wrapped__)
-        if inner is None:
-            return None
-        return functools.wraps(inner)(_copied(forward, forward.__globals__, forward.__wrapped__, inner))
-    if hasattr(forward, "__wrapped__"):
-        return None
     known = forward.__globals__
-    rotary = _plain(known.get(NAME))
-    if NAME not in forward.__code__.co_names or rotary is None or _said(rotary) != _as_written(ROTARY):
+    if hasattr(forward, "__wrapped__"):
+        inner = _with_fused_rotary(forward.__wrapped__)
+        if inner is None or known.get("__name__") != deprecate_kwarg.__module__:
+            return None
+        new, rotates = inner
+        return functools.wraps(new)(_copied(forward, known, forward.__wrapped__, new)), rotates
+    if NAME not in forward.__code__.co_names or not callable(known.get(NAME)):
         return None
-    half = _plain(rotary.__globals__.get("rotate_half"))
-    if half is None or _said(half) != _as_written(ROTATE_HALF):
-        return None
-    return _copied(forward, {**known, NAME: rotary_or(known[NAME])})
+    return _copied(forward, {**known, NAME: rotary_or(known[NAME])}), known[NAME]
 
 
 def _copied(
@@ -203,33 +274,3 @@ def _copied(
     copy = types.FunctionType(function.__code__, known, function.__name__, function.__defaults__, cells)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
-
-
-def _plain(called: Any) -> types.FunctionType | None:
-    """The function itself, behind decorators, and behind the module that the `kernels` package makes of one."""
-    if isinstance(called, nn.Module) and "forward" not in vars(called):
-        closure = getattr(type(called).forward, "__closure__", None) or ()
-        functions = [cell.cell_contents for cell in closure if isinstance(cell.cell_contents, types.FunctionType)]
-        called = functions[0] if len(functions) == 1 else None
-    plain = inspect.unwrap(called) if callable(called) else None
-    return plain if isinstance(plain, types.FunctionType) else None
-
-
-def _said(function: types.FunctionType) -> str | None:
-    """Arguments and body, without annotations, decorators and docstring; None where there is no source."""
-    try:
-        return _as_written(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, SyntaxError):
-        return None
-
-
-def _as_written(text: str) -> str | None:
-    function = ast.parse(text).body[0]
-    if not isinstance(function, ast.FunctionDef):
-        return None
-    function.decorator_list, function.returns = [], None
-    for argument in function.args.args:
-        argument.annotation = None
-    if ast.get_docstring(function) is not None:
-        function.body = function.body[1:]
-    return ast.unparse(function)

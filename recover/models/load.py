@@ -41,12 +41,14 @@ from recover.models.arch import (
     groups_of,
     head_size_of,
     kv_heads_of,
+    lone_of,
     mixture_in,
 )
 from recover.models.attention import by_rows
 from recover.models.gate import unchanged
 from recover.models.load_stored import from_files, shared_store, store_of
 from recover.models.settings import config_of, keep_known
+from recover.models.site import Sublayer
 from recover.models.source import (
     CONFIG,
     check_numbers,
@@ -85,7 +87,8 @@ class Description(Shape):
     """What a model is, from its config alone; `bytes` is for the recipe's dtype, `stored` the checkpoint's own.
 
     `parallel`: only the sublayers of one block can be stored as a block. `block_parameters`: of each block, in its
-    order. `beside`: parameters of a wrapper's other parts, which are in its files and not in `parameters`."""
+    order. `beside`: parameters of a wrapper's other parts, which are in its files and not in `parameters`. `lone`: of
+    blocks that are one sublayer each, which."""
 
     model_type: str
     context: int | None
@@ -96,6 +99,7 @@ class Description(Shape):
     parallel: bool = False
     beside: int = 0
     block_parameters: tuple[int, ...] = ()
+    lone: tuple[Sublayer, ...] = ()
 
 
 def describe(cfg: recipe.Model) -> Description:
@@ -127,6 +131,8 @@ def describe(cfg: recipe.Model) -> Description:
         attending=len(attending(model)),
         beside=parameters_beside(cfg),
         block_parameters=tuple(sum(each.numel() for each in block.parameters()) for block in blocks_of(model)),
+        lone=lone_of(model),
+        lone_mlps=lone_of(model).count("mlp") if arch_of(config).lone else None,
         mixture=_mixture(model),
     )
 

@@ -7,11 +7,13 @@ marked experimental, is not written into adapter files and would miss it).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from peft.tuners import lora
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper, transformers_weight_conversion
 from torch import Tensor, nn
 
 from recover.base.errors import ModelError
@@ -179,6 +181,21 @@ def _one_dtype(x: Tensor, weight: torch.dtype, factors: Factors) -> bool:
     if torch.is_autocast_enabled(x.device.type):
         return x.dtype == torch.get_autocast_dtype(x.device.type)
     return all(factor.dtype == x.dtype for factor in (factors.a_RI, factors.b_OR))
+
+
+@contextmanager
+def targets_by_name() -> Iterator[None]:
+    """Inside, peft puts LoRA on what is named, as it is.
+
+    Else it takes a linear layer called as a matrix of experts was in transformers 4 for that: `gate_proj` of a shared
+    expert would become LoRA on all experts.
+    """
+    stock = transformers_weight_conversion.convert_peft_config_for_transformers
+    transformers_weight_conversion.convert_peft_config_for_transformers = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        transformers_weight_conversion.convert_peft_config_for_transformers = stock
 
 
 def adopt_layer(layer: Any, switch: Switch) -> None:

@@ -36,16 +36,16 @@ MIXTURE = Kind(
 )
 HYBRID = Kind(
     "a hybrid of another kind, whose blocks keep a state (Mamba, linear attention, convolutions)",
-    "nemotron_h, jamba, bamba, zamba2, olmo_hybrid",
-    "its blocks are not a mixer or attention and then an MLP (nemotron_h has one of them in a block), or "
-    "none of them was tried",
-    "give one of the hybrids that are supported (lfm2, qwen3_5_text, qwen3_next, granitemoehybrid, falcon_h1)",
+    "jamba, bamba, zamba2, olmo_hybrid",
+    "its blocks are not a mixer or attention and then an MLP, nor one of them, or none of them was tried",
+    "give one of the hybrids that are supported (lfm2, qwen3_5_text, qwen3_next, granitemoehybrid, falcon_h1, "
+    "nemotron_h)",
 )
 PER_BLOCK = Kind(
-    "a model with embeddings for each block, or with blocks that share keys and values",
+    "a model with embeddings for each block, or blocks that share keys and values",
     "gemma3n, gemma4 (E2B, E4B)",
-    "a block that goes takes a part of one matrix of all blocks with it, and others lose the keys and values that they "
-    "read",
+    "the embeddings of all blocks are one matrix, of which a block that goes takes a part with it, and blocks that "
+    "read the keys and values of another one lose them with that",
     "give a model of the family without them, such as Gemma 3 or Gemma 4 12B and 31B",
 )
 CONV1D = Kind(

@@ -40,6 +40,8 @@ INSTALLED = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn
 WORDS = ("implementation", "kernel", "remote_code", "custom_generate")
 # Private attributes of transformers' own that published files set to a text. To the others it may put numbers alone.
 PRIVATE = ("_name_or_path", "_commit_hash", "_class_name")
+# Of Mamba-2 in some families: true, as in every published file, is what their classes have without it.
+AS_BY_DEFAULT = {"use_mamba_kernels": True}
 QUANTIZATION = "quantization_config"  # its private keys are torchao's, which looks them up in a list of its own
 PATHS = ("special_tokens_map_file",)  # of the machine where the tokenizer was saved; not read
 SHOWN = 60  # characters of a value
@@ -76,6 +78,8 @@ def check(settings: Any, where: object) -> None:
 
 def _expected(key: str, value: Any, inside: bool) -> str | None:
     """What is allowed under this key, where the value is something else; None where it is allowed."""
+    if value is AS_BY_DEFAULT.get(key):
+        return None
     plain = key.strip("_").removesuffix("_internal")
     if plain in CHOICES:
         names = [*CHOICES[plain], *(name for name in INSTALLED if plain.startswith("attn") and _installed(name))]
@@ -185,6 +189,7 @@ ALWAYS = frozenset(
         *("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq"),
         *("sliding_window_pattern", "_sliding_window_pattern", "full_attention_interval"),
         *("block_ff_dim", "tie_embedding"),  # LFM2
+        "hybrid_override_pattern",  # Nemotron-H
     )
 )
 # Left out without a word: how it was loaded where it was saved, what the recipe decides, a generation config says, or

@@ -24,8 +24,10 @@ from recover.base.errors import ModelError, RecoverError
 from recover.base.products import check_checkpoint, digest_of
 from recover.config import recipe
 from recover.config.base import Dtype
+from recover.models.arch import ARCHS
 from recover.models.gate import check_files
 from recover.models.gguf_folder import alone, write_stock
+from recover.models.refusal import WRAPPER, kind_of_model, unsupported
 from recover.models.settings import (
     NESTED,
     check,
@@ -196,7 +198,12 @@ def checked(config: Any, source: str, path: Path) -> JsonObject:
     check(config, path)
     for settings in (config, *(inner for key, inner in config.items() if key in NESTED and isinstance(inner, dict))):
         check_keys(settings, path)
-        check_sizes(settings, path)
+        try:
+            check_sizes(settings, path)
+        except ModelError:
+            if kind_of_model(config) not in (None, WRAPPER) and config["model_type"] not in ARCHS:
+                raise ModelError(unsupported(config, ARCHS)) from None  # some have a size for each block
+            raise
     return config
 
 

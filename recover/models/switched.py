@@ -28,8 +28,8 @@ from transformers import PreTrainedModel
 
 from recover.base.errors import ModelError
 from recover.models import kv_cache
-from recover.models.arch import Arch, linears_of, mixture_in, modules_in, part_of
-from recover.models.site import SUBLAYERS, Site, whole_blocks
+from recover.models.arch import Arch, kind_in, linears_of, mixture_in, modules_in
+from recover.models.site import SUBLAYERS, Site, Sublayer, whole_blocks
 from recover.models.stored_weights import original
 
 
@@ -268,14 +268,14 @@ def make_closable(blocks: Iterable[nn.Module], arch: Arch, switch: Switch) -> No
     Raises ModelError for a model that belongs to a twin, and for blocks that take no KV cache under a name known here.
     """
     for index, block in enumerate(blocks):
-        parts = [(module, _kind(arch, name)) for name, module in _sublayers(block, arch)]
+        parts = [(module, KINDS[kind_in(block, arch, name)]) for _, name, module in _sublayers(block, arch)]
         attends = any(kind is _Attention for _, kind in parts)
         for module, kind in ((block, _Block if attends else _MixingBlock), *parts):
             stock: Any = module
             switch_class(stock, functools.partial(_closable, kind))
             stock.switch, stock.closed, stock.index = switch, False, index
-        mlp: Any = block.get_submodule(arch.mlp)
-        mlp.gives_scores = mixture_in(arch, block) and arch.experts is not None and arch.experts.gives_scores
+            scores = arch.experts is not None and arch.experts.gives_scores and mixture_in(arch, block)
+            stock.gives_scores = kind is _Mlp and scores
 
 
 def close_sites(blocks: Any, arch: Arch, sites: frozenset[Site]) -> None:
@@ -289,17 +289,17 @@ def close_sites(blocks: Any, arch: Arch, sites: frozenset[Site]) -> None:
     whole = set(whole_blocks(sites))
     for index, block in enumerate(blocks):
         block.closed = index in whole
-        for name, module in _sublayers(block, arch):
-            module.closed = Site(index, part_of(arch, name)) in sites
+        for part, _, module in _sublayers(block, arch):
+            module.closed = Site(index, part) in sites
 
 
 def closed_sites(blocks: Any, arch: Arch) -> frozenset[Site]:
-    """The sites that are closed at this moment."""
+    """The sites that are closed at this moment; of a block that is one sublayer, both are if that is."""
     return frozenset(
         Site(index, part)
         for index, block in enumerate(blocks)
         for part in SUBLAYERS
-        if block.get_submodule(modules_in(block, arch, part)[0]).closed
+        if next((module.closed for own, _, module in _sublayers(block, arch) if own == part or arch.lone))
     )
 
 
@@ -321,13 +321,9 @@ def stock_class(module: nn.Module) -> type[nn.Module]:
     return next(one for one in type(module).__mro__ if "forward" in vars(one) and not issubclass(one, _Closable))
 
 
-def _sublayers(block: nn.Module, arch: Arch) -> list[tuple[str, Any]]:
-    """Every module of a block's sublayers, with its name."""
-    return [(name, block.get_submodule(name)) for part in SUBLAYERS for name in modules_in(block, arch, part)]
-
-
-def _kind(arch: Arch, name: str) -> type[_Closable]:
-    return {arch.mixer: _Mixer, arch.attention: _Attention, arch.mlp: _Mlp}[name]
+def _sublayers(block: nn.Module, arch: Arch) -> list[tuple[Sublayer, str, Any]]:
+    """Every module of a block's sublayers, with the sublayer and its name."""
+    return [(part, name, block.get_submodule(name)) for part in SUBLAYERS for name in modules_in(block, arch, part)]
 
 
 class _Closable:
@@ -394,6 +390,9 @@ class _Mlp(_Closable):
 
     def nothing(self, h_BTD: Tensor, cache: Any) -> Any:
         return (torch.zeros_like(h_BTD), None) if self.gives_scores else torch.zeros_like(h_BTD)
+
+
+KINDS: dict[str, type[_Closable]] = {"mixer": _Mixer, "attention": _Attention, "mlp": _Mlp}
 
 
 @functools.cache

@@ -39,6 +39,7 @@ FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", 
 MOST_PARTS = 64
 MOST_GROWTH = 256  # times as many characters as a text has
 MOST_ADDED = 1024  # characters or tokens around a text
+MOST_HOLES = 1_000_000  # ids below the largest without a token: whatever copies or saves a tokenizer counts up to it
 GROWS = {"ByteLevel": 2, "BertNormalizer": 3}  # Unicode's own forms grow once, to 18 at most, however often they come
 STUBBORN = ("a", " ", "1", "ab ", "\n", "é", "<")  # repeated, with something else at the end: patterns backtrack there
 LENGTHS, SLOW = (30, 300), 2.0  # repetitions; seconds of the processor for one of them
@@ -57,17 +58,16 @@ def check_there(folder: Path) -> None:
 def check_parts(folder: Path) -> None:
     """Look at the parts of a tokenizer.json before a library builds them.
 
-    Raises ModelError: they could write a text of thousands of times the length, or there are more than any has.
+    Raises ModelError: they could write a text of thousands of times the length, or there are more than any has; or ids
+    lie so far apart, here or in a vocab.json, that counting up to them would take minutes and gigabytes.
     """
+    _check_holes(folder / "vocab.json", _read(folder / "vocab.json"))
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        return
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return  # the library says so
+    found = _read(path)
+    model = found.get("model")
+    _check_holes(path, model.get("vocab") if isinstance(model, dict) else None)
     for place in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
-        parts = list(_parts(found.get(place) if isinstance(found, dict) else None))
+        parts = list(_parts(found.get(place)))
         growth = 1
         for part in parts:
             growth *= _growth(part)
@@ -82,6 +82,25 @@ def check_parts(folder: Path) -> None:
                     f"{path}: its {place} makes {number:,} {what}; expected at most {most:,}, as of any tokenizer that "
                     "is meant to be used: fetch the file again, or take another one"
                 )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What the file holds; nothing where it is not there, or no JSON object: the library says so."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _check_holes(path: Path, vocabulary: Any) -> None:
+    """Raise ModelError where the largest id of `vocabulary` (token -> id) is far above the number of its tokens."""
+    ids = [index for index in vocabulary.values() if isinstance(index, int)] if isinstance(vocabulary, dict) else []
+    if ids and (holes := max(ids) + 1 - len(ids)) > MOST_HOLES:
+        raise ModelError(
+            f"{path}: {len(ids):,} tokens have ids up to {max(ids):,}, which leaves {holes:,} ids without a token; "
+            f"expected at most {MOST_HOLES:,}: fetch the file again, or take another one"
+        )
 
 
 def _parts(value: Any) -> Iterator[dict[str, Any]]:

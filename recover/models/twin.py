@@ -27,9 +27,9 @@ from recover.models.arch import Arch, arch_of, base_of, blocks_of, linears_of, s
 from recover.models.attention import by_rows
 from recover.models.experts import IN, OUT, keep_experts, make_routable, mask_experts, mixtures_of
 from recover.models.lean import make_lean
-from recover.models.masked_lora import adopt_copy, adopt_layer, lora_layers, trained_copies
+from recover.models.masked_lora import adopt_copy, adopt_layer, lora_layers, targets_by_name, trained_copies
 from recover.models.plan import Plan, check_fit
-from recover.models.site import Site, sites_of, whole_blocks
+from recover.models.site import SUBLAYERS, Site, sites_of, whole_blocks
 from recover.models.stored_weights import comes_and_goes, each_weight, stored_in
 from recover.models.switched import (
     MaskedLinear,
@@ -204,7 +204,8 @@ class Twin:
             modules_to_save=routers or None,
             task_type="CAUSAL_LM",
         )
-        found = self.adopt(get_peft_model(self.base, config))  # type: ignore[arg-type]
+        with targets_by_name():
+            found = self.adopt(get_peft_model(self.base, config))  # type: ignore[arg-type]
         for parameter in found.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -212,22 +213,25 @@ class Twin:
         return found
 
     def _lora_targets(self, cfg: recipe.Lora, sites: frozenset[Site]) -> tuple[list[str], list[str], list[str]]:
-        """Names of linear layers, of experts' matrices and of routers that learn."""
+        """Names of linear layers (of shared experts too), of experts' matrices and of routers that learn."""
         without = tuple(f".{self.arch.mixer}.{linear}" for linear in self.arch.unadapted)
         adapted = [name for name in linears_of(self.model) if not name.endswith(without)]
-        linears = [name for name in adapted if site_of(self.arch, name) in sites]
+        linears = [name for name in adapted if site_of(self.model, name) in sites]
         names, mixed = self.arch.experts, [block for block in mixtures_of(self.model) if Site(block, "mlp") in sites]
-        if {"experts", "router"} & {*cfg.parts} and (names is None or not mixed):
+        if {"experts", "router", "shared"} & {*cfg.parts} and (names is None or not mixed):
             raise ModelError(f"lora.parts: {list(cfg.parts)}: no block that learns has experts; use [linears]")
         if names is None:
             return linears, [], []
-        # peft takes a linear that is called as a matrix of experts once was for that, wherever it is.
-        linears = [name for name in linears if site_of(self.arch, name).part == "attention"]
+        linears, shared = ([name for name in linears if site_of(self.model, name).part == part] for part in SUBLAYERS)
+        if "shared" in cfg.parts and not shared:
+            raise ModelError(
+                f"lora.parts: {list(cfg.parts)}: no block that learns has shared experts; leave 'shared' out"
+            )
         inside = [f"{self.arch.blocks}.{block}.{self.arch.mlp}" for block in mixed]
         experts = [f"{mlp}.{names.experts}.{matrix}" for mlp in inside for matrix in (IN, OUT)]
         routers = [f"{mlp}.{names.router}" for mlp in inside]
-        each = (("linears", linears), ("experts", experts), ("router", routers))
-        return tuple(found if part in cfg.parts else [] for part, found in each)  # type: ignore[return-value]
+        adapted = [*(linears if "linears" in cfg.parts else []), *(shared if "shared" in cfg.parts else [])]
+        return adapted, experts if "experts" in cfg.parts else [], routers if "router" in cfg.parts else []
 
     def _lora_sites(self, cfg: recipe.Lora) -> frozenset[Site]:
         dropped = set(self.plan.sites)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import pickle
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -61,11 +62,12 @@ from recover.probe.trajectory import (
     sampled,
     thinned,
 )
-from recover.probe.views import Pair, States
+from recover.probe.views import FINAL_NORM, Pair, States
 from recover.report.run_files import EpochDrift
 
 PREDICTED = ("embedding", "logit", "probability", "kl")
 STEP_METRICS = ("kl", "kl_predicted", "reverse_kl", "embedding", "logit", "probability", "top1")
+STRETCHES = 12  # of decoding steps, in which the drift of a block is told apart
 STEP_METRICS_OF_T = ("kl", "kl_predicted", "probability")
 
 
@@ -85,7 +87,10 @@ class Free:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """All figures of one batch, one value a position: what processes exchange. A given text has no `free` part."""
+    """All figures of one batch, one value a position: what processes exchange. A given text has no `free` part.
+
+    `layers`: the positions of `blocks` and `sublayers`, fewer than `rows`.
+    """
 
     rows: Rows
     final: dict[float, Table]
@@ -94,6 +99,7 @@ class Finding:
     free: Free | None = None
     sampled: dict[int, Free] = dataclasses.field(default_factory=dict)
     identity: dict[str, dict[str, float]] | None = None
+    layers: Rows | None = None
 
 
 def records_of(pair: Pair, findings: list[Finding]) -> list[Record]:
@@ -103,8 +109,11 @@ def records_of(pair: Pair, findings: list[Finding]) -> list[Record]:
     blocks = {key: join([finding.blocks[key] for finding in findings]) for key in findings[0].blocks}
     sublayers = {key: join([finding.sublayers[key] for finding in findings]) for key in findings[0].sublayers}
     records: list[Record] = [final_record(t, table, prompts) for t, table in final.items()]
+    layers = [finding.layers.step_N for finding in findings if finding.layers is not None]
+    step_N = torch.cat(layers) if layers else torch.empty(0)
     for (number, lens), table in blocks.items():
-        records.append(Block(number, number in pair.closed, lens, **_quantiles(table, tuple(table))))
+        by_step = _stretches(table["kl"], step_N) if lens == FINAL_NORM and len(step_N) else []
+        records.append(Block(number, number in pair.closed, lens, **_quantiles(table, tuple(table)), by_step=by_step))
     for (site, what, lens), table in sublayers.items():
         records.append(Sublayer(site.block, site.part, what, lens, **_quantiles(table, tuple(table))))
     free = [finding.free for finding in findings if finding.free is not None]
@@ -114,6 +123,13 @@ def records_of(pair: Pair, findings: list[Finding]) -> list[Record]:
         records.append(_sampled_records(seed, _all([finding.sampled[seed] for finding in findings])))
     identities = [finding.identity for finding in findings if finding.identity is not None]
     return [*records, _identity(identities)] if identities else records
+
+
+def _stretches(kl_N: Tensor, step_N: Tensor) -> list[list[float]]:
+    """[first step, mean KL, positions] of at most STRETCHES stretches of equally many steps, those that hold any."""
+    size = max(1, math.ceil((int(step_N.max()) + 1) / STRETCHES))
+    places = [(first, (step_N >= first) & (step_N < first + size)) for first in range(0, int(step_N.max()) + 1, size)]
+    return [[first, float(kl_N[here].mean()), int(here.sum())] for first, here in places if here.any()]
 
 
 def final_record(temperature: float, table: Table, prompts: int) -> Final:
@@ -279,6 +295,7 @@ def _plain(finding: Finding) -> dict[str, Any]:
         "free": None if finding.free is None else vars(finding.free),
         "sampled": {seed: vars(free) for seed, free in finding.sampled.items()},
         "identity": finding.identity,
+        "layers": None if finding.layers is None else vars(finding.layers),
     }
 
 
@@ -291,6 +308,7 @@ def _finding(value: dict[str, Any]) -> Finding:
         None if value["free"] is None else Free(**value["free"]),
         {seed: Free(**free) for seed, free in value["sampled"].items()},
         value["identity"],
+        None if value["layers"] is None else Rows(**value["layers"]),
     )
 
 
@@ -437,7 +455,7 @@ def _examine(comparison: Comparison, batch: Batch, cfg: recipe.Probe, ends: list
         "pruned": comparison.self_drift("pruned", own_states.final_ND, own.cached_ND, _rows(own, own.scored_BS)),
     }
     drawn = {seed: _drawn(comparison, batch, cfg, ends, seed) for seed in cfg.seeds}
-    return Finding(forced.rows, forced.final, forced.blocks, forced.sublayers, free, drawn, identity)
+    return Finding(forced.rows, forced.final, forced.blocks, forced.sublayers, free, drawn, identity, forced.layers)
 
 
 def _forced(comparison: Comparison, trajectory: Trajectory, cfg: recipe.Probe) -> tuple[Finding, States, States]:
@@ -453,7 +471,7 @@ def _forced(comparison: Comparison, trajectory: Trajectory, cfg: recipe.Probe) -
     sublayers = {}
     if cfg.sublayers and pair.one_width:
         sublayers = comparison.sublayers(transitions(pair, trajectory, layers_BS), layer_rows)
-    return Finding(rows, final, blocks, sublayers), dense, pruned
+    return Finding(rows, final, blocks, sublayers, layers=layer_rows), dense, pruned
 
 
 def _free(

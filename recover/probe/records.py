@@ -71,6 +71,7 @@ class Block(_Record):
     """Teacher-forced drift at the output of one block (dense numbering), T = 1, seen through one lens.
 
     A closed block hands its input on: its drift is that of the block before it against a dense block that did its work.
+    `by_step`, of the final norm's lens: [first step, mean KL, positions] of stretches of equally many decoding steps.
     """
 
     probe: ClassVar[str] = "block"
@@ -81,6 +82,7 @@ class Block(_Record):
     logit: Quantiles
     probability: Quantiles
     kl: Quantiles
+    by_step: list[list[float]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ Shapes: B batch, T tokens, N kept tokens or tokens (B * T), D width, S decoding 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from recover.base.errors import ModelError
 from recover.models import kv_cache
-from recover.models.arch import arch_of, base_of, blocks_of, experts_of, middle_hooks, mixture_in
-from recover.models.site import SUBLAYERS, Site
+from recover.models.arch import arch_of, base_of, blocks_of, experts_of, middle_hooks, mixture_in, sublayers_in
+from recover.models.site import Site
 from recover.models.twin import Twin
 from recover.probe.records import Routing
 from recover.probe.trajectory import Trajectory, marked, positions, rows_of, whole
@@ -64,11 +64,13 @@ def transitions(
     length = ids_BT.shape[1]
     spans = [slice(start, min(start + (chunk or length), length)) for start in range(0, length, chunk or length)]
     dense, other = _Reader(pair.dense, ids_BT, mask_BT), _Reader(pair.pruned, ids_BT, mask_BT)
+    arch, numbered = arch_of(pair.dense.model), zip(pair.dense.numbers, blocks_of(pair.dense.model), strict=True)
+    there = {Site(number, part) for number, block in numbered for part in sublayers_in(block, arch)}
     parts = []
     for span in spans:
         here = rows_of(mark_BT[:, span])
         streams = dense.read(span, None, _all)
-        parts.append(_transitions(streams, other.read(span, streams, here), here))
+        parts.append(_transitions(streams, other.read(span, streams, here), here, there))
     if len(parts) == 1:
         return parts[0]
     order_N = _order(mark_BT, spans)
@@ -93,9 +95,9 @@ def _order(mark_BT: Tensor, spans: list[slice]) -> Tensor:
 
 
 def _transitions(
-    dense: dict[int, Stream], other: dict[int, Stream], rows: Callable[[Tensor], Tensor]
+    dense: dict[int, Stream], other: dict[int, Stream], rows: Callable[[Tensor], Tensor], sites: Collection[Site]
 ) -> dict[Site, Transition]:
-    """`dense` is whole, `other` holds `rows` of it. A block that `other` lacks hands its input on untouched."""
+    """Of these sites: `dense` is whole, `other` holds `rows` of it. A block that it lacks hands on its input."""
     found = {}
     for number, here in dense.items():
         entering_ND, middle_ND, leaving_ND = (rows(x) for x in (here.entering, here.middle, here.leaving))
@@ -103,7 +105,7 @@ def _transitions(
         middle, leaving = (entering_ND, middle_ND) if there is None else (there.middle, there.leaving)
         found[Site(number, "attention")] = Transition(entering_ND, middle_ND, middle)
         found[Site(number, "mlp")] = Transition(middle_ND, leaving_ND, leaving)
-    return found
+    return {site: transition for site, transition in found.items() if site in sites}
 
 
 class _Reader:
@@ -138,7 +140,8 @@ def _recording(
     with ExitStack() as stack:
         for number, block in zip(view.numbers, blocks_of(view.model), strict=True):
             seen = _watch(stack, block, view, keep, None if given is None else given[number])
-            stack.callback(block.register_forward_hook(_store(streams, number, seen, keep)).remove)
+            alone = "mlp" not in sublayers_in(block, arch_of(view.model))
+            stack.callback(block.register_forward_hook(_store(streams, number, seen, keep, without_mlp=alone)).remove)
         yield streams
 
 
@@ -162,16 +165,30 @@ def _watch(
             h_BTD.copy_(given.middle)  # in place: the block adds the MLP to this very tensor
 
     stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
-    _at_middle(stack, block, view, seen, between)
+    arch = arch_of(view.model)
+    if arch.lone:  # it is run where its norm is; where between two sublayers would be is in front of it, or behind
+
+        def runs(module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen["middle"] = seen["entering"]
+
+        stack.callback(block.get_submodule(arch.mlp_norms[0]).register_forward_pre_hook(runs).remove)
+    else:
+        _at_middle(stack, block, view, seen, between)
     return seen
 
 
 def _store(
-    streams: dict[int, Stream], number: int, seen: dict[str, Tensor], keep: Callable[[Tensor], Tensor]
+    streams: dict[int, Stream],
+    number: int,
+    seen: dict[str, Tensor],
+    keep: Callable[[Tensor], Tensor],
+    *,
+    without_mlp: bool,
 ) -> Callable[..., None]:
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         if "middle" in seen:
-            streams[number] = Stream(**seen, leaving=keep(output[0] if isinstance(output, tuple) else output))
+            leaving = keep(output[0] if isinstance(output, tuple) else output)
+            streams[number] = Stream(seen["entering"], leaving if without_mlp else seen["middle"], leaving)
 
     return leave
 
@@ -217,7 +234,8 @@ def without(view: View, site: Site) -> View:
 
     Raises ModelError for a block that the view does not have.
     """
-    if site.block not in view.numbers or site.part not in SUBLAYERS:
+    there = dict(zip(view.numbers, blocks_of(view.model), strict=True))
+    if site.block not in there or site.part not in sublayers_in(there[site.block], arch_of(view.model)):
         raise ModelError(f"{site}: the {view.name} view has the blocks {list(view.numbers)}; expected one of them")
 
     @contextmanager
@@ -241,13 +259,18 @@ def _close(stack: ExitStack, block: nn.Module, view: View, site: Site) -> None:
             h_BTD.copy_(seen["entering"])
         seen["middle"] = h_BTD.clone()
 
+    lone = arch_of(view.model).lone
+
     def leave(module: nn.Module, args: Any, output: Any) -> Any:
+        if lone:
+            return (seen["entering"], *output[1:]) if isinstance(output, tuple) else seen["entering"]
         if site.part == "attention" or "middle" not in seen:
             return output
         return (seen["middle"], *output[1:]) if isinstance(output, tuple) else seen["middle"]
 
     stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
-    _at_middle(stack, block, view, seen, between)
+    if not lone:
+        _at_middle(stack, block, view, seen, between)
     stack.callback(block.register_forward_hook(leave).remove)
 
 

@@ -7,6 +7,8 @@ tokens are found, not given: they are where the options of an item part.
 Retrieval uses the model as an embedder: do its pooled hidden states still rank documents as the dense model's do? Rows
 of the file: {"query": "...", "documents": ["...", ...], "relevant": [0, 3]}; `relevant` may be left out.
 
+Of tasks that write, the items that one view has right and the other wrong: KL at each token of the dense model's text.
+
 Shapes: N rows, O options of one item, V vocabulary, B batch, T tokens, D width, E texts, G documents of one query.
 """
 
@@ -23,7 +25,7 @@ from torch import Tensor
 from recover.base import console, dist
 from recover.base.clock import part
 from recover.base.errors import DataError, ModelError
-from recover.config.tasks import ChoiceFile, RetrievalFile
+from recover.config.tasks import ChoiceFile, RetrievalFile, WritingFile
 from recover.maths import divergence as spaces
 from recover.maths.score import ndcg
 from recover.measure.kinds.choice import Choice as ChoiceItem
@@ -37,10 +39,12 @@ from recover.probe.trajectory import Batch, along, batches_of, check_ids, given,
 from recover.probe.views import Pair, View, hidden_states, running
 from recover.text.generate import context_of
 from recover.text.likelihood import option_rows
-from recover.text.prompts import text_ids
+from recover.text.prompts import encode_prompt, text_ids
 from recover.text.read import rows_at
 
 KINDS = ("choice", "retrieval")
+# Texts of a task that are read token by token, of items lost and of items won, and tokens of each.
+TEXTS, TOKENS, TEXTS_AT_ONCE = 24, 192, 8
 
 
 @part("probing")
@@ -68,6 +72,60 @@ def task_drift(
             length = min(file.length, *contexts)
             records += retrieval_drift(pair, tokenizer, queries, task=task.name, length=length, batch_size=batch_size)
     return records
+
+
+@part("probing")
+def tokens_of_changed(
+    twin: Twin | Pair, tokenizer: Any, task: Task, right: tuple[Sequence[float], Sequence[float]], ids: list[list[int]]
+) -> dict[int, list[tuple[str, float]]]:
+    """Item -> (piece of text, KL(dense || pruned) in nats) of each token of dense's own text, both views reading it.
+
+    Of a task that writes, the first TEXTS items that are lost and as many that are won; `right`: of each item, 1.0
+    where dense is right, and where pruned is. `ids`: dense's texts, of which the first TOKENS tokens are read. The same
+    on every process; items whose text is empty are left out.
+
+    Raises:
+        DataError: a text is too long for a view. ModelError: logits that are not finite.
+    """
+    file = task.file
+    if not isinstance(file, WritingFile):
+        return {}
+    pairs = list(enumerate(zip(*right, strict=True)))
+    ways = ([item for item, (was, now) in pairs if sign * (was - now) > 0 and ids[item]] for sign in (1, -1))
+    items = sorted(item for way in ways for item in way[:TEXTS])
+    prompts = [encode_prompt(tokenizer, task.items[item].prompt, chat=file.wraps) for item in items]
+    texts = [ids[item][:TOKENS] for item in items]
+    rows = [([*prompt, *text], len(prompt)) for prompt, text in zip(prompts, texts, strict=True)]
+    found = dist.over(rows, lambda mine: _token_kls(Pair.of(twin), mine))
+    pieces = [pieces_of(tokenizer, text) for text in texts]
+    return {item: list(zip(*each, strict=True)) for item, *each in zip(items, pieces, found, strict=True)}
+
+
+def _token_kls(pair: Pair, rows: Sequence[tuple[list[int], int]]) -> list[list[float]]:
+    """KL(dense || pruned) at each token of a text from where it starts."""
+    comparison, device = Comparison(pair), next(pair.dense.model.parameters()).device
+    found: list[list[float]] = []
+    for first in range(0, len(rows), TEXTS_AT_ONCE):
+        texts, starts = map(list, zip(*rows[first : first + TEXTS_AT_ONCE], strict=True))
+        for view in (pair.dense, pair.pruned):
+            check_ids(texts, view, steps=0)
+        trajectory = given(texts, first, device, starts=starts)
+        at = trajectory.scored_BS.cpu().nonzero()
+        dense, pruned = (along(view, trajectory).final_ND for view in (pair.dense, pair.pruned))
+        kl_N = comparison.kl(dense, pruned, Rows(at[:, 0] + first, at[:, 1]))
+        found += [kl_N[at[:, 0] == number].tolist() for number in range(len(texts))]
+    return found
+
+
+def pieces_of(tokenizer: Any, ids: list[int]) -> list[str]:
+    """What each token adds to the text; nothing, where a letter is not whole yet or the token is no text."""
+    pieces, before = [], ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+        whole = end == len(ids) or not text.endswith("\N{REPLACEMENT CHARACTER}")
+        pieces.append(text[len(before) :] if whole else "")
+        before = text if whole else before
+    return pieces
 
 
 def _asked(tokenizer: Any, file: ChoiceFile, item: ChoiceItem) -> Asked:

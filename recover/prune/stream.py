@@ -19,7 +19,7 @@ from torch import LongTensor, Tensor, nn
 
 from recover.base.errors import PruneError
 from recover.maths.divergence import kl, log_probabilities, var_p, widen
-from recover.models.arch import arch_of, blocks_of, final_norm_of, head_of, linears_of, middle_hooks
+from recover.models.arch import arch_of, blocks_of, final_norm_of, head_of, linears_of, middle_hooks, sublayers_in
 from recover.models.experts import ExpertMatrix, expert_matrices
 from recover.models.site import SUBLAYERS, Site
 from recover.models.stored_weights import present
@@ -89,9 +89,25 @@ def stream_hooks(twin: Twin, seen: dict[int, Tensor], wanted: set[int]) -> list[
 
         return hook
 
+    def behind(point: int) -> Any:
+        def hook(_module: Any, _args: Any, output: Any) -> None:
+            if point in wanted:
+                seen[point] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
     hooks = [final_norm_of(twin.model).register_forward_pre_hook(see(2 * len(blocks)))]
     for index, block in enumerate(blocks):
         hooks.append(block.register_forward_pre_hook(see(2 * index)))
+        if arch.lone:  # the sublayer that is not there does nothing to the stream
+            alone = sublayers_in(block, arch) == ("mlp",)
+            middle = (
+                block.register_forward_pre_hook(see(2 * index + 1))
+                if alone
+                else block.register_forward_hook(behind(2 * index + 1))
+            )
+            hooks.append(middle)
+            continue
         if arch.parallel(twin.base.config):
             hooks += middle_hooks(block, arch, lambda h_BTD, point=2 * index + 1: seen.setdefault(point, h_BTD))
             continue

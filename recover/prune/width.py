@@ -16,7 +16,7 @@ groups), K kept units.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from recover.base.artifacts import JsonObject
 from recover.base.errors import PruneError
 from recover.base.journal import Journal
 from recover.config.recipe import Width
-from recover.models.arch import ARCHS, arch_of, blocks_of, head_size_of, kv_heads_of, linears_in, linears_of
+from recover.models.arch import ARCHS, Arch, arch_of, blocks_of, head_size_of, kv_heads_of, linears_in, linears_of
 from recover.models.plan import Plan, Pruned
 from recover.models.site import Site, Sublayer
 from recover.models.stored_weights import present
@@ -71,26 +71,21 @@ class Sizes:
         return dataclasses.replace(self, groups=left, heads=self.heads // self.groups * left)
 
 
-def narrowed(config: PretrainedConfig, cfg: Width) -> dict[str, int]:
+def narrowed(arch: Arch, dense: Sizes, cfg: Width, stock: Callable[[], PretrainedConfig]) -> dict[str, int]:
     """The fields of the model's config that the recipe changes. PruneError, naming the field, for what cannot work.
 
-    With fewer heads `head_dim` has to be said: most configs take hidden size / heads where it is missing.
+    With fewer heads `head_dim` has to be said: most configs take hidden size / heads where it is missing. `stock`
+    gives a config whose class is asked whether it takes so many heads.
     """
-    dense = Sizes.of(config)
-    if cfg.mlp is not None:
-        _refuse_neurons(config)
-    fields = {} if cfg.mlp is None else {arch_of(config).neurons: _neurons_left(dense.neurons, cfg)}
-    if cfg.kv_groups is not None:
-        fields |= _heads_left(config, dense, cfg.kv_groups)
-    return fields
-
-
-def _refuse_neurons(config: PretrainedConfig) -> None:
-    if arch_of(config).experts is not None:
+    if cfg.mlp is not None and arch.experts is not None:
         raise PruneError(
-            f"prune.mlp: the MLPs of {config.model_type} are mixtures of experts, and neurons of experts are not cut: "
+            f"prune.mlp: the MLPs of {arch.model_type} are mixtures of experts, and neurons of experts are not cut: "
             "remove whole experts with prune.kind: experts, or KV groups alone"
         )
+    fields = {} if cfg.mlp is None else {arch.neurons: _neurons_left(dense.neurons, cfg)}
+    if cfg.kv_groups is not None:
+        fields |= _heads_left(arch, dense, cfg.kv_groups, stock)
+    return fields
 
 
 def _neurons_left(neurons: int, cfg: Width) -> int:
@@ -101,20 +96,21 @@ def _neurons_left(neurons: int, cfg: Width) -> int:
     return left
 
 
-def _heads_left(config: PretrainedConfig, dense: Sizes, groups: int) -> dict[str, int]:
-    reason = arch_of(config).kv_groups_stay
-    if reason:
-        instead = "prune.mlp alone" if arch_of(config).experts is None else "another way to prune"
-        raise PruneError(f"prune.kv_groups: {config.model_type} keeps its KV groups: {reason}. Use {instead}")
+def _heads_left(arch: Arch, dense: Sizes, groups: int, stock: Callable[[], PretrainedConfig]) -> dict[str, int]:
+    if arch.kv_groups_stay:
+        instead = "prune.mlp alone" if arch.experts is None else "another way to prune"
+        raise PruneError(
+            f"prune.kv_groups: {arch.model_type} keeps its KV groups: {arch.kv_groups_stay}. Use {instead}"
+        )
     if not 0 < groups < dense.groups:
         raise PruneError(f"prune.kv_groups: {groups} of {dense.groups} KV groups to remove: keep at least one")
-    fields = _head_fields(dense.without(groups))
+    fields, config = _head_fields(dense.without(groups)), stock()
     refusal = _refusal(config, fields)
     if refusal:
         works = [n for n in range(1, dense.groups) if not _refusal(config, _head_fields(dense.without(n)))]
         found = f"prune.kv_groups: {groups} of {dense.groups} leaves {fields['num_attention_heads']} heads"
         raise PruneError(
-            f"{found}, and no stock {config.model_type} model can have so many ({refusal}). "
+            f"{found}, and no stock {arch.model_type} model can have so many ({refusal}). "
             f"Works here: {', '.join(map(str, works)) or 'none'}"
         )
     return fields
@@ -156,7 +152,7 @@ def prune_width(twin: Twin, cfg: Width, batches: list[LongTensor], journal: Jour
     if not batches:
         raise PruneError(f"prune.score: '{cfg.score}' is measured on text: give prune.calibration")
     check_context(model, batches)
-    config = narrowed(model.config, cfg)
+    config = narrowed(arch_of(model), Sizes.of(model.config), cfg, lambda: model.config)
     _say_rounded(cfg, model.config, config)
     _warn_of_head_size(model.config, config)
     removals = list(_removals(model.config, config))
@@ -169,10 +165,11 @@ def prune_width(twin: Twin, cfg: Width, batches: list[LongTensor], journal: Jour
     records = []
     for block in console.track(range(len(blocks_of(model))), "width", unit="block"):
         chosen: dict[Sublayer, Tensor] = {}
-        for removal in removals if scores else ():
+        there = [removal for removal in removals if _names(twin, block, removal.part)]
+        for removal in there if scores else ():
             chosen[removal.part] = highest(scores[str(Site(block, removal.part))], removal.left)
-        found = _compensated(twin, stream, block, removals, chosen, cfg) if stream else {}
-        for removal in removals:
+        found = _compensated(twin, stream, block, there, chosen, cfg) if stream else {}
+        for removal in there:
             made = found.get(removal.part)
             kept_K = made.kept_K if made else chosen[removal.part]
             rewritten_OI = made.weight_OI if made and cfg.repair == "linear" else None
@@ -237,7 +234,7 @@ def _removals(stock: PretrainedConfig, config: dict[str, int]) -> Iterator[_Remo
 
 
 def _names(twin: Twin, block: int, part: Sublayer) -> list[str]:
-    """The linears of a sublayer, the one that writes to the residual stream last."""
+    """The linears of a sublayer, the one that writes to the residual stream last; none where it is not there."""
     inside = linears_in(twin.blocks[block], twin.arch, part)
     return [f"{twin.arch.blocks}.{block}.{name}" for name in inside]
 
@@ -245,8 +242,8 @@ def _names(twin: Twin, block: int, part: Sublayer) -> list[str]:
 def _last_linears(twin: Twin, removal: _Removal) -> Iterator[tuple[Site, Outgoing]]:
     linears = linears_of(twin.model)
     for block in range(len(blocks_of(twin.model))):
-        last = _names(twin, block, removal.part)[-1]
-        yield Site(block, removal.part), Outgoing(linears[last], removal.units, removal.head)
+        for last in _names(twin, block, removal.part)[-1:]:
+            yield Site(block, removal.part), Outgoing(linears[last], removal.units, removal.head)
 
 
 class Outgoing(NamedTuple):
@@ -429,18 +426,10 @@ def _plan(
 
 def width_cost(cfg: Width, model: Description) -> Cost:
     """What narrowing takes from a model. Raises PruneError for what `prune_width` would refuse."""
-    sizes: Any = {
-        "hidden_size": model.width,
-        ARCHS[model.model_type].neurons: model.intermediate,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.kv_heads,
-        "head_dim": model.head_size,
-    }
-    # A hybrid's class checks the sizes of its mixers too, and none of them changes.
-    kind = PretrainedConfig if ARCHS[model.model_type].mixer else CONFIG_MAPPING[model.model_type]
-    settings: Any = kind(**sizes)
-    settings.model_type = model.model_type
-    narrowed(settings, cfg)
+    arch = ARCHS[model.model_type]
+    dense = Sizes(model.intermediate, model.heads, model.kv_heads, model.head_size)
+    sizes: Any = {"hidden_size": model.width, arch.neurons: model.intermediate, **_head_fields(dense)}
+    narrowed(arch, dense, cfg, lambda: CONFIG_MAPPING[model.model_type](**sizes))
     gone, stay = width_weights(cfg, model)
     share = gone / (model.parameters - model.embedding_parameters)
     said = f"{share:.0%} of the blocks' weights go: LoRA budgets recover about {WIDTH_WALL:.0%}"
@@ -454,7 +443,8 @@ def width_weights(cfg: Width, model: Description) -> tuple[int, int]:
     neurons, groups = cfg.neurons(model.intermediate), cfg.kv_groups or 0
     gone = (model.intermediate - neurons) * neuron + groups * group
     stay = (neurons * neuron if cfg.mlp else 0) + ((model.kv_heads - groups) * group if groups else 0)
-    return gone * model.blocks, stay * model.blocks
+    blocks = model.lone.count("mlp") or model.blocks
+    return gone * blocks, stay * blocks
 
 
 register(Pruner(Width, prune_width, width_cost))

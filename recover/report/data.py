@@ -147,7 +147,10 @@ class Example(TypedDict):
 
 
 class ChangedItem(TypedDict):
-    """An item that dense has right and another model wrong (`lost`), or the other way (`won`); `other` is its text."""
+    """An item that dense has right and another model wrong (`lost`), or the other way (`won`); `other` is its text.
+
+    `tokens`: dense's text in runs of (letters, level of KL, tip), where KL was measured token by token.
+    """
 
     way: str
     item: int
@@ -155,6 +158,7 @@ class ChangedItem(TypedDict):
     expected: str | None
     dense: str
     other: Text
+    tokens: list[tuple[str, int, str]]
 
 
 class Exchanged(TypedDict):
@@ -212,6 +216,7 @@ class BlockDrift(TypedDict):
     logit: Quantiles | None
     probability: Quantiles | None
     kl: Quantiles | None
+    by_step: list[list[float]]
 
 
 class SublayerDrift(TypedDict):

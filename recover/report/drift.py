@@ -72,7 +72,8 @@ def read(summary: Json) -> Drift:
 
 def _block(block: Json) -> BlockDrift:
     spaces = {name: spread(block.get(name)) for name in (*SPACES, "kl")}
-    return cast(BlockDrift, {"block": block["block"], "closed": bool(block.get("closed")), **spaces})
+    place = {"block": block["block"], "closed": bool(block.get("closed")), "by_step": block.get("by_step") or []}
+    return cast(BlockDrift, {**place, **spaces})
 
 
 def _sublayer(row: Json) -> SublayerDrift:

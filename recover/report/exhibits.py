@@ -149,6 +149,7 @@ EXHIBITS: list[Exhibit] = [
     Exhibit("recovery", "rates", tables.rates),
     Exhibit("damage", "last-layer", tables.last_layer),
     Exhibit("damage", "blocks", drift.blocks, numbers=True),
+    Exhibit("damage", "block-steps", drift.block_steps),
     Exhibit("damage", "sublayers", plan.worth, numbers=True),
     Exhibit("damage", "writes", plan.writes),
     Exhibit("damage", "experts", tables.experts),

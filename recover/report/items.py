@@ -7,11 +7,13 @@ how many texts of which kind of mistake, and one of each; measured items that st
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from recover.base import artifacts
 from recover.maths import score
 from recover.report import words
 from recover.report.data import CHANGED, ChangedItem, Example, Exchanged, Mistakes, PageData, RunData, Text
+from recover.report.figures.drift import LEVELS
 from recover.report.run_files import FOLDERS, MeasureRecord, Model, Overlap, OverlapRecord, Records, Task
 from recover.report.tables import Table
 
@@ -99,9 +101,34 @@ def _shown(task: str, before: list[float], now: list[float], dense: Rows, other:
                 "expected": None if asked.get("expected") is None else words.clean(asked["expected"]),
                 "dense": a,
                 "other": other_text,
+                "tokens": runs_of_tokens(other[task][item].get("dense_kl")),
             }
         )
     return found
+
+
+END = "\N{END OF PROOF}"  # where the text ends: a token without letters
+
+
+def runs_of_tokens(kls: Any) -> list[tuple[str, int, str]]:
+    """(letters, level, tip) of a text's tokens, those of level 0 joined; level n: KL of LEVELS[n - 1] or more.
+
+    None, and a file of another form, give none. Long texts end where `words.beginning` ends them.
+    """
+    runs: list[tuple[str, int, str]] = []
+    letters = 0
+    tokens: list[tuple[str, float]] = list(kls or ())
+    for number, (piece, kl) in enumerate(tokens):
+        level = sum(kl >= least for least in LEVELS)
+        text = words.clean(piece) or (END if number == len(tokens) - 1 and level else "")
+        letters += len(text)
+        if letters > words.TEXT_LIMIT:
+            return [*runs, (" …", 0, "")]
+        if level == 0 and runs and runs[-1][1] == 0:
+            runs[-1] = (runs[-1][0] + text, 0, "")
+        elif text:
+            runs.append((text, level, f"KL {words.number(kl)}" if level else ""))
+    return runs
 
 
 def exchanged_table(data: PageData) -> Table | None:

@@ -25,6 +25,7 @@ FOLDERS = {name: name for name in ("dense", "prune", "before", "train", "after")
 SHOWN_FIELDS = 3  # of a difference, in one sentence
 DIGITS = 12  # of a digest
 LIBRARIES = ("torch", "transformers")  # named in the table; all are in report.json
+SERVED = ("deployed", "alternative")  # models that are files of stage deploy
 NOT_FIELDS = ("inputs", "stages", "carried")  # of a fingerprint
 
 
@@ -132,18 +133,29 @@ def _listed(names: list[str]) -> str:
 def added(root: Path) -> tuple[list[Json], list[str]]:
     """Records of tasks that were measured later, beside those of the recipe, in the order of their names.
 
-    Those that were measured on another pruning, training or epoch are left out, each with a sentence.
+    Those that were measured on another pruning, training or epoch are left out, each with a sentence; of those that
+    were measured on other files of stage deploy, the columns of these files.
     """
     stamps = {stage: peek(earlier.place(root, stage) / DONE) or {} for stage in ("prune", "train")}
     finished = {stage: stamp.get("finished") for stage, stamp in stamps.items()}
+    served = (peek(root / FOLDERS["deploy"] / DONE) or {}).get("finished")
     best = peek(root / "after" / "best.json") or peek(earlier.place(root, "train/best.json")) or {}
     found, left_out = [], []
     for path in sorted((root / "more").glob("*.json")):
         record = peek(path)
         if not isinstance(record, dict) or not isinstance(record.get("models"), dict):
             continue
-        if earlier.keys(record.get("stages") or {}) == finished and record.get("epoch") == best.get("epoch"):
-            found.append(record)
+        stages = earlier.keys(record.get("stages") or {})
+        of_files = stages.pop("deploy", None)
+        if stages == finished and record.get("epoch") == best.get("epoch"):
+            old = [model for model in SERVED if model in record["models"]] if of_files != served else []
+            models = {model: task for model, task in record["models"].items() if model not in old}
+            found.append({**record, "models": models})
+            if old:
+                left_out.append(
+                    f"Task {record.get('task')} was measured later on earlier files of stage deploy, and their "
+                    f"columns are left out: measure it again (recover measure {root} --tasks ...)."
+                )
         else:
             left_out.append(
                 f"Task {record.get('task')} was measured later, on an earlier state of this run, and is left out: "

@@ -130,6 +130,7 @@ def _view(data: RunData) -> dict[str, Any]:
         "facts": _facts(data),
         "recovery": _recovery(data),
         "points": key_findings(data),
+        "levels": items.LEVELS,
         "mistake_names": {kind: heading for kind, (_, heading) in items.NAMES.items()},
         "training_notes": training.notes(data),
         "setbacks": training.setbacks_told(data["epochs"], data["recipe"], (data["rate_trials"] or {}).get("chosen")),

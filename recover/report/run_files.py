@@ -78,13 +78,15 @@ class DeployedFile(TypedDict):
 class GreedyText(TypedDict):
     """A text of generations.json, by task and item; what was asked, and the right answer where there is one.
 
-    Earlier versions wrote `ids` and `text` alone.
+    `dense_kl`, of items that dense has right and this model wrong or the other way: of each token of dense's text its
+    letters and KL(dense || this model) there, both reading dense's text. Earlier versions wrote `ids` and `text` alone.
     """
 
     ids: list[int]
     text: str
     prompt: NotRequired[str]
     expected: NotRequired[str | None]
+    dense_kl: NotRequired[list[tuple[str, float]]]
 
 
 Records = dict[Model, MeasureRecord | None]

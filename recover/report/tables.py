@@ -351,7 +351,7 @@ def rates(data: PageData) -> Table | None:
 
 
 def times(data: PageData) -> Table | None:
-    """Where the time of the job went, stage by stage."""
+    """Where the time and the memory of the job went, stage by stage."""
     stages = [row for row in data["times"] if row["stage"] != "report"]  # of an earlier report
     if not stages:
         return None
@@ -363,7 +363,22 @@ def times(data: PageData) -> Table | None:
         rows.append((f"{row['stage']}{calls}", _seconds(row["seconds"]), ", ".join(shown) or "–"))
     rows.append(("all", _seconds(sum(row["seconds"] for row in stages)), "–"))
     caption = "Wall-clock time of each stage when it was last done, and of its parts; the report itself is not in it."
-    return Table("Where the time went", caption, (("stage", ""), ("time", ""), ("of it", "")), rows, numbers=3)
+    columns = [("stage", ""), ("time", ""), ("of it", "")]
+    title = "Where the time went"
+    for place, name in MEMORY.items():
+        most = [row.get("memory", {}).get(place) for row in stages]
+        known = [each for each in most if each is not None]
+        if known:
+            columns.append((name, ""))
+            shown = [words.size(each) if each is not None else "–" for each in (*most, max(known))]
+            rows = [(*row, cell) for row, cell in zip(rows, shown, strict=True)]
+            title = "Where the time and the memory went"
+    if len(columns) > 3:
+        caption += " Memory: the most that the main process held at once in the stage, with what it read of files."
+    return Table(title, caption, tuple(columns), rows, numbers=3)
+
+
+MEMORY = {"process": "memory at most", "gpu": "GPU memory at most"}
 
 
 def _seconds(value: float) -> str:

@@ -39,7 +39,7 @@ from recover.models.twin import Held, Twin
 from recover.models.wrapper import text_values
 from recover.probe.trajectory import check_steps
 from recover.prune.calibrate import calibration_batches, check_asked, read_texts
-from recover.report.run_files import Overlap, OverlapRecord
+from recover.report.run_files import DeployedFile, Overlap, OverlapRecord
 from recover.report.words import shown_source
 from recover.run.directory import RunDirectory
 from recover.run.estimate import settle
@@ -126,6 +126,25 @@ class RunContext:
         """Forget the dense weights too: another model will be read."""
         self._held = None
         self.release()
+
+    def served(self, file: DeployedFile) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """A quantized file of stage deploy: its weights, dequantized, and its tokenizer. The dense weights go.
+
+        As the file has them: not quantized once more, and in main memory where the dense weights were quantized to fit.
+        """
+        self.forget()
+        source = self.recipe.model
+        there = source.model_copy(
+            update={
+                "source": str(self.directory.root / file["path"]),
+                "revision": None,
+                "tokenizer": None,
+                "load_in": None,
+                "offload": "cpu" if source.load_in else source.offload,
+            }
+        )
+        with part("reading weights"):
+            return ready(load_model(there)), load_tokenizer(there)
 
     def lend(self) -> Twin:
         """The pruned twin, to be trained: it will carry adapters that no later stage asked for, and is forgotten here.

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from recover.base import console, dist, memory
 from recover.base.artifacts import JsonObject
 from recover.base.errors import ExportError, PruneError, RecipeError, TrainingError
 from recover.config.defaults import Chosen, Facts, row_tokens, settled
 from recover.config.recipe import PrunedText, Recipe, Train
+from recover.export.gguf.family import family_of, refuse_type
 from recover.export.gguf.family import refuse as refuse_family
-from recover.export.gguf.family import refuse_type
-from recover.export.gguf.write import QUANTIZED, nearest, planned_bytes, vocabulary
+from recover.export.gguf.write import beside, nearest, planned_bytes, require_ggml, vocabulary
 from recover.models.load import Description, checked_config, describe
 from recover.models.source import exported_dtype, read_config
 from recover.prune.registry import Cost, pruner_of
@@ -53,6 +54,15 @@ def refuse(recipe: Recipe, model: Description) -> None:
         raise RecipeError(
             f"train.lora.parts: {list(recipe.train.lora.parts)}, and {model.model_type} models have no experts: "
             "use [linears]"
+        )
+    if (
+        model.mixture is not None
+        and "shared" in recipe.train.lora.parts
+        and not (model.mixture.shared or model.mixture.plain)
+    ):
+        raise RecipeError(
+            f"train.lora.parts: 'shared' is for shared experts and for MLPs in blocks without experts, and this "
+            f"{model.model_type} model has neither: leave it out"
         )
     widest = max(model.width, model.intermediate, model.heads * model.head_size)
     if recipe.train.lora.rank > widest:
@@ -225,19 +235,31 @@ def planned_file(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, figures: Es
         refuse_type(str(read_config(recipe.model).get("model_type")), where)  # of a wrapper, which is exported as one
         config = checked_config(recipe.model)
         refuse_family(config, where)
+        _refuse_unreadable(config, where)
         vocabulary(tokenizer, model.vocabulary, [])
+        require_ggml(cfg.quantize)
     except ExportError as error:
-        raise RecipeError(f"deploy.quantize: {error}. Leave it out, and convert the export by another tool") from None
+        instead = "" if "recover gguf" in str(error) else ", and convert the export by another tool"
+        raise RecipeError(f"deploy.quantize: {error}. Leave it out{instead}") from None
     ends = model.embedding_parameters
     kept = (figures["parameters_pruned"] - ends) / (model.parameters - ends)
-    parts = {each: planned_bytes(config, each) for each in QUANTIZED}
+    parts = {each: planned_bytes(config, each) for each in {*beside(cfg.quantize), cfg.quantize}}
     head, rest = parts[cfg.quantize]
     found: PlannedFile = {"quantize": cfg.quantize, "bytes": round(head + rest * kept)}
     if cfg.beside is not None:
-        sizes = {each: sum(both) for each, both in parts.items()}
-        beside = nearest(sizes, found["bytes"])
-        found["beside"], found["beside_bytes"] = beside, sizes[beside]
+        sizes = {each: sum(parts[each]) for each in beside(cfg.quantize)}
+        kind = nearest(sizes, found["bytes"])
+        found["beside"], found["beside_bytes"] = kind, sizes[kind]
     return found
+
+
+def _refuse_unreadable(config: PretrainedConfig, where: str) -> None:
+    """Raise ExportError where transformers reads no GGUF file of this family, so that it could not be measured."""
+    if family_of(config).arch not in GGUF_CONFIG_MAPPING:
+        raise ExportError(
+            f"{where}: a GGUF file of {config.model_type} is written and could not be measured, as transformers reads "
+            "none: write one of the export, `recover gguf FOLDER OUT.gguf --dtype q8_0`"
+        )
 
 
 class Estimate(TypedDict):

@@ -31,14 +31,14 @@ from recover.base.products import NAMES
 from recover.config import recipe as recipes
 from recover.config.base import Dtype
 from recover.config.recipe import Model, Recipe, dump_recipe, without_folders
-from recover.export.gguf.write import nearest, quantized_bytes, write_gguf
+from recover.export.gguf.write import beside, nearest, quantized_bytes, write_gguf
 from recover.export.verify import fresh_process, verify, write_expected
 from recover.export.write import card, write_merged
 from recover.measure.model import Generations
 from recover.measure.speed import compare_speed
 from recover.measure.tasks import measure
 from recover.models.arch import arch_of
-from recover.models.load import describe, load_model, load_tokenizer, ready
+from recover.models.load import describe, load_model, ready
 from recover.models.plan import save_plan
 from recover.models.source import code_of, exported_dtype, locate, stored_dtype
 from recover.models.stored_weights import stored_in
@@ -46,7 +46,7 @@ from recover.models.twin import Twin
 from recover.probe.probe import dense_trajectories, final_drift, probe
 from recover.probe.records import summary
 from recover.probe.sublayers import routing
-from recover.probe.tasks import task_drift
+from recover.probe.tasks import task_drift, tokens_of_changed
 from recover.prune import registry
 from recover.report import items, verdict
 from recover.report.collect import collect
@@ -447,7 +447,8 @@ def deploy(context: RunContext) -> None:
     files = {"deployed": _write_quantized(directory, directory.deploy, directory.gguf, cfg.quantize)}
     if cfg.beside is not None:
         folder = locate(source)
-        kind = nearest(quantized_bytes(folder), quantized_bytes(directory.deploy)[cfg.quantize])
+        sizes = {kind: size for kind, size in quantized_bytes(folder).items() if kind in beside(cfg.quantize)}
+        kind = nearest(sizes, quantized_bytes(directory.deploy)[cfg.quantize])
         files["alternative"] = _write_quantized(directory, folder, directory.gguf / "dense", kind)
     elif dist.is_main():
         for name in NAMES["deploy"]:  # of when it was asked for
@@ -456,18 +457,7 @@ def deploy(context: RunContext) -> None:
     for model, file in files.items():
         path = directory.root / file["path"]
         console.say(f"[dim]{model}: {file['path']}, {file['quantize']}, {console.size(file['bytes'])}[/dim]")
-        # As the file has them: not quantized once more.
-        there = source.model_copy(
-            update={
-                "source": str(path),
-                "revision": None,
-                "tokenizer": None,
-                "load_in": None,
-                "offload": "cpu" if source.load_in else source.offload,
-            }
-        )
-        with part("reading weights"):
-            loaded, tokenizer = ready(load_model(there)), load_tokenizer(there)
+        loaded, tokenizer = context.served(file)
         reference = read_json(directory.dense / "generations.json")
         _measure(context, loaded, path.parent, reference=reference, tokenizer=tokenizer)
         del loaded
@@ -553,7 +543,8 @@ def _probe_and_measure(context: RunContext, twin: Twin, folder: Path) -> None:
         if dist.is_main():
             artifacts.write_jsonl(folder / "probe.jsonl", records)
             write_json(folder / "probe.json", summary(found))
-        _measure(context, twin.model, folder, reference=read_json(context.directory.dense / "generations.json"))
+        reference = read_json(context.directory.dense / "generations.json")
+        _measure(context, twin.model, folder, reference=reference, twin=twin)
 
 
 def _measure(
@@ -563,7 +554,9 @@ def _measure(
     *,
     reference: Generations | None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    twin: Twin | None = None,
 ) -> None:
+    """measure.json and generations.json of a model; of a `twin`, with the KL of each token of texts that changed."""
     record, generations = measure(
         model,
         tokenizer or context.tokenizer,
@@ -572,6 +565,14 @@ def _measure(
         reference=reference,
         seed=context.recipe.seed,
     )
+    if twin is not None and reference is not None:
+        dense = read_json(context.directory.dense / "measure.json")["tasks"]
+        for task in context.tasks:
+            right = dense[task.name].get("each") or [], record["tasks"][task.name].get("each") or []
+            if task.name in generations and len(right[0]) == len(right[1]):
+                ids = [row["ids"] for row in reference[task.name]]
+                for item, tokens in tokens_of_changed(twin, context.tokenizer, task, right, ids).items():
+                    generations[task.name][item]["dense_kl"] = [(piece, float(f"{kl:.3g}")) for piece, kl in tokens]
     if dist.is_main():
         write_json(folder / "generations.json", generations)
         write_json(folder / "measure.json", record)

@@ -22,7 +22,7 @@ from recover.models.stored_weights import SharedOut, stored_in
 from recover.report.run_files import EpochScore
 from recover.text.generate import context_of
 from recover.train.callbacks import AfterEpoch, Epochs, LogStep, Progress, StepLog
-from recover.train.checkpoints import Asked, PartEnds, begin, note
+from recover.train.checkpoints import Asked, Part, PartEnds, begin, note
 from recover.train.course import ROLLBACKS, Course, Totals
 from recover.train.data import build_dataset, collator, packer, row_sizes, tokens_at_once, with_scored
 from recover.train.settings import (
@@ -81,26 +81,13 @@ def train(
         ArtifactError: a checkpoint could not be written. StopRequested: stopped by a signal.
     """
     split = split_batch(cfg, dist.world_size())
-    refuse_sharding_twice(cfg)
-    refuse_averaging_shares(cfg)
-    if next(twin.base.parameters()).dtype is torch.float16:
-        raise TrainingError("model.dtype: float16 cannot be trained (gradients underflow): use bfloat16 or float32")
-    packed = bool(packing_configs(twin.base))  # else padded
-    if twin.arch.mixer:
-        console.say(
-            f"[dim]{twin.arch.model_type}: rows are padded and not packed: its blocks keep a state, which would go on "
-            "from one text to the next[/dim]"
-        )
+    _refuse(twin, cfg)
+    packed = _packs(twin)  # else padded
     past = begin(run_folder, _asked(twin, cfg, seed, packed=packed))
     fingerprint, parts = past["fingerprint"], past["parts"]
     texts = run_folder / "data"
     rows = build_dataset(cfg, twin, tokenizer, seed, texts, packed=packed, parts=parts)
-    steps, begun = len(rows) // cfg.batch_size, parts[-1]["ends"][-1] if parts else 0
-    if steps == begun:
-        raise DataError(
-            f"train.tokens: {cfg.tokens:,} make no step of {cfg.batch_size} more than the finished training's "
-            f"{parts[-1]['tokens']:,}: raise it further"
-        )
+    steps, begun = _steps(cfg, rows, parts)
     ends = all_ends(parts, cfg, steps)
     torch.manual_seed(seed)
     twin.add_lora(cfg.lora)
@@ -112,8 +99,8 @@ def train(
     cfg = _with_rate(twin, tokenizer, cfg, rows, split.micro, collate, seed, run_folder, first, graphed=graphed)
     own = None
     if "writer" in rows.features:
-        context = context_of(twin.model)
-        own = OnPolicy(cfg, tokenizer, rows, seed, run_folder, fingerprint, with_scored(collate), context)
+        scored, context = with_scored(collate), context_of(twin.model)
+        own = OnPolicy(cfg, tokenizer, rows, seed, run_folder, fingerprint, scored, context)
     args = training_arguments(cfg, split, steps, seed, run_folder / "checkpoints", passes=1 + ROLLBACKS, begin=begun)
     with stop_between_steps() as stop:
         trainer = RecoverTrainer(
@@ -146,6 +133,35 @@ def train(
     if stop.requested:  # it came after the last step
         raise StopRequested(stop.requested)
     return run_folder / epochs.best["folder"]
+
+
+def _refuse(twin: Twin, cfg: Train) -> None:
+    """Raises TrainingError for what cannot be trained so."""
+    refuse_sharding_twice(cfg)
+    refuse_averaging_shares(cfg)
+    if next(twin.base.parameters()).dtype is torch.float16:
+        raise TrainingError("model.dtype: float16 cannot be trained (gradients underflow): use bfloat16 or float32")
+
+
+def _packs(twin: Twin) -> bool:
+    """Whether texts lie one after another in a row; said where they cannot."""
+    if twin.arch.mixer:
+        console.say(
+            f"[dim]{twin.arch.model_type}: rows are padded and not packed: its blocks keep a state, which would go on "
+            "from one text to the next[/dim]"
+        )
+    return bool(packing_configs(twin.base))
+
+
+def _steps(cfg: Train, rows: Dataset, parts: list[Part]) -> tuple[int, int]:
+    """Steps to the end, and those of parts that are finished. Raises DataError if there is none to make."""
+    steps, begun = len(rows) // cfg.batch_size, parts[-1]["ends"][-1] if parts else 0
+    if steps == begun:
+        raise DataError(
+            f"train.tokens: {cfg.tokens:,} make no step of {cfg.batch_size} more than the finished training's "
+            f"{parts[-1]['tokens']:,}: raise it further"
+        )
+    return steps, begun
 
 
 def _collation(

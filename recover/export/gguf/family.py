@@ -1,6 +1,7 @@
 """What llama.cpp knows of a model family: tensor names, sizes, rope; and what of a config it would compute otherwise.
 
-Source: the GGUF specification (ggml, docs/gguf.md) and llama.cpp's loaders, src/models/{llama,qwen2,qwen3,granite}.cpp.
+Source: the GGUF specification (ggml, docs/gguf.md) and llama.cpp's loaders, src/models/{llama,qwen2,qwen3,granite,
+smollm3,olmo2,phi3,qwen3moe,olmoe}.cpp.
 Where its loader for a family takes heads that together are as wide as the model, and these are not (KV groups were
 pruned, or `head_dim` is set), the checkpoint is written as the family that computes the same for heads of any width.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import gguf
 import torch
@@ -17,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from recover.base import console
 from recover.base.errors import ExportError
-from recover.models.arch import head_size_of, kv_heads_of
+from recover.models.arch import experts_of, head_size_of, kv_heads_of
 from recover.models.settings import config_of
 from recover.models.source import (
     CONFIG,
@@ -44,19 +45,44 @@ ATTENTION = {
 MLP = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 HEAD_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+BEHIND = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
+FUSED = {
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
 ROPES = ("default", "linear", "llama3")
+# Of a mixture: the router, and the matrices of each expert, one tensor of all experts in the file.
+ROUTER = {"mlp.gate": "ffn_gate_inp"}
+EXPERTS = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """How llama.cpp routes in this family: `normed`, whether the weights of the chosen experts are made to sum to 1.
+
+    `grouped`: it has room for query heads that share keys and values.
+    """
+
+    normed: bool
+    grouped: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A model type in llama.cpp: its name there, where the two rows of a rotary pair lie, and the norms of a block.
+    """A model type in llama.cpp: its name there, where the two rows of a rotary pair lie, and what is in a block.
 
     `neighbours`: row 2i and row 2i + 1 of a head are a pair; else, as always in transformers, half a head is between.
+    `without_positions`: every so many-th block has no rotary positions, whatever a file says.
     """
 
     arch: str
     neighbours: bool = False
     norms: dict[str, str] = dataclasses.field(default_factory=lambda: NORMS)
+    linears: dict[str, str] = dataclasses.field(default_factory=lambda: ATTENTION | MLP)
+    without_positions: int | None = None
+    mixture: Mixture | None = None
 
 
 LLAMA = Family("llama", neighbours=True)
@@ -66,6 +92,13 @@ FAMILIES = {
     "qwen2": Family("qwen2"),
     "qwen3": Family("qwen3", norms=NORMS | HEAD_NORMS),
     "granite": Family("granite", neighbours=True),
+    "smollm3": Family("smollm3", neighbours=True, without_positions=4),
+    "olmo2": Family("olmo2", norms=BEHIND | HEAD_NORMS),
+    "phi3": Family("phi3", linears=FUSED),
+    "qwen3_moe": Family("qwen3moe", norms=NORMS | HEAD_NORMS, linears=ATTENTION | ROUTER, mixture=Mixture(normed=True)),
+    "olmoe": Family(
+        "olmoe", norms=NORMS | HEAD_NORMS, linears=ATTENTION | ROUTER, mixture=Mixture(normed=False, grouped=False)
+    ),
 }
 
 
@@ -118,6 +151,46 @@ def refuse(config: PretrainedConfig, where: str) -> None:
     for field, (found, right, expected) in wrong.items():
         if not right:
             raise ExportError(f"{where}: {field} is {found}; GGUF is written for {expected}")
+    _refuse_positions(config, where)
+    _refuse_routing(config, where)
+
+
+def _refuse_routing(config: PretrainedConfig, where: str) -> None:
+    """Raise ExportError for a mixture that llama.cpp routes otherwise, or of which some blocks have a plain MLP."""
+    mixture, settings = family_of(config).mixture, cast(Any, config)
+    if mixture is None:
+        return
+    if settings.norm_topk_prob != mixture.normed:
+        raise ExportError(
+            f"{where}: norm_topk_prob is {settings.norm_topk_prob}; GGUF is written for {mixture.normed}, which is "
+            "what llama.cpp computes in this family whatever a file says"
+        )
+    if not mixture.grouped and kv_heads_of(config) != config.num_attention_heads:
+        raise ExportError(
+            f"{where}: num_key_value_heads is {kv_heads_of(config)}; GGUF is written for {config.num_attention_heads}, "
+            "as many as query heads: llama.cpp has no room for others in this family"
+        )
+    plain = getattr(config, "mlp_only_layers", None) or []
+    if plain or getattr(config, "decoder_sparse_step", 1) != 1:
+        raise ExportError(
+            f"{where}: some blocks have a plain MLP (mlp_only_layers, decoder_sparse_step), and llama.cpp's "
+            f"'{family_of(config).arch}' takes experts in every block"
+        )
+
+
+def _refuse_positions(config: PretrainedConfig, where: str) -> None:
+    """Raise ExportError where other blocks have rotary positions than those that llama.cpp gives them."""
+    has, every = getattr(config, "no_rope_layers", None), family_of(config).without_positions
+    if has is None or every is None:
+        return
+    there = [int((block + 1) % every != 0) for block in range(config.num_hidden_layers)]
+    if list(has) != there:
+        other = next(block for block, (one, two) in enumerate(zip(has, there, strict=True)) if one != two)
+        raise ExportError(
+            f"{where}: block {other} has {'' if has[other] else 'no '}rotary positions (no_rope_layers), and llama.cpp "
+            f"leaves them out in every block {every} of this family, whatever a file says: after depth pruning the "
+            "kinds of blocks lie otherwise. Prune width, or drop blocks so that the kinds alternate as before"
+        )
 
 
 def refuse_type(model_type: str, where: str) -> None:
@@ -127,10 +200,10 @@ def refuse_type(model_type: str, where: str) -> None:
 
 
 def tensor_names(config: PretrainedConfig) -> dict[str, str]:
-    """For each tensor that the checkpoint must hold, its name in the GGUF file."""
+    """For each tensor that the checkpoint must hold, its name in the GGUF file: one name for those of all experts."""
     biased = _biased(config)
     modules = TOP | ({} if config.tie_word_embeddings else HEAD)
-    block = family_of(config).norms | ATTENTION | MLP
+    block = family_of(config).norms | family_of(config).linears
     for number in range(config.num_hidden_layers):
         modules |= {f"model.layers.{number}.{module}": f"blk.{number}.{name}" for module, name in block.items()}
     names = {}
@@ -138,11 +211,18 @@ def tensor_names(config: PretrainedConfig) -> dict[str, str]:
         names[f"{module}.weight"] = f"{name}.weight"
         if name.rpartition(".")[2] in biased:
             names[f"{module}.bias"] = f"{name}.bias"
+    if family_of(config).mixture is not None:
+        for number in range(config.num_hidden_layers):
+            names |= {
+                f"model.layers.{number}.mlp.experts.{expert}.{module}.weight": f"blk.{number}.{name}.weight"
+                for module, name in EXPERTS.items()
+                for expert in range(experts_of(config)[0])
+            }
     return names
 
 
 def _biased(config: PretrainedConfig) -> set[str]:
-    """Linears with a bias that llama.cpp reads; any other bias in the weights is left over, and refused as such."""
+    """Linears with a bias that is written; any other bias in the weights is left over, and refused as such."""
     if config.model_type == "qwen2":
         return {"attn_q", "attn_k", "attn_v"}
     if config.model_type not in ("llama", "granite"):
@@ -168,6 +248,11 @@ def add_sizes(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
     writer.add_vocab_size(config.vocab_size)
+    if family_of(config).mixture is not None:
+        count, used = experts_of(config)
+        writer.add_expert_count(count)
+        writer.add_expert_used_count(used)
+        writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", config.intermediate_size))
     if config.model_type == "granite":  # without them llama.cpp scales by 1 / sqrt(head) and 1
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_embedding_scale(config.embedding_multiplier)

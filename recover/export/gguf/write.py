@@ -10,12 +10,14 @@ Shapes: O out features (H heads x 2 halves x P pairs), I in features.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
+import importlib.util
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,11 +47,24 @@ if TYPE_CHECKING:
 # dtype -> (name of the tensor type, number of the file type) in GGUF
 DTYPES = {"float32": ("F32", 0), "float16": ("F16", 1), "bfloat16": ("BF16", 32)}
 # Each rounded to nearest on a grid of its own for 32 weights of a row, without calibration, as llama.cpp's own.
-QUANTIZED = {"q8_0": ("Q8_0", 7), "q5_1": ("Q5_1", 9), "q5_0": ("Q5_0", 8), "q4_1": ("Q4_1", 3), "q4_0": ("Q4_0", 2)}
-KINDS = DTYPES | QUANTIZED
+GRIDS = {"q8_0": ("Q8_0", 7), "q5_1": ("Q5_1", 9), "q5_0": ("Q5_0", 8), "q4_1": ("Q4_1", 3), "q4_0": ("Q4_0", 2)}
+# Grids for 256 weights, themselves on grids of 32 or 16, which ggml's own code finds.
+BY_GGML = {"q4_k": ("Q4_K", 14), "q5_k": ("Q5_K", 16), "q6_k": ("Q6_K", 18)}
+# Files of two of these: most matrices, and head and others that lose most. Which ones is llama.cpp's rule.
+MIXED = {"q4_k_m": ("q4_k", 15), "q5_k_m": ("q5_k", 17)}
+MATRICES = GRIDS | BY_GGML
+KINDS = DTYPES | MATRICES | {name: (MATRICES[most][0], number) for name, (most, number) in MIXED.items()}
+QUANTIZED = ("q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0")  # of a file, the finest first
+NEED_GGML = frozenset({"q6_k", *MIXED})
 ENDS = ("token_embd.weight", "output.weight")
-FINE = "q8_0"  # of embedding and head, which lose most: llama.cpp keeps them finer too
-WIDE = "float16"  # of a matrix whose rows are not made of whole grids
+FINE, FINER_K = "q8_0", "q6_k"  # of embedding and head, which lose most: llama.cpp keeps them finer too
+SENSITIVE = ("attn_v.weight", "ffn_down.weight", "ffn_down_exps.weight")  # finer in some blocks of a mixed file
+# Of a matrix whose rows are not made of whole grids, as llama.cpp has it; else WIDE.
+NARROWER = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+WIDE = "float16"
+EXPERTS_END, ROUTER_END = "_exps.weight", "ffn_gate_inp.weight"
+# package -> the file of it in which ggml is
+GGML_IN = {"xllamacpp": "xllamacpp*.so", "llama_cpp": "lib/*ggml-base*"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +80,15 @@ class Entry:
 def write_gguf(folder: Path, out: Path, dtype: str | None = None) -> Path:
     """Write the checkpoint in `folder` to `out`, one tensor in memory at a time; `dtype` None is the checkpoint's own.
 
-    Matrices are cast once to `dtype` (a key of KINDS); vectors are float32, which is all that llama.cpp takes there.
-    Of a quantized one embedding and head are q8_0, and matrices with rows that no grid divides float16.
+    Matrices are cast once to `dtype` (a key of KINDS); vectors are float32, which is all that llama.cpp takes there,
+    and routers, which choose.
+    Of a quantized one embedding and head are q8_0, and matrices with rows that no grid divides float16; of one with a
+    k, types are those of llama.cpp's quantizer without an importance matrix.
     What was under `out` is replaced in one rename.
 
     Raises:
         ExportError: a family, rope, activation, bias or tokenizer that this writer or llama.cpp does not have, by name;
-            tensors missing or left over; values not finite in `dtype`.
+            tensors missing or left over; values not finite in `dtype`; a type with a k without ggml's code.
         ModelError: the folder is no whole checkpoint.
         ArtifactError: the file could not be written.
     """
@@ -79,8 +96,10 @@ def write_gguf(folder: Path, out: Path, dtype: str | None = None) -> Path:
         raise ExportError(f"{out}: expected a file name that ends in .gguf")
     config = read_config(folder)
     dtype = dtype or str(config.dtype or "float32").removeprefix("torch.")
-    if dtype not in KINDS:
-        raise ExportError(f"{folder}: {dtype} has no GGUF form here; expected one of {', '.join(KINDS)}")
+    if dtype not in (*DTYPES, *QUANTIZED):
+        known = ", ".join((*DTYPES, *QUANTIZED))
+        raise ExportError(f"{folder}: {dtype} has no GGUF form here; expected one of {known}")
+    require_ggml(dtype)
     warn_of_older_readers(config)
     entries = _entries(folder, config, dtype)
     writer = _writer(folder, config, dtype)
@@ -105,8 +124,13 @@ def planned_bytes(config: PretrainedConfig, kind: str) -> tuple[int, int]:
     names, sizes = tensor_names(config), {True: 0, False: 0}
     for source, parameter in model.named_parameters():
         name, shape = str(names.get(source)), tuple(parameter.shape)
-        sizes[name in ENDS] += _nbytes(Entry(name, shape, _dtype(name, shape, kind), lambda: torch.empty(0)))
+        sizes[name in ENDS] += _nbytes(Entry(name, shape, _dtype(name, shape, kind, config), lambda: torch.empty(0)))
     return sizes[True], sizes[False]
+
+
+def beside(kind: str) -> tuple[str, ...]:
+    """The types that a file of this one is held against: those with a k only where it is one, as they need ggml."""
+    return QUANTIZED if kind in NEED_GGML else tuple(GRIDS)
 
 
 def nearest(sizes: dict[str, int], wanted: float) -> str:
@@ -151,24 +175,56 @@ def _entries(folder: Path, config: PretrainedConfig, dtype: str) -> list[Entry]:
         found.pop("lm_head.weight", None)  # llama.cpp, too, takes the embedding where there is no head
     names = tensor_names(config)
     _refuse_unequal(folder, config, set(names), set(found))
-    entries = []
+    sources: dict[str, list[str]] = {}
     for source, name in names.items():
-        path, shape = found[source]
-        load = partial(_load, path, source, _heads(config, source))
-        entries.append(Entry(name, shape, _dtype(name, shape, dtype), load))
+        sources.setdefault(name, []).append(source)
+    entries = []
+    for name, parts in sources.items():
+        shapes = {found[source][1] for source in parts}
+        if len(shapes) > 1:
+            raise ExportError(f"{folder}: {parts[0]} and others like it differ in shape: {sorted(shapes)}")
+        loads = [partial(_load, found[source][0], source, _heads(config, source)) for source in parts]
+        shape = (*([len(parts)] if name.endswith(EXPERTS_END) else []), *shapes.pop())
+        load = partial(_stacked, loads) if name.endswith(EXPERTS_END) else loads[0]
+        entries.append(Entry(name, shape, _dtype(name, shape, dtype, config), load))
     factors = rope_factors(config)
     if factors is not None:
         entries.append(Entry("rope_freqs.weight", tuple(factors.shape), "float32", lambda: factors))
     return entries
 
 
-def _dtype(name: str, shape: tuple[int, ...], dtype: str) -> str:
-    if len(shape) == 1:
+def _stacked(loads: Sequence[Callable[[], Tensor]]) -> Tensor:
+    """The matrices of all experts of a block."""
+    return torch.stack([load() for load in loads])
+
+
+def _dtype(name: str, shape: tuple[int, ...], dtype: str, config: PretrainedConfig) -> str:
+    """The type of one tensor in a file of type `dtype`."""
+    if len(shape) == 1 or name.endswith(ROUTER_END):
         return "float32"
-    if dtype not in QUANTIZED:
+    if dtype in DTYPES:
         return dtype
-    dtype = FINE if name in ENDS else dtype
+    if dtype in MIXED:
+        dtype = FINER_K if _is_finer(name, config) else MIXED[dtype][0]
+    elif name in ENDS and dtype not in BY_GGML:
+        dtype = FINE
+    if shape[-1] % _grid(dtype)[0]:
+        dtype = NARROWER.get(dtype, WIDE)
     return WIDE if shape[-1] % _grid(dtype)[0] else dtype
+
+
+def _is_finer(name: str, config: PretrainedConfig) -> bool:
+    """Whether a matrix of a mixed file is FINER_K: the head; values and down projections of some blocks.
+
+    These are the first and the last eighth of the blocks, and each third one between.
+    """
+    if name in ENDS:
+        return name == ENDS[1] or config.tie_word_embeddings
+    blocks, eighth = config.num_hidden_layers, config.num_hidden_layers // 8
+    if not name.endswith(SENSITIVE):
+        return False
+    block = int(name.split(".")[1])
+    return block < eighth or block >= 7 * blocks // 8 or (block - eighth) % 3 == 2
 
 
 def _grid(dtype: str) -> tuple[int, int]:
@@ -218,15 +274,55 @@ def _neighbours(weight_OI: Tensor, heads: int) -> Tensor:
 
 def _data(entry: Entry) -> np.ndarray:
     """The tensor's bytes as numpy has them: bfloat16, which it does not have, as 16-bit integers."""
-    if entry.dtype in QUANTIZED:
+    if entry.dtype in MATRICES:
         exact = _data(dataclasses.replace(entry, dtype="float32"))
-        return gguf.quants.quantize(exact, gguf.GGMLQuantizationType[QUANTIZED[entry.dtype][0]])
+        kind = gguf.GGMLQuantizationType[MATRICES[entry.dtype][0]]
+        return _by_ggml(exact, kind) if entry.dtype in BY_GGML else gguf.quants.quantize(exact, kind)
     cast = entry.load().to(getattr(torch, entry.dtype)).contiguous()
     if not cast.isfinite().all():
         raise ExportError(
             f"{entry.name}: not finite in {entry.dtype}: write bfloat16 or float32, or look at the weights"
         )
     return (cast.view(torch.int16) if cast.dtype == torch.bfloat16 else cast).numpy()
+
+
+def _by_ggml(weight_OI: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """The bytes of each row, as `ggml_quantize_chunk` gives them without an importance matrix."""
+    library = _ggml()
+    assert library is not None, "asked for by `require_ggml`"
+    rows, columns = math.prod(weight_OI.shape[:-1]), weight_OI.shape[-1]
+    weights, size = gguf.GGML_QUANT_SIZES[kind]
+    exact = np.ascontiguousarray(weight_OI, dtype=np.float32)
+    packed = np.empty((*weight_OI.shape[:-1], columns // weights * size), dtype=np.uint8)
+    written = library.ggml_quantize_chunk(int(kind), exact.ctypes.data, packed.ctypes.data, 0, rows, columns, None)
+    assert written == packed.nbytes, f"ggml wrote {written} bytes of {packed.nbytes}"
+    return packed
+
+
+def require_ggml(dtype: str) -> None:
+    """Raises ExportError for a type that ggml's own code makes, where no package that is installed brings it."""
+    if dtype in NEED_GGML and _ggml() is None:
+        raise ExportError(
+            f"{dtype} is made by llama.cpp's own code, which is not installed: pip install 'recover[gguf]' (xllamacpp; "
+            f"or llama-cpp-python), or take one of {', '.join(GRIDS)}"
+        )
+
+
+@cache
+def _ggml() -> ctypes.CDLL | None:
+    """The library of an installed package that has ggml's quantization; the package itself is not imported."""
+    for package, pattern in GGML_IN.items():
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations if spec else None) or ():
+            for path in sorted(Path(folder).glob(pattern)):
+                with contextlib.suppress(OSError, AttributeError):
+                    library = ctypes.CDLL(str(path))
+                    function = library.ggml_quantize_chunk
+                    pointer, count = ctypes.c_void_p, ctypes.c_int64
+                    function.argtypes = [ctypes.c_int, pointer, pointer, count, count, count, pointer]
+                    function.restype = ctypes.c_size_t
+                    return library
+    return None
 
 
 def _nbytes(entry: Entry) -> int:
@@ -271,12 +367,13 @@ _SHORT, _REST = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|", r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\
 LLAMA3 = _SHORT + r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
 QWEN2 = _SHORT + r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST
 
-# rules -> (name in llama.cpp, whether it looks a whole piece up before it merges: `ignore_merges` of tokenizer.json)
-PRE_TOKENIZERS: dict[tuple[str, ...], tuple[str, bool]] = {
-    (GPT2,): ("gpt-2", False),
-    (DIGIT, GPT2): ("smollm", False),
-    (LLAMA3,): ("llama-bpe", True),
-    (QWEN2,): ("qwen2", False),
+# (rules, whether a whole piece is looked up before it is merged: `ignore_merges`) -> name in llama.cpp
+PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
+    ((GPT2,), False): "gpt-2",
+    ((DIGIT, GPT2), False): "smollm",
+    ((LLAMA3,), True): "llama-bpe",
+    ((LLAMA3,), False): "dbrx",  # OLMo 2
+    ((QWEN2,), False): "qwen2",
 }
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types of the GGUF specification
@@ -366,19 +463,18 @@ def _refuse_other_kinds(core: JsonObject) -> None:
 
 
 def _pre_tokenizer(core: JsonObject) -> str:
-    rules = _rules(core["pre_tokenizer"])
-    if rules not in PRE_TOKENIZERS:
+    rules, whole_first = _rules(core["pre_tokenizer"]), bool(core["model"].get("ignore_merges", False))
+    if (found := PRE_TOKENIZERS.get((rules, whole_first))) is not None:
+        return found
+    if (name := PRE_TOKENIZERS.get((rules, not whole_first))) is not None:
         raise ExportError(
-            f"tokenizer: it splits texts by {list(rules)}, for which no pre-tokenizer of llama.cpp is known here; "
-            f"known are {', '.join(name for name, _ in PRE_TOKENIZERS.values())}"
+            f"tokenizer: its 'ignore_merges' is {whole_first}, and llama.cpp's pre-tokenizer '{name}' has "
+            f"{not whole_first}: some words would be other tokens"
         )
-    name, whole_first = PRE_TOKENIZERS[rules]
-    if core["model"].get("ignore_merges", False) != whole_first:
-        raise ExportError(
-            f"tokenizer: its 'ignore_merges' is {not whole_first}, and llama.cpp's pre-tokenizer '{name}' has "
-            f"{whole_first}: some words would be other tokens"
-        )
-    return name
+    raise ExportError(
+        f"tokenizer: it splits texts by {list(rules)}, for which no pre-tokenizer of llama.cpp is known here; "
+        f"known are {', '.join(PRE_TOKENIZERS.values())}"
+    )
 
 
 def _rules(step: JsonObject | None) -> tuple[str, ...]:

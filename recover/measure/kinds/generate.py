@@ -70,7 +70,7 @@ def prompt_size(tokenizer: PreTrainedTokenizerBase, file: PromptFile, item: Any)
 
 
 def written(
-    model: ModelUnderTest, file: GenerateFile | CodeFile, prompts: Sequence[str], sampling: Sampling | None
+    model: ModelUnderTest, file: WritingFile, prompts: Sequence[str], sampling: Sampling | None
 ) -> list[Generation]:
     """One text per prompt, as the task file asks for it."""
     return model.generate(
@@ -84,7 +84,7 @@ def written(
     )
 
 
-def sampling_of(model: ModelUnderTest, file: GenerateFile | CodeFile) -> Sampling | None:
+def sampling_of(model: ModelUnderTest, file: WritingFile) -> Sampling | None:
     """How texts of this task are drawn; None: they are not."""
     own = (file.sampling or model.cfg.sampling or Sampling()) if file.samples else None
     return own or (model.cfg.sampling if isinstance(file, GenerateFile) else None)
@@ -169,7 +169,7 @@ def measure_generate(
     Raises:
         DataError: a prompt does not fit the model's context, or `reference` lacks items of this task.
     """
-    dense_ids = _reference_ids(reference, file.name, len(items))
+    dense_ids = reference_ids(reference, file.name, len(items))
     prompts = [item.prompt for item in items]
     greedy = written(model, file, prompts, None)
     sampling = sampling_of(model, file)
@@ -199,7 +199,8 @@ def measure_generate(
     return Measured(record, greedy, sum(len(each.ids) for each in [*greedy, *drawn]))
 
 
-def _reference_ids(reference: Generations | None, task: str, count: int) -> list[list[int]] | None:
+def reference_ids(reference: Generations | None, task: str, count: int) -> list[list[int]] | None:
+    """Tokens of the dense model's texts of a task; None without them. Raises DataError: there are too few."""
     if reference is None:
         return None
     rows = reference.get(task, [])

@@ -11,7 +11,7 @@ Shapes: B batch, T tokens, N tokens (B * T), D width, V vocabulary, O out featur
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +23,19 @@ from recover.base.artifacts import JsonObject
 from recover.base.errors import PruneError
 from recover.base.journal import Journal
 from recover.config.recipe import Depth
-from recover.models.arch import ARCHS, Arch, arch_of, blocks_of, linears_in, linears_of, part_of
+from recover.models.arch import (
+    ARCHS,
+    Arch,
+    arch_of,
+    blocks_of,
+    linears_in,
+    linears_of,
+    lone_of,
+    part_of,
+    sublayers_in,
+)
 from recover.models.plan import Plan, Pruned, check_attends
-from recover.models.site import SUBLAYERS, Packed, Site, packed_as, sites_of, whole_blocks, zeroed_partners
+from recover.models.site import SUBLAYERS, Packed, Site, Sublayer, packed_as, sites_of, whole_blocks, zeroed_partners
 from recover.models.stored_weights import present
 from recover.prune.calibrate import calibration_record, check_context
 from recover.prune.depth.scores import runs_of
@@ -38,7 +48,7 @@ from recover.prune.depth.search import (
     search_passes,
 )
 from recover.prune.registry import Cost, Pruner, register
-from recover.prune.stream import final_hidden, kl_rows, residual_stream, row_sum, site_at
+from recover.prune.stream import final_hidden, kl_rows, point_of, residual_stream, row_sum, site_at
 
 if TYPE_CHECKING:
     from recover.models.load import Description
@@ -62,7 +72,7 @@ def prune_depth(twin: Twin, cfg: Depth, batches: list[LongTensor], journal: Jour
     if cfg.repair != "none":
         refuse_repair(twin, cfg.repair, batches)
     refuse_pairs(cfg, twin.plan.parallel)
-    sites = check_sites(cfg, len(blocks_of(twin.model)))
+    sites = check_sites(cfg, len(blocks_of(twin.model)), lone_of(twin.model))
     choice = choose(twin, cfg, batches, journal) if cfg.listed is None else SearchResult(sites, [])
     check_attends(twin.base, choice.sites)
     _refuse_no_effect(twin, choice.sites, batches)
@@ -79,15 +89,19 @@ def refuse_pairs(cfg: Depth, parallel: bool) -> None:
     if parallel and cfg.unit == "pair":
         raise PruneError(
             "prune.unit: 'pair' joins half of a block with half of the next. In this model, which runs attention and "
-            "MLP on one input or has a factor behind blocks, only halves of one can be stored together: use 'block'"
+            "MLP on one input, has a factor behind blocks or one sublayer in each, only halves of one can be stored "
+            "together: use 'block'"
         )
 
 
-def check_sites(cfg: Depth, blocks: int) -> frozenset[Site]:
-    """The sites that the recipe names, none with a count. Raises PruneError for what is not there or has to stay."""
+def check_sites(cfg: Depth, blocks: int, lone: Sequence[Sublayer] = ()) -> frozenset[Site]:
+    """The sites that the recipe names, none with a count. Raises PruneError for what is not there or has to stay.
+
+    `lone`: what each block is, where it is one sublayer.
+    """
     if cfg.listed is not None:
-        return _listed(cfg, blocks)
-    there = most_units(cfg.unit, blocks)
+        return _listed(cfg, blocks, lone)
+    there = most_units(cfg.unit, blocks, lone)
     if cfg.units > there:
         has = f"the model has {blocks}" if cfg.unit == "block" else f"the model has {blocks} blocks"
         raise PruneError(
@@ -97,9 +111,9 @@ def check_sites(cfg: Depth, blocks: int) -> frozenset[Site]:
     return frozenset()
 
 
-def _listed(cfg: Depth, blocks: int) -> frozenset[Site]:
+def _listed(cfg: Depth, blocks: int, lone: Sequence[Sublayer]) -> frozenset[Site]:
     field = "prune.sites" if cfg.unit == "sublayer" else "prune.blocks"
-    sites = named_sites(cfg)
+    sites = named_sites(cfg, lone)
     outside = sorted({site.block for site in sites if not 0 <= site.block < blocks})
     if outside:
         raise PruneError(f"{field}: {outside} are not blocks of this model: it has {blocks}, numbered from 0")
@@ -156,25 +170,26 @@ def _stored(twin: Twin, packed: Packed) -> int:
         parameter.numel()
         for part, block in made_of.items()
         for name, parameter in blocks_of(twin.model)[block].named_parameters()
-        if part_of(twin.arch, name) == part
+        if part_of(twin.arch, name, blocks_of(twin.model)[block]) == part
     )
 
 
 def _site_parameters(twin: Twin, site: Site, gone: Collection[Site]) -> int:
     """Parameters of a sublayer with its norms, but for one that an MLP beside it, which is not `gone`, reads too."""
     arch = arch_of(twin.model)
+    block = blocks_of(twin.model)[site.block]
     shared = arch.attention_norms if not arch.mlp_norms and Site(site.block, "mlp") not in gone else ()
     return sum(
         parameter.numel()
-        for name, parameter in blocks_of(twin.model)[site.block].named_parameters()
-        if part_of(arch, name) == site.part and name.partition(".")[0] not in shared
+        for name, parameter in block.named_parameters()
+        if part_of(arch, name, block) == site.part and name.partition(".")[0] not in shared
     )
 
 
 def depth_cost(cfg: Depth, model: Description) -> Cost:
     """What dropping takes from a model. Raises PruneError for what `prune_depth` would refuse."""
     refuse_pairs(cfg, model.parallel)
-    check_sites(cfg, model.blocks)
+    check_sites(cfg, model.blocks, model.lone)
     if cfg.repair != "none":
         refuse_norm_behind(ARCHS[model.model_type], cfg.repair)
     share = share_gone(cfg, model)
@@ -183,7 +198,7 @@ def depth_cost(cfg: Depth, model: Description) -> Cost:
         unstored=_unstored(cfg, model),
         blocks=share,
         own=_repaired_weights(cfg, model),
-        passes=search_passes(cfg, model.blocks),
+        passes=search_passes(cfg, model.blocks, model.lone),
         flops=search_flops(cfg, model),
         warnings=tuple(depth_warnings(cfg, model)),
     )
@@ -192,8 +207,8 @@ def depth_cost(cfg: Depth, model: Description) -> Cost:
 def _unstored(cfg: Depth, model: Description) -> float:
     """Weights that the exported model is known to do without: to the number where blocks are named or all alike."""
     sizes = model.block_parameters
-    if cfg.unit == "block" and cfg.listed is not None and sizes:
-        return sum(sizes[int(block)] for block in cfg.listed)
+    if cfg.listed is not None and sizes and (cfg.unit == "block" or model.lone):
+        return sum(sizes[block] for block in whole_blocks(named_sites(cfg, model.lone)))
     inside = sum(sizes) or model.parameters - model.embedding_parameters
     return share_unstored(cfg, model) * inside
 
@@ -209,6 +224,8 @@ def share_gone(cfg: Depth, model: Description) -> float:
 
     Of experts, those are counted that a token goes through.
     """
+    if model.lone:
+        return _share_of_blocks(cfg, model)
     attention = 2 * model.width * model.head_size * (model.heads + model.kv_heads)
     mlp = model.mlp_active
     weights = {"attention": attention, "mlp": mlp, "sublayer": (attention + mlp) / 2}
@@ -220,8 +237,21 @@ def share_gone(cfg: Depth, model: Description) -> float:
     return gone / (model.blocks * (attention + mlp))
 
 
+def _share_of_blocks(cfg: Depth, model: Description) -> float:
+    """As `share_gone`, where each block is one sublayer; a count is taken for blocks of mean size."""
+    sizes = model.block_parameters
+    if cfg.listed is not None:
+        return sum(sizes[block] for block in whole_blocks(named_sites(cfg, model.lone))) / sum(sizes)
+    may_go = [
+        size for size, part in zip(sizes, model.lone, strict=True) if cfg.unit not in SUBLAYERS or part == cfg.unit
+    ]
+    return cfg.units * sum(may_go) / len(may_go) / sum(sizes)
+
+
 def share_unstored(cfg: Depth, model: Description) -> float:
     """Of all blocks, the share that the exported model is known to do without."""
+    if model.lone:
+        return _share_of_blocks(cfg, model)
     if cfg.unit in ("block", "pair"):
         return cfg.units / model.blocks
     if cfg.unit == "sublayer" and cfg.sites:
@@ -231,7 +261,7 @@ def share_unstored(cfg: Depth, model: Description) -> float:
 
 def _packed(cfg: Depth, model: Description) -> tuple[Packed, ...]:
     """The blocks that are stored without the named sites."""
-    return packed_as(model.parallel)(sites_of(range(model.blocks)) - named_sites(cfg))
+    return packed_as(model.parallel)(sites_of(range(model.blocks)) - named_sites(cfg, model.lone))
 
 
 def search_flops(cfg: Depth, model: Description) -> float:
@@ -241,7 +271,7 @@ def search_flops(cfg: Depth, model: Description) -> float:
     inside = model.active - model.embedding_parameters
     head = model.vocabulary * model.width
     tokens = cfg.calibration.samples * cfg.calibration.length
-    return search_passes(cfg, model.blocks) * tokens * 2 * (inside / 2 + 2 * head)
+    return search_passes(cfg, model.blocks, model.lone) * tokens * 2 * (inside / 2 + 2 * head)
 
 
 def depth_warnings(cfg: Depth, model: Description) -> list[str]:
@@ -250,6 +280,8 @@ def depth_warnings(cfg: Depth, model: Description) -> list[str]:
     if share > DEPTH_WALL:
         what = "blocks" if cfg.unit == "block" else "blocks' weights"
         found.append(f"{share:.0%} of the {what} go: LoRA budgets recover about {DEPTH_WALL:.0%}")
+    if model.lone:
+        return found
     if cfg.unit in SUBLAYERS:
         found.append(
             f"{cfg.units} sublayers of one kind go: a zeroed partner is stored in place of each, and the file is "
@@ -318,7 +350,7 @@ def repaired(
         found, errors = fitted(twin, dropped, kind, fit, weights, start, end)
         with _worn(twin, weights | found):
             after = _mean_kl(twin, held_out, dense, dropped)
-        cut = {"site": str(site_at(start - 1)), "dropped": [str(site_at(point)) for point in range(start, end)]}
+        cut = {"site": str(site_before(twin, start)), "dropped": [str(site_at(point)) for point in range(start, end)]}
         cuts.append(cut | errors | {"kl_before": kl, "kl_after": after, "kept": after < kl})
         if after < kl:
             weights, kl = weights | found, after
@@ -342,9 +374,16 @@ def fitted(
 
     `weights` are those of the repairs before it.
     """
-    name = _last_linear(twin, site_at(start - 1))
+    name = _last_linear(twin, site_before(twin, start))
     sums = _sums(twin, dropped, weights, batches, name, start, end, diagonal=kind == "rescale")
     return _folded(linears_of(twin.model)[name], name, sums.transform()), sums.errors()
+
+
+def site_before(twin: Twin, point: int) -> Site:
+    """The last site that writes to the residual stream before this point of it, of those that a block has."""
+    site = site_at(point - 1)
+    there = sublayers_in(twin.blocks[site.block], twin.arch)
+    return site if site.part in there else Site(site.block, there[-1])
 
 
 def _split(batches: list[LongTensor]) -> tuple[list[LongTensor], list[LongTensor]]:
@@ -431,16 +470,16 @@ def _sums(
     diagonal: bool,
 ) -> _Sums:
     """The sums for the linear `name`, which writes point `start`; `end` is where the stream should be the dense one."""
-    sums, seen = _Sums(diagonal), []
+    sums, seen, before = _Sums(diagonal), [], point_of(site_before(twin, start))
     for ids_BT in batches:
         dense_ND = residual_stream(twin, ids_BT, (), [end])[end].flatten(0, 1)
         hook = linears_of(twin.model)[name].register_forward_hook(lambda _m, _a, output: seen.append(output))
         try:
             with _worn(twin, weights):
-                pruned = residual_stream(twin, ids_BT, dropped, [start - 1, start])
+                pruned = residual_stream(twin, ids_BT, dropped, [before, start])
         finally:
             hook.remove()
-        before_ND, after_ND = pruned[start - 1].flatten(0, 1).double(), pruned[start].flatten(0, 1).double()
+        before_ND, after_ND = pruned[before].flatten(0, 1).double(), pruned[start].flatten(0, 1).double()
         sums.add(seen.pop().flatten(0, 1), after_ND - before_ND, dense_ND.double() - after_ND)
     return sums
 

@@ -20,8 +20,8 @@ from torch import LongTensor
 from recover.base.errors import PruneError
 from recover.base.journal import Entry, Journal
 from recover.config.prune import Depth
-from recover.models.arch import blocks_of, staying
-from recover.models.site import SUBLAYERS, Site, sites_in, sites_of
+from recover.models.arch import blocks_of, lone_of, staying
+from recover.models.site import SUBLAYERS, Site, Sublayer, sites_in, sites_of
 from recover.prune.depth.scores import Score, Span, score_of
 
 if TYPE_CHECKING:
@@ -33,8 +33,13 @@ CANDIDATES = 40
 NAMES = {"block": "blocks", "attention": "attentions", "mlp": "MLPs", "sublayer": "sublayers", "pair": "pairs"}
 
 
-def units_of(unit: str, blocks: int) -> list[Span]:
-    """Every unit that may go, in the order in which the model runs them: all without the attention of block 0."""
+def units_of(unit: str, blocks: int, lone: Sequence[Sublayer] = ()) -> list[Span]:
+    """Every unit that may go, in the order in which the model runs them: all without the attention of block 0.
+
+    `lone`: what each block is, where it is one sublayer; with that the block goes.
+    """
+    if lone and unit in ("sublayer", *SUBLAYERS):
+        return [sites_in(block) for block in range(1, blocks) if unit in ("sublayer", lone[block])]
     if unit == "pair":
         return pairs_of(blocks)
     if unit == "block":
@@ -43,13 +48,27 @@ def units_of(unit: str, blocks: int) -> list[Span]:
     return [(site,) for site in sites if site != Site(0, "attention")]
 
 
-def most_units(unit: str, blocks: int) -> int:
+def most_units(unit: str, blocks: int, lone: Sequence[Sublayer] = ()) -> int:
     """How many units can go at most; pairs overlap, so they are fewer than candidates."""
-    return blocks - 1 if unit == "pair" else len(units_of(unit, blocks))
+    return blocks - 1 if unit == "pair" else len(units_of(unit, blocks, lone))
 
 
-def named_sites(cfg: Depth) -> frozenset[Site]:
-    """What `cfg.blocks` or `cfg.sites` names; nothing if the recipe gives a count."""
+def named_sites(cfg: Depth, lone: Sequence[Sublayer] = ()) -> frozenset[Site]:
+    """What `cfg.blocks` or `cfg.sites` names; nothing if the recipe gives a count.
+
+    Raises PruneError for a sublayer that a block is not, where each is one (`lone`).
+    """
+    sites = _named(cfg)
+    if not lone or cfg.unit == "block":
+        return sites
+    absent = sorted(site for site in sites if site.block < len(lone) and site.part != lone[site.block])
+    if absent:
+        is_one = f"block {absent[0].block} is one sublayer, {lone[absent[0].block]}"
+        raise PruneError(f"{'prune.sites' if cfg.unit == 'sublayer' else 'prune.blocks'}: {absent[0]}: {is_one}")
+    return sites_of(site.block for site in sites)
+
+
+def _named(cfg: Depth) -> frozenset[Site]:
     if cfg.unit == "block":
         return sites_of(cfg.blocks or ())
     if cfg.unit == "sublayer":
@@ -108,7 +127,7 @@ def choose(twin: Twin, cfg: Depth, batches: list[LongTensor], journal: Journal |
     journal = journal or Journal()
     if not batches:
         raise PruneError(f"prune.score: '{cfg.score}' is measured on text: give prune.calibration")
-    units = units_of(cfg.unit, len(blocks_of(twin.model)))
+    units = units_of(cfg.unit, len(blocks_of(twin.model)), lone_of(twin.model))
     if cfg.contiguous:
         units = _may_go(twin, _runs(cfg, units), 1)
         return _once(score_of(twin, cfg.score, batches), cfg, units, 1, [])
@@ -328,7 +347,7 @@ def _score(found: UnitSet) -> float:
     return found.score
 
 
-def search_passes(cfg: Depth, blocks: int) -> int:
+def search_passes(cfg: Depth, blocks: int, lone: Sequence[Sublayer] = ()) -> int:
     """How many candidates a search closes, each for one pass of the calibration text; 0 without a search.
 
     Exact for greedy (of pairs about), the most that a beam needs, and of exchanges the fewest: one turn of the members
@@ -336,7 +355,7 @@ def search_passes(cfg: Depth, blocks: int) -> int:
     """
     if cfg.count is None or not cfg.closing:
         return 0
-    there = len(units_of(cfg.unit, blocks))
+    there = len(units_of(cfg.unit, blocks, lone))
     if cfg.contiguous:
         return there - cfg.count + 1
     if there >= CANDIDATES:

@@ -20,6 +20,7 @@ from recover.report.figures.figure import (
     Dots,
     Figure,
     Line,
+    Linear,
     Log,
     Mark,
     Panel,
@@ -34,6 +35,7 @@ from recover.report.run_files import TemperatureDrift
 
 SPACE_TITLES = {"embedding": "Embedding", "logit": "Logit", "probability": "Probability"}
 SPACE_NOTES = {"embedding": "hidden state h", "logit": "z = W h, centred", "probability": "softmax(z)"}
+LEVELS = (0.03, 0.1, 0.3, 1.0, 3.0)  # nats at which a colour deepens
 IDENTICAL = 1e-10  # below it, 1 - cos is rounding
 
 
@@ -111,6 +113,84 @@ def _block_panel(
         title=SPACE_TITLES[space],
         note=SPACE_NOTES[space],
     )
+
+
+STRETCH = 22.0  # pixels from one stretch of steps to the next in the map
+
+
+def block_steps(data: PageData) -> Figure | None:
+    """KL after each block in each stretch of decoding steps, a cell each; a map a model."""
+    curves = by_model(data, lambda probe: [row for row in probe["blocks"] if row["by_step"]])
+    if not curves:
+        return None
+    firsts = sorted({int(step) for rows in curves.values() for row in rows for step, *_ in row["by_step"]})
+    last = max(row["block"] for rows in curves.values() for row in rows)
+    cells = {
+        model: {(row["block"], int(step)): (kl, int(count)) for row in rows for step, kl, count in row["by_step"]}
+        for model, rows in curves.items()
+    }
+
+    def draw(width: float) -> str:
+        height = sum(STRETCH * len(firsts) + 66 for _ in cells)
+        canvas = Canvas(width, height, _map_words(cells, firsts))
+        top = 0.0
+        for model, found in cells.items():
+            _step_map(canvas, top, model, found, firsts, last)
+            top += STRETCH * len(firsts) + 66
+        return canvas.render()
+
+    see = (
+        "Each cell is the mean KL(dense ‖ model) read off the stream after one block (across), in one stretch of "
+        "decoding steps (down), both models reading dense's words. A stronger colour means more: from "
+        f"{', '.join(f'{least:g}' for least in LEVELS)} nats on. Rows alike: the damage does not grow along the text."
+    )
+    table = [
+        (model, step, block, words.number(kl), words.count(count))
+        for model, found in cells.items()
+        for (block, step), (kl, count) in sorted(found.items(), key=lambda cell: (cell[0][1], cell[0][0]))
+    ]
+    columns = ("model", "from step", "block", "KL", "positions")
+    return Figure("Where along depth and text", see, draw, columns, table)
+
+
+def _step_map(
+    canvas: Canvas,
+    top: float,
+    model: str,
+    found: dict[tuple[int, int], tuple[float, int]],
+    firsts: list[int],
+    last: int,
+) -> None:
+    canvas.text(0, top + 14, model.capitalize(), f"panel ink-{model}")
+    left, top = 46.0, top + 24
+    x = Linear(-0.5, last + 0.5, left, canvas.width)
+    for row, step in enumerate(firsts):
+        canvas.text(left - 8, top + row * STRETCH + 15, str(step), "tick", anchor="end")
+        for block in range(last + 1):
+            if (block, step) not in found:
+                continue
+            kl, _ = found[block, step]
+            tip = f"{model}, block {block}, from step {step}: KL {words.number(kl)}"
+            css = f"fill-{model} shade-{sum(kl >= least for least in LEVELS)}"
+            each = x(1) - x(0)
+            canvas.rect(x(block - 0.5) + 0.5, top + row * STRETCH + 1, each - 1, STRETCH - 2, css, radius=2, tip=tip)
+    below = top + len(firsts) * STRETCH
+    gap = max(1, -(-18 // max(int(x(1) - x(0)), 1)))
+    for block in range(0, last + 1, gap):
+        canvas.text(x(block), below + 16, str(block), "tick", anchor="middle")
+    canvas.text((x.start + x.stop) / 2, below + 34, "block; down: decoding steps", "note", anchor="middle")
+
+
+def _map_words(cells: dict[str, dict[tuple[int, int], tuple[float, int]]], firsts: list[int]) -> str:
+    """The map in a sentence: where each model's largest KL is, and whether the last rows are worse than the first."""
+    told = []
+    for model, found in cells.items():
+        (block, step), (kl, _) = max(found.items(), key=lambda cell: cell[1][0])
+        ends = [[kl for (_, at), (kl, _) in found.items() if at == edge] for edge in (firsts[0], firsts[-1])]
+        first, last = (words.number(sum(row) / len(row)) if row else words.NOT_MEASURED for row in ends)
+        largest = f"largest KL {words.number(kl)} after block {block} from step {step}"
+        told.append(f"{model}: {largest}; mean over blocks {first} at first, {last} at the end")
+    return f"Map of KL by block and decoding step. {'; '.join(told)}."
 
 
 def steps(data: PageData) -> Figure:
