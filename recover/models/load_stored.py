@@ -21,10 +21,12 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from recover.base import dist
 from recover.base.errors import ModelError
 from recover.models.arch import blocks_of
+from recover.models.shares import Machine, MachineMemory, Shared, sees_peers
 from recover.models.stored_weights import matrices_of, store
-from recover.models.stores import Store
+from recover.models.stores import Bits, Files, HostMemory, Quantized, Store
 from recover.models.wrapper import remember, wrapped_of
 
 # Of a safetensors header; what else there is, is no number of a model's weights.
@@ -37,6 +39,29 @@ KINDS = {
     "I32": torch.int32,
     "BOOL": torch.bool,
 }
+
+
+def store_of(offload: str, load_in: Bits | None, device: torch.device) -> Store:
+    """What a recipe's `model.offload` and `model.load_in` ask for. Raises ModelError where a package is missing.
+
+    Main memory is shared between the processes of a machine, unless one is alone: all must call it together.
+    """
+    if load_in is not None:
+        return Quantized(device, load_in, in_host=offload == "cpu")
+    if offload == "disk":
+        return Files(device)
+    return HostMemory(device) if dist.alone() else MachineMemory(device)
+
+
+def shared_store(device: torch.device) -> Store | None:
+    """Shares of all processes of a machine, of which each may read at any time; None where GPUs cannot.
+
+    All must call it together.
+    """
+    if device.type != "cuda":
+        return MachineMemory(device)
+    machine = Machine()
+    return Shared(machine, device) if sees_peers(device, machine.members) else None
 
 
 class Mapped:

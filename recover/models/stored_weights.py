@@ -4,7 +4,7 @@ What ZeRO-3, FSDP and offloading do with weights, without what only trained ones
 back. Of a block, what comes and goes lies in one piece of the device's memory, which is filled while the block in front
 of it computes: the order of blocks is learnt from the passes. So two blocks are there at a time, and whatever runs a
 model sees whole weights: masks, closed blocks, both views of a twin, adapters, checkpointing. Code that reads weights
-outside of a block's call says so (`present`, `each_weight`). The stores are in `stores.py`.
+outside of a block's call says so (`present`, `each_weight`). Stores are in `stores.py` and `shares.py`.
 
 Then how weights are shared out for a training alone (`share_out`), and how ZeRO-3 is told to gather.
 """
@@ -22,8 +22,9 @@ from transformers import TrainerCallback
 
 from recover.base import dist, zero
 from recover.models.arch import base_of, blocks_of, modules_in
+from recover.models.shares import Machine, Shared
 from recover.models.site import SUBLAYERS
-from recover.models.stores import Machine, Read, Shared, Store, Work, laid_out, padded
+from recover.models.stores import Read, Store, Work, laid_out, padded
 
 Pass = Literal["dense", "forward", "backward"]
 

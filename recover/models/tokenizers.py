@@ -86,7 +86,7 @@ def check_parts(folder: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     """What the file holds; nothing where it is not there, or no JSON object: the library says so."""
-    if not path.is_file():  # not tried to be opened: a folder's files are opened by a list
+    if not path.is_file():
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
