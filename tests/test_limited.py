@@ -8,6 +8,7 @@ from pathlib import Path
 
 import limited
 import pytest
+import torch
 from safetensors.torch import load_file
 
 TESTS = Path(__file__).parent
@@ -83,4 +84,5 @@ def test_a_model_that_neither_process_may_hold_goes_through_every_stage(tmp_path
     assert json.loads((together / "verify.json").read_text())["ok"]
     expected, found = exported(alone), exported(together)
     assert expected.keys() == found.keys()
-    assert max(float((found[name] - value).abs().max()) for name, value in expected.items()) < 1e-5
+    for name, value in expected.items():  # bfloat16: at most the next number
+        torch.testing.assert_close(found[name].float(), value.float(), rtol=2**-7, atol=1e-6, msg=name)
