@@ -92,6 +92,9 @@ def apart(records, expected):
 def differences(a, b, where):
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
         return [line for name in a for line in differences(a[name], b[name], f"{where} {name}")]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        pairs = enumerate(zip(a, b, strict=True))
+        return [line for at, (one, other) in pairs for line in differences(one, other, f"{where} {at}")]
     if isinstance(a, float):
         equal = isinstance(b, float) and a == pytest.approx(b, rel=1e-3, abs=1e-5)
     else:

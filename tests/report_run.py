@@ -296,7 +296,7 @@ def _block(block: int, scale: float) -> dict[str, Any]:
         "logit": _spread(level * 0.6),
         "probability": _spread(level * 1.9 if block > 8 else level * 0.5),
     }
-    by_step = [[step, level * 3 * (1 + step / STEPS), 128] for step in range(0, STEPS, 4)]
+    by_step = [{"step": step, "kl": level * 3 * (1 + step / STEPS), "n": 128} for step in range(0, STEPS, 4)]
     place = {"block": block, "closed": block in DROPPED, "lens": "final_norm", "by_step": by_step}
     return {**place, **spaces, "kl": _spread(level * 3)}
 

@@ -23,6 +23,7 @@ from recover.base.artifacts import read_json
 from recover.base.errors import ModelError, RecipeError
 from recover.config import recipe
 from recover.config.recipe import dump_recipe, load_recipe
+from recover.export.gguf import write as writing
 from recover.export.gguf.write import nearest, planned_bytes, quantized_bytes, write_gguf
 from recover.measure.tasks import load_task, measure
 from recover.models.load import load_model, load_tokenizer
@@ -50,31 +51,35 @@ def types(path: Path) -> set[str]:
 
 def _measured_later(directory: RunDirectory) -> None:
     """`recover measure RUN` fills the columns of the files too, and forgets them with the files."""
-    later = ["measure", str(directory.root), "--tasks", "embedded:stories", "--limit", "3"]
+    rows = Path(recipe.__file__).parents[1] / "embedded" / "tasks" / "stories.jsonl"
+    task = {"name": "later", "kind": "generate", "data": str(rows), "prompt": "{prompt}", "target": "answer"}
+    path = directory.root.parent / "later.yaml"
+    path.write_text(yaml.safe_dump(task))
+    later = ["measure", str(directory.root), "--tasks", str(path), "--limit", "3"]
     done = CliRunner().invoke(cli.app, later)
     assert done.exit_code == 0, done.output
-    record = read_json(directory.more / "stories.json")
+    record = read_json(directory.more / "later.json")
     assert list(record["models"]) == ["dense", "pruned", "recovered", "deployed", "alternative"]
     alone = measure(
         load_model(recipe.Model(source=str(directory.gguf / "model.gguf"))),
         load_tokenizer(recipe.Model(source=str(directory.gguf / "model.gguf"))),
-        [load_task("embedded:stories")],
+        [load_task(str(path))],
         recipe.Measure.model_validate(_settings(record)),
     )[0]
-    assert record["models"]["deployed"]["length"] == alone["tasks"]["stories"]["length"]
+    assert record["models"]["deployed"]["length"] == alone["tasks"]["later"]["length"]
     assert record["models"]["deployed"]["agreement"] is not None
     data: Any = collect(directory.root)
-    row = next(row for row in data["measures"] if row["task"] == "stories" and row["main"])
+    row = next(row for row in data["measures"] if row["task"] == "later" and row["main"])
     assert row["deployed"] is not None and row["alternative"] is not None and data["mixed"] == []
     stamp = directory.gguf / "DONE.json"
     text = stamp.read_text()
     stamp.write_text(json.dumps({**json.loads(text), "finished": "2030-01-01T00:00:00"}))
     data = collect(directory.root)
-    row = next(row for row in data["measures"] if row["task"] == "stories" and row["main"])
+    row = next(row for row in data["measures"] if row["task"] == "later" and row["main"])
     assert row["recovered"] is not None and row.get("deployed") is None
     assert any("on earlier files of stage deploy" in line for line in data["mixed"])
     stamp.write_text(text)
-    (directory.more / "stories.json").unlink()
+    (directory.more / "later.json").unlink()
 
 
 def _settings(record: Any) -> Any:
@@ -137,13 +142,16 @@ def test_a_finished_run_gets_a_file_and_two_columns(
         (directory.gguf / "DONE.json").unlink(missing_ok=True)
 
 
-def test_a_recipe_without_has_no_such_stage(tmp_path: Path) -> None:
+def test_a_recipe_without_has_no_such_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for option in ({"until": "deploy"}, {"start": "deploy"}):
         with pytest.raises(RecipeError, match=r"deploy\.quantize=q8_0"):
             run(tmp_path, *DEPTH, **option)
     with pytest.raises(RecipeError, match="deploy: beside needs a file"):
         run(tmp_path, "deploy.beside=dense", until="plan")
-    with pytest.raises(RecipeError, match=r"deploy\.quantize: found .q4_k_m.\. "):
+    with pytest.raises(RecipeError, match=r"deploy\.quantize: found .q4_k_s.\. "):
+        run(tmp_path, "deploy.quantize=q4_k_s", until="plan")
+    monkeypatch.setattr(writing, "_ggml", lambda: None)
+    with pytest.raises(RecipeError, match=r"deploy\.quantize: q4_k_m is made by llama.cpp's own code, which is not"):
         run(tmp_path, "deploy.quantize=q4_k_m", until="plan")
 
 

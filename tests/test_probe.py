@@ -91,10 +91,9 @@ def test_block_drift_is_that_of_hidden_states_of_two_separate_models(both):
             assert record.embedding["p90"] == pytest.approx(spaces.quantiles(embedding)["p90"], rel=1e-4, abs=1e-9)
             assert record.kl["mean"] == pytest.approx(textbook_kl(z, y).mean().item(), rel=1e-4, abs=1e-9)
             by_step = textbook_kl(z, y).view(len(states), STEPS).mean(0).tolist() if lens == FINAL_NORM else []
-            assert [(step, count) for step, _, count in record.by_step] == [
-                (n, len(states)) for n in range(len(by_step))
-            ]
-            assert [kl for _, kl, _ in record.by_step] == pytest.approx(by_step, rel=1e-4, abs=1e-9)
+            places = [(each["step"], each["n"]) for each in record.by_step]
+            assert places == [(step, len(states)) for step in range(len(by_step))]
+            assert [each["kl"] for each in record.by_step] == pytest.approx(by_step, rel=1e-4, abs=1e-9)
     last, final = blocks[5, FINAL_NORM], next(r for r in of(records, Final) if r.temperature == 1)
     for name in ("embedding", "logit", "probability", "kl"):
         assert getattr(last, name) == pytest.approx(final.metrics[name], rel=1e-5), name
@@ -104,9 +103,10 @@ def test_block_drift_is_that_of_hidden_states_of_two_separate_models(both):
 def test_long_texts_are_told_apart_in_stretches():
     kl_N, step_N = torch.arange(60, dtype=torch.float64), torch.arange(30).repeat(2)
     found = _stretches(kl_N, step_N)
-    assert [first for first, *_ in found] == list(range(0, 30, 3)) and {count for *_, count in found} == {6}
-    assert found[1][1] == pytest.approx((3 + 4 + 5 + 33 + 34 + 35) / 6)
-    assert [first for first, *_ in _stretches(kl_N[:2], torch.tensor([0, 25]))] == [0, 24], "empty ones are left out"
+    assert [each["step"] for each in found] == list(range(0, 30, 3)) and {each["n"] for each in found} == {6}
+    assert found[1]["kl"] == pytest.approx((3 + 4 + 5 + 33 + 34 + 35) / 6)
+    few = _stretches(kl_N[:2], torch.tensor([0, 25]))
+    assert [each["step"] for each in few] == [0, 24], "empty ones are left out"
 
 
 def test_free_running_drift_is_the_textbook_on_two_separate_models(both):

@@ -30,7 +30,7 @@ WRAPPER = Kind(
 )
 MIXTURE = Kind(
     "a mixture of experts of another kind",
-    "qwen2_moe, granitemoe, phimoe, ernie4_5_moe, hunyuan_v1_moe, minimax_m2",
+    "qwen2_moe, granitemoe, phimoe, ernie4_5_moe, hunyuan_v1_moe, minimax_m2, nemotron_h (Nemotron 3)",
     "its router, its experts or what runs beside them are none of the kinds that a row can name, or not tried",
     "give one of the mixtures that are supported, or a dense model of the size of the experts that a token uses",
 )

@@ -86,6 +86,8 @@ def check_parts(folder: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     """What the file holds; nothing where it is not there, or no JSON object: the library says so."""
+    if not path.is_file():
+        return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

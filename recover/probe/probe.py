@@ -46,6 +46,7 @@ from recover.probe.records import (
     Sampled,
     SampledStep,
     Step,
+    Stretch,
     Sublayer,
 )
 from recover.probe.sublayers import transitions
@@ -125,11 +126,11 @@ def records_of(pair: Pair, findings: list[Finding]) -> list[Record]:
     return [*records, _identity(identities)] if identities else records
 
 
-def _stretches(kl_N: Tensor, step_N: Tensor) -> list[list[float]]:
-    """[first step, mean KL, positions] of at most STRETCHES stretches of equally many steps, those that hold any."""
+def _stretches(kl_N: Tensor, step_N: Tensor) -> list[Stretch]:
+    """At most STRETCHES stretches of equally many steps, those that hold any position."""
     size = max(1, math.ceil((int(step_N.max()) + 1) / STRETCHES))
     places = [(first, (step_N >= first) & (step_N < first + size)) for first in range(0, int(step_N.max()) + 1, size)]
-    return [[first, float(kl_N[here].mean()), int(here.sum())] for first, here in places if here.any()]
+    return [Stretch(step=first, kl=float(kl_N[here].mean()), n=int(here.sum())) for first, here in places if here.any()]
 
 
 def final_record(temperature: float, table: Table, prompts: int) -> Final:

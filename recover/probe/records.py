@@ -28,6 +28,14 @@ class SampledStep(TypedDict):
     free_running: Figures
 
 
+class Stretch(TypedDict):
+    """Mean KL over the `n` positions of some decoding steps, of which `step` is the first."""
+
+    step: int
+    kl: float
+    n: int
+
+
 class Scored(TypedDict):
     """Both views' choices by one kind of score: margins and accuracy by view, and how often the views agree."""
 
@@ -71,7 +79,7 @@ class Block(_Record):
     """Teacher-forced drift at the output of one block (dense numbering), T = 1, seen through one lens.
 
     A closed block hands its input on: its drift is that of the block before it against a dense block that did its work.
-    `by_step`, of the final norm's lens: [first step, mean KL, positions] of stretches of equally many decoding steps.
+    `by_step`, of the final norm's lens: stretches of equally many decoding steps.
     """
 
     probe: ClassVar[str] = "block"
@@ -82,7 +90,7 @@ class Block(_Record):
     logit: Quantiles
     probability: Quantiles
     kl: Quantiles
-    by_step: list[list[float]] = dataclasses.field(default_factory=list)
+    by_step: list[Stretch] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)

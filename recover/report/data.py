@@ -209,6 +209,14 @@ class DivergenceRow(TypedDict):
 # Drift.
 
 
+class Stretch(TypedDict):
+    """Mean KL over the `n` positions of some decoding steps, of which `step` is the first."""
+
+    step: int
+    kl: float
+    n: int
+
+
 class BlockDrift(TypedDict):
     block: int
     closed: bool
@@ -216,7 +224,7 @@ class BlockDrift(TypedDict):
     logit: Quantiles | None
     probability: Quantiles | None
     kl: Quantiles | None
-    by_step: list[list[float]]
+    by_step: list[Stretch]
 
 
 class SublayerDrift(TypedDict):

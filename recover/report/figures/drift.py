@@ -123,10 +123,10 @@ def block_steps(data: PageData) -> Figure | None:
     curves = by_model(data, lambda probe: [row for row in probe["blocks"] if row["by_step"]])
     if not curves:
         return None
-    firsts = sorted({int(step) for rows in curves.values() for row in rows for step, *_ in row["by_step"]})
+    firsts = sorted({each["step"] for rows in curves.values() for row in rows for each in row["by_step"]})
     last = max(row["block"] for rows in curves.values() for row in rows)
     cells = {
-        model: {(row["block"], int(step)): (kl, int(count)) for row in rows for step, kl, count in row["by_step"]}
+        model: {(row["block"], each["step"]): (each["kl"], each["n"]) for row in rows for each in row["by_step"]}
         for model, rows in curves.items()
     }
 
