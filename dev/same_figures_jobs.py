@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 Fields = dict[str, Any]
 
-CHECKPOINTS = 48
+CHECKPOINTS = 49
 
 
 @dataclass(frozen=True)

@@ -92,4 +92,4 @@ def test_names_that_are_taken_and_uses_that_are_not_known_are_refused(tmp_path):
         register(toy_kind.KIND)
     with pytest.raises(RecipeError, match="kind: found 'long', expected one of generate, choice, code"):
         load_task(make_task(tmp_path, ROWS, kind="long", prompt="{q}"))
-    assert json.dumps([*KINDS]) == '["generate", "choice", "code", "retrieval", "perplexity"]'
+    assert json.dumps([*KINDS]) == '["generate", "choice", "code", "instructions", "retrieval", "perplexity"]'

@@ -123,7 +123,7 @@ OFFERED = [
     ("recover run my.yaml train.lora.ra", 3, ["train.lora.rank="]),
     ("recover run my.yaml train.data.0.sh", 3, ["train.data.0.share="]),
     ("recover run --fr", 2, ["--from", "--fresh"]),
-    ("recover measure model --suite ch", 4, ["choice"]),
+    ("recover measure model --suite ch", 4, ["chat", "choice"]),
     ("recover measure model --tasks gsm8k_", 4, ["gsm8k_5shot"]),
 ]
 

@@ -295,7 +295,9 @@ def _by_ggml(weight_OI: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarr
     exact = np.ascontiguousarray(weight_OI, dtype=np.float32)
     packed = np.empty((*weight_OI.shape[:-1], columns // weights * size), dtype=np.uint8)
     written = library.ggml_quantize_chunk(int(kind), exact.ctypes.data, packed.ctypes.data, 0, rows, columns, None)
-    assert written == packed.nbytes, f"ggml wrote {written} bytes of {packed.nbytes}"
+    if written != packed.nbytes:
+        expected = f"expected {packed.nbytes:,}: take another version of it"
+        raise ExportError(f"ggml wrote {written:,} bytes of a matrix, {expected}")
     return packed
 
 
