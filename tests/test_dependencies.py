@@ -46,7 +46,11 @@ def test_every_requirement_has_a_bound_below_and_above(line: str) -> None:
 def test_the_locked_version_is_within_the_bounds(line: str) -> None:
     each, versions = Requirement(line), locked()
     extras = PROJECT["optional-dependencies"]
-    outside = {Requirement(line).name for extra in ("eval", "audit", "docs", "quantized", "gguf", "ifeval") for line in extras[extra]}
+    outside = {
+        Requirement(line).name
+        for extra in ("eval", "audit", "docs", "quantized", "gguf", "ifeval")
+        for line in extras[extra]
+    }
     if each.name not in outside:
         assert each.specifier.contains(versions[canonicalize_name(each.name)]), line
 
