@@ -76,7 +76,8 @@ def together(request, tmp_path_factory):
     """Two processes, each variant that a test asks for in turn: its name -> what it did."""
     folder = tmp_path_factory.mktemp("together")
     two_processes.write_text(folder)
-    given = [item.callspec.params for item in request.session.items if "together" in getattr(item, "fixturenames", ())]
+    ours = [item for item in request.session.items if item.path == request.path]
+    given = [item.callspec.params for item in ours if "together" in getattr(item, "fixturenames", ())]
     variants = dict.fromkeys(params["variant"] for params in given)
     launched(torchrun(folder, *variants), folder)
     return {variant: torch.load(folder / f"{variant}.pt") for variant in variants} | {"folder": folder}
