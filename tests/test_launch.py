@@ -221,7 +221,11 @@ def test_one_process_through_accelerate_is_the_same_command(tmp_path):
     words = ["plan", "recipes/quickstart.yaml", "--runs", str(tmp_path)]
     done = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((tmp_path / "quickstart/plan/estimate.json").read_text())["processes"] == 1
+    plain = subprocess.run(
+        [sys.executable, "-m", "recover", *words], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    sizes = [[line.split() for line in each.stdout.splitlines() if "parameters" in line] for each in (done, plain)]
+    assert sizes[0] == sizes[1] and "1,586,480" in sizes[0][0] and [*tmp_path.iterdir()] == []
 
 
 # The README.

@@ -32,9 +32,10 @@ pytestmark = pytest.mark.slow
 READER = Path(__file__).with_name("older_reader.py")
 OLD = "transformers>=4.57,<5"
 # Families that version 4 does not know.
-NOT_IN_4 = {"ministral3", "granite_swa", "qwen3_5_text", "gemma4_text", "gemma4_unified_text"}
-NOT_OF_PEFT = {"falcon_h1": {"out_proj"}}  # linears of its Mamba that peft refuses
-ROUGH = {"apertus": 1e-3}  # version 4 keeps the numbers of its activation in bfloat16, whatever dtype is asked for
+NOT_IN_4 = {"ministral3", "granite_swa", "qwen3_5_text", "gemma4_text", "gemma4_unified_text", "nemotron_h"}
+NOT_OF_PEFT = {family: {"out_proj"} for family in ("falcon_h1", "nemotron_h")}  # linears of Mamba that peft refuses
+# apertus: version 4 keeps the numbers of its activation in bfloat16, whatever dtype is asked for.
+ROUGH = {"apertus": 1e-3}
 PROMPT = torch.arange(3, 43).reshape(2, 20)
 
 
