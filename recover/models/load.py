@@ -46,7 +46,7 @@ from recover.models.arch import (
 )
 from recover.models.attention import by_rows
 from recover.models.gate import unchanged
-from recover.models.load_stored import from_files, shared_store, store_of
+from recover.models.load_stored import finite, from_files, shared_store, store_of
 from recover.models.settings import config_of, keep_known
 from recover.models.site import Sublayer
 from recover.models.source import (
@@ -480,7 +480,4 @@ def _attention(cfg: recipe.Model, config: PretrainedConfig) -> str:
 
 def _check_finite(folder: Path, model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
-        if parameter.numel() and not torch.isfinite(torch.stack(parameter.aminmax())).all():
-            raise ModelError(
-                f"{folder}: {name} holds NaN or infinite values: fetch the model again, or load in float32"
-            )
+        finite(folder, name, parameter)

@@ -133,7 +133,7 @@ def from_files(meta: PreTrainedModel, folder: Path, files: Mapping[str, Path], p
     made = empty_like(meta)
 
     def value(name: str) -> Tensor | None:
-        return _finite(folder, name, mapped[sources[name]]) if name in sources else None
+        return finite(folder, name, mapped[sources[name]]) if name in sources else None
 
     fill(made, place, value, {name: each.dtype for name, each in meta.state_dict().items()})
     left = [name for name, each in made.named_parameters() if each.is_meta]
@@ -198,7 +198,8 @@ def fill(
         store(made, place, read)
 
 
-def _finite(folder: Path, name: str, value: Tensor) -> Tensor:
+def finite(folder: Path, name: str, value: Tensor) -> Tensor:
+    """The same values. Raises ModelError naming the folder and the tensor where one is not finite."""
     if value.is_floating_point() and value.numel() and not torch.isfinite(torch.stack(value.aminmax())).all():
         raise ModelError(f"{folder}: {name} holds NaN or infinite values: fetch the model again, or load in float32")
     return value

@@ -14,7 +14,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from recover.base import console, dist
-from recover.models.stores import HostMemory, InStream, Read, Work, laid_out, let_go, padded
+from recover.models.stores import Beside, HostMemory, Read, Work, laid_out, let_go, padded
 
 
 class MachineMemory(HostMemory):
@@ -224,7 +224,7 @@ class PeerMemory:
             whole = memory if member == self._member else handle.get_buffer(member, memory.shape, memory.dtype)
             starts = list(accumulate((block[member] for block in layout), initial=0))
             self._of[member] = [whole[start:end] for start, end in pairwise(starts)]
-        self._stream: Any = torch.cuda.Stream(device)
+        self._beside = Beside(device)
 
     def mine(self, block: int) -> Tensor:
         return self._of[self._member][block]
@@ -233,12 +233,12 @@ class PeerMemory:
         self._meet()
 
     def gather(self, block: int, places: Mapping[int, Tensor]) -> Work:
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        def read() -> None:
             for member, theirs in self._of.items():
                 if member in places:
                     places[member].copy_(theirs[block], non_blocking=True)
-            return InStream(self._stream.record_event())
+
+        return self._beside.do(read)
 
     def close(self) -> None:
         self._meet()

@@ -88,7 +88,7 @@ def laid_out(memory: Tensor, matrices: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-class _Beside:
+class Beside:
     """Work beside what the device computes, once what was launched before has ended; on a CPU at once."""
 
     def __init__(self, device: torch.device) -> None:
@@ -101,10 +101,10 @@ class _Beside:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             work()
-            return InStream(self._stream.record_event())
+            return _InStream(self._stream.record_event())
 
 
-class InStream:
+class _InStream:
     def __init__(self, event: Any) -> None:
         self._event = event
 
@@ -124,7 +124,7 @@ class HostMemory:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._beside = _Beside(device)
+        self._beside = Beside(device)
         self._memory: list[Tensor] = []
         self._pinned = _Pinned(device)
 
@@ -278,7 +278,7 @@ class Quantized:
         self.device, self.bits = device, bits
         self.kind = f"{bits.removesuffix('bit')} bits" + (", in main memory" if in_host else "")
         self._in_host = in_host and device.type == "cuda"
-        self._beside, self._pinned = _Beside(device), _Pinned(device)
+        self._beside, self._pinned = Beside(device), _Pinned(device)
         self._functional = bitsandbytes_functional() if bits == "4bit" else None
         self._packed: list[list[_Packed]] = []
 
