@@ -322,7 +322,7 @@ class Pace:
     def _timed(self, works: Sequence[Work]) -> list[float]:
         """The median seconds of each, by turns, so that what else runs is the same for all. The first turn warms up."""
         if _clock() - self.began > ALLOWED:
-            raise NotTimed(f"timing took {console.duration(ALLOWED)} before it")
+            raise NotTimed(f"what was timed before took {console.duration(ALLOWED)}")
         warm = 3 if self.device.type == "cuda" else 1
         first: list[float] = []
         for _ in range(warm):
