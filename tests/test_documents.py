@@ -22,7 +22,7 @@ from recover.config.recipe import Recipe, load_recipe
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     str(path.relative_to(ROOT))
-    for folder in (".", "docs", "launch", "checkpoints", "recover/embedded/fable-2m", ".github")
+    for folder in (".", "docs", "docs/results", "launch", "checkpoints", "recover/embedded/fable-2m", ".github")
     for path in (ROOT / folder).glob("*.md")
 )
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
@@ -67,7 +67,7 @@ def test_a_broken_link_is_found() -> None:
 def test_the_site_holds_every_page_once() -> None:
     text = re.sub(r"!!python/\S+", "", (ROOT / "mkdocs.yml").read_text())
     named = re.findall(r"[\w./-]+\.md", str(yaml.safe_load(text)["nav"]))
-    written = [path.name for path in (ROOT / "docs").glob("*.md")]
+    written = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
     assert sorted(named) == sorted([*written, *SITE.OUTSIDE.values()])
     assert all((ROOT / path).is_file() for path in SITE.OUTSIDE)
 
