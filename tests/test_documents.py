@@ -79,8 +79,13 @@ def test_the_site_holds_every_page_once() -> None:
         ("docs/a.md", "../launch/README.md#c", "launch.md#c"),
         ("launch/README.md", "../docs/results.md", "results.md"),
         ("docs/a.md", "../README.md", "index.md"),
+        ("docs/a.md", "b/c.md", "b/c.md"),
+        ("docs/b/c.md", "d.md#e", "d.md#e"),
+        ("docs/b/c.md", "../a.md", "../a.md"),
+        ("docs/b/c.md", "../../launch/README.md#c", "../launch.md#c"),
         ("docs/a.md", "https://example.org", "https://example.org"),
         ("docs/a.md", "../recover/api.py", None),
+        ("docs/b/c.md", "../../recover/api.py", None),
     ],
 )
 def test_links_of_the_site_are_those_of_the_repository(page: str, address: str, shown: str | None) -> None:
