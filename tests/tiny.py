@@ -44,7 +44,7 @@ GEMMA4 = {
     "num_global_key_value_heads": 1,
     "attention_k_eq_v": True,
     "sliding_window": 8,
-    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
     "layer_types": [SLIDING, SLIDING, FULL, SLIDING, FULL, FULL],
     "final_logit_softcapping": 20.0,
     "use_bidirectional_attention": None,
@@ -184,8 +184,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "expand": 2,
         },
     ),
-    "gemma4_text": ("gemma4_text", {**GEMMA4, "num_kv_shared_layers": 0}),
-    "gemma4_unified_text": ("gemma4_unified_text", {**GEMMA4, "num_kv_shared_layers": 0}),
+    "gemma4_text": ("gemma4_text", {**GEMMA4, "hidden_size_per_layer_input": 0}),
+    "gemma4_unified_text": ("gemma4_unified_text", GEMMA4),  # whose class knows no embeddings for each block
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}),
     "olmoe": ("olmoe", {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 32}),
     "qwen3_moe": (
