@@ -46,7 +46,6 @@ from recover.models.arch import (
 )
 from recover.models.attention import by_rows
 from recover.models.gate import unchanged
-from recover.models.load_stored import finite, from_files, shared_store, store_of
 from recover.models.settings import config_of, keep_known
 from recover.models.site import Sublayer
 from recover.models.source import (
@@ -65,7 +64,7 @@ from recover.models.source import (
     stored_dtype,
     tensor_files,
 )
-from recover.models.stored_weights import store, stored_in
+from recover.models.stored_weights import finite, from_files, shared_store, store, store_of, stored_in
 from recover.models.stores import Store
 from recover.models.tokenizers import TRIAL, check_file, check_template
 from recover.models.wrapper import beside, opened, remember, text_config, text_values, wrapped_of, wrapper_of

@@ -28,9 +28,8 @@ from recover.distill.distiller import Batch, Distiller, GraphedPasses, scaled, s
 from recover.models.attention import PACKED_NAME, attending
 from recover.models.stored_weights import StoredWeights, comes_and_goes, gather_by_block, stored_in
 from recover.models.twin import modules_below, plain_modes, set_training
-from recover.train.course import Course, frozen_weights, not_finite
+from recover.train.course import Course, epoch_ends, frozen_weights, not_finite
 from recover.train.optimizer_state import Average, Trained, averaged_steps
-from recover.train.settings import epoch_ends
 from recover.train.sources import Collate
 from recover.train.written_text import Numbers, OnPolicy, write_together
 
