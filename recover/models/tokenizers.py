@@ -41,6 +41,7 @@ MOST_PARTS = 64
 MOST_GROWTH = 256  # times as many characters as a text has
 MOST_ADDED = 1024  # characters or tokens around a text
 MOST_HOLES = 1_000_000  # ids below the largest without a token: whatever copies or saves a tokenizer counts up to it
+MOST_EXTRA = 2**17  # tokens beside a vocabulary: each takes a library 0.2 ms; sounds as tokens are some 2^16
 GROWS = {"ByteLevel": 2, "BertNormalizer": 3}  # Unicode's own forms grow once, to 18 at most, however often they come
 STUBBORN = ("a", " ", "1", "ab ", "\n", "é", "<")  # repeated, with something else at the end: patterns backtrack there
 LENGTHS, SLOW = (30, 300), 2.0  # repetitions; seconds of the processor for one of them
@@ -60,8 +61,12 @@ def check_parts(folder: Path) -> None:
     """Look at the parts of a tokenizer.json before a library builds them.
 
     Raises ModelError: they could write a text of thousands of times the length, or there are more than any has; or ids
-    lie so far apart, here or in a vocab.json, that counting up to them would take minutes and gigabytes.
+    lie so far apart, here or in a vocab.json, that counting up to them would take minutes and gigabytes; or more tokens
+    stand beside the vocabulary than any has.
     """
+    for name, key in (("tokenizer.json", "added_tokens"), ("tokenizer_config.json", "added_tokens_decoder")):
+        _check_extra(folder / name, _read(folder / name).get(key))
+    _check_extra(folder / "added_tokens.json", _read(folder / "added_tokens.json"))
     _check_holes(folder / "vocab.json", _read(folder / "vocab.json"))
     path = folder / "tokenizer.json"
     found = _read(path)
@@ -94,6 +99,15 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _check_extra(path: Path, tokens: Any) -> None:
+    """Raise ModelError where more tokens are added to a vocabulary than a library takes in half a minute."""
+    if isinstance(tokens, list | dict) and len(tokens) > MOST_EXTRA:
+        raise ModelError(
+            f"{path}: adds {len(tokens):,} tokens to the vocabulary; expected at most {MOST_EXTRA:,}: fetch the file "
+            "again, or take another one"
+        )
 
 
 def _check_holes(path: Path, vocabulary: Any) -> None:
