@@ -95,10 +95,7 @@ def train(
     collate = _collation(tokenizer, cfg, rows, split.micro, packed=packed, graphed=graphed)
     first = parts[0]["fingerprint"] if parts else fingerprint  # a training that is lengthened keeps its rate
     cfg = _with_rate(twin, tokenizer, cfg, rows, split.micro, collate, seed, run_folder, first, graphed=graphed)
-    own = None
-    if "writer" in rows.features:
-        scored, context = with_scored(collate), context_of(twin.model)
-        own = OnPolicy(cfg, tokenizer, rows, seed, run_folder, fingerprint, scored, context)
+    own = _own_text(twin, tokenizer, cfg, rows, seed, run_folder, fingerprint, collate)
     args = training_arguments(cfg, split, steps, seed, run_folder / "checkpoints", passes=1 + ROLLBACKS, begin=begun)
     with stop_between_steps() as stop:
         trainer = RecoverTrainer(
@@ -119,12 +116,7 @@ def train(
         if own is None:
             trainer.data_collator = with_scored(trainer.data_collator)
         _announce(twin, rows, steps, split)
-        with trainer.light(), trainer.graphed() if graphed else nullcontext():
-            epochs = _train(trainer, cfg, after_epoch, run_folder, ends, log_step)
-        if trainer.shards is not None:
-            trainer.shards.end()
-    if trainer.is_deepspeed_enabled:
-        zero.load_whole_again()
+        epochs = _train(trainer, cfg, after_epoch, run_folder, ends, log_step, graphed=graphed)
     _judge(epochs.best, baseline_score)
     part: PartEnds = {"tokens": cfg.tokens, "ends": [each["step"] for each in epochs.records if each["step"] > begun]}
     note(run_folder, fingerprint, course.skips.to_json(), finished=True, part=part)
@@ -171,6 +163,22 @@ def _collation(
         return collator(pad, cfg.loss.scored)
     sizes = row_sizes(tokens_at_once(rows, micro)) if graphed else ()
     return packer(pad, cfg.loss.scored, cfg.length, sizes)
+
+
+def _own_text(
+    twin: Twin,
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: Train,
+    rows: Dataset,
+    seed: int,
+    folder: Path,
+    fingerprint: str,
+    collate: Collate,
+) -> OnPolicy | None:
+    """What has the pruned model write the rows that are its own; None where there are none."""
+    if "writer" not in rows.features:
+        return None
+    return OnPolicy(cfg, tokenizer, rows, seed, folder, fingerprint, with_scored(collate), context_of(twin.model))
 
 
 def _with_rate(
@@ -260,8 +268,10 @@ def _train(
     run_folder: Path,
     ends: list[int],
     log_step: LogStep | None,
+    *,
+    graphed: bool,
 ) -> Epochs:
-    """To the end of the last epoch; what was found after each.
+    """To the end of the last epoch; what was found after each. Shared weights are whole again behind it.
 
     Raises:
         StopRequested: stopped by a signal; a checkpoint is written.
@@ -280,12 +290,17 @@ def _train(
     trainer.add_callback(epochs)
     trainer.add_callback(Progress(trainer.course.totals))
     trainer.add_callback(StepLog(run_folder, trainer.course.totals, log_step))
-    try:
-        trainer.train()
-    except Interrupted:
-        trainer.save(interrupted=True)
-    if trainer.stop.agreed:
-        raise StopRequested(trainer.stop.agreed)
+    with trainer.light(), trainer.graphed() if graphed else nullcontext():
+        try:
+            trainer.train()
+        except Interrupted:
+            trainer.save(interrupted=True)
+        if trainer.stop.agreed:
+            raise StopRequested(trainer.stop.agreed)
+    if trainer.shards is not None:
+        trainer.shards.end()
+    if trainer.is_deepspeed_enabled:
+        zero.load_whole_again()
     return epochs
 
 
