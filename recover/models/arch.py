@@ -72,6 +72,17 @@ def _with_parts_of_blocks(config: Mapping[str, Any]) -> str:
     return "it has a mixture of experts beside each MLP" if config.get("enable_moe_block") else ""
 
 
+def _by_number(config: Mapping[str, Any]) -> str:
+    """GPT-2's, trained in ways of which the published ones make no use."""
+    if config.get("scale_attn_by_inverse_layer_idx"):
+        return "each block divides its attention by its number, which is another one once blocks have gone"
+    return _crossing(config)
+
+
+def _crossing(config: Mapping[str, Any]) -> str:
+    return "its blocks attend to an encoder too (add_cross_attention)" if config.get("add_cross_attention") else ""
+
+
 def _one_behind_the_other(config: PretrainedConfig) -> bool:
     return False
 
@@ -246,6 +257,25 @@ ARCHS: dict[str, Arch] = {
             kv_groups_stay="q, k and v are one linear, cut by head counts of the config, which both views share",
             lean=(),
         ),
+        *(
+            Arch(
+                name,
+                blocks="transformer.h",
+                attention="attn",
+                norm="transformer.ln_f",
+                embed="transformer.wte",
+                attention_linears=("c_attn", "c_proj"),
+                attention_norms=("ln_1",),
+                mlp_linears=("c_fc", "c_proj"),
+                mlp_norms=("ln_2",),
+                gated=False,
+                neurons="n_inner",
+                unlike=unlike,
+                kv_groups_stay="its heads are together as wide as the model, whatever a config says",
+                lean=(),
+            )
+            for name, unlike in (("gpt2", _by_number), ("gpt_bigcode", _crossing))
+        ),
         Arch(
             "lfm2",
             norm="model.embedding_norm",
@@ -391,6 +421,11 @@ def arch_of_config(config: Mapping[str, Any]) -> Arch:
             f"this model of type '{arch.model_type}' is not supported: {reason}. `recover families` says more"
         )
     return arch
+
+
+def neurons_of(config: PretrainedConfig) -> int:
+    """Neurons of a plain MLP; four times the width where the config says null (GPT-2)."""
+    return getattr(config, arch_of(config).neurons) or 4 * config.hidden_size
 
 
 def kv_heads_of(config: PretrainedConfig) -> int:

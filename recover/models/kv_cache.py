@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from transformers import Cache
 
 from recover.base.errors import ModelError
 from recover.models.arch import base_of
@@ -44,6 +45,7 @@ def given_by(output: Any) -> Any:
     return output.cache if hasattr(output, "cache") else output.past_key_values
 
 
-def among(keywords: Mapping[str, Any]) -> Any:
-    """The cache among the keywords of a call, None if there is none."""
-    return next((keywords[name] for name in NAMES if keywords.get(name) is not None), None)
+def among(keywords: Mapping[str, Any], others: Sequence[Any] = ()) -> Any:
+    """The cache among the keywords of a call, or its `others`, given by place (GPT-2); None if there is none."""
+    named = (keywords[name] for name in NAMES if keywords.get(name) is not None)
+    return next(named, next((each for each in others if isinstance(each, Cache)), None))

@@ -27,6 +27,7 @@ from recover.models.arch import blocks_of
 from recover.models.shares import Machine, MachineMemory, Shared, sees_peers
 from recover.models.stored_weights import matrices_of, store
 from recover.models.stores import Bits, Files, HostMemory, Quantized, Store
+from recover.models.switched import as_linears
 from recover.models.wrapper import remember, wrapped_of
 
 # Of a safetensors header; what else there is, is no number of a model's weights.
@@ -131,9 +132,13 @@ def from_files(meta: PreTrainedModel, folder: Path, files: Mapping[str, Path], p
         return None
     mapped = Mapped(files)
     made = empty_like(meta)
+    turned = as_linears(made)
 
     def value(name: str) -> Tensor | None:
-        return finite(folder, name, mapped[sources[name]]) if name in sources else None
+        if name not in sources:
+            return None
+        found = finite(folder, name, mapped[sources[name]])
+        return found.T if name in turned else found
 
     fill(made, place, value, {name: each.dtype for name, each in meta.state_dict().items()})
     left = [name for name, each in made.named_parameters() if each.is_meta]

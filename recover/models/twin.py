@@ -34,6 +34,7 @@ from recover.models.stored_weights import comes_and_goes, each_weight, stored_in
 from recover.models.switched import (
     MaskedLinear,
     Switch,
+    as_linears,
     close_sites,
     closed_sites,
     make_closable,
@@ -65,6 +66,7 @@ class Twin:
         *,
         replan: Callable[..., Twin] | None = None,
     ) -> None:
+        as_linears(model)
         self.model: Any = model
         self._replan = replan
         self.plan = dataclasses.replace(plan, parallel=arch_of(model).together(model.config))
