@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
-from tiny import FAMILIES, FULL, SLIDING, tiny
+from tiny import FAMILIES, FULL, SLIDING, WITHOUT_ROPE, tiny
 from transformers import AutoConfig, AutoTokenizer
 
 from recover.config import recipe
@@ -37,9 +37,8 @@ LINEAR = {"rope_type": "linear", "rope_theta": 7e4, "factor": 4.0}
 PER_TYPE = {FULL: {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}, SLIDING: {"rope_theta": 3e4}}
 # Gemma 4 came with version 5: its two kinds of rotary positions have no older spelling, and an export says so.
 NEWER = [family for family in FAMILIES if family.startswith("gemma4")]
-# Nemotron-H has no positions.
 ROPES = [
-    *((family, {}) for family in FAMILIES if family not in (*NEWER, "nemotron_h")),
+    *((family, {}) for family in FAMILIES if family not in (*NEWER, *WITHOUT_ROPE)),
     ("llama", {"rope_parameters": LLAMA3}),
     ("mistral", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0}}),
     ("qwen2", {"rope_parameters": YARN}),
