@@ -53,11 +53,22 @@ From = Annotated[
     ),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Do every stage again, whatever is done.")]
+Untimed = Annotated[
+    bool, typer.Option("--untimed", help="Do not time a step and a text on this machine: say a floor, from arithmetic.")
+]
 
 
-def _run(recipe: Path, overrides: list[str] | None, runs: Path, until: str, start: str | None = None) -> None:
+def _run(
+    recipe: Path,
+    overrides: list[str] | None,
+    runs: Path,
+    until: str,
+    start: str | None = None,
+    *,
+    timed: bool = False,
+) -> None:
     loaded = load_recipe(recipe, overrides or [])
-    stages.run(loaded, runs, until=until, start=start)
+    stages.run(loaded, runs, until=until, start=start, timed=timed)
     # Only after success: with a failure on one process, taking the group down would wait for the others.
     dist.stop()
 
@@ -84,12 +95,15 @@ def quickstart(overrides: Overrides = None, runs: Runs = Path("checkpoints"), fr
     _run(Path("embedded:quickstart"), overrides, runs, "report", "plan" if fresh else None)
 
 
-def plan(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("checkpoints")) -> None:
-    """Check a recipe and say what it will cost, before any weight is loaded.
+def plan(
+    recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("checkpoints"), untimed: Untimed = False
+) -> None:
+    """Check a recipe and say what it will cost: sizes, memory, and time on this machine.
 
+    For the time a step, a text and a probe are timed on a few blocks with random weights, or on a small model itself.
     Nothing is written. Of a run that is there it says which stages would be done again, and why.
     """
-    _run(recipe, overrides, runs, "plan")
+    _run(recipe, overrides, runs, "plan", timed=not untimed)
 
 
 def prune(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("checkpoints")) -> None:

@@ -184,7 +184,7 @@ def load_model(cfg: recipe.Model, *, shared: bool = False) -> PreTrainedModel:
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if size > SAID_BYTES:
         console.say(f"[dim]reading {cfg.source}, {console.size(size)}[/dim]")
-    attention = _attention(cfg, config)
+    attention = attention_for(cfg, config)
     place = _place(cfg, shared)
     if place is not None:
         return _stored(cfg, folder, attention, place)
@@ -473,7 +473,8 @@ def _with_true_sizes(config: Any) -> Any:
     return config
 
 
-def _attention(cfg: recipe.Model, config: PretrainedConfig) -> str:
+def attention_for(cfg: recipe.Model, config: PretrainedConfig) -> str:
+    """The attention to load the model with: the recipe's, or what its class has, with a warning."""
     stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if cfg.attention == "sdpa" and not stock._supports_sdpa:
         console.warn(f"model.attention: {stock.__name__} has no 'sdpa'; 'eager' is used")
