@@ -187,6 +187,7 @@ def _says(cfg: dict[str, Any], name: str) -> bool:
     return plain(cfg.get(name)) not in (None, "unstructured")
 
 
+PAGES = (".html", ".htm")  # endings of a page
 RUNS = Path("checkpoints")  # where runs are written by default
 RunPath = Annotated[
     Path,
@@ -218,6 +219,9 @@ def report(
     from recover.report.collect import collect
     from recover.report.render import is_diagnosis, is_page, render, render_diagnosis
 
+    for path, endings in ((out, PAGES), (csv, (".csv", ".tsv", ".txt")), (latex, (".tex", ".txt"))):
+        if path is not None:
+            products.refuse_other_kind(path, *endings)
     roots = []
     for path in _folders(run_dirs):
         if is_diagnosis(path):
@@ -310,6 +314,8 @@ def compare(
     """Put runs side by side, best recovered generation first; tasks as a share of what the dense model reaches."""
     from recover.report import compare as page
 
+    if html is not None:
+        products.refuse_other_kind(html, *PAGES)
     data = page.compare([_existing(path).root for path in _folders(run_dirs)])
     columns = ["run", "generation", "after recovery", "choice", "after recovery", "perplexity", "weights"]
     with products.taken_apart(run_dirs[0].parent):
