@@ -298,6 +298,13 @@ def test_epochs_and_accumulation_are_counted(monkeypatch, made, constant):
     assert three > two and four - three == pytest.approx(three - two)
 
 
+def test_items_that_are_timed_are_alike_and_as_long_as_the_mean():
+    texts = ["x" * size for size in (9, 1, 2, 8, 5, 4, 6, 30, 3, 12)]  # 8 in the mean
+    assert pace.of_mean_length([len(text) for text in texts], texts, 3) == [6, 8, 9]
+    assert sorted(pace.of_mean_length(texts, texts, 99)) == sorted(texts)
+    assert pace.spread([*range(10)], 4) == [0, 2, 5, 7] and pace.spread([1, 2], 4) == [1, 2]
+
+
 def test_lengths_that_lie_in_the_run_are_taken(monkeypatch, made, constant):
     monkeypatch.setattr(pace.Pace, "length", lambda *_, **__: None)
     guessed = found_by(made)

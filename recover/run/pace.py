@@ -83,6 +83,15 @@ def spread(rows: Sequence[Any], count: int) -> list[Any]:
     return [*rows] if len(rows) <= count else [rows[at * len(rows) // count] for at in range(count)]
 
 
+def of_mean_length(items: Sequence[Any], texts: Sequence[str], count: int) -> list[Any]:
+    """At most so many items whose texts are about as long as the mean: a task's batches hold items that are alike."""
+    order = sorted(range(len(items)), key=lambda at: len(texts[at]))
+    goal = mean([len(texts[at]) for at in order])
+    near = min(range(len(order)), key=lambda place: abs(len(texts[order[place]]) - goal))
+    start = max(0, min(near - count // 2, len(order) - count))
+    return [items[at] for at in order[start : start + count]]
+
+
 @dataclass(frozen=True)
 class Span:
     """Seconds of a pass through the whole model: `base` without blocks, `blocks` of all of them."""
@@ -503,7 +512,7 @@ class Pace:
             return found.each(len(texts) / len(items))
 
         def scores(model: ModelUnderTest, count: int) -> Work:
-            some = spread(items, count)
+            some = of_mean_length(items, task.asked, count)
             return lambda: work_of(task.kind).measure(model, file, some, None)
 
         return self._counted(tested, scores, min(len(items), max(LEAST_ROWS, cfg.batch_size // 4)))
