@@ -20,6 +20,7 @@ from recover.base.errors import ArtifactError, DataError, RecoverError
 from recover.config.prune import Calibration
 from recover.config.recipe import DenseText, GivenText, PrunedText, Sampling, TeacherText
 from recover.config.tasks import GenerateFile, WritingFile
+from recover.config.train import split_batch
 from recover.maths.score import mean
 from recover.measure.kinds.generate import longest_text
 from recover.measure.tasks import Task
@@ -31,7 +32,6 @@ from recover.run.context import RunContext
 from recover.run.estimate import ELEMENT_BYTES, Estimate
 from recover.run.pace import NotTimed, Pace, spread
 from recover.text.prompts import encode_prompt
-from recover.train.settings import split_batch
 from recover.train.sources import read_prompts, read_rows, samples_of
 from recover.train.teacher_file import read_teacher
 from recover.train.trials import SHARE

@@ -30,6 +30,7 @@ from recover.base import console, dist, memory
 from recover.config import recipe
 from recover.config.prune import Magnitude
 from recover.config.tasks import CodeFile, RetrievalFile, WritingFile
+from recover.config.train import split_batch
 from recover.export.merge import pruned_config
 from recover.maths.score import mean
 from recover.measure.kinds.generate import FENCE
@@ -48,7 +49,6 @@ from recover.text.generate import generate, plain
 from recover.text.prompts import Prompt
 from recover.text.stepping import fits, free_memory
 from recover.train.data import collator, packer, row_sizes, with_scored
-from recover.train.settings import split_batch
 from recover.train.train import may_be_graphed
 from recover.train.trials import Bench, Trials
 
