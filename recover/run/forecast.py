@@ -158,12 +158,10 @@ class _Forecaster:
     # What the stages do.
 
     def _dense(self) -> Iterator[Piece]:
-        yield self._read("dense")
+        seconds = self.model.parameters * ELEMENT_BYTES[self.model.stored] / DISK
+        if seconds >= 1:
+            yield {"stage": "dense", "what": "weights read", "seconds": seconds, "how": "floor"}
         yield from self._measured("dense", self.recipe.measure.limit, 1.0)
-
-    def _read(self, stage: str) -> Piece:
-        size = self.model.parameters * ELEMENT_BYTES[self.model.stored]
-        return {"stage": stage, "what": "weights read", "seconds": size / DISK, "how": "floor"}
 
     def _prune(self) -> Iterator[Piece]:
         cfg, cost = self.recipe.prune, self.cost
@@ -274,7 +272,7 @@ class _Forecaster:
                 writes = texts if isinstance(source, PrunedText) or source.temperature else min(texts, prompts)
                 new = round(writes) if self.left.get("train", 1.0) < 1 else max(0, round(writes) - there)
                 if new:
-                    yield self._text(source, found, new, round(new * found.answer))
+                    yield self._text(source, found, new, min(budget, round(new * found.answer)))
                 lengths.append((found.prompt, found.answer, texts))
             elif (held := self._held(source)) is not None:
                 prompt, answer = held
