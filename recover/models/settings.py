@@ -260,7 +260,7 @@ def config_of(raw: JsonObject, source: str, where: object) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(kept))
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    config._name_or_path = source
+    config.name_or_path = source
     return config
 
 
