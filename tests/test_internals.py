@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from peft.tuners.lora import Linear
 from tiny import tiny
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -80,6 +81,8 @@ INTERNALS: dict[str, tuple[Callable[[], object], str]] = {
     # accelerate
     "_hf_hook": (hooked, "weights on the disk are not read when an export is verified"),
     "_old_forward": (hooked, "the same"),
+    # peft
+    "_cast_input_dtype": (lambda: Linear, "under autocast each adapter keeps a copy of its input for backward"),
     # trl and transformers: what a trainer calls and ours replaces
     "_prepare_inputs": (lambda: SFTTrainer, "a batch does not come to the device"),
     "_save_checkpoint": (lambda: SFTTrainer, "checkpoints of theirs are written"),
@@ -129,6 +132,13 @@ def used(tree: ast.AST) -> Iterator[str]:
             yield from (keyword.arg for keyword in node.keywords if keyword.arg and called.startswith("vars("))
 
 
+def inherited(tree: ast.AST) -> Iterator[str]:
+    """What a method of ours hands on to the one that it is in the way of."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "super()":
+            yield node.attr
+
+
 @functools.cache
 def found() -> dict[str, list[str]]:
     """Private names of others, and the files that use them; a method that is in the way of one of theirs is one."""
@@ -136,7 +146,7 @@ def found() -> dict[str, list[str]]:
     names: dict[str, list[str]] = {}
     for path, tree in parsed():
         replaced = {name for name in defined(tree) if hasattr(SFTTrainer, name)} if path.name == "trainer.py" else set()
-        for name in ({*used(tree)} - own) | replaced:
+        for name in ({*used(tree)} - own) | replaced | {*inherited(tree)}:
             if private(name) and name not in PUBLIC and path not in APART:
                 names.setdefault(name, []).append(str(path.relative_to(PACKAGE)))
     return names
