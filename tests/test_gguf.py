@@ -14,7 +14,7 @@ import pytest
 import torch
 from gguf_checkpoint import LLAMA31, ROWS, VARIANTS, by_llama_cpp, checkpoint, words
 from safetensors.torch import load_file, save_file
-from tiny import ids, tiny
+from tiny import ids, tiny, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -444,6 +444,58 @@ def test_types_with_a_k_are_near_and_finer_where_llama_cpp_has_them_finer(dtype,
     sizes = writing.quantized_bytes(folder)
     assert sizes["q4_k_m"] < sizes["q5_k_m"] < sizes["q6_k"] < sizes["q8_0"]
     assert sizes[dtype] == sum(tensor.n_bytes for tensor in gguf.GGUFReader(path).tensors)
+
+
+def by_llama_cpps_rule(name: str, file: str, blocks: int, experts: int, seventy: bool) -> str:
+    """The reference: `llama_tensor_get_type_impl` of llama.cpp (src/llama-quant.cpp), branch by branch."""
+    most = {"q4_k_m": "q4_k", "q5_k_m": "q5_k", "q6_k": "q6_k"}[file]
+    block, part = int(name.split(".")[1]), name.split(".")[2]
+    more_bits = block < blocks // 8 or block >= 7 * blocks // 8 or (block - blocks // 8) % 3 == 2
+    kind = most
+    if part in ("attn_v", "attn_qkv"):
+        if file in ("q4_k_m", "q5_k_m") and more_bits:
+            kind = "q6_k"
+        if seventy and kind == "q4_k":
+            kind = "q5_k"
+        if experts == 8:
+            kind = "q8_0"
+    elif part == "attn_k" and experts == 8:
+        kind = "q8_0"
+    elif part.startswith("ffn_down"):
+        if file in ("q4_k_m", "q5_k_m") and more_bits:
+            kind = "q6_k"
+    elif part == "attn_output" and experts == 8 and file == "q4_k_m":
+        kind = "q5_k"
+    return kind
+
+
+@pytest.mark.parametrize("file", ["q4_k_m", "q5_k_m", "q6_k"])
+@pytest.mark.parametrize(
+    ("variant", "overrides", "experts", "seventy"),
+    [
+        ("llama", {}, 0, False),
+        ("phi3", {}, 0, False),
+        ("qwen3_moe", {}, 8, False),
+        ("qwen3_moe", {"num_experts": 16}, 16, False),
+        ("olmoe", {"num_local_experts": 8}, 8, False),
+        ("llama", {"num_hidden_layers": 80}, 0, True),
+        ("llama", {"num_hidden_layers": 80, "num_key_value_heads": 4}, 0, False),
+        ("qwen2", {"num_hidden_layers": 80}, 0, True),
+        ("qwen3", {"num_hidden_layers": 80}, 0, False),
+    ],
+)
+def test_each_matrix_has_the_type_that_llama_cpps_quantizer_gives_it(variant, overrides, experts, seventy, file):
+    family, differences = VARIANTS[variant]
+    sizes = {"num_hidden_layers": 9, "hidden_size": 256, "intermediate_size": 256}
+    config = tiny_config(family, **{**sizes, **differences, **overrides})
+    matrices = {name for name in writing.tensor_names(config).values() if name.startswith("blk")}
+    chosen = {name.split(".")[2] for name in matrices if "norm" not in name and name.endswith("weight")}
+    assert chosen >= ({"attn_qkv"} if variant == "phi3" else {"attn_v", "attn_k"}) and "attn_output" in chosen
+    for name in sorted(matrices):
+        if "norm" in name or "gate_inp" in name or name.endswith("bias"):
+            continue
+        expected = by_llama_cpps_rule(name, file, config.num_hidden_layers, experts, seventy)
+        assert writing._dtype(name, (256, 256), file, config) == expected, name
 
 
 @pytest.mark.skipif(not GGML, reason=NO_GGML)

@@ -11,11 +11,12 @@ import dataclasses
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import Cache, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from recover.base.errors import ModelError
 from recover.maths.divergence import Head
@@ -72,6 +73,17 @@ def _with_parts_of_blocks(config: Mapping[str, Any]) -> str:
     if config.get("use_double_wide_mlp"):
         return "some of its blocks have MLPs of twice the width"
     return "it has a mixture of experts beside each MLP" if config.get("enable_moe_block") else ""
+
+
+def _by_number(config: Mapping[str, Any]) -> str:
+    """GPT-2's, trained in ways of which the published ones make no use."""
+    if config.get("scale_attn_by_inverse_layer_idx"):
+        return "each block divides its attention by its number, which is another one once blocks have gone"
+    return _crossing(config)
+
+
+def _crossing(config: Mapping[str, Any]) -> str:
+    return "its blocks attend to an encoder too (add_cross_attention)" if config.get("add_cross_attention") else ""
 
 
 def _one_behind_the_other(config: PretrainedConfig) -> bool:
@@ -248,6 +260,25 @@ ARCHS: dict[str, Arch] = {
             kv_groups_stay="q, k and v are one linear, cut by head counts of the config, which both views share",
             lean=(),
         ),
+        *(
+            Arch(
+                name,
+                blocks="transformer.h",
+                attention="attn",
+                norm="transformer.ln_f",
+                embed="transformer.wte",
+                attention_linears=("c_attn", "c_proj"),
+                attention_norms=("ln_1",),
+                mlp_linears=("c_fc", "c_proj"),
+                mlp_norms=("ln_2",),
+                gated=False,
+                neurons="n_inner",
+                unlike=unlike,
+                kv_groups_stay="its heads are together as wide as the model, whatever a config says",
+                lean=(),
+            )
+            for name, unlike in (("gpt2", _by_number), ("gpt_bigcode", _crossing))
+        ),
         Arch(
             "lfm2",
             norm="model.embedding_norm",
@@ -393,6 +424,11 @@ def arch_of_config(config: Mapping[str, Any]) -> Arch:
             f"this model of type '{arch.model_type}' is not supported: {reason}. `recover families` says more"
         )
     return arch
+
+
+def neurons_of(config: PretrainedConfig) -> int:
+    """Neurons of a plain MLP; four times the width where the config says null (GPT-2)."""
+    return getattr(config, arch_of(config).neurons) or 4 * config.hidden_size
 
 
 def kv_heads_of(config: PretrainedConfig) -> int:
@@ -636,6 +672,34 @@ def cache_in(output: Any) -> Any:
     return output.cache if hasattr(output, "cache") else output.past_key_values
 
 
-def cache_among(keywords: Mapping[str, Any]) -> Any:
-    """The cache among the keywords of a call, None if there is none."""
-    return next((keywords[name] for name in CACHE_NAMES if keywords.get(name) is not None), None)
+def cache_among(keywords: Mapping[str, Any], others: Sequence[Any] = ()) -> Any:
+    """The cache among the keywords of a call, or its `others`, given by place (GPT-2); None if there is none."""
+    named = (keywords[name] for name in CACHE_NAMES if keywords.get(name) is not None)
+    return next(named, next((each for each in others if isinstance(each, Cache)), None))
+
+
+def conv1d_weights(model: nn.Module) -> frozenset[str]:
+    """Names of the weights that the model stores as (I, O): those of GPT-2's `Conv1D`, a linear layer in all else."""
+    return frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D))
+
+
+def as_linears(model: nn.Module) -> frozenset[str]:
+    """Put an `nn.Linear` in the place of each `Conv1D`, around the same memory; the names of the turned weights.
+
+    Its weight is the stored one seen the other way, so that products are the same to the bit. `merge` turns it back.
+    Raises ModelError where weights are dealt out over processes (ZeRO-3), so that none can be seen otherwise.
+    """
+    turned = conv1d_weights(model)
+    for name in turned:
+        parent, _, last = name.removesuffix(".weight").rpartition(".")
+        stock: Any = model.get_submodule(parent).get_submodule(last)
+        if hasattr(stock.weight, "ds_id"):
+            raise ModelError(
+                "DeepSpeed ZeRO-3 deals out this model's weights, and its Conv1D layers are taken as linear ones: "
+                "launch with launch/zero2.yaml or launch/gpu.yaml (train.shard_weights)"
+            )
+        linear = nn.Linear(stock.nx, stock.nf, device="meta")
+        linear.weight = nn.Parameter(stock.weight.detach().T, requires_grad=stock.weight.requires_grad)
+        linear.bias = stock.bias
+        setattr(model.get_submodule(parent), last, linear.train(stock.training))
+    return turned

@@ -168,6 +168,7 @@ def code_named(settings: Any) -> set[str]:
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 SIZES = (*NEEDED, "intermediate_size", "vocab_size", "max_position_embeddings")
 MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
+FOUR_TIMES = ("n_inner",)  # neurons of an MLP in GPT-2: null for four times the width
 # With what is read in their place.
 REFUSED = {
     "configuration_files": "the settings would be read from another file",
@@ -301,15 +302,29 @@ NO_HARM = 2**27  # parameters that any machine has room for
 SMALLEST = {False: 1, True: 8}  # parameters in a byte: fp8, or one bit each where they are quantized
 
 
+def in_common(config: JsonObject) -> JsonObject:
+    """The settings, also under common names where the type has names of its own for them (GPT-2's `n_embd`)."""
+    return {**{common: config[name] for common, name in _own_names(config).items() if name in config}, **config}
+
+
+def _own_names(config: JsonObject) -> dict[str, str]:
+    """Of this type, its own names by the common ones."""
+    known = isinstance(name := config.get("model_type"), str) and name in CONFIG_MAPPING
+    return dict(CONFIG_MAPPING[str(name)].attribute_map) if known else {}
+
+
 def check_sizes(config: JsonObject, where: object) -> None:
     """Raise ModelError for a size that is no whole number from 1 on, or that no model has; by name and value."""
-    for name in (*SIZES, *MAY_BE_NULL):
-        value = config.get(name, 1)
-        if value is None and name in MAY_BE_NULL:
-            continue
-        most = MOST_BLOCKS if name == "num_hidden_layers" else MOST
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-            raise ModelError(f"{where}: {name} is {_short(value)}; expected a whole number from 1 to {most:,}")
+    own = _own_names(config)
+    for name in (*SIZES, *MAY_BE_NULL, *FOUR_TIMES):
+        for said in dict.fromkeys((name, own.get(name, name))):
+            value = config.get(said, 1)
+            if value is None and name in (*MAY_BE_NULL, *FOUR_TIMES):
+                continue
+            most = MOST_BLOCKS if name == "num_hidden_layers" else MOST
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                raise ModelError(f"{where}: {said} is {_short(value)}; expected a whole number from 1 to {most:,}")
+    config = in_common(config)
     heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if heads is not None and kv_heads is not None and heads % kv_heads:
         raise ModelError(
@@ -335,7 +350,7 @@ def check_room(config: JsonObject, folder: Path) -> None:
     memory first.
     """
     held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    meant = _least(config)
+    meant = _least(in_common(config))
     if held and meant > NO_HARM and meant > held * SMALLEST[bool(config.get("quantization_config"))]:
         raise ModelError(
             f"{folder}: config.json means at least {meant:,} parameters, and its weights are {held:,} bytes: they do "

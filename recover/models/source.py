@@ -37,6 +37,7 @@ from recover.models.settings import (
     check_sizes,
     code_files,
     code_named,
+    in_common,
 )
 from recover.models.wrapper import text_values
 
@@ -284,7 +285,7 @@ def check_tied(folder: Path, tied: bool) -> None:
         return
     place = tensor_files(folder)
     for head in (name for name in place if re.fullmatch(r"(.+\.)?lm_head\.weight", name)):
-        for embedding in (name for name in place if re.fullmatch(r"(.+\.)?embed_tokens\.weight", name)):
+        for embedding in (name for name in place if re.fullmatch(r"(.+\.)?(embed_tokens|wte)\.weight", name)):
             if not _equal(place[head], head, place[embedding], embedding):
                 raise ModelError(
                     f"{folder}: config.json says that head and embedding are one (tie_word_embeddings), and {head} and "
@@ -469,7 +470,7 @@ def explained(where: str) -> Iterator[None]:
 def context_named(cfg: recipe.Model) -> int | None:
     """Positions that the model was made for, by its config alone; None if it names none. Raises ModelError."""
     config = read_config(cfg)
-    found = text_values(config).get("max_position_embeddings")
+    found = in_common(text_values(config)).get("max_position_embeddings")
     return found if isinstance(found, int) else None
 
 

@@ -33,7 +33,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from recover.base import dist, zero
 from recover.base.errors import ModelError
-from recover.models.arch import base_of, blocks_of, modules_in
+from recover.models.arch import as_linears, base_of, blocks_of, modules_in
 from recover.models.site import SUBLAYERS
 from recover.models.stores import (
     Bits,
@@ -427,9 +427,13 @@ def from_files(meta: PreTrainedModel, folder: Path, files: Mapping[str, Path], p
         return None
     mapped = Mapped(files)
     made = empty_like(meta)
+    turned = as_linears(made)
 
     def value(name: str) -> Tensor | None:
-        return finite(folder, name, mapped[sources[name]]) if name in sources else None
+        if name not in sources:
+            return None
+        found = finite(folder, name, mapped[sources[name]])
+        return found.T if name in turned else found
 
     fill(made, place, value, {name: each.dtype for name, each in meta.state_dict().items()})
     left = [name for name, each in made.named_parameters() if each.is_meta]

@@ -336,7 +336,7 @@ class _Closable:
         if self.switch.dense or not self.closed:
             stock: Any = super()
             return self.opened(stock.forward(hidden_states, *args, **kwargs))
-        return self.nothing(hidden_states, cache_among(kwargs))
+        return self.nothing(hidden_states, cache_among(kwargs, args))
 
     def opened(self, output: Any) -> Any:
         return output

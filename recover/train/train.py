@@ -91,7 +91,7 @@ def train(
     twin.add_lora(cfg.lora)
     totals = Totals(computed(cfg.loss))
     course = Course(run_folder, fingerprint, batch_size=cfg.batch_size, seed=seed, totals=totals, past=past)
-    graphed = packed and _may_be_graphed(twin, cfg)
+    graphed = packed and may_be_graphed(twin, cfg)
     collate = _collation(tokenizer, cfg, rows, split.micro, packed=packed, graphed=graphed)
     first = parts[0]["fingerprint"] if parts else fingerprint  # a training that is lengthened keeps its rate
     cfg = _with_rate(twin, tokenizer, cfg, rows, split.micro, collate, seed, run_folder, first, graphed=graphed)
@@ -219,14 +219,15 @@ def _with_rate(
     return cfg.model_copy(update={"lr": rate})
 
 
-def _may_be_graphed(twin: Twin, cfg: Train) -> bool:
+def may_be_graphed(twin: Twin, cfg: Train, size: int | None = None) -> bool:
     """Whether steps may be replayed as CUDA graphs; where a GPU could and a recipe cannot, the reason is said.
 
+    `size`: parameters of the model, where the twin's is a part of it.
     A graph repeats the same kernels on the same memory: whatever draws, waits or shares weights out stays outside.
     """
     if twin.base.device.type != "cuda":
         return False
-    size = sum(parameter.numel() for parameter in twin.base.parameters())
+    size = size or sum(parameter.numel() for parameter in twin.base.parameters())
     reasons = {
         "the work of each kernel outlasts its launch at this size": size > LARGEST_GRAPHED,
         "several processes": dist.world_size() > 1,

@@ -38,6 +38,7 @@ from recover.export.gguf.family import (
     tensor_names,
     warn_of_older_readers,
 )
+from recover.models.arch import experts_of, kv_heads_of
 from recover.models.source import INDEX, WEIGHTS, explained
 
 if TYPE_CHECKING:
@@ -58,10 +59,12 @@ QUANTIZED = ("q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0")
 NEED_GGML = frozenset({"q6_k", *MIXED})
 ENDS = ("token_embd.weight", "output.weight")
 FINE, FINER_K = "q8_0", "q6_k"  # of embedding and head, which lose most: llama.cpp keeps them finer too
-SENSITIVE = ("attn_v.weight", "ffn_down.weight", "ffn_down_exps.weight")  # finer in some blocks of a mixed file
+VALUES = ("attn_v.weight", "attn_qkv.weight")
+SENSITIVE = (*VALUES, "ffn_down.weight", "ffn_down_exps.weight")  # finer in some blocks of a mixed file
 # Of a matrix whose rows are not made of whole grids, as llama.cpp has it; else WIDE.
 NARROWER = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 WIDE = "float16"
+EIGHT, BLOCKS_OF_70B = 8, 80  # experts, blocks: what llama.cpp knows a size of model by
 EXPERTS_END, ROUTER_END = "_exps.weight", "ffn_gate_inp.weight"
 # package -> the file of it in which ggml is
 GGML_IN = {"xllamacpp": "xllamacpp*.so", "llama_cpp": "lib/*ggml-base*"}
@@ -204,13 +207,35 @@ def _dtype(name: str, shape: tuple[int, ...], dtype: str, config: PretrainedConf
         return "float32"
     if dtype in DTYPES:
         return dtype
-    if dtype in MIXED:
-        dtype = FINER_K if _is_finer(name, config) else MIXED[dtype][0]
-    elif name in ENDS and dtype not in BY_GGML:
+    if dtype in NEED_GGML:
+        dtype = _with_k(name, dtype, config)
+    elif name in ENDS:
         dtype = FINE
     if shape[-1] % _grid(dtype)[0]:
         dtype = NARROWER.get(dtype, WIDE)
     return WIDE if shape[-1] % _grid(dtype)[0] else dtype
+
+
+def _with_k(name: str, dtype: str, config: PretrainedConfig) -> str:
+    """The type of one matrix in a file with a k, as llama.cpp's quantizer chooses it (src/llama-quant.cpp).
+
+    Mixtures of eight experts have finer keys, values and outputs of attention, whose matrices are small beside theirs;
+    so have models of 80 blocks their values, which it takes for Llama 70B.
+    """
+    most, _ = MIXED.get(dtype, (dtype, 0))
+    if experts_of(config)[0] == EIGHT:
+        if name.endswith((*VALUES, "attn_k.weight")):
+            return FINE
+        if dtype == "q4_k_m" and name.endswith("attn_output.weight"):
+            return "q5_k"
+    if dtype in MIXED and _is_finer(name, config):
+        return FINER_K
+    return "q5_k" if most == "q4_k" and name.endswith(VALUES) and _taken_for_70b(config) else most
+
+
+def _taken_for_70b(config: PretrainedConfig) -> bool:
+    arch, shared = family_of(config).arch, kv_heads_of(config) != config.num_attention_heads
+    return config.num_hidden_layers == BLOCKS_OF_70B and (arch == "qwen2" or (arch == "llama" and shared))
 
 
 def _is_finer(name: str, config: PretrainedConfig) -> bool:
@@ -349,6 +374,7 @@ def _write(writer: gguf.GGUFWriter, entries: list[Entry], path: Path) -> None:
 @contextlib.contextmanager
 def _whole(out: Path, size: int) -> Iterator[Path]:
     """A file beside `out` that takes its name, synced, when all went well, and is gone otherwise."""
+    artifacts.refuse_place(out)
     scratch = out.with_name(f".{out.name}.{os.getpid()}{artifacts.TEMPORARY}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
