@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypedDict
@@ -145,14 +145,19 @@ def _say_code(cfg: Model) -> list[str] | None:
     return code
 
 
-def say_time(context: RunContext, figures: Estimate, libraries: float) -> None:
-    """Time the run's steps and texts on this machine, and say what its stages will take (`forecast.forecast`)."""
+def say_time(context: RunContext, figures: Estimate, libraries: float, left: Mapping[str, float]) -> None:
+    """Time the run's steps and texts on this machine, and say what its stages will take (`forecast.forecast`).
+
+    `left`: the share of a stage that is still to be done, where it is not all.
+    """
     console.say("[dim]timing a step, a text and a probe on this machine[/dim]")
     began = time.perf_counter()
-    found = forecast(context, figures, libraries)
+    found = forecast(context, figures, libraries, left)
     said = f"time on this machine, found in {console.duration(time.perf_counter() - began)}"
     console.table(said, ["stage", "what", "time", "how"], forecast_lines(found))
-    for note in found["notes"]:
+    done = [stage for stage, share in left.items() if not share]
+    kept = [f"done, and not counted: {', '.join(done)}"] if done else []
+    for note in [*kept, *found["notes"]]:
         console.say(f"[dim]{note}[/dim]")
 
 
