@@ -47,7 +47,7 @@ COMMANDS = {
         "Write a recipe for any model: what goes, what text, which tasks, sized to this machine; each line says why.",
     ),
     "run": Listed("run", "Do all stages of a recipe: plan, dense, prune, before, train, after, export, report."),
-    "plan": Listed("run", "Check a recipe and say what it will cost, before any weight is loaded."),
+    "plan": Listed("run", "Check a recipe and say what it will cost: sizes, memory, and time on this machine."),
     "prune": Listed("run", "Run up to pruning: which blocks or weights go, and the scores behind it."),
     "probe": Listed(
         "run", "Run up to the diagnosis of the pruned model: drift in three spaces, tasks, where texts diverge."
@@ -134,7 +134,7 @@ app = typer.Typer(
     epilog="[bold]Examples[/bold]\n\n"
     "  recover quickstart                             all of it on a small model, in minutes on a CPU\n\n"
     "  recover init ORG/NAME --drop 10% --for math    a recipe for any model, sized to this machine\n\n"
-    "  recover plan recipes/quickstart.yaml           what it will cost, before any weight is loaded\n\n"
+    "  recover plan recipes/quickstart.yaml           what it will cost: sizes, memory, time of each stage\n\n"
     "  recover show checkpoints/quickstart            which stages are done, and what came out\n\n"
     "  recover measure ORG/NAME --tasks my_task.yaml  any checkpoint, no recipe\n\n"
     "  accelerate launch --config_file launch/gpu.yaml -m recover run recipes/quickstart.yaml",

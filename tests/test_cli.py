@@ -151,7 +151,8 @@ def test_run_help_shows_how_to_override() -> None:
 def test_each_command_runs_up_to_its_stage(command: str, stage: str, recipe_path: Path, asked: list[Any]) -> None:
     assert call(command, str(recipe_path), "train.lr=1e-3", "--runs", "elsewhere").exit_code == 0
     ((recipe, root, how),) = asked
-    assert recipe.train.lr == 1e-3 and root == Path("elsewhere") and how == {"until": stage, "start": None}
+    assert recipe.train.lr == 1e-3 and root == Path("elsewhere")
+    assert how == {"until": stage, "start": None, "timed": stage == "plan"}
     assert stage in stages.STAGES
 
 

@@ -20,8 +20,8 @@ from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.run import stages
 from recover.train import train as training
+from recover.train.course import all_ends
 from recover.train.data import build_dataset
-from recover.train.settings import all_ends
 from recover.train.train import train
 from recover.train.trainer import RecoverTrainer
 

@@ -16,9 +16,8 @@ from recover.base.errors import PruneError
 from recover.config import recipe
 from recover.config.recipe import Calibration, Magnitude, SparseGpt, Wanda
 from recover.export.merge import merge
-from recover.models.arch import blocks_of, linears_of
+from recover.models.arch import as_linears, blocks_of, linears_of
 from recover.models.plan import MaskRecord, Plan, load_plan, save_plan
-from recover.models.switched import as_linears
 from recover.models.twin import Twin
 from recover.prune import stream
 from recover.prune.matrices import keep_n_m

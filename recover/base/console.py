@@ -56,6 +56,22 @@ UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud8
 
 _clock = time.monotonic
 _shown: list[Progress] = []  # the one live display; loops inside loops add their bar to it
+_muted = False  # inside `muted`
+
+
+def _speaks() -> bool:
+    return dist.is_main() and not _muted
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Inside, nothing is printed: for a rehearsal, whose lines would be taken for those of the run."""
+    global _muted
+    before, _muted = _muted, True
+    try:
+        yield
+    finally:
+        _muted = before
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -84,7 +100,7 @@ def say(text: str) -> None:
     """Print text; rich markup such as `[dim]...[/dim]` is styled, and what is no valid markup stays as it is."""
     from rich.errors import MarkupError
 
-    if not dist.is_main():
+    if not _speaks():
         return
     text = visible(text)
     try:
@@ -95,7 +111,7 @@ def say(text: str) -> None:
 
 def heading(text: str) -> None:
     """Print a bold line with a blank one above it."""
-    if dist.is_main():
+    if _speaks():
         _console().print(f"\n{visible(text)}", style="bold", soft_wrap=True, markup=False)
 
 
@@ -110,13 +126,13 @@ def error(text: str) -> None:
 
 
 def _label(label: str, text: str, style: str) -> None:
-    if dist.is_main():
+    if _speaks():
         _console(stderr=True).print(f"{label}: {visible(text)}", style=style, soft_wrap=True, markup=False)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print a table; numbers stand right and are rounded to four digits, None is a dash."""
-    if not dist.is_main():
+    if not _speaks():
         return
     from rich.box import SIMPLE
     from rich.table import Table
@@ -146,7 +162,7 @@ def track(iterable: Iterable[Item], description: str, *, total: int | None = Non
     A terminal gets a bar that is gone at the end, a pipe a plain line every five seconds at most and one at the end.
     `total` is the number of items where `iterable` has no length.
     """
-    if not dist.is_main():
+    if not _speaks():
         yield from iterable
         return
     meter = _Meter(description, len(iterable) if total is None and hasattr(iterable, "__len__") else total, unit)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import os
 import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -71,8 +71,18 @@ def peek(path: Path) -> Any:
 def refuse_input(out: Path, inputs: Iterable[str | Path]) -> None:
     """Raise ArtifactError where a file to be written is one of those that are read."""
     for path in map(Path, inputs):
-        if out.exists() and path.exists() and out.samefile(path):
+        # `os.path.exists` is False, too, of what can be no file's name
+        if os.path.exists(out) and os.path.exists(path) and out.samefile(path):
             raise ArtifactError(f"{out}: is to be read and to be written; give the output another name")
+
+
+def refuse_other_kind(out: Path, *endings: str) -> None:
+    """Raise ArtifactError where a file is there whose name has none of these endings: it is of another kind."""
+    if os.path.isfile(out) and out.suffix not in endings:
+        raise ArtifactError(
+            f"{out}: is there, and its name does not end in {' or '.join(endings)}, as that of a file which is written "
+            "here would: nothing was changed; give the output another name"
+        )
 
 
 def is_diagnosis(folder: Path) -> bool:
@@ -104,7 +114,19 @@ def _of_beginning(path: Path, kind: str) -> bool:
 def open_lock(folder: Path) -> Any:
     """The lock file of a folder, open for reading and writing; made where there is none, never one behind a link."""
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
-    return os.fdopen(os.open(folder / LOCK, flags, 0o666), "a+")
+    path = folder / LOCK
+    if path.is_file() and not path.is_symlink() and path.stat().st_nlink > 1:
+        _leave_to_copy(path)
+    return os.fdopen(os.open(path, flags, 0o666), "a+")
+
+
+def _leave_to_copy(lock: Path) -> None:
+    """Take our name off a lock file that a copy by `cp -al` has too, unless somebody holds it: here or there."""
+    import fcntl
+
+    with open(lock) as file, suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.unlink()
 
 
 class FileEntry(TypedDict):

@@ -20,7 +20,7 @@ from recover.base import console
 from recover.base.artifacts import writing
 from recover.base.console import quiet_libraries
 from recover.base.errors import RecipeError
-from recover.base.products import refuse_input
+from recover.base.products import refuse_input, refuse_other_kind
 from recover.commands.measure import model_cfg
 from recover.config.recipe import GivenText
 from recover.distill.distiller import scored_rows
@@ -29,6 +29,7 @@ from recover.export.gguf.write import write_gguf
 from recover.models.arch import head_of
 from recover.models.attention import row_positions
 from recover.models.load import check_fit, load_any, load_tokenizer
+from recover.run.input_digests import files_of
 from recover.train.data import collator
 from recover.train.sources import Row, Sample, SampleRow, read_rows, samples_of
 from recover.train.teacher_file import Marks, TeacherRow, file_row, marks
@@ -63,7 +64,8 @@ def teacher(
     A recipe takes it as train.data=[{kind: teacher, source: OUT.jsonl}]; each row carries the marks of
     the teacher's tokenizer, which must be the pruned model's too. About 16 bytes for each token that is kept.
     """
-    refuse_input(out, (text,))
+    refuse_input(out, (text, *files_of([str(Path(name).absolute()) for name in (text, model)])))
+    refuse_other_kind(out, ".jsonl")
     rows, tokens = write_teacher(model, dtype, text, out, top=top, length=length, batch_size=batch_size)
     console.say(f"wrote {out}: {tokens:,} positions of {rows:,} rows ({console.size(out.stat().st_size)})")
 

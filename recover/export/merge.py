@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 
 from recover.base import console
 from recover.base.errors import ExportError
-from recover.models.arch import part_of, writes_out
+from recover.models.arch import conv1d_weights, part_of, writes_out
 from recover.models.experts import IN, OUT, ExpertFactors, SwitchedExperts, expert_mask
 from recover.models.masked_lora import ExpertLora, TrainedCopy, adapted_tensors, expert_factors
 from recover.models.stored_weights import comes_and_goes, present
-from recover.models.switched import Factors, MaskedLinear, conv1d_weights, effective_weight, pruned_tensor
+from recover.models.switched import Factors, MaskedLinear, effective_weight, pruned_tensor
 from recover.models.wrapper import remember, wrapped_of
 
 if TYPE_CHECKING:

@@ -35,6 +35,7 @@ from recover.models import tokenizers
 from recover.models.arch import (
     arch_of,
     arch_of_config,
+    as_linears,
     attending,
     blocks_of,
     experts_of,
@@ -47,7 +48,6 @@ from recover.models.arch import (
 )
 from recover.models.attention import by_rows
 from recover.models.gate import unchanged
-from recover.models.load_stored import finite, from_files, shared_store, store_of
 from recover.models.settings import config_of, keep_known
 from recover.models.site import Sublayer
 from recover.models.source import (
@@ -66,9 +66,8 @@ from recover.models.source import (
     stored_dtype,
     tensor_files,
 )
-from recover.models.stored_weights import store, stored_in
+from recover.models.stored_weights import finite, from_files, shared_store, store, store_of, stored_in
 from recover.models.stores import Store
-from recover.models.switched import as_linears
 from recover.models.tokenizers import TRIAL, check_file, check_template
 from recover.models.wrapper import beside, opened, remember, text_config, text_values, wrapped_of, wrapper_of
 
@@ -185,7 +184,7 @@ def load_model(cfg: recipe.Model, *, shared: bool = False) -> PreTrainedModel:
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if size > SAID_BYTES:
         console.say(f"[dim]reading {cfg.source}, {console.size(size)}[/dim]")
-    attention = _attention(cfg, config)
+    attention = attention_for(cfg, config)
     place = _place(cfg, shared)
     if place is not None:
         return _stored(cfg, folder, attention, place)
@@ -474,7 +473,8 @@ def _with_true_sizes(config: Any) -> Any:
     return config
 
 
-def _attention(cfg: recipe.Model, config: PretrainedConfig) -> str:
+def attention_for(cfg: recipe.Model, config: PretrainedConfig) -> str:
+    """The attention to load the model with: the recipe's, or what its class has, with a warning."""
     stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if cfg.attention == "sdpa" and not stock._supports_sdpa:
         console.warn(f"model.attention: {stock.__name__} has no 'sdpa'; 'eager' is used")

@@ -25,11 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from recover.base.errors import ModelError
-from recover.models import kv_cache
-from recover.models.arch import Arch, kind_in, linears_of, mixture_in, modules_in
+from recover.models.arch import Arch, cache_among, cache_name, kind_in, linears_of, mixture_in, modules_in
 from recover.models.site import SUBLAYERS, Site, Sublayer, whole_blocks
 from recover.models.stored_weights import original
 
@@ -53,33 +51,6 @@ class Switch:
         that says so. The dense view has all flags off.
         """
         return self.kernels and (self.writing or (self.teaching if self.dense else training))
-
-
-def conv1d_weights(model: nn.Module) -> frozenset[str]:
-    """Names of the weights that the model stores as (I, O): those of GPT-2's `Conv1D`, a linear layer in all else."""
-    return frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D))
-
-
-def as_linears(model: nn.Module) -> frozenset[str]:
-    """Put an `nn.Linear` in the place of each `Conv1D`, around the same memory; the names of the turned weights.
-
-    Its weight is the stored one seen the other way, so that products are the same to the bit. `merge` turns it back.
-    Raises ModelError where weights are dealt out over processes (ZeRO-3), so that none can be seen otherwise.
-    """
-    turned = conv1d_weights(model)
-    for name in turned:
-        parent, _, last = name.removesuffix(".weight").rpartition(".")
-        stock: Any = model.get_submodule(parent).get_submodule(last)
-        if hasattr(stock.weight, "ds_id"):
-            raise ModelError(
-                "DeepSpeed ZeRO-3 deals out this model's weights, and its Conv1D layers are taken as linear ones: "
-                "launch with launch/zero2.yaml or launch/gpu.yaml (train.shard_weights)"
-            )
-        linear = nn.Linear(stock.nx, stock.nf, device="meta")
-        linear.weight = nn.Parameter(stock.weight.detach().T, requires_grad=stock.weight.requires_grad)
-        linear.bias = stock.bias
-        setattr(model.get_submodule(parent), last, linear.train(stock.training))
-    return turned
 
 
 class Factors(NamedTuple):
@@ -365,7 +336,7 @@ class _Closable:
         if self.switch.dense or not self.closed:
             stock: Any = super()
             return self.opened(stock.forward(hidden_states, *args, **kwargs))
-        return self.nothing(hidden_states, kv_cache.among(kwargs, args))
+        return self.nothing(hidden_states, cache_among(kwargs, args))
 
     def opened(self, output: Any) -> Any:
         return output
@@ -426,7 +397,7 @@ KINDS: dict[str, type[_Closable]] = {"mixer": _Mixer, "attention": _Attention, "
 @functools.cache
 def _closable(kind: type[_Closable], stock: type[nn.Module]) -> type[nn.Module]:
     if kind is not _Mlp:
-        kv_cache.cache_name(stock)  # under a name unknown here, a closed one would leave no trace in the cache
+        cache_name(stock)  # under a name unknown here, a closed one would leave no trace in the cache
     return named_as(type(kind.__name__, (kind, stock), {}), stock)
 
 

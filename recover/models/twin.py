@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from recover.base.errors import ModelError
 from recover.config import recipe
-from recover.models.arch import Arch, arch_of, base_of, blocks_of, linears_of, site_of
+from recover.models.arch import Arch, arch_of, as_linears, base_of, blocks_of, linears_of, site_of
 from recover.models.attention import by_rows
 from recover.models.experts import IN, OUT, keep_experts, make_routable, mask_experts, mixtures_of
 from recover.models.lean import make_lean
@@ -34,7 +34,6 @@ from recover.models.stored_weights import comes_and_goes, each_weight, stored_in
 from recover.models.switched import (
     MaskedLinear,
     Switch,
-    as_linears,
     close_sites,
     closed_sites,
     make_closable,

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from recover.base.errors import DataError
-from recover.models import kv_cache
-from recover.models.arch import base_of
+from recover.models.arch import base_of, cache_in, taking_cache
 from recover.models.attention import attending_by_step, configs_of
 from recover.probe.views import States, View, hidden_states, running
 from recover.text.decode import _Recorder, may_record, steps_unseen
@@ -81,9 +80,9 @@ class Stock:
             position_ids=positions(self.mask_BT)[:, -ids_BT.shape[1] :],
             use_cache=True,
             logits_to_keep=1,
-            **kv_cache.taking(self.model, self.cache),
+            **taking_cache(self.model, self.cache),
         )
-        self.cache = kv_cache.given_by(output)
+        self.cache = cache_in(output)
         return output.logits[:, -1], self.state()
 
 
@@ -134,7 +133,7 @@ class Recorded:
             position_ids=at_B1,
             use_cache=True,
             logits_to_keep=1,
-            **kv_cache.taking(self.model, self.slots),
+            **taking_cache(self.model, self.slots),
         )
         self.logits_BV.copy_(output.logits[:, -1])
         self.state_BD.copy_(self.state())

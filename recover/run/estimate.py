@@ -19,13 +19,13 @@ from recover.base.artifacts import JsonObject
 from recover.base.errors import ExportError, PruneError, RecipeError, TrainingError
 from recover.config.defaults import Chosen, Facts, row_tokens, settled
 from recover.config.recipe import PrunedText, Recipe, Train
+from recover.config.train import refuse_averaging_shares, refuse_sharding_twice, split_batch
 from recover.export.gguf.family import family_of, refuse_type
 from recover.export.gguf.family import refuse as refuse_family
 from recover.export.gguf.write import beside, nearest, planned_bytes, require_ggml, vocabulary
 from recover.models.load import Description, checked_config, describe
 from recover.models.source import exported_dtype, read_config
 from recover.prune.registry import Cost, pruner_of
-from recover.train.settings import refuse_averaging_shares, refuse_sharding_twice, split_batch
 from recover.train.trials import planned
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -39,7 +39,7 @@ from recover.config.recipe import Sampling
 from recover.config.tasks import STOP_CHARACTERS
 from recover.kernels import fused
 from recover.kernels.fused import record
-from recover.models import kv_cache
+from recover.models.arch import taking_cache
 from recover.models.attention import attending_by_step, configs_of
 from recover.models.stored_weights import comes_and_goes
 from recover.text.prompts import batches_by_length, right_pad
@@ -241,7 +241,7 @@ class _Writer:
                 position_ids=at_B1,
                 use_cache=True,
                 logits_to_keep=1,
-                **kv_cache.taking(self.model, self.slots),
+                **taking_cache(self.model, self.slots),
             ).logits[:, -1]
         token_B = self.how.draw(logits_BV, self.key_B2, self.count_B).masked_fill(self.done_B, self.how.pad)
         bin_B = self.count_B.masked_fill(self.done_B, self.how.limit)

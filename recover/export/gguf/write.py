@@ -379,6 +379,7 @@ def _write(writer: gguf.GGUFWriter, entries: list[Entry], path: Path) -> None:
 @contextlib.contextmanager
 def _whole(out: Path, size: int) -> Iterator[Path]:
     """A file beside `out` that takes its name, synced, when all went well, and is gone otherwise."""
+    artifacts.refuse_place(out)
     scratch = out.with_name(f".{out.name}.{os.getpid()}{artifacts.TEMPORARY}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
