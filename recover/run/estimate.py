@@ -241,6 +241,11 @@ def planned_file(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, figures: Es
     except ExportError as error:
         instead = "" if "recover gguf" in str(error) else ", and convert the export by another tool"
         raise RecipeError(f"deploy.quantize: {error}. Leave it out{instead}") from None
+    if recipe.prune.kind == "depth" and (every := family_of(config).slides) is not None:
+        console.warn(
+            f"deploy.quantize: llama.cpp lets attention slide in all blocks of {config.model_type} but every block "
+            f"{every}: no file is written of blocks that are left in another order, as most choices leave them"
+        )
     ends = model.embedding_parameters
     kept = (figures["parameters_pruned"] - ends) / (model.parameters - ends)
     parts = {each: planned_bytes(config, each) for each in {*beside(cfg.quantize), cfg.quantize}}

@@ -1,8 +1,9 @@
 """A checkpoint folder as one GGUF file that llama.cpp runs: weights, metadata, tokenizer; whole, or not there.
 
 The tokenizer is written in llama.cpp's terms, or refused with the part that llama.cpp does not have. llama.cpp knows
-byte-level BPE (`gpt2`) with a fixed list of named pre-tokenizers. The name is found from what the tokenizer does, not
-from what it is called: a wrong name still runs, and splits some texts otherwise than in training.
+byte-level BPE (`gpt2`) with a fixed list of named pre-tokenizers, and SentencePiece (`sentencepiece.py`). The name of a
+pre-tokenizer is found from what the tokenizer does, not from what it is called: a wrong name still runs, and splits
+some texts otherwise than in training.
 
 Shapes: O out features (H heads x 2 halves x P pairs), I in features.
 """
@@ -30,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from recover.base import artifacts, console
 from recover.base.artifacts import JsonObject
 from recover.base.errors import ExportError
+from recover.export.gguf import sentencepiece
 from recover.export.gguf.family import (
     add_sizes,
     family_of,
@@ -186,7 +188,8 @@ def _entries(folder: Path, config: PretrainedConfig, dtype: str) -> list[Entry]:
         shapes = {found[source][1] for source in parts}
         if len(shapes) > 1:
             raise ExportError(f"{folder}: {parts[0]} and others like it differ in shape: {sorted(shapes)}")
-        loads = [partial(_load, found[source][0], source, _heads(config, source)) for source in parts]
+        more = float(family_of(config).gemma and len(found[parts[0]][1]) == 1)
+        loads = [partial(_load, found[source][0], source, _heads(config, source), more) for source in parts]
         shape = (*([len(parts)] if name.endswith(EXPERTS_END) else []), *shapes.pop())
         load = partial(_stacked, loads) if name.endswith(EXPERTS_END) else loads[0]
         entries.append(Entry(name, shape, _dtype(name, shape, dtype, config), load))
@@ -285,9 +288,11 @@ def _heads(config: PretrainedConfig, source: str) -> int | None:
     return heads.get(source.split(".")[-2])
 
 
-def _load(path: Path, source: str, heads: int | None) -> Tensor:
+def _load(path: Path, source: str, heads: int | None, more: float) -> Tensor:
+    """The tensor, by so much `more` (Gemma's norms), its rows as llama.cpp has them."""
     with safe_open(path, framework="pt") as file:
         tensor = file.get_tensor(source)
+    tensor = tensor.float() + more if more else tensor
     return tensor if heads is None else _neighbours(tensor, heads)
 
 
@@ -405,6 +410,7 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
 }
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types of the GGUF specification
+PIECES = "default"  # name of the pre-tokenizer of SentencePiece, which has none
 STOPS = ("eos", "eot", "eom")  # llama.cpp ends a text at any of the three
 
 
@@ -416,6 +422,7 @@ class Vocabulary:
     tokens: list[str]
     types: list[int]
     merges: list[str]
+    scores: list[float]  # of SentencePiece, which has no merges
     special: dict[str, int]  # bos, pad, unk, and of STOPS what there is
     add_bos: bool
     add_eos: bool
@@ -426,20 +433,22 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, stops: Sequence[in
     """Everything of `tokenizer` that llama.cpp reads, for an embedding of `rows` rows; texts end at one of `stops`.
 
     NFC normalization (Qwen) is left out, as llama.cpp has none: texts in NFC, which almost all are, do not change.
-    Raises ExportError for a vocabulary that is no byte-level BPE, a pre-tokenizer that llama.cpp does not have, ids
-    without a row, and special tokens around a text that are not one BOS before or one EOS after it.
+    Raises ExportError for a vocabulary that is no BPE of bytes or of SentencePiece, a pre-tokenizer that llama.cpp does
+    not have, ids without a row, and special tokens around a text that are not one BOS before or one EOS after it.
     """
     core = _core(tokenizer)
+    pieces = sentencepiece.is_sentencepiece(core)
     _refuse_other_kinds(core)
     tokens, types = _tokens(tokenizer, core, rows)
     add_bos, add_eos = _around(tokenizer)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in core["model"]["merges"]]
     template: Any = tokenizer.chat_template
     return Vocabulary(
-        pre=_pre_tokenizer(core),
+        pre=PIECES if pieces else _pre_tokenizer(core),
         tokens=tokens,
         types=types,
-        merges=merges,
+        merges=[] if pieces else merges,
+        scores=sentencepiece.scores(core, tokens) if pieces else [],
         special=_special(tokenizer, stops),
         add_bos=add_bos,
         add_eos=add_eos,
@@ -449,11 +458,15 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, stops: Sequence[in
 
 def add_vocabulary(writer: gguf.GGUFWriter, words: Vocabulary) -> None:
     """Put the vocabulary into the metadata of a GGUF file."""
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model("llama" if words.scores else "gpt2")
     writer.add_tokenizer_pre(words.pre)
     writer.add_token_list(words.tokens)
     writer.add_token_types(words.types)
-    writer.add_token_merges(words.merges)
+    if words.scores:
+        writer.add_token_scores(words.scores)
+        writer.add_add_space_prefix(False)
+    else:
+        writer.add_token_merges(words.merges)
     for name, token in words.special.items():
         key = {"unk": "unknown", "pad": "padding"}.get(name, name)
         writer.add_uint32(f"tokenizer.ggml.{key}_token_id", token)
@@ -475,18 +488,15 @@ def _core(tokenizer: PreTrainedTokenizerBase) -> JsonObject:
 def _refuse_other_kinds(core: JsonObject) -> None:
     model, normalizer = core["model"], core["normalizer"]
     if model["type"] != "BPE":
-        raise ExportError(f"tokenizer: its vocabulary is a {model['type']}; GGUF is written for byte-level BPE only")
-    if model["byte_fallback"]:
-        raise ExportError(
-            "tokenizer: its vocabulary is a SentencePiece BPE (with byte fallback); "
-            "GGUF is written for byte-level BPE only"
-        )
+        raise ExportError(f"tokenizer: its vocabulary is a {model['type']}; GGUF is written for BPE only")
     for part in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model[part]:
             raise ExportError(f"tokenizer: its BPE has {part} {model[part]!r}, which llama.cpp does not have")
     if not model["merges"]:
         raise ExportError("tokenizer: its BPE has no merges, and llama.cpp loads no vocabulary without")
-    if normalizer is not None and normalizer["type"] != "NFC":
+    if sentencepiece.is_sentencepiece(core):
+        sentencepiece.refuse_other_kinds(core)
+    elif normalizer is not None and normalizer["type"] != "NFC":
         raise ExportError(f"tokenizer: it normalizes texts ({normalizer['type']}), which llama.cpp does not do")
 
 
@@ -530,12 +540,17 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, core: JsonObject, rows: int) -> 
             console.warn(f"gguf: token {token!r} has id {index}, the embedding has {rows} rows: it is left out")
             continue
         tokens[index], types[index] = token, NORMAL
+        if sentencepiece.is_sentencepiece(core) and token in sentencepiece.BYTES:
+            types[index] = sentencepiece.BYTE
     for added in core["added_tokens"]:
         if added["id"] >= rows:
             continue
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
         if added["lstrip"] or added["rstrip"] or added["single_word"]:
             console.warn(f"gguf: token {added['content']!r} takes blanks or words around it; llama.cpp does not")
+    unknown = core["model"]["unk_token"] if sentencepiece.is_sentencepiece(core) else None
+    if unknown is not None and (index := tokenizer.get_vocab().get(unknown, rows)) < rows:
+        types[index] = sentencepiece.UNKNOWN
     return tokens, types
 
 
