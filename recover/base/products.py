@@ -126,7 +126,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "export": ("verify.json", "speed.json"),  # and those of the checkpoint
     "deploy": (
         "gguf/files.json",
-        *(f"gguf/{below}{name}" for below in ("", "dense/") for name in ("model.gguf", *MEASURED[:2])),
+        *(f"gguf/{below}{name}" for below in ("", "dense/") for name in ("model.gguf", "imatrix.gguf", *MEASURED[:2])),
     ),
 }
 OWN_WORDS = ".md"  # a model card is there to be written on
