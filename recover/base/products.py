@@ -149,7 +149,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "export": ("verify.json", "speed.json"),  # and those of the checkpoint
     "deploy": (
         "gguf/files.json",
-        *(f"gguf/{below}{name}" for below in ("", "dense/") for name in ("model.gguf", *MEASURED[:2])),
+        *(f"gguf/{below}{name}" for below in ("", "dense/") for name in ("model.gguf", "imatrix.gguf", *MEASURED[:2])),
     ),
 }
 SHOWN_ALONE = ("train/steps.jsonl", "recover/steps.jsonl")  # no stage reads them, and none is done again for them

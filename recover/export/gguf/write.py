@@ -40,6 +40,7 @@ from recover.export.gguf.family import (
     tensor_names,
     warn_of_older_readers,
 )
+from recover.export.gguf.importance import Importance
 from recover.models.arch import experts_of, kv_heads_of
 from recover.models.source import INDEX, WEIGHTS, explained
 
@@ -59,6 +60,7 @@ MATRICES = GRIDS | BY_GGML
 KINDS = DTYPES | MATRICES | {name: (MATRICES[most][0], number) for name, (most, number) in MIXED.items()}
 QUANTIZED = ("q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0")  # of a file, the finest first
 NEED_GGML = frozenset({"q6_k", *MIXED})
+ALIKE = "q8_0"  # its grid is set by the largest weight, whatever the others are multiplied with
 ENDS = ("token_embd.weight", "output.weight")
 FINE, FINER_K = "q8_0", "q6_k"  # of embedding and head, which lose most: llama.cpp keeps them finer too
 VALUES = ("attn_v.weight", "attn_qkv.weight")
@@ -74,26 +76,31 @@ GGML_IN = {"xllamacpp": "xllamacpp*.so", "llama_cpp": "lib/*ggml-base*"}
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of the file. `load` reads it when it is written, so that one at a time is in memory."""
+    """One tensor of the file. `load` reads it when it is written, so that one at a time is in memory.
+
+    `importance`: mean squares of its input channels, (E, I), that weigh what is rounded; None: all alike.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     load: Callable[[], Tensor]
+    importance: np.ndarray | None = None
 
 
-def write_gguf(folder: Path, out: Path, dtype: str | None = None) -> Path:
+def write_gguf(folder: Path, out: Path, dtype: str | None = None, importance: Importance | None = None) -> Path:
     """Write the checkpoint in `folder` to `out`, one tensor in memory at a time; `dtype` None is the checkpoint's own.
 
     Matrices are cast once to `dtype` (a key of KINDS); vectors are float32, which is all that llama.cpp takes there,
     and routers, which choose.
     Of a quantized one embedding and head are q8_0, and matrices with rows that no grid divides float16; of one with a
-    k, types are those of llama.cpp's quantizer without an importance matrix.
+    k, types are those of llama.cpp's quantizer. With `importance` ggml rounds by it the matrices that were measured.
     What was under `out` is replaced in one rename.
 
     Raises:
         ExportError: a family, rope, activation, bias or tokenizer that this writer or llama.cpp does not have, by name;
-            tensors missing or left over; values not finite in `dtype`; a type with a k without ggml's code.
+            tensors missing or left over; values not finite in `dtype`; a type with a k, or `importance`, without ggml's
+            code; importance of another model, or for a type that has no use of it.
         ModelError: the folder is no whole checkpoint.
         ArtifactError: the file could not be written.
     """
@@ -104,10 +111,18 @@ def write_gguf(folder: Path, out: Path, dtype: str | None = None) -> Path:
     if dtype not in (*DTYPES, *QUANTIZED):
         known = ", ".join((*DTYPES, *QUANTIZED))
         raise ExportError(f"{folder}: {dtype} has no GGUF form here; expected one of {known}")
-    require_ggml(dtype)
+    if importance is not None and not weighs(dtype):
+        raise ExportError(f"{dtype} is rounded without importance: leave it out, or take a type below 8 bits")
+    require_ggml(dtype, weighed=importance is not None)
     warn_of_older_readers(config)
     entries = _entries(folder, config, dtype)
     writer = _writer(folder, config, dtype)
+    if importance is not None:
+        entries = [dataclasses.replace(each, importance=importance.of(each.name, each.shape)) for each in entries]
+        weighed = sum(entry.importance is not None for entry in entries)
+        if not weighed:
+            raise ExportError(f"{folder}: the importance holds none of its matrices: it was measured on another model")
+        _say_importance(writer, importance, weighed)
     with _whole(out, sum(_nbytes(entry) for entry in entries)) as scratch:
         _write(writer, entries, scratch)
     return out
@@ -155,6 +170,15 @@ def _writer(folder: Path, config: PretrainedConfig, dtype: str) -> gguf.GGUFWrit
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     add_vocabulary(writer, vocabulary(tokenizer, config.vocab_size, _stops(folder, config)))
     return writer
+
+
+def _say_importance(writer: gguf.GGUFWriter, importance: Importance, entries: int) -> None:
+    """What llama-quantize says of it in the file's metadata."""
+    if importance.text:
+        writer.add_string("quantize.imatrix.dataset", importance.text[0])
+    writer.add_int32("quantize.imatrix.entries_count", entries)
+    if importance.chunks:
+        writer.add_int32("quantize.imatrix.chunks_count", importance.chunks)
 
 
 def _name(folder: Path) -> str:
@@ -307,7 +331,9 @@ def _data(entry: Entry) -> np.ndarray:
     if entry.dtype in MATRICES:
         exact = _data(dataclasses.replace(entry, dtype="float32"))
         kind = gguf.GGMLQuantizationType[MATRICES[entry.dtype][0]]
-        return _by_ggml(exact, kind) if entry.dtype in BY_GGML else gguf.quants.quantize(exact, kind)
+        if entry.dtype in BY_GGML or (entry.importance is not None and weighs(entry.dtype)):
+            return _by_ggml(exact, kind, entry.importance)
+        return gguf.quants.quantize(exact, kind)
     cast = entry.load().to(getattr(torch, entry.dtype)).contiguous()
     if not cast.isfinite().all():
         raise ExportError(
@@ -316,27 +342,40 @@ def _data(entry: Entry) -> np.ndarray:
     return (cast.view(torch.int16) if cast.dtype == torch.bfloat16 else cast).numpy()
 
 
-def _by_ggml(weight_OI: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
-    """The bytes of each row, as `ggml_quantize_chunk` gives them without an importance matrix."""
+def _by_ggml(weight_OI: np.ndarray, kind: gguf.GGMLQuantizationType, importance: np.ndarray | None) -> np.ndarray:
+    """The bytes of each row, (O, I) or of experts (E, O, I), as `ggml_quantize_chunk` gives them."""
     library = _ggml()
     assert library is not None, "asked for by `require_ggml`"
-    rows, columns = math.prod(weight_OI.shape[:-1]), weight_OI.shape[-1]
     weights, size = gguf.GGML_QUANT_SIZES[kind]
-    exact = np.ascontiguousarray(weight_OI, dtype=np.float32)
+    columns = weight_OI.shape[-1]
+    exact_EOI = np.ascontiguousarray(weight_OI, dtype=np.float32).reshape(-1, *weight_OI.shape[-2:])
     packed = np.empty((*weight_OI.shape[:-1], columns // weights * size), dtype=np.uint8)
-    written = library.ggml_quantize_chunk(int(kind), exact.ctypes.data, packed.ctypes.data, 0, rows, columns, None)
-    if written != packed.nbytes:
-        expected = f"expected {packed.nbytes:,}: take another version of it"
-        raise ExportError(f"ggml wrote {written:,} bytes of a matrix, {expected}")
+    packed_E = packed.reshape(len(exact_EOI), -1)
+    for expert, (exact_OI, into) in enumerate(zip(exact_EOI, packed_E, strict=True)):
+        by = None if importance is None else importance[expert].ctypes.data
+        rows = len(exact_OI)
+        written = library.ggml_quantize_chunk(int(kind), exact_OI.ctypes.data, into.ctypes.data, 0, rows, columns, by)
+        if written != into.nbytes:
+            expected = f"expected {into.nbytes:,}: take another version of it"
+            raise ExportError(f"ggml wrote {written:,} bytes of a matrix, {expected}")
     return packed
 
 
-def require_ggml(dtype: str) -> None:
-    """Raises ExportError for a type that ggml's own code makes, where no package that is installed brings it."""
-    if dtype in NEED_GGML and _ggml() is None:
+def weighs(dtype: str) -> bool:
+    """Whether the matrices of a file of this type can be rounded by importance."""
+    return (dtype in MATRICES or dtype in MIXED) and dtype != ALIKE
+
+
+def require_ggml(dtype: str, *, weighed: bool = False) -> None:
+    """Raises ExportError for a type that ggml's own code makes, where no package that is installed brings it.
+
+    `weighed`: by importance, which takes ggml for every type.
+    """
+    if (weighed or dtype in NEED_GGML) and _ggml() is None:
+        what, instead = (" rounded by importance", " without importance") if weighed else ("", "")
         raise ExportError(
-            f"{dtype} is made by llama.cpp's own code, which is not installed: pip install 'recover[gguf]' (xllamacpp; "
-            f"or llama-cpp-python), or take one of {', '.join(GRIDS)}"
+            f"{dtype}{what} is made by llama.cpp's own code, which is not installed: pip install 'recover[gguf]' "
+            f"(xllamacpp; or llama-cpp-python), or take one of {', '.join(GRIDS)}{instead}"
         )
 
 
