@@ -24,7 +24,7 @@ from recover.base.errors import DataError
 from recover.models.arch import base_of, cache_in, taking_cache
 from recover.models.attention import attending_by_step, configs_of
 from recover.probe.views import States, View, hidden_states, running
-from recover.text.decode import _Recorder, may_record, steps_unseen
+from recover.text.decode import Recorder, may_record, steps_unseen
 from recover.text.generate import end_ids
 from recover.text.prompts import encode_prompt
 from recover.text.stepping import Slots, fits, masks, read
@@ -94,7 +94,7 @@ class Recorded:
 
     def __init__(self, model: Any, state: Callable[[], Tensor], steps: int) -> None:
         self.model, self.state, self.steps = model, state, steps
-        self.recorder = _Recorder(self._step) if may_record(model) else None
+        self.recorder = Recorder(self._step) if may_record(model) else None
 
     def first(self, ids_BT: Tensor, mask_BT: Tensor) -> Read:
         rows, longest = ids_BT.shape

@@ -112,7 +112,7 @@ class _Writer:
         self.configs = configs_of(model)
         self.end_E = torch.tensor(how.ends, dtype=torch.long, device=self.device)
         self.stop_AV = how.stops.to(self.device) if how.stops else None
-        self.recorder = _Recorder(self._step) if may_record(model) else None
+        self.recorder = Recorder(self._step) if may_record(model) else None
         if self.device.type == "cuda" and any(map(comes_and_goes, model.parameters())):
             _say_no_graphs()
         # A kernel reads of each row what the row has; else all rows are read up to the longest.
@@ -289,7 +289,7 @@ def may_record(model: PreTrainedModel) -> bool:
     )
 
 
-class _Recorder:
+class Recorder:
     """Replays one step for each width of the cache that is seen: small models are then bound by work, not by Python."""
 
     def __init__(self, step: Callable[[], None]) -> None:
