@@ -48,7 +48,7 @@ part of a recipe reads from a line, other columns being ignored:
 
 | part | columns | a line |
 |---|---|---|
-| `prune.calibration.data` | `text`, or `column` (messages too) | `{"text": "Text as the model will meet it."}` |
+| calibration, `data` | `text`, or `column` (messages too) | `{"text": "Text as the model will meet it."}` |
 | `train.data`, kinds `dense` and `pruned`; `probe.prompts` | `prompt` | `{"prompt": "What is 12 times 12?"}` |
 | `train.data`, kind `given` | as `columns` says, by default `text` | `{"text": "..."}` |
 | ... with `columns: {prompt: prompt, completion: completion}` | these | `{"prompt": "...", "completion": "..."}` |

@@ -19,7 +19,7 @@ from recover.cli import app
 from recover.config.recipe import Model, Recipe, TeacherText, load_recipe
 from recover.models.load import describe
 from recover.run import forecast as forecasts
-from recover.run import pace
+from recover.run import pace, stages
 from recover.run.context import RunContext
 from recover.run.directory import RunDirectory
 from recover.run.estimate import estimate
@@ -77,10 +77,16 @@ def recipe_of(made: Path, *overrides: str) -> Recipe:
     return load_recipe(made / "my.yaml", overrides)
 
 
-def found_by(made: Path, *overrides: str, rate: float = FAST, runs: str = "runs") -> forecasts.Forecast:
+def found_by(
+    made: Path, *overrides: str, rate: float = FAST, runs: str = "runs", left: dict[str, float] | None = None
+) -> forecasts.Forecast:
     recipe = recipe_of(made, *overrides)
     context = RunContext(recipe, RunDirectory(made / runs / recipe.name))
-    return forecast(context, estimate(recipe, describe(recipe.model), rate), libraries=2.0)
+    return forecast(context, estimate(recipe, describe(recipe.model), rate), libraries=2.0, left=left)
+
+
+def seconds_of(found: forecasts.Forecast, what: str) -> float:
+    return next(piece["seconds"] for piece in found["pieces"] if what in piece["what"])
 
 
 def test_seconds_of_all_blocks_come_from_those_of_a_few_of_each_kind():
@@ -266,11 +272,10 @@ def test_a_stage_after_the_other_with_what_it_does(made, quick):
     random = torch.random.get_rng_state()
     found = found_by(made)
     assert torch.equal(torch.random.get_rng_state(), random)
-    stages = list(dict.fromkeys(piece["stage"] for piece in found["pieces"]))
-    assert stages == ["dense", "prune", "before", "train", "after", "export"]
-    assert {piece["how"] for piece in found["pieces"] if piece["stage"] in ("dense", "before", "train", "after")} == {
-        "measured", "floor",
-    }  # fmt: skip
+    order = list(dict.fromkeys(piece["stage"] for piece in found["pieces"]))
+    assert order == ["dense", "prune", "before", "train", "after", "export"]
+    hows = {piece["stage"]: piece["how"] for piece in found["pieces"]}
+    assert hows == {stage: "floor" if stage == "export" else "measured" for stage in order}
     assert all(piece["seconds"] > 0 for piece in found["pieces"])
     rows = forecasts.lines(found)
     total = sum(piece["seconds"] for piece in found["pieces"])
@@ -283,13 +288,20 @@ def test_epochs_and_accumulation_are_counted(monkeypatch, made, constant):
     monkeypatch.setattr(forecasts._Forecaster, "_looked_at", lambda *_, **__: Lengths(12, 10, 20))
 
     def seconds(what: str, *overrides: str) -> float:
-        pieces = found_by(made, "train.length=64", *overrides)["pieces"]
-        return next(piece["seconds"] for piece in pieces if what in piece["what"])
+        return seconds_of(found_by(made, "train.length=64", *overrides), what)
 
     assert seconds("steps of 4") == 20.0  # 800 tokens of texts of 10, 4 a step
     assert seconds("steps of 4", "train.micro_batch_size=2") == 40.0
+    assert seconds("trials of rates", "train.lr=auto") == pytest.approx(1.05 * 20)
     two, three, four = (seconds("measuring after", f"train.epochs={epochs}") for epochs in (2, 3, 4))
     assert three > two and four - three == pytest.approx(three - two)
+
+
+def test_items_that_are_timed_are_alike_and_as_long_as_the_mean():
+    texts = ["x" * size for size in (9, 1, 2, 8, 5, 4, 6, 30, 3, 12)]  # 8 in the mean
+    assert pace.of_mean_length([len(text) for text in texts], texts, 3) == [6, 8, 9]
+    assert sorted(pace.of_mean_length(texts, texts, 99)) == sorted(texts)
+    assert pace.spread([*range(10)], 4) == [0, 2, 5, 7] and pace.spread([1, 2], 4) == [1, 2]
 
 
 def test_lengths_that_lie_in_the_run_are_taken(monkeypatch, made, constant):
@@ -300,12 +312,38 @@ def test_lengths_that_lie_in_the_run_are_taken(monkeypatch, made, constant):
     (folder / "dense").mkdir(parents=True)
     (folder / "train" / "data").mkdir(parents=True)
     (folder / "dense" / "generations.json").write_text(json.dumps({"task": [{"ids": [1] * 4}] * 24}))
-    prompts = [[f"{number:012}", [5] * 8] for number in range(24)]
+    prompts = [[f"{number:012}", [5] * 8] for number in range(10)]
     (folder / "train" / "data" / "dense-0.jsonl").write_text(json.dumps({"chunk": 0, "rows": prompts}) + "\n")
     found = found_by(made, runs="again")
     assert sum("in the run's folder" in note for note in found["notes"]) == 2
     steps = next(piece["what"] for piece in found["pieces"] if "steps of" in piece["what"])
     assert steps.startswith("25 steps of 4")  # 800 tokens of texts of 8, 4 a step
+    written = next(piece["what"] for piece in found["pieces"] if "model writes" in piece["what"])
+    assert written.startswith(f"{(100 - 10) * 8} tokens")  # 10 of the 100 texts are there
+
+
+def test_what_is_done_is_not_counted_and_of_a_longer_training_the_rest_is(made, constant):
+    whole = found_by(made)
+    rest = found_by(made, left={"dense": 0.0, "prune": 0.0, "train": 0.25})
+    assert "dense" in {piece["stage"] for piece in whole["pieces"]}
+    assert {piece["stage"] for piece in rest["pieces"]} == {"before", "train", "after", "export"}
+    assert seconds_of(rest, "steps of 4") == pytest.approx(seconds_of(whole, "steps of 4") / 4)
+
+
+@pytest.mark.parametrize(
+    ("what", "why", "left"),
+    [
+        ("kept", "", 0.0),
+        ("to do", "", 1.0),
+        ("again", "prune.count: 3 -> 4", 1.0),
+        ("again", "train.tokens: 3000 -> 4000", 0.25),
+        ("again", "train.tokens: 3000 -> 4000; train.epochs: 3 -> 4", 0.25),
+        ("again", "train.tokens: 3000 -> 4000; train.lr: 0.1 -> 0.2", 1.0),
+        ("again", "train.tokens: 4000 -> 3000", 1.0),
+    ],
+)
+def test_how_much_of_a_stage_is_left(what: str, why: str, left: float):
+    assert stages._left(what, why) == left
 
 
 def test_a_plan_says_the_time_and_writes_nothing(made, constant):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from gguf_checkpoint import checkpoint
 from safetensors.torch import load_file, save_file
@@ -180,6 +181,13 @@ def test_keys_that_no_class_declares_do_not_reach_the_library(folder: Path, caps
     assert said.count("config.json: get_text_config, hidden_dropout, is_causal and 2 more: transformers does not") == 1
     model = load_model(recipe.Model(source=str(folder)))
     assert not hasattr(model.config, "unsloth") and callable(model.config.to_dict)
+
+
+def test_what_a_model_is_to_give_back_is_not_for_its_config_to_say(folder: Path) -> None:
+    edit(folder / "config.json", return_dict=False, output_hidden_states=True, output_attentions=True)
+    ids = torch.tensor([[3, 4, 5]])
+    found = load_model(recipe.Model(source=str(folder)))(ids)
+    assert found.logits.shape[:2] == ids.shape and found.hidden_states is None
 
 
 def test_a_generation_config_says_when_a_text_ends_and_how_it_is_drawn_and_no_more(folder: Path) -> None:

@@ -128,7 +128,7 @@ def test_a_prompt_without_room_for_its_answer_is_left_out(
     context = RunContext(load_recipe(made / "my.yaml", [*asked, *text]), RunDirectory(tmp_path))
     batches = calibration(context)
     assert batches and not any(ids_BT.shape[1] > CONTEXT for ids_BT in batches)
-    with pytest.raises(RecoverError, match=r"asked\.jsonl:13: holds no text for prune\.calibration"):
+    with pytest.raises(RecoverError, match=r"asked\.jsonl:13: holds no text for calibration"):
         plan(made, *asked, *text, "prune.calibration.strict=true")
 
 

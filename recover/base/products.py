@@ -140,17 +140,19 @@ class FileEntry(TypedDict):
 MEASURED = ("measure.json", "generations.json", "probe.json", "probe.jsonl")
 # Names of files by stage, from the run directory on.
 NAMES: dict[str, tuple[str, ...]] = {
+    "plan": ("env.json", "plan/estimate.json", "plan/overlap.json"),
     "dense": tuple(f"dense/{name}" for name in MEASURED),
     "prune": ("prune/plan.json", "prune/masks.safetensors", "prune/weights.safetensors"),
     "before": tuple(f"before/{name}" for name in MEASURED),
-    "train": ("train/best.json", "epochs.jsonl"),  # and the files of the epoch that it names
+    "train": ("train/best.json", "epochs.jsonl", "train/steps.jsonl"),  # and the files of the epoch that it names
     "after": tuple(f"after/{name}" for name in (*MEASURED, "best.json", "epochs.jsonl")),  # of epochs measured again
     "export": ("verify.json", "speed.json"),  # and those of the checkpoint
     "deploy": (
         "gguf/files.json",
-        *(f"gguf/{below}{name}" for below in ("", "dense/") for name in ("model.gguf", *MEASURED[:2])),
+        *(f"gguf/{below}{name}" for below in ("", "dense/") for name in ("model.gguf", "imatrix.gguf", *MEASURED[:2])),
     ),
 }
+SHOWN_ALONE = ("train/steps.jsonl", "recover/steps.jsonl")  # no stage reads them, and none is done again for them
 OWN_WORDS = ".md"  # a model card is there to be written on
 ALWAYS_HASHED = 64 * 2**20  # bytes; larger files count as unchanged while their size and time are
 GONE, CHANGED = "is gone", "is not what was written"
@@ -173,14 +175,17 @@ def written(root: Path, stage: str) -> dict[str, FileEntry]:
     return entries
 
 
-def lost(root: Path, entries: Any, *, every_byte: bool = False) -> str | None:
+def lost(root: Path, entries: Any, *, every_byte: bool = False, shown: bool = False) -> str | None:
     """The first of these files that is gone or changed, in words; None where there is none.
 
-    `every_byte`: large files are read too, of which else size and time are looked at.
+    `every_byte`: large files are read too, of which else size and time are looked at. `shown`: also what no stage
+    reads, and a report shows.
     """
     if not isinstance(entries, dict):
         return None
     for name, entry in entries.items():
+        if name in SHOWN_ALONE and not shown:
+            continue
         path = root / name
         if not path.is_file():
             return f"{name} {GONE}"

@@ -22,13 +22,18 @@ from recover.base.console import quiet_libraries
 from recover.base.errors import RecipeError
 from recover.base.products import refuse_input, refuse_other_kind
 from recover.commands.measure import model_cfg
-from recover.config.recipe import GivenText
+from recover.config.recipe import Calibration, GivenText, Model
 from recover.distill.distiller import scored_rows
 from recover.distill.loss_terms import TopK, topk_of
-from recover.export.gguf.write import write_gguf
+from recover.export.gguf.importance import Importance, importance_of, read_importance
+from recover.export.gguf.write import require_ggml, weighs, write_gguf
 from recover.models.arch import head_of
 from recover.models.attention import row_positions
-from recover.models.load import check_fit, load_any, load_tokenizer
+from recover.models.load import check_fit, describe, load_any, load_model, load_tokenizer, ready
+from recover.models.plan import Plan
+from recover.models.twin import Twin
+from recover.prune.calibrate import calibration_batches
+from recover.report.words import shown_source
 from recover.run.input_digests import files_of
 from recover.train.data import collator
 from recover.train.sources import Row, Sample, SampleRow, read_rows, samples_of
@@ -146,6 +151,7 @@ GGUF_EXAMPLES = (
     "recover gguf checkpoints/quickstart/deploy quickstart.gguf",
     "recover gguf checkpoints/quickstart/deploy quickstart-f16.gguf --dtype float16",
     "recover gguf checkpoints/quickstart/deploy quickstart-q8.gguf --dtype q8_0",
+    "recover gguf checkpoints/quickstart/deploy quickstart-q4.gguf --dtype q4_k_m --importance my_text.jsonl",
 )
 Deploy = Annotated[
     Path, typer.Argument(metavar="DEPLOY", help="Folder of a checkpoint, such as checkpoints/quickstart/deploy.")
@@ -162,10 +168,41 @@ GgufDtype = Annotated[
 ]
 
 
-def gguf(deploy: Deploy, out: GgufOut, dtype: GgufDtype = None) -> None:
+GgufImportance = Annotated[
+    str | None,
+    typer.Option(
+        "--importance",
+        metavar="TEXT",
+        help="Round by the importance of input channels (llama.cpp's imatrix, extra 'gguf'): rows with a text on which "
+        "the model is measured, or a file that llama-imatrix or stage deploy wrote (imatrix.gguf).",
+        show_default=False,
+    ),
+]
+
+
+def gguf(deploy: Deploy, out: GgufOut, dtype: GgufDtype = None, importance: GgufImportance = None) -> None:
     """Write an exported checkpoint as one GGUF file: llama.cpp, and what is built on it, runs and quantizes it."""
-    path = write_gguf(deploy, out, dtype)
+    weights = None
+    if importance is not None:
+        if dtype is None or not weighs(dtype):
+            raise RecipeError(
+                f"--importance: {dtype or 'a checkpoint that is not quantized'} has no use of it; give --dtype too, "
+                "one below 8 bits such as q4_k_m, or leave it out"
+            )
+        require_ggml(dtype, weighed=True)
+        weights = read_importance(Path(importance)) if importance.endswith(".gguf") else _measured(deploy, importance)
+    path = write_gguf(deploy, out, dtype, weights)
     console.say(f"wrote {path} ({console.size(path.stat().st_size)})")
+
+
+def _measured(folder: Path, text: str) -> Importance:
+    """The importance of a checkpoint's channels on a text, of 64 samples of up to 512 tokens."""
+    cfg, given = Model(source=str(folder)), Calibration(data=text)
+    quiet_libraries()
+    length = min(given.length, describe(cfg).context or given.length)
+    batches = calibration_batches(given.model_copy(update={"length": length}), load_tokenizer(cfg), seed=0)
+    model = ready(load_model(cfg))
+    return importance_of(Twin(model, Plan.none(model.config.num_hidden_layers)), batches, shown_source(given.data))
 
 
 COMMANDS = {teacher: EXAMPLES, gguf: GGUF_EXAMPLES}

@@ -269,12 +269,14 @@ def _paper_table(roots: list[Path], csv: Path | None, latex: Path | None) -> Non
 
 
 def _say_lost(directory: RunDirectory) -> None:
+    """Warn of each stage of which a file is gone or changed that is shown here."""
     for stage in products.NAMES:
-        lost = directory.lost(stage)
+        lost = directory.lost(stage, shown=True)
         if lost is not None:
+            again = "" if stage == "plan" else f" --from {stage}"  # a plan is made anew at every run
             console.warn(
-                f"{directory.root}: {lost}; this report shows what is there. Put the file back, or do the stage again: "
-                f"recover run RECIPE --from {stage}"
+                f"{directory.root}: {lost}; what is shown is what is there. Put the file back, or do the stage again: "
+                f"recover run RECIPE{again}"
             )
 
 
@@ -291,6 +293,7 @@ def show(run_dir: RunPath = RUNS) -> None:
         return
     directory = _existing(run_dir)
     with products.taken_apart(directory.root):
+        _say_lost(directory)
         rows = [_state(row) for row in stages.status(directory.root)]
         console.table(str(directory.root), ["stage", "state", "finished", "why"], rows)
         data = collect(directory.root)

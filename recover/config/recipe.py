@@ -8,6 +8,7 @@ Files that it names lie where it says, whatever folder the command is given from
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -70,6 +71,7 @@ FIELDS = (
     "model.source",
     "model.tokenizer",
     "prune.calibration.data",
+    "deploy.calibration.data",
     "probe.prompts",
     "train.data.*.prompts",
     "train.data.*.source",
@@ -206,6 +208,14 @@ class Deploy(Config):
         default=None,
         description="measured beside it: the dense model, quantized to the type whose file is nearest in bytes",
     )
+    importance: bool | None = Field(
+        default=None,
+        description="round by the importance of input channels (llama.cpp's imatrix), with the extra `gguf`; null: "
+        "with types with a k, where there is calibration text",
+    )
+    calibration: Calibration | None = Field(
+        default=None, description="text on which importance is measured; null: that of `prune.calibration`"
+    )
 
     @field_validator("quantize", mode="before")
     @classmethod
@@ -222,6 +232,26 @@ class Deploy(Config):
         if self.beside is not None and self.quantize is None:
             raise ValueError("beside needs a file to stand beside: give quantize too, such as q8_0, or leave it out")
         return self
+
+    @model_validator(mode="after")
+    def _importance_of_something(self) -> Deploy:
+        if self.importance and self.quantize in (None, "q8_0"):
+            raise ValueError(
+                f"importance: true with quantize: {self.quantize or 'null'}: nothing is rounded by it there; give a "
+                "type below 8 bits, such as q4_k_m, or leave importance out"
+            )
+        if self.calibration is not None and not self.weighed:
+            raise ValueError(
+                f"calibration is text for importance, which quantize: {self.quantize or 'null'} and importance: "
+                f"{json.dumps(self.importance)} leave out: set importance: true, or leave calibration out"
+            )
+        return self
+
+    @property
+    def weighed(self) -> bool:
+        """Whether channels are weighed where there is text to measure them on."""
+        by_ggml = self.quantize is not None and "_k" in self.quantize
+        return by_ggml if self.importance is None else self.importance
 
 
 class Recipe(Config):
@@ -243,6 +273,21 @@ class Recipe(Config):
         description="trackers that get losses, rates, generation and the report, as accelerate names them: "
         "tensorboard, wandb, mlflow; a run that goes on is the same run there",
     )
+
+    @model_validator(mode="after")
+    def _text_for_importance(self) -> Recipe:
+        if self.deploy.importance and self.importance_text is None:
+            raise ValueError(
+                "deploy.importance: true needs text to measure it on, and the recipe has no prune.calibration: give "
+                "deploy.calibration, such as {data: my_text.jsonl}, or leave importance out"
+            )
+        return self
+
+    @property
+    def importance_text(self) -> Calibration | None:
+        """The text on which stage `deploy` measures the importance of channels; None where it rounds all alike."""
+        text = self.deploy.calibration or getattr(self.prune, "calibration", None)
+        return text if self.deploy.weighed else None
 
     @field_validator("track", mode="before")
     @classmethod

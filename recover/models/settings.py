@@ -199,7 +199,7 @@ SILENT = frozenset(
     (
         *("_name_or_path", "name_or_path", "_commit_hash", "auto_map", "_attn_implementation_autoset"),
         *("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"),
-        *("output_attentions", "return_dict", "use_return_dict", "qk_head_dim"),
+        *("output_attentions", "output_hidden_states", "return_dict", "use_return_dict", "qk_head_dim"),
     )
 )
 # What a generation config may hold: when a text ends, and how the next token is drawn.
@@ -272,6 +272,7 @@ def _kept(raw: dict[str, Any], allowed: frozenset[str], left_out: list[str], abo
     """
     known = SILENT | GenerationConfig().to_dict().keys()
     left_out += [f"{above}{key}" for key in raw.keys() - allowed - known]
+    allowed = allowed - SILENT  # the classes declare some of them
     kept = {key: raw[key] for key in raw if key in allowed and not (key in DTYPE_KEYS and raw[key] == AS_STORED)}
     for key in NESTED:
         if isinstance(inner := kept.get(key), dict) and (known_here := allowed_of(str(inner.get("model_type")))):

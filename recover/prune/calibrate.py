@@ -74,7 +74,9 @@ def calibration_batches(
     return list(samples.split(cfg.batch_size))  # type: ignore[arg-type]
 
 
-def check_asked(cfg: Calibration, tokenizer: PreTrainedTokenizerBase, context: int | None) -> None:
+def check_asked(
+    cfg: Calibration, tokenizer: PreTrainedTokenizerBase, context: int | None, section: str = "prune"
+) -> None:
     """Say how many prompts leave no room for `cfg.answer` tokens in the model's context; they will be left out.
 
     Of a large data set the first thousands are looked at. Raises DataError where no prompt is left, and with
@@ -86,7 +88,7 @@ def check_asked(cfg: Calibration, tokenizer: PreTrainedTokenizerBase, context: i
     long = [f"prompt {number}, {reason}" for number, reason in found if reason is not None]
     if long and (cfg.strict or len(long) == len(asked)):
         raise DataError(
-            f"prune.calibration.answer: {cfg.answer} tokens after {long[0]} of {cfg.data}"
+            f"{section}.calibration.answer: {cfg.answer} tokens after {long[0]} of {cfg.data}"
             f"{'' if cfg.strict else ', and after every other one'}: lower it, or give shorter prompts"
             f"{', or leave strict out' if cfg.strict else ''}"
         )
@@ -184,7 +186,7 @@ def read_texts(cfg: Calibration) -> Sequence[Prompt]:
     documents = [*texts]
     empty = [row.where for row, document in zip(rows, documents, strict=True) if not _holds(document)]
     if empty and cfg.strict:
-        raise DataError(f"{empty[0]}: holds no text for prune.calibration: fill the row, or leave strict out")
+        raise DataError(f"{empty[0]}: holds no text for calibration: fill the row, or leave strict out")
     if empty:
         say_once(f"calibration.data {cfg.data}: {len(empty):,} of {len(documents):,} rows left out, which hold nothing")
     return documents

@@ -68,11 +68,15 @@ class MeasureRecord(TypedDict):
 
 
 class DeployedFile(TypedDict):
-    """One file of gguf/files.json: where it lies in the run, the type of its matrices, its bytes."""
+    """One file of gguf/files.json: where it lies in the run, the type of its matrices, its bytes.
+
+    `importance`: the text by which its channels were weighed, as {data, samples, tokens}; without, all count alike.
+    """
 
     path: str
     quantize: str
     bytes: int
+    importance: NotRequired[Json]
 
 
 class GreedyText(TypedDict):

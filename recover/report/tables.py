@@ -116,6 +116,8 @@ def served(data: PageData) -> Table | None:
         "Measured by recover from the weights of the file, dequantized, with the file's own tokenizer. The kernels of "
         "llama.cpp round a little differently."
     )
+    if texts := dict.fromkeys(file["importance"]["data"] for file in found["files"].values() if "importance" in file):
+        caption += f" Rounded by the importance of channels on {' and '.join(texts)}."
     names = ("model", "file", "type", "bytes", *uses)
     return Table("The files that are served", caption, tuple((name, "") for name in names), rows, numbers=3)
 

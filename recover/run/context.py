@@ -87,12 +87,14 @@ class RunContext:
 
     @cached_property
     def calibration(self) -> list[LongTensor]:
-        """Samples of the given calibration text in batches (B, T); none where there is none, or only prompts to it."""
+        """Samples of `prune.calibration` in batches (B, T); none where there is none, or only prompts to it."""
         cfg = getattr(self.recipe.prune, "calibration", None)
-        if cfg is None:
-            return []
-        if cfg.answer is not None:
-            check_asked(cfg, self.tokenizer, describe(self.recipe.model).context)  # the answers take the dense model
+        return [] if cfg is None else self.samples(cfg)
+
+    def samples(self, cfg: Calibration, section: str = "prune") -> list[LongTensor]:
+        """Samples of a calibration text in batches (B, T); none of prompts, whose answers are still to be written."""
+        if cfg.answer is not None:  # the dense model's: it takes the weights
+            check_asked(cfg, self.tokenizer, describe(self.recipe.model).context, section)
             return []
         return calibration_batches(cfg, self.tokenizer, self.recipe.seed)
 
@@ -245,6 +247,11 @@ class RunContext:
         check_steps(self.probe_prompts(), self.recipe.probe.steps, model.context)
         check_room(self.tasks, self.tokenizer, self.recipe.measure, model.context)
         _ = self.calibration
+        if (text := self.recipe.deploy.calibration) is not None:
+            try:
+                self.samples(text, "deploy")
+            except DataError as error:
+                raise DataError(f"deploy: {error}") from error
         for number, source in enumerate(self.recipe.train.data):
             if isinstance(source, GivenText):
                 check_given(source, self.tokenizer, self.recipe.train.length)
@@ -265,9 +272,11 @@ def overlap_record(context: RunContext) -> OverlapRecord:
     """
     recipe, limit = context.recipe, context.recipe.measure.limit
     tasks = {task.name: task.asked[:limit] for task in context.tasks}
-    sources = {f"train.data.{number}": source for number, source in enumerate(recipe.train.data)}
+    sources: dict[str, Data | Calibration] = {f"train.data.{n}": source for n, source in enumerate(recipe.train.data)}
     if (cfg := getattr(recipe.prune, "calibration", None)) is not None:
         sources["prune.calibration"] = cfg
+    if recipe.deploy.calibration is not None:
+        sources["deploy.calibration"] = recipe.deploy.calibration
     looked_at: dict[str, int] = {}
     found: list[Overlap] = []
     for field, source in sources.items():
@@ -305,14 +314,15 @@ def _plain(value: Any) -> str:
     return "\n".join(content for content in contents if isinstance(content, str))
 
 
-def calibration(context: RunContext) -> list[LongTensor]:
-    """The batches of `prune.calibration`, none without one. What the dense model wrote before is read, not written.
+def calibration(context: RunContext, text: Calibration | None = None) -> list[LongTensor]:
+    """The batches of `text`, else of `prune.calibration`, none without. What dense wrote before is read, not written.
 
     Prompts that leave no room for an answer are left out. Raises DataError for text that cannot be used.
     """
-    cfg = getattr(context.recipe.prune, "calibration", None)
+    own = getattr(context.recipe.prune, "calibration", None)
+    cfg = text or own
     if cfg is None or cfg.answer is None:
-        return context.calibration
+        return context.calibration if cfg is own or cfg is None else context.samples(cfg)
     return calibration_batches(
         cfg,
         context.tokenizer,

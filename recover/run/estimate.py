@@ -42,12 +42,13 @@ def refuse(recipe: Recipe, model: Description) -> None:
     except PruneError as error:
         raise RecipeError(str(error)) from None
     _refuse_cache(recipe, model)
-    calibration = getattr(recipe.prune, "calibration", None)
-    if calibration is not None and calibration.length > (model.context or calibration.length):
-        raise RecipeError(
-            f"prune.calibration.length: {calibration.length} tokens, the model's context is {model.context}: give at "
-            "most that"
-        )
+    texts = {"prune": getattr(recipe.prune, "calibration", None), "deploy": recipe.deploy.calibration}
+    for section, text in texts.items():
+        if text is not None and text.length > (model.context or text.length):
+            raise RecipeError(
+                f"{section}.calibration.length: {text.length} tokens, the model's context is {model.context}: give at "
+                "most that"
+            )
     if recipe.train.length > (model.context or recipe.train.length):
         raise RecipeError(f"train.length: {recipe.train.length} tokens, the model's context is {model.context}")
     if model.mixture is None and {*recipe.train.lora.parts} - {"linears"}:
@@ -237,10 +238,15 @@ def planned_file(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, figures: Es
         refuse_family(config, where)
         _refuse_unreadable(config, where)
         vocabulary(tokenizer, model.vocabulary, [])
-        require_ggml(cfg.quantize)
+        require_ggml(cfg.quantize, weighed=recipe.importance_text is not None)
     except ExportError as error:
         instead = "" if "recover gguf" in str(error) else ", and convert the export by another tool"
         raise RecipeError(f"deploy.quantize: {error}. Leave it out{instead}") from None
+    if recipe.prune.kind == "depth" and (every := family_of(config).slides) is not None:
+        console.warn(
+            f"deploy.quantize: llama.cpp lets attention slide in all blocks of {config.model_type} but every block "
+            f"{every}: no file is written of blocks that are left in another order, as most choices leave them"
+        )
     ends = model.embedding_parameters
     kept = (figures["parameters_pruned"] - ends) / (model.parameters - ends)
     parts = {each: planned_bytes(config, each) for each in {*beside(cfg.quantize), cfg.quantize}}

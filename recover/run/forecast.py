@@ -7,7 +7,7 @@ small model writes now; else it is `FRACTION` of the most that they may have.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -34,12 +34,14 @@ from recover.run.pace import NotTimed, Pace, spread
 from recover.text.prompts import encode_prompt
 from recover.train.sources import read_prompts, read_rows, samples_of
 from recover.train.teacher_file import read_teacher
+from recover.train.trials import SHARE
 from recover.train.written_text import CHUNK_BATCHES
 
 if TYPE_CHECKING:
     from recover.text.prompts import Prompt
 
 FRACTION = 0.6  # of the most tokens that a text may have, where nothing tells
+STAGES = ("dense", "prune", "before", "train", "after", "export", "deploy")
 LOOKED_AT = 64  # prompts, or rows of given text, whose length is looked at
 DISK = 1e9  # bytes a second that files are read and written with, for want of anything better
 CHANGED = 48  # texts of a task, lost and won, that both views read token by token
@@ -72,19 +74,29 @@ class Lengths:
     longest: float
 
 
-def forecast(context: RunContext, figures: Estimate, libraries: float) -> Forecast:
+def forecast(
+    context: RunContext, figures: Estimate, libraries: float, left: Mapping[str, float] | None = None
+) -> Forecast:
     """What the run takes, timed on the main process while the others wait; the same on every process.
 
     `figures`: of this recipe; where something is not timed, their floor. `libraries`: seconds that they took to load.
-    Nothing is written, and random numbers go on as if nothing had been done.
+    `left`: of stages that are not to be done whole, the share that is. Nothing is written, and random numbers go on as
+    if nothing had been done.
     """
-    return dist.on_main(lambda: _Forecaster(context, figures, libraries, dist.world_size()).found())
+    return dist.on_main(lambda: _Forecaster(context, figures, libraries, dist.world_size(), left or {}).found())
 
 
 class _Forecaster:
-    def __init__(self, context: RunContext, figures: Estimate, libraries: float, processes: int) -> None:
+    def __init__(
+        self,
+        context: RunContext,
+        figures: Estimate,
+        libraries: float,
+        processes: int,
+        left: Mapping[str, float],
+    ) -> None:
         self.context, self.recipe, self.figures = context, context.recipe, figures
-        self.libraries, self.processes = libraries, processes
+        self.libraries, self.processes, self.left = libraries, processes, left
         self.model: Description = describe(self.recipe.model)
         self.cost: Cost = pruner_of(self.recipe.prune).cost(self.recipe.prune, self.model)
         inside = self.model.active - self.model.embedding_parameters
@@ -109,12 +121,20 @@ class _Forecaster:
             self._not_timed(str(reason))
         except (RuntimeError, ValueError, AttributeError, TypeError, KeyError, RecoverError) as error:
             self._not_timed(f"a model of a few blocks cannot be made: {_line(error)}")
-        yield from self._dense()
-        yield from self._prune()
-        yield from self._probed("before", self.kept)
-        yield from self._train()
-        yield from self._probed("after", self.kept)
-        yield from self._export()
+        # What counts most is timed first: timing has an end.
+        work: dict[str, Callable[[], Iterator[Piece]]] = {
+            "train": self._train,
+            "dense": self._dense,
+            "before": lambda: self._probed("before"),
+            "prune": self._prune,
+            "after": lambda: self._probed("after"),
+            "export": self._export,
+            "deploy": self._deploy,
+        }
+        found = {stage: [*pieces()] for stage, pieces in work.items() if self.left.get(stage, 1.0) > 0}
+        for stage in STAGES:
+            for piece in found.get(stage, ()):
+                yield {**piece, "seconds": piece["seconds"] * self.left.get(stage, 1.0)}
 
     def _not_timed(self, reason: str) -> None:
         self.notes.append(f"not timed: {reason}. What stands there is a floor, or is not counted")
@@ -138,12 +158,10 @@ class _Forecaster:
     # What the stages do.
 
     def _dense(self) -> Iterator[Piece]:
-        yield self._read("dense")
+        seconds = self.model.parameters * ELEMENT_BYTES[self.model.stored] / DISK
+        if seconds >= 1:
+            yield {"stage": "dense", "what": "weights read", "seconds": seconds, "how": "floor"}
         yield from self._measured("dense", self.recipe.measure.limit, 1.0)
-
-    def _read(self, stage: str) -> Piece:
-        size = self.model.parameters * ELEMENT_BYTES[self.model.stored]
-        return {"stage": stage, "what": "weights read", "seconds": size / DISK, "how": "floor"}
 
     def _prune(self) -> Iterator[Piece]:
         cfg, cost = self.recipe.prune, self.cost
@@ -170,7 +188,8 @@ class _Forecaster:
         elif calibration is not None or cost.masked:
             yield self._piece("prune", "what goes, block by block", lambda pace: pace.pruning(cfg).at())
 
-    def _probed(self, stage: str, kept: float) -> Iterator[Piece]:
+    def _probed(self, stage: str) -> Iterator[Piece]:
+        kept = self.kept
         cfg, tokenizer = self.recipe.probe, self.context.tokenizer
         prompts = self.context.probe_prompts()
 
@@ -247,11 +266,13 @@ class _Forecaster:
         lengths: list[tuple[float, float, float]] = []  # tokens of prompt and answer, rows
         for source, budget in zip(cfg.data, cfg.budgets, strict=True):
             if isinstance(source, DenseText | PrunedText):
-                found, prompts = self._source_lengths(source)
+                found, prompts, there = self._source_lengths(source)
                 scored = found.answer if cfg.loss.scored != "all" else found.prompt + found.answer - 1
                 texts = budget / max(1.0, scored)
                 writes = texts if isinstance(source, PrunedText) or source.temperature else min(texts, prompts)
-                yield self._text(source, found, round(writes), round(writes * found.answer))
+                new = round(writes) if self.left.get("train", 1.0) < 1 else max(0, round(writes) - there)
+                if new:
+                    yield self._text(source, found, new, min(budget, round(new * found.answer)))
                 lengths.append((found.prompt, found.answer, texts))
             elif (held := self._held(source)) is not None:
                 prompt, answer = held
@@ -262,13 +283,16 @@ class _Forecaster:
         prompt = sum(prompt * count for prompt, _, count in lengths) / max(1e-9, rows)
         answer = sum(answer * count for _, answer, count in lengths) / max(1e-9, rows)
         epochs = f" in {cfg.epochs} epochs" if cfg.epochs > 1 else ""
+        tried = SHARE if "lr" in cfg.auto else 0.0
+        if cfg.patience is not None or cfg.stop is not None:
+            self.notes.append("training may end early (train.patience, train.stop): all epochs are counted")
 
         def trains(pace: Pace) -> float:
             span, share = pace.step(round(prompt), max(1, round(answer)))
             one = span.base + span.blocks * (share + (1 - share) * self.kept)
-            return steps * one * split_batch(cfg, self.processes).accumulation
+            return (1 + tried) * steps * one * split_batch(cfg, self.processes).accumulation
 
-        what = f"{steps:,} steps of {cfg.batch_size} sequences{epochs}"
+        what = f"{steps:,} steps of {cfg.batch_size} sequences{epochs}{', trials of rates' if tried else ''}"
         yield self._piece("train", what, trains, floor=self.figures["training_seconds"])
         yield from self._epochs(cfg.epochs)
 
@@ -311,6 +335,8 @@ class _Forecaster:
         size = (self.model.parameters - self.cost.unstored) * ELEMENT_BYTES[exported]
         seconds = self.libraries + 3 * size / DISK  # written, read by a fresh process, read to be timed
         yield {"stage": "export", "what": "merged, written, verified", "seconds": seconds, "how": "floor"}
+
+    def _deploy(self) -> Iterator[Piece]:
         deploy = self.recipe.deploy
         if deploy.quantize is not None:
             files = 1 if deploy.beside is None else 2
@@ -327,8 +353,8 @@ class _Forecaster:
             else 1.0
         )
 
-    def _source_lengths(self, source: DenseText | PrunedText) -> tuple[Lengths, int]:
-        """Of what is written for training, cut to `train.length`; and how many prompts there are."""
+    def _source_lengths(self, source: DenseText | PrunedText) -> tuple[Lengths, int, int]:
+        """Of what is written for training, cut to `train.length`; how many prompts there are, and texts already."""
         cfg = self.recipe.train
         read = read_prompts(source.prompts, source.split, source.subset, column=source.column)
         all_prompts: list[Any] = [row.value["prompt"] for row in read]
@@ -337,15 +363,17 @@ class _Forecaster:
         fitting = [(prompt, size) for prompt, size in zip(prompts, lengths, strict=True) if size < cfg.length]
         prompts, size = [prompt for prompt, _ in fitting], mean([size for _, size in fitting]) if fitting else 1.0
         most = source.max_new_tokens
-        found = _written_before(self.context, all_prompts)
-        if found is None:
+        before = _written_before(self.context, all_prompts)
+        if before is None:
             rows = min(source.batch_size, len(all_prompts))
             what = f"text of {source.prompts}"
             found = self._lengths(self.pace, prompts, size, most, what, rows=rows, chat=source.chat)
         else:
+            found = before[0]
             self.notes.append(f"text of {source.prompts}: as long as what lies in the run's folder")
         answer = min(found.answer, max(1.0, cfg.length - size))
-        return Lengths(size, answer, found.longest), len(all_prompts)
+        there = before[1] if before is not None and isinstance(source, DenseText) else 0
+        return Lengths(size, answer, found.longest), len(all_prompts), there
 
     def _lengths(
         self,
@@ -442,8 +470,8 @@ def _measured_before(context: RunContext, task: Task) -> tuple[float, float] | N
     return (mean(lengths), max(lengths)) if lengths else None
 
 
-def _written_before(context: RunContext, prompts: Sequence[Any]) -> Lengths | None:
-    """Of the text of these prompts that lies in the run's folder."""
+def _written_before(context: RunContext, prompts: Sequence[Any]) -> tuple[Lengths, int] | None:
+    """Of the text of these prompts that lies in the run's folder; and how many texts it is."""
     for path in sorted((context.directory.train / "data").glob("dense-*.jsonl")):
         try:
             rows = [row for chunk in read_jsonl(path) for row in chunk["rows"]]
@@ -451,7 +479,7 @@ def _written_before(context: RunContext, prompts: Sequence[Any]) -> Lengths | No
             continue
         lengths = [len(ids) for _, ids in rows]
         if lengths and rows[0][0] in prompts:
-            return Lengths(0.0, mean(lengths), max(lengths))
+            return Lengths(0.0, mean(lengths), max(lengths)), len(lengths)
     return None
 
 

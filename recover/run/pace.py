@@ -62,7 +62,7 @@ MOST = 8  # blocks that are timed beside one of each kind, at most
 TURNS, PATIENT = 2, 1.0  # timings of each piece; seconds after which no further turn begins
 AT_ONCE = 0.4  # seconds that a piece of work is to take, by the floor
 LEAST_TOKENS, LEAST_ROWS = 64, 8  # fewer, and a product is bound by reading the weights
-STEP_AT_ONCE = 2.0  # and a training step, whose time does not go with its tokens in a small model
+STEP_AT_ONCE = 2.0  # and a training step, or a pruning, whose time does not go with its tokens in a small model
 PROBED = 8, 12  # prompts and steps of a probe
 TOO_LONG = 6.0  # seconds of the least step, by the floor: then nothing is timed
 ALLOWED = 90.0  # seconds after which nothing further is timed
@@ -81,6 +81,15 @@ class NotTimed(Exception):
 def spread(rows: Sequence[Any], count: int) -> list[Any]:
     """At most so many of them, evenly spread."""
     return [*rows] if len(rows) <= count else [rows[at * len(rows) // count] for at in range(count)]
+
+
+def of_mean_length(items: Sequence[Any], texts: Sequence[str], count: int) -> list[Any]:
+    """At most so many items whose texts are about as long as the mean."""
+    order = sorted(range(len(items)), key=lambda at: len(texts[at]))
+    goal = mean([len(texts[at]) for at in order])
+    near = min(range(len(order)), key=lambda place: abs(len(texts[order[place]]) - goal))
+    start = max(0, min(near - count // 2, len(order) - count))
+    return [items[at] for at in order[start : start + count]]
 
 
 @dataclass(frozen=True)
@@ -322,7 +331,7 @@ class Pace:
     def _timed(self, works: Sequence[Work]) -> list[float]:
         """The median seconds of each, by turns, so that what else runs is the same for all. The first turn warms up."""
         if _clock() - self.began > ALLOWED:
-            raise NotTimed(f"timing took {console.duration(ALLOWED)} before it")
+            raise NotTimed(f"what was timed before took {console.duration(ALLOWED)}")
         warm = 3 if self.device.type == "cuda" else 1
         first: list[float] = []
         for _ in range(warm):
@@ -502,8 +511,11 @@ class Pace:
             found = self._counted(tested, embeds, min(len(texts), cfg.batch_size))
             return found.each(len(texts) / len(items))
 
+        # Of many items each batch holds such as are alike; few are one batch, as long as the longest.
+        sorted_ = len(items) * max(len(getattr(item, "options", " ")) for item in items) > 2 * cfg.batch_size
+
         def scores(model: ModelUnderTest, count: int) -> Work:
-            some = spread(items, count)
+            some = of_mean_length(items, task.asked, count) if sorted_ else spread(items, count)
             return lambda: work_of(task.kind).measure(model, file, some, None)
 
         return self._counted(tested, scores, min(len(items), max(LEAST_ROWS, cfg.batch_size // 4)))
@@ -554,7 +566,7 @@ class Pace:
         calibration = getattr(cfg, "calibration", None)
         if calibration is None:
             return self._spans([lambda few=few: registry.prune(few.twin, cfg, []) for few in self.few])[0]
-        tokens = self._affordable(calibration.samples * calibration.length, passes=2)
+        tokens = self._affordable(calibration.samples * calibration.length, passes=2, seconds=STEP_AT_ONCE)
         length = min(calibration.length, tokens)
         used = max(1, tokens // length)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypedDict
@@ -32,7 +32,8 @@ from recover.base.products import NAMES
 from recover.config import recipe as recipes
 from recover.config.base import Dtype
 from recover.config.recipe import Model, Recipe, dump_recipe, without_folders
-from recover.export.gguf.write import beside, nearest, quantized_bytes, write_gguf
+from recover.export.gguf.importance import Importance, importance_of, write_importance
+from recover.export.gguf.write import beside, nearest, quantized_bytes, weighs, write_gguf
 from recover.export.verify import fresh_process, verify, write_expected
 from recover.export.write import card, write_merged
 from recover.measure.model import Generations
@@ -40,7 +41,7 @@ from recover.measure.speed import compare_speed
 from recover.measure.tasks import measure
 from recover.models.arch import arch_of
 from recover.models.load import describe, load_model, ready
-from recover.models.plan import save_plan
+from recover.models.plan import Plan, save_plan
 from recover.models.source import code_of, exported_dtype, locate, stored_dtype
 from recover.models.stored_weights import stored_in
 from recover.models.twin import Twin
@@ -49,6 +50,7 @@ from recover.probe.records import summary
 from recover.probe.sublayers import routing
 from recover.probe.tasks import task_drift, tokens_of_changed
 from recover.prune import registry
+from recover.prune.calibrate import calibration_record
 from recover.report import items, verdict
 from recover.report.collect import collect
 from recover.report.render import render
@@ -64,6 +66,7 @@ from recover.report.run_files import (
     OverlapRecord,
 )
 from recover.report.training import Compared, advice, foretold, setback_sentence, setbacks
+from recover.report.words import shown_source
 from recover.run.context import RunContext, calibration, overlap_record
 from recover.run.directory import RunDirectory
 from recover.run.estimate import Estimate, PlannedFile, estimate, matrix_rate, planned_file, rate_plan, refuse, warnings
@@ -145,14 +148,19 @@ def _say_code(cfg: Model) -> list[str] | None:
     return code
 
 
-def say_time(context: RunContext, figures: Estimate, libraries: float) -> None:
-    """Time the run's steps and texts on this machine, and say what its stages will take (`forecast.forecast`)."""
+def say_time(context: RunContext, figures: Estimate, libraries: float, left: Mapping[str, float]) -> None:
+    """Time the run's steps and texts on this machine, and say what its stages will take (`forecast.forecast`).
+
+    `left`: the share of a stage that is still to be done, where it is not all.
+    """
     console.say("[dim]timing a step, a text and a probe on this machine[/dim]")
     began = time.perf_counter()
-    found = forecast(context, figures, libraries)
+    found = forecast(context, figures, libraries, left)
     said = f"time on this machine, found in {console.duration(time.perf_counter() - began)}"
     console.table(said, ["stage", "what", "time", "how"], forecast_lines(found))
-    for note in found["notes"]:
+    done = [stage for stage, share in left.items() if not share]
+    kept = [f"done, and not counted: {', '.join(done)}"] if done else []
+    for note in [*kept, *found["notes"]]:
         console.say(f"[dim]{note}[/dim]")
 
 
@@ -459,19 +467,10 @@ def deploy(context: RunContext) -> None:
     What is measured is the file's own weights and tokenizer, dequantized, in the dtype of the other measurements.
     """
     recipe, directory = context.recipe, context.directory
-    cfg, source = recipe.deploy, recipe.model
-    assert cfg.quantize is not None, "a recipe without has no such stage"
+    if recipe.importance_text is not None and recipe.importance_text.answer is not None:
+        context.read_together()  # the dense model writes the text
+    files = dist.on_main(lambda: _quantized_files(context))
     context.forget()
-    files = {"deployed": _write_quantized(directory, directory.deploy, directory.gguf, cfg.quantize)}
-    if cfg.beside is not None:
-        folder = locate(source)
-        sizes = {kind: size for kind, size in quantized_bytes(folder).items() if kind in beside(cfg.quantize)}
-        kind = nearest(sizes, quantized_bytes(directory.deploy)[cfg.quantize])
-        files["alternative"] = _write_quantized(directory, folder, directory.gguf / "dense", kind)
-    elif dist.is_main():
-        for name in NAMES["deploy"]:  # of when it was asked for
-            if name.startswith("gguf/dense/"):
-                (directory.root / name).unlink(missing_ok=True)
     for model, file in files.items():
         path = directory.root / file["path"]
         console.say(f"[dim]{model}: {file['path']}, {file['quantize']}, {console.size(file['bytes'])}[/dim]")
@@ -483,12 +482,47 @@ def deploy(context: RunContext) -> None:
         write_json(directory.gguf / "files.json", files)
 
 
-def _write_quantized(directory: RunDirectory, folder: Path, into: Path, kind: str) -> DeployedFile:
-    path = into / "model.gguf"
-    with part("writing GGUF"):
-        dist.on_main(lambda: write_gguf(folder, path, kind))
-    name = path.relative_to(directory.root).as_posix()
-    return {"path": name, "quantize": kind, "bytes": path.stat().st_size}
+def _quantized_files(context: RunContext) -> dict[str, DeployedFile]:
+    """The export's file and, where it is asked for, that of the dense model, both rounded by one text's importance."""
+    directory, cfg, source = context.directory, context.recipe.deploy, context.recipe.model
+    assert cfg.quantize is not None
+    text = context.recipe.importance_text
+    batches = [] if text is None else calibration(context, text)
+    context.forget()
+
+    def written(folder: Path, model: Model, into: Path, kind: str) -> DeployedFile:
+        path, weights = into / "model.gguf", into / "imatrix.gguf"
+        importance, record = None, {}
+        weights.unlink(missing_ok=True)
+        if text is not None and weighs(kind):
+            with part("measuring importance"):
+                importance = _importance(model, batches, shown_source(text.data))
+            write_importance(importance, weights)
+            record = {"importance": calibration_record(text, batches) | {"data": shown_source(text.data)}}
+        with part("writing GGUF"):
+            write_gguf(folder, path, kind, importance)
+        name = path.relative_to(directory.root).as_posix()
+        return {"path": name, "quantize": kind, "bytes": path.stat().st_size, **record}  # type: ignore[typeddict-item]
+
+    exported = source.model_copy(update={"source": str(directory.deploy), "revision": None, "tokenizer": None})
+    files = {"deployed": written(directory.deploy, exported, directory.gguf, cfg.quantize)}
+    if cfg.beside is not None:
+        folder = locate(source)
+        sizes = {kind: size for kind, size in quantized_bytes(folder).items() if kind in beside(cfg.quantize)}
+        kind = nearest(sizes, quantized_bytes(directory.deploy)[cfg.quantize])
+        files["alternative"] = written(folder, source, directory.gguf / "dense", kind)
+        return files
+    for name in NAMES["deploy"]:  # of when it was asked for
+        if name.startswith("gguf/dense/"):
+            (directory.root / name).unlink(missing_ok=True)
+    return files
+
+
+def _importance(cfg: Model, batches: list[LongTensor], text: str) -> Importance:
+    """Of a model as it lies in its files: not quantized by `load_in`, and then in main memory."""
+    there = {"load_in": None, "offload": "cpu" if cfg.load_in else cfg.offload}
+    model = ready(load_model(cfg.model_copy(update=there)))
+    return importance_of(Twin(model, Plan.none(model.config.num_hidden_layers)), batches, text)
 
 
 class Deployed(TypedDict):

@@ -171,11 +171,20 @@ def _only_plan(context: RunContext, libraries: float | None) -> None:
 
     dist.on_main(context.directory.refuse_foreign)
     found = checked(context, timed=libraries is not None)
+    order = [stage for stage in asked(context.recipe) if not OF[stage].always]
+    there = dist.on_main(lambda: [_planned(stage, context) for stage in order] if context.directory.is_run else [])
     if libraries is not None:
-        say_time(context, found["estimate"], libraries)
-    if dist.is_main() and context.directory.is_run:
-        rows = [_planned(stage, context) for stage in asked(context.recipe) if not OF[stage].always]
-        console.table(f"{context.directory.root}: what a run would do", ["stage", "what", "why"], rows)
+        say_time(context, found["estimate"], libraries, {stage: _left(what, why) for stage, what, why in there})
+    if dist.is_main() and there:
+        console.table(f"{context.directory.root}: what a run would do", ["stage", "what", "why"], there)
+
+
+def _left(what: str, why: str) -> float:
+    """The share of a stage that is still to be done: nothing of one that is kept, the rest of a longer training."""
+    if what == "kept":
+        return 0.0
+    more = re.search(r"train\.tokens: (\d+) -> (\d+)", why) if LENGTHENS.fullmatch(why) else None
+    return max(0.0, 1 - int(more[1]) / int(more[2])) if more is not None and int(more[1]) < int(more[2]) else 1.0
 
 
 def _planned(stage: str, context: RunContext) -> list[str]:

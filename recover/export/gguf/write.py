@@ -1,8 +1,9 @@
 """A checkpoint folder as one GGUF file that llama.cpp runs: weights, metadata, tokenizer; whole, or not there.
 
 The tokenizer is written in llama.cpp's terms, or refused with the part that llama.cpp does not have. llama.cpp knows
-byte-level BPE (`gpt2`) with a fixed list of named pre-tokenizers. The name is found from what the tokenizer does, not
-from what it is called: a wrong name still runs, and splits some texts otherwise than in training.
+byte-level BPE (`gpt2`) with a fixed list of named pre-tokenizers, and SentencePiece (`sentencepiece.py`). The name of a
+pre-tokenizer is found from what the tokenizer does, not from what it is called: a wrong name still runs, and splits
+some texts otherwise than in training.
 
 Shapes: O out features (H heads x 2 halves x P pairs), I in features.
 """
@@ -30,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from recover.base import artifacts, console
 from recover.base.artifacts import JsonObject
 from recover.base.errors import ExportError
+from recover.export.gguf import sentencepiece
 from recover.export.gguf.family import (
     add_sizes,
     family_of,
@@ -38,6 +40,7 @@ from recover.export.gguf.family import (
     tensor_names,
     warn_of_older_readers,
 )
+from recover.export.gguf.importance import Importance
 from recover.models.arch import experts_of, kv_heads_of
 from recover.models.source import INDEX, WEIGHTS, explained
 
@@ -57,6 +60,7 @@ MATRICES = GRIDS | BY_GGML
 KINDS = DTYPES | MATRICES | {name: (MATRICES[most][0], number) for name, (most, number) in MIXED.items()}
 QUANTIZED = ("q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0")  # of a file, the finest first
 NEED_GGML = frozenset({"q6_k", *MIXED})
+ALIKE = "q8_0"  # its grid is set by the largest weight, whatever the others are multiplied with
 ENDS = ("token_embd.weight", "output.weight")
 FINE, FINER_K = "q8_0", "q6_k"  # of embedding and head, which lose most: llama.cpp keeps them finer too
 VALUES = ("attn_v.weight", "attn_qkv.weight")
@@ -72,26 +76,31 @@ GGML_IN = {"xllamacpp": "xllamacpp*.so", "llama_cpp": "lib/*ggml-base*"}
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of the file. `load` reads it when it is written, so that one at a time is in memory."""
+    """One tensor of the file. `load` reads it when it is written, so that one at a time is in memory.
+
+    `importance`: mean squares of its input channels, (E, I), that weigh what is rounded; None: all alike.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     load: Callable[[], Tensor]
+    importance: np.ndarray | None = None
 
 
-def write_gguf(folder: Path, out: Path, dtype: str | None = None) -> Path:
+def write_gguf(folder: Path, out: Path, dtype: str | None = None, importance: Importance | None = None) -> Path:
     """Write the checkpoint in `folder` to `out`, one tensor in memory at a time; `dtype` None is the checkpoint's own.
 
     Matrices are cast once to `dtype` (a key of KINDS); vectors are float32, which is all that llama.cpp takes there,
     and routers, which choose.
     Of a quantized one embedding and head are q8_0, and matrices with rows that no grid divides float16; of one with a
-    k, types are those of llama.cpp's quantizer without an importance matrix.
+    k, types are those of llama.cpp's quantizer. With `importance` ggml rounds by it the matrices that were measured.
     What was under `out` is replaced in one rename.
 
     Raises:
         ExportError: a family, rope, activation, bias or tokenizer that this writer or llama.cpp does not have, by name;
-            tensors missing or left over; values not finite in `dtype`; a type with a k without ggml's code.
+            tensors missing or left over; values not finite in `dtype`; a type with a k, or `importance`, without ggml's
+            code; importance of another model, or for a type that has no use of it.
         ModelError: the folder is no whole checkpoint.
         ArtifactError: the file could not be written.
     """
@@ -102,10 +111,18 @@ def write_gguf(folder: Path, out: Path, dtype: str | None = None) -> Path:
     if dtype not in (*DTYPES, *QUANTIZED):
         known = ", ".join((*DTYPES, *QUANTIZED))
         raise ExportError(f"{folder}: {dtype} has no GGUF form here; expected one of {known}")
-    require_ggml(dtype)
+    if importance is not None and not weighs(dtype):
+        raise ExportError(f"{dtype} is rounded without importance: leave it out, or take a type below 8 bits")
+    require_ggml(dtype, weighed=importance is not None)
     warn_of_older_readers(config)
     entries = _entries(folder, config, dtype)
     writer = _writer(folder, config, dtype)
+    if importance is not None:
+        entries = [dataclasses.replace(each, importance=importance.of(each.name, each.shape)) for each in entries]
+        weighed = sum(entry.importance is not None for entry in entries)
+        if not weighed:
+            raise ExportError(f"{folder}: the importance holds none of its matrices: it was measured on another model")
+        _say_importance(writer, importance, weighed)
     with _whole(out, sum(_nbytes(entry) for entry in entries)) as scratch:
         _write(writer, entries, scratch)
     return out
@@ -155,6 +172,15 @@ def _writer(folder: Path, config: PretrainedConfig, dtype: str) -> gguf.GGUFWrit
     return writer
 
 
+def _say_importance(writer: gguf.GGUFWriter, importance: Importance, entries: int) -> None:
+    """What llama-quantize says of it in the file's metadata."""
+    if importance.text:
+        writer.add_string("quantize.imatrix.dataset", importance.text[0])
+    writer.add_int32("quantize.imatrix.entries_count", entries)
+    if importance.chunks:
+        writer.add_int32("quantize.imatrix.chunks_count", importance.chunks)
+
+
 def _name(folder: Path) -> str:
     """The recipe's name where the folder is an export of ours, else the folder's."""
     record = folder / "recover.json"
@@ -186,7 +212,8 @@ def _entries(folder: Path, config: PretrainedConfig, dtype: str) -> list[Entry]:
         shapes = {found[source][1] for source in parts}
         if len(shapes) > 1:
             raise ExportError(f"{folder}: {parts[0]} and others like it differ in shape: {sorted(shapes)}")
-        loads = [partial(_load, found[source][0], source, _heads(config, source)) for source in parts]
+        more = float(family_of(config).gemma and len(found[parts[0]][1]) == 1)
+        loads = [partial(_load, found[source][0], source, _heads(config, source), more) for source in parts]
         shape = (*([len(parts)] if name.endswith(EXPERTS_END) else []), *shapes.pop())
         load = partial(_stacked, loads) if name.endswith(EXPERTS_END) else loads[0]
         entries.append(Entry(name, shape, _dtype(name, shape, dtype, config), load))
@@ -285,9 +312,11 @@ def _heads(config: PretrainedConfig, source: str) -> int | None:
     return heads.get(source.split(".")[-2])
 
 
-def _load(path: Path, source: str, heads: int | None) -> Tensor:
+def _load(path: Path, source: str, heads: int | None, more: float) -> Tensor:
+    """The tensor, by so much `more` (Gemma's norms), its rows as llama.cpp has them."""
     with safe_open(path, framework="pt") as file:
         tensor = file.get_tensor(source)
+    tensor = tensor.float() + more if more else tensor
     return tensor if heads is None else _neighbours(tensor, heads)
 
 
@@ -302,7 +331,9 @@ def _data(entry: Entry) -> np.ndarray:
     if entry.dtype in MATRICES:
         exact = _data(dataclasses.replace(entry, dtype="float32"))
         kind = gguf.GGMLQuantizationType[MATRICES[entry.dtype][0]]
-        return _by_ggml(exact, kind) if entry.dtype in BY_GGML else gguf.quants.quantize(exact, kind)
+        if entry.dtype in BY_GGML or (entry.importance is not None and weighs(entry.dtype)):
+            return _by_ggml(exact, kind, entry.importance)
+        return gguf.quants.quantize(exact, kind)
     cast = entry.load().to(getattr(torch, entry.dtype)).contiguous()
     if not cast.isfinite().all():
         raise ExportError(
@@ -311,27 +342,40 @@ def _data(entry: Entry) -> np.ndarray:
     return (cast.view(torch.int16) if cast.dtype == torch.bfloat16 else cast).numpy()
 
 
-def _by_ggml(weight_OI: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
-    """The bytes of each row, as `ggml_quantize_chunk` gives them without an importance matrix."""
+def _by_ggml(weight_OI: np.ndarray, kind: gguf.GGMLQuantizationType, importance: np.ndarray | None) -> np.ndarray:
+    """The bytes of each row, (O, I) or of experts (E, O, I), as `ggml_quantize_chunk` gives them."""
     library = _ggml()
     assert library is not None, "asked for by `require_ggml`"
-    rows, columns = math.prod(weight_OI.shape[:-1]), weight_OI.shape[-1]
     weights, size = gguf.GGML_QUANT_SIZES[kind]
-    exact = np.ascontiguousarray(weight_OI, dtype=np.float32)
+    columns = weight_OI.shape[-1]
+    exact_EOI = np.ascontiguousarray(weight_OI, dtype=np.float32).reshape(-1, *weight_OI.shape[-2:])
     packed = np.empty((*weight_OI.shape[:-1], columns // weights * size), dtype=np.uint8)
-    written = library.ggml_quantize_chunk(int(kind), exact.ctypes.data, packed.ctypes.data, 0, rows, columns, None)
-    if written != packed.nbytes:
-        expected = f"expected {packed.nbytes:,}: take another version of it"
-        raise ExportError(f"ggml wrote {written:,} bytes of a matrix, {expected}")
+    packed_E = packed.reshape(len(exact_EOI), -1)
+    for expert, (exact_OI, into) in enumerate(zip(exact_EOI, packed_E, strict=True)):
+        by = None if importance is None else importance[expert].ctypes.data
+        rows = len(exact_OI)
+        written = library.ggml_quantize_chunk(int(kind), exact_OI.ctypes.data, into.ctypes.data, 0, rows, columns, by)
+        if written != into.nbytes:
+            expected = f"expected {into.nbytes:,}: take another version of it"
+            raise ExportError(f"ggml wrote {written:,} bytes of a matrix, {expected}")
     return packed
 
 
-def require_ggml(dtype: str) -> None:
-    """Raises ExportError for a type that ggml's own code makes, where no package that is installed brings it."""
-    if dtype in NEED_GGML and _ggml() is None:
+def weighs(dtype: str) -> bool:
+    """Whether the matrices of a file of this type can be rounded by importance."""
+    return (dtype in MATRICES or dtype in MIXED) and dtype != ALIKE
+
+
+def require_ggml(dtype: str, *, weighed: bool = False) -> None:
+    """Raises ExportError for a type that ggml's own code makes, where no package that is installed brings it.
+
+    `weighed`: by importance, which takes ggml for every type.
+    """
+    if (weighed or dtype in NEED_GGML) and _ggml() is None:
+        what, instead = (" rounded by importance", " without importance") if weighed else ("", "")
         raise ExportError(
-            f"{dtype} is made by llama.cpp's own code, which is not installed: pip install 'recover[gguf]' (xllamacpp; "
-            f"or llama-cpp-python), or take one of {', '.join(GRIDS)}"
+            f"{dtype}{what} is made by llama.cpp's own code, which is not installed: pip install 'recover[gguf]' "
+            f"(xllamacpp; or llama-cpp-python), or take one of {', '.join(GRIDS)}{instead}"
         )
 
 
@@ -405,6 +449,7 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
 }
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types of the GGUF specification
+PIECES = "default"  # name of the pre-tokenizer of SentencePiece, which has none
 STOPS = ("eos", "eot", "eom")  # llama.cpp ends a text at any of the three
 
 
@@ -416,6 +461,7 @@ class Vocabulary:
     tokens: list[str]
     types: list[int]
     merges: list[str]
+    scores: list[float]  # of SentencePiece, which has no merges
     special: dict[str, int]  # bos, pad, unk, and of STOPS what there is
     add_bos: bool
     add_eos: bool
@@ -426,20 +472,22 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, stops: Sequence[in
     """Everything of `tokenizer` that llama.cpp reads, for an embedding of `rows` rows; texts end at one of `stops`.
 
     NFC normalization (Qwen) is left out, as llama.cpp has none: texts in NFC, which almost all are, do not change.
-    Raises ExportError for a vocabulary that is no byte-level BPE, a pre-tokenizer that llama.cpp does not have, ids
-    without a row, and special tokens around a text that are not one BOS before or one EOS after it.
+    Raises ExportError for a vocabulary that is no BPE of bytes or of SentencePiece, a pre-tokenizer that llama.cpp does
+    not have, ids without a row, and special tokens around a text that are not one BOS before or one EOS after it.
     """
     core = _core(tokenizer)
+    pieces = sentencepiece.is_sentencepiece(core)
     _refuse_other_kinds(core)
     tokens, types = _tokens(tokenizer, core, rows)
     add_bos, add_eos = _around(tokenizer)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in core["model"]["merges"]]
     template: Any = tokenizer.chat_template
     return Vocabulary(
-        pre=_pre_tokenizer(core),
+        pre=PIECES if pieces else _pre_tokenizer(core),
         tokens=tokens,
         types=types,
-        merges=merges,
+        merges=[] if pieces else merges,
+        scores=sentencepiece.scores(core, tokens) if pieces else [],
         special=_special(tokenizer, stops),
         add_bos=add_bos,
         add_eos=add_eos,
@@ -449,11 +497,15 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, stops: Sequence[in
 
 def add_vocabulary(writer: gguf.GGUFWriter, words: Vocabulary) -> None:
     """Put the vocabulary into the metadata of a GGUF file."""
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model("llama" if words.scores else "gpt2")
     writer.add_tokenizer_pre(words.pre)
     writer.add_token_list(words.tokens)
     writer.add_token_types(words.types)
-    writer.add_token_merges(words.merges)
+    if words.scores:
+        writer.add_token_scores(words.scores)
+        writer.add_add_space_prefix(False)
+    else:
+        writer.add_token_merges(words.merges)
     for name, token in words.special.items():
         key = {"unk": "unknown", "pad": "padding"}.get(name, name)
         writer.add_uint32(f"tokenizer.ggml.{key}_token_id", token)
@@ -475,18 +527,15 @@ def _core(tokenizer: PreTrainedTokenizerBase) -> JsonObject:
 def _refuse_other_kinds(core: JsonObject) -> None:
     model, normalizer = core["model"], core["normalizer"]
     if model["type"] != "BPE":
-        raise ExportError(f"tokenizer: its vocabulary is a {model['type']}; GGUF is written for byte-level BPE only")
-    if model["byte_fallback"]:
-        raise ExportError(
-            "tokenizer: its vocabulary is a SentencePiece BPE (with byte fallback); "
-            "GGUF is written for byte-level BPE only"
-        )
+        raise ExportError(f"tokenizer: its vocabulary is a {model['type']}; GGUF is written for BPE only")
     for part in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model[part]:
             raise ExportError(f"tokenizer: its BPE has {part} {model[part]!r}, which llama.cpp does not have")
     if not model["merges"]:
         raise ExportError("tokenizer: its BPE has no merges, and llama.cpp loads no vocabulary without")
-    if normalizer is not None and normalizer["type"] != "NFC":
+    if sentencepiece.is_sentencepiece(core):
+        sentencepiece.refuse_other_kinds(core)
+    elif normalizer is not None and normalizer["type"] != "NFC":
         raise ExportError(f"tokenizer: it normalizes texts ({normalizer['type']}), which llama.cpp does not do")
 
 
@@ -530,12 +579,17 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, core: JsonObject, rows: int) -> 
             console.warn(f"gguf: token {token!r} has id {index}, the embedding has {rows} rows: it is left out")
             continue
         tokens[index], types[index] = token, NORMAL
+        if sentencepiece.is_sentencepiece(core) and token in sentencepiece.BYTES:
+            types[index] = sentencepiece.BYTE
     for added in core["added_tokens"]:
         if added["id"] >= rows:
             continue
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
         if added["lstrip"] or added["rstrip"] or added["single_word"]:
             console.warn(f"gguf: token {added['content']!r} takes blanks or words around it; llama.cpp does not")
+    unknown = core["model"]["unk_token"] if sentencepiece.is_sentencepiece(core) else None
+    if unknown is not None and (index := tokenizer.get_vocab().get(unknown, rows)) < rows:
+        types[index] = sentencepiece.UNKNOWN
     return tokens, types
 
 
