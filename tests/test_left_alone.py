@@ -190,3 +190,11 @@ def test_a_copy_by_hard_links_keeps_its_lines_and_its_lock(tmp_path: Path) -> No
         with RunDirectory(runs[1]).lock():  # another run, which nobody works on
             pass
     assert [line["step"] for line in artifacts.read_jsonl(runs[0] / "steps.jsonl")] == [1, 2]
+
+
+def test_a_line_is_not_added_to_a_file_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine, without an end of line")
+    (tmp_path / "times.jsonl").symlink_to("notes")
+    artifacts.append_jsonl(tmp_path / "times.jsonl", {"stage": "plan"})
+    assert (tmp_path / "notes").read_text() == "mine, without an end of line"
+    assert artifacts.read_jsonl(tmp_path / "times.jsonl") == [{"stage": "plan"}]
