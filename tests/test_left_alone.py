@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from recover import cli
 from recover.base import artifacts
-from recover.base.errors import ArtifactError, ExportError
+from recover.base.errors import ArtifactError, ExportError, ModelError
 from recover.config import recipe
 from recover.export.gguf.write import write_gguf
 from recover.export.verify import ORPHANED, WAITING
@@ -97,6 +97,14 @@ def test_what_a_killed_conversion_left_is_tidied(tmp_path: Path, monkeypatch: py
         source.locate(recipe.Model(source=str(file)))
         left = [f".{busy}.7.writing", f".{busy}.lock", ".mine.7.writing", name, "mine"]
         assert sorted(path.name for path in cache.iterdir()) == left
+
+
+@pytest.mark.parametrize("cache", ["/dev/null", "/proc/none"])
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str) -> None:
+    file = write_gguf(recipe.embedded("fable-2m"), tmp_path / "model.gguf")
+    monkeypatch.setenv("RECOVER_CACHE", cache)
+    with pytest.raises(ModelError, match=rf"^{cache}/gguf: .* cannot be written .*set RECOVER_CACHE"):
+        source.locate(recipe.Model(source=str(file)))
 
 
 def test_a_disk_that_is_full_is_one_line_whichever_library_writes(tmp_path: Path) -> None:
