@@ -45,9 +45,8 @@ from recover.base.memory import PUBLISHED, Shape
 from recover.config.recipe import Depth, Lora, Loss, Probe
 from recover.distill.distiller import Distiller
 from recover.export.merge import tensors, unfilled
-from recover.models.load_stored import fill, store_of
 from recover.models.plan import Plan
-from recover.models.stored_weights import stored_in
+from recover.models.stored_weights import fill, store_of, stored_in
 from recover.models.twin import Held, Twin
 from recover.probe.probe import probe
 from recover.prune.registry import prune

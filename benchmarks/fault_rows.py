@@ -199,7 +199,7 @@ def lost_process(bench: Bench, number: int, draw: Random) -> Trial:
     if number // 3 % 2:
         micro_step = draw.randint(1, faulty_peers.MICRO_STEPS)
         what = f"{engine}, process {rank} raised in micro-step {micro_step}"
-        problem, seconds = faulty_peers.lost(folder, engine, faulty_peers.raised, f"{rank}", f"{micro_step}")
+        problem, seconds = faulty_peers.lost(folder, engine, faulty_peers.in_step, f"{rank}", f"{micro_step}", "raise")
     else:
         after = draw.uniform(0, bench.launch_seconds(engine))
         what = f"{engine}, process {rank} killed after {after:.3f} s"

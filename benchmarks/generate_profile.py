@@ -71,7 +71,7 @@ def _watched(spent: dict[str, list[float]]) -> Iterator[None]:
 
         return call
 
-    homes = {name: decode._Recorder if name == "_record" else decode._Writer for name in spent}
+    homes = {name: decode.Recorder if name == "_record" else decode._Writer for name in spent}
     own = {name: getattr(home, name) for name, home in homes.items()}
     for name, home in homes.items():
         setattr(home, name, timed(own[name], spent[name]))

@@ -87,13 +87,19 @@ def site_address(page: str, address: str, repository: str | None) -> str | None:
         return address
     target, anchor = _resolved(page, address)
     here = f"#{anchor}" if anchor else ""
-    if target == "README.md":
-        return f"index.md{here}"
-    if target in OUTSIDE:
-        return f"{OUTSIDE[target]}{here}"
-    if target.startswith(f"{DOCS}/"):
-        return f"{target.removeprefix(f'{DOCS}/')}{here}"
-    return f"{repository.rstrip('/')}/blob/main/{target}{here}" if repository else None
+    shown = _shown(target)
+    if shown is None:
+        return f"{repository.rstrip('/')}/blob/main/{target}{here}" if repository else None
+    return f"{os.path.relpath(shown, os.path.dirname(_shown(page) or page) or '.').replace(os.sep, '/')}{here}"
+
+
+def _shown(path: str) -> str | None:
+    """The page of the site that shows a page of the repository; None where none does."""
+    if path == "README.md":
+        return "index.md"
+    if path in OUTSIDE:
+        return OUTSIDE[path]
+    return path.removeprefix(f"{DOCS}/") if path.startswith(f"{DOCS}/") else None
 
 
 # What mkdocs calls.

@@ -47,7 +47,7 @@ COMMANDS = {
         "Write a recipe for any model: what goes, what text, which tasks, sized to this machine; each line says why.",
     ),
     "run": Listed("run", "Do all stages of a recipe: plan, dense, prune, before, train, after, export, report."),
-    "plan": Listed("run", "Check a recipe and say what it will cost, before any weight is loaded."),
+    "plan": Listed("run", "Check a recipe and say what it will cost: sizes, memory, and time on this machine."),
     "prune": Listed("run", "Run up to pruning: which blocks or weights go, and the scores behind it."),
     "probe": Listed(
         "run", "Run up to the diagnosis of the pruned model: drift in three spaces, tasks, where texts diverge."
@@ -134,7 +134,7 @@ app = typer.Typer(
     epilog="[bold]Examples[/bold]\n\n"
     "  recover quickstart                             all of it on a small model, in minutes on a CPU\n\n"
     "  recover init ORG/NAME --drop 10% --for math    a recipe for any model, sized to this machine\n\n"
-    "  recover plan recipes/quickstart.yaml           what it will cost, before any weight is loaded\n\n"
+    "  recover plan recipes/quickstart.yaml           what it will cost: sizes, memory, time of each stage\n\n"
     "  recover show checkpoints/quickstart            which stages are done, and what came out\n\n"
     "  recover measure ORG/NAME --tasks my_task.yaml  any checkpoint, no recipe\n\n"
     "  accelerate launch --config_file launch/gpu.yaml -m recover run recipes/quickstart.yaml",
@@ -196,13 +196,32 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
     sys.stderr.write(console.visible("".join(traceback.format_exception(kind, error, trace))))
 
 
+def _refuse_surroundings() -> None:
+    """Raise RecoverError where Python or its libraries would give up in other words."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise RecoverError("the working folder is gone, or may not be read; change to another one") from None
+    for word in sys.argv[1:]:
+        try:
+            os.fsencode(word).decode()
+        except UnicodeDecodeError:
+            raise RecoverError(
+                f"{word!r}: holds bytes that are no UTF-8, and no model is read or written at such a path; rename it"
+            ) from None
+
+
 def main() -> None:
     """Entry point of `recover` and of `python -m recover`."""
     leave_working_folder()
     wait_asleep()
     sys.excepthook = _print_traceback
     try:
+        _refuse_surroundings()
         app(prog_name="recover")
+    except RecoverError as error:
+        console.error(str(error))
+        dist.leave(error.exit_code)
     except SystemExit as ended:
         if not isinstance(ended.code, int | None):
             raise  # a sentence, for Python to print

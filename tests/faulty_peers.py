@@ -1,6 +1,6 @@
-"""One of two processes of a training is lost: killed at some time, or it raises in the middle of a step.
+"""One of two processes of a training is lost: killed at some time, or killed or raising in the middle of a step.
 
-torchrun --standalone --nproc_per_node 2 tests/faulty_peers.py FOLDER plain|zero2|zero3 [RANK MICRO_STEP]
+torchrun --standalone --nproc_per_node 2 tests/faulty_peers.py FOLDER plain|zero2|zero3 [RANK MICRO_STEP raise|kill]
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ Fault = Callable[[Path], float]  # waits for its moment, hurts the training in t
 
 
 def main(folder: Path, engine: str, *fault: str) -> None:
-    """The training in each process of a launch; with a fault, one of them raises in that micro-step."""
+    """The training in each process of a launch; with a fault, one of them raises or is killed in that micro-step."""
     rank = int(os.environ["RANK"])
     artifacts.write_text(folder / f"process-{rank}", f"{os.getpid()}")
 
     def fail(_trainer: RecoverTrainer, number: int) -> None:
         if number == int(fault[1]):
-            artifacts.write_text(folder / "raised", f"{time.time()}")
+            artifacts.write_text(folder / "hurt", f"{time.time()}")
+            if fault[2] == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError("raised in the middle of a step")
 
     if fault and rank == int(fault[0]):
@@ -109,9 +111,9 @@ def killed(rank: int, after: float) -> Fault:
     return hurt
 
 
-def raised(folder: Path) -> float:
-    """For a launch that was told where to raise."""
-    return float(wait_for(folder / "raised"))
+def in_step(folder: Path) -> float:
+    """For a launch that was told in which micro-step to raise or to be killed."""
+    return float(wait_for(folder / "hurt"))
 
 
 def lost(folder: Path, engine: str, fault: Fault, *more: str) -> tuple[str | None, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import gguf
@@ -15,14 +16,26 @@ NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # token types of the GGUF specifica
 WINDOW = 8
 
 
-def sentencepiece(words: int = 900) -> PreTrainedTokenizerFast:
-    """A BPE with blanks as letters and bytes for what it does not know, as Gemma's."""
+def every_way(core: Tokenizer) -> Tokenizer:
+    """The same tokens, each made of any two others that it is made of, as conversions from SentencePiece list them."""
+    values = json.loads(core.to_str())
+    known = {token: index for token, index in values["model"]["vocab"].items() if token not in {*SPECIAL, *BYTES}}
+    cuts = [(known[token], token[:at], token[at:]) for token in known for at in range(1, len(token))]
+    merges = [(index, first, second) for index, first, second in cuts if first in known and second in known]
+    values["model"]["merges"] = [[first, second] for _, first, second in sorted(merges, key=lambda each: each[0])]
+    return Tokenizer.from_str(json.dumps(values))
+
+
+def sentencepiece(words: int = 900, *, whole: bool = False) -> PreTrainedTokenizerFast:
+    """A BPE with blanks as letters and bytes for what it does not know, as Gemma's; `whole`: merged in every way."""
     core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     core.normalizer = normalizers.Replace(" ", "▁")
     core.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     trainer = trainers.BpeTrainer(vocab_size=words, special_tokens=SPECIAL + BYTES, show_progress=False)
     core.train_from_iterator([line for line in Path(__file__).read_text().splitlines() if line], trainer)
+    if whole:
+        core = every_way(core)
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
     )

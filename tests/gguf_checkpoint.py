@@ -23,6 +23,10 @@ LLAMA31 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+GEMMA3 = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 NARROW = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
 # Every way in which these families differ in a GGUF file.
 VARIANTS = {
@@ -48,6 +52,13 @@ VARIANTS = {
     "phi3_grouped": ("phi3", {"tie_word_embeddings": True}),
     "qwen3_moe": ("qwen3_moe", {"mlp_only_layers": []}),
     "olmoe": ("olmoe", {"norm_topk_prob": False, "num_key_value_heads": 4}),
+    "gemma": ("gemma", {"tie_word_embeddings": True}),
+    "gemma2": ("gemma2", {"tie_word_embeddings": True, "attn_logit_softcapping": 5.0}),
+    "gemma3_text": (
+        "gemma3_text",
+        {"tie_word_embeddings": True, "layer_types": ["sliding_attention"] * 5 + ["full_attention"]}
+        | {"rope_parameters": GEMMA3},
+    ),
     "granite_narrow": ("granite", {**NARROW, "attention_multiplier": 0.3}),
 }
 

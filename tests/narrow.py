@@ -7,6 +7,7 @@ import functools
 
 import torch
 from tiny import FAMILIES, HYBRIDS, MIXTURES, ids, tiny
+from transformers.pytorch_utils import Conv1D
 
 from recover.config import recipe
 from recover.models.arch import arch_of, blocks_of
@@ -17,7 +18,7 @@ from recover.prune.width import prune_width
 NEURONS, HEAD, SHARED = 96, 16, 2  # of every tiny model; SHARED query heads on a KV head
 MLP_ONLY = {"phi3", "olmo2", "olmo3", "granite_swa"}
 MLP_ONLY |= {*HYBRIDS, "gemma4_text", "gemma4_unified_text", "olmoe", "gpt_oss", "deepseek_v3"}
-MLP_ONLY |= {"stablelm", "stablelm_parallel", "cohere", "gpt_neox", "gpt_neox_sequential"}
+MLP_ONLY |= {"stablelm", "stablelm_parallel", "cohere", "gpt_neox", "gpt_neox_sequential", "gpt2", "gpt_bigcode"}
 NARROWED = [family for family in FAMILIES if family not in MIXTURES or family not in MLP_ONLY]
 
 
@@ -68,6 +69,11 @@ def last(model, block: int):
     return blocks_of(model)[block].get_submodule(name_of_last(model, block))
 
 
+def matrix(linear) -> torch.Tensor:
+    """Its weight (O, I), which GPT-2 stores the other way round."""
+    return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+
+
 def name_of_last(model, block: int) -> str:
     """Its name inside the block; empty for a block without an MLP."""
     arch = arch_of(model)
@@ -84,7 +90,7 @@ def neuron_score(model, block: int, neuron: int, by: str, seen: list[torch.Tenso
     if by == "activation":
         means = [float(sample[:, neuron].abs().mean()) for x in seen for sample in x]
         return sum(mean**2 for mean in means) ** 0.5
-    column = last(model, block).weight[:, neuron].double()
+    column = matrix(last(model, block))[:, neuron].double()
     return float(torch.cat([x[..., neuron].flatten() for x in seen]).var() * (column @ column))
 
 
@@ -116,7 +122,7 @@ def silenced(model, by: str = "activation", neurons: int = 40, groups: int = 1):
             if neurons and (name := name_of_last(model, block)):
                 seen = [inputs_of_last(model, block, name, tokens) for tokens in batches()]
                 gone = lowest([neuron_score(model, block, n, by, seen) for n in range(NEURONS)], neurons)
-                last(quiet, block).weight[:, sorted(gone)] = 0
+                matrix(last(quiet, block))[:, sorted(gone)] = 0
             if not groups:
                 continue
             seen = [inputs_of_last(model, block, attention, tokens) for tokens in batches()]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -88,3 +89,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory, *overrides: str, until: s
             run(place, *overrides, until=until)
             (place / "made").touch()
     return place / "quickstart"
+
+
+def begun(tmp_path_factory: pytest.TempPathFactory, runs: Path, *overrides: str) -> RunDirectory:
+    """In `runs`, a run by these overrides that stands before its training: a copy of the finished one."""
+    directory = RunDirectory(shutil.copytree(finished(tmp_path_factory, *overrides), runs / "quickstart"))
+    for folder in (directory.train, directory.after, directory.deploy, directory.report):
+        shutil.rmtree(folder)
+    directory.epochs.unlink()
+    return directory

@@ -15,14 +15,25 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
-    GPT2Config,
+    OpenAIGPTConfig,
 )
+from transformers.pytorch_utils import Conv1D
 from typer.testing import CliRunner
 
 from recover.base.errors import ModelError
 from recover.cli import app
 from recover.config import recipe
-from recover.models.arch import ALL_HEADS, ARCHS, arch_of, arch_of_config, blocks_of, final_norm_of, head_of, linears_of
+from recover.models.arch import (
+    ALL_HEADS,
+    ARCHS,
+    arch_of,
+    arch_of_config,
+    as_linears,
+    blocks_of,
+    final_norm_of,
+    head_of,
+    linears_of,
+)
 from recover.models.load import describe, load_model
 from recover.models.refusal import KINDS, WRAPPER
 from recover.models.wrapper import WRAPPERS
@@ -35,7 +46,7 @@ def test_a_row_names_every_part(family):
     arch, blocks = arch_of(model), blocks_of(model)
     assert arch is ARCHS[FAMILIES[family][0]] is arch_of(model.config) and len(blocks) == 6
     linears = linears_of(model)
-    inside = {name for name, m in model.named_modules() if type(m) is nn.Linear and name != arch.head}
+    inside = {name for name, m in model.named_modules() if type(m) in (nn.Linear, Conv1D) and name != arch.head}
     inside -= {name for name in inside if name.endswith("shared_expert_gate")}  # one row: a weight a token, as a router
     assert set(linears) == inside and all(linears[name] is model.get_submodule(name) for name in inside)
     assert model.get_submodule(arch.embed) is model.get_input_embeddings()
@@ -95,6 +106,11 @@ def test_what_is_not_supported_says_what_it_is_and_what_to_do(config, said):
         ({"model_type": "gemma4_text", "num_kv_shared_layers": 10}, "blocks that share keys and values"),
         ({"model_type": "gemma4_text", "hidden_size_per_layer_input": 256}, "embeddings for each block"),
         ({"model_type": "gemma4_text", "enable_moe_block": True}, "a mixture of experts beside each MLP"),
+        (
+            {"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True},
+            "divides its attention by its number",
+        ),
+        ({"model_type": "gpt_bigcode", "add_cross_attention": True}, "its blocks attend to an encoder too"),
     ],
 )
 def test_models_of_a_supported_type_that_are_otherwise_are_refused(config, said):
@@ -120,8 +136,15 @@ def test_a_folder_whose_blocks_share_is_refused_by_what_it_is(model_type, fields
 
 
 def test_a_model_of_transformers_without_a_row_says_the_same():
-    with pytest.raises(ModelError, match="'gpt2' is not supported: it is a model whose projections are Conv1D"):
-        arch_of(GPT2Config())
+    with pytest.raises(ModelError, match="'openai-gpt' is not supported: it is a model whose norms act on"):
+        arch_of(OpenAIGPTConfig())
+
+
+def test_conv1d_layers_whose_weights_are_dealt_out_are_refused_with_the_launch():
+    model = tiny("gpt2")
+    model.transformer.h[0].mlp.c_fc.weight.ds_id = 0  # as DeepSpeed marks what it has partitioned
+    with pytest.raises(ModelError, match=r"ZeRO-3 deals out this model's weights.*launch/zero2.yaml"):
+        as_linears(model)
 
 
 def test_the_text_model_of_a_wrapper_is_saved_alone_as_the_message_says(tmp_path):

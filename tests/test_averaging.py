@@ -15,12 +15,12 @@ from recover.base import dist
 from recover.base.artifacts import read_json
 from recover.base.errors import ArtifactError, RecipeError, StopRequested, TrainingError
 from recover.config.recipe import Train
+from recover.config.train import refuse_averaging_shares
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.run import estimate
 from recover.train import course
 from recover.train.optimizer_state import Average, averaged_steps
-from recover.train.settings import refuse_averaging_shares
 from recover.train.train import train
 from recover.train.trainer import RecoverTrainer
 

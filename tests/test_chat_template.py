@@ -21,6 +21,10 @@ REFUSED = {
         "takes more than",
     ),
     "a huge range": ("{% for a in range(10**12) %}{% endfor %}", "takes more than .*Range too big"),
+    "a power of constants": ("{{ (7 ** (10 ** 8)) % 3 }}", "a number of more than 65,536 bits"),
+    "a power of powers": ("{{ ('9' * 4000) | int ** 100000 % 2 }}", "a number of more than 65,536 bits"),
+    "long numbers": ("{{ ('f' * 10 ** 7) | int(0, 16) // 7 }}", "a number of more than 65,536 bits"),
+    "a test of long numbers": ("{{ ('f' * 10 ** 7) | int(0, 16) is divisibleby(7) }}", "more than 65,536 bits"),
     "much text": ("{% for a in range(50000) %}one thousand roses and more {% endfor %}", "writes 1,400,000 characters"),
     "no end of a loop": ("line\n{% for m in messages %}", r"line 2: .*end of template"),
     "no such filter": ("{{ messages | nothing }}", "line 1: No filter named 'nothing'"),
@@ -48,6 +52,40 @@ def test_sound_templates_and_those_that_refuse_some_conversations_pass() -> None
     for template in (None, "{{ raise_exception('a system prompt first') }}", "{{ messages[0]['content'][0]['text'] }}"):
         tokenizer.chat_template = template
         check_template(tokenizer, "folder")
+
+
+LATER = {
+    "endless loops": (ENDLESS, r"TooSlow: takes more than 0\.5 seconds"),
+    "a huge text": ("{{ ('a' * 20000000000) | length }}", "MemoryError"),
+    "a huge list": ("{{ (['ab'] * 900000000) | length }}", "MemoryError"),
+    "a power": ("{% set n = 10 ** 8 %}{{ 7 ** n % 3 }}", "OverflowError: a number of more than 65,536 bits"),
+    "much text": ("{{ 'ab ' * 300000 }}", "it writes 900,005 characters; expected at most 66,..."),
+}
+
+
+@pytest.mark.parametrize("what", LATER)
+def test_a_template_that_waits_for_another_message_is_bounded_there_too(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizers, "SECONDS", 0.5)
+    tokenizer = words()
+    then, reason = LATER[what]
+    tokenizer.chat_template = (
+        f"{{% if 'Olga' not in messages[0].content %}}{then}{{% endif %}}{{{{ messages[0].content }}}}"
+    )
+    check_template(tokenizer, "folder")
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(DataError, match=f"cannot write the prompt 'Hello' [^\n]*{reason}") as raised:
+        prompt_text(tokenizer, "Hello")
+    assert "\n" not in str(raised.value) and resource.getrlimit(resource.RLIMIT_AS) == limits
+
+
+def test_templates_compute_as_transformers_has_it() -> None:
+    tokenizer = words()
+    tokenizer.chat_template = (
+        "{{ messages[0].content }} {{ 2 ** 10 // 3 % 7 - 1.5 * 2 + 1 / 4 }} {{ 9 is divisibleby 3 }}"
+    )
+    assert prompt_text(tokenizer, "Hello") == "Hello 2.25 True"
 
 
 def test_what_a_template_raises_for_a_prompt_is_one_line() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from report_run import build_run
-from small_run import run
+from small_run import MASKED, finished, run
 
 from recover.base import clock as clocks
 from recover.base.clock import OTHER, Clock, note, part, spent, stage_clock
@@ -126,10 +128,10 @@ def test_the_report_has_a_table_of_it(tmp_path):
     assert 'id="table-times"' in page and "training 68 s, writing text 40 s" in page
 
 
-def test_a_run_says_where_its_time_went(tmp_path, monkeypatch):
-    directory = run(tmp_path, "probe.sublayers=false", until="before")
-    found = {row["stage"]: row for row in spent(directory.root)}
-    assert list(found) == ["plan", "dense", "prune", "before"]
+def test_a_run_says_where_its_time_went(tmp_path_factory, tmp_path, monkeypatch):
+    root = shutil.copytree(finished(tmp_path_factory, *MASKED), tmp_path / "quickstart")
+    found = {row["stage"]: row for row in spent(root)}
+    assert list(found) == ["plan", "dense", "prune", "before", "train", "after", "export", "report"]
     assert {"loading libraries", "checking inputs", OTHER} <= found["plan"]["parts"].keys()
     assert "reading weights" in found["dense"]["parts"] and "reading weights" not in found["before"]["parts"]
     assert {"probing", "measuring", "writing text", OTHER} <= found["before"]["parts"].keys()
@@ -142,6 +144,6 @@ def test_a_run_says_where_its_time_went(tmp_path, monkeypatch):
 
     monkeypatch.setitem(stage_work.WORK, "before", stopped)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, "probe.sublayers=false", until="before", start="before")
-    again = {row["stage"]: row for row in spent(directory.root)}
+        run(tmp_path, *MASKED, until="before", start="before")
+    again = {row["stage"]: row for row in spent(root)}
     assert again["before"]["calls"] == 1 and again["before"]["seconds"] < found["before"]["seconds"]

@@ -130,7 +130,7 @@ def test_steps_that_the_host_does_not_see_change_no_text(monkeypatch):
     model, asked = ending_at(1.5), prompts(40)
     expected = texts(plain, model, asked, limit=12, rows=40)
     monkeypatch.setattr(decode, "may_record", lambda model: True)
-    monkeypatch.setattr(decode, "_Recorder", Replayed)
+    monkeypatch.setattr(decode, "Recorder", Replayed)
     monkeypatch.setattr(decode, "VISIBLE_STEP", 4)
     monkeypatch.setattr(decode, "steps_unseen", lambda device: 5)
     monkeypatch.setattr(decode, "refills", lambda device: True)
@@ -162,7 +162,7 @@ def test_a_prompt_that_several_texts_begin_with_is_read_once():
 def test_what_a_writer_recorded_goes_when_its_reader_leaves(monkeypatch):
     """And not when the garbage collector comes by, which breaks a recording that is being made."""
     monkeypatch.setattr(decode, "may_record", lambda model: True)
-    monkeypatch.setattr(decode, "_Recorder", Replayed)
+    monkeypatch.setattr(decode, "Recorder", Replayed)
     asked = prompts(4)
     with torch.no_grad():
         reader = write(ending_at(1.5), asked, Writing(rows=2, limit=12, ends=(2,), pad=0))
@@ -187,7 +187,7 @@ def test_the_collector_waits_for_a_recording(collects):
 
 def test_a_writers_cache_goes_with_it_and_does_not_wait_for_the_collector(monkeypatch):
     monkeypatch.setattr(decode, "may_record", lambda model: True)
-    monkeypatch.setattr(decode, "_Recorder", Replayed)
+    monkeypatch.setattr(decode, "Recorder", Replayed)
     model, asked = ending_at(1.5), prompts(4)
     texts(write, model, asked, limit=4, rows=4)
     gc.collect()

@@ -191,7 +191,7 @@ def test_taylor_is_the_slope_of_the_loss_along_the_gate(unit, batches):
 
 
 STREAMS = ["gemma2", "olmo2", "granite", "phi3", "exaone4", "glm4", "starcoder2", "apertus"]
-STREAMS += ["stablelm", "stablelm_parallel", "cohere2", "phi", "gpt_neox", "gpt_neox_sequential"]
+STREAMS += ["stablelm", "stablelm_parallel", "cohere2", "phi", "gpt_neox", "gpt_neox_sequential", "gpt2"]
 
 
 @pytest.mark.parametrize("family", STREAMS)

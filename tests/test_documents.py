@@ -22,7 +22,7 @@ from recover.config.recipe import Recipe, load_recipe
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     str(path.relative_to(ROOT))
-    for folder in (".", "docs", "launch", "checkpoints", "recover/embedded/fable-2m", ".github")
+    for folder in (".", "docs", "docs/results", "launch", "checkpoints", "recover/embedded/fable-2m", ".github")
     for path in (ROOT / folder).glob("*.md")
 )
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
@@ -67,7 +67,7 @@ def test_a_broken_link_is_found() -> None:
 def test_the_site_holds_every_page_once() -> None:
     text = re.sub(r"!!python/\S+", "", (ROOT / "mkdocs.yml").read_text())
     named = re.findall(r"[\w./-]+\.md", str(yaml.safe_load(text)["nav"]))
-    written = [path.name for path in (ROOT / "docs").glob("*.md")]
+    written = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
     assert sorted(named) == sorted([*written, *SITE.OUTSIDE.values()])
     assert all((ROOT / path).is_file() for path in SITE.OUTSIDE)
 
@@ -79,8 +79,13 @@ def test_the_site_holds_every_page_once() -> None:
         ("docs/a.md", "../launch/README.md#c", "launch.md#c"),
         ("launch/README.md", "../docs/results.md", "results.md"),
         ("docs/a.md", "../README.md", "index.md"),
+        ("docs/a.md", "b/c.md", "b/c.md"),
+        ("docs/b/c.md", "d.md#e", "d.md#e"),
+        ("docs/b/c.md", "../a.md", "../a.md"),
+        ("docs/b/c.md", "../../launch/README.md#c", "../launch.md#c"),
         ("docs/a.md", "https://example.org", "https://example.org"),
         ("docs/a.md", "../recover/api.py", None),
+        ("docs/b/c.md", "../../recover/api.py", None),
     ],
 )
 def test_links_of_the_site_are_those_of_the_repository(page: str, address: str, shown: str | None) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from small_run import DEPTH, MASKED, QUICKSTART, SMALL, finished, run
+from small_run import DEPTH, MASKED, QUICKSTART, SMALL, begun, finished, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recover.base.artifacts import read_json, read_jsonl
@@ -108,8 +108,9 @@ def test_a_second_run_does_nothing_and_a_changed_field_is_named(tmp_path, capsys
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_stopped_training_goes_on_where_it_was(tmp_path, number, capsys):
-    overrides = ["train.tokens=1000", "train.save_steps=3", "prune={kind: depth, blocks: [3]}", "probe.sublayers=false"]
+def test_a_stopped_training_goes_on_where_it_was(tmp_path_factory, tmp_path, number, capsys):
+    begun(tmp_path_factory, tmp_path, *DEPTH)
+    overrides = ["train.tokens=1000", "train.save_steps=3", *DEPTH]
     command = [sys.executable, "-m", "recover", "run", str(QUICKSTART), "--runs", str(tmp_path), *SMALL, *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

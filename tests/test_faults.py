@@ -282,7 +282,6 @@ def test_a_nan_on_one_process_is_skipped_on_both(tmp_path, engine):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["plain", "zero2", "zero3"])
 def test_all_end_soon_after_one_process_is_lost(tmp_path, engine):
-    problem, _ = faulty_peers.lost(tmp_path / "killed", engine, faulty_peers.killed(1, 1.5))
-    assert problem is None
-    problem, _ = faulty_peers.lost(tmp_path / "raised", engine, faulty_peers.raised, "0", "4")
-    assert problem is None
+    for rank, micro_step, way in (("1", "3", "kill"), ("0", "4", "raise")):
+        problem, _ = faulty_peers.lost(tmp_path / way, engine, faulty_peers.in_step, rank, micro_step, way)
+        assert problem is None

@@ -85,9 +85,13 @@ def ours(name: str) -> str | None:
 
 
 @functools.cache
+def named(module: str, *, deferred: bool = True) -> list[str]:
+    return list(imports(ast.parse(MODULES[module].read_text()), deferred=deferred))
+
+
+@functools.cache
 def imported(module: str, *, deferred: bool = True) -> set[str]:
-    names = imports(ast.parse(MODULES[module].read_text()), deferred=deferred)
-    return {name for name in map(ours, names) if name not in (None, "recover")}
+    return {name for name in map(ours, named(module, deferred=deferred)) if name not in (None, "recover")}
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name != "recover"])
@@ -129,7 +133,6 @@ def test_light_modules_import_nothing_heavy(module: str) -> None:
     while todo:
         name = todo.pop()
         seen.add(name)
-        tree = ast.parse(MODULES[name].read_text())
-        heavy = {found for found in imports(tree, deferred=False) if found.split(".")[0] in HEAVY}
+        heavy = {found for found in named(name, deferred=False) if found.split(".")[0] in HEAVY}
         assert not heavy, f"{module} imports {name}, which imports {heavy} at module level"
         todo += [found for found in imported(name, deferred=False) if found not in seen]

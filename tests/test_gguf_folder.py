@@ -185,6 +185,20 @@ def test_a_tokenizer_that_does_not_use_the_words_of_the_file_is_refused(gemma, m
         load_tokenizer(cfg(path))
 
 
+@pytest.mark.parametrize("variant", ["gemma2", "gemma3_text"])
+def test_a_gemma_that_is_written_is_the_model_that_is_read(variant, tmp_path, monkeypatch):
+    monkeypatch.setenv("RECOVER_CACHE", str(tmp_path / "cache"))
+    tokenizer = sentencepiece(whole=True)
+    folder = checkpoint(tmp_path / "deploy", variant, vocab_size=len(tokenizer), max_position_embeddings=512)
+    tokenizer.save_pretrained(folder)
+    path = write_gguf(folder, tmp_path / "model.gguf")
+    options = {"attention": "eager", "source": str(path)}
+    found, model = load_model(recipe.Model(**options)), load_model(recipe.Model(**(options | {"source": str(folder)})))
+    assert torch.allclose(found(ids(2, 40)).logits, model(ids(2, 40)).logits, atol=1e-4)
+    for text in ("def sentencepiece(words: int = 900)", "  two  blanks\n\n naïve 東 12", TEXT):
+        assert load_tokenizer(cfg(path))(text)["input_ids"] == tokenizer(text)["input_ids"], text
+
+
 @pytest.mark.slow
 def test_llama_cpp_computes_on_a_gemma_file_what_is_read_of_it(gemma):
     path, _, tokenizer = gemma

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from gemma_gguf import BYTES, SPECIAL, sentencepiece
 from gguf_checkpoint import ROWS, checkpoint, llama_cpp, tokenized, words
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -60,11 +61,39 @@ def word_level() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
 
 
+def pieces(normalizer=None, pre=None, merges=()) -> PreTrainedTokenizerFast:
+    """Gemma's kind of vocabulary, with a part of it otherwise."""
+    made = ["".join(pair) for pair in merges]
+    vocab = {token: index for index, token in enumerate(dict.fromkeys([*SPECIAL, *BYTES, "a", "b", "c", *made]))}
+    core = Tokenizer(models.BPE(vocab, [*merges], unk_token="<unk>", byte_fallback=True))
+    core.normalizer = normalizers.Sequence(normalizer) if normalizer else normalizers.Replace(" ", "▁")
+    if pre is not None:
+        core.pre_tokenizer = pre
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>")
+
+
+def test_a_vocabulary_of_sentencepiece_has_scores_in_the_place_of_merges():
+    tokenizer = pieces(merges=[("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc")])
+    found = vocabulary(tokenizer, 300, [1])
+    assert found.pre == "default" and found.merges == []
+    ids = tokenizer.get_vocab()
+    assert [found.scores[ids[token]] for token in ("ab", "bc", "abc")] == [0.0, -1.0, -2.0]
+    assert found.types[ids["<unk>"]] == 2 and found.types[ids["<0x41>"]] == 6 and found.types[ids["ab"]] == 1
+    assert found.types[299] == 5, "a row without a token"
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "message"),
     [
-        (word_level(), "its vocabulary is a WordLevel; GGUF is written for byte-level BPE only"),
-        (bpe(byte_level(), byte_fallback=True), "a SentencePiece BPE"),
+        (word_level(), "its vocabulary is a WordLevel; GGUF is written for BPE only"),
+        (bpe(byte_level(), byte_fallback=True), r"SentencePiece BPE .* changes texts by None; .* as Gemma's"),
+        (
+            pieces(normalizer=[normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")], merges=[("a", "b")]),
+            "SentencePiece BPE .*Prepend",
+        ),
+        (pieces(pre=pre_tokenizers.Metaspace(), merges=[("a", "b")]), "SentencePiece BPE .* splits texts by Metaspace"),
+        (sentencepiece(), "are not joined by its merges, and llama.cpp joins any two whose text is a token"),
+        (pieces(merges=[("a", "b"), ("b", "c"), ("ab", "c"), ("b", "b"), ("a", "bc")]), "makes 'abc' at two places"),
         (bpe(byte_level(), normalizer=normalizers.Lowercase()), r"it normalizes texts \(Lowercase\)"),
         (bpe(pre_tokenizers.Whitespace()), r"it splits texts by .*Whitespace"),
         (bpe(byte_level(add_prefix_space=True)), r"it splits texts by .*add_prefix_space"),
@@ -77,7 +106,7 @@ def word_level() -> PreTrainedTokenizerFast:
 )
 def test_vocabularies_that_llama_cpp_would_read_otherwise_are_refused(tokenizer, message):
     with pytest.raises(ExportError, match=message):
-        vocabulary(tokenizer, 5, [0])
+        vocabulary(tokenizer, max(5, len(tokenizer)), [0])
 
 
 def test_a_token_without_a_row_that_no_text_gives_is_left_out(capsys):
@@ -130,4 +159,14 @@ def test_llama_cpp_tokenizes_as_the_checkpoint_does(name, tmp_path):
     tokenizer.save_pretrained(folder)
     server = llama_cpp(write_gguf(folder, tmp_path / "out.gguf"))
     for text in TEXTS:
+        assert tokenized(server, text) == tokenizer(text).input_ids, text
+
+
+@pytest.mark.slow
+def test_llama_cpp_tokenizes_as_gemma_does(tmp_path):
+    tokenizer = sentencepiece(whole=True)
+    folder = checkpoint(tmp_path / "deploy", "gemma3_text", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(folder)
+    server = llama_cpp(write_gguf(folder, tmp_path / "out.gguf"))
+    for text in (*TEXTS[:3], *TEXTS[4:], "the  vocabulary   of tokens\n\n\nand <bos> too"):
         assert tokenized(server, text) == tokenizer(text).input_ids, text

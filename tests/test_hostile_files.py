@@ -111,6 +111,19 @@ def test_ids_far_apart_are_refused_before_a_library_counts_up_to_them(folder: Pa
         load_tokenizer(cfg)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
+def test_a_million_added_tokens_are_counted_before_a_library_takes_minutes_for_them(folder: Path, name: str) -> None:
+    by_id = {str(number): {"content": f"<{number}>"} for number in range(300_000)}
+    added = {
+        "tokenizer.json": {"added_tokens": [*by_id.values()]},
+        "tokenizer_config.json": {"added_tokens_decoder": by_id},
+        "added_tokens.json": by_id,
+    }
+    (folder / name).write_text(json.dumps(added[name]))
+    with pytest.raises(ModelError, match=rf"{name}: adds 300,000 tokens .* at most 131,072"):
+        load_tokenizer(Model(source=str(folder)))
+
+
 @pytest.mark.parametrize("pattern", [r"(a+)+$", r"(?:a|aa)+$", r"(\w+\s?)+$"])
 def test_a_pattern_that_backtracks_is_refused_when_the_tokenizer_is_loaded(folder: Path, pattern: str) -> None:
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}

@@ -28,8 +28,7 @@ from recover.config.recipe import Calibration, Depth, Lora
 from recover.distill.distiller import Distiller
 from recover.export.merge import merge
 from recover.measure import speed
-from recover.models.arch import arch_of, blocks_of, linears_in, linears_of, lone_of, modules_in
-from recover.models.kv_cache import given_by
+from recover.models.arch import arch_of, blocks_of, cache_in, linears_in, linears_of, lone_of, modules_in
 from recover.models.load import describe, load_model
 from recover.models.plan import Plan
 from recover.models.site import Site
@@ -167,7 +166,7 @@ def test_a_plan_knows_parameters_and_cache_of_a_hybrid(family, tmp_path):
     described = describe(cfg(tmp_path))
     assert described.parameters == model.num_parameters() and described.intermediate == 96 and described.beside == 0
     cache = model(ids(1, 7), use_cache=True)
-    kept = given_by(cache).layers
+    kept = cache_in(cache).layers
     grown = sum(layer.keys.numel() + layer.values.numel() for layer in kept if getattr(layer, "keys", None) is not None)
     assert kv_bytes_per_token(described, 1) * 7 == speed.kv_bytes_per_token(model.config, 1) * 7 == grown
 

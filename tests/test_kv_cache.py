@@ -16,7 +16,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from recover.base.errors import ModelError
 from recover.config.recipe import Lora, Probe
 from recover.measure.speed import compare_speed
-from recover.models import kv_cache
+from recover.models.arch import CACHE_NAMES, cache_among, cache_in, cache_name, taking_cache
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.probe.probe import probe
@@ -51,13 +51,13 @@ class Heir(Old):
 
 @pytest.mark.parametrize(("kind", "name"), [(New, "cache"), (Renamed, "cache"), (Old, "past_key_values")])
 def test_the_name_is_told_by_the_signature(kind, name):
-    assert kv_cache.cache_name(kind) == name and kv_cache.taking(kind(), 7) == {name: 7}
-    assert kv_cache.cache_name(Heir) == "past_key_values"
+    assert cache_name(kind) == name and taking_cache(kind(), 7) == {name: 7}
+    assert cache_name(Heir) == "past_key_values"
 
 
 def test_a_model_without_a_known_name_is_refused_before_it_swallows_a_cache():
     with pytest.raises(ModelError, match=r"test_kv_cache\.Neither: its forward takes x, memory, kwargs; expected"):
-        kv_cache.taking(Neither(), None)
+        taking_cache(Neither(), None)
 
 
 def test_attention_whose_cache_nothing_here_would_find_is_refused():
@@ -69,9 +69,9 @@ def test_attention_whose_cache_nothing_here_would_find_is_refused():
 
 
 def test_a_closed_attention_finds_the_cache_under_either_name():
-    for name in kv_cache.NAMES:
-        assert kv_cache.among({"attention_mask": None, name: 7}) == 7
-    assert kv_cache.among({"cache": None}) is None and kv_cache.among({}) is None
+    for name in CACHE_NAMES:
+        assert cache_among({"attention_mask": None, name: 7}) == 7
+    assert cache_among({"cache": None}) is None and cache_among({}) is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -79,15 +79,15 @@ def test_models_and_what_wraps_them_take_the_cache_that_they_give(family):
     model = tiny(family)
     output = model(ids(), use_cache=True)
     (name,) = cached(output)
-    assert kv_cache.given_by(output) is cache_of(output)
+    assert cache_in(output) is cache_of(output)
     twin = Twin(model, Plan("depth", 6, (2, 4)))
     wrapped = twin.add_lora(Lora(rank=2))
     for each in (tiny(family), twin.base, wrapped):
-        assert list(kv_cache.taking(each, None)) == [name]
+        assert list(taking_cache(each, None)) == [name]
         cache = cache_of(each(ids(), use_cache=True))
-        each(ids()[:, :1], use_cache=True, **kv_cache.taking(each, cache))
+        each(ids()[:, :1], use_cache=True, **taking_cache(each, cache))
         assert cache.get_seq_length() == ids().shape[1] + 1
-    assert kv_cache.given_by(wrapped(ids(), use_cache=False)) is None
+    assert cache_in(wrapped(ids(), use_cache=False)) is None
 
 
 def test_nothing_here_uses_a_name_that_is_deprecated(monkeypatch):

@@ -18,7 +18,8 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_
 
 from recover.base import memory
 from recover.config.recipe import Train
-from recover.train.settings import split_batch, training_arguments
+from recover.config.train import split_batch
+from recover.train.train import training_arguments
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"

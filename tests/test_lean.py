@@ -31,14 +31,17 @@ from recover.models.twin import Twin
 # Whose norms or MLPs are others. An upgrade of transformers that computes one otherwise shows here.
 OTHER_MLPS = {"phi3", "glm", "glm4", "apertus", "arcee", "nemotron", "starcoder2", "seed_oss"}
 OTHER_MLPS |= {"gpt_neox", "gpt_neox_sequential", "phi", "lfm2", "granitemoehybrid", "falcon_h1", "nemotron_h"}
+GPT2 = {"gpt2", "gpt_bigcode"}
+OTHER_MLPS |= GPT2
 # Of mixtures: plain MLPs, in some blocks; where there are shared experts, each block has an MLP of the kind.
 MIXED = {"mixtral": 0, "olmoe": 0, "qwen3_moe": 1, "qwen3_moe_step": 3, "gpt_oss": 0}
 OTHER_NORMS = {"gemma", "gemma2", "gemma3_text", "olmo2", "olmo3", "nemotron", "starcoder2", "qwen3_5_text"}
 OTHER_NORMS |= {"gemma4_text", "gemma4_unified_text", "gpt_oss", "qwen3_next", "nemotron_h"}
 OTHER_NORMS |= {"cohere", "cohere2", "gpt_neox", "gpt_neox_sequential", "phi", "stablelm", "stablelm_parallel"}
+OTHER_NORMS |= GPT2
 OTHER_ROTARY = {"phi3", "olmo2", "olmo3", "glm", "glm4", "ernie4_5", "nemotron", "qwen3_5_text", "gpt_oss", "glm4_moe"}
 OTHER_ROTARY |= {"gemma4_text", "gemma4_unified_text", "cohere", "cohere2", "gpt_neox", "gpt_neox_sequential"}
-OTHER_ROTARY |= {"qwen3_next", "nemotron_h"}
+OTHER_ROTARY |= {"qwen3_next", "nemotron_h", *GPT2}
 ATTENDING = {"lfm2": 3, "granitemoehybrid": 3}  # of 6 blocks; the others have a mixer
 
 FORWARD = inspect.unwrap(LlamaAttention.forward)

@@ -3,25 +3,29 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gguf_checkpoint import checkpoint, words
+from strangers import contents
 from tiny import tiny
 from typer.testing import CliRunner
 
 from recover import cli
 from recover.base import artifacts
-from recover.base.errors import ArtifactError
+from recover.base.errors import ArtifactError, ExportError, ModelError
 from recover.config import recipe
 from recover.export.gguf.write import write_gguf
 from recover.export.verify import ORPHANED, WAITING
 from recover.export.write import write_checkpoint
 from recover.models import source
+from recover.run.directory import RunDirectory
 
 PARENT = """
 import sys, time
@@ -95,6 +99,14 @@ def test_what_a_killed_conversion_left_is_tidied(tmp_path: Path, monkeypatch: py
         assert sorted(path.name for path in cache.iterdir()) == left
 
 
+@pytest.mark.parametrize("cache", ["/dev/null", "/proc/none"])
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str) -> None:
+    file = write_gguf(recipe.embedded("fable-2m"), tmp_path / "model.gguf")
+    monkeypatch.setenv("RECOVER_CACHE", cache)
+    with pytest.raises(ModelError, match=rf"^{cache}/gguf: .* cannot be written .*set RECOVER_CACHE"):
+        source.locate(recipe.Model(source=str(file)))
+
+
 def test_a_disk_that_is_full_is_one_line_whichever_library_writes(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -127,3 +139,70 @@ def test_a_measurement_is_not_written_over_the_data_of_its_task(tmp_path: Path) 
         done = CliRunner().invoke(cli.app, job)
         assert done.exit_code == 1 and "is to be read and to be written" in done.stderr
         assert (tmp_path / out).read_bytes() == kept
+
+
+@pytest.mark.parametrize("name", ["device", "stdout", "read_only", "."])
+@pytest.mark.parametrize("write", [artifacts.write_text, lambda path, _: write_gguf(recipe.embedded("fable-2m"), path)])
+def test_what_is_no_file_or_read_only_is_not_replaced(
+    tmp_path: Path, name: str, write: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts.os, "access", lambda path, _mode: path.stat().st_mode & 0o200)  # root may all
+    path = tmp_path / f"{name}.gguf" if name != "." else Path(".")
+    if name == "device":
+        os.mkfifo(path)
+    elif name == "stdout":
+        path.symlink_to("/proc/self/fd/1")
+    elif name == "read_only":
+        path.write_text("mine")
+        path.chmod(0o444)
+    before = contents(tmp_path)
+    with pytest.raises((ArtifactError, ExportError), match=r"is no file|is read-only|is a folder|ends in \.gguf"):
+        write(path, "text")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["measure", "{model}", "--tasks", "embedded:facts", "--out", "{model}/config.json"],
+        ["measure", "{model}", "--tasks", "embedded:facts", "--out", "{model}/model.safetensors"],
+        ["teacher", "{model}", "{rows}", "{model}/tokenizer.json"],
+        ["teacher", "{model}", "{rows}", "{notes}"],
+        ["compare", "{model}", "--html", "{notes}"],
+        ["report", "{model}", "--csv", "{model}/config.json"],
+        ["report", "{model}", "--latex", "{rows}"],
+        ["report", "{model}", "--out", "{rows}"],
+    ],
+)
+def test_an_output_takes_the_place_of_no_model_and_of_no_file_of_another_kind(tmp_path: Path, words: list[str]) -> None:
+    shutil.copytree(recipe.embedded("fable-2m"), tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "notes.md").write_text("mine")
+    names = {"model": tmp_path / "model", "rows": tmp_path / "rows.jsonl", "notes": tmp_path / "notes.md"}
+    before = contents(tmp_path)
+    done = CliRunner().invoke(cli.app, [word.format(**names) for word in words])
+    assert done.exit_code == 1 and "give the output another name" in done.stderr, done.output
+    assert contents(tmp_path) == before
+
+
+def test_a_copy_by_hard_links_keeps_its_lines_and_its_lock(tmp_path: Path) -> None:
+    runs = [tmp_path / name for name in ("run", "copy")]
+    runs[0].mkdir()
+    with RunDirectory(runs[0]).lock():
+        artifacts.append_jsonl(runs[0] / "steps.jsonl", {"step": 1})
+    shutil.copytree(runs[0], runs[1], copy_function=os.link)
+    before = contents(runs[1])
+    with RunDirectory(runs[0]).lock():
+        artifacts.append_jsonl(runs[0] / "steps.jsonl", {"step": 2})
+        assert contents(runs[1]) == before
+        with RunDirectory(runs[1]).lock():  # another run, which nobody works on
+            pass
+    assert [line["step"] for line in artifacts.read_jsonl(runs[0] / "steps.jsonl")] == [1, 2]
+
+
+def test_a_line_is_not_added_to_a_file_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine, without an end of line")
+    (tmp_path / "times.jsonl").symlink_to("notes")
+    artifacts.append_jsonl(tmp_path / "times.jsonl", {"stage": "plan"})
+    assert (tmp_path / "notes").read_text() == "mine, without an end of line"
+    assert artifacts.read_jsonl(tmp_path / "times.jsonl") == [{"stage": "plan"}]

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import signal
 
 import pytest
@@ -9,19 +10,18 @@ import torch
 import two_processes
 from byte_tokenizer import byte_tokenizer
 from safetensors.torch import load_file
-from small_run import QUICKSTART, TEXT
+from small_run import DEPTH, finished
+from small_run import run as whole_run
 from test_trainer import at_step  # noqa: F401
 from tiny import tiny
 
 from recover.base.artifacts import read_json, read_jsonl, write_json
 from recover.base.errors import DataError, StopRequested
-from recover.config.recipe import load_recipe
 from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.run import stages
 from recover.train import train as training
+from recover.train.course import all_ends
 from recover.train.data import build_dataset
-from recover.train.settings import all_ends
 from recover.train.train import train
 from recover.train.trainer import RecoverTrainer
 
@@ -240,22 +240,15 @@ def test_epochs_that_are_new_follow_those_that_were(folder, parts, epochs, token
     assert all_ends(parts, two_processes.cfg(folder, epochs=epochs, tokens=tokens), steps) == ends
 
 
-def test_a_run_goes_on_when_tokens_are_raised_and_starts_over_when_told_to(tmp_path, capsys):
-    small = ["measure.limit=6", "measure.max_new_tokens=8", "measure.sampling=null", "probe.samples=2", "probe.steps=4"]
-    small += ["probe.items=0", "probe.sublayers=false", "train.epochs=1", "train.batch_size=4"]
-    small += ["prune={kind: depth, blocks: [3, 11]}", *TEXT]
-
-    def run(tokens, **options):
-        recipe = load_recipe(QUICKSTART, [*small, f"train.tokens={tokens}"])
-        return stages.run(recipe, tmp_path, until="train", **options)
-
-    run(200)
-    directory = run(400)
+def test_a_run_goes_on_when_tokens_are_raised_and_starts_over_when_told_to(tmp_path_factory, tmp_path, capsys):
+    shutil.copytree(finished(tmp_path_factory, *DEPTH), tmp_path / "quickstart")
+    capsys.readouterr()
+    directory = whole_run(tmp_path, *DEPTH, "train.tokens=800", until="train")
     text = " ".join(capsys.readouterr().out.split())
-    assert "train.tokens: 200 -> 400" in text and "Training goes on where it ended" in text
+    assert "train.tokens: 600 -> 800" in text and "Training goes on where it ended" in text
     assert "replaces the recovery" not in text
-    assert [line["epoch"] for line in read_jsonl(directory.epochs)] == [1, 2]
+    assert [line["epoch"] for line in read_jsonl(directory.epochs)] == [1, 2, 3]
     assert len(read_json(directory.train / "training.json")["parts"]) == 2
-    run(300, start="train")
-    assert [line["epoch"] for line in read_jsonl(directory.epochs)] == [1]
+    whole_run(tmp_path, *DEPTH, "train.tokens=300", until="train", start="train")
+    assert [line["epoch"] for line in read_jsonl(directory.epochs)] == [1, 2]
     assert len(read_json(directory.train / "training.json")["parts"]) == 1

@@ -16,8 +16,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from recover.base.errors import DataError, ModelError, RecipeError
 from recover.config import recipe
+from recover.models.arch import as_linears, linears_of
 from recover.models.load import check_account, check_fit, describe, load_model, load_tokenizer
-from recover.models.source import exported_dtype, stored_dtype
+from recover.models.source import context_named, exported_dtype, stored_dtype
 from recover.text.prompts import text_ids
 
 WEIGHTS, INDEX, SHARD = "model.safetensors", "model.safetensors.index.json", "model-00002-of-00005.safetensors"
@@ -58,6 +59,7 @@ def test_loads_what_was_saved(stored, name):
 def test_every_family_loads_and_is_described(tmp_path, family):
     model = tiny(family)
     model.save_pretrained(tmp_path)
+    as_linears(model)  # rounded as what is loaded
     assert torch.equal(load_model(cfg(tmp_path))(ids()).logits, model(ids()).logits)
     check_account(cfg(tmp_path))  # by names and sizes alone, nothing is missing or left over
     description = describe(cfg(tmp_path, dtype="bfloat16"))
@@ -65,6 +67,36 @@ def test_every_family_loads_and_is_described(tmp_path, family):
     assert (description.blocks, description.width, description.vocabulary) == (6, 64, 256)
     assert description.parameters == parameters and description.bytes == 2 * parameters
     assert description.embedding_parameters == 256 * 64 * (1 if model.config.tie_word_embeddings else 2)
+
+
+def test_gpt2_loads_as_it_is_published(tmp_path):
+    """Names without `transformer.`, causal masks as tensors, sizes by its own names, null for four times the width."""
+    model = tiny("gpt2", n_inner=None)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["n_embd"] == 64 and config["n_inner"] is None and "hidden_size" not in config
+    edit_json(tmp_path / "config.json", n_ctx=256, task_specific_params={"text-generation": {"do_sample": True}})
+    state = {name.removeprefix("transformer."): value for name, value in load_file(tmp_path / WEIGHTS).items()}
+    state |= {f"h.{block}.attn.bias": torch.ones(1, 1, 256, 256) for block in range(6)}
+    save_file(state, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    loaded = load_model(cfg(tmp_path))
+    torch.testing.assert_close(loaded(ids()).logits, model(ids()).logits, rtol=1e-5, atol=1e-5)
+    as_linears(model)
+    assert torch.equal(loaded(ids()).logits, model(ids()).logits), "rounded alike"
+    assert {type(each) for each in linears_of(loaded).values()} == {torch.nn.Linear}
+    assert torch.equal(load_model(cfg(tmp_path, offload="disk"))(ids()).logits, model(ids()).logits)
+    description = describe(cfg(tmp_path))
+    assert (description.intermediate, description.context, description.kv_heads) == (256, 256, 4)
+    assert context_named(cfg(tmp_path)) == 256
+    state["h.1.mlp.c_fc.weight"] = state["h.1.mlp.c_fc.weight"].to(torch.int8)
+    save_file(state, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"h.1.mlp.c_fc.weight is stored as I8, and config.json names no quantization"):
+        load_model(cfg(tmp_path))
+    for name, value in (("n_layer", 10**9), ("n_embd", 0), ("n_inner", -1), ("n_positions", "x")):
+        edit_json(tmp_path / "config.json", **{name: value})
+        with pytest.raises(ModelError, match=rf"config.json: {name} is .*; expected a whole number from 1 to"):
+            describe(cfg(tmp_path))
+        edit_json(tmp_path / "config.json", **{name: config[name]})
 
 
 def rewrite(path: Path, change: Callable[[bytearray], bytes | bytearray]) -> None:

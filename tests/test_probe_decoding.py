@@ -44,7 +44,7 @@ class Replays:
 def recorded(monkeypatch) -> list[Replays]:
     """From here on texts are read as on a GPU, and each reader's recorder is in the list."""
     monkeypatch.setattr(Replays, "made", [])
-    monkeypatch.setattr(trajectory, "_Recorder", Replays)
+    monkeypatch.setattr(trajectory, "Recorder", Replays)
     monkeypatch.setattr(trajectory, "may_record", lambda model: True)
     monkeypatch.setattr(trajectory, "steps_unseen", lambda device: 3)
     return Replays.made

@@ -24,7 +24,7 @@ from recover.probe.trajectory import along, batches_of, greedy, thinned
 from recover.probe.views import Pair, View
 
 FAMILIES = ["llama", "qwen2_sliding", "gemma2", "gemma3_text", "olmo2", "phi3", "granite"]
-FAMILIES += ["glm4", "starcoder2", "apertus", "phi", "cohere2", "gpt_neox", "gpt_neox_sequential"]
+FAMILIES += ["glm4", "starcoder2", "apertus", "phi", "cohere2", "gpt_neox", "gpt_neox_sequential", "gpt2"]
 
 
 def trajectory_of(pair: Pair, count: int = 3):

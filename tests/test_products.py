@@ -128,6 +128,31 @@ def test_what_reads_a_checkpoint_of_ours_checks_every_byte_of_it(there: Path, tm
     assert call(*readers["gguf"]).exit_code == 0
 
 
+SHOWN = ["env.json", "plan/estimate.json", "plan/overlap.json", "train/steps.jsonl"]
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_file_that_is_shown_and_that_no_stage_reads_is_named(there: Path, name: str) -> None:
+    path = there / name
+    path.write_text(path.read_text() + " ")
+    for command in ("show", "report"):
+        assert f"{name} is not what was written" in call(command, there).stderr
+    assert set(states(there).values()) == {None}
+    training = (there / "train" / "DONE.json").read_bytes()
+    assert again(there).exit_code == 0
+    assert (there / "train" / "DONE.json").read_bytes() == training
+    assert ("is not what was written" in call("show", there).stderr) == (name == "train/steps.jsonl")
+
+
+@pytest.mark.parametrize("stage", ["dense", "prune", "train", "after", "deploy"])
+def test_a_stamp_with_another_bit_is_named_and_nothing_is_done_for_it(there: Path, stage: str) -> None:
+    path = there / stage / "DONE.json"
+    path.write_text(path.read_text().replace("tokenizer", "tokenizes", 1))  # an input that nobody reads any more
+    for words in (["show", there], ["report", there], ["run", there / "recipe.yaml", "--runs", there.parent]):
+        done = call(*words)
+        assert done.exit_code == 1 and f"{path}: is not what was written" in done.stderr, done.output
+
+
 def test_an_edited_card_leaves_the_export_done(there: Path) -> None:
     (there / "deploy" / "README.md").write_text("my own words")
     assert states(there)["export"] is None
@@ -153,7 +178,7 @@ def test_a_stamp_of_an_earlier_version_lists_no_files_and_is_as_good(tmp_path: P
     directory = RunDirectory(tmp_path)
     directory.mark_done("dense", {})
     stamp = read_json(tmp_path / "dense" / "DONE.json")
-    del stamp["files"]
+    del stamp["files"], stamp["digest"]
     (tmp_path / "dense" / "DONE.json").write_text(json.dumps(stamp))
     assert directory.lost("dense") is None and directory.stale_reason("dense", {}) is None
 

@@ -19,7 +19,7 @@ from recover.probe.views import Pair
 from recover.run.context import RunContext
 from recover.run.directory import RunDirectory
 from recover.text import generate as generation
-from recover.text import likelihood, prompts
+from recover.text import likelihood
 from recover.text.prompts import encode_prompt
 from recover.text.read import Row
 from recover.train.sources import samples_of
@@ -127,7 +127,7 @@ def test_a_template_that_loops_for_some_prompts_ends_everywhere(monkeypatch):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = LOOPS
     tokenizers.check_template(tokenizer, "folder")
-    monkeypatch.setattr(prompts, "SECONDS", 0.2)
+    monkeypatch.setattr(tokenizers, "SECONDS", 0.2)
     with pytest.raises(DataError, match=r"cannot write the prompt 'forever'.*more than 0\.2 seconds"):
         encode_prompt(tokenizer, "forever")
     with pytest.raises(DataError, match=r"cannot write the prompt 'forever'.*more than 0\.2 seconds"):

@@ -193,8 +193,8 @@ def test_own_words_are_judged_by_both_models_on_them_and_not_by_how_far_texts_ar
 
 def test_points_are_read_off_the_figures(run: Path) -> None:
     found = {question: answer for question, answer, _ in key_findings(collect(run))}
-    assert "attention of block 2" in found["Where does most of it come from?"]
-    assert "0.3" in found["Where does most of it come from?"]
+    assert "attention of block 2" in found["Where does most damage come from?"]
+    assert "0.3" in found["Where does most damage come from?"]
     assert found["What does it buy?"] == "A file ×0.80 the size; decoding ×1.28 [1.23, 1.34]."
     moved = found["Do the logits that choose move as much?"]
     assert moved == "Pruned, KL 0.0625 among the options, 2.5 over all tokens there."

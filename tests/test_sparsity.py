@@ -16,7 +16,7 @@ from recover.base.errors import PruneError
 from recover.config import recipe
 from recover.config.recipe import Calibration, Magnitude, SparseGpt, Wanda
 from recover.export.merge import merge
-from recover.models.arch import blocks_of, linears_of
+from recover.models.arch import as_linears, blocks_of, linears_of
 from recover.models.plan import MaskRecord, Plan, load_plan, save_plan
 from recover.models.twin import Twin
 from recover.prune import stream
@@ -26,7 +26,7 @@ from recover.prune.stream import Stream, norms, squares
 
 CALIBRATION = Calibration(data="given", samples=5, length=24, batch_size=2)
 FAMILIES = ["llama_tied", "mistral_sliding", "qwen2_sliding", "gemma2", "gemma3_text", "phi3", "smollm3", "granite"]
-FAMILIES += ["glm4", "starcoder2", "apertus", "ministral3", "granite_swa", "phi", "cohere2", "gpt_neox"]
+FAMILIES += ["glm4", "starcoder2", "apertus", "ministral3", "granite_swa", "phi", "cohere2", "gpt_neox", "gpt2"]
 FAMILIES += sorted(HYBRIDS - {*MIXTURES})  # experts: test_experts
 
 
@@ -62,6 +62,7 @@ def inputs_of(model, batches) -> dict[str, torch.Tensor]:
 def test_the_stream_is_the_full_forward_with_the_blocks_so_far_pruned(family, batches):
     model = tiny(family)
     reference, twin = copy.deepcopy(model), dense_twin(model)
+    as_linears(reference)
     before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     walk = Stream(twin, batches)
     for index in range(6):

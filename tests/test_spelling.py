@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
-from tiny import FAMILIES, FULL, SLIDING, tiny
+from tiny import FAMILIES, FULL, SLIDING, WITHOUT_ROPE, tiny
 from transformers import AutoConfig, AutoTokenizer
 
 from recover.config import recipe
@@ -36,9 +36,9 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_pos
 LINEAR = {"rope_type": "linear", "rope_theta": 7e4, "factor": 4.0}
 PER_TYPE = {FULL: {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}, SLIDING: {"rope_theta": 3e4}}
 # Gemma 4 came with version 5: its two kinds of rotary positions have no older spelling, and an export says so.
-# Nemotron-H has no positions.
+NEWER = [family for family in FAMILIES if family.startswith("gemma4")]
 ROPES = [
-    *((family, {}) for family in FAMILIES if family not in ("gemma4_text", "nemotron_h")),
+    *((family, {}) for family in FAMILIES if family not in (*NEWER, *WITHOUT_ROPE)),
     ("llama", {"rope_parameters": LLAMA3}),
     ("mistral", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0}}),
     ("qwen2", {"rope_parameters": YARN}),
@@ -93,9 +93,15 @@ def test_the_values_of_version_4():
     assert gemma["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
 
 
-def test_positions_that_version_4_has_no_words_for_are_left_as_they_are_and_said(tmp_path, capsys):
-    both = {FULL: {"rope_type": "default", "rope_theta": 1e6}, SLIDING: {**LINEAR}}
-    folder = written(tmp_path / "deploy", "gemma3_text", rope_parameters=both)
+OTHER = {FULL: {"rope_type": "default", "rope_theta": 1e6}, SLIDING: {**LINEAR}}
+
+
+@pytest.mark.parametrize(
+    ("family", "options"), [("gemma3_text", {"rope_parameters": OTHER}), *((family, {}) for family in NEWER)]
+)
+def test_positions_that_version_4_has_no_words_for_are_left_as_they_are_and_said(family, options, tmp_path, capsys):
+    both = tiny(family, **options).config.to_dict()["rope_parameters"]
+    folder = written(tmp_path / "deploy", family, **options)
     assert "rope_scaling" not in settings(folder) and rope_of(folder) == both
     assert "have no form in the config of transformers 4" in " ".join(capsys.readouterr().err.split())
 

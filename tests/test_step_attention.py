@@ -8,8 +8,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from recover.config import recipe
-from recover.models import attention, kv_cache
-from recover.models.arch import attending
+from recover.models import attention
+from recover.models.arch import attending, cache_in, taking_cache
 from recover.models.attention import NAME, attend, attending_by_step, configs_of
 from recover.models.plan import Plan
 from recover.models.twin import Twin
@@ -77,9 +77,9 @@ def test_every_block_attends_by_it_and_gives_the_same_logits(monkeypatch, family
 
     def decoded():
         at_BT = (mask_BT.cumsum(-1) - 1).clamp_min(0)
-        options = {"use_cache": True, **kv_cache.taking(model, None)}
+        options = {"use_cache": True, **taking_cache(model, None)}
         read = model(text_BT[:, :-1], attention_mask=mask_BT[:, :-1], position_ids=at_BT[:, :-1], **options)
-        options |= kv_cache.taking(model, kv_cache.given_by(read))
+        options |= taking_cache(model, cache_in(read))
         step = model(text_BT[:, -1:], attention_mask=mask_BT, position_ids=at_BT[:, -1:], **options)
         return torch.cat([read.logits, step.logits], 1)[mask_BT.bool()]
 

@@ -16,7 +16,7 @@ from recover.base.errors import StopRequested
 from recover.config.recipe import StopEarly
 from recover.models.plan import Plan
 from recover.models.twin import Twin
-from recover.train.settings import early_ends
+from recover.train.course import early_ends
 from recover.train.train import train
 
 ENDS = [10, 20, 30, 40]

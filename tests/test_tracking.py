@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 from accelerate import tracking as accelerates
-from small_run import QUICKSTART, run
+from small_run import DEPTH, QUICKSTART, begun, run
 
 from recover.base.artifacts import read_json, read_jsonl
 from recover.base.errors import RecipeError
@@ -147,8 +147,11 @@ def test_a_report_is_sent_once_for_each_export(tmp_path: Path) -> None:
     assert Notes.opened[0].lines == [(7, {"dense/generation": 0.5, "recovered/generation": 0.5})]
 
 
-def test_a_whole_run_sends_each_step_each_epoch_and_the_outcome(tmp_path: Path) -> None:
-    directory = run(tmp_path, "prune={kind: depth, blocks: [3, 11]}", "track=notes")
+def test_a_run_sends_each_step_each_epoch_and_the_outcome(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    directory = begun(tmp_path_factory, tmp_path, *DEPTH)
+    run(tmp_path, *DEPTH, "track=notes")
     (notes,) = Notes.opened
     assert notes.ended
     steps = [(step, values) for step, values in notes.lines if "train/loss" in values]
@@ -159,7 +162,7 @@ def test_a_whole_run_sends_each_step_each_epoch_and_the_outcome(tmp_path: Path) 
     assert step == read_json(directory.train / "best.json")["step"]
     assert last["recovered/generation"] == read_json(directory.after / "measure.json")["headline"]["generation"]
     before = {path: path.read_bytes() for path in (directory.root / "train").glob("*.json")}
-    run(tmp_path, "prune={kind: depth, blocks: [3, 11]}", "track=[]")
+    run(tmp_path, *DEPTH, "track=[]")
     assert len(Notes.opened) == 1 and all(path.read_bytes() == data for path, data in before.items())
     assert RunDirectory(directory.root).done("after") is not None
 

@@ -14,10 +14,11 @@ from transformers import TrainerCallback
 
 from recover.base.artifacts import check_manifest, read_json
 from recover.base.errors import DataError, StopRequested, TrainingError
+from recover.config.train import split_batch
 from recover.models.plan import MaskRecord, Plan
 from recover.models.twin import Twin
 from recover.train import train as training
-from recover.train.settings import epoch_ends, split_batch
+from recover.train.course import epoch_ends
 from recover.train.train import train
 from recover.train.trainer import RecoverTrainer
 

@@ -155,7 +155,7 @@ def test_equal_seeds_choose_alike(folder):
 
 def test_trials_that_are_stopped_go_on_behind_those_that_are_done(folder, monkeypatch):
     straight = go(folder, "straight")
-    made, trial = [], trials._Bench.trial
+    made, trial = [], trials.Bench.trial
 
     def stopped_in_the_third(bench, rate):
         made.append(rate)
@@ -163,7 +163,7 @@ def test_trials_that_are_stopped_go_on_behind_those_that_are_done(folder, monkey
             os.kill(os.getpid(), signal.SIGTERM)
         return trial(bench, rate)
 
-    monkeypatch.setattr(trials._Bench, "trial", stopped_in_the_third)
+    monkeypatch.setattr(trials.Bench, "trial", stopped_in_the_third)
     with pytest.raises(StopRequested), graceful_stop():
         go(folder)
     assert len(read_json(folder / "train" / "trials.json")["trials"]) == 2
@@ -180,14 +180,14 @@ def test_a_trial_makes_the_steps_of_a_training(folder, monkeypatch):
     monkeypatch.setattr(trials, "_shape", lambda _step, _steps: 1.0)
     monkeypatch.setattr(trials, "STEPS", (4, 4))
     caught = {}
-    judge = trials._Bench._judge
+    judge = trials.Bench._judge
 
     def catch(bench, found):
         rate = bench.plan.rates[len(caught)]
         caught[rate] = [parameter.detach().clone() for parameter in bench.trained]
         judge(bench, found)
 
-    monkeypatch.setattr(trials._Bench, "_judge", catch)
+    monkeypatch.setattr(trials.Bench, "_judge", catch)
     fields = {"loss": {"kl": 1.0, "ce": 0.1}, "max_grad_norm": 0.01, "micro_batch_size": 2}
     go(folder, **fields)
     rate = list(caught)[-1]
@@ -224,9 +224,9 @@ def test_a_trial_falls_to_zero():
 
 
 def test_a_rate_that_diverges_is_not_chosen_and_is_shown(folder, monkeypatch, capsys):
-    step = trials._Bench._step
+    step = trials.Bench.step
     monkeypatch.setattr(
-        trials._Bench, "_step", lambda bench, at, adam: step(bench, at, adam) and adam.param_groups[0]["lr"] < 4e-3
+        trials.Bench, "step", lambda bench, at, adam: step(bench, at, adam) and adam.param_groups[0]["lr"] < 4e-3
     )
     go(folder)
     record = read_json(folder / "train" / "trials.json")

@@ -46,7 +46,7 @@ def test_quickstart_runs_the_shipped_recipe(monkeypatch):
     assert call("run", "embedded:quickstart", "train.tokens=600", "--fresh").exit_code == 0
     wanted = load_recipe(ROOT / "recipes" / "quickstart.yaml", ["train.tokens=600"])
     assert [recipe for recipe, _, _ in asked] == [wanted, wanted]
-    assert (asked[0][1], asked[0][2]) == (Path("there"), {"until": "report", "start": None})
+    assert (asked[0][1], asked[0][2]) == (Path("there"), {"until": "report", "start": None, "timed": False})
     unknown = call("run", "embedded:quickstrat")
     assert unknown.exit_code == 2 and "There are: " in unknown.stderr and "quickstart" in unknown.stderr
 

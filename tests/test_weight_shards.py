@@ -13,11 +13,11 @@ from tiny import tiny
 from recover.base import dist
 from recover.base.errors import RecipeError, TrainingError
 from recover.config.recipe import Lora, Train
+from recover.config.train import refuse_sharding_twice
 from recover.models import stored_weights as weight_shards
 from recover.models.plan import Plan
 from recover.models.stored_weights import share_out
 from recover.models.twin import Twin
-from recover.train.settings import refuse_sharding_twice
 
 IDS = torch.arange(24).view(2, 12) % 256
 

@@ -29,7 +29,7 @@ from recover.text.generate import plain
 
 # One of each way that linear layers, biases and sizes are named in an export.
 NAMED_OTHERWISE = {
-    *("llama", "qwen2", "phi3", "glm4", "nemotron", "stablelm_parallel", "gpt_neox"),
+    *("llama", "qwen2", "phi3", "glm4", "nemotron", "stablelm_parallel", "gpt_neox", "gpt2"),
     *("lfm2", "granitemoehybrid", "falcon_h1", "gemma4_text"),
 }
 

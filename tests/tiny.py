@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 COMMON = {
     "vocab_size": 256,
@@ -44,11 +45,12 @@ GEMMA4 = {
     "num_global_key_value_heads": 1,
     "attention_k_eq_v": True,
     "sliding_window": 8,
-    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
     "layer_types": [SLIDING, SLIDING, FULL, SLIDING, FULL, FULL],
     "final_logit_softcapping": 20.0,
     "use_bidirectional_attention": None,
 }
+NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)  # 0.1 where a config does not say
 # name -> (model type, what differs from COMMON). Sliding windows are shorter than the test prompts.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -105,6 +107,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("phi", {}),
     "gpt_neox": ("gpt_neox", {}),
     "gpt_neox_sequential": ("gpt_neox", {"use_parallel_residual": False}),
+    "gpt2": ("gpt2", {"n_inner": 96, **NO_DROPOUT, "tie_word_embeddings": True}),
+    "gpt_bigcode": ("gpt_bigcode", {"n_inner": 96, **NO_DROPOUT}),
     "granite_swa": (
         "granite_swa",
         {
@@ -184,8 +188,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "expand": 2,
         },
     ),
-    "gemma4_text": ("gemma4_text", {**GEMMA4, "num_kv_shared_layers": 0}),
-    "gemma4_unified_text": ("gemma4_unified_text", {**GEMMA4, "num_kv_shared_layers": 0}),
+    "gemma4_text": ("gemma4_text", {**GEMMA4, "hidden_size_per_layer_input": 0}),
+    "gemma4_unified_text": ("gemma4_unified_text", GEMMA4),  # whose class knows no embeddings for each block
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}),
     "olmoe": ("olmoe", {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 32}),
     "qwen3_moe": (
@@ -226,6 +230,8 @@ HYBRIDS = {
     "nemotron_h",
 }  # blocks that keep a state: texts are written by transformers' own `generate`
 
+WITHOUT_ROPE = {"nemotron_h", "gpt2", "gpt_bigcode"}  # the first has no positions, the others learn theirs
+
 # Whose MLPs are mixtures of experts, in some blocks at least.
 MIXTURES = (*("mixtral", "olmoe", "qwen3_moe", "qwen3_moe_step", "qwen3_next", "gpt_oss", "glm4_moe", "deepseek_v3"),)
 
@@ -252,6 +258,7 @@ LIKE_OTHERS = {
         "stablelm",
         "cohere2",
         "gpt_neox_sequential",
+        "gpt_bigcode",
         "granite",
     ),
 }
@@ -274,7 +281,10 @@ def only(families: Iterable[str], chosen: set[str]) -> list[Any]:
 def tiny_config(family: str, **overrides: Any) -> Any:
     """The config of one family at tiny size."""
     model_type, differences = FAMILIES[family]
-    return AutoConfig.for_model(model_type, **{**COMMON, **differences, **overrides})
+    kind = CONFIG_MAPPING[model_type]
+    declared = {field.name for field in dataclasses.fields(kind)} | {*kind.attribute_map}  # pyright: ignore
+    common = {name: value for name, value in COMMON.items() if name in declared}
+    return AutoConfig.for_model(model_type, **{**common, **differences, **overrides})
 
 
 def tiny(family: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:

@@ -29,12 +29,12 @@ def removed(model: PreTrainedModel, dropped: tuple[int, ...]) -> PreTrainedModel
         values |= {"mlp_only_layers": [keep.index(i) for i in plain if i in keep], "decoder_sparse_step": 1}
     if "first_k_dense_replace" in values:
         values["first_k_dense_replace"] -= sum(i < values["first_k_dense_replace"] for i in dropped)
-    values["num_hidden_layers"] = len(keep)
+    values["n_layer" if "n_layer" in values else "num_hidden_layers"] = len(keep)
     smaller = AutoModelForCausalLM.from_config(type(config).from_dict(values), dtype=torch.float32).eval()
     weights = {}
     for name, value in model.state_dict().items():
         parts = name.split(".")
-        if parts[1] == "layers":
+        if parts[1] in ("layers", "h"):
             if int(parts[2]) in dropped:
                 continue
             parts[2] = str(keep.index(int(parts[2])))

@@ -23,8 +23,8 @@ from recover.base import dist
 from recover.config.recipe import Model, Probe, Train
 from recover.models.load import load_model
 from recover.models.plan import Plan
-from recover.models.shares import MachineMemory
 from recover.models.stored_weights import stored_in
+from recover.models.stores import MachineMemory
 from recover.models.twin import Twin
 from recover.probe.probe import final_drift
 from recover.text.generate import generate

@@ -69,6 +69,7 @@ def check_outside(engine) -> None:
     say(engine.optimizer, "parameter_offload")
     for name in ("forward_hooks", "backward_hooks", "fwd_pre_hook", "_register_deepspeed_module"):
         say(offload, name)
+    say(offload.get_param_coordinator(), "_invalidate_trace")
     assert any(before.values())
     for _ in range(3):
         with zero.outside(engine):
@@ -105,6 +106,8 @@ def say(owner: object, name: str) -> None:
 
 if __name__ == "__main__":
     zero.skip_compilation()
+    if deepspeed.ops.__compatible_ops__.get("deepspeed_shm_comm") is False:
+        say(deepspeed.ops, "__compatible_ops__")
     deepspeed.init_distributed("gloo")
     third = engine_of(3)
     check_parameters(third)

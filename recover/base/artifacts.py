@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -33,6 +34,7 @@ TEMPORARY = ".tmp"
 WRITING = ".writing"  # `.NAME.7.writing`: a folder that is not whole yet
 KEPT = ".kept"  # `NAME.kept`: files of others that lay in NAME when it was written anew
 SHOWN = 3  # files named in a message
+ESCAPES = "backslashreplace"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -53,6 +55,7 @@ def writing(path: Path, size: int | None = None) -> Iterator[IO[bytes]]:
     `size`: bytes to come, for the message where the disk is full. Raises ArtifactError as `write_bytes` does.
     """
     path = Path(path)
+    refuse_place(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,9 +72,29 @@ def writing(path: Path, size: int | None = None) -> Iterator[IO[bytes]]:
             beside.unlink()
 
 
+def refuse_place(path: Path) -> None:
+    """Raise ArtifactError where a file may not take the place of what has this name.
+
+    That is a device, a pipe or a socket, which a rename would remove for all who use it, and what is read-only.
+    """
+    if path.name in ("", ".."):
+        raise ArtifactError(f"'{path}': is a folder; expected the name of a file")
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # nothing is there; what else may be wrong is said when it is written
+        return
+    if stat.S_ISDIR(mode):
+        return
+    descriptor = path.is_symlink() and os.readlink(path).startswith("/proc/")  # as /dev/stdout is
+    if not stat.S_ISREG(mode) or descriptor:
+        raise ArtifactError(f"{path}: is no file, and one that takes its place would remove it; give a file's name")
+    if not os.access(path, os.W_OK):
+        raise ArtifactError(f"{path}: is read-only, and is not replaced: give another name, or let it be written")
+
+
 def write_text(path: Path, text: str) -> None:
-    """As `write_bytes`, in UTF-8."""
-    write_bytes(path, text.encode())
+    """As `write_bytes`, in UTF-8; bytes of a path that are none become escapes, which JSON reads back as they were."""
+    write_bytes(path, text.encode(errors=ESCAPES))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -117,11 +140,17 @@ def read_json(path: Path) -> Any:
 
 
 def append_jsonl(path: Path, record: Any, *, synced: bool = True) -> None:
-    """Add one line, synced to disk unless told not to; a line torn by an earlier crash is cut off first."""
+    """Add one line, synced to disk unless told not to; a line torn by an earlier crash is cut off first.
+
+    A file that has another name too, by a link or as in a copy by `cp -al`, is left to that name: the line goes to one
+    of our own.
+    """
     path = Path(path)
-    line = dumps(record).encode() + b"\n"
+    line = dumps(record).encode(errors=ESCAPES) + b"\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file() and (path.is_symlink() or path.stat().st_nlink > 1):
+            write_bytes(path, path.read_bytes())
         with open(path, "a+b") as file:
             file.truncate(_whole_lines(file))
             file.write(line)

@@ -11,11 +11,12 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from logging import CRITICAL, LogRecord, getLogger
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from recover.base import dist
+from recover.base.errors import RecoverError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,10 +53,28 @@ LINE_SECONDS = 5.0  # on a pipe: no more lines than one in so many seconds
 PIPE_WIDTH = 140  # columns where there is no terminal to ask
 
 # C0 and C1 controls but tab and line end, lone surrogates, and marks of direction.
-UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+TAG = re.compile(r"(\\*)(\[[a-z#/@][^[]*?])")  # what rich takes for one of its own
+TAGS = ("[dim]", "[/dim]", "[bold]", "[/bold]")  # that we write
 
 _clock = time.monotonic
 _shown: list[Progress] = []  # the one live display; loops inside loops add their bar to it
+_muted = False  # inside `muted`
+
+
+def _speaks() -> bool:
+    return dist.is_main() and not _muted
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Inside, nothing is printed: for a rehearsal, whose lines would be taken for those of the run."""
+    global _muted
+    before, _muted = _muted, True
+    try:
+        yield
+    finally:
+        _muted = before
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -81,22 +100,33 @@ def _escaped(character: str) -> str:
 
 
 def say(text: str) -> None:
-    """Print text; rich markup such as `[dim]...[/dim]` is styled, and what is no valid markup stays as it is."""
+    """Print text; `[dim]...[/dim]` and `[bold]...[/bold]` are styled, and all else in brackets stays as it is.
+
+    A name of a file or a task may look like another tag of rich's: a colour, or a link to an address.
+    """
     from rich.errors import MarkupError
 
-    if not dist.is_main():
+    if not _speaks():
         return
-    text = visible(text)
+    text = TAG.sub(lambda tag: tag[0] if tag[2] in TAGS else f"{tag[1] * 2}\\{tag[2]}", visible(text))
     try:
-        _console().print(text, soft_wrap=True)
+        _print(text, soft_wrap=True)
     except MarkupError:
-        _console().print(text, soft_wrap=True, markup=False)
+        _print(text, soft_wrap=True, markup=False)
+
+
+def _print(shown: Any, *, stderr: bool = False, **options: Any) -> None:
+    """Raises RecoverError where what it is written to takes no more, such as a log on a full disk."""
+    try:
+        _console(stderr=stderr).print(shown, **options)
+    except OSError as error:
+        raise RecoverError(f"standard {'error' if stderr else 'output'}: cannot be written: {error.strerror}") from None
 
 
 def heading(text: str) -> None:
     """Print a bold line with a blank one above it."""
-    if dist.is_main():
-        _console().print(f"\n{visible(text)}", style="bold", soft_wrap=True, markup=False)
+    if _speaks():
+        _print(f"\n{visible(text)}", style="bold", soft_wrap=True, markup=False)
 
 
 def warn(text: str) -> None:
@@ -110,13 +140,14 @@ def error(text: str) -> None:
 
 
 def _label(label: str, text: str, style: str) -> None:
-    if dist.is_main():
-        _console(stderr=True).print(f"{label}: {visible(text)}", style=style, soft_wrap=True, markup=False)
+    if _speaks():
+        with suppress(RecoverError) if label == "error" else nullcontext():  # then the exit code says it
+            _print(f"{label}: {visible(text)}", stderr=True, style=style, soft_wrap=True, markup=False)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print a table; numbers stand right and are rounded to four digits, None is a dash."""
-    if not dist.is_main():
+    if not _speaks():
         return
     from rich.box import SIMPLE
     from rich.table import Table
@@ -129,7 +160,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
         shown.add_column(Text(visible(column)), justify="right" if body and numeric else "left")
     for row in body:
         shown.add_row(*(Text(_cell(value)) for value in row))
-    _console().print(shown)
+    _print(shown)
 
 
 def _cell(value: Any) -> str:
@@ -146,7 +177,7 @@ def track(iterable: Iterable[Item], description: str, *, total: int | None = Non
     A terminal gets a bar that is gone at the end, a pipe a plain line every five seconds at most and one at the end.
     `total` is the number of items where `iterable` has no length.
     """
-    if not dist.is_main():
+    if not _speaks():
         yield from iterable
         return
     meter = _Meter(description, len(iterable) if total is None and hasattr(iterable, "__len__") else total, unit)  # type: ignore[arg-type]
@@ -210,7 +241,7 @@ class _Meter:
             line += f", took {duration(elapsed)}"
         elif self.total is not None:
             line += f", {duration(elapsed / self.count * (self.total - self.count))} left"
-        _console(stderr=True).print(line, soft_wrap=True, markup=False)
+        _print(line, stderr=True, soft_wrap=True, markup=False)
 
 
 def _live_display() -> Progress:

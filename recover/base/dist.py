@@ -32,9 +32,12 @@ Value = TypeVar("Value")
 TIMEOUT = timedelta(hours=2)  # one process may generate or merge for long while the others wait
 
 
+_as_one = False  # inside `as_one`
+
+
 def _group() -> ModuleType | None:
     """`torch.distributed` if a process group is up; torch is never imported to find out."""
-    group = sys.modules.get("torch.distributed")
+    group = None if _as_one else sys.modules.get("torch.distributed")
     return group if group is not None and group.is_available() and group.is_initialized() else None
 
 
@@ -47,7 +50,7 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes there are."""
     group = _group()
-    return group.get_world_size() if group else int(os.environ.get("WORLD_SIZE", "1"))
+    return group.get_world_size() if group else 1 if _as_one else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
@@ -190,6 +193,17 @@ def on_main(function: Callable[[], Value]) -> Value:
         _alone = False
     broadcast(packed)
     return value
+
+
+@contextmanager
+def as_one() -> Iterator[None]:
+    """Inside, on the main process while the others wait (`on_main`), all is as if there were no other process."""
+    global _as_one
+    before, _as_one = _as_one, True
+    try:
+        yield
+    finally:
+        _as_one = before
 
 
 @contextmanager

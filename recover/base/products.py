@@ -10,7 +10,7 @@ import os
 import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -71,8 +71,18 @@ def peek(path: Path) -> Any:
 def refuse_input(out: Path, inputs: Iterable[str | Path]) -> None:
     """Raise ArtifactError where a file to be written is one of those that are read."""
     for path in map(Path, inputs):
-        if out.exists() and path.exists() and out.samefile(path):
+        # `os.path.exists` is False, too, of what can be no file's name
+        if os.path.exists(out) and os.path.exists(path) and out.samefile(path):
             raise ArtifactError(f"{out}: is to be read and to be written; give the output another name")
+
+
+def refuse_other_kind(out: Path, *endings: str) -> None:
+    """Raise ArtifactError where a file is there whose name has none of these endings: it is of another kind."""
+    if os.path.isfile(out) and out.suffix not in endings:
+        raise ArtifactError(
+            f"{out}: is there, and its name does not end in {' or '.join(endings)}, as that of a file which is written "
+            "here would: nothing was changed; give the output another name"
+        )
 
 
 def is_diagnosis(folder: Path) -> bool:
@@ -104,7 +114,27 @@ def _of_beginning(path: Path, kind: str) -> bool:
 def open_lock(folder: Path) -> Any:
     """The lock file of a folder, open for reading and writing; made where there is none, never one behind a link."""
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
-    return os.fdopen(os.open(folder / LOCK, flags, 0o666), "a+")
+    path = folder / LOCK
+    if path.is_file() and not path.is_symlink() and path.stat().st_nlink > 1:
+        _leave_to_copy(path)
+    return os.fdopen(os.open(path, flags, 0o666), "a+")
+
+
+def hold_lock(file: Any, *, wait: bool = False) -> None:
+    """Hold the lock of an open file until it is closed, or its process ends, however that is.
+
+    Raises BlockingIOError where another holds it, unless this one is to wait; OSError on a file system without locks.
+    """
+    import fcntl  # not on every system: nothing else here needs it
+
+    fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _leave_to_copy(lock: Path) -> None:
+    """Take our name off a lock file that a copy by `cp -al` has too, unless somebody holds it: here or there."""
+    with open(lock) as file, suppress(OSError):
+        hold_lock(file)
+        lock.unlink()
 
 
 class FileEntry(TypedDict):
@@ -118,10 +148,11 @@ class FileEntry(TypedDict):
 MEASURED = ("measure.json", "generations.json", "probe.json", "probe.jsonl")
 # Names of files by stage, from the run directory on.
 NAMES: dict[str, tuple[str, ...]] = {
+    "plan": ("env.json", "plan/estimate.json", "plan/overlap.json"),
     "dense": tuple(f"dense/{name}" for name in MEASURED),
     "prune": ("prune/plan.json", "prune/masks.safetensors", "prune/weights.safetensors"),
     "before": tuple(f"before/{name}" for name in MEASURED),
-    "train": ("train/best.json", "epochs.jsonl"),  # and the files of the epoch that it names
+    "train": ("train/best.json", "epochs.jsonl", "train/steps.jsonl"),  # and the files of the epoch that it names
     "after": tuple(f"after/{name}" for name in (*MEASURED, "best.json", "epochs.jsonl")),  # of epochs measured again
     "export": ("verify.json", "speed.json"),  # and those of the checkpoint
     "deploy": (
@@ -129,6 +160,7 @@ NAMES: dict[str, tuple[str, ...]] = {
         *(f"gguf/{below}{name}" for below in ("", "dense/") for name in ("model.gguf", "imatrix.gguf", *MEASURED[:2])),
     ),
 }
+SHOWN_ALONE = ("train/steps.jsonl", "recover/steps.jsonl")  # no stage reads them, and none is done again for them
 OWN_WORDS = ".md"  # a model card is there to be written on
 ALWAYS_HASHED = 64 * 2**20  # bytes; larger files count as unchanged while their size and time are
 GONE, CHANGED = "is gone", "is not what was written"
@@ -151,14 +183,17 @@ def written(root: Path, stage: str) -> dict[str, FileEntry]:
     return entries
 
 
-def lost(root: Path, entries: Any, *, every_byte: bool = False) -> str | None:
+def lost(root: Path, entries: Any, *, every_byte: bool = False, shown: bool = False) -> str | None:
     """The first of these files that is gone or changed, in words; None where there is none.
 
-    `every_byte`: large files are read too, of which else size and time are looked at.
+    `every_byte`: large files are read too, of which else size and time are looked at. `shown`: also what no stage
+    reads, and a report shows.
     """
     if not isinstance(entries, dict):
         return None
     for name, entry in entries.items():
+        if name in SHOWN_ALONE and not shown:
+            continue
         path = root / name
         if not path.is_file():
             return f"{name} {GONE}"

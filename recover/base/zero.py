@@ -34,6 +34,8 @@ INTERNALS = {
     "single_partition_of_fp32_groups": "the optimizer of stage 2: the same",
     "_lazy_init_hp_params_optimizer_state": "the optimizer of stage 2: makes views into the moments",
     "_hp_optimizer_states_linked": "the optimizer of stage 2: whether it has made them",
+    "_invalidate_trace": "parameter_offload's coordinator: has the order of blocks learnt anew behind `outside`",
+    "__compatible_ops__": "deepspeed.ops: what can be compiled; without it a CPU compiles two minutes for nothing",
 }
 
 _gathered_whole: WeakSet[Any] = WeakSet()

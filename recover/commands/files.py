@@ -20,7 +20,7 @@ from recover.base import console
 from recover.base.artifacts import writing
 from recover.base.console import quiet_libraries
 from recover.base.errors import RecipeError
-from recover.base.products import refuse_input
+from recover.base.products import refuse_input, refuse_other_kind
 from recover.commands.measure import model_cfg
 from recover.config.recipe import Calibration, GivenText, Model
 from recover.distill.distiller import scored_rows
@@ -34,6 +34,7 @@ from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.prune.calibrate import calibration_batches
 from recover.report.words import shown_source
+from recover.run.input_digests import files_of
 from recover.train.data import collator
 from recover.train.sources import Row, Sample, SampleRow, read_rows, samples_of
 from recover.train.teacher_file import Marks, TeacherRow, file_row, marks
@@ -68,7 +69,8 @@ def teacher(
     A recipe takes it as train.data=[{kind: teacher, source: OUT.jsonl}]; each row carries the marks of
     the teacher's tokenizer, which must be the pruned model's too. About 16 bytes for each token that is kept.
     """
-    refuse_input(out, (text,))
+    refuse_input(out, (text, *files_of([str(Path(name).absolute()) for name in (text, model)])))
+    refuse_other_kind(out, ".jsonl")
     rows, tokens = write_teacher(model, dtype, text, out, top=top, length=length, batch_size=batch_size)
     console.say(f"wrote {out}: {tokens:,} positions of {rows:,} rows ({console.size(out.stat().st_size)})")
 

@@ -21,7 +21,7 @@ from recover.base import console, dist, hub, process, provenance
 from recover.base.artifacts import JsonObject, read_json, write_json
 from recover.base.console import quiet_libraries
 from recover.base.errors import ArtifactError, RecipeError
-from recover.base.products import refuse_input
+from recover.base.products import refuse_input, refuse_other_kind
 from recover.config import named
 from recover.config.base import Config, Dtype
 from recover.config.recipe import Measure, Model, Recipe, load_recipe
@@ -164,7 +164,9 @@ def measure(
     )
     about = _given(dtype=dtype, tokenizer=tokenizer, revision=revision, attention=attention)
     if out is not None:
-        refuse_input(out, (model, *names, *inputs.files_of([str(Path(name).absolute()) for name in names])))
+        read = names if _is_run(model) else [model, *names]  # a run's own files are told by their stamps
+        refuse_input(out, (model, *names, *inputs.files_of([str(Path(name).absolute()) for name in read])))
+        refuse_other_kind(out, ".json")
     # The launcher's processes share the items; without one this does nothing.
     dist.start()
     if _is_run(model):

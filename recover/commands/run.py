@@ -53,11 +53,22 @@ From = Annotated[
     ),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Do every stage again, whatever is done.")]
+Untimed = Annotated[
+    bool, typer.Option("--untimed", help="Do not time a step and a text on this machine: say a floor, from arithmetic.")
+]
 
 
-def _run(recipe: Path, overrides: list[str] | None, runs: Path, until: str, start: str | None = None) -> None:
+def _run(
+    recipe: Path,
+    overrides: list[str] | None,
+    runs: Path,
+    until: str,
+    start: str | None = None,
+    *,
+    timed: bool = False,
+) -> None:
     loaded = load_recipe(recipe, overrides or [])
-    stages.run(loaded, runs, until=until, start=start)
+    stages.run(loaded, runs, until=until, start=start, timed=timed)
     # Only after success: with a failure on one process, taking the group down would wait for the others.
     dist.stop()
 
@@ -84,12 +95,15 @@ def quickstart(overrides: Overrides = None, runs: Runs = Path("checkpoints"), fr
     _run(Path("embedded:quickstart"), overrides, runs, "report", "plan" if fresh else None)
 
 
-def plan(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("checkpoints")) -> None:
-    """Check a recipe and say what it will cost, before any weight is loaded.
+def plan(
+    recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("checkpoints"), untimed: Untimed = False
+) -> None:
+    """Check a recipe and say what it will cost: sizes, memory, and time on this machine.
 
+    For the time a step, a text and a probe are timed on a few blocks with random weights, or on a small model itself.
     Nothing is written. Of a run that is there it says which stages would be done again, and why.
     """
-    _run(recipe, overrides, runs, "plan")
+    _run(recipe, overrides, runs, "plan", timed=not untimed)
 
 
 def prune(recipe: RecipePath, overrides: Overrides = None, runs: Runs = Path("checkpoints")) -> None:
@@ -175,6 +189,7 @@ def _says(cfg: dict[str, Any], name: str) -> bool:
     return plain(cfg.get(name)) not in (None, "unstructured")
 
 
+PAGES = (".html", ".htm")  # endings of a page
 RUNS = Path("checkpoints")  # where runs are written by default
 RunPath = Annotated[
     Path,
@@ -206,6 +221,9 @@ def report(
     from recover.report.collect import collect
     from recover.report.render import is_diagnosis, is_page, render, render_diagnosis
 
+    for path, endings in ((out, PAGES), (csv, (".csv", ".tsv", ".txt")), (latex, (".tex", ".txt"))):
+        if path is not None:
+            products.refuse_other_kind(path, *endings)
     roots = []
     for path in _folders(run_dirs):
         if is_diagnosis(path):
@@ -253,12 +271,14 @@ def _paper_table(roots: list[Path], csv: Path | None, latex: Path | None) -> Non
 
 
 def _say_lost(directory: RunDirectory) -> None:
+    """Warn of each stage of which a file is gone or changed that is shown here."""
     for stage in products.NAMES:
-        lost = directory.lost(stage)
+        lost = directory.lost(stage, shown=True)
         if lost is not None:
+            again = "" if stage == "plan" else f" --from {stage}"  # a plan is made anew at every run
             console.warn(
-                f"{directory.root}: {lost}; this report shows what is there. Put the file back, or do the stage again: "
-                f"recover run RECIPE --from {stage}"
+                f"{directory.root}: {lost}; what is shown is what is there. Put the file back, or do the stage again: "
+                f"recover run RECIPE{again}"
             )
 
 
@@ -275,6 +295,7 @@ def show(run_dir: RunPath = RUNS) -> None:
         return
     directory = _existing(run_dir)
     with products.taken_apart(directory.root):
+        _say_lost(directory)
         rows = [_state(row) for row in stages.status(directory.root)]
         console.table(str(directory.root), ["stage", "state", "finished", "why"], rows)
         data = collect(directory.root)
@@ -298,6 +319,8 @@ def compare(
     """Put runs side by side, best recovered generation first; tasks as a share of what the dense model reaches."""
     from recover.report import compare as page
 
+    if html is not None:
+        products.refuse_other_kind(html, *PAGES)
     data = page.compare([_existing(path).root for path in _folders(run_dirs)])
     columns = ["run", "generation", "after recovery", "choice", "after recovery", "perplexity", "weights"]
     with products.taken_apart(run_dirs[0].parent):

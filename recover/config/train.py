@@ -1,13 +1,19 @@
-"""The part of a recipe that says how the pruned model is recovered: text, adapters, loss, training."""
+"""The part of a recipe that says how the pruned model is recovered: text, adapters, loss, training.
+
+Then how its batches fall to the processes of a launch, and what of it a launch refuses.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_serializer, model_validator
 
+from recover.base import dist
 from recover.base.artifacts import JsonObject
+from recover.base.errors import TrainingError
 from recover.config.base import Config
 from recover.config.loss import TERMS, Loss
 
@@ -389,3 +395,53 @@ class Train(Config):
                     f"{there:.0%} of the tokens: lower its start or its share"
                 )
         return self
+
+
+@dataclass(frozen=True)
+class BatchSplit:
+    """`processes` x `micro` sequences at once, `accumulation` times a step."""
+
+    processes: int
+    micro: int
+    accumulation: int
+
+
+def split_batch(cfg: Train, processes: int) -> BatchSplit:
+    """How the sequences of one optimizer step fall to processes and micro-batches.
+
+    Raises:
+        TrainingError: they do not come out even (the loss would be right, but some process would be idle).
+    """
+    share, rest = divmod(cfg.batch_size, processes)
+    if rest or share == 0:
+        near = max(1, round(cfg.batch_size / processes)) * processes
+        raise TrainingError(
+            f"train.batch_size: {cfg.batch_size} sequences a step cannot be dealt out evenly to {processes} "
+            f"processes; give a multiple of {processes}, such as {near}"
+        )
+    micro = cfg.micro_batch_size or share
+    if share % micro:
+        raise TrainingError(
+            f"train.micro_batch_size: {micro} does not divide the {share} sequences that each of {processes} "
+            f"processes gets of train.batch_size {cfg.batch_size}; give a divisor of {share}"
+        )
+    return BatchSplit(processes, micro, share // micro)
+
+
+def refuse_sharding_twice(cfg: Train) -> None:
+    """Raises TrainingError: weights were to be shared out by us, and by DeepSpeed too."""
+    if cfg.shard_weights and dist.zero_stage() == 3:
+        raise TrainingError(
+            "train.shard_weights: DeepSpeed's ZeRO-3, which was launched, shares out all weights itself; launch with "
+            "launch/zero2.yaml or launch/gpu.yaml, which is faster, or leave shard_weights out"
+        )
+
+
+def refuse_averaging_shares(cfg: Train) -> None:
+    """Raises TrainingError: adapters were to be averaged, of which no process holds a whole one."""
+    if cfg.average is not None and dist.zero_stage() == 3:
+        raise TrainingError(
+            "train.average: DeepSpeed's ZeRO-3, which was launched, shares out the adapters too, and gathering them "
+            "at each step to average them would cost more than it brings: launch with launch/zero2.yaml or "
+            "launch/gpu.yaml (train.shard_weights shares out the frozen weights there), or leave average out"
+        )

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from recover.base import console
 from recover.base.errors import ExportError
-from recover.models.arch import part_of, writes_out
+from recover.models.arch import conv1d_weights, part_of, writes_out
 from recover.models.experts import IN, OUT, ExpertFactors, SwitchedExperts, expert_mask
 from recover.models.masked_lora import ExpertLora, TrainedCopy, adapted_tensors, expert_factors
 from recover.models.stored_weights import comes_and_goes, present
@@ -78,10 +78,11 @@ def one_by_one(twin: Twin, dtype: torch.dtype) -> tuple[PreTrainedModel, Iterato
 def tensors(twin: Twin, stock: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Name and value of each tensor of `stock` (of `unfilled`), one after the other. Raises as `merge` does."""
     learnt = set(adapted_tensors(twin.base))
-    names = _dense_names(stock, twin)
+    names, turned = _dense_names(stock, twin), conv1d_weights(stock)
     for name, (dense_name, zeroed) in console.track(names.items(), "merge", unit="tensor"):
         with torch.no_grad():
             tensor, used = _merged(twin, dense_name, _kept_dtype(stock, name, dtype))
+        tensor = tensor.T.contiguous() if name in turned else tensor
         yield name, torch.zeros_like(tensor) if zeroed else tensor
         learnt -= used
     if learnt:
@@ -112,7 +113,7 @@ def pruned_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig:
     if values.get("full_attn_idxs") is not None:  # LFM2 as it was first published
         values["full_attn_idxs"] = [at for at, block in enumerate(sources) if block in config.full_attn_idxs]
     values |= _mixture_fields(values, mlps)
-    values["num_hidden_layers"] = len(sources)
+    values[type(config).attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(sources)
     values["use_cache"] = True  # training may have switched it off
     values.update(plan.config)
     for stale in ("quantization_config", "sparsity_config", "transformers_version"):

@@ -27,6 +27,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
 from recover.base import artifacts
 from recover.base.clock import part
@@ -336,9 +337,10 @@ def _size_problems(model: PreTrainedModel, planned: PlanRecord) -> list[str]:
         found = getattr(model.config.get_text_config(decoder=True), name, None)
         if found != value:
             problems.append(f"config.json: {name} is {found}, the plan says {value}")
-    weights = _weights(model)
+    weights, turned = _weights(model), {f"{name}.weight" for name, each in model.named_modules() if _turned(each)}
     for name, shape in planned.get("weights", {}).items() if planned.get("config") else ():
         found = tuple(weights[name].shape) if name in weights else None
+        found = found[::-1] if found is not None and name in turned else found
         if found != tuple(shape):
             problems.append(f"{name}: shape {found}, the plan says {tuple(shape)}")
     return problems
@@ -367,9 +369,15 @@ def _matrix(model: PreTrainedModel, name: str) -> Tensor:
     module = model.get_submodule(parent)
     stored: Any = getattr(module, last)
     if not isinstance(stored, torch.nn.Parameter):
-        return _value(stored, "weight", stored.weight)
+        value = _value(stored, "weight", stored.weight)
+        return value.T if _turned(stored) else value
     value = _value(module, last, stored)
     return (value.transpose(1, 2) if getattr(module, "is_transposed", False) else value).flatten(0, 1)
+
+
+def _turned(module: torch.nn.Module) -> bool:
+    """Whether it stores its weight as (I, O): GPT-2's linear layers."""
+    return isinstance(module, Conv1D)
 
 
 def _pattern_problems(name: str, zero_OI: Tensor, pattern: str) -> list[str]:

@@ -19,8 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from recover.models import kv_cache
-from recover.models.arch import head_size_of, kv_heads_of
+from recover.models.arch import cache_in, head_size_of, kv_heads_of, taking_cache
 from recover.report.run_files import Ratio
 from recover.text.generate import context_of
 
@@ -153,7 +152,7 @@ def _pass(model: PreTrainedModel, ids_BT: torch.Tensor, steps: int) -> tuple[flo
     filled = _now(ids_BT.device)
     for _ in range(steps):
         next_B1 = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=next_B1, use_cache=True, **kv_cache.taking(model, kv_cache.given_by(output)))
+        output = model(input_ids=next_B1, use_cache=True, **taking_cache(model, cache_in(output)))
     return filled - started, _now(ids_BT.device) - filled
 
 

@@ -1,6 +1,6 @@
 """Where the parts of each supported architecture are: one row of `ARCHS` a model type.
 
-Nothing else in `recover` names a module.
+Nothing else in `recover` names a module, nor the keyword under which one takes a KV cache.
 
 Shapes: V vocabulary, D width.
 """
@@ -8,12 +8,15 @@ Shapes: V vocabulary, D width.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import Cache, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from recover.base.errors import ModelError
 from recover.maths.divergence import Head
@@ -60,7 +63,10 @@ def _with_experts_in_blocks(config: Mapping[str, Any]) -> str:
     kinds = config.get("layers_block_type") or config.get("layer_types") or config.get("hybrid_override_pattern") or ()
     if "moe" not in kinds and "E" not in kinds:
         return ""
-    return "some of its blocks are mixtures of experts without a gate; Nemotron-H and Nemotron Nano 2 have none"
+    return (
+        "some of its blocks are mixtures of experts without a gate, and what scores, masks and trains experts takes "
+        "gate and up as one matrix; Nemotron-H and Nemotron Nano 2 have none"
+    )
 
 
 def _with_parts_of_blocks(config: Mapping[str, Any]) -> str:
@@ -70,6 +76,17 @@ def _with_parts_of_blocks(config: Mapping[str, Any]) -> str:
     if config.get("use_double_wide_mlp"):
         return "some of its blocks have MLPs of twice the width"
     return "it has a mixture of experts beside each MLP" if config.get("enable_moe_block") else ""
+
+
+def _by_number(config: Mapping[str, Any]) -> str:
+    """GPT-2's, trained in ways of which the published ones make no use."""
+    if config.get("scale_attn_by_inverse_layer_idx"):
+        return "each block divides its attention by its number, which is another one once blocks have gone"
+    return _crossing(config)
+
+
+def _crossing(config: Mapping[str, Any]) -> str:
+    return "its blocks attend to an encoder too (add_cross_attention)" if config.get("add_cross_attention") else ""
 
 
 def _one_behind_the_other(config: PretrainedConfig) -> bool:
@@ -246,6 +263,25 @@ ARCHS: dict[str, Arch] = {
             kv_groups_stay="q, k and v are one linear, cut by head counts of the config, which both views share",
             lean=(),
         ),
+        *(
+            Arch(
+                name,
+                blocks="transformer.h",
+                attention="attn",
+                norm="transformer.ln_f",
+                embed="transformer.wte",
+                attention_linears=("c_attn", "c_proj"),
+                attention_norms=("ln_1",),
+                mlp_linears=("c_fc", "c_proj"),
+                mlp_norms=("ln_2",),
+                gated=False,
+                neurons="n_inner",
+                unlike=unlike,
+                kv_groups_stay="its heads are together as wide as the model, whatever a config says",
+                lean=(),
+            )
+            for name, unlike in (("gpt2", _by_number), ("gpt_bigcode", _crossing))
+        ),
         Arch(
             "lfm2",
             norm="model.embedding_norm",
@@ -391,6 +427,11 @@ def arch_of_config(config: Mapping[str, Any]) -> Arch:
             f"this model of type '{arch.model_type}' is not supported: {reason}. `recover families` says more"
         )
     return arch
+
+
+def neurons_of(config: PretrainedConfig) -> int:
+    """Neurons of a plain MLP; four times the width where the config says null (GPT-2)."""
+    return getattr(config, arch_of(config).neurons) or 4 * config.hidden_size
 
 
 def kv_heads_of(config: PretrainedConfig) -> int:
@@ -599,3 +640,70 @@ def middle_hooks(block: nn.Module, arch: Arch, act: Callable[[Tensor], Any]) -> 
         block.register_forward_pre_hook(enter, with_kwargs=True),
         block.get_submodule(arch.attention).register_forward_hook(behind),
     ]
+
+
+# Names of a KV cache among the keywords of a forward. Where two are taken, the first is the one that is not deprecated:
+# `cache` since transformers 5.24. GPT-NeoX's blocks have a name of their own, and so have mixers before 5.24.
+CACHE_NAMES = ("cache", "past_key_values", "layer_past", "cache_params")
+
+
+@functools.cache
+def cache_name(kind: type[nn.Module]) -> str:
+    """The keyword under which forwards of this class take a KV cache; raises ModelError if it is none of CACHE_NAMES.
+
+    A forward swallows keywords that it does not know, and then decodes without a cache and without an error. So the
+    name is read from its signature, and never told by transformers' version: families are renamed one by one.
+    """
+    taken = inspect.signature(kind.forward).parameters  # behind decorators and the twin's class too
+    for name in CACHE_NAMES:
+        if name in taken:
+            return name
+    raise ModelError(
+        f"{kind.__module__}.{kind.__qualname__}: its forward takes {', '.join([*taken][1:])}; expected a KV cache "
+        f"under one of the names {', '.join(CACHE_NAMES)}. Use another version of transformers, or add the name to "
+        f"{__name__}"
+    )
+
+
+def taking_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """What to call the causal LM with so that it takes this cache (None: it makes one of its own, if it is to)."""
+    return {cache_name(type(base_of(model))): cache}
+
+
+def cache_in(output: Any) -> Any:
+    """The cache in what a model gave back, None if it kept none."""
+    return output.cache if hasattr(output, "cache") else output.past_key_values
+
+
+def cache_among(keywords: Mapping[str, Any], others: Sequence[Any] = ()) -> Any:
+    """The cache among the keywords of a call, or its `others`, given by place (GPT-2); None if there is none."""
+    named = (keywords[name] for name in CACHE_NAMES if keywords.get(name) is not None)
+    return next(named, next((each for each in others if isinstance(each, Cache)), None))
+
+
+def conv1d_weights(model: nn.Module) -> frozenset[str]:
+    """Names of the weights that the model stores as (I, O): those of GPT-2's `Conv1D`, a linear layer in all else."""
+    return frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D))
+
+
+def as_linears(model: nn.Module) -> frozenset[str]:
+    """Put an `nn.Linear` in the place of each `Conv1D`, with the weight turned round; the names of the turned weights.
+
+    In memory too: DeepSpeed, stores and kernels take rows that lie one behind the other. Sums are rounded in another
+    order than in the stock model for that. `merge` turns the weights back.
+    Raises ModelError where weights were dealt out over processes before (ZeRO-3 from the first byte).
+    """
+    turned = conv1d_weights(model)
+    for name in turned:
+        parent, _, last = name.removesuffix(".weight").rpartition(".")
+        stock: Any = model.get_submodule(parent).get_submodule(last)
+        if hasattr(stock.weight, "ds_id"):
+            raise ModelError(
+                "DeepSpeed ZeRO-3 deals out this model's weights, and its Conv1D layers are taken as linear ones: "
+                "launch with launch/zero2.yaml or launch/gpu.yaml (train.shard_weights)"
+            )
+        linear = nn.Linear(stock.nx, stock.nf, device="meta")
+        linear.weight = nn.Parameter(stock.weight.detach().T.contiguous(), requires_grad=stock.weight.requires_grad)
+        linear.bias = stock.bias
+        setattr(model.get_submodule(parent), last, linear.train(stock.training))
+    return turned

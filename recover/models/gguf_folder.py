@@ -54,6 +54,11 @@ SAID_ELSEWHERE = (
 # Blocks of Gemma's 27B: alone in its family it divides scores by the root of width / heads, the others of a head's
 # size. No key says so: llama.cpp (src/models/gemma2.cpp, gemma3.cpp) tells by the blocks; transformers takes 256.
 LARGEST = {"gemma2": 46, "gemma3": 62}
+OF_GEMMA = {
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
 KNOWN = ("llama", "mistral", "qwen2", "qwen3")  # files of other kinds are left to what transformers knows of them
 
 
@@ -69,6 +74,7 @@ def completed(config: Any, reader: Any) -> Any:
     if arch in LARGEST:
         width = config.hidden_size // config.num_attention_heads
         config.query_pre_attn_scalar = width if config.num_hidden_layers == LARGEST[arch] else head_size_of(config)
+        _complete_gemma(config, arch, reader)
     if arch not in KNOWN:
         _refuse_scaling(config, field(reader, f"{arch}.rope.scaling.type"))
         return config
@@ -80,6 +86,17 @@ def completed(config: Any, reader: Any) -> Any:
     _scale(config, arch, reader)
     _account(config, arch, reader)
     return config
+
+
+def _complete_gemma(config: Any, arch: str, reader: Any) -> None:
+    """Give the config the file's window, limits of scores and logits, and positions."""
+    for key, name in OF_GEMMA.items():
+        if (value := field(reader, f"{arch}.{key}")) is not None:
+            setattr(config, name, value)
+    kind, factor = (field(reader, f"{arch}.rope.scaling.{key}") for key in ("type", "factor"))
+    if arch == "gemma3" and kind == "linear" and factor:
+        full = {**config.rope_parameters["full_attention"], "rope_type": "linear", "factor": float(factor)}
+        config.rope_parameters = {**config.rope_parameters, "full_attention": full}
 
 
 def field(reader: Any, name: str) -> Any:
@@ -181,7 +198,8 @@ def _some(values: Any) -> str:
 
 
 def _refuse_scaling(config: Any, scaling: Any) -> None:
-    taken = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    rope = getattr(config, "rope_parameters", None) or {}
+    taken = rope.get("full_attention", rope).get("rope_type", "default")
     if scaling not in (None, "", "none") and taken == "default":
         raise ModelError(
             f"its rotary positions are scaled ('{scaling}'), which is not taken over from a GGUF file, and the model "

@@ -35,6 +35,7 @@ from recover.models import tokenizers
 from recover.models.arch import (
     arch_of,
     arch_of_config,
+    as_linears,
     attending,
     blocks_of,
     experts_of,
@@ -43,10 +44,10 @@ from recover.models.arch import (
     kv_heads_of,
     lone_of,
     mixture_in,
+    neurons_of,
 )
 from recover.models.attention import by_rows
 from recover.models.gate import unchanged
-from recover.models.load_stored import finite, from_files, shared_store, store_of
 from recover.models.settings import config_of, keep_known
 from recover.models.site import Sublayer
 from recover.models.source import (
@@ -65,7 +66,7 @@ from recover.models.source import (
     stored_dtype,
     tensor_files,
 )
-from recover.models.stored_weights import store, stored_in
+from recover.models.stored_weights import finite, from_files, shared_store, store, store_of, stored_in
 from recover.models.stores import Store
 from recover.models.tokenizers import TRIAL, check_file, check_template
 from recover.models.wrapper import beside, opened, remember, text_config, text_values, wrapped_of, wrapper_of
@@ -115,7 +116,7 @@ def describe(cfg: recipe.Model) -> Description:
         model_type=config.model_type,
         blocks=config.num_hidden_layers,
         width=config.hidden_size,
-        intermediate=getattr(config, arch_of(config).neurons),
+        intermediate=neurons_of(config),
         heads=config.num_attention_heads,
         kv_heads=kv_heads_of(config),
         head_size=head_size_of(config),
@@ -183,7 +184,7 @@ def load_model(cfg: recipe.Model, *, shared: bool = False) -> PreTrainedModel:
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if size > SAID_BYTES:
         console.say(f"[dim]reading {cfg.source}, {console.size(size)}[/dim]")
-    attention = _attention(cfg, config)
+    attention = attention_for(cfg, config)
     place = _place(cfg, shared)
     if place is not None:
         return _stored(cfg, folder, attention, place)
@@ -260,9 +261,11 @@ def read_whole(
     check_tied(folder, bool(model.config.tie_word_embeddings))
     if "unexpected_keys" in refused:  # not of a quantizer
         floating: list[str] = [name for name, weight in model.named_parameters() if weight.is_floating_point()]
+        floating += [name.removeprefix(f"{model.base_model_prefix}.") for name in floating]  # files of the body alone
         wrapped = wrapped_of(model)
         check_numbers(folder, floating if wrapped is None else [wrapped.text.get(name, name) for name in floating])
     _refuse_misfits(folder, info, refused)
+    as_linears(model)
     by_rows(model)
     return model.eval()
 
@@ -470,7 +473,8 @@ def _with_true_sizes(config: Any) -> Any:
     return config
 
 
-def _attention(cfg: recipe.Model, config: PretrainedConfig) -> str:
+def attention_for(cfg: recipe.Model, config: PretrainedConfig) -> str:
+    """The attention to load the model with: the recipe's, or what its class has, with a warning."""
     stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if cfg.attention == "sdpa" and not stock._supports_sdpa:
         console.warn(f"model.attention: {stock.__name__} has no 'sdpa'; 'eager' is used")

@@ -48,15 +48,15 @@ PER_BLOCK = Kind(
     "read the keys and values of another one lose them with that",
     "give a model of the family without them, such as Gemma 3 or Gemma 4 12B and 31B",
 )
-CONV1D = Kind(
-    "a model whose projections are Conv1D, with the weight the other way round",
-    "gpt2, gpt_bigcode, openai-gpt",
-    "masks, adapters and slices are made for nn.Linear",
-    "give a model of a later family",
+ON_STREAM = Kind(
+    "a model whose norms act on the residual stream itself, behind each sublayer",
+    "openai-gpt",
+    "a block that goes would have to leave its two norms behind, and no stock block is norms alone",
+    "give a model whose norms are inside its sublayers, such as gpt2",
 )
-KINDS = (WRAPPER, MIXTURE, HYBRID, PER_BLOCK, CONV1D)
+KINDS = (WRAPPER, MIXTURE, HYBRID, PER_BLOCK, ON_STREAM)
 TYPES = {
-    **dict.fromkeys(("gpt2", "gpt_bigcode", "openai-gpt"), CONV1D),
+    "openai-gpt": ON_STREAM,
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "jamba", "bamba", "zamba2"), HYBRID),
 }
 

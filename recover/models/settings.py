@@ -21,7 +21,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig
 
 from recover.base import console
@@ -168,6 +167,7 @@ def code_named(settings: Any) -> set[str]:
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 SIZES = (*NEEDED, "intermediate_size", "vocab_size", "max_position_embeddings")
 MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
+FOUR_TIMES = ("n_inner",)  # neurons of an MLP in GPT-2: null for four times the width
 # With what is read in their place.
 REFUSED = {
     "configuration_files": "the settings would be read from another file",
@@ -198,7 +198,7 @@ SILENT = frozenset(
     (
         *("_name_or_path", "name_or_path", "_commit_hash", "auto_map", "_attn_implementation_autoset"),
         *("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"),
-        *("output_attentions", "return_dict", "use_return_dict", "qk_head_dim"),
+        *("output_attentions", "output_hidden_states", "return_dict", "use_return_dict", "qk_head_dim"),
     )
 )
 # What a generation config may hold: when a text ends, and how the next token is drawn.
@@ -260,7 +260,7 @@ def config_of(raw: JsonObject, source: str, where: object) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(kept))
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    config._name_or_path = source
+    config.name_or_path = source
     return config
 
 
@@ -271,6 +271,7 @@ def _kept(raw: dict[str, Any], allowed: frozenset[str], left_out: list[str], abo
     """
     known = SILENT | GenerationConfig().to_dict().keys()
     left_out += [f"{above}{key}" for key in raw.keys() - allowed - known]
+    allowed = allowed - SILENT  # the classes declare some of them
     kept = {key: raw[key] for key in raw if key in allowed and not (key in DTYPE_KEYS and raw[key] == AS_STORED)}
     for key in NESTED:
         if isinstance(inner := kept.get(key), dict) and (known_here := allowed_of(str(inner.get("model_type")))):
@@ -284,7 +285,7 @@ def _say_left_out(names: list[str], where: object) -> None:
         shown = ", ".join(names[:NAMES_SHOWN])
         if len(names) > NAMES_SHOWN:
             shown += f" and {len(names) - NAMES_SHOWN} more"
-        console.say(escape(f"{where}: {shown}: transformers does not declare these keys, and they are left out"))
+        console.say(f"{where}: {shown}: transformers does not declare these keys, and they are left out")
 
 
 def keep_known(generation: Any) -> Any:
@@ -301,15 +302,29 @@ NO_HARM = 2**27  # parameters that any machine has room for
 SMALLEST = {False: 1, True: 8}  # parameters in a byte: fp8, or one bit each where they are quantized
 
 
+def in_common(config: JsonObject) -> JsonObject:
+    """The settings, also under common names where the type has names of its own for them (GPT-2's `n_embd`)."""
+    return {**{common: config[name] for common, name in _own_names(config).items() if name in config}, **config}
+
+
+def _own_names(config: JsonObject) -> dict[str, str]:
+    """Of this type, its own names by the common ones."""
+    known = isinstance(name := config.get("model_type"), str) and name in CONFIG_MAPPING
+    return dict(CONFIG_MAPPING[str(name)].attribute_map) if known else {}
+
+
 def check_sizes(config: JsonObject, where: object) -> None:
     """Raise ModelError for a size that is no whole number from 1 on, or that no model has; by name and value."""
-    for name in (*SIZES, *MAY_BE_NULL):
-        value = config.get(name, 1)
-        if value is None and name in MAY_BE_NULL:
-            continue
-        most = MOST_BLOCKS if name == "num_hidden_layers" else MOST
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-            raise ModelError(f"{where}: {name} is {_short(value)}; expected a whole number from 1 to {most:,}")
+    own = _own_names(config)
+    for name in (*SIZES, *MAY_BE_NULL, *FOUR_TIMES):
+        for said in dict.fromkeys((name, own.get(name, name))):
+            value = config.get(said, 1)
+            if value is None and name in (*MAY_BE_NULL, *FOUR_TIMES):
+                continue
+            most = MOST_BLOCKS if name == "num_hidden_layers" else MOST
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                raise ModelError(f"{where}: {said} is {_short(value)}; expected a whole number from 1 to {most:,}")
+    config = in_common(config)
     heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if heads is not None and kv_heads is not None and heads % kv_heads:
         raise ModelError(
@@ -335,7 +350,7 @@ def check_room(config: JsonObject, folder: Path) -> None:
     memory first.
     """
     held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    meant = _least(config)
+    meant = _least(in_common(config))
     if held and meant > NO_HARM and meant > held * SMALLEST[bool(config.get("quantization_config"))]:
         raise ModelError(
             f"{folder}: config.json means at least {meant:,} parameters, and its weights are {held:,} bytes: they do "

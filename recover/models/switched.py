@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recover.base.errors import ModelError
-from recover.models import kv_cache
-from recover.models.arch import Arch, kind_in, linears_of, mixture_in, modules_in
+from recover.models.arch import Arch, cache_among, cache_name, kind_in, linears_of, mixture_in, modules_in
 from recover.models.site import SUBLAYERS, Site, Sublayer, whole_blocks
 from recover.models.stored_weights import original
 
@@ -337,7 +336,7 @@ class _Closable:
         if self.switch.dense or not self.closed:
             stock: Any = super()
             return self.opened(stock.forward(hidden_states, *args, **kwargs))
-        return self.nothing(hidden_states, kv_cache.among(kwargs))
+        return self.nothing(hidden_states, cache_among(kwargs, args))
 
     def opened(self, output: Any) -> Any:
         return output
@@ -398,7 +397,7 @@ KINDS: dict[str, type[_Closable]] = {"mixer": _Mixer, "attention": _Attention, "
 @functools.cache
 def _closable(kind: type[_Closable], stock: type[nn.Module]) -> type[nn.Module]:
     if kind is not _Mlp:
-        kv_cache.cache_name(stock)  # under a name unknown here, a closed one would leave no trace in the cache
+        cache_name(stock)  # under a name unknown here, a closed one would leave no trace in the cache
     return named_as(type(kind.__name__, (kind, stock), {}), stock)
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateSyntaxError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
@@ -40,6 +41,7 @@ MOST_PARTS = 64
 MOST_GROWTH = 256  # times as many characters as a text has
 MOST_ADDED = 1024  # characters or tokens around a text
 MOST_HOLES = 1_000_000  # ids below the largest without a token: whatever copies or saves a tokenizer counts up to it
+MOST_EXTRA = 2**17  # tokens beside a vocabulary: each takes a library 0.2 ms; sounds as tokens are some 2^16
 GROWS = {"ByteLevel": 2, "BertNormalizer": 3}  # Unicode's own forms grow once, to 18 at most, however often they come
 STUBBORN = ("a", " ", "1", "ab ", "\n", "é", "<")  # repeated, with something else at the end: patterns backtrack there
 LENGTHS, SLOW = (30, 300), 2.0  # repetitions; seconds of the processor for one of them
@@ -59,8 +61,12 @@ def check_parts(folder: Path) -> None:
     """Look at the parts of a tokenizer.json before a library builds them.
 
     Raises ModelError: they could write a text of thousands of times the length, or there are more than any has; or ids
-    lie so far apart, here or in a vocab.json, that counting up to them would take minutes and gigabytes.
+    lie so far apart, here or in a vocab.json, that counting up to them would take minutes and gigabytes; or more tokens
+    stand beside the vocabulary than any has.
     """
+    for name, key in (("tokenizer.json", "added_tokens"), ("tokenizer_config.json", "added_tokens_decoder")):
+        _check_extra(folder / name, _read(folder / name).get(key))
+    _check_extra(folder / "added_tokens.json", _read(folder / "added_tokens.json"))
     _check_holes(folder / "vocab.json", _read(folder / "vocab.json"))
     path = folder / "tokenizer.json"
     found = _read(path)
@@ -93,6 +99,15 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _check_extra(path: Path, tokens: Any) -> None:
+    """Raise ModelError where more tokens are added to a vocabulary than a library takes in half a minute."""
+    if isinstance(tokens, list | dict) and len(tokens) > MOST_EXTRA:
+        raise ModelError(
+            f"{path}: adds {len(tokens):,} tokens to the vocabulary; expected at most {MOST_EXTRA:,}: fetch the file "
+            "again, or take another one"
+        )
 
 
 def _check_holes(path: Path, vocabulary: Any) -> None:
@@ -244,6 +259,8 @@ def refuse_past(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: st
 SECONDS = 10.0  # templates take some tenths of a millisecond
 MEMORY = 2**30  # bytes more than the process has
 LONGEST = 2**16  # characters that a template may write around a message: tools and rules are some thousands
+TIMES = 16  # characters that it may write for each of a message: JSON within JSON takes 12 for some
+MOST_BITS = 2**16  # of a whole number that it computes: Python works on larger ones without end, and hears no signal
 TRIAL = "Olga carries 81 roses."
 MEND = "mend chat_template.jinja (or chat_template in tokenizer_config.json), or take it away"
 
@@ -257,15 +274,49 @@ class FixedDay(datetime):
         return cls(2024, 7, 26, 12, tzinfo=tz)
 
 
+class Sandbox(ImmutableSandboxedEnvironment):
+    """Where templates run: as transformers has it, with whole numbers that have an end.
+
+    A power of some digits keeps Python busy for years, in one step that no signal interrupts; where it is made of
+    constants, already while the template is compiled. What is intercepted here is computed when it is rendered.
+    """
+
+    intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.tests = {**self.tests, "divisibleby": lambda value, by: self.call_binop(None, "%", value, by) == 0}
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """As Python has it; raises OverflowError for a whole number of more than `MOST_BITS` bits."""
+        bits = [value.bit_length() for value in (left, right) if isinstance(value, int)]
+        if operator == "**" and len(bits) == 2:
+            bits.append(bits[0] * right)
+        if max(bits, default=0) > MOST_BITS:
+            raise OverflowError(f"a number of more than {MOST_BITS:,} bits")
+        return super().call_binop(context, operator, left, right)
+
+
 @contextmanager
-def fixed_day() -> Iterator[None]:
-    """Inside, templates write the date of one day: with today's, a run's prompts would differ from stage to stage."""
-    clock: Any = chat_template_utils  # whose `strftime_now` asks its `datetime`
-    before, clock.datetime = clock.datetime, FixedDay
+def bounded() -> Iterator[None]:
+    """Inside, a template has little time and memory, and writes the date of one day.
+
+    With today's, a run's prompts would differ from stage to stage. Raises TooSlow, MemoryError, OverflowError.
+    """
+    library: Any = chat_template_utils  # whose `strftime_now` asks its `datetime`
+    before = library.datetime, library.ImmutableSandboxedEnvironment
+    library.datetime, library.ImmutableSandboxedEnvironment = FixedDay, Sandbox
     try:
-        yield
+        with within(SECONDS), _little_memory():
+            yield
     finally:
-        clock.datetime = before
+        library.datetime, library.ImmutableSandboxedEnvironment = before
+
+
+def too_long(text: str, messages: Sequence[Any]) -> str | None:
+    """What is wrong with the length of what a template wrote of these messages, in words, or None."""
+    most = LONGEST + TIMES * len(str(messages))
+    return f"writes {len(text):,} characters; expected at most {most:,}" if len(text) > most else None
 
 
 def check_file(folder: Path) -> None:
@@ -287,11 +338,11 @@ def check_template(tokenizer: PreTrainedTokenizerBase, where: object) -> None:
     """
     if not isinstance(tokenizer.chat_template, str):
         return
-
+    messages = [{"role": "user", "content": TRIAL}]
     try:
-        with within(SECONDS), _little_memory(), fixed_day():
+        with bounded():
             text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": TRIAL}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
             )
     except TemplateSyntaxError as error:
         raise ModelError(f"{where}: chat template, line {error.lineno}: {_line(error)}; {MEND}") from None
@@ -304,11 +355,8 @@ def check_template(tokenizer: PreTrainedTokenizerBase, where: object) -> None:
         ) from None
     except Exception:
         return  # it refuses this conversation, as some do without a system prompt: said where one is rendered
-    if len(str(text)) > LONGEST:
-        raise ModelError(
-            f"{where}: the chat template writes {len(str(text)):,} characters for one short message; expected at most "
-            f"{LONGEST:,}; {MEND}"
-        )
+    if (problem := too_long(str(text), messages)) is not None:
+        raise ModelError(f"{where}: the chat template {problem}, for one short message; {MEND}")
 
 
 @contextmanager

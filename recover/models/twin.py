@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from recover.base.errors import ModelError
 from recover.config import recipe
-from recover.models.arch import Arch, arch_of, base_of, blocks_of, linears_of, site_of
+from recover.models.arch import Arch, arch_of, as_linears, base_of, blocks_of, linears_of, site_of
 from recover.models.attention import by_rows
 from recover.models.experts import IN, OUT, keep_experts, make_routable, mask_experts, mixtures_of
 from recover.models.lean import make_lean
@@ -65,6 +65,7 @@ class Twin:
         *,
         replan: Callable[..., Twin] | None = None,
     ) -> None:
+        as_linears(model)
         self.model: Any = model
         self._replan = replan
         self.plan = dataclasses.replace(plan, parallel=arch_of(model).together(model.config))
@@ -303,6 +304,7 @@ class Held:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        as_linears(model)
         self.model = model
         self._sums = _sums(model)
 

@@ -92,7 +92,7 @@ def text_config(config: Any) -> Any:
     values["tie_word_embeddings"] = bool(config.tie_word_embeddings)
     kind: Any = CONFIG_MAPPING[wrapper.text_as] if wrapper.text_as else type(inner)
     made = kind.from_dict(values)
-    made._name_or_path = config._name_or_path
+    made.name_or_path = config.name_or_path
     return made
 
 

@@ -20,8 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from recover.base.errors import ModelError
-from recover.models import kv_cache
-from recover.models.arch import arch_of, base_of, blocks_of, experts_of, middle_hooks, mixture_in, sublayers_in
+from recover.models.arch import (
+    arch_of,
+    base_of,
+    blocks_of,
+    cache_in,
+    experts_of,
+    middle_hooks,
+    mixture_in,
+    sublayers_in,
+    taking_cache,
+)
 from recover.models.site import Site
 from recover.models.twin import Twin
 from recover.probe.records import Routing
@@ -125,9 +134,9 @@ class _Reader:
                 position_ids=positions(mask_BT)[:, span],
                 use_cache=span.stop < self.ids_BT.shape[1] or self.cache is not None,
                 logits_to_keep=1,
-                **kv_cache.taking(model, self.cache),
+                **taking_cache(model, self.cache),
             )
-        self.cache = kv_cache.given_by(output)
+        self.cache = cache_in(output)
         return streams
 
 

@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 
 from recover.base.errors import DataError
-from recover.models import kv_cache
-from recover.models.arch import base_of
+from recover.models.arch import base_of, cache_in, taking_cache
 from recover.models.attention import attending_by_step, configs_of
 from recover.probe.views import States, View, hidden_states, running
-from recover.text.decode import _Recorder, may_record, steps_unseen
+from recover.text.decode import Recorder, may_record, steps_unseen
 from recover.text.generate import end_ids
 from recover.text.prompts import encode_prompt
 from recover.text.stepping import Slots, fits, masks, read
@@ -81,9 +80,9 @@ class Stock:
             position_ids=positions(self.mask_BT)[:, -ids_BT.shape[1] :],
             use_cache=True,
             logits_to_keep=1,
-            **kv_cache.taking(self.model, self.cache),
+            **taking_cache(self.model, self.cache),
         )
-        self.cache = kv_cache.given_by(output)
+        self.cache = cache_in(output)
         return output.logits[:, -1], self.state()
 
 
@@ -95,7 +94,7 @@ class Recorded:
 
     def __init__(self, model: Any, state: Callable[[], Tensor], steps: int) -> None:
         self.model, self.state, self.steps = model, state, steps
-        self.recorder = _Recorder(self._step) if may_record(model) else None
+        self.recorder = Recorder(self._step) if may_record(model) else None
 
     def first(self, ids_BT: Tensor, mask_BT: Tensor) -> Read:
         rows, longest = ids_BT.shape
@@ -134,7 +133,7 @@ class Recorded:
             position_ids=at_B1,
             use_cache=True,
             logits_to_keep=1,
-            **kv_cache.taking(self.model, self.slots),
+            **taking_cache(self.model, self.slots),
         )
         self.logits_BV.copy_(output.logits[:, -1])
         self.state_BD.copy_(self.state())

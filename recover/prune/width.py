@@ -28,7 +28,17 @@ from recover.base.artifacts import JsonObject
 from recover.base.errors import PruneError
 from recover.base.journal import Journal
 from recover.config.recipe import Width
-from recover.models.arch import ARCHS, Arch, arch_of, blocks_of, head_size_of, kv_heads_of, linears_in, linears_of
+from recover.models.arch import (
+    ARCHS,
+    Arch,
+    arch_of,
+    blocks_of,
+    head_size_of,
+    kv_heads_of,
+    linears_in,
+    linears_of,
+    neurons_of,
+)
 from recover.models.plan import Plan, Pruned
 from recover.models.site import Site, Sublayer
 from recover.models.stored_weights import present
@@ -59,7 +69,7 @@ class Sizes:
     def of(cls, config: PretrainedConfig) -> Sizes:
         """The sizes of every block of a model with this config."""
         return cls(
-            neurons=getattr(config, arch_of(config).neurons),
+            neurons=neurons_of(config),
             heads=config.num_attention_heads,
             groups=kv_heads_of(config),
             head_size=head_size_of(config),

@@ -230,8 +230,8 @@ def _where(data: PageData, model: str) -> Point | None:
     if row is None or kl <= 0:
         return None
     part = PART_NAMES[row["part"]] if row["part"] == "mlp" else row["part"]
-    answer = f"The {part} of block {row['block']}: changed alone, it gives a KL of {words.number(kl)} right after it."
-    return ("Where does most of it come from?", answer, "figure-sublayers")
+    answer = f"the {part} of block {row['block']}: changed alone, it gives a KL of {words.number(kl)} right after it."
+    return ("Where does most damage come from?", f"{model.capitalize()}, {answer}", "figure-sublayers")
 
 
 def _how(data: PageData, model: str) -> Point | None:
@@ -242,8 +242,8 @@ def _how(data: PageData, model: str) -> Point | None:
         return None
     figures = f"mean KL {words.number(mean)}, median {words.number(median)}"
     few = mean > FEW_TOKENS * median
-    answer = f"No, few tokens carry it: {figures}." if few else f"Yes, the damage is spread over the text: {figures}."
-    return ("Is every token hit?", answer, "table-last-layer")
+    answer = f"no, few tokens carry it: {figures}." if few else f"yes, the damage is spread over the text: {figures}."
+    return ("Is every token hit?", f"{model.capitalize()}, {answer}", "table-last-layer")
 
 
 def _when(data: PageData) -> Point | None:

@@ -6,6 +6,7 @@ files that it lists are there as they were written.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from recover.base import artifacts, console, earlier, products, provenance
 from recover.base.artifacts import DONE, MANIFEST, JsonObject, explained, explaining, read_json, settle, write_json
 from recover.base.errors import ArtifactError
 from recover.base.hub import COMMIT
-from recover.base.products import mark, open_lock, owned, peek, refuse_foreign
+from recover.base.products import hold_lock, mark, open_lock, owned, peek, refuse_foreign
 from recover.config.recipe import completed
 from recover.report.run_files import Best
 
@@ -63,7 +64,7 @@ WRITTEN = {
 class Stamp(TypedDict):
     """DONE.json: when a stage was finished, all that it was made from, and with what; `files`: what it wrote.
 
-    Earlier versions wrote no `made`, or no `files`.
+    `digest`: of all else in it. Earlier versions wrote no `made`, no `files`, or no `digest`.
     """
 
     stage: str
@@ -71,6 +72,7 @@ class Stamp(TypedDict):
     fingerprint: JsonObject
     made: NotRequired[provenance.Environment | None]
     files: NotRequired[dict[str, products.FileEntry]]
+    digest: NotRequired[str]
 
 
 class StageState(TypedDict):
@@ -165,10 +167,8 @@ class RunDirectory:
             )
 
     def _hold(self, file: Any) -> None:
-        import fcntl
-
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hold_lock(file)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "unknown"
@@ -184,7 +184,13 @@ class RunDirectory:
         path = self.folder(stage) / DONE
         if not path.exists():
             return None
-        stamp = earlier.stamp(read_json(path))
+        found = read_json(path)
+        if isinstance(found, dict) and "digest" in found and found["digest"] != _digest(found):
+            raise ArtifactError(
+                f"{path}: {products.CHANGED}: what its stage was made from would be taken for something else. Put it "
+                "back, or delete it, and the stage is done again; if the change is meant, take `digest` out of it"
+            )
+        stamp = earlier.stamp(found)
         if not _is_stamp(stamp, stage) or not _is_time(stamp.get("finished")):
             raise ArtifactError(f"{path}: not a stamp; delete it, and the stage is done again")
         return stamp
@@ -208,7 +214,7 @@ class RunDirectory:
                 "made": made,
                 "files": products.written(self.root, stage),
             }
-            write_json(self.folder(stage) / DONE, stamp)
+            write_json(self.folder(stage) / DONE, {**stamp, "digest": _digest(artifacts.plain(stamp))})
 
     def commits_on_record(self) -> dict[str, str]:
         """Of each repository of the hub the commit that this run reads."""
@@ -223,11 +229,14 @@ class RunDirectory:
         found = (env.get("threads") or {}).get("number")
         return found if isinstance(found, int) and found > 0 else None
 
-    def lost(self, stage: str) -> str | None:
-        """The first file of a finished stage that is gone or changed, in words; None: all are as they were written."""
+    def lost(self, stage: str, *, shown: bool = False) -> str | None:
+        """The first file of a finished stage that is gone or changed, in words; None: all are as they were written.
+
+        `shown`: those too that a report shows and no stage reads.
+        """
         stamp = self.done(stage)
         with explaining(self.root):
-            return None if stamp is None else products.lost(self.root, stamp.get("files"))
+            return None if stamp is None else products.lost(self.root, stamp.get("files"), shown=shown)
 
     def unmark(self, stage: str) -> None:
         """Take the stamp away before the stage is worked on again."""
@@ -278,6 +287,11 @@ def _stamped(root: Path) -> bool:
     folders = ["plan", "dense", "prune", "before", "train", "recover", "trial", "after", "deploy", "report"]
     stages = {"deploy": "export", "recover": "train"}
     return any(_is_stamp(earlier.stamp(peek(root / name / DONE)), stages.get(name, name)) for name in folders)
+
+
+def _digest(stamp: JsonObject) -> str:
+    """sha256 of a stamp as JSON, its own `digest` apart."""
+    return hashlib.sha256(artifacts.dumps({**stamp, "digest": None}).encode(errors=artifacts.ESCAPES)).hexdigest()
 
 
 def _is_time(value: Any) -> bool:

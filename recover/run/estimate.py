@@ -19,13 +19,13 @@ from recover.base.artifacts import JsonObject
 from recover.base.errors import ExportError, PruneError, RecipeError, TrainingError
 from recover.config.defaults import Chosen, Facts, row_tokens, settled
 from recover.config.recipe import PrunedText, Recipe, Train
+from recover.config.train import refuse_averaging_shares, refuse_sharding_twice, split_batch
 from recover.export.gguf.family import family_of, refuse_type
 from recover.export.gguf.family import refuse as refuse_family
 from recover.export.gguf.write import beside, nearest, planned_bytes, require_ggml, vocabulary
 from recover.models.load import Description, checked_config, describe
 from recover.models.source import exported_dtype, read_config
 from recover.prune.registry import Cost, pruner_of
-from recover.train.settings import refuse_averaging_shares, refuse_sharding_twice, split_batch
 from recover.train.trials import planned
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -242,6 +242,11 @@ def planned_file(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, figures: Es
     except ExportError as error:
         instead = "" if "recover gguf" in str(error) else ", and convert the export by another tool"
         raise RecipeError(f"deploy.quantize: {error}. Leave it out{instead}") from None
+    if recipe.prune.kind == "depth" and (every := family_of(config).slides) is not None:
+        console.warn(
+            f"deploy.quantize: llama.cpp lets attention slide in all blocks of {config.model_type} but every block "
+            f"{every}: no file is written of blocks that are left in another order, as most choices leave them"
+        )
     ends = model.embedding_parameters
     kept = (figures["parameters_pruned"] - ends) / (model.parameters - ends)
     parts = {each: planned_bytes(config, each) for each in {*beside(cfg.quantize), cfg.quantize}}

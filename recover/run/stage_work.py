@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypedDict
@@ -69,6 +70,8 @@ from recover.report.words import shown_source
 from recover.run.context import RunContext, calibration, overlap_record
 from recover.run.directory import RunDirectory
 from recover.run.estimate import Estimate, PlannedFile, estimate, matrix_rate, planned_file, rate_plan, refuse, warnings
+from recover.run.forecast import forecast
+from recover.run.forecast import lines as forecast_lines
 from recover.run.input_digests import digests
 from recover.run.tracking import refuse as refuse_trackers
 from recover.train import train as training
@@ -99,8 +102,10 @@ class Checked(TypedDict):
     overlap: OverlapRecord | None
 
 
-def checked(context: RunContext) -> Checked:
+def checked(context: RunContext, *, timed: bool = False) -> Checked:
     """Refuse what cannot work and say what the rest will cost, before any weight is loaded; nothing is written.
+
+    `timed`: its time is said later, by `say_time`.
 
     Gives the `estimate`, the `code` of others that will run (None: none is let run), and on the main process the
     `overlap` of measured items with the text.
@@ -122,7 +127,7 @@ def checked(context: RunContext) -> Checked:
     if not dist.is_main():
         return record
     record["overlap"] = overlaps = overlap_record(context)
-    console.table("plan (estimates)", ["what", "dense", "pruned"], _plan_rows(figures))
+    console.table("plan (estimates)", ["what", "dense", "pruned"], _plan_rows(figures, timed=timed))
     for each in auto:
         console.say(f"train.{each['field']}: {each['value']}: {each['why']}")
     for line in warnings(recipe, model):
@@ -143,12 +148,30 @@ def _say_code(cfg: Model) -> list[str] | None:
     return code
 
 
-def _plan_rows(figures: Estimate) -> list[list[str]]:
+def say_time(context: RunContext, figures: Estimate, libraries: float, left: Mapping[str, float]) -> None:
+    """Time the run's steps and texts on this machine, and say what its stages will take (`forecast.forecast`).
+
+    `left`: the share of a stage that is still to be done, where it is not all.
+    """
+    console.say("[dim]timing a step, a text and a probe on this machine[/dim]")
+    began = time.perf_counter()
+    found = forecast(context, figures, libraries, left)
+    said = f"time on this machine, found in {console.duration(time.perf_counter() - began)}"
+    console.table(said, ["stage", "what", "time", "how"], forecast_lines(found))
+    done = [stage for stage, share in left.items() if not share]
+    kept = [f"done, and not counted: {', '.join(done)}"] if done else []
+    for note in [*kept, *found["notes"]]:
+        console.say(f"[dim]{note}[/dim]")
+
+
+def _plan_rows(figures: Estimate, *, timed: bool = False) -> list[list[str]]:
     cached = [["dense states on disk", f"at least {console.size(figures['cache_bytes'])}", ""]]
     passes, seconds = figures["search_passes"], figures["search_seconds"]
     held = [["weights in main memory", "", f"about {console.size(figures['host_memory_bytes'])}"]]
     least = console.duration(seconds)
-    search = [["search for what goes", "", f"{passes:,} passes of calibration text, at least {least}"]]
+    search = [
+        ["search for what goes", "", f"{passes:,} passes of calibration text{'' if timed else f', at least {least}'}"]
+    ]
     files = [
         f"{console.size(figures['file_bytes_dense'])}, {figures['file_dtype_dense']}",
         f"{console.size(figures['file_bytes_pruned'])}, {figures['file_dtype_pruned']}",
@@ -161,7 +184,7 @@ def _plan_rows(figures: Estimate) -> list[list[str]]:
         *(_file_rows(figures.get("gguf"))),
         *(search if passes else []),
         ["teacher-scored tokens", "", f"{figures['teacher_tokens']:,}"],
-        ["training time", "", f"at least {console.duration(figures['training_seconds'])}"],
+        *([] if timed else [["training time", "", f"at least {console.duration(figures['training_seconds'])}"]]),
         ["memory per process", "", f"about {console.size(figures['memory_bytes_per_process'])}"],
         *(held if figures["host_memory_bytes"] else []),
         *(cached if figures["cache_bytes"] else []),

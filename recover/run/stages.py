@@ -84,11 +84,14 @@ LENGTHENS = re.compile(r"(train\.(tokens|epochs): \S+ -> \S+(; )?)+")
 PLAIN = (NOT_DONE, UP_TO_DATE)  # reasons that go without saying
 
 
-def run(recipe: Recipe, root: Path, *, until: str = "report", start: str | None = None) -> RunDirectory:
+def run(
+    recipe: Recipe, root: Path, *, until: str = "report", start: str | None = None, timed: bool = False
+) -> RunDirectory:
     """Bring the run up to date through stage `until`, and give back its directory.
 
     A stage that is done and not stale is skipped; from `start` on every stage is done again. Until `plan`, nothing is
     written: the recipe is checked, what it will cost is said, and which stages of a run that is there would be done.
+    `timed`: there, what the run's steps and texts take is timed on this machine; else its time is a floor.
 
     Raises:
         RecoverError: one of its kinds, by what went wrong; stages that were done stay done.
@@ -111,7 +114,7 @@ def run(recipe: Recipe, root: Path, *, until: str = "report", start: str | None 
     directory = RunDirectory(root / recipe.name)
     if until == STAGES[0]:
         pin(recipe, directory)
-        _only_plan(RunContext(recipe, directory))
+        _only_plan(RunContext(recipe, directory), libraries if timed else None)
         return directory
     with graceful_stop(), directory.lock() if dist.is_main() else nullcontext():
         if "export" in order[: order.index(until) + 1] and dist.is_main():
@@ -159,15 +162,29 @@ def note_commits(directory: RunDirectory) -> None:
         write_json(directory.commits, hub.pinned())
 
 
-def _only_plan(context: RunContext) -> None:
-    """Check, and say what a run would do; nothing is written: the folder may hold a finished run of another recipe."""
-    from recover.run.stage_work import checked
+def _only_plan(context: RunContext, libraries: float | None) -> None:
+    """Check, and say what a run would do; nothing is written: the folder may hold a finished run of another recipe.
+
+    `libraries`: seconds that they took to load; None: nothing is timed.
+    """
+    from recover.run.stage_work import checked, say_time
 
     dist.on_main(context.directory.refuse_foreign)
-    checked(context)
-    if dist.is_main() and context.directory.is_run:
-        rows = [_planned(stage, context) for stage in asked(context.recipe) if not OF[stage].always]
-        console.table(f"{context.directory.root}: what a run would do", ["stage", "what", "why"], rows)
+    found = checked(context, timed=libraries is not None)
+    order = [stage for stage in asked(context.recipe) if not OF[stage].always]
+    there = dist.on_main(lambda: [_planned(stage, context) for stage in order] if context.directory.is_run else [])
+    if libraries is not None:
+        say_time(context, found["estimate"], libraries, {stage: _left(what, why) for stage, what, why in there})
+    if dist.is_main() and there:
+        console.table(f"{context.directory.root}: what a run would do", ["stage", "what", "why"], there)
+
+
+def _left(what: str, why: str) -> float:
+    """The share of a stage that is still to be done: nothing of one that is kept, the rest of a longer training."""
+    if what == "kept":
+        return 0.0
+    more = re.search(r"train\.tokens: (\d+) -> (\d+)", why) if LENGTHENS.fullmatch(why) else None
+    return max(0.0, 1 - int(more[1]) / int(more[2])) if more is not None and int(more[1]) < int(more[2]) else 1.0
 
 
 def _planned(stage: str, context: RunContext) -> list[str]:

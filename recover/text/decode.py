@@ -39,7 +39,7 @@ from recover.config.recipe import Sampling
 from recover.config.tasks import STOP_CHARACTERS
 from recover.kernels import fused
 from recover.kernels.fused import record
-from recover.models import kv_cache
+from recover.models.arch import taking_cache
 from recover.models.attention import attending_by_step, configs_of
 from recover.models.stored_weights import comes_and_goes
 from recover.text.prompts import batches_by_length, right_pad
@@ -112,7 +112,7 @@ class _Writer:
         self.configs = configs_of(model)
         self.end_E = torch.tensor(how.ends, dtype=torch.long, device=self.device)
         self.stop_AV = how.stops.to(self.device) if how.stops else None
-        self.recorder = _Recorder(self._step) if may_record(model) else None
+        self.recorder = Recorder(self._step) if may_record(model) else None
         if self.device.type == "cuda" and any(map(comes_and_goes, model.parameters())):
             _say_no_graphs()
         # A kernel reads of each row what the row has; else all rows are read up to the longest.
@@ -241,7 +241,7 @@ class _Writer:
                 position_ids=at_B1,
                 use_cache=True,
                 logits_to_keep=1,
-                **kv_cache.taking(self.model, self.slots),
+                **taking_cache(self.model, self.slots),
             ).logits[:, -1]
         token_B = self.how.draw(logits_BV, self.key_B2, self.count_B).masked_fill(self.done_B, self.how.pad)
         bin_B = self.count_B.masked_fill(self.done_B, self.how.limit)
@@ -289,7 +289,7 @@ def may_record(model: PreTrainedModel) -> bool:
     )
 
 
-class _Recorder:
+class Recorder:
     """Replays one step for each width of the cache that is seen: small models are then bound by work, not by Python."""
 
     def __init__(self, step: Callable[[], None]) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recover.base import console
 from recover.base.errors import DataError, ModelError
-from recover.models import kv_cache
+from recover.models.arch import taking_cache
 from recover.models.attention import attending_by_step, configs_of, goes_by_length
 from recover.text.generate import context_of, evaluating, stock
 from recover.text.prompts import batches_by_length, left_pad, prompt_text, text_ids, uses_chat
@@ -153,7 +153,7 @@ def _rest_sums(
         attention_mask=masks(model, at_RN, key_at, is_key),
         position_ids=at_RN,
         use_cache=True,
-        **kv_cache.taking(model, cache.rows(number_R)),
+        **taking_cache(model, cache.rows(number_R)),
     ).logits
     sums = [
         -torch.nn.functional.cross_entropy(logits_NV[: row.tokens - 1].float(), tail_N[1 : row.tokens], reduction="sum")

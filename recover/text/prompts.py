@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from recover.base.artifacts import whole_characters
 from recover.base.errors import DataError, StopRequested
-from recover.base.process import TooSlow, within
-from recover.models.tokenizers import SECONDS, fixed_day, refuse_past
+from recover.base.process import TooSlow
+from recover.models.tokenizers import bounded, refuse_past, too_long
 
 Message = dict[str, Any]
 
@@ -93,12 +93,12 @@ def rendered(
     """The conversation as the chat template writes it; `ask`: up to where the assistant begins to answer.
 
     Every use of a chat template goes through here: what is measured, probed and learnt then begins with the same text,
-    on every day (`fixed_day`).
+    on every day (`bounded`).
     A template that cannot write plain content, or loses it, is given the content as a list of one part.
 
     Raises:
-        DataError: the template raises, takes longer than `tokenizers.SECONDS`, or leaves the text of a message out;
-            names `what`.
+        DataError: the template raises, takes or writes more than `bounded` and `too_long` let it, or leaves the text of
+            a message out; names `what`.
     """
     _refuse_named(tokenizer)
     forms = [[*messages], [_as_parts(message) for message in messages]]
@@ -107,7 +107,7 @@ def rendered(
     problems: list[str] = []
     for form in forms:
         try:
-            with within(SECONDS), fixed_day():
+            with bounded():
                 text = str(
                     tokenizer.apply_chat_template(
                         form, tokenize=False, add_generation_prompt=ask, enable_thinking=False
@@ -115,12 +115,15 @@ def rendered(
                 )
         except StopRequested:
             raise
-        except TooSlow as error:
-            problems.append(f"({type(error).__name__}: {error})")
+        except (TooSlow, MemoryError, OverflowError) as error:
+            problems.append(f"({type(error).__name__}: {' '.join(str(error).split())[:200]})")
             break
         except Exception as error:  # whatever a template of others raises, or calls for
             problems.append(f"({type(error).__name__}: {' '.join(str(error).split())[:200]})")
             continue
+        if (wrong := too_long(text, form)) is not None:
+            problems.append(f"(it {wrong})")
+            break
         if not whole_characters(text):
             problems.append("(it writes half of a surrogate pair, which is no character)")
             continue

@@ -29,8 +29,7 @@ from transformers import Cache, PreTrainedModel
 
 from recover.base import zero
 from recover.kernels import fused
-from recover.models import kv_cache
-from recover.models.arch import arch_of
+from recover.models.arch import arch_of, taking_cache
 from recover.models.attention import goes_by_length
 from recover.models.lean import make_lean
 from recover.models.masked_lora import MaskedLora, SwitchedLora, base_parameters, hooked
@@ -158,7 +157,7 @@ def read(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, **options: Any
     at_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
     cache = Appending()
     mask = masks(model, at_BT, at_BT, mask_BT.bool())
-    options |= {"use_cache": True, **kv_cache.taking(model, cache)}
+    options |= {"use_cache": True, **taking_cache(model, cache)}
     output = model(input_ids=ids_BT, attention_mask=mask, position_ids=at_BT, **options)
     return output, cache, at_BT
 
@@ -175,7 +174,7 @@ def read_on(model: PreTrainedModel, ids_BT: Tensor, length_B: Tensor) -> tuple[T
         return (inputs[0][row_B, length_B - 1][:, None],)
 
     hook = head.register_forward_pre_hook(last_alone)
-    options: dict[str, Any] = kv_cache.taking(model, cache)
+    options: dict[str, Any] = taking_cache(model, cache)
     if goes_by_length(model):  # by that of the row, without its padding
         at_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
         options["position_ids"] = torch.where(at_T < length_B[:, None], at_T, 0)

@@ -16,8 +16,7 @@ from recover.base.errors import ArtifactError, TrainingError
 from recover.config.recipe import StopEarly
 from recover.report.run_files import EpochProgress, EpochScore
 from recover.train.checkpoints import STEPS, best_of, publish_adapter
-from recover.train.course import Totals
-from recover.train.settings import early_ends
+from recover.train.course import Totals, early_ends
 from recover.train.trainer import RecoverTrainer
 
 AfterEpoch = Callable[[int, EpochProgress], float | None]

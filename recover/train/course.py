@@ -1,4 +1,4 @@
-"""Where a training stands: steps made, skipped and undone, sums of the loss terms, and random generators.
+"""Where a training stands: steps made, skipped and undone, ends of epochs, sums of the loss terms, random generators.
 
 A step whose loss or gradient is not finite is skipped: it changes no parameter and no moment of the optimizer. After
 too many in a row the training goes back to a checkpoint, and in the end it says why it cannot go on. Every process must
@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from recover.base import console, dist, zero
 from recover.base.errors import ArtifactError, TrainingError
+from recover.config.recipe import StopEarly, Train
 from recover.models.stored_weights import each_weight
 from recover.report.run_files import Finding
 from recover.train.checkpoints import (
@@ -29,6 +31,7 @@ from recover.train.checkpoints import (
     Checkpoints,
     CheckpointState,
     Draws,
+    Part,
     Skipped,
     Standing,
     TotalsState,
@@ -391,3 +394,40 @@ def _text(data: bytes) -> str:
 
 def _tensor(text: str) -> torch.Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def epoch_ends(steps: int, epochs: int) -> list[int]:
+    """The optimizer steps after which an epoch ends; the last one is `steps`."""
+    return [round(steps * epoch / epochs) for epoch in range(1, epochs + 1)]
+
+
+def early_ends(ends: list[int], scores: Sequence[float | None], stop: StopEarly | None, begin: int = 0) -> list[int]:
+    """`ends` of epochs, cut where `stop` ends the training: behind the first epoch that calls for it, the fall's end.
+
+    `scores`: of the epochs that were measured. Only epochs that end behind step `begin` call for it.
+    """
+    known = [-1.0 if score is None else score for score in scores]
+    if stop is None or any(score is None for score in scores):
+        return ends
+    for at in range(stop.patience, len(known)):
+        late, early = known[at - stop.patience + 1 : at + 1], known[: at - stop.patience + 1]
+        if at < len(ends) - 1 and ends[at] > begin and max(late) < max(early) + stop.gain:
+            more = math.ceil(stop.decay * ends[at])
+            return [*ends[: at + 1], *([min(ends[at] + more, ends[-1])] if more else [])]
+    return ends
+
+
+def all_ends(parts: Sequence[Part], cfg: Train, steps: int) -> list[int]:
+    """As `epoch_ends`, of a training that goes on behind finished `parts`: those of the parts, then its own.
+
+    It has as many epochs more as `cfg.epochs` is more than were made; if that is none, epochs of about as many tokens.
+    """
+    before = [end for part in parts for end in part["ends"]]
+    if not parts:
+        return epoch_ends(steps, cfg.epochs)
+    begin, tokens = before[-1], parts[-1]["tokens"]
+    epochs = cfg.epochs - len(before)
+    if epochs < 1:
+        epochs = max(1, round(len(before) * (cfg.tokens - tokens) / tokens))
+    epochs = min(epochs, steps - begin)
+    return [*before, *(begin + end for end in epoch_ends(steps - begin, epochs))]

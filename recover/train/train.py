@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
+from trl.trainer.sft_config import SFTConfig
 
 from recover.base import console, dist, zero
 from recover.base.artifacts import JsonObject
 from recover.base.errors import DataError, StopRequested, TrainingError
 from recover.base.process import Interrupted, stop_between_steps
 from recover.config.recipe import Train
+from recover.config.train import BatchSplit, refuse_averaging_shares, refuse_sharding_twice, split_batch
 from recover.distill.loss_terms import computed
 from recover.models.arch import arch_of
 from recover.models.attention import HALF, packing_configs
@@ -23,15 +27,8 @@ from recover.report.run_files import EpochScore
 from recover.text.generate import context_of
 from recover.train.callbacks import AfterEpoch, Epochs, LogStep, Progress, StepLog
 from recover.train.checkpoints import Asked, Part, PartEnds, begin, note
-from recover.train.course import ROLLBACKS, Course, Totals
+from recover.train.course import ROLLBACKS, Course, Totals, all_ends
 from recover.train.data import build_dataset, collator, packer, row_sizes, tokens_at_once, with_scored
-from recover.train.settings import (
-    all_ends,
-    refuse_averaging_shares,
-    refuse_sharding_twice,
-    split_batch,
-    training_arguments,
-)
 from recover.train.sources import Collate
 from recover.train.state_cache import TextRow, TrainingStates, with_states
 from recover.train.teacher_file import TeacherStates
@@ -50,6 +47,7 @@ NO_MATTER: Any = {
     **dict.fromkeys(("cache", "shard_weights", "gradient_checkpointing", "save_steps"), True),
     "loss": {"chunk"},
 }
+SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 LARGEST_GRAPHED = 4_000_000_000  # parameters; a 7B model's step spends its time in the kernels
 
 
@@ -93,14 +91,11 @@ def train(
     twin.add_lora(cfg.lora)
     totals = Totals(computed(cfg.loss))
     course = Course(run_folder, fingerprint, batch_size=cfg.batch_size, seed=seed, totals=totals, past=past)
-    graphed = packed and _may_be_graphed(twin, cfg)
+    graphed = packed and may_be_graphed(twin, cfg)
     collate = _collation(tokenizer, cfg, rows, split.micro, packed=packed, graphed=graphed)
     first = parts[0]["fingerprint"] if parts else fingerprint  # a training that is lengthened keeps its rate
     cfg = _with_rate(twin, tokenizer, cfg, rows, split.micro, collate, seed, run_folder, first, graphed=graphed)
-    own = None
-    if "writer" in rows.features:
-        scored, context = with_scored(collate), context_of(twin.model)
-        own = OnPolicy(cfg, tokenizer, rows, seed, run_folder, fingerprint, scored, context)
+    own = _own_text(twin, tokenizer, cfg, rows, seed, run_folder, fingerprint, collate)
     args = training_arguments(cfg, split, steps, seed, run_folder / "checkpoints", passes=1 + ROLLBACKS, begin=begun)
     with stop_between_steps() as stop:
         trainer = RecoverTrainer(
@@ -121,12 +116,7 @@ def train(
         if own is None:
             trainer.data_collator = with_scored(trainer.data_collator)
         _announce(twin, rows, steps, split)
-        with trainer.light(), trainer.graphed() if graphed else nullcontext():
-            epochs = _train(trainer, cfg, after_epoch, run_folder, ends, log_step)
-        if trainer.shards is not None:
-            trainer.shards.end()
-    if trainer.is_deepspeed_enabled:
-        zero.load_whole_again()
+        epochs = _train(trainer, cfg, after_epoch, run_folder, ends, log_step, graphed=graphed)
     _judge(epochs.best, baseline_score)
     part: PartEnds = {"tokens": cfg.tokens, "ends": [each["step"] for each in epochs.records if each["step"] > begun]}
     note(run_folder, fingerprint, course.skips.to_json(), finished=True, part=part)
@@ -175,6 +165,22 @@ def _collation(
     return packer(pad, cfg.loss.scored, cfg.length, sizes)
 
 
+def _own_text(
+    twin: Twin,
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: Train,
+    rows: Dataset,
+    seed: int,
+    folder: Path,
+    fingerprint: str,
+    collate: Collate,
+) -> OnPolicy | None:
+    """What has the pruned model write the rows that are its own; None where there are none."""
+    if "writer" not in rows.features:
+        return None
+    return OnPolicy(cfg, tokenizer, rows, seed, folder, fingerprint, with_scored(collate), context_of(twin.model))
+
+
 def _with_rate(
     twin: Twin,
     tokenizer: PreTrainedTokenizerBase,
@@ -213,14 +219,15 @@ def _with_rate(
     return cfg.model_copy(update={"lr": rate})
 
 
-def _may_be_graphed(twin: Twin, cfg: Train) -> bool:
+def may_be_graphed(twin: Twin, cfg: Train, size: int | None = None) -> bool:
     """Whether steps may be replayed as CUDA graphs; where a GPU could and a recipe cannot, the reason is said.
 
+    `size`: parameters of the model, where the twin's is a part of it.
     A graph repeats the same kernels on the same memory: whatever draws, waits or shares weights out stays outside.
     """
     if twin.base.device.type != "cuda":
         return False
-    size = sum(parameter.numel() for parameter in twin.base.parameters())
+    size = size or sum(parameter.numel() for parameter in twin.base.parameters())
     reasons = {
         "the work of each kernel outlasts its launch at this size": size > LARGEST_GRAPHED,
         "several processes": dist.world_size() > 1,
@@ -262,8 +269,10 @@ def _train(
     run_folder: Path,
     ends: list[int],
     log_step: LogStep | None,
+    *,
+    graphed: bool,
 ) -> Epochs:
-    """To the end of the last epoch; what was found after each.
+    """To the end of the last epoch; what was found after each. Shared weights are whole again behind it.
 
     Raises:
         StopRequested: stopped by a signal; a checkpoint is written.
@@ -282,13 +291,65 @@ def _train(
     trainer.add_callback(epochs)
     trainer.add_callback(Progress(trainer.course.totals))
     trainer.add_callback(StepLog(run_folder, trainer.course.totals, log_step))
-    try:
-        trainer.train()
-    except Interrupted:
-        trainer.save(interrupted=True)
-    if trainer.stop.agreed:
-        raise StopRequested(trainer.stop.agreed)
+    with trainer.light(), trainer.graphed() if graphed else nullcontext():
+        try:
+            trainer.train()
+        except Interrupted:
+            trainer.save(interrupted=True)
+        if trainer.stop.agreed:
+            raise StopRequested(trainer.stop.agreed)
+    if trainer.shards is not None:
+        trainer.shards.end()
+    if trainer.is_deepspeed_enabled:
+        zero.load_whole_again()
     return epochs
+
+
+def training_arguments(
+    cfg: Train, split: BatchSplit, steps: int, seed: int, folder: Path, *, passes: int = 1, begin: int = 0
+) -> SFTConfig:
+    """Arguments of trl's trainer. What it would save, log, report or show by itself is off: our callbacks do that.
+
+    `passes`: how often the trainer may start over the text, for which it must expect so many times the steps. `begin`:
+    the step behind which the schedule begins, after a finished training.
+    """
+    on_gpu = torch.cuda.is_available()
+    # The one field goes by two names, and each version of transformers warns of the other.
+    known = {field.name for field in dataclasses.fields(SFTConfig)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    memory: Any = {name: cfg.gradient_checkpointing}
+    if cfg.gradient_checkpointing:
+        memory[f"{name}_kwargs"] = {"use_reentrant": False}
+    return SFTConfig(
+        output_dir=str(folder),
+        max_steps=steps * passes,
+        per_device_train_batch_size=split.micro,
+        gradient_accumulation_steps=split.accumulation,
+        learning_rate=cfg.lr,
+        lr_scheduler_type=SCHEDULERS[cfg.scheduler],
+        warmup_steps=math.ceil(cfg.warmup * (steps - begin)),
+        weight_decay=cfg.weight_decay,
+        max_grad_norm=cfg.max_grad_norm,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        dataloader_pin_memory=on_gpu,
+        accelerator_config={"non_blocking": on_gpu},
+        seed=seed,
+        # The distiller multiplies half-precision models by float32 adapters itself, with and without DeepSpeed alike.
+        bf16=False,
+        fp16=False,
+        use_cpu=not on_gpu,
+        # Without it, on a CPU with DeepSpeed, every process would take itself for the only one.
+        ddp_backend="gloo" if split.processes > 1 and not on_gpu else None,
+        ddp_find_unused_parameters=False,
+        **memory,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="no",  # `log_step` is called by a callback
+        logging_nan_inf_filter=False,  # would hide a NaN and wait for the device at every step
+    )
 
 
 def _announce(twin: Twin, rows: Dataset, steps: int, split: Any) -> None:

@@ -28,9 +28,8 @@ from recover.distill.distiller import Batch, Distiller, GraphedPasses, scaled, s
 from recover.models.attention import PACKED_NAME, attending
 from recover.models.stored_weights import StoredWeights, comes_and_goes, gather_by_block, stored_in
 from recover.models.twin import modules_below, plain_modes, set_training
-from recover.train.course import Course, frozen_weights, not_finite
+from recover.train.course import Course, epoch_ends, frozen_weights, not_finite
 from recover.train.optimizer_state import Average, Trained, averaged_steps
-from recover.train.settings import epoch_ends
 from recover.train.sources import Collate
 from recover.train.written_text import Numbers, OnPolicy, write_together
 
@@ -69,6 +68,21 @@ class _Copied:
 ROUTING = ("output_router_logits", "router_aux_loss_coef")  # of a config of a mixture of experts
 
 
+@contextmanager
+def _left_as_it_is(model: Any) -> Iterator[None]:
+    """Inside, trl may do to the model what is undone behind it: a twin outlives its training.
+
+    It puts a forward of its own head onto the object, which ours never takes; and has the config ask for router logits,
+    for a loss of load balance that is not added here, so that an export would ask for them too.
+    """
+    config = model.config
+    before = {name: getattr(config, name) for name in ROUTING if hasattr(config, name)}
+    yield
+    vars(model).pop("forward", None)
+    for name, value in before.items():
+        setattr(config, name, value)
+
+
 class RecoverTrainer(SFTTrainer):
     """`twin.model` learns, by `distiller`, from rows of `build_dataset`, in their order.
 
@@ -97,18 +111,18 @@ class RecoverTrainer(SFTTrainer):
         """`ends`: the last step of each epoch; default: equal ones. `begin`: the step behind which the rate's schedule
         begins, of a training that goes on behind a finished one.
         """
-        config = twin.base.config
-        routing = {name: getattr(config, name) for name in ROUTING if hasattr(config, name)}
         # What comes and goes is on its device when it is there: nobody moves it, or sends it to other processes.
         if gone := [name for name, value in twin.model.named_parameters() if comes_and_goes(value)]:
             vars(twin.model).update(to=lambda *_, **__: twin.model, _ddp_params_and_buffers_to_ignore=gone)
-        super().__init__(
-            model=twin.model,
-            args=args,
-            train_dataset=rows.with_format("numpy"),
-            processing_class=tokenizer,
-            data_collator=cast(Any, collate if on_policy is None else on_policy.numbers),
-        )
+        with _left_as_it_is(twin.base):
+            super().__init__(
+                model=twin.model,
+                args=args,
+                train_dataset=rows.with_format("numpy"),
+                processing_class=tokenizer,
+                data_collator=cast(Any, collate if on_policy is None else on_policy.numbers),
+            )
+        self.aux_loss_enabled = False  # see `_left_as_it_is`
         self.shards: StoredWeights | None = None  # see `SharedOut`
         if self.is_zero3:
             gather_by_block(twin)
@@ -129,13 +143,6 @@ class RecoverTrainer(SFTTrainer):
         self.course = course
         self.stop = stop
         self.on_policy = on_policy
-        # trl patches the model object with a forward of its own head; ours never takes it, and a twin outlives its
-        # training.
-        vars(twin.base).pop("forward", None)
-        # Nor is a loss of load balance added, for which trl has the model give router logits, and the export say so.
-        self.aux_loss_enabled = False
-        for name, value in routing.items():
-            setattr(config, name, value)
         # Kept, it would have the model's special tokens rewritten to match, and a copy saved with each checkpoint.
         self.processing_class, self.tokenizer = None, tokenizer
         self.remove_callback(PrinterCallback)
@@ -154,7 +161,7 @@ class RecoverTrainer(SFTTrainer):
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step, self._ahead = _Fetched(epoch_iterator, num_batches, batches), _Fetched()
         self.course.begin_step()
-        self._rate = schedule_of(self.lr_scheduler).get_last_lr()[0]
+        self._rate = schedule_of(self.lr_scheduler).optimizer.param_groups[0]["lr"]
         # Of the step's number alone, so a training that goes on, or back, has the weights of a straight one.
         self.distiller.stand_at(self.state.global_step / self.steps, self.course.totals.focus_mean())
         if self.on_policy is not None:
@@ -368,7 +375,7 @@ class RecoverTrainer(SFTTrainer):
 
     def stand_at(self, step: int) -> None:
         """Go on as if `step` optimizer steps had been made: the step's number, the learning rate; text follows."""
-        self.state.global_step = self._globalstep_last_logged = step
+        self.state.global_step = step
         set_rate(self.lr_scheduler, step)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -499,7 +506,7 @@ def schedule_of(scheduler: Any) -> Any:
 def set_rate(scheduler: Any, step: int) -> None:
     """The learning rate that a straight training has after `step` optimizer steps, skipped ones included."""
     schedule = schedule_of(scheduler)
-    rates = [base * rate(step) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-    schedule.last_epoch, schedule._last_lr = step, rates
-    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+    schedule.last_epoch = step
+    parts = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    for group, base, rate in parts:
+        group["lr"] = base * rate(step)

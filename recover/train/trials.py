@@ -156,7 +156,7 @@ def found_rate(
     plan = planned(cfg, twin.base.config.hidden_size, scored_of(rows, cfg.loss.scored), texts)
     record = dist.on_main(lambda: _read(folder / FILE, fingerprint))
     if record is None or record["chosen"] is None:
-        bench = _Bench(twin, cfg, rows.with_format("numpy"), plan, collate, perplexity, micro, seed, graphed=graphed)
+        bench = Bench(twin, cfg, rows.with_format("numpy"), plan, collate, perplexity, micro, seed, graphed=graphed)
         record = _tried(bench, plan, record, folder / FILE, fingerprint)
     if record["chosen"] is None:
         raise AssertionError("no rate was chosen of all that were tried")
@@ -175,7 +175,7 @@ def _read(path: Path, fingerprint: str) -> TrialsRecord | None:
     return cast(TrialsRecord, found)
 
 
-def _tried(bench: _Bench, plan: Trials, before: TrialsRecord | None, path: Path, fingerprint: str) -> TrialsRecord:
+def _tried(bench: Bench, plan: Trials, before: TrialsRecord | None, path: Path, fingerprint: str) -> TrialsRecord:
     """The record with all trials and the choice, written as it grows; `before`: as a training that goes on finds it."""
     trials = list(before["trials"]) if before else []
     if plan.rates:
@@ -246,8 +246,8 @@ def _say(record: TrialsRecord) -> None:
     console.say(f"lr: auto: {record['chosen']:.3g}: {record['reason']}")
 
 
-class _Bench:
-    """Trials on one twin with adapters; inside `with`, and afterwards the adapters and random numbers are as before."""
+class Bench:
+    """Trials, or steps, on one twin with adapters; after `with` the adapters and random numbers are as before."""
 
     def __init__(
         self,
@@ -271,7 +271,7 @@ class _Bench:
         self.device = next(twin.base.parameters()).device
         self.training = twin.model.training
 
-    def __enter__(self) -> _Bench:
+    def __enter__(self) -> Bench:
         devices = [self.device] if self.device.type == "cuda" else []
         self.random = torch.random.fork_rng(devices=devices)
         self.random.__enter__()
@@ -298,15 +298,13 @@ class _Bench:
         self._from_zero()
         torch.manual_seed(self.seed)
         self.distiller.stand_at(0.0)
-        adam = torch.optim.AdamW(
-            self.trained, lr=rate, weight_decay=self.cfg.weight_decay, fused=self.device.type == "cuda"
-        )
+        adam = self.optimizer(rate)
         self.twin.model.train()
         finite = True
         for step in console.track(range(self.plan.steps), f"trial of lr {rate:.2g}", unit="step"):
             for group in adam.param_groups:
                 group["lr"] = rate * _shape(step, self.plan.steps)
-            finite = self._step(step, adam)
+            finite = self.step(step, adam)
             if not finite:
                 break
         self.twin.model.eval()
@@ -316,7 +314,12 @@ class _Bench:
         found["seconds"] = round(time.perf_counter() - started, 1)
         return found
 
-    def _step(self, step: int, adam: torch.optim.Optimizer) -> bool:
+    def optimizer(self, rate: float) -> torch.optim.Optimizer:
+        """A new one of what learns."""
+        decay = self.cfg.weight_decay
+        return torch.optim.AdamW(self.trained, lr=rate, weight_decay=decay, fused=self.device.type == "cuda")
+
+    def step(self, step: int, adam: torch.optim.Optimizer) -> bool:
         """One optimizer step over all processes; whether its gradient was finite."""
         size = self.cfg.batch_size
         share = size // dist.world_size()

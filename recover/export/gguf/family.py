@@ -1,7 +1,7 @@
 """What llama.cpp knows of a model family: tensor names, sizes, rope; and what of a config it would compute otherwise.
 
 Source: the GGUF specification (ggml, docs/gguf.md) and llama.cpp's loaders, src/models/{llama,qwen2,qwen3,granite,
-smollm3,olmo2,phi3,qwen3moe,olmoe}.cpp.
+smollm3,olmo2,phi3,qwen3moe,olmoe,gemma,gemma2,gemma3}.cpp.
 Where its loader for a family takes heads that together are as wide as the model, and these are not (KV groups were
 pruned, or `head_dim` is set), the checkpoint is written as the family that computes the same for heads of any width.
 """
@@ -19,6 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from recover.base import console
 from recover.base.errors import ExportError
 from recover.models.arch import experts_of, head_size_of, kv_heads_of
+from recover.models.gguf_folder import LARGEST
 from recover.models.settings import config_of
 from recover.models.source import (
     CONFIG,
@@ -45,6 +46,12 @@ ATTENTION = {
 MLP = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 HEAD_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+AROUND = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 BEHIND = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
 FUSED = {
     "self_attn.qkv_proj": "attn_qkv",
@@ -53,6 +60,7 @@ FUSED = {
     "mlp.down_proj": "ffn_down",
 }
 ROPES = ("default", "linear", "llama3")
+OF_SLIDING = 1e4  # base of the rotary positions where Gemma 3's attention slides
 # Of a mixture: the router, and the matrices of each expert, one tensor of all experts in the file.
 ROUTER = {"mlp.gate": "ffn_gate_inp"}
 EXPERTS = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
@@ -75,6 +83,8 @@ class Family:
 
     `neighbours`: row 2i and row 2i + 1 of a head are a pair; else, as always in transformers, half a head is between.
     `without_positions`: every so many-th block has no rotary positions, whatever a file says.
+    `slides`: attention slides in all blocks but every so many-th. `gemma`: norms multiply by one more than the
+    checkpoint holds, the embedding is scaled, and it is the head too.
     """
 
     arch: str
@@ -83,6 +93,8 @@ class Family:
     linears: dict[str, str] = dataclasses.field(default_factory=lambda: ATTENTION | MLP)
     without_positions: int | None = None
     mixture: Mixture | None = None
+    slides: int | None = None
+    gemma: bool = False
 
 
 LLAMA = Family("llama", neighbours=True)
@@ -95,6 +107,9 @@ FAMILIES = {
     "smollm3": Family("smollm3", neighbours=True, without_positions=4),
     "olmo2": Family("olmo2", norms=BEHIND | HEAD_NORMS),
     "phi3": Family("phi3", linears=FUSED),
+    "gemma": Family("gemma", gemma=True),
+    "gemma2": Family("gemma2", norms=AROUND, slides=2, gemma=True),
+    "gemma3_text": Family("gemma3", norms=AROUND | HEAD_NORMS, slides=6, gemma=True),
     "qwen3_moe": Family("qwen3moe", norms=NORMS | HEAD_NORMS, linears=ATTENTION | ROUTER, mixture=Mixture(normed=True)),
     "olmoe": Family(
         "olmoe", norms=NORMS | HEAD_NORMS, linears=ATTENTION | ROUTER, mixture=Mixture(normed=False, grouped=False)
@@ -138,9 +153,10 @@ def read_config(folder: Path) -> PretrainedConfig:
 def refuse(config: PretrainedConfig, where: str) -> None:
     """Raise ExportError for a family, rope or activation that llama.cpp would compute otherwise; `where`: the model."""
     refuse_type(config.model_type, where)
-    rope = config.rope_parameters
+    rope, acts = rope_of(config), "gelu_pytorch_tanh" if family_of(config).gemma else "silu"
+    act = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
     wrong = {
-        "hidden_act": (config.hidden_act, config.hidden_act == "silu", "silu"),
+        "hidden_act": (act, act == acts, acts),
         "rope_type": (rope["rope_type"], rope["rope_type"] in ROPES, " or ".join(ROPES)),
         "partial_rotary_factor": (
             rope.get("partial_rotary_factor"),
@@ -153,6 +169,53 @@ def refuse(config: PretrainedConfig, where: str) -> None:
             raise ExportError(f"{where}: {field} is {found}; GGUF is written for {expected}")
     _refuse_positions(config, where)
     _refuse_routing(config, where)
+    if family_of(config).gemma:
+        _refuse_gemma(config, where)
+
+
+def rope_of(config: PretrainedConfig) -> dict[str, Any]:
+    """Rotary positions of the blocks that attend to all."""
+    rope = config.rope_parameters
+    return rope.get("full_attention", rope)
+
+
+def _refuse_gemma(config: Any, where: str) -> None:
+    """Raise ExportError for a Gemma that llama.cpp computes otherwise: it knows most of its numbers by the family."""
+    family, blocks = family_of(config), config.num_hidden_layers
+    expected: dict[str, Any] = {"tie_word_embeddings": True}
+    if family.slides is not None:
+        largest = blocks == LARGEST[family.arch]
+        expected |= {
+            "query_pre_attn_scalar": config.hidden_size // config.num_attention_heads if largest else config.head_dim,
+            "use_bidirectional_attention": None,
+        }
+        kinds = [kind == "sliding_attention" for kind in config.layer_types]
+        there = [(block + 1) % family.slides != 0 for block in range(blocks)]
+        if kinds != there:
+            other = next(block for block, (one, two) in enumerate(zip(kinds, there, strict=True)) if one != two)
+            raise ExportError(
+                f"{where}: attention of block {other} {'slides' if kinds[other] else 'is to all tokens'} "
+                f"(layer_types), and llama.cpp lets it slide in all blocks but every block {family.slides} of this "
+                "family, whatever a file says: after depth pruning the kinds of blocks lie otherwise. Prune width, or "
+                "drop blocks so that the kinds alternate as before"
+            )
+    if family.arch == "gemma3":
+        sliding = config.rope_parameters["sliding_attention"]
+        expected |= {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+        if (sliding["rope_type"], sliding["rope_theta"]) != ("default", OF_SLIDING):
+            raise ExportError(
+                f"{where}: rotary positions of blocks that slide are {sliding}; GGUF is written for base "
+                f"{OF_SLIDING:g} without scaling, which is what llama.cpp computes in this family whatever a file says"
+            )
+    for field, value in expected.items():
+        if (found := getattr(config, field, None)) != value and (found or value):
+            raise ExportError(
+                f"{where}: {field} is {found}; GGUF is written for {value}, which is what llama.cpp computes in this "
+                "family whatever a file says"
+            )
+    for field in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if family.arch == "gemma2" and not getattr(config, field):
+            raise ExportError(f"{where}: {field} is null; GGUF is written for a number: llama.cpp always limits there")
 
 
 def _refuse_routing(config: PretrainedConfig, where: str) -> None:
@@ -232,7 +295,7 @@ def _biased(config: PretrainedConfig) -> set[str]:
 
 def add_sizes(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
     """Put all that llama.cpp must know to compute the model into the metadata; rope factors are a tensor, see below."""
-    rope, head = config.rope_parameters, head_size_of(config)
+    rope, head = rope_of(config), head_size_of(config)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(_context(config))
     writer.add_embedding_length(config.hidden_size)
@@ -253,6 +316,11 @@ def add_sizes(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
         writer.add_expert_count(count)
         writer.add_expert_used_count(used)
         writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", config.intermediate_size))
+    if family_of(config).slides is not None:
+        writer.add_sliding_window(cast(Any, config).sliding_window)
+    if family_of(config).arch == "gemma2":
+        writer.add_attn_logit_softcapping(cast(Any, config).attn_logit_softcapping)
+        writer.add_final_logit_softcapping(cast(Any, config).final_logit_softcapping)
     if config.model_type == "granite":  # without them llama.cpp scales by 1 / sqrt(head) and 1
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_embedding_scale(config.embedding_multiplier)
@@ -262,6 +330,8 @@ def add_sizes(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
 
 def _context(config: PretrainedConfig) -> int:
     """Tokens for which llama.cpp computes what transformers does: it attends to all, so a sliding window ends them."""
+    if family_of(config).slides is not None:
+        return config.max_position_embeddings
     window, layers = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     slides = layers is None or "sliding_attention" in layers
     if window is None or not slides or window >= config.max_position_embeddings:
@@ -275,7 +345,7 @@ def _context(config: PretrainedConfig) -> int:
 
 def rope_factors(config: PretrainedConfig) -> Tensor | None:
     """What llama.cpp divides each rotary frequency by, for Llama 3.1's scaling (factors by wavelength); else None."""
-    rope, head = config.rope_parameters, head_size_of(config)
+    rope, head = rope_of(config), head_size_of(config)
     if rope["rope_type"] != "llama3":
         return None
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))

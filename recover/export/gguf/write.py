@@ -1,8 +1,9 @@
 """A checkpoint folder as one GGUF file that llama.cpp runs: weights, metadata, tokenizer; whole, or not there.
 
 The tokenizer is written in llama.cpp's terms, or refused with the part that llama.cpp does not have. llama.cpp knows
-byte-level BPE (`gpt2`) with a fixed list of named pre-tokenizers. The name is found from what the tokenizer does, not
-from what it is called: a wrong name still runs, and splits some texts otherwise than in training.
+byte-level BPE (`gpt2`) with a fixed list of named pre-tokenizers, and SentencePiece (`sentencepiece.py`). The name of a
+pre-tokenizer is found from what the tokenizer does, not from what it is called: a wrong name still runs, and splits
+some texts otherwise than in training.
 
 Shapes: O out features (H heads x 2 halves x P pairs), I in features.
 """
@@ -30,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from recover.base import artifacts, console
 from recover.base.artifacts import JsonObject
 from recover.base.errors import ExportError
+from recover.export.gguf import sentencepiece
 from recover.export.gguf.family import (
     add_sizes,
     family_of,
@@ -39,6 +41,7 @@ from recover.export.gguf.family import (
     warn_of_older_readers,
 )
 from recover.export.gguf.importance import Importance
+from recover.models.arch import experts_of, kv_heads_of
 from recover.models.source import INDEX, WEIGHTS, explained
 
 if TYPE_CHECKING:
@@ -60,10 +63,12 @@ NEED_GGML = frozenset({"q6_k", *MIXED})
 ALIKE = "q8_0"  # its grid is set by the largest weight, whatever the others are multiplied with
 ENDS = ("token_embd.weight", "output.weight")
 FINE, FINER_K = "q8_0", "q6_k"  # of embedding and head, which lose most: llama.cpp keeps them finer too
-SENSITIVE = ("attn_v.weight", "ffn_down.weight", "ffn_down_exps.weight")  # finer in some blocks of a mixed file
+VALUES = ("attn_v.weight", "attn_qkv.weight")
+SENSITIVE = (*VALUES, "ffn_down.weight", "ffn_down_exps.weight")  # finer in some blocks of a mixed file
 # Of a matrix whose rows are not made of whole grids, as llama.cpp has it; else WIDE.
 NARROWER = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 WIDE = "float16"
+EIGHT, BLOCKS_OF_70B = 8, 80  # experts, blocks: what llama.cpp knows a size of model by
 EXPERTS_END, ROUTER_END = "_exps.weight", "ffn_gate_inp.weight"
 # package -> the file of it in which ggml is
 GGML_IN = {"xllamacpp": "xllamacpp*.so", "llama_cpp": "lib/*ggml-base*"}
@@ -207,7 +212,8 @@ def _entries(folder: Path, config: PretrainedConfig, dtype: str) -> list[Entry]:
         shapes = {found[source][1] for source in parts}
         if len(shapes) > 1:
             raise ExportError(f"{folder}: {parts[0]} and others like it differ in shape: {sorted(shapes)}")
-        loads = [partial(_load, found[source][0], source, _heads(config, source)) for source in parts]
+        more = float(family_of(config).gemma and len(found[parts[0]][1]) == 1)
+        loads = [partial(_load, found[source][0], source, _heads(config, source), more) for source in parts]
         shape = (*([len(parts)] if name.endswith(EXPERTS_END) else []), *shapes.pop())
         load = partial(_stacked, loads) if name.endswith(EXPERTS_END) else loads[0]
         entries.append(Entry(name, shape, _dtype(name, shape, dtype, config), load))
@@ -228,13 +234,35 @@ def _dtype(name: str, shape: tuple[int, ...], dtype: str, config: PretrainedConf
         return "float32"
     if dtype in DTYPES:
         return dtype
-    if dtype in MIXED:
-        dtype = FINER_K if _is_finer(name, config) else MIXED[dtype][0]
-    elif name in ENDS and dtype not in BY_GGML:
+    if dtype in NEED_GGML:
+        dtype = _with_k(name, dtype, config)
+    elif name in ENDS:
         dtype = FINE
     if shape[-1] % _grid(dtype)[0]:
         dtype = NARROWER.get(dtype, WIDE)
     return WIDE if shape[-1] % _grid(dtype)[0] else dtype
+
+
+def _with_k(name: str, dtype: str, config: PretrainedConfig) -> str:
+    """The type of one matrix in a file with a k, as llama.cpp's quantizer chooses it (src/llama-quant.cpp).
+
+    Mixtures of eight experts have finer keys, values and outputs of attention, whose matrices are small beside theirs;
+    so have models of 80 blocks their values, which it takes for Llama 70B.
+    """
+    most, _ = MIXED.get(dtype, (dtype, 0))
+    if experts_of(config)[0] == EIGHT:
+        if name.endswith((*VALUES, "attn_k.weight")):
+            return FINE
+        if dtype == "q4_k_m" and name.endswith("attn_output.weight"):
+            return "q5_k"
+    if dtype in MIXED and _is_finer(name, config):
+        return FINER_K
+    return "q5_k" if most == "q4_k" and name.endswith(VALUES) and _taken_for_70b(config) else most
+
+
+def _taken_for_70b(config: PretrainedConfig) -> bool:
+    arch, shared = family_of(config).arch, kv_heads_of(config) != config.num_attention_heads
+    return config.num_hidden_layers == BLOCKS_OF_70B and (arch == "qwen2" or (arch == "llama" and shared))
 
 
 def _is_finer(name: str, config: PretrainedConfig) -> bool:
@@ -284,9 +312,11 @@ def _heads(config: PretrainedConfig, source: str) -> int | None:
     return heads.get(source.split(".")[-2])
 
 
-def _load(path: Path, source: str, heads: int | None) -> Tensor:
+def _load(path: Path, source: str, heads: int | None, more: float) -> Tensor:
+    """The tensor, by so much `more` (Gemma's norms), its rows as llama.cpp has them."""
     with safe_open(path, framework="pt") as file:
         tensor = file.get_tensor(source)
+    tensor = tensor.float() + more if more else tensor
     return tensor if heads is None else _neighbours(tensor, heads)
 
 
@@ -388,6 +418,7 @@ def _write(writer: gguf.GGUFWriter, entries: list[Entry], path: Path) -> None:
 @contextlib.contextmanager
 def _whole(out: Path, size: int) -> Iterator[Path]:
     """A file beside `out` that takes its name, synced, when all went well, and is gone otherwise."""
+    artifacts.refuse_place(out)
     scratch = out.with_name(f".{out.name}.{os.getpid()}{artifacts.TEMPORARY}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -418,6 +449,7 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
 }
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types of the GGUF specification
+PIECES = "default"  # name of the pre-tokenizer of SentencePiece, which has none
 STOPS = ("eos", "eot", "eom")  # llama.cpp ends a text at any of the three
 
 
@@ -429,6 +461,7 @@ class Vocabulary:
     tokens: list[str]
     types: list[int]
     merges: list[str]
+    scores: list[float]  # of SentencePiece, which has no merges
     special: dict[str, int]  # bos, pad, unk, and of STOPS what there is
     add_bos: bool
     add_eos: bool
@@ -439,20 +472,22 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, stops: Sequence[in
     """Everything of `tokenizer` that llama.cpp reads, for an embedding of `rows` rows; texts end at one of `stops`.
 
     NFC normalization (Qwen) is left out, as llama.cpp has none: texts in NFC, which almost all are, do not change.
-    Raises ExportError for a vocabulary that is no byte-level BPE, a pre-tokenizer that llama.cpp does not have, ids
-    without a row, and special tokens around a text that are not one BOS before or one EOS after it.
+    Raises ExportError for a vocabulary that is no BPE of bytes or of SentencePiece, a pre-tokenizer that llama.cpp does
+    not have, ids without a row, and special tokens around a text that are not one BOS before or one EOS after it.
     """
     core = _core(tokenizer)
+    pieces = sentencepiece.is_sentencepiece(core)
     _refuse_other_kinds(core)
     tokens, types = _tokens(tokenizer, core, rows)
     add_bos, add_eos = _around(tokenizer)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in core["model"]["merges"]]
     template: Any = tokenizer.chat_template
     return Vocabulary(
-        pre=_pre_tokenizer(core),
+        pre=PIECES if pieces else _pre_tokenizer(core),
         tokens=tokens,
         types=types,
-        merges=merges,
+        merges=[] if pieces else merges,
+        scores=sentencepiece.scores(core, tokens) if pieces else [],
         special=_special(tokenizer, stops),
         add_bos=add_bos,
         add_eos=add_eos,
@@ -462,11 +497,15 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, stops: Sequence[in
 
 def add_vocabulary(writer: gguf.GGUFWriter, words: Vocabulary) -> None:
     """Put the vocabulary into the metadata of a GGUF file."""
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model("llama" if words.scores else "gpt2")
     writer.add_tokenizer_pre(words.pre)
     writer.add_token_list(words.tokens)
     writer.add_token_types(words.types)
-    writer.add_token_merges(words.merges)
+    if words.scores:
+        writer.add_token_scores(words.scores)
+        writer.add_add_space_prefix(False)
+    else:
+        writer.add_token_merges(words.merges)
     for name, token in words.special.items():
         key = {"unk": "unknown", "pad": "padding"}.get(name, name)
         writer.add_uint32(f"tokenizer.ggml.{key}_token_id", token)
@@ -488,18 +527,15 @@ def _core(tokenizer: PreTrainedTokenizerBase) -> JsonObject:
 def _refuse_other_kinds(core: JsonObject) -> None:
     model, normalizer = core["model"], core["normalizer"]
     if model["type"] != "BPE":
-        raise ExportError(f"tokenizer: its vocabulary is a {model['type']}; GGUF is written for byte-level BPE only")
-    if model["byte_fallback"]:
-        raise ExportError(
-            "tokenizer: its vocabulary is a SentencePiece BPE (with byte fallback); "
-            "GGUF is written for byte-level BPE only"
-        )
+        raise ExportError(f"tokenizer: its vocabulary is a {model['type']}; GGUF is written for BPE only")
     for part in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model[part]:
             raise ExportError(f"tokenizer: its BPE has {part} {model[part]!r}, which llama.cpp does not have")
     if not model["merges"]:
         raise ExportError("tokenizer: its BPE has no merges, and llama.cpp loads no vocabulary without")
-    if normalizer is not None and normalizer["type"] != "NFC":
+    if sentencepiece.is_sentencepiece(core):
+        sentencepiece.refuse_other_kinds(core)
+    elif normalizer is not None and normalizer["type"] != "NFC":
         raise ExportError(f"tokenizer: it normalizes texts ({normalizer['type']}), which llama.cpp does not do")
 
 
@@ -543,12 +579,17 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, core: JsonObject, rows: int) -> 
             console.warn(f"gguf: token {token!r} has id {index}, the embedding has {rows} rows: it is left out")
             continue
         tokens[index], types[index] = token, NORMAL
+        if sentencepiece.is_sentencepiece(core) and token in sentencepiece.BYTES:
+            types[index] = sentencepiece.BYTE
     for added in core["added_tokens"]:
         if added["id"] >= rows:
             continue
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
         if added["lstrip"] or added["rstrip"] or added["single_word"]:
             console.warn(f"gguf: token {added['content']!r} takes blanks or words around it; llama.cpp does not")
+    unknown = core["model"]["unk_token"] if sentencepiece.is_sentencepiece(core) else None
+    if unknown is not None and (index := tokenizer.get_vocab().get(unknown, rows)) < rows:
+        types[index] = sentencepiece.UNKNOWN
     return tokens, types
 
 
