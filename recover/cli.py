@@ -196,13 +196,32 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
     sys.stderr.write(console.visible("".join(traceback.format_exception(kind, error, trace))))
 
 
+def _refuse_surroundings() -> None:
+    """Raise RecoverError where Python or its libraries would give up in other words."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise RecoverError("the working folder is gone, or may not be read; change to another one") from None
+    for word in sys.argv[1:]:
+        try:
+            os.fsencode(word).decode()
+        except UnicodeDecodeError:
+            raise RecoverError(
+                f"{word!r}: holds bytes that are no UTF-8, and no model is read or written at such a path; rename it"
+            ) from None
+
+
 def main() -> None:
     """Entry point of `recover` and of `python -m recover`."""
     leave_working_folder()
     wait_asleep()
     sys.excepthook = _print_traceback
     try:
+        _refuse_surroundings()
         app(prog_name="recover")
+    except RecoverError as error:
+        console.error(str(error))
+        dist.leave(error.exit_code)
     except SystemExit as ended:
         if not isinstance(ended.code, int | None):
             raise  # a sentence, for Python to print

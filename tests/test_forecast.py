@@ -322,6 +322,44 @@ def test_lengths_that_lie_in_the_run_are_taken(monkeypatch, made, constant):
     assert written.startswith(f"{(100 - 10) * 8} tokens")  # 10 of the 100 texts are there
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(ATTENDS | {"qwen3_next", "mixtral", "granitemoehybrid", "nemotron_h"}))
+def test_every_kind_of_model_is_timed(made, quick, tmp_path, monkeypatch, family):
+    """Hybrids and mixtures too: nothing falls back to its floor but what always does."""
+    tiny(family).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(pace, "SMALL", 0)
+    found = found_by(made, f"model.source={tmp_path / 'model'}", "prune.count=1")
+    assert [note for note in found["notes"] if note.startswith("not timed")] == []
+    assert {piece["how"] for piece in found["pieces"] if piece["stage"] != "export"} == {"measured"}
+
+
+TEXT = "calibration: {data: ./text.jsonl, samples: 2, length: 16}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("prune", "named"),
+    [
+        ("{kind: magnitude, sparsity: 0.5}", "block by block"),
+        (f"{{kind: wanda, sparsity: 0.5, {TEXT}}}", "block by block"),
+        (f"{{kind: sparsegpt, sparsity: 0.5, {TEXT}}}", "block by block"),
+        (f"{{kind: width, mlp: 0.34, {TEXT}}}", "block by block"),
+        ("{kind: depth, blocks: [2, 3]}", None),
+    ],
+)
+def test_every_way_to_prune_is_timed(made, quick, prune, named):
+    lines = (made / "my.yaml").read_text()
+    tree = {**yaml.safe_load(lines), "prune": yaml.safe_load(prune)}
+    (made / "other.yaml").write_text(yaml.safe_dump(tree))
+    recipe = load_recipe(made / "other.yaml", [])
+    context = RunContext(recipe, RunDirectory(made / "runs" / recipe.name))
+    found = forecast(context, estimate(recipe, describe(recipe.model), FAST), libraries=2.0)
+    assert [note for note in found["notes"] if note.startswith("not timed")] == []
+    said = [piece["what"] for piece in found["pieces"] if piece["stage"] == "prune"]
+    assert len(said) == (named is not None) and all(named in what for what in said)
+
+
 def test_what_is_done_is_not_counted_and_of_a_longer_training_the_rest_is(made, constant):
     whole = found_by(made)
     rest = found_by(made, left={"dense": 0.0, "prune": 0.0, "train": 0.25})

@@ -398,7 +398,14 @@ def _convert(path: Path) -> Path:
     folder = cache_folder() / "gguf" / f"{digest_of(path)}-{CONVERSION}"
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.with_name(f".{folder.name}.lock").touch()
+    except OSError as error:
+        raise ModelError(
+            f"{folder.parent}: models are converted to there, and it cannot be written ({error.strerror}); set "
+            "RECOVER_CACHE to a folder that can"
+        ) from None
     with _locked(folder.with_name(f".{folder.name}.lock")):
         if folder.is_dir():  # another run made it in the meantime
             return folder

@@ -121,6 +121,8 @@ class _Forecaster:
             self._not_timed(str(reason))
         except (RuntimeError, ValueError, AttributeError, TypeError, KeyError, RecoverError) as error:
             self._not_timed(f"a model of a few blocks cannot be made: {_line(error)}")
+        if self.processes > 1:
+            self.notes.append(f"timed on one of {self.processes} processes, while the others wait")
         # What counts most is timed first: timing has an end.
         work: dict[str, Callable[[], Iterator[Piece]]] = {
             "train": self._train,
