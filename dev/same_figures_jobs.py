@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 Fields = dict[str, Any]
 
-CHECKPOINTS = 49
+CHECKPOINTS = 51
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -196,13 +197,40 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
     sys.stderr.write(console.visible("".join(traceback.format_exception(kind, error, trace))))
 
 
+def _refuse_surroundings() -> None:
+    """Raise RecoverError where Python or its libraries would give up in other words.
+
+    SystemExit for the numbers of a launcher: where they are wrong, each process takes itself for one that says nothing.
+    """
+    numbers = {name: os.environ[name] for name in dist.NUMBERS if os.environ.get(name)}
+    whole = all(re.fullmatch(r"-?\d{1,6}", text) for text in numbers.values())
+    if not whole or not int(numbers.get("RANK", 0)) < max(0, int(numbers.get("WORLD_SIZE", 1))):
+        said = ", ".join(f"{name}={console.visible(text)}" for name, text in numbers.items())
+        raise SystemExit(f"error: {said}: no numbers that a launcher gives; unset them, or launch (accelerate launch)")
+    try:
+        os.getcwd()
+    except OSError:
+        raise RecoverError("the working folder is gone, or may not be read; change to another one") from None
+    for word in sys.argv[1:]:
+        try:
+            os.fsencode(word).decode()
+        except UnicodeDecodeError:
+            raise RecoverError(
+                f"{word!r}: holds bytes that are no UTF-8, and no model is read or written at such a path; rename it"
+            ) from None
+
+
 def main() -> None:
     """Entry point of `recover` and of `python -m recover`."""
     leave_working_folder()
     wait_asleep()
     sys.excepthook = _print_traceback
     try:
+        _refuse_surroundings()
         app(prog_name="recover")
+    except RecoverError as error:
+        console.error(str(error))
+        dist.leave(error.exit_code)
     except SystemExit as ended:
         if not isinstance(ended.code, int | None):
             raise  # a sentence, for Python to print

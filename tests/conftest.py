@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
 import socket
 
@@ -14,6 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from tiny import LIKE_OTHERS, tiny
+
+from recover.text import rows
 
 torch.set_num_threads(1)
 gc.disable()  # thousands of tests are collected, and nothing of them can go: looking for it takes a third of that time
@@ -48,6 +51,21 @@ def pytest_collection_finish() -> None:
     gc.enable()
     gc.collect()
     gc.freeze()
+
+
+# Read for `functions:python`: to parse all of Python's library takes each worker four seconds.
+LIBRARY = ("bisect", "calendar", "heapq", "shutil", "statistics", "textwrap", "turtle")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_library(tmp_path_factory: pytest.TempPathFactory):
+    """A few modules in the place of Python's library; `test_named.py` reads it whole."""
+    folder = tmp_path_factory.mktemp("library")
+    for name in LIBRARY:
+        shutil.copy(rows.library() / f"{name}.py", folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "library", lambda: folder)
+        yield
 
 
 @pytest.fixture

@@ -23,7 +23,17 @@ from typer.testing import CliRunner
 from recover.base.errors import ModelError
 from recover.cli import app
 from recover.config import recipe
-from recover.models.arch import ALL_HEADS, ARCHS, arch_of, arch_of_config, blocks_of, final_norm_of, head_of, linears_of
+from recover.models.arch import (
+    ALL_HEADS,
+    ARCHS,
+    arch_of,
+    arch_of_config,
+    as_linears,
+    blocks_of,
+    final_norm_of,
+    head_of,
+    linears_of,
+)
 from recover.models.load import describe, load_model
 from recover.models.refusal import KINDS, WRAPPER
 from recover.models.wrapper import WRAPPERS
@@ -128,6 +138,13 @@ def test_a_folder_whose_blocks_share_is_refused_by_what_it_is(model_type, fields
 def test_a_model_of_transformers_without_a_row_says_the_same():
     with pytest.raises(ModelError, match="'openai-gpt' is not supported: it is a model whose norms act on"):
         arch_of(OpenAIGPTConfig())
+
+
+def test_conv1d_layers_whose_weights_are_dealt_out_are_refused_with_the_launch():
+    model = tiny("gpt2")
+    model.transformer.h[0].mlp.c_fc.weight.ds_id = 0  # as DeepSpeed marks what it has partitioned
+    with pytest.raises(ModelError, match=r"ZeRO-3 deals out this model's weights.*launch/zero2.yaml"):
+        as_linears(model)
 
 
 def test_the_text_model_of_a_wrapper_is_saved_alone_as_the_message_says(tmp_path):

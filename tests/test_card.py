@@ -81,12 +81,27 @@ def test_no_folder_of_the_machine_is_told(tmp_path):
         ("a", {"_name_or_path": "/home/me/org/model"}, "", {"license": "unknown"}),
         ("a", {"_name_or_path": "./model"}, "---\nlicense: [mit\n---", {"license": "unknown"}),
         ("a", {"_name_or_path": 7}, "---\n- a list\n---", {"license": "unknown"}),
+        (
+            "a",
+            {},
+            '---\nlicense: "mit\\n---\\n# theirs"\nlicense_name: a\n---',
+            {"license": "unknown", "license_name": "a"},
+        ),
+        ("a", {}, '---\nlicense: "<b>"\nlicense_link: "javascript:alert(1)"\n---', {"license": "unknown"}),
+        ("a", {}, f"---\nlicense: {'a' * 60_000}\n---", {"license": "unknown"}),
     ],
 )
 def test_what_the_dense_folder_says_of_itself(tmp_path, folder, config, own_card, expected):
     source = model_folder(tmp_path / folder, config, own_card)
     assert origin(recipe.Model(source=str(source))) == expected
     assert origin(recipe.Model(source="embedded:fable-2m")) == {"license": "apache-2.0"}
+
+
+def test_the_name_of_a_folder_stays_a_name_in_markdown(tmp_path):
+    source = model_folder(tmp_path / "dense`](x)<img src=x>\n# more")
+    for text in (card(a_recipe(tmp_path, str(source)), DEPTH, HEADLINES, {}), plain_card("mine", DEPTH, str(source))):
+        assert "`](x)" not in text.partition("## Recipe")[0] and "\n# more" not in text
+    assert "version of `dense'](x)<img src=x> # more`." in card(a_recipe(tmp_path, str(source)), DEPTH, HEADLINES, {})
 
 
 def test_a_masked_model_says_what_a_merge_does_to_its_zeros(tmp_path):

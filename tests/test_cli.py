@@ -306,3 +306,25 @@ def test_a_folder_of_runs_is_listed_and_a_name_is_enough(
     asking = yaml.safe_load(recipe.read_text()) | {"deploy": {"quantize": "q8_0"}}
     recipe.write_text(yaml.safe_dump(asking))  # a stage that a recipe asks for is open until it is done
     assert re.search(r"train, after, export, deploy", call("show", str(runs)).stdout)
+
+
+@pytest.mark.parametrize(
+    ("before", "words", "said"),
+    [
+        ("exec 1>/dev/full", ["--version"], "error: standard output: cannot be written: No space left on device"),
+        ("exec 1>/dev/full 2>/dev/full", ["--version"], ""),
+        ('mkdir "$D/gone" && cd "$D/gone" && rmdir "$D/gone"', ["doctor"], "error: the working folder is gone"),
+        ("export RANK=5", ["--version"], "error: RANK=5: no numbers that a launcher gives"),
+        ("export WORLD_SIZE=x", ["--version"], "error: WORLD_SIZE=x: no numbers that a launcher gives"),
+        ("export WORLD_SIZE=0", ["--version"], "error: WORLD_SIZE=0: no numbers that a launcher gives"),
+        (":", ["show", b"caf\xe9"], "error: 'caf\\udce9': holds bytes that are no UTF-8"),
+    ],
+)
+def test_surroundings_in_which_nothing_works_are_one_line(
+    tmp_path: Path, before: str, words: list[str | bytes], said: str
+) -> None:
+    root = str(Path(recover.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root, "D": str(tmp_path)}
+    shell = ["bash", "-c", f'{before}; exec "$@"', "-", sys.executable, "-P", "-m", "recover", *words]
+    done = subprocess.run(shell, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == bool(said) and done.stderr.startswith(said), done

@@ -91,6 +91,19 @@ def test_text_comes_out_as_it_went_in(capsys: pytest.CaptureFixture[str]) -> Non
     assert all(text in out for text in ("[d]", "[e]", "[f]", "1,234,567", "0.1235", "–"))
 
 
+def test_names_in_brackets_come_out_as_they_went_in(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in (
+        "a[bold red]b/report.html",
+        "[link=http://127.0.0.1]x[/link]",
+        "[/]",
+        r"a\[dim ]",
+        "[#1]",
+        "[@click=x]y",
+    ):
+        console.say(f"[dim]wrote[/dim] {name}")
+        assert capsys.readouterr().out == f"wrote {name}\n"
+
+
 def test_durations_are_said_as_people_do() -> None:
     assert [console.duration(seconds) for seconds in (0.44, 12.4, 59.7, 200, 7500)] == [
         "0.4 s", "12 s", "1 min 0 s", "3 min 20 s", "2 h 5 min",

@@ -99,7 +99,7 @@ def test_no_kernel_is_asked_for_before_it_is_refused(
             load(cfg)
     done = CliRunner().invoke(app, ["gguf", str(folder), str(tmp_path / "out.gguf")])
     assert done.exit_code == 1
-    job = ["plan", "recipes/quickstart.yaml", f"model.source={folder}", "--runs", str(tmp_path)]
+    job = ["plan", "recipes/quickstart.yaml", "--untimed", f"model.source={folder}", "--runs", str(tmp_path)]
     assert CliRunner().invoke(app, job).exit_code == 1
     assert asked == []
 
@@ -143,7 +143,7 @@ def record_plan(runs: Path, *overrides: str) -> None:
 
 def test_code_that_is_let_run_is_said_before_and_stands_in_the_report(folder: Path, tmp_path: Path) -> None:
     (folder / "modeling_x.py").write_text("")
-    job = ["plan", "recipes/quickstart.yaml", f"model.source={folder}", "--runs", str(tmp_path)]
+    job = ["plan", "recipes/quickstart.yaml", "--untimed", f"model.source={folder}", "--runs", str(tmp_path)]
     assert "trust_remote_code" not in CliRunner().invoke(app, job).stderr
     record_plan(tmp_path, f"model.source={folder}")
     assert "remote_code" not in json.loads((tmp_path / "quickstart" / "env.json").read_text())
@@ -159,7 +159,7 @@ def test_code_that_is_let_run_is_said_before_and_stands_in_the_report(folder: Pa
 
 def test_nothing_of_a_folder_is_obeyed_by_a_terminal(folder: Path, tmp_path: Path) -> None:
     there = folder.rename(tmp_path / "a\x1b]0;b")
-    job = ["plan", "recipes/quickstart.yaml", f"model.source={there}", "--runs", str(tmp_path / "runs")]
+    job = ["plan", "recipes/quickstart.yaml", "--untimed", f"model.source={there}", "--runs", str(tmp_path / "runs")]
     for fields in ({"model_type": "x\x1b[2Jy"}, {"model_type": "llama", "attn_implementation": "a\x9b/b"}):
         edit(there / "config.json", **fields)
         done = CliRunner().invoke(app, job)

@@ -259,7 +259,7 @@ def test_what_it_writes_passes_plan(here, wanted):
     assert done.exit_code == 0, done.output
     recipe = load_recipe(here / "to" / "my.yaml")
     assert recipe.train.data[0].prompts == str(here / "mine" / "prompts.jsonl")
-    planned = call("plan", "to/my.yaml")
+    planned = call("plan", "to/my.yaml", "--untimed")
     assert planned.exit_code == 0, planned.output
     assert "wrote to/my.yaml" in done.stdout and "recover plan to/my.yaml" in done.stdout
 

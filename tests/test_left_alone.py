@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from recover import cli
 from recover.base import artifacts
-from recover.base.errors import ArtifactError, ExportError
+from recover.base.errors import ArtifactError, ExportError, ModelError
 from recover.config import recipe
 from recover.export.gguf.write import write_gguf
 from recover.export.verify import ORPHANED, WAITING
@@ -97,6 +97,14 @@ def test_what_a_killed_conversion_left_is_tidied(tmp_path: Path, monkeypatch: py
         source.locate(recipe.Model(source=str(file)))
         left = [f".{busy}.7.writing", f".{busy}.lock", ".mine.7.writing", name, "mine"]
         assert sorted(path.name for path in cache.iterdir()) == left
+
+
+@pytest.mark.parametrize("cache", ["/dev/null", "/proc/none"])
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str) -> None:
+    file = write_gguf(recipe.embedded("fable-2m"), tmp_path / "model.gguf")
+    monkeypatch.setenv("RECOVER_CACHE", cache)
+    with pytest.raises(ModelError, match=rf"^{cache}/gguf: .* cannot be written .*set RECOVER_CACHE"):
+        source.locate(recipe.Model(source=str(file)))
 
 
 def test_a_disk_that_is_full_is_one_line_whichever_library_writes(tmp_path: Path) -> None:
@@ -190,3 +198,11 @@ def test_a_copy_by_hard_links_keeps_its_lines_and_its_lock(tmp_path: Path) -> No
         with RunDirectory(runs[1]).lock():  # another run, which nobody works on
             pass
     assert [line["step"] for line in artifacts.read_jsonl(runs[0] / "steps.jsonl")] == [1, 2]
+
+
+def test_a_line_is_not_added_to_a_file_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine, without an end of line")
+    (tmp_path / "times.jsonl").symlink_to("notes")
+    artifacts.append_jsonl(tmp_path / "times.jsonl", {"stage": "plan"})
+    assert (tmp_path / "notes").read_text() == "mine, without an end of line"
+    assert artifacts.read_jsonl(tmp_path / "times.jsonl") == [{"stage": "plan"}]

@@ -58,7 +58,7 @@ def mine(made: Path, tmp_path: Path) -> Path:
 
 
 def plan(folder: Path, *overrides: str) -> Result:
-    return call("plan", str(folder / "my.yaml"), "--runs", str(folder / "runs"), *overrides)
+    return call("plan", str(folder / "my.yaml"), "--untimed", "--runs", str(folder / "runs"), *overrides)
 
 
 def given(name: str, **columns: str) -> str:

@@ -188,6 +188,13 @@ def test_a_named_task_and_a_blend_stand_on_their_files():
     assert {"general.yaml", "general.jsonl", "code.yaml"} <= names
 
 
+@pytest.mark.slow
+def test_functions_of_the_whole_standard_library_are_read(monkeypatch):
+    monkeypatch.setattr(found, "library", lambda: Path(json.__file__).parent.parent)
+    stubs = [row["stub"] for _, row in rows_of("functions:python", Path())]
+    assert len(stubs) > 500 and len({*stubs}) == len(stubs)
+
+
 def test_functions_are_read_and_not_run(package):
     ((where, row),) = rows_of("functions:carries_rows", Path())
     assert where == f"{package / 'work.py'}:1"

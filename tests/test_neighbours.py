@@ -74,7 +74,7 @@ def mine(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def plan(folder: Path, *overrides: str) -> Result:
-    arguments = ["plan", str(folder / "my.yaml"), "--runs", str(folder / "runs"), *overrides]
+    arguments = ["plan", str(folder / "my.yaml"), "--untimed", "--runs", str(folder / "runs"), *overrides]
     return CliRunner().invoke(app, arguments, env={"COLUMNS": "200", "TERM": "dumb"})
 
 

@@ -26,13 +26,13 @@ def fast(*variants, slow=()):
     return [*variants, *(pytest.param(variant, marks=pytest.mark.slow) for variant in slow)]
 
 
-COURSES = fast("plain", "plain:1", "zero2", "zero3", slow=["plain:2", "zero3:2"])
+COURSES = fast("plain", "zero2", "zero3", slow=["plain:1", "plain:2", "zero3:2"])
 SHARDED = fast(
     *("plain+shards", "plain+loaded+checkpointing"),
     slow=["plain:2+shards", "zero2+shards+checkpointing", "plain:2+loaded"],
 )
 FROM_STATES = fast("zero2+dense", "zero3+prefix", slow=["zero2+shards+prefix"])
-AVERAGED = fast("plain+average", slow=["zero2+average"])
+AVERAGED = fast("plain:1+average", slow=["plain+average", "zero2+average"])  # by micro-batches of one, in two processes
 FOCUSED = fast("zero2:2+focus", slow=["plain:1+focus"])
 AUTO = fast("zero3+auto", slow=["plain+auto", "plain:1+auto", "zero2+auto"])
 

@@ -142,13 +142,14 @@ def read_json(path: Path) -> Any:
 def append_jsonl(path: Path, record: Any, *, synced: bool = True) -> None:
     """Add one line, synced to disk unless told not to; a line torn by an earlier crash is cut off first.
 
-    A file that has another name too, as in a copy by `cp -al`, is left to that name: the line goes to one of our own.
+    A file that has another name too, by a link or as in a copy by `cp -al`, is left to that name: the line goes to one
+    of our own.
     """
     path = Path(path)
     line = dumps(record).encode(errors=ESCAPES) + b"\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and path.stat().st_nlink > 1:
+        if path.is_file() and (path.is_symlink() or path.stat().st_nlink > 1):
             write_bytes(path, path.read_bytes())
         with open(path, "a+b") as file:
             file.truncate(_whole_lines(file))

@@ -11,11 +11,12 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from logging import CRITICAL, LogRecord, getLogger
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from recover.base import dist
+from recover.base.errors import RecoverError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,7 +53,9 @@ LINE_SECONDS = 5.0  # on a pipe: no more lines than one in so many seconds
 PIPE_WIDTH = 140  # columns where there is no terminal to ask
 
 # C0 and C1 controls but tab and line end, lone surrogates, and marks of direction.
-UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+TAG = re.compile(r"(\\*)(\[[a-z#/@][^[]*?])")  # what rich takes for one of its own
+TAGS = ("[dim]", "[/dim]", "[bold]", "[/bold]")  # that we write
 
 _clock = time.monotonic
 _shown: list[Progress] = []  # the one live display; loops inside loops add their bar to it
@@ -97,22 +100,33 @@ def _escaped(character: str) -> str:
 
 
 def say(text: str) -> None:
-    """Print text; rich markup such as `[dim]...[/dim]` is styled, and what is no valid markup stays as it is."""
+    """Print text; `[dim]...[/dim]` and `[bold]...[/bold]` are styled, and all else in brackets stays as it is.
+
+    A name of a file or a task may look like another tag of rich's: a colour, or a link to an address.
+    """
     from rich.errors import MarkupError
 
     if not _speaks():
         return
-    text = visible(text)
+    text = TAG.sub(lambda tag: tag[0] if tag[2] in TAGS else f"{tag[1] * 2}\\{tag[2]}", visible(text))
     try:
-        _console().print(text, soft_wrap=True)
+        _print(text, soft_wrap=True)
     except MarkupError:
-        _console().print(text, soft_wrap=True, markup=False)
+        _print(text, soft_wrap=True, markup=False)
+
+
+def _print(shown: Any, *, stderr: bool = False, **options: Any) -> None:
+    """Raises RecoverError where what it is written to takes no more, such as a log on a full disk."""
+    try:
+        _console(stderr=stderr).print(shown, **options)
+    except OSError as error:
+        raise RecoverError(f"standard {'error' if stderr else 'output'}: cannot be written: {error.strerror}") from None
 
 
 def heading(text: str) -> None:
     """Print a bold line with a blank one above it."""
     if _speaks():
-        _console().print(f"\n{visible(text)}", style="bold", soft_wrap=True, markup=False)
+        _print(f"\n{visible(text)}", style="bold", soft_wrap=True, markup=False)
 
 
 def warn(text: str) -> None:
@@ -127,7 +141,8 @@ def error(text: str) -> None:
 
 def _label(label: str, text: str, style: str) -> None:
     if _speaks():
-        _console(stderr=True).print(f"{label}: {visible(text)}", style=style, soft_wrap=True, markup=False)
+        with suppress(RecoverError) if label == "error" else nullcontext():  # then the exit code says it
+            _print(f"{label}: {visible(text)}", stderr=True, style=style, soft_wrap=True, markup=False)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -145,7 +160,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
         shown.add_column(Text(visible(column)), justify="right" if body and numeric else "left")
     for row in body:
         shown.add_row(*(Text(_cell(value)) for value in row))
-    _console().print(shown)
+    _print(shown)
 
 
 def _cell(value: Any) -> str:
@@ -226,7 +241,7 @@ class _Meter:
             line += f", took {duration(elapsed)}"
         elif self.total is not None:
             line += f", {duration(elapsed / self.count * (self.total - self.count))} left"
-        _console(stderr=True).print(line, soft_wrap=True, markup=False)
+        _print(line, stderr=True, soft_wrap=True, markup=False)
 
 
 def _live_display() -> Progress:

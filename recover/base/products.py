@@ -120,12 +120,20 @@ def open_lock(folder: Path) -> Any:
     return os.fdopen(os.open(path, flags, 0o666), "a+")
 
 
+def hold_lock(file: Any, *, wait: bool = False) -> None:
+    """Hold the lock of an open file until it is closed, or its process ends, however that is.
+
+    Raises BlockingIOError where another holds it, unless this one is to wait; OSError on a file system without locks.
+    """
+    import fcntl  # not on every system: nothing else here needs it
+
+    fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def _leave_to_copy(lock: Path) -> None:
     """Take our name off a lock file that a copy by `cp -al` has too, unless somebody holds it: here or there."""
-    import fcntl
-
     with open(lock) as file, suppress(OSError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        hold_lock(file)
         lock.unlink()
 
 

@@ -411,6 +411,12 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 SNAPSHOT = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/")  # of a hub model in the cache
 LONGEST = 2**16  # characters of a model card that are looked at
+# Of its header what is taken over: names and an address, and no other text of theirs, in our card.
+LICENCE = {
+    "license": r"[\w.+-]{1,100}",
+    "license_name": r"[\w .,()+-]{1,100}",
+    "license_link": r"https?://[^\s<>\"'`()\[\]]{1,300}|[\w.-]{1,100}",
+}
 MASKED = (
     "Its zeros stay only while nobody writes them: a LoRA adapter that is trained on this model and merged with stock "
     "tools fills them (W + BA has none), and so does full fine-tuning. Apply the masks again after a merge."
@@ -427,7 +433,7 @@ def origin(cfg: Model) -> dict[str, str]:
         return {"license": "apache-2.0"}
     kind = kind_of(cfg.source)
     said = _said(_card_of(cfg, kind))
-    found = {key: said[key] for key in ("license", "license_name", "license_link") if key in said}
+    found = {key: said[key] for key, form in LICENCE.items() if key in said and re.fullmatch(form, said[key])}
     base = cfg.source if kind == "hub" else _id_of(Path(cfg.source), said)
     return ({"base_model": base} if base else {}) | ({"license": "unknown"} | found)
 
@@ -528,8 +534,9 @@ def _masked(plan: PlanRecord) -> str:
 
 
 def _shown(source: str) -> str:
-    """The source without the folders of the machine it was made on."""
-    return source.rsplit("/", 1)[-1] if source.startswith("/") else source
+    """The source without the folders of the machine it was made on, as code in Markdown can hold it."""
+    name = source.rsplit("/", 1)[-1] if source.startswith("/") else source
+    return console.visible(" ".join(name.split())).replace("`", "'")
 
 
 def _what_was_pruned(plan: PlanRecord) -> str:

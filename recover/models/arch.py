@@ -63,7 +63,10 @@ def _with_experts_in_blocks(config: Mapping[str, Any]) -> str:
     kinds = config.get("layers_block_type") or config.get("layer_types") or config.get("hybrid_override_pattern") or ()
     if "moe" not in kinds and "E" not in kinds:
         return ""
-    return "some of its blocks are mixtures of experts without a gate; Nemotron-H and Nemotron Nano 2 have none"
+    return (
+        "some of its blocks are mixtures of experts without a gate, and what scores, masks and trains experts takes "
+        "gate and up as one matrix; Nemotron-H and Nemotron Nano 2 have none"
+    )
 
 
 def _with_parts_of_blocks(config: Mapping[str, Any]) -> str:
@@ -684,10 +687,11 @@ def conv1d_weights(model: nn.Module) -> frozenset[str]:
 
 
 def as_linears(model: nn.Module) -> frozenset[str]:
-    """Put an `nn.Linear` in the place of each `Conv1D`, around the same memory; the names of the turned weights.
+    """Put an `nn.Linear` in the place of each `Conv1D`, with the weight turned round; the names of the turned weights.
 
-    Its weight is the stored one seen the other way, so that products are the same to the bit. `merge` turns it back.
-    Raises ModelError where weights are dealt out over processes (ZeRO-3), so that none can be seen otherwise.
+    In memory too: DeepSpeed, stores and kernels take rows that lie one behind the other. Sums are rounded in another
+    order than in the stock model for that. `merge` turns the weights back.
+    Raises ModelError where weights were dealt out over processes before (ZeRO-3 from the first byte).
     """
     turned = conv1d_weights(model)
     for name in turned:
@@ -699,7 +703,7 @@ def as_linears(model: nn.Module) -> frozenset[str]:
                 "launch with launch/zero2.yaml or launch/gpu.yaml (train.shard_weights)"
             )
         linear = nn.Linear(stock.nx, stock.nf, device="meta")
-        linear.weight = nn.Parameter(stock.weight.detach().T, requires_grad=stock.weight.requires_grad)
+        linear.weight = nn.Parameter(stock.weight.detach().T.contiguous(), requires_grad=stock.weight.requires_grad)
         linear.bias = stock.bias
         setattr(model.get_submodule(parent), last, linear.train(stock.training))
     return turned

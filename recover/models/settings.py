@@ -21,7 +21,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PretrainedConfig
 
 from recover.base import console
@@ -286,7 +285,7 @@ def _say_left_out(names: list[str], where: object) -> None:
         shown = ", ".join(names[:NAMES_SHOWN])
         if len(names) > NAMES_SHOWN:
             shown += f" and {len(names) - NAMES_SHOWN} more"
-        console.say(escape(f"{where}: {shown}: transformers does not declare these keys, and they are left out"))
+        console.say(f"{where}: {shown}: transformers does not declare these keys, and they are left out")
 
 
 def keep_known(generation: Any) -> Any:

@@ -21,7 +21,7 @@ from recover.base import artifacts, console, dist, hub
 from recover.base.artifacts import JsonObject
 from recover.base.clock import part
 from recover.base.errors import ModelError, RecoverError
-from recover.base.products import check_checkpoint, digest_of
+from recover.base.products import check_checkpoint, digest_of, hold_lock
 from recover.config import recipe
 from recover.config.base import Dtype
 from recover.models.arch import ARCHS
@@ -398,7 +398,14 @@ def _convert(path: Path) -> Path:
     folder = cache_folder() / "gguf" / f"{digest_of(path)}-{CONVERSION}"
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.with_name(f".{folder.name}.lock").touch()
+    except OSError as error:
+        raise ModelError(
+            f"{folder.parent}: models are converted to there, and it cannot be written ({error.strerror}); set "
+            "RECOVER_CACHE to a folder that can"
+        ) from None
     with _locked(folder.with_name(f".{folder.name}.lock")):
         if folder.is_dir():  # another run made it in the meantime
             return folder
@@ -423,11 +430,9 @@ def _tidy(folder: Path) -> None:
 
 
 def _is_locked(lock: Path) -> bool:
-    import fcntl
-
     try:
         with open(lock) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hold_lock(file)
     except FileNotFoundError:
         return False
     except OSError:
@@ -438,11 +443,9 @@ def _is_locked(lock: Path) -> bool:
 @contextmanager
 def _locked(lock: Path) -> Iterator[None]:
     """Two runs of one file convert it once: the second waits. The lock goes with its holder, however that ends."""
-    import fcntl
-
     with open(lock, "a") as file:
         with suppress(OSError):  # a file system without locks: then both convert it, and the last one stays
-            fcntl.flock(file, fcntl.LOCK_EX)
+            hold_lock(file, wait=True)
         try:
             yield
         finally:

@@ -304,6 +304,7 @@ class Held:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        as_linears(model)
         self.model = model
         self._sums = _sums(model)
 

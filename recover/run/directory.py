@@ -19,7 +19,7 @@ from recover.base import artifacts, console, earlier, products, provenance
 from recover.base.artifacts import DONE, MANIFEST, JsonObject, explained, explaining, read_json, settle, write_json
 from recover.base.errors import ArtifactError
 from recover.base.hub import COMMIT
-from recover.base.products import mark, open_lock, owned, peek, refuse_foreign
+from recover.base.products import hold_lock, mark, open_lock, owned, peek, refuse_foreign
 from recover.config.recipe import completed
 from recover.report.run_files import Best
 
@@ -167,10 +167,8 @@ class RunDirectory:
             )
 
     def _hold(self, file: Any) -> None:
-        import fcntl
-
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hold_lock(file)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "unknown"

@@ -116,9 +116,14 @@ def _generated(name: str, arguments: Row) -> Iterator[tuple[str, Row]]:
         yield f"reasoning_gym:{name}, row {number}", dict(row)
 
 
+def library() -> Path:
+    """The folder of Python's own modules."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
 def _functions(name: str) -> Iterator[tuple[str, Row]]:
     """Each documented public function at the top of a module, once; a module that does not parse is passed over."""
-    places = [Path(sysconfig.get_path("stdlib"))] if name == STANDARD_LIBRARY else places_of(name)
+    places = [library()] if name == STANDARD_LIBRARY else places_of(name)
     if not places:
         raise DataError(f"functions:{name}: no package '{name}' is installed: pip install {name}")
     seen = set()
