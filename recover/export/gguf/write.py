@@ -372,7 +372,7 @@ def require_ggml(dtype: str, *, weighed: bool = False) -> None:
     `weighed`: by importance, which takes ggml for every type.
     """
     if (weighed or dtype in NEED_GGML) and _ggml() is None:
-        what, instead = (" rounded by importance", " without importance") if weighed else ("", "")
+        what, instead = (" rounded by importance", " without importance") if dtype not in NEED_GGML else ("", "")
         raise ExportError(
             f"{dtype}{what} is made by llama.cpp's own code, which is not installed: pip install 'recover[gguf]' "
             f"(xllamacpp; or llama-cpp-python), or take one of {', '.join(GRIDS)}{instead}"
