@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -197,7 +198,15 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
 
 
 def _refuse_surroundings() -> None:
-    """Raise RecoverError where Python or its libraries would give up in other words."""
+    """Raise RecoverError where Python or its libraries would give up in other words.
+
+    SystemExit for the numbers of a launcher: where they are wrong, each process takes itself for one that says nothing.
+    """
+    numbers = {name: os.environ[name] for name in dist.NUMBERS if os.environ.get(name)}
+    whole = all(re.fullmatch(r"-?\d{1,6}", text) for text in numbers.values())
+    if not whole or not int(numbers.get("RANK", 0)) < max(0, int(numbers.get("WORLD_SIZE", 1))):
+        said = ", ".join(f"{name}={console.visible(text)}" for name, text in numbers.items())
+        raise SystemExit(f"error: {said}: no numbers that a launcher gives; unset them, or launch (accelerate launch)")
     try:
         os.getcwd()
     except OSError:

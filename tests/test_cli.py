@@ -314,6 +314,9 @@ def test_a_folder_of_runs_is_listed_and_a_name_is_enough(
         ("exec 1>/dev/full", ["--version"], "error: standard output: cannot be written: No space left on device"),
         ("exec 1>/dev/full 2>/dev/full", ["--version"], ""),
         ('mkdir "$D/gone" && cd "$D/gone" && rmdir "$D/gone"', ["doctor"], "error: the working folder is gone"),
+        ("export RANK=5", ["--version"], "error: RANK=5: no numbers that a launcher gives"),
+        ("export WORLD_SIZE=x", ["--version"], "error: WORLD_SIZE=x: no numbers that a launcher gives"),
+        ("export WORLD_SIZE=0", ["--version"], "error: WORLD_SIZE=0: no numbers that a launcher gives"),
         (":", ["show", b"caf\xe9"], "error: 'caf\\udce9': holds bytes that are no UTF-8"),
     ],
 )
