@@ -133,7 +133,9 @@ COLUMNS = ("run", "model", "pruned", "done", "when", "dense", "pruned to", "reco
 def list_(folder: Folder = Path("checkpoints")) -> None:
     """List the runs of a folder, the newest first: what is done, and generation of dense, pruned and recovered."""
     if not folder.is_dir():
-        raise ArtifactError(f"{folder}: no such folder; runs are in checkpoints/, or where --runs said")
+        raise ArtifactError(
+            f"{folder}: no such folder; runs are in checkpoints/, or where --runs said; `recover quickstart` makes one"
+        )
     runs = sorted(filter(_is_run, folder.iterdir()), key=lambda path: path.name)
     if not runs:
         raise ArtifactError(f"{folder}: holds no run; `recover quickstart` makes one")

@@ -153,7 +153,8 @@ def _from_first_had(tree: JsonObject, path: Path) -> JsonObject:
     except NotHad as error:
         raise NotHad(
             f"task {tree.get('name', path.stem)}: its data cannot be had here; {error}. Or use a file of your own: "
-            f"copy {path}, and write `data: FILE` in place of its `sources`, with the columns that this file has",
+            f"copy {path}, and write `data: FILE` in place of its `sources`, with the columns that this file has; "
+            "or leave the task out of measure.tasks",
             error.brings,
         ) from None
     given = {"data": source.data, "subset": source.subset, "split": source.split, "revision": source.revision}
