@@ -13,7 +13,28 @@ from recover.models.tokenizers import TooSlow, check_template, within
 from recover.text.prompts import prompt_text
 
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+MORE = "{% macro a(x) %}{% set n.a = MADE %}{% endmacro %}{% macro b(x) %}{% set n.b = MADE %}{% endmacro %}"
+
+
+def doubling(made: str, arguments: str = "n.X") -> str:
+    """A template that compares two structures, each of which holds itself twice, sixty deep."""
+    one, other = (made.replace("X", name) for name in "ab")
+    calls = "".join(f"{{{{ {name}({arguments.replace('X', name)}) }}}}" for name in "ab")
+    macros = MORE.replace("MADE", one, 1).replace("MADE", other, 1)
+    start = "{% set n = namespace(a=[1], b=[1]) %}"
+    return f"{start}{macros}{{% for i in range(60) %}}{calls}{{% endfor %}}{{{{ n.a == n.b }}}}"
+
+
+NESTED = "lists of more than 1,000,000 items"
 REFUSED = {
+    "lists within lists": (doubling("[n.X, n.X]"), NESTED),
+    "tuples": (doubling("(n.X, n.X)"), NESTED),
+    "mappings": (doubling("{1: n.X, 2: n.X}"), NESTED),
+    "mappings by a call": (doubling("dict(a=n.X, b=n.X)"), NESTED),
+    "mappings from keys": (doubling("dict.fromkeys([1, 2], n.X)"), NESTED),
+    "lists by a product": (doubling("[n.X] * 2"), NESTED),
+    "arguments of a macro": (doubling("varargs", "1, n.X, n.X"), NESTED),
+    "named ones": (doubling("kwargs", "1, u=n.X, v=n.X"), NESTED),
     "endless loops": (ENDLESS, r"takes more than 0\.5 seconds"),
     "a huge text": ("{{ 'a' * 10000000000 }}", "takes more than .* bytes"),
     "a text that doubles": (
@@ -84,8 +105,11 @@ def test_templates_compute_as_transformers_has_it() -> None:
     tokenizer = words()
     tokenizer.chat_template = (
         "{{ messages[0].content }} {{ 2 ** 10 // 3 % 7 - 1.5 * 2 + 1 / 4 }} {{ 9 is divisibleby 3 }}"
+        "{% for a, b in [(1, 2), (3, 4)] %} {{ a }}{{ b }}{% endfor %} {{ {'a': [1, {'b': (2,)}]} | tojson }}"
+        "{% macro m(a) %} {{ a }}{{ varargs }}{{ kwargs }}{% endmacro %}{{ m(1, 2, c=dict(d=3)) }} {{ 1 in [1] + [2] }}"
     )
-    assert prompt_text(tokenizer, "Hello") == "Hello 2.25 True"
+    expected = """Hello 2.25 True 12 34 {"a": [1, {"b": [2]}]} 1(2,){'c': {'d': 3}} True"""
+    assert prompt_text(tokenizer, "Hello") == expected
 
 
 def test_what_a_template_raises_for_a_prompt_is_one_line() -> None:

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from jinja2 import TemplateSyntaxError
+from jinja2 import TemplateSyntaxError, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
@@ -261,6 +262,7 @@ MEMORY = 2**30  # bytes more than the process has
 LONGEST = 2**16  # characters that a template may write around a message: tools and rules are some thousands
 TIMES = 16  # characters that it may write for each of a message: JSON within JSON takes 12 for some
 MOST_BITS = 2**16  # of a whole number that it computes: Python works on larger ones without end, and hears no signal
+MOST_ITEMS = 10**6  # of lists within lists, each counted wherever it stands: to compare them is such a step too
 TRIAL = "Olga carries 81 roses."
 MEND = "mend chat_template.jinja (or chat_template in tokenizer_config.json), or take it away"
 
@@ -275,10 +277,11 @@ class FixedDay(datetime):
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Where templates run: as transformers has it, with whole numbers that have an end.
+    """Where templates run: as transformers has it, with whole numbers and nested lists that have an end.
 
     A power of some digits keeps Python busy for years, in one step that no signal interrupts; where it is made of
-    constants, already while the template is compiled. What is intercepted here is computed when it is rendered.
+    constants, already while the template is compiled. What is intercepted here is computed when it is rendered. A
+    comparison of lists that hold one list twice, forty deep, is such a step too: they are counted where they are made.
     """
 
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
@@ -286,15 +289,78 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.tests = {**self.tests, "divisibleby": lambda value, by: self.call_binop(None, "%", value, by) == 0}
+        self.filters = {**self.filters, Counting.FILTER: counted}
+
+    def compile(self, source: Any, *args: Any, **kwargs: Any) -> Any:
+        """With `Counting` in the template."""
+        tree = self.parse(source) if isinstance(source, str) else source
+        return super().compile(Counting(self).visit(tree), *args, **kwargs)
+
+    def call(self, context: Any, called: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """As jinja has it; raises OverflowError as `counted`: `dict(...)` makes mappings too."""
+        return counted(super().call(context, called, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """As Python has it; raises OverflowError for a whole number of more than `MOST_BITS` bits."""
+        """As Python has it; raises OverflowError for a whole number of more than `MOST_BITS` bits, and as `counted`."""
+        return counted(self._binop(context, operator, left, right))
+
+    def _binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         bits = [value.bit_length() for value in (left, right) if isinstance(value, int)]
         if operator == "**" and len(bits) == 2:
             bits.append(bits[0] * right)
         if max(bits, default=0) > MOST_BITS:
             raise OverflowError(f"a number of more than {MOST_BITS:,} bits")
         return super().call_binop(context, operator, left, right)
+
+
+class Counting(NodeTransformer):
+    """Has each list, tuple and mapping that a template makes, the arguments of a macro too, go through `counted`."""
+
+    FILTER = "counted"
+    MADE_BY_CALLS = ("varargs", "kwargs")
+
+    def __init__(self, environment: Sandbox) -> None:
+        self.environment = environment
+
+    def visit_List(self, node: nodes.List) -> nodes.Filter:
+        """Of `[a, b]`."""
+        return self._counted(self.generic_visit(node))
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Filter:
+        """Of `{a: b}`."""
+        return self._counted(self.generic_visit(node))
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        """Of `(a, b)`, where it is no place to put values."""
+        self.generic_visit(node)
+        return self._counted(node) if node.ctx == "load" else node
+
+    def visit_Name(self, node: nodes.Name) -> nodes.Node:
+        """Of what a macro was called with beside its own arguments."""
+        return self._counted(node) if node.ctx == "load" and node.name in self.MADE_BY_CALLS else node
+
+    def _counted(self, node: Any) -> nodes.Filter:
+        found = nodes.Filter(node, self.FILTER, [], [], None, None, lineno=node.lineno)
+        found.environment = self.environment
+        return found
+
+
+def counted(value: Any) -> Any:
+    """The value; raises OverflowError where it holds more than `MOST_ITEMS` items, nested ones counted each time."""
+    if isinstance(value, list | tuple | dict) and _items(value, {}) > MOST_ITEMS:
+        raise OverflowError(f"lists of more than {MOST_ITEMS:,} items, those within one another counted each time")
+    return value
+
+
+def _items(value: Any, known: dict[int, int]) -> int:
+    """What stands in these lists, each looked into once."""
+    if not isinstance(value, list | tuple | dict):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = 1  # of a list within itself
+        inside = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_items(each, known) for each in inside)
+    return known[id(value)]
 
 
 @contextmanager
