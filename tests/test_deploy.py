@@ -152,7 +152,7 @@ def test_a_recipe_without_has_no_such_stage(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(RecipeError, match=r"deploy\.quantize: found .q4_k_s.\. "):
         run(tmp_path, "deploy.quantize=q4_k_s", until="plan")
     monkeypatch.setattr(writing, "_ggml", lambda: None)
-    with pytest.raises(RecipeError, match=r"q4_k_m rounded by importance is made by llama.cpp's own code, which is"):
+    with pytest.raises(RecipeError, match=r"deploy\.quantize: q4_k_m is made by llama.cpp's own code, which is not"):
         run(tmp_path, "deploy.quantize=q4_k_m", until="plan")
 
 

@@ -136,7 +136,7 @@ WRAPPED["qwen3_5"] = (
 )
 GRID = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), -1).view(1, 16, 2)
 WRAPPED["gemma4"] = (
-    GEMMA4,
+    {**GEMMA4, "hidden_size_per_layer_input": 0},
     {
         "vision_config": {
             **{key: value for key, value in SIGLIP.items() if key != "image_size"},

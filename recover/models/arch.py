@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from recover.base import zero
 from recover.base.errors import ModelError
 from recover.maths.divergence import Head
 from recover.models.refusal import PER_BLOCK, unsupported
@@ -697,7 +698,7 @@ def as_linears(model: nn.Module) -> frozenset[str]:
     for name in turned:
         parent, _, last = name.removesuffix(".weight").rpartition(".")
         stock: Any = model.get_submodule(parent).get_submodule(last)
-        if hasattr(stock.weight, "ds_id"):
+        if zero.dealt_out(stock.weight):
             raise ModelError(
                 "DeepSpeed ZeRO-3 deals out this model's weights, and its Conv1D layers are taken as linear ones: "
                 "launch with launch/zero2.yaml or launch/gpu.yaml (train.shard_weights)"
