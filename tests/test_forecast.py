@@ -320,6 +320,10 @@ def test_lengths_that_lie_in_the_run_are_taken(monkeypatch, made, constant):
     assert steps.startswith("25 steps of 4")  # 800 tokens of texts of 8, 4 a step
     written = next(piece["what"] for piece in found["pieces"] if "model writes" in piece["what"])
     assert written.startswith(f"{(100 - 10) * 8} tokens")  # 10 of the 100 texts are there
+    for answers, text in (([], 3), ({"task": 3}, {"chunk": 0}), ({"task": [{}]}, {"rows": [1]}), ({"task": [3]}, [])):
+        (folder / "dense" / "generations.json").write_text(json.dumps(answers))
+        (folder / "train" / "data" / "dense-0.jsonl").write_text(json.dumps(text) + "\n")
+        assert found_by(made, runs="again") == guessed  # a damaged record is named by the run
 
 
 @pytest.mark.slow

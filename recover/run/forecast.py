@@ -46,6 +46,8 @@ LOOKED_AT = 64  # prompts, or rows of given text, whose length is looked at
 DISK = 1e9  # bytes a second that files are read and written with, for want of anything better
 CHANGED = 48  # texts of a task, lost and won, that both views read token by token
 
+DAMAGED = (ArtifactError, AttributeError, KeyError, TypeError, ValueError)  # of a record, which the run itself names
+
 How = Literal["measured", "floor", "not counted"]
 
 
@@ -465,10 +467,9 @@ def _measured_before(context: RunContext, task: Task) -> tuple[float, float] | N
     """(mean, longest) of the dense model's answers that lie in the run's folder."""
     path = context.directory.dense / "generations.json"
     try:
-        rows = read_json(path).get(task.name) if path.is_file() else None
-    except ArtifactError:
+        lengths = [len(row["ids"]) for row in read_json(path).get(task.name) or ()] if path.is_file() else []
+    except DAMAGED:
         return None
-    lengths = [len(row["ids"]) for row in rows or ()]
     return (mean(lengths), max(lengths)) if lengths else None
 
 
@@ -477,9 +478,9 @@ def _written_before(context: RunContext, prompts: Sequence[Any]) -> tuple[Length
     for path in sorted((context.directory.train / "data").glob("dense-*.jsonl")):
         try:
             rows = [row for chunk in read_jsonl(path) for row in chunk["rows"]]
-        except ArtifactError:
+            lengths = [len(ids) for _, ids in rows]
+        except DAMAGED:
             continue
-        lengths = [len(ids) for _, ids in rows]
         if lengths and rows[0][0] in prompts:
             return Lengths(0.0, mean(lengths), max(lengths)), len(lengths)
     return None
