@@ -285,7 +285,7 @@ def test_a_stage_after_the_other_with_what_it_does(made, quick):
 def test_epochs_and_accumulation_are_counted(monkeypatch, made, constant):
     """A step of half the rows at once takes two micro-batches; more epochs measure more often."""
     monkeypatch.setattr(pace.Pace, "step", lambda self, prompt, answer: (Span(1.0, 0.0), 0.0))
-    monkeypatch.setattr(forecasts._Forecaster, "_looked_at", lambda *_, **__: Lengths(12, 10, 20))
+    monkeypatch.setattr(forecasts._Forecaster, "_lengths", lambda *_, **__: Lengths(12, 10, 20))
 
     def seconds(what: str, *overrides: str) -> float:
         return seconds_of(found_by(made, "train.length=64", *overrides), what)

@@ -27,8 +27,6 @@ from recover.export.gguf import write as writing
 from recover.export.gguf.importance import Importance, importance_of, read_importance, write_importance
 from recover.export.gguf.write import weighs, write_gguf
 from recover.models.load import load_model
-from recover.models.plan import Plan
-from recover.models.twin import Twin
 
 BATCHES: Any = [ids(3, 24, vocabulary=1000), ids(2, 24, vocabulary=1000, seed=2)]
 TOKENS = 5 * 24
@@ -38,7 +36,7 @@ TYPES = ("q5_1", "q5_0", "q4_1", "q4_0", "q6_k", "q5_k_m", "q4_k_m")
 
 def measured(folder: Path) -> Importance:
     model = load_model(recipe.Model(source=str(folder)))
-    return importance_of(Twin(model, Plan.none(model.config.num_hidden_layers)), BATCHES, "ids")
+    return importance_of(model, BATCHES, "ids")
 
 
 @torch.no_grad()

@@ -25,8 +25,6 @@ from recover.config.recipe import Model
 from recover.export.gguf.importance import Importance, importance_of, read_importance, write_importance
 from recover.export.gguf.write import write_gguf
 from recover.models.load import load_model, load_tokenizer
-from recover.models.plan import Plan
-from recover.models.twin import Twin
 
 T = 256
 
@@ -91,8 +89,7 @@ def main() -> None:
     cfg = Model(source=str(args.folder))
     tokenizer, model = load_tokenizer(cfg), load_model(cfg)
     seen = ids_of(tokenizer, text[: args.letters], args.letters)
-    twin = Twin(model, Plan.none(model.config.num_hidden_layers))
-    importance = importance_of(twin, list(seen.split(4)), args.text.name)  # type: ignore[arg-type]
+    importance = importance_of(model, list(seen.split(4)), args.text.name)  # type: ignore[arg-type]
     write_importance(importance, args.out / "imatrix.gguf")
     ids_NT = ids_of(tokenizer, other, args.samples)
     exact = log_probabilities(args.folder, ids_NT)

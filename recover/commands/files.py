@@ -30,8 +30,6 @@ from recover.export.gguf.write import require_ggml, weighs, write_gguf
 from recover.models.arch import head_of
 from recover.models.attention import row_positions
 from recover.models.load import check_fit, describe, load_any, load_model, load_tokenizer, ready
-from recover.models.plan import Plan
-from recover.models.twin import Twin
 from recover.prune.calibrate import calibration_batches
 from recover.report.words import shown_source
 from recover.run.input_digests import files_of
@@ -201,8 +199,7 @@ def _measured(folder: Path, text: str) -> Importance:
     quiet_libraries()
     length = min(given.length, describe(cfg).context or given.length)
     batches = calibration_batches(given.model_copy(update={"length": length}), load_tokenizer(cfg), seed=0)
-    model = ready(load_model(cfg))
-    return importance_of(Twin(model, Plan.none(model.config.num_hidden_layers)), batches, shown_source(given.data))
+    return importance_of(ready(load_model(cfg)), batches, shown_source(given.data))
 
 
 COMMANDS = {teacher: EXAMPLES, gguf: GGUF_EXAMPLES}

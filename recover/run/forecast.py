@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -248,10 +249,8 @@ class _Forecaster:
     def _answers(self, pace: Pace, task: Task, limit: int | None, kept: float, *, probed: bool) -> float:
         file, cfg = task.file, self.recipe.measure
         assert isinstance(file, WritingFile), "a task that writes"
-        items, prompts = (
-            _items(task, limit),
-            [item.prompt for item in spread(task.items[: _items(task, limit)], LOOKED_AT)],
-        )
+        items = _items(task, limit)
+        prompts = [item.prompt for item in spread(task.items[:items], LOOKED_AT)]
         prompt, most = self._prompt_length(prompts, file.wraps), longest_text(file, cfg)
         rows = min(cfg.batch_size, items)
         found = self._lengths(pace, prompts, prompt, most, f"task {task.name}", rows=rows, chat=file.wraps, task=task)
@@ -391,38 +390,25 @@ class _Forecaster:
         chat: bool | None,
         task: Task | None = None,
     ) -> Lengths:
-        if what not in self.known:
-            self.known[what] = self._looked_at(pace, prompts, prompt, most, what, rows=rows, chat=chat, task=task)
-        return self.known[what]
-
-    def _looked_at(
-        self,
-        pace: Pace | None,
-        prompts: Sequence[Prompt],
-        prompt: float,
-        most: int,
-        what: str,
-        *,
-        rows: int,
-        chat: bool | None,
-        task: Task | None,
-    ) -> Lengths:
-        if task is not None and (known := _measured_before(self.context, task)) is not None:
-            self.notes.append(f"{what}: answers as long as those that lie in the run's folder")
-            return Lengths(prompt, *known)
-        file = task.file if task is not None else None
-        try:
-            found = None
+        """Looked for once for each `what`."""
+        if what in self.known:
+            return self.known[what]
+        file, found = (None if task is None else task.file), None
+        if task is not None and (found := _measured_before(self.context, task)) is not None:
+            said = "answers as long as those that lie in the run's folder"
+        else:
             if pace is not None:
                 writes = file if isinstance(file, WritingFile) else None
-                found = pace.length(self.context.tokenizer, prompts, limit=most, rows=rows, chat=chat, file=writes)
-        except (NotTimed, DataError):
-            found = None
-        if found is not None:
-            self.notes.append(f"{what}: texts of {found[0]:.0f} tokens, as the model just wrote a few")
-            return Lengths(prompt, *found)
-        self.notes.append(f"{what}: texts of {FRACTION:.0%} of the {most:,} tokens that they may have, a guess")
-        return Lengths(prompt, FRACTION * most, most)
+                with suppress(NotTimed, DataError):
+                    found = pace.length(self.context.tokenizer, prompts, limit=most, rows=rows, chat=chat, file=writes)
+            if found is not None:
+                said = f"texts of {found[0]:.0f} tokens, as the model just wrote a few"
+            else:
+                said = f"texts of {FRACTION:.0%} of the {most:,} tokens that they may have, a guess"
+                found = FRACTION * most, most
+        self.notes.append(f"{what}: {said}")
+        self.known[what] = Lengths(prompt, *found)
+        return self.known[what]
 
     def _held(self, source: GivenText | TeacherText) -> tuple[float, float] | None:
         """Mean tokens of prompt and of what is learnt, of the first rows."""

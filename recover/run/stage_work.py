@@ -41,7 +41,7 @@ from recover.measure.speed import compare_speed
 from recover.measure.tasks import measure
 from recover.models.arch import arch_of
 from recover.models.load import describe, load_model, ready
-from recover.models.plan import Plan, save_plan
+from recover.models.plan import save_plan
 from recover.models.source import code_of, exported_dtype, locate, stored_dtype
 from recover.models.stored_weights import stored_in
 from recover.models.twin import Twin
@@ -521,8 +521,7 @@ def _quantized_files(context: RunContext) -> dict[str, DeployedFile]:
 def _importance(cfg: Model, batches: list[LongTensor], text: str) -> Importance:
     """Of a model as it lies in its files: not quantized by `load_in`, and then in main memory."""
     there = {"load_in": None, "offload": "cpu" if cfg.load_in else cfg.offload}
-    model = ready(load_model(cfg.model_copy(update=there)))
-    return importance_of(Twin(model, Plan.none(model.config.num_hidden_layers)), batches, text)
+    return importance_of(ready(load_model(cfg.model_copy(update=there))), batches, text)
 
 
 class Deployed(TypedDict):

@@ -24,13 +24,14 @@ from recover.base.errors import ExportError
 from recover.export.gguf.family import EXPERTS, ROUTER, tensor_names
 from recover.models.experts import IN
 from recover.models.gguf_folder import check_head, field
+from recover.models.plan import Plan
 from recover.models.source import explained
+from recover.models.twin import Twin
 from recover.prune.stream import Stream, squares
 
 if TYPE_CHECKING:
     from torch import LongTensor, Tensor
-
-    from recover.models.twin import Twin
+    from transformers import PreTrainedModel
 
 SUMS, COUNTS = ".in_sum2", ".counts"  # of a tensor's name, in llama.cpp's file
 DATASETS, CHUNKS, CHUNK = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
@@ -74,14 +75,14 @@ class Importance:
         return np.ascontiguousarray(mean_EI, dtype=np.float32)
 
 
-def importance_of(twin: Twin, batches: Sequence[LongTensor], text: str) -> Importance:
+def importance_of(model: PreTrainedModel, batches: Sequence[LongTensor], text: str) -> Importance:
     """What the matrices of a model see on this text, block by block: each sample goes through the model once.
 
     Embedding and head are not looked at, as in llama.cpp.
     Raises PruneError without text, for samples longer than the context, and for inputs that are not finite.
     """
-    stream = Stream(twin, batches)
-    names = tensor_names(twin.base.config)
+    stream = Stream(Twin(model, Plan.none(model.config.num_hidden_layers)), batches)
+    names = tensor_names(model.config)
     sums, counts = {}, {}
     for index in console.track(range(len(stream.linears)), "importance of channels", unit="block"):
         with stream.resident(index), torch.no_grad():
