@@ -72,7 +72,10 @@ INTERNALS: dict[str, tuple[Callable[[], object], str]] = {
     "_ddp_params_and_buffers_to_ignore": (ignored, "weights that come and go are sent to other processes at the start"),
     # transformers
     "_attn_implementation": (PretrainedConfig, "attention of ours is not put in the place of the stock one"),
-    "_experts_implementation": (PretrainedConfig, "a mixture is verified in float64 by a product that torch has not"),
+    "_experts_implementation": (
+        PretrainedConfig,
+        "a mixture is verified in float64 by a product that torch has not, and adapters on experts go through a loop",
+    ),
     "_supports_sdpa": (lambda: PreTrainedModel, "a family without SDPA is refused, in place of using 'eager'"),
     "_supports_attention_backend": (lambda: PreTrainedModel, "attention of ours goes where it cannot be replaced"),
     "_keep_in_fp32_modules_strict": (lambda: PreTrainedModel, "weights kept in float32 are exported in few bits"),

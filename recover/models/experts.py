@@ -3,6 +3,10 @@
 Nothing is copied. The router runs the stock code on those of its rows that stay, so that it chooses and weights as a
 model without the others would; the experts are the stock module with all its matrices, of which some are not asked for.
 
+Adapters on experts are applied as stock code applies the experts: pairs of a token and an expert are sorted by expert,
+and one grouped product multiplies each expert's rows by its matrix. How many rows each has stays on the device, so the
+host waits for nothing, and a CUDA graph records it.
+
 Shapes: N tokens, D width, E experts, K experts that stay, P experts of a token, S pairs of a token and an expert, O out
 features, I in features, R rank.
 """
@@ -18,10 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recover.base import console
 from recover.models.arch import Arch, arch_of, base_of, blocks_of, mixture_in
 from recover.models.switched import Factors, Switch, masked_lora_linear, named_as, pack, switch_class, unpack
 
 IN, OUT = "gate_up_proj", "down_proj"  # matrices of every expert, in the order in which a token meets them
+ALIGNED = 16  # bytes: a grouped product takes rows whose length is a multiple of it
+GROUPED = (torch.float32, torch.bfloat16, torch.float16)  # what it multiplies
+OLDEST = (8, 0)  # compute capability of the oldest GPU that has one
+_said: set[str] = set()
 
 # Token places (S), experts (S), outputs (S, D) before router weights, and those (S): pairs in the experts' order.
 See = Callable[[Tensor, Tensor, Tensor, Tensor], None]
@@ -104,6 +113,8 @@ class SwitchedExperts(nn.Module):
         masks, factors = () if self.switch.dense else self.masks, factors or {}
         if self.see is None and self.take is None and not masks and not factors:
             return type(self).stock_forward(self, hidden_states, top_k_index, top_k_weights)
+        if self.see is None and self.take is None and not masks and self._groups():
+            return self._by_group(hidden_states, top_k_index, top_k_weights, factors)
 
         def linear(x_SI: Tensor, name: str, expert: int) -> Tensor:
             if self.take is not None:
@@ -122,6 +133,41 @@ class SwitchedExperts(nn.Module):
             return y_SO + own.scaling * F.linear(F.linear(x_SI, a_RI), b_OR)
 
         return self._by_expert(hidden_states, top_k_index, top_k_weights, linear)
+
+    def _groups(self) -> bool:
+        """Whether torch's grouped product is for these experts; once for each reason, why not is said."""
+        reason = _not_grouped(self)
+        if reason and reason not in _said:
+            _said.add(reason)
+            console.warn(f"adapters on experts are applied one expert after the other, many times slower: {reason}")
+        return not reason
+
+    def _by_group(
+        self, h_ND: Tensor, index_NP: Tensor, weight_NP: Tensor, factors: Mapping[str, ExpertFactors]
+    ) -> Tensor:
+        """All experts at once, each on its tokens; summed up as the stock grouped product does."""
+        this: Any = self
+        pairs = Pairs.of(index_NP, this.num_experts)
+        x_SD = _Taken.apply(h_ND.to(this.down_proj.dtype), pairs.order_S // index_NP.shape[1], pairs.place_NP)
+        inside_SI = this._apply_gate(self._grouped(x_SD, IN, pairs, factors.get(IN)))
+        y_SD = self._grouped(inside_SI, OUT, pairs, factors.get(OUT))
+        place_S = pairs.place_NP.flatten()
+        weight_S: Any = _Taken.apply(weight_NP.flatten(), pairs.order_S, place_S)
+        weighted_SD: Any = _Taken.apply(y_SD * weight_S[:, None], place_S, pairs.order_S)
+        return weighted_SD.unflatten(0, index_NP.shape).sum(1).to(h_ND.dtype)
+
+    def _grouped(self, x_SI: Any, name: str, pairs: Pairs, factors: ExpertFactors | None) -> Tensor:
+        """x W^T + bias + s (x A^T) B^T, each row with the matrices of its expert."""
+        weight_EIO = matrices(self, name).transpose(1, 2)
+        x_SI = x_SI.to(weight_EIO.dtype)  # autocast knows nothing of grouped products
+        y_SO = F.grouped_mm(x_SI, weight_EIO, offs=pairs.ends_E)
+        if hasattr(self, f"{name}_bias"):
+            y_SO = y_SO + getattr(self, f"{name}_bias")[pairs.expert_S]
+        if factors is None:
+            return y_SO
+        a_ERI, b_ERO = (_Asked.apply(each, pairs.ends_E) for each in factors.aligned(x_SI.dtype))
+        low_SR = F.grouped_mm(x_SI, a_ERI.transpose(1, 2), offs=pairs.ends_E)
+        return y_SO + F.grouped_mm(low_SR * factors.scaling, b_ERO, offs=pairs.ends_E)
 
     def _by_expert(
         self, h_ND: Tensor, index_NP: Tensor, weight_NP: Tensor, linear: Callable[[Tensor, str, int], Tensor]
@@ -154,6 +200,86 @@ class ExpertFactors(NamedTuple):
     def of(self, expert: int) -> Factors:
         """That of one expert."""
         return Factors(self.a_ERI[expert], self.b_EOR[expert], self.scaling)
+
+    def aligned(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A (E, R, I) and B (E, R, O) for grouped products in this dtype; zeros fill R up to a multiple of 16 bytes."""
+        a_ERI, b_ERO = self.a_ERI.to(dtype), self.b_EOR.transpose(1, 2).to(dtype)
+        more = -a_ERI.shape[1] % (ALIGNED // dtype.itemsize)
+        return tuple((F.pad(each, (0, 0, 0, more)) if more else each).contiguous() for each in (a_ERI, b_ERO))  # type: ignore[return-value]
+
+
+class Pairs(NamedTuple):
+    """Pairs of a token and an expert, in the experts' order."""
+
+    expert_S: Tensor
+    order_S: Tensor  # the place of each in the flat order (N P), and the other way round
+    place_NP: Tensor
+    ends_E: Tensor  # int32: the pairs of an expert end here, those of the next begin
+
+    @classmethod
+    def of(cls, index_NP: Tensor, experts: int) -> Pairs:
+        """By what the router chose; nothing comes to the host."""
+        expert_S, order_S = index_NP.flatten().sort(stable=True)
+        numbers_S = torch.arange(len(order_S), device=order_S.device)
+        place_NP = torch.empty_like(order_S).scatter_(0, order_S, numbers_S).view(index_NP.shape)
+        numbers_E = torch.arange(experts, device=expert_S.device, dtype=expert_S.dtype)
+        return cls(expert_S, order_S, place_NP, torch.searchsorted(expert_S, numbers_E, right=True, out_int32=True))
+
+
+class _Taken(torch.autograd.Function):
+    """Rows `x[rows]`. `back` says where each row went: to one place, or to P whose gradients are summed.
+
+    Indexing itself would sort once more in backward, to add up rows that may be anywhere.
+    """
+
+    @staticmethod
+    def forward(ctx, x, rows, back):  # type: ignore[override]
+        ctx.save_for_backward(back)
+        return x[rows]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):  # type: ignore[override]
+        (back,) = ctx.saved_tensors
+        return (dy[back] if back.dim() == 1 else dy[back].sum(1)), None, None
+
+
+class _Asked(torch.autograd.Function):
+    """Factors as they are; their gradient is 0 of experts without tokens, where a grouped product may leave anything.
+
+    (So on Blackwell: torch issue 172439.)
+    """
+
+    @staticmethod
+    def forward(ctx, factor_E, ends_E):  # type: ignore[override]
+        ctx.save_for_backward(ends_E)
+        return factor_E.view_as(factor_E)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dfactor_E):  # type: ignore[override]
+        (ends_E,) = ctx.saved_tensors
+        idle_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
+        return dfactor_E.masked_fill(idle_E[:, None, None], 0), None
+
+
+def _not_grouped(experts: Any) -> str:
+    """Why these experts are not multiplied by a grouped product; empty if they are."""
+    weight = experts.down_proj
+    chosen = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+    if chosen != "grouped_mm":
+        return f"the model's experts_implementation is {chosen}, and not grouped_mm"
+    if weight.dtype not in GROUPED:
+        return f"torch has no grouped product in {str(weight.dtype).removeprefix('torch.')}"
+    if weight.device.type == "cuda" and (found := torch.cuda.get_device_capability(weight.device)) < OLDEST:
+        return f"a GPU of compute capability {found[0]}.{found[1]} has no grouped product, those from 8.0 on have one"
+    if weight.device.type not in ("cpu", "cuda"):
+        return f"no grouped product is known on {weight.device.type}"
+    if any(size * weight.itemsize % ALIGNED for size in weight.shape[1:]):
+        return f"rows of {tuple(weight.shape[1:])} numbers are no multiples of {ALIGNED} bytes"
+    if any(getattr(experts, name).data_ptr() % ALIGNED for name in (IN, OUT)):
+        return f"the experts' matrices begin at no multiple of {ALIGNED} bytes"
+    return ""
 
 
 def matrices(experts: Any, name: str) -> Tensor:
