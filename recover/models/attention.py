@@ -24,7 +24,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -193,13 +192,10 @@ def attend_packed(
     if query.is_cuda and query.dtype in HALF and query.shape[-1] == value.shape[-1] <= WIDEST_PACKED:
         q_THd, k_TKd, v_TKd = (each[0].transpose(0, 1) for each in (query, key, value))
         return _Flash.apply(q_THd, k_TKd, v_TKd, cu_seq_lens_q, max_length_q, scale, window)[None], None  # type: ignore[index]
-    starts = cu_seq_lens_q.tolist()
-    parts = [
-        _alone(query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], scale, window)
-        for start, end in pairwise(starts)
-        if end > start
-    ]
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    sizes = [size for size in cu_seq_lens_q.diff().tolist() if size]
+    # Split, not sliced: the gradient of each slice would be as large as the row.
+    parts = zip(*(each.split(sizes, dim=2) for each in (query, key, value)), strict=True)
+    return torch.cat([_alone(*part, scale, window) for part in parts], dim=2).transpose(1, 2), None
 
 
 def _alone(q_1HTd: Tensor, k_1KTd: Tensor, v_1KTd: Tensor, scale: float, window: int | None) -> Tensor:
