@@ -37,7 +37,7 @@ from recover.models.source import exported_dtype
 from recover.models.wrapper import WRAPPERS, Wrapper
 from recover.run import draft
 from recover.run.draft import Machine, Wanted, target, this_machine
-from recover.run.estimate import ELEMENT_BYTES, Estimate, estimate, matrix_rate, refuse
+from recover.run.estimate import ELEMENT_BYTES, Estimate, estimate, matrix_rate, refuse, room, too_large
 from recover.text.rows import NotHad, first_had, prompt_rows
 from recover.train.sources import read_prompts
 
@@ -253,7 +253,7 @@ def init(
         cost,
         missing,
         [*goal.cost.warnings],
-        fits=draft.fits(lines),
+        short=too_large(recipe, description, room()),
         narrow=isinstance(recipe.prune, Width),
         code=texts.runs_code,
     )
@@ -340,7 +340,7 @@ def _say(
     missing: Sequence[str],
     warnings: Sequence[str],
     *,
-    fits: bool,
+    short: str,
     narrow: bool,
     code: bool,
 ) -> None:
@@ -356,11 +356,9 @@ def _say(
     console.table(f"{path}, for {machine.name} (estimates)", ["what", "dense", "pruned"], rows)
     for line in warnings:
         console.warn(line)
-    if not fits:
-        less = ", or --drop (narrower MLPs lie beside the dense ones)" if narrow else ""
-        console.warn(
-            f"training does not fit this machine by the arithmetic of `plan`: take a larger one, or several GPUs{less}"
-        )
+    if short:
+        less = "; or give --drop (narrower MLPs lie beside the dense ones)" if narrow else ""
+        console.warn(f"{short}{less}")
     if cost["training_seconds"] > LONG_SECONDS:
         console.warn("training takes more than a day here: give --tokens, or take a machine with a GPU")
     if code:
