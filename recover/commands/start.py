@@ -246,7 +246,7 @@ def init(
     if path.exists() and not replace:
         raise RecipeError(f"{path}: is there; name another --out, or say --replace")
     cost = estimate(recipe, description, matrix_rate())
-    write_text(path, draft.written(lines, _head(machine, path, cost, missing)))
+    write_text(path, draft.written(lines, _head(machine, path, missing)))
     _say(
         path,
         machine,
@@ -320,14 +320,13 @@ def _lacking(name: str, error: NotHad, missing: Missing) -> str:
     return "CANNOT BE USED HERE: see the top of this file"
 
 
-def _head(machine: draft.Machine, path: Path, cost: Estimate, missing: Sequence[str]) -> Iterator[str]:
+def _head(machine: draft.Machine, path: Path, missing: Sequence[str]) -> Iterator[str]:
     yield f"Written by `recover init` for {machine.name}, {console.size(machine.memory)}. Then:"
     yield f"  recover plan {path}"
     yield f"  recover run {path}"
     if machine.count > 1:
         yield f"  accelerate launch --config_file launch/gpu.yaml --num_processes {machine.count} -m recover run {path}"
-    least = console.duration(cost["training_seconds"])
-    yield f"Training takes at least {least} here, beside writing text and measuring."
+    yield "How long it takes is not said here: `recover plan` times a step, a text and a probe on this machine."
     yield "Values come from recover/config/defaults.py and docs/results.md; docs/recipes.md says what to expect."
     for each in missing:
         yield from textwrap.wrap(f"CANNOT BE USED HERE: {each}", 116, break_on_hyphens=False)
@@ -350,7 +349,6 @@ def _say(
         ["parameters", f"{dense:,}", f"{pruned:,}"],
         ["file", *sizes],
         ["teacher-scored tokens", "", f"{cost['teacher_tokens']:,}"],
-        ["training time", "", f"at least {console.duration(cost['training_seconds'])}"],
         ["memory", "", f"about {console.size(cost['memory_bytes_per_process'])} of {console.size(machine.memory)}"],
     ]
     console.table(f"{path}, for {machine.name} (estimates)", ["what", "dense", "pruned"], rows)
@@ -368,6 +366,5 @@ def _say(
     for each in missing:
         console.warn(f"cannot be used here: {each}")
     console.say(f"wrote {path}")
-    console.say(
-        f"[dim]next: recover plan {path}{', which refuses it until nothing is missing' if missing else ''}[/dim]"
-    )
+    then = "refuses it until nothing is missing" if missing else "says how long each stage takes on this machine"
+    console.say(f"[dim]next: recover plan {path}, which {then}[/dim]")
