@@ -41,6 +41,7 @@ from recover.export.gguf.family import (
     warn_of_older_readers,
 )
 from recover.export.gguf.importance import Importance
+from recover.maths.divergence import all_finite
 from recover.models.arch import experts_of, kv_heads_of
 from recover.models.source import INDEX, WEIGHTS, explained
 
@@ -335,7 +336,7 @@ def _data(entry: Entry) -> np.ndarray:
             return _by_ggml(exact, kind, entry.importance)
         return gguf.quants.quantize(exact, kind)
     cast = entry.load().to(getattr(torch, entry.dtype)).contiguous()
-    if not cast.isfinite().all():
+    if not all_finite(cast):
         raise ExportError(
             f"{entry.name}: not finite in {entry.dtype}: write bfloat16 or float32, or look at the weights"
         )
