@@ -226,10 +226,10 @@ def test_weights_in_a_store_are_counted_as_they_are(fields, tmp_path):
     ],
 )
 def test_a_run_that_does_not_fit_is_told_the_nearest_setting_that_does(gib, fields):
-    training = Training(4096, kept_blocks=28)
-    found = memory.fitting(QWEN_7B, training, gib * GIB, 1)
-    assert found is not None and found[1] == fields
-    assert memory.fitting(QWEN_7B, training, 2 * GIB, 1) is None
+    tries = [({}, Training(4096, kept_blocks=28))]
+    found = memory.fitting(QWEN_7B, tries, memory.Room(gib * GIB, 64 * GIB))
+    assert found is not None and found.fields == fields
+    assert memory.fitting(QWEN_7B, tries, memory.Room(2 * GIB, 64 * GIB)) is None
 
 
 def test_more_of_anything_never_takes_less():
