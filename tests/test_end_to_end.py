@@ -10,12 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import faulty
 import pytest
 import safetensors.torch
 import torch
 from small_run import DEPTH, MASKED, QUICKSTART, SMALL, begun, finished, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from recover import cli
 from recover.base.artifacts import read_json, read_jsonl
 from recover.base.errors import DataError, ModelError, RecipeError, RecoverError
 from recover.run import stages
@@ -107,22 +109,29 @@ def test_a_second_run_does_nothing_and_a_changed_field_is_named(tmp_path, capsys
     assert stale["dense"] is None and "prune" in stale["before"]
 
 
+def command_line():
+    """What the arguments of `sys.argv` ask for, and its exit code."""
+    try:
+        cli.main()
+    except SystemExit as ended:
+        os._exit(ended.code)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_stopped_training_goes_on_where_it_was(tmp_path_factory, tmp_path, number, capsys):
+def test_a_stopped_training_goes_on_where_it_was(tmp_path_factory, tmp_path, number, capsys, monkeypatch):
     begun(tmp_path_factory, tmp_path, *DEPTH)
     overrides = ["train.tokens=1000", "train.save_steps=3", *DEPTH]
-    command = [sys.executable, "-m", "recover", "run", str(QUICKSTART), "--runs", str(tmp_path), *SMALL, *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, env=environment, **pipes) as process:
-        checkpoints = tmp_path / "quickstart" / "train" / "checkpoints"
-        deadline = time.monotonic() + 240
-        while not list(checkpoints.glob("checkpoint-[1-9]*/MANIFEST.json")):
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-            time.sleep(0.05)
-        process.send_signal(number)
-        output = process.communicate(timeout=120)[0]
-    assert process.returncode == 128 + number, output
+    monkeypatch.setattr(sys, "argv", ["recover", "run", str(QUICKSTART), "--runs", str(tmp_path), *SMALL, *overrides])
+    log = tmp_path / "log"
+    process = faulty.start(command_line, log)
+    checkpoints = tmp_path / "quickstart" / "train" / "checkpoints"
+    deadline = time.monotonic() + 240
+    while not list(checkpoints.glob("checkpoint-[1-9]*/MANIFEST.json")):
+        assert time.monotonic() < deadline and not os.waitpid(process, os.WNOHANG)[0], log.read_text()
+        time.sleep(0.05)
+    os.kill(process, number)
+    code, output = faulty.end(process), log.read_text()
+    assert code == 128 + number, output
     assert "Traceback" not in output
     directory = RunDirectory(tmp_path / "quickstart")
     assert directory.done("before") is not None and directory.done("train") is None
