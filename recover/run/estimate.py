@@ -22,7 +22,8 @@ from recover.config.recipe import PrunedText, Recipe, Train
 from recover.config.train import refuse_averaging_shares, refuse_sharding_twice, split_batch
 from recover.export.gguf.family import family_of, refuse_type
 from recover.export.gguf.family import refuse as refuse_family
-from recover.export.gguf.write import beside, nearest, planned_bytes, require_ggml, vocabulary
+from recover.export.gguf.vocabulary import vocabulary
+from recover.export.gguf.write import beside, nearest, planned_bytes, require_ggml
 from recover.models.load import Description, checked_config, describe
 from recover.models.source import exported_dtype, read_config
 from recover.prune.registry import Cost, pruner_of
