@@ -17,7 +17,6 @@ import torch
 from small_run import DEPTH, MASKED, QUICKSTART, SMALL, begun, finished, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recover import cli
 from recover.base.artifacts import read_json, read_jsonl
 from recover.base.errors import DataError, ModelError, RecipeError, RecoverError
 from recover.run import stages
@@ -109,21 +108,12 @@ def test_a_second_run_does_nothing_and_a_changed_field_is_named(tmp_path, capsys
     assert stale["dense"] is None and "prune" in stale["before"]
 
 
-def command_line():
-    """What the arguments of `sys.argv` ask for, and its exit code."""
-    try:
-        cli.main()
-    except SystemExit as ended:
-        os._exit(ended.code)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_stopped_training_goes_on_where_it_was(tmp_path_factory, tmp_path, number, capsys, monkeypatch):
+def test_a_stopped_training_goes_on_where_it_was(tmp_path_factory, tmp_path, number, capsys):
     begun(tmp_path_factory, tmp_path, *DEPTH)
     overrides = ["train.tokens=1000", "train.save_steps=3", *DEPTH]
-    monkeypatch.setattr(sys, "argv", ["recover", "run", str(QUICKSTART), "--runs", str(tmp_path), *SMALL, *overrides])
-    log = tmp_path / "log"
-    process = faulty.start(command_line, log)
+    words, log = ["run", QUICKSTART, "--runs", tmp_path, *SMALL, *overrides], tmp_path / "log"
+    process = faulty.start(lambda: faulty.command(*words), log)
     checkpoints = tmp_path / "quickstart" / "train" / "checkpoints"
     deadline = time.monotonic() + 240
     while not list(checkpoints.glob("checkpoint-[1-9]*/MANIFEST.json")):
