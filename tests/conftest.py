@@ -24,6 +24,9 @@ gc.disable()  # thousands of tests are collected, and nothing of them can go: lo
 # No test takes the power away: what the kernel was given is there. Waiting for the disk was a tenth of the time.
 os.fsync = lambda _descriptor: None
 
+# Some thirty tests start processes, each of which would compile the package again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # A shell ignores SIGINT for what it puts into the background, and nohup SIGHUP; runs started here would inherit it.
 for _name, _default in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
     if hasattr(signal, _name) and signal.getsignal(getattr(signal, _name)) is signal.SIG_IGN:

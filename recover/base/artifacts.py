@@ -153,9 +153,14 @@ def append_jsonl(path: Path, record: Any, *, synced: bool = True) -> None:
     path = Path(path)
     line = dumps(record).encode(errors=ESCAPES) + b"\n"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file() and (path.is_symlink() or path.stat().st_nlink > 1):
-            write_bytes(path, path.read_bytes())
+        try:
+            there = path.lstat()
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        else:
+            alone = stat.S_ISREG(there.st_mode) and there.st_nlink == 1
+            if not alone and path.is_file():
+                write_bytes(path, path.read_bytes())
         with open(path, "a+b") as file:
             file.truncate(_whole_lines(file))
             file.write(line)

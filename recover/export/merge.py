@@ -14,6 +14,7 @@ import accelerate
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
 from recover.base import console
 from recover.base.errors import ExportError
@@ -60,8 +61,9 @@ def unfilled(twin: Twin) -> PreTrainedModel:
     config = pruned_config(twin.base.config, twin.plan)
     _warn_of_irregular_attention(twin.base.config, config)
     # Parameters on `meta`, buffers (rotary frequencies are in no state dict) made by the constructor as anywhere else.
-    with accelerate.init_empty_weights():
+    with accelerate.init_empty_weights(), no_init_weights():  # to draw values on `meta` takes five times the rest
         stock = AutoModelForCausalLM.from_config(config, attn_implementation=twin.base.config._attn_implementation)
+    stock.tie_weights()
     stock.generation_config = copy.deepcopy(twin.base.generation_config)
     remember(stock, wrapped_of(twin.base))
     return stock

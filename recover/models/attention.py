@@ -194,8 +194,8 @@ def attend_packed(
         return _Flash.apply(q_THd, k_TKd, v_TKd, cu_seq_lens_q, max_length_q, scale, window)[None], None  # type: ignore[index]
     sizes = [size for size in cu_seq_lens_q.diff().tolist() if size]
     # Split, not sliced: the gradient of each slice would be as large as the row.
-    parts = zip(*(each.split(sizes, dim=2) for each in (query, key, value)), strict=True)
-    return torch.cat([_alone(*part, scale, window) for part in parts], dim=2).transpose(1, 2), None
+    each = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
+    return torch.cat([_alone(q, k, v, scale, window) for q, k, v in each], dim=2).transpose(1, 2), None
 
 
 def _alone(q_1HTd: Tensor, k_1KTd: Tensor, v_1KTd: Tensor, scale: float, window: int | None) -> Tensor:
