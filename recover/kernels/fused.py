@@ -199,7 +199,8 @@ class _PlainRotary(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dq_BHTC, dk_BHTC):  # type: ignore[override]
-        return *(_turned(dy, *ctx.saved_tensors, back=True) for dy in (dq_BHTC, dk_BHTC)), None, None
+        cos_BTC, sin_BTC = ctx.saved_tensors  # once: a checkpointed block gives them once
+        return *(_turned(dy, cos_BTC, sin_BTC, back=True) for dy in (dq_BHTC, dk_BHTC)), None, None
 
 
 def _turned(x_BHTC: Tensor, cos_BTC: Tensor, sin_BTC: Tensor, *, back: bool = False) -> Tensor:
