@@ -40,11 +40,11 @@ COMMANDS = {
         "run", "Do the whole job on the small model that ships with the package: CPU, offline, minutes."
     ),
     "doctor": Listed(
-        "start",
+        "options",
         "Say what this machine can run: versions, GPU, memory, disk, hub, data that goes by a name, sizes of models.",
     ),
     "init": Listed(
-        "start",
+        "options",
         "Write a recipe for any model: what goes, what text, which tasks, sized to this machine; each line says why.",
     ),
     "run": Listed("run", "Do all stages of a recipe: plan, dense, prune, before, train, after, export, report."),
@@ -74,23 +74,23 @@ COMMANDS = {
         "Put runs side by side, best recovered generation first; tasks as a share of what the dense model reaches.",
     ),
     "measure": Listed(
-        "measure",
+        "options",
         "Measure any checkpoint: what it writes, chooses, retrieves, expects; the same items and prompts for each.",
     ),
     "diagnose": Listed(
-        "diagnose",
+        "options",
         "Measure how far two checkpoints are apart: in three spaces, by layer, by step, in choices, as embedders.",
     ),
     "teacher": Listed(
-        "files",
+        "options",
         "Write the likeliest tokens a model gives each position of a text: for distilling where it is not at hand.",
     ),
     "gguf": Listed(
-        "files",
+        "options",
         "Write an exported checkpoint as one GGUF file: llama.cpp, and what is built on it, runs and quantizes it.",
     ),
     "families": Listed(
-        "start", "Say which model families are supported, by which methods, and for the others why they are not."
+        "options", "Say which model families are supported, by which methods, and for the others why they are not."
     ),
 }
 

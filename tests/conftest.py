@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -23,6 +24,10 @@ gc.disable()  # thousands of tests are collected, and nothing of them can go: lo
 
 # No test takes the power away: what the kernel was given is there. Waiting for the disk was a tenth of the time.
 os.fsync = lambda _descriptor: None
+
+# Some thirty tests start processes, each of which would compile the package again, and each run all tests.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # A shell ignores SIGINT for what it puts into the background, and nohup SIGHUP; runs started here would inherit it.
 for _name, _default in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):

@@ -23,6 +23,7 @@ from faulty_disk import Disk
 from safetensors.torch import load_file
 from tiny import tiny
 
+from recover import cli
 from recover.base import artifacts
 from recover.base.errors import RecoverError
 from recover.base.process import graceful_stop
@@ -69,6 +70,16 @@ def start(work: Callable[[], Any], log: Path) -> int:
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def command(*words: object) -> None:
+    """`recover` with these words, in a fork: ends it with the command's exit code."""
+    sys.argv = ["recover", *map(str, words)]
+    try:
+        cli.main()
+    except SystemExit as ended:
+        sys.stdout.flush()
+        os._exit(int(ended.code or 0))
 
 
 def end(process: int) -> int:

@@ -30,7 +30,7 @@ from typing import Any, Self
 from recover.measure.sandbox import Keeper, NoWall, Program
 
 GREW = 2**27  # bytes of our own memory
-AT_ONCE = 3
+AT_ONCE = 6  # most of the time is waited
 PROGRAMS = Path(__file__).with_name("hostile_programs.txt")
 HEAD = re.compile(r"^=== (?P<kind>[^:]+): (?P<name>.+?)(?: \| (?P<options>.+))?\n", re.MULTILINE)
 CALL = """

@@ -12,7 +12,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,10 @@ class Here:
 @contextmanager
 def brief() -> Iterator[None]:
     """Inside, speed is timed in two short turns, and exports are verified in this process."""
-    short = partial(speed.compare_speed, batch_size=2, prompt_length=16, steps=2)
+
+    def short(*models: Any, **_: Any) -> dict[str, Any]:
+        return speed.compare_speed(*models, batch_size=2, prompt_length=16, steps=2)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed.take_turns, "__kwdefaults__", {"least": 2, "most": 2, "seconds": 0.0})
         patch.setattr(speed, "WARM_SECONDS", 0.0)

@@ -4,15 +4,17 @@ import inspect
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from small_run import PROMPTS
+from small_run import PROMPTS, Here
 
 import recover
 from recover import api
 from recover.base.errors import ModelError, RecipeError
+from recover.export import verify
 from recover.models.plan import Plan
 
 FABLE = "embedded:fable-2m"
@@ -63,6 +65,7 @@ def test_the_whole_job_reads_the_model_once(tmp_path, monkeypatch):
         trained = twin.model(input_ids=ids_BT).logits
         assert not torch.equal(trained, twin.replan(twin.plan).model(input_ids=ids_BT).logits)
 
+    monkeypatch.setattr(verify, "fresh_process", lambda: nullcontext(Here()))  # that it is one: `test_export.py`
     deploy = recover.export(twin, tokenizer, tmp_path / "deploy")
     assert len(reads) == 1
     shipped, same_tokenizer = recover.load(str(deploy), dtype="float32")

@@ -115,6 +115,35 @@ def test_torch_is_not_imported_before_it_is_needed(arguments: list[str], code: i
     assert done.stdout.splitlines()[-2:] == [f"exit code {code}", "False False"], done.stderr
 
 
+HEAVY = ["torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers", "safetensors"]
+ASKED = """
+import contextlib, io, json, os, sys
+from recover.cli import main
+heavy, asked = json.loads(sys.argv[1])
+for arguments, line in asked:
+    if line is not None:
+        words = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1)}
+        os.environ.update(words, _RECOVER_COMPLETE="complete_bash")
+    sys.argv, said = ["recover", *arguments], io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        main()
+    print(json.dumps([len(said.getvalue()), [name for name in heavy if name in sys.modules]]))
+"""
+
+
+def test_help_and_completion_of_no_command_import_what_takes_seconds() -> None:
+    """Every command's help page first, then what a shell is offered: options of each, and values of some."""
+    helps: list[tuple[list[str], str | None]] = [([name, "--help"], None) for name in cli.COMMANDS]
+    valued = ("recover measure m --suite ", "recover measure m --tasks ", "recover run a.yaml train.")
+    lines = [*(f"recover {name} --" for name in cli.COMMANDS), *valued]
+    asked = [*helps, *(([], line) for line in lines)]
+    done = python("-c", ASKED, json.dumps([HEAVY, asked]))
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == len(asked), done.stderr
+    for what, (said, imported) in zip(asked, rows, strict=True):
+        assert said > 0 and imported == [], what
+
+
 def test_the_list_says_of_a_command_what_the_command_says_of_itself() -> None:
     for name, listed in cli.COMMANDS.items():
         assert " ".join(cli.command(name).help.split("\n\n")[0].split()) == listed.says

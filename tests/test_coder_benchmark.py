@@ -380,7 +380,7 @@ def test_runs_are_spread_over_gpus_and_stopped_when_time_is_over(tmp_path, monke
     names = ("rank16", "lr1e-4@1", "lr1e-4@2", "lr1e-4@3", "lr1e-4@4", "lr1e-4@5")
     variants = [known.variant(name, QUICKSTART, 0) for name in names]
     results = tmp_path / "results.jsonl"
-    options = _asked(tmp_path, gpus=2, beside=2, limit_seconds=4)
+    options = _asked(tmp_path, gpus=2, beside=2, limit_seconds=2)
     assert experiments.Experiments(options, results, []).run(variants) == 0
     # Four at once, two on each; the fifth on the GPU of the one that ended; none for the sixth.
     assert started[:4] == [("rank16", "0"), ("lr1e-4", "1"), ("lr1e-4", "0"), ("lr1e-4", "1")]

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import faulty
 import pytest
 import safetensors.torch
 import torch
@@ -111,18 +112,16 @@ def test_a_second_run_does_nothing_and_a_changed_field_is_named(tmp_path, capsys
 def test_a_stopped_training_goes_on_where_it_was(tmp_path_factory, tmp_path, number, capsys):
     begun(tmp_path_factory, tmp_path, *DEPTH)
     overrides = ["train.tokens=1000", "train.save_steps=3", *DEPTH]
-    command = [sys.executable, "-m", "recover", "run", str(QUICKSTART), "--runs", str(tmp_path), *SMALL, *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, env=environment, **pipes) as process:
-        checkpoints = tmp_path / "quickstart" / "train" / "checkpoints"
-        deadline = time.monotonic() + 240
-        while not list(checkpoints.glob("checkpoint-[1-9]*/MANIFEST.json")):
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-            time.sleep(0.05)
-        process.send_signal(number)
-        output = process.communicate(timeout=120)[0]
-    assert process.returncode == 128 + number, output
+    words, log = ["run", QUICKSTART, "--runs", tmp_path, *SMALL, *overrides], tmp_path / "log"
+    process = faulty.start(lambda: faulty.command(*words), log)
+    checkpoints = tmp_path / "quickstart" / "train" / "checkpoints"
+    deadline = time.monotonic() + 240
+    while not list(checkpoints.glob("checkpoint-[1-9]*/MANIFEST.json")):
+        assert time.monotonic() < deadline and not os.waitpid(process, os.WNOHANG)[0], log.read_text()
+        time.sleep(0.05)
+    os.kill(process, number)
+    code, output = faulty.end(process), log.read_text()
+    assert code == 128 + number, output
     assert "Traceback" not in output
     directory = RunDirectory(tmp_path / "quickstart")
     assert directory.done("before") is not None and directory.done("train") is None

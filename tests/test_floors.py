@@ -41,6 +41,7 @@ LIGHT = {
     "recover.__main__",
     "recover.run.stages",
     "recover.commands.run",
+    "recover.commands.options",
 }
 
 MODULES = {

@@ -326,6 +326,87 @@ def test_lengths_that_lie_in_the_run_are_taken(monkeypatch, made, constant):
         assert found_by(made, runs="again") == guessed  # a damaged record is named by the run
 
 
+def test_a_search_runs_half_the_blocks_of_each_candidate_and_judges_its_output(monkeypatch, made, constant):
+    """12 blocks, 3 drops: 11 + 10 + 9 candidates, and dense and the start of each drop whole; 2 x 16 tokens."""
+    monkeypatch.setattr(pace.Pace, "forward", lambda *_: Span(0.0, 1.0))
+    monkeypatch.setattr(pace.Pace, "judging", lambda _, score: {"kl": 0.25, "perplexity": 0.125}[score])
+    for score, judged in (("kl", 0.25), ("perplexity", 0.125)):
+        found = found_by(made, f"prune.score={score}")
+        assert seconds_of(found, "passes of calibration text") == 32 * ((1 + 3) * 1.0 + 30 * (0.5 + judged))
+
+
+@pytest.mark.parametrize("score", ["kl", "variance", "perplexity"])
+def test_what_judges_a_candidate_is_what_the_search_calls(monkeypatch, made, score):
+    calls: list[str] = []
+    for name in ("row_sum", "nll_sum"):
+        real = getattr(pace, name)
+        monkeypatch.setattr(pace, name, lambda *given, real=real, name=name: (calls.append(name), real(*given))[1])
+    recipe = recipe_of(made)
+    found = Pace(recipe, describe(recipe.model), FAST, masked=False, local=False)
+    assert found.judging(score) > 0 and {*calls} == {"nll_sum" if score == "perplexity" else "row_sum"}
+
+
+def test_a_small_model_is_pruned_as_the_run_does_it_to_see_how_long_its_texts_are(monkeypatch, made, constant):
+    seen: list[tuple[int, ...]] = []
+
+    def length(*_: Any, twin: Any = None, **__: Any) -> tuple[float, float]:
+        seen.append(() if twin is None else twin.closed_blocks)
+        return (8.0, 12.0) if twin is None else (3.0, 4.0)
+
+    monkeypatch.setattr(pace.Pace, "length", length)
+    monkeypatch.setattr(forecasts, "PRUNES", float("inf"))
+    found = found_by(made)
+    assert "task task, pruned: texts of 3 tokens, as the pruned model just wrote a few" in found["notes"]
+    run = stages.run(recipe_of(made), made / "pruned", until="prune")
+    plan = json.loads((run.prune / "plan.json").read_text())
+    assert {*seen} == {(), tuple(plan["dropped"])}
+    # Of a run that is pruned already its plan is taken.
+    seen.clear()
+    monkeypatch.setattr(forecasts.registry, "prune", None)
+    found_by(made, runs="pruned", left={"prune": 0.0})
+    assert {*seen} == {(), tuple(plan["dropped"])}
+    # A search that takes long is not made: then nothing is known of these texts.
+    monkeypatch.setattr(forecasts, "PRUNES", 0.0)
+    guessed = found_by(made)
+    assert "task task, pruned: as long as the dense model's, a guess" in guessed["notes"]
+
+
+def test_the_pruned_models_answers_that_lie_in_the_run_are_taken(monkeypatch, made, constant):
+    monkeypatch.setattr(pace.Pace, "length", lambda *_, **__: None)
+    folder = made / "measured" / "small"
+    for stage, tokens in (("dense", 12), ("before", 3)):
+        (folder / stage).mkdir(parents=True)
+        (folder / stage / "generations.json").write_text(json.dumps({"task": [{"ids": [1] * tokens}] * 24}))
+    kept = found_by(made, runs="measured", left={"prune": 0.0, "dense": 0.0})
+    again = found_by(made, runs="measured", left={"dense": 0.0})
+    assert "task task, pruned: answers as long as those that lie in the run's folder" in kept["notes"]
+    assert "task task, pruned: as long as the dense model's, a guess" in again["notes"]  # it may be pruned otherwise
+
+    def before(found: forecasts.Forecast) -> float:
+        return next(
+            each["seconds"] for each in found["pieces"] if each["stage"] == "before" and "answers" in each["what"]
+        )
+
+    assert before(kept) < before(again)
+
+
+def test_a_runs_texts_are_read_once_for_all_sources(monkeypatch, made, constant):
+    monkeypatch.setattr(pace.Pace, "length", lambda *_, **__: (8.0, 12.0))
+    data = made / "once" / "small" / "train" / "data"
+    data.mkdir(parents=True)
+    for number in range(3):
+        rows = [[f"{number:012}", [5] * 8]] * 4
+        (data / f"dense-{number}.jsonl").write_text(json.dumps({"chunk": 0, "rows": rows}) + "\n")
+    read: list[str] = []
+    real = forecasts.read_jsonl
+    monkeypatch.setattr(forecasts, "read_jsonl", lambda path: (read.append(path.name), real(path))[1])
+    source = "{kind: dense, prompts: ./rows.jsonl, max_new_tokens: 20, batch_size: 8}"
+    more = ", ".join([source] * 3).replace("./rows.jsonl", str(made / "rows.jsonl"))
+    found = found_by(made, f"train.data=[{more}]", runs="once")
+    assert sorted(read) == [f"dense-{number}.jsonl" for number in range(3)]
+    assert sum("model writes" in each["what"] for each in found["pieces"]) == 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(ATTENDS | {"qwen3_next", "mixtral", "granitemoehybrid", "nemotron_h"}))
 def test_every_kind_of_model_is_timed(made, quick, tmp_path, monkeypatch, family):

@@ -389,7 +389,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 def test_the_command_writes_the_file_and_says_so(tmp_path):
     import typer
 
-    from recover.commands.files import gguf as command
+    from recover.commands.options import gguf as command
 
     app = typer.Typer()
     app.command()(command)

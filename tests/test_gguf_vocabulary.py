@@ -11,7 +11,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import PreTrainedTokenizerFast
 
 from recover.base.errors import ExportError
-from recover.export.gguf.write import LLAMA3, QWEN2, vocabulary, write_gguf
+from recover.export.gguf.vocabulary import LLAMA3, QWEN2, vocabulary
+from recover.export.gguf.write import write_gguf
 
 
 def bpe(pre, *, ignore_merges: bool = False, byte_fallback: bool = False, normalizer=None) -> PreTrainedTokenizerFast:

@@ -8,7 +8,7 @@ from tiny import ids, tiny
 
 from recover.config.recipe import Loss
 from recover.distill import loss
-from recover.maths.divergence import Head
+from recover.maths.divergence import Head, all_finite
 from recover.models.arch import head_of
 from recover.models.plan import Plan
 from recover.models.twin import Twin
@@ -70,3 +70,15 @@ def test_what_is_pulled_back_is_the_gradient(family):
     (expected_ND,) = torch.autograd.grad(reference(head, h_ND), h_ND, up_NV)
     _, slope_NV = head.logits_and_slope(h_ND.detach())
     torch.testing.assert_close(head.pull_back(up_NV.clone(), slope_NV), expected_ND)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int64])
+def test_all_finite_finds_one_value_among_many_and_no_sum_that_overflows(dtype):
+    large = torch.full((64, 64), 60_000).to(dtype)  # their sum is infinite in float16
+    assert all_finite(large) and all_finite(large[:0])
+    if dtype.is_floating_point:
+        for bad in (float("nan"), float("inf"), float("-inf")):
+            one, both = large.clone(), large.clone()
+            one[3, 5] = both[0, 0] = bad
+            both[9, 9] = -bad
+            assert not all_finite(one) and not all_finite(both)

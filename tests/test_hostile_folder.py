@@ -58,12 +58,14 @@ def call(folder: Path, *words: str, **environment: str) -> subprocess.CompletedP
     return subprocess.run([sys.executable, *words], cwd=folder, env=given, capture_output=True, text=True)
 
 
-# Speed is timed in two turns; what is imported for that is imported as the command line imports it.
+# Speed is timed in two turns of two steps; what is imported for that is imported as the command line imports it.
 BRIEF = """
 from recover.base.safe_path import leave_working_folder
 leave_working_folder()
 from recover.measure import speed
 speed.WARM_SECONDS, speed.take_turns.__kwdefaults__ = 0.0, {"least": 2, "most": 2, "seconds": 0.0}
+timed = speed.compare_speed
+speed.compare_speed = lambda *models, **_: timed(*models, batch_size=2, prompt_length=16, steps=2)
 """
 
 
@@ -84,7 +86,10 @@ def test_the_modules_do_write_when_they_are_imported(hostile: Path) -> None:
 def test_a_whole_run_imports_nothing_from_the_folder_it_is_given_in(hostile: Path, script: str, tmp_path: Path) -> None:
     for name in ("recover.py", "runpy.py"):
         write(hostile, name)
-    less = ("train.epochs=1", "train.tokens=100", "probe.sublayers=false", "prune={kind: depth, blocks: [3]}")
+    less = (
+        *("train.epochs=1", "train.tokens=100", "probe.sublayers=false", "probe.samples=1", "measure.limit=1"),
+        "prune={kind: depth, blocks: [3]}",
+    )
     done = call(
         hostile, script, "run", str(QUICKSTART), "--runs", str(tmp_path / "runs"), *SMALL, *less, "model.source=."
     )
@@ -98,7 +103,7 @@ def test_python_m_recover_leaves_the_folder_first_of_all(hostile: Path, tmp_path
     if path != str(ROOT):  # an empty entry means the working folder, and Python itself looks for these two there
         for name in ("sitecustomize.py", "usercustomize.py"):
             (hostile / name).unlink()
-    job = ["plan", str(QUICKSTART), "--runs", str(tmp_path / "runs"), *SMALL, "model.source=."]
+    job = ["plan", str(QUICKSTART), "--untimed", "--runs", str(tmp_path / "runs"), *SMALL, "model.source=."]
     done = call(hostile, "-m", "recover", *(job if path == str(ROOT) else ["--help"]), PYTHONPATH=path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert imported(hostile) == []

@@ -82,7 +82,7 @@ def test_blocks_are_of_several_kinds_and_a_closed_one_leaves_no_state(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("prompt", [1, 3, 11])
+@pytest.mark.parametrize("prompt", [1, pytest.param(3, marks=pytest.mark.slow), 11])
 def test_the_state_carried_token_by_token_is_that_of_one_pass_without_a_cache(family, prompt):
     """Of both views, and of the merged model: stock code computes the two in different ways (a chunk, a recurrence)."""
     twin, text = pruned(family), ids(2, 20)

@@ -264,6 +264,23 @@ def test_what_it_writes_passes_plan(here, wanted):
     assert "wrote to/my.yaml" in done.stdout and "recover plan to/my.yaml" in done.stdout
 
 
+def test_no_time_is_said_that_was_not_measured(here):
+    """So the same is written however fast the machine is just now."""
+    said = [call("init", "embedded:fable-2m", *OWN, "--out", "my.yaml", "--replace") for _ in range(2)]
+    texts = {done.stdout for done in said}
+    assert len(texts) == 1 and "at least" not in texts.pop()
+    assert "which says how long each stage takes on this machine" in said[0].stdout
+    assert "`recover plan` times a step" in (here / "my.yaml").read_text()
+
+
+def test_where_a_run_has_no_room_the_nearest_setting_is_named(here, monkeypatch):
+    small = {**provenance.machine(), "memory_bytes": 2 * GB}
+    monkeypatch.setattr(provenance, "machine", lambda: small)
+    done = call("init", "embedded:fable-2m", "--drop", "2", *OWN, "--out", "my.yaml")
+    assert done.exit_code == 0 and "main memory has 1.4 GB for this run, which takes about" in done.stderr
+    assert "nearest is model.offload: disk" in done.stderr
+
+
 def test_what_cannot_be_had_is_left_in_and_said(here, monkeypatch):
     monkeypatch.setattr("recover.text.rows.files_behind", lambda data, folder: [])
     done = call("init", "embedded:fable-2m", "--for", "chat,math", "--drop", "2", "--out", "my.yaml")
@@ -338,8 +355,7 @@ def test_the_smallest_gpu_counts(monkeypatch):
     monkeypatch.setattr(draft.torch.cuda, "is_bf16_supported", lambda **_: False)
     assert draft.this_machine() == Machine("cuda", "small", 24 * GB, "float16", 2)
     assert draft.dtype_for(draft.this_machine(), SEVEN)[0] == "float16"
-    cost = {"training_seconds": 60.0}
-    assert "--num_processes 2" in "\n".join(start._head(draft.this_machine(), Path("my.yaml"), cost, ()))
+    assert "--num_processes 2" in "\n".join(start._head(draft.this_machine(), Path("my.yaml"), ()))
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from twins import fill_adapters, masked_twin
 
 from recover.config.recipe import Lora
-from recover.kernels.fused import PlainGate, gated_lora_linear, lora_linear
+from recover.kernels.fused import PlainGate, gated_lora_linear, lora_linear, rotary_or
 from recover.models import lean
 from recover.models.arch import ARCHS
 from recover.models.lean import LeanAttention, LeanMlp, LeanNorm, make_lean, with_fused_rotary
@@ -211,6 +211,41 @@ def test_rotary_is_replaced_for_lean_attention_alone():
     tensors = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16), torch.randn(1, 5, 16), torch.randn(1, 5, 16)
     ours, theirs = (each["apply_rotary_pos_emb"](*tensors) for each in (new.__globals__, stock))
     assert all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_rotary_on_a_cpu_is_the_stock_one_to_the_bit_and_its_gradient(dtype):
+    shapes = (2, 4, 5, 16), (2, 2, 5, 16), (1, 5, 16), (2, 5, 16)
+    q, k, *turns = (torch.randn(shape).to(dtype) for shape in shapes)
+    q, k = (each.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for each in (q, k))  # as blocks have it
+    for cos, sin in (turns, turns[::-1]):
+        cos, sin = (each.expand(2, -1, -1) if cos.shape != sin.shape else each for each in (cos, sin))
+        ours, stock = (each(q, k, cos, sin) for each in (rotary_or(no_stock), modeling_llama.apply_rotary_pos_emb))
+        assert all(map(torch.equal, ours, stock))
+        slopes = [torch.randn_like(each) for each in stock]
+        mine_and_theirs = (torch.autograd.grad(each, (q, k), slopes) for each in (ours, stock))
+        for mine, theirs in zip(*mine_and_theirs, strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+def no_stock(*_, **__):
+    raise AssertionError("the stock function ran")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_gradient_of_a_norm_is_that_of_float64(dtype):
+    x, weight_D, dy = torch.randn(3, 7, 24) * torch.logspace(-4, 3, 7)[:, None], torch.randn(24), torch.randn(3, 7, 24)
+    x, weight_D, dy = (each.to(dtype) for each in (x, weight_D, dy))
+    exact = x.double().requires_grad_()
+    (expected,) = torch.autograd.grad(lean_double(exact, weight_D.double()), exact, dy.double())
+    found = lean.norm_gradient(dy, x, weight_D, 1e-6)
+    assert found.dtype == dtype
+    size = expected.abs().amax(-1, keepdim=True)
+    assert float(((found.double() - expected).abs() / size).max()) < (5e-3 if dtype == torch.bfloat16 else 1e-6)
+
+
+def lean_double(x, weight_D):
+    return weight_D * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
 
 
 def attention_calling(function):

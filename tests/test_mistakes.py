@@ -2,15 +2,15 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import faulty
 import pytest
 from byte_tokenizer import byte_tokenizer
 from tiny import tiny
 from transformers import AutoTokenizer
+from transformers.utils import logging
 from typer.testing import CliRunner, Result
 
 from recover.cli import app
@@ -216,14 +216,12 @@ def test_large_weights_are_announced(
 
 
 def test_a_diagnosis_is_without_bars_of_libraries(mine: Path) -> None:
-    model = str(mine / "model")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "recover", "diagnose", model, model, "--prompts", str(mine / "prompts.jsonl")),
-            *("--samples", "2", "--steps", "2", "--out", str(mine / "out")),
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "Loading weights" not in done.stdout + done.stderr and "probe.json" in done.stdout
+    words = ["diagnose", mine / "model", mine / "model", "--prompts", mine / "prompts.jsonl"]
+    words += ["--samples", 2, "--steps", 2, "--out", mine / "out"]
+
+    def diagnosed() -> None:
+        logging.enable_progress_bar()  # as in a process that has just begun
+        faulty.command(*words)
+
+    code, said = faulty.run(mine, diagnosed)
+    assert code == 0 and "Loading weights" not in said and "probe.json" in said, said

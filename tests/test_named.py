@@ -1,5 +1,7 @@
 """Tasks, suites and blends that go by a name: where their data comes from, and what is said where it cannot be had."""
 
+import ast
+import gc
 import json
 import sys
 import threading
@@ -193,6 +195,39 @@ def test_functions_of_the_whole_standard_library_are_read(monkeypatch):
     monkeypatch.setattr(found, "library", lambda: Path(json.__file__).parent.parent)
     stubs = [row["stub"] for _, row in rows_of("functions:python", Path())]
     assert len(stubs) > 500 and len({*stubs}) == len(stubs)
+
+
+ABOUT = "Say how much the house of the little fox weighs, in words of the people of that town."
+DOCUMENTED = f'f(a: int = 3) -> str:\n    """{ABOUT}"""\n'
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        f"def {DOCUMENTED}",
+        f"\ufeffdef {DOCUMENTED}",
+        f"x = 1\n\fdef {DOCUMENTED}",
+        f"x = 1\n  \fdef {DOCUMENTED}",
+        f"x = 1\rdef {DOCUMENTED}".replace("\n", "\r"),
+        f"x = 1\ndef {DOCUMENTED}".replace("\n", "\r\n"),
+        f"def\t{DOCUMENTED}",
+        f"def \\\n{DOCUMENTED}",
+        f"@staticmethod\ndef {DOCUMENTED}",
+        "class C:\n    def " + DOCUMENTED.replace("\n", "\n    "),
+        f"async def {DOCUMENTED}",
+        "def f(:\n",
+        "x = 1\n",
+    ],
+)
+def test_a_file_is_parsed_wherever_python_sees_a_function_at_its_top(source, tmp_path):
+    path = tmp_path / "module.py"
+    path.write_bytes(source.encode())
+    try:
+        nodes = ast.parse(source.encode()).body
+    except SyntaxError:
+        nodes = []
+    assert found._stubs(path) == [(node.lineno, stub) for node in nodes if (stub := found._stub(node))]
+    assert gc.isenabled()
 
 
 def test_functions_are_read_and_not_run(package):

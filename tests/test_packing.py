@@ -54,10 +54,15 @@ def step(twin: Twin, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]
     return torch.stack([sums[name].detach() for name in ("loss", "kl", "variance", "reverse_kl", "ce")]), gradient
 
 
-@pytest.mark.parametrize("sizes", [(), (128,)], ids=["as it is", "filled up"])
+PACKED_AS = [*((family, {}) for family in PACKED), ("llama", {"masked": True}), ("llama", {"blocks": "after_cut"})]
+
+
 @pytest.mark.parametrize(
-    ("family", "options"),
-    [*((family, {}) for family in PACKED), ("llama", {"masked": True}), ("llama", {"blocks": "after_cut"})],
+    ("family", "options", "sizes"),
+    [
+        *((family, options, (128,)) for family, options in PACKED_AS),
+        *(pytest.param(*each, (), marks=() if each[0] == "llama" else pytest.mark.slow) for each in PACKED_AS),
+    ],
 )
 def test_a_packed_batch_has_the_losses_and_gradients_of_a_padded_one(family, options, sizes):
     """Sliding windows among the families are shorter than the rows."""

@@ -127,8 +127,10 @@ def test_each_drop_is_the_best_pair_that_saves_a_block(family, batches):
         {"score": "angular", "contiguous": True},
     ],
 )
-@pytest.mark.parametrize("candidates", [40, 4])
-@pytest.mark.parametrize("count", [1, 3, 5])
+@pytest.mark.parametrize(
+    ("candidates", "count"),
+    [(40, 1), (4, 3), (40, 5), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((4, 1), (40, 3), (4, 5)))],
+)
 def test_the_export_has_a_block_less_for_each_pair(cfg, candidates, count, batches, monkeypatch):
     monkeypatch.setattr(search, "CANDIDATES", candidates)
     model = tiny()

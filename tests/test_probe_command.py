@@ -13,7 +13,7 @@ from twins import removed
 from typer.testing import CliRunner
 
 from recover.base.errors import DataError, ModelError, RecipeError
-from recover.commands import diagnose
+from recover.commands import diagnose, options
 from recover.config import recipe
 from recover.models.load import check_tokenizers, load_any, load_model, load_tokenizer
 from recover.probe.probe import probe
@@ -67,7 +67,7 @@ def test_tokenizers_in_which_an_id_is_another_token_are_refused():
 
 def command(*arguments: str):
     app = typer.Typer()
-    app.command()(diagnose.diagnose)
+    app.command()(options.diagnose)
     return CliRunner().invoke(app, list(arguments), catch_exceptions=True)
 
 

@@ -115,8 +115,13 @@ def zeroed(model, site: Site):
     return model
 
 
+OTHERS = (Site(3, "attention"), Site(2, "mlp"))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("site", [Site(0, "attention"), Site(3, "attention"), Site(5, "mlp"), Site(2, "mlp")])
+@pytest.mark.parametrize(
+    "site", [Site(0, "attention"), Site(5, "mlp"), *(pytest.param(each, marks=pytest.mark.slow) for each in OTHERS)]
+)
 def test_closed_is_really_closing_that_sublayer_at_every_step_with_a_cache(family, site):
     dense = endless(family)
     view, reference = without(View.of_model("dense", dense), site), View.of_model("zeroed", zeroed(dense, site))

@@ -11,7 +11,14 @@ from words import word_tokenizer
 from recover.commands.files import teacher_rows
 from recover.config.recipe import Loss, Sampling
 from recover.distill.distiller import Distiller
-from recover.models.attention import by_rows, goes_by_length, read_anew_at, row_positions, text_lengths
+from recover.models.attention import (
+    by_rows,
+    goes_by_length,
+    learning_from_rows,
+    read_anew_at,
+    row_positions,
+    text_lengths,
+)
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.text.generate import generate
@@ -177,6 +184,15 @@ def test_training_scores_a_sequence_alike_packed_padded_and_alone():
     packed = packer(0, "completion", 64)(rows)
     found = distiller.run(twin.model, packed["input_ids"], None, packed["labels"], packing=packed["packing"])
     assert float(found.loss) == pytest.approx(sum(alone), rel=1e-4)
+
+
+def test_padded_rows_with_a_mask_are_learnt_without_the_kernel_that_gave_nan():
+    before, seen = torch.backends.cuda.cudnn_sdp_enabled(), {}
+    for name, model in (("by rows", pair("phi3 longrope")[1]), ("plain", tiny("llama"))):
+        with learning_from_rows(model):
+            seen[name] = torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    assert seen == {"by rows": False, "plain": before}
 
 
 def test_a_teacher_says_the_same_of_a_row_beside_a_longer_one():

@@ -7,8 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
+from typing import Any
 
+import faulty
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
@@ -125,19 +129,20 @@ def test_what_is_torn_in_a_run_directory_is_found_and_what_is_being_written_is_n
 
 
 def test_a_process_dies_inside_the_function_that_was_named_at_the_call_that_was_named(tmp_path):
-    script = (
-        "import sys, time, types, pathlib, watched\n"
-        "made = types.ModuleType('made')\n"
-        "made.work = lambda number: (print(number, flush=True), time.sleep(5 * number))\n"
-        "sys.modules['made'] = made\n"
-        "watched.PLACES = {'here': ('made', 'work', 1, 0.05)}\n"
-        "watched.kill_inside('here', pathlib.Path(sys.argv[1]))\n"
-        "made.work(0); made.work(1); print('alive', flush=True)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": f"{FOLDER}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-c", script, str(tmp_path / "note.json")]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == -signal.SIGKILL and done.stdout == "0\n1\n", done.stderr
+    import watched
+
+    def killed():
+        made: Any = types.ModuleType("made")
+        made.work = lambda number: (print(number, flush=True), time.sleep(5 * number))
+        sys.modules["made"] = made
+        watched.PLACES = {"here": ("made", "work", 1, 0.05)}
+        watched.kill_inside("here", tmp_path / "note.json")
+        made.work(0)
+        made.work(1)
+        print("alive", flush=True)
+
+    code, output = faulty.run(tmp_path / "run", killed)
+    assert code == -signal.SIGKILL and output == "0\n1\n"
     note = read_json(tmp_path / "note.json")
     assert note["inside"] and note["innermost"] == "<lambda>"
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
 from safetensors.torch import load_file
-from tiny import FAMILIES, tiny
+from tiny import ATTENDS, FAMILIES, tiny
 
 from recover.base.errors import ModelError
 from recover.config.recipe import Lora, Model
@@ -33,6 +33,7 @@ def folder(tmp_path):
 
 # Their files have a tensor for each expert, their classes one for all.
 EXPERTS_ONE_BY_ONE = ("qwen3_next", "mixtral", "olmoe", "qwen3_moe", "qwen3_moe_step", "glm4_moe", "deepseek_v3")
+ON_DISK = {*ATTENDS, "gpt2", "phi3", "qwen3_moe"}  # each kind of attention, turned and fused matrices, experts
 
 
 def loaded(folder, **fields):
@@ -45,8 +46,13 @@ def there(model):
     return sorted({block.number for block in found if block is not None})
 
 
-@pytest.mark.parametrize("offload", ["cpu", "disk"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("offload", "family"),
+    [
+        *(("cpu", family) for family in FAMILIES),
+        *(pytest.param("disk", family, marks=() if family in ON_DISK else pytest.mark.slow) for family in FAMILIES),
+    ],
+)
 def test_a_model_in_a_store_gives_the_logits_of_a_resident_one(family, offload, tmp_path):
     tiny(family).save_pretrained(tmp_path)
     resident = loaded(tmp_path)

@@ -145,14 +145,6 @@ def test_the_training_is_to_the_bit_that_of_the_chosen_rate(folder, capsys):
     assert not (folder / "given" / "trials.json").exists()
 
 
-def test_equal_seeds_choose_alike(folder):
-    go(folder, "one")
-    go(folder, "two")
-    one, two = (read_json(folder / name / "trials.json") for name in ("one", "two"))
-    assert [each["each"] for each in one["trials"]] == [each["each"] for each in two["trials"]]
-    assert one["chosen"] == two["chosen"]
-
-
 def test_trials_that_are_stopped_go_on_behind_those_that_are_done(folder, monkeypatch):
     straight = go(folder, "straight")
     made, trial = [], trials.Bench.trial
@@ -170,6 +162,9 @@ def test_trials_that_are_stopped_go_on_behind_those_that_are_done(folder, monkey
     found = go(folder)
     assert made[2:] == [made[2], *made[3:]] and len(made) == 6  # the third again, and two more
     assert all(torch.equal(found[name], straight[name]) for name in straight)
+    one, two = (read_json(folder / name / "trials.json") for name in ("straight", "train"))
+    assert [each["each"] for each in one["trials"]] == [each["each"] for each in two["trials"]]
+    assert one["chosen"] == two["chosen"]  # equal seeds choose alike
     made.clear()
     go(folder)
     assert made == []  # a training that begins anew has the rate already

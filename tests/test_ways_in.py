@@ -1,5 +1,7 @@
 """Ways in: the quickstart without the repository, what a machine can run, the list of runs, completion in a shell."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -12,10 +14,12 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import faulty
 import pytest
 from report_run import build_run
 from typer.testing import CliRunner, Result
 
+from recover import cli
 from recover.base import dist
 from recover.base.errors import TrainingError
 from recover.cli import COMMANDS, app
@@ -107,16 +111,6 @@ def test_deepspeed_is_asked_for_by_name_where_it_is_missing(monkeypatch):
         dist.start()
 
 
-COMPLETE = """
-import contextlib, io, json, os, sys
-from recover.cli import main
-for line, word in json.loads(sys.argv[1]):
-    os.environ.update(_RECOVER_COMPLETE="complete_bash", COMP_WORDS=line, COMP_CWORD=str(word))
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-        main()
-    print(json.dumps(said.getvalue().split()))
-"""
 OFFERED = [
     ("recover qui", 1, ["quickstart"]),
     ("recover ", 1, [*COMMANDS]),
@@ -128,10 +122,18 @@ OFFERED = [
 ]
 
 
-def test_a_shell_is_offered_what_may_follow():
-    asked = json.dumps([row[:2] for row in OFFERED])
-    done = run(sys.executable, "-c", COMPLETE, asked, cwd=ROOT)
-    assert [sorted(json.loads(line)) for line in done.stdout.splitlines()] == [sorted(row[2]) for row in OFFERED]
+def test_a_shell_is_offered_what_may_follow(tmp_path):
+    def complete():
+        for line, word, _ in OFFERED:
+            os.environ.update(_RECOVER_COMPLETE="complete_bash", COMP_WORDS=line, COMP_CWORD=str(word))
+            said = io.StringIO()
+            with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+                cli.main()
+            print(json.dumps(said.getvalue().split()))
+
+    code, output = faulty.run(tmp_path / "shell", complete)
+    assert code == 0, output
+    assert [sorted(json.loads(line)) for line in output.splitlines()] == [sorted(row[2]) for row in OFFERED]
 
 
 def test_completion_can_be_installed():

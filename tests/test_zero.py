@@ -2,10 +2,10 @@
 
 import os
 import re
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
+import faulty
 import pytest
 
 from recover.base import zero
@@ -16,15 +16,17 @@ ENGINES = Path(__file__).parent / "zero_engines.py"
 
 
 @pytest.fixture(scope="module")
-def found():
+def found(tmp_path_factory):
     """Names of `INTERNALS` that an engine of one process had; the script asserts on the way what they do."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE")}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ENGINES.parent.parent), environment.get("PYTHONPATH", "")])
-    result = subprocess.run(
-        [sys.executable, str(ENGINES)], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return [line.removeprefix("has ") for line in result.stdout.splitlines() if line.startswith("has ")]
+
+    def engines():
+        for name in [name for name in os.environ if name.startswith("ACCELERATE")]:
+            del os.environ[name]
+        runpy.run_path(str(ENGINES), run_name="__main__")
+
+    code, output = faulty.run(tmp_path_factory.mktemp("engines") / "run", engines)
+    assert code == 0, output[-3000:]
+    return [line.removeprefix("has ") for line in output.splitlines() if line.startswith("has ")]
 
 
 @pytest.mark.parametrize("name", zero.INTERNALS)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 COMMON = {
     "vocab_size": 256,
@@ -289,16 +290,41 @@ def tiny_config(family: str, **overrides: Any) -> Any:
 
 def tiny(family: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A causal LM of this family in float32 and eval mode, the same for the same seed; `overrides` go to the config."""
+    config, key = tiny_config(family, **overrides), (family, seed, repr(sorted(overrides.items())))
+    if key not in MADE:
+        MADE[key] = _values(_drawn(config, seed))
+    # Drawn before, or just now: half of the time of a model is its first values.
+    with torch.random.fork_rng(devices=[]), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.tie_weights()
+    with torch.no_grad():
+        for name, value in _values(model).items():
+            value.copy_(MADE[key][name])
+    for module in model.modules():
+        module._is_hf_initialized = True  # as after drawing
+    return model.eval()
+
+
+MADE: dict[tuple[str, int, str], dict[str, torch.Tensor]] = {}
+
+
+def _values(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name, those in no state dict too."""
+    return {name: value.detach() for name, value in (*model.named_parameters(), *model.named_buffers())}
+
+
+def _drawn(config: Any, seed: int) -> PreTrainedModel:
+    """A model of the config, whose values are drawn from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(tiny_config(family, **overrides), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):  # stock init is 1 and 0: mistakes there would not show
                 torch.nn.init.normal_(parameter, mean=parameter.data.mean().item(), std=0.1)
         for name, buffer in model.named_buffers():
             if name.endswith("layer_scalar"):
                 buffer.uniform_(0.5, 1.5)
-    return model.eval()
+    return model
 
 
 def ids(batch: int = 2, tokens: int = 20, *, vocabulary: int = 256, seed: int = 1) -> torch.Tensor:

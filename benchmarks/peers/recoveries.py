@@ -29,6 +29,9 @@ from transformers import AutoModelForCausalLM, set_seed
 from recover.config.train import Train
 from recover.train.data import collator
 
+# torch's first choice for padded rows on recent GPUs; its backward gave NaN with a finite loss (torch 2.11, H200).
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 RATES = {"sft": 1.0, "full": 0.1, "gkd": 1.0, "gkd-kl": 1.0, "optipfair": 0.2}
 
 

@@ -54,15 +54,20 @@ def writing(path: Path, size: int | None = None) -> Iterator[IO[bytes]]:
 
     `size`: bytes to come, for the message where the disk is full. Raises ArtifactError as `write_bytes` does.
     """
+    with placing(path, size) as beside, open(beside, "wb") as file:
+        yield file
+
+
+@contextmanager
+def placing(path: Path, size: int | None = None) -> Iterator[Path]:
+    """As `writing`, for what a library writes: the file's name for now, in the folder of `path`."""
     path = Path(path)
     refuse_place(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield beside
+        _sync_file(beside)
         os.replace(beside, path)
         _sync_folder(path.parent)
     except OSError as error:
@@ -148,9 +153,14 @@ def append_jsonl(path: Path, record: Any, *, synced: bool = True) -> None:
     path = Path(path)
     line = dumps(record).encode(errors=ESCAPES) + b"\n"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file() and (path.is_symlink() or path.stat().st_nlink > 1):
-            write_bytes(path, path.read_bytes())
+        try:
+            there = path.lstat()
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        else:
+            alone = stat.S_ISREG(there.st_mode) and there.st_nlink == 1
+            if not alone and path.is_file():
+                write_bytes(path, path.read_bytes())
         with open(path, "a+b") as file:
             file.truncate(_whole_lines(file))
             file.write(line)

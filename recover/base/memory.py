@@ -6,8 +6,10 @@ autograd keeps in recover's own step, counted tensor by tensor; `tests/test_memo
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import NamedTuple
 
 GIB = 2**30
 
@@ -17,6 +19,7 @@ ROUTED_BYTES = 36  # of a token and expert that it goes through: router weights,
 RUNTIME_BYTES = 3 * GIB // 2  # CUDA context, NCCL, cuBLAS: not the model's, and on every GPU
 PROCESSORS = 132  # multiprocessors of an H100 or H200; what has fewer holds about as many rows of logits
 USABLE = 0.95  # of a GPU's memory: the allocator leaves gaps
+MAIN_USABLE = 0.7  # of a machine's main memory: others live there too
 
 # launch/*.json: DeepSpeed sets aside a bucket of so many float32 gradients, two of them in ZeRO-2.
 BUCKET = 20_000_000
@@ -325,39 +328,101 @@ def peak_bytes(shape: Shape, training: Training) -> int:
 
 # What makes room on one machine, from the least trouble to the most: in words, fields of a recipe, what they are here.
 LESS: dict[str, object] = {"train.gradient_checkpointing": True}
-CHOICES: tuple[tuple[str, dict[str, object], dict[str, object]], ...] = (
+SHARED: dict[str, object] = {"train.shard_weights": True}
+Choice = tuple[str, dict[str, object], dict[str, object]]
+
+
+def _with_checkpointing(name: str, fields: dict[str, object], changes: dict[str, object]) -> tuple[Choice, Choice]:
+    return (name, fields, changes), (f"{name} + checkpointing", fields | LESS, changes | {"checkpointing": True})
+
+
+CHOICES: tuple[Choice, ...] = (
     ("gpu", {}, {}),
-    ("shard_weights", {"train.shard_weights": True}, {}),
+    ("shard_weights", SHARED, {}),
     ("checkpointing", LESS, {"checkpointing": True}),
-    ("shard_weights + checkpointing", {"train.shard_weights": True} | LESS, {"checkpointing": True}),
-    ("offload", {"model.offload": "cpu"}, {"place": "cpu"}),
-    ("offload + checkpointing", {"model.offload": "cpu"} | LESS, {"place": "cpu", "checkpointing": True}),
-    ("4bit + checkpointing", {"model.load_in": "4bit"} | LESS, {"bits": 4, "checkpointing": True}),
-    (
-        "4bit + offload + checkpointing",
-        {"model.load_in": "4bit", "model.offload": "cpu"} | LESS,
-        {"bits": 4, "place": "cpu", "checkpointing": True},
+    ("shard_weights + checkpointing", SHARED | LESS, {"checkpointing": True}),
+    *_with_checkpointing("offload", {"model.offload": "cpu"}, {"place": "cpu"}),
+    *_with_checkpointing("8bit", {"model.load_in": "8bit"}, {"bits": 8}),
+    *_with_checkpointing("4bit", {"model.load_in": "4bit"}, {"bits": 4}),
+    *_with_checkpointing(
+        "4bit + offload", {"model.load_in": "4bit", "model.offload": "cpu"}, {"bits": 4, "place": "cpu"}
     ),
+    *_with_checkpointing("disk", {"model.offload": "disk"}, {"place": "disk"}),
 )
+HALF: dict[str, object] = {"model.dtype": "bfloat16"}
 
 
-def fitting(shape: Shape, training: Training, usable: int, processes: int) -> tuple[str, dict[str, object]] | None:
-    """The first of CHOICES, in words and as fields, with which a run takes at most `usable` bytes of a GPU.
+@dataclass(frozen=True)
+class Room:
+    """Bytes that a machine has to give: of each `gpu` (None: it computes in main memory), and of main memory, `host`.
 
-    None: nothing does. `processes`: on one machine.
+    `processes`: of one machine, which share its main memory.
     """
-    for name, fields, changes in CHOICES:
-        sharded = processes if "train.shard_weights" in fields else 1
-        if sharded == 1 and "train.shard_weights" in fields:
-            continue
-        plain: dict[str, object] = {"sharded": sharded, "checkpointing": False, "place": "gpu", "bits": 0}
-        tried = replace(training, **(plain | changes))  # type: ignore[arg-type]
-        if peak_bytes(shape, tried) <= usable:
-            return name, fields
-    return None
+
+    gpu: int | None
+    host: int
+    processes: int = 1
+
+    def takes(self, shape: Shape, training: Training) -> tuple[int, int]:
+        """(of a GPU, of main memory) at the height of a run."""
+        peak, held = peak_bytes(shape, training), host_bytes(shape, training)
+        if self.gpu is None:
+            return 0, self.processes * peak
+        return peak, held * (self.processes if training.bits else 1)
+
+    def holds(self, shape: Shape, training: Training) -> bool:
+        """Whether a run fits."""
+        gpu, host = self.takes(shape, training)
+        return gpu <= (self.gpu or 0) and host <= self.host
+
+
+class Fitting(NamedTuple):
+    """A choice in words, the fields that make it, and what it is in figures."""
+
+    name: str
+    fields: dict[str, object]
+    training: Training
+
+
+Tries = Sequence[tuple[dict[str, object], Training]]
+
+
+def fittings(tries: Tries, room: Room) -> Iterator[Fitting]:
+    """All ways to make room, from the least trouble to the most.
+
+    `tries`: a training as it is, and then with ever less at once, each with the fields that say so. What leaves every
+    figure as it is comes before half precision, and each place of the weights before the next one.
+    """
+    for _, group in groupby(CHOICES, key=lambda choice: (choice[2].get("place"), choice[2].get("bits"))):
+        level = [choice for choice in group if _possible(choice, room)]
+        for half in (False, True):
+            for name, fields, changes in level:
+                sharded = room.processes if "train.shard_weights" in fields else 1
+                plain: dict[str, object] = {"sharded": sharded, "checkpointing": False, "place": "gpu", "bits": 0}
+                if {*fields} - {*LESS}:  # DeepSpeed deals weights out itself, and takes none of these
+                    plain |= {"zero": 0, "offload": False}
+                for less, training in tries:
+                    if half and training.element != 4:
+                        continue
+                    smaller = {"element": 2} if half else {}
+                    tried = replace(training, **(plain | changes | smaller))  # type: ignore[arg-type]
+                    yield Fitting(name, (HALF if half else {}) | less | fields, tried)
+
+
+def _possible(choice: Choice, room: Room) -> bool:
+    _, fields, changes = choice
+    return (room.processes > 1 or "train.shard_weights" not in fields) and (
+        room.gpu is not None or changes.get("place") != "cpu"
+    )
+
+
+def fitting(shape: Shape, tries: Tries, room: Room) -> Fitting | None:
+    """The first of `fittings` that fits; None: nothing does."""
+    return next((found for found in fittings(tries, room) if room.holds(shape, found.training)), None)
 
 
 def launch_for(shape: Shape, gpu_bytes: int, tokens: int, processes: int = 8) -> str:
     """What makes room on GPUs of this memory on one machine, of `CHOICES`; "none" if nothing fits."""
-    found = fitting(shape, Training(tokens, processes=processes), int(USABLE * gpu_bytes), processes)
-    return "none" if found is None else found[0]
+    room = Room(int(USABLE * gpu_bytes), 2**62, processes)  # main memory as large as need be
+    found = fitting(shape, [({}, Training(tokens, processes=processes))], room)
+    return "none" if found is None else found.name

@@ -11,16 +11,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import typer
 
 from recover.base import console
 from recover.base.artifacts import writing
 from recover.base.console import quiet_libraries
 from recover.base.errors import RecipeError
-from recover.base.products import refuse_input, refuse_other_kind
 from recover.commands.measure import model_cfg
 from recover.config.recipe import Calibration, GivenText, Model
 from recover.distill.distiller import scored_rows
@@ -32,7 +30,6 @@ from recover.models.attention import row_positions
 from recover.models.load import check_fit, describe, load_any, load_model, load_tokenizer, ready
 from recover.prune.calibrate import calibration_batches
 from recover.report.words import shown_source
-from recover.run.input_digests import files_of
 from recover.train.data import collator
 from recover.train.sources import Row, Sample, SampleRow, read_rows, samples_of
 from recover.train.teacher_file import Marks, TeacherRow, file_row, marks
@@ -41,36 +38,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHUNK = 1024  # positions whose logits are held at once
-EXAMPLES = (
-    "recover teacher ORG/LARGE text.jsonl teacher.jsonl --top 64 --dtype bfloat16",
-    "recover teacher embedded:fable-2m embedded:tasks/calibration.jsonl teacher.jsonl --top 16 --length 128",
-)
-Source = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a folder, a GGUF file, or embedded:NAME.")]
-Text = Annotated[
-    str, typer.Argument(metavar="TEXT", help="Rows with messages, prompt and completion, or text: JSONL, parquet, hub.")
-]
-Out = Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="The file to write; replaced when it is there.")]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="Default: as the checkpoint is stored.")]
-
-
-def teacher(
-    model: Source,
-    text: Text,
-    out: Out,
-    top: Annotated[int, typer.Option("--top", min=1, help="Likeliest tokens kept of each position.")] = 64,
-    length: Annotated[int, typer.Option("--length", min=8, help="Longest sequence, in tokens.")] = 512,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
-    dtype: Dtype = None,
-) -> None:
-    """Write the likeliest tokens a model gives each position of a text: for distilling where it is not at hand.
-
-    A recipe takes it as train.data=[{kind: teacher, source: OUT.jsonl}]; each row carries the marks of
-    the teacher's tokenizer, which must be the pruned model's too. About 16 bytes for each token that is kept.
-    """
-    refuse_input(out, (text, *files_of([str(Path(name).absolute()) for name in (text, model)])))
-    refuse_other_kind(out, ".jsonl")
-    rows, tokens = write_teacher(model, dtype, text, out, top=top, length=length, batch_size=batch_size)
-    console.say(f"wrote {out}: {tokens:,} positions of {rows:,} rows ({console.size(out.stat().st_size)})")
 
 
 def write_teacher(
@@ -145,41 +112,8 @@ def _write(path: Path, rows: Iterator[tuple[TeacherRow, Marks]]) -> tuple[int, i
     return count, tokens
 
 
-GGUF_EXAMPLES = (
-    "recover gguf checkpoints/quickstart/deploy quickstart.gguf",
-    "recover gguf checkpoints/quickstart/deploy quickstart-f16.gguf --dtype float16",
-    "recover gguf checkpoints/quickstart/deploy quickstart-q8.gguf --dtype q8_0",
-    "recover gguf checkpoints/quickstart/deploy quickstart-q4.gguf --dtype q4_k_m --importance my_text.jsonl",
-)
-Deploy = Annotated[
-    Path, typer.Argument(metavar="DEPLOY", help="Folder of a checkpoint, such as checkpoints/quickstart/deploy.")
-]
-GgufOut = Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write; replaced when it is there.")]
-GgufDtype = Annotated[
-    str | None,
-    typer.Option(
-        "--dtype",
-        help="float32, float16, bfloat16, or quantized: q8_0, q5_1, q5_0, q4_1, q4_0; by llama.cpp's own code (extra "
-        "'gguf') q6_k, q5_k_m, q4_k_m; else that of the checkpoint.",
-        show_default=False,
-    ),
-]
-
-
-GgufImportance = Annotated[
-    str | None,
-    typer.Option(
-        "--importance",
-        metavar="TEXT",
-        help="Round by the importance of input channels (llama.cpp's imatrix, extra 'gguf'): rows with a text on which "
-        "the model is measured, or a file that llama-imatrix or stage deploy wrote (imatrix.gguf).",
-        show_default=False,
-    ),
-]
-
-
-def gguf(deploy: Deploy, out: GgufOut, dtype: GgufDtype = None, importance: GgufImportance = None) -> None:
-    """Write an exported checkpoint as one GGUF file: llama.cpp, and what is built on it, runs and quantizes it."""
+def gguf(deploy: Path, out: Path, dtype: str | None, importance: str | None) -> None:
+    """Write an exported checkpoint as one GGUF file, rounded by `importance` (rows of text, or a file of it)."""
     weights = None
     if importance is not None:
         if dtype is None or not weighs(dtype):
@@ -200,6 +134,3 @@ def _measured(folder: Path, text: str) -> Importance:
     length = min(given.length, describe(cfg).context or given.length)
     batches = calibration_batches(given.model_copy(update={"length": length}), load_tokenizer(cfg), seed=0)
     return importance_of(ready(load_model(cfg)), batches, shown_source(given.data))
-
-
-COMMANDS = {teacher: EXAMPLES, gguf: GGUF_EXAMPLES}

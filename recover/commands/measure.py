@@ -8,22 +8,16 @@ more/TASK.json   the record of each model that the run has, and what they were t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypedDict, TypeVar, get_args
-
-import typer
-from pydantic import ValidationError
+from typing import Any, TypedDict, get_args
 
 from recover.base import console, dist, hub, process, provenance
 from recover.base.artifacts import JsonObject, read_json, write_json
 from recover.base.console import quiet_libraries
 from recover.base.errors import ArtifactError, RecipeError
-from recover.base.products import refuse_input, refuse_other_kind
-from recover.config import named
-from recover.config.base import Config, Dtype
+from recover.config.base import Dtype, checked, option
 from recover.config.recipe import Measure, Model, Recipe, load_recipe
 from recover.config.tasks import KINDS
 from recover.measure import tasks as tasks_of
@@ -32,75 +26,12 @@ from recover.models.source import context_named, stored_dtype
 from recover.report.collect import collect
 from recover.report.render import render
 from recover.report.run_files import MeasureRecord, Task
-from recover.run import input_digests as inputs
 from recover.run.context import RunContext
 from recover.run.directory import RunDirectory
 from recover.run.input_digests import digests
 from recover.run.stages import asked, fingerprint, pin
 
-EXAMPLES = (
-    "recover measure embedded:fable-2m --tasks embedded:stories embedded:facts --limit 50",
-    "recover measure ORG/NAME --tasks gsm8k.yaml arc_easy.yaml --dtype bfloat16 --batch-size 256 --out figures.json",
-    "recover measure checkpoints/quickstart/deploy --tasks humaneval.yaml --allow-code-execution",
-    "recover measure ORG/NAME --suite standard --limit 200 --allow-code-execution",
-    "recover measure checkpoints/quickstart --tasks gsm8k.yaml",
-    "recover measure ORG/NAME --lm-eval arc_easy,gsm8k --limit 200",
-)
-Source = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A hub id, a folder, a GGUF file, or embedded:NAME; or a run directory, whose dense, pruned and recovered "
-        "models are measured, and get a column each in its report.",
-        show_default=False,
-    ),
-]
-More = Annotated[
-    list[str] | None, typer.Argument(metavar="[TASK]...", help="More tasks, after --tasks.", show_default=False)
-]
-Tasks = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--tasks",
-        help="Names (gsm8k, mmlu: docs/recipe.md), task files (YAML), embedded:NAME; one or more.",
-        autocompletion=named.task_names,
-    ),
-]
-
-
-def _suites() -> list[str]:
-    return [*named.lists().suites]
-
-
-Suite = Annotated[
-    str | None, typer.Option("--suite", help="Named tasks together: standard, base, or choice.", autocompletion=_suites)
-]
-Harness = Annotated[
-    str, typer.Option("--lm-eval", help="Tasks of lm-evaluation-harness, commas between them (extra 'eval').")
-]
-Include = Annotated[Path | None, typer.Option("--lm-eval-include", help="Folder with harness tasks of your own.")]
-Allow = Annotated[
-    bool,
-    typer.Option(
-        "--allow-code-execution",
-        help="Let code tasks run what the model writes, behind Linux namespaces: no network, no files, no other "
-        "processes. Refused where there are none.",
-    ),
-]
-Unconfined = Annotated[
-    bool,
-    typer.Option(
-        "--allow-code-execution-unconfined",
-        help="Let code tasks run it without them: such a program can read and write all that you can.",
-    ),
-]
-Out = Annotated[
-    Path | None, typer.Option("--out", help="JSON file for all figures, samples, versions and machine; replaced.")
-]
-
-
 Record = dict[str, Any]
-Checked = TypeVar("Checked", bound=Config)
 
 
 @dataclass(frozen=True)
@@ -112,122 +43,14 @@ class Wanted:
     include: Path | None = None
 
 
-def measure(
-    model: Source,
-    others: More = None,
-    tasks: Tasks = None,
-    suite: Suite = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Items of each task, the first ones.")] = None,
-    out: Out = None,
-    lm_eval: Harness = "",
-    lm_eval_include: Include = None,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", help="Default: 64; of a run, its recipe's.", show_default=False)
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--max-new-tokens",
-            help="Texts cut here are counted. Default: 128, or what the longest prompt leaves of the model's context; "
-            "of a run, its recipe's.",
-            show_default=False,
-        ),
-    ] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="Default: as the checkpoint is stored.")] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", help="Where it lies, if not beside the model.", show_default=False)
-    ] = None,
-    revision: Annotated[
-        str | None, typer.Option("--revision", help="Of a hub model: branch, tag or commit.", show_default=False)
-    ] = None,
-    attention: Annotated[
-        str | None, typer.Option("--attention", help="sdpa (the default) or eager.", show_default=False)
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option("--samples", help="Texts of each task kept. Default: 3.", show_default=False)
-    ] = None,
-    allow_code_execution: Allow = False,
-    allow_code_execution_unconfined: Unconfined = False,
-) -> None:
-    """Measure any checkpoint: what it writes, chooses, retrieves, expects; the same items and prompts for each.
-
-    Of a run directory: tasks that its recipe does not have, on each of its models, without training.
-    """
-    names, theirs = _named(suite, tasks, others, lm_eval)
-    allowed = "unconfined" if allow_code_execution_unconfined else allow_code_execution or None
-    fields = _given(
-        limit=limit,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        samples=samples,
-        allow_code_execution=allowed,
-    )
-    about = _given(dtype=dtype, tokenizer=tokenizer, revision=revision, attention=attention)
-    if out is not None:
-        read = names if _is_run(model) else [model, *names]  # a run's own files are told by their stamps
-        refuse_input(out, (model, *names, *inputs.files_of([str(Path(name).absolute()) for name in read])))
-        refuse_other_kind(out, ".json")
-    # The launcher's processes share the items; without one this does nothing.
-    dist.start()
-    if _is_run(model):
-        record = _measure_run(Path(model), names, theirs, about, fields)
-    else:
-        cfg = checked(Measure, _option, tasks=tuple(names) or ("none",), sampling=None, **fields)
-        wanted = Wanted(tuple(names), theirs, lm_eval_include)
-        record = measure_checkpoint(model, wanted, cfg, fit=max_new_tokens is None, **about)
-        say(record)
-    if out is not None:
-        write(record, out)
-    dist.stop()
-
-
-def _named(suite: str | None, tasks: More, others: More, lm_eval: str) -> tuple[list[str], tuple[str, ...]]:
-    """Names of our tasks and of the harness's. RecipeError where there is none, or one in a wrong place."""
-    names = [*(named.suite(suite) if suite else ()), *(tasks or ()), *(others or ())]
-    theirs = tuple(name.strip() for name in lm_eval.split(",") if name.strip())
-    if others and not tasks:
-        raise RecipeError(f"{others[0]}: found after the model; tasks are named after --tasks")
-    if not names and not theirs:
-        raise RecipeError(
-            "nothing to measure: give --tasks gsm8k task.yaml ..., --suite standard, or --lm-eval arc_easy,gsm8k"
-        )
-    return names, theirs
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    """Options that were given."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def checked(kind: type[Checked], named: Callable[[str], str] = str, **fields: Any) -> Checked:
-    """A config from options of the command line. RecipeError for the first that is wrong, as `named` spells it."""
-    try:
-        return kind(**fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = named(".".join(map(str, first["loc"])))
-        raise RecipeError(f"{name}: found {first['input']!r}: {first['msg']}") from None
-
-
-def _option(field: str) -> str:
-    return "--" + field.replace("_", "-")
-
-
-def _is_run(model: str) -> bool:
-    folder = Path(model).expanduser()
-    return (
-        not (folder / "config.json").is_file() and RunDirectory(folder).recipe.is_file() and RunDirectory(folder).is_run
-    )
-
-
-def _measure_run(
+def measure_run(
     folder: Path, names: list[str], theirs: tuple[str, ...], about: dict[str, str], fields: dict[str, Any]
 ) -> Record:
     """Measure a run's models on more tasks, and write its report again; the records by model."""
     if theirs or about:
-        option = "--lm-eval" if theirs else _option(next(iter(about)))
+        given = "--lm-eval" if theirs else option(next(iter(about)))
         raise RecipeError(
-            f"{option}: {folder} is a run directory, whose models are measured as its recipe has them: leave it out, "
+            f"{given}: {folder} is a run directory, whose models are measured as its recipe has them: leave it out, "
             f"or measure its checkpoint, {folder / 'deploy'}"
         )
     record = measure_more(RunDirectory(folder), names, fields)
@@ -280,7 +103,7 @@ def model_cfg(source: str, dtype: str | None, **about: str) -> Model:
     known = get_args(Dtype)
     if dtype is not None and dtype not in known:
         raise RecipeError(f"--dtype: found {dtype!r}, expected one of {', '.join(known)}")
-    cfg = checked(Model, _option, source=source, **about)
+    cfg = checked(Model, option, source=source, **about)
     return cfg.model_copy(update={"dtype": dtype or stored_dtype(cfg)})
 
 
@@ -465,6 +288,3 @@ def _write(found: dict[str, LaterRecord], context: RunContext) -> None:
             "environment": provenance.environment(),
         }
         write_json(directory.more / f"{task.name}.json", record)
-
-
-COMMANDS = {measure: EXAMPLES}

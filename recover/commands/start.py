@@ -13,10 +13,9 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -38,7 +37,7 @@ from recover.models.source import exported_dtype
 from recover.models.wrapper import WRAPPERS, Wrapper
 from recover.run import draft
 from recover.run.draft import Machine, Wanted, target, this_machine
-from recover.run.estimate import ELEMENT_BYTES, Estimate, estimate, matrix_rate, refuse
+from recover.run.estimate import ELEMENT_BYTES, Estimate, estimate, matrix_rate, refuse, room, too_large
 from recover.text.rows import NotHad, first_had, prompt_rows
 from recover.train.sources import read_prompts
 
@@ -211,63 +210,29 @@ OWN = "a file of your own in its place (--prompts, --tasks)"
 A_WALL = "a machine that has a wall for the programs that a model writes (docs/security.md)"
 LONG_SECONDS = 24 * 3600  # of training, about which something is said
 
-Source = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A hub id, a folder, a GGUF file, or embedded:NAME.", show_default=False)
-]
-More = Annotated[
-    list[str] | None, typer.Argument(metavar="[TASK]...", help="More tasks, after --tasks.", show_default=False)
-]
-Out = Annotated[
-    Path | None, typer.Option("--out", help="The recipe to write; default: its name and .yaml, in this folder.")
-]
-Drop = Annotated[str | None, typer.Option("--drop", help="Share of the blocks, 10%, or how many.")]
-WidthShare = Annotated[str | None, typer.Option("--width", help="Share of the MLP neurons; the default is 12.5%.")]
-Zeros = Annotated[str | None, typer.Option("--sparsity", help="Share of the weights, 50%, or a pattern, 2:4.")]
-Params = Annotated[str | None, typer.Option("--params", help="Parameters that may stay, 1.2B.")]
-Memory = Annotated[str | None, typer.Option("--memory", help="For weights and a KV cache of 4,096 tokens, 8GB.")]
-Speedup = Annotated[float | None, typer.Option("--speedup", help="Of decoding, by the weights a token reads, 1.3.")]
-By = Annotated[
-    str | None, typer.Option("--by", help="What goes for --params and --memory: width (neurons; default), or depth.")
-]
-For = Annotated[str, typer.Option("--for", help="What it is wanted for: math, code, chat, commas between them.")]
-Prompts = Annotated[
-    Path | None, typer.Option("--prompts", help="Prompts of your own (JSONL), in place of those of --for.")
-]
-Tasks = Annotated[
-    list[str] | None, typer.Option("--tasks", help="Tasks of your own, or by name, in place of those of --for.")
-]
-
 
 def init(
-    model: Source,
-    more: More = None,
-    out: Out = None,
-    drop: Drop = None,
-    width: WidthShare = None,
-    sparsity: Zeros = None,
-    params: Params = None,
-    memory: Memory = None,
-    speedup: Speedup = None,
-    by: By = None,
-    uses: For = "math,code,chat",
-    prompts: Prompts = None,
-    tasks: Tasks = None,
-    tokens: Annotated[int | None, typer.Option("--tokens", help="Teacher-scored tokens of the recovery.")] = None,
-    name: Annotated[str | None, typer.Option("--name", help="Of the run.")] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Write over a file that is there.")] = False,
+    model: str,
+    wanted: Wanted,
+    out: Path | None,
+    *,
+    uses: str,
+    prompts: Path | None,
+    tasks: Sequence[str],
+    tokens: int | None,
+    name: str | None,
+    replace: bool,
 ) -> None:
-    """Write a recipe for any model: what goes, what text, which tasks, sized to this machine; each line says why."""
-    if more and not tasks:
-        raise RecipeError(f"{more[0]}: found after the model; tasks are named after --tasks")
-    if out is not None and out.exists() and not replace:
-        raise RecipeError(f"{out}: is there; name another --out, or say --replace")
+    """Write a recipe to `out`, by default its name and .yaml in the working folder, and say what it will cost.
+
+    Raises RecipeError for what cannot be asked of this model, and for a file that is there already.
+    """
     quiet_libraries()
-    wanted = Wanted(drop, width, sparsity, params, memory, speedup, by)
     folder = Path.cwd() if out is None else out.parent
     found = Model(source=model)
     description = describe(found)
     chat = bool(load_tokenizer(found).chat_template)
-    texts, missing = _texts(_uses(uses), prompts, [*(tasks or ()), *(more or ())], folder, chat=chat)
+    texts, missing = _texts(_uses(uses), prompts, tasks, folder, chat=chat)
     calibration = draft.calibration_for(texts, description)
     machine = draft.this_machine()
     dtype: Any = draft.dtype_for(machine, description)[0]
@@ -281,14 +246,14 @@ def init(
     if path.exists() and not replace:
         raise RecipeError(f"{path}: is there; name another --out, or say --replace")
     cost = estimate(recipe, description, matrix_rate())
-    write_text(path, draft.written(lines, _head(machine, path, cost, missing)))
+    write_text(path, draft.written(lines, _head(machine, path, missing)))
     _say(
         path,
         machine,
         cost,
         missing,
         [*goal.cost.warnings],
-        fits=draft.fits(lines),
+        short=too_large(recipe, description, room()),
         narrow=isinstance(recipe.prune, Width),
         code=texts.runs_code,
     )
@@ -355,14 +320,13 @@ def _lacking(name: str, error: NotHad, missing: Missing) -> str:
     return "CANNOT BE USED HERE: see the top of this file"
 
 
-def _head(machine: draft.Machine, path: Path, cost: Estimate, missing: Sequence[str]) -> Iterator[str]:
+def _head(machine: draft.Machine, path: Path, missing: Sequence[str]) -> Iterator[str]:
     yield f"Written by `recover init` for {machine.name}, {console.size(machine.memory)}. Then:"
     yield f"  recover plan {path}"
     yield f"  recover run {path}"
     if machine.count > 1:
         yield f"  accelerate launch --config_file launch/gpu.yaml --num_processes {machine.count} -m recover run {path}"
-    least = console.duration(cost["training_seconds"])
-    yield f"Training takes at least {least} here, beside writing text and measuring."
+    yield "How long it takes is not said here: `recover plan` times a step, a text and a probe on this machine."
     yield "Values come from recover/config/defaults.py and docs/results.md; docs/recipes.md says what to expect."
     for each in missing:
         yield from textwrap.wrap(f"CANNOT BE USED HERE: {each}", 116, break_on_hyphens=False)
@@ -375,7 +339,7 @@ def _say(
     missing: Sequence[str],
     warnings: Sequence[str],
     *,
-    fits: bool,
+    short: str,
     narrow: bool,
     code: bool,
 ) -> None:
@@ -385,17 +349,14 @@ def _say(
         ["parameters", f"{dense:,}", f"{pruned:,}"],
         ["file", *sizes],
         ["teacher-scored tokens", "", f"{cost['teacher_tokens']:,}"],
-        ["training time", "", f"at least {console.duration(cost['training_seconds'])}"],
         ["memory", "", f"about {console.size(cost['memory_bytes_per_process'])} of {console.size(machine.memory)}"],
     ]
     console.table(f"{path}, for {machine.name} (estimates)", ["what", "dense", "pruned"], rows)
     for line in warnings:
         console.warn(line)
-    if not fits:
-        less = ", or --drop (narrower MLPs lie beside the dense ones)" if narrow else ""
-        console.warn(
-            f"training does not fit this machine by the arithmetic of `plan`: take a larger one, or several GPUs{less}"
-        )
+    if short:
+        less = "; or give --drop (narrower MLPs lie beside the dense ones)" if narrow else ""
+        console.warn(f"{short}{less}")
     if cost["training_seconds"] > LONG_SECONDS:
         console.warn("training takes more than a day here: give --tokens, or take a machine with a GPU")
     if code:
@@ -405,19 +366,5 @@ def _say(
     for each in missing:
         console.warn(f"cannot be used here: {each}")
     console.say(f"wrote {path}")
-    console.say(
-        f"[dim]next: recover plan {path}{', which refuses it until nothing is missing' if missing else ''}[/dim]"
-    )
-
-
-COMMANDS = {
-    doctor: ("recover doctor",),
-    families: ("recover families",),
-    init: (
-        "recover init ORG/NAME --width 12.5% --for math,code,chat",
-        "recover init ORG/NAME --drop 10% --for math",
-        "recover init ORG/NAME --params 1.2B --out smaller.yaml",
-        "recover init model.gguf --memory 8GB --by depth --for chat",
-        "recover init my-folder --sparsity 2:4 --prompts prompts.jsonl --tasks my_task.yaml arc_easy",
-    ),
-}
+    then = "refuses it until nothing is missing" if missing else "says how long each stage takes on this machine"
+    console.say(f"[dim]next: recover plan {path}, which {then}[/dim]")

@@ -6,12 +6,14 @@ What is wrong is said in words: the path of each field, what was found, what was
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from recover.base.errors import RecipeError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 # Matrices of a GGUF file; those with a k by llama.cpp's own code.
@@ -32,6 +34,24 @@ class Config(BaseModel):
             if number and isinstance(fields, dict) and isinstance(fields.get(name), bool):
                 fields = {**fields, name: str(fields[name]).lower()}
         return fields
+
+
+Checked = TypeVar("Checked", bound=Config)
+
+
+def checked(kind: type[Checked], spelled: Callable[[str], str] = str, **fields: Any) -> Checked:
+    """A config from options of the command line. RecipeError for the first that is wrong, as it is `spelled`."""
+    try:
+        return kind(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = spelled(".".join(map(str, first["loc"])))
+        raise RecipeError(f"{name}: found {first['input']!r}: {first['msg']}") from None
+
+
+def option(field: str) -> str:
+    """How the command line spells a field."""
+    return "--" + field.replace("_", "-")
 
 
 LONGEST_SHOWN = 60  # characters of a wrong value

@@ -14,9 +14,11 @@ import accelerate
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
 from recover.base import console
 from recover.base.errors import ExportError
+from recover.maths.divergence import all_finite
 from recover.models.arch import conv1d_weights, part_of, writes_out
 from recover.models.experts import IN, OUT, ExpertFactors, SwitchedExperts, expert_mask
 from recover.models.masked_lora import ExpertLora, TrainedCopy, adapted_tensors, expert_factors
@@ -59,8 +61,9 @@ def unfilled(twin: Twin) -> PreTrainedModel:
     config = pruned_config(twin.base.config, twin.plan)
     _warn_of_irregular_attention(twin.base.config, config)
     # Parameters on `meta`, buffers (rotary frequencies are in no state dict) made by the constructor as anywhere else.
-    with accelerate.init_empty_weights():
+    with accelerate.init_empty_weights(), no_init_weights():  # to draw values on `meta` takes five times the rest
         stock = AutoModelForCausalLM.from_config(config, attn_implementation=twin.base.config._attn_implementation)
+    stock.tie_weights()
     stock.generation_config = copy.deepcopy(twin.base.generation_config)
     remember(stock, wrapped_of(twin.base))
     return stock
@@ -215,15 +218,15 @@ def _cast(twin: Twin, name: str, module: Any, linear: Any, dtype: torch.dtype) -
     if masked is not None:
         tensor = tensor.masked_fill(~(masked.transpose(1, 2) if linear.is_transposed else masked), 0)
     tensor = _left(twin, path, tensor)
-    merged = (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu()
-    if not merged.isfinite().all():
+    merged = tensor.to(dtype) if tensor.is_floating_point() else tensor  # judged where it lies: a GPU's memory is fast
+    if not all_finite(merged):
         raise ExportError(f"{name}: not finite in {dtype}: export in a wider dtype, or look at the training log")
     if cfg == "weight" and isinstance(linear, MaskedLinear):
         _certify(name, merged, linear.keep, twin)
     if masked is not None:
         matrix_OI = (merged.transpose(1, 2) if linear.is_transposed else merged).flatten(0, 1)
         _certify(name, matrix_OI, masked.flatten(0, 1), twin)
-    return merged, learnt
+    return merged.cpu(), learnt
 
 
 def _left(twin: Twin, path: str, tensor: Tensor) -> Tensor:
@@ -283,7 +286,7 @@ def _factors(module: Any, name: str) -> Factors | None:
 
 def _certify(name: str, merged_OI: Tensor, keep_OI: Tensor, twin: Twin) -> None:
     record = twin.plan.masks[name.removesuffix(".weight")]
-    keep_OI = keep_OI.cpu()
+    keep_OI = keep_OI.to(merged_OI.device)
     alive = int(merged_OI.masked_fill(keep_OI, 0).count_nonzero())
     pruned = keep_OI.numel() - int(keep_OI.sum())
     if alive or pruned != record.zeros:

@@ -33,6 +33,7 @@ from recover.base import artifacts
 from recover.base.clock import part
 from recover.base.errors import ArtifactError, ExportError, RecoverError
 from recover.base.safe_path import child_environment
+from recover.maths.divergence import all_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -280,7 +281,7 @@ def _load(folder: Path, device: str, beside: Path | None) -> tuple[PreTrainedMod
         raise ExportError(f"{folder}: stock transformers cannot load it: {type(error).__name__}: {error}") from error
     model, info = loaded
     problems = [f"{flag.replace('_', ' ')}: {sorted(map(str, info[flag]))[:4]}" for flag in FLAGS if info.get(flag)]
-    problems += [f"{name}: not finite" for name, weight in _values(model) if not weight.isfinite().all()]
+    problems += [f"{name}: not finite" for name, weight in _values(model) if not all_finite(weight)]
     if model.generation_config.eos_token_id is None:
         problems.append("generation_config.json: no eos_token_id, so generation would never stop")
     return (model if beside is not None else model.to(device)).eval(), problems

@@ -298,6 +298,14 @@ def stream_drift(h_dense_ND: Tensor, h_changed_ND: Tensor) -> dict[str, Tensor]:
     }
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether it holds neither a NaN nor an infinity, at the price of a sum.
+
+    A sum with one among its summands is not finite. A sum may also overflow, and then each value is looked at.
+    """
+    return not tensor.is_floating_point() or bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
 def ratio(predicted_N: Tensor, exact_N: Tensor) -> Tensor:
     """predicted / exact, over the rows whose exact drift is more than rounding (their number may be 0)."""
     meant_N = exact_N > NEGLIGIBLE

@@ -273,7 +273,9 @@ def _save(tensors: dict[str, Tensor], path: Path) -> str | None:
     if not tensors:
         path.unlink(missing_ok=True)
         return None
-    artifacts.write_bytes(path, safetensors.torch.save(tensors))
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with artifacts.placing(path, size) as beside, artifacts.explaining_libraries(path, size):
+        safetensors.torch.save_file(tensors, beside)
     return artifacts.sha256(path)
 
 

@@ -33,6 +33,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from recover.base import dist, zero
 from recover.base.errors import ModelError
+from recover.maths.divergence import all_finite
 from recover.models.arch import as_linears, base_of, blocks_of, modules_in
 from recover.models.site import SUBLAYERS
 from recover.models.stores import (
@@ -500,6 +501,6 @@ def fill(
 
 def finite(folder: Path, name: str, value: Tensor) -> Tensor:
     """The same values. Raises ModelError naming the folder and the tensor where one is not finite."""
-    if value.is_floating_point() and value.numel() and not torch.isfinite(torch.stack(value.aminmax())).all():
+    if not all_finite(value):
         raise ModelError(f"{folder}: {name} holds NaN or infinite values: fetch the model again, or load in float32")
     return value

@@ -34,7 +34,6 @@ WAYS = ("depth", "width")
 
 MOST_AT_ONCE = {"cuda": 1024, "cpu": 128}  # texts written at once
 MEASURED_ITEMS = {"cuda": 1500, "cpu": 100}
-CPU_SHARE = 0.7  # of a machine's memory: others live there too
 CHUNKS = (4096, 2048, 512, 128)  # positions scored at once, the largest that fits
 WORKING_LOGITS = 12  # bytes of a logit while a token is drawn
 Line = tuple[str, Any, str]  # dotted path, value, why
@@ -252,7 +251,7 @@ class Machine:
 
     @property
     def usable(self) -> float:
-        return self.memory * (memory.USABLE if self.device == "cuda" else CPU_SHARE)
+        return self.memory * (memory.USABLE if self.device == "cuda" else memory.MAIN_USABLE)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -14,7 +17,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
-from recover.base import console, dist, memory
+from recover.base import console, dist, memory, provenance
 from recover.base.artifacts import JsonObject
 from recover.base.errors import ExportError, PruneError, RecipeError, TrainingError
 from recover.config.defaults import Chosen, Facts, row_tokens, settled
@@ -22,7 +25,8 @@ from recover.config.recipe import PrunedText, Recipe, Train
 from recover.config.train import refuse_averaging_shares, refuse_sharding_twice, split_batch
 from recover.export.gguf.family import family_of, refuse_type
 from recover.export.gguf.family import refuse as refuse_family
-from recover.export.gguf.write import beside, nearest, planned_bytes, require_ggml, vocabulary
+from recover.export.gguf.vocabulary import vocabulary
+from recover.export.gguf.write import beside, nearest, planned_bytes, require_ggml
 from recover.models.load import Description, checked_config, describe
 from recover.models.source import exported_dtype, read_config
 from recover.prune.registry import Cost, pruner_of
@@ -33,6 +37,7 @@ ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Share of the measured matrix rate that a whole training step reaches.
 STEP_EFFICIENCY = 0.35
 PROMPT_TOKENS = 256  # of a measured prompt: tasks are not read here
+SMALLER_CHUNKS = (512, 128)  # of `train.loss.chunk`
 
 
 def refuse(recipe: Recipe, model: Description) -> None:
@@ -138,9 +143,7 @@ def warnings(recipe: Recipe, model: Description) -> list[str]:
     found, dtype = [], recipe.model.dtype
     if dist.device().type == "cpu" and dtype != "float32":
         found.append(f"no GPU is found: everything runs on the CPU, in {dtype} as model.dtype says")
-    if torch.cuda.is_available():
-        there = torch.cuda.get_device_properties(dist.device()).total_memory
-        found += filter(None, [too_large(recipe, model, int(memory.USABLE * there), there)])
+    found += filter(None, [too_large(recipe, model, room())])
     if recipe.model.load_in is not None:
         found.append(
             f"model.load_in: what is pruned, what teaches and what is measured is the model in {recipe.model.load_in}; "
@@ -153,8 +156,6 @@ def training_memory(recipe: Recipe, model: Description, cost: Cost) -> memory.Tr
     """What decides the memory of this recipe without DeepSpeed (which takes less: `launch/README.md`)."""
     cfg = recipe.train
     micro = cfg.micro_batch_size or cfg.batch_size // dist.world_size()
-    own = max((each.batch_size * cfg.length for each in cfg.data if isinstance(each, PrunedText)), default=0)
-    texts = min(recipe.measure.max_new_tokens + PROMPT_TOKENS, model.context or 2**31)
     return memory.Training(
         tokens=micro * cfg.length,
         rank=cfg.lora.rank,
@@ -166,7 +167,7 @@ def training_memory(recipe: Recipe, model: Description, cost: Cost) -> memory.Tr
         kept_blocks=round(model.blocks * (1 - cost.blocks)),
         masked=cost.masked,
         own=cost.own,
-        cached=max(recipe.measure.batch_size * texts, own),
+        cached=_cached(recipe, model),
         processes=dist.world_size(),
         sharded=dist.local_world_size() if cfg.shard_weights else 1,
         zero=dist.zero_stage() if cfg.shard_weights else 0,
@@ -175,18 +176,93 @@ def training_memory(recipe: Recipe, model: Description, cost: Cost) -> memory.Tr
     )
 
 
-def too_large(recipe: Recipe, model: Description, usable: int, there: int) -> str:
-    """What to set where a run does not fit a GPU of so many bytes, of which so many are usable; empty where it fits."""
+def _cached(recipe: Recipe, model: Description, most: int = 2**31) -> int:
+    """Tokens in the KV cache while texts are written, `most` at once."""
+    text = min(recipe.measure.max_new_tokens + PROMPT_TOKENS, model.context or 2**31)
+    own = [each.batch_size for each in recipe.train.data if isinstance(each, PrunedText)]
+    return max(min(recipe.measure.batch_size, most) * text, *(min(rows, most) * recipe.train.length for rows in own), 0)
+
+
+def room() -> memory.Room:
+    """What this process's machine has to give."""
+    host = round(memory.MAIN_USABLE * provenance.machine()["memory_bytes"])
+    device = dist.device()
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return memory.Room(None, host, dist.local_world_size())
+    there = torch.cuda.get_device_properties(device).total_memory
+    return memory.Room(int(memory.USABLE * there), host, dist.local_world_size())
+
+
+def too_large(recipe: Recipe, model: Description, there: memory.Room) -> str:
+    """What to set where a run has no room, the least trouble first; empty where it fits."""
     training = training_memory(recipe, model, pruner_of(recipe.prune).cost(recipe.prune, model))
-    needed = memory.peak_bytes(model, training)
-    if needed <= usable:
+    if there.holds(model, training):
         return ""
-    found = memory.fitting(model, training, usable, dist.local_world_size())
-    said = f"a GPU of {console.size(there)} does not hold this run, which takes about {console.size(needed)}"
-    if found is None:
-        return f"{said}: lower train.micro_batch_size or measure.batch_size; no place of the weights makes room enough"
-    fields = ", ".join(f"{name}: {str(value).lower()}" for name, value in found[1].items())
-    return f"{said}; the nearest that fits: {fields or 'none of model.offload, model.load_in, checkpointing'}"
+    gpu, host = there.takes(model, training)
+    short = [
+        f"{'a GPU' if is_gpu else 'main memory'} has {console.size(has)} for this run, which takes about "
+        f"{console.size(takes)}"
+        for is_gpu, has, takes in ((True, there.gpu or 0, gpu), (False, there.host, host))
+        if takes > has
+    ]
+    said, tries = "; ".join(short), [*_tries(recipe, model, training)]
+    found = memory.fitting(model, tries, there)
+    if found is not None:
+        launched = " under launch/gpu.yaml" if training.zero and not found.training.zero else ""
+        taken = _takes(model, found.training, there)
+        return f"{said}. The nearest that fits{launched}: {_fields(recipe, found)} ({taken})"
+    least = min(memory.fittings(tries, there), key=lambda each: max(_excess(model, each.training, there)))
+    return (
+        f"{said}. No setting makes it fit here; nearest is {_fields(recipe, least)} "
+        f"({_takes(model, least.training, there)}): take a machine with so much, or a smaller model"
+    )
+
+
+def _tries(
+    recipe: Recipe, model: Description, training: memory.Training
+) -> Iterator[tuple[dict[str, object], memory.Training]]:
+    """The training as it is, and the same with ever less at once: no figure of it changes, but for rounding."""
+    cfg = recipe.train
+    share = cfg.batch_size // dist.world_size()
+    micro = cfg.micro_batch_size or share
+    writing = {"measure": recipe.measure.batch_size}
+    writing |= {f"train.data.{n}": each.batch_size for n, each in enumerate(cfg.data) if isinstance(each, PrunedText)}
+    largest = max(writing.values())
+    at_once = [largest, *(2**power for power in range(largest.bit_length() - 1, -1, -1) if 2**power < largest)]
+    sizes = [size for size in range(micro, 0, -1) if share % size == 0]
+    chunks = [cfg.loss.chunk, *(chunk for chunk in SMALLER_CHUNKS if chunk < cfg.loss.chunk)]
+    for size, chunk, texts in product(sizes, chunks, at_once):
+        asked = {"train.micro_batch_size": (micro, size), "train.loss.chunk": (cfg.loss.chunk, chunk)}
+        asked |= {f"{name}.batch_size": (count, min(count, texts)) for name, count in writing.items()}
+        fields: dict[str, object] = {name: now for name, (was, now) in asked.items() if was != now}
+        cached = _cached(recipe, model, texts)
+        yield fields, replace(training, tokens=size * cfg.length, chunk=chunk, cached=cached)
+
+
+def _fields(recipe: Recipe, found: memory.Fitting) -> str:
+    """What is to be set in this recipe; a place that it asks for, and that does not fit, is taken back."""
+    place = {"model.offload": "none", "model.load_in": None}
+    now: dict[str, object] = {
+        "model.offload": recipe.model.offload,
+        "model.load_in": recipe.model.load_in,
+        "train.gradient_checkpointing": recipe.train.gradient_checkpointing,
+        "train.shard_weights": recipe.train.shard_weights,
+    }
+    wanted = {name: value for name, value in (place | found.fields).items() if name not in now or now[name] != value}
+    said = [f"{name}: {'null' if value is None else str(value).lower()}" for name, value in wanted.items()]
+    return ", ".join(said) or "this recipe as it is"
+
+
+def _takes(model: Description, training: memory.Training, there: memory.Room) -> str:
+    gpu, host = there.takes(model, training)
+    parts = [f"{console.size(gpu)} of a GPU"] if there.gpu is not None else []
+    return " and ".join([*parts, *([f"{console.size(host)} of main memory"] if host else [])])
+
+
+def _excess(model: Description, training: memory.Training, there: memory.Room) -> tuple[float, float]:
+    """How many times what there is, of a GPU and of main memory."""
+    gpu, host = there.takes(model, training)
+    return gpu / max(1, there.gpu or 1), host / max(1, there.host)
 
 
 def cache_bytes(recipe: Recipe, model: Description) -> int:
@@ -201,13 +277,13 @@ def cache_bytes(recipe: Recipe, model: Description) -> int:
 
 
 def matrix_rate() -> float:
-    """FLOP/s of one matrix product on this device, measured in about 0.3 s."""
+    """FLOP/s of one matrix product on this device, measured in 0.3 s of a GPU, whose clock has to rise, or 0.05 s."""
     device = dist.device()
-    size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
+    size, dtype, seconds = (4096, torch.bfloat16, 0.3) if device.type == "cuda" else (512, torch.float32, 0.05)
     left = torch.randn(size, size, device=device, dtype=dtype)
     torch.mm(left, left)  # warm up
     started, products = time.perf_counter(), 0
-    while time.perf_counter() - started < 0.3:
+    while time.perf_counter() - started < seconds:
         (left @ left)[0, 0].item()
         products += 1
     return products * 2 * size**3 / (time.perf_counter() - started)

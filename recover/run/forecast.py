@@ -1,7 +1,8 @@
 """How long a run will take on this machine, stage by stage: its texts, steps and items, at the pace that `pace` times.
 
 How long texts get is not known before they are written: those that lie in the run's folder say it, or a few that a
-small model writes now; else it is `FRACTION` of the most that they may have.
+small model writes now; else it is `FRACTION` of the most that they may have. A pruned model's texts end elsewhere than
+the dense model's: a small model is pruned for it, as the run does it, where that takes seconds.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -18,7 +20,7 @@ import torch
 from recover.base import console, dist
 from recover.base.artifacts import read_json, read_jsonl
 from recover.base.errors import ArtifactError, DataError, RecoverError
-from recover.config.prune import Calibration
+from recover.config.prune import Calibration, Depth
 from recover.config.recipe import DenseText, GivenText, PrunedText, Sampling, TeacherText
 from recover.config.tasks import GenerateFile, WritingFile
 from recover.config.train import split_batch
@@ -26,10 +28,14 @@ from recover.maths.score import mean
 from recover.measure.kinds.generate import longest_text
 from recover.measure.tasks import Task
 from recover.models.load import Description, describe
+from recover.models.plan import Plan, load_plan
 from recover.models.source import exported_dtype, kind_of
-from recover.prune.calibrate import read_texts
+from recover.models.twin import Twin
+from recover.prune import registry
+from recover.prune.calibrate import calibration_batches, read_texts
 from recover.prune.registry import Cost, pruner_of
-from recover.run.context import RunContext
+from recover.run.context import RunContext, answers
+from recover.run.directory import RunDirectory
 from recover.run.estimate import ELEMENT_BYTES, Estimate
 from recover.run.pace import NotTimed, Pace, spread
 from recover.text.prompts import encode_prompt
@@ -46,6 +52,7 @@ STAGES = ("dense", "prune", "before", "train", "after", "export", "deploy")
 LOOKED_AT = 64  # prompts, or rows of given text, whose length is looked at
 DISK = 1e9  # bytes a second that files are read and written with, for want of anything better
 CHANGED = 48  # texts of a task, lost and won, that both views read token by token
+PRUNES = 10.0  # seconds that pruning a small model may take, to see how long its texts are
 
 DAMAGED = (ArtifactError, AttributeError, KeyError, TypeError, ValueError)  # of a record, which the run itself names
 
@@ -107,6 +114,8 @@ class _Forecaster:
         self.notes: list[str] = []
         self.pace: Pace | None = None
         self.known: dict[str, Lengths] = {}  # by what is written
+        self.recorded: Recorded = recorded(context.directory)
+        self.prunes = 0.0 if self.left.get("prune") == 0 else math.inf  # seconds, once they are known
 
     def found(self) -> Forecast:
         devices = [dist.device()] if dist.device().type == "cuda" else []
@@ -130,13 +139,17 @@ class _Forecaster:
         work: dict[str, Callable[[], Iterator[Piece]]] = {
             "train": self._train,
             "dense": self._dense,
-            "before": lambda: self._probed("before"),
             "prune": self._prune,
+            "before": lambda: self._probed("before"),
             "after": lambda: self._probed("after"),
             "export": self._export,
             "deploy": self._deploy,
         }
-        found = {stage: [*pieces()] for stage, pieces in work.items() if self.left.get(stage, 1.0) > 0}
+        found: dict[str, list[Piece]] = {}
+        for stage, pieces in work.items():
+            found[stage] = [*pieces()] if self.left.get(stage, 1.0) > 0 else []
+            if stage == "prune" and all(piece["how"] == "measured" for piece in found[stage]):
+                self.prunes = sum(piece["seconds"] for piece in found[stage])
         for stage in STAGES:
             for piece in found.get(stage, ()):
                 yield {**piece, "seconds": piece["seconds"] * self.left.get(stage, 1.0)}
@@ -186,8 +199,14 @@ class _Forecaster:
             what = f"{cost.passes:,} passes of calibration text" if cost.passes else "calibration text"
 
             def searches(pace: Pace) -> float:
-                read = pace.forward(calibration.batch_size, calibration.length).at()
-                return cost.flops / (2 * self.model.active / read)
+                read = pace.forward(calibration.batch_size, calibration.length)
+                tokens = calibration.samples * calibration.length
+                if cost.passes <= 1:
+                    return tokens * read.at()
+                # Of a candidate half the blocks are run: those before it give the same for all, once a round.
+                rounds = (cfg.count or 1) if isinstance(cfg, Depth) and cfg.rounds else 1
+                judged = pace.judging(str(getattr(cfg, "score", "kl")))
+                return tokens * ((1 + rounds) * read.at() + cost.passes * (read.at(0.5) + judged))
 
             yield self._piece("prune", what, searches, floor=self.figures["search_seconds"])
         elif calibration is not None or cost.masked:
@@ -209,6 +228,7 @@ class _Forecaster:
     def _measured(self, stage: str, limit: int | None, kept: float, *, probed: bool = False) -> Iterator[Piece]:
         """The tasks: what is written, and what is only read; `probed`: by both views too, as stages that probe do."""
         tasks = self.context.tasks
+        pruned = stage == "before"  # a recovered model writes as the dense one does
         writing = [task for task in tasks if isinstance(task.file, WritingFile)]
         reading = [task for task in tasks if task not in writing]
         if writing:
@@ -216,7 +236,9 @@ class _Forecaster:
             yield self._piece(
                 stage,
                 f"{texts:,} answers, of {', '.join(task.name for task in writing)}",
-                lambda pace: sum(self._answers(pace, task, limit, kept, probed=probed) for task in writing),
+                lambda pace: sum(
+                    self._answers(pace, task, limit, kept, probed=probed, pruned=pruned) for task in writing
+                ),
             )
         if reading:
             items = sum(_items(task, limit) for task in reading)
@@ -246,21 +268,23 @@ class _Forecaster:
         own = (file.sampling or cfg.sampling or Sampling()) if file.samples else None
         return own or (cfg.sampling if isinstance(file, GenerateFile) else None)
 
-    def _answers(self, pace: Pace, task: Task, limit: int | None, kept: float, *, probed: bool) -> float:
+    def _answers(self, pace: Pace, task: Task, limit: int | None, kept: float, *, probed: bool, pruned: bool) -> float:
         file, cfg = task.file, self.recipe.measure
         assert isinstance(file, WritingFile), "a task that writes"
         items = _items(task, limit)
         prompts = [item.prompt for item in spread(task.items[:items], LOOKED_AT)]
         prompt, most = self._prompt_length(prompts, file.wraps), longest_text(file, cfg)
         rows = min(cfg.batch_size, items)
-        found = self._lengths(pace, prompts, prompt, most, f"task {task.name}", rows=rows, chat=file.wraps, task=task)
+        lengths = partial(self._lengths, pace, prompts, prompt, most, f"task {task.name}", rows=rows, chat=file.wraps)
+        dense = lengths(task=task)
+        found = lengths(task=task, pruned=True) if pruned else dense
         seconds = self._writing(pace, items, found, cfg.batch_size, kept, None)
         if times := self._times(task):
             seconds += self._writing(pace, items * times, found, cfg.batch_size, kept, self._sampling(task))
         if probed:
-            texts = min(CHANGED, items)
-            read = pace.forward(8, round(prompt + found.answer))
-            seconds += texts * (prompt + found.answer) * (read.at() + read.at(kept)) / self.processes
+            texts = min(CHANGED, items)  # of the dense model
+            read = pace.forward(8, round(prompt + dense.answer))
+            seconds += texts * (prompt + dense.answer) * (read.at() + read.at(kept)) / self.processes
         return seconds
 
     def _train(self) -> Iterator[Piece]:
@@ -366,7 +390,7 @@ class _Forecaster:
         fitting = [(prompt, size) for prompt, size in zip(prompts, lengths, strict=True) if size < cfg.length]
         prompts, size = [prompt for prompt, _ in fitting], mean([size for _, size in fitting]) if fitting else 1.0
         most = source.max_new_tokens
-        before = _written_before(self.context, all_prompts)
+        before = self.recorded.of_prompts(all_prompts)
         if before is None:
             rows = min(source.batch_size, len(all_prompts))
             what = f"text of {source.prompts}"
@@ -389,26 +413,56 @@ class _Forecaster:
         rows: int,
         chat: bool | None,
         task: Task | None = None,
+        pruned: bool = False,
     ) -> Lengths:
-        """Looked for once for each `what`."""
-        if what in self.known:
-            return self.known[what]
-        file, found = (None if task is None else task.file), None
-        if task is not None and (found := _measured_before(self.context, task)) is not None:
+        """Looked for once for each `what`, and once more for what the pruned model writes."""
+        key = f"{what}, pruned" if pruned else what
+        if key in self.known:
+            return self.known[key]
+        file, twin = (None if task is None else task.file), self.pruned if pruned else None
+        there = None if task is None else self.recorded.answers.get(("before" if pruned else "dense", task.name))
+        found = there if not pruned or self.left.get("prune") == 0 else None  # what is pruned anew may write otherwise
+        if found is not None:
             said = "answers as long as those that lie in the run's folder"
         else:
-            if pace is not None:
+            if pace is not None and (twin is not None or not pruned):
                 writes = file if isinstance(file, WritingFile) else None
+                limits = {"limit": most, "rows": rows, "chat": chat}
                 with suppress(NotTimed, DataError):
-                    found = pace.length(self.context.tokenizer, prompts, limit=most, rows=rows, chat=chat, file=writes)
+                    found = pace.length(self.context.tokenizer, prompts, **limits, file=writes, twin=twin)
             if found is not None:
-                said = f"texts of {found[0]:.0f} tokens, as the model just wrote a few"
+                said = f"texts of {found[0]:.0f} tokens, as the {'pruned ' if pruned else ''}model just wrote a few"
+            elif pruned:
+                found = self.known[what].answer, self.known[what].longest
+                said = "as long as the dense model's, a guess"
             else:
                 said = f"texts of {FRACTION:.0%} of the {most:,} tokens that they may have, a guess"
                 found = FRACTION * most, most
-        self.notes.append(f"{what}: {said}")
-        self.known[what] = Lengths(prompt, *found)
-        return self.known[what]
+        self.notes.append(f"{key}: {said}")
+        self.known[key] = Lengths(prompt, *found)
+        return self.known[key]
+
+    @cached_property
+    def pruned(self) -> Twin | None:
+        """The pruned model, where it takes seconds: as the run's folder has it, or pruned now as the run does it."""
+        pace, cfg = self.pace, self.recipe.prune
+        if pace is None or pace.whole is None or self.prunes > PRUNES:
+            return None
+        with suppress(NotTimed, RecoverError, *DAMAGED):
+            if self.left.get("prune") == 0:
+                return pace.pruned(*load_plan(self.context.directory.prune))
+            dense = pace.pruned(Plan.none(self.model.blocks))
+            return None if dense is None else pace.pruned(*registry.prune(dense, cfg, self._calibration(dense)))
+        return None
+
+    def _calibration(self, dense: Twin) -> list[Any]:
+        """As a run reads or writes it, and nothing is kept."""
+        calibration: Calibration | None = getattr(self.recipe.prune, "calibration", None)
+        if calibration is None or calibration.answer is None:
+            return [] if calibration is None else self.context.calibration
+        tokenizer, size = self.context.tokenizer, self.recipe.measure.batch_size
+        write = partial(answers, dense, tokenizer, calibration.answer, batch_size=size)
+        return calibration_batches(calibration, tokenizer, self.recipe.seed, write, context=self.model.context)
 
     def _held(self, source: GivenText | TeacherText) -> tuple[float, float] | None:
         """Mean tokens of prompt and of what is learnt, of the first rows."""
@@ -449,27 +503,38 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
-def _measured_before(context: RunContext, task: Task) -> tuple[float, float] | None:
-    """(mean, longest) of the dense model's answers that lie in the run's folder."""
-    path = context.directory.dense / "generations.json"
-    try:
-        lengths = [len(row["ids"]) for row in read_json(path).get(task.name) or ()] if path.is_file() else []
-    except DAMAGED:
-        return None
-    return (mean(lengths), max(lengths)) if lengths else None
+@dataclass(frozen=True)
+class Recorded:
+    """Of texts that lie in a run's folder: (mean, longest) of a stage's answers to a task, by both names.
+
+    `written`: of each file of text for training its first prompt, its lengths, and how many texts it is.
+    """
+
+    answers: dict[tuple[str, str], tuple[float, float]]
+    written: list[tuple[Any, Lengths, int]]
+
+    def of_prompts(self, prompts: Sequence[Any]) -> tuple[Lengths, int] | None:
+        """Lengths of the first text that was written to some of these, and how many there are."""
+        return next(((lengths, count) for first, lengths, count in self.written if first in prompts), None)
 
 
-def _written_before(context: RunContext, prompts: Sequence[Any]) -> tuple[Lengths, int] | None:
-    """Of the text of these prompts that lies in the run's folder; and how many texts it is."""
-    for path in sorted((context.directory.train / "data").glob("dense-*.jsonl")):
-        try:
+def recorded(directory: RunDirectory) -> Recorded:
+    """What the folder has, read once; a file that is damaged says nothing here: the run itself names it."""
+    answers: dict[tuple[str, str], tuple[float, float]] = {}
+    for stage, folder in (("dense", directory.dense), ("before", directory.before)):
+        path = folder / "generations.json"
+        with suppress(*DAMAGED):
+            for task, rows in read_json(path).items() if path.is_file() else ():
+                with suppress(*DAMAGED):
+                    if lengths := [len(row["ids"]) for row in rows]:
+                        answers[stage, task] = mean(lengths), max(lengths)
+    written: list[tuple[Any, Lengths, int]] = []
+    for path in sorted((directory.train / "data").glob("dense-*.jsonl")):
+        with suppress(*DAMAGED):
             rows = [row for chunk in read_jsonl(path) for row in chunk["rows"]]
-            lengths = [len(ids) for _, ids in rows]
-        except DAMAGED:
-            continue
-        if lengths and rows[0][0] in prompts:
-            return Lengths(0.0, mean(lengths), max(lengths)), len(lengths)
-    return None
+            if lengths := [len(ids) for _, ids in rows]:
+                written.append((rows[0][0], Lengths(0.0, mean(lengths), max(lengths)), len(lengths)))
+    return Recorded(answers, written)
 
 
 def lines(found: Forecast) -> list[list[str]]:

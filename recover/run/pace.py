@@ -17,7 +17,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,7 @@ from recover.models.twin import Held, Twin
 from recover.probe.probe import probe
 from recover.probe.tasks import task_drift
 from recover.prune import registry
+from recover.prune.stream import kl_rows, next_tokens, nll_sum, row_sum, variance_rows
 from recover.text.decode import Writing, keys, nucleus, write
 from recover.text.generate import generate, plain
 from recover.text.prompts import Prompt
@@ -64,6 +65,7 @@ AT_ONCE = 0.4  # seconds that a piece of work is to take, by the floor
 LEAST_TOKENS, LEAST_ROWS = 64, 8  # fewer, and a product is bound by reading the weights
 STEP_AT_ONCE = 2.0  # and a training step, or a pruning, whose time does not go with its tokens in a small model
 PROBED = 8, 12  # prompts and steps of a probe
+JUDGED = 1024  # positions whose output is held against dense's
 TOO_LONG = 6.0  # seconds of the least step, by the floor: then nothing is timed
 ALLOWED = 90.0  # seconds after which nothing further is timed
 EFFICIENCY = 0.35  # of the rate of a bare product that passes reach, by the floor
@@ -561,6 +563,24 @@ class Pace:
         batches = math.ceil(samples / cfg.batch_size)
         return found.begun.times(batches * cfg.steps / steps).plus(found.one.times(samples * cfg.steps / steps))
 
+    def judging(self, score: str) -> float:
+        """Seconds that a search takes to score a candidate at one position, once its last hidden state is there."""
+        return self._once_for(("judging", score), lambda: self._judging(score))
+
+    def _judging(self, score: str) -> float:
+        twin, tokens = self.few[0].twin, self._affordable(JUDGED)
+        base = twin.base
+        h_ND = torch.randn(tokens, self.description.width, device=self.device, dtype=base.dtype)
+        if score == "perplexity":
+            targets_N = next_tokens(self._ids(1, tokens).cpu())  # pyright: ignore[reportArgumentType]
+            return self._timed([lambda: nll_sum(twin, h_ND, targets_N)])[0] / tokens
+        rows = variance_rows if score == "variance" else kl_rows
+        return self._timed([lambda: row_sum(twin, rows, h_ND, h_ND)])[0] / tokens
+
+    def pruned(self, plan: Plan, masks: Any = None, weights: Any = None) -> Twin | None:
+        """The whole model as it is pruned so; None where it is not at hand."""
+        return None if self.whole is None else Held(self.whole).twin(plan, masks, weights)
+
     def pruning(self, cfg: Pruning) -> Span:
         """Of finding what goes, for a way that takes the blocks one by one: as its own code does it on random text."""
         calibration = getattr(cfg, "calibration", None)
@@ -586,25 +606,27 @@ class Pace:
         rows: int,
         chat: bool | None,
         file: WritingFile | None = None,
+        twin: Twin | None = None,
     ) -> tuple[float, float] | None:
         """(mean, longest) tokens of what the model itself writes to a few of these prompts; None: it is not at hand.
 
-        `rows`: that the run writes at once.
+        `rows`: that the run writes at once. `twin`: whose pruned view writes, in place of the dense model.
         """
         if self.whole is None or not prompts:
             return None
         some = spread(prompts, ASKED)
         if self.decoding(rows, limit).seconds(len(some), limit, limit, len(some)) > WRITES:
             return None
-        texts = generate(
-            self.whole,
-            tokenizer,
-            some,
-            max_new_tokens=limit,
-            batch_size=ASKED,
-            chat=chat,
-            stop=file.stop if file else (),
-            unless=FENCE if isinstance(file, CodeFile) else None,
-        )
+        with nullcontext() if twin is None else twin.folded():
+            texts = generate(
+                self.whole if twin is None else twin.model,
+                tokenizer,
+                some,
+                max_new_tokens=limit,
+                batch_size=ASKED,
+                chat=chat,
+                stop=file.stop if file else (),
+                unless=FENCE if isinstance(file, CodeFile) else None,
+            )
         lengths = [len(text.ids) for text in texts]
         return mean(lengths), max(lengths)

@@ -8,6 +8,7 @@ is asked once whether it answers; what is missing is said with what would bring 
 from __future__ import annotations
 
 import ast
+import gc
 import hashlib
 import importlib.util
 import random
@@ -131,15 +132,36 @@ def _functions(name: str) -> Iterator[tuple[str, Row]]:
         for path in sorted(place.rglob("*.py")):
             if NO_LIBRARY & {*path.relative_to(place).parts}:
                 continue
-            try:
-                body = ast.parse(path.read_bytes()).body
-            except (SyntaxError, ValueError, OSError):
-                continue
-            for node in body:
-                stub = _stub(node)
-                if stub is not None and stub not in seen:
+            for line, stub in _stubs(path):
+                if stub not in seen:
                     seen.add(stub)
-                    yield f"{path}:{node.lineno}", {"stub": stub}
+                    yield f"{path}:{line}", {"stub": stub}
+
+
+# A line that begins a function at the top of a file: without one there is nothing to parse for.
+AT_THE_TOP = re.compile(rb"(?:^|\r)(?:\xef\xbb\xbf)?(?:[ \t\f]*\f)?def[ \t\f\\]", re.MULTILINE)
+
+
+def _stubs(path: Path) -> list[tuple[int, str]]:
+    """(line, stub) of the functions of a file; none of one that does not parse.
+
+    Nothing here is garbage before the file is done, and looking for some takes longer than parsing.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return [(node.lineno, stub) for node in _parsed(path) if (stub := _stub(node)) is not None]
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _parsed(path: Path) -> list[ast.stmt]:
+    try:
+        source = path.read_bytes()
+        return ast.parse(source).body if AT_THE_TOP.search(source) else []
+    except (SyntaxError, ValueError, OSError):
+        return []
 
 
 def _stub(node: ast.stmt) -> str | None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from recover.base import console, dist, zero
 from recover.base.errors import ArtifactError, TrainingError
 from recover.config.recipe import StopEarly, Train
+from recover.maths.divergence import all_finite
 from recover.models.stored_weights import each_weight
 from recover.report.run_files import Finding
 from recover.train.checkpoints import (
@@ -329,7 +330,7 @@ def described(finding: Finding) -> str:
 
 def not_finite(tensors: Iterable[tuple[str, Tensor | None]]) -> list[str]:
     """Names of the tensors that hold a NaN or an infinity on any process, the first few; all processes must call it."""
-    mine = [name for name, value in tensors if value is not None and not bool(value.isfinite().all())]
+    mine = [name for name, value in tensors if value is not None and not all_finite(value)]
     seen = list(dict.fromkeys(dist.gather(mine[:NAMED] + [""] * (NAMED - len(mine[:NAMED])))))
     named = [name for name in seen if name]
     return [*named[:NAMED], "and more"] if len(named) > NAMED or len(mine) > NAMED else named

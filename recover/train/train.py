@@ -21,7 +21,7 @@ from recover.config.recipe import Train
 from recover.config.train import BatchSplit, refuse_averaging_shares, refuse_sharding_twice, split_batch
 from recover.distill.loss_terms import computed
 from recover.models.arch import arch_of
-from recover.models.attention import HALF, packing_configs
+from recover.models.attention import HALF, learning_from_rows, packing_configs
 from recover.models.stored_weights import SharedOut, stored_in
 from recover.report.run_files import EpochScore
 from recover.text.generate import context_of
@@ -97,7 +97,7 @@ def train(
     cfg = _with_rate(twin, tokenizer, cfg, rows, split.micro, collate, seed, run_folder, first, graphed=graphed)
     own = _own_text(twin, tokenizer, cfg, rows, seed, run_folder, fingerprint, collate)
     args = training_arguments(cfg, split, steps, seed, run_folder / "checkpoints", passes=1 + ROLLBACKS, begin=begun)
-    with stop_between_steps() as stop:
+    with stop_between_steps() as stop, learning_from_rows(twin.base):
         trainer = RecoverTrainer(
             twin,
             tokenizer,

@@ -30,7 +30,7 @@ from recover.config.defaults import prior_rate
 from recover.config.recipe import Train
 from recover.distill.distiller import Batch, Distiller, GraphedPasses, rows_scored, scaled, without_mask
 from recover.maths.score import of_ratio
-from recover.models.attention import PACKED_NAME, attending
+from recover.models.attention import PACKED_NAME, attending, learning_from_rows
 from recover.report.run_files import Trial
 from recover.train.sources import Collate
 
@@ -353,8 +353,14 @@ class Bench:
             return
         if self.graphs is not None:
             self.graphs.bring_gradients()
-        with attending(self.distiller.packs if "packing" in batch else (), PACKED_NAME):
-            sums = self.twin.model(**without_mask(batch), distill=self.distiller)
+        with (
+            attending(self.distiller.packs if "packing" in batch else (), PACKED_NAME),
+            learning_from_rows(self.twin.base),
+        ):
+            sums = self.twin.model(
+                **without_mask(batch, needed=self.distiller.needs_mask),
+                distill=self.distiller,
+            )
             scaled(sums["loss"], scale).backward()
 
     def _batch(self, collate: Collate, numbers: Sequence[int]) -> Batch:
@@ -379,7 +385,8 @@ class Bench:
 
     @torch.no_grad()
     def _sums(self, collate: Collate, numbers: Sequence[int], term: str) -> tuple[float, int]:
-        sums = self.twin.model(**without_mask(self._batch(collate, numbers)), distill=self.distiller)
+        batch = without_mask(self._batch(collate, numbers), needed=self.distiller.needs_mask)
+        sums = self.twin.model(**batch, distill=self.distiller)
         return float(sums[term]), int(sums["tokens"])
 
 
