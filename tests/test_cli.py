@@ -163,7 +163,7 @@ def test_every_command_has_examples_that_parse(command: str, recipe_path: Path, 
     if command in STAGE_OF:
         for line in lines:
             if not line.startswith("accelerate"):
-                words = line.replace("recipes/quickstart.yaml", str(recipe_path)).split(" ", 2)[2]
+                words = line.replace("embedded:quickstart", str(recipe_path)).split(" ", 2)[2]
                 # Overrides are checked against a recipe that prunes by count.
                 outcome = call(
                     command, *shlex.split(words), "prune={kind: depth, blocks: [1]}" if "count" in words else "seed=1"
@@ -173,7 +173,7 @@ def test_every_command_has_examples_that_parse(command: str, recipe_path: Path, 
 
 def test_run_help_shows_how_to_override() -> None:
     text = call("run", "--help").output
-    assert "recover run recipes/quickstart.yaml prune.count=3 train.lr=1e-3" in text and "KEY=VALUE" in text
+    assert "recover run embedded:quickstart prune.count=3 train.lr=1e-3" in text and "KEY=VALUE" in text
 
 
 @pytest.mark.parametrize(("command", "stage"), STAGE_OF.items())
@@ -308,6 +308,16 @@ def test_report(run_directory: RunDirectory) -> None:
 def test_what_is_no_run_directory_is_said_with_what_is_beside_it(command: str, run_directory: RunDirectory) -> None:
     result = call(command, str(run_directory.root.parent / "smal"))
     assert result.exit_code == 1 and "not a run directory, it has no recipe.yaml; beside it are small" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["report", "show", "compare", "list"])
+def test_before_the_first_run_each_command_says_what_makes_one(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = call(command, "checkpoints")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: checkpoints: no such folder; ") and "`recover quickstart`" in result.stderr
 
 
 def test_version() -> None:

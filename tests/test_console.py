@@ -87,6 +87,8 @@ def test_text_comes_out_as_it_went_in(capsys: pytest.CaptureFixture[str]) -> Non
     console.warn("[c]")
     console.table("[d]", ["[e]", "n"], [["[f]", 1234567], [None, 0.123456]])
     out, err = capsys.readouterr()
+    console.table("a title that is longer than what stands below it", ["n"], [[1]])
+    assert capsys.readouterr().out.startswith("a title that is longer than what stands below it\n")
     assert out.startswith(f"styled {long}\nnot markup: [/INST] :smile:\n\n[b]\n") and err == "warning: [c]\n"
     assert all(text in out for text in ("[d]", "[e]", "[f]", "1,234,567", "0.1235", "–"))
 

@@ -254,6 +254,9 @@ def test_what_cannot_be_timed_is_a_floor_and_says_why(made, overrides, rate, sai
     expected = estimate(recipe_of(made, *overrides), describe(recipe_of(made).model), rate)["training_seconds"]
     assert steps["how"] == "floor" and steps["seconds"] == expected
     assert all(piece["how"] != "measured" for piece in found["pieces"])
+    assert (
+        forecasts.lines(found)[-1][2].startswith("at least ") and forecasts.lines(found)[-1][3] == "0% of it measured"
+    )
     assert {piece["how"] for piece in found["pieces"] if "answers" in piece["what"]} == {"not counted"}
 
 
@@ -295,6 +298,8 @@ def test_epochs_and_accumulation_are_counted(monkeypatch, made, constant):
     assert seconds("trials of rates", "train.lr=auto") == pytest.approx(1.05 * 20)
     two, three, four = (seconds("measuring after", f"train.epochs={epochs}") for epochs in (2, 3, 4))
     assert three > two and four - three == pytest.approx(three - two)
+    assert 0 < seconds("measuring after the epoch", "train.epochs=1") < two
+    assert seconds("1 step of 4", "train.tokens=40") == 1.0
 
 
 def test_items_that_are_timed_are_alike_and_as_long_as_the_mean():

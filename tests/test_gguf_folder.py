@@ -53,7 +53,7 @@ def written(monkeypatch) -> list[Path]:
 
 
 @pytest.mark.parametrize("variant", ["llama", "mistral", "qwen2"])  # transformers misreads others, which are refused
-def test_the_folder_holds_what_transformers_reads_of_the_file(tmp_path, monkeypatch, variant):
+def test_the_folder_holds_what_transformers_reads_of_the_file(tmp_path, monkeypatch, capsys, variant):
     monkeypatch.setenv("RECOVER_CACHE", str(tmp_path / "cache"))
     path = write_gguf(checkpoint(tmp_path / "deploy", variant), tmp_path / "model.gguf")
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
@@ -65,6 +65,9 @@ def test_the_folder_holds_what_transformers_reads_of_the_file(tmp_path, monkeypa
     assert not hasattr(found.config, "quantization_config") and found.dtype == torch.float32
     assert found.generation_config.eos_token_id == expected.generation_config.eos_token_id
     stock = AutoTokenizer.from_pretrained(**where).get_vocab()
+    assert (
+        "does not declare" not in capsys.readouterr().out
+    )  # of keys that only transformers' reader of the file writes
     rows = found.config.vocab_size  # a token past them is the default of a class, and not of the file
     assert load_tokenizer(cfg(path)).get_vocab() == {token: index for token, index in stock.items() if index < rows}
 

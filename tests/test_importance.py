@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 
 from recover import cli
 from recover.base.artifacts import read_json
-from recover.base.errors import ExportError, ModelError, RecipeError
+from recover.base.errors import DataError, ExportError, ModelError, RecipeError
+from recover.commands import files
 from recover.config import recipe
 from recover.export.gguf import write as writing
 from recover.export.gguf.importance import Importance, importance_of, read_importance, write_importance
@@ -283,3 +284,8 @@ def test_the_command_says_what_has_no_use_of_it(tmp_path: Path) -> None:
         ]
         done = CliRunner().invoke(cli.app, asked)
         assert done.exit_code == 2 and "has no use of it" in done.output.replace("\n", " ")
+
+
+def test_a_text_of_importance_that_is_not_there_is_named_with_its_option(tmp_path):
+    with pytest.raises(DataError, match=r"--importance .*none\.jsonl: .*no such file"):
+        files._measured(recipe.embedded("fable-2m"), str(tmp_path / "none.jsonl"))

@@ -113,6 +113,10 @@ def test_missing_file_and_bytes_that_are_no_text(tmp_path: Path) -> None:
     write(tmp_path)
     with pytest.raises(RecipeError, match=r"mi.yaml: No such file or directory. Did you mean '.*my.yaml'"):
         load_recipe(tmp_path / "mi.yaml")
+    with pytest.raises(
+        RecipeError, match=r"far\.yaml: No such file or directory; `recover init MODEL` writes a recipe"
+    ):
+        load_recipe(tmp_path / "far.yaml")
     (tmp_path / "bad.yaml").write_bytes(b"name: \xff\xfe")
     with pytest.raises(RecipeError, match=r"bad\.yaml: not UTF-8: invalid start byte at byte 6"):
         load_recipe(tmp_path / "bad.yaml")

@@ -28,6 +28,7 @@ from recover.config import named
 from recover.config.recipe import load_recipe
 from recover.run import stages
 from recover.run.draft import Machine
+from recover.text.rows import NotHad
 
 ROOT = Path(__file__).parent.parent
 EMBEDDED = ROOT / "recover" / "embedded" / "recipes"
@@ -84,6 +85,18 @@ def test_doctor_says_what_is_here(monkeypatch):
     for what in ("python", "torch", "deepspeed", "memory", "disk, free here", "hub", "HF_HUB_OFFLINE is set"):
         assert what in done.stdout
     assert all(name in done.stdout for name in (*named.task_names(), *named.blend_names()))
+    assert "LoRA recovery, rank 16, 2,048 tokens at once\n" in done.stdout
+
+
+def test_doctor_says_more_only_of_a_blend_that_has_something(monkeypatch):
+    def none_had(*_, **__):
+        raise NotHad("not here", ["pip install a"])
+
+    rows = [*start._blend("general")]
+    assert [row[1] for row in rows] == ["yes"] and all(not row[2] or row[2].startswith("more by ") for row in rows)
+    monkeypatch.setattr(start, "first_had", none_had)
+    ((_, here, brings),) = start._blend("general")
+    assert (here, brings) == ("no", "pip install a")
 
 
 def test_doctor_measures_sizes_by_the_plans_arithmetic():

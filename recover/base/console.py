@@ -154,12 +154,13 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     from rich.text import Text
 
     body = [list(row) for row in rows]
-    shown = Table(title=Text(visible(title)), title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False)
+    shown = Table(box=SIMPLE, pad_edge=False)
     for index, column in enumerate(columns):
         numeric = all(isinstance(row[index], int | float | None) for row in body)
         shown.add_column(Text(visible(column)), justify="right" if body and numeric else "left")
     for row in body:
         shown.add_row(*(Text(_cell(value)) for value in row))
+    _print(Text(visible(title), style="bold"))  # a title of the table would break at its width
     _print(shown)
 
 

@@ -173,9 +173,10 @@ def say(found: dict[str, Any]) -> None:
     console.table("teacher-forced drift, last layer", columns, map(_final_row, found["temperatures"]))
     divergence = found["divergence"]
     if divergence:
+        first = divergence["first"]["p50"]
+        others = "" if first is None else f", the others part at token {_shown(first)} (median)"
         console.say(
-            f"greedy texts of {divergence['prompts']} prompts: {divergence['never']:.0%} equal to the end, the others "
-            f"part at token {_shown(divergence['first']['p50'])} (median)"
+            f"greedy texts of {divergence['prompts']} prompts: {divergence['never']:.0%} equal to the end{others}"
         )
     for row in found["choices"]:
         console.say(

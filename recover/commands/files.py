@@ -18,7 +18,7 @@ import torch
 from recover.base import console
 from recover.base.artifacts import writing
 from recover.base.console import quiet_libraries
-from recover.base.errors import RecipeError
+from recover.base.errors import DataError, RecipeError
 from recover.commands.measure import model_cfg
 from recover.config.recipe import Calibration, GivenText, Model
 from recover.distill.distiller import scored_rows
@@ -65,7 +65,7 @@ def write_teacher(
     tokens = len(tokenizer)  # a head may have more rows, for padding, and another model of the family fewer
     if top > tokens:
         raise RecipeError(f"--top: {top} tokens, the tokenizer has {tokens}")
-    starts = console.track(range(0, len(samples), batch_size), "teacher reads", unit="batch")
+    starts = console.track(range(0, len(samples), batch_size), "teacher reads", unit="batches")
     done = (row for start in starts for row in teacher_rows(loaded, samples[start : start + batch_size], top, tokens))
     return _write(path, zip(done, of_sample, strict=True))
 
@@ -132,5 +132,8 @@ def _measured(folder: Path, text: str) -> Importance:
     cfg, given = Model(source=str(folder)), Calibration(data=text)
     quiet_libraries()
     length = min(given.length, describe(cfg).context or given.length)
-    batches = calibration_batches(given.model_copy(update={"length": length}), load_tokenizer(cfg), seed=0)
+    try:
+        batches = calibration_batches(given.model_copy(update={"length": length}), load_tokenizer(cfg), seed=0)
+    except DataError as error:
+        raise DataError(f"--importance {text}: {error}") from error
     return importance_of(ready(load_model(cfg)), batches, shown_source(given.data))

@@ -388,10 +388,10 @@ COMMANDS = {
     ),
     measure: (
         "recover measure embedded:fable-2m --tasks embedded:stories embedded:facts --limit 50",
-        "recover measure ORG/NAME --tasks gsm8k.yaml arc_easy.yaml --dtype bfloat16 --batch-size 256 --out out.json",
-        "recover measure checkpoints/quickstart/deploy --tasks humaneval.yaml --allow-code-execution",
+        "recover measure ORG/NAME --tasks gsm8k arc_easy --dtype bfloat16 --batch-size 256 --out out.json",
+        "recover measure checkpoints/quickstart/deploy --tasks humaneval --allow-code-execution",
         "recover measure ORG/NAME --suite standard --limit 200 --allow-code-execution",
-        "recover measure checkpoints/quickstart --tasks gsm8k.yaml",
+        "recover measure checkpoints/quickstart --tasks gsm8k",
         "recover measure ORG/NAME --lm-eval arc_easy,gsm8k --limit 200",
     ),
     diagnose: (

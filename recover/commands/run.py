@@ -28,7 +28,12 @@ OVERRIDE_HELP = (
     "[bold]train.data.0.share=2[/bold] (dotted path, list index from 0, value as YAML)."
 )
 RecipePath = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="YAML file of one complete run.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="RECIPE",
+        help="YAML file of one complete run, such as `recover init` writes, or embedded:quickstart.",
+        show_default=False,
+    ),
 ]
 
 
@@ -130,12 +135,13 @@ Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of run di
 COLUMNS = ("run", "model", "pruned", "done", "when", "dense", "pruned to", "recovered to", "size")
 
 
+NO_RUN = "runs are in checkpoints/, or where --runs said; `recover quickstart` makes one"
+
+
 def list_(folder: Folder = Path("checkpoints")) -> None:
     """List the runs of a folder, the newest first: what is done, and generation of dense, pruned and recovered."""
     if not folder.is_dir():
-        raise ArtifactError(
-            f"{folder}: no such folder; runs are in checkpoints/, or where --runs said; `recover quickstart` makes one"
-        )
+        raise ArtifactError(f"{folder}: no such folder; {NO_RUN}")
     runs = sorted(filter(_is_run, folder.iterdir()), key=lambda path: path.name)
     if not runs:
         raise ArtifactError(f"{folder}: holds no run; `recover quickstart` makes one")
@@ -370,9 +376,8 @@ def _existing(path: Path) -> RunDirectory:
         inside, beside = _runs_in(path), _runs_in(path.absolute().parent) or _runs_in(RUNS)
         there = ", ".join(run.root.name for run in inside or beside)
         where = "in it are" if inside else "beside it are" if _runs_in(path.absolute().parent) else f"in {RUNS} are"
-        raise ArtifactError(
-            f"{path}: not a run directory, it has no recipe.yaml{f'; {where} {there}' if there else ''}"
-        )
+        what = "not a run directory, it has no recipe.yaml" if there or path.is_dir() else "no such folder"
+        raise ArtifactError(f"{path}: {what}; {f'{where} {there}' if there else NO_RUN}")
     return directory
 
 
@@ -393,36 +398,36 @@ def _listed(run: RunDirectory) -> list[str]:
 
 COMMANDS = {
     run: (
-        "recover run recipes/quickstart.yaml",
-        "recover run recipes/quickstart.yaml prune.count=3 train.lr=1e-3",
-        "recover run recipes/quickstart.yaml name=mine 'prune={kind: depth, blocks: [3, 4]}'",
-        "recover run recipes/quickstart.yaml --from train",
-        "recover run recipes/quickstart.yaml deploy.quantize=q8_0 deploy.beside=dense",
-        "accelerate launch --config_file launch/zero2.yaml -m recover run recipes/quickstart.yaml",
+        "recover run embedded:quickstart",
+        "recover run embedded:quickstart prune.count=3 train.lr=1e-3",
+        "recover run embedded:quickstart name=mine 'prune={kind: depth, blocks: [3, 4]}'",
+        "recover run embedded:quickstart --from train",
+        "recover run embedded:quickstart deploy.quantize=q8_0 deploy.beside=dense",
+        "accelerate launch --config_file launch/zero2.yaml -m recover run embedded:quickstart",
     ),
     quickstart: (
         "recover quickstart",
         "recover quickstart prune.count=3 name=three",
     ),
     plan: (
-        "recover plan recipes/quickstart.yaml",
-        "recover plan recipes/quickstart.yaml prune.count=3",
+        "recover plan embedded:quickstart",
+        "recover plan embedded:quickstart prune.count=3",
     ),
     prune: (
-        "recover prune recipes/quickstart.yaml",
-        "recover prune recipes/quickstart.yaml prune.count=3",
+        "recover prune embedded:quickstart",
+        "recover prune embedded:quickstart prune.count=3",
     ),
     probe: (
-        "recover probe recipes/quickstart.yaml",
-        "recover probe recipes/quickstart.yaml probe.steps=64",
+        "recover probe embedded:quickstart",
+        "recover probe embedded:quickstart probe.steps=64",
     ),
     train: (
-        "recover train recipes/quickstart.yaml",
-        "recover train recipes/quickstart.yaml train.epochs=5",
+        "recover train embedded:quickstart",
+        "recover train embedded:quickstart train.epochs=5",
     ),
     export: (
-        "recover export recipes/quickstart.yaml",
-        "recover export recipes/quickstart.yaml export.dtype=bfloat16",
+        "recover export embedded:quickstart",
+        "recover export embedded:quickstart export.dtype=bfloat16",
     ),
     list_: ("recover list", "recover list checkpoints"),
     report: (

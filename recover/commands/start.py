@@ -87,6 +87,7 @@ Row = tuple[str, str, str]  # what, what was found, what it is for or what to do
 OPTIONAL = {  # distribution -> what it is for
     "deepspeed": "ZeRO launches (launch/zero*.yaml); pip install 'recover[deepspeed]'",
     "lm-eval": "recover measure --lm-eval; pip install 'recover[eval]'",
+    "xllamacpp": "GGUF files in q6_k, q5_k_m and q4_k_m; pip install 'recover[gguf]'",
     "triton": "fused kernels on a GPU; comes with torch for CUDA",
 }
 TOKENS = 2048  # at once on a process, in what is said of sizes
@@ -201,8 +202,8 @@ def _blend(name: str) -> Iterator[Row]:
             had.append(first_had(part.sources, path.parent, fetch=False).data)
         except NotHad as error:
             brings += error.brings
-    missing = f"more by {' or '.join(dict.fromkeys(brings))}" if brings else ""
-    yield f"blend:{name}", "yes" if had else "no", missing
+    missing = " or ".join(dict.fromkeys(brings))
+    yield f"blend:{name}", "yes" if had else "no", f"more by {missing}" if had and missing else missing
 
 
 PROMPT = '{"prompt": "What is 7 times 8?"}'

@@ -295,6 +295,9 @@ class Recipe(Config):
         return (names,) if isinstance(names, str) else names
 
 
+A_RECIPE = "; `recover init MODEL` writes a recipe, and embedded:quickstart is one that comes with the package"
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, or `embedded:NAME`, with `key.path=value` overrides, files in it as absolute paths.
 
@@ -302,7 +305,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: no such file, not YAML, or every field that is wrong, each with what was meant.
     """
     path = local_path(str(path))
-    tree = earlier.sections(yaml_values.read(path), str(path))
+    tree = earlier.sections(yaml_values.read(path, instead=A_RECIPE), str(path))
     place_files(tree, path.parent)
     origins = {}
     for override in overrides:

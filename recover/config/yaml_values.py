@@ -118,8 +118,10 @@ def _refuse_repeats(top: yaml.Node) -> None:
         )
 
 
-def read(path: Path) -> JsonObject:
+def read(path: Path, *, instead: str = "") -> JsonObject:
     """The fields of a YAML file; an empty one has none.
+
+    `instead`: what to do where there is no such file, nor one of nearly its name.
 
     Raises:
         RecipeError: no such file, not text, not YAML, not fields, or larger than such a file is.
@@ -131,7 +133,7 @@ def read(path: Path) -> JsonObject:
     try:
         text = path.read_text("utf-8")
     except FileNotFoundError as error:
-        raise RecipeError(f"{path}: {error.strerror}{meant(path)}") from None
+        raise RecipeError(f"{path}: {error.strerror}{meant(path) or instead}") from None
     except IsADirectoryError:
         inside = path / "recipe.yaml"
         hint = f". Did you mean '{inside}'?" if inside.is_file() else ""

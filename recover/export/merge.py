@@ -82,7 +82,7 @@ def tensors(twin: Twin, stock: PreTrainedModel, dtype: torch.dtype) -> Iterator[
     """Name and value of each tensor of `stock` (of `unfilled`), one after the other. Raises as `merge` does."""
     learnt = set(adapted_tensors(twin.base))
     names, turned = _dense_names(stock, twin), conv1d_weights(stock)
-    for name, (dense_name, zeroed) in console.track(names.items(), "merge", unit="tensor"):
+    for name, (dense_name, zeroed) in console.track(names.items(), "merge", unit="tensors"):
         with torch.no_grad():
             tensor, used = _merged(twin, dense_name, _kept_dtype(stock, name, dtype))
         tensor = tensor.T.contiguous() if name in turned else tensor

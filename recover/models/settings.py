@@ -193,12 +193,13 @@ ALWAYS = frozenset(
     )
 )
 # Left out without a word: how it was loaded where it was saved, what the recipe decides, a generation config says, or
-# the class computes of other keys.
+# the class computes of other keys; and what transformers copies out of a GGUF file: a name, and an id of the tokenizer.
 SILENT = frozenset(
     (
         *("_name_or_path", "name_or_path", "_commit_hash", "auto_map", "_attn_implementation_autoset"),
         *("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"),
         *("output_attentions", "output_hidden_states", "return_dict", "use_return_dict", "qk_head_dim"),
+        *("_model_name_or_path", "unk_token_id"),
     )
 )
 # What a generation config may hold: when a text ends, and how the next token is drawn.

@@ -438,7 +438,7 @@ def _work(
                 store.put(number, found)
         return found
 
-    return dist.everywhere(lambda: [do(*numbered) for numbered in console.track(mine, description, unit="batch")])
+    return dist.everywhere(lambda: [do(*numbered) for numbered in console.track(mine, description, unit="batches")])
 
 
 def _rows(trajectory: Trajectory, mark_BS: Tensor) -> Rows:

@@ -186,7 +186,9 @@ def choice_drift(twin: Twin | Pair, items: Sequence[Asked], *, task: str = "choi
         check_ids([list(option) for item in items for option in item.options], view, steps=0)
     found = dist.over(
         _batches(items, batch_size),
-        lambda mine: [_answers(comparison, batch) for batch in console.track(mine, f"choices of {task}", unit="batch")],
+        lambda mine: [
+            _answers(comparison, batch) for batch in console.track(mine, f"choices of {task}", unit="batches")
+        ],
     )
     return _choice_record(task, [answer for answers in found for answer in answers])
 

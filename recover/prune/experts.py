@@ -116,7 +116,7 @@ def _seen(twin: Twin, batches: Sequence[LongTensor]) -> dict[str, dict[int, list
         return take
 
     with watching(twin.model, see):
-        for ids_BT in console.track(batches, "what experts give", unit="batch"):
+        for ids_BT in console.track(batches, "what experts give", unit="batches"):
             twin.model(input_ids=ids_BT.to(twin.model.device), use_cache=False, logits_to_keep=1)
     reap = {block: total_E / tokens[block].clamp_min(1) for block, total_E in sums.items()}
     for block, score_E in reap.items():
@@ -153,7 +153,7 @@ def _closed(
     score = OutputScore(twin, batches, kl_rows)
     found: dict[int, dict[int, float]] = {}
     kept: dict[int, tuple[int, ...]] = {}
-    for block in console.track(list(reap), "KL with experts closed", unit="block"):
+    for block in console.track(list(reap), "KL with experts closed", unit="blocks"):
         experts = len(reap[block])
         asked = _lowest(list(range(experts)), dict(enumerate(reap[block])), min(candidates, experts))
         with keeping(twin.model, kept):

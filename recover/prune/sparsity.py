@@ -70,7 +70,7 @@ def prune_magnitude(twin: Twin, cfg: Magnitude, batches: list[LongTensor], journ
     linears, masks, records = masked_layers(twin.model), {}, {}
     _check_patterns(linears, cfg, [cfg.fraction] * len(blocks_of(twin.model)))
     device = working_device(twin.model.device)
-    for name, linear in console.track(linears.items(), "magnitude", unit="layer"):
+    for name, linear in console.track(linears.items(), "magnitude", unit="layers"):
         with present(*_parameters(linear)):
             score_OI = _finite(name, magnitude_score(linear.weight.detach().to(device)))
         keep_OI = _keep(score_OI, cfg, cfg.fraction)
@@ -172,7 +172,7 @@ def _blockwise(
     found = _Found({}, {}, {}, calibration_record(cfg.calibration, batches) | allocation)
     last = len(fractions) - 1
     with torch.no_grad():
-        for index in console.track(range(len(fractions)), cfg.kind, unit="block"):
+        for index in console.track(range(len(fractions)), cfg.kind, unit="blocks"):
             with stream.resident(index) as linears:
                 block = journal.find(f"block {index}")
                 if block is not None:
@@ -205,7 +205,7 @@ def _allocated(twin: Twin, cfg: Calibrated, batches: Sequence[LongTensor], journ
     count = twin.plan.blocks
     stream = Stream(twin, batches)
     importance, sizes, norms_of = [], [], {}
-    for index in console.track(range(count), f"dense pass for allocation '{cfg.allocation}'", unit="block"):
+    for index in console.track(range(count), f"dense pass for allocation '{cfg.allocation}'", unit="blocks"):
         with stream.resident(index) as linears, torch.no_grad():
             found = norms(stream.measure(index, squares, advance=True))
             scores = {name: wanda_score(linears[name].weight.detach(), norm_I) for name, norm_I in found.items()}
@@ -271,7 +271,9 @@ def _kl_alone(
             )
         return Entry(total / tokens)
 
-    blocks = console.track(enumerate(stream.linears), "KL of each block alone", total=len(stream.linears), unit="block")
+    blocks = console.track(
+        enumerate(stream.linears), "KL of each block alone", total=len(stream.linears), unit="blocks"
+    )
     return [journal.once(f"KL of block {index} alone", lambda each=each: alone(each)).value for index, each in blocks]
 
 

@@ -173,7 +173,7 @@ def prune_width(twin: Twin, cfg: Width, batches: list[LongTensor], journal: Jour
     stream = Stream(twin, batches) if cfg.score == "obs" or cfg.repair == "linear" else None
     weights: dict[str, Tensor] = {}
     records = []
-    for block in console.track(range(len(blocks_of(model))), "width", unit="block"):
+    for block in console.track(range(len(blocks_of(model))), "width", unit="blocks"):
         chosen: dict[Sublayer, Tensor] = {}
         there = [removal for removal in removals if _names(twin, block, removal.part)]
         for removal in there if scores else ():
@@ -338,7 +338,7 @@ def unit_scores(
 
     handles = [place.linear.register_forward_pre_hook(see(name)) for name, place in outgoing.items()]
     try:
-        for ids_BT in console.track(batches, score, unit="batch"):
+        for ids_BT in console.track(batches, score, unit="batches"):
             # One position of logits: nobody reads them, and all would be the largest tensor of the pass.
             model(input_ids=ids_BT.to(model.device), use_cache=False, logits_to_keep=1)
     finally:

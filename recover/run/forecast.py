@@ -319,7 +319,8 @@ class _Forecaster:
             one = span.base + span.blocks * (share + (1 - share) * self.kept)
             return (1 + tried) * steps * one * split_batch(cfg, self.processes).accumulation
 
-        what = f"{steps:,} steps of {cfg.batch_size} sequences{epochs}{', trials of rates' if tried else ''}"
+        said = "1 step" if steps == 1 else f"{steps:,} steps"
+        what = f"{said} of {cfg.batch_size} sequences{epochs}{', trials of rates' if tried else ''}"
         yield self._piece("train", what, trains, floor=self.figures["training_seconds"])
         yield from self._epochs(cfg.epochs)
 
@@ -339,7 +340,8 @@ class _Forecaster:
         timed = [each for each in found if each["how"] == "measured"]
         seconds = epochs * sum(each["seconds"] for each in timed) + drift["seconds"]
         how: How = "measured" if len(timed) == len(found) else "floor"
-        yield {"stage": "train", "what": f"measuring after each of {epochs} epochs", "seconds": seconds, "how": how}
+        what = "measuring after the epoch" if epochs == 1 else f"measuring after each of {epochs} epochs"
+        yield {"stage": "train", "what": what, "seconds": seconds, "how": how}
 
     def _text(self, source: DenseText | PrunedText, found: Lengths, texts: int, tokens: int) -> Piece:
         sampling = Sampling(temperature=source.temperature, top_p=source.top_p) if source.temperature else None
@@ -548,7 +550,10 @@ def lines(found: Forecast) -> list[list[str]]:
     whole = all(piece["how"] == "measured" for piece in found["pieces"])
     short = [piece for piece in found["pieces"] if piece["how"] != "measured"]
     known = 1 - sum(piece["seconds"] for piece in short) / total if total else 0.0
-    return [*rows, ["all", "", console.duration(total), "" if whole else f"{known:.0%} of it measured"]]
+    said = console.duration(total)
+    if any(piece["how"] == "not counted" for piece in found["pieces"]):
+        said, known = f"at least {said}", min(known, 0.99)
+    return [*rows, ["all", "", said, "" if whole else f"{math.floor(100 * known)}% of it measured"]]
 
 
 def _time(piece: Piece) -> str:

@@ -77,7 +77,7 @@ def generate(
     with torch.no_grad(), evaluating(inner), _forked_random_state(inner):
         torch.manual_seed(seed + (min(numbers) if numbers else 0))  # for `plain`: no two processes draw alike
         texts = _with_keys_that_fit(inner, prompts_ids, how)
-        for item, ids in console.track(texts, title, total=len(prompts), unit="text"):
+        for item, ids in console.track(texts, title, total=len(prompts), unit="texts"):
             written[item] = _generation(tokenizer, ids, how)
     return [written[item] for item in range(len(prompts))]
 

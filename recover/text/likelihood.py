@@ -86,7 +86,7 @@ def log_likelihoods(
         for part in _within_memory(batch, rows, model.config.get_text_config().vocab_size)
     ]
     with torch.no_grad(), evaluating(model):
-        for batch in console.track(batches, title, unit="batch"):
+        for batch in console.track(batches, title, unit="batches"):
             sums.update(zip(batch, _batch_sums(model, [rows[item] for item in batch]), strict=True))
     _check_finite(list(sums.values()), title)
     return [sums[item] for item in range(len(rows))]
@@ -111,7 +111,7 @@ def option_log_likelihoods(
     sums: dict[int, list[float]] = {}
     # What an option has behind its first token is often one token.
     with torch.no_grad(), evaluating(model), attending_by_step(configs_of(model)):
-        for batch in console.track(batches, title, unit="batch"):
+        for batch in console.track(batches, title, unit="batches"):
             sums.update(zip(batch, _group_sums(model, [groups[item] for item in batch]), strict=True))
     _check_finite([each for group in sums.values() for each in group], title)
     return [sums[item] for item in range(len(groups))]
@@ -217,7 +217,7 @@ def embeddings(
     rows = [text_ids(tokenizer, text, special=True)[:length] for text in texts]
     found: dict[int, np.ndarray] = {}
     with torch.no_grad(), evaluating(inner):
-        for batch in console.track(batches_by_length(list(map(len, rows)), batch_size), title, unit="batch"):
+        for batch in console.track(batches_by_length(list(map(len, rows)), batch_size), title, unit="batches"):
             vectors_BD = _pooled(inner, [rows[item] for item in batch])
             if not torch.isfinite(vectors_BD).all():
                 raise ModelError(

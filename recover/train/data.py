@@ -170,7 +170,7 @@ def _given(source: GivenText, cfg: Train, tokenizer: PreTrainedTokenizerBase, se
     random.Random(seed).shuffle(order)
     samples: list[Sample] = []
     tokens = skipped = 0
-    for index in console.track(order, f"reading {source.source}", unit="row"):
+    for index in console.track(order, f"reading {source.source}", unit="rows"):
         if tokens >= budget:
             break
         found = samples_of(rows[index], source, tokenizer, cfg.length)

@@ -181,7 +181,7 @@ def check_given(cfg: GivenText, tokenizer: PreTrainedTokenizerBase, length: int)
     if "messages" in cfg.columns:
         _say_tools(cfg.source, rows, cfg.columns["messages"])
     left_out: list[str] = []
-    for index in console.track(range(len(rows)), f"checking {cfg.source}", unit="row"):
+    for index in console.track(range(len(rows)), f"checking {cfg.source}", unit="rows"):
         if index >= CHECKED_ROWS and isinstance(rows, DataSet):
             break  # of the hub, as many as one likes
         if index >= CHECKED_ROWS:

@@ -303,7 +303,7 @@ class TrainingStates:
     ) -> tuple[list[range], list[tuple[Key, Key]]]:
         """Batches of which a state is missing, and the two keys of each row in order; a full disk is refused."""
         todo, coming, positions, seen = [], [], 0, set()
-        for numbers in console.track(batches, "looking up dense states", unit="batch"):
+        for numbers in console.track(batches, "looking up dense states", unit="batches"):
             rows = text_rows(batch_of(numbers))
             missing = self._missing(rows, seen)
             positions += sum(missing)
@@ -333,7 +333,7 @@ class TrainingStates:
         for cache in self._caches:
             cache.tidy()
         fresh: list[dict[Key, Tensor]] = [{} for _ in self._caches]
-        for numbers in console.track(todo, "dense model runs over the text", unit="batch"):
+        for numbers in console.track(todo, "dense model runs over the text", unit="batches"):
             self._run(batch_of(numbers), fresh)
             for cache, waiting in zip(self._caches, fresh, strict=True):
                 if sum(states_ND.nbytes for states_ND in waiting.values()) >= shard_bytes:

@@ -183,7 +183,7 @@ def _problem(ids: Tensor, mask: Tensor, ids_NK: Tensor, logp_NK: Tensor, vocabul
 
 def check_teacher(source: TeacherText, vocabulary: int, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise DataError if a row of the file is not as it should be, is of another tokenizer, or none is to be learnt."""
-    rows = console.track(read_teacher(source, vocabulary, marks(tokenizer)), f"checking {source.source}", unit="row")
+    rows = console.track(read_teacher(source, vocabulary, marks(tokenizer)), f"checking {source.source}", unit="rows")
     if not sum(row.sample.scored("completion") for row in rows):
         raise DataError(f"{source.source}: no row holds a token to learn")
 
@@ -211,7 +211,7 @@ def teacher_samples(
 def _take_in(source: TeacherText, length: int, rows: Iterator[TeacherRow], cache: StateCache) -> list[Sample]:
     samples: list[Sample] = []
     fresh: dict[Key, Tensor] = {}
-    for row in console.track(rows, f"reading {source.source}", unit="row"):
+    for row in console.track(rows, f"reading {source.source}", unit="rows"):
         row = row.cut(length)
         if not len(row.top):
             continue

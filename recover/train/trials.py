@@ -301,7 +301,7 @@ class Bench:
         adam = self.optimizer(rate)
         self.twin.model.train()
         finite = True
-        for step in console.track(range(self.plan.steps), f"trial of lr {rate:.2g}", unit="step"):
+        for step in console.track(range(self.plan.steps), f"trial of lr {rate:.2g}", unit="steps"):
             for group in adam.param_groups:
                 group["lr"] = rate * _shape(step, self.plan.steps)
             finite = self.step(step, adam)

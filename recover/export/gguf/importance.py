@@ -84,7 +84,7 @@ def importance_of(model: PreTrainedModel, batches: Sequence[LongTensor], text: s
     stream = Stream(Twin(model, Plan.none(model.config.num_hidden_layers)), batches)
     names = tensor_names(model.config)
     sums, counts = {}, {}
-    for index in console.track(range(len(stream.linears)), "importance of channels", unit="block"):
+    for index in console.track(range(len(stream.linears)), "importance of channels", unit="blocks"):
         with stream.resident(index), torch.no_grad():
             found = stream.measure(index, _squares_and_count, advance=True)
         for source, measured in found.items():

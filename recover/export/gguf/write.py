@@ -403,7 +403,7 @@ def _write(writer: gguf.GGUFWriter, entries: list[Entry], path: Path) -> None:
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for entry in console.track(entries, "gguf", unit="tensor"):
+        for entry in console.track(entries, "gguf", unit="tensors"):
             writer.write_tensor_data(_data(entry))
     finally:
         writer.close()

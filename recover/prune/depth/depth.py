@@ -346,7 +346,7 @@ def repaired(
     before = kl = _mean_kl(twin, held_out, dense, dropped)
     weights: dict[str, Tensor] = {}
     cuts = []
-    for start, end in console.track(runs_of(dropped), f"repair: {kind}", unit="cut"):
+    for start, end in console.track(runs_of(dropped), f"repair: {kind}", unit="cuts"):
         found, errors = fitted(twin, dropped, kind, fit, weights, start, end)
         with _worn(twin, weights | found):
             after = _mean_kl(twin, held_out, dense, dropped)

@@ -123,7 +123,7 @@ class _Closing(ABC):
         inputs: list[Tensor] = []
         steps = product(range(len(self.batches)), range(len(spans)))
         total = len(self.batches) * len(spans)
-        for batch, candidate in console.track(steps, description, total=total, unit="candidate"):
+        for batch, candidate in console.track(steps, description, total=total, unit="candidates"):
             if candidate == 0:
                 inputs = block_inputs(self.twin, self.batches[batch], closed)
             totals[candidate] += self.total(batch, self._hidden(batch, spans[candidate], closed, inputs))
@@ -169,7 +169,7 @@ class OutputScore(_Closing):
     def __init__(self, twin: Twin, batches: list[LongTensor], rows: LogitMeasure) -> None:
         super().__init__(twin, batches)
         self.rows = rows
-        self.dense = [final_hidden(twin, ids_BT).cpu() for ids_BT in console.track(batches, "dense", unit="batch")]
+        self.dense = [final_hidden(twin, ids_BT).cpu() for ids_BT in console.track(batches, "dense", unit="batches")]
 
     def total(self, batch: int, hidden_ND: Tensor) -> float:
         return row_sum(self.twin, self.rows, self.dense[batch].to(hidden_ND.device), hidden_ND)
@@ -200,7 +200,7 @@ class StreamScore:
         runs = [runs_of(span) for span in spans]
         points = {point for pieces in runs for piece in pieces for point in piece}
         totals = [0.0] * len(spans)
-        for ids_BT in console.track(self.batches, description, unit="batch"):
+        for ids_BT in console.track(self.batches, description, unit="batches"):
             h_ND = {point: h.flatten(0, 1) for point, h in residual_stream(self.twin, ids_BT, closed, points).items()}
             for index, pieces in enumerate(runs):
                 totals[index] += sum(float(self.rows(h_ND[start], h_ND[end]).sum()) for start, end in pieces)
@@ -223,7 +223,7 @@ class TaylorScore:
     def __call__(self, spans: Sequence[Span], closed: frozenset[Site], description: str) -> list[float]:
         runs = [runs_of(span) for span in spans]
         totals = [0.0] * len(spans)
-        for ids_BT in console.track(self.batches, description, unit="batch"):
+        for ids_BT in console.track(self.batches, description, unit="batches"):
             h_BTD, gradient_BTD = stream_gradients(self.twin, ids_BT, closed)
             for index, pieces in enumerate(runs):
                 change_B = sum(
