@@ -19,6 +19,7 @@ from recover import cli
 from recover.base import artifacts
 from recover.base.errors import PruneError, StopRequested
 from recover.cli import app
+from recover.config import named
 from recover.config.recipe import Recipe, dump_recipe, load_recipe
 from recover.run import stages
 from recover.run.directory import RunDirectory
@@ -169,6 +170,11 @@ def test_every_command_has_examples_that_parse(command: str, recipe_path: Path, 
                     command, *shlex.split(words), "prune={kind: depth, blocks: [1]}" if "count" in words else "seed=1"
                 )
                 assert outcome.exit_code == 0, outcome.output
+
+
+def test_the_help_of_measure_names_every_suite() -> None:
+    text = " ".join(call("measure", "--help").output.split())
+    assert [suite for suite in named.lists().suites if not re.search(rf"together:[^.]*\b{suite}\b", text)] == []
 
 
 def test_run_help_shows_how_to_override() -> None:

@@ -302,6 +302,14 @@ def test_epochs_and_accumulation_are_counted(monkeypatch, made, constant):
     assert seconds("1 step of 4", "train.tokens=40") == 1.0
 
 
+def test_the_first_batch_of_text_is_written_whole(monkeypatch, made, constant):
+    monkeypatch.setattr(forecasts._Forecaster, "_lengths", lambda *_, **__: Lengths(12, 10, 20))
+    for batch, texts in ((2, 2), (16, 16)):
+        data = f"train.data=[{{kind: dense, prompts: {made / 'rows.jsonl'}, batch_size: {batch}, temperature: 1.0}}]"
+        found = found_by(made, "train.length=64", "train.tokens=20", data)
+        assert seconds_of(found, f"{texts * 10} tokens that the dense model writes") > 0
+
+
 def test_items_that_are_timed_are_alike_and_as_long_as_the_mean():
     texts = ["x" * size for size in (9, 1, 2, 8, 5, 4, 6, 30, 3, 12)]  # 8 in the mean
     assert pace.of_mean_length([len(text) for text in texts], texts, 3) == [6, 8, 9]

@@ -174,3 +174,18 @@ def test_no_figure_cuts_a_word_off(browser: Browser, files: dict[str, Path], kin
       return word.width && (word.right > figure.right + 1 || word.left < figure.left - 1);
     }).map((text) => text.textContent)""")
     assert cut == []
+
+
+GAPS = """[...document.querySelectorAll('.cards + p, .scroll + p')].map(
+    each => each.getBoundingClientRect().top - each.previousElementSibling.getBoundingClientRect().bottom)"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [1280, 390])
+def test_what_stands_below_a_table_or_the_cards_keeps_away_from_them(
+    browser: Browser, files: dict[str, Path], kind: str, width: int
+) -> None:
+    browser.open(files[kind], width=width)
+    gaps = browser.evaluate(GAPS)
+    assert all(gap >= 12 for gap in gaps), gaps

@@ -116,7 +116,8 @@ def _suites() -> list[str]:
 
 
 Suite = Annotated[
-    str | None, typer.Option("--suite", help="Named tasks together: standard, base, or choice.", autocompletion=_suites)
+    str | None,
+    typer.Option("--suite", help="Named tasks together: standard, base, choice, or chat.", autocompletion=_suites),
 ]
 Harness = Annotated[
     str, typer.Option("--lm-eval", help="Tasks of lm-evaluation-harness, commas between them (extra 'eval').")

@@ -297,9 +297,11 @@ class _Forecaster:
                 scored = found.answer if cfg.loss.scored != "all" else found.prompt + found.answer - 1
                 texts = budget / max(1.0, scored)
                 writes = texts if isinstance(source, PrunedText) or source.temperature else min(texts, prompts)
+                if isinstance(source, DenseText) and not there:  # the first batch is written whole
+                    writes = max(writes, source.batch_size if source.temperature else min(source.batch_size, prompts))
                 new = round(writes) if self.left.get("train", 1.0) < 1 else max(0, round(writes) - there)
                 if new:
-                    yield self._text(source, found, new, min(budget, round(new * found.answer)))
+                    yield self._text(source, found, new, round(new * found.answer))
                 lengths.append((found.prompt, found.answer, texts))
             elif (held := self._held(source)) is not None:
                 prompt, answer = held

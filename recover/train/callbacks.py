@@ -225,7 +225,7 @@ class Epochs(TrainerCallback):
         }
         self.records.append(record)
         self._write_best()
-        kept = " (best so far)" if self.best is record else ""
+        kept = ("" if score is None else " (best so far)") if self.best is record else ""
         averaged = self.trainer.average.count
         kept += f"; mean of {averaged} steps' adapters" if averaged > 1 else ""
         if left_out := self.skips.skipped:
