@@ -351,16 +351,16 @@ def test_bigger_shares_weights_between_processes_and_ends_them_all(tmp_path, mon
     import bigger
 
     out = tmp_path / "rows.jsonl"
-    words = f"--out {out} --stages text train merge --steps 1 --rows tiny:gpu tiny:shared".split()
+    words = f"--out {out} --stages prune text train merge --steps 1 --rows tiny:gpu tiny:shared".split()
     monkeypatch.setenv("PYTHONPATH", str(Path(bigger.__file__).parents[1]))
     monkeypatch.setattr(sys, "argv", ["bigger.py", *words])
     bigger.main()
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [line["stage"] for line in lines] == ["load", "text", "train", "merge"] * 2
-    assert [line.get("processes", 1) for line in lines] == [1] * 4 + [2] * 4
+    assert [line["stage"] for line in lines] == ["load", "prune", "text", "train", "merge"] * 2
+    assert [line.get("processes", 1) for line in lines] == [1] * 5 + [2] * 5
     alone, both = ([line for line in lines if line["row"] == row] for row in ("tiny:gpu", "tiny:shared"))
-    assert alone[2]["losses"][0] == both[2]["losses"][0] and both[2]["losses"][-1] < both[2]["losses"][0]
-    assert (alone[1]["tokens"], alone[3]["bytes"]) == (both[1]["tokens"], both[3]["bytes"])
+    assert alone[3]["losses"][0] == both[3]["losses"][0] and both[3]["losses"][-1] < both[3]["losses"][0]
+    assert (alone[2]["tokens"], alone[4]["bytes"]) == (both[2]["tokens"], both[4]["bytes"])
     monkeypatch.setattr(sys, "argv", ["bigger.py", *words[:-2], "tiny:shared", "--seconds", "0.2"])
     bigger.main()
     assert json.loads(out.read_text().splitlines()[-1])["code"] == "ended after 0.2 s"
