@@ -135,10 +135,10 @@ app = typer.Typer(
     epilog="[bold]Examples[/bold]\n\n"
     "  recover quickstart                             all of it on a small model, in minutes on a CPU\n\n"
     "  recover init ORG/NAME --drop 10% --for math    a recipe for any model, sized to this machine\n\n"
-    "  recover plan recipes/quickstart.yaml           what it will cost: sizes, memory, time of each stage\n\n"
+    "  recover plan my.yaml                           what it will cost: sizes, memory, time of each stage\n\n"
     "  recover show checkpoints/quickstart            which stages are done, and what came out\n\n"
     "  recover measure ORG/NAME --tasks my_task.yaml  any checkpoint, no recipe\n\n"
-    "  accelerate launch --config_file launch/gpu.yaml -m recover run recipes/quickstart.yaml",
+    "  accelerate launch --config_file launch/gpu.yaml -m recover run my.yaml",
     rich_markup_mode="rich",
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # plain tracebacks: they are for reports and logs

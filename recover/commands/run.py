@@ -393,36 +393,36 @@ def _listed(run: RunDirectory) -> list[str]:
 
 COMMANDS = {
     run: (
-        "recover run recipes/quickstart.yaml",
-        "recover run recipes/quickstart.yaml prune.count=3 train.lr=1e-3",
-        "recover run recipes/quickstart.yaml name=mine 'prune={kind: depth, blocks: [3, 4]}'",
-        "recover run recipes/quickstart.yaml --from train",
-        "recover run recipes/quickstart.yaml deploy.quantize=q8_0 deploy.beside=dense",
-        "accelerate launch --config_file launch/zero2.yaml -m recover run recipes/quickstart.yaml",
+        "recover run my.yaml",
+        "recover run my.yaml prune.count=3 train.lr=1e-3",
+        "recover run my.yaml name=mine 'prune={kind: depth, blocks: [3, 4]}'",
+        "recover run my.yaml --from train",
+        "recover run my.yaml deploy.quantize=q8_0 deploy.beside=dense",
+        "accelerate launch --config_file launch/zero2.yaml -m recover run my.yaml",
     ),
     quickstart: (
         "recover quickstart",
         "recover quickstart prune.count=3 name=three",
     ),
     plan: (
-        "recover plan recipes/quickstart.yaml",
-        "recover plan recipes/quickstart.yaml prune.count=3",
+        "recover plan my.yaml",
+        "recover plan my.yaml prune.count=3",
     ),
     prune: (
-        "recover prune recipes/quickstart.yaml",
-        "recover prune recipes/quickstart.yaml prune.count=3",
+        "recover prune my.yaml",
+        "recover prune my.yaml prune.count=3",
     ),
     probe: (
-        "recover probe recipes/quickstart.yaml",
-        "recover probe recipes/quickstart.yaml probe.steps=64",
+        "recover probe my.yaml",
+        "recover probe my.yaml probe.steps=64",
     ),
     train: (
-        "recover train recipes/quickstart.yaml",
-        "recover train recipes/quickstart.yaml train.epochs=5",
+        "recover train my.yaml",
+        "recover train my.yaml train.epochs=5",
     ),
     export: (
-        "recover export recipes/quickstart.yaml",
-        "recover export recipes/quickstart.yaml export.dtype=bfloat16",
+        "recover export my.yaml",
+        "recover export my.yaml export.dtype=bfloat16",
     ),
     list_: ("recover list", "recover list checkpoints"),
     report: (

@@ -339,7 +339,8 @@ class _Forecaster:
         timed = [each for each in found if each["how"] == "measured"]
         seconds = epochs * sum(each["seconds"] for each in timed) + drift["seconds"]
         how: How = "measured" if len(timed) == len(found) else "floor"
-        yield {"stage": "train", "what": f"measuring after each of {epochs} epochs", "seconds": seconds, "how": how}
+        which = f"each of {epochs} epochs" if epochs > 1 else "the epoch"
+        yield {"stage": "train", "what": f"measuring after {which}", "seconds": seconds, "how": how}
 
     def _text(self, source: DenseText | PrunedText, found: Lengths, texts: int, tokens: int) -> Piece:
         sampling = Sampling(temperature=source.temperature, top_p=source.top_p) if source.temperature else None
@@ -545,10 +546,11 @@ def lines(found: Forecast) -> list[list[str]]:
         rows.append(["" if stage == before else stage, piece["what"], _time(piece), piece["how"]])
         before = stage
     total = sum(piece["seconds"] for piece in found["pieces"])
-    whole = all(piece["how"] == "measured" for piece in found["pieces"])
-    short = [piece for piece in found["pieces"] if piece["how"] != "measured"]
-    known = 1 - sum(piece["seconds"] for piece in short) / total if total else 0.0
-    return [*rows, ["all", "", console.duration(total), "" if whole else f"{known:.0%} of it measured"]]
+    hows = {piece["how"] for piece in found["pieces"]}
+    short = sum(piece["seconds"] for piece in found["pieces"] if piece["how"] != "measured")
+    known = f"{1 - short / total if total else 0.0:.0%} of it measured" if hows != {"measured"} else ""
+    least = "at least " if "not counted" in hows else ""
+    return [*rows, ["all", "", f"{least}{console.duration(total)}", known]]
 
 
 def _time(piece: Piece) -> str:
