@@ -26,18 +26,18 @@ import argparse
 import json
 import os
 import resource
-import signal
 import statistics
 import subprocess
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import accelerate
+import psutil
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -90,12 +90,16 @@ def process_of(row: str, options: argparse.Namespace) -> int | str:
         if not torch.cuda.is_available():
             launch = ["-m", "torch.distributed.run", "--nproc_per_node"]
         command = [sys.executable, *launch, str(options.gpus), *command[1:]]
-    with subprocess.Popen(command, env={**os.environ, **NO_MULTICAST}, start_new_session=True) as process:
+    with subprocess.Popen(command, env={**os.environ, **NO_MULTICAST}) as process:
         try:
             return process.wait(options.seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # the launcher's processes too
             return f"ended after {options.seconds} s"
+        finally:  # a launcher's processes have sessions of their own, and outlive it
+            with suppress(psutil.NoSuchProcess):
+                for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    with suppress(psutil.NoSuchProcess):
+                        each.kill()
 
 
 def parser_of() -> argparse.ArgumentParser:

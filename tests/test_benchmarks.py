@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import psutil
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -361,6 +362,9 @@ def test_bigger_shares_weights_between_processes_and_ends_them_all(tmp_path, mon
     alone, both = ([line for line in lines if line["row"] == row] for row in ("tiny:gpu", "tiny:shared"))
     assert alone[3]["losses"][0] == both[3]["losses"][0] and both[3]["losses"][-1] < both[3]["losses"][0]
     assert (alone[2]["tokens"], alone[4]["bytes"]) == (both[2]["tokens"], both[4]["bytes"])
-    monkeypatch.setattr(sys, "argv", ["bigger.py", *words[:-2], "tiny:shared", "--seconds", "0.2"])
+    endless = [*words[:-2], "tiny:shared", "--seconds", "25", "--steps", "1_000_000"]
+    monkeypatch.setattr(sys, "argv", ["bigger.py", *endless])
     bigger.main()
-    assert json.loads(out.read_text().splitlines()[-1])["code"] == "ended after 0.2 s"
+    *begun, last = [json.loads(line) for line in out.read_text().splitlines()]
+    assert begun[-1]["stage"] == "text" and last["code"] == "ended after 25.0 s"
+    assert not [each for each in psutil.process_iter(["cmdline"]) if str(out) in (each.info["cmdline"] or [])]
