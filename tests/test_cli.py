@@ -163,7 +163,7 @@ def test_every_command_has_examples_that_parse(command: str, recipe_path: Path, 
     if command in STAGE_OF:
         for line in lines:
             if not line.startswith("accelerate"):
-                words = line.replace("recipes/quickstart.yaml", str(recipe_path)).split(" ", 2)[2]
+                words = line.replace("my.yaml", str(recipe_path)).split(" ", 2)[2]
                 # Overrides are checked against a recipe that prunes by count.
                 outcome = call(
                     command, *shlex.split(words), "prune={kind: depth, blocks: [1]}" if "count" in words else "seed=1"
@@ -173,7 +173,7 @@ def test_every_command_has_examples_that_parse(command: str, recipe_path: Path, 
 
 def test_run_help_shows_how_to_override() -> None:
     text = call("run", "--help").output
-    assert "recover run recipes/quickstart.yaml prune.count=3 train.lr=1e-3" in text and "KEY=VALUE" in text
+    assert "recover run my.yaml prune.count=3 train.lr=1e-3" in text and "KEY=VALUE" in text
 
 
 @pytest.mark.parametrize(("command", "stage"), STAGE_OF.items())
