@@ -232,11 +232,13 @@ def test_a_wheel_runs_the_quickstart_without_the_repository(tmp_path):
 @pytest.mark.slow
 def test_a_source_archive_builds_and_installs(tmp_path):
     source, out = checkout(tmp_path / "source"), tmp_path / "dist"
+    files = [str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()]
     run(sys.executable, "-c", BUILD.format(out=str(out)), cwd=source)
     (archive,) = out.glob("*.tar.gz")
     with tarfile.open(archive) as held:
         held.extractall(tmp_path / "unpacked", filter="data")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
+    assert not [name for name in files if not name.startswith(".") and not (unpacked / name).is_file()]
     run(sys.executable, "-c", BUILD.format(out=str(tmp_path / "again")), cwd=unpacked)
     (wheel,) = (tmp_path / "again").glob("*.whl")
     program = str(environment(tmp_path / "fresh", wheel))
