@@ -5,11 +5,13 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import psutil
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -343,3 +345,26 @@ def test_bigger_gives_the_same_losses_wherever_weights_lie(tmp_path):
     assert [line["weights"] for line in lines if "weights" in line] == ["resident", "main memory", "main memory"]
     losses = [line["losses"] for line in lines if "losses" in line]
     assert losses[0] == losses[1] == losses[2] and losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.slow  # four processes
+def test_bigger_shares_weights_between_processes_and_ends_them_all(tmp_path, monkeypatch):
+    import bigger
+
+    out = tmp_path / "rows.jsonl"
+    words = f"--out {out} --stages prune text train merge --steps 1 --rows tiny:gpu tiny:shared".split()
+    monkeypatch.setenv("PYTHONPATH", str(Path(bigger.__file__).parents[1]))
+    monkeypatch.setattr(sys, "argv", ["bigger.py", *words])
+    bigger.main()
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["stage"] for line in lines] == ["load", "prune", "text", "train", "merge"] * 2
+    assert [line.get("processes", 1) for line in lines] == [1] * 5 + [2] * 5
+    alone, both = ([line for line in lines if line["row"] == row] for row in ("tiny:gpu", "tiny:shared"))
+    assert alone[3]["losses"][0] == both[3]["losses"][0] and both[3]["losses"][-1] < both[3]["losses"][0]
+    assert (alone[2]["tokens"], alone[4]["bytes"]) == (both[2]["tokens"], both[4]["bytes"])
+    endless = [*words[:-2], "tiny:shared", "--seconds", "25", "--steps", "1_000_000"]
+    monkeypatch.setattr(sys, "argv", ["bigger.py", *endless])
+    bigger.main()
+    *begun, last = [json.loads(line) for line in out.read_text().splitlines()]
+    assert begun[-1]["stage"] == "text" and last["code"] == "ended after 25.0 s"
+    assert not [each for each in psutil.process_iter(["cmdline"]) if str(out) in (each.info["cmdline"] or [])]

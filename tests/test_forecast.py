@@ -283,6 +283,9 @@ def test_a_stage_after_the_other_with_what_it_does(made, quick):
     rows = forecasts.lines(found)
     total = sum(piece["seconds"] for piece in found["pieces"])
     assert rows[-1][0] == "all" and rows[-1][2] == console.duration(total)
+    unknown = {"stage": "after", "what": "a probe", "seconds": 0.0, "how": "not counted"}
+    rows = forecasts.lines({**found, "pieces": [*found["pieces"], unknown]})
+    assert rows[-1][2] == f"at least {console.duration(total)}" and rows[-2][2:] == ["–", "not counted"]
 
 
 def test_epochs_and_accumulation_are_counted(monkeypatch, made, constant):
@@ -296,7 +299,8 @@ def test_epochs_and_accumulation_are_counted(monkeypatch, made, constant):
     assert seconds("steps of 4") == 20.0  # 800 tokens of texts of 10, 4 a step
     assert seconds("steps of 4", "train.micro_batch_size=2") == 40.0
     assert seconds("trials of rates", "train.lr=auto") == pytest.approx(1.05 * 20)
-    two, three, four = (seconds("measuring after", f"train.epochs={epochs}") for epochs in (2, 3, 4))
+    assert seconds("measuring after the epoch", "train.epochs=1") > 0
+    two, three, four = (seconds("measuring after each of", f"train.epochs={epochs}") for epochs in (2, 3, 4))
     assert three > two and four - three == pytest.approx(three - two)
     assert 0 < seconds("measuring after the epoch", "train.epochs=1") < two
     assert seconds("1 step of 4", "train.tokens=40") == 1.0

@@ -183,6 +183,12 @@ def test_keys_that_no_class_declares_do_not_reach_the_library(folder: Path, caps
     assert not hasattr(model.config, "unsloth") and callable(model.config.to_dict)
 
 
+def test_keys_that_transformers_reads_out_of_a_gguf_file_are_left_out_without_a_word(folder: Path, capsys) -> None:
+    edit(folder / "config.json", _model_name_or_path="x", unk_token_id=0)
+    assert not hasattr(load_model(recipe.Model(source=str(folder))).config, "_model_name_or_path")
+    assert "does not declare" not in capsys.readouterr().out
+
+
 def test_what_a_model_is_to_give_back_is_not_for_its_config_to_say(folder: Path) -> None:
     edit(folder / "config.json", return_dict=False, output_hidden_states=True, output_attentions=True)
     ids = torch.tensor([[3, 4, 5]])

@@ -115,6 +115,13 @@ def test_doctor_fails_where_a_library_is_too_old(monkeypatch):
     assert done.exit_code == 2 and "too old: torch>=99.0" in done.stderr
 
 
+def test_doctor_says_what_is_newer_than_what_was_tested_and_goes_on(monkeypatch):
+    monkeypatch.setattr(start.metadata, "requires", lambda name: ["torch>=1.0,<2.0"])
+    done = call("doctor")
+    assert done.exit_code == 0, done.output
+    assert "newer than what was tested: torch" in done.stdout and "too old" not in done.output
+
+
 def test_deepspeed_is_asked_for_by_name_where_it_is_missing(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr(dist.importlib.util, "find_spec", lambda name: None)

@@ -86,8 +86,10 @@ def _reasons() -> Iterator[str]:
 Row = tuple[str, str, str]  # what, what was found, what it is for or what to do
 OPTIONAL = {  # distribution -> what it is for
     "deepspeed": "ZeRO launches (launch/zero*.yaml); pip install 'recover[deepspeed]'",
+    "bitsandbytes": "model.load_in: 4bit; pip install 'recover[quantized]'",
     "lm-eval": "recover measure --lm-eval; pip install 'recover[eval]'",
     "xllamacpp": "GGUF files in q6_k, q5_k_m and q4_k_m; pip install 'recover[gguf]'",
+    "langdetect": "the task ifeval; pip install 'recover[ifeval]'",
     "triton": "fused kernels on a GPU; comes with torch for CUDA",
 }
 TOKENS = 2048  # at once on a process, in what is said of sizes
@@ -114,6 +116,8 @@ def _software() -> Iterator[Row]:
             yield requirement.name, "not installed", f"needed: {requirement}"
         elif requirement.specifier.contains(Version(found), prereleases=True):
             yield requirement.name, found, ""
+        elif any(bound.operator in ("<", "<=") and not bound.contains(found) for bound in requirement.specifier):
+            yield requirement.name, found, f"newer than what was tested: {requirement}"
         else:
             yield requirement.name, found, f"too old: {requirement}"
     for name, use in OPTIONAL.items():
@@ -321,12 +325,18 @@ def _lacking(name: str, error: NotHad, missing: Missing) -> str:
     return "CANNOT BE USED HERE: see the top of this file"
 
 
+def _launch() -> str:
+    """What `accelerate launch` is told for several GPUs: by the file, or the same by flags where there is no clone."""
+    file = Path("launch/gpu.yaml")
+    return f"--config_file {file}" if file.is_file() else "--multi_gpu --num_machines 1 --mixed_precision no"
+
+
 def _head(machine: draft.Machine, path: Path, missing: Sequence[str]) -> Iterator[str]:
     yield f"Written by `recover init` for {machine.name}, {console.size(machine.memory)}. Then:"
     yield f"  recover plan {path}"
     yield f"  recover run {path}"
     if machine.count > 1:
-        yield f"  accelerate launch --config_file launch/gpu.yaml --num_processes {machine.count} -m recover run {path}"
+        yield f"  accelerate launch {_launch()} --num_processes {machine.count} -m recover run {path}"
     yield "How long it takes is not said here: `recover plan` times a step, a text and a probe on this machine."
     yield "Values come from recover/config/defaults.py and docs/results.md; docs/recipes.md says what to expect."
     for each in missing:
