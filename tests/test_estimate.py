@@ -10,7 +10,7 @@ import yaml
 from tiny import tiny
 
 from recover.base import dist, memory
-from recover.config.recipe import Recipe, parse_recipe
+from recover.config.recipe import Recipe, load_recipe, parse_recipe
 from recover.models.load import Description, describe
 from recover.run import estimate as estimates
 from recover.run.estimate import too_large, warnings
@@ -151,3 +151,14 @@ def test_a_plan_warns_of_main_memory(monkeypatch, tmp_path):
     assert any(
         line.startswith("main memory has 700 MB for this run") for line in warnings(recipe, describe(recipe.model))
     )
+
+
+def test_a_budget_that_long_texts_use_up_before_the_first_step_is_warned_of() -> None:
+    def said(tokens: int) -> list[str]:
+        small = load_recipe("embedded:quickstart", [f"train.tokens={tokens}", "train.epochs=2", "train.batch_size=8"])
+        return [line for line in warnings(small, describe(small.model)) if line.startswith("train.tokens")]
+
+    length = load_recipe("embedded:quickstart").train.length
+    assert said(16 * length) == []
+    (line,) = said(16 * length - 1)
+    assert "make only 15 sequences" in line and "below 16, one step of 8 an epoch" in line

@@ -332,6 +332,15 @@ def test_runs_within_noise_of_one_another_are_called_equal(tmp_path: Path, capsy
     assert ranking(data) in capsys.readouterr().out
 
 
+def test_runs_that_keep_nothing_are_not_said_to_keep_most(tmp_path: Path) -> None:
+    runs = [build_run(tmp_path, name=name) for name in ("a", "b")]
+    for run in runs:
+        score = {"exact_match": 0.0, "interval95": [0.0, 0.02]}
+        rewrite(run / "after/measure.json", lambda record, score=score: record["tasks"]["sums"].update(score))
+    assert ranking(compare(runs)) == ranking(compare(runs[:1])) == "No run keeps any generation"
+    assert words.plan_short({"dropped": [1], "blocks": 12}) == "1 block of 12"  # pyright: ignore[reportArgumentType]
+
+
 def test_names_of_levels_stand_outside_the_ring(tmp_path: Path) -> None:
     """The epoch that is kept is the last one and as good as dense: its ring reaches right of the axis."""
     data = collect(build_run(tmp_path))

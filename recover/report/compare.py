@@ -89,6 +89,8 @@ def beyond_noise(better: ComparedRun, other: ComparedRun) -> bool:
 
 def ranking(data: Comparison) -> str:
     """Which run keeps most generation, in one line, as far as that can be said; empty if nothing can."""
+    if (data["best"] or data["equal"]) and not data["runs"][0]["kept"]["recovered"]["generation"]:
+        return "No run keeps any generation"
     if data["best"]:
         return f"{data['best']} keeps most generation"
     if not data["equal"]:

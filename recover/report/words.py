@@ -190,7 +190,7 @@ def plan_short(plan: Plan | None) -> str:
         (len(plan.get(field) or ()), what)
         for field, what in (("dropped", "blocks"), ("dropped_attention", "attentions"), ("dropped_mlp", "MLPs"))
     ]
-    parts = [f"{number} {what}" for number, what in counts if number]
+    parts = [f"{number} {what[:-1] if number == 1 else what}" for number, what in counts if number]
     if parts:
         return f"{' and '.join(parts)} of {plan['blocks']}"
     if plan.get("experts"):

@@ -149,7 +149,18 @@ def warnings(recipe: Recipe, model: Description) -> list[str]:
             f"model.load_in: what is pruned, what teaches and what is measured is the model in {recipe.model.load_in}; "
             "the export is merged into the weights of the files, and is not measured as it is"
         )
-    return [*found, *pruner_of(recipe.prune).cost(recipe.prune, model).warnings]
+    return [*found, *_few_sequences(recipe.train), *pruner_of(recipe.prune).cost(recipe.prune, model).warnings]
+
+
+def _few_sequences(cfg: Train) -> Iterator[str]:
+    """A warning where long texts may leave fewer sequences than training takes, which only their lengths will show."""
+    needed, made = cfg.batch_size * cfg.epochs, cfg.tokens // cfg.length
+    if made < needed:
+        yield (
+            f"train.tokens: {cfg.tokens:,} tokens make only {made} sequences where each has the {cfg.length:,} tokens "
+            f"of train.length, and training ends with an error below {needed}, one step of {cfg.batch_size} an epoch: "
+            "raise tokens, or lower batch_size or epochs"
+        )
 
 
 def training_memory(recipe: Recipe, model: Description, cost: Cost) -> memory.Training:
