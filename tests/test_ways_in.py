@@ -65,11 +65,13 @@ def test_runs_are_listed_the_newest_first(tmp_path):
     (tmp_path / "runs" / "file.txt").write_text("of others")
     lines = [line.split() for line in call("list", str(tmp_path / "runs")).stdout.splitlines()]
     names = [line[0] for line in lines if line and line[0] in ("first", "second", "no-run", "file.txt")]
-    assert names == ["second", "first"]
+    assert names == ["second", "first"] and lines[0][:3] == ["2", "runs", "in"]
     broken = tmp_path / "runs" / "first" / "before" / "measure.json"
     broken.write_text("{")
     done = call("list", str(tmp_path / "runs"))
     assert done.exit_code == 0 and "corrupt JSON" in done.stdout and "second" in done.stdout
+    shutil.rmtree(tmp_path / "runs" / "first")
+    assert call("list", str(tmp_path / "runs")).stdout.split()[:3] == ["1", "run", "in"]
 
 
 def test_where_no_run_is_that_is_said(tmp_path):

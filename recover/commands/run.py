@@ -146,7 +146,7 @@ def list_(folder: Folder = Path("checkpoints")) -> None:
     if not runs:
         raise ArtifactError(f"{folder}: holds no run; `recover quickstart` makes one")
     rows = sorted((_row(RunDirectory(path)) for path in runs), key=lambda row: row[4], reverse=True)
-    console.table(f"{len(runs)} runs in {folder}", COLUMNS, rows)
+    console.table(f"{len(runs)} {'run' if len(runs) == 1 else 'runs'} in {folder}", COLUMNS, rows)
     console.say("[dim]generation; recover show RUN says more, recover compare RUN RUN puts runs side by side[/dim]")
 
 
