@@ -32,20 +32,21 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import accelerate
-import psutil
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parent / "several_gpus"))
 
 from byte_tokenizer import byte_tokenizer
+from launching import kill
 
 from recover.base import dist
 from recover.base.memory import PUBLISHED, Shape
@@ -95,11 +96,8 @@ def process_of(row: str, options: argparse.Namespace) -> int | str:
             return process.wait(options.seconds)
         except subprocess.TimeoutExpired:
             return f"ended after {options.seconds} s"
-        finally:  # a launcher's processes have sessions of their own, and outlive it
-            with suppress(psutil.NoSuchProcess):
-                for each in [*psutil.Process(process.pid).children(recursive=True), process]:
-                    with suppress(psutil.NoSuchProcess):
-                        each.kill()
+        finally:
+            kill(process)
 
 
 def parser_of() -> argparse.ArgumentParser:

@@ -28,7 +28,7 @@ import torch
 
 from recover.base.console import quiet_libraries
 from recover.config.recipe import DenseText, Recipe, Train, load_recipe
-from recover.distill.distiller import Distiller, without_mask
+from recover.distill.distiller import Distiller
 from recover.models.load import load_model, load_tokenizer, ready
 from recover.models.plan import Plan
 from recover.models.twin import Twin
@@ -132,7 +132,9 @@ def sums(twin: Twin, cfg: Train, rows: Any, scored: str) -> dict[str, float]:
     total = {"kl": 0.0, "ce": 0.0, "tokens": 0.0}
     for start in range(0, len(rows), GROUP):
         batch = collate([rows[at] for at in range(start, min(start + GROUP, len(rows)))])
-        found = twin.model(**without_mask({name: each.to(device) for name, each in batch.items()}), distill=distiller)
+        found = twin.model(
+            **distiller.given({name: each.to(device) for name, each in batch.items()}), distill=distiller
+        )
         total = {name: value + float(found[name]) for name, value in total.items()}
     return {name: total[name] / total["tokens"] for name in ("kl", "ce")}
 

@@ -195,6 +195,16 @@ def test_padded_rows_with_a_mask_are_learnt_without_the_kernel_that_gave_nan():
     assert seen == {"by rows": False, "plain": before}
 
 
+def test_a_mask_is_given_to_models_that_need_one_alone():
+    batch = collator(0, "completion")(
+        [{"input_ids": row, "completion_mask": [1] * len(row)} for row in rows_of((5, 9))]
+    )
+    for model, needed in ((pair("phi3 longrope")[1], True), (tiny("llama"), False)):
+        given = Distiller(Twin(model, Plan("depth", 6, (2,))), Loss(kl=1.0)).given(batch)
+        assert (given["attention_mask"] is batch["attention_mask"]) is needed and given["labels"] is batch["labels"]
+        assert needed or given["attention_mask"] is None
+
+
 def test_a_teacher_says_the_same_of_a_row_beside_a_longer_one():
     _, ours = pair("phi3 longrope")
     samples = [Sample(row, [1] * len(row)) for row in rows_of((9, SWITCH + 9))]

@@ -80,14 +80,20 @@ def tree(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return []
 
 
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """With all below it: a launcher's processes have sessions of their own, and outlive it."""
+    for each in tree(process):
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+
+
 def end_all() -> None:
     """Start nothing more, and kill every launch that runs, with all below it: the next one has the machine alone."""
     with STARTING:
         OVER.set()
     for process in STARTED:
-        for each in tree(process) if process.poll() is None else []:
-            with suppress(psutil.NoSuchProcess):
-                each.kill()
+        if process.poll() is None:
+            kill(process)
 
 
 def workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:

@@ -99,13 +99,12 @@ def scaled(loss: Tensor, scale: Tensor) -> Tensor:
     return loss * (scale + 0.0 * loss.detach())
 
 
-def without_mask(batch: Batch, *, needed: bool = False) -> Batch:
-    """A right-padded batch as training gives it to a model: under causal attention no token sees padding behind it.
+def without_mask(batch: Batch) -> Batch:
+    """A right-padded batch whose mask is left out: under causal attention no token sees padding behind it.
 
-    With a mask, attention leaves its causal kernel, and grouped KV heads are copied for each query head. `needed`: it
-    is kept, for a model that goes by how long each row is.
+    With a mask, attention leaves its causal kernel, and grouped KV heads are copied for each query head.
     """
-    return batch if needed else {**batch, "attention_mask": None}
+    return {**batch, "attention_mask": None}
 
 
 @dataclass(frozen=True)
@@ -139,6 +138,10 @@ class Distiller:
         self.packs = packing_configs(twin.base)  # empty: batches must not be packed
         self.adapters = _unmasked_adapters(twin)
         self.needs_mask = goes_by_length(twin.base)  # of rows that are padded, to know how long each is
+
+    def given(self, batch: Batch) -> Batch:
+        """A right-padded batch as training gives it to the model: without its mask, where the model needs none."""
+        return batch if self.needs_mask else without_mask(batch)
 
     def stand_at(self, share: float, focus_mean: float | None = None) -> None:
         """From here on the weights are those that hold after this part of a training's steps.

@@ -197,10 +197,9 @@ ALWAYS = frozenset(
 SILENT = frozenset(
     (
         *("_name_or_path", "name_or_path", "_commit_hash", "auto_map", "_attn_implementation_autoset"),
-        *("_model_name_or_path", "unk_token_id"),  # what transformers reads out of a GGUF file
+        *("_model_name_or_path", "unk_token_id"),
         *("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"),
         *("output_attentions", "output_hidden_states", "return_dict", "use_return_dict", "qk_head_dim"),
-        *("_model_name_or_path", "unk_token_id"),
     )
 )
 # What a generation config may hold: when a text ends, and how the next token is drawn.

@@ -45,6 +45,7 @@ from recover.base.artifacts import (
 )
 from recover.base.errors import ArtifactError
 from recover.base.zero import gathered
+from recover.maths.divergence import all_finite
 from recover.report.run_files import EpochScore, Finding
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ def read_adapter(model: PeftModel, folder: Path) -> None:
             f"tensors). {mend}"
         )
     for name, value in state.items():
-        if not value.is_floating_point() or not value.isfinite().all():
+        if not value.is_floating_point() or not all_finite(value):
             raise ArtifactError(f"{path}: {name} holds no finite numbers of floating point. {mend}")
     set_peft_model_state_dict(model, state)
 

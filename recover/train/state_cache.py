@@ -38,7 +38,7 @@ from torch.nn.utils.rnn import pad_sequence
 from recover.base import console, dist
 from recover.base.artifacts import TEMPORARY, explained, read_json, sha256, write_bytes, write_json
 from recover.base.errors import ArtifactError
-from recover.distill.distiller import IGNORED, Batch, DenseStates, Distiller, packing_of, without_mask
+from recover.distill.distiller import IGNORED, Batch, DenseStates, Distiller, packing_of
 from recover.kernels import fused
 from recover.models.attention import packing_configs
 from recover.models.stored_weights import each_weight
@@ -348,7 +348,7 @@ class TrainingStates:
         model = self.distiller.twin.base
         device = next(model.parameters()).device
         on_device: Any = send_to_device(batch, device)
-        states = self.distiller.dense_states(model, **without_mask(on_device, needed=self.distiller.needs_mask))
+        states = self.distiller.dense_states(model, **self.distiller.given(on_device))
         rows = text_rows(batch)
         for row, h_ND in zip(rows, states.h_ND.cpu().split([row.scored for row in rows]), strict=True):
             if row.dense not in self.dense.where:

@@ -24,7 +24,7 @@ from recover.base import dist, zero
 from recover.base.errors import StopRequested, TrainingError
 from recover.base.process import Interrupted, Stop
 from recover.config.recipe import PrunedText, Train
-from recover.distill.distiller import Batch, Distiller, GraphedPasses, scaled, scored_tokens, without_mask
+from recover.distill.distiller import Batch, Distiller, GraphedPasses, scaled, scored_tokens
 from recover.models.attention import PACKED_NAME, attending
 from recover.models.stored_weights import StoredWeights, comes_and_goes, gather_by_block, stored_in
 from recover.models.twin import modules_below, plain_modes, set_training
@@ -222,7 +222,7 @@ class RecoverTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """This micro-batch's part of the mean loss per token, as autograd must see it."""
         assert not return_outputs
-        sums = model(**without_mask(inputs, needed=self.distiller.needs_mask), distill=self.distiller)
+        sums = model(**self.distiller.given(inputs), distill=self.distiller)
         self._count(sums)
         return scaled(sums["loss"], self._scale(num_items_in_batch))
 

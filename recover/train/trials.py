@@ -28,7 +28,7 @@ from recover.base.artifacts import read_json, write_json
 from recover.base.errors import ArtifactError, TrainingError
 from recover.config.defaults import prior_rate
 from recover.config.recipe import Train
-from recover.distill.distiller import Batch, Distiller, GraphedPasses, rows_scored, scaled, without_mask
+from recover.distill.distiller import Batch, Distiller, GraphedPasses, rows_scored, scaled
 from recover.maths.score import of_ratio
 from recover.models.attention import PACKED_NAME, attending, learning_from_rows
 from recover.report.run_files import Trial
@@ -357,10 +357,7 @@ class Bench:
             attending(self.distiller.packs if "packing" in batch else (), PACKED_NAME),
             learning_from_rows(self.twin.base),
         ):
-            sums = self.twin.model(
-                **without_mask(batch, needed=self.distiller.needs_mask),
-                distill=self.distiller,
-            )
+            sums = self.twin.model(**self.distiller.given(batch), distill=self.distiller)
             scaled(sums["loss"], scale).backward()
 
     def _batch(self, collate: Collate, numbers: Sequence[int]) -> Batch:
@@ -385,7 +382,7 @@ class Bench:
 
     @torch.no_grad()
     def _sums(self, collate: Collate, numbers: Sequence[int], term: str) -> tuple[float, int]:
-        batch = without_mask(self._batch(collate, numbers), needed=self.distiller.needs_mask)
+        batch = self.distiller.given(self._batch(collate, numbers))
         sums = self.twin.model(**batch, distill=self.distiller)
         return float(sums[term]), int(sums["tokens"])
 
