@@ -87,7 +87,7 @@ def test_a_vocabulary_of_sentencepiece_has_scores_in_the_place_of_merges():
     ("tokenizer", "message"),
     [
         (word_level(), "its vocabulary is a WordLevel; GGUF is written for BPE only"),
-        (bpe(byte_level(), byte_fallback=True), r"SentencePiece BPE .* changes texts by None; .* as Gemma's"),
+        (pieces(normalizer=[normalizers.Lowercase()], merges=[("a", "b")]), "SentencePiece BPE .*Lowercase.* as Gemma's"),
         (
             pieces(normalizer=[normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")], merges=[("a", "b")]),
             "SentencePiece BPE .*Prepend",
@@ -108,6 +108,12 @@ def test_a_vocabulary_of_sentencepiece_has_scores_in_the_place_of_merges():
 def test_vocabularies_that_llama_cpp_would_read_otherwise_are_refused(tokenizer, message):
     with pytest.raises(ExportError, match=message):
         vocabulary(tokenizer, max(5, len(tokenizer)), [0])
+
+
+def test_byte_fallback_without_tokens_of_bytes_and_an_empty_normalizer_say_nothing():
+    """As transformers 5.17 reads SmolLM2's tokenizer from a GGUF file."""
+    dressed = bpe(byte_level(), byte_fallback=True, normalizer=normalizers.Sequence([]))
+    assert vocabulary(dressed, 4, [0]) == vocabulary(bpe(byte_level()), 4, [0])
 
 
 def test_a_token_without_a_row_that_no_text_gives_is_left_out(capsys):

@@ -122,7 +122,7 @@ def _core(tokenizer: PreTrainedTokenizerBase) -> JsonObject:
 
 
 def _refuse_other_kinds(core: JsonObject) -> None:
-    model, normalizer = core["model"], core["normalizer"]
+    model, normalizer = core["model"], _normalizer(core)
     if model["type"] != "BPE":
         raise ExportError(f"tokenizer: its vocabulary is a {model['type']}; GGUF is written for BPE only")
     for part in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
@@ -214,13 +214,23 @@ def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
 
 
 def _of_pieces(core: JsonObject) -> bool:
-    """Whether what the vocabulary does not know is written as bytes, by tokens of their own."""
-    return bool(core["model"].get("byte_fallback"))
+    """Whether what the vocabulary does not know is written as bytes, by tokens of their own.
+
+    transformers 5.17 says `byte_fallback` of every tokenizer that it reads from a GGUF file; without tokens of bytes it
+    has no effect.
+    """
+    return bool(core["model"].get("byte_fallback")) and not BYTES.isdisjoint(core["model"]["vocab"])
+
+
+def _normalizer(core: JsonObject) -> JsonObject | None:
+    """What is done to a text first; None where nothing is."""
+    step = core["normalizer"]
+    return None if step is not None and step.get("normalizers") == [] else step
 
 
 def _refuse_other_pieces(core: JsonObject) -> None:
     """Raise ExportError unless texts are cut as Gemma's: blanks become letters, and nothing else is done before."""
-    normalizer, step = core["normalizer"], core["pre_tokenizer"]
+    normalizer, step = _normalizer(core), core["pre_tokenizer"]
     if normalizer != {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}:
         raise ExportError(
             f"tokenizer: a SentencePiece BPE (with byte fallback) that changes texts by {normalizer}; GGUF is written "
