@@ -42,6 +42,14 @@ def twin_of(family: str = "llama", what: Any = "all") -> Twin:
     return twin
 
 
+def twin_with_experts_adapted(family: str) -> Twin:
+    twin = Twin(tiny(family).cuda().to(torch.bfloat16), Plan("depth", 6, (3, 4)))
+    torch.manual_seed(0)
+    twin.add_lora(Lora(rank=4, parts=("linears", "experts", "router")))
+    twin.model.cuda().train()
+    return twin
+
+
 def trained_of(twin: Twin) -> list[Any]:
     return [parameter for parameter in twin.model.parameters() if parameter.requires_grad]
 
@@ -91,6 +99,14 @@ def test_replayed_steps_are_the_launched_ones(monkeypatch, family: str, what: An
     monkeypatch.setattr(console, "warn", pytest.fail)
     plain, replayed = (steps(twin_of(family, what), graphed=graphed) for graphed in (False, True))
     assert all(torch.equal(one, other) for one, other in zip(plain, replayed, strict=True))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "mixtral"])
+def test_steps_of_mixtures_are_recorded_with_their_experts(monkeypatch, family: str):
+    monkeypatch.setattr(console, "warn", pytest.fail)
+    plain, replayed = (steps(twin_with_experts_adapted(family), graphed=graphed) for graphed in (False, True))
+    for one, other in zip(plain, replayed, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-2)
 
 
 def test_a_batch_prepared_ahead_and_one_that_was_not_are_the_same():

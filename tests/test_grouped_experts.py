@@ -16,7 +16,8 @@ from recover.base import console
 from recover.config.recipe import Lora
 from recover.kernels.fused import record
 from recover.models import experts as module
-from recover.models.experts import IN, OUT, Pairs, mixtures_of
+from recover.models.arch import experts_of
+from recover.models.experts import IN, OUT, Pairs, mixtures_of, taken_one_by_one, used_parameters
 from recover.models.plan import Plan
 from recover.models.twin import Twin
 from recover.text.decode import write
@@ -208,6 +209,26 @@ def test_one_matrix_alone_may_have_adapters(name):
         found[way] = experts(hidden, index, weights, factors={name: layer.factors()})
     torch.testing.assert_close(found["grouped_mm"], found["eager"], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(found["eager"], experts(hidden, index, weights), atol=1e-2)
+
+
+@pytest.mark.parametrize(("family", "count", "used"), [("qwen3_moe", 8, 2), ("gpt_oss", 4, 2)])
+def test_of_a_mixture_the_parameters_count_that_a_token_goes_through(family, count, used):
+    model = tiny(family)
+    assert experts_of(model.config) == (count, used)
+    named = dict(Twin(model, Plan.none(6)).base.named_parameters())
+    idle = sum(each.numel() for name, each in named.items() if ".experts." in name) * (count - used) // count
+    assert 0 < idle == sum(each.numel() for each in named.values()) - used_parameters(model)
+    assert used_parameters(tiny("llama")) == tiny("llama").num_parameters()
+
+
+def test_a_pass_waits_for_experts_with_masks_and_those_without_a_grouped_product():
+    twin = Twin(tiny("qwen3_moe"), Plan.none(6))
+    assert not taken_one_by_one(twin.base)
+    mixtures_of(twin.base)[2].experts.masks = (OUT,)
+    assert taken_one_by_one(twin.base)
+    mixtures_of(twin.base)[2].experts.masks = ()
+    twin.base.config._experts_implementation = "eager"
+    assert taken_one_by_one(twin.base) and not taken_one_by_one(Twin(tiny("llama"), Plan.none(6)).base)
 
 
 @on_a_gpu

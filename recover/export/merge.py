@@ -264,7 +264,7 @@ def _check_updates(name: str, merged: Tensor, dense: Tensor, layer: Any) -> None
     update = layer.get_delta_weight(adapter).detach()
     # A few experts at once: in float32 all of them take several times their memory. The GPU is waited for once.
     together = zip(*(each.split(EXPERTS_AT_ONCE) for each in (merged, dense, update)), strict=True)
-    judged = torch.cat([_off_and_allowed(*experts, update.dtype) for experts in together], dim=1)
+    judged = torch.cat([_off_and_allowed(*three, made_in=update.dtype) for three in together], dim=1)
     for expert, (off, rounding, allowed) in enumerate(judged.T.tolist()):
         if not off <= allowed:
             raise ExportError(
@@ -273,7 +273,7 @@ def _check_updates(name: str, merged: Tensor, dense: Tensor, layer: Any) -> None
             )
 
 
-def _off_and_allowed(found_EOI: Tensor, before_EOI: Tensor, update_EOI: Tensor, made_in: torch.dtype) -> Tensor:
+def _off_and_allowed(found_EOI: Tensor, before_EOI: Tensor, update_EOI: Tensor, *, made_in: torch.dtype) -> Tensor:
     """[3, E]: how far each expert is from its weight and update, rounding of the update, and how far it may be."""
     off_E = (found_EOI - before_EOI.float() - update_EOI.float()).abs().amax((1, 2))
     rounding_E = 4 * torch.finfo(made_in).eps * update_EOI.abs().amax((1, 2)).float()

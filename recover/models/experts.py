@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recover.base import console
-from recover.models.arch import Arch, arch_of, base_of, blocks_of, mixture_in
+from recover.models.arch import Arch, arch_of, base_of, blocks_of, experts_of, mixture_in
 from recover.models.switched import Factors, Switch, masked_lora_linear, named_as, pack, switch_class, unpack
 
 IN, OUT = "gate_up_proj", "down_proj"  # matrices of every expert, in the order in which a token meets them
@@ -280,6 +280,18 @@ def _not_grouped(experts: Any) -> str:
     if any(getattr(experts, name).data_ptr() % ALIGNED for name in (IN, OUT)):
         return f"the experts' matrices begin at no multiple of {ALIGNED} bytes"
     return ""
+
+
+def taken_one_by_one(model: nn.Module) -> bool:
+    """Whether a pass waits to hear which tokens an expert has: masks, and what no grouped product is for."""
+    return any(experts.masks or _not_grouped(experts) for _, experts in mixtures_of(model).values())
+
+
+def used_parameters(model: nn.Module) -> int:
+    """Of a twin's model, its adapters counted too: those that a token goes through."""
+    count, used = experts_of(model.config)  # pyright: ignore[reportArgumentType]
+    idle = sum(each.numel() for _, experts in mixtures_of(model).values() for each in experts.parameters())
+    return sum(each.numel() for each in model.parameters()) - (idle * (count - used) // count if count else 0)
 
 
 def matrices(experts: Any, name: str) -> Tensor:

@@ -485,7 +485,7 @@ class Pace:
                 twin = few.fresh()
                 packed = bool(packing_configs(twin.base))
                 twin.add_lora(cfg.lora)
-                graphed = packed and self.processes == 1 and may_be_graphed(twin, cfg, self.description.parameters)
+                graphed = packed and self.processes == 1 and may_be_graphed(twin, cfg, self.description.active)
                 sizes = row_sizes([sum(len(row["input_ids"]) for row in rows)]) if graphed else ()
                 collate = packer(0, cfg.loss.scored, cfg.length, sizes) if packed else collator(0, cfg.loss.scored)
                 bench = Bench(twin, cfg, rows, plan, with_scored(collate), None, micro, 0, graphed=graphed)

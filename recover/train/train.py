@@ -20,8 +20,8 @@ from recover.base.process import Interrupted, stop_between_steps
 from recover.config.recipe import Train
 from recover.config.train import BatchSplit, refuse_averaging_shares, refuse_sharding_twice, split_batch
 from recover.distill.loss_terms import computed
-from recover.models.arch import arch_of
 from recover.models.attention import HALF, learning_from_rows, packing_configs
+from recover.models.experts import taken_one_by_one, used_parameters
 from recover.models.stored_weights import SharedOut, stored_in
 from recover.report.run_files import EpochScore
 from recover.text.generate import context_of
@@ -48,7 +48,7 @@ NO_MATTER: Any = {
     "loss": {"chunk"},
 }
 SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-LARGEST_GRAPHED = 4_000_000_000  # parameters; a 7B model's step spends its time in the kernels
+LARGEST_GRAPHED = 4_000_000_000  # parameters that a token meets; a 7B model's step spends its time in the kernels
 
 
 def train(
@@ -222,12 +222,12 @@ def _with_rate(
 def may_be_graphed(twin: Twin, cfg: Train, size: int | None = None) -> bool:
     """Whether steps may be replayed as CUDA graphs; where a GPU could and a recipe cannot, the reason is said.
 
-    `size`: parameters of the model, where the twin's is a part of it.
+    `size`: parameters that a token goes through, where the twin's model is a part of one.
     A graph repeats the same kernels on the same memory: whatever draws, waits or shares weights out stays outside.
     """
     if twin.base.device.type != "cuda":
         return False
-    size = size or sum(parameter.numel() for parameter in twin.base.parameters())
+    size = size or used_parameters(twin.base)
     reasons = {
         "the work of each kernel outlasts its launch at this size": size > LARGEST_GRAPHED,
         "several processes": dist.world_size() > 1,
@@ -238,7 +238,7 @@ def may_be_graphed(twin: Twin, cfg: Train, size: int | None = None) -> bool:
         "a teacher's file": cfg.teacher is not None,
         "model.dtype float32": twin.base.dtype not in HALF,
         "lora.dropout": cfg.lora.dropout > 0,
-        "experts, each of which gets other tokens each time": arch_of(twin.base).experts is not None,
+        "experts that are taken one after the other": taken_one_by_one(twin.base),
         "dropout of the model itself": any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in twin.base.modules()),
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
