@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import contextmanager
 
 import pytest
 from report_run import build_run
-from small_run import MASKED, finished, run
+from small_run import MASKED, QUICKSTART, SMALL, finished, run
 
 from recover.base import clock as clocks
 from recover.base.clock import OTHER, Clock, note, part, spent, stage_clock
+from recover.config.recipe import load_recipe
 from recover.report.collect import collect
 from recover.report.render import render
-from recover.run import stage_work
+from recover.run import stage_work, stages
 
 
 @pytest.fixture
@@ -147,3 +149,29 @@ def test_a_run_says_where_its_time_went(tmp_path_factory, tmp_path, monkeypatch)
         run(tmp_path, *MASKED, until="before", start="before")
     again = {row["stage"]: row for row in spent(root)}
     assert again["before"]["calls"] == 1 and again["before"]["seconds"] < found["before"]["seconds"]
+
+
+@pytest.mark.parametrize(("until", "expected"), [("report", ["begun", "measured", "gone"]), ("after", ["measured"])])
+def test_the_process_that_verifies_loads_its_libraries_while_the_recovered_model_is_measured(
+    until, expected, tmp_path_factory, tmp_path, monkeypatch
+):
+    shutil.copytree(finished(tmp_path_factory, *MASKED), tmp_path / "quickstart")
+    noted = []
+
+    @contextmanager
+    def process():
+        noted.append("begun")
+        try:
+            yield
+        finally:
+            noted.append("gone")
+
+    def measured(*_) -> None:
+        noted.append("measured")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage_work, "fresh_process", process)
+    monkeypatch.setattr(stage_work, "_probe_and_measure", measured)
+    with pytest.raises(KeyboardInterrupt):
+        stages.run(load_recipe(QUICKSTART, [*SMALL, *MASKED]), tmp_path, until=until, start="after")
+    assert noted == expected

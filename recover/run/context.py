@@ -12,7 +12,9 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import cached_property, partial
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -59,15 +61,17 @@ class RunContext:
     """The recipe, its run directory, and the loaded things that stages ask for.
 
     What is `auto` in the recipe is settled here (`chosen` says how), but for the learning rate. Raises RecipeError and
-    ModelError where it cannot be.
+    ModelError where it cannot be. `exports`: the model is exported in the end.
     """
 
-    def __init__(self, recipe: Recipe, directory: RunDirectory) -> None:
+    def __init__(self, recipe: Recipe, directory: RunDirectory, *, exports: bool = False) -> None:
         self.recipe, self.chosen = settle(recipe)
-        self.directory = directory
+        self.directory, self.exports = directory, exports
         self.tracking = Tracking(self.recipe, directory.root)
         self._twin: tuple[str, Twin] | None = None
         self._held: Held | None = None
+        self.aside = ExitStack()  # what goes on beside the stages, and ends with the run
+        self.verifier: subprocess.Popen[str] | None = None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

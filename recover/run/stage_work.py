@@ -349,6 +349,8 @@ def after(context: RunContext) -> None:
 
     Epochs that were measured in another way than is asked for now are measured again before, from their adapters.
     """
+    if context.exports and dist.is_main():
+        begin_verifier(context)
     _epochs_again(context)
     _probe_and_measure(context, context.recovered(), context.directory.after)
 
@@ -410,6 +412,12 @@ def _forget_epochs_again(directory: RunDirectory) -> None:
         path.unlink(missing_ok=True)
 
 
+def begin_verifier(context: RunContext) -> None:
+    """Start the process that is to verify the export: it loads its libraries while stages before go on."""
+    if context.verifier is None:
+        context.verifier = context.aside.enter_context(fresh_process())
+
+
 def export(context: RunContext) -> None:
     """Write the checkpoint to ship, and verify it in a fresh process."""
     context.read_together()
@@ -421,20 +429,21 @@ def export(context: RunContext) -> None:
 def _export(context: RunContext) -> None:
     recipe, directory = context.recipe, context.directory
     dtype = getattr(torch, _exported_dtype(context))
-    with fresh_process() as process:
-        twin = context.recovered()
-        console.say("[dim]merging and writing[/dim]")
-        with part("merging and writing"):
-            text, record = _card_and_record(context)
-            size = recipe.export.max_shard_size
-            merged = write_merged(
-                twin, dtype, context.tokenizer, directory.deploy, card=text, record=record, max_shard_size=size
-            )
-        expected = directory.root / "expected.safetensors"
-        console.say("[dim]verifying in a fresh process[/dim]")
-        write_expected(expected, twin, merged, context.sample_ids())
-        verify(directory.deploy, expected, directory.prune / "plan.json", directory.verify, process=process)
-        expected.unlink()
+    begin_verifier(context)
+    twin = context.recovered()
+    console.say("[dim]merging and writing[/dim]")
+    with part("merging and writing"):
+        text, record = _card_and_record(context)
+        size = recipe.export.max_shard_size
+        merged = write_merged(
+            twin, dtype, context.tokenizer, directory.deploy, card=text, record=record, max_shard_size=size
+        )
+    expected = directory.root / "expected.safetensors"
+    console.say("[dim]verifying in a fresh process[/dim]")
+    write_expected(expected, twin, merged, context.sample_ids())
+    process, context.verifier = context.verifier, None
+    verify(directory.deploy, expected, directory.prune / "plan.json", directory.verify, process=process)
+    expected.unlink()
 
 
 def _exported_dtype(context: RunContext) -> Dtype:

@@ -117,17 +117,19 @@ def run(
         _only_plan(RunContext(recipe, directory), libraries if timed else None)
         return directory
     with graceful_stop(), directory.lock() if dist.is_main() else nullcontext():
-        if "export" in order[: order.index(until) + 1] and dist.is_main():
+        to_do = order[: order.index(until) + 1]
+        if "export" in to_do and dist.is_main():
             directory.refuse_foreign_deploy()
         pin(recipe, directory, anew=start == STAGES[0])
         if dist.is_main():
             note_commits(directory)
-        context = RunContext(recipe, directory)
+        context = RunContext(recipe, directory, exports="export" in to_do)
         try:
-            for stage in order[: order.index(until) + 1]:
+            for stage in to_do:
                 forced = start is not None and order.index(stage) >= order.index(start)
                 _bring_up_to_date(stage, context, forced=forced, before=libraries if stage == STAGES[0] else 0.0)
         finally:
+            context.aside.close()
             context.tracking.finish()
     return directory
 
