@@ -144,6 +144,13 @@ def test_where_nothing_fits_the_nearest_is_named_with_what_it_takes():
     assert "(14.2 GB of a GPU): take a machine with so much, or a smaller model" in said
 
 
+def test_files_that_hold_no_tensor_as_it_is_are_no_place_for_the_weights():
+    there, mixed = memory.Room(12 * GB, 10 * GB), dataclasses.replace(described("70B"), in_files=False)
+    said = too_large(large(), mixed, there)
+    assert "No setting makes it fit here; nearest is model.offload: cpu" in said and "model.load_in: 4bit" in said
+    assert "disk" not in said
+
+
 def test_a_plan_warns_of_main_memory(monkeypatch, tmp_path):
     tiny().save_pretrained(tmp_path)
     recipe = large(**{"model.source": str(tmp_path), "train.length": 64})

@@ -15,7 +15,7 @@ from recover.export.merge import merge
 from recover.export.verify import check, write_expected
 from recover.export.write import write_merged
 from recover.models import stored_weights
-from recover.models.load import load_model, ready
+from recover.models.load import describe, load_model, ready
 from recover.models.plan import Plan
 from recover.models.stored_weights import comes_and_goes, each_weight, present, stored_in
 from recover.models.twin import Held
@@ -56,6 +56,7 @@ def there(model):
 def test_a_model_in_a_store_gives_the_logits_of_a_resident_one(family, offload, tmp_path):
     tiny(family).save_pretrained(tmp_path)
     resident = loaded(tmp_path)
+    assert describe(Model(source=str(tmp_path))).in_files == (family not in EXPERTS_ONE_BY_ONE)
     if offload == "disk" and family in EXPERTS_ONE_BY_ONE:
         with pytest.raises(ModelError, match=r"made of several.*use model\.offload: cpu"):
             loaded(tmp_path, offload=offload)

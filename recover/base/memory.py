@@ -356,12 +356,13 @@ HALF: dict[str, object] = {"model.dtype": "bfloat16"}
 class Room:
     """Bytes that a machine has to give: of each `gpu` (None: it computes in main memory), and of main memory, `host`.
 
-    `processes`: of one machine, which share its main memory.
+    `processes`: of one machine, which share its main memory. `files`: the model's can be read a tensor at a time.
     """
 
     gpu: int | None
     host: int
     processes: int = 1
+    files: bool = True
 
     def takes(self, shape: Shape, training: Training) -> tuple[int, int]:
         """(of a GPU, of main memory) at the height of a run."""
@@ -411,8 +412,11 @@ def fittings(tries: Tries, room: Room) -> Iterator[Fitting]:
 
 def _possible(choice: Choice, room: Room) -> bool:
     _, fields, changes = choice
-    return (room.processes > 1 or "train.shard_weights" not in fields) and (
-        room.gpu is not None or changes.get("place") != "cpu"
+    place = changes.get("place")
+    return (
+        (room.processes > 1 or "train.shard_weights" not in fields)
+        and (room.gpu is not None or place != "cpu")
+        and (room.files or place != "disk")
     )
 
 

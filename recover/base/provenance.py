@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from recover import __version__
-from recover.base import dist, process
+from recover.base import dist, main_memory, process
 
 PACKAGES = (
     "torch",
@@ -94,12 +94,12 @@ def _version(package: str) -> str | None:
 
 
 def machine() -> Machine:
-    """System, processor, usable cores, memory in bytes, and each GPU's name and memory; imports torch."""
+    """System, processor, usable cores, main memory to be had, and each GPU's name and memory; imports torch."""
     return {
         "system": f"{platform.system()} {platform.release()}",
         "processor": _processor(),
         "cores": cores(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": main_memory.total(),
         "gpus": _gpus(),
     }
 

@@ -61,12 +61,13 @@ from recover.models.source import (
     config_in,
     config_source,
     explained,
+    kind_of,
     locate,
     read_config,
     stored_dtype,
     tensor_files,
 )
-from recover.models.stored_weights import finite, from_files, shared_store, store, store_of, stored_in
+from recover.models.stored_weights import finite, from_files, shared_store, sources_of, store, store_of, stored_in
 from recover.models.stores import Store
 from recover.models.tokenizers import TRIAL, check_file, check_template
 from recover.models.wrapper import beside, opened, remember, text_config, text_values, wrapped_of, wrapper_of
@@ -89,7 +90,8 @@ class Description(Shape):
 
     `parallel`: only the sublayers of one block can be stored as a block. `block_parameters`: of each block, in its
     order. `beside`: parameters of a wrapper's other parts, which are in its files and not in `parameters`. `lone`: of
-    blocks that are one sublayer each, which."""
+    blocks that are one sublayer each, which. `in_files`: each tensor lies in the files as it is, which
+    `model.offload: disk` needs."""
 
     model_type: str
     context: int | None
@@ -101,6 +103,7 @@ class Description(Shape):
     beside: int = 0
     block_parameters: tuple[int, ...] = ()
     lone: tuple[Sublayer, ...] = ()
+    in_files: bool = True
 
 
 def describe(cfg: recipe.Model) -> Description:
@@ -133,9 +136,25 @@ def describe(cfg: recipe.Model) -> Description:
         beside=parameters_beside(cfg),
         block_parameters=tuple(sum(each.numel() for each in block.parameters()) for block in blocks_of(model)),
         lone=lone_of(model),
+        in_files=_in_files(cfg, model),
         lone_mlps=lone_of(model).count("mlp") if arch_of(config).lone else None,
         mixture=_mixture(model),
     )
+
+
+def _in_files(cfg: recipe.Model, model: PreTrainedModel) -> bool:
+    """Of a model on the hub its config says it, since files are not here yet; no files at all are refused elsewhere."""
+    raw = read_config(cfg)
+    if _method(raw) in UNPACKED:
+        return False
+    if wrapper_of(raw) is not None:
+        return True
+    if kind_of(cfg.source) == "hub":
+        return arch_of(model).experts is None
+    try:
+        return sources_of(model, tensor_files(locate(cfg))) is not None
+    except ModelError:
+        return True
 
 
 def _mixture(model: PreTrainedModel) -> Mixture | None:
@@ -218,10 +237,7 @@ def _stored(cfg: recipe.Model, folder: Path, attention: str, place: Store) -> Pr
 def _read_first(cfg: recipe.Model, folder: Path, attention: str, place: Store) -> PreTrainedModel:
     """As `_stored`, for a model whose tensors are not in its files one by one: read whole, then put away."""
     if cfg.offload == "disk":
-        raise ModelError(
-            f"{folder}: its tensors are made of several in its files when they are read, or unpacked, so they cannot "
-            "stay there; use model.offload: cpu"
-        )
+        raise not_in_files(str(folder))
     console.say(
         "[dim]its tensors are made of several in its files, or unpacked: it is read whole into main memory first[/dim]"
     )
@@ -231,6 +247,14 @@ def _read_first(cfg: recipe.Model, folder: Path, attention: str, place: Store) -
     store(model, place)
     torch.nn.Module.to(model, place.device)
     return model
+
+
+def not_in_files(source: str) -> ModelError:
+    """What is said of a model whose tensors do not lie in its files as they are (`Description.in_files`)."""
+    return ModelError(
+        f"{source}: its tensors are made of several in its files when they are read, or unpacked, so they cannot "
+        "stay there; use model.offload: cpu"
+    )
 
 
 def _refuse_store(cfg: recipe.Model) -> None:

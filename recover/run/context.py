@@ -33,7 +33,15 @@ from recover.config.tasks import GenerateFile
 from recover.maths.repeats import overlaps
 from recover.measure.tasks import Task, check_allowed, check_names, check_room, load_task
 from recover.models import tokenizers
-from recover.models.load import check_account, check_fit, describe, load_model, load_tokenizer, ready
+from recover.models.load import (
+    check_account,
+    check_fit,
+    describe,
+    load_model,
+    load_tokenizer,
+    not_in_files,
+    ready,
+)
 from recover.models.plan import Plan, load_plan
 from recover.models.source import check_rows, check_tied, check_weights, kind_of, locate, read_config
 from recover.models.stored_weights import stored_in
@@ -247,6 +255,8 @@ class RunContext:
             check_rows(folder, model.vocabulary)
             tokenizers.check_ends(folder, self.tokenizer, model.vocabulary)
             check_account(self.recipe.model)
+        if self.recipe.model.offload == "disk" and not model.in_files:
+            raise not_in_files(self.recipe.model.source)
         check_names(self.tasks, "measure.tasks")
         check_steps(self.probe_prompts(), self.recipe.probe.steps, model.context)
         check_room(self.tasks, self.tokenizer, self.recipe.measure, model.context)

@@ -209,6 +209,7 @@ def too_large(recipe: Recipe, model: Description, there: memory.Room) -> str:
     training = training_memory(recipe, model, pruner_of(recipe.prune).cost(recipe.prune, model))
     if there.holds(model, training):
         return ""
+    there = replace(there, files=model.in_files)
     gpu, host = there.takes(model, training)
     short = [
         f"{'a GPU' if is_gpu else 'main memory'} has {console.size(has)} for this run, which takes about "
