@@ -37,7 +37,7 @@ part() {  # NAME SECONDS COMMAND...: no longer than that, nor than the time that
     late2+10M+wider+scoredall@0 late6+3M+wider+scoredall@0 late4+10M+wider+scoredall@0 &
 (
     [ -n "$SHAPES" ] || exit 0
-    part hybrid 330 benchmarks/whole_job.py --shape qwen3.5-9b --seconds 310 --folder "$SCRATCH" --out "$OUT/hybrid"
+    part hybrid 450 benchmarks/whole_job.py --shape qwen3.5-9b --seconds 430 --folder "$SCRATCH" --out "$OUT/hybrid"
     part mixture 330 benchmarks/whole_job.py --shape 30b-a3b --blocks 12 --seconds 310 --folder "$SCRATCH" \
         --out "$OUT/mixture"
     part bigger 700 benchmarks/bigger.py --out "$OUT/bigger.jsonl" --seconds 330 --stages merge \
