@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny import ATTENDS, FAMILIES, tiny
 
 from recover.base.errors import ModelError
-from recover.config.recipe import Lora, Model
+from recover.config.recipe import Lora, Model, load_recipe
 from recover.export.merge import merge
 from recover.export.verify import check, write_expected
 from recover.export.write import write_merged
@@ -19,6 +19,7 @@ from recover.models.load import describe, load_model, ready
 from recover.models.plan import Plan
 from recover.models.stored_weights import comes_and_goes, each_weight, present, stored_in
 from recover.models.twin import Held
+from recover.run import stages
 from recover.train.state_cache import _weights_sha256
 from recover.train.written_text import weights_fingerprint
 
@@ -262,3 +263,11 @@ def test_an_export_of_few_bits_is_verified_against_its_own_merge(bits, folder, t
     record = check(tmp_path / "out", tmp_path / "expected", tmp_path / "plan.json")
     assert record["ok"] and record["quantized"] == "8 bits"
     assert record["logits_max_difference"] > 100 * record["rounding"] > 100 * record["logits_max_difference_reload"]
+
+
+def test_a_plan_refuses_the_disk_where_tensors_do_not_lie_in_the_files_as_they_are(tmp_path):
+    tiny("qwen3_moe").save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    asked = [f"model.source={tmp_path / 'model'}", "model.offload=disk", "prune={kind: depth, blocks: [2]}"]
+    with pytest.raises(ModelError, match=r"made of several.*use model\.offload: cpu"):
+        stages.run(load_recipe("embedded:quickstart", asked), tmp_path, until="plan")

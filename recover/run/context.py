@@ -255,8 +255,8 @@ class RunContext:
             check_rows(folder, model.vocabulary)
             tokenizers.check_ends(folder, self.tokenizer, model.vocabulary)
             check_account(self.recipe.model)
-        if self.recipe.model.offload == "disk" and not model.in_files:
-            raise not_in_files(self.recipe.model.source)
+            if self.recipe.model.offload == "disk" and not model.in_files:
+                raise not_in_files(self.recipe.model.source)
         check_names(self.tasks, "measure.tasks")
         check_steps(self.probe_prompts(), self.recipe.probe.steps, model.context)
         check_room(self.tasks, self.tokenizer, self.recipe.measure, model.context)
