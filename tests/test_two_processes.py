@@ -198,7 +198,7 @@ def test_every_engine_generates_the_same_after_each_epoch(alone, together, varia
     assert together[variant]["texts"] == alone["texts"] and len(alone["texts"]) == 6
 
 
-@pytest.mark.parametrize("variant", fast("plain", "zero2", "zero3", "plain+shards", slow=["zero3:2"]))
+@pytest.mark.parametrize("variant", fast(*two_processes.MEASURED[1:-1], slow=two_processes.MEASURED[-1:]))
 def test_a_process_without_items_keeps_none_waiting(alone, together, variant):
     """Drift, likelihood and text of one item, and of three batches, by two processes."""
     assert together[variant]["measured"] == pytest.approx(alone["measured"], abs=LOSS, rel=20 * LOSS)
