@@ -8,16 +8,19 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import two_processes
+from accelerate.state import AcceleratorState, PartialState
 from byte_tokenizer import byte_tokenizer
 from faulty_disk import Disk
 from safetensors.torch import load_file
@@ -99,6 +102,33 @@ def run(folder: Path, work: Callable[[], Any] | None = None, **changes: Any) -> 
     log.unlink(missing_ok=True)
     code = end(start(work or (lambda: train_tiny(folder, **changes)), log))
     return code, log.read_text()
+
+
+def together(work: Callable[[int], Any], folder: Path, processes: int = 2) -> None:
+    """Do `work(rank)` in that many forks, which find one another as a launcher's processes do; a failure ends all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def ranked(rank: int) -> None:
+        here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+        os.environ.update({name: str(value) for name, value in (here | where).items()})
+        for state in (AcceleratorState, PartialState):
+            state._shared_state.clear()  # this process's own, of one
+        work(rank)
+
+    logs = [folder / f"log-{rank}" for rank in range(processes)]
+    left = [start(partial(ranked, rank), log) for rank, log in enumerate(logs)]
+    failed = False
+    while left and not failed:
+        ended = {process: status for process, status in (os.waitpid(each, os.WNOHANG) for each in left) if process}
+        left, failed = [each for each in left if each not in ended], any(ended.values())
+        time.sleep(0.02)
+    for process in left:  # it would wait for the other one
+        os.kill(process, signal.SIGKILL)
+        end(process)
+    assert not failed, "".join(log.read_text()[-6000:] for log in logs)
 
 
 def adapter(folder: Path, stage: str = "train") -> dict[str, torch.Tensor]:

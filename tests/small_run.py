@@ -94,9 +94,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory, *overrides: str, until: s
 
 
 def begun(tmp_path_factory: pytest.TempPathFactory, runs: Path, *overrides: str) -> RunDirectory:
-    """In `runs`, a run by these overrides that stands before its training: a copy of the finished one."""
+    """In `runs`, a run by these overrides that stands before its training: a copy of the finished one.
+
+    The text that it is trained on is written.
+    """
     directory = RunDirectory(shutil.copytree(finished(tmp_path_factory, *overrides), runs / "quickstart"))
-    for folder in (directory.train, directory.after, directory.deploy, directory.report):
+    for each in directory.train.iterdir():
+        if each.name != "data":
+            shutil.rmtree(each) if each.is_dir() else each.unlink()
+    for folder in (directory.after, directory.deploy, directory.report):
         shutil.rmtree(folder)
     directory.epochs.unlink()
     return directory

@@ -5,14 +5,13 @@ import math
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
+import faulty
 import pytest
 
 from recover.base import dist
@@ -99,39 +98,16 @@ def failure(function: Any) -> list[str]:
     return ["no failure"]
 
 
-def launch(*command: str, **extra: str) -> list[subprocess.Popen[str]]:
-    """Start `command` on every process, with the environment that torchrun and accelerate give."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": str(PROCESSES),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
-    return [
-        subprocess.Popen(
-            [sys.executable, *command],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **extra},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parent.parent,
-        )
-        for rank in range(PROCESSES)
-    ]
-
-
 @pytest.fixture(scope="module")
-def processes() -> list[dict[str, Any]]:
-    running = launch(str(Path(__file__)), PYTHONPATH=str(Path(__file__).parent.parent), CUDA_VISIBLE_DEVICES="")
-    found = []
-    for process in running:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        found.append(json.loads(out.splitlines()[-1]))
-    return found
+def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("processes")
+
+    def told(rank: int) -> None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        (folder / f"{rank}.json").write_text(json.dumps(work()))
+
+    faulty.together(told, folder, PROCESSES)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(PROCESSES)]
 
 
 def both(processes: list[dict[str, Any]], name: str) -> list[Any]:
@@ -269,8 +245,3 @@ def test_outside_the_main_thread_signals_are_left_alone() -> None:
     thread.start()
     thread.join()
     assert entered == [True]
-
-
-if __name__ == "__main__":
-    print(json.dumps(work()))
-    dist.leave(0)

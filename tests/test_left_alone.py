@@ -5,12 +5,12 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import faulty
 import pytest
 from gguf_checkpoint import checkpoint, words
 from strangers import contents
@@ -21,21 +21,11 @@ from recover import cli
 from recover.base import artifacts
 from recover.base.errors import ArtifactError, ExportError, ModelError
 from recover.config import recipe
+from recover.export import verify
 from recover.export.gguf.write import write_gguf
-from recover.export.verify import ORPHANED, WAITING
 from recover.export.write import write_checkpoint
 from recover.models import source
 from recover.run.directory import RunDirectory
-
-PARENT = """
-import sys, time
-from recover.export.verify import fresh_process
-with fresh_process() as process:
-    print(process.pid, flush=True)
-    {then}
-    time.sleep(60)
-"""
-HANDED = "process.stdin.write(open(sys.argv[1]).read()); process.stdin.close()"
 
 
 def gone(pid: int, seconds: float) -> bool:
@@ -51,8 +41,8 @@ def gone(pid: int, seconds: float) -> bool:
     return False
 
 
-@pytest.mark.parametrize("then", ["pass", HANDED])
-def test_the_verifying_process_ends_with_its_parent_and_writes_nothing(tmp_path: Path, then: str) -> None:
+@pytest.mark.parametrize("handed", [False, True])
+def test_the_verifying_process_ends_with_its_parent_and_writes_nothing(tmp_path: Path, handed: bool) -> None:
     out = tmp_path / "verify.json"
     out.write_text("a verdict of a later run")
     fifo = tmp_path / "plan.json"  # a read of it waits for ever, as a long check would
@@ -61,26 +51,42 @@ def test_the_verifying_process_ends_with_its_parent_and_writes_nothing(tmp_path:
     artifacts.write_manifest(tmp_path / "deploy")
     expected = tmp_path / "expected.safetensors"
     os.mkfifo(expected)
-    arguments = tmp_path / "arguments.json"
-    arguments.write_text(
-        json.dumps([str(tmp_path / "deploy"), "--expected", str(expected), "--plan", str(fifo), "--out", str(out)])
-    )
-    code = PARENT.format(then=then)
-    parent = subprocess.Popen([sys.executable, "-c", code, arguments], stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    child = int(parent.stdout.readline())
+    arguments = [str(tmp_path / "deploy"), "--expected", str(expected), "--plan", str(fifo), "--out", str(out)]
+    started = tmp_path / "started"
+
+    def work() -> None:
+        with verify.fresh_process() as process:
+            if handed:
+                assert process.stdin is not None
+                process.stdin.write(json.dumps(arguments))
+                process.stdin.close()
+            artifacts.write_text(started, str(process.pid))
+            time.sleep(60)
+
+    parent = faulty.start(work, tmp_path / "log")
+    while not started.exists():
+        assert not os.waitpid(parent, os.WNOHANG)[0], (tmp_path / "log").read_text()
+        time.sleep(0.02)
     time.sleep(1.0)
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
-    assert gone(child, 60.0)
+    os.kill(parent, signal.SIGKILL)
+    faulty.end(parent)
+    assert gone(int(started.read_text()), 60.0)
     assert out.read_text() == "a verdict of a later run"
 
 
-def test_a_process_whose_parent_was_gone_at_the_start_ends() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "recover.export.verify", WAITING, "1999999"], stdin=subprocess.PIPE, timeout=60
-    )
-    assert done.returncode == ORPHANED
+def test_a_process_whose_parent_was_gone_at_the_start_ends(tmp_path: Path) -> None:
+    reading, writing = os.pipe()  # nothing comes, as from a parent that is at work
+
+    def work() -> None:
+        os.dup2(reading, 0)
+        sys.stdin = open(0)  # noqa: SIM115
+        verify.main([verify.WAITING, "1999999"])
+
+    try:
+        assert faulty.run(tmp_path / "waits", work)[0] == verify.ORPHANED
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 def test_what_a_killed_conversion_left_is_tidied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_run import MASKED, QUICKSTART, SMALL, finished, run
+from small_run import MASKED, QUICKSTART, SMALL, begun, finished, run
 
 from recover.base.artifacts import read_json, read_jsonl
 from recover.config.recipe import load_recipe
@@ -27,7 +27,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def otherwise(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run, measured on more items from the start."""
-    return run(tmp_path_factory.mktemp("otherwise"), *TWO, MORE, until="after").root
+    runs = tmp_path_factory.mktemp("otherwise")
+    begun(tmp_path_factory, runs, *MASKED)
+    return run(runs, *TWO, MORE, until="after").root
 
 
 @pytest.fixture

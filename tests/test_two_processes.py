@@ -5,19 +5,14 @@ slow tests; what a launcher says is read in `test_dist.py`.
 """
 
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
-from functools import partial
 from pathlib import Path
 
 import faulty
 import pytest
 import torch
 import two_processes
-from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 
 from recover.base.artifacts import read_json
@@ -70,33 +65,6 @@ def torchrun(folder, *variants, processes=2):
     ]
 
 
-def forked(folder, *variants, processes=2):
-    """As `torchrun`, by forks of this process, which has imported everything."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-
-    def work(rank):
-        here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
-        os.environ.update({name: str(value) for name, value in (here | where).items()})
-        for state in (AcceleratorState, PartialState):
-            state._shared_state.clear()  # this process's own, of one
-        two_processes.main(folder, variants)
-
-    logs = [folder / f"log-{rank}" for rank in range(processes)]
-    left = [faulty.start(partial(work, rank), log) for rank, log in enumerate(logs)]
-    failed = False
-    while left and not failed:
-        ended = {process: status for process, status in (os.waitpid(each, os.WNOHANG) for each in left) if process}
-        left, failed = [each for each in left if each not in ended], any(ended.values())
-        time.sleep(0.02)
-    for process in left:  # it would wait for the other one
-        os.kill(process, signal.SIGKILL)
-        faulty.end(process)
-    assert not failed, "".join(log.read_text()[-6000:] for log in logs)
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """One process, all eight sequences of a step at once."""
@@ -113,7 +81,7 @@ def together(request, tmp_path_factory):
     ours = [item for item in request.session.items if item.path == request.path]
     given = [item.callspec.params for item in ours if "together" in getattr(item, "fixturenames", ())]
     variants = dict.fromkeys(params["variant"] for params in given)
-    forked(folder, *variants)
+    faulty.together(lambda _: two_processes.main(folder, list(variants)), folder)
     return {variant: torch.load(folder / f"{variant}.pt") for variant in variants} | {"folder": folder}
 
 
@@ -198,7 +166,7 @@ def test_every_engine_generates_the_same_after_each_epoch(alone, together, varia
     assert together[variant]["texts"] == alone["texts"] and len(alone["texts"]) == 6
 
 
-@pytest.mark.parametrize("variant", fast("plain", "zero2", "zero3", "plain+shards", slow=["zero3:2"]))
+@pytest.mark.parametrize("variant", fast(*two_processes.MEASURED[1:-1], slow=two_processes.MEASURED[-1:]))
 def test_a_process_without_items_keeps_none_waiting(alone, together, variant):
     """Drift, likelihood and text of one item, and of three batches, by two processes."""
     assert together[variant]["measured"] == pytest.approx(alone["measured"], abs=LOSS, rel=20 * LOSS)

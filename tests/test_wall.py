@@ -111,6 +111,14 @@ def descendants(pid):
     return [each for child in children for each in (int(child), *descendants(int(child)))]
 
 
+def runs(pid):
+    """Whether the process is there and has not ended; whoever started it may still have to be told."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def until(found, seconds=10.0):
     end = time.monotonic() + seconds
     while not found() and time.monotonic() < end:
@@ -129,7 +137,7 @@ def test_programs_die_with_the_process_that_measures(confined):
     finally:
         process.kill()
         process.wait()
-    assert until(lambda: not any(Path(f"/proc/{each}").exists() for each in started))
+    assert until(lambda: not any(map(runs, started)))
 
 
 def test_the_table_of_the_docs_is_that_of_the_programs():

@@ -97,6 +97,8 @@ def auto(_folder: Path) -> dict:
     return {"lr": "auto"}
 
 
+# Runs that are also measured at the end (`few`); in the others no test looks at it.
+MEASURED = ("alone", "plain", "zero2", "zero3", "plain+shards", "zero3:2")
 FOCUSED = {"loss": {"kl": 1.0, "ce": 0.1, "focus": {"by": "disagreement", "power": 0.7}}}
 MORE = {
     "dense": lambda folder: cached(folder, "dense"),
@@ -162,7 +164,7 @@ def run(folder: Path, name: str, **changes) -> dict:
         measured: list[float] = []
 
         def after_epoch(epoch: int, context: dict) -> float:
-            if epoch == 2:
+            if epoch == 2 and name in MEASURED:
                 measured.extend(few(twin, tokenizer))
             mine = generate(twin.model, tokenizer, dist.shard(["one", "two", "six"]), max_new_tokens=5, batch_size=4)
             texts.extend(dist.gather([generation.text for generation in mine]))

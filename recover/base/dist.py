@@ -93,7 +93,6 @@ def start() -> None:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched == 1:
         return
-    import torch
     import torch.distributed
 
     if not torch.distributed.is_initialized():

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.error import HTTPError
 
+import huggingface_hub  # which loads its own parts when they are used
+
 Kind = Literal["model", "dataset"]
 
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -154,11 +156,8 @@ def _asked(repository: Repository) -> str:
 
 
 def _answer(repository: Repository) -> str:
-    from huggingface_hub import HfApi
-
-    found = (
-        HfApi().repo_info(repository.name, repo_type=repository.kind, revision=repository.revision, timeout=SECONDS).sha
-    )
+    api, revision = huggingface_hub.HfApi(), repository.revision
+    found = api.repo_info(repository.name, repo_type=repository.kind, revision=revision, timeout=SECONDS).sha
     if not found:
         raise ValueError("the answer names no commit")
     return found
@@ -166,10 +165,8 @@ def _answer(repository: Repository) -> str:
 
 def _cached(repository: Repository) -> str | None:
     """The commit of the copy in the hub's cache: the one that this revision was last, else the one changed last."""
-    from huggingface_hub import scan_cache_dir
-
     try:
-        repositories = scan_cache_dir().repos
+        repositories = huggingface_hub.scan_cache_dir().repos
     except Exception:  # there is no cache
         return None
     copies = [

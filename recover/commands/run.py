@@ -18,6 +18,7 @@ from recover.config import yaml_values
 from recover.config.base import field_paths
 from recover.config.recipe import Recipe, load_recipe
 from recover.report import verdict
+from recover.report.collect import collect
 from recover.report.data import CHANGED, ComparedRun
 from recover.report.verdict import headline_words
 from recover.run import stages
@@ -224,7 +225,6 @@ def report(
     ] = None,
 ) -> None:
     """Write the report of each run again, finished or not, and a comparison of several; of a diagnosis, its page."""
-    from recover.report.collect import collect
     from recover.report.render import is_diagnosis, is_page, render, render_diagnosis
 
     for path, endings in ((out, PAGES), (csv, (".csv", ".tsv", ".txt")), (latex, (".tex", ".txt"))):
@@ -293,8 +293,6 @@ def show(run_dir: RunPath = RUNS) -> None:
 
     Of a folder of runs: which there are.
     """
-    from recover.report.collect import collect
-
     if (runs := _runs_in(run_dir)) and not (run_dir / "recipe.yaml").is_file():
         console.table(str(run_dir), ["run", "done", "open"], [_listed(run) for run in runs])
         console.say(f"of one of them: recover show {runs[0].root}")

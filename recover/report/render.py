@@ -16,7 +16,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from recover.base import artifacts, products
 from recover.base.artifacts import write_json, write_text
@@ -29,9 +32,6 @@ from recover.report.drift import mean_of
 from recover.report.exhibits import DIAGNOSIS, Exhibit, Section, half_parted, key_findings
 from recover.report.figures.figure import Figure
 from recover.report.tables import Table
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -63,8 +63,6 @@ def is_page(path: Path) -> bool:
 
 def page(templates: Environment, template: str, view: dict[str, Any]) -> str:
     """One HTML file with the shared style and script inside it."""
-    from markupsafe import Markup
-
     script = (TEMPLATES / "script.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     style = templates.get_template("style.css").render()
@@ -75,8 +73,6 @@ def page(templates: Environment, template: str, view: dict[str, Any]) -> str:
 @functools.cache
 def environment(*, escape: bool) -> Environment:
     """Templates with the filters of the report, compiled once; an undefined name is an error, not an empty string."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     found = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=escape, undefined=StrictUndefined)
     found.filters |= {
         "percent": words.percent,
@@ -173,8 +169,6 @@ def exhibited(data: Any, sections: Sequence[Section], *, measured: bool = False)
 
 def worded(exhibit: Exhibit, found: Figure | Table) -> dict[str, Any]:
     """A figure or table for a template; SVG is drawn and marked as markup (Canvas escapes all text in it)."""
-    from markupsafe import Markup
-
     fields = {each.name: getattr(found, each.name) for each in dataclasses.fields(found) if each.name != "draw"}
     about = {**fields, "key": exhibit.key, "numbered": exhibit.numbers, "is_figure": isinstance(found, Figure)}
     if isinstance(found, Figure):

@@ -121,13 +121,12 @@ def _of_parquet(path: Path) -> Iterator[RecordBatch]:
 
 def _of_arrow(path: Path) -> Iterator[RecordBatch]:
     import pyarrow
-    from pyarrow import ipc
 
     with pyarrow.memory_map(str(path)) as source:
         try:
-            stream = ipc.open_stream(source)
+            stream = pyarrow.ipc.open_stream(source)
         except pyarrow.ArrowInvalid:  # the other of Arrow's two forms, with its parts listed at the end
-            file = ipc.open_file(source)
+            file = pyarrow.ipc.open_file(source)
             for number in range(file.num_record_batches):
                 yield file.get_batch(number)
             return
@@ -139,10 +138,10 @@ def taken(array: Array) -> int:
 
     Raises ValueError: an array of a kind whose values may lie over one another.
     """
-    from pyarrow import types
+    from pyarrow import BaseExtensionType, types
 
     kind, each = array.type, 8 * len(array)
-    if isinstance(kind, _extension()):
+    if isinstance(kind, BaseExtensionType):
         return taken(array.storage)
     if types.is_dictionary(kind):
         values: Any = array.dictionary
@@ -171,15 +170,7 @@ def _lengths(array: Any) -> Any:
 
 
 def _total(lengths: Any) -> int:
-    from pyarrow import compute
-
-    return compute.call_function("sum", [lengths]).as_py() or 0
-
-
-def _extension() -> type:
-    from pyarrow import BaseExtensionType
-
-    return BaseExtensionType
+    return lengths.sum().as_py() or 0
 
 
 def _bomb(path: Path, most: int) -> str:
