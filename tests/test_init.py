@@ -480,6 +480,10 @@ def test_least_squares_have_more_text_than_neurons():
 def test_tokens_that_were_asked_for_stay():
     lines, recipe, _ = made_for(CPU, SMOL, tokens=1_000_000, drop="10%")
     assert recipe.train.tokens == 1_000_000 and ("train.tokens", 1_000_000, "as asked for") in lines
+    # They are taken in steps enough: 200,000 in 20 steps of 32 long texts would teach little.
+    _, recipe, _ = made_for(CPU, SMOL, tokens=200_000, drop="10%")
+    taken = recipe.train.tokens / recipe.train.data[0].max_new_tokens / recipe.train.batch_size
+    assert recipe.train.tokens == 200_000 and taken >= affordable.LEAST_STEPS
 
 
 def test_what_is_smaller_says_what_a_gpu_takes():

@@ -89,8 +89,7 @@ def fitted(sizes: Sizes, work: Work, cores: int, asked: int | None = None) -> Si
     """
     found = dict(sizes)
     _fit_probe(found, work, cores)
-    if asked is None:
-        _fit_training(found, work, cores)
+    _fit_training(found, work, cores, asked)
     _fit_measuring(found, work, cores)
     return found
 
@@ -110,14 +109,16 @@ def _fit_probe(sizes: Sizes, work: Work, cores: int) -> None:
             return
 
 
-def _fit_training(sizes: Sizes, work: Work, cores: int) -> None:
+def _fit_training(sizes: Sizes, work: Work, cores: int, asked: int | None) -> None:
     active = work.model.active
     each = _seconds(2 * active, "writing", cores) + _seconds(6 * active, "training", cores)
     affordable = defaults.CPU_SECONDS["train"] / each
     if affordable >= sizes["train.tokens"]:
         return
-    scale = 10 ** (len(str(round(max(affordable, LEAST_TRAINED)))) - 2)
-    sizes["train.tokens"] = min(sizes["train.tokens"], int(max(affordable, LEAST_TRAINED) // scale) * scale)
+    if asked is None:
+        budget = max(affordable, LEAST_TRAINED)
+        scale = 10 ** (len(str(round(budget))) - 2)
+        sizes["train.tokens"] = min(sizes["train.tokens"], int(budget // scale) * scale)
     sizes["train.batch_size"] = min(sizes["train.batch_size"], ROWS)
     sizes["train.epochs"] = min(sizes["train.epochs"], EPOCHS)
     steps = LEAST_STEPS * sizes["train.batch_size"]
