@@ -532,3 +532,21 @@ def test_a_teachers_file_is_not_timed(made):
     found.cfg = recipe.model_copy(update={"train": train})
     with pytest.raises(NotTimed, match="teacher"):
         found.step(4, 4)
+
+
+def test_a_probe_is_timed_on_as_many_prompts_as_are_done_soon(monkeypatch, made):
+    """And counted up; where one takes too long it is not."""
+    found = watched(monkeypatch, made, Ticking(base=0.0, block=0.0))
+    cfg = recipe_of(made).probe.model_copy(update={"samples": 16, "steps": 8, "batch_size": 16})
+    prompts, counts = [[1] * 12] * 16, []
+    monkeypatch.setattr(pace, "probe", lambda _twin, _tokenizer, rows, own: counts.append((len(rows), own.samples)))
+    one = found._floor(20, passes=6)
+    monkeypatch.setattr(pace, "TOO_LONG", 5.5 * one)
+    found._probing(None, prompts, cfg)
+    assert max(counts) == (5, 5)
+    monkeypatch.setattr(pace, "TOO_LONG", 100 * one)
+    found._probing(None, prompts, cfg)
+    assert max(counts) == (pace.PROBED[0], pace.PROBED[0])
+    monkeypatch.setattr(pace, "TOO_LONG", 0.9 * one)
+    with pytest.raises(pace.NotTimed, match="a probe of one prompt takes long itself"):
+        found._probing(None, prompts, cfg)

@@ -15,11 +15,13 @@ from recover.config import defaults, yaml_values
 from recover.config.recipe import Calibration, load_recipe
 from recover.config.yaml_values import HEADING
 from recover.models.load import Description
-from recover.run import draft
+from recover.prune.registry import pruner_of
+from recover.run import affordable, draft
+from recover.run.affordable import Work
 from recover.run.draft import Machine, Target, Texts, Wanted, target
 from recover.run.estimate import refuse, training_memory
 
-CALIBRATION = Calibration(data="blend:math", column="prompt", answer=256)
+CALIBRATION = Calibration(data="blend:math", column="prompt", answer=256, samples=defaults.SAMPLES)
 GB = 10**9
 
 
@@ -50,7 +52,7 @@ SEVEN = model(28, 3584, 18_944, 28, 4, 152_064)
 H200 = Machine("cuda", "NVIDIA H200", 150 * GB, "bfloat16")
 CARD = Machine("cuda", "NVIDIA RTX 4090", 24 * GB, "bfloat16")
 OLD = Machine("cuda", "Tesla T4", 16 * GB, "float16")
-CPU = Machine("cpu", "2 CPU cores", 25 * GB, "float32")
+CPU = Machine("cpu", "2 CPU cores", 25 * GB, "float32", cores=2)
 TEXTS = Texts((("blend:math", "sums"), ("blend:code", "functions")), (("gsm8k", "sums"), ("humaneval", "code")), True)
 
 
@@ -378,3 +380,140 @@ def test_names_and_paths_as_a_recipe_says_them(tmp_path):
     assert draft.relative(str(tmp_path / "model"), tmp_path / "recipes") == "./../model"
     assert draft.relative(str(tmp_path / "model"), tmp_path / "a" / "b") == str(tmp_path / "model")
     assert draft.relative("org/name", tmp_path) == "org/name"
+
+
+SMOL = Description(
+    parameters=134_515_008,
+    blocks=30,
+    width=576,
+    intermediate=1536,
+    heads=9,
+    kv_heads=3,
+    head_size=64,
+    vocabulary=49_152,
+    model_type="llama",
+    context=8192,
+    tied=True,
+    embedding_parameters=28_311_552,
+    bytes=0,
+    stored="float32",
+)
+TINY = model(4, 64, 128, 4, 2, 512, tied=True)
+READ = Texts((("blend:general", "questions"),), (("squad", "reading"), ("arc_easy", "choices"), ("hellaswag", "more")))
+AMOUNTS = [{}, {"drop": "10%"}, {"sparsity": "50%"}, {"sparsity": "2:4"}]
+
+
+def made_for(machine: Machine, of: Description, tokens: int | None = None, **wanted: Any) -> Any:
+    """(lines, recipe, target) as `init` makes them."""
+    goal = draft.affordably(aimed(of, **wanted), of, machine)
+    lines = draft.draft("org/name", of, goal, READ, machine, tokens=tokens)
+    return lines, draft.recipe_of(lines), goal
+
+
+def counted(recipe: Any, of: Description, cores: int) -> dict[str, float]:
+    """Seconds of the parts of a run, from the recipe alone, in products with each weight."""
+    search = pruner_of(recipe.prune).cost(recipe.prune, of).flops
+    text = recipe.prune.calibration
+    if not search:
+        search = 4 * of.active * text.samples * text.length
+    rates = {name: rate * cores for name, rate in defaults.CPU_RATES.items()}
+    written = 2 * of.active * text.samples * text.answer
+    train = recipe.train.tokens * of.active * (2 / rates["writing"] + 6 / rates["training"])
+    return {"search": (search / rates["judging"]) + written / rates["writing"], "train": train}
+
+
+@pytest.mark.parametrize("wanted", AMOUNTS, ids=str)
+@pytest.mark.parametrize("cores", [1, 2, 16])
+def test_a_cpu_is_asked_for_what_it_does_in_minutes(wanted, cores):
+    """By a count that is made here anew; what a part takes at its least is the one exception."""
+    machine = Machine("cpu", "cores", 25 * GB, "float32", cores=cores)
+    _, recipe, _ = made_for(machine, SMOL, **wanted)
+    _, large, _ = made_for(H200, SMOL, **wanted)
+    refuse(recipe, SMOL)
+    seconds, before = counted(recipe, SMOL, cores), counted(large, SMOL, cores)
+    for part, taken in seconds.items():
+        text = recipe.prune.calibration
+        least = {"train": recipe.train.tokens <= affordable.LEAST_TRAINED, "search": text.samples * text.length < 9000}
+        assert taken <= defaults.CPU_SECONDS[part] or least[part], part
+        assert taken < before[part] or before[part] <= defaults.CPU_SECONDS[part], part
+    steps = recipe.train.tokens / recipe.train.data[0].max_new_tokens / recipe.train.batch_size
+    assert steps >= 0.6 * affordable.LEAST_STEPS or recipe.train.tokens == affordable.LEAST_TRAINED
+    assert recipe.train.length == recipe.train.data[0].max_new_tokens + defaults.PROMPT_TOKENS
+
+
+def test_more_cores_are_asked_for_more_and_a_larger_model_for_less():
+    def sizes(cores: int, of: Description) -> list[int]:
+        _, recipe, _ = made_for(Machine("cpu", "cores", 250 * GB, "float32", cores=cores), of, drop="10%")
+        text = recipe.prune.calibration
+        return [recipe.train.tokens, recipe.measure.limit, recipe.probe.samples, text.samples * text.length]
+
+    one, few, many = (sizes(cores, SMOL) for cores in (1, 4, 64))
+    assert all(a <= b <= c for a, b, c in zip(one, few, many, strict=True)) and one[0] < few[0] < many[0]
+    assert all(a >= b for a, b in zip(few, sizes(4, SEVEN), strict=True))
+    assert few[0] > sizes(4, SEVEN)[0] == affordable.LEAST_TRAINED
+
+
+def test_what_a_cpu_does_in_minutes_is_not_made_smaller():
+    _, recipe, goal = made_for(CPU, TINY, drop="1")
+    _, large, _ = made_for(H200, TINY, drop="1")
+    assert goal == aimed(TINY, drop="1")
+    assert recipe.train.tokens == large.train.tokens and recipe.train.epochs == large.train.epochs
+    assert recipe.train.data[0].max_new_tokens == large.train.data[0].max_new_tokens
+    work = Work(TINY, recipe.prune, goal.cost, 3, 1)
+    assert affordable.smaller_than_asked(recipe, work, 2) == []
+
+
+def test_a_search_too_long_with_the_least_text_scores_once():
+    assert made_for(CPU, SEVEN, drop="10%")[1].prune.iterative is False
+    assert made_for(CPU, SMOL, drop="10%")[1].prune.iterative is None
+    assert made_for(H200, SEVEN, drop="10%")[1].prune.iterative is None
+
+
+def test_least_squares_have_more_text_than_neurons():
+    """Where there are fewer, nothing is to be fitted."""
+    for wanted in ({"width": "25%"}, {"sparsity": "2:4"}):
+        _, recipe, _ = made_for(Machine("cpu", "a core", 25 * GB, "float32"), SMOL, **wanted)
+        text = recipe.prune.calibration
+        assert text.samples * text.length >= 4 * SMOL.intermediate
+
+
+def test_tokens_that_were_asked_for_stay():
+    lines, recipe, _ = made_for(CPU, SMOL, tokens=1_000_000, drop="10%")
+    assert recipe.train.tokens == 1_000_000 and ("train.tokens", 1_000_000, "as asked for") in lines
+    # They are taken in steps enough: 200,000 in 20 steps of 32 long texts would teach little.
+    _, recipe, _ = made_for(CPU, SMOL, tokens=200_000, drop="10%")
+    taken = recipe.train.tokens / recipe.train.data[0].max_new_tokens / recipe.train.batch_size
+    assert recipe.train.tokens == 200_000 and taken >= affordable.LEAST_STEPS
+
+
+def test_what_is_smaller_says_what_a_gpu_takes():
+    whole = aimed(SMOL, drop="10%")
+    lines, recipe, goal = made_for(CPU, SMOL, drop="10%")
+    less = draft.smaller(lines, goal, whole, SMOL, READ)
+    _, large, _ = made_for(H200, SMOL, drop="10%")
+    assert f"train.tokens {recipe.train.tokens:,} ({large.train.tokens:,})" in less
+    assert f"prune.calibration.answer {recipe.prune.calibration.answer:,} (256)" in less
+    assert f"measure.limit {recipe.measure.limit} ({large.measure.limit:,})" in less
+    text = " ".join(line.strip("# ") for line in draft.written(lines).splitlines())
+    assert "with a GPU 1,200,000: as SmolLM2-135M's" in text and "with a GPU 48: answers" in text
+    # `plan`, which has the recipe alone, says the same.
+    work = Work(SMOL, recipe.prune, goal.cost, 3, 1)
+    assert sorted(affordable.smaller_than_asked(recipe, work, CPU.cores)) == sorted(less)
+    assert "with a GPU" not in draft.written(made_for(H200, SMOL, drop="10%")[0])
+
+
+def test_init_and_plan_say_it(here, monkeypatch):
+    """Of a model that takes long where a core does little."""
+    monkeypatch.setattr(defaults, "CPU_RATES", dict.fromkeys(defaults.CPU_RATES, 1e6))
+    done = call("init", "embedded:fable-2m", "--drop", "2", *OWN, "--out", "my.yaml")
+    assert done.exit_code == 0, done.output
+    assert "smaller than with a GPU (in brackets): prune.calibration.samples 8 (48)" in done.stdout
+    head = " ".join(line.lstrip("# ") for line in (here / "my.yaml").read_text().splitlines() if line.startswith("# "))
+    assert "so that a run takes minutes; in brackets what a GPU takes: prune.calibration.samples 8 (48)" in head
+    planned = call("plan", "my.yaml", "--untimed")
+    assert planned.exit_code == 0, planned.output
+    assert "smaller than `recover init` writes for a GPU (in brackets): " in planned.stdout
+    assert "train.tokens 20,000 (" in planned.stdout
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    assert "smaller than `recover init`" not in call("plan", "my.yaml", "--untimed").stdout

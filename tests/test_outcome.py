@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from report_run import build_run
 
-from recover.report import verdict
+from recover.config.tasks import KINDS
+from recover.export import write
+from recover.report import verdict, words
 from recover.report.collect import collect
 
 
@@ -39,7 +41,26 @@ def test_a_task_that_can_show_nothing_is_told(record: dict[str, Any], said: str 
 
 def test_figures_are_worded_as_in_the_report() -> None:
     headline = {"generation": 0.055, "choice": 0.93, "retrieval": None, "perplexity": 2.0461}
-    assert verdict.headline_line(headline) == "generation 5.5%, choice 93.0%, perplexity 2.046"
+    assert verdict.headline_line(headline) == "generation 5.5%, choice 93.0%, perplexity 2.05"
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (1.9, "1.90"),
+        (1.896, "1.90"),
+        (15.4, "15.40"),
+        (99.994, "99.99"),
+        (99.996, "100"),
+        (153.2, "153"),
+        (12_400, "12,400"),
+    ],
+)
+def test_a_perplexity_has_two_decimals_below_100_wherever_it_stands(value, said):
+    """So that figures of a column can be compared."""
+    assert verdict.headline_words("perplexity", value) == said
+    assert words.perplexity(value) == said == words.shown(value, KINDS["perplexity"].main.form)
+    assert f"| {said} |" in write._table({"dense": {"perplexity": value}})
 
 
 def test_a_run_ends_with_its_figures_verdict_and_places(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -127,7 +127,7 @@ def test_figures_are_said_with_the_interval_of_their_change():
     lines = [setback_sentence(each) for each in setbacks(worse, epoch(0), [])]
     assert lines == [
         "generation is worse than the pruned model's: 50.0%, now 20.0% (-30.0 points [-39.0, -21.0], 100 items)",
-        "perplexity is worse than the pruned model's: 20, now 24.5 (+22.1% [+22.1%, +22.1%], 40 texts)",
+        "perplexity is worse than the pruned model's: 20.02, now 24.46 (+22.1% [+22.1%, +22.1%], 40 texts)",
         "KL along the dense model's own texts is worse than the pruned model's: 0.2, now 0.3 "
         "(+0.1 [+0.1, +0.1], 40 texts)",
     ]

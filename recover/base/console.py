@@ -33,6 +33,11 @@ def size(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def perplexity(value: float) -> str:
+    """A perplexity with two decimals below 100, so that 1.90 stands under 2.05: `1.90`, `15.41`, `153`, `12,400`."""
+    return f"{value:.2f}" if value < 99.995 else f"{value:,.0f}" if value < 1e7 else f"{value:.1e}"
+
+
 def duration(seconds: float) -> str:
     """Seconds in the two largest units: `0.4 s`, `12 s`, `3 min 20 s`, `2 h 5 min`."""
     if seconds < 9.95:

@@ -344,7 +344,7 @@ def _compared(run: ComparedRun) -> list[str | None]:
     return [
         run["name"],
         *(None if share is None else verdict.share(share) for share in kept),
-        None if perplexity is None else f"{perplexity:.4g}",
+        None if perplexity is None else console.perplexity(perplexity),
         _percent(run["parameters"]),
     ]
 

@@ -26,7 +26,7 @@ from recover.base.console import quiet_libraries
 from recover.base.errors import RecipeError
 from recover.config import named, yaml_values
 from recover.config.recipe import Model, Width
-from recover.config.tasks import KINDS
+from recover.config.tasks import KINDS, WritingFile
 from recover.export.gguf.family import FAMILIES
 from recover.measure.sandbox import why_no_wall
 from recover.measure.tasks import load_task
@@ -213,7 +213,7 @@ def _blend(name: str) -> Iterator[Row]:
 PROMPT = '{"prompt": "What is 7 times 8?"}'
 OWN = "a file of your own in its place (--prompts, --tasks)"
 A_WALL = "a machine that has a wall for the programs that a model writes (docs/security.md)"
-LONG_SECONDS = 24 * 3600  # of training, about which something is said
+LONG_SECONDS = 24 * 3600  # of training, or of a search, about which something is said
 
 
 def init(
@@ -242,16 +242,18 @@ def init(
     machine = draft.this_machine()
     dtype: Any = draft.dtype_for(machine, description)[0]
     element = ELEMENT_BYTES[exported_dtype(dtype, description.stored, None)]
-    goal = target(wanted, description, calibration, element)
+    whole = target(wanted, description, calibration, element)
+    goal = draft.affordably(whole, description, machine)
     source = draft.relative(model, folder)
     lines = draft.draft(source, description, goal, texts, machine, name=name, tokens=tokens)
+    less = [] if machine.device == "cuda" else draft.smaller(lines, goal, whole, description, texts)
     recipe = draft.recipe_of(lines)
     refuse(recipe, description)
     path = out or Path(f"{recipe.name}.yaml")
     if path.exists() and not replace:
         raise RecipeError(f"{path}: is there; name another --out, or say --replace")
     cost = estimate(recipe, description, matrix_rate())
-    write_text(path, draft.written(lines, _head(machine, path, missing)))
+    write_text(path, draft.written(lines, _head(machine, path, missing, less)))
     _say(
         path,
         machine,
@@ -261,6 +263,7 @@ def init(
         short=too_large(recipe, description, room()),
         narrow=isinstance(recipe.prune, Width),
         code=texts.runs_code,
+        less=less,
     )
 
 
@@ -291,7 +294,8 @@ def _texts(
     kinds = [KINDS[str(yaml_values.read(named.task_path(task)).get("kind"))] for task in asked]
     probe = None if any(kind.name == "generate" for kind in kinds) else sources[0][0]
     said = [f"{', '.join(names)}: {', or '.join([*ways, OWN])}" for ways, names in missing.items()]
-    return draft.Texts(tuple(sources), tuple(listed), any(kind.runs_code for kind in kinds), probe), said
+    writing = sum(issubclass(kind.file, WritingFile) for kind in kinds)
+    return draft.Texts(tuple(sources), tuple(listed), any(kind.runs_code for kind in kinds), probe, writing), said
 
 
 Missing = dict[tuple[str, ...], list[str]]  # what would bring it -> what is missing
@@ -331,7 +335,7 @@ def _launch() -> str:
     return f"--config_file {file}" if file.is_file() else "--multi_gpu --num_machines 1 --mixed_precision no"
 
 
-def _head(machine: draft.Machine, path: Path, missing: Sequence[str]) -> Iterator[str]:
+def _head(machine: draft.Machine, path: Path, missing: Sequence[str], less: Sequence[str] = ()) -> Iterator[str]:
     yield f"Written by `recover init` for {machine.name}, {console.size(machine.memory)}. Then:"
     yield f"  recover plan {path}"
     yield f"  recover run {path}"
@@ -339,6 +343,11 @@ def _head(machine: draft.Machine, path: Path, missing: Sequence[str]) -> Iterato
         yield f"  accelerate launch {_launch()} --num_processes {machine.count} -m recover run {path}"
     yield "How long it takes is not said here: `recover plan` times a step, a text and a probe on this machine."
     yield "Values come from recover/config/defaults.py and docs/results.md; docs/recipes.md says what to expect."
+    if less:
+        said = (
+            f"Smaller for {machine.name}, so that a run takes minutes; in brackets what a GPU takes: {', '.join(less)}"
+        )
+        yield from textwrap.wrap(said, 116, break_on_hyphens=False)
     for each in missing:
         yield from textwrap.wrap(f"CANNOT BE USED HERE: {each}", 116, break_on_hyphens=False)
 
@@ -353,6 +362,7 @@ def _say(
     short: str,
     narrow: bool,
     code: bool,
+    less: Sequence[str],
 ) -> None:
     dense, pruned = cost["parameters_dense"], cost["parameters_pruned"]
     sizes = [console.size(cost["file_bytes_dense"]), console.size(cost["file_bytes_pruned"])]
@@ -363,6 +373,8 @@ def _say(
         ["memory", "", f"about {console.size(cost['memory_bytes_per_process'])} of {console.size(machine.memory)}"],
     ]
     console.table(f"{path}, for {machine.name} (estimates)", ["what", "dense", "pruned"], rows)
+    if less:
+        console.say(f"smaller than with a GPU (in brackets): {', '.join(less)}")
     for line in warnings:
         console.warn(line)
     if short:
@@ -370,6 +382,8 @@ def _say(
         console.warn(f"{short}{less}")
     if cost["training_seconds"] > LONG_SECONDS:
         console.warn("training takes more than a day here: give --tokens, or take a machine with a GPU")
+    if cost["search_seconds"] > LONG_SECONDS:
+        console.warn("the search for what goes takes more than a day here: take a machine with a GPU")
     if code:
         console.warn(
             "a task runs what the model writes, locked away: the recipe has measure.allow_code_execution: true"

@@ -4,6 +4,8 @@ This is the one place for them, and for what a KL says of generation (`KEPT_...`
 size of the dense one. Each row says where its figures come from (docs/results.md, which has the commands), and what was
 not measured: whoever has newer figures changes the row, and its `source`.
 
+A machine without a GPU is asked for less (`CPU_...`), so that a run takes minutes there: `run/affordable.py`.
+
 `auto` follows from the model's width and from how much of it is pruned, each value with a reason. The rules are drawn
 through three models (width 112, 576, 896) at one to three prunings each. Nothing of the machine enters, so a training
 goes on with the same values elsewhere.
@@ -79,6 +81,15 @@ SAMPLES, SAMPLES_SOURCE = 48, "answers; as at 0.5B"
 OWN_TEXT_SOURCE = (
     "prompts of the kind that must survive: chosen on own answers, 3 of 30 blocks came back 8 points further"
 )
+
+MEASURED_ITEMS = 1500  # of each task
+PROBED = 64  # prompts
+
+# What a machine without a GPU is asked for: seconds that each part of a run may take, and FLOP/s of a core by which it
+# is counted. Both are of SmolLM2-135M in float32 on two cores of a server, as `recover plan` timed it: 5.5 ms a token
+# and candidate of a search (0.22 GFLOP), 6.8 ms a written token (0.27), 6.1 ms a trained one (0.78).
+CPU_SECONDS = {"search": 480.0, "probe": 100.0, "train": 540.0, "measure": 480.0}
+CPU_RATES = {"judging": 20e9, "writing": 20e9, "training": 60e9, "reading": 60e9}
 
 # Which way to prune, where only the amount is asked for.
 SCORE, SCORE_SOURCE = "kl", "orders what goes by the generation that is left; angular and influence hardly do"

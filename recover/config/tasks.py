@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
+from recover.base import console
 from recover.base.process import TooSlow, within
 from recover.config.base import Config
 from recover.config.recipe import Sampling
@@ -252,6 +253,8 @@ class Figure:
 
     def worded(self, value: float) -> str:
         """The value for a table in the terminal."""
+        if self.form == "perplexity":
+            return console.perplexity(value)
         return f"{value:.1%}" if self.form == "percent" else f"{value:.4g}"
 
 
@@ -545,7 +548,7 @@ register(
             Figure(
                 "perplexity",
                 "perplexity",
-                "number",
+                "perplexity",
                 "lower",
                 main=True,
                 meaning="exp of a token's mean negative log-probability: a choice among so many equally likely tokens",

@@ -581,4 +581,4 @@ def _table(headlines: dict[str, dict[str, float | None]]) -> str:
 def _number(figure: Figure, value: float | None) -> str:
     if value is None:
         return "not measured"
-    return f"{value:.1%}" if figure.form == "percent" else f"{value:.2f}"
+    return figure.worded(value)

@@ -295,8 +295,8 @@ def row(run: ComparedRun) -> list[tuple[str, float | None, str]]:
 
 def _perplexity(found: dict[str, float | None]) -> tuple[str, float | None, str]:
     """Recovered, with the way there under it."""
-    way = " → ".join(words.number(found[model]) for model in ("dense", "pruned") if found[model] is not None)
-    return words.number(found["recovered"]), found["recovered"], f"{way} →" if way else ""
+    way = " → ".join(words.perplexity(found[model]) for model in ("dense", "pruned") if found[model] is not None)
+    return words.perplexity(found["recovered"]), found["recovered"], f"{way} →" if way else ""
 
 
 def _decoding(run: ComparedRun) -> tuple[str, float | None, str]:

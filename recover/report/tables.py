@@ -341,7 +341,7 @@ def rates(data: PageData) -> Table | None:
             (
                 f"{trial['lr']:.3g}{', taken' if trial['lr'] == found['chosen'] else ''}",
                 words.number(trial["kl"]) if trial["kl"] is not None else "not finite",
-                words.number(trial.get("perplexity")) if trial.get("perplexity") else "–",
+                words.perplexity(trial.get("perplexity")) if trial.get("perplexity") else "–",
                 words.duration(trial.get("seconds")),
             )
             for trial in found["trials"]

@@ -448,12 +448,12 @@ NAMES = {"kl": "KL along the dense model's own texts"}
 
 
 def setback_sentence(found: Setback) -> str:
-    """`perplexity is worse than pruned: 20.9, now 24.1 (+15% [+12%, +18%], 100 items)`."""
+    """`perplexity is worse than pruned: 20.93, now 24.11 (+15% [+12%, +18%], 100 items)`."""
     figure, before, now, (low, high) = found["figure"], found["before"], found["now"], found["interval"]
     items = f"{found['items']:,} {'texts' if figure in ('kl', 'perplexity') else 'items'}"
     change = now - before
     if figure == "perplexity":
-        shown = [words.number(_exp(value)) for value in (before, now)]
+        shown = [words.perplexity(_exp(value)) for value in (before, now)]
         by, ends = _signed_percent(math.expm1(change)), [_signed_percent(math.expm1(end)) for end in (low, high)]
     elif figure == "kl":
         shown = [words.number(value) for value in (before, now)]

@@ -381,11 +381,12 @@ def headline_words(name: str, value: float | None) -> str | None:
     """A headline figure as text, as its kind words it: mostly a percentage; None stays None."""
     if value is None:
         return None
-    return words.percent(value, 1) if headline_figures()[name][1].form == "percent" else f"{value:.4g}"
+    figure = headline_figures()[name][1]
+    return words.percent(value, 1) if figure.form == "percent" else figure.worded(value)
 
 
 def headline_line(headline: dict[str, float | None]) -> str:
-    """The figures that were measured, in one line: `generation 5.5%, choice 81.0%, perplexity 2.046`."""
+    """The figures that were measured, in one line: `generation 5.5%, choice 81.0%, perplexity 2.05`."""
     return ", ".join(f"{name} {headline_words(name, value)}" for name, value in headline.items() if value is not None)
 
 

@@ -107,7 +107,16 @@ def machine(record: Any) -> str:
     return f"{record.get('processor') or 'CPU'}, {record.get('cores')} cores"
 
 
-FORMATS = {"percent": percent, "number": number, "count": count, "bytes": size, "seconds": duration}
+def perplexity(value: Any) -> str:
+    """A perplexity as the console says it."""
+    x = finite(value)
+    return NOT_MEASURED if x is None else console.perplexity(x)
+
+
+FORMATS = {
+    **{"percent": percent, "number": number, "count": count, "bytes": size, "seconds": duration},
+    "perplexity": perplexity,
+}
 
 
 def shown(value: Any, form: str) -> str:

@@ -25,6 +25,8 @@ from recover.config.recipe import Calibration, Recipe, parse_recipe
 from recover.config.yaml_values import HEADING
 from recover.models.load import Description
 from recover.prune.registry import Cost, pruner_of
+from recover.run import affordable
+from recover.run.affordable import WRITTEN, Work
 from recover.run.estimate import ELEMENT_BYTES, training_memory
 
 SERVED_TOKENS = 4096  # in the KV cache of a model that is to fit a memory
@@ -33,9 +35,10 @@ BYTES = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20
 WAYS = ("depth", "width")
 
 MOST_AT_ONCE = {"cuda": 1024, "cpu": 128}  # texts written at once
-MEASURED_ITEMS = {"cuda": 1500, "cpu": 100}
 CHUNKS = (4096, 2048, 512, 128)  # positions scored at once, the largest that fits
 WORKING_LOGITS = 12  # bytes of a logit while a token is drawn
+AS_ASKED = "as asked for"
+LENGTH_WHY = "tokens of a sample"
 Line = tuple[str, Any, str]  # dotted path, value, why
 
 
@@ -241,13 +244,17 @@ def _number(option: str, text: str, scales: dict[str, float], example: str) -> f
 
 @dataclass(frozen=True)
 class Machine:
-    """What a process has: a GPU or the CPU, its memory in bytes, and the dtype that it computes fast in."""
+    """What a process has: a GPU or the CPU, its memory in bytes, and the dtype that it computes fast in.
+
+    `count`: of the GPUs; `cores`: of the CPU, where there is none.
+    """
 
     device: str
     name: str
     memory: int
     dtype: str
     count: int = 1
+    cores: int = 1
 
     @property
     def usable(self) -> float:
@@ -256,19 +263,24 @@ class Machine:
 
 @dataclass(frozen=True)
 class Texts:
-    """What a recipe reads: prompts (with what they are), and tasks; `probe`: prompts where no task gives any."""
+    """What a recipe reads: prompts (with what they are), and tasks; `probe`: prompts where no task gives any.
+
+    `writing`: how many of the tasks let the model write.
+    """
 
     prompts: tuple[tuple[str, str], ...]
     tasks: tuple[tuple[str, str], ...]
     runs_code: bool = False
     probe: str | None = None
+    writing: int = 1
 
 
 def this_machine() -> Machine:
     """The machine of this process; of several GPUs the smallest counts."""
     found = provenance.machine()
+    cores = found["cores"] or 1
     if dist.device().type == "cpu":
-        return Machine("cpu", f"{found['cores']} CPU cores", found["memory_bytes"], "float32")
+        return Machine("cpu", f"{cores} CPU core{'s' * (cores > 1)}", found["memory_bytes"], "float32", cores=cores)
     least = min(found["gpus"], key=lambda gpu: gpu["memory_bytes"])
     half = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     return Machine("cuda", least["name"], least["memory_bytes"], half, len(found["gpus"]))
@@ -291,8 +303,9 @@ def draft(source: str, model: Description, goal: Target, texts: Texts, machine: 
     """
     size = defaults.training(model.parameters)
     dtype, dtype_why = dtype_for(machine, model)
-    length = min(defaults.NEW_TOKENS + defaults.PROMPT_TOKENS, model.context or 2**31)
-    new_tokens = min(defaults.NEW_TOKENS, length * 2 // 3)
+    sizes = _sizes(model, goal, texts, machine, given.get("tokens"))
+    new_tokens = sizes.now[WRITTEN]
+    length = min(new_tokens + defaults.PROMPT_TOKENS, model.context or 2**31)
     lines: list[Line] = [
         ("name", given.get("name") or f"{slug(source)}-{goal.word}", "of the folder under checkpoints/"),
         ("seed", 0, "of calibration, written text, order and draws; another one shows the noise"),
@@ -300,13 +313,67 @@ def draft(source: str, model: Description, goal: Target, texts: Texts, machine: 
         ("model.source", source, "hub id, folder or GGUF file; a relative path is seen from this file"),
         ("model.dtype", dtype, dtype_why),
         *_prune(goal, texts),
-        *_probe(texts, machine),
-        *_train(model, goal, size, machine, given.get("tokens")),
-        *_data(texts, new_tokens),
-        *_measure(texts, model, machine),
+        *_probe(texts, sizes),
+        *_train(model, goal, size, sizes, given.get("tokens")),
+        *_data(texts, sizes),
+        *_measure(texts, sizes),
     ]
-    lines = _set(lines, "train.length", length, _length_why(length, model))
+    lines = _set(lines, "train.length", length, _length_why(length, new_tokens, model))
     return _fitted(lines, model, goal, machine, new_tokens)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything there is: `now` in the recipe, `gpu` where there is one."""
+
+    now: affordable.Sizes
+    gpu: affordable.Sizes
+
+    def line(self, path: str, why: str, *, field: str | None = None, of_gpu: bool = False) -> Line:
+        """A line of the recipe; where a GPU takes more, it says so.
+
+        `field`: its path, where it is another. `of_gpu`: the reason is one for what a GPU takes.
+        """
+        now, gpu = self.now[path], self.gpu[path]
+        if now == gpu:
+            return field or path, now, why
+        return field or path, now, _with_gpu(gpu, why) if of_gpu else f"{why}; with a GPU {gpu:,}"
+
+
+def _with_gpu(value: int, why: str) -> str:
+    return f"with a GPU {value:,}: {why}"
+
+
+def _sizes(model: Description, goal: Target, texts: Texts, machine: Machine, tokens: int | None) -> Sizes:
+    work = Work(model, goal.prune, goal.cost, len(texts.tasks), texts.writing)
+    gpu = affordable.sizes_of(work, tokens)
+    return Sizes(gpu if machine.device == "cuda" else affordable.fitted(gpu, work, machine.cores, tokens), gpu)
+
+
+def affordably(goal: Target, model: Description, machine: Machine) -> Target:
+    """The target with as much text to judge by as this machine reads in minutes, where it has no GPU."""
+    if machine.device == "cuda":
+        return goal
+    cfg = affordable.calibrated(goal.prune, model, machine.cores)
+    if cfg == goal.prune:
+        return goal
+    gpu, now = (affordable.text_sizes(getattr(each, "calibration", None)) for each in (goal.prune, cfg))
+    less = {path.rpartition(".")[2]: value for path, value in gpu.items() if now[path] != value}
+    told = {"samples": defaults.SAMPLES_SOURCE, "answer": defaults.ANSWER_SOURCE, "length": LENGTH_WHY} | goal.why
+    why = goal.why | {name: _with_gpu(value, told[name]) for name, value in less.items()}
+    return Target(cfg, pruner_of(cfg).cost(cfg, model), goal.word, why)
+
+
+def smaller(lines: Sequence[Line], goal: Target, wanted: Target, model: Description, texts: Texts) -> list[str]:
+    """What is smaller in these lines than where there is a GPU, which takes what stands in brackets.
+
+    `wanted`: the target before `affordably` made its text less.
+    """
+    values = _values(lines)
+    asked = values["train.tokens"] if ("train.tokens", values["train.tokens"], AS_ASKED) in lines else None
+    work = Work(model, goal.prune, goal.cost, len(texts.tasks), texts.writing)
+    gpu = affordable.text_sizes(getattr(wanted.prune, "calibration", None)) | affordable.sizes_of(work, asked)
+    return affordable.smaller({WRITTEN: values["train.data.0.max_new_tokens"]} | values, gpu)
 
 
 def _prune(goal: Target, texts: Texts) -> Iterator[Line]:
@@ -320,15 +387,17 @@ def _prune(goal: Target, texts: Texts) -> Iterator[Line]:
     }[type(cfg)]
     for field in fields:
         yield f"prune.{field}", getattr(cfg, field), why[field]
+    if isinstance(cfg, Depth) and cfg.iterative is not None:
+        yield "prune.iterative", cfg.iterative, "with a GPU true: what is left is scored anew after each drop"
     assert isinstance(cfg, Depth | Width | Wanda | SparseGpt), "one that `target` gives"
     calibration = cfg.calibration
     assert calibration is not None
     yield "prune.calibration", HEADING, "text on which it is judged what goes"
     yield "prune.calibration.data", calibration.data, defaults.OWN_TEXT_SOURCE
     yield "prune.calibration.column", calibration.column, "of that data"
-    yield "prune.calibration.answer", calibration.answer, defaults.ANSWER_SOURCE
+    yield "prune.calibration.answer", calibration.answer, why.get("answer", defaults.ANSWER_SOURCE)
     yield "prune.calibration.samples", calibration.samples, why.get("samples", defaults.SAMPLES_SOURCE)
-    yield "prune.calibration.length", calibration.length, "tokens of a sample"
+    yield "prune.calibration.length", calibration.length, why.get("length", LENGTH_WHY)
 
 
 def calibration_for(texts: Texts, model: Description) -> Calibration:
@@ -341,26 +410,28 @@ def calibration_for(texts: Texts, model: Description) -> Calibration:
     return Calibration(data=data, column="prompt", answer=answer, samples=defaults.SAMPLES, length=length)
 
 
-def _probe(texts: Texts, machine: Machine) -> Iterator[Line]:
+def _probe(texts: Texts, sizes: Sizes) -> Iterator[Line]:
     yield "probe", HEADING, "how far the pruned model is from the dense one, before and after"
     if texts.probe is not None:
         yield "probe.prompts", texts.probe, "no generate task gives prompts to probe with"
-    yield "probe.samples", 64 if machine.device == "cuda" else 16, "prompts along whose answers it is measured"
-    yield "probe.steps", 48, "tokens of each answer"
+    yield sizes.line("probe.samples", "prompts along whose answers it is measured")
+    yield sizes.line("probe.steps", "tokens of each answer")
+    if sizes.now["probe.layer_positions"] != sizes.gpu["probe.layer_positions"]:
+        yield sizes.line("probe.layer_positions", "positions at which each block is looked at, of a batch")
     yield "probe.batch_size", 16, "prompts at once"
 
 
 def _train(
-    model: Description, goal: Target, size: defaults.Training, machine: Machine, tokens: int | None
+    model: Description, goal: Target, size: defaults.Training, sizes: Sizes, tokens: int | None
 ) -> Iterator[Line]:
     unlike = "; not measured at this size" if model.parameters > defaults.MEASURED_UP_TO else ""
-    budget, why = (tokens, "as asked for") if tokens else _tokens(goal, model, size)
+    _, why = (tokens, AS_ASKED) if tokens else affordable.tokens(Work(model, goal.prune, goal.cost, 0, 0))
     yield "train", HEADING, "how generation is brought back: LoRA, by distilling from the dense model"
-    yield "train.epochs", defaults.EPOCHS, defaults.EPOCHS_SOURCE
-    yield "train.tokens", budget, why if tokens else why + unlike
+    yield sizes.line("train.epochs", defaults.EPOCHS_SOURCE)
+    yield sizes.line("train.tokens", why if tokens else why + unlike, of_gpu=True)
     yield "train.length", 0, ""
-    yield "train.batch_size", size.batch_size, f"sequences a step; {size.source}"
-    yield "train.micro_batch_size", size.batch_size, ""
+    yield sizes.line("train.batch_size", f"sequences a step; {size.source}", of_gpu=True)
+    yield "train.micro_batch_size", sizes.now["train.batch_size"], ""
     yield "train.gradient_checkpointing", False, ""
     if unlike:
         yield "train.lr", "auto", "no rate was measured at this size: short trials on the run's own text find one"
@@ -376,13 +447,7 @@ def _train(
     yield "train.loss.chunk", CHUNKS[0], ""
 
 
-def _tokens(goal: Target, model: Description, size: defaults.Training) -> tuple[int, str]:
-    if isinstance(goal.prune, Wanda | SparseGpt):
-        return defaults.tokens_for_zeros(size, goal.prune.fraction, pattern=goal.prune.n_m is not None)
-    return defaults.tokens(size, goal.cost.gone / model.parameters)
-
-
-def _data(texts: Texts, new_tokens: int) -> Iterator[Line]:
+def _data(texts: Texts, sizes: Sizes) -> Iterator[Line]:
     yield "train.data", HEADING, "text that the dense model writes itself, in equal parts of the tokens"
     for number, (prompts, about) in enumerate(texts.prompts):
         at = f"train.data.{number}"
@@ -390,20 +455,18 @@ def _data(texts: Texts, new_tokens: int) -> Iterator[Line]:
         yield f"{at}.prompts", prompts, about
         yield f"{at}.share", 1.0, "part of the tokens, relative to the other sources"
         yield f"{at}.temperature", defaults.TEMPERATURE, defaults.TEMPERATURE_SOURCE
-        yield f"{at}.max_new_tokens", new_tokens, defaults.NEW_TOKENS_SOURCE
+        yield sizes.line(WRITTEN, defaults.NEW_TOKENS_SOURCE, field=f"{at}.max_new_tokens", of_gpu=True)
         yield f"{at}.batch_size", 1, ""
 
 
-def _measure(texts: Texts, model: Description, machine: Machine) -> Iterator[Line]:
-    most = max(1, min(defaults.MEASURED_TOKENS, (model.context or 2**31) * 2 // 3))
+def _measure(texts: Texts, sizes: Sizes) -> Iterator[Line]:
     yield "measure", HEADING, "what is asked of dense, pruned and recovered alike"
     yield "measure.tasks", HEADING, "the generate and code tasks choose the best epoch"
     for number, (task, about) in enumerate(texts.tasks):
         yield f"measure.tasks.{number}", task, about
-    limit = MEASURED_ITEMS[machine.device]
-    yield "measure.limit", limit, "items of each task, the first ones" + _spread(limit)
-    yield "measure.epoch_limit", 100, "after each epoch" + _spread(100)
-    yield "measure.max_new_tokens", most, defaults.MEASURED_TOKENS_SOURCE
+    yield sizes.line("measure.limit", "items of each task, the first ones" + _spread(sizes.now["measure.limit"]))
+    yield sizes.line("measure.epoch_limit", "after each epoch" + _spread(sizes.now["measure.epoch_limit"]))
+    yield sizes.line("measure.max_new_tokens", defaults.MEASURED_TOKENS_SOURCE)
     yield "measure.batch_size", 1, ""
     yield "measure.sampling", None, "greedy alone; {temperature: 0.7} measures drawn texts beside it"
     if texts.runs_code:
@@ -415,8 +478,8 @@ def _spread(items: int) -> str:
     return f": an interval of 95% of up to {98 / items**0.5:.1f} points on either side"
 
 
-def _length_why(length: int, model: Description) -> str:
-    room = f"{defaults.PROMPT_TOKENS} tokens of prompt and {defaults.NEW_TOKENS} of answer"
+def _length_why(length: int, new_tokens: int, model: Description) -> str:
+    room = f"{defaults.PROMPT_TOKENS} tokens of prompt and {new_tokens} of answer"
     return room if length < (model.context or 2**31) else f"the model's context; {room} would be better"
 
 

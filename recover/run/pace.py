@@ -64,7 +64,7 @@ TURNS, PATIENT = 2, 1.0  # timings of each piece; seconds after which no further
 AT_ONCE = 0.4  # seconds that a piece of work is to take, by the floor
 LEAST_TOKENS, LEAST_ROWS = 64, 8  # fewer, and a product is bound by reading the weights
 STEP_AT_ONCE = 2.0  # and a training step, or a pruning, whose time does not go with its tokens in a small model
-PROBED = 8, 12  # prompts and steps of a probe
+PROBED = 8, 12  # prompts and steps of a probe, at most
 JUDGED = 1024  # positions whose output is held against dense's
 TOO_LONG = 6.0  # seconds of the least step, by the floor: then nothing is timed
 ALLOWED = 90.0  # seconds after which nothing further is timed
@@ -550,9 +550,11 @@ class Pace:
         return self._once_for(("probing",), lambda: self._probing(tokenizer, prompts, cfg))
 
     def _probing(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], cfg: recipe.Probe) -> Span:
-        several, steps = min(PROBED[0], len(prompts)), min(PROBED[1], cfg.steps)
-        if self._floor(several * (steps + mean([len(row) for row in prompts])), passes=6) > TOO_LONG:
-            raise NotTimed("a probe of a few prompts takes long itself")
+        steps, length = min(PROBED[1], cfg.steps), mean([len(row) for row in prompts])
+        fits = int(TOO_LONG / self._floor(steps + length, passes=6))
+        if fits < 1:
+            raise NotTimed("a probe of one prompt takes long itself")
+        several = min(PROBED[0], len(prompts), fits)
 
         def probes(few: _Few, count: int) -> Work:
             own = cfg.model_copy(update={"samples": count, "steps": steps, "batch_size": count})

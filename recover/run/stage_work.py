@@ -32,6 +32,7 @@ from recover.base.products import NAMES
 from recover.config import recipe as recipes
 from recover.config.base import Dtype
 from recover.config.recipe import Model, Recipe, dump_recipe, without_folders
+from recover.config.tasks import WritingFile
 from recover.export.gguf.importance import Importance, importance_of, write_importance
 from recover.export.gguf.write import beside, nearest, quantized_bytes, weighs, write_gguf
 from recover.export.verify import fresh_process, verify, write_expected
@@ -40,7 +41,7 @@ from recover.measure.model import Generations
 from recover.measure.speed import compare_speed
 from recover.measure.tasks import measure
 from recover.models.arch import arch_of
-from recover.models.load import describe, load_model, ready
+from recover.models.load import Description, describe, load_model, ready
 from recover.models.plan import save_plan
 from recover.models.source import code_of, exported_dtype, locate, stored_dtype
 from recover.models.stored_weights import stored_in
@@ -51,6 +52,7 @@ from recover.probe.sublayers import routing
 from recover.probe.tasks import task_drift, tokens_of_changed
 from recover.prune import registry
 from recover.prune.calibrate import calibration_record
+from recover.prune.registry import pruner_of
 from recover.report import items, verdict
 from recover.report.collect import collect
 from recover.report.render import render
@@ -67,6 +69,7 @@ from recover.report.run_files import (
 )
 from recover.report.training import Compared, advice, foretold, setback_sentence, setbacks
 from recover.report.words import shown_source
+from recover.run.affordable import Work, smaller_than_asked
 from recover.run.context import RunContext, calibration, overlap_record
 from recover.run.directory import RunDirectory
 from recover.run.estimate import Estimate, PlannedFile, estimate, matrix_rate, planned_file, rate_plan, refuse, warnings
@@ -132,9 +135,22 @@ def checked(context: RunContext, *, timed: bool = False) -> Checked:
         console.say(f"train.{each['field']}: {each['value']}: {each['why']}")
     for line in warnings(recipe, model):
         console.warn(line)
+    if less := _smaller(context, model):
+        console.say(f"smaller than `recover init` writes for a GPU (in brackets): {', '.join(less)}")
     for line in items.overlap_lines(overlaps):
         console.warn(line) if overlaps["found"] else console.say(f"[dim]{line}[/dim]")
     return record
+
+
+def _smaller(context: RunContext, model: Description) -> list[str]:
+    """What a machine without a GPU takes less of, where it would take hours with all of it."""
+    cores = provenance.machine()["cores"]
+    if dist.device().type != "cpu" or cores is None:
+        return []
+    recipe, tasks = context.recipe, context.tasks
+    writing = sum(isinstance(task.file, WritingFile) for task in tasks)
+    cost = pruner_of(recipe.prune).cost(recipe.prune, model)
+    return smaller_than_asked(recipe, Work(model, recipe.prune, cost, len(tasks), writing), cores)
 
 
 def _say_code(cfg: Model) -> list[str] | None:

@@ -57,7 +57,7 @@ def hero(data: PageData) -> Figure:
 
     rows = [(use, *(_cell(_value(data, model, use)) for model in data["headline"])) for use in shown]
     if has_perplexity:
-        rows.append(("perplexity", *(words.number(perplexity[model]) for model in data["headline"])))
+        rows.append(("perplexity", *(words.perplexity(perplexity[model]) for model in data["headline"])))
     see = "Bars are means over tasks. Thin lines are 95% intervals. The upright line in each panel is the dense level."
     if has_perplexity:
         see += " Perplexity is on a log scale; further left is better."
@@ -136,8 +136,8 @@ def _perplexity(canvas: Canvas, perplexity: dict[str, float | None], left: float
             canvas.text(x.start + 8, y + 17, words.NOT_MEASURED, "note")
             continue
         canvas.line(x.start, y + 12, x.stop, y + 12, "rail")
-        canvas.dot(x(value), y + 12, 7, f"fill-{model} rim", tip=f"{model}: perplexity {words.number(value)}")
-        canvas.text(right, y + 17, words.number(value), "value", anchor="end")
+        canvas.dot(x(value), y + 12, 7, f"fill-{model} rim", tip=f"{model}: perplexity {words.perplexity(value)}")
+        canvas.text(right, y + 17, words.perplexity(value), "value", anchor="end")
     if perplexity["dense"]:
         foot = top + HEAD + (len(perplexity) - 1) * ROW + 30
         canvas.line(x(perplexity["dense"]), top + HEAD - 6, x(perplexity["dense"]), foot, "reference")
