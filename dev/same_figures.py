@@ -49,7 +49,7 @@ FILES = re.compile(
 )
 NO_FIGURE = re.compile(
     r".*seconds|.*tokens_per_second|times|.*matrix_rate.*|peak_memory.*|speed|machine|versions?|.*_version|environment|env"
-    r"|provenance|fingerprint|files|recipe|title|summary|limits|means|reason|finished"
+    r"|provenance|fingerprint|lineage|files|inputs|recipe|title|summary|limits|means|reason|finished"
 )
 RENAMED = {"train": "recover"}  # a newer name -> one that all commits share: of a folder, a stage, a section
 
