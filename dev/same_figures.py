@@ -51,6 +51,7 @@ NO_FIGURE = re.compile(
     r".*seconds|.*tokens_per_second|times|.*matrix_rate.*|peak_memory.*|speed|machine|versions?|.*_version|environment|env"
     r"|provenance|fingerprint|lineage|files|inputs|recipe|title|summary|limits|means|reason|finished"
 )
+DATE = re.compile(r"\d{4}-\d\d-\d\dT[\d:.+]+")
 RENAMED = {"train": "recover"}  # a newer name -> one that all commits share: of a folder, a stage, a section
 
 
@@ -233,7 +234,9 @@ def without(work: str, value: Any) -> Any:
         return {old_word(key): without(work, inner) for key, inner in value.items() if not NO_FIGURE.fullmatch(key)}
     if isinstance(value, list):
         return [without(work, inner) for inner in value]
-    return old_word(value.replace(work, "WORK")) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return "DATE" if DATE.fullmatch(value) else old_word(value.replace(work, "WORK"))
+    return value
 
 
 # Comparing.
