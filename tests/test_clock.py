@@ -191,3 +191,15 @@ def test_a_verifying_process_that_was_killed_while_it_waited_is_begun_anew(tmp_p
         monkeypatch.setattr(stage_work, "fresh_process", lambda: nullcontext(begun.append("one") or next(processes)))
         directory = stages.run(load_recipe(QUICKSTART, [*SMALL, *MASKED]), tmp_path, until="export", start="export")
     assert len(begun) == 2 and artifacts.read_json(directory.verify)["ok"]
+
+
+def test_no_process_is_begun_to_verify_an_export_that_stays(tmp_path_factory, tmp_path, monkeypatch):
+    """The figures of another probe are not in it."""
+    shutil.copytree(finished(tmp_path_factory, *MASKED), tmp_path / "quickstart")
+    stamps = [tmp_path / "quickstart" / stage / "DONE.json" for stage in ("after", "deploy")]
+    before, begun = [stamp.read_text() for stamp in stamps], []
+    with brief():
+        monkeypatch.setattr(stage_work, "fresh_process", lambda: nullcontext(begun.append("one") or Here()))
+        stages.run(load_recipe(QUICKSTART, [*SMALL, *MASKED, "probe.steps=3"]), tmp_path, until="export")
+    same = [stamp.read_text() == text for stamp, text in zip(stamps, before, strict=True)]
+    assert begun == [] and same == [False, True]

@@ -365,7 +365,7 @@ def after(context: RunContext) -> None:
 
     Epochs that were measured in another way than is asked for now are measured again before, from their adapters.
     """
-    if context.exports and dist.is_main():
+    if dist.is_main() and context.exports():
         begin_verifier(context)
     _epochs_again(context)
     _probe_and_measure(context, context.recovered(), context.directory.after)
