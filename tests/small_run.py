@@ -59,6 +59,9 @@ class Here:
 
     returncode = 0
 
+    def poll(self) -> int | None:
+        return None  # it waits
+
     def communicate(self, arguments: str) -> tuple[str, str]:
         self.returncode = verify.main(json.loads(arguments))
         return "", ""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 from report_run import build_run
-from small_run import MASKED, QUICKSTART, SMALL, finished, run
+from small_run import MASKED, QUICKSTART, SMALL, Here, brief, finished, run
 
+from recover.base import artifacts
 from recover.base import clock as clocks
 from recover.base.clock import OTHER, Clock, note, part, spent, stage_clock
 from recover.config.recipe import load_recipe
@@ -175,3 +176,30 @@ def test_the_process_that_verifies_loads_its_libraries_while_the_recovered_model
     with pytest.raises(KeyboardInterrupt):
         stages.run(load_recipe(QUICKSTART, [*SMALL, *MASKED]), tmp_path, until=until, start="after")
     assert noted == expected
+
+
+def test_a_verifying_process_that_was_killed_while_it_waited_is_begun_anew(tmp_path_factory, tmp_path, monkeypatch):
+    shutil.copytree(finished(tmp_path_factory, *MASKED), tmp_path / "quickstart")
+
+    class Killed(Here):
+        def poll(self) -> int:
+            return -9
+
+    begun = []
+    with brief():
+        processes = iter([Killed(), Here()])
+        monkeypatch.setattr(stage_work, "fresh_process", lambda: nullcontext(begun.append("one") or next(processes)))
+        directory = stages.run(load_recipe(QUICKSTART, [*SMALL, *MASKED]), tmp_path, until="export", start="export")
+    assert len(begun) == 2 and artifacts.read_json(directory.verify)["ok"]
+
+
+def test_no_process_is_begun_to_verify_an_export_that_stays(tmp_path_factory, tmp_path, monkeypatch):
+    """The figures of another probe are not in it."""
+    shutil.copytree(finished(tmp_path_factory, *MASKED), tmp_path / "quickstart")
+    stamps = [tmp_path / "quickstart" / stage / "DONE.json" for stage in ("after", "deploy")]
+    before, begun = [stamp.read_text() for stamp in stamps], []
+    with brief():
+        monkeypatch.setattr(stage_work, "fresh_process", lambda: nullcontext(begun.append("one") or Here()))
+        stages.run(load_recipe(QUICKSTART, [*SMALL, *MASKED, "probe.steps=3"]), tmp_path, until="export")
+    same = [stamp.read_text() == text for stamp, text in zip(stamps, before, strict=True)]
+    assert begun == [] and same == [False, True]

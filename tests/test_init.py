@@ -122,6 +122,9 @@ def test_speed_is_of_the_weights_that_a_token_reads():
         ({"drop": "ten"}, "--drop: found 'ten', expected a share such as 10%, or a number of blocks such as 3"),
         ({"drop": "120%"}, "--drop: found '120%'"),
         ({"drop": "24"}, "--drop: "),
+        ({"drop": "0"}, "--drop: found '0', expected at least one block"),
+        ({"drop": ""}, "--drop: found ''"),
+        ({"speedup": 0.0}, "--speedup: found 0, expected more than 1"),
         ({"width": "25"}, "--width: found '25', expected a share such as 25%"),
         ({"sparsity": "4:2"}, "--sparsity: found '4:2', expected N:M with N < M"),
         ({"params": "1.2X"}, "--params: found '1.2X', expected a number such as 1.2B"),
@@ -484,6 +487,16 @@ def test_tokens_that_were_asked_for_stay():
     _, recipe, _ = made_for(CPU, SMOL, tokens=200_000, drop="10%")
     taken = recipe.train.tokens / recipe.train.data[0].max_new_tokens / recipe.train.batch_size
     assert recipe.train.tokens == 200_000 and taken >= affordable.LEAST_STEPS
+    # So are fewer, with which a CPU is done in minutes.
+    many = Machine("cpu", "cores", 250 * GB, "float32", cores=64)
+    _, recipe, _ = made_for(many, SMOL, tokens=100_000, drop="10%")
+    taken = recipe.train.tokens / recipe.train.data[0].max_new_tokens / recipe.train.batch_size
+    assert recipe.train.tokens == 100_000 and recipe.train.epochs == 3 and taken >= affordable.LEAST_STEPS
+
+
+def test_no_tokens_are_not_those_that_nobody_asked_for(here):
+    done = call("init", "embedded:fable-2m", "--tokens", "0", *OWN, "--out", "my.yaml")
+    assert done.exit_code == 2 and "--tokens" in done.output and not (here / "my.yaml").exists()
 
 
 def test_what_is_smaller_says_what_a_gpu_takes():

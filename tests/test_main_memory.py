@@ -67,3 +67,9 @@ def test_a_group_without_a_limit_sets_none(system):
 def test_a_group_that_is_over_its_limit_leaves_nothing(system):
     system("0::/a\n", **{"a/memory.max": f"{GIB}", "a/memory.current": f"{2 * GIB}"})
     assert main_memory.free() == 0
+
+
+def test_a_group_whose_name_is_no_text_has_its_limit(system, tmp_path):
+    system("", **{"caf\udce9/memory.max": f"{GIB}", "caf\udce9/memory.current": "0"})
+    (tmp_path / "cgroup").write_bytes(b"0::/caf\xe9\n")
+    assert (main_memory.total(), main_memory.free()) == (GIB, GIB)

@@ -60,7 +60,7 @@ def _pages() -> int:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8", errors="surrogateescape")  # groups may have any bytes as their name
     except OSError:
         return ""
 

@@ -76,7 +76,9 @@ def init(
     uses: For = "math,code,chat",
     prompts: Asking = None,
     tasks: Asked = None,
-    tokens: Annotated[int | None, typer.Option("--tokens", help="Teacher-scored tokens of the recovery.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=1, help="Teacher-scored tokens of the recovery.")
+    ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Of the run.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Write over a file that is there.")] = False,
 ) -> None:

@@ -85,7 +85,8 @@ def tokens(work: Work) -> tuple[int, str]:
 def fitted(sizes: Sizes, work: Work, cores: int, asked: int | None = None) -> Sizes:
     """The same, smaller where a CPU of so many cores would take longer than `defaults.CPU_SECONDS`.
 
-    `asked`: tokens of the training that somebody asked for, which stay.
+    `asked`: tokens of the training that somebody asked for, which stay, and are taken in steps enough also where a CPU
+    is quick with them.
     """
     found = dict(sizes)
     _fit_probe(found, work, cores)
@@ -113,14 +114,17 @@ def _fit_training(sizes: Sizes, work: Work, cores: int, asked: int | None) -> No
     active = work.model.active
     each = _seconds(2 * active, "writing", cores) + _seconds(6 * active, "training", cores)
     affordable = defaults.CPU_SECONDS["train"] / each
-    if affordable >= sizes["train.tokens"]:
+    slow = affordable < sizes["train.tokens"]
+    few = asked is not None and asked < min(tokens(work)[0], LEAST_STEPS * sizes["train.batch_size"] * sizes[WRITTEN])
+    if not slow and not few:
         return
-    if asked is None:
+    if slow and asked is None:
         budget = max(affordable, LEAST_TRAINED)
         scale = 10 ** (len(str(round(budget))) - 2)
         sizes["train.tokens"] = min(sizes["train.tokens"], int(budget // scale) * scale)
+    if slow:
+        sizes["train.epochs"] = min(sizes["train.epochs"], EPOCHS)
     sizes["train.batch_size"] = min(sizes["train.batch_size"], ROWS)
-    sizes["train.epochs"] = min(sizes["train.epochs"], EPOCHS)
     steps = LEAST_STEPS * sizes["train.batch_size"]
     while sizes[WRITTEN] > LEAST_WRITTEN and sizes["train.tokens"] / sizes[WRITTEN] < steps:
         sizes[WRITTEN] = max(LEAST_WRITTEN, sizes[WRITTEN] // 2)

@@ -13,7 +13,7 @@ import gc
 import hashlib
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cached_property, partial
 from itertools import islice, zip_longest
@@ -69,12 +69,13 @@ class RunContext:
     """The recipe, its run directory, and the loaded things that stages ask for.
 
     What is `auto` in the recipe is settled here (`chosen` says how), but for the learning rate. Raises RecipeError and
-    ModelError where it cannot be. `exports`: the model is exported in the end.
+    ModelError where it cannot be. `exports`: whether the model is still to be exported, as far as that is known.
     """
 
-    def __init__(self, recipe: Recipe, directory: RunDirectory, *, exports: bool = False) -> None:
+    def __init__(self, recipe: Recipe, directory: RunDirectory) -> None:
         self.recipe, self.chosen = settle(recipe)
-        self.directory, self.exports = directory, exports
+        self.directory = directory
+        self.exports: Callable[[], bool] = lambda: False
         self.tracking = Tracking(self.recipe, directory.root)
         self._twin: tuple[str, Twin] | None = None
         self._held: Held | None = None

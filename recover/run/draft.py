@@ -73,7 +73,8 @@ def target(wanted: Wanted, model: Description, calibration: Calibration, element
     Raises:
         RecipeError: a value is of another form, more than one is given, or no pruning of this model reaches it.
     """
-    given = [name for name in ("drop", "width", "sparsity", "params", "memory", "speedup") if getattr(wanted, name)]
+    ways = ("drop", "width", "sparsity", "params", "memory", "speedup")
+    given = [name for name in ways if getattr(wanted, name) is not None]
     if len(given) > 1:
         raise RecipeError(
             f"{' and '.join(f'--{name}' for name in given)}: how much goes is said once; give one of them"
@@ -98,6 +99,8 @@ def _drop(wanted: Wanted, model: Description, calibration: Calibration, _element
     text = wanted.drop or ""
     if text.isdecimal():
         count = int(text)
+        if count == 0:
+            raise RecipeError(f"--drop: found {text!r}, expected at least one block")
     else:
         count = max(1, round(_share("--drop", text, "10%, or a number of blocks such as 3") * model.blocks))
     return _blocks(count, model, calibration)

@@ -365,7 +365,7 @@ def after(context: RunContext) -> None:
 
     Epochs that were measured in another way than is asked for now are measured again before, from their adapters.
     """
-    if context.exports and dist.is_main():
+    if dist.is_main() and context.exports():
         begin_verifier(context)
     _epochs_again(context)
     _probe_and_measure(context, context.recovered(), context.directory.after)
@@ -429,8 +429,11 @@ def _forget_epochs_again(directory: RunDirectory) -> None:
 
 
 def begin_verifier(context: RunContext) -> None:
-    """Start the process that is to verify the export: it loads its libraries while stages before go on."""
-    if context.verifier is None:
+    """Start the process that is to verify the export: it loads its libraries while stages before go on.
+
+    Another one where that has ended meanwhile: it waits longest of all, and may be killed where memory is short.
+    """
+    if context.verifier is None or context.verifier.poll() is not None:
         context.verifier = context.aside.enter_context(fresh_process())
 
 
@@ -455,6 +458,7 @@ def _export(context: RunContext) -> None:
             twin, dtype, context.tokenizer, directory.deploy, card=text, record=record, max_shard_size=size
         )
     expected = directory.root / "expected.safetensors"
+    begin_verifier(context)
     console.say("[dim]verifying in a fresh process[/dim]")
     write_expected(expected, twin, merged, context.sample_ids())
     process, context.verifier = context.verifier, None

@@ -123,11 +123,13 @@ def run(
         pin(recipe, directory, anew=start == STAGES[0])
         if dist.is_main():
             note_commits(directory)
-        context = RunContext(recipe, directory, exports="export" in to_do)
+        anew = () if start is None else order[order.index(start) :]
+        context = RunContext(recipe, directory)
+        if "export" in to_do:
+            context.exports = lambda: _marks_and_reason("export", context, "export" in anew)[1] is not None
         try:
             for stage in to_do:
-                forced = start is not None and order.index(stage) >= order.index(start)
-                _bring_up_to_date(stage, context, forced=forced, before=libraries if stage == STAGES[0] else 0.0)
+                _bring_up_to_date(stage, context, forced=stage in anew, before=libraries if stage == STAGES[0] else 0.0)
         finally:
             context.aside.close()
             context.tracking.finish()
