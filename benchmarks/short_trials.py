@@ -19,9 +19,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import recover
 from recover.config.recipe import embedded
 from recover.probe.records import summary
+from recover.probe.tasks import rank_correlation
 
 MODEL, COUNT = "embedded:fable-2m", 4
 GIVEN = {"data": "embedded:tasks/calibration.jsonl", "samples": 24, "length": 128}
@@ -44,9 +47,9 @@ def main() -> None:
         with given.out.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
     if len(rows) > 2:
-        final = [row["kl"][-1] for row in rows]
+        kl_RS = torch.tensor([row["kl"] for row in rows])  # of each set, before and after each training
         for place, when in enumerate(("before", *(f"after 1/{share}" for share in SHARES[:-1]))):
-            print(f"KL {when} and in the end: {rank_correlation([row['kl'][place] for row in rows], final):.2f}")
+            print(f"KL {when} and in the end: {rank_correlation(kl_RS[:, place], kl_RS[:, -1]):.2f}")
 
 
 def row_of(name: str, tokens: int, items: int) -> dict[str, Any]:
@@ -78,14 +81,6 @@ def depth(name: str) -> recover.Depth:
         text: Any = GIVEN if name == "kl" else OWN
         return recover.Depth(count=COUNT, score="kl", calibration=text)
     return recover.Depth(blocks=tuple(map(int, name.split(","))))
-
-
-def rank_correlation(one: list[float], other: list[float]) -> float:
-    """Spearman's, of figures without ties."""
-    places = [[sorted(each).index(value) for value in each] for each in (one, other)]
-    count = len(one)
-    apart = sum((first - second) ** 2 for first, second in zip(*places, strict=True))
-    return 1 - 6 * apart / (count * (count**2 - 1))
 
 
 if __name__ == "__main__":

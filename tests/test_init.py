@@ -502,7 +502,7 @@ def test_no_tokens_are_not_those_that_nobody_asked_for(here):
 def test_what_is_smaller_says_what_a_gpu_takes():
     whole = aimed(SMOL, drop="10%")
     lines, recipe, goal = made_for(CPU, SMOL, drop="10%")
-    less = draft.smaller(lines, goal, whole, SMOL, READ)
+    less = draft.smaller(lines, whole, SMOL, READ)
     _, large, _ = made_for(H200, SMOL, drop="10%")
     assert f"train.tokens {recipe.train.tokens:,} ({large.train.tokens:,})" in less
     assert f"prune.calibration.answer {recipe.prune.calibration.answer:,} (256)" in less

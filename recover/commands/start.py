@@ -246,7 +246,7 @@ def init(
     goal = draft.affordably(whole, description, machine)
     source = draft.relative(model, folder)
     lines = draft.draft(source, description, goal, texts, machine, name=name, tokens=tokens)
-    less = [] if machine.device == "cuda" else draft.smaller(lines, goal, whole, description, texts)
+    less = [] if machine.device == "cuda" else draft.smaller(lines, whole, description, texts, tokens=tokens)
     recipe = draft.recipe_of(lines)
     refuse(recipe, description)
     path = out or Path(f"{recipe.name}.yaml")

@@ -37,7 +37,6 @@ WAYS = ("depth", "width")
 MOST_AT_ONCE = {"cuda": 1024, "cpu": 128}  # texts written at once
 CHUNKS = (4096, 2048, 512, 128)  # positions scored at once, the largest that fits
 WORKING_LOGITS = 12  # bytes of a logit while a token is drawn
-AS_ASKED = "as asked for"
 LENGTH_WHY = "tokens of a sample"
 Line = tuple[str, Any, str]  # dotted path, value, why
 
@@ -306,7 +305,8 @@ def draft(source: str, model: Description, goal: Target, texts: Texts, machine: 
     """
     size = defaults.training(model.parameters)
     dtype, dtype_why = dtype_for(machine, model)
-    sizes = _sizes(model, goal, texts, machine, given.get("tokens"))
+    work = _work(model, goal, texts)
+    sizes = _sizes(work, machine, given.get("tokens"))
     new_tokens = sizes.now[WRITTEN]
     length = min(new_tokens + defaults.PROMPT_TOKENS, model.context or 2**31)
     lines: list[Line] = [
@@ -317,7 +317,7 @@ def draft(source: str, model: Description, goal: Target, texts: Texts, machine: 
         ("model.dtype", dtype, dtype_why),
         *_prune(goal, texts),
         *_probe(texts, sizes),
-        *_train(model, goal, size, sizes, given.get("tokens")),
+        *_train(work, size, sizes, given.get("tokens")),
         *_data(texts, sizes),
         *_measure(texts, sizes),
     ]
@@ -347,8 +347,11 @@ def _with_gpu(value: int, why: str) -> str:
     return f"with a GPU {value:,}: {why}"
 
 
-def _sizes(model: Description, goal: Target, texts: Texts, machine: Machine, tokens: int | None) -> Sizes:
-    work = Work(model, goal.prune, goal.cost, len(texts.tasks), texts.writing)
+def _work(model: Description, goal: Target, texts: Texts) -> Work:
+    return Work(model, goal.prune, goal.cost, len(texts.tasks), texts.writing)
+
+
+def _sizes(work: Work, machine: Machine, tokens: int | None) -> Sizes:
     gpu = affordable.sizes_of(work, tokens)
     return Sizes(gpu if machine.device == "cuda" else affordable.fitted(gpu, work, machine.cores, tokens), gpu)
 
@@ -367,15 +370,15 @@ def affordably(goal: Target, model: Description, machine: Machine) -> Target:
     return Target(cfg, pruner_of(cfg).cost(cfg, model), goal.word, why)
 
 
-def smaller(lines: Sequence[Line], goal: Target, wanted: Target, model: Description, texts: Texts) -> list[str]:
+def smaller(
+    lines: Sequence[Line], wanted: Target, model: Description, texts: Texts, *, tokens: int | None = None
+) -> list[str]:
     """What is smaller in these lines than where there is a GPU, which takes what stands in brackets.
 
-    `wanted`: the target before `affordably` made its text less.
+    `wanted`: the target before `affordably` made its text less. `tokens`: of the training, where they were asked for.
     """
-    values = _values(lines)
-    asked = values["train.tokens"] if ("train.tokens", values["train.tokens"], AS_ASKED) in lines else None
-    work = Work(model, goal.prune, goal.cost, len(texts.tasks), texts.writing)
-    gpu = affordable.text_sizes(getattr(wanted.prune, "calibration", None)) | affordable.sizes_of(work, asked)
+    values, work = _values(lines), _work(model, wanted, texts)
+    gpu = affordable.text_sizes(work.calibration) | affordable.sizes_of(work, tokens)
     return affordable.smaller({WRITTEN: values["train.data.0.max_new_tokens"]} | values, gpu)
 
 
@@ -424,11 +427,9 @@ def _probe(texts: Texts, sizes: Sizes) -> Iterator[Line]:
     yield "probe.batch_size", 16, "prompts at once"
 
 
-def _train(
-    model: Description, goal: Target, size: defaults.Training, sizes: Sizes, tokens: int | None
-) -> Iterator[Line]:
-    unlike = "; not measured at this size" if model.parameters > defaults.MEASURED_UP_TO else ""
-    _, why = (tokens, AS_ASKED) if tokens else affordable.tokens(Work(model, goal.prune, goal.cost, 0, 0))
+def _train(work: Work, size: defaults.Training, sizes: Sizes, tokens: int | None) -> Iterator[Line]:
+    unlike = "; not measured at this size" if work.model.parameters > defaults.MEASURED_UP_TO else ""
+    why = "as asked for" if tokens else affordable.tokens(work)[1]
     yield "train", HEADING, "how generation is brought back: LoRA, by distilling from the dense model"
     yield sizes.line("train.epochs", defaults.EPOCHS_SOURCE)
     yield sizes.line("train.tokens", why if tokens else why + unlike, of_gpu=True)
