@@ -56,17 +56,6 @@ def pytest_collection_finish() -> None:
     gc.enable()
     gc.collect()
     gc.freeze()
-    gc.collect = _collect_the_young
-
-
-_collect = gc.collect
-
-
-def _collect_the_young(generation: int = 1) -> int:
-    """What libraries and a run ask for where a model goes, among all objects there are: a twentieth of a training's
-    time. The models here are small, and wait for Python to look by itself; `gc.collect(2)` looks at all at once.
-    """
-    return _collect(generation)
 
 
 # Read for `functions:python`: to parse all of Python's library takes each worker four seconds.

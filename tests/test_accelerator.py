@@ -95,7 +95,7 @@ def test_draws_go_on_behind_a_recording_that_failed():
 
 
 def test_no_recorded_step_is_left_to_the_garbage_collector():
-    gc.collect(2)
+    gc.collect()
     gc.disable()
     try:
         texts(write, ending_at(2.0).cuda(), prompts(40), limit=20, rows=40)

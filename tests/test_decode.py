@@ -190,7 +190,7 @@ def test_a_writers_cache_goes_with_it_and_does_not_wait_for_the_collector(monkey
     monkeypatch.setattr(decode, "Recorder", Replayed)
     model, asked = ending_at(1.5), prompts(4)
     texts(write, model, asked, limit=4, rows=4)
-    gc.collect(2)
+    gc.collect()
     before = gc.isenabled()
     gc.disable()
     try:
